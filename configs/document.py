@@ -1,0 +1,98 @@
+"""Reading a YAML document that a person wrote into a frozen, checked record.
+
+Every mistake is reported at once, each with the path of its key and, for a misspelt key, the nearest right one.
+YAML holds values only: `yaml.safe_load`, never Python objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from configs.errors import InvalidInput
+
+# A name of a team, task, tag: safe in a path, a URL, a metric name and a shell.
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+
+class Section(BaseModel):
+    """A part of a document: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+T = TypeVar("T", bound=Section)
+
+
+def read_document(path: Path, kind: type[T]) -> T:
+    """Read and check one YAML file.
+
+    Raises:
+        InvalidInput: The file is missing, is no YAML mapping, or breaks the schema; names every key path.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"is not valid YAML: {error}", str(path), "fix the syntax at that line") from error
+    return check_document(values, kind, str(path))
+
+
+def check_document(values: Any, kind: type[T], where: str) -> T:
+    """Check values that were read elsewhere (an HTTP body) against a schema.
+
+    Raises:
+        InvalidInput: With one line per mistake.
+    """
+    if not isinstance(values, dict):
+        raise InvalidInput(f"must be a mapping of keys to values, not {type(values).__name__}", where)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(mistake, kind) for mistake in error.errors()]
+        raise InvalidInput(
+            "\n  ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines),
+            where,
+            "correct the keys named above; every key is described in configs/",
+        ) from error
+
+
+def _describe(mistake: Any, kind: type[Section]) -> str:
+    path = ".".join(str(part) for part in mistake["loc"]) or "(document)"
+    if mistake["type"] == "extra_forbidden":
+        known = _keys_at(kind, mistake["loc"][:-1])
+        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key '{path}' ({hint})"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"{path}: {message} (got {mistake['input']!r:.80})"
+
+
+def _keys_at(kind: type[Section], location: tuple[Any, ...]) -> list[str]:
+    """Names of the keys that the schema knows at a location."""
+    section: Any = kind
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        found = _section_in(field.annotation)
+        section = found or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The Section inside an annotation such as `Section | None` or `dict[str, Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,104 @@
+"""The errors of onebasis, grouped by what the person or program that meets one should do.
+
+```
+OnebasisError
+├── InvalidInput   fix the input and submit again; never retried
+├── NotFound       no such task, version, team for you
+├── Conflict       someone moved first: read again, then retry at once
+├── Unavailable    a machine or a network was away: wait, then retry
+├── Rejected       the result is worse than the rule allows: a person decides
+└── Corrupt        stored bytes are not what was written: stop, touch nothing
+```
+
+An error carries facts: what is wrong, where, and what to do next. All three are positional and handed on to
+`Exception.__init__`, because Ray sends errors between processes by pickle, which rebuilds them from `args`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OnebasisError(Exception):
+    """Base of every error that onebasis raises on purpose.
+
+    Args:
+        what: What was wrong, with the numbers.
+        where: The file, key path, task, module or address it is about; empty when `what` says it.
+        todo: What the reader can do next; empty when there is nothing to do.
+    """
+
+    kind: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, what: str, where: str = "", todo: str = "") -> None:
+        super().__init__(what, where, todo)
+        self.what = what
+        self.where = where
+        self.todo = todo
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  → {self.todo}" if self.todo else text
+
+    def as_dict(self) -> dict[str, str]:
+        """The facts as plain strings, for `--json` and HTTP."""
+        return {"kind": self.kind, "what": self.what, "where": self.where, "todo": self.todo}
+
+
+class InvalidInput(OnebasisError):
+    """The input is wrong: fix it and submit again. Never retried by a machine."""
+
+    kind = "invalid-input"
+    exit_code = 2
+    http_status = 422
+
+
+class NotFound(OnebasisError):
+    """There is no such task, version, team or key for you."""
+
+    kind = "not-found"
+    exit_code = 3
+    http_status = 404
+
+
+class Conflict(OnebasisError):
+    """Someone moved first: read again, then retry at once."""
+
+    kind = "conflict"
+    exit_code = 4
+    http_status = 409
+
+
+class Unavailable(OnebasisError):
+    """A machine or a network was away: wait, then retry."""
+
+    kind = "unavailable"
+    exit_code = 5
+    http_status = 503
+
+
+class Rejected(OnebasisError):
+    """The result is worse than the rule allows: a person decides."""
+
+    kind = "rejected"
+    exit_code = 6
+    http_status = 409
+
+
+class Corrupt(OnebasisError):
+    """Stored bytes are not what was written: stop, touch nothing."""
+
+    kind = "corrupt"
+    exit_code = 7
+    http_status = 500
+
+
+LEAVES: tuple[type[OnebasisError], ...] = (InvalidInput, NotFound, Conflict, Unavailable, Rejected, Corrupt)
+
+
+def error_from_dict(facts: dict[str, str]) -> OnebasisError:
+    """Rebuild an error from `OnebasisError.as_dict`, as a client of the HTTP API does."""
+    leaf = next((leaf for leaf in LEAVES if leaf.kind == facts.get("kind")), OnebasisError)
+    return leaf(facts.get("what", "unknown error"), facts.get("where", ""), facts.get("todo", ""))

@@ -1,0 +1,144 @@
+"""The settings of one onebasis service: one YAML file, checked, frozen, every unit in the name.
+
+A function gets its section, never everything. Secrets are not settings: S3 credentials come from boto3's usual
+chain, a Postgres password from its own file or environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.document import NAME_PATTERN, Section, read_document
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class BaseModelSettings(Section):
+    """The one base model whose subspace this service keeps."""
+
+    name: Name
+    """What task files call it."""
+    source: str
+    """A folder, a hub id, or `package:NAME/FOLDER` for weights inside an installed Python package."""
+    weights_sha256: str | None = None
+    """sha256 of the weights file; a worker refuses other bytes. Required for anything but experiments."""
+
+
+class StorageSettings(Section):
+    """Where versions live. The log is the truth about them."""
+
+    url: str = "file:.onebasis/store"
+    """`file:FOLDER`, `s3://BUCKET/PREFIX` or, in tests, `memory:NAME`."""
+    endpoint_url: str | None = None
+    """Address of an S3 server that is not AWS."""
+    region: str | None = None
+
+
+class SubspaceSettings(Section):
+    """How adapters are merged (design.md 3.3)."""
+
+    energy_ratio_min: float = Field(0.98, gt=0, le=1)
+    """Every task keeps this share of its delivered energy in every module, unless rank_max binds."""
+    rank_max: int = Field(64, ge=1)
+    """Most directions per module and side."""
+    rank_fixed: int | None = Field(None, ge=1)
+    """Exactly this many directions (the paper's form) instead of the two above."""
+    weighting: Literal["equal", "energy"] = "equal"
+    """`equal` divides each task by its norm, so a small update is protected as well as a large one."""
+
+
+class WorkerSettings(Section):
+    """The training workers: warm Ray actors, one task each at a time."""
+
+    count: int = Field(2, ge=1, le=1000)
+    cpus: float = Field(1, gt=0)
+    """CPUs that Ray reserves for each; torch uses as many threads."""
+    gpus: float = Field(0, ge=0)
+    heartbeat_seconds: float = Field(1.0, gt=0)
+    lease_seconds: float = Field(60.0, gt=0)
+    """A worker silent for this long is asked once more, then replaced."""
+
+
+class RaySettings(Section):
+    """The Ray cluster."""
+
+    address: str = "local"
+    """`local` starts one on this machine's loopback; else HOST:PORT of a running head."""
+    auth_token_path: str | None = None
+    """Token file of a running cluster. A local one gets a token of its own."""
+
+
+class TeamSettings(Section):
+    """A team that may submit tasks."""
+
+    weight: float = Field(1.0, gt=0)
+    """Share of the cluster in comparison with the other teams."""
+    queued_max: int = Field(1000, ge=1)
+    """Tasks that may wait at once."""
+
+
+class GateSettings(Section):
+    """When a merged version may move `main`. Differences of scores on the same frozen rows."""
+
+    drop_max: float = Field(0.03, ge=0)
+    """An earlier task may lose at most this much against its score at birth."""
+    merge_gap_max: float = Field(0.05, ge=0)
+    """A new task may lose at most this much against its own adapter before merging."""
+    drift_min: float = Field(1e-4, ge=0)
+    """A task whose relative drift since its last evaluation is below this keeps its score, unmeasured."""
+
+
+class FailureSettings(Section):
+    """How often a task is tried again, by whose fault it was. A user's mistake is never retried."""
+
+    lost_machines_max: int = Field(5, ge=0)
+    own_bugs_max: int = Field(1, ge=0)
+
+
+class MlflowSettings(Section):
+    """The mirror that people look at."""
+
+    tracking_uri: str = "sqlite:///.onebasis/mlflow.db"
+    artifact_location: str | None = None
+    """Where plots go; default: beside a local database."""
+    experiment: str = "onebasis"
+
+
+class ServerSettings(Section):
+    """The HTTP API of the control plane."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65535)
+    """0 takes a free one; it is written to the state folder."""
+
+
+class Settings(Section):
+    """One service: one base model, one subspace, its teams and its machines."""
+
+    state_dir: str = ".onebasis"
+    """Folder for the service's own files (database, logs, addresses), relative to where the command runs."""
+    base_model: BaseModelSettings
+    teams: dict[Name, TeamSettings] = Field(min_length=1)
+    data_roots: tuple[str, ...] = ("/",)
+    """Folders from which task files may name data and adapters."""
+    database_url: str = "sqlite:///.onebasis/tasks.db"
+    storage: StorageSettings = StorageSettings()
+    subspace: SubspaceSettings = SubspaceSettings()
+    workers: WorkerSettings = WorkerSettings()
+    ray: RaySettings = RaySettings()
+    gate: GateSettings = GateSettings()
+    failures: FailureSettings = FailureSettings()
+    mlflow: MlflowSettings = MlflowSettings()
+    server: ServerSettings = ServerSettings()
+
+
+def read_settings(path: Path) -> Settings:
+    """Read a settings file.
+
+    Raises:
+        InvalidInput: Missing file, bad YAML, unknown key (with its path and the nearest right one) or value.
+    """
+    return read_document(path, Settings)

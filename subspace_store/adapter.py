@@ -1,0 +1,155 @@
+"""An adapter in canonical form: what a task hands over, whatever method trained it.
+
+A LoRA s·B·A is not unique (BG, G⁻¹A is the same update). Here the scale is folded in and the gauge removed:
+ΔW = U·diag(σ)·Vᵀ per module. Axes: N outputs of a module, D inputs, R rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from configs.errors import Corrupt, InvalidInput
+
+FORMAT = "onebasis-adapter-1"
+
+
+@dataclass(frozen=True)
+class ModuleUpdate:
+    """ΔW of one module, as a thin SVD. float32, finite, σ descending and ≥ 0."""
+
+    u_NR: Tensor
+    sigma_R: Tensor
+    v_DR: Tensor
+
+    @property
+    def rank(self) -> int:
+        return int(self.sigma_R.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D) of the adapted weight."""
+        return int(self.u_NR.shape[0]), int(self.v_DR.shape[0])
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖²_F, computed in float64."""
+        return float(self.sigma_R.double().square().sum())
+
+    def delta(self) -> Tensor:
+        """The dense N×D update in float64. For tests and small modules."""
+        return (self.u_NR.double() * self.sigma_R.double()) @ self.v_DR.double().T
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One task's update of a base model, and its head.
+
+    Args:
+        base_model: Name of the base model it was trained on.
+        base_sha256: sha256 of that model's weights file; empty when unknown.
+        modules: Full module name in the base model (`encoder.layer.0.attention.self.query`) to its update.
+        head: Full parameter name (`classifier.weight`) to the task's own weights, kept outside the subspace.
+        info: Facts for people and for export: start of A, task type, label names. Values are strings.
+    """
+
+    base_model: str
+    base_sha256: str
+    modules: Mapping[str, ModuleUpdate]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    info: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in an equivalent separate LoRA, head not counted: Σ r·(n+d)."""
+        return sum(update.rank * sum(update.shape) for update in self.modules.values())
+
+
+def canonical_update(b_NR: Tensor, a_RD: Tensor, scale: float) -> ModuleUpdate:
+    """Fold the scale in and remove the gauge: thin QR of B and Aᵀ, SVD of the R×R core.
+
+    Args:
+        b_NR, a_RD: PEFT's lora_B and lora_A, any float type.
+        scale: alpha/r, or alpha/√r with rsLoRA.
+
+    Returns:
+        U·diag(σ)·Vᵀ = scale·B·A to float32 rounding; computed in float64.
+
+    Cost:
+        O((N+D)·R²).
+    """
+    q_out_NR, r_out_RR = torch.linalg.qr(b_NR.double())
+    q_in_DR, r_in_RR = torch.linalg.qr(a_RD.double().T)
+    u_RR, sigma_R, vt_RR = torch.linalg.svd(scale * (r_out_RR @ r_in_RR.T))
+    return ModuleUpdate(
+        (q_out_NR @ u_RR).float().contiguous(), sigma_R.float().contiguous(), (q_in_DR @ vt_RR.T).float().contiguous()
+    )
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Refuse what cannot be merged.
+
+    Raises:
+        InvalidInput: No modules, shapes that do not fit, NaN or infinity; names the module or parameter.
+    """
+    if not adapter.modules:
+        raise InvalidInput("the adapter has no modules", todo="train it with at least one target module")
+    for name, update in adapter.modules.items():
+        ranks = (update.u_NR.shape[1:], update.sigma_R.shape, update.v_DR.shape[1:])
+        if update.u_NR.ndim != 2 or update.v_DR.ndim != 2 or len(set(ranks)) != 1:
+            raise InvalidInput(f"U, σ and V do not fit together: ranks {[tuple(r) for r in ranks]}", name)
+    tensors = {f"{n}.{part}": t for n, u in adapter.modules.items() for part, t in _parts(u).items()}
+    for name, tensor in {**tensors, **adapter.head}.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidInput("has NaN or infinite values", name, "train again, with a lower learning rate")
+
+
+def adapter_to_bytes(adapter: Adapter) -> bytes:
+    """Serialise as safetensors; the same adapter gives the same bytes."""
+    tensors = {f"module/{n}/{part}": t for n, u in sorted(adapter.modules.items()) for part, t in _parts(u).items()}
+    tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in sorted(adapter.head.items())}
+    header = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
+    # One header value: safetensors writes several in hash order, which differs from process to process.
+    return bytes(
+        save_safetensors(tensors, {"onebasis": json.dumps(header | {"info": dict(adapter.info)}, sort_keys=True)})
+    )
+
+
+def adapter_from_bytes(content: bytes, where: str = "adapter") -> Adapter:
+    """Read what `adapter_to_bytes` wrote, and check it.
+
+    Raises:
+        Corrupt: The bytes are no safetensors file or no adapter.
+        InvalidInput: See `check_adapter`.
+    """
+    try:
+        tensors = load_safetensors(content)
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["onebasis"])
+        names = sorted({key.split("/")[1] for key in tensors if key.startswith("module/")})
+        modules = {n: ModuleUpdate(*(tensors[f"module/{n}/{part}"] for part in ("u", "sigma", "v"))) for n in names}
+    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
+        raise Corrupt(f"is not an adapter file: {error}", where) from error
+    if header.get("format") != FORMAT:
+        raise Corrupt(f"has format {header.get('format')!r}, this code reads {FORMAT!r}", where)
+    head = {key.removeprefix("head/"): tensor for key, tensor in tensors.items() if key.startswith("head/")}
+    adapter = Adapter(header["base_model"], header["base_sha256"], modules, head, header["info"])
+    check_adapter(adapter)
+    return adapter
+
+
+def digest(content: bytes) -> str:
+    """sha256 in hexadecimal: the name of a content wherever one is compared."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _parts(update: ModuleUpdate) -> dict[str, Tensor]:
+    return {"u": update.u_NR, "sigma": update.sigma_R, "v": update.v_DR}

@@ -1,0 +1,114 @@
+"""What the log says about versions, as frozen records. Everything here is plain data: no tensors, no storage.
+
+A version is what the subspace was after one merge. Its basis and its tasks' coefficients are blobs that these
+records name; the records themselves live in the log and are never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+CANDIDATE = "candidate"
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """An immutable object: where it is, how long, and what it must hash to."""
+
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MergedTask:
+    """A task as one version added it. Written once, in the record of its version of birth."""
+
+    task_id: str
+    name: str
+    """`team/task`, for people."""
+    version: int
+    """Version of birth."""
+    adapter: BlobRef
+    """As delivered, with the head."""
+    coefficients: BlobRef
+    """E, F, σ per module in the basis of the version of birth."""
+    delivered_energy: float
+    """Σ over modules of ‖ΔW‖²_F."""
+    rank_total: int
+    """Σ over modules of the rank."""
+    error_at_birth: float
+    """‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules, right after its merge."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One state of the subspace.
+
+    Args:
+        number: 1, 2, 3, …; never reused. Version 0 is the empty subspace and has no record.
+        parent: The version it was merged on.
+        added: Tasks that it brought.
+        basis: Blob with P, Q, λ per module.
+        transport: Blob with R_out, R_in per module from the parent's basis to this one.
+        ranks: Module name to (k_out, k_in).
+        drift: Task id to ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F, for every task that was there before.
+        bytes_written: All blobs of this merge.
+        merge_seconds: Time of the mathematics.
+    """
+
+    number: int
+    parent: int
+    created_at: float
+    added: tuple[MergedTask, ...]
+    basis: BlobRef
+    transport: BlobRef
+    ranks: Mapping[str, tuple[int, int]]
+    drift: Mapping[str, float] = field(default_factory=dict)
+    bytes_written: int = 0
+    merge_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A measured score: A[version][task]."""
+
+    task_id: str
+    score: float
+    count: int
+    """Evaluation rows it was measured on."""
+
+
+@dataclass(frozen=True)
+class SubspaceState:
+    """The fold of the log: everything that is known about versions at one sequence number."""
+
+    seq: int = 0
+    epoch: int = 0
+    head_sha256: str = ""
+    versions: Mapping[int, Version] = field(default_factory=dict)
+    refs: Mapping[str, int] = field(default_factory=lambda: {CANDIDATE: 0, MAIN: 0})
+    scores: Mapping[int, Mapping[str, TaskScore]] = field(default_factory=dict)
+    """Version to task id to measured score."""
+    rejected: Mapping[int, str] = field(default_factory=dict)
+    """Version to the reason why the gate did not let it pass."""
+    op_keys: Mapping[str, int] = field(default_factory=dict)
+    """Operation key to the version it made or concerned: the answer to the same request again."""
+
+    def lineage(self, number: int) -> tuple[Version, ...]:
+        """The versions from the first up to `number`, along parents."""
+        line: list[Version] = []
+        while number:
+            line.append(self.versions[number])
+            number = line[-1].parent
+        return tuple(reversed(line))
+
+    def tasks_at(self, number: int) -> dict[str, MergedTask]:
+        """The tasks that a version holds, oldest first."""
+        return {task.task_id: task for version in self.lineage(number) for task in version.added}
+
+    def drift_bound(self, task_id: str, since: int, until: int) -> float:
+        """Sum of the task's relative drifts after version `since` up to `until`: a bound on how far it moved."""
+        return sum(v.drift.get(task_id, 0.0) for v in self.lineage(until) if v.number > since)

@@ -1,0 +1,105 @@
+"""What the control plane asks of a worker and what the worker answers: frozen records, sent through Ray.
+
+An order is idempotent by its token: given twice, it is done once and answered twice. So a control plane that was
+restarted gives its orders again and finds the running work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from configs.task_spec import TaskSpec
+
+
+@dataclass(frozen=True)
+class Train:
+    """Turn a task into an adapter in staging, and score it before merging."""
+
+    token: str
+    task_id: str
+    attempt: int
+    spec: TaskSpec
+    train_key: str
+    """Storage key of the frozen training rows; empty for `import`."""
+    eval_key: str
+    """Storage key of the frozen evaluation rows; empty when an import brought none."""
+    staging_key: str
+    """Where to put the adapter: `staging/<task>/<attempt>-<token>/adapter.safetensors`."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score one task under one version."""
+
+    token: str
+    task_id: str
+    version: int
+    spec: TaskSpec
+    eval_key: str
+
+
+Order = Train | Evaluate
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The adapter is in staging."""
+
+    token: str
+    staging_key: str
+    adapter_sha256: str
+    adapter_parameters: int
+    score_count: int
+    """Evaluation rows; 0 when there are none, and then the scores are NaN."""
+    local_score: float
+    """With its own adapter, before merging."""
+    base_score: float
+    """The base model under the task's own head, without the adapter."""
+    steps: int
+    train_loss: float
+    seconds: float
+    first_step_at: float
+    """Unix time at which the first optimisation step began; 0 for an import."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A[version][task]."""
+
+    token: str
+    score: float
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The order could not be done; whose fault decides what happens next."""
+
+    token: str
+    fault: str
+    """`input` (the user's: never retried), `bug` (ours) or `cancelled`."""
+    message: str
+    detail: str = ""
+    """Traceback, for `bug`."""
+
+
+Outcome = Trained | Evaluated | Failed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a worker is doing now; a heartbeat."""
+
+    token: str = ""
+    phase: str = "idle"
+    """`idle`, `loading`, `training`, `scoring`, `saving`."""
+    step: int = 0
+    steps: int = 0
+    loss: float = float("nan")
+    learning_rate: float = float("nan")
+    samples_per_second: float = float("nan")
+    seconds_left: float = float("nan")
+    first_step_at: float = 0.0
+    log_lines: tuple[str, ...] = field(default=())
+    """Lines since the heartbeat before."""
