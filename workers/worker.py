@@ -1,0 +1,202 @@
+"""One worker: a warm base model and one thread that does one order at a time.
+
+A plain class, tested without Ray. `run` is idempotent by the order's token: an order that is running or was done is
+waited for and answered, not done again. So a control plane that lost its memory gives its orders again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from configs.errors import InvalidInput, Unavailable
+from configs.settings import BaseModelSettings, StorageSettings
+from configs.task_spec import DataSpec, LoraSpec, TaskSpec, TrainingSpec
+from subspace_store.adapter import adapter_to_bytes, digest
+from subspace_store.storage import Storage, open_storage
+from subspace_store.subspace_store import SubspaceStore
+from workers.base_model import BaseModel, load_base_model
+from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Progress, Train
+from workers.task_data import Row, read_rows
+from workers.training import Cancelled, check_lengths, fit, score_adapter, train_task
+from workers.methods import lora
+
+OUTCOMES_KEPT = 64  # a control plane asks again within minutes; an outcome is a few hundred bytes
+LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
+
+
+class Worker:
+    """Does orders. Make it, then call `warm` once.
+
+    Args:
+        base_model: What to load.
+        storage: Where rows, adapters and versions are.
+        folder: Folder that a relative `file:` storage refers to.
+        cpus: Threads for torch.
+    """
+
+    def __init__(self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: float = 1) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take CPUs that belong to other workers
+        torch.set_num_threads(max(1, int(cpus)))
+        self._settings = base_model
+        self._storage: Storage = open_storage(storage, folder)
+        self._store = SubspaceStore.open(self._storage)
+        self._base: BaseModel | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="onebasis-work")
+        self._lock = threading.Lock()
+        self._outcomes: OrderedDict[str, Future[Outcome]] = OrderedDict()
+        self._cancelled: set[str] = set()
+        self._progress = Progress()
+        self._log_lines: list[str] = []
+
+    def warm(self) -> float:
+        """Load the base model, take one tiny training step and score one row, so that no task pays for first use.
+
+        Returns:
+            Seconds it took; a second call returns at once.
+
+        Raises:
+            InvalidInput, Unavailable: See `load_base_model`.
+        """
+        started = time.monotonic()
+        self._thread.submit(self._base_model).result()
+        return time.monotonic() - started
+
+    def run(self, order: Order) -> Outcome:
+        """Do an order, or wait for the one with the same token.
+
+        Returns:
+            `Trained`, `Evaluated` or `Failed`. The user's mistakes and our bugs are outcomes, not exceptions.
+
+        Raises:
+            Unavailable: The storage was away; nothing is remembered, and the order may be given again.
+        """
+        with self._lock:
+            future = self._outcomes.get(order.token)
+            if future is None:
+                future = self._outcomes[order.token] = self._thread.submit(self._outcome, order)
+            self._outcomes.move_to_end(order.token)
+            self._forget_old()
+        return future.result()
+
+    def progress(self) -> Progress:
+        """What is going on, with the log lines since the call before."""
+        with self._lock:
+            lines, self._log_lines = tuple(self._log_lines), []
+            return replace(self._progress, log_lines=lines)
+
+    def cancel(self, token: str) -> bool:
+        """Stop an order between two steps; its outcome is then `Failed` with fault `cancelled`.
+
+        Returns:
+            False when it is done or was never given; then nothing happens.
+        """
+        with self._lock:
+            future = self._outcomes.get(token)
+            if future is None or future.done():
+                return False
+            self._cancelled.add(token)
+            return True
+
+    def pid(self) -> int:
+        """Process id, for people and for tests that kill it."""
+        return os.getpid()
+
+    def _forget_old(self) -> None:
+        for token in [token for token, future in self._outcomes.items() if future.done()]:
+            if len(self._outcomes) <= OUTCOMES_KEPT:
+                return
+            del self._outcomes[token]
+
+    def _outcome(self, order: Order) -> Outcome:
+        """In the work thread: do the order and turn what goes wrong into an outcome."""
+        try:
+            return self._do(order)
+        except Cancelled:
+            return Failed(order.token, "cancelled", "cancelled while it was running")
+        except InvalidInput as error:
+            return Failed(order.token, "input", str(error))
+        except Unavailable:
+            with self._lock:
+                del self._outcomes[order.token]
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            return Failed(order.token, "bug", message, "".join(traceback.format_exception(error)))
+        finally:
+            self._report(Progress())
+            with self._lock:
+                self._cancelled.discard(order.token)
+
+    def _do(self, order: Order) -> Outcome:
+        def cancelled() -> bool:
+            return order.token in self._cancelled
+
+        if cancelled():
+            raise Cancelled
+        self._report(Progress(order.token, "loading"))
+        base = self._base_model()
+        if isinstance(order, Train):
+            return train_task(order, base, self._storage, self._store.stage, self._report, cancelled)
+        return evaluate_version(order, base, self._storage, self._store, self._report, cancelled)
+
+    def _base_model(self) -> BaseModel:
+        if self._base is None:
+            base = load_base_model(self._settings)
+            _rehearse(base)
+            self._base = base
+        return self._base
+
+    def _report(self, progress: Progress) -> None:
+        with self._lock:
+            self._log_lines = [*self._log_lines, *progress.log_lines][-LOG_LINES_KEPT:]
+            self._progress = replace(progress, log_lines=())
+
+
+def evaluate_version(
+    order: Evaluate,
+    base: BaseModel,
+    storage: Storage,
+    store: SubspaceStore,
+    report: Callable[[Progress], None],
+    cancelled: Callable[[], bool],
+) -> Evaluated:
+    """Score one task under one version: A[version][task].
+
+    Raises:
+        NotFound: The version does not have the task.
+        Unavailable, Cancelled: As for training.
+    """
+    started = time.monotonic()
+    report(Progress(order.token, "scoring"))
+    check_lengths(base, order.spec)
+    rows = read_rows(storage.read(order.eval_key), order.spec.data, "evaluation rows")
+    adapter = store.adapter(order.task_id, order.version)
+    score = score_adapter(base, adapter, rows, order.spec, cancelled)
+    return Evaluated(order.token, score.value, score.count, time.monotonic() - started)
+
+
+def _rehearse(base: BaseModel) -> None:
+    """Train and score two rows, for the imports, kernels and caches that a first use costs (4 s for MiniLM)."""
+    rows = (Row("one", None, 0), Row("two", None, 1))
+    spec = TaskSpec(
+        team="rehearsal",
+        name="rehearsal",
+        base_model=base.name,
+        data=DataSpec(train_file="-", eval_file="-", label_names=("one", "two"), max_length=8),
+        training=TrainingSpec(max_steps=1, per_device_train_batch_size=2),
+        lora=LoraSpec(r=1, target_modules=tuple(base.module_shapes())[:1]),
+    )
+    model = lora.prepare(base, spec)
+    fit(model, base, rows, spec, "", lambda progress: None, lambda: False)
+    adapter = lora.finish(model, base, spec)
+    score_adapter(base, adapter, rows, spec, lambda: False)
+    digest(adapter_to_bytes(adapter))
