@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from configs.errors import InvalidInput
+from configs.settings import StorageSettings
+
 
 @runtime_checkable
 class Storage(Protocol):
@@ -40,3 +43,46 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Delete; absent is fine."""
         ...
+
+
+def open_storage(settings: StorageSettings, folder: str = "") -> Storage:
+    """Open the storage that a settings file names.
+
+    Args:
+        settings: `file:FOLDER`, `s3://BUCKET/PREFIX` or `memory:NAME`.
+        folder: Appended to the address: the subspace's name.
+
+    Raises:
+        InvalidInput: Another kind of address.
+    """
+    url = f"{settings.url.rstrip('/')}/{folder}" if folder else settings.url
+    kind, _, rest = url.partition(":")
+    if not rest.strip("/") and kind in ("file", "s3", "memory"):
+        raise InvalidInput("the address names no place", url, "write file:FOLDER, s3://BUCKET/PREFIX or memory:NAME")
+    # One kind is imported, not all: a reader of a folder needs no boto3.
+    if kind == "file":
+        from subspace_store.local_storage import LocalStorage
+
+        return LocalStorage(rest.removeprefix("//") if rest.startswith("///") else rest)
+    if kind == "memory":
+        from subspace_store.memory_storage import MemoryStorage
+
+        return MemoryStorage(rest)
+    if kind == "s3":
+        from subspace_store.s3_storage import S3Storage
+
+        return S3Storage(url, endpoint_url=settings.endpoint_url, region=settings.region)
+    raise InvalidInput(
+        f"storage of kind {kind!r} is not known", url, "write file:FOLDER, s3://BUCKET/PREFIX or memory:NAME"
+    )
+
+
+def check_key(key: str) -> str:
+    """The key itself.
+
+    Raises:
+        InvalidInput: Empty, absolute, or with an empty, `.` or `..` part: it would leave the store's root.
+    """
+    if not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise InvalidInput(f"is not a storage key: {key!r}", todo="use relative parts separated by single slashes")
+    return key

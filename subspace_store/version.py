@@ -6,8 +6,12 @@ records name; the records themselves live in the log and are never changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 CANDIDATE = "candidate"
 MAIN = "main"
@@ -41,6 +45,22 @@ class MergedTask:
     """Σ over modules of the rank."""
     error_at_birth: float
     """‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules, right after its merge."""
+    parameter_count: int = 0
+    """Numbers in an equivalent separate LoRA: Σ r·(n+d)."""
+    head_count: int = 0
+    """Numbers in its head."""
+
+
+@dataclass(frozen=True)
+class StagedAdapter:
+    """An adapter that a worker uploaded, waiting for its merge."""
+
+    task_id: str
+    name: str
+    """`team/task`, for people."""
+    key: str
+    """Where `SubspaceStore.stage` put it, or the caller's own key given to it."""
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,8 @@ class Version:
         drift: Task id to ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F, for every task that was there before.
         bytes_written: All blobs of this merge.
         merge_seconds: Time of the mathematics.
+        snapshot: Blob with all coefficients as of this version, every 64 versions of a lineage, so that a reader
+            need not start at version 1; None otherwise.
     """
 
     number: int
@@ -69,6 +91,11 @@ class Version:
     drift: Mapping[str, float] = field(default_factory=dict)
     bytes_written: int = 0
     merge_seconds: float = 0.0
+    snapshot: BlobRef | None = None
+
+
+def _nan_if_null(value: object) -> object:
+    return math.nan if value is None else value
 
 
 @dataclass(frozen=True)
@@ -76,7 +103,8 @@ class TaskScore:
     """A measured score: A[version][task]."""
 
     task_id: str
-    score: float
+    score: Annotated[float, BeforeValidator(_nan_if_null)]
+    """NaN where it could not be measured; the log writes null."""
     count: int
     """Evaluation rows it was measured on."""
 

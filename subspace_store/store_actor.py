@@ -1,0 +1,114 @@
+"""The one writer of a subspace as a Ray actor. Options and forwarding only; everything happens in SubspaceStore.
+
+A restart runs the constructor again, which opens the subspace with the next epoch and fences what may be left of
+the process before. Ray never repeats a call by itself: a caller who got no answer asks again with the same op_key.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from configs.settings import StorageSettings, SubspaceSettings
+from subspace_store.adapter import Adapter
+from subspace_store.storage import open_storage
+from subspace_store.subspace_store import Footprint, HistoryEntry, RollbackPreview, SubspaceStore, VersionDiff
+from subspace_store.version import BlobRef, StagedAdapter, SubspaceState, TaskScore, Version
+
+
+@ray.remote
+class StoreActor:
+    """Opens one subspace for writing and forwards to it. Arguments as in `store_actor`."""
+
+    def __init__(
+        self,
+        storage: StorageSettings,
+        folder: str,
+        subspace: SubspaceSettings,
+        base_model: str = "",
+        base_sha256: str = "",
+    ) -> None:
+        self._store = SubspaceStore.open(
+            open_storage(storage, folder),
+            settings=subspace,
+            base_model=base_model,
+            base_sha256=base_sha256,
+            writer=f"actor {socket.gethostname()}:{os.getpid()}",
+        )
+
+    def ping(self) -> bool:
+        return True
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def state(self) -> SubspaceState:
+        return self._store.state
+
+    def stage(self, key: str, adapter: Adapter) -> BlobRef:
+        return self._store.stage(key, adapter)
+
+    def merge(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
+        return self._store.merge(adapters, op_key=op_key, actor=actor)
+
+    def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
+        self._store.record_scores(version, scores, op_key=op_key, actor=actor)
+
+    def publish(self, version: int, *, op_key: str, actor: str) -> None:
+        self._store.publish(version, op_key=op_key, actor=actor)
+
+    def reject(self, version: int, reason: str, *, op_key: str, actor: str) -> None:
+        self._store.reject(version, reason, op_key=op_key, actor=actor)
+
+    def preview_rollback(self, version: int) -> RollbackPreview:
+        return self._store.preview_rollback(version)
+
+    def rollback(self, version: int, *, op_key: str, actor: str, reason: str = "") -> RollbackPreview:
+        return self._store.rollback(version, op_key=op_key, actor=actor, reason=reason)
+
+    def adapter(self, task_id: str, version: int | None = None) -> Adapter:
+        return self._store.adapter(task_id, version)
+
+    def diff(self, old: int, new: int) -> VersionDiff:
+        return self._store.diff(old, new)
+
+    def footprint(self, version: int | None = None) -> Footprint:
+        return self._store.footprint(version)
+
+    def history(self) -> list[HistoryEntry]:
+        return self._store.history()
+
+
+def store_actor(
+    name: str,
+    storage: StorageSettings,
+    folder: str,
+    subspace: SubspaceSettings,
+    base_model: str = "",
+    base_sha256: str = "",
+    **options: Any,
+) -> Any:
+    """The running store actor of this name, or a new one.
+
+    Args:
+        name: Ray's name for it; one per subspace.
+        storage, folder: As for `open_storage`.
+        subspace, base_model, base_sha256: As for `SubspaceStore.open`.
+        options: More of Ray's actor options, such as `namespace`.
+
+    Returns:
+        Ray's handle. An error of the constructor (a folder of another base model) arrives with the first call.
+    """
+    return StoreActor.options(  # type: ignore[attr-defined]
+        name=name,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=0,
+        num_cpus=0,
+        **options,
+    ).remote(storage, folder, subspace, base_model, base_sha256)

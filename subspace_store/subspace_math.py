@@ -1,0 +1,184 @@
+"""The linear algebra of one module's subspace: pure functions on tensors, nothing stored, nothing remembered.
+
+Axes: N outputs of a module (D inputs are the other side, same functions), K directions of the basis before,
+J directions of a basis after, C new columns, S coefficient columns of all tasks side by side, T tasks, R rank.
+Everything is computed in float64 on the CPU; only what is stored is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from subspace_store.adapter import ModuleUpdate
+
+RELATIVE_SIGMA_MIN = 1e-7
+"""Directions below this share of the largest singular value are float32 rounding of the inputs, not information."""
+
+SLACK = 1e-12
+"""Energies that differ by less than this share are equal: sums of float64 squares in different orders."""
+
+TASKS_PER_CHUNK = 128
+"""Tasks whose K×K energy tables are held at once; 128 tables of 64×64 doubles are 4 MiB."""
+
+
+def orthonormalise(basis_NK: Tensor) -> Tensor:
+    """The float64 basis that a stored float32 one stands for: Gram-Schmidt in column order, by Cholesky.
+
+    Rounding to float32 leaves PᵀP = 1 + O(1e-7), and energies computed with that would be wrong by 1e-7 of
+    themselves: a drift of √1e-7 = 3e-4 that never happened. This is a fixed function of the stored bytes, so
+    every process that opens a version works with the same basis.
+
+    Args:
+        basis_NK: Columns that are orthonormal to about 1e-6.
+
+    Returns:
+        Orthonormal float64 columns of the same span; the leading columns span what the leading columns spanned.
+
+    Cost:
+        2NK².
+    """
+    columns_NK = basis_NK.double()
+    if columns_NK.shape[1] == 0:
+        return columns_NK
+    lower_KK = torch.linalg.cholesky(columns_NK.T @ columns_NK)
+    result: Tensor = torch.linalg.solve_triangular(lower_KK.T, columns_NK, upper=True, left=False)
+    return result
+
+
+def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of [P·√λ, X] without forming more than a (K+C)×(K+C) core.
+
+    Args:
+        basis_NK: Orthonormal, float64.
+        energy_K: λ, the squared singular values of everything merged before.
+        columns_NC: X, the weighted columns that arrive, float64.
+
+    Returns:
+        (directions_NJ, energy_J), strongest first, J ≤ K + C: every direction above `RELATIVE_SIGMA_MIN`.
+
+    Cost:
+        O(N·(K+C)² + (K+C)³), whatever was merged before.
+
+    Source:
+        M. Brand, Fast low-rank modifications of the thin singular value decomposition (2006), sections 2–3.
+    """
+    projected_KC = basis_NK.T @ columns_NC
+    residual_NC = columns_NC - basis_NK @ projected_KC
+    # Once more: a column that lies almost inside the span leaves a residual that is mostly rounding.
+    again_KC = basis_NK.T @ residual_NC
+    projected_KC, residual_NC = projected_KC + again_KC, residual_NC - basis_NK @ again_KC
+    fresh_NC, triangle_CC = torch.linalg.qr(residual_NC)
+    old = torch.cat([torch.diag(energy_K.clamp(min=0).sqrt()), projected_KC], dim=1)
+    new = torch.cat([triangle_CC.new_zeros(triangle_CC.shape[0], len(energy_K)), triangle_CC], dim=1)
+    core = torch.cat([old, new])
+    if core.numel() == 0:
+        return basis_NK, energy_K
+    u, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
+    count = int((sigma_J > RELATIVE_SIGMA_MIN * sigma_J[0]).sum())
+    return torch.cat([basis_NK, fresh_NC], dim=1) @ u[:, :count], sigma_J[:count].square()
+
+
+def update_energy(update: ModuleUpdate) -> float:
+    """‖U·diag(σ)·Vᵀ‖²_F of the float32 factors as they are, not as if they were exactly orthonormal."""
+    left_NR = update.u_NR.double() * update.sigma_R.double()
+    return float(((left_NR.T @ left_NR) * (update.v_DR.double().T @ update.v_DR.double())).sum())
+
+
+def kept_energy(e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int]) -> Tensor:
+    """‖E_i·F_iᵀ‖²_F of every task, float64.
+
+    Cost:
+        O(K·S·R) in one batch: tr(EᵀE·FᵀF) needs only R×R Gram matrices.
+    """
+    e_TRK, f_TRK = _by_task(e_KS, ranks), _by_task(f_KS, ranks)
+    return ((e_TRK @ e_TRK.mT) * (f_TRK @ f_TRK.mT)).sum(dim=(1, 2))
+
+
+def choose_ranks(
+    e_JS: Tensor,
+    f_JS: Tensor,
+    ranks: Sequence[int],
+    delivered_T: Tensor,
+    *,
+    energy_ratio_min: float,
+    rank_max: int,
+    cost: tuple[int, int],
+) -> tuple[int, int]:
+    """How many leading directions each side keeps.
+
+    Each task must keep min(energy_ratio_min · delivered, what rank_max directions per side can hold). So a task
+    that an earlier cap already took below its share loses nothing more unless the cap forces it again.
+
+    Args:
+        e_JS, f_JS: Coefficients of all tasks in the full bases after the merge, strongest direction first.
+        ranks: Rank of each task; they add up to S.
+        delivered_T: ‖ΔW_i‖²_F of each task in this module.
+        cost: Numbers that one direction of each side costs: (N, D).
+
+    Returns:
+        The (k_out, k_in) that is allowed and stores the fewest numbers, N·k_out + D·k_in.
+
+    Cost:
+        2·T·J²·R, J ≤ rank_max: the energies for every (k_out, k_in) at once are a two-dimensional running sum.
+    """
+    e_KS, f_KS = e_JS[:rank_max], f_JS[:rank_max]
+    worst: Tensor | None = None
+    for kept_TKK, delivered_t in _kept_tables(e_KS, f_KS, ranks, delivered_T):
+        required_T = torch.minimum(kept_TKK[:, -1, -1], energy_ratio_min * delivered_t)
+        scale_T = torch.where(delivered_t > 0, delivered_t, torch.ones_like(delivered_t))
+        spare_KK = ((kept_TKK - required_T[:, None, None]) / scale_T[:, None, None]).amin(dim=0)
+        worst = spare_KK if worst is None else torch.minimum(worst, spare_KK)
+    if worst is None:
+        return len(e_KS), len(f_KS)
+    price_KK = cost[0] * torch.arange(len(e_KS) + 1)[:, None] + cost[1] * torch.arange(len(f_KS) + 1)[None, :]
+    allowed_KK = torch.where(worst >= -SLACK, price_KK.double(), torch.inf)
+    k_out, k_in = divmod(int(allowed_KK.argmin()), len(f_KS) + 1)
+    return k_out, k_in
+
+
+def canonical_in_basis(p_NK: Tensor, q_DK: Tensor, e_KR: Tensor, f_KR: Tensor) -> ModuleUpdate:
+    """P·E·Fᵀ·Qᵀ as U·diag(σ)·Vᵀ, rank min(K_out, K_in, R), float32.
+
+    Cost:
+        O((N+D)·K·R): the SVD is of an R×R core.
+    """
+    q_out, r_out = torch.linalg.qr(e_KR)
+    q_in, r_in = torch.linalg.qr(f_KR)
+    u, sigma_R, vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    u_NR, v_DR = p_NK @ (q_out @ u), q_DK @ (q_in @ vt.T)
+    return ModuleUpdate(u_NR.float().contiguous(), sigma_R.float().contiguous(), v_DR.float().contiguous())
+
+
+def overlap(old_basis_NK: Tensor, new_basis_NJ: Tensor) -> float:
+    """‖P'ᵀP‖²_F / K: the share of the old directions that the new basis still spans; 1 for an empty old basis."""
+    count = old_basis_NK.shape[1]
+    return float((new_basis_NJ.double().T @ old_basis_NK.double()).square().sum()) / count if count else 1.0
+
+
+def _kept_tables(
+    e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int], delivered_T: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per chunk of tasks: table[i, a, b] = energy of task i in the leading a and b directions, and its delivered."""
+    column = 0
+    for first in range(0, len(ranks), TASKS_PER_CHUNK):
+        chunk = ranks[first : first + TASKS_PER_CHUNK]
+        columns = slice(column, column + sum(chunk))
+        column = columns.stop
+        e_TRK, f_TRK = _by_task(e_KS[:, columns], chunk), _by_task(f_KS[:, columns], chunk)
+        squares_TKK = (e_TRK.mT @ f_TRK).square()
+        kept_TKK = squares_TKK.new_zeros(len(chunk), len(e_KS) + 1, len(f_KS) + 1)
+        kept_TKK[:, 1:, 1:] = squares_TKK.cumsum(dim=1).cumsum(dim=2)
+        yield kept_TKK, delivered_T[first : first + TASKS_PER_CHUNK]
+
+
+def _by_task(stack_KS: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Columns side by side as T×R×K, tasks of smaller rank filled with zero rows."""
+    ranks_T = torch.tensor(list(ranks), dtype=torch.long)
+    task_S = torch.repeat_interleave(torch.arange(len(ranks)), ranks_T)
+    slot_S = torch.arange(len(task_S)) - (ranks_T.cumsum(0) - ranks_T)[task_S]
+    padded_TRK = stack_KS.new_zeros(len(ranks), max(ranks, default=0), stack_KS.shape[0])
+    padded_TRK[task_S, slot_S] = stack_KS.T
+    return padded_TRK

@@ -1,0 +1,646 @@
+"""The subspace of one base model: opened, merged into, published, rolled back, read. A plain class, no Ray.
+
+One writer at a time, any number of readers, on one folder of object storage. What a merge does is in merge.py, what
+makes it durable in version_log.py; here the two meet, in the order things happen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
+from configs.settings import SubspaceSettings
+from subspace_store import blobs, version_log
+from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, digest
+from subspace_store.merge import Merge, ModuleBasis, ModuleSubspace, ModuleTasks, merge_adapters, reconstruct
+from subspace_store.storage import Storage
+from subspace_store.subspace_math import overlap
+from subspace_store.version import (
+    CANDIDATE,
+    MAIN,
+    BlobRef,
+    MergedTask,
+    StagedAdapter,
+    SubspaceState,
+    TaskScore,
+    Version,
+)
+from subspace_store.version_log import VersionLog
+
+FORMAT_NUMBER = 1
+SNAPSHOT_EVERY = 64
+"""Versions of a lineage between two snapshots of all coefficients."""
+VERSIONS_IN_MEMORY = 3
+"""Versions whose coefficients stay in memory: main, candidate, and one that is being looked at."""
+READS_AT_ONCE = 8
+BYTES_PER_NUMBER = 4
+"""Everything is served as float32."""
+DEFAULTS = SubspaceSettings()
+
+
+@dataclass(frozen=True)
+class RollbackPreview:
+    """What moving `main` would do."""
+
+    from_version: int
+    to_version: int
+    vanishing: tuple[MergedTask, ...]
+    """Tasks that `main` holds now and would not hold."""
+    returning: tuple[MergedTask, ...]
+    """Tasks that `main` does not hold now and would hold again."""
+
+
+@dataclass(frozen=True)
+class VersionDiff:
+    """What lies between two versions.
+
+    Args:
+        ranks: Module to (k_out, k_in) in the old and in the new version; (0, 0) where it is not open.
+        overlap: Module to ‖P'ᵀP‖²_F/k of outputs and inputs: the share of the old directions that the new basis spans.
+        drift_bound: Task id, for tasks in both, to a bound on ‖ΔŴ_old − ΔŴ_new‖_F / ‖ΔW‖_F: the sum of the drifts on
+            the way from one to the other through their last common ancestor.
+    """
+
+    old: int
+    new: int
+    added: tuple[MergedTask, ...]
+    removed: tuple[MergedTask, ...]
+    ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
+    overlap: Mapping[str, tuple[float, float]]
+    drift_bound: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Numbers that serving needs, all as float32. Heads are the same in every column and counted apart."""
+
+    version: int
+    tasks: int
+    basis_numbers: int
+    coefficient_numbers: int
+    head_numbers: int
+    separate_numbers: int
+    """The same tasks as separate LoRAs: Σ r·(n+d)."""
+
+    @property
+    def total_numbers(self) -> int:
+        """Basis and coefficients: what replaces the separate LoRAs."""
+        return self.basis_numbers + self.coefficient_numbers
+
+    @property
+    def basis_bytes(self) -> int:
+        return BYTES_PER_NUMBER * self.basis_numbers
+
+    @property
+    def coefficient_bytes(self) -> int:
+        return BYTES_PER_NUMBER * self.coefficient_numbers
+
+    @property
+    def head_bytes(self) -> int:
+        return BYTES_PER_NUMBER * self.head_numbers
+
+    @property
+    def total_bytes(self) -> int:
+        return BYTES_PER_NUMBER * self.total_numbers
+
+    @property
+    def separate_bytes(self) -> int:
+        return BYTES_PER_NUMBER * self.separate_numbers
+
+    @property
+    def ratio_with_basis(self) -> float:
+        """Separate LoRAs over basis and coefficients; NaN for an empty version."""
+        return self.separate_numbers / self.total_numbers if self.total_numbers else math.nan
+
+    @property
+    def ratio_coefficients_only(self) -> float:
+        """Separate LoRAs over coefficients alone: the flattering number, never to be shown without the other."""
+        return self.separate_numbers / self.coefficient_numbers if self.coefficient_numbers else math.nan
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One line of the log, for people."""
+
+    seq: int
+    time: float
+    epoch: int
+    writer: str
+    actor: str
+    op: str
+    summary: str
+
+
+class SubspaceStore:
+    """The versions of one base model's subspace. Make one with `open`."""
+
+    def __init__(self, storage: Storage, log: VersionLog, settings: SubspaceSettings, base: tuple[str, str]) -> None:
+        self.storage = storage
+        self.settings = settings
+        self.base_model, self.base_sha256 = base
+        self._log = log
+        self._tasks: OrderedDict[int, dict[str, ModuleTasks]] = OrderedDict()
+        self._bases: OrderedDict[int, dict[str, ModuleBasis]] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls,
+        storage: Storage,
+        *,
+        settings: SubspaceSettings = DEFAULTS,
+        base_model: str = "",
+        base_sha256: str = "",
+        writer: str | None = None,
+    ) -> SubspaceStore:
+        """Open a subspace.
+
+        Args:
+            storage: Its folder; an empty one is an empty subspace.
+            settings: How merges are done from now on; versions that exist do not change.
+            base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
+            writer: Who writes. Every older writer is fenced. None reads only and never writes anything.
+
+        Raises:
+            InvalidInput: The folder belongs to another base model.
+            Corrupt: A newer format, or a log that is not whole.
+        """
+        mine = {"format": FORMAT_NUMBER, "base_model": base_model, "base_sha256": base_sha256}
+        if writer is not None:
+            # Losing this race is fine: whose FORMAT it is, is checked next.
+            storage.create("FORMAT", json.dumps(mine, sort_keys=True).encode())
+        base = _check_format(storage, base_model, base_sha256)
+        log = VersionLog(storage, writer)
+        log.open()
+        if writer is not None:
+            log.acquire(actor=writer)
+        return cls(storage, log, settings, base)
+
+    @property
+    def state(self) -> SubspaceState:
+        """What the log said when it was last read."""
+        return self._log.state
+
+    def refresh(self) -> SubspaceState:
+        """Read what was added to the log since. One small read if nothing was."""
+        return self._log.refresh()
+
+    # Writing
+
+    def stage(self, key: str, adapter: Adapter) -> BlobRef:
+        """Upload an adapter for a later merge. Outside the log: readers may, and it expires.
+
+        Args:
+            key: Below `staging/`, with the task and the attempt in it.
+        """
+        if not key.startswith("staging/"):
+            raise InvalidInput("an upload belongs below staging/", key, "use staging/TASK/ATTEMPT/adapter.safetensors")
+        content = adapter_to_bytes(adapter)
+        ref = BlobRef(key, len(content), digest(content))
+        self.storage.write(key, content)
+        blobs.read_blob(self.storage, ref)
+        return ref
+
+    def merge(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
+        """Merge staged adapters in one step into one version on `candidate`.
+
+        Args:
+            op_key: Names this request: asked again, it answers with the version it made.
+
+        Raises:
+            InvalidInput: An adapter that cannot be merged here; names the task. Nothing was written.
+            NotFound: An upload that is not there.
+            Conflict: A task that the candidate holds already; or this writer is fenced.
+            Unavailable: The outcome is unknown; ask again with the same op_key.
+        """
+        with self._lock:
+            done = self._done(op_key)
+            if done is not None:
+                return self.state.versions[done]
+            parent = self.state.refs[CANDIDATE]
+            self._refuse_doubles(adapters, parent)
+            before = self._subspace(parent)
+            contents = {staged.task_id: self._read_staged(staged, before) for staged in adapters}
+            delivered = {task: adapter for task, (adapter, _) in contents.items()}
+            started = time.perf_counter()
+            merge = merge_adapters(before, delivered, self.settings)
+            seconds = time.perf_counter() - started
+            version = self._write_merge(adapters, contents, merge, parent, seconds)
+            self._log.commit(
+                version_log.MERGE,
+                op_key=op_key,
+                actor=actor,
+                refs={CANDIDATE: version.number},
+                body={"version": version},
+            )
+            self._keep(self._tasks, version.number, {name: module.tasks for name, module in merge.modules.items()})
+            self._keep(self._bases, version.number, {name: module.basis for name, module in merge.modules.items()})
+            return self.state.versions[version.number]
+
+    def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
+        """Write measured scores of a version; a task's later score replaces its earlier one. NaN is kept.
+
+        Raises:
+            NotFound: No such version, or a task that it does not hold.
+            InvalidInput: An infinite score.
+        """
+        with self._lock:
+            if self._done(op_key) is not None:
+                return
+            held = self.state.tasks_at(self._known(version))
+            for score in scores:
+                if score.task_id not in held:
+                    raise NotFound(f"version {version} holds no task {score.task_id}")
+                if math.isinf(score.score):
+                    raise InvalidInput("a score cannot be infinite", score.task_id, "write NaN if it was not measured")
+            body = {"version": version, "scores": tuple(scores)}
+            self._log.commit(version_log.SCORES, op_key=op_key, actor=actor, body=body)
+
+    def publish(self, version: int, *, op_key: str, actor: str) -> None:
+        """Move `main` to the candidate.
+
+        Raises:
+            Conflict: `version` is not the candidate any more.
+        """
+        with self._lock:
+            if self._done(op_key) is None:
+                self._require_candidate(version)
+                body = {"version": version}
+                self._log.commit(version_log.PUBLISH, op_key=op_key, actor=actor, refs={MAIN: version}, body=body)
+
+    def reject(self, version: int, reason: str, *, op_key: str, actor: str) -> None:
+        """Mark the candidate as rejected and move `candidate` back to `main`. The version stays readable.
+
+        Raises:
+            Conflict: `version` is not the candidate any more, or is published already.
+        """
+        with self._lock:
+            if self._done(op_key) is None:
+                self._require_candidate(version)
+                main = self.state.refs[MAIN]
+                if version == main:
+                    raise Conflict(f"version {version} is published", todo="roll back instead")
+                body = {"version": version, "reason": reason}
+                self._log.commit(version_log.REJECT, op_key=op_key, actor=actor, refs={CANDIDATE: main}, body=body)
+
+    def preview_rollback(self, version: int) -> RollbackPreview:
+        """What `rollback` would do; changes nothing.
+
+        Raises:
+            NotFound: No such version. 0 is the empty subspace.
+            InvalidInput: A rejected version.
+        """
+        return _preview(self.state, self.state.refs[MAIN], self._allowed(version))
+
+    def rollback(self, version: int, *, op_key: str, actor: str, reason: str = "") -> RollbackPreview:
+        """Move `main` and `candidate` to a version, backwards or forwards again, in one record.
+
+        Cost:
+            One record. Nothing is copied or deleted.
+
+        Raises: As `preview_rollback`.
+        """
+        with self._lock:
+            if self._done(op_key) is not None:
+                return self._rollback_done(op_key)
+            preview = self.preview_rollback(version)
+            body = {"version": version, "from": preview.from_version, "reason": reason}
+            refs = {MAIN: version, CANDIDATE: version}
+            self._log.commit(version_log.ROLLBACK, op_key=op_key, actor=actor, refs=refs, body=body)
+            return preview
+
+    # Reading
+
+    def adapter(self, task_id: str, version: int | None = None) -> Adapter:
+        """A task as a version holds it: P·E·Fᵀ·Qᵀ per module in canonical form, with its own head.
+
+        Args:
+            version: Default `main`.
+
+        Raises:
+            NotFound: The version does not hold the task.
+        """
+        number, task = self._find(task_id, version)
+        delivered = self._read_delivered(task)
+        modules = reconstruct(self._subspace(number), task_id)
+        return Adapter(delivered.base_model, delivered.base_sha256, modules, delivered.head, delivered.info)
+
+    def delivered(self, task_id: str) -> Adapter:
+        """A task's adapter as it was handed over; the newest, if it was merged more than once."""
+        births = [task for v in self.state.versions.values() for task in v.added if task.task_id == task_id]
+        if not births:
+            raise NotFound(f"no version ever held the task {task_id}", self.storage.url)
+        return self._read_delivered(max(births, key=lambda task: task.version))
+
+    def basis(self, version: int | None = None) -> dict[str, ModuleBasis]:
+        """P, Q and λ per module at a version, default `main`; nothing at version 0."""
+        number = self.state.refs[MAIN] if version is None else self._known(version)
+        with self._lock:
+            return dict(self._basis(number))
+
+    def subspace(self, version: int | None = None) -> dict[str, ModuleSubspace]:
+        """Everything at a version, default `main`: bases and all tasks' coefficients, per module."""
+        return self._subspace(self.state.refs[MAIN] if version is None else self._known(version))
+
+    def diff(self, old: int, new: int) -> VersionDiff:
+        """What lies between two versions; see `VersionDiff`."""
+        state = self.state
+        old_tasks, new_tasks = (state.tasks_at(self._known(number)) for number in (old, new))
+        old_basis, new_basis = self.basis(old), self.basis(new)
+        # The same task merged twice is two births: only the same birth can drift.
+        same = {task for task, merged in old_tasks.items() if new_tasks.get(task) == merged}
+        common = max({v.number for v in state.lineage(old)} & {v.number for v in state.lineage(new)}, default=0)
+        return VersionDiff(
+            old,
+            new,
+            tuple(merged for task, merged in new_tasks.items() if task not in same),
+            tuple(merged for task, merged in old_tasks.items() if task not in same),
+            ranks={
+                name: (_ranks(old_basis, name), _ranks(new_basis, name)) for name in sorted({*old_basis, *new_basis})
+            },
+            overlap={
+                name: (overlap(basis.p_NK, new_basis[name].p_NK), overlap(basis.q_DK, new_basis[name].q_DK))
+                for name, basis in sorted(old_basis.items())
+                if name in new_basis
+            },
+            drift_bound={
+                task: state.drift_bound(task, common, old) + state.drift_bound(task, common, new)
+                for task in old_tasks
+                if task in same
+            },
+        )
+
+    def footprint(self, version: int | None = None) -> Footprint:
+        """Numbers that serving a version needs, beside separate LoRAs of the same tasks."""
+        number = self.state.refs[MAIN] if version is None else self._known(version)
+        tasks = self.state.tasks_at(number).values()
+        modules = self._subspace(number).values()
+        return Footprint(
+            number,
+            len(tasks),
+            basis_numbers=sum(m.basis.p_NK.numel() + m.basis.q_DK.numel() for m in modules),
+            coefficient_numbers=sum(m.tasks.e_KS.numel() + m.tasks.f_KS.numel() for m in modules),
+            head_numbers=sum(task.head_count for task in tasks),
+            separate_numbers=sum(task.parameter_count for task in tasks),
+        )
+
+    def history(self) -> list[HistoryEntry]:
+        """The log for people, oldest first. Reads every record."""
+        return [HistoryEntry(r.seq, r.time, r.epoch, r.writer, r.actor, r.op, _summary(r)) for r in self._log.records()]
+
+    # One merge, step by step
+
+    def _refuse_doubles(self, adapters: Sequence[StagedAdapter], parent: int) -> None:
+        if not adapters:
+            raise InvalidInput("a merge needs at least one adapter")
+        held = self.state.tasks_at(parent)
+        ids = [staged.task_id for staged in adapters]
+        for staged in adapters:
+            if ids.count(staged.task_id) > 1:
+                raise InvalidInput("is named twice in one merge", f"task {staged.name} ({staged.task_id})")
+            if staged.task_id in held:
+                raise Conflict(
+                    f"was merged as version {held[staged.task_id].version}", f"task {staged.name} ({staged.task_id})"
+                )
+
+    def _read_staged(self, staged: StagedAdapter, before: Mapping[str, ModuleSubspace]) -> tuple[Adapter, bytes]:
+        """One upload, checked. Every complaint names the task."""
+        who = f"task {staged.name} ({staged.task_id})"
+        try:
+            content = self.storage.read(staged.key)
+            if digest(content) != staged.sha256:
+                raise InvalidInput(
+                    f"{staged.key} has sha256 {digest(content)[:12]}…, the task says {staged.sha256[:12]}…",
+                    todo="upload the adapter again",
+                )
+            adapter = adapter_from_bytes(content, staged.key)
+            self._check_base(adapter)
+            _check_shapes(adapter, before)
+        except NotFound as error:
+            raise NotFound(f"the upload {staged.key} is not there", who, "train the task again") from error
+        except (InvalidInput, Corrupt) as error:
+            inside = f"{error.where}: {error.what}" if error.where else error.what
+            raise InvalidInput(inside, who, error.todo) from error
+        return adapter, content
+
+    def _check_base(self, adapter: Adapter) -> None:
+        for what, theirs, ours in (
+            ("base model", adapter.base_model, self.base_model),
+            ("base model's sha256", adapter.base_sha256, self.base_sha256),
+        ):
+            # A name is always known to an adapter; a digest may be unknown to either.
+            if ours and theirs != ours and (theirs or what == "base model"):
+                raise InvalidInput(
+                    f"the {what} is {theirs!r}, this subspace has {ours!r}", todo="train on this subspace's base model"
+                )
+
+    def _write_merge(
+        self,
+        adapters: Sequence[StagedAdapter],
+        contents: Mapping[str, tuple[Adapter, bytes]],
+        merge: Merge,
+        parent: int,
+        seconds: float,
+    ) -> Version:
+        """Put every blob of a merge, each read back; only the record makes them count."""
+        number = max(self.state.versions, default=0) + 1
+        added = []
+        for staged in adapters:
+            adapter, content = contents[staged.task_id]
+            arrivals = merge.arrivals[staged.task_id]
+            added.append(
+                MergedTask(
+                    task_id=staged.task_id,
+                    name=staged.name,
+                    version=number,
+                    adapter=self._put(content),
+                    coefficients=self._put(blobs.tasks_to_bytes(arrivals, torch.float32)),
+                    delivered_energy=merge.delivered_energy[staged.task_id],
+                    rank_total=sum(update.rank for update in adapter.modules.values()),
+                    error_at_birth=merge.error_at_birth[staged.task_id],
+                    parameter_count=adapter.parameter_count,
+                    head_count=sum(tensor.numel() for tensor in adapter.head.values()),
+                )
+            )
+        basis = self._put(blobs.basis_to_bytes({name: module.basis for name, module in merge.modules.items()}))
+        transport = self._put(blobs.transport_to_bytes(merge.transports))
+        snapshot = None
+        if (len(self.state.lineage(parent)) + 1) % SNAPSHOT_EVERY == 0:
+            all_tasks = {name: module.tasks for name, module in merge.modules.items()}
+            snapshot = self._put(blobs.tasks_to_bytes(all_tasks, torch.float64))
+        written = [basis, transport, *(ref for task in added for ref in (task.adapter, task.coefficients))]
+        return Version(
+            number=number,
+            parent=parent,
+            created_at=time.time(),
+            added=tuple(added),
+            basis=basis,
+            transport=transport,
+            ranks={name: module.basis.ranks for name, module in merge.modules.items()},
+            drift=merge.drift,
+            bytes_written=sum(ref.size_bytes for ref in written) + (snapshot.size_bytes if snapshot else 0),
+            merge_seconds=seconds,
+            snapshot=snapshot,
+        )
+
+    def _put(self, content: bytes) -> BlobRef:
+        return blobs.write_blob(self.storage, self._log.epoch, content)
+
+    # Versions in memory
+
+    def _subspace(self, number: int) -> dict[str, ModuleSubspace]:
+        with self._lock:
+            basis, tasks = self._basis(number), self._coefficients(number)
+            return {name: ModuleSubspace(basis[name], tasks[name]) for name in basis}
+
+    def _basis(self, number: int) -> dict[str, ModuleBasis]:
+        if number == 0:
+            return {}
+        if number not in self._bases:
+            ref = self.state.versions[number].basis
+            content = blobs.read_blob(self.storage, ref)
+            self._keep(self._bases, number, blobs.basis_from_bytes(content, f"{self.storage.url}/{ref.key}"))
+        return self._bases[number]
+
+    def _coefficients(self, number: int) -> dict[str, ModuleTasks]:
+        """All tasks' coefficients in a version's basis, from the nearest version that is at hand."""
+        line = list(self.state.lineage(number))
+        start = next((i for i in reversed(range(len(line))) if self._at_hand(line[i])), -1)
+        tasks: dict[str, ModuleTasks] = {}
+        if start >= 0:
+            nearest = line[start]
+            if nearest.number in self._tasks:
+                tasks = self._tasks[nearest.number]
+            elif nearest.snapshot is not None:
+                tasks = blobs.tasks_from_bytes(blobs.read_blob(self.storage, nearest.snapshot), nearest.snapshot.key)
+        rest = line[start + 1 :]
+        refs = [ref for v in rest for ref in (v.transport, *(task.coefficients for task in v.added))]
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            contents = dict(zip(refs, pool.map(lambda ref: blobs.read_blob(self.storage, ref), refs), strict=True))
+        for version in rest:
+            transports = blobs.transport_from_bytes(contents[version.transport], version.transport.key)
+            arrivals = [
+                blobs.tasks_from_bytes(contents[task.coefficients], task.coefficients.key) for task in version.added
+            ]
+            tasks = blobs.move_tasks(tasks, transports, arrivals)
+        if number:
+            self._keep(self._tasks, number, tasks)
+        return tasks
+
+    def _at_hand(self, version: Version) -> bool:
+        return version.number in self._tasks or version.snapshot is not None
+
+    @staticmethod
+    def _keep(cache: OrderedDict[int, Any], number: int, value: Any) -> None:
+        cache[number] = value
+        cache.move_to_end(number)
+        while len(cache) > VERSIONS_IN_MEMORY:
+            cache.popitem(last=False)
+
+    # Looking things up
+
+    def _done(self, op_key: str) -> int | None:
+        """The version that this request made or concerned, if it was done; after any unknown outcome is settled."""
+        self._log.finish_pending()
+        return self.state.op_keys.get(op_key) if op_key else None
+
+    def _rollback_done(self, op_key: str) -> RollbackPreview:
+        body = next(record.body for record in self._log.records(newest_first=True) if record.op_key == op_key)
+        return _preview(self.state, int(body.get("from", body["version"])), int(body["version"]))
+
+    def _known(self, version: int) -> int:
+        if version and version not in self.state.versions:
+            raise NotFound(
+                f"there is no version {version}", self.storage.url, f"{len(self.state.versions)} versions exist"
+            )
+        return version
+
+    def _allowed(self, version: int) -> int:
+        if self._known(version) in self.state.rejected:
+            raise InvalidInput(f"version {version} was rejected: {self.state.rejected[version]}", self.storage.url)
+        return version
+
+    def _require_candidate(self, version: int) -> None:
+        candidate = self.state.refs[CANDIDATE]
+        if self._known(version) != candidate:
+            raise Conflict(f"the candidate is version {candidate}, not {version}", self.storage.url, "judge that one")
+
+    def _find(self, task_id: str, version: int | None) -> tuple[int, MergedTask]:
+        number = self.state.refs[MAIN] if version is None else self._known(version)
+        tasks = self.state.tasks_at(number)
+        if task_id not in tasks:
+            raise NotFound(f"version {number} holds no task {task_id}", self.storage.url)
+        return number, tasks[task_id]
+
+    def _read_delivered(self, task: MergedTask) -> Adapter:
+        content = blobs.read_blob(self.storage, task.adapter)
+        return adapter_from_bytes(content, f"{self.storage.url}/{task.adapter.key}")
+
+
+def _check_format(storage: Storage, base_model: str, base_sha256: str) -> tuple[str, str]:
+    """(base model, sha256) of the folder, or the caller's where the folder does not say."""
+    where = f"{storage.url}/FORMAT"
+    try:
+        found = json.loads(storage.read("FORMAT"))
+        number, theirs = int(found["format"]), (str(found["base_model"]), str(found["base_sha256"]))
+    except NotFound:
+        return base_model, base_sha256
+    except (ValueError, KeyError, TypeError) as error:
+        raise Corrupt(f"is no FORMAT of a subspace: {error}", where) from error
+    if number > FORMAT_NUMBER:
+        raise Corrupt(f"has format {number}, this code reads up to {FORMAT_NUMBER}", where, "use a newer onebasis")
+    for what, stored, ours in zip(("name", "sha256"), theirs, (base_model, base_sha256), strict=True):
+        if stored and ours and stored != ours:
+            raise InvalidInput(
+                f"this subspace belongs to the base model with {what} {stored!r}, not {ours!r}",
+                where,
+                "choose another storage.url, or the base model it was made for",
+            )
+    return theirs[0] or base_model, theirs[1] or base_sha256
+
+
+def _check_shapes(adapter: Adapter, before: Mapping[str, ModuleSubspace]) -> None:
+    for name, update in adapter.modules.items():
+        if name in before and before[name].basis.shape != update.shape:
+            raise InvalidInput(f"has shape {update.shape}, the subspace has {before[name].basis.shape}", name)
+
+
+def _preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:
+    before, after = state.tasks_at(old), state.tasks_at(new)
+    return RollbackPreview(
+        old,
+        new,
+        tuple(merged for task, merged in before.items() if task not in after),
+        tuple(merged for task, merged in after.items() if task not in before),
+    )
+
+
+def _ranks(bases: Mapping[str, ModuleBasis], name: str) -> tuple[int, int]:
+    return bases[name].ranks if name in bases else (0, 0)
+
+
+def _summary(record: version_log.Record) -> str:
+    """The record's body in one line."""
+    body = record.body
+    if record.op == version_log.MERGE:
+        names = ", ".join(task["name"] for task in body["version"]["added"])
+        return f"version {body['version']['number']}: {names}"
+    if record.op == version_log.SCORES:
+        return f"version {body['version']}: {len(body['scores'])} scores"
+    if record.op == version_log.REJECT:
+        return f"version {body['version']}: {body['reason']}"
+    if record.op == version_log.ROLLBACK:
+        return f"version {body['from']} → {body['version']}" + (f": {body['reason']}" if body["reason"] else "")
+    if record.op == version_log.PUBLISH:
+        return f"version {body['version']}"
+    return f"epoch {record.epoch}"
