@@ -135,10 +135,31 @@ class Settings(Section):
     server: ServerSettings = ServerSettings()
 
 
-def read_settings(path: Path) -> Settings:
-    """Read a settings file.
+def read_settings(path: Path, root: Path | None = None) -> Settings:
+    """Read a settings file and make its relative paths absolute.
+
+    Args:
+        root: Folder that relative paths start from; default: where the command runs. A worker runs elsewhere.
 
     Raises:
         InvalidInput: Missing file, bad YAML, unknown key (with its path and the nearest right one) or value.
     """
-    return read_document(path, Settings)
+    settings = read_document(path, Settings)
+    root = (root or Path.cwd()).resolve()
+    storage, mlflow = settings.storage, settings.mlflow
+    url = f"file:{root / storage.url.removeprefix('file:')}" if storage.url.startswith("file:") else storage.url
+    return settings.model_copy(
+        update={
+            "state_dir": str(root / settings.state_dir),
+            "data_roots": tuple(str(root / folder) for folder in settings.data_roots),
+            "database_url": _located(settings.database_url, root),
+            "storage": storage.model_copy(update={"url": url}),
+            "mlflow": mlflow.model_copy(update={"tracking_uri": _located(mlflow.tracking_uri, root)}),
+        }
+    )
+
+
+def _located(url: str, root: Path) -> str:
+    """A SQLite URL with an absolute path; any other URL as it is."""
+    start = "sqlite:///"
+    return f"{start}{root / url.removeprefix(start)}" if url.startswith(start) else url

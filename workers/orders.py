@@ -6,6 +6,7 @@ restarted gives its orders again and finds the running work.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from configs.task_spec import TaskSpec
@@ -39,6 +40,17 @@ class Evaluate:
 
 
 Order = Train | Evaluate
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """What a warm worker knows of its base model; the control plane checks submissions against it."""
+
+    sha256: str
+    module_shapes: Mapping[str, tuple[int, int]]
+    """(N, D) of every linear layer that may be adapted."""
+    length_max: int
+    """Longest input in tokens."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""From a task document to a task in the queue: everything that can be wrong is found here, before any worker.
+
+A task's data is copied and frozen under the task's id on the object storage, so that a file that changes later
+changes no score, and workers on other machines can read it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.document import check_document
+from configs.errors import InvalidInput
+from configs.settings import Settings
+from configs.task_spec import TaskSpec
+from orchestrator.task_queue import TaskQueue
+from orchestrator.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState, new_task_id
+from subspace_store import Storage
+from subspace_store.adapter import Adapter, adapter_to_bytes, digest
+from subspace_store.peft_format import read_peft_folder
+from workers.orders import BaseLayout
+from workers.task_data import check_rows
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checked submission, not yet taken in."""
+
+    spec: TaskSpec
+    train: bytes
+    """Training rows, gzipped; or, for an import, the adapter in canonical form."""
+    train_count: int
+    evaluation: bytes
+    eval_count: int
+    warnings: tuple[str, ...]
+
+
+def check_submission(document: Mapping[str, Any], settings: Settings, layout: BaseLayout) -> Draft:
+    """Check everything about a submission without keeping anything.
+
+    Raises:
+        InvalidInput: The document, the team, the base model, a path, a row, the target modules or the adapter to
+            import; names the key, file and row.
+    """
+    spec = check_document(dict(document), TaskSpec, "task")
+    if spec.team not in settings.teams:
+        raise InvalidInput(
+            f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
+        )
+    if spec.base_model != settings.base_model.name:
+        raise InvalidInput(
+            f"'{spec.base_model}' is not allowed here", "base_model", f"this service serves '{settings.base_model.name}'"
+        )
+    if spec.data.max_length > layout.length_max:
+        raise InvalidInput(
+            f"{spec.data.max_length} tokens are more than the base model's {layout.length_max}", "data.max_length"
+        )
+    evaluation, eval_count, train, train_count, warnings = b"", 0, b"", 0, []
+    if spec.data.eval_file:
+        path = _allowed(spec.data.eval_file, settings, "data.eval_file")
+        eval_count, evaluation = check_rows(path, spec.data).rows, _frozen(path)
+    if spec.method.name == "import":
+        folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
+        train = adapter_to_bytes(_checked_import(folder, settings, layout))
+    else:
+        _check_targets(spec, layout)
+        path = _allowed(spec.data.train_file or "", settings, "data.train_file")
+        counts = check_rows(path, spec.data, Path(spec.data.eval_file) if spec.data.eval_file else None)
+        train_count, train = counts.rows, _frozen(path)
+        warnings += [f"label '{name}' has no training row" for name, count in counts.per_label.items() if not count]
+        if counts.shared_rows:
+            warnings.append(f"{counts.shared_rows} training rows are also evaluation rows: the scores flatter the task")
+    return Draft(spec, train, train_count, evaluation, eval_count, tuple(warnings))
+
+
+def admit(
+    draft: Draft, settings: Settings, queue: TaskQueue, storage: Storage, submitted_by: str
+) -> tuple[TaskRecord, bool]:
+    """Take a checked submission in: freeze its data, then write its row.
+
+    Returns:
+        The task and True; or the task that the same submission made before, and False. After this the task is
+        acknowledged and survives anything.
+
+    Raises:
+        InvalidInput: The team has too many tasks waiting.
+        Conflict: Another task of that name is alive or published.
+    """
+    spec = draft.spec
+    waiting = queue.tasks((TaskState.QUEUED,), spec.team)
+    limit = settings.teams[spec.team].queued_max
+    if len(waiting) >= limit:
+        raise InvalidInput(f"team '{spec.team}' has {limit} tasks waiting, its limit", "teams.queued_max", "wait")
+    task_id = new_task_id()
+    train_name = "adapter.safetensors" if spec.method.name == "import" else "train.jsonl.gz"
+    record = TaskRecord(
+        task_id=task_id,
+        team=spec.team,
+        name=spec.name,
+        client_key=spec.client_key or _default_key(draft, queue),
+        spec=spec,
+        submitted_at=time.time(),
+        submitted_by=submitted_by,
+        train_key=f"data/{task_id}/{train_name}",
+        train_count=draft.train_count,
+        eval_key=f"data/{task_id}/eval.jsonl.gz" if draft.evaluation else "",
+        eval_count=draft.eval_count,
+        eval_sha256=digest(draft.evaluation) if draft.evaluation else "",
+    )
+    storage.write(record.train_key, draft.train)
+    if record.eval_key:
+        storage.write(record.eval_key, draft.evaluation)
+    taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)))
+    if not is_new:
+        for key in (record.train_key, record.eval_key):
+            if key:
+                storage.delete(key)
+    return taken, is_new
+
+
+def _default_key(draft: Draft, queue: TaskQueue) -> str:
+    """The same document with the same data is the same task, unless that one ended without a result."""
+    content = draft.spec.model_dump_json().encode() + digest(draft.train).encode() + digest(draft.evaluation).encode()
+    stem = f"auto-{digest(content)[:24]}"
+    ended = [
+        record
+        for record in queue.tasks(ENDED_WITHOUT_RESULT, draft.spec.team)
+        if record.client_key == stem or record.client_key.startswith(f"{stem}.")
+    ]
+    return f"{stem}.{len(ended)}" if ended else stem
+
+
+def _allowed(path: str, settings: Settings, key: str) -> Path:
+    """The real path, links resolved, if it lies below an allowed folder."""
+    real = Path(path).resolve()
+    if not any(real.is_relative_to(Path(root).resolve()) for root in settings.data_roots):
+        raise InvalidInput(
+            f"{path} is outside the folders that this service reads",
+            key,
+            f"put it below one of: {', '.join(settings.data_roots)}",
+        )
+    return real
+
+
+def _frozen(path: Path) -> bytes:
+    """The file's bytes, gzipped without a timestamp: the same rows give the same digest."""
+    content = path.read_bytes()
+    return content if content.startswith(b"\x1f\x8b") else gzip.compress(content, mtime=0)
+
+
+def _check_targets(spec: TaskSpec, layout: BaseLayout) -> None:
+    for target in spec.lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in layout.module_shapes):
+            known = sorted({name.rpartition(".")[2] for name in layout.module_shapes})
+            raise InvalidInput(
+                f"the base model has no linear layer '{target}'", "lora.target_modules", f"it has: {', '.join(known)}"
+            )
+
+
+def _checked_import(folder: Path, settings: Settings, layout: BaseLayout) -> Adapter:
+    adapter = read_peft_folder(folder, settings.base_model.name, layout.sha256)
+    for name, update in adapter.modules.items():
+        known = {n: s for n, s in layout.module_shapes.items() if n == name or n.endswith(f".{name}")}
+        if not known:
+            raise InvalidInput(
+                f"the adapter changes '{name}', which base model '{settings.base_model.name}' does not have",
+                str(folder),
+                "was it trained on another base model?",
+            )
+        if update.shape not in known.values():
+            raise InvalidInput(
+                f"module '{name}' has shape {update.shape}, the base model's is {next(iter(known.values()))}",
+                str(folder),
+                "was it trained on another base model?",
+            )
+    return adapter

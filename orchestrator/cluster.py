@@ -1,0 +1,199 @@
+"""The machines, as the controller sees them: orders to workers, calls to the store, and what comes back.
+
+The only file that speaks to Ray on the control plane's side. `Cluster` is the seam; tests of the controller use a
+stand-in with threads.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from subspace_store.store_actor import store_actor
+from workers.worker_actor import worker_actor
+
+from configs.errors import Unavailable
+from configs.settings import Settings
+from orchestrator.ray_head import ray_environment
+from workers.orders import Order
+
+Flight = Any
+"""Something under way; opaque to the controller."""
+
+
+class MachineLost(Unavailable):
+    """The process that should have answered is gone; whether it did its work is unknown."""
+
+
+class Cluster(Protocol):
+    """Gives work out and collects what came of it."""
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Names of the workers."""
+        ...
+
+    def run(self, worker: str, order: Order) -> Flight:
+        """Give an order; the flight's result is an Outcome."""
+        ...
+
+    def warm(self, worker: str) -> Flight:
+        """Ask a worker to load the base model; the result is None once it is ready."""
+        ...
+
+    def progress(self, worker: str) -> Flight:
+        """Ask a worker what it is doing; the result is a Progress."""
+        ...
+
+    def cancel(self, worker: str, token: str) -> None:
+        """Tell a worker to stop an order."""
+        ...
+
+    def replace(self, worker: str) -> None:
+        """End a worker that does not answer; a fresh one takes its name."""
+        ...
+
+    def store(self, method: str, *args: Any, **kwargs: Any) -> Flight:
+        """Call the subspace's one writer."""
+        ...
+
+    def replace_store(self) -> None:
+        """End a writer that was fenced; a fresh one acquires the next epoch."""
+        ...
+
+    def landed(self, flights: Sequence[Flight], timeout_seconds: float) -> list[Flight]:
+        """Those that are done, waiting at most so long for the first."""
+        ...
+
+    def result(self, flight: Flight) -> Any:
+        """What a landed flight brought. Raises MachineLost, or what was raised on the other side."""
+        ...
+
+
+class RayCluster:
+    """Detached named actors: one writer of the subspace, `workers.count` workers. They outlive this process."""
+
+    def __init__(self, settings: Settings, address: str, token_path: Path, base_sha256: str) -> None:
+        """Join a running Ray cluster. Actors are started by `start`."""
+        os.environ.update(ray_environment(token_path))
+        import ray
+
+        self._ray = ray
+        self._settings = settings
+        self._base_sha256 = base_sha256
+        self._namespace = f"onebasis-{settings.base_model.name}"
+        try:
+            ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
+        except Exception as error:
+            raise Unavailable(f"cannot join the Ray cluster: {error}", address, "is its head running?") from error
+        self._workers = {f"worker-{number}": None for number in range(settings.workers.count)}
+        self._actors: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """Find the actors again or start them; returns at once, `warm` tells when a worker is ready."""
+        self._actor("store")
+        for name in self._workers:
+            self._actor(name)
+
+    def stop(self, actors: bool) -> None:
+        """Leave the cluster; with `actors`, end the store and the workers too."""
+        if actors:
+            for name in ("store", *self._workers):
+                self._ray.kill(self._actor(name), no_restart=True)
+        self._ray.shutdown()
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        return tuple(self._workers)
+
+    def run(self, worker: str, order: Order) -> Flight:
+        return self._actor(worker).run.remote(order)
+
+    def warm(self, worker: str) -> Flight:
+        return self._actor(worker).warm.remote()
+
+    def progress(self, worker: str) -> Flight:
+        return self._actor(worker).progress.remote()
+
+    def cancel(self, worker: str, token: str) -> None:
+        self._actor(worker).cancel.remote(token)
+
+    def replace(self, worker: str) -> None:
+        self._end(worker)
+
+    def store(self, method: str, *args: Any, **kwargs: Any) -> Flight:
+        return getattr(self._actor("store"), method).remote(*args, **kwargs)
+
+    def replace_store(self) -> None:
+        self._end("store")
+
+    def landed(self, flights: Sequence[Flight], timeout_seconds: float) -> list[Flight]:
+        done, _ = self._ray.wait(list(flights), num_returns=1, timeout=timeout_seconds, fetch_local=False)
+        if not done:
+            return []
+        more, _ = self._ray.wait(list(flights), num_returns=len(flights), timeout=0, fetch_local=False)
+        return list(more)
+
+    def result(self, flight: Flight) -> Any:
+        lost = (self._ray.exceptions.RayActorError, self._ray.exceptions.WorkerCrashedError)
+        try:
+            return self._ray.get(flight)
+        except lost as error:
+            raise MachineLost(str(error).split("\n")[0]) from error
+        except self._ray.exceptions.RayTaskError as error:
+            # Ray wraps what the other side raised; callers catch our errors as themselves.
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+    def _end(self, name: str) -> None:
+        self._ray.kill(self._actors.pop(name, None) or self._actor(name), no_restart=True)
+        self._actors.pop(name, None)
+        # The name is free a moment after the kill; get_if_exists would find the dying actor before that.
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            try:
+                self._ray.get_actor(name)
+            except ValueError:
+                return
+            time.sleep(0.05)
+
+    def _actor(self, name: str) -> Any:
+        if name not in self._actors:
+            settings = self._settings
+            if name == "store":
+                self._actors[name] = store_actor(
+                    name,
+                    settings.storage,
+                    settings.base_model.name,
+                    settings.subspace,
+                    base_model=settings.base_model.name,
+                    base_sha256=self._base_sha256,
+                )
+            else:
+                self._actors[name] = worker_actor(
+                    name, settings.base_model, settings.storage, settings.base_model.name, settings.workers
+                )
+        return self._actors[name]
+
+
+def wait_for(cluster: Cluster, start: Callable[[], Flight], timeout_seconds: float) -> Any:
+    """Make one call to the cluster and wait for its result, again if the machine was lost meanwhile.
+
+    Only for calls that may be made twice: the store's carry an op_key.
+
+    Raises:
+        Unavailable: No answer in time.
+    """
+    until = time.monotonic() + timeout_seconds
+    while True:
+        flight = start()
+        if not cluster.landed([flight], max(0.0, until - time.monotonic())):
+            raise Unavailable("no answer in time", todo="try again; asking twice does no harm")
+        try:
+            return cluster.result(flight)
+        except MachineLost:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.3)

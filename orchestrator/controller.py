@@ -1,0 +1,554 @@
+"""The one loop: take what landed, advance the records, give the next orders.
+
+It holds no truth of its own. What it keeps in memory (orders under way, scores that came in) is asked for again
+after a restart: orders are idempotent by token, merges by operation key.
+
+Merging waits until the version before is judged, and then takes every task that waits in one version (group
+commit). So there is at most one unjudged candidate, and refusing it is one record. A group that the gate refuses
+is merged again one by one, which shows the culprit.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.settings import Settings
+from orchestrator.cluster import Cluster, Flight, MachineLost
+from orchestrator.fair_share import HALF_LIFE_SECONDS, Waiting, decayed_use, running_order
+from orchestrator.gate import judge
+from orchestrator.score_table import evaluations_due, score_table
+from orchestrator.task_lifecycle import (
+    Claimed,
+    Event,
+    Judged,
+    MergeBegun,
+    Merged,
+    MergeRefused,
+    MergeUndone,
+    Restored,
+    RolledBack,
+    Step,
+    TrainingDone,
+    TrainingFailed,
+    next_step,
+)
+from orchestrator.task_queue import LOG, TaskQueue
+from orchestrator.task_record import TaskRecord, TaskState, staging_key
+from subspace_store import StagedAdapter, Storage, SubspaceStore
+from subspace_store.version import CANDIDATE, MAIN, TaskScore
+from workers.orders import Evaluate, Evaluated, Failed, Progress, Train, Trained
+
+log = logging.getLogger("onebasis.controller")
+
+POLL_SECONDS = 0.02
+"""Longest wait for something to land before the queue is looked at: keeps submit-to-start short."""
+IDLE_SECONDS = 0.2
+RETRY_SECONDS = 1.0
+EVALUATION_TRIES = 3
+
+
+@dataclass
+class Seat:
+    """A worker as the controller sees it now."""
+
+    name: str
+    ready: bool = False
+    order: Train | Evaluate | None = None
+    heard_at: float = field(default_factory=time.time)
+    """Last sign of life while it has an order."""
+    beat_at: float = 0.0
+    cancelled: str = ""
+    """Token that it was told to stop."""
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What a flight was sent for."""
+
+    kind: str
+    """`warm`, `order`, `progress`, `merge`, `scores`, `verdict`."""
+    seat: Seat | None = None
+    task_ids: tuple[str, ...] = ()
+    version: int = 0
+
+
+class Controller:
+    """Owns the loop. One per service; `run` it in a thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        queue: TaskQueue,
+        storage: Storage,
+        store: SubspaceStore,
+        cluster: Cluster,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            store: A reader; writing goes through the cluster's store actor.
+            changed: Called when there is something new to report.
+        """
+        self._settings = settings
+        self._queue = queue
+        self._storage = storage
+        self._store = store
+        self._cluster = cluster
+        self._changed = changed
+        self._seats = [Seat(name) for name in cluster.workers]
+        self._flights: dict[Flight, Errand] = {}
+        self._scores: dict[int, dict[str, TaskScore]] = {}
+        self._failed_evaluations: dict[int, list[str]] = {}
+        self._not_before: dict[str, float] = {}
+        self._awake = threading.Event()
+        self._log_moved = threading.Event()
+        self._main_followed = -1
+        self.wake(log_moved=True)
+        self.healthy_at = 0.0
+        """Unix time of the last step that went through."""
+
+    @property
+    def ready_workers(self) -> int:
+        """Workers whose base model is loaded."""
+        return sum(seat.ready for seat in self._seats)
+
+    @property
+    def free_workers(self) -> int:
+        return sum(seat.ready and seat.order is None for seat in self._seats)
+
+    def wake(self, log_moved: bool = False) -> None:
+        """Something changed that the loop should look at now; `log_moved`: in the version log too. Thread-safe."""
+        if log_moved:
+            self._log_moved.set()
+        self._awake.set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
+        for seat in self._seats:
+            self._send(Errand("warm", seat), lambda seat=seat: self._cluster.warm(seat.name))
+        while not stop.is_set():
+            try:
+                self.step()
+                self.healthy_at = time.time()
+            except Unavailable as error:
+                log.warning("will retry: %s", error)
+                stop.wait(RETRY_SECONDS)
+                self.wake()
+            except Exception:
+                log.exception("a step failed; it is tried again")
+                stop.wait(RETRY_SECONDS)
+                self.wake()
+
+    def step(self) -> None:
+        """One turn: what landed, who is alive, what is next."""
+        for flight in self._landed():
+            errand = self._flights.pop(flight)
+            self._take(flight, errand)
+            if errand.kind != "progress":
+                self.wake()
+        self._listen()
+        if not self._awake.is_set() and not self._due_again():
+            return
+        self._awake.clear()
+        if self._log_moved.is_set():
+            self._log_moved.clear()
+            self._store.refresh()
+            self._follow_main()
+        live = self._queue.live()
+        self._merge([r for r in live if next_step(r) is Step.MERGE], live)
+        self._judge([r for r in live if next_step(r) is Step.JUDGE])
+        self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
+        self._train(live)
+
+    # --- what landed -------------------------------------------------------------------------------------------
+
+    def _landed(self) -> list[Flight]:
+        if not self._flights:
+            self._awake.wait(IDLE_SECONDS)
+            return []
+        return self._cluster.landed(list(self._flights), 0.0 if self._awake.is_set() else POLL_SECONDS)
+
+    def _take(self, flight: Flight, errand: Errand) -> None:
+        take = {
+            "warm": self._take_warm,
+            "order": self._take_order,
+            "progress": self._take_progress,
+            "merge": self._take_merge,
+            "scores": self._take_store_call,
+            "verdict": self._take_store_call,
+        }[errand.kind]
+        take(flight, errand)
+
+    def _take_warm(self, flight: Flight, errand: Errand) -> None:
+        assert errand.seat is not None
+        try:
+            self._cluster.result(flight)
+            errand.seat.ready = True
+            log.info("%s is warm", errand.seat.name)
+            self._changed()
+        except MachineLost as error:
+            log.warning("%s is away: %s", errand.seat.name, error)
+            self._later(f"warm:{errand.seat.name}")
+        except OnebasisError as error:
+            log.error("%s cannot load the base model: %s", errand.seat.name, error)
+            self._later(f"warm:{errand.seat.name}", 30 * RETRY_SECONDS)
+
+    def _take_order(self, flight: Flight, errand: Errand) -> None:
+        assert errand.seat is not None
+        seat, order = errand.seat, errand.seat.order
+        assert order is not None
+        seat.order = None
+        try:
+            outcome = self._cluster.result(flight)
+        except MachineLost as error:
+            seat.ready = False
+            self._later(f"warm:{seat.name}")
+            outcome = Failed(order.token, "lost", f"{seat.name} was lost: {error.what}")
+        except Exception as error:
+            log.exception("%s: order %s failed outside the worker's own handling", seat.name, order.token)
+            outcome = Failed(order.token, "lost", f"{seat.name}: {error}")
+        if isinstance(order, Train):
+            self._finish_training(order, outcome)
+        else:
+            self._finish_evaluation(order, outcome)
+
+    def _finish_training(self, order: Train, outcome: object) -> None:
+        now = time.time()
+        event: Event
+        if isinstance(outcome, Trained):
+            event = TrainingDone(outcome, now)
+        else:
+            assert isinstance(outcome, Failed)
+            event = TrainingFailed(order.token, outcome.fault, outcome.message, now)
+            if outcome.detail:
+                log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
+                self._queue.append(order.task_id, [(LOG, line) for line in outcome.detail.splitlines()])
+        record = self._queue.apply(order.task_id, event)
+        if order.train_key and record.state is TaskState.MERGING:
+            # Strict continual learning: training data is never read again once its task is trained.
+            self._storage.delete(order.train_key)
+        self._changed()
+
+    def _finish_evaluation(self, order: Evaluate, outcome: object) -> None:
+        if isinstance(outcome, Evaluated):
+            score = TaskScore(order.task_id, outcome.score, outcome.count)
+            self._scores.setdefault(order.version, {})[order.task_id] = score
+        elif isinstance(outcome, Failed):
+            self._failed_evaluations.setdefault(order.version, []).append(f"{order.task_id}: {outcome.message}")
+            log.warning("evaluation of %s at version %d failed: %s", order.task_id, order.version, outcome.message)
+
+    def _take_progress(self, flight: Flight, errand: Errand) -> None:
+        assert errand.seat is not None
+        seat = errand.seat
+        try:
+            progress: Progress = self._cluster.result(flight)
+        except Unavailable:
+            return  # the order's own flight tells whether the machine is gone
+        seat.heard_at = time.time()
+        order = seat.order
+        if order is None or progress.token != order.token or not isinstance(order, Train):
+            return
+        numbers = {
+            name: None if value != value else value
+            for name, value in vars(progress).items()
+            if name not in ("token", "log_lines")
+        }
+        lease_until = seat.heard_at + self._settings.workers.lease_seconds
+        if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
+            self._cluster.cancel(seat.name, order.token)
+        self._queue.append(order.task_id, [(LOG, line) for line in progress.log_lines])
+        if numbers["loss"] is not None:
+            self._queue.append_progress(order.task_id, progress.step, progress.loss, progress.learning_rate)
+
+    def _take_merge(self, flight: Flight, errand: Errand) -> None:
+        ids = errand.task_ids
+        try:
+            version = self._cluster.result(flight)
+        except (InvalidInput, Corrupt, NotFound) as error:
+            alone = len(ids) == 1
+            message = str(error)
+            self._apply(ids, MergeRefused(message, time.time()) if alone else MergeUndone(message, alone=True))
+            return
+        except Conflict as error:
+            # Another writer took over (a rollback from outside, a second service): ours must open anew.
+            log.warning("the store refused the merge: %s", error)
+            self._cluster.replace_store()
+            self._later("store")
+            return
+        except Exception as error:
+            # Nobody knows whether it is in: the same operation key is asked again and answers either way.
+            log.warning("the merge's outcome is unknown, asking again: %s", error)
+            self._later("store")
+            return
+        self.wake(log_moved=True)
+        self._apply(ids, Merged(version.number))
+        log.info("version %d: merged %s", version.number, ", ".join(ids))
+
+    def _take_store_call(self, flight: Flight, errand: Errand) -> None:
+        self.wake(log_moved=True)
+        try:
+            self._cluster.result(flight)
+        except Conflict as error:
+            log.warning("version %d: %s: %s", errand.version, errand.kind, error)
+            self._cluster.replace_store()
+            self._later("store")
+        except Exception as error:
+            log.warning("version %d: %s will be asked again: %s", errand.version, errand.kind, error)
+            self._later("store")
+
+    # --- who is alive ------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Heartbeats: ask every busy worker what it does; one that is silent for a whole lease is replaced."""
+        now = time.time()
+        for seat in self._seats:
+            if seat.order is not None and now - seat.beat_at >= self._settings.workers.heartbeat_seconds:
+                seat.beat_at = now
+                if not self._under_way("progress", seat):
+                    self._send(Errand("progress", seat), lambda seat=seat: self._cluster.progress(seat.name))
+                if now - seat.heard_at > self._settings.workers.lease_seconds:
+                    log.warning("%s has been silent for %.0f s: replacing it", seat.name, now - seat.heard_at)
+                    seat.heard_at = now
+                    self._cluster.replace(seat.name)
+            if not seat.ready and not self._under_way("warm", seat) and self._may(f"warm:{seat.name}"):
+                self._send(Errand("warm", seat), lambda seat=seat: self._cluster.warm(seat.name))
+
+    # --- what is next ------------------------------------------------------------------------------------------
+
+    def _merge(self, merging: Sequence[TaskRecord], live: Sequence[TaskRecord]) -> None:
+        unjudged = any(record.state is TaskState.EVALUATING for record in live)
+        if not merging or unjudged or self._writing() or not self._may("store"):
+            return
+        begun = next((record.merge_key for record in merging if record.merge_key), "")
+        group = [record for record in merging if record.merge_key == begun] if begun else self._next_group(merging)
+        ids = tuple(record.task_id for record in group)
+        if not begun:
+            if self._drop_orphan():
+                return
+            begun = f"merge:{secrets.token_hex(8)}"
+            if not self._apply(ids, MergeBegun(begun)):
+                return
+        staged = [StagedAdapter(r.task_id, r.title, r.staging_key, r.adapter_sha256) for r in group]
+        self._send(
+            Errand("merge", task_ids=ids),
+            lambda: self._cluster.store("merge", staged, op_key=begun, actor="controller"),
+        )
+
+    def _drop_orphan(self) -> bool:
+        """Whether a candidate that no task waits for (a lost database) had to be refused first."""
+        refs = self._store.state.refs
+        orphan = refs[CANDIDATE] != refs[MAIN]
+        if orphan:
+            self._send_verdict(refs[CANDIDATE], False, "no task waits for it")
+        return orphan
+
+    def _next_group(self, merging: Sequence[TaskRecord]) -> list[TaskRecord]:
+        """Everything that waits, in one version; those whose group failed, one by one after that."""
+        together = [record for record in merging if not record.merge_alone]
+        return together or [merging[0]]
+
+    def _judge(self, evaluating: Sequence[TaskRecord]) -> None:
+        """Bring the candidate's tasks one step nearer to a verdict; what is missing is read off the log."""
+        if not evaluating or not self._may("store"):
+            return
+        version = evaluating[0].version
+        state = self._store.state
+        ids = tuple(record.task_id for record in evaluating if record.version == version)
+        if any(v.number == version for v in state.lineage(state.refs[MAIN])):
+            self._apply(ids, Judged(True, f"published in version {version}", time.time()))
+        elif version in state.rejected:
+            self._refused(ids, state.rejected[version])
+        elif state.refs[CANDIDATE] != version:
+            self._apply(ids, MergeUndone("a rollback came in between", alone=False))
+        else:
+            if not self._writing():
+                self._score_or_decide(version)
+            return
+        self._scores.pop(version, None)
+        self._changed()
+        self.wake()
+
+    def _refused(self, ids: tuple[str, ...], reason: str) -> None:
+        if len(ids) > 1:
+            self._apply(ids, MergeUndone(f"its group failed the gate: {reason}", alone=True))
+        else:
+            self._apply(ids, Judged(False, reason, time.time()))
+
+    def _score_or_decide(self, version: int) -> None:
+        state, drift_min = self._store.state, self._settings.gate.drift_min
+        records = self._records(state.tasks_at(version))
+        found = self._scores.get(version, {})
+        due = [
+            task_id
+            for task_id in evaluations_due(state, version, drift_min)
+            if task_id in records and records[task_id].eval_key
+        ]
+        failures = self._failed_evaluations.get(version, [])
+        if len(failures) >= EVALUATION_TRIES:
+            self._send_verdict(version, False, f"it could not be scored: {failures[-1]}")
+        elif missing := [task_id for task_id in due if task_id not in found]:
+            self._send_evaluations(version, [records[task_id] for task_id in missing])
+        elif due:
+            scores = [found[task_id] for task_id in due]
+            self._send(
+                Errand("scores", version=version),
+                lambda: self._cluster.store(
+                    "record_scores", version, scores, op_key=f"scores:{version}", actor="controller"
+                ),
+            )
+        else:
+            decision = judge(score_table(state, version, drift_min), version, records, self._settings.gate)
+            self._send_verdict(version, decision.passed, decision.summary)
+
+    def _send_verdict(self, version: int, passed: bool, reason: str) -> None:
+        errand = Errand("verdict", version=version)
+        if passed:
+            key = f"publish:{version}"
+            self._send(errand, lambda: self._cluster.store("publish", version, op_key=key, actor="gate"))
+        else:
+            key = f"reject:{version}"
+            self._send(errand, lambda: self._cluster.store("reject", version, reason, op_key=key, actor="gate"))
+
+    def _send_evaluations(self, version: int, missing: Sequence[TaskRecord]) -> None:
+        flying = {
+            seat.order.task_id
+            for seat in self._seats
+            if isinstance(seat.order, Evaluate) and seat.order.version == version
+        }
+        waiting = [record for record in missing if record.task_id not in flying]
+        for seat, record in zip(self._free_seats(), waiting, strict=False):
+            token = f"{version}-{record.task_id}-{len(self._failed_evaluations.get(version, []))}"
+            self._order(seat, Evaluate(token, record.task_id, version, record.spec, record.eval_key))
+
+    def _resume(self, training: Sequence[TaskRecord]) -> None:
+        """Orders that ran when an earlier control plane died are given again under their token."""
+        busy = {seat.order.token for seat in self._seats if seat.order}
+        by_name = {seat.name: seat for seat in self._seats}
+        for record in training:
+            seat = by_name.get(record.worker)
+            if record.token in busy:
+                if record.cancel_requested and seat is not None and seat.cancelled != record.token:
+                    seat.cancelled = record.token
+                    self._cluster.cancel(seat.name, record.token)
+            elif seat is None:
+                failed = TrainingFailed(record.token, "lost", f"{record.worker} is no longer there", time.time())
+                self._queue.apply(record.task_id, failed)
+                self.wake()
+            elif seat.ready and seat.order is None:
+                self._order(seat, _train_order(record))
+
+    def _train(self, live: Sequence[TaskRecord]) -> None:
+        queued = [record for record in live if next_step(record) is Step.TRAIN]
+        claimed = {r.worker for r in live if r.state is TaskState.TRAINING}
+        free = [seat for seat in self._free_seats() if seat.name not in claimed]
+        if self._under_way("merge") or any(r.state is TaskState.EVALUATING for r in live):
+            # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
+            busy_scoring = any(isinstance(seat.order, Evaluate) for seat in self._seats)
+            free = free if busy_scoring else free[1:]
+        if not queued or not free:
+            return
+        by_id = {record.task_id: record for record in queued}
+        for seat, task_id in zip(free, self.running_order(live), strict=False):
+            token = secrets.token_hex(8)
+            claim = Claimed(token, seat.name, time.time())
+            if claimed_record := self._apply((by_id[task_id].task_id,), claim):
+                self._order(seat, _train_order(claimed_record[0]))
+
+    def running_order(self, live: Sequence[TaskRecord]) -> tuple[str, ...]:
+        """Ids of the queued tasks in the order in which they would start."""
+        now = time.time()
+        running: dict[str, int] = {}
+        for record in live:
+            if record.state is TaskState.TRAINING:
+                running[record.team] = running.get(record.team, 0) + 1
+        waiting = [
+            Waiting(r.task_id, r.team, r.spec.priority, r.submitted_at) for r in live if r.state is TaskState.QUEUED
+        ]
+        use = decayed_use(self._queue.uses(since=now - 10 * HALF_LIFE_SECONDS), now)
+        return running_order(waiting, use, running, {t: s.weight for t, s in self._settings.teams.items()})
+
+    def _follow_main(self) -> None:
+        """Tasks whose version `main` no longer holds are parked; those that it holds again are published."""
+        state = self._store.state
+        if state.refs[MAIN] == self._main_followed:
+            return
+        self._main_followed = state.refs[MAIN]
+        held = state.tasks_at(state.refs[MAIN])
+        now = time.time()
+        for record in self._queue.tasks((TaskState.PUBLISHED, TaskState.PARKED)):
+            if record.state is TaskState.PUBLISHED and record.task_id not in held:
+                reason = f"main was rolled back to version {state.refs[MAIN]}, before this task's {record.version}"
+                self._apply((record.task_id,), RolledBack(reason, now))
+                self._changed()
+            elif record.state is TaskState.PARKED and record.version and record.task_id in held:
+                self._apply((record.task_id,), Restored(f"main holds version {record.version} again"))
+                self._changed()
+
+    # --- helpers -----------------------------------------------------------------------------------------------
+
+    def _records(self, task_ids: Mapping[str, object]) -> dict[str, TaskRecord]:
+        records = {}
+        for task_id in task_ids:
+            try:
+                records[task_id] = self._queue.get(task_id)
+            except NotFound:
+                continue  # the database is younger than the store: the task cannot be scored any more
+        return records
+
+    def _free_seats(self) -> list[Seat]:
+        return [seat for seat in self._seats if seat.ready and seat.order is None]
+
+    def _order(self, seat: Seat, order: Train | Evaluate) -> None:
+        seat.order = order
+        seat.heard_at = seat.beat_at = time.time()
+        self._send(Errand("order", seat), lambda: self._cluster.run(seat.name, order))
+
+    def _send(self, errand: Errand, start: Callable[[], Flight]) -> None:
+        self._flights[start()] = errand
+
+    def _writing(self) -> bool:
+        return any(self._under_way(kind) for kind in ("merge", "scores", "verdict"))
+
+    def _under_way(self, kind: str, seat: Seat | None = None) -> bool:
+        return any(e.kind == kind and (seat is None or e.seat is seat) for e in self._flights.values())
+
+    def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:
+        """Apply, unless somebody (a cancel) came first: then the records are simply read again."""
+        self.wake()
+        try:
+            return self._queue.apply_all(task_ids, event)
+        except Conflict as error:
+            log.info("read again: %s", error)
+            return []
+
+    def _later(self, what: str, seconds: float = RETRY_SECONDS) -> None:
+        self._not_before[what] = time.time() + seconds
+
+    def _may(self, what: str) -> bool:
+        return time.time() >= self._not_before.get(what, 0.0)
+
+    def _due_again(self) -> bool:
+        """Whether something that had to wait may be tried now."""
+        now = time.time()
+        due = [what for what, at in self._not_before.items() if now >= at]
+        for what in due:
+            del self._not_before[what]
+        return bool(due)
+
+
+def _train_order(record: TaskRecord) -> Train:
+    return Train(
+        token=record.token,
+        task_id=record.task_id,
+        attempt=record.attempt,
+        spec=record.spec,
+        train_key=record.train_key,
+        eval_key=record.eval_key,
+        staging_key=staging_key(record.task_id, record.attempt, record.token),
+    )

@@ -1,0 +1,265 @@
+"""One page: the whole life of a task, as a pure function of its record and what happened.
+
+```
+             (a)            (b)            (d)            (f)
+   queued ───────▶ training ────▶ merging ────▶ evaluating ────▶ published ◀─(i)─┐
+     ▲  ▲             │            ▲  │            │  │              │           │
+     │  └─────(c)─────┘            │  │(e)         │  │(g)           └───(h)──▶ parked
+     │                             │  ▼            │  ▼
+   submitted                       │ parked        │ rejected
+                                   └──────(j)──────┘
+```
+(a) claimed by a worker. (b) adapter in staging. (c) machine lost or our own bug, budget left; else parked.
+A user's mistake parks at once. (d) merged into a version on `candidate`. (e) the store refused the adapter.
+(f) the gate let its version pass: `main` moved. (g) the gate did not. (h) `main` was rolled back behind it.
+(i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a rollback came in
+between): merged again. Cancelled can be reached until it is part of a merge.
+
+No Ray, no SQL, no torch in this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from configs.errors import Conflict
+from configs.settings import FailureSettings
+from orchestrator.task_record import TaskRecord, TaskState, staging_key
+from workers.orders import Trained
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A worker got the task under a fresh lease."""
+
+    token: str
+    worker: str
+    at: float
+
+
+@dataclass(frozen=True)
+class TrainingDone:
+    """The worker handed over an adapter."""
+
+    outcome: Trained
+    at: float
+
+
+@dataclass(frozen=True)
+class TrainingFailed:
+    """The worker could not. fault: `input`, `bug`, `cancelled`, or `lost` when the machine is gone."""
+
+    token: str
+    fault: str
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class MergeBegun:
+    """The task is part of the merge `merge_key` from now on."""
+
+    merge_key: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The store committed `version` with this task in it."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class MergeRefused:
+    """The store will not take this adapter."""
+
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class MergeUndone:
+    """The version it was merged into is no longer the candidate."""
+
+    message: str
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The gate's decision on the task's version."""
+
+    passed: bool
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """`main` moved behind the task's version."""
+
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Restored:
+    """`main` holds the task's version again."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class CancelRequested:
+    """Somebody wants it to stop."""
+
+    by: str
+    at: float
+
+
+Event = (
+    Claimed
+    | TrainingDone
+    | TrainingFailed
+    | MergeBegun
+    | Merged
+    | MergeRefused
+    | MergeUndone
+    | Judged
+    | RolledBack
+    | Restored
+    | CancelRequested
+)
+
+
+class Step(StrEnum):
+    """What the control plane owes a task now."""
+
+    TRAIN = "train"
+    AWAIT_ADAPTER = "await adapter"
+    MERGE = "merge"
+    JUDGE = "judge"
+    NOTHING = "nothing"
+
+
+def next_step(record: TaskRecord) -> Step:
+    """What to do next, read off the record alone: a restart needs no code of its own."""
+    return {
+        TaskState.QUEUED: Step.TRAIN,
+        TaskState.TRAINING: Step.AWAIT_ADAPTER,
+        TaskState.MERGING: Step.MERGE,
+        TaskState.EVALUATING: Step.JUDGE,
+    }.get(record.state, Step.NOTHING)
+
+
+def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> TaskRecord:
+    """The record after an event.
+
+    Returns:
+        The new record; `record` itself when a stale worker speaks (its lease token is no longer the task's).
+
+    Raises:
+        Conflict: The event does not belong to the record's state; nothing changes.
+    """
+    state = record.state
+    match event:
+        case Claimed() if state is TaskState.QUEUED:
+            return _with(
+                record,
+                state=TaskState.TRAINING,
+                attempt=record.attempt + 1,
+                token=event.token,
+                worker=event.worker,
+                claimed_at=event.at,
+                first_step_at=None,
+                reason="",
+            )
+        case TrainingDone() | TrainingFailed() if state is not TaskState.TRAINING or _is_stale(record, event):
+            return record
+        case TrainingDone(outcome=outcome):
+            return _with(
+                record,
+                state=TaskState.MERGING,
+                staging_key=outcome.staging_key or staging_key(record.task_id, record.attempt, record.token),
+                adapter_sha256=outcome.adapter_sha256,
+                adapter_parameters=outcome.adapter_parameters,
+                local_score=_measured(outcome.local_score),
+                base_score=_measured(outcome.base_score),
+                steps=outcome.steps,
+                train_loss=_measured(outcome.train_loss),
+                train_seconds=outcome.seconds,
+                first_step_at=outcome.first_step_at or None,
+            )
+        case TrainingFailed():
+            return _after_failure(record, event, settings)
+        case MergeBegun() if state is TaskState.MERGING:
+            return _with(record, merge_key=event.merge_key)
+        case Merged() if state is TaskState.MERGING:
+            return _with(record, state=TaskState.EVALUATING, version=event.version)
+        case MergeRefused() if state is TaskState.MERGING:
+            return _end(record, TaskState.PARKED, event.message, event.at)
+        case MergeUndone() if state in (TaskState.MERGING, TaskState.EVALUATING):
+            alone = record.merge_alone or event.alone
+            return _with(record, state=TaskState.MERGING, merge_key="", merge_alone=alone, version=0)
+        case Judged() if state is TaskState.EVALUATING:
+            passed = TaskState.PUBLISHED if event.passed else TaskState.REJECTED
+            return _end(record, passed, event.message, event.at)
+        case RolledBack() if state is TaskState.PUBLISHED:
+            return _end(record, TaskState.PARKED, event.message, event.at)
+        case Restored() if state is TaskState.PARKED and record.version:
+            return _with(record, state=TaskState.PUBLISHED, reason=event.message)
+        case CancelRequested():
+            return _after_cancel(record, event)
+    raise Conflict(
+        f"'{type(event).__name__}' cannot happen to a task that is {state}", record.title, "read the task again"
+    )
+
+
+def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureSettings) -> TaskRecord:
+    """Requeue or park, by whose fault it was. Each fault has a budget of its own."""
+    if event.fault == "cancelled" or record.cancel_requested:
+        return _end(record, TaskState.CANCELLED, event.message, event.at)
+    lost = record.lost_machines + (event.fault == "lost")
+    bugs = record.own_bugs + (event.fault == "bug")
+    counted = _with(record, lost_machines=lost, own_bugs=bugs, token="", worker="")
+    if event.fault == "input":
+        return _end(counted, TaskState.PARKED, event.message, event.at)
+    if lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
+        reason = f"gave up after {lost} lost machines and {bugs} internal errors; last: {event.message}"
+        return _end(counted, TaskState.PARKED, reason, event.at)
+    return _with(counted, state=TaskState.QUEUED, reason=event.message)
+
+
+def _after_cancel(record: TaskRecord, event: CancelRequested) -> TaskRecord:
+    reason = f"cancelled by {event.by}"
+    if record.state is TaskState.TRAINING:
+        return _with(record, cancel_requested=True)
+    if record.state is TaskState.QUEUED or (record.state is TaskState.MERGING and not record.merge_key):
+        return _end(record, TaskState.CANCELLED, reason, event.at)
+    if record.state is TaskState.CANCELLED:
+        return record
+    merged = record.state in (TaskState.MERGING, TaskState.EVALUATING, TaskState.PUBLISHED)
+    raise Conflict(
+        f"is {record.state} and cannot be cancelled",
+        record.title,
+        "it is part of a version: `onebasis rollback V --preview` shows how to undo one" if merged else "",
+    )
+
+
+def _is_stale(record: TaskRecord, event: TrainingDone | TrainingFailed) -> bool:
+    token = event.outcome.token if isinstance(event, TrainingDone) else event.token
+    return token != record.token
+
+
+def _end(record: TaskRecord, state: TaskState, reason: str, at: float) -> TaskRecord:
+    return _with(record, state=state, reason=reason, ended_at=at)
+
+
+def _measured(value: float) -> float | None:
+    return None if value != value else value  # NaN is the only number unequal to itself
+
+
+def _with(record: TaskRecord, **changes: Any) -> TaskRecord:
+    return record.model_copy(update=changes)

@@ -1,0 +1,101 @@
+"""A task as the control plane knows it: one frozen record, the whole truth about it between two events.
+
+No Ray, no torch, no SQL here: a restarted control plane loads these records and goes on.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from enum import StrEnum
+
+from configs.document import Section
+from configs.task_spec import TaskSpec
+
+
+class TaskState(StrEnum):
+    """Where a task is in its life; the arrows are in task_lifecycle.py."""
+
+    QUEUED = "queued"
+    TRAINING = "training"
+    MERGING = "merging"
+    EVALUATING = "evaluating"
+    PUBLISHED = "published"
+    REJECTED = "rejected"
+    PARKED = "parked"
+    CANCELLED = "cancelled"
+
+
+LIVE = (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING, TaskState.EVALUATING)
+"""States in which the control plane still owes the task something."""
+
+ENDED_WITHOUT_RESULT = (TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
+"""States after which the same task may be submitted anew under its name."""
+
+
+class TaskRecord(Section):
+    """One task. Optional numbers are None where not measured, never 0."""
+
+    task_id: str
+    team: str
+    name: str
+    client_key: str
+    spec: TaskSpec
+    submitted_at: float
+    """Unix seconds, as all times here."""
+    submitted_by: str = ""
+    train_key: str = ""
+    """Storage key of the frozen training rows; empty for an import."""
+    train_count: int = 0
+    eval_key: str = ""
+    """Storage key of the frozen evaluation rows; empty when an import brought none."""
+    eval_count: int = 0
+    eval_sha256: str = ""
+
+    state: TaskState = TaskState.QUEUED
+    revision: int = 0
+    """Counts the writes; a writer that read an older revision is refused."""
+    reason: str = ""
+    """Why it is rejected, parked or cancelled, for people."""
+    cancel_requested: bool = False
+
+    attempt: int = 0
+    token: str = ""
+    """Lease of the running attempt: a report that names another one is stale."""
+    worker: str = ""
+    claimed_at: float | None = None
+    lost_machines: int = 0
+    own_bugs: int = 0
+
+    first_step_at: float | None = None
+    train_seconds: float | None = None
+    train_loss: float | None = None
+    steps: int = 0
+    staging_key: str = ""
+    adapter_sha256: str = ""
+    adapter_parameters: int = 0
+    local_score: float | None = None
+    base_score: float | None = None
+
+    merge_key: str = ""
+    """Operation key of the merge it is part of: the same merge asked for again is the same version."""
+    merge_alone: bool = False
+    """Its group failed the gate: it is merged by itself, so that the culprit shows."""
+    version: int = 0
+    """Version of birth; 0 before merging."""
+    ended_at: float | None = None
+
+    @property
+    def title(self) -> str:
+        """`team/name`, what people call it."""
+        return f"{self.team}/{self.name}"
+
+
+def new_task_id(now: float | None = None) -> str:
+    """An id that sorts by time and is unique without a counter: ids outlive a lost database in the version log."""
+    return f"t{int(now if now is not None else time.time()):09x}{secrets.token_hex(3)}"
+
+
+def staging_key(task_id: str, attempt: int, token: str) -> str:
+    """Where one attempt puts its adapter; no two attempts share a key."""
+    return f"staging/{task_id}/{attempt}-{token}/adapter.safetensors"
