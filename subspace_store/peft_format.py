@@ -78,7 +78,9 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str) -> Adapter
             raise InvalidInput(f"is larger than {WEIGHTS_BYTES_MAX} bytes", str(weights_file))
         tensors = load_safetensors(weights_file.read_bytes())
     except OSError as error:
-        raise InvalidInput(f"cannot read the file: {error}", str(weights_file), "name a folder saved by PEFT") from error
+        raise InvalidInput(
+            f"cannot read the file: {error}", str(weights_file), "name a folder saved by PEFT"
+        ) from error
     except SafetensorError as error:
         raise InvalidInput(f"is not a safetensors file: {error}", str(weights_file), "copy or save it again") from error
     return from_peft(config, tensors, base_model, base_sha256, str(folder))
@@ -271,7 +273,8 @@ def _check_pair(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]
             raise InvalidInput(f"has no lora_{part} for the module {name!r}", where, "the file is not complete")
         if pair[part].ndim != 2:
             raise InvalidInput(
-                f"has lora_{part} of {name!r} with shape {tuple(pair[part].shape)}; convolutions cannot be merged", where
+                f"has lora_{part} of {name!r} with shape {tuple(pair[part].shape)}; convolutions cannot be merged",
+                where,
             )
     b_NR, a_RD = pair["B"], pair["A"]
     if b_NR.shape[1] != a_RD.shape[0]:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig
 
 from configs.errors import InvalidInput
 from configs.task_spec import DataSpec, Metric
 from subspace_store.adapter import Adapter
 from subspace_store.peft_format import to_peft
 from workers.base_model import BaseModel
+from workers.peft_model import put_tensors, with_lora
 from workers.task_data import Row
 
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
@@ -105,10 +106,8 @@ def adapted_classifier(base: BaseModel, adapter: Adapter, label_names: Sequence[
     if not with_update:
         return model
     config, tensors = to_peft(adapter)
-    model = get_peft_model(model, LoraConfig(**config))
-    loaded = set_peft_model_state_dict(model, tensors)
-    if loaded.unexpected_keys:
-        raise InvalidInput(f"does not fit the base model: {loaded.unexpected_keys[:3]}", "adapter")
+    model = with_lora(model, LoraConfig(**config))
+    put_tensors(model, tensors)
     return model
 
 

