@@ -1,0 +1,100 @@
+"""What every storage must do, as one class of tests. An implementation subclasses it and gives a `storage`."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import pytest
+
+from configs.errors import InvalidInput, NotFound
+from subspace_store.storage import Storage
+
+
+class StorageContract:
+    """Subclass as `TestXStorage` with a fixture `storage` that is empty at every test."""
+
+    many_keys: ClassVar[int] = 1100
+    """More than the 1000 that one page of an S3 listing holds."""
+
+    @pytest.fixture
+    def storage(self) -> Storage:
+        raise NotImplementedError
+
+    def test_it_is_a_storage(self, storage: Storage) -> None:
+        assert isinstance(storage, Storage)
+
+    def test_what_was_written_is_read(self, storage: Storage) -> None:
+        storage.write("blobs/1/a.bin", b"\x00\xff" * 5000)
+        storage.write("empty", b"")
+        assert storage.read("blobs/1/a.bin") == b"\x00\xff" * 5000
+        assert storage.read("empty") == b""
+
+    def test_a_write_replaces(self, storage: Storage) -> None:
+        storage.write("log/_hint", b"1")
+        storage.write("log/_hint", b"2")
+        assert storage.read("log/_hint") == b"2"
+
+    def test_an_absent_object_is_not_found_by_name(self, storage: Storage) -> None:
+        with pytest.raises(NotFound, match="log/00000000000000000001"):
+            storage.read("log/00000000000000000001.json")
+
+    def test_a_second_create_is_refused_and_changes_nothing(self, storage: Storage) -> None:
+        assert storage.create("log/1.json", b"first") is True
+        assert storage.create("log/1.json", b"second") is False
+        assert storage.read("log/1.json") == b"first"
+
+    def test_an_existing_object_cannot_be_created(self, storage: Storage) -> None:
+        storage.write("FORMAT", b"written")
+        assert storage.create("FORMAT", b"created") is False
+
+    def test_of_eight_that_create_at_once_one_wins_and_its_bytes_are_there(self, storage: Storage) -> None:
+        for slot in range(5):
+            with ThreadPoolExecutor(8) as pool:
+                won = list(pool.map(lambda me, s=slot: storage.create(f"log/{s}", f"{me}".encode()), range(8)))
+            assert won.count(True) == 1
+            assert storage.read(f"log/{slot}") == f"{won.index(True)}".encode()
+
+    def test_keys_are_sorted_and_start_with_the_prefix(self, storage: Storage) -> None:
+        for key in ("log/2", "log/10", "log/1", "logs/1", "a/log/1", "log/x/y"):
+            storage.write(key, b"")
+        assert storage.keys("log/") == ["log/1", "log/10", "log/2", "log/x/y"]
+        assert storage.keys("log/1") == ["log/1", "log/10"]
+        assert storage.keys("") == ["a/log/1", "log/1", "log/10", "log/2", "log/x/y", "logs/1"]
+        assert storage.keys("nothing/") == []
+
+    def test_keys_after_one_leave_it_out(self, storage: Storage) -> None:
+        for key in ("log/1", "log/2", "log/3"):
+            storage.write(key, b"")
+        assert storage.keys("log/", after="log/1") == ["log/2", "log/3"]
+        assert storage.keys("log/", after="log/15") == ["log/2", "log/3"]
+        assert storage.keys("log/", after="log/3") == []
+
+    def test_a_long_listing_is_complete(self, storage: Storage) -> None:
+        names = [f"log/{number:020d}.json" for number in range(self.many_keys)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: storage.write(name, b"."), names))
+        assert storage.keys("log/") == names
+        assert storage.keys("log/", after=names[9]) == names[10:]
+
+    def test_deleting_is_final_and_twice_is_fine(self, storage: Storage) -> None:
+        storage.write("staging/t/1", b"x")
+        storage.delete("staging/t/1")
+        storage.delete("staging/t/1")
+        assert storage.keys("staging/") == []
+        assert storage.create("staging/t/1", b"again") is True
+
+    @pytest.mark.parametrize(
+        "key", ["", "/etc/passwd", "../other", "log/../../other", "log//1", "log/.", "a\\b", "a\0b"]
+    )
+    def test_a_key_cannot_leave_the_root(self, storage: Storage, key: str) -> None:
+        for act in (storage.read, storage.delete, lambda k: storage.write(k, b""), lambda k: storage.create(k, b"")):
+            with pytest.raises(InvalidInput, match="not a storage key"):
+                act(key)
+
+    def test_a_copy_sent_to_another_process_sees_the_same_objects(self, storage: Storage) -> None:
+        storage.write("a", b"1")
+        copy = pickle.loads(pickle.dumps(storage))
+        assert copy.url == storage.url
+        assert copy.read("a") == b"1"

@@ -1,0 +1,99 @@
+"""Adapters, stores and faulty storages for the tests of the subspace store."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from configs.errors import Unavailable
+from configs.settings import SubspaceSettings
+from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore, Version, canonical_update
+from subspace_store.memory_storage import MemoryStorage
+
+SHAPES = {"layer.0.query": (24, 20), "layer.0.value": (16, 20)}
+BASE = "tiny-base"
+_places = itertools.count()
+
+
+def fresh_storage() -> MemoryStorage:
+    """A place in memory that no other test uses."""
+    return MemoryStorage(f"test-{next(_places)}")
+
+
+def random_adapter(
+    seed: int, rank: int = 4, shapes: Mapping[str, tuple[int, int]] = SHAPES, size: float = 1.0, base: str = BASE
+) -> Adapter:
+    """Random updates with singular values that fall by a third each, so that truncation has something to drop."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, (n, d) in shapes.items():
+        b_NR = torch.randn(n, rank, generator=generator) * 0.66 ** torch.arange(rank)
+        modules[name] = canonical_update(b_NR, torch.randn(rank, d, generator=generator), size)
+    head = {"classifier.weight": torch.randn(2, 5, generator=generator)}
+    return Adapter(base, "", modules, head, {"method": "lora", "seed": str(seed)})
+
+
+def staged(store: SubspaceStore, task_id: str, adapter: Adapter) -> StagedAdapter:
+    """Upload an adapter."""
+    ref = store.stage(f"staging/{task_id}/1/adapter.safetensors", adapter)
+    return StagedAdapter(task_id, f"team/{task_id}", ref.key, ref.sha256)
+
+
+def merged(store: SubspaceStore, adapters: Mapping[str, Adapter], op_key: str = "") -> Version:
+    """Upload and merge adapters as one version."""
+    uploads = [staged(store, task_id, adapter) for task_id, adapter in adapters.items()]
+    return store.merge(uploads, op_key=op_key or "merge " + " ".join(adapters), actor="test")
+
+
+def opened(storage: Storage | None = None, writer: str | None = "writer", **settings: object) -> SubspaceStore:
+    """A store on this storage, or on a new place in memory."""
+    where = fresh_storage() if storage is None else storage
+    return SubspaceStore.open(where, settings=SubspaceSettings(**settings), base_model=BASE, writer=writer)  # type: ignore[arg-type]
+
+
+def deltas(adapter: Adapter) -> dict[str, Tensor]:
+    """Dense float64 updates."""
+    return {name: update.delta() for name, update in adapter.modules.items()}
+
+
+def relative_distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor], norm_of: Mapping[str, Tensor]) -> float:
+    """‖one − other‖ / ‖norm_of‖ over all modules."""
+    assert one.keys() == other.keys()
+    distance = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return float((distance / sum(float(delta.square().sum()) for delta in norm_of.values())) ** 0.5)
+
+
+class FaultyStorage:
+    """A storage whose create asks `fault` what to do each time: None, "before" or "after" the write it fails."""
+
+    def __init__(self, inner: Storage, fault: Callable[[str], str | None]) -> None:
+        self.inner = inner
+        self.fault = fault
+
+    @property
+    def url(self) -> str:
+        return self.inner.url
+
+    def read(self, key: str) -> bytes:
+        return self.inner.read(key)
+
+    def write(self, key: str, content: bytes) -> None:
+        self.inner.write(key, content)
+
+    def create(self, key: str, content: bytes) -> bool:
+        fault = self.fault(key)
+        if fault == "before":
+            raise Unavailable("connection lost before the write", key)
+        done = self.inner.create(key, content)
+        if fault == "after":
+            raise Unavailable("connection lost after the write", key)
+        return done
+
+    def keys(self, prefix: str, after: str = "") -> list[str]:
+        return self.inner.keys(prefix, after)
+
+    def delete(self, key: str) -> None:
+        self.inner.delete(key)

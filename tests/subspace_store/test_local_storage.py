@@ -1,0 +1,51 @@
+"""A folder obeys the storage contract, and survives crashes and full disks."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from configs.errors import Unavailable
+from subspace_store.local_storage import TEMPORARY, LocalStorage
+from tests.contracts.storage_contract import StorageContract
+
+
+class TestLocalStorage(StorageContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> LocalStorage:
+        return LocalStorage(str(tmp_path / "store"))
+
+
+def test_a_crash_while_writing_leaves_the_old_bytes_and_nothing_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("log/_hint", b"old")
+    (tmp_path / "log" / f"{TEMPORARY}dead").write_bytes(b"half")  # what a killed process leaves
+
+    def full(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(Unavailable, match="No space left"):
+        storage.write("log/_hint", b"new")
+    assert storage.read("log/_hint") == b"old"
+    assert storage.keys("") == ["log/_hint"]
+
+
+def test_the_file_is_flushed_before_it_gets_its_name_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("log/0", b"")
+    steps: list[str] = []
+    fsync, link = os.fsync, os.link
+    monkeypatch.setattr(os, "fsync", lambda handle: (steps.append("flush"), fsync(handle))[1])
+    monkeypatch.setattr(os, "link", lambda *names: (steps.append("name"), link(*names))[1])
+    storage.create("log/1", b"x")
+    assert steps == ["flush", "name", "flush"]
+
+
+def test_reading_a_folder_is_reading_nothing(tmp_path: Path) -> None:
+    assert LocalStorage(str(tmp_path / "never-made")).keys("log/") == []
+    assert not (tmp_path / "never-made").exists()
