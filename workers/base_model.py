@@ -91,9 +91,10 @@ class BaseModel:
         config.problem_type = "single_label_classification"
         with init_empty_weights(include_buffers=False):
             model = AutoModelForSequenceClassification.from_config(config)
-        # A Parameter object of its own per task: a flag, a gradient or a partition set on it stays with the task.
-        wrapped = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in self._shared.items()}
-        model.load_state_dict(wrapped, strict=False, assign=True)
+        # Each task gets Parameter objects of its own: a flag, a gradient or a partition set on one stays there.
+        model.load_state_dict(self._shared, strict=False, assign=True)
+        for name in self._shared:
+            model.get_parameter(name).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name in self.head_modules:
@@ -115,7 +116,7 @@ def load_base_model(settings: BaseModelSettings, device: str | None = None) -> B
     """
     folder = resolve_source(settings.source)
     sha256 = weights_digest(folder)
-    if settings.weights_sha256 is not None and sha256 != settings.weights_sha256:
+    if sha256 != settings.weights_sha256:
         raise InvalidInput(
             f"weights have sha256 {sha256}, but base_model.weights_sha256 is {settings.weights_sha256}",
             str(folder),

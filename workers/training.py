@@ -75,9 +75,10 @@ def train_task(
     run = TrainingRun()
     with deepspeed_process(spec.training.deepspeed):
         report(Progress(order.token, "loading", log_lines=(f"task {order.task_id}: method {spec.method.name}",)))
-        prepared = method.prepare(base, spec)
+        frozen = storage.read(order.train_key) if order.train_key else b""
+        prepared = method.prepare(base, spec, frozen)
         if method.TRAINS:
-            rows = read_rows(storage.read(order.train_key), spec.data, "training rows")
+            rows = read_rows(frozen, spec.data, "training rows")
             run = fit(prepared, base, rows, spec, order.token, report, cancelled)
         adapter = method.finish(prepared, base, spec)
     del prepared
@@ -197,7 +198,6 @@ class _Heartbeat(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop |= self._cancelled()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop |= self._cancelled()
         seconds = max(time.time() - self.first_step_at, 1e-9)
         self._progress = replace(
             self._progress,
@@ -206,6 +206,7 @@ class _Heartbeat(TrainerCallback):  # type: ignore[misc]
             seconds_left=seconds / state.global_step * (state.max_steps - state.global_step),
         )
         self._report(self._progress)
+        control.should_training_stop |= self._cancelled()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:

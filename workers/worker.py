@@ -26,7 +26,7 @@ from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
 from workers.methods import lora
-from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Progress, Train
+from workers.orders import BaseLayout, Evaluate, Evaluated, Failed, Order, Outcome, Progress, Train
 from workers.task_data import Row, read_rows
 from workers.training import Cancelled, check_lengths, fit, score_adapter, train_task
 
@@ -58,18 +58,17 @@ class Worker:
         self._progress = Progress()
         self._log_lines: list[str] = []
 
-    def warm(self) -> float:
+    def warm(self) -> BaseLayout:
         """Load the base model, take one tiny training step and score one row, so that no task pays for first use.
 
         Returns:
-            Seconds it took; a second call returns at once.
+            What the control plane needs to know of the base model; a second call returns at once.
 
         Raises:
             InvalidInput, Unavailable: See `load_base_model`.
         """
-        started = time.monotonic()
-        self._thread.submit(self._base_model).result()
-        return time.monotonic() - started
+        base = self._thread.submit(self._base_model).result()
+        return BaseLayout(base.sha256, base.module_shapes(), base.length_max)
 
     def run(self, order: Order) -> Outcome:
         """Do an order, or wait for the one with the same token.

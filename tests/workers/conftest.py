@@ -13,9 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
-from worker_builders import MINILM
+from worker_builders import MINILM, tiny_settings
 
-from configs.settings import BaseModelSettings
 from workers.base_model import BaseModel, load_base_model, resolve_source
 
 
@@ -60,7 +59,7 @@ def tiny(tiny_source: Callable[[str], str]) -> Callable[[str], BaseModel]:
 
     def base(architecture: str) -> BaseModel:
         if architecture not in loaded:
-            loaded[architecture] = load_base_model(BaseModelSettings(name="tiny", source=tiny_source(architecture)))
+            loaded[architecture] = load_base_model(tiny_settings(tiny_source(architecture)))
         return loaded[architecture]
 
     return base

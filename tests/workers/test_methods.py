@@ -71,6 +71,7 @@ def test_an_unknown_target_module_is_answered_with_those_the_base_model_has(tiny
     assert caught.value.where == "lora.target_modules"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("architecture", list(TARGETS))
 def test_an_imported_adapter_computes_what_peft_computed(
     architecture: str, tiny: Tiny, peft_folder: Callable[..., str]

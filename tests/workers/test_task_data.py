@@ -80,7 +80,7 @@ def test_a_wrong_row_is_named_with_its_file_and_number(row: Any, said: str, tmp_
 
 
 def test_an_unknown_label_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(InvalidInput, match="data.label_names are: neg, pos"):
+    with pytest.raises(InvalidInput, match=r"data\.label_names are: neg, pos"):
         read_rows(b'{"text": "x", "label": "positive"}', SPEC)
 
 

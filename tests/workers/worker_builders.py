@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 from configs.settings import BaseModelSettings
 from configs.task_spec import TaskSpec
+from workers.base_model import weights_digest
 
 MINILM = BaseModelSettings(
     name="minilm",
@@ -19,6 +21,11 @@ WORDS = {
     "neg": ["awful", "boring", "dull", "bad", "poor"],
 }
 THINGS = ["film", "book", "meal", "song", "play"]
+
+
+def tiny_settings(source: str) -> BaseModelSettings:
+    """Settings of a base model made by a test, with the digest it happens to have."""
+    return BaseModelSettings(name="tiny", source=source, weights_sha256=weights_digest(Path(source)))
 
 
 def sentiment_rows(count: int, seed: int = 0) -> bytes:

@@ -8,19 +8,25 @@ from pathlib import Path
 
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
-from subspace_store.adapter import Adapter
+from subspace_store.adapter import Adapter, adapter_from_bytes
 from subspace_store.peft_format import read_peft_folder
 from workers.base_model import BaseModel
 
 TRAINS = False
 
 
-def prepare(base: BaseModel, spec: TaskSpec) -> Adapter:
-    """Read the folder.
+def prepare(base: BaseModel, spec: TaskSpec, frozen: bytes = b"") -> Adapter:
+    """Read what was brought.
+
+    Args:
+        frozen: The adapter in canonical form, as admission froze it; empty: read the folder in spec.method.adapter.
 
     Raises:
         InvalidInput: See `subspace_store.peft_format.from_peft`.
+        Corrupt: The frozen bytes are no adapter.
     """
+    if frozen:
+        return adapter_from_bytes(frozen, "the frozen adapter")
     return read_peft_folder(Path(spec.method.adapter or ""), base.name, base.sha256)
 
 

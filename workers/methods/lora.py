@@ -19,10 +19,13 @@ TRAINS = True
 START_OF_A = "kaiming_uniform"  # PEFT's default; B starts at zero
 
 
-def prepare(base: BaseModel, spec: TaskSpec) -> Any:
+def prepare(base: BaseModel, spec: TaskSpec, frozen: bytes = b"") -> Any:
     """A PEFT model whose trainable numbers are lora_A, lora_B and the head.
 
     The head and A are drawn from spec.training.seed: the same in every process.
+
+    Args:
+        frozen: The training rows; not needed before the first step.
 
     Raises:
         InvalidInput: A target module that the base model does not have; lists those it has.

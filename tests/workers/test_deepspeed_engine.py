@@ -1,0 +1,45 @@
+"""DeepSpeed in a worker's own process: it trains the same, and the next task does not notice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_training import Desk
+from worker_builders import sentiment_task
+
+from workers.base_model import BaseModel
+
+Tiny = Callable[[str], BaseModel]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:deepspeed", "ignore::UserWarning:torch")
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto", "weight_decay": "auto"}},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_task_with_deepspeed_trains_like_one_without_and_leaves_nothing_behind(
+    stage: int, request: pytest.FixtureRequest, tiny: Tiny
+) -> None:
+    desk, environment = Desk(request.node.name), dict(os.environ)
+    plain = desk.train(tiny("bert"), sentiment_task())
+    expected = desk.staged(plain)
+    partitioned = desk.staged(desk.train(tiny("bert"), sentiment_task(training={"deepspeed": zero(stage)})))
+    again = desk.train(tiny("bert"), sentiment_task())
+
+    for name, update in expected.modules.items():
+        assert torch.allclose(partitioned.modules[name].delta(), update.delta(), atol=1e-5)
+    assert torch.allclose(partitioned.head["classifier.weight"], expected.head["classifier.weight"], atol=1e-5)
+    assert again.adapter_sha256 == plain.adapter_sha256
+    assert dict(os.environ) == environment

@@ -1,0 +1,229 @@
+"""One training order from rows to a staged adapter, on tiny models and once on the real one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from worker_builders import MINILM, sentiment_rows, sentiment_task
+
+from configs.errors import InvalidInput, Unavailable
+from configs.task_spec import TaskSpec
+from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, digest
+from subspace_store.memory_storage import MemoryStorage
+from subspace_store.peft_format import read_peft_folder
+from subspace_store.subspace_store import SubspaceStore
+from workers.base_model import BaseModel, load_base_model
+from workers.orders import Progress, Train, Trained
+from workers.training import Cancelled, train_task
+
+Tiny = Callable[[str], BaseModel]
+
+
+class Desk:
+    """A storage with frozen rows, and somebody who gives orders and reads the heartbeats."""
+
+    def __init__(self, name: str, train_count: int = 24, eval_count: int = 10) -> None:
+        self.storage = MemoryStorage(name)
+        self.storage.write("data/train", sentiment_rows(train_count, seed=1))
+        self.storage.write("data/eval", sentiment_rows(eval_count, seed=2))
+        self.heartbeats: list[Progress] = []
+        self.cancel_at_step = math.inf
+
+    def order(self, spec: TaskSpec, **changes: Any) -> Train:
+        order = Train(
+            "token", "task-1", 1, spec, "data/train", "data/eval", "staging/task-1/1-token/adapter.safetensors"
+        )
+        return replace(order, **changes)
+
+    def train(self, base: BaseModel, spec: TaskSpec, **changes: Any) -> Trained:
+        stage = SubspaceStore.open(self.storage).stage
+        return train_task(
+            self.order(spec, **changes), base, self.storage, stage, self.heartbeats.append, self._is_cancelled
+        )
+
+    def staged(self, trained: Trained) -> Adapter:
+        return adapter_from_bytes(self.storage.read(trained.staging_key))
+
+    def _is_cancelled(self) -> bool:
+        return bool(self.heartbeats) and self.heartbeats[-1].step >= self.cancel_at_step
+
+
+@pytest.fixture
+def desk(request: pytest.FixtureRequest) -> Desk:
+    return Desk(request.node.name)
+
+
+def weights_of(base: BaseModel) -> str:
+    model = base.classifier_for(["a", "b"])
+    return digest(b"".join(p.numpy().tobytes() for n, p in model.named_parameters() if not p.requires_grad))
+
+
+def test_a_task_becomes_an_adapter_in_staging_with_its_scores(desk: Desk, tiny: Tiny) -> None:
+    trained = desk.train(tiny("bert"), sentiment_task())
+    adapter = desk.staged(trained)
+    assert trained.adapter_sha256 == digest(desk.storage.read(trained.staging_key))
+    assert trained.adapter_parameters == adapter.parameter_count == 4 * 2 * (32 + 32)  # modules × rank × (N + D)
+    assert sorted(adapter.head) == ["classifier.bias", "classifier.weight"]
+    assert trained.steps == 3
+    assert trained.score_count == 10
+    assert 0 <= trained.local_score <= 1
+    assert 0 <= trained.base_score <= 1
+    assert math.isfinite(trained.train_loss)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"), [("llama", ("q_proj", "v_proj")), ("gpt2", ("c_attn",)), ("bert", ("dense",))]
+)
+def test_every_architecture_trains_all_of_its_target_modules(
+    architecture: str, targets: tuple[str, ...], desk: Desk, tiny: Tiny
+) -> None:
+    spec = sentiment_task(lora={"target_modules": targets}, training={"learning_rate": 0.1})
+    adapter = desk.staged(desk.train(tiny(architecture), spec))
+    shapes = tiny(architecture).module_shapes()
+    assert set(adapter.modules) == {name for name in shapes if name.endswith(targets)}
+    assert all(update.energy > 0 and update.shape == shapes[name] for name, update in adapter.modules.items())
+
+
+def test_the_same_order_gives_the_same_bytes_whatever_the_worker_did_before(desk: Desk, tiny: Tiny) -> None:
+    spec = sentiment_task()
+    first = desk.train(tiny("bert"), spec)
+    desk.train(tiny("bert"), sentiment_task(training={"seed": 7}, lora={"r": 5}))
+    torch.rand(3)
+    again = desk.train(tiny("bert"), spec)
+    assert again.adapter_sha256 == first.adapter_sha256
+    assert (again.local_score, again.base_score) == (first.local_score, first.base_score)
+
+
+def test_another_seed_gives_another_adapter(desk: Desk, tiny: Tiny) -> None:
+    digests = {desk.train(tiny("bert"), sentiment_task(training={"seed": seed})).adapter_sha256 for seed in (1, 2)}
+    assert len(digests) == 2
+
+
+def test_training_leaves_the_base_model_as_it_was(desk: Desk, tiny: Tiny) -> None:
+    before = weights_of(tiny("bert"))
+    desk.train(tiny("bert"), sentiment_task(training={"learning_rate": 0.5, "weight_decay": 0.1}))
+    assert weights_of(tiny("bert")) == before
+
+
+def test_heartbeats_tell_phase_step_loss_and_when_the_first_step_began(desk: Desk, tiny: Tiny) -> None:
+    trained = desk.train(tiny("bert"), sentiment_task())
+    phases = list(dict.fromkeys(beat.phase for beat in desk.heartbeats))
+    assert phases == ["loading", "training", "scoring", "saving"]
+    steps = [beat for beat in desk.heartbeats if beat.phase == "training"]
+    assert (steps[0].step, steps[0].steps, steps[0].first_step_at) == (0, 3, trained.first_step_at)
+    assert steps[-1].step == 3
+    assert math.isfinite(steps[-1].loss)
+    assert math.isfinite(steps[-1].learning_rate)
+    assert steps[-1].samples_per_second > 0
+    assert steps[-1].seconds_left == 0
+    assert any("step 3/3" in line for beat in desk.heartbeats for line in beat.log_lines)
+
+
+def test_a_loss_that_is_no_number_tells_to_lower_the_learning_rate(desk: Desk, tiny: Tiny) -> None:
+    spec = sentiment_task(training={"learning_rate": 1.0, "max_steps": 40, "max_grad_norm": 0})
+    model = tiny("bert").classifier_for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny("bert"), "classifier_for", lambda *labels: _exploding(model(*labels)))
+        with pytest.raises(InvalidInput, match="the loss is nan at step") as caught:
+            desk.train(tiny("bert"), spec)
+    assert caught.value.where == "training.learning_rate"
+    assert "lower it (it is 1)" in caught.value.todo
+    assert not desk.storage.keys("staging/")
+
+
+def _exploding(model: Any) -> Any:
+    model.classifier.weight.data.fill_(float("inf"))
+    return model
+
+
+def test_an_unknown_target_module_is_the_users_mistake(desk: Desk, tiny: Tiny) -> None:
+    with pytest.raises(InvalidInput, match="no linear layer 'q_proj'"):
+        desk.train(tiny("bert"), sentiment_task(lora={"target_modules": ("q_proj",)}))
+
+
+def test_inputs_longer_than_the_base_model_reads_are_refused_before_training(desk: Desk, tiny: Tiny) -> None:
+    with pytest.raises(InvalidInput, match="65 tokens are more than") as caught:
+        desk.train(tiny("bert"), sentiment_task(data={"max_length": 65}))
+    assert caught.value.todo == "set it to 64 or less"
+
+
+def test_a_cancelled_order_stops_after_the_step_and_stages_nothing(desk: Desk, tiny: Tiny) -> None:
+    desk.cancel_at_step = 2
+    with pytest.raises(Cancelled):
+        desk.train(tiny("bert"), sentiment_task(training={"max_steps": 50}))
+    assert max(beat.step for beat in desk.heartbeats) == 2
+    assert not desk.storage.keys("staging/")
+
+
+def test_a_storage_that_is_away_is_not_turned_into_a_failure_of_the_task(desk: Desk, tiny: Tiny) -> None:
+    def away(key: str) -> bytes:
+        raise Unavailable("the network is down", key)
+
+    desk.storage.read = away  # type: ignore[method-assign]
+    with pytest.raises(Unavailable):
+        desk.train(tiny("bert"), sentiment_task())
+
+
+def test_without_evaluation_rows_scores_are_nan_and_not_zero(desk: Desk, tiny: Tiny) -> None:
+    trained = desk.train(tiny("bert"), sentiment_task(), eval_key="")
+    assert trained.score_count == 0
+    assert math.isnan(trained.local_score)
+    assert math.isnan(trained.base_score)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_import_is_staged_without_a_step(
+    frozen: bool, desk: Desk, tiny: Tiny, peft_folder: Callable[..., str]
+) -> None:
+    from pathlib import Path
+
+    folder = peft_folder(tiny("bert"), target_modules=["query"])
+    brought = read_peft_folder(Path(folder), "tiny", tiny("bert").sha256)
+    desk.storage.write("data/adapter", adapter_to_bytes(brought))
+    spec = sentiment_task(method={"name": "import", "adapter": folder if not frozen else "/gone"})
+    trained = desk.train(tiny("bert"), spec, train_key="data/adapter" if frozen else "")
+    assert (trained.steps, trained.first_step_at, trained.score_count) == (0, 0, 10)
+    adapter = desk.staged(trained)
+    assert {n: u.energy for n, u in adapter.modules.items()} == {n: u.energy for n, u in brought.modules.items()}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"label_smoothing_factor": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 0.5},
+        {"max_steps": -1, "num_train_epochs": 1.5},
+    ],
+)
+def test_training_values_reach_the_trainer_and_work(training: dict[str, Any], desk: Desk, tiny: Tiny) -> None:
+    trained = desk.train(tiny("bert"), sentiment_task(training=training))
+    assert trained.steps == (5 if "num_train_epochs" in training else 3)  # 1.5 epochs of 24 rows / 8 a step, rounded up
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(desk: Desk, tiny: Tiny) -> None:
+    plain = desk.staged(desk.train(tiny("bert"), sentiment_task()))
+    saving = desk.staged(desk.train(tiny("bert"), sentiment_task(training={"gradient_checkpointing": True})))
+    for name, update in plain.modules.items():
+        assert torch.allclose(saving.modules[name].delta(), update.delta(), atol=1e-6)
+
+
+def test_minilm_learns_sentiment_from_sixty_rows(request: pytest.FixtureRequest) -> None:
+    desk = Desk(request.node.name, train_count=60, eval_count=40)
+    spec = sentiment_task(
+        training={"max_steps": 16, "per_device_train_batch_size": 16, "learning_rate": 5e-3}, lora={"r": 8}
+    )
+    base = load_base_model(MINILM)
+    desk.train(base, sentiment_task(training={"max_steps": 1}))  # pays for first use
+    given = time.time()
+    trained = desk.train(base, spec)
+    assert trained.local_score >= 0.9
+    assert trained.local_score > trained.base_score
+    assert trained.first_step_at - given < 2  # 0.1 to 0.4 s on an idle core

@@ -1,0 +1,231 @@
+"""A worker: one order at a time, each done once, and nothing but Unavailable raised."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from worker_builders import sentiment_rows, sentiment_task, tiny_settings
+
+from configs.errors import Unavailable
+from configs.settings import BaseModelSettings, StorageSettings
+from subspace_store.memory_storage import MemoryStorage
+from subspace_store.storage import open_storage
+from workers import worker as worker_module
+from workers.orders import Evaluate, Evaluated, Failed, Progress, Train, Trained
+from workers.worker import OUTCOMES_KEPT, Worker
+
+STORAGE = StorageSettings(url="memory:worker-tests")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_source: Callable[[str], str]) -> BaseModelSettings:
+    return tiny_settings(tiny_source("bert"))
+
+
+@pytest.fixture(scope="module")
+def worker(settings: BaseModelSettings) -> Worker:
+    storage = open_storage(STORAGE, "tiny")
+    storage.write("data/train", sentiment_rows(24, seed=1))
+    storage.write("data/eval", sentiment_rows(10, seed=2))
+    warm = Worker(settings, STORAGE, "tiny")
+    layout = warm.warm()
+    assert layout.sha256 == settings.weights_sha256
+    assert layout.length_max == 64
+    assert layout.module_shapes["bert.encoder.layer.0.attention.self.query"] == (32, 32)
+    return warm
+
+
+def train(token: str, **changes: Any) -> Train:
+    spec = sentiment_task(**changes)
+    return Train(
+        token, f"task-{token}", 1, spec, "data/train", "data/eval", f"staging/task-{token}/1/adapter.safetensors"
+    )
+
+
+class Gate:
+    """Holds orders until it is opened, and counts those that began."""
+
+    def __init__(self) -> None:
+        self.opened, self.began, self.orders = threading.Event(), threading.Event(), 0
+
+    def __call__(self, order: Train, *_: Any, **__: Any) -> Trained:
+        self.orders += 1
+        self.began.set()
+        assert self.opened.wait(10)
+        return Trained(order.token, order.staging_key, "", 0, 0, 0.0, 0.0, self.orders, 0.0, 0.0, 0.0)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
+    monkeypatch.setattr(worker_module, "train_task", gate)
+    yield gate
+    gate.opened.set()
+
+
+def test_an_order_is_trained_and_the_worker_is_idle_again(worker: Worker) -> None:
+    outcome = worker.run(train("one"))
+    assert isinstance(outcome, Trained)
+    assert (outcome.token, outcome.steps, outcome.score_count) == ("one", 3, 10)
+    assert worker.progress().phase == "idle"
+
+
+def test_the_same_token_while_running_waits_for_the_one_run(worker: Worker, gate: Gate) -> None:
+    with ThreadPoolExecutor(2) as callers:
+        answers = [callers.submit(worker.run, train("twice")) for _ in range(2)]
+        assert gate.began.wait(10)
+        gate.opened.set()
+        first, second = (answer.result(10) for answer in answers)
+    assert gate.orders == 1
+    assert first == second
+
+
+def test_the_same_token_afterwards_is_answered_without_doing_it_again(worker: Worker, gate: Gate) -> None:
+    gate.opened.set()
+    assert worker.run(train("again")) == worker.run(train("again"))
+    assert gate.orders == 1
+
+
+def test_orders_are_done_one_after_another(worker: Worker, gate: Gate) -> None:
+    with ThreadPoolExecutor(2) as callers:
+        first = callers.submit(worker.run, train("first"))
+        assert gate.began.wait(10)
+        second = callers.submit(worker.run, train("second"))
+        time.sleep(0.05)
+        assert gate.orders == 1
+        gate.opened.set()
+        assert [first.result(10).token, second.result(10).token] == ["first", "second"]
+
+
+def test_the_oldest_outcomes_are_forgotten_but_not_the_newest(worker: Worker, gate: Gate) -> None:
+    gate.opened.set()
+    for number in range(OUTCOMES_KEPT + 1):
+        worker.run(train(f"many-{number}"))
+    before = gate.orders
+    worker.run(train(f"many-{OUTCOMES_KEPT}"))
+    worker.run(train("many-2"))
+    assert gate.orders == before
+    worker.run(train("many-0"))
+    assert gate.orders == before + 1
+
+
+def test_a_users_mistake_is_an_outcome_with_what_to_do(worker: Worker) -> None:
+    outcome = worker.run(train("mistake", lora={"target_modules": ("q_proj",)}))
+    assert isinstance(outcome, Failed)
+    assert outcome.fault == "input"
+    assert "it has: dense, key, query, value" in outcome.message
+    assert outcome.detail == ""
+
+
+def test_a_bug_is_an_outcome_with_its_traceback(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("of our making")
+
+    monkeypatch.setattr(worker_module, "train_task", broken)
+    outcome = worker.run(train("bug"))
+    assert isinstance(outcome, Failed)
+    assert (outcome.fault, outcome.message) == ("bug", "ZeroDivisionError: of our making")
+    assert "in broken" in outcome.detail
+
+
+def test_a_storage_that_was_away_is_raised_and_the_order_may_be_given_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def away(*_: Any) -> None:
+            raise Unavailable("the network is down")
+
+        patch.setattr(worker_module, "train_task", away)
+        with pytest.raises(Unavailable):
+            worker.run(train("retried"))
+    assert isinstance(worker.run(train("retried")), Trained)
+
+
+def test_a_running_order_can_be_cancelled_between_two_steps(worker: Worker) -> None:
+    with ThreadPoolExecutor(1) as caller:
+        answer = caller.submit(worker.run, train("stopped", training={"max_steps": 100000}))
+        while worker.progress().step < 2:
+            time.sleep(0.01)
+        assert worker.cancel("stopped")
+        outcome = answer.result(20)
+    assert isinstance(outcome, Failed)
+    assert outcome.fault == "cancelled"
+    assert not worker.cancel("stopped")
+    assert not worker.cancel("never given")
+
+
+def test_an_order_that_waits_can_be_cancelled_before_it_begins(worker: Worker, gate: Gate) -> None:
+    with ThreadPoolExecutor(2) as callers:
+        callers.submit(worker.run, train("before"))
+        assert gate.began.wait(10)
+        waiting = callers.submit(worker.run, train("waiting"))
+        while not worker.cancel("waiting"):
+            time.sleep(0.01)
+        gate.opened.set()
+        assert waiting.result(10) == Failed("waiting", "cancelled", "cancelled while it was running")
+    assert gate.orders == 1
+
+
+def test_progress_can_be_asked_while_an_order_runs_and_gives_each_log_line_once(worker: Worker) -> None:
+    worker.progress()
+    seen: list[Progress] = []
+    with ThreadPoolExecutor(1) as caller:
+        answer = caller.submit(worker.run, train("watched", training={"max_steps": 30}))
+        while not answer.done():
+            seen.append(worker.progress())
+            time.sleep(0.005)
+    seen.append(worker.progress())
+    lines = [line for progress in seen for line in progress.log_lines]
+    assert sum(line.startswith("step 30/30") for line in lines) == 1
+    assert {"training", "idle"} <= {progress.phase for progress in seen}
+    assert all(progress.token == "watched" for progress in seen if progress.phase == "training")
+
+
+def test_a_task_is_scored_under_a_version(worker: Worker) -> None:
+    from subspace_store.subspace_store import SubspaceStore
+
+    storage = open_storage(STORAGE, "tiny")
+    order = train("merged", training={"max_steps": 10, "learning_rate": 0.01})
+    trained = worker.run(order)
+    assert isinstance(trained, Trained)
+    writer = SubspaceStore.open(storage, base_model="tiny", writer="test")
+    version = _merge(writer, order, trained)
+    evaluate = Evaluate("scored", order.task_id, version, order.spec, "data/eval")
+    outcome = worker.run(evaluate)
+    # One task in an empty subspace: nothing is lost but rounding.
+    assert isinstance(outcome, Evaluated)
+    assert (outcome.score, outcome.count) == (trained.local_score, 10)
+    missing = worker.run(replace(evaluate, token="no such task", task_id="nobody"))
+    assert isinstance(missing, Failed)
+    assert missing.fault == "bug"
+
+
+def _merge(writer: Any, order: Train, trained: Trained) -> int:
+    from subspace_store.version import StagedAdapter
+
+    staged = StagedAdapter(order.task_id, "team-a/sentiment", trained.staging_key, trained.adapter_sha256)
+    return int(writer.merge([staged], op_key="merge-1", actor="test").number)
+
+
+def test_a_base_model_that_cannot_be_loaded_is_not_the_tasks_fault(settings: BaseModelSettings) -> None:
+    MemoryStorage("cold").write("data/train", b"")
+    cold = Worker(settings.model_copy(update={"weights_sha256": "0" * 64}), StorageSettings(url="memory:cold"), "")
+    outcome = cold.run(train("cold"))
+    assert isinstance(outcome, Failed)
+    assert outcome.fault == "bug"
+    assert "0" * 64 in outcome.message
+
+
+def test_what_makes_a_worker_and_what_it_answers_can_be_sent_between_processes(
+    worker: Worker, settings: BaseModelSettings
+) -> None:
+    sent = (settings, STORAGE, train("sent"), worker.warm(), worker.run(train("one")), worker.progress())
+    assert repr(pickle.loads(pickle.dumps(sent))) == repr(sent)
