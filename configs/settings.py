@@ -23,8 +23,9 @@ class BaseModelSettings(Section):
     """What task files call it."""
     source: str
     """A folder, a hub id, or `package:NAME/FOLDER` for weights inside an installed Python package."""
-    weights_sha256: str | None = None
-    """sha256 of the weights file; a worker refuses other bytes. Required for anything but experiments."""
+    weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """sha256 of `model.safetensors` (with shards: of their digests' text, in the order of their names). A worker
+    refuses other weights: a subspace belongs to one base model, to the bit. A wrong one is answered with the right."""
 
 
 class StorageSettings(Section):

@@ -53,7 +53,9 @@ def check_submission(document: Mapping[str, Any], settings: Settings, layout: Ba
         )
     if spec.base_model != settings.base_model.name:
         raise InvalidInput(
-            f"'{spec.base_model}' is not allowed here", "base_model", f"this service serves '{settings.base_model.name}'"
+            f"'{spec.base_model}' is not allowed here",
+            "base_model",
+            f"this service serves '{settings.base_model.name}'",
         )
     if spec.data.max_length > layout.length_max:
         raise InvalidInput(

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from subspace_store.store_actor import store_actor
-from workers.worker_actor import worker_actor
-
 from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.ray_head import ray_environment
+from subspace_store.store_actor import store_actor
 from workers.orders import Order
+from workers.worker_actor import worker_actor
 
 Flight = Any
 """Something under way; opaque to the controller."""
@@ -41,7 +40,7 @@ class Cluster(Protocol):
         ...
 
     def warm(self, worker: str) -> Flight:
-        """Ask a worker to load the base model; the result is None once it is ready."""
+        """Ask a worker to load the base model; the result is its BaseLayout once it is ready."""
         ...
 
     def progress(self, worker: str) -> Flight:
@@ -76,14 +75,13 @@ class Cluster(Protocol):
 class RayCluster:
     """Detached named actors: one writer of the subspace, `workers.count` workers. They outlive this process."""
 
-    def __init__(self, settings: Settings, address: str, token_path: Path, base_sha256: str) -> None:
+    def __init__(self, settings: Settings, address: str, token_path: Path) -> None:
         """Join a running Ray cluster. Actors are started by `start`."""
         os.environ.update(ray_environment(token_path))
         import ray
 
         self._ray = ray
         self._settings = settings
-        self._base_sha256 = base_sha256
         self._namespace = f"onebasis-{settings.base_model.name}"
         try:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
@@ -169,11 +167,17 @@ class RayCluster:
                     settings.base_model.name,
                     settings.subspace,
                     base_model=settings.base_model.name,
-                    base_sha256=self._base_sha256,
+                    base_sha256=settings.base_model.weights_sha256,
+                    namespace=self._namespace,
                 )
             else:
                 self._actors[name] = worker_actor(
-                    name, settings.base_model, settings.storage, settings.base_model.name, settings.workers
+                    name,
+                    settings.base_model,
+                    settings.storage,
+                    settings.base_model.name,
+                    settings.workers,
+                    self._namespace,
                 )
         return self._actors[name]
 

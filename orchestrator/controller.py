@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
 from configs.settings import Settings
@@ -42,7 +43,7 @@ from orchestrator.task_queue import LOG, TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState, staging_key
 from subspace_store import StagedAdapter, Storage, SubspaceStore
 from subspace_store.version import CANDIDATE, MAIN, TaskScore
-from workers.orders import Evaluate, Evaluated, Failed, Progress, Train, Trained
+from workers.orders import BaseLayout, Evaluate, Evaluated, Failed, Progress, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
 
@@ -63,6 +64,8 @@ class Seat:
     heard_at: float = field(default_factory=time.time)
     """Last sign of life while it has an order."""
     beat_at: float = 0.0
+    error: str = ""
+    """Why its base model cannot be loaded."""
     cancelled: str = ""
     """Token that it was told to stop."""
 
@@ -110,6 +113,8 @@ class Controller:
         self._log_moved = threading.Event()
         self._main_followed = -1
         self.wake(log_moved=True)
+        self.layout: BaseLayout | None = None
+        """What the first warm worker said of the base model; None before that."""
         self.healthy_at = 0.0
         """Unix time of the last step that went through."""
 
@@ -122,6 +127,10 @@ class Controller:
     def free_workers(self) -> int:
         return sum(seat.ready and seat.order is None for seat in self._seats)
 
+    def describe_workers(self) -> dict[str, str]:
+        """Worker to what it does, for people."""
+        return {seat.name: _describe(seat) for seat in self._seats}
+
     def wake(self, log_moved: bool = False) -> None:
         """Something changed that the loop should look at now; `log_moved`: in the version log too. Thread-safe."""
         if log_moved:
@@ -131,7 +140,7 @@ class Controller:
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
         for seat in self._seats:
-            self._send(Errand("warm", seat), lambda seat=seat: self._cluster.warm(seat.name))
+            self._send(Errand("warm", seat), partial(self._cluster.warm, seat.name))
         while not stop.is_set():
             try:
                 self.step()
@@ -188,7 +197,7 @@ class Controller:
     def _take_warm(self, flight: Flight, errand: Errand) -> None:
         assert errand.seat is not None
         try:
-            self._cluster.result(flight)
+            self.layout = self._cluster.result(flight)
             errand.seat.ready = True
             log.info("%s is warm", errand.seat.name)
             self._changed()
@@ -197,6 +206,7 @@ class Controller:
             self._later(f"warm:{errand.seat.name}")
         except OnebasisError as error:
             log.error("%s cannot load the base model: %s", errand.seat.name, error)
+            errand.seat.error = str(error)
             self._later(f"warm:{errand.seat.name}", 30 * RETRY_SECONDS)
 
     def _take_order(self, flight: Flight, errand: Errand) -> None:
@@ -311,13 +321,13 @@ class Controller:
             if seat.order is not None and now - seat.beat_at >= self._settings.workers.heartbeat_seconds:
                 seat.beat_at = now
                 if not self._under_way("progress", seat):
-                    self._send(Errand("progress", seat), lambda seat=seat: self._cluster.progress(seat.name))
+                    self._send(Errand("progress", seat), partial(self._cluster.progress, seat.name))
                 if now - seat.heard_at > self._settings.workers.lease_seconds:
                     log.warning("%s has been silent for %.0f s: replacing it", seat.name, now - seat.heard_at)
                     seat.heard_at = now
                     self._cluster.replace(seat.name)
             if not seat.ready and not self._under_way("warm", seat) and self._may(f"warm:{seat.name}"):
-                self._send(Errand("warm", seat), lambda seat=seat: self._cluster.warm(seat.name))
+                self._send(Errand("warm", seat), partial(self._cluster.warm, seat.name))
 
     # --- what is next ------------------------------------------------------------------------------------------
 
@@ -540,6 +550,15 @@ class Controller:
         for what in due:
             del self._not_before[what]
         return bool(due)
+
+
+def _describe(seat: Seat) -> str:
+    match seat.order:
+        case Train(task_id=task_id):
+            return f"training {task_id}"
+        case Evaluate(task_id=task_id, version=version):
+            return f"scoring {task_id} at version {version}"
+    return "free" if seat.ready else (seat.error or "loading the base model")
 
 
 def _train_order(record: TaskRecord) -> Train:

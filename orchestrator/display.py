@@ -1,0 +1,307 @@
+"""What people see in a terminal: tables and messages made from the service's JSON values. Decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from configs.errors import OnebasisError
+
+Json = dict[str, Any]
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+COLOURS = {
+    "queued": "cyan", "training": "yellow", "merging": "yellow", "evaluating": "yellow", "published": "green",
+    "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
+}  # fmt: skip
+ENDED = ("published", "rejected", "parked", "cancelled")
+
+
+def note(text: str) -> None:
+    """A line on what happens now; on stderr, so that output can be piped."""
+    errors.print(escape(text), soft_wrap=True)
+
+
+def error(problem: OnebasisError) -> None:
+    """What was wrong, where, and what to do."""
+    errors.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+
+
+def status(answer: Json) -> None:
+    """`onebasis status` and the end of `onebasis up`."""
+    state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
+    counted = ", ".join(f"{count} {name}" for name, count in answer["tasks"].items()) or "none yet"
+    console.print(f"onebasis is {state}: base model {answer['base_model']}, main is version {answer['main']}")
+    console.print(f"  tasks    {counted}")
+    console.print(f"  store    {escape(answer['storage'])}", soft_wrap=True)
+    console.print(f"  mlflow   {escape(answer['mlflow'])}", soft_wrap=True)
+    for worker, what in answer.get("workers", {}).items():
+        console.print(f"  {worker} {escape(what)}", soft_wrap=True)
+    if answer.get("mlflow_error"):
+        console.print(f"  [yellow]MLflow is behind:[/yellow] {escape(answer['mlflow_error'])}")
+
+
+def submitted(answer: Json) -> None:
+    """`onebasis submit`."""
+    for warning in answer["warnings"]:
+        errors.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+    if answer.get("dry_run"):
+        console.print(
+            f"{answer['title']} is fine: {answer['train_rows']} training rows, {answer['eval_rows']} evaluation rows"
+        )
+        return
+    known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
+    console.print(f"{answer['title']} is task {answer['task_id']}, {_coloured(answer['state'])}{known}")
+
+
+def tasks(answer: Sequence[Json]) -> None:
+    """`onebasis tasks`."""
+    console.print(_task_table(answer) if answer else "no tasks yet; `onebasis submit TASK.yaml`")
+
+
+def task(answer: Json) -> None:
+    """`onebasis task`."""
+    console.print(f"[bold]{answer['title']}[/bold]  {answer['task_id']}  {_coloured(answer['state'])}")
+    console.print(f"  {escape(answer['why'])}", soft_wrap=True)
+    if answer["progress"]:
+        console.print(f"  progress   {_progress(answer)}")
+    if answer["local_score"] is not None:
+        console.print(
+            f"  {answer['metric']:10} {_score(answer['local_score'])} own adapter · {_score(answer['base_score'])} "
+            f"same head without adapter · {answer['eval_rows']} rows"
+        )
+    training = answer["training"]
+    if training["seconds"] is not None:
+        start = training["submit_to_first_step_seconds"]
+        console.print(
+            f"  training   {training['steps']} steps in {training['seconds']:.1f} s"
+            + (f", first step {start:.2f} s after submission" if start is not None else "")
+        )
+    for event in answer["events"]:
+        console.print(f"  {_clock(event['at'])}  {event['kind']:16} {escape(event['text'])}", soft_wrap=True)
+
+
+def log_lines(events: Sequence[Json]) -> None:
+    """`onebasis logs`."""
+    for event in events:
+        kind = "" if event["kind"] == "log" else f"{event['kind']}: "
+        console.print(f"{_clock(event['at'])}  {kind}{escape(event['text'])}", soft_wrap=True)
+
+
+def versions(answer: Sequence[Json]) -> None:
+    """`onebasis versions`."""
+    if not answer:
+        console.print("no versions yet; the first task that is trained makes one")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("version", "parent", "status", "tasks", "added", "rank", "written", "merge", "made"):
+        table.add_column(name, justify="right" if name in ("version", "parent", "tasks", "rank") else "left")
+    for row in answer:
+        refs = f" ← {', '.join(row['refs'])}" if row["refs"] else ""
+        table.add_row(
+            str(row["version"]), str(row["parent"]), _coloured(row["status"]) + refs, str(row["task_count"]),
+            ", ".join(row["added"]), str(row["rank_max"]), _bytes(row["bytes_written"]),
+            f"{row['merge_seconds']:.2f} s", _clock(row["created_at"]),
+        )  # fmt: skip
+    console.print(table)
+    for row in answer:
+        if row["reason"]:
+            console.print(f"version {row['version']} was rejected: {escape(row['reason'])}", soft_wrap=True)
+
+
+def version(answer: Json) -> None:
+    """`onebasis version`."""
+    versions([answer])
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "since", "score", "rows", "measured at", "error at birth", "drift since (at most)"):
+        table.add_column(name)
+    for row in answer["tasks"]:
+        table.add_row(
+            row["title"], f"v{row['birth']}", _score(row["score"]), str(row["rows"] or "–"),
+            f"v{row['measured_at']}" if row["measured_at"] else "–",
+            f"{row['error_at_birth']:.4f}", f"{row['drift_bound']:.4f}",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    console.print()
+    _print_figures(answer)
+    _print_footprint(answer["footprint"])
+
+
+def diff(answer: Json) -> None:
+    """`onebasis diff`."""
+    titles = answer["titles"]
+    for name, sign in (("added", "+"), ("removed", "-")):
+        for item in answer[name]:
+            console.print(f"{sign} {item['name']}")
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "score before", "score after", "drift (at most)"):
+        table.add_column(name)
+    drift = {titles.get(task_id, task_id): value for task_id, value in answer["drift_bound"].items()}
+    for title, (before, after) in sorted(answer["scores"].items()):
+        moved = drift.get(title)
+        table.add_row(title, _score(before), _score(after), "–" if moved is None else f"{moved:.5f}")
+    console.print(table)
+
+
+def rollback(answer: Json) -> None:
+    """`onebasis rollback`."""
+    verb = "would move" if answer["preview"] else "moved"
+    console.print(f"main {verb} from version {answer['from_version']} to version {answer['to_version']}")
+    for name, words in (("vanishing", "vanishes"), ("returning", "returns")):
+        for title in answer[name]:
+            console.print(f"  {title} {words}")
+    if not answer["vanishing"] and not answer["returning"]:
+        console.print("  no task vanishes or returns")
+    if not answer["preview"]:
+        console.print(f"nothing is lost: `onebasis rollback {answer['from_version']}` undoes this")
+
+
+def scores(answer: Json) -> None:
+    """`onebasis scores`."""
+    if not answer["versions"]:
+        console.print("no scores yet: main is empty")
+        return
+    table = Table(
+        box=None, pad_edge=False, title=f"Score of each task under each version of main (v{answer['version']})"
+    )
+    table.add_column("")
+    for column in answer["tasks"]:
+        team, _, name = column["title"].partition("/")
+        table.add_column(f"{team}/\n{name}", justify="right")
+    for label, key in (("base", "base"), ("own adapter", "local")):
+        table.add_row(f"[dim]{label}[/dim]", *(f"[dim]{_score(column[key])}[/dim]" for column in answer["tasks"]))
+    for number, row in zip(answer["versions"], answer["matrix"], strict=True):
+        cells = [
+            "" if number < column["birth"] else _cell(cell, number)
+            for column, cell in zip(answer["tasks"], row, strict=True)
+        ]
+        table.add_row(f"version {number}", *cells)
+    table.add_row("[dim]rows[/dim]", *(f"[dim]{column['rows'] or '–'}[/dim]" for column in answer["tasks"]))
+    console.print(table)
+    console.print("[dim]base: the task's head on the bare base model · ' carried over, the task hardly moved[/dim]")
+    console.print()
+    _print_figures(answer["by_version"][-1])
+    _print_footprint(answer["footprint"])
+
+
+def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
+    """Show tasks until all have ended: a live table in a terminal, else one line for each thing that changes."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
+            while True:
+                rows = ask()
+                live.update(_task_table(rows))
+                if all(row["state"] in ENDED for row in rows):
+                    return
+                time.sleep(every_seconds)
+    seen: dict[str, str] = {}
+    while True:
+        rows = ask()
+        for row in rows:
+            now = f"{row['state']} {row['progress'].get('phase', '')} {10 * _share(row) // 1:.0f}"
+            if seen.get(row["task_id"]) != now:
+                seen[row["task_id"]] = now
+                console.print(
+                    f"{_clock(time.time())}  {row['title']:24} {row['state']:10} {_progress(row)}", markup=False
+                )
+        if all(row["state"] in ENDED for row in rows):
+            return
+        time.sleep(every_seconds)
+
+
+def _task_table(rows: Sequence[Json]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "task", "state", "progress", "own adapter", "version", "note"):
+        table.add_column(name, no_wrap=name in ("id", "task", "state"))
+    for row in rows:
+        what = f"place {row['place']}" if row["place"] else _progress(row)
+        table.add_row(
+            row["task_id"], row["title"], _coloured(row["state"]), escape(what), _score(row["local_score"]),
+            f"v{row['version']}" if row["version"] else "–",
+            escape(row["reason"].split("\n")[0]) if row["state"] != "published" else "",
+        )  # fmt: skip
+    return table
+
+
+def _print_figures(figures: Json) -> None:
+    meanings = {
+        "average_accuracy": "mean score of the tasks",
+        "backward_transfer": "BWT (Lopez-Paz & Ranzato 2017): mean of score now − score at birth",
+        "forgetting": "forgetting (Chaudhry et al. 2018): mean of best earlier score − score now",
+        "merge_gap": "merge gap: mean of own adapter's score − score at birth",
+    }
+    for key, meaning in meanings.items():
+        mean = figures[key]
+        if mean["value"] is None:
+            console.print(f"{'–':>17}  {meaning} (nothing to compare yet)")
+            continue
+        width = f" ±{mean['half_width_95']:.4f}" if mean["half_width_95"] is not None else ""
+        console.print(f"{mean['value']:+.4f}{width:9}  {meaning} (n = {mean['n']} tasks)")
+
+
+def _print_footprint(footprint: Json) -> None:
+    basis, coefficients = footprint["basis_numbers"] * 4, footprint["coefficient_numbers"] * 4
+    heads, separate = footprint["head_numbers"] * 4, footprint["separate_numbers"] * 4
+    together = basis + coefficients
+    console.print()
+    console.print(
+        f"stored (float32, heads of {_bytes(heads)} aside): coefficients {_bytes(coefficients)} + basis {_bytes(basis)}"
+        f" = {_bytes(together)}; as separate LoRAs {_bytes(separate)}"
+    )
+    if together:
+        console.print(
+            f"  {separate / coefficients:.1f}× smaller counting coefficients only,"
+            f" {separate / together:.2f}× with the basis, which is paid once"
+        )
+
+
+def _cell(cell: Json, number: int) -> str:
+    if cell["score"] is None:
+        return "–"
+    return _score(cell["score"]) + ("" if cell["measured_at"] == number else "'")
+
+
+def _progress(row: Json) -> str:
+    progress = row.get("progress") or {}
+    if row["state"] != "training" or not progress:
+        return row["worker"] if row["state"] == "training" else ""
+    if not progress.get("steps"):
+        return str(progress.get("phase", ""))
+    loss = f" loss {progress['loss']:.3f}" if progress.get("loss") is not None else ""
+    left = f" {progress['seconds_left']:.0f} s left" if progress.get("seconds_left") is not None else ""
+    return f"{progress['phase']} {progress['step']}/{progress['steps']}{loss}{left}"
+
+
+def _share(row: Json) -> float:
+    progress = row.get("progress") or {}
+    return progress["step"] / progress["steps"] if progress.get("steps") else 0.0
+
+
+def _coloured(state: str) -> str:
+    colour = COLOURS.get(state)
+    return f"[{colour}]{state}[/{colour}]" if colour else state
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))

@@ -1,0 +1,279 @@
+"""MLflow as a mirror of what happened: one run per task, one for the subspace, its versions in the registry.
+
+A mirror only: everything here is read from the task queue and the version log, so MLflow can be deleted and is
+rebuilt at the next start. It runs in a thread of its own; MLflow being away or slow stops nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.settings import Settings
+from orchestrator.forgetting import forgetting_report
+from orchestrator.heat_map import draw_heat_map
+from orchestrator.score_table import ScoreTable, score_table
+from orchestrator.task_queue import PROGRESS, TaskQueue
+from orchestrator.task_record import LIVE, TaskRecord, TaskState
+from subspace_store import SubspaceStore
+from subspace_store.version import MAIN, SubspaceState
+
+log = logging.getLogger("onebasis.mlflow")
+
+RETRY_SECONDS = 10.0
+TASK_TAG = "onebasis.task_id"
+SUBSPACE_TAG = "onebasis.subspace"
+DONE_TAG = "onebasis.logged"
+"""On the subspace's run: the newest version in it. On a task's run: its record's revision."""
+BATCH = 1000
+"""Metrics in one call: MLflow's own limit, and 100 times faster than one by one."""
+
+
+class Mirror:
+    """Brings MLflow up to date whenever it is woken."""
+
+    def __init__(self, settings: Settings, queue: TaskQueue, store: SubspaceStore) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._store = store
+        self._awake = threading.Event()
+        self._awake.set()
+        self._client: Any = None
+        self._experiment = ""
+        self._runs: dict[str, str] = {}
+        self.behind = True
+        """Whether there is something that MLflow does not show yet."""
+        self.error = ""
+        """Why the last try failed, for people."""
+
+    def wake(self) -> None:
+        """There is something new. Safe from any thread; returns at once."""
+        self.behind = True
+        self._awake.set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Mirror until told to stop, and once more then."""
+        last = False
+        while not last:
+            last = stop.is_set()
+            if not last:
+                self._awake.wait(0.5)
+            if not self._awake.is_set():
+                continue
+            self._awake.clear()
+            try:
+                self.sync()
+                self.error = ""
+                self.behind = self._awake.is_set()
+            except Exception as error:  # whatever MLflow or its database raises: the service goes on without
+                self.error = f"{type(error).__name__}: {error}"
+                log.warning("MLflow is behind: %s", self.error)
+                self._awake.set()
+                stop.wait(RETRY_SECONDS)
+
+    def sync(self) -> None:
+        """Bring MLflow to what the queue and the log say now. Running it twice changes nothing."""
+        self._open()
+        state = self._store.refresh()
+        records = {record.task_id: record for record in self._queue.tasks()}
+        table = score_table(state, state.refs[MAIN], self._settings.gate.drift_min)
+        for record in records.values():
+            self._mirror_task(record, table)
+        if table.versions:
+            self._mirror_subspace(state, table, records)
+
+    def _open(self) -> None:
+        if self._client is not None:
+            return
+        import mlflow
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its migrations write a page to the log
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        settings = self._settings.mlflow
+        mlflow.set_tracking_uri(settings.tracking_uri)
+        client = MlflowClient(settings.tracking_uri)
+        found = client.get_experiment_by_name(settings.experiment)
+        self._experiment = (
+            found.experiment_id if found else client.create_experiment(settings.experiment, self._artifact_location())
+        )
+        self._client = client
+
+    def _artifact_location(self) -> str | None:
+        settings = self._settings.mlflow
+        if settings.artifact_location or not settings.tracking_uri.startswith("sqlite"):
+            return settings.artifact_location
+        return (Path(self._settings.state_dir) / "mlflow-artifacts").as_uri()
+
+    def _run(self, tag: str, value: str, name: str) -> str:
+        """The id of the run with this tag; made if there is none."""
+        if value not in self._runs:
+            found = self._client.search_runs([self._experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+            self._runs[value] = (
+                found[0].info.run_id
+                if found
+                else self._client.create_run(self._experiment, tags={tag: value}, run_name=name).info.run_id
+            )
+        return self._runs[value]
+
+    # --- one task ----------------------------------------------------------------------------------------------
+
+    def _mirror_task(self, record: TaskRecord, table: ScoreTable) -> None:
+        run = self._run(TASK_TAG, record.task_id, record.title)
+        done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
+        rows = [v for v in table.versions if record.task_id in table.cells[v]]
+        mark = f"{record.revision}:{rows[-1] if rows else 0}"
+        if done == mark:
+            return
+        if not done:
+            self._log_batch(run, {}, params=_params(record))
+        metrics: dict[tuple[str, int], float | None] = {
+            ("base_score", 0): record.base_score,
+            ("local_score", 0): record.local_score,
+            ("train_loss", 0): record.train_loss,
+            ("train_seconds", 0): record.train_seconds,
+            ("adapter_parameters", 0): float(record.adapter_parameters),
+        }
+        metrics |= {("score", version): table.score(version, record.task_id) for version in rows}
+        if rows and record.local_score is not None:
+            metrics["merge_gap", rows[0]] = record.local_score - table.score(rows[0], record.task_id)
+        if record.train_seconds is not None:
+            metrics |= self._loss_curve(record.task_id)
+        tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
+        self._log_batch(run, metrics, tags=tags)
+        if record.state not in LIVE:
+            self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
+
+    def _loss_curve(self, task_id: str) -> dict[tuple[str, int], float | None]:
+        points = [json.loads(e.text) for e in self._queue.events(task_id) if e.kind == PROGRESS]
+        return {(f"train.{key}", p["step"]): p[key] for p in points for key in ("loss", "learning_rate")}
+
+    # --- the subspace ------------------------------------------------------------------------------------------
+
+    def _mirror_subspace(self, state: SubspaceState, table: ScoreTable, records: Mapping[str, TaskRecord]) -> None:
+        name = self._settings.base_model.name
+        run = self._run(SUBSPACE_TAG, name, f"subspace {name}")
+        main = state.refs[MAIN]
+        done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
+        if done == str(main):
+            return
+        logged = int(done or 0)
+        local = {t: r.local_score for t, r in records.items() if r.local_score is not None}
+        for version in table.versions:
+            # Numbers are never reused, so after a rollback only what is new is written.
+            if version > logged or version not in self._registered(name):
+                self._mirror_version(run, state, table, version, local)
+        self._draw(run, state, table)
+        self._point_alias(name, main)
+        self._client.set_tag(run, DONE_TAG, str(main))
+
+    def _mirror_version(
+        self, run: str, state: SubspaceState, table: ScoreTable, number: int, local: Mapping[str, float]
+    ) -> None:
+        version, titles = state.versions[number], {t: task.name for t, task in state.tasks_at(number).items()}
+        report = forgetting_report(table, number, local)
+        metrics: dict[tuple[str, int], float | None] = {
+            (f"score.{titles[t]}", number): table.score(number, t) for t in titles
+        }
+        metrics |= {
+            ("average_accuracy", number): report.average_accuracy.value,
+            ("backward_transfer", number): report.backward_transfer.value,
+            ("forgetting", number): report.forgetting.value,
+            ("merge_gap", number): report.merge_gap.value,
+            ("tasks", number): float(len(titles)),
+            ("rank_max", number): float(max(max(ranks) for ranks in version.ranks.values())),
+            ("bytes_written", number): float(version.bytes_written),
+            ("merge_seconds", number): version.merge_seconds,
+        }
+        self._log_batch(run, metrics)
+        self._register(run, state, number, sorted(titles.values()))
+
+    def _draw(self, run: str, state: SubspaceState, table: ScoreTable) -> None:
+        titles = {task_id: task.name for task_id, task in state.tasks_at(table.versions[-1]).items()}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "scores.png"
+            draw_heat_map(table, titles, path)
+            self._client.log_artifact(run, str(path))
+        if self._settings.mlflow.tracking_uri.startswith("sqlite"):
+            draw_heat_map(table, titles, Path(self._settings.state_dir) / "scores.png")
+
+    # --- the registry ------------------------------------------------------------------------------------------
+
+    def _registered(self, name: str) -> dict[int, str]:
+        """Our version number to the registry's own, which counts only what was published."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException:
+            self._client.create_registered_model(
+                name, description="Versions of the shared subspace. The tag `onebasis.version` is onebasis's number."
+            )
+            return {}
+        found = self._client.search_model_versions(f"name = '{name}'", max_results=10_000)
+        return {int(v.tags["onebasis.version"]): v.version for v in found if "onebasis.version" in v.tags}
+
+    def _register(self, run: str, state: SubspaceState, number: int, titles: list[str]) -> None:
+        name, version = self._settings.base_model.name, state.versions[number]
+        if number in self._registered(name):
+            return
+        facts = {
+            "onebasis.version": str(number),
+            "onebasis.parent": str(version.parent),
+            "onebasis.basis_sha256": version.basis.sha256,
+            "onebasis.store": self._settings.storage.url,
+        }
+        folder = f"versions/{number}"
+        self._client.log_dict(run, facts | {"tasks": titles, "basis": version.basis.key}, f"{folder}/version.json")
+        source = f"{self._client.get_run(run).info.artifact_uri}/{folder}"
+        self._client.create_model_version(name, source, run, tags=facts, description=f"holds {', '.join(titles)}")
+
+    def _point_alias(self, name: str, main: int) -> None:
+        number = self._registered(name).get(main)
+        if number is not None:
+            self._client.set_registered_model_alias(name, MAIN, number)
+
+    def _log_batch(
+        self,
+        run: str,
+        metrics: Mapping[tuple[str, int], float | None],
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = int(time.time() * 1000)
+        known = [
+            Metric(key, value, now, step)
+            for (key, step), value in metrics.items()
+            if value is not None and value == value  # NaN is not measured: MLflow would draw it as a point
+        ]
+        for start in range(0, len(known), BATCH):
+            self._client.log_batch(run, metrics=known[start : start + BATCH])
+        self._client.log_batch(
+            run,
+            params=[Param(key, value[:500]) for key, value in (params or {}).items()],
+            tags=[RunTag(key, value) for key, value in (tags or {}).items()],
+        )
+
+
+def _params(record: TaskRecord) -> dict[str, str]:
+    spec = record.spec
+    flat = {
+        "team": spec.team,
+        "base_model": spec.base_model,
+        "metric": spec.metric,
+        "method": spec.method.name,
+        "train_rows": record.train_count,
+        "eval_rows": record.eval_count,
+        "eval_sha256": record.eval_sha256,
+        **{f"training.{key}": value for key, value in spec.training.model_dump().items()},
+        **{f"lora.{key}": value for key, value in spec.lora.model_dump().items()},
+    }
+    return {key: str(value) for key, value in flat.items()}

@@ -1,0 +1,169 @@
+"""Starting and ending the service's own processes on this machine: the Ray head and the control plane.
+
+Only processes that this state folder names are ever ended, and only after a look at what they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.errors import Conflict, Unavailable
+from configs.settings import Settings
+from orchestrator.client import Client, server_facts
+from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
+
+START_SECONDS = 180.0
+STOP_SECONDS = 90.0
+"""MLflow may be brought up to date once more before the control plane ends."""
+
+Say = Callable[[str], None]
+
+
+def up(settings: Settings, say: Say) -> dict[str, Any]:
+    """Start what is not running; safe to repeat, also after a kill -9 of anything.
+
+    Returns:
+        The service's status, with every worker warm.
+
+    Raises:
+        Conflict: It runs with other settings.
+        Unavailable: Something did not start; quotes the end of its log.
+    """
+    state_dir = Path(settings.state_dir)
+    (state_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (state_dir / ".gitignore").write_text("*\n")
+    running = _running_server(state_dir)
+    _keep_settings(settings, state_dir, running is not None)
+    if running is None:
+        if settings.ray.address == "local":
+            _start_ray(settings, state_dir, say)
+        say("starting the control plane")
+        (state_dir / "server.json").unlink(missing_ok=True)
+        server = _start([sys.executable, "-m", "orchestrator.server", str(state_dir)], state_dir, "control-plane.log")
+        _wait(
+            lambda: server_facts(state_dir) is not None, server, state_dir / "logs/control-plane.log", "control plane"
+        )
+    return _wait_for_workers(settings, state_dir, say)
+
+
+def down(state_dir: Path, say: Say) -> bool:
+    """End the control plane and a local Ray. Running training is taken up again at the next `up`.
+
+    Returns:
+        False when nothing was running.
+    """
+    ended = False
+    for name, module, file in (
+        ("control plane", "orchestrator.server", "server.json"),
+        ("Ray", "orchestrator.ray_head", ADDRESS_FILE),
+    ):
+        pid = _pid(state_dir / file, module)
+        if pid is not None:
+            say(f"ending the {name}")
+            _end(pid)
+            ended = True
+        (state_dir / file).unlink(missing_ok=True)
+    return ended
+
+
+def _start_ray(settings: Settings, state_dir: Path, say: Say) -> None:
+    if _pid(state_dir / ADDRESS_FILE, "orchestrator.ray_head") is not None:
+        return
+    say("starting Ray on this machine")
+    (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
+    cpus = max(os.cpu_count() or 1, round(settings.workers.count * settings.workers.cpus))
+    command = [sys.executable, "-m", "orchestrator.ray_head", str(state_dir), str(cpus)]
+    head = _start(command, state_dir, "ray.log")
+    _wait(lambda: (state_dir / ADDRESS_FILE).exists(), head, state_dir / "logs/ray.log", "Ray")
+
+
+def _start(command: list[str], state_dir: Path, log_name: str) -> subprocess.Popen[bytes]:
+    """A process of its own session: Ctrl-C in the terminal that started it does not reach it."""
+    with (state_dir / "logs" / log_name).open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | ray_environment(state_dir / TOKEN_FILE),
+        )
+
+
+def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, name: str) -> None:
+    until = time.monotonic() + START_SECONDS
+    while not ready():
+        if process.poll() is not None or time.monotonic() > until:
+            end = "\n  ".join(log.read_text(errors="replace").splitlines()[-12:])
+            raise Unavailable(f"the {name} did not start; its log ends with\n  {end}", str(log), "mend it, then again")
+        time.sleep(0.05)
+
+
+def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str, Any]:
+    until = time.monotonic() + START_SECONDS
+    client, said = Client(state_dir), ""
+    while True:
+        status: dict[str, Any] = client.call("status")
+        ready, all_workers = status.get("workers_ready", 0), settings.workers.count
+        if ready == all_workers:
+            return status
+        if said != (said := f"loading the base model on {all_workers} workers ({ready} warm)"):
+            say(said)
+        broken = [what for what in status.get("workers", {}).values() if "\n" in what or "sha256" in what]
+        if broken or time.monotonic() > until:
+            raise Unavailable(
+                broken[0] if broken else f"{ready} of {all_workers} workers are warm after {START_SECONDS:.0f} s",
+                todo=f"see {state_dir / 'logs/control-plane.log'}; `onebasis down` ends what runs",
+            )
+        time.sleep(0.1)
+
+
+def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> None:
+    """Write the settings beside what they made, so that later commands need no option."""
+    text = "# Written by `onebasis up`.\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    file = state_dir / "settings.yaml"
+    if is_running and file.read_text() != text:
+        raise Conflict("the service runs with other settings", str(file), "`onebasis down`, then `onebasis up` again")
+    file.write_text(text)
+
+
+def _running_server(state_dir: Path) -> int | None:
+    return _pid(state_dir / "server.json", "orchestrator.server")
+
+
+def _pid(file: Path, module: str) -> int | None:
+    """The process id that a file names, if that process lives and is what it should be."""
+    try:
+        pid = int(json.loads(file.read_text())["pid"])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError, KeyError):
+        return None
+    return pid if module.encode() in command and str(file.parent).encode() in command else None
+
+
+def _end(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + STOP_SECONDS
+    while _lives(pid):
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
