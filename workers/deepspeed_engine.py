@@ -55,6 +55,7 @@ def _environment() -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_DEEPSPEED": "true",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # else accelerate takes all cores of the machine
     } | accelerator
 
 

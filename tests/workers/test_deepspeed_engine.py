@@ -15,7 +15,9 @@ from workers.base_model import BaseModel
 
 Tiny = Callable[[str], BaseModel]
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:deepspeed", "ignore::UserWarning:torch")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.distributed.* is deprecated:FutureWarning"
+)  # DeepSpeed asks by old names
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -30,14 +32,26 @@ def zero(stage: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_task_with_deepspeed_trains_like_one_without_and_leaves_nothing_behind(
-    stage: int, request: pytest.FixtureRequest, tiny: Tiny
+    stage: int, request: pytest.FixtureRequest, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk, environment = Desk(request.node.name), dict(os.environ)
+    import deepspeed
+
+    desk, stages = Desk(request.node.name), []
+    initialize = deepspeed.initialize
+
+    def spy(*args: Any, **options: Any) -> Any:
+        made = initialize(*args, **options)
+        stages.append(made[0].zero_optimization_stage())
+        return made
+
+    monkeypatch.setattr(deepspeed, "initialize", spy)
     plain = desk.train(tiny("bert"), sentiment_task())
     expected = desk.staged(plain)
+    environment = dict(os.environ)
     partitioned = desk.staged(desk.train(tiny("bert"), sentiment_task(training={"deepspeed": zero(stage)})))
     again = desk.train(tiny("bert"), sentiment_task())
 
+    assert stages == [stage]
     for name, update in expected.modules.items():
         assert torch.allclose(partitioned.modules[name].delta(), update.delta(), atol=1e-5)
     assert torch.allclose(partitioned.head["classifier.weight"], expected.head["classifier.weight"], atol=1e-5)
