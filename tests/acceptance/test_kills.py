@@ -1,0 +1,111 @@
+"""Killing any process at any moment loses nothing that was acknowledged and merges nothing twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.acceptance.conftest import Site
+
+
+def merged_once(site: Site, *titles: str) -> bool:
+    """Whether each title is in exactly one version of main."""
+    added = [title for version in site.ask("versions") if version["status"] == "published" for title in version["added"]]
+    return all(added.count(title) == 1 for title in titles)
+
+
+def test_a_killed_control_plane_finds_its_running_training_again(site: Site) -> None:
+    site.run("submit", str(site.task_file("found-again", steps=40)))
+    site.wait("a training step", lambda: site.ask("task", "payments/found-again")["progress"].get("step", 0) >= 2)
+    workers = set(site.processes("ray::Worker"))
+    site.kill_control_plane()
+    assert site.ask("task", "payments/found-again")["state"] == "training"  # read without a running service
+    site.run("up", "--config", "settings.yaml")
+
+    task = site.wait_for_state("payments/found-again", "published")
+    assert task["attempt"] == 1  # the same attempt went on: a lost one would have been requeued
+    assert [e["kind"] for e in task["events"]].count("Claimed") == 1
+    assert task["training"]["steps"] == 40
+    assert workers == set(site.processes("ray::Worker"))  # the warm workers were kept
+    assert merged_once(site, "payments/found-again")
+
+
+@pytest.mark.parametrize("delay_seconds", [0.0, 1.5, 2.5, 3.2])
+def test_a_control_plane_killed_at_any_moment_merges_every_acknowledged_task_once(
+    site: Site, delay_seconds: float
+) -> None:
+    names = [f"moment-{int(10 * delay_seconds)}-{team}" for team in ("payments", "cards")]
+    teams = ["payments", "cards"]
+    for name, team in zip(names, teams, strict=True):
+        site.run("submit", str(site.task_file(name, team=team)))
+    time.sleep(delay_seconds)
+    site.kill_control_plane()
+    site.run("up", "--config", "settings.yaml")
+
+    titles = [f"{team}/{name}" for name, team in zip(names, teams, strict=True)]
+    for title in titles:
+        site.wait_for_state(title, "published")
+    assert merged_once(site, *titles)
+    for title in titles:  # and submitting once more is still the same task
+        before = site.ask("task", title)["task_id"]
+        assert site.ask("submit", f"{title.partition('/')[2]}.yaml")["task_id"] == before
+
+
+def test_a_killed_worker_costs_an_attempt_and_nothing_else(site: Site) -> None:
+    site.run("submit", str(site.task_file("worker-dies", steps=60)))
+    site.wait("a training step", lambda: site.ask("task", "payments/worker-dies")["progress"].get("step", 0) >= 2)
+    (busy,) = site.processes("ray::Worker.run")
+    os.kill(busy, signal.SIGKILL)
+
+    task = site.wait_for_state("payments/worker-dies", "published")
+    assert task["attempt"] == 2
+    assert task["training"]["lost_machines"] == 1
+    assert task["training"]["own_bugs"] == 0
+    assert merged_once(site, "payments/worker-dies")
+    site.wait("both workers to be warm again", lambda: site.ask("status")["workers_ready"] == 2)
+
+
+def test_a_store_killed_while_tasks_are_merged_comes_back_and_merges_them_once(site: Site) -> None:
+    titles = [f"{team}/store-dies" for team in ("payments", "cards", "knowledge")]
+    for team in ("payments", "cards", "knowledge"):
+        path = site.task_file("store-dies", team=team, steps=4)
+        site.run("submit", str(path))
+    killed = 0
+    until = time.monotonic() + 180
+    while not all(site.ask("task", title)["state"] == "published" for title in titles):
+        assert time.monotonic() < until, site.log()
+        if killed < 4 and any(site.ask("task", title)["state"] in ("merging", "evaluating") for title in titles):
+            for pid in site.processes("ray::StoreActor"):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+            time.sleep(1.0)
+    assert killed >= 1
+    assert merged_once(site, *titles)
+    assert site.ask("status")["main"] == site.ask("status")["candidate"]
+
+
+def test_everything_killed_at_once_goes_on_after_up(site: Site) -> None:
+    site.run("submit", str(site.task_file("power-cut", steps=30)))
+    site.wait("a training step", lambda: site.ask("task", "payments/power-cut")["progress"].get("step", 0) >= 2)
+    for pid in site.processes("ray::") + site.processes("/"):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    site.kill_control_plane()
+    site.run("down")
+    site.run("up", "--config", "settings.yaml")
+
+    site.wait_for_state("payments/power-cut", "published")
+    assert merged_once(site, "payments/power-cut")
+
+
+def test_cancelling_a_running_task_stops_it_and_frees_its_worker(site: Site) -> None:
+    site.run("submit", str(site.task_file("unwanted", steps=2000)))
+    site.wait("a training step", lambda: site.ask("task", "payments/unwanted")["progress"].get("step", 0) >= 2)
+    site.run("cancel", "payments/unwanted")
+    assert site.wait_for_state("payments/unwanted", "cancelled", seconds=20)["version"] is None
+    site.wait("its worker to be free", lambda: set(site.ask("status")["workers"].values()) == {"free"}, 20)
