@@ -1,0 +1,110 @@
+"""verify finds what is damaged, and nothing where all is well."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from subspace_store import SubspaceStore, Version, blobs, digest
+from subspace_store.merge import ModuleBasis, Transport
+from subspace_store.verify import verify
+from subspace_store.version import BlobRef, SubspaceState
+from subspace_store.version_log import log_key, to_plain
+from tests.subspace_store.builders import merged, opened, random_adapter
+
+
+@pytest.fixture
+def store() -> SubspaceStore:
+    store = opened(energy_ratio_min=0.8)
+    for number in (1, 2, 3):
+        merged(store, {f"t{number}": random_adapter(number)})
+    store.publish(3, op_key="p", actor="test")
+    return store
+
+
+def test_nothing_is_found_where_all_is_well(store: SubspaceStore) -> None:
+    assert verify(store) == []
+    store.rollback(1, op_key="back", actor="test")
+    merged(store, {"t2": random_adapter(5), "t9": random_adapter(9)}, op_key="branch")
+    assert verify(store) == []
+    assert verify(opened(writer=None)) == []
+
+
+def test_snapshots_and_checkpoints_are_checked_too(store: SubspaceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subspace_store.subspace_store.SNAPSHOT_EVERY", 2)
+    monkeypatch.setattr("subspace_store.version_log.CHECKPOINT_EVERY", 2)
+    merged(store, {"t4": random_adapter(4)})
+    assert store.state.versions[4].snapshot is not None
+    assert verify(store) == []
+
+
+def lie(store: SubspaceStore, change: Callable[[Version], Version]) -> None:
+    """Rewrite the newest merge and everything after it, so that chain and digests fit again."""
+    storage, prev = store.storage, ""
+    for seq in range(1, store.state.seq + 1):
+        record = json.loads(storage.read(log_key(seq)))
+        if record["op"] == "merge" and record["body"]["version"]["number"] == 3:
+            record["body"]["version"] = to_plain(change(store.state.versions[3]))
+        record["prev_sha256"] = prev
+        content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+        storage.write(log_key(seq), content)
+        prev = digest(content)
+
+
+def test_a_changed_record_is_found(store: SubspaceStore) -> None:
+    record = store.storage.read(log_key(2))
+    store.storage.write(log_key(2), record.replace(b'"actor":"test"', b'"actor":"eve"'))
+    assert ["chain is broken" in finding.what for finding in verify(store)] == [True]
+
+
+def test_a_missing_record_is_found(store: SubspaceStore) -> None:
+    store.storage.delete(log_key(3))
+    assert ["record 3 is missing" in finding.what for finding in verify(store)] == [True]
+
+
+@pytest.mark.parametrize("kind", ["basis", "transport", "adapter", "coefficients"])
+def test_a_damaged_blob_is_found_by_name(store: SubspaceStore, kind: str) -> None:
+    version = store.state.versions[2]
+    ref: BlobRef = getattr(version, kind) if kind in ("basis", "transport") else getattr(version.added[0], kind)
+    store.storage.write(ref.key, store.storage.read(ref.key)[:-1] + b"\x01")
+    assert any(ref.key in finding.where for finding in verify(store))
+
+
+def test_a_wrong_error_and_a_wrong_drift_are_found(store: SubspaceStore) -> None:
+    lie(store, lambda v: replace(v, added=(replace(v.added[0], error_at_birth=0.5),), drift={**v.drift, "t1": 0.25}))
+    texts = [finding.what for finding in verify(store)]
+    assert len(texts) == 2
+    assert "error at birth" in texts[0]
+    assert "task t1 drifted" in texts[1]
+
+
+def test_a_basis_that_is_not_orthonormal_is_found(store: SubspaceStore) -> None:
+    def stretched(basis: ModuleBasis) -> ModuleBasis:
+        return replace(basis, p_NK=basis.p_NK * 1.01)
+
+    bases = {name: stretched(basis) for name, basis in store.basis(3).items()}
+    lie(store, lambda v: replace(v, basis=blobs.write_blob(store.storage, 1, blobs.basis_to_bytes(bases))))
+    assert any("is off by 2.0e-02" in finding.what for finding in verify(store))
+
+
+def test_a_transport_of_other_bases_is_found(store: SubspaceStore) -> None:
+    def rotated(name: str) -> Transport:
+        k_out, k_in = store.state.versions[2].ranks[name]
+        new_out, new_in = store.state.versions[3].ranks[name]
+        double = torch.float64
+        return Transport(torch.eye(new_out, k_out, dtype=double), torch.eye(new_in, k_in, dtype=double))
+
+    content = blobs.transport_to_bytes({name: rotated(name) for name in store.basis(2)})
+    lie(store, lambda v: replace(v, transport=blobs.write_blob(store.storage, 1, content)))
+    assert any("does not fit its bases" in finding.what for finding in verify(store))
+
+
+def test_wrong_ranks_are_found(store: SubspaceStore) -> None:
+    lie(store, lambda v: replace(v, ranks=dict.fromkeys(v.ranks, (1, 1))))
+    assert ["ranks" in finding.what for finding in verify(store)] == [True]
+
+
+def test_an_empty_state_has_nothing_to_verify() -> None:
+    assert opened(writer=None).state == SubspaceState()
