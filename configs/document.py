@@ -34,15 +34,23 @@ def read_document(path: Path, kind: type[T]) -> T:
     Raises:
         InvalidInput: The file is missing, is no YAML mapping, or breaks the schema; names every key path.
     """
+    return check_document(read_yaml(path), kind, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The values in a YAML file, unchecked.
+
+    Raises:
+        InvalidInput: The file is missing or not YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path") from error
     try:
-        values = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InvalidInput(f"is not valid YAML: {error}", str(path), "fix the syntax at that line") from error
-    return check_document(values, kind, str(path))
 
 
 def check_document(values: Any, kind: type[T], where: str) -> T:

@@ -6,12 +6,14 @@ values only: no code, no pickles, no dataset scripts.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.document import NAME_PATTERN, Section, read_document
+from configs.document import NAME_PATTERN, Section, check_document, read_yaml
+from configs.errors import InvalidInput
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Metric = Literal["accuracy", "f1_macro", "matthews_correlation"]
@@ -56,7 +58,8 @@ class TrainingSpec(Section):
     bf16: bool = False
     gradient_checkpointing: bool = False
     deepspeed: dict[str, Any] | None = None
-    """A DeepSpeed configuration, passed through untouched with its `auto` values (see configs/deepspeed/)."""
+    """A DeepSpeed configuration, or in a task file the path of its JSON file; passed through untouched with its
+    `auto` values (see configs/deepspeed/)."""
 
 
 class LoraSpec(Section):
@@ -124,8 +127,12 @@ def read_task_spec(path: Path) -> TaskSpec:
     Raises:
         InvalidInput: See `configs.document.read_document`.
     """
-    spec = read_document(path, TaskSpec)
     folder = path.resolve().parent
+    values = read_yaml(path)
+    training = values.get("training") if isinstance(values, dict) else None
+    if isinstance(training, dict) and isinstance(training.get("deepspeed"), str):
+        training["deepspeed"] = _read_json(folder / training["deepspeed"])
+    spec = check_document(values, TaskSpec, str(path))
     data = {
         key: str((folder / value).resolve())
         for key in ("train_file", "eval_file")
@@ -135,3 +142,10 @@ def read_task_spec(path: Path) -> TaskSpec:
     return spec.model_copy(
         update={"data": spec.data.model_copy(update=data), "method": spec.method.model_copy(update=method)}
     )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read {path}: {error}", "training.deepspeed", "name a JSON file") from error

@@ -24,15 +24,15 @@ EXPORTED = STATE / "exported"
 # Seconds after the service is up, and the task file. The first two find free workers; the others arrive while
 # earlier ones train, are merged or are scored.
 ARRIVALS = (
-    (0.0, "card-questions"),
-    (1.0, "transfers"),
-    (8.0, "qnli"),
-    (14.0, "charges"),
-    (20.0, "account"),
-    (26.0, "mnli"),
+    (0.0, "card-orders"),
+    (1.0, "charges"),
+    (8.0, "relevance"),
+    (14.0, "account"),
+    (20.0, "top-ups"),
+    (26.0, "contradiction"),
 )
-SHOWN = "payments/transfers"
-SHOWN_DATA = HERE / "data/banking_transfers.eval.jsonl.gz"
+SHOWN = "payments/charges"
+SHOWN_DATA = HERE / "data/banking_charges.eval.jsonl.gz"
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"\nThe demo took {time.monotonic() - started:.0f} s. Next:")
     print("  source .venv/bin/activate              then, in this folder:")
     print("  onebasis scores                        the matrix above; also as a picture: .onebasis/scores.png")
-    print("  onebasis task payments/transfers       the life of one task")
+    print("  onebasis task payments/charges       the life of one task")
     print("  mlflow ui --backend-store-uri sqlite:///.onebasis/mlflow.db")
     print("  onebasis up && onebasis submit configs/tasks/sequence_classification.yaml --dry-run")
 

@@ -298,7 +298,7 @@ class SubspaceStore:
 
         Raises:
             NotFound: No such version. 0 is the empty subspace.
-            InvalidInput: A rejected version.
+            InvalidInput: A version that was rejected, or that no gate has let pass yet.
         """
         return _preview(self.state, self.state.refs[MAIN], self._allowed(version))
 
@@ -568,6 +568,10 @@ class SubspaceStore:
     def _allowed(self, version: int) -> int:
         if self._known(version) in self.state.rejected:
             raise InvalidInput(f"version {version} was rejected: {self.state.rejected[version]}", self.storage.url)
+        if version not in self.state.published:
+            raise InvalidInput(
+                f"version {version} never passed the gate", self.storage.url, "name a version that `main` was before"
+            )
         return version
 
     def _require_candidate(self, version: int) -> None:

@@ -120,6 +120,8 @@ class SubspaceState:
     refs: Mapping[str, int] = field(default_factory=lambda: {CANDIDATE: 0, MAIN: 0})
     scores: Mapping[int, Mapping[str, TaskScore]] = field(default_factory=dict)
     """Version to task id to measured score."""
+    published: tuple[int, ...] = (0,)
+    """Versions that `main` was moved to past the gate; the empty one needs none."""
     rejected: Mapping[int, str] = field(default_factory=dict)
     """Version to the reason why the gate did not let it pass."""
     op_keys: Mapping[str, int] = field(default_factory=dict)

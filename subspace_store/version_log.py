@@ -121,7 +121,10 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
     elif record.op == REJECT:
         concerned = int(record.body["version"])
         changes["rejected"] = {**state.rejected, concerned: str(record.body["reason"])}
-    elif record.op in (PUBLISH, ROLLBACK):
+    elif record.op == PUBLISH:
+        concerned = int(record.body["version"])
+        changes["published"] = tuple(sorted({*state.published, concerned}))
+    elif record.op == ROLLBACK:
         concerned = int(record.body["version"])
     elif record.op != ACQUIRE:
         raise Corrupt(f"has an operation {record.op!r} that this code does not know", where, "use a newer onebasis")

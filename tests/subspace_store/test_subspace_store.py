@@ -344,6 +344,14 @@ def test_rolling_back_is_one_record_that_copies_nothing_and_forward_again_is_the
         store.preview_rollback(7)
 
 
+def test_main_cannot_be_moved_to_a_version_that_no_gate_has_let_pass() -> None:
+    store = three_published()
+    merged(store, {"d": random_adapter(4)})
+    with pytest.raises(InvalidInput, match="version 4 never passed the gate"):
+        store.rollback(4, op_key="early", actor="me")
+    assert store.state.refs == {"candidate": 4, "main": 3}
+
+
 # Reading
 
 
