@@ -20,7 +20,7 @@ def store() -> SubspaceStore:
     store = opened(energy_ratio_min=0.8)
     for number in (1, 2, 3):
         merged(store, {f"t{number}": random_adapter(number)})
-    store.publish(3, op_key="p", actor="test")
+        store.publish(number, op_key=f"p{number}", actor="test")
     return store
 
 
