@@ -15,9 +15,7 @@ from typing import Any, Protocol
 from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.ray_head import ray_environment
-from subspace_store.store_actor import store_actor
 from workers.orders import Order
-from workers.worker_actor import worker_actor
 
 Flight = Any
 """Something under way; opaque to the controller."""
@@ -159,6 +157,10 @@ class RayCluster:
 
     def _actor(self, name: str) -> Any:
         if name not in self._actors:
+            # Here and not above: the controller and its tests need this file's Protocol, not Ray and transformers.
+            from subspace_store.store_actor import store_actor
+            from workers.worker_actor import worker_actor
+
             settings = self._settings
             if name == "store":
                 self._actors[name] = store_actor(

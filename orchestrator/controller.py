@@ -112,6 +112,7 @@ class Controller:
         self._awake = threading.Event()
         self._log_moved = threading.Event()
         self._main_followed = -1
+        self._tidy = False
         self.wake(log_moved=True)
         self.layout: BaseLayout | None = None
         """What the first warm worker said of the base model; None before that."""
@@ -156,6 +157,9 @@ class Controller:
 
     def step(self) -> None:
         """One turn: what landed, who is alive, what is next."""
+        if not self._tidy:
+            self._delete_trained_data()
+            self._tidy = True
         for flight in self._landed():
             errand = self._flights.pop(flight)
             self._take(flight, errand)
@@ -167,8 +171,12 @@ class Controller:
         self._awake.clear()
         if self._log_moved.is_set():
             self._log_moved.clear()
-            self._store.refresh()
-            self._follow_main()
+            try:
+                self._store.refresh()
+                self._follow_main()
+            except Exception:
+                self._log_moved.set()  # an old state must not be acted upon: it would undo what was just merged
+                raise
         live = self._queue.live()
         self._merge([r for r in live if next_step(r) is Step.MERGE], live)
         self._judge([r for r in live if next_step(r) is Step.JUDGE])
@@ -240,10 +248,19 @@ class Controller:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
                 self._queue.append(order.task_id, [(LOG, line) for line in outcome.detail.splitlines()])
         record = self._queue.apply(order.task_id, event)
-        if order.train_key and record.state is TaskState.MERGING:
-            # Strict continual learning: training data is never read again once its task is trained.
+        if order.train_key and record.state not in (TaskState.QUEUED, TaskState.TRAINING):
+            # Strict continual learning: training data is never read again once its task is trained or given up.
+            self._tidy = False
             self._storage.delete(order.train_key)
+            self._tidy = True
         self._changed()
+
+    def _delete_trained_data(self) -> None:
+        """Training data that outlived its task's training, because the control plane or the storage was away then."""
+        kept = set(self._storage.keys("data/"))
+        for record in self._queue.tasks():
+            if record.train_key in kept and next_step(record) not in (Step.TRAIN, Step.AWAIT_ADAPTER):
+                self._storage.delete(record.train_key)
 
     def _finish_evaluation(self, order: Evaluate, outcome: object) -> None:
         if isinstance(outcome, Evaluated):
@@ -488,7 +505,6 @@ class Controller:
         state = self._store.state
         if state.refs[MAIN] == self._main_followed:
             return
-        self._main_followed = state.refs[MAIN]
         held = state.tasks_at(state.refs[MAIN])
         now = time.time()
         for record in self._queue.tasks((TaskState.PUBLISHED, TaskState.PARKED)):
@@ -499,6 +515,7 @@ class Controller:
             elif record.state is TaskState.PARKED and record.version and record.task_id in held:
                 self._apply((record.task_id,), Restored(f"main holds version {record.version} again"))
                 self._changed()
+        self._main_followed = state.refs[MAIN]
 
     # --- helpers -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit  # the t quantile; scipy.stats has it too, and takes two seconds to import
 
 from orchestrator.score_table import ScoreTable
 
@@ -67,7 +67,7 @@ def mean(values: Sequence[float]) -> Mean:
     if len(known) < 2:
         return Mean(average, len(known), math.nan)
     variance = math.fsum((value - average) ** 2 for value in known) / (len(known) - 1)
-    factor = float(stats.t.ppf(0.975, len(known) - 1))
+    factor = float(stdtrit(len(known) - 1, 0.975))
     return Mean(average, len(known), factor * math.sqrt(variance / len(known)))
 
 

@@ -178,6 +178,8 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             )
         case TrainingDone() | TrainingFailed() if state is not TaskState.TRAINING or _is_stale(record, event):
             return record
+        case TrainingDone() if record.cancel_requested:  # it finished before it heard of it
+            return _end(record, TaskState.CANCELLED, "cancelled while it was running", event.at)
         case TrainingDone(outcome=outcome):
             return _with(
                 record,

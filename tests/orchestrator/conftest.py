@@ -1,0 +1,45 @@
+"""Fixtures of the control plane's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator import controller
+from tests.orchestrator.plant import Plant
+
+# The matrices here are tiny: threads cost more than they save.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the loop waits before it tries again is real seconds; nothing here takes any."""
+    monkeypatch.setattr(controller, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(controller, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(controller.Controller._later, "__defaults__", (0.0,))
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Plant:
+    """Two workers, an empty queue, an empty store."""
+    return Plant(tmp_path)
+
+
+@pytest.fixture
+def make_plant(tmp_path: Path) -> Iterator[Callable[..., Plant]]:
+    """Plants with other workers or settings, each in a folder of its own."""
+    made: list[Plant] = []
+
+    def make(workers: int = 2, **changes: object) -> Plant:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        made.append(Plant(folder, workers, **changes))
+        return made[-1]
+
+    yield make
+    for plant in made:
+        plant.queue.close()

@@ -1,0 +1,237 @@
+"""A cluster without machines: workers that make small random adapters, and a real SubspaceStore as the writer.
+
+What is asked for is done at once, on the caller's thread, and lands when the controller looks: so a test says
+exactly what happened when. `hold` keeps orders under way until they are released. Like detached Ray actors, it
+outlives the control plane that uses it, and an order given twice under one token is done once.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from configs.settings import Settings
+from orchestrator.cluster import MachineLost
+from subspace_store import Adapter, Storage, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
+from tests.builders import LAYOUT, adapter
+from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Progress, Train, Trained
+
+RowCount = 100
+"""Evaluation rows that every score pretends to be measured on."""
+
+
+class StandInCluster:
+    """Implements orchestrator.cluster.Cluster.
+
+    Args:
+        storage: Where the store and the workers read and write.
+    """
+
+    def __init__(self, settings: Settings, storage: Storage, workers: int = 2) -> None:
+        self._settings = settings
+        self._storage = storage
+        self._memory: dict[str, dict[str, Future[Any]]] = {f"worker-{n}": {} for n in range(workers)}
+        self._lock = threading.RLock()
+        self._store = self._open_store()
+        self.local: Callable[[str], float] = lambda title: 0.9
+        """Title to the score of its own adapter."""
+        self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
+        """Title and all titles in the version to the score under that version."""
+        self.training_faults: dict[str, list[str]] = {}
+        """Title to what goes wrong with its next trainings: `lost`, `input`, `bug`, `nan`, `crash`."""
+        self.evaluation_faults: dict[str, list[str]] = {}
+        """Title to what goes wrong with its next evaluations: `lost`, `bug`."""
+        self.store_faults: list[tuple[str, str]] = []
+        """(method, `before` or `after`): the next such call's answer is lost, before or after it was done."""
+        self.hold: Callable[[Order], bool] = lambda order: False
+        """Which orders stay under way until `release`."""
+        self.silent: set[str] = set()
+        """Workers that do not answer when asked what they do."""
+        self.trainings: list[str] = []
+        """Titles, in the order in which their training began."""
+        self.evaluations: list[tuple[int, str]] = []
+        """(version, title), in the order in which they were scored."""
+        self.store_calls: list[str] = []
+        self.replaced: list[str] = []
+        self._held: list[tuple[str, Order, Future[Any]]] = []
+
+    # --- Cluster ---------------------------------------------------------------------------------------------
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        return tuple(self._memory)
+
+    def run(self, worker: str, order: Order) -> Future[Any]:
+        with self._lock:
+            memory = self._memory[worker]
+            if order.token not in memory:
+                memory[order.token] = Future()
+                if self.hold(order):
+                    self._held.append((worker, order, memory[order.token]))
+                else:
+                    self._do(worker, order, memory[order.token])
+            return _another(memory[order.token]) if order.token in memory else _lost(worker)
+
+    def warm(self, worker: str) -> Future[Any]:
+        return _landed(LAYOUT)
+
+    def progress(self, worker: str) -> Future[Any]:
+        if worker in self.silent:
+            return Future()
+        held = next((order for name, order, _ in self._held if name == worker), None)
+        if held is None:
+            return _landed(Progress())
+        return _landed(
+            Progress(held.token, "training", 3, 10, loss=0.5, learning_rate=0.001, log_lines=("a line of the log",))
+        )
+
+    def cancel(self, worker: str, token: str) -> None:
+        for name, order, future in list(self._held):
+            if name == worker and order.token == token:
+                self._held.remove((name, order, future))
+                future.set_result(Failed(token, "cancelled", "cancelled while it was running"))
+
+    def replace(self, worker: str) -> None:
+        with self._lock:
+            self.replaced.append(worker)
+            self.silent.discard(worker)
+            self._memory[worker] = {}
+            for name, order, future in list(self._held):
+                if name == worker:
+                    self._held.remove((name, order, future))
+                    future.set_exception(MachineLost(f"{worker} is gone"))
+
+    def store(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        with self._lock:
+            self.store_calls.append(method)
+            fault = next((fault for fault in self.store_faults if fault[0] == method), ("", ""))
+            if fault[0]:
+                self.store_faults.remove(fault)
+            if fault[1] == "before":
+                return _lost("store")
+            try:
+                result = getattr(self._store, method)(*args, **kwargs)
+            except Exception as error:
+                return _failed(error)
+            return _lost("store") if fault[1] == "after" else _landed(result)
+
+    def replace_store(self) -> None:
+        self.replaced.append("store")
+        self._store = self._open_store()
+
+    def landed(self, flights: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
+        done = wait(flights, timeout_seconds, FIRST_COMPLETED).done
+        return [flight for flight in flights if flight in done]
+
+    def result(self, flight: Future[Any]) -> Any:
+        return flight.result(0)
+
+    # --- what tests do to it ---------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> list[Order]:
+        """Orders under way."""
+        return [order for _, order, _ in self._held]
+
+    def release(self) -> None:
+        """Do what was held, and hold nothing from now on."""
+        self.hold = lambda order: False
+        held, self._held = self._held, []
+        for worker, order, future in held:
+            self._do(worker, order, future)
+
+    # --- workers ---------------------------------------------------------------------------------------------
+
+    def _do(self, worker: str, order: Order, future: Future[Any]) -> None:
+        title = f"{order.spec.team}/{order.spec.name}"
+        faults = self.training_faults if isinstance(order, Train) else self.evaluation_faults
+        fault = faults[title].pop(0) if faults.get(title) else ""
+        if isinstance(order, Train):
+            self.trainings.append(title)
+        else:
+            self.evaluations.append((order.version, title))
+        if fault == "lost":
+            self._memory[worker] = {}
+            future.set_exception(MachineLost(f"{worker} is gone"))
+        elif fault == "crash":
+            future.set_exception(RuntimeError("outside the worker's own handling"))
+        elif fault in ("input", "bug"):
+            future.set_result(Failed(order.token, fault, f"fault of kind {fault}", "traceback\nof two lines"))
+        else:
+            future.set_result(self._train(order, title, fault) if isinstance(order, Train) else self._evaluate(order))
+
+    def _train(self, order: Train, title: str, fault: str) -> Outcome:
+        content = self._storage.read(order.train_key)  # NotFound if it was deleted too early
+        if order.spec.method.name == "import":
+            made = adapter_from_bytes(content)
+        else:
+            made = adapter(zlib.crc32(title.encode()))
+        if fault == "nan":
+            made = _with_nan(made)
+        packed = adapter_to_bytes(made)
+        self._storage.write(order.staging_key, packed)
+        score = self.local(title) if order.eval_key else float("nan")
+        return Trained(
+            order.token, order.staging_key, digest(packed), made.parameter_count,
+            RowCount if order.eval_key else 0, score, 0.5, 10, 0.25, 2.0, 0.0,
+        )  # fmt: skip
+
+    def _evaluate(self, order: Evaluate) -> Outcome:
+        reader = SubspaceStore.open(self._storage)
+        reader.adapter(order.task_id, order.version)  # NotFound if the version does not hold it
+        self._storage.read(order.eval_key)
+        title = f"{order.spec.team}/{order.spec.name}"
+        held = frozenset(task.name for task in reader.state.tasks_at(order.version).values())
+        return Evaluated(order.token, self.score(title, held), RowCount, 0.1)
+
+    def _open_store(self) -> SubspaceStore:
+        base = self._settings.base_model
+        return SubspaceStore.open(
+            self._storage,
+            settings=self._settings.subspace,
+            base_model=base.name,
+            base_sha256=base.weights_sha256,
+            writer="stand-in",
+        )
+
+
+def _with_nan(made: Adapter) -> Adapter:
+    name, update = next(iter(made.modules.items()))
+    return replace(made, modules=dict(made.modules) | {name: replace(update, sigma_R=update.sigma_R * torch.nan)})
+
+
+def _landed(result: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
+
+
+def _failed(error: Exception) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
+def _lost(who: str) -> Future[Any]:
+    return _failed(MachineLost(f"{who} is gone"))
+
+
+def _another(future: Future[Any]) -> Future[Any]:
+    """A second flight to the same outcome, as a second remote call is."""
+    mine: Future[Any] = Future()
+
+    def copy(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            mine.set_result(done.result())
+        else:
+            mine.set_exception(error)
+
+    future.add_done_callback(copy)
+    return mine
