@@ -69,7 +69,7 @@ class LoraSpec(Section):
     lora_alpha: float = Field(16, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     use_rslora: bool = False
-    target_modules: tuple[str, ...] = ("query", "value")
+    target_modules: tuple[str, ...] = Field(("query", "value"), min_length=1)
 
 
 class MethodSpec(Section):

@@ -462,20 +462,19 @@ class Mortal:
 
 
 def _story(plant: Plant) -> None:
-    """Tasks with all kinds of ends: published together and later, rejected, parked, trained twice."""
+    """Tasks with all kinds of ends: trained twice and published, rejected after its group was, parked."""
     plant.cluster.score = lambda title, held: 0.6 if title == "red/bad" else 0.9
     plant.cluster.training_faults = {"red/wrong": ["input"], "blue/unlucky": ["lost"]}
-    plant.submit("red/a", "blue/unlucky", "red/bad", "red/wrong")
+    plant.submit("red/wrong", "blue/unlucky", "red/bad")
 
 
 def _check_story(plant: Plant) -> None:
     assert plant.states() == {
-        "red/a": "published",
         "blue/unlucky": "published",
         "red/bad": "rejected",
         "red/wrong": "parked",
     }
-    assert plant.held() == plant.held("candidate") == ["blue/unlucky", "red/a"]
+    assert plant.held() == plant.held("candidate") == ["blue/unlucky"]
     state = plant.state
     births = {task.task_id: v.number for v in state.lineage(state.refs["main"]) for task in v.added}
     assert {r.task_id: r.version for r in plant.queue.tasks((TaskState.PUBLISHED,))} == births
@@ -525,5 +524,4 @@ def test_a_control_plane_that_dies_before_any_call_inside_a_step_changes_no_resu
             _check_story(plant)
         except (AssertionError, pytest.fail.Exception) as error:
             raise AssertionError(f"died before call {call}") from error
-    print(call)
-    assert call > 30  # four tasks need at least that many calls
+    assert call > 20  # three tasks need at least that many calls

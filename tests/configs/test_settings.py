@@ -1,0 +1,105 @@
+"""Settings files: those that ship are valid, relative paths start where they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from configs.errors import InvalidInput
+from configs.settings import Settings, read_settings
+from tests.builders import SHA256
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+LEAST = {
+    "base_model": {"name": "tiny", "source": "x", "weights_sha256": SHA256},
+    "teams": {"red": {}},
+}
+
+
+def written(folder: Path, **values: object) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(LEAST | values))
+    return path
+
+
+def test_there_are_shipped_settings() -> None:
+    assert {path.name for path in SHIPPED} >= {"local.yaml", "cluster.yaml"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_settings_are_valid(path: Path) -> None:
+    assert read_settings(path).teams
+
+
+def test_relative_paths_start_at_the_root_that_is_given(tmp_path: Path) -> None:
+    got = read_settings(written(tmp_path, data_roots=["data", "/abs"]), root=tmp_path / "here")
+    here = tmp_path / "here"
+    assert got.state_dir == f"{here}/.onebasis"
+    assert got.database_url == f"sqlite:///{here}/.onebasis/tasks.db"
+    assert got.storage.url == f"file:{here}/.onebasis/store"
+    assert got.mlflow.tracking_uri == f"sqlite:///{here}/.onebasis/mlflow.db"
+    assert got.data_roots == (f"{here}/data", "/abs")
+
+
+def test_relative_paths_start_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_settings(path).state_dir == f"{tmp_path}/elsewhere/.onebasis"
+
+
+def test_absolute_paths_and_addresses_of_servers_stay(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        state_dir="/var/lib/x",
+        database_url="postgresql+psycopg://u@h/d",
+        storage={"url": "s3://bucket/prefix"},
+        mlflow={"tracking_uri": "http://mlflow:5000"},
+    )
+    got = read_settings(path, root=tmp_path)
+    assert (got.state_dir, got.database_url) == ("/var/lib/x", "postgresql+psycopg://u@h/d")
+    assert (got.storage.url, got.mlflow.tracking_uri) == ("s3://bucket/prefix", "http://mlflow:5000")
+
+
+def test_settings_read_again_from_what_was_written_are_the_same(tmp_path: Path) -> None:
+    first = read_settings(written(tmp_path), root=tmp_path)
+    path = tmp_path / "kept.yaml"
+    path.write_text(yaml.safe_dump(first.model_dump(mode="json")))
+    assert read_settings(path, root=Path("/somewhere/else")) == first
+
+
+@pytest.mark.parametrize("team", ["../x", "Red", "", ".hidden", "a/b", "a b", "x" * 64])
+def test_a_team_whose_name_is_unsafe_in_a_path_is_refused(tmp_path: Path, team: str) -> None:
+    with pytest.raises(InvalidInput, match="teams"):
+        read_settings(written(tmp_path, teams={team: {}}))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("subspace", "energy_ratio_min", 1.01),
+        ("workers", "count", 0),
+        ("gate", "drop_max", -0.1),
+        ("server", "port", 65536),
+    ],
+)
+def test_a_value_out_of_range_is_named_by_its_path(tmp_path: Path, section: str, key: str, value: float) -> None:
+    with pytest.raises(InvalidInput, match=rf"{section}\.{key}: Input should be .* \(got {value}\)"):
+        read_settings(written(tmp_path, **{section: {key: value}}))
+
+
+def test_settings_cannot_be_changed() -> None:
+    frozen = Settings.model_validate(LEAST)
+    with pytest.raises(ValidationError, match="frozen"):
+        frozen.state_dir = "/tmp"  # type: ignore[misc]
+
+
+def test_defaults_are_those_of_the_design() -> None:
+    got = Settings.model_validate(LEAST)
+    assert (got.subspace.energy_ratio_min, got.subspace.rank_max, got.subspace.weighting) == (0.98, 64, "equal")
+    assert (got.gate.drop_max, got.gate.merge_gap_max) == (0.03, 0.05)
+    assert (got.server.host, got.server.port) == ("127.0.0.1", 0)

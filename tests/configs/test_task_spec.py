@@ -1,0 +1,82 @@
+"""Task files: those that ship are valid, names are safe, paths start at the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.document import check_document
+from configs.errors import InvalidInput
+from configs.task_spec import TaskSpec, read_task_spec
+from tests.builders import task_document
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = [*sorted((ROOT / "examples/tasks").glob("*.yaml")), *sorted((ROOT / "configs/tasks").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+def test_shipped_task_files_are_valid(path: Path) -> None:
+    spec = read_task_spec(path)
+    assert len(spec.data.label_names) >= 2 or spec.method.name == "import"
+
+
+def test_there_are_example_tasks_of_several_teams() -> None:
+    specs = [read_task_spec(path) for path in sorted((ROOT / "examples/tasks").glob("*.yaml"))]
+    assert len({(spec.team, spec.name) for spec in specs}) == len(specs) >= 3
+    assert len({spec.team for spec in specs}) >= 2
+
+
+def test_paths_start_at_the_task_file_not_where_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    path = tmp_path / "tasks/t.yaml"
+    path.write_text(yaml.safe_dump(task_document(data={"train_file": "../data/train.jsonl", "eval_file": "e.jsonl"})))
+    monkeypatch.chdir("/")
+    spec = read_task_spec(path)
+    assert spec.data.train_file == str(tmp_path / "data/train.jsonl")
+    assert spec.data.eval_file == str(tmp_path / "tasks/e.jsonl")
+
+
+def test_the_folder_of_an_import_starts_at_the_task_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    values = task_document(method={"name": "import", "adapter": "mine"}, data={"train_file": None})
+    path.write_text(yaml.safe_dump(values))
+    assert read_task_spec(path).method.adapter == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("key", ["team", "name", "client_key"])
+@pytest.mark.parametrize("value", ["../x", "a/b", "Upper", ".x", "a b", "", "x" * 64, "tab\t", "line\n"])
+def test_a_name_that_is_unsafe_in_a_path_is_refused(key: str, value: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"{key}: String should match pattern"):
+        check_document(task_document() | {key: value}, TaskSpec, "task")
+
+
+@pytest.mark.parametrize("value", ["a", "0", "a.b-c_d", "x" * 63])
+def test_a_safe_name_is_taken(value: str) -> None:
+    assert check_document(task_document(name=value), TaskSpec, "task").name == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data": {"train_file": None}}, "method.name 'lora' needs data.train_file and data.eval_file"),
+        ({"data": {"eval_file": None}}, "method.name 'lora' needs data.train_file and data.eval_file"),
+        ({"data": {"label_names": ["a"]}}, "data.label_names must list at least two labels"),
+        ({"data": {"label_names": ["a", "b", "a"]}}, "data.label_names has duplicates"),
+        ({"method": {"name": "import"}}, "method.name 'import' needs method.adapter, the PEFT folder"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_told(changes: dict[str, object], text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_document(task_document(**changes), TaskSpec, "task")
+    assert text in str(caught.value)
+
+
+def test_a_deepspeed_document_is_passed_through_untouched() -> None:
+    deepspeed = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
+    spec = check_document(task_document(training={"deepspeed": deepspeed}), TaskSpec, "task")
+    assert spec.training.deepspeed == deepspeed

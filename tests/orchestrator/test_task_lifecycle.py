@@ -1,0 +1,327 @@
+"""Every arrow of the drawing in task_lifecycle.py, and that nothing leaves the drawing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import Conflict
+from configs.settings import FailureSettings
+from orchestrator.task_lifecycle import (
+    CancelRequested,
+    Claimed,
+    Event,
+    Judged,
+    MergeBegun,
+    Merged,
+    MergeRefused,
+    MergeUndone,
+    Restored,
+    RolledBack,
+    Step,
+    TrainingDone,
+    TrainingFailed,
+    advance,
+    next_step,
+)
+from orchestrator.task_record import TaskRecord, TaskState
+from tests.builders import task_record, trained
+
+BUDGETS = FailureSettings(lost_machines_max=2, own_bugs_max=1)
+
+
+def after(record: TaskRecord, *events: Event) -> TaskRecord:
+    for event in events:
+        record = advance(record, event, BUDGETS)
+    return record
+
+
+CLAIMED = Claimed("tok", "worker-0", 1002.0)
+DONE = TrainingDone(trained("tok"), 1010.0)
+
+
+def queued() -> TaskRecord:
+    return task_record()
+
+
+def training() -> TaskRecord:
+    return after(queued(), CLAIMED)
+
+
+def merging() -> TaskRecord:
+    return after(training(), DONE)
+
+
+def begun() -> TaskRecord:
+    return after(merging(), MergeBegun("merge:1"))
+
+
+def evaluating() -> TaskRecord:
+    return after(begun(), Merged(3))
+
+
+def published() -> TaskRecord:
+    return after(evaluating(), Judged(True, "fine", 1020.0))
+
+
+def rejected() -> TaskRecord:
+    return after(evaluating(), Judged(False, "worse", 1020.0))
+
+
+def parked() -> TaskRecord:
+    return after(training(), TrainingFailed("tok", "input", "row 3", 1010.0))
+
+
+def rolled_back() -> TaskRecord:
+    return after(published(), RolledBack("main is version 2", 1030.0))
+
+
+def cancelled() -> TaskRecord:
+    return after(queued(), CancelRequested("ann", 1001.0))
+
+
+ALL = (queued, training, merging, begun, evaluating, published, rejected, parked, rolled_back, cancelled)
+
+
+# --- the arrows --------------------------------------------------------------------------------------------------
+
+
+def test_a_claimed_by_a_worker() -> None:
+    record = training()
+    assert (record.state, record.attempt, record.token, record.worker) == (TaskState.TRAINING, 1, "tok", "worker-0")
+    assert record.claimed_at == 1002.0
+
+
+def test_b_adapter_in_staging() -> None:
+    record = merging()
+    assert record.state is TaskState.MERGING
+    assert record.staging_key == "staging/x/tok/adapter.safetensors"
+    assert (record.local_score, record.base_score, record.train_loss) == (0.9, 0.5, 0.25)
+    assert (record.steps, record.train_seconds, record.first_step_at) == (10, 2.0, 1003.0)
+    assert (record.adapter_sha256, record.adapter_parameters) == ("ef" * 32, 160)
+
+
+def test_b_what_was_not_measured_is_none_never_zero_or_nan() -> None:
+    outcome = trained("tok", math.nan, base_score=math.nan, train_loss=math.nan, first_step_at=0.0)
+    record = after(training(), TrainingDone(outcome, 1010.0))
+    assert (record.local_score, record.base_score, record.train_loss) == (None, None, None)
+    assert record.first_step_at is None
+
+
+def test_c_machine_lost_goes_back_to_the_queue() -> None:
+    record = after(training(), TrainingFailed("tok", "lost", "gone", 1010.0))
+    assert (record.state, record.lost_machines, record.own_bugs, record.token) == (TaskState.QUEUED, 1, 0, "")
+    assert record.reason == "gone"
+    assert after(record, Claimed("tok2", "worker-1", 1011.0)).attempt == 2
+
+
+def test_c_each_fault_has_a_budget_of_its_own() -> None:
+    record = queued()
+    # 2 lost machines and 1 bug are allowed: three failures, and it is still in the queue.
+    for token, fault in (("1", "lost"), ("2", "bug"), ("3", "lost")):
+        record = after(record, Claimed(token, "w", 1.0), TrainingFailed(token, fault, "x", 2.0))
+        assert record.state is TaskState.QUEUED
+    record = after(record, Claimed("4", "w", 3.0), TrainingFailed("4", "lost", "last straw", 4.0))
+    assert record.state is TaskState.PARKED
+    assert record.reason == "gave up after 3 lost machines and 1 internal errors; last: last straw"
+    assert record.ended_at == 4.0
+
+
+def test_c_the_second_bug_parks() -> None:
+    record = after(training(), TrainingFailed("tok", "bug", "x", 1.0), Claimed("2", "w", 2.0))
+    record = after(record, TrainingFailed("2", "bug", "y", 3.0))
+    assert (record.state, record.own_bugs) == (TaskState.PARKED, 2)
+
+
+def test_c_a_users_mistake_parks_at_once() -> None:
+    record = parked()
+    assert (record.state, record.reason, record.lost_machines) == (TaskState.PARKED, "row 3", 0)
+
+
+def test_d_merged_into_a_version() -> None:
+    assert begun().merge_key == "merge:1"
+    assert (evaluating().state, evaluating().version) == (TaskState.EVALUATING, 3)
+
+
+def test_e_refused_by_the_store() -> None:
+    record = after(begun(), MergeRefused("has NaN", 1015.0))
+    assert (record.state, record.reason, record.ended_at) == (TaskState.PARKED, "has NaN", 1015.0)
+
+
+def test_f_the_gate_let_it_pass() -> None:
+    assert (published().state, published().version, published().ended_at) == (TaskState.PUBLISHED, 3, 1020.0)
+
+
+def test_g_the_gate_did_not() -> None:
+    assert (rejected().state, rejected().reason) == (TaskState.REJECTED, "worse")
+
+
+def test_h_main_was_rolled_back_behind_it() -> None:
+    assert (rolled_back().state, rolled_back().reason) == (TaskState.PARKED, "main is version 2")
+    assert rolled_back().version == 3
+
+
+def test_i_main_holds_it_again() -> None:
+    assert after(rolled_back(), Restored("main is version 3")).state is TaskState.PUBLISHED
+
+
+def test_i_a_task_that_never_was_in_a_version_cannot_be_restored() -> None:
+    with pytest.raises(Conflict):
+        after(parked(), Restored("main is version 3"))
+
+
+@pytest.mark.parametrize("state", [begun, evaluating])
+def test_j_its_version_is_gone_and_it_is_merged_again(state: Any) -> None:
+    record = after(state(), MergeUndone("its group failed", alone=True))
+    assert (record.state, record.merge_key, record.version, record.merge_alone) == (TaskState.MERGING, "", 0, True)
+
+
+def test_j_once_alone_always_alone() -> None:
+    record = after(
+        evaluating(), MergeUndone("group", alone=True), MergeBegun("2"), MergeUndone("rollback", alone=False)
+    )
+    assert record.merge_alone is True
+
+
+# --- leases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [TrainingDone(trained("old"), 1.0), TrainingFailed("old", "bug", "x", 1.0)])
+def test_a_worker_whose_lease_was_replaced_is_ignored(event: Event) -> None:
+    record = training()
+    assert advance(record, event, BUDGETS) is record
+
+
+@pytest.mark.parametrize("state", [s for s in ALL if s is not training])
+def test_a_worker_that_speaks_when_nothing_trains_is_ignored(state: Any) -> None:
+    record = state()
+    # Queued tasks have no token: a report with an empty one must not pass for theirs.
+    for token in (record.token, ""):
+        assert advance(record, TrainingDone(trained(token), 1.0), BUDGETS) is record
+        assert advance(record, TrainingFailed(token, "bug", "x", 1.0), BUDGETS) is record
+
+
+# --- cancelling --------------------------------------------------------------------------------------------------
+
+CANCEL = CancelRequested("ann", 1001.0)
+
+
+@pytest.mark.parametrize("state", [queued, merging])
+def test_cancelled_at_once_before_it_is_part_of_a_merge(state: Any) -> None:
+    record = after(state(), CANCEL)
+    assert (record.state, record.reason, record.ended_at) == (TaskState.CANCELLED, "cancelled by ann", 1001.0)
+
+
+def test_a_training_task_is_cancelled_when_its_worker_stops() -> None:
+    asked = after(training(), CANCEL)
+    assert (asked.state, asked.cancel_requested) == (TaskState.TRAINING, True)
+    assert after(asked, TrainingFailed("tok", "cancelled", "stopped", 1.0)).state is TaskState.CANCELLED
+
+
+@pytest.mark.parametrize("fault", ["lost", "bug", "input"])
+def test_a_cancelled_task_is_not_tried_again_whatever_ends_it(fault: str) -> None:
+    assert after(training(), CANCEL, TrainingFailed("tok", fault, "x", 1.0)).state is TaskState.CANCELLED
+
+
+def test_a_cancelled_task_that_finished_first_is_cancelled_all_the_same() -> None:
+    assert after(training(), CANCEL, DONE).state is TaskState.CANCELLED
+
+
+def test_cancelling_twice_changes_nothing() -> None:
+    record = cancelled()
+    assert advance(record, CANCEL, BUDGETS) is record
+
+
+@pytest.mark.parametrize("state", [begun, evaluating, published])
+def test_what_is_part_of_a_version_is_not_cancelled_but_rolled_back(state: Any) -> None:
+    with pytest.raises(Conflict, match=r"red/alpha: is (merging|evaluating|published) and cannot .*\n.*rollback"):
+        after(state(), CANCEL)
+
+
+@pytest.mark.parametrize("state", [rejected, parked, rolled_back])
+def test_what_has_ended_is_not_cancelled(state: Any) -> None:
+    with pytest.raises(Conflict, match="cannot be cancelled"):
+        after(state(), CANCEL)
+
+
+# --- everything else ---------------------------------------------------------------------------------------------
+
+EVENTS: tuple[Event, ...] = (
+    CLAIMED,
+    MergeBegun("m"),
+    Merged(3),
+    MergeRefused("x", 1.0),
+    MergeUndone("x", True),
+    Judged(True, "x", 1.0),
+    RolledBack("x", 1.0),
+    Restored("x"),
+)
+LEGAL = {
+    (queued, Claimed),
+    (merging, MergeBegun), (merging, Merged), (merging, MergeRefused), (merging, MergeUndone),
+    (begun, MergeBegun), (begun, Merged), (begun, MergeRefused), (begun, MergeUndone),
+    (evaluating, MergeUndone), (evaluating, Judged),
+    (published, RolledBack),
+    (rolled_back, Restored),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", ALL, ids=lambda state: state.__name__)
+def test_an_event_that_is_no_arrow_is_a_conflict(state: Any, event: Event) -> None:
+    if (state, type(event)) in LEGAL:
+        assert advance(state(), event, BUDGETS).state in TaskState
+    else:
+        with pytest.raises(Conflict, match=f"'{type(event).__name__}' cannot happen to a task that is"):
+            advance(state(), event, BUDGETS)
+
+
+def test_the_next_step_is_read_off_the_record_alone() -> None:
+    assert [next_step(state()) for state in ALL] == [
+        Step.TRAIN, Step.AWAIT_ADAPTER, Step.MERGE, Step.MERGE, Step.JUDGE, *[Step.NOTHING] * 5,
+    ]  # fmt: skip
+
+
+tokens = st.sampled_from(["1", "2", ""])
+faults = st.sampled_from(["lost", "bug", "input", "cancelled"])
+any_event = st.one_of(
+    st.builds(Claimed, tokens, st.just("w"), st.floats(1, 9)),
+    st.builds(TrainingDone, tokens.map(trained), st.floats(1, 9)),
+    st.builds(TrainingFailed, tokens, faults, st.just("x"), st.floats(1, 9)),
+    st.builds(MergeBegun, st.just("m")),
+    st.builds(Merged, st.integers(1, 5)),
+    st.builds(MergeRefused, st.just("x"), st.floats(1, 9)),
+    st.builds(MergeUndone, st.just("x"), st.booleans()),
+    st.builds(Judged, st.booleans(), st.just("x"), st.floats(1, 9)),
+    st.builds(RolledBack, st.just("x"), st.floats(1, 9)),
+    st.builds(Restored, st.just("x")),
+    st.builds(CancelRequested, st.just("ann"), st.floats(1, 9)),
+)
+ENDED = (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
+
+
+@given(st.lists(any_event, max_size=30))
+def test_whatever_happens_in_whatever_order_a_task_stays_on_the_drawing(events: list[Event]) -> None:
+    record = task_record()
+    for event in events:
+        before = record.model_dump_json()
+        try:
+            record_after = advance(record, event, BUDGETS)
+        except Conflict:
+            assert record.model_dump_json() == before
+            continue
+        assert record.model_dump_json() == before  # frozen: the old record is never changed
+        # What a database gives back is what was put in.
+        assert TaskRecord.model_validate_json(record_after.model_dump_json()) == record_after
+        record = record_after
+        assert record.state in TaskState
+        assert record.lost_machines <= BUDGETS.lost_machines_max + 1
+        assert record.own_bugs <= BUDGETS.own_bugs_max + 1
+        assert record.state is not TaskState.PUBLISHED or record.version > 0
+        assert record.state is not TaskState.TRAINING or (record.worker and record.attempt > 0)
+        if record.state in (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED):
+            assert record.ended_at is not None
