@@ -80,10 +80,10 @@ def run_job() -> None:
     submit(ARRIVALS[0][1])
     submissions.start()
     submit(ARRIVALS[1][1])
-    while submissions.is_alive():
+    onebasis("tasks", "--watch")
+    while submissions.is_alive():  # only if all that had arrived ended before the last arrival
+        submissions.join()
         onebasis("tasks", "--watch")
-        submissions.join(timeout=1)
-    onebasis("tasks", "--watch", show="tasks")
 
     tell("Each merge made a version of the one subspace")
     onebasis("versions")
@@ -101,8 +101,9 @@ def run_job() -> None:
 
     tell("Export a task as an ordinary PEFT adapter, and score it without onebasis")
     onebasis("export", SHOWN, "-o", str(EXPORTED))
-    command = [sys.executable, str(HERE / "score_adapter.py"), str(EXPORTED), str(SHOWN_DATA)]
-    print(f"$ python examples/score_adapter.py {EXPORTED} {SHOWN_DATA.relative_to(HERE.parent)}", flush=True)
+    longest = str(answer("task", SHOWN)["spec"]["data"]["max_length"])
+    command = [sys.executable, str(HERE / "score_adapter.py"), str(EXPORTED), str(SHOWN_DATA), longest]
+    print(f"$ python examples/score_adapter.py {EXPORTED} {SHOWN_DATA.relative_to(HERE.parent)} {longest}", flush=True)
     outside = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     inside = score_now(SHOWN)
     print(f"{outside['accuracy']:.4f} on {outside['rows']} rows; `onebasis scores` says {inside:.4f}")
@@ -129,9 +130,9 @@ def score_now(title: str) -> float:
     return float(found["matrix"][-1][column]["score"])
 
 
-def answer(command: str) -> list | dict:
+def answer(*command: str) -> list | dict:
     """The JSON answer of a command."""
-    done = subprocess.run([ONEBASIS, command, "--json"], check=True, capture_output=True, text=True)
+    done = subprocess.run([ONEBASIS, *command, "--json"], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from configs.errors import OnebasisError
 
 Json = dict[str, Any]
 
-console = Console(highlight=False)
+# A pipe or a log file has no width: tables there are as wide as they need.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True, highlight=False)
 
 COLOURS = {
@@ -102,14 +104,14 @@ def versions(answer: Sequence[Json]) -> None:
         console.print("no versions yet; the first task that is trained makes one")
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("version", "parent", "status", "tasks", "added", "rank", "written", "merge", "made"):
-        table.add_column(name, justify="right" if name in ("version", "parent", "tasks", "rank") else "left")
+    for name in ("version", "on", "status", "added", "tasks", "rank", "written", "merged in"):
+        table.add_column(name, justify="left" if name in ("status", "added") else "right", no_wrap=name != "added")
     for row in answer:
-        refs = f" ← {', '.join(row['refs'])}" if row["refs"] else ""
+        refs = [f"← {name}" for name in row["refs"] if name == "main" or "main" not in row["refs"]]
         table.add_row(
-            str(row["version"]), str(row["parent"]), _coloured(row["status"]) + refs, str(row["task_count"]),
-            ", ".join(row["added"]), str(row["rank_max"]), _bytes(row["bytes_written"]),
-            f"{row['merge_seconds']:.2f} s", _clock(row["created_at"]),
+            str(row["version"]), str(row["parent"]), " ".join([_coloured(row["status"]), *refs]),
+            ", ".join(row["added"]), str(row["task_count"]), str(row["rank_max"]),
+            _bytes(row["bytes_written"]), f"{row['merge_seconds']:.2f} s",
         )  # fmt: skip
     console.print(table)
     for row in answer:
@@ -210,9 +212,8 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
             now = f"{row['state']} {row['progress'].get('phase', '')} {10 * _share(row) // 1:.0f}"
             if seen.get(row["task_id"]) != now:
                 seen[row["task_id"]] = now
-                console.print(
-                    f"{_clock(time.time())}  {row['title']:24} {row['state']:10} {_progress(row)}", markup=False
-                )
+                line = f"{_clock(time.time())}  {row['title']:24} {row['state']:10} {_progress(row)}"
+                console.print(line.rstrip(), markup=False, soft_wrap=True)
         if all(row["state"] in ENDED for row in rows):
             return
         time.sleep(every_seconds)
@@ -220,15 +221,16 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
 
 def _task_table(rows: Sequence[Json]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("id", "task", "state", "progress", "own adapter", "version", "note"):
-        table.add_column(name, no_wrap=name in ("id", "task", "state"))
+    for name in ("id", "task", "state", "score", "version", ""):
+        table.add_column(name, no_wrap=bool(name))
     for row in rows:
-        what = f"place {row['place']}" if row["place"] else _progress(row)
+        place = f"place {row['place']}" if row["place"] else ""
+        reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
+        what = " · ".join(part for part in (place, _progress(row), reason) if part)
+        version = f"v{row['version']}" if row["version"] else "–"
         table.add_row(
-            row["task_id"], row["title"], _coloured(row["state"]), escape(what), _score(row["local_score"]),
-            f"v{row['version']}" if row["version"] else "–",
-            escape(row["reason"].split("\n")[0]) if row["state"] != "published" else "",
-        )  # fmt: skip
+            row["task_id"], row["title"], _coloured(row["state"]), _score(row["local_score"]), version, escape(what)
+        )
     return table
 
 
@@ -242,10 +244,10 @@ def _print_figures(figures: Json) -> None:
     for key, meaning in meanings.items():
         mean = figures[key]
         if mean["value"] is None:
-            console.print(f"{'–':>17}  {meaning} (nothing to compare yet)")
+            console.print(f"{'–':>17}  {meaning} (nothing to compare yet)", soft_wrap=True)
             continue
         width = f" ±{mean['half_width_95']:.4f}" if mean["half_width_95"] is not None else ""
-        console.print(f"{mean['value']:+.4f}{width:9}  {meaning} (n = {mean['n']} tasks)")
+        console.print(f"{mean['value']:+.4f}{width:9}  {meaning} (n = {mean['n']} tasks)", soft_wrap=True)
 
 
 def _print_footprint(footprint: Json) -> None:
