@@ -24,6 +24,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     create_engine,
+    func,
     insert,
     select,
     update,
@@ -121,6 +122,10 @@ class TaskQueue:
             Conflict: Another task of that name is alive or published.
         """
         with self._engine.begin() as connection:
+            if self._engine.dialect.name == "postgresql":
+                # Two submissions of a team, one after the other: each must see the other's name. SQLite's one writer
+                # at a time is that already.
+                connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(record.team))))
             known = self._by_client_key(connection, record.team, record.client_key)
             if known is not None:
                 return known, False
