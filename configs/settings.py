@@ -164,3 +164,8 @@ def _located(url: str, root: Path) -> str:
     """A SQLite URL with an absolute path; any other URL as it is."""
     start = "sqlite:///"
     return f"{start}{root / url.removeprefix(start)}" if url.startswith(start) else url
+
+
+def is_local(source: str) -> bool:
+    """Whether a base model's source needs no hub."""
+    return source.startswith(("package:", "/", ".", "~")) or Path(source).is_dir()

@@ -157,7 +157,7 @@ class RayCluster:
 
     def _actor(self, name: str) -> Any:
         if name not in self._actors:
-            # Here and not above: the controller and its tests need this file's Protocol, not Ray and transformers.
+            # Here and not above: the controller and its tests need this file's Protocol, not Ray.
             from subspace_store.store_actor import store_actor
             from workers.worker_actor import worker_actor
 

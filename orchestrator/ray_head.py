@@ -21,7 +21,6 @@ def main(state_dir: Path, cpus: int) -> None:
     """Start Ray, write its address beside the token, wait for SIGTERM."""
     import ray
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     ray.init(
         address="local",  # never join a cluster that a stale address file names
         num_cpus=cpus,
@@ -29,6 +28,8 @@ def main(state_dir: Path, cpus: int) -> None:
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
     )
+    # After ray.init, which puts its own handler there: that one prints a stack trace and dies.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     address = ray.get_runtime_context().gcs_address
     written = state_dir / f"{ADDRESS_FILE}.new"
     written.write_text(json.dumps({"address": address, "pid": os.getpid()}))

@@ -56,7 +56,7 @@ class Adapter:
     Args:
         base_model: Name of the base model it was trained on.
         base_sha256: sha256 of that model's weights file; empty when unknown.
-        modules: Full module name in the base model (`encoder.layer.0.attention.self.query`) to its update.
+        modules: Full module name in the base model (`bert.encoder.layer.0.attention.self.query`) to its update.
         head: Full parameter name (`classifier.weight`) to the task's own weights, kept outside the subspace.
         info: Facts for people and for export: start of A, task type, label names. Values are strings.
     """

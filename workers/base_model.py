@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput, Unavailable
-from configs.settings import BaseModelSettings
+from configs.settings import BaseModelSettings, is_local
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -157,11 +157,6 @@ def resolve_source(source: str) -> Path:
     if not (folder / "config.json").is_file():
         raise InvalidInput(f"has no config.json: {folder}", source, "name a folder saved by save_pretrained")
     return folder
-
-
-def is_local(source: str) -> bool:
-    """Whether a source needs no hub."""
-    return source.startswith(("package:", "/", ".", "~")) or Path(source).is_dir()
 
 
 def weights_digest(folder: Path) -> str:

@@ -21,7 +21,7 @@ class Train:
     attempt: int
     spec: TaskSpec
     train_key: str
-    """Storage key of the frozen training rows; empty for `import`."""
+    """Storage key of the frozen training rows; for `import`, of the adapter in canonical form."""
     eval_key: str
     """Storage key of the frozen evaluation rows; empty when an import brought none."""
     staging_key: str

@@ -1,22 +1,53 @@
-"""The Ray actor around a worker: options only. What it does is in `worker.py`.
+"""The Ray actor around a worker: options and forwarding only. What it does is in `worker.py`.
 
-Detached and named, so that it and its warm model outlive the control plane that made it.
+Detached and named, so that it and its warm model outlive the control plane that made it. The worker is imported in
+the actor's process alone: whoever gives orders needs neither torch nor transformers for it.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
 
-from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
-from workers.base_model import is_local
-from workers.worker import Worker
+from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings, is_local
+from workers.orders import BaseLayout, Order, Outcome, Progress
 
 NAMESPACE = "onebasis"
 
 # `run` blocks for as long as training takes; heartbeats, cancels and a repeated `run` come in beside it.
 MAX_CONCURRENCY = 8
+
+
+@ray.remote
+class WorkerActor:
+    """Makes one Worker and forwards to it. Arguments as in `worker_actor`."""
+
+    def __init__(self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: float) -> None:
+        # Read when the libraries are imported, so before that.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
+        if is_local(base_model.source):
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        from workers.worker import Worker
+
+        self._worker = Worker(base_model, storage, folder, cpus)
+
+    def warm(self) -> BaseLayout:
+        return self._worker.warm()
+
+    def run(self, order: Order) -> Outcome:
+        return self._worker.run(order)
+
+    def progress(self) -> Progress:
+        return self._worker.progress()
+
+    def cancel(self, token: str) -> bool:
+        return self._worker.cancel(token)
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 def worker_actor(
@@ -34,12 +65,9 @@ def worker_actor(
         folder: The subspace's name, see `subspace_store.storage.open_storage`.
 
     Returns:
-        A handle with Worker's methods as remote calls. Ray restarts a lost actor, but never repeats a lost call:
-        the control plane gives the order again, by the same token.
+        A handle with WorkerActor's methods as remote calls. Ray restarts a lost actor, but never repeats a lost
+        call: the control plane gives the order again, by the same token.
     """
-    variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, int(workers.cpus)))}
-    if is_local(base_model.source):
-        variables["HF_HUB_OFFLINE"] = "1"
     options = {
         "name": name,
         "namespace": namespace,
@@ -50,8 +78,9 @@ def worker_actor(
         "max_concurrency": MAX_CONCURRENCY,
         "max_restarts": -1,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": variables},
     }
-    handle = ray.remote(Worker).options(**options).remote(base_model, storage, folder, workers.cpus)
+    handle = WorkerActor.options(**options).remote(  # type: ignore[attr-defined]
+        base_model, storage, folder, workers.cpus
+    )
     handle.warm.remote()
     return handle

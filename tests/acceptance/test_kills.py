@@ -13,7 +13,9 @@ from tests.acceptance.conftest import Site
 
 def merged_once(site: Site, *titles: str) -> bool:
     """Whether each title is in exactly one version of main."""
-    added = [title for version in site.ask("versions") if version["status"] == "published" for title in version["added"]]
+    added = [
+        title for version in site.ask("versions") if version["status"] == "published" for title in version["added"]
+    ]
     return all(added.count(title) == 1 for title in titles)
 
 
@@ -57,7 +59,7 @@ def test_a_control_plane_killed_at_any_moment_merges_every_acknowledged_task_onc
 def test_a_killed_worker_costs_an_attempt_and_nothing_else(site: Site) -> None:
     site.run("submit", str(site.task_file("worker-dies", steps=60)))
     site.wait("a training step", lambda: site.ask("task", "payments/worker-dies")["progress"].get("step", 0) >= 2)
-    (busy,) = site.processes("ray::Worker.run")
+    (busy,) = site.processes("ray::WorkerActor.run")
     os.kill(busy, signal.SIGKILL)
 
     task = site.wait_for_state("payments/worker-dies", "published")

@@ -57,9 +57,7 @@ def test_earlier_tasks_lose_at_most_a_hundredth_on_average(demo: Site) -> None:
     assert bwt["value"] >= -0.01
 
 
-def test_exported_adapters_reproduce_every_score_with_transformers_and_peft_alone(
-    demo: Site, tmp_path: Path
-) -> None:
+def test_exported_adapters_reproduce_every_score_with_transformers_and_peft_alone(demo: Site, tmp_path: Path) -> None:
     scores = demo.ask("scores")
     for column, task in enumerate(scores["tasks"]):
         cell = scores["matrix"][-1][column]
