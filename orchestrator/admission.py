@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.document import check_document
-from configs.errors import InvalidInput
+from configs.errors import Conflict, InvalidInput
 from configs.settings import Settings
 from configs.task_spec import TaskSpec
 from orchestrator.task_queue import TaskQueue
 from orchestrator.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState, new_task_id
 from subspace_store import Storage
 from subspace_store.adapter import Adapter, adapter_to_bytes, digest
-from subspace_store.peft_format import read_peft_folder
+from subspace_store.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
 from workers.orders import BaseLayout
 from workers.task_data import check_rows
 
@@ -63,14 +63,16 @@ def check_submission(document: Mapping[str, Any], settings: Settings, layout: Ba
         )
     evaluation, eval_count, train, train_count, warnings = b"", 0, b"", 0, []
     if spec.data.eval_file:
-        path = _allowed(spec.data.eval_file, settings, "data.eval_file")
+        path = _allowed_file(spec.data.eval_file, settings, "data.eval_file")
         eval_count, evaluation = check_rows(path, spec.data).rows, _frozen(path)
     if spec.method.name == "import":
         folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
+            _allowed_file(str(folder / name), settings, "method.adapter")
         train = adapter_to_bytes(_checked_import(folder, settings, layout))
     else:
         _check_targets(spec, layout)
-        path = _allowed(spec.data.train_file or "", settings, "data.train_file")
+        path = _allowed_file(spec.data.train_file or "", settings, "data.train_file")
         counts = check_rows(path, spec.data, Path(spec.data.eval_file) if spec.data.eval_file else None)
         train_count, train = counts.rows, _frozen(path)
         warnings += [f"label '{name}' has no training row" for name, count in counts.per_label.items() if not count]
@@ -93,9 +95,11 @@ def admit(
         Conflict: Another task of that name is alive or published.
     """
     spec = draft.spec
-    waiting = queue.tasks((TaskState.QUEUED,), spec.team)
+    client_key = spec.client_key or _default_key(draft, queue)
+    mine = queue.tasks(team=spec.team)
     limit = settings.teams[spec.team].queued_max
-    if len(waiting) >= limit:
+    is_full = sum(record.state is TaskState.QUEUED for record in mine) >= limit
+    if is_full and not any(record.client_key == client_key for record in mine):
         raise InvalidInput(f"team '{spec.team}' has {limit} tasks waiting, its limit", "teams.queued_max", "wait")
     task_id = new_task_id()
     train_name = "adapter.safetensors" if spec.method.name == "import" else "train.jsonl.gz"
@@ -103,7 +107,7 @@ def admit(
         task_id=task_id,
         team=spec.team,
         name=spec.name,
-        client_key=spec.client_key or _default_key(draft, queue),
+        client_key=client_key,
         spec=spec,
         submitted_at=time.time(),
         submitted_by=submitted_by,
@@ -116,12 +120,20 @@ def admit(
     storage.write(record.train_key, draft.train)
     if record.eval_key:
         storage.write(record.eval_key, draft.evaluation)
-    taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)))
+    try:
+        taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)))
+    except Conflict:  # of any other error the outcome is unknown, and then nothing is deleted
+        _delete_data(record, storage)
+        raise
     if not is_new:
-        for key in (record.train_key, record.eval_key):
-            if key:
-                storage.delete(key)
+        _delete_data(record, storage)
     return taken, is_new
+
+
+def _delete_data(record: TaskRecord, storage: Storage) -> None:
+    for key in (record.train_key, record.eval_key):
+        if key:
+            storage.delete(key)
 
 
 def _default_key(draft: Draft, queue: TaskQueue) -> str:
@@ -145,6 +157,14 @@ def _allowed(path: str, settings: Settings, key: str) -> Path:
             key,
             f"put it below one of: {', '.join(settings.data_roots)}",
         )
+    return real
+
+
+def _allowed_file(path: str, settings: Settings, key: str) -> Path:
+    """As `_allowed`. A pipe or a device would be waited for, or read for ever."""
+    real = _allowed(path, settings, key)
+    if real.exists() and not real.is_file():
+        raise InvalidInput(f"{path} is not a plain file", key, "name a file")
     return real
 
 
