@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -69,7 +70,7 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
 def _over_http(server: dict[str, Any], method: str, arguments: dict[str, Any]) -> Any:
     verb, path = ROUTES[method]
     in_path = set(re.findall(r"{(\w+)", path))
-    url = re.sub(r"{(\w+)(?::path)?}", lambda found: str(arguments[found.group(1)]), path)
+    url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(str(arguments[found.group(1)])), path)
     rest = {name: value for name, value in arguments.items() if name not in in_path and value is not None}
     body = next((value for value in rest.values() if isinstance(value, dict)), None)
     query = {name: value for name, value in rest.items() if not isinstance(value, dict)}

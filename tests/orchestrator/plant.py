@@ -11,9 +11,8 @@ from typing import Any
 from orchestrator.controller import Controller
 from orchestrator.task_queue import TaskQueue
 from orchestrator.task_record import TaskRecord
-from subspace_store import SubspaceState, SubspaceStore
-from subspace_store.memory_storage import MemoryStorage
-from tests.builders import settings, task_record
+from subspace_store import SubspaceState, SubspaceStore, open_storage
+from tests.builders import BASE, settings, task_record
 from tests.orchestrator.stand_in_cluster import StandInCluster
 
 _places = itertools.count()
@@ -29,9 +28,9 @@ class Plant:
     """
 
     def __init__(self, folder: Path, workers: int = 2, **changes: Any) -> None:
-        self.settings = settings(folder, **changes)
+        self.settings = settings(folder, **{"storage": {"url": f"memory:plant-{next(_places)}"}} | changes)
         self.queue = self._open_queue()
-        self.storage = MemoryStorage(f"plant-{next(_places)}")
+        self.storage = open_storage(self.settings.storage, BASE)
         self.cluster = StandInCluster(self.settings, self.storage, workers)
         self.wrap: Callable[[str, Any], Any] = lambda name, part: part
         self._controller: Controller | None = None

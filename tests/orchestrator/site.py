@@ -1,0 +1,76 @@
+"""A plant that listens: the real HTTP server on a loopback port, the loop in a thread, a state folder for clients."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import yaml
+
+from orchestrator.client import Client
+from orchestrator.server import api
+from orchestrator.service import Service
+from tests.builders import rows, task_document, write_rows
+from tests.orchestrator.plant import Plant
+
+TOKEN = "the-token"
+
+
+class Site:
+    """Everything that `onebasis up` starts, in this process and without Ray and MLflow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plant = Plant(folder)
+        self._stop = threading.Event()
+        controller = self.plant.controller
+        self._loop = threading.Thread(target=controller.run, args=(self._stop,))
+        self._loop.start()
+        self.service = Service(
+            self.plant.settings,
+            self.plant.queue,
+            self.plant.storage,
+            controller,
+            self.plant.cluster,
+            lambda: {"workers_ready": controller.ready_workers, "workers": controller.describe_workers()},
+        )
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(api(self.service, TOKEN), log_level="warning", access_log=False))
+        self._http = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
+        self._http.start()
+        (folder / "settings.yaml").write_text(yaml.safe_dump(self.plant.settings.model_dump(mode="json")))
+        (folder / "server.json").write_text(json.dumps({"url": self.url, "token": TOKEN, "pid": 0}))
+        self.client = Client(folder)
+        while not controller.ready_workers:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._stop.set()
+        self._http.join(10)
+        self._loop.join(10)
+        self.plant.queue.close()
+
+    def document(self, title: str, **changes: Any) -> dict[str, Any]:
+        """A task document whose files are there."""
+        train = write_rows(self.folder / "data" / "train.jsonl", rows(6))
+        evaluation = write_rows(self.folder / "data" / "eval.jsonl", [{"text": "other", "label": "no"}])
+        return task_document(title, **{**changes, "data": {"train_file": str(train), "eval_file": str(evaluation)}})
+
+    def publish(self, title: str) -> dict[str, Any]:
+        """Submit a task and wait until main holds it."""
+        self.client.call("submit", document=self.document(title), by="ann")
+        return self.wait_for(title, "published")
+
+    def wait_for(self, title: str, state: str) -> dict[str, Any]:
+        until = time.monotonic() + 10
+        while (task := self.client.call("task", reference=title))["state"] != state:
+            assert time.monotonic() < until, task
+            time.sleep(0.01)
+        return dict(task)
