@@ -10,7 +10,6 @@ import json
 import logging
 import tempfile
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,9 @@ TASK_TAG = "onebasis.task_id"
 SUBSPACE_TAG = "onebasis.subspace"
 DONE_TAG = "onebasis.logged"
 """On the subspace's run: the newest version in it. On a task's run: its record's revision."""
+Points = dict[tuple[str, int, float], float | None]
+"""(metric, step, Unix time at which it came about) to value. MLflow ignores a point that it has with the same time;
+with the time of logging, every sync would add it once more."""
 BATCH = 1000
 """Metrics in one call: MLflow's own limit, and 100 times faster than one by one."""
 
@@ -84,7 +86,7 @@ class Mirror:
         records = {record.task_id: record for record in self._queue.tasks()}
         table = score_table(state, state.refs[MAIN], self._settings.gate.drift_min)
         for record in records.values():
-            self._mirror_task(record, table)
+            self._mirror_task(record, state, table)
         if table.versions:
             self._mirror_subspace(state, table, records)
 
@@ -124,7 +126,7 @@ class Mirror:
 
     # --- one task ----------------------------------------------------------------------------------------------
 
-    def _mirror_task(self, record: TaskRecord, table: ScoreTable) -> None:
+    def _mirror_task(self, record: TaskRecord, state: SubspaceState, table: ScoreTable) -> None:
         run = self._run(TASK_TAG, record.task_id, record.title)
         done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
         rows = [v for v in table.versions if record.task_id in table.cells[v]]
@@ -133,16 +135,20 @@ class Mirror:
             return
         if not done:
             self._log_batch(run, {}, params=_params(record))
-        metrics: dict[tuple[str, int], float | None] = {
-            ("base_score", 0): record.base_score,
-            ("local_score", 0): record.local_score,
-            ("train_loss", 0): record.train_loss,
-            ("train_seconds", 0): record.train_seconds,
-            ("adapter_parameters", 0): float(record.adapter_parameters),
+        begun = record.submitted_at
+        metrics: Points = {
+            ("base_score", 0, begun): record.base_score,
+            ("local_score", 0, begun): record.local_score,
+            ("train_loss", 0, begun): record.train_loss,
+            ("train_seconds", 0, begun): record.train_seconds,
         }
-        metrics |= {("score", version): table.score(version, record.task_id) for version in rows}
+        if record.adapter_parameters:
+            metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
+        made = {version: state.versions[version].created_at for version in rows}
+        metrics |= {("score", version, made[version]): table.score(version, record.task_id) for version in rows}
         if rows and record.local_score is not None:
-            metrics["merge_gap", rows[0]] = record.local_score - table.score(rows[0], record.task_id)
+            gap = record.local_score - table.score(rows[0], record.task_id)
+            metrics["merge_gap", rows[0], made[rows[0]]] = gap
         if record.train_seconds is not None:
             metrics |= self._loss_curve(record.task_id)
         tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
@@ -150,9 +156,9 @@ class Mirror:
         if record.state not in LIVE:
             self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
 
-    def _loss_curve(self, task_id: str) -> dict[tuple[str, int], float | None]:
-        points = [json.loads(e.text) for e in self._queue.events(task_id) if e.kind == PROGRESS]
-        return {(f"train.{key}", p["step"]): p[key] for p in points for key in ("loss", "learning_rate")}
+    def _loss_curve(self, task_id: str) -> Points:
+        points = [(e.at, json.loads(e.text)) for e in self._queue.events(task_id) if e.kind == PROGRESS]
+        return {(f"train.{key}", p["step"], at): p[key] for at, p in points for key in ("loss", "learning_rate")}
 
     # --- the subspace ------------------------------------------------------------------------------------------
 
@@ -178,20 +184,17 @@ class Mirror:
     ) -> None:
         version, titles = state.versions[number], {t: task.name for t, task in state.tasks_at(number).items()}
         report = forgetting_report(table, number, local)
-        metrics: dict[tuple[str, int], float | None] = {
-            (f"score.{titles[t]}", number): table.score(number, t) for t in titles
+        values = {f"score.{titles[t]}": table.score(number, t) for t in titles} | {
+            "average_accuracy": report.average_accuracy.value,
+            "backward_transfer": report.backward_transfer.value,
+            "forgetting": report.forgetting.value,
+            "merge_gap": report.merge_gap.value,
+            "tasks": float(len(titles)),
+            "rank_max": float(max(max(ranks) for ranks in version.ranks.values())),
+            "bytes_written": float(version.bytes_written),
+            "merge_seconds": version.merge_seconds,
         }
-        metrics |= {
-            ("average_accuracy", number): report.average_accuracy.value,
-            ("backward_transfer", number): report.backward_transfer.value,
-            ("forgetting", number): report.forgetting.value,
-            ("merge_gap", number): report.merge_gap.value,
-            ("tasks", number): float(len(titles)),
-            ("rank_max", number): float(max(max(ranks) for ranks in version.ranks.values())),
-            ("bytes_written", number): float(version.bytes_written),
-            ("merge_seconds", number): version.merge_seconds,
-        }
-        self._log_batch(run, metrics)
+        self._log_batch(run, {(key, number, version.created_at): value for key, value in values.items()})
         self._register(run, state, number, sorted(titles.values()))
 
     def _draw(self, run: str, state: SubspaceState, table: ScoreTable) -> None:
@@ -242,16 +245,15 @@ class Mirror:
     def _log_batch(
         self,
         run: str,
-        metrics: Mapping[tuple[str, int], float | None],
+        metrics: Points,
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        now = int(time.time() * 1000)
         known = [
-            Metric(key, value, now, step)
-            for (key, step), value in metrics.items()
+            Metric(key, value, int(at * 1000), step)
+            for (key, step, at), value in metrics.items()
             if value is not None and value == value  # NaN is not measured: MLflow would draw it as a point
         ]
         for start in range(0, len(known), BATCH):
