@@ -62,7 +62,7 @@ class Seat:
     ready: bool = False
     order: Train | Evaluate | None = None
     heard_at: float = field(default_factory=time.time)
-    """Last sign of life while it has an order."""
+    """Last sign of life."""
     beat_at: float = 0.0
     error: str = ""
     """Why its base model cannot be loaded."""
@@ -206,7 +206,8 @@ class Controller:
         assert errand.seat is not None
         try:
             self.layout = self._cluster.result(flight)
-            errand.seat.ready = True
+            errand.seat.ready, errand.seat.error = True, ""
+            errand.seat.heard_at = time.time()
             log.info("%s is warm", errand.seat.name)
             self._changed()
         except MachineLost as error:
@@ -275,8 +276,12 @@ class Controller:
         seat = errand.seat
         try:
             progress: Progress = self._cluster.result(flight)
-        except Unavailable:
-            return  # the order's own flight tells whether the machine is gone
+        except Unavailable as error:
+            if seat.order is None:  # else the order's own flight tells
+                log.warning("%s is away: %s", seat.name, error)
+                seat.ready = False
+                self._later(f"warm:{seat.name}")
+            return
         seat.heard_at = time.time()
         order = seat.order
         if order is None or progress.token != order.token or not isinstance(order, Train):
@@ -332,16 +337,16 @@ class Controller:
     # --- who is alive ------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """Heartbeats: ask every busy worker what it does; one that is silent for a whole lease is replaced."""
+        """Heartbeats: ask every worker what it does; one that is silent for a whole lease is replaced."""
         now = time.time()
         for seat in self._seats:
-            if seat.order is not None and now - seat.beat_at >= self._settings.workers.heartbeat_seconds:
+            if seat.ready and now - seat.beat_at >= self._settings.workers.heartbeat_seconds:
                 seat.beat_at = now
                 if not self._under_way("progress", seat):
                     self._send(Errand("progress", seat), partial(self._cluster.progress, seat.name))
                 if now - seat.heard_at > self._settings.workers.lease_seconds:
                     log.warning("%s has been silent for %.0f s: replacing it", seat.name, now - seat.heard_at)
-                    seat.heard_at = now
+                    seat.heard_at, seat.ready = now, seat.order is not None
                     self._cluster.replace(seat.name)
             if not seat.ready and not self._under_way("warm", seat) and self._may(f"warm:{seat.name}"):
                 self._send(Errand("warm", seat), partial(self._cluster.warm, seat.name))

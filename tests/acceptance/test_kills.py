@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,10 +20,22 @@ def merged_once(site: Site, *titles: str) -> bool:
     return all(added.count(title) == 1 for title in titles)
 
 
+def busiest(pids: list[int]) -> int:
+    """The process that uses most CPU now."""
+    before = {pid: cpu_ticks(pid) for pid in pids}
+    time.sleep(0.5)
+    return max(pids, key=lambda pid: cpu_ticks(pid) - before[pid])
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 def test_a_killed_control_plane_finds_its_running_training_again(site: Site) -> None:
     site.run("submit", str(site.task_file("found-again", steps=40)))
     site.wait("a training step", lambda: site.ask("task", "payments/found-again")["progress"].get("step", 0) >= 2)
-    workers = set(site.processes("ray::Worker"))
+    workers = set(site.processes("ray::WorkerActor"))
     site.kill_control_plane()
     assert site.ask("task", "payments/found-again")["state"] == "training"  # read without a running service
     site.run("up", "--config", "settings.yaml")
@@ -31,7 +44,8 @@ def test_a_killed_control_plane_finds_its_running_training_again(site: Site) -> 
     assert task["attempt"] == 1  # the same attempt went on: a lost one would have been requeued
     assert [e["kind"] for e in task["events"]].count("Claimed") == 1
     assert task["training"]["steps"] == 40
-    assert workers == set(site.processes("ray::Worker"))  # the warm workers were kept
+    assert len(workers) == 2
+    assert workers == set(site.processes("ray::WorkerActor"))  # the warm workers were kept
     assert merged_once(site, "payments/found-again")
 
 
@@ -59,8 +73,7 @@ def test_a_control_plane_killed_at_any_moment_merges_every_acknowledged_task_onc
 def test_a_killed_worker_costs_an_attempt_and_nothing_else(site: Site) -> None:
     site.run("submit", str(site.task_file("worker-dies", steps=60)))
     site.wait("a training step", lambda: site.ask("task", "payments/worker-dies")["progress"].get("step", 0) >= 2)
-    (busy,) = site.processes("ray::WorkerActor.run")
-    os.kill(busy, signal.SIGKILL)
+    os.kill(busiest(site.processes("ray::WorkerActor")), signal.SIGKILL)
 
     task = site.wait_for_state("payments/worker-dies", "published")
     assert task["attempt"] == 2
@@ -68,6 +81,15 @@ def test_a_killed_worker_costs_an_attempt_and_nothing_else(site: Site) -> None:
     assert task["training"]["own_bugs"] == 0
     assert merged_once(site, "payments/worker-dies")
     site.wait("both workers to be warm again", lambda: site.ask("status")["workers_ready"] == 2)
+
+
+def test_a_free_worker_that_dies_is_noticed_and_replaced(site: Site) -> None:
+    site.wait("both workers to be free", lambda: list(site.ask("status")["workers"].values()) == ["free", "free"])
+    before = site.processes("ray::WorkerActor")
+    os.kill(before[0], signal.SIGKILL)
+    site.wait("it to be noticed", lambda: site.ask("status")["workers_ready"] == 1, 15)
+    site.wait("it to be warm again", lambda: site.ask("status")["workers_ready"] == 2)
+    assert before[0] not in site.processes("ray::WorkerActor")
 
 
 def test_a_store_killed_while_tasks_are_merged_comes_back_and_merges_them_once(site: Site) -> None:

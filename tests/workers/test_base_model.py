@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from worker_builders import MINILM
+from tests.workers.worker_builders import MINILM
 
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings

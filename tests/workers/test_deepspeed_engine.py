@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_training import Desk
-from worker_builders import sentiment_task
+from tests.workers.worker_builders import sentiment_task
 
 from workers.base_model import BaseModel
 

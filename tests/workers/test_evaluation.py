@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_builders import sentiment_rows
+from tests.workers.worker_builders import sentiment_rows
 
 from configs.errors import InvalidInput
 from configs.task_spec import DataSpec

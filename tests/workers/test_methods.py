@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from worker_builders import sentiment_task
+from tests.workers.worker_builders import sentiment_task
 
 from configs.errors import InvalidInput
 from workers.base_model import BaseModel

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_builders import MINILM, sentiment_rows, sentiment_task
+from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task
 
 from configs.errors import InvalidInput, Unavailable
 from configs.task_spec import TaskSpec

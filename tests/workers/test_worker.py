@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from worker_builders import sentiment_rows, sentiment_task, tiny_settings
+from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
 
 from configs.errors import Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
