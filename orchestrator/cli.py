@@ -218,7 +218,9 @@ def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 
 @command
 def version(
-    number: Annotated[int, typer.Argument(metavar="V")], state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+    number: Annotated[int, typer.Argument(metavar="V", help="Version; `onebasis versions` lists them.")],
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
 ) -> None:
     """Show one version: its tasks with scores and drift, ranks, what is stored."""
     _show(Client(state_dir).call("version", number=number), display.version, as_json)
@@ -226,8 +228,8 @@ def version(
 
 @command
 def diff(
-    old: Annotated[int, typer.Argument(metavar="V")],
-    new: Annotated[int, typer.Argument(metavar="W")],
+    old: Annotated[int, typer.Argument(metavar="V", help="The version before; 0 is empty.")],
+    new: Annotated[int, typer.Argument(metavar="W", help="The version after.")],
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:

@@ -110,6 +110,12 @@ def test_an_import_without_evaluation_rows_has_none(desk: Desk) -> None:
     assert (record.eval_key, record.eval_count, record.eval_sha256) == ("", 0, "")
 
 
+def test_an_import_without_rows_needs_no_length_that_the_base_model_can_read(desk: Desk) -> None:
+    desk.peft()
+    desk.submit(desk.imported(data={"eval_file": None, "max_length": 128}))
+    assert "data.max_length" in desk.refuse(desk.imported(name="with-rows", data={"max_length": 128}))
+
+
 def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
     write_rows(desk.data / "eval.jsonl.gz", [*rows(2), {"text": "new", "label": "no"}])
     write_rows(desk.data / "train.jsonl", rows(6, label="no"))

@@ -1,0 +1,196 @@
+"""The command `onebasis` as a person or a script uses it, against a service over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from orchestrator import display
+from orchestrator.cli import EXIT_CODES, app
+from subspace_store.peft_format import read_peft_folder, write_peft_folder
+from tests.builders import LAYOUT, adapter
+from tests.orchestrator.site import Site
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+Onebasis = Callable[..., Result]
+
+
+@pytest.fixture
+def onebasis(site: Site, monkeypatch: pytest.MonkeyPatch) -> Onebasis:
+    """Run a command; wide enough that no table breaks a line."""
+    monkeypatch.setenv("ONEBASIS_STATE_DIR", str(site.folder))
+    monkeypatch.setenv("USER", "ann")
+    monkeypatch.setattr(display.console, "width", 200)
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, list(arguments))
+
+    return run
+
+
+def task_file(site: Site, title: str, **changes: Any) -> str:
+    path = site.folder / f"{title.replace('/', '-')}.yaml"
+    path.write_text(yaml.safe_dump(site.document(title, **changes)))
+    return str(path)
+
+
+def test_the_commands_are_these() -> None:
+    assert COMMANDS == sorted(
+        ["up", "down", "status", "submit", "import", "tasks", "task", "cancel", "logs"]
+        + ["versions", "version", "diff", "rollback", "export", "scores"]
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_a_sentence_and_its_options(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Usage: onebasis {command}" in result.output.replace("root", "onebasis")
+    described = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert "." in described.help
+    assert "--json" in result.output
+    assert "--state-dir" in result.output
+    assert all(getattr(option, "help", "x") for option in described.params)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["status"], ["onebasis is up", "base model tiny, main is version 2", "2 published"]),
+        (["tasks"], ["red/alpha", "blue/beta", "published", "v2", "0.9000"]),
+        (["task", "red/alpha"], ["main holds it since version 1", "10 steps in 2.0 s", "Judged"]),
+        (["logs", "red/alpha"], ["submitted", "TrainingDone: now merging"]),
+        (["versions"], ["red/alpha", "blue/beta", "← main"]),
+        (["version", "2"], ["red/alpha", "v1", "0.9000", "as separate LoRAs", "merge gap"]),
+        (["diff", "1", "2"], ["+ blue/beta", "red/alpha"]),
+        (["scores"], ["version 1", "version 2", "0.9000", "BWT", "n = 1 tasks"]),
+        (["rollback", "1", "--preview"], ["main would move from version 2 to version 1", "blue/beta vanishes"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_command_shows_what_the_service_says(onebasis: Onebasis, command: list[str], shown: list[str]) -> None:
+    result = onebasis(*command)
+    assert result.exit_code == 0, result.output
+    for text in shown:
+        assert text in result.output
+    as_json = onebasis(*command, "--json")
+    assert as_json.exit_code == 0
+    assert json.loads(as_json.stdout)
+
+
+def test_json_is_exactly_what_the_service_answered(site: Site, onebasis: Onebasis) -> None:
+    assert json.loads(onebasis("version", "2", "--json").stdout) == site.client.call("version", number=2)
+    assert json.loads(onebasis("tasks", "--team", "blue", "--json").stdout) == site.client.call("tasks", team="blue")
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_version_is_exit_code_3_with_the_next_step_on_stderr(onebasis: Onebasis) -> None:
+    result = onebasis("version", "99")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "error: there is no version 99" in result.stderr
+    assert "→ versions go from 1 to 2" in result.stderr
+
+
+def test_an_error_with_json_is_json_on_stdout(onebasis: Onebasis) -> None:
+    result = onebasis("version", "99", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout) == {
+        "error": {
+            "kind": "not-found",
+            "what": "there is no version 99",
+            "where": "",
+            "todo": "versions go from 1 to 2; `onebasis versions` lists them",
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["task", "red/nobody"], 3),
+        (["tasks", "--state", "asleep"], 2),
+        (["cancel", "red/alpha"], 4),
+        (["submit", "/nowhere.yaml"], 2),
+        (["versions", "--state-dir", "/nowhere"], 5),
+        (["rollback", "99"], 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_script_can_tell_errors_apart_by_the_exit_code(onebasis: Onebasis, command: list[str], code: int) -> None:
+    result = onebasis(*command)
+    assert result.exit_code == code, result.output
+    assert result.stderr.startswith("error: ")
+
+
+def test_a_number_with_brackets_is_shown_as_it_is_and_not_as_colour(onebasis: Onebasis) -> None:
+    assert "[red]x[/red]" in onebasis("task", "[red]x[/red]").stderr
+
+
+# --- submitting --------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: Onebasis) -> None:
+    before = site.client.call("tasks")
+    result = onebasis("submit", "--dry-run", task_file(site, "red/dry"))
+    assert (result.exit_code, result.stdout) == (0, "red/dry is fine: 6 training rows, 1 evaluation rows\n")
+    assert site.client.call("tasks") == before
+
+
+def test_a_dry_run_of_a_wrong_task_names_the_key(site: Site, onebasis: Onebasis) -> None:
+    result = onebasis("submit", "--dry-run", task_file(site, "red/dry", lora={"target_module": ["query"]}))
+    assert result.exit_code == 2
+    assert "unknown key 'lora.target_module' (did you mean 'target_modules'?)" in result.stderr
+
+
+def test_submitting_with_wait_ends_with_the_tasks_own_exit_code(site: Site, onebasis: Onebasis) -> None:
+    site.plant.cluster.training_faults = {"red/wrong": ["input"]}
+    result = onebasis("submit", "--wait", task_file(site, "red/wrong"))
+    assert result.exit_code == EXIT_CODES["parked"] == 2
+    assert "fault of kind input" in result.stdout
+
+
+def test_an_adapter_is_imported_and_exported_again(site: Site, onebasis: Onebasis, tmp_path: Path) -> None:
+    folder = site.folder / "data" / "peft"
+    write_peft_folder(folder, adapter(5), "tiny-source")
+    result = onebasis("import", str(folder), "--team", "blue", "--name", "brought", "--wait", "--json")
+    assert result.exit_code == 0, result.output
+    version = json.loads(result.stdout)["version"]
+    out = tmp_path / "out"
+    result = onebasis("export", "blue/brought", "-o", str(out))
+    assert result.exit_code == 0, result.output
+    taken = read_peft_folder(out, "tiny", LAYOUT.sha256)
+    for name, update in adapter(5).modules.items():
+        assert float((taken.modules[name].delta() - update.delta()).norm() / update.delta().norm()) < 1e-4
+    again = onebasis("export", "blue/brought", "-o", str(out))
+    assert again.exit_code == 2
+    assert "is not empty" in again.stderr
+    assert onebasis("rollback", str(version - 1), "--preview").stdout.count("blue/brought vanishes") == 1
+
+
+# --- up and down, as far as they start nothing -------------------------------------------------------------------
+
+
+def test_up_with_a_state_folder_other_than_the_commands_says_which_option_to_add(site: Site, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["up", "--config", str(site.folder / "settings.yaml"), "--state-dir", str(tmp_path)]
+    )
+    assert result.exit_code == 2
+    assert f"add --state-dir {site.folder}" in result.stderr
+
+
+def test_down_where_nothing_runs_says_so(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["down", "--state-dir", str(tmp_path), "--json"])
+    assert (result.exit_code, json.loads(result.stdout)) == (0, {"was_running": False})
