@@ -34,16 +34,17 @@ class TestSqliteTaskQueue(TaskQueueContract):
 
     def test_an_acknowledged_task_outlives_a_killed_process(self, url: str) -> None:
         program = (
-            "import os, signal\n"
+            "import os, signal, sys\n"
             "from orchestrator.task_lifecycle import Claimed\n"
             "from orchestrator.task_queue import TaskQueue\n"
-            "from tests.builders import task_record\n"
+            "from orchestrator.task_record import TaskRecord\n"
             f"queue = TaskQueue({url!r})\n"
-            "queue.add(task_record('red/a'))\n"
+            "queue.add(TaskRecord.model_validate_json(sys.argv[1]))\n"
             "queue.apply('t-red-a', Claimed('tok', 'worker-0', 1.0))\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )
-        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-c", program, task_record("red/a").model_dump_json()]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         queue = TaskQueue(url)
         assert (queue.get("t-red-a").state, queue.get("t-red-a").token) == (TaskState.TRAINING, "tok")
