@@ -112,6 +112,8 @@ class TaskSpec(Section):
         if self.method.name == "import":
             if not self.method.adapter:
                 raise ValueError("method.name 'import' needs method.adapter, the PEFT folder")
+            if self.data.eval_file and len(self.data.label_names) < 2:
+                raise ValueError("data.eval_file of an import needs data.label_names, in the order of the outputs")
         elif not self.data.train_file or not self.data.eval_file:
             raise ValueError(f"method.name '{self.method.name}' needs data.train_file and data.eval_file")
         elif len(self.data.label_names) < 2:

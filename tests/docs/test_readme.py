@@ -1,0 +1,88 @@
+"""The README and the map of the code are true: their commands run, their files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+PACKAGES = ("configs", "subspace_store", "workers", "orchestrator")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """What the README types at a `$`, without comments."""
+    typed = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    return [line.split("  #")[0].strip() for line in typed]
+
+
+def test_the_first_lines_of_code_are_the_two_commands_that_a_newcomer_needs() -> None:
+    assert commands()[:2] == ["make demo", "make test"]
+    assert README.splitlines().index("```console") < 10
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands()[:2]:
+        assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE)
+
+
+def test_the_readme_lists_every_command_and_no_other() -> None:
+    from orchestrator.cli import app
+
+    listed = re.search(r"All of them: (.*?)\. ", README, flags=re.DOTALL)
+    assert listed is not None
+    assert sorted(re.findall(r"`(\w+)`", listed[1])) == sorted(str(c.name) for c in app.registered_commands)
+
+
+def test_every_file_that_the_map_names_exists_and_every_module_is_on_the_map() -> None:
+    names = set(re.findall(r"[\w./-]+\.(?:py|yaml|json|md)\b", ARCHITECTURE))
+    for name in names:
+        found = [p for p in ROOT.rglob(Path(name).name) if ".venv" not in p.parts and str(p).endswith(f"/{name}")]
+        assert found, f"ARCHITECTURE.md names {name}, which is not there"
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name != "__init__.py":
+                assert path.name in ARCHITECTURE, f"{path.relative_to(ROOT)} is not on the map"
+
+
+def test_every_link_in_the_pages_leads_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md")):
+        for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text()):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+def test_nothing_in_the_project_names_this_machine_or_a_registry() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    forbidden = re.compile(r"/(?:root|work)/|/opt/(?:wheels|pypi)|extra-index-url|pypi\.org/simple")
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix not in (".gz", ".png", ".safetensors") and path != Path(__file__) and path.exists():
+            assert not forbidden.search(path.read_text()), name
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(600)
+def test_the_commands_and_the_code_of_the_readme_run_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    onebasis = str(Path(sys.executable).with_name("onebasis"))
+    typed = [shlex.split(command) for command in commands() if command.startswith("onebasis ")]
+    assert typed[0] == ["onebasis", "up"]
+    assert typed[-1] == ["onebasis", "down"]
+    try:
+        for command in typed:
+            done = subprocess.run([onebasis, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    finally:
+        subprocess.run([onebasis, "down"], cwd=tmp_path, capture_output=True)
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("payments/charges ")
