@@ -15,7 +15,7 @@ every_leaf = pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__nam
 def test_a_pickled_error_is_the_same_leaf_with_the_same_facts(leaf: type[OnebasisError]) -> None:
     again = pickle.loads(pickle.dumps(leaf("what", "where", "todo")))
     assert type(again) is leaf
-    assert (again.what, again.where, again.todo) == ("what", "where", "todo")
+    assert again.args == (again.what, again.where, again.todo) == ("what", "where", "todo")
     assert str(again) == "where: what\n  → todo"
 
 
