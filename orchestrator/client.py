@@ -23,6 +23,9 @@ class Client:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
         self._service: Any = None
+        # One for all calls: each new one reads the machine's certificates. No proxy from the environment: the service
+        # is on this machine or this network.
+        self._http = httpx.Client(timeout=TIMEOUT_SECONDS, trust_env=False)
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Call one method.
@@ -33,7 +36,7 @@ class Client:
         server = server_facts(self._state_dir)
         if server is not None:
             try:
-                return _over_http(server, method, arguments)
+                return _over_http(self._http, server, method, arguments)
             except httpx.ConnectError:
                 pass  # it was killed and left its address behind: read without it
             except httpx.HTTPError as error:
@@ -67,21 +70,15 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _over_http(server: dict[str, Any], method: str, arguments: dict[str, Any]) -> Any:
+def _over_http(http: httpx.Client, server: dict[str, Any], method: str, arguments: dict[str, Any]) -> Any:
     verb, path = ROUTES[method]
     in_path = set(re.findall(r"{(\w+)", path))
     url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(str(arguments[found.group(1)])), path)
     rest = {name: value for name, value in arguments.items() if name not in in_path and value is not None}
     body = next((value for value in rest.values() if isinstance(value, dict)), None)
     query = {name: value for name, value in rest.items() if not isinstance(value, dict)}
-    answer = httpx.request(
-        verb,
-        server["url"] + url,
-        params=query,
-        json=body,
-        headers={"authorization": f"Bearer {server['token']}"},
-        timeout=TIMEOUT_SECONDS,
-        trust_env=False,  # the service is on this machine or this network: never through a proxy
+    answer = http.request(
+        verb, server["url"] + url, params=query, json=body, headers={"authorization": f"Bearer {server['token']}"}
     )
     if answer.is_success:
         return answer.content if answer.headers.get("content-type") == "application/zip" else answer.json()

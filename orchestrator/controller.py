@@ -114,6 +114,8 @@ class Controller:
         self._main_followed = -1
         self._tidy = False
         self.wake(log_moved=True)
+        self.alarm = ""
+        """Why nothing is merged or published any more; empty while all is well."""
         self.layout: BaseLayout | None = None
         """What the first warm worker said of the base model; None before that."""
         self.healthy_at = 0.0
@@ -267,6 +269,8 @@ class Controller:
         if isinstance(outcome, Evaluated):
             score = TaskScore(order.task_id, outcome.score, outcome.count)
             self._scores.setdefault(order.version, {})[order.task_id] = score
+        elif isinstance(outcome, Failed) and outcome.fault == "lost":
+            log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
         elif isinstance(outcome, Failed):
             self._failed_evaluations.setdefault(order.version, []).append(f"{order.task_id}: {outcome.message}")
             log.warning("evaluation of %s at version %d failed: %s", order.task_id, order.version, outcome.message)
@@ -302,7 +306,10 @@ class Controller:
         ids = errand.task_ids
         try:
             version = self._cluster.result(flight)
-        except (InvalidInput, Corrupt, NotFound) as error:
+        except Corrupt as error:
+            self._sound_alarm(error)
+            return
+        except (InvalidInput, NotFound) as error:
             alone = len(ids) == 1
             message = str(error)
             self._apply(ids, MergeRefused(message, time.time()) if alone else MergeUndone(message, alone=True))
@@ -326,6 +333,8 @@ class Controller:
         self.wake(log_moved=True)
         try:
             self._cluster.result(flight)
+        except Corrupt as error:
+            self._sound_alarm(error)
         except Conflict as error:
             log.warning("version %d: %s: %s", errand.version, errand.kind, error)
             self._cluster.replace_store()
@@ -333,6 +342,11 @@ class Controller:
         except Exception as error:
             log.warning("version %d: %s will be asked again: %s", errand.version, errand.kind, error)
             self._later("store")
+
+    def _sound_alarm(self, error: Corrupt) -> None:
+        """Stored bytes are not what was written: nothing is written any more until a person has looked."""
+        self.alarm = str(error)
+        log.critical("the store is damaged, nothing will be merged or published: %s", error)
 
     # --- who is alive ------------------------------------------------------------------------------------------
 
@@ -563,7 +577,7 @@ class Controller:
         self._not_before[what] = time.time() + seconds
 
     def _may(self, what: str) -> bool:
-        return time.time() >= self._not_before.get(what, 0.0)
+        return time.time() >= self._not_before.get(what, 0.0) and not (what == "store" and self.alarm)
 
     def _due_again(self) -> bool:
         """Whether something that had to wait may be tried now."""

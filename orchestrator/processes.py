@@ -45,11 +45,13 @@ def up(settings: Settings, say: Say) -> dict[str, Any]:
     running = _running_server(state_dir)
     _keep_settings(settings, state_dir, running is not None)
     if running is None:
-        if settings.ray.address == "local":
-            _start_ray(settings, state_dir, say)
+        head = _start_ray(settings, state_dir, say) if settings.ray.address == "local" else None
         say("starting the control plane")
         (state_dir / "server.json").unlink(missing_ok=True)
+        # Beside Ray, not after it: its imports take as long as Ray's start, and it waits for Ray's address itself.
         server = _start([sys.executable, "-m", "orchestrator.server", str(state_dir)], state_dir, "control-plane.log")
+        if head is not None:
+            _wait(lambda: (state_dir / ADDRESS_FILE).exists(), head, state_dir / "logs/ray.log", "Ray")
         _wait(
             lambda: server_facts(state_dir) is not None, server, state_dir / "logs/control-plane.log", "control plane"
         )
@@ -76,15 +78,15 @@ def down(state_dir: Path, say: Say) -> bool:
     return ended
 
 
-def _start_ray(settings: Settings, state_dir: Path, say: Say) -> None:
+def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Popen[bytes] | None:
+    """The starting head; None when one runs."""
     if _pid(state_dir / ADDRESS_FILE, "orchestrator.ray_head") is not None:
-        return
+        return None
     say("starting Ray on this machine")
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
     cpus = max(os.cpu_count() or 1, round(settings.workers.count * settings.workers.cpus))
     command = [sys.executable, "-m", "orchestrator.ray_head", str(state_dir), str(cpus)]
-    head = _start(command, state_dir, "ray.log")
-    _wait(lambda: (state_dir / ADDRESS_FILE).exists(), head, state_dir / "logs/ray.log", "Ray")
+    return _start(command, state_dir, "ray.log")
 
 
 def _start(command: list[str], state_dir: Path, log_name: str) -> subprocess.Popen[bytes]:

@@ -33,6 +33,7 @@ log = logging.getLogger("onebasis.server")
 SERVER_FILE = "server.json"
 SETTINGS_FILE = "settings.yaml"
 LOCK_FILE = "server.lock"
+RAY_SECONDS = 180.0
 
 
 def api(service: Service, token: str) -> FastAPI:
@@ -138,7 +139,12 @@ class ControlPlane:
         ray = self._settings.ray
         if ray.address != "local":
             return ray.address, Path(ray.auth_token_path or self._state_dir / TOKEN_FILE)
-        return json.loads((self._state_dir / ADDRESS_FILE).read_text())["address"], self._state_dir / TOKEN_FILE
+        file, until = self._state_dir / ADDRESS_FILE, time.monotonic() + RAY_SECONDS
+        while not file.exists():
+            if time.monotonic() > until:
+                raise Unavailable("the local Ray did not start", str(self._state_dir / "logs/ray.log"))
+            time.sleep(0.05)
+        return json.loads(file.read_text())["address"], self._state_dir / TOKEN_FILE
 
     def _announce(self, listener: socket.socket, token: str) -> None:
         host, port = listener.getsockname()[:2]
@@ -155,6 +161,7 @@ class ControlPlane:
             "loop_seconds_ago": time.time() - controller.healthy_at,
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
+            "alarm": controller.alarm,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,
         }

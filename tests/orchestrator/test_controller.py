@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import NotFound, Unavailable
+from configs.errors import Corrupt, NotFound, Unavailable
 from orchestrator.controller import EVALUATION_TRIES
 from orchestrator.task_lifecycle import CancelRequested
 from orchestrator.task_queue import LOG, PROGRESS
@@ -171,6 +171,26 @@ def test_an_evaluation_that_fails_twice_is_done_a_third_time(plant: Plant) -> No
     plant.submit("red/alpha")
     plant.run()
     assert plant.states() == {"red/alpha": "published"}
+
+
+def test_workers_that_are_lost_while_scoring_say_nothing_against_the_version(plant: Plant) -> None:
+    plant.cluster.evaluation_faults = {"red/alpha": ["lost"] * (EVALUATION_TRIES + 1)}
+    plant.submit("red/alpha")
+    plant.run()
+    assert plant.states() == {"red/alpha": "published"}
+
+
+def test_a_damaged_store_stops_merging_and_parks_nobody(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object, **__: object) -> None:
+        raise Corrupt("record 3 has another sha256", "log/3.json")
+
+    monkeypatch.setattr(SubspaceStore, "merge", damaged)
+    plant.submit("red/alpha", "blue/beta")
+    plant.run(until=lambda: plant.controller.alarm != "")
+    plant.step(20)
+    assert set(plant.states().values()) <= {"merging", "training", "queued"}
+    assert plant.cluster.store_calls == ["merge"]
+    assert "record 3 has another sha256" in plant.controller.alarm
 
 
 # --- faults of training ------------------------------------------------------------------------------------------

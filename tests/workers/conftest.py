@@ -13,8 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
-from tests.workers.worker_builders import MINILM, tiny_settings
 
+from tests.workers.worker_builders import MINILM, tiny_settings
 from workers.base_model import BaseModel, load_base_model, resolve_source
 
 

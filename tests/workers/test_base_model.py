@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.workers.worker_builders import MINILM
 
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
+from tests.workers.worker_builders import MINILM
 from workers.base_model import BaseModel, load_base_model, resolve_source, weights_digest
 
 Tiny = Callable[[str], BaseModel]

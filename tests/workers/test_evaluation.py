@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.workers.worker_builders import sentiment_rows
 
 from configs.errors import InvalidInput
 from configs.task_spec import DataSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
+from tests.workers.worker_builders import sentiment_rows
 from workers import evaluation
 from workers.base_model import BaseModel
 from workers.evaluation import adapted_classifier, measure, score_rows

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.workers.worker_builders import sentiment_task
 
 from configs.errors import InvalidInput
+from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
 from workers.evaluation import adapted_classifier
 from workers.methods import import_adapter, lora

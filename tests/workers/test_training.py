@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task
 
 from configs.errors import InvalidInput, Unavailable
 from configs.task_spec import TaskSpec
@@ -18,6 +17,7 @@ from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.memory_storage import MemoryStorage
 from subspace_store.peft_format import read_peft_folder
 from subspace_store.subspace_store import SubspaceStore
+from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Progress, Train, Trained
 from workers.training import Cancelled, train_task

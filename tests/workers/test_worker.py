@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
 
 from configs.errors import Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
 from subspace_store.memory_storage import MemoryStorage
 from subspace_store.storage import open_storage
+from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
 from workers import worker as worker_module
 from workers.orders import Evaluate, Evaluated, Failed, Progress, Train, Trained
 from workers.worker import OUTCOMES_KEPT, Worker
