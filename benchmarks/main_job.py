@@ -55,7 +55,7 @@ def merging() -> dict[str, Any]:
         store = SubspaceStore.open(storage, settings=SubspaceSettings(rank_fixed=RANK_MAX), base_model="b", writer="w")
         adapters: dict[str, Adapter] = {}
         full: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
-        rows = []
+        rows, snapshots = [], 0
         for number in range(1, TASKS + 1):
             task_id = f"t{number:03d}"
             adapters[task_id] = random_adapter()
@@ -68,7 +68,8 @@ def merging() -> dict[str, Any]:
             started = time.perf_counter()
             full_merge(full, adapters, task_id, version.ranks)
             full_seconds = time.perf_counter() - started
-            if number in (4, 8, 16, 32, 64):
+            snapshots += version.snapshot.size_bytes if version.snapshot else 0
+            if number in (4, 8, 16, 32, 63):
                 difference = max(largest_difference(store, full, adapters, t) for t in adapters)
                 rows.append(
                     {
@@ -83,7 +84,9 @@ def merging() -> dict[str, Any]:
                     }
                 )
                 print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
-    return {"shape": f"{MODULES} modules {WIDTH}×{WIDTH}, r = {RANK}, k = {RANK_MAX}", "rows": rows}
+    # One version in 64 also writes all coefficients anew, so that a reader needs at most 64 transports.
+    shape = f"{MODULES} modules {WIDTH}×{WIDTH}, r = {RANK}, k = {RANK_MAX}"
+    return {"shape": shape, "rows": rows, "snapshot_bytes_per_merge": snapshots / TASKS}
 
 
 def random_adapter() -> Adapter:
