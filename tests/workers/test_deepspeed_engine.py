@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import Desk
 
+from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
 
