@@ -23,7 +23,13 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     """What the README types at a `$`, without comments."""
     typed = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    return [line.split("  #")[0].strip() for line in typed]
+    return [re.split(r"\s+#\s", line)[0].strip() for line in typed]
+
+
+def tracked() -> list[str]:
+    """The files of the project, relative to its root."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_the_first_lines_of_code_are_the_two_commands_that_a_newcomer_needs() -> None:
@@ -45,7 +51,7 @@ def test_the_readme_lists_every_command_and_no_other() -> None:
 def test_every_file_that_the_map_names_exists_and_every_module_is_on_the_map() -> None:
     names = set(re.findall(r"[\w./-]+\.(?:py|yaml|json|md)\b", ARCHITECTURE))
     for name in names:
-        found = [p for p in ROOT.rglob(Path(name).name) if ".venv" not in p.parts and str(p).endswith(f"/{name}")]
+        found = [path for path in tracked() if f"/{path}".endswith(f"/{name}")]
         assert found, f"ARCHITECTURE.md names {name}, which is not there"
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -60,9 +66,8 @@ def test_every_link_in_the_pages_leads_somewhere() -> None:
 
 
 def test_nothing_in_the_project_names_this_machine_or_a_registry() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     forbidden = re.compile(r"/(?:root|work)/|/opt/(?:wheels|pypi)|extra-index-url|pypi\.org/simple")
-    for name in tracked:
+    for name in tracked():
         path = ROOT / name
         if path.suffix not in (".gz", ".png", ".safetensors") and path != Path(__file__) and path.exists():
             assert not forbidden.search(path.read_text()), name

@@ -1,15 +1,8 @@
 """S3 obeys the storage contract, against a real server (moto) on this machine's loopback."""
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import boto3
 import pytest
 from botocore.exceptions import ClientError
 
@@ -18,48 +11,23 @@ from configs.settings import StorageSettings
 from subspace_store import open_storage
 from subspace_store.s3_storage import S3Storage
 from tests.contracts.storage_contract import StorageContract
+from tests.moto_server import CREDENTIALS, free_port, moto_server
 from tests.subspace_store.builders import deltas, merged, opened, random_adapter
 
 _prefixes = itertools.count()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(autouse=True)
 def dummy_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    port = free_port()
-    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     # Ten keys a page, so that a listing of 45 takes five pages and not five seconds.
-    environment = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "10"}
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{port}"
-        session = boto3.session.Session("test", "test", region_name="us-east-1")
-        session.client("s3", endpoint_url=url).create_bucket(Bucket="versions")
+    with moto_server("versions", MOTO_S3_DEFAULT_MAX_KEYS="10") as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 @pytest.fixture
