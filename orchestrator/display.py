@@ -82,6 +82,11 @@ def task(answer: Json) -> None:
             f"  {answer['metric']:10} {_score(answer['local_score'])} own adapter · {_score(answer['base_score'])} "
             f"same head without adapter · {answer['eval_rows']} rows"
         )
+    if (result := answer["result"]) is not None:
+        console.print(
+            f"  in main    {_score(result['score_under_main'])} now (version {result['main']}) · "
+            f"{_score(result['score_at_birth'])} at birth (version {result['version']})"
+        )
     training = answer["training"]
     if training["seconds"] is not None:
         start = training["submit_to_first_step_seconds"]

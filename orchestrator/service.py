@@ -99,6 +99,7 @@ class Service:
             "why": self._why(record),
             "train_rows": record.train_count,
             "eval_sha256": record.eval_sha256,
+            "result": self._result(record),
             "adapter": {
                 "staging_key": record.staging_key,
                 "sha256": record.adapter_sha256,
@@ -311,6 +312,19 @@ class Service:
             TaskState.EVALUATING: f"version {record.version} is being scored on every task it could have changed",
             TaskState.PUBLISHED: f"main holds it since version {record.version}",
         }.get(record.state, record.reason)
+
+    def _result(self, record: TaskRecord) -> Json | None:
+        """What became of the task: its score at birth and under `main` now; None before it is in a version."""
+        state = self._store.refresh()
+        if not record.version or record.version not in state.versions:
+            return None
+        at_birth, now = self._table(state, record.version), self._table(state, state.refs[MAIN])
+        return {
+            "version": record.version,
+            "score_at_birth": _number(at_birth.score(record.version, record.task_id)),
+            "main": state.refs[MAIN],
+            "score_under_main": _number(now.score(state.refs[MAIN], record.task_id)),
+        }
 
     def _version(self, state: SubspaceState, version: Version) -> Json:
         names = [name for name, number in state.refs.items() if number == version.number]

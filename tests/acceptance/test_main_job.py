@@ -57,6 +57,16 @@ def test_earlier_tasks_lose_at_most_a_hundredth_on_average(demo: Site) -> None:
     assert bwt["value"] >= -0.01
 
 
+def test_a_task_tells_what_became_of_it(demo: Site) -> None:
+    scores = demo.ask("scores")
+    for column, task in enumerate(scores["tasks"]):
+        birth = scores["versions"].index(task["birth"])
+        result = demo.ask("task", task["title"])["result"]
+        assert result["version"] == task["birth"]
+        assert result["score_at_birth"] == scores["matrix"][birth][column]["score"]
+        assert result["score_under_main"] == scores["matrix"][-1][column]["score"]
+
+
 def test_exported_adapters_reproduce_every_score_with_transformers_and_peft_alone(demo: Site, tmp_path: Path) -> None:
     scores = demo.ask("scores")
     for column, task in enumerate(scores["tasks"]):
