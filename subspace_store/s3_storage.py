@@ -135,20 +135,24 @@ def _code(error: ClientError | BotoCoreError) -> str:
 
 
 def _translated(error: ClientError | BotoCoreError, where: str, bucket: str) -> OnebasisError:
-    """Our error for one of boto3's, by what the reader should do."""
+    """Our error for one of boto3's, by what the reader should do.
+
+    Credentials that ran out or a bucket that vanished are no mistake of the task at hand: they are `Unavailable`, so
+    that the work is done once a person has mended them, and the outcome of a write counts as unknown.
+    """
     code = _code(error)
     if code in ABSENT:
         return NotFound("no such object", where)
     if code == "NoSuchBucket":
-        return InvalidInput("there is no such bucket", where, f"create the bucket {bucket!r} or correct storage.url")
+        return Unavailable("there is no such bucket", where, f"create the bucket {bucket!r} or correct storage.url")
     if code in FORBIDDEN:
-        return InvalidInput(
+        return Unavailable(
             f"the server refuses these credentials ({code})",
             where,
             "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE and the bucket's policy",
         )
     if code in MISADDRESSED:
-        return InvalidInput(f"the bucket is not at this address ({code})", where, "check storage.region and the url")
+        return Unavailable(f"the bucket is not at this address ({code})", where, "check storage.region and the url")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return InvalidInput("no S3 credentials were found", where, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return Unavailable("no S3 credentials were found", where, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     return Unavailable(f"the object storage did not answer: {error}", where, "check the address, then try again")
