@@ -242,10 +242,11 @@ class Controller:
     def _finish_training(self, order: Train, outcome: object) -> None:
         now = time.time()
         event: Event
+        assert isinstance(outcome, Trained | Failed)
+        self._queue.append(order.task_id, [(LOG, line) for line in outcome.log_lines])
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
         else:
-            assert isinstance(outcome, Failed)
             event = TrainingFailed(order.token, outcome.fault, outcome.message, now)
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)

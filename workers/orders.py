@@ -72,6 +72,8 @@ class Trained:
     seconds: float
     first_step_at: float
     """Unix time at which the first optimisation step began; 0 for an import."""
+    log_lines: tuple[str, ...] = ()
+    """Lines that no heartbeat has fetched."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Failed:
     message: str
     detail: str = ""
     """Traceback, for `bug`."""
+    log_lines: tuple[str, ...] = ()
+    """Lines that no heartbeat has fetched."""
 
 
 Outcome = Trained | Evaluated | Failed

@@ -118,23 +118,27 @@ class Worker:
 
     def _outcome(self, order: Order) -> Outcome:
         """In the work thread: do the order and turn what goes wrong into an outcome."""
+        outcome: Outcome
         try:
-            return self._do(order)
+            outcome = self._do(order)
         except Cancelled:
-            return Failed(order.token, "cancelled", "cancelled while it was running")
+            outcome = Failed(order.token, "cancelled", "cancelled while it was running")
         except InvalidInput as error:
-            return Failed(order.token, "input", str(error))
+            outcome = Failed(order.token, "input", str(error))
         except Unavailable:
             with self._lock:
                 del self._outcomes[order.token]
             raise
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            return Failed(order.token, "bug", message, "".join(traceback.format_exception(error)))
+            outcome = Failed(order.token, "bug", message, "".join(traceback.format_exception(error)))
         finally:
+            # The lines that are left go with the outcome: a later heartbeat would give them to the next task.
+            lines = self.progress().log_lines
             self._report(Progress())
             with self._lock:
                 self._cancelled.discard(order.token)
+        return outcome if isinstance(outcome, Evaluated) else replace(outcome, log_lines=lines)
 
     def _do(self, order: Order) -> Outcome:
         def cancelled() -> bool:

@@ -179,7 +179,7 @@ class StandInCluster:
         score = self.local(title) if order.eval_key else float("nan")
         return Trained(
             order.token, order.staging_key, digest(packed), made.parameter_count,
-            RowCount if order.eval_key else 0, score, 0.5, 10, 0.25, 2.0, 0.0,
+            RowCount if order.eval_key else 0, score, 0.5, 10, 0.25, 2.0, 0.0, ("the last line of the log",),
         )  # fmt: skip
 
     def _evaluate(self, order: Evaluate) -> Outcome:

@@ -227,7 +227,8 @@ def test_our_own_bug_is_tried_once_more_and_its_traceback_is_in_the_tasks_log(pl
     task = plant.get("red/alpha")
     assert (task.state, task.own_bugs) == (TaskState.PUBLISHED, 1)
     logged = [event.text for event in plant.queue.events(task.task_id) if event.kind == LOG]
-    assert logged == ["traceback", "of two lines"]
+    # The traceback of the first attempt, then what the second one's heartbeats had not fetched.
+    assert logged == ["traceback", "of two lines", "the last line of the log"]
 
 
 def test_an_adapter_with_nan_parks_its_own_task_only(make_plant: MakePlant) -> None:

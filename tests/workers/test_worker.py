@@ -183,10 +183,21 @@ def test_progress_can_be_asked_while_an_order_runs_and_gives_each_log_line_once(
             seen.append(worker.progress())
             time.sleep(0.005)
     seen.append(worker.progress())
-    lines = [line for progress in seen for line in progress.log_lines]
+    trained = answer.result()
+    assert isinstance(trained, Trained)
+    lines = [*(line for progress in seen for line in progress.log_lines), *trained.log_lines]
     assert sum(line.startswith("step 30/30") for line in lines) == 1
     assert {"training", "idle"} <= {progress.phase for progress in seen}
     assert all(progress.token == "watched" for progress in seen if progress.phase == "training")
+
+
+def test_no_log_line_of_a_task_is_left_for_the_next_one(worker: Worker) -> None:
+    for name in ("first", "second"):
+        trained = worker.run(train(name, training={"max_steps": 2}))
+        assert isinstance(trained, Trained)
+        assert [line.split(":")[0] for line in trained.log_lines if line.startswith("task ")] == [f"task task-{name}"]
+        assert trained.log_lines[-1].startswith("step 2/2")
+        assert worker.progress().log_lines == ()
 
 
 def test_a_task_is_scored_under_a_version(worker: Worker) -> None:
