@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
@@ -61,9 +61,8 @@ class Seat:
     name: str
     ready: bool = False
     order: Train | Evaluate | None = None
-    heard_at: float = field(default_factory=time.time)
-    """Last sign of life."""
-    beat_at: float = 0.0
+    asked_at: float = 0.0
+    """When it was last asked what it does."""
     error: str = ""
     """Why its base model cannot be loaded."""
     cancelled: str = ""
@@ -209,7 +208,6 @@ class Controller:
         try:
             self.layout = self._cluster.result(flight)
             errand.seat.ready, errand.seat.error = True, ""
-            errand.seat.heard_at = time.time()
             log.info("%s is warm", errand.seat.name)
             self._changed()
         except MachineLost as error:
@@ -231,6 +229,12 @@ class Controller:
             seat.ready = False
             self._later(f"warm:{seat.name}")
             outcome = Failed(order.token, "lost", f"{seat.name} was lost: {error.what}")
+        except Unavailable as error:
+            # The worker is well, the storage was away. That is nobody's fault and no budget pays for it: the worker
+            # has forgotten the order, and what is owed is read off the records again in a moment.
+            log.warning("%s: order %s is given again: %s", seat.name, order.token, error)
+            self._later(f"order:{seat.name}")
+            return
         except Exception as error:
             log.exception("%s: order %s failed outside the worker's own handling", seat.name, order.token)
             outcome = Failed(order.token, "lost", f"{seat.name}: {error}")
@@ -287,7 +291,6 @@ class Controller:
                 seat.ready = False
                 self._later(f"warm:{seat.name}")
             return
-        seat.heard_at = time.time()
         order = seat.order
         if order is None or progress.token != order.token or not isinstance(order, Train):
             return
@@ -296,7 +299,7 @@ class Controller:
             for name, value in vars(progress).items()
             if name not in ("token", "log_lines")
         }
-        lease_until = seat.heard_at + self._settings.workers.lease_seconds
+        lease_until = time.time() + self._settings.workers.lease_seconds
         if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
             self._cluster.cancel(seat.name, order.token)
         self._queue.append(order.task_id, [(LOG, line) for line in progress.log_lines])
@@ -352,16 +355,21 @@ class Controller:
     # --- who is alive ------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """Heartbeats: ask every worker what it does; one that is silent for a whole lease is replaced."""
+        """Heartbeats: ask every worker what it does; one that does not answer for a whole lease is replaced.
+
+        The silence is counted from the question. Counted from the last answer, a loop that was itself held up (by a
+        slow storage, a suspended machine) would take its own absence for that of all its workers.
+        """
         now = time.time()
         for seat in self._seats:
-            if seat.ready and now - seat.beat_at >= self._settings.workers.heartbeat_seconds:
-                seat.beat_at = now
+            if seat.ready and now - seat.asked_at >= self._settings.workers.heartbeat_seconds:
                 if not self._under_way("progress", seat):
+                    seat.asked_at = now
                     self._send(Errand("progress", seat), partial(self._cluster.progress, seat.name))
-                if now - seat.heard_at > self._settings.workers.lease_seconds:
-                    log.warning("%s has been silent for %.0f s: replacing it", seat.name, now - seat.heard_at)
-                    seat.heard_at, seat.ready = now, seat.order is not None
+                elif now - seat.asked_at > self._settings.workers.lease_seconds:
+                    log.warning("%s has been silent for %.0f s: replacing it", seat.name, now - seat.asked_at)
+                    self._flights = {f: e for f, e in self._flights.items() if (e.kind, e.seat) != ("progress", seat)}
+                    seat.ready = seat.order is not None
                     self._cluster.replace(seat.name)
             if not seat.ready and not self._under_way("warm", seat) and self._may(f"warm:{seat.name}"):
                 self._send(Errand("warm", seat), partial(self._cluster.warm, seat.name))
@@ -487,7 +495,7 @@ class Controller:
                 failed = TrainingFailed(record.token, "lost", f"{record.worker} is no longer there", time.time())
                 self._queue.apply(record.task_id, failed)
                 self.wake()
-            elif seat.ready and seat.order is None:
+            elif seat in self._free_seats():
                 self._order(seat, _train_order(record))
 
     def _train(self, live: Sequence[TaskRecord]) -> None:
@@ -549,12 +557,13 @@ class Controller:
         return records
 
     def _free_seats(self) -> list[Seat]:
-        return [seat for seat in self._seats if seat.ready and seat.order is None]
+        return [seat for seat in self._seats if seat.ready and seat.order is None and self._may(f"order:{seat.name}")]
 
     def _order(self, seat: Seat, order: Train | Evaluate) -> None:
-        seat.order = order
-        seat.heard_at = seat.beat_at = time.time()
+        # Sent first: an order that could not be sent must not occupy the seat.
         self._send(Errand("order", seat), lambda: self._cluster.run(seat.name, order))
+        seat.order = order
+        seat.asked_at = time.time()
 
     def _send(self, errand: Errand, start: Callable[[], Flight]) -> None:
         self._flights[start()] = errand

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
@@ -44,9 +45,9 @@ class StandInCluster:
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
         """Title and all titles in the version to the score under that version."""
         self.training_faults: dict[str, list[str]] = {}
-        """Title to what goes wrong with its next trainings: `lost`, `input`, `bug`, `nan`, `crash`."""
+        """Title to what goes wrong with its next trainings: `lost`, `away`, `input`, `bug`, `nan`, `crash`."""
         self.evaluation_faults: dict[str, list[str]] = {}
-        """Title to what goes wrong with its next evaluations: `lost`, `bug`."""
+        """Title to what goes wrong with its next evaluations: `lost`, `away`, `bug`."""
         self.store_faults: list[tuple[str, str]] = []
         """(method, `before` or `after`): the next such call's answer is lost, before or after it was done."""
         self.hold: Callable[[Order], bool] = lambda order: False
@@ -69,14 +70,14 @@ class StandInCluster:
 
     def run(self, worker: str, order: Order) -> Future[Any]:
         with self._lock:
-            memory = self._memory[worker]
-            if order.token not in memory:
-                memory[order.token] = Future()
+            future = self._memory[worker].get(order.token)
+            if future is None:
+                future = self._memory[worker][order.token] = Future()
                 if self.hold(order):
-                    self._held.append((worker, order, memory[order.token]))
+                    self._held.append((worker, order, future))
                 else:
-                    self._do(worker, order, memory[order.token])
-            return _another(memory[order.token]) if order.token in memory else _lost(worker)
+                    self._do(worker, order, future)
+            return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
         return _landed(LAYOUT)
@@ -159,6 +160,9 @@ class StandInCluster:
         if fault == "lost":
             self._memory[worker] = {}
             future.set_exception(MachineLost(f"{worker} is gone"))
+        elif fault == "away":
+            del self._memory[worker][order.token]
+            future.set_exception(Unavailable("the storage is away"))
         elif fault == "crash":
             future.set_exception(RuntimeError("outside the worker's own handling"))
         elif fault in ("input", "bug"):

@@ -212,6 +212,33 @@ def test_an_error_outside_the_workers_own_handling_counts_as_a_lost_machine(plan
     assert (plant.get("red/alpha").state, plant.get("red/alpha").lost_machines) == ("published", 1)
 
 
+def test_a_storage_that_is_away_costs_a_task_nothing_but_time(plant: Plant) -> None:
+    outage = ["away"] * 20  # longer than any budget: lost_machines_max is 5
+    plant.cluster.training_faults = {"red/alpha": outage.copy()}
+    plant.cluster.evaluation_faults = {"red/alpha": outage.copy()}
+    plant.submit("red/alpha")
+    plant.run()
+    task = plant.get("red/alpha")
+    assert (task.state, task.attempt, task.lost_machines, task.own_bugs) == (TaskState.PUBLISHED, 1, 0, 0)
+
+
+def test_an_order_that_cannot_be_sent_is_sent_again(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, failing = plant.cluster.run, iter([Unavailable("Ray is away")])
+
+    def run_or_fail(worker: str, order: Train | Evaluate) -> Any:
+        for error in failing:
+            raise error
+        return run(worker, order)
+
+    monkeypatch.setattr(plant.cluster, "run", run_or_fail)
+    plant.submit("red/alpha")
+    with pytest.raises(Unavailable):
+        plant.run()
+    plant.controller.wake()  # as `run` does after a step that failed
+    plant.run()
+    assert (plant.get("red/alpha").state, plant.get("red/alpha").attempt) == (TaskState.PUBLISHED, 1)
+
+
 def test_a_users_mistake_parks_at_once_with_its_message(plant: Plant) -> None:
     plant.cluster.training_faults = {"red/alpha": ["input"]}
     plant.submit("red/alpha")
@@ -301,6 +328,17 @@ def test_a_worker_that_is_silent_for_a_lease_is_replaced_and_its_task_trained_ag
     assert plant.states() == {"red/alpha": "published"}
 
 
+def test_a_loop_that_was_held_up_does_not_take_its_own_absence_for_its_workers_silence(make_plant: MakePlant) -> None:
+    plant = _with_heartbeats(make_plant, lease_seconds=0.05, heartbeat_seconds=0.04)
+    plant.cluster.hold = lambda order: True
+    plant.submit("red/alpha")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    plant.step(3)  # what was asked is answered, and it is too early to ask again
+    time.sleep(0.1)
+    plant.step(3)
+    assert plant.cluster.replaced == []
+
+
 def test_a_task_of_a_worker_that_is_no_longer_configured_is_given_to_another(make_plant: MakePlant) -> None:
     plant = make_plant(workers=2)
     plant.cluster.hold = lambda order: True
@@ -314,11 +352,11 @@ def test_a_task_of_a_worker_that_is_no_longer_configured_is_given_to_another(mak
     assert sorted(record.lost_machines for record in plant.queue.tasks()) == [0, 1]
 
 
-def _with_heartbeats(make_plant: MakePlant, lease_seconds: float) -> Plant:
+def _with_heartbeats(make_plant: MakePlant, lease_seconds: float, heartbeat_seconds: float = 1e-6) -> Plant:
     """A plant that asks its workers at every step."""
     plant = make_plant()
-    workers = plant.settings.workers.model_copy(update={"heartbeat_seconds": 1e-6, "lease_seconds": lease_seconds})
-    plant.settings = plant.settings.model_copy(update={"workers": workers})
+    seconds = {"heartbeat_seconds": heartbeat_seconds, "lease_seconds": lease_seconds}
+    plant.settings = plant.settings.model_copy(update={"workers": plant.settings.workers.model_copy(update=seconds)})
     return plant
 
 
