@@ -60,7 +60,7 @@ class WorkerSettings(Section):
     gpus: float = Field(0, ge=0)
     heartbeat_seconds: float = Field(1.0, gt=0)
     lease_seconds: float = Field(60.0, gt=0)
-    """A worker silent for this long is asked once more, then replaced."""
+    """A worker that leaves a question unanswered for this long is replaced."""
 
 
 class RaySettings(Section):
