@@ -415,8 +415,13 @@ class Controller:
         version = evaluating[0].version
         state = self._store.state
         ids = tuple(record.task_id for record in evaluating if record.version == version)
-        if any(v.number == version for v in state.lineage(state.refs[MAIN])):
+        on_main = any(v.number == version for v in state.lineage(state.refs[MAIN]))
+        if on_main or version in state.published:
             self._apply(ids, Judged(True, f"published in version {version}", time.time()))
+            if not on_main:
+                # Rolled back before this was seen: to be parked like all that vanish, not to be merged again.
+                self._main_followed = -1
+                self.wake(log_moved=True)
         elif version in state.rejected:
             self._refused(ids, state.rejected[version])
         elif state.refs[CANDIDATE] != version:
@@ -426,6 +431,7 @@ class Controller:
                 self._score_or_decide(version)
             return
         self._scores.pop(version, None)
+        self._failed_evaluations.pop(version, None)
         self._changed()
         self.wake()
 
@@ -451,11 +457,11 @@ class Controller:
             self._send_evaluations(version, [records[task_id] for task_id in missing])
         elif due:
             scores = [found[task_id] for task_id in due]
+            # With what was written before in it: a restart with a lower gate.drift_min asks for more scores.
+            key = f"scores:{version}:{len(state.scores.get(version, {}))}"
             self._send(
                 Errand("scores", version=version),
-                lambda: self._cluster.store(
-                    "record_scores", version, scores, op_key=f"scores:{version}", actor="controller"
-                ),
+                lambda: self._cluster.store("record_scores", version, scores, op_key=key, actor="controller"),
             )
         else:
             decision = judge(score_table(state, version, drift_min), version, records, self._settings.gate)

@@ -485,6 +485,39 @@ def test_a_rollback_between_merge_and_verdict_merges_the_task_again_on_the_new_m
     assert plant.get("blue/c").version == 4
 
 
+def test_a_version_rolled_back_before_its_task_heard_of_its_publication_stays_rolled_back(plant: Plant) -> None:
+    plant.submit("red/a")
+    plant.run()
+    plant.submit("red/b")
+    plant.run(lambda: plant.held() == ["red/a", "red/b"])
+    assert plant.get("red/b").state is TaskState.EVALUATING  # `main` moved, the control plane has not seen it yet
+    plant.cluster.store("rollback", 1, op_key="r", actor="ann").result()
+    plant.kill()
+    plant.run()
+    plant.step(3)
+    assert plant.states() == {"red/a": "published", "red/b": "parked"}
+    assert plant.held() == plant.held("candidate") == ["red/a"]
+    _roll(plant, 2)
+    assert plant.states() == {"red/a": "published", "red/b": "published"}
+
+
+def test_a_stricter_gate_after_a_restart_asks_for_the_scores_that_are_missing(make_plant: MakePlant) -> None:
+    plant = make_plant(gate={"drift_min": 10.0}, subspace={"rank_fixed": 2})
+    plant.submit("red/a")
+    plant.run()
+    plant.submit("blue/b")
+    plant.cluster.store_faults = [("publish", "before")]
+    plant.run(lambda: plant.cluster.store_calls.count("publish") == 2)
+    assert plant.cluster.evaluations == [(1, "red/a"), (2, "blue/b")]
+    plant.kill()
+    plant.settings = plant.settings.model_copy(
+        update={"gate": plant.settings.gate.model_copy(update={"drift_min": 0.0})}
+    )
+    plant.run()
+    assert plant.cluster.evaluations == [(1, "red/a"), (2, "blue/b"), (2, "red/a")]
+    assert plant.states() == {"red/a": "published", "blue/b": "published"}
+
+
 def _roll(plant: Plant, version: int) -> None:
     plant.cluster.store("rollback", version, op_key=f"to {version} at {plant.state.seq}", actor="ann").result()
     plant.controller.wake(log_moved=True)
