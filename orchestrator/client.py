@@ -73,7 +73,8 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
 def _over_http(http: httpx.Client, server: dict[str, Any], method: str, arguments: dict[str, Any]) -> Any:
     verb, path = ROUTES[method]
     in_path = set(re.findall(r"{(\w+)", path))
-    url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(str(arguments[found.group(1)])), path)
+    # Dots too: `..` in a reference would be taken for a way to another route.
+    url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(str(arguments[found.group(1)])).replace(".", "%2E"), path)
     rest = {name: value for name, value in arguments.items() if name not in in_path and value is not None}
     body = next((value for value in rest.values() if isinstance(value, dict)), None)
     query = {name: value for name, value in rest.items() if not isinstance(value, dict)}

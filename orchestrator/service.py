@@ -6,6 +6,7 @@ service is down: reading, exporting and rolling back need no running service.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import tempfile
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InvalidInput, NotFound, Unavailable
+from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.settings import Settings
 from orchestrator.admission import admit, check_submission
 from orchestrator.cluster import Cluster, wait_for
@@ -122,6 +123,9 @@ class Service:
         controller = self._running("cancel")
         record = self._queue.find(reference)
         after = self._queue.apply(record.task_id, CancelRequested(by or "somebody", time.time()))
+        if after.state is TaskState.CANCELLED and after.train_key:
+            with contextlib.suppress(Unavailable):  # then the next start of the control plane deletes it
+                self._storage.delete(after.train_key)
         controller.wake()
         return self._summary(after)
 
@@ -258,7 +262,12 @@ class Service:
         """A writing call: through the running store actor, or with a writer opened for this one call."""
         cluster = self._cluster
         if cluster is not None:
-            return wait_for(cluster, lambda: cluster.store(method, *args, **kwargs), STORE_SECONDS)
+            try:
+                return wait_for(cluster, lambda: cluster.store(method, *args, **kwargs), STORE_SECONDS)
+            except Conflict:
+                # Fenced by a command that wrote while the service was down: a fresh one opens with the next epoch.
+                cluster.replace_store()
+                return wait_for(cluster, lambda: cluster.store(method, *args, **kwargs), STORE_SECONDS)
         base = self._settings.base_model
         writer = SubspaceStore.open(
             self._storage,

@@ -191,6 +191,8 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
         assert (waiting["state"], waiting["place"]) == ("queued", 1)
         assert waiting["why"] == "place 1: 0 before it, 0 workers free"
         assert site.client.call("cancel", reference="red/three", by="ann")["state"] == "cancelled"
+        with pytest.raises(NotFound):  # never trained, never read again
+            site.plant.storage.read(site.plant.get("red/three").train_key)
         for name in ("one", "two"):
             assert site.client.call("cancel", reference=f"red/{name}", by="ann")["state"] == "training"
             site.wait_for(f"red/{name}", "cancelled")
@@ -207,6 +209,8 @@ WRONG: list[tuple[str, dict[str, Any], type[OnebasisError]]] = [
     ("scores", {"version": 99}, NotFound),
     ("task", {"reference": "red/nobody"}, NotFound),
     ("task", {"reference": "no?such#task %41"}, NotFound),
+    ("task", {"reference": "../status"}, NotFound),
+    ("cancel", {"reference": "../rollback/0"}, NotFound),
     ("export", {"reference": "red/nobody"}, NotFound),
     ("tasks", {"state": "asleep"}, InvalidInput),
     ("submit", {"document": {"team": "red", "nam": "x"}}, InvalidInput),
@@ -300,4 +304,14 @@ def test_a_rollback_without_the_server_is_followed_by_the_service(site: Site, of
     site.wait_for("blue/beta", "parked")
     site.publish("red/gamma")
     assert site.plant.held() == ["red/alpha", "red/gamma"]
+    assert site.plant.cluster.replaced == ["store"]
+
+
+def test_a_rollback_by_the_service_after_one_without_it_is_done(site: Site, offline: Client) -> None:
+    site.plant.cluster.replaced.clear()
+    newest = site.client.call("status")["main"]
+    offline.call("rollback", version=1, by="ann", key="off-2")
+    # The service's own writer is fenced now and has not noticed.
+    assert site.client.call("rollback", version=newest, by="ann", key="on-2")["to_version"] == newest
+    assert site.client.call("status")["main"] == newest
     assert site.plant.cluster.replaced == ["store"]
