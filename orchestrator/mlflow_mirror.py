@@ -49,6 +49,8 @@ class Mirror:
         self._client: Any = None
         self._experiment = ""
         self._runs: dict[str, str] = {}
+        self._marks: dict[str, str] = {}
+        """Task id to what its run shows: with a thousand tasks, asking MLflow for each would take seconds."""
         self.behind = True
         """Whether there is something that MLflow does not show yet."""
         self.error = ""
@@ -89,6 +91,8 @@ class Mirror:
             self._mirror_task(record, state, table)
         if table.versions:
             self._mirror_subspace(state, table, records)
+        elif len(state.published) > 1:
+            self._unpoint_alias(self._settings.base_model.name)
 
     def _open(self) -> None:
         if self._client is not None:
@@ -127,11 +131,14 @@ class Mirror:
     # --- one task ----------------------------------------------------------------------------------------------
 
     def _mirror_task(self, record: TaskRecord, state: SubspaceState, table: ScoreTable) -> None:
-        run = self._run(TASK_TAG, record.task_id, record.title)
-        done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
         rows = [v for v in table.versions if record.task_id in table.cells[v]]
         mark = f"{record.revision}:{rows[-1] if rows else 0}"
+        if self._marks.get(record.task_id) == mark:
+            return
+        run = self._run(TASK_TAG, record.task_id, record.title)
+        done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
         if done == mark:
+            self._marks[record.task_id] = mark
             return
         if not done:
             self._log_batch(run, {}, params=_params(record))
@@ -155,6 +162,7 @@ class Mirror:
         self._log_batch(run, metrics, tags=tags)
         if record.state not in LIVE:
             self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
+        self._marks[record.task_id] = mark
 
     def _loss_curve(self, task_id: str) -> Points:
         points = [(e.at, json.loads(e.text)) for e in self._queue.events(task_id) if e.kind == PROGRESS]
@@ -171,10 +179,13 @@ class Mirror:
             return
         logged = int(done or 0)
         local = {t: r.local_score for t, r in records.items() if r.local_score is not None}
+        registered = self._registered(name)
         for version in table.versions:
             # Numbers are never reused, so after a rollback only what is new is written.
-            if version > logged or version not in self._registered(name):
+            if version > logged or version not in registered:
                 self._mirror_version(run, state, table, version, local)
+                if version not in registered:
+                    self._register(run, state, version)
         self._draw(run, state, table)
         self._point_alias(name, main)
         self._client.set_tag(run, DONE_TAG, str(main))
@@ -195,7 +206,6 @@ class Mirror:
             "merge_seconds": version.merge_seconds,
         }
         self._log_batch(run, {(key, number, version.created_at): value for key, value in values.items()})
-        self._register(run, state, number, sorted(titles.values()))
 
     def _draw(self, run: str, state: SubspaceState, table: ScoreTable) -> None:
         titles = {task_id: task.name for task_id, task in state.tasks_at(table.versions[-1]).items()}
@@ -222,10 +232,9 @@ class Mirror:
         found = self._client.search_model_versions(f"name = '{name}'", max_results=10_000)
         return {int(v.tags["onebasis.version"]): v.version for v in found if "onebasis.version" in v.tags}
 
-    def _register(self, run: str, state: SubspaceState, number: int, titles: list[str]) -> None:
+    def _register(self, run: str, state: SubspaceState, number: int) -> None:
         name, version = self._settings.base_model.name, state.versions[number]
-        if number in self._registered(name):
-            return
+        titles = sorted(task.name for task in state.tasks_at(number).values())
         facts = {
             "onebasis.version": str(number),
             "onebasis.parent": str(version.parent),
@@ -241,6 +250,14 @@ class Mirror:
         number = self._registered(name).get(main)
         if number is not None:
             self._client.set_registered_model_alias(name, MAIN, number)
+
+    def _unpoint_alias(self, name: str) -> None:
+        """`main` was rolled back to the empty subspace, which is no version of the registry."""
+        run = self._run(SUBSPACE_TAG, name, f"subspace {name}")
+        if self._client.get_run(run).data.tags.get(DONE_TAG, "") != "0":
+            if self._registered(name):
+                self._client.delete_registered_model_alias(name, MAIN)
+            self._client.set_tag(run, DONE_TAG, "0")
 
     def _log_batch(
         self,

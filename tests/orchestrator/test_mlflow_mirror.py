@@ -166,6 +166,28 @@ def test_the_alias_follows_a_rollback_and_back_without_a_point_twice(mirrored: M
     assert mirrored.history("blue/b", "local_score") == [(0, 0.9)]
 
 
+def test_after_a_rollback_to_nothing_no_version_is_called_main(mirrored: Mirrored) -> None:
+    from mlflow.exceptions import MlflowException
+
+    before = mirrored.everything()
+    mirrored.roll(0)
+    with pytest.raises(MlflowException, match="alias main not found"):
+        mirrored.alias()
+    mirrored.fresh_mirror().sync()
+    mirrored.roll(2)
+    assert mirrored.alias() == 2
+    assert mirrored.everything()["versions"] == before["versions"]
+    assert mirrored.history("subspace tiny", "score.red/a") == [(1, 0.9), (2, 0.88)]
+
+
+def test_a_sync_with_nothing_new_asks_mlflow_for_no_task(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    get_run = type(mirrored.client).get_run
+    monkeypatch.setattr(type(mirrored.client), "get_run", lambda me, run: asked.append(run) or get_run(me, run))
+    mirrored.mirror.sync()
+    assert set(asked) <= {mirrored.runs()["subspace tiny"].info.run_id}
+
+
 def test_a_deleted_database_is_rebuilt_the_same(mirrored: Mirrored) -> None:
     before = mirrored.everything()
     settings = mirrored.plant.settings
