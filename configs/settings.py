@@ -149,13 +149,23 @@ def read_settings(path: Path, root: Path | None = None) -> Settings:
     root = (root or Path.cwd()).resolve()
     storage, mlflow = settings.storage, settings.mlflow
     url = f"file:{root / storage.url.removeprefix('file:')}" if storage.url.startswith("file:") else storage.url
+    source, token, plots = settings.base_model.source, settings.ray.auth_token_path, mlflow.artifact_location
+    if not source.startswith("package:") and (is_local(source) or (root / source).is_dir()):
+        source = str(root / Path(source).expanduser())
     return settings.model_copy(
         update={
             "state_dir": str(root / settings.state_dir),
+            "base_model": settings.base_model.model_copy(update={"source": source}),
+            "ray": settings.ray.model_copy(update={"auth_token_path": str(root / token) if token else None}),
             "data_roots": tuple(str(root / folder) for folder in settings.data_roots),
             "database_url": _located(settings.database_url, root),
             "storage": storage.model_copy(update={"url": url}),
-            "mlflow": mlflow.model_copy(update={"tracking_uri": _located(mlflow.tracking_uri, root)}),
+            "mlflow": mlflow.model_copy(
+                update={
+                    "tracking_uri": _located(mlflow.tracking_uri, root),
+                    "artifact_location": plots if plots is None or ":" in plots else str(root / plots),
+                }
+            ),
         }
     )
 

@@ -45,6 +45,27 @@ def test_relative_paths_start_at_the_root_that_is_given(tmp_path: Path) -> None:
     assert got.data_roots == (f"{here}/data", "/abs")
 
 
+def test_a_base_models_folder_and_the_other_paths_are_found_from_anywhere(tmp_path: Path) -> None:
+    # Workers and the control plane run in folders of their own.
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    path = written(
+        tmp_path,
+        base_model=LEAST["base_model"] | {"source": "models/tiny"},
+        ray={"address": "head:6379", "auth_token_path": "token"},
+        mlflow={"artifact_location": "plots"},
+    )
+    got = read_settings(path, root=tmp_path)
+    assert got.base_model.source == f"{tmp_path}/models/tiny"
+    assert got.ray.auth_token_path == f"{tmp_path}/token"
+    assert got.mlflow.artifact_location == f"{tmp_path}/plots"
+
+
+@pytest.mark.parametrize("source", ["package:some_package/model", "meta-llama/Llama-3.1-8B", "/models/tiny"])
+def test_a_base_model_that_is_no_relative_folder_stays(tmp_path: Path, source: str) -> None:
+    path = written(tmp_path, base_model=LEAST["base_model"] | {"source": source})
+    assert read_settings(path, root=tmp_path).base_model.source == source
+
+
 def test_relative_paths_start_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path)
     (tmp_path / "elsewhere").mkdir()
