@@ -151,7 +151,10 @@ def _default_key(draft: Draft, queue: TaskQueue) -> str:
 
 def _allowed(path: str, settings: Settings, key: str) -> Path:
     """The real path, links resolved, if it lies below an allowed folder."""
-    real = Path(path).resolve()
+    try:
+        real = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte
+        raise InvalidInput(f"{path!r} is no path: {error}", key, "correct the path") from error
     if not any(real.is_relative_to(Path(root).resolve()) for root in settings.data_roots):
         raise InvalidInput(
             f"{path} is outside the folders that this service reads",
@@ -164,7 +167,11 @@ def _allowed(path: str, settings: Settings, key: str) -> Path:
 def _allowed_file(path: str, settings: Settings, key: str) -> Path:
     """As `_allowed`. A pipe or a device would be waited for, or read for ever."""
     real = _allowed(path, settings, key)
-    if real.exists() and not real.is_file():
+    try:
+        is_plain = real.is_file() or not real.exists()
+    except OSError as error:  # a folder that the service may not enter, a name that is too long
+        raise InvalidInput(f"cannot look at {path}: {error.strerror}", key, "correct the path or its rights") from error
+    if not is_plain:
         raise InvalidInput(f"{path} is not a plain file", key, "name a file")
     return real
 

@@ -190,7 +190,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "name a folder saved by PEFT") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"is not valid JSON: {error}", str(path), "copy or save it again") from error
     if not isinstance(config, dict):
         raise InvalidInput(f"must be a JSON object, not {type(config).__name__}", str(path))
@@ -215,6 +215,13 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
             where,
             "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)",
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise InvalidInput(f"has {key}={config[key]!r}, which must be a mapping of names to numbers", where)
+    saved = config.get("modules_to_save") or []
+    # A text would be taken letter by letter, and every tensor's name ends with one of them.
+    if not isinstance(saved, list | tuple | set) or not all(isinstance(name, str) for name in saved):
+        raise InvalidInput(f"has modules_to_save={saved!r}, which must be a list of names", where)
     for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         value = config.get(key)
         if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:

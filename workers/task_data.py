@@ -81,6 +81,9 @@ def read_rows(content: bytes, spec: DataSpec, where: str = "rows") -> tuple[Row,
 
 def _read_file(path: Path, spec: DataSpec) -> tuple[Row, ...]:
     try:
+        size = path.stat().st_size
+        if size > UNPACKED_BYTES_MAX:
+            raise InvalidInput(f"has {size} bytes, more than {UNPACKED_BYTES_MAX}", str(path), "submit fewer rows")
         content = path.read_bytes()
     except OSError as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path in data") from error

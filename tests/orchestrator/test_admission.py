@@ -184,6 +184,12 @@ def test_a_bad_row_is_named_by_file_and_number(desk: Desk, key: str, row: Any, c
     assert complaint in text
 
 
+@pytest.mark.parametrize("name", ["a" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_a_path_that_the_system_refuses_is_named(desk: Desk, name: str) -> None:
+    said = desk.refuse(desk.document(data={"train_file": str(desk.data / name)}))
+    assert said.startswith("data.train_file: ")
+
+
 def test_a_file_outside_the_allowed_folders_is_refused(desk: Desk, tmp_path: Path) -> None:
     outside = write_rows(tmp_path / "secret.jsonl", rows(4))
     for path in (str(outside), str(desk.data / "../secret.jsonl")):

@@ -13,6 +13,7 @@ import pytest
 
 from configs.errors import InvalidInput
 from configs.task_spec import DataSpec
+from workers import task_data
 from workers.task_data import Row, RowCounts, check_rows, read_rows
 
 SPEC = DataSpec(label_names=("neg", "pos"))
@@ -101,6 +102,13 @@ def test_a_file_that_cannot_be_read_is_named(content: bytes | None, said: str, t
     with pytest.raises(InvalidInput, match=said) as caught:
         check_rows(path, SPEC)
     assert caught.value.where.startswith(str(path))
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_data, "UNPACKED_BYTES_MAX", 10)
+    monkeypatch.setattr(Path, "read_bytes", None)
+    with pytest.raises(InvalidInput, match="more than 10"):
+        check_rows(written(tmp_path / "rows.jsonl", {"text": "a", "label": "no"}), SPEC)
 
 
 def test_checking_rows_loads_neither_torch_nor_transformers() -> None:
