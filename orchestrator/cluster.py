@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.ray_head import ray_environment
+from subspace_store.adapter import digest
 from workers.orders import Order
 
 Flight = Any
@@ -80,7 +81,7 @@ class RayCluster:
 
         self._ray = ray
         self._settings = settings
-        self._namespace = f"onebasis-{settings.base_model.name}"
+        self._namespace = namespace(settings)
         try:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
         except Exception as error:
@@ -182,6 +183,15 @@ class RayCluster:
                     self._namespace,
                 )
         return self._actors[name]
+
+
+def namespace(settings: Settings) -> str:
+    """Ray's namespace of a service's actors.
+
+    With the storage in it: two services of one base model on one Ray cluster must not find each other's store.
+    """
+    place = f"{settings.storage.endpoint_url or ''} {settings.storage.url} {settings.base_model.name}"
+    return f"onebasis-{settings.base_model.name}-{digest(place.encode())[:12]}"
 
 
 def wait_for(cluster: Cluster, start: Callable[[], Flight], timeout_seconds: float) -> Any:

@@ -43,6 +43,8 @@ def up(settings: Settings, say: Say) -> dict[str, Any]:
     (state_dir / "logs").mkdir(parents=True, exist_ok=True)
     (state_dir / ".gitignore").write_text("*\n")
     running = _running_server(state_dir)
+    if running is None:
+        _end_ray_of_other_settings(settings, state_dir, say)
     _keep_settings(settings, state_dir, running is not None)
     if running is None:
         head = _start_ray(settings, state_dir, say) if settings.ray.address == "local" else None
@@ -132,11 +134,22 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
 
 def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> None:
     """Write the settings beside what they made, so that later commands need no option."""
-    text = "# Written by `onebasis up`.\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    file = state_dir / "settings.yaml"
+    text, file = _as_text(settings), state_dir / "settings.yaml"
     if is_running and file.read_text() != text:
         raise Conflict("the service runs with other settings", str(file), "`onebasis down`, then `onebasis up` again")
     file.write_text(text)
+
+
+def _end_ray_of_other_settings(settings: Settings, state_dir: Path, say: Say) -> None:
+    """A Ray that outlived a killed control plane holds a store and workers with the settings of then."""
+    file, pid = state_dir / "settings.yaml", _pid(state_dir / ADDRESS_FILE, "orchestrator.ray_head")
+    if pid is not None and (not file.exists() or file.read_text() != _as_text(settings)):
+        say("the settings have changed: ending the Ray that was started with the old ones")
+        _end(pid)
+
+
+def _as_text(settings: Settings) -> str:
+    return "# Written by `onebasis up`.\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
 def _running_server(state_dir: Path) -> int | None:

@@ -22,7 +22,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from configs.errors import OnebasisError, Unavailable
+from configs.errors import InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings, read_settings
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from orchestrator.routes import ROUTES
@@ -138,7 +138,14 @@ class ControlPlane:
     def _ray(self) -> tuple[str, Path]:
         ray = self._settings.ray
         if ray.address != "local":
-            return ray.address, Path(ray.auth_token_path or self._state_dir / TOKEN_FILE)
+            token_path = Path(ray.auth_token_path or "")
+            if not token_path.is_file():  # a new one would be made there, and the cluster would not know it
+                raise InvalidInput(
+                    f"{ray.auth_token_path!r} is no file, and the cluster at {ray.address} wants its token",
+                    "ray.auth_token_path",
+                    "copy the token file of the cluster's head there (RAY_AUTH_TOKEN_PATH)",
+                )
+            return ray.address, token_path
         file, until = self._state_dir / ADDRESS_FILE, time.monotonic() + RAY_SECONDS
         while not file.exists():
             if time.monotonic() > until:
