@@ -152,7 +152,7 @@ class Service:
             "tasks": [self._task_in(state, table, number, task_id) for task_id in state.tasks_at(number)],
             "ranks": {name: list(ranks) for name, ranks in version.ranks.items()},
             "footprint": asdict(self._store.footprint(number)),
-            **self._figures(table, number),
+            **self._figures(table, number, self._records(table)),
         }
 
     def diff(self, old: int, new: int) -> Json:
@@ -230,16 +230,13 @@ class Service:
                 for task_id in table.tasks
             ],
             "matrix": [[self._cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
-            "by_version": [{"version": row, **self._figures(table, row)} for row in table.versions],
+            "by_version": [{"version": row, **self._figures(table, row, records)} for row in table.versions],
             "footprint": asdict(self._store.footprint(number)),
         }
 
     def status(self) -> Json:
         """Is it up, what do the workers do, how many tasks are where."""
         state = self._store.refresh()
-        counts: dict[str, int] = {}
-        for record in self._queue.tasks():
-            counts[record.state] = counts.get(record.state, 0) + 1
         return {
             "running": self._controller is not None,
             "base_model": self._settings.base_model.name,
@@ -247,7 +244,7 @@ class Service:
             "mlflow": self._settings.mlflow.tracking_uri,
             "main": state.refs[MAIN],
             "candidate": state.refs[CANDIDATE],
-            "tasks": counts,
+            "tasks": self._queue.counts(),
             **self._health(),
         }
 
@@ -373,8 +370,8 @@ class Service:
             return {"score": None, "measured_at": None, "rows": None}
         return {"score": _number(cell.score), "measured_at": cell.measured_at, "rows": cell.count}
 
-    def _figures(self, table: ScoreTable, version: int) -> Json:
-        local = {t: r.local_score for t, r in self._records(table).items() if r.local_score is not None}
+    def _figures(self, table: ScoreTable, version: int, records: Mapping[str, TaskRecord]) -> Json:
+        local = {t: r.local_score for t, r in records.items() if r.local_score is not None}
         return describe_report(forgetting_report(table, version, local))
 
     def _records(self, table: ScoreTable) -> dict[str, TaskRecord]:

@@ -175,6 +175,12 @@ class TaskQueue:
         with self._engine.connect() as connection:
             return [TaskRecord.model_validate_json(row) for row in connection.execute(chosen).scalars()]
 
+    def counts(self) -> dict[str, int]:
+        """State to number of tasks, without reading the tasks; a state without any is left out."""
+        chosen = select(_tasks.c.state, func.count()).group_by(_tasks.c.state).order_by(_tasks.c.state)
+        with self._engine.connect() as connection:
+            return dict(connection.execute(chosen).all())
+
     def live(self) -> list[TaskRecord]:
         """Tasks that are owed something."""
         return self.tasks(LIVE)

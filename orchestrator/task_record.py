@@ -93,7 +93,8 @@ class TaskRecord(Section):
 
 def new_task_id(now: float | None = None) -> str:
     """An id that sorts by time and is unique without a counter: ids outlive a lost database in the version log."""
-    return f"t{int(now if now is not None else time.time()):09x}{secrets.token_hex(3)}"
+    # 48 bits: of a thousand tasks in one second no two may write to the same keys of the storage.
+    return f"t{int(now if now is not None else time.time()):09x}{secrets.token_hex(6)}"
 
 
 def staging_key(task_id: str, attempt: int, token: str) -> str:

@@ -275,7 +275,7 @@ class VersionLog:
         return Corrupt(
             f"epoch {winner.epoch} is used by two writers, {winner.writer!r} and {record.writer!r}",
             where,
-            "stop all writers and run doctor: the storage may ignore create-if-absent",
+            "stop all writers: the storage may ignore create-if-absent (`If-None-Match: *`); use one that honours it",
         )
 
     def _settle(self, record: Record, content: bytes) -> Record:

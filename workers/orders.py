@@ -92,7 +92,7 @@ class Failed:
 
     token: str
     fault: str
-    """`input` (the user's: never retried), `bug` (ours) or `cancelled`."""
+    """`input` (the user's: never retried), `bug` (ours), `cancelled`; or `lost`, which the controller says."""
     message: str
     detail: str = ""
     """Traceback, for `bug`."""

@@ -40,7 +40,7 @@ class Worker:
     Args:
         base_model: What to load.
         storage: Where rows, adapters and versions are.
-        folder: Folder that a relative `file:` storage refers to.
+        folder: The subspace's name, see `subspace_store.storage.open_storage`.
         cpus: Threads for torch.
     """
 

@@ -195,6 +195,14 @@ class TaskQueueContract:
         assert queue.tasks((TaskState.QUEUED,), team="blue") == [old]
         assert queue.live() == [old, young]
 
+    def test_tasks_are_counted_by_state(self, queue: TaskQueue) -> None:
+        assert queue.counts() == {}
+        records = [task_record(f"red/{name}") for name in "abc"]
+        for record in records:
+            queue.add(record)
+        queue.apply(records[0].task_id, CancelRequested("ann", 1.0))
+        assert queue.counts() == {"cancelled": 1, "queued": 2}
+
     def test_a_task_is_found_by_id_by_its_beginning_and_by_name(self, queue: TaskQueue) -> None:
         one, two = task_record("red/a", task_id="tabc1"), task_record("blue/a", task_id="tabd2")
         queue.add(one)
