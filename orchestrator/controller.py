@@ -108,6 +108,7 @@ class Controller:
         self._scores: dict[int, dict[str, TaskScore]] = {}
         self._failed_evaluations: dict[int, list[str]] = {}
         self._not_before: dict[str, float] = {}
+        self._started_at = time.time()
         self._awake = threading.Event()
         self._log_moved = threading.Event()
         self._main_followed = -1
@@ -384,7 +385,7 @@ class Controller:
         group = [record for record in merging if record.merge_key == begun] if begun else self._next_group(merging)
         ids = tuple(record.task_id for record in group)
         if not begun:
-            if self._drop_orphan():
+            if self._drop_orphan() or self._know_again(group):
                 return
             begun = f"merge:{secrets.token_hex(8)}"
             if not self._apply(ids, MergeBegun(begun)):
@@ -403,10 +404,19 @@ class Controller:
             self._send_verdict(refs[CANDIDATE], False, "no task waits for it")
         return orphan
 
+    def _know_again(self, group: Sequence[TaskRecord]) -> bool:
+        """Whether some were in the candidate already: the database is older than the log, as after a restore."""
+        held = self._store.state.tasks_at(self._store.state.refs[CANDIDATE])
+        known = [record for record in group if record.task_id in held]
+        for record in known:
+            self._apply((record.task_id,), Merged(held[record.task_id].version))
+        return bool(known)
+
     def _next_group(self, merging: Sequence[TaskRecord]) -> list[TaskRecord]:
-        """Everything that waits, in one version; those whose group failed, one by one after that."""
-        together = [record for record in merging if not record.merge_alone]
-        return together or [merging[0]]
+        """Everything that waits, in one version; those whose group failed one by one, each when it is the oldest."""
+        if merging[0].merge_alone:
+            return [merging[0]]
+        return [record for record in merging if not record.merge_alone]
 
     def _judge(self, evaluating: Sequence[TaskRecord]) -> None:
         """Bring the candidate's tasks one step nearer to a verdict; what is missing is read off the log."""
@@ -503,6 +513,18 @@ class Controller:
                 self.wake()
             elif seat in self._free_seats():
                 self._order(seat, _train_order(record))
+            elif not seat.ready:
+                self._wait_for_a_lease(record)
+
+    def _wait_for_a_lease(self, record: TaskRecord) -> None:
+        """A worker that had the task before this control plane began, and is not back: give it one lease."""
+        until = max(self._started_at, record.claimed_at or 0.0) + self._settings.workers.lease_seconds
+        if time.time() < until:
+            self._not_before.setdefault(f"lease:{record.token}", until)
+            return
+        failed = TrainingFailed(record.token, "lost", f"{record.worker} did not come back", time.time())
+        self._queue.apply(record.task_id, failed)
+        self.wake()
 
     def _train(self, live: Sequence[TaskRecord]) -> None:
         queued = [record for record in live if next_step(record) is Step.TRAIN]

@@ -223,8 +223,9 @@ class TaskQueue:
 
     def append(self, task_id: str, lines: Iterable[tuple[str, str]]) -> None:
         """Add (kind, text) lines to a task's history."""
-        with self._engine.begin() as connection:
-            self._append(connection, task_id, lines, time.time())
+        if found := list(lines):
+            with self._engine.begin() as connection:
+                self._append(connection, task_id, found, time.time())
 
     def append_progress(self, task_id: str, step: int, loss: float, learning_rate: float) -> None:
         """Add a point to a task's loss curve."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from orchestrator.task_lifecycle import CancelRequested
 from orchestrator.task_queue import LOG, PROGRESS
 from orchestrator.task_record import TaskState
 from subspace_store import StagedAdapter, SubspaceStore
-from tests.builders import adapter
+from tests.builders import LAYOUT, adapter
 from tests.orchestrator.plant import Plant
+from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Train
 
 MakePlant = Callable[..., Plant]
@@ -142,6 +144,19 @@ def test_a_group_that_fails_the_gate_is_merged_one_by_one_and_only_the_culprit_i
     assert plant.held() == ["blue/c", "red/a"]
     assert "red/bad scores 0.6000 after merging and 0.9000 with its own adapter" in plant.get("red/bad").reason
     assert sorted(plant.state.rejected) == [1, 3]
+
+
+def test_newcomers_do_not_overtake_the_tasks_of_a_group_that_failed(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=3)
+    plant.cluster.score = lambda title, held: 0.6 if title == "red/bad" else 0.9
+    plant.cluster.hold = lambda order: isinstance(order, Evaluate)
+    plant.submit("red/a", "red/bad")
+    plant.run(lambda: plant.merges() == [["red/a", "red/bad"]])
+    plant.submit("blue/new")
+    plant.run(lambda: plant.get("blue/new").state is TaskState.MERGING)
+    plant.cluster.release()
+    plant.run()
+    assert plant.merges() == [["red/a", "red/bad"], ["red/a"], ["red/bad"], ["blue/new"]]
 
 
 def test_a_task_that_harms_an_earlier_one_is_rejected_and_the_earlier_one_stays(make_plant: MakePlant) -> None:
@@ -352,6 +367,22 @@ def test_a_task_of_a_worker_that_is_no_longer_configured_is_given_to_another(mak
     assert sorted(record.lost_machines for record in plant.queue.tasks()) == [0, 1]
 
 
+def test_a_task_whose_worker_does_not_come_back_after_a_restart_is_given_to_another(make_plant: MakePlant) -> None:
+    plant = _with_heartbeats(make_plant, lease_seconds=0.05)
+    plant.cluster.hold = lambda order: True
+    plant.submit("red/alpha")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    assert plant.get("red/alpha").worker == "worker-0"
+    plant.kill()
+    plant.cluster._memory["worker-0"] = {}
+    plant.cluster._held.clear()
+    plant.cluster.hold = lambda order: False
+    plant.cluster.warm = lambda worker: Future() if worker == "worker-0" else _landed(LAYOUT)  # type: ignore[method-assign]
+    plant.run()
+    task = plant.get("red/alpha")
+    assert (task.state, task.attempt, task.lost_machines) == (TaskState.PUBLISHED, 2, 1)
+
+
 def _with_heartbeats(make_plant: MakePlant, lease_seconds: float, heartbeat_seconds: float = 1e-6) -> Plant:
     """A plant that asks its workers at every step."""
     plant = make_plant()
@@ -416,6 +447,20 @@ def test_a_log_that_cannot_be_read_once_after_a_merge_does_not_undo_the_merge(pl
     plant.run()
     assert plant.merges() == [["red/alpha"]]
     assert plant.states() == {"red/alpha": "published"}
+
+
+def test_a_task_that_a_restored_database_has_forgotten_to_be_merged_is_not_merged_again(plant: Plant) -> None:
+    (before,) = plant.submit("red/alpha")
+    plant.run()
+    plant.queue.close()
+    plant.settings = plant.settings.model_copy(update={"database_url": f"{plant.settings.database_url}.restored"})
+    plant.kill()
+    plant.queue.add(before)  # as it was when the backup was made: queued
+    plant.storage.write(before.train_key, b"training rows")
+    plant.run()
+    assert plant.states() == {"red/alpha": "published"}
+    assert plant.get("red/alpha").version == 1
+    assert plant.merges() == [["red/alpha"]]
 
 
 def test_a_candidate_that_no_task_waits_for_is_dropped_before_the_next_merge(plant: Plant) -> None:
