@@ -576,13 +576,8 @@ class Controller:
     # --- helpers -----------------------------------------------------------------------------------------------
 
     def _records(self, task_ids: Mapping[str, object]) -> dict[str, TaskRecord]:
-        records = {}
-        for task_id in task_ids:
-            try:
-                records[task_id] = self._queue.get(task_id)
-            except NotFound:
-                continue  # the database is younger than the store: the task cannot be scored any more
-        return records
+        """One query, not one for each task. Missing where the database is younger than the store: not to be scored."""
+        return {record.task_id: record for record in self._queue.tasks() if record.task_id in task_ids}
 
     def _free_seats(self) -> list[Seat]:
         return [seat for seat in self._seats if seat.ready and seat.order is None and self._may(f"order:{seat.name}")]
