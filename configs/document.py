@@ -22,10 +22,21 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 class Section(BaseModel):
     """A part of a document: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 T = TypeVar("T", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only; and a key that is written twice is a mistake, not a way to say the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_document(path: Path, kind: type[T]) -> T:
@@ -48,7 +59,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path") from error
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InvalidInput(f"is not valid YAML: {error}", str(path), "fix the syntax at that line") from error
 

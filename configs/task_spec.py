@@ -54,7 +54,7 @@ class TrainingSpec(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     max_grad_norm: float = Field(1.0, ge=0)
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     bf16: bool = False
     gradient_checkpointing: bool = False
     deepspeed: dict[str, Any] | None = None

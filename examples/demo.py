@@ -52,9 +52,9 @@ def main() -> None:
     print(f"\nThe demo took {time.monotonic() - started:.0f} s. Next:")
     print("  source .venv/bin/activate              then, in this folder:")
     print("  onebasis scores                        the matrix above; also as a picture: .onebasis/scores.png")
-    print("  onebasis task payments/charges       the life of one task")
+    print("  onebasis task payments/charges         the life of one task")
     print("  mlflow ui --backend-store-uri sqlite:///.onebasis/mlflow.db")
-    print("  onebasis up && onebasis submit configs/tasks/sequence_classification.yaml --dry-run")
+    print("  onebasis up                            and a task of your own: copy one of configs/tasks/")
 
 
 def make_room() -> None:
@@ -65,7 +65,7 @@ def make_room() -> None:
         onebasis("down", check=False, quiet=True)
         aside = Path(f".onebasis-{time.strftime('%Y%m%d-%H%M%S')}")
         shutil.move(STATE, aside)
-        print(f"The earlier demo is in {aside}/ now.")
+        print(f"The earlier demo is in {aside}/ now; moved back to .onebasis/ it can be looked at again.")
     STATE.mkdir()
     MARK.touch()
 

@@ -76,7 +76,10 @@ def check_submission(document: Mapping[str, Any], settings: Settings, layout: Ba
         path = _allowed_file(spec.data.train_file or "", settings, "data.train_file")
         counts = check_rows(path, spec.data, Path(spec.data.eval_file) if spec.data.eval_file else None)
         train_count, train = counts.rows, _frozen(path)
-        warnings += [f"label '{name}' has no training row" for name, count in counts.per_label.items() if not count]
+        if unseen := [name for name, count in counts.per_label.items() if not count]:
+            warnings.append(
+                f"{len(unseen)} of {len(counts.per_label)} labels have no training row: {', '.join(unseen)}"
+            )
         if counts.shared_rows:
             warnings.append(f"{counts.shared_rows} training rows are also evaluation rows: the scores flatter the task")
     return Draft(spec, train, train_count, evaluation, eval_count, tuple(warnings))
@@ -93,7 +96,7 @@ def admit(
 
     Raises:
         InvalidInput: The team has too many tasks waiting.
-        Conflict: Another task of that name is alive or published.
+        Conflict: Another task of that name is alive or published; or the client key belongs to another submission.
     """
     spec = draft.spec
     client_key = spec.client_key or _default_key(draft, queue)
@@ -128,7 +131,20 @@ def admit(
         raise
     if not is_new:
         _delete_data(record, storage)
+        if _content(taken) != _content(record):
+            raise Conflict(
+                f"client_key '{client_key}' was used for {taken.title} ({taken.task_id}), and this submission differs",
+                record.title,
+                "leave client_key out, or choose a new one for a new task",
+            )
     return taken, is_new
+
+
+def _content(record: TaskRecord) -> tuple[TaskSpec, str]:
+    """What makes a submission this one: the document, wherever its files lie, and the evaluation rows."""
+    data = record.spec.data.model_copy(update={"train_file": None, "eval_file": None})
+    method = record.spec.method.model_copy(update={"adapter": None})
+    return record.spec.model_copy(update={"data": data, "method": method}), record.eval_sha256
 
 
 def _delete_data(record: TaskRecord, storage: Storage) -> None:

@@ -169,7 +169,10 @@ def tasks(
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
-    if watch:
+    if watch and as_json:
+        while any(row["state"] not in EXIT_CODES for row in client.call("tasks", team=team, state=state)):
+            time.sleep(WATCH_SECONDS)
+    elif watch:
         display.follow(lambda: client.call("tasks", team=team, state=state), WATCH_SECONDS)
     _show(client.call("tasks", team=team, state=state), display.tasks, as_json)
 
@@ -266,10 +269,15 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
     packed = Client(state_dir).call("export", reference=reference, version=number)
-    output.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        archive.extractall(output)
-        names = archive.namelist()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            archive.extractall(output)
+            names = archive.namelist()
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot write there: {error}", str(output), "name a folder that you may write to"
+        ) from error
     _show(
         {"output": str(output), "files": names},
         lambda a: display.note(f"wrote {', '.join(names)} to {output}"),

@@ -57,6 +57,13 @@ class Client:
                     f"no onebasis service has run here ({self._state_dir})", todo="start one with `onebasis up`"
                 )
             settings = read_settings(settings_file)
+            if Path(settings.state_dir) != self._state_dir.resolve():
+                # Its database and store are named by their full paths: another service's may be there by now.
+                raise Unavailable(
+                    f"this folder was moved: its service belongs in {settings.state_dir}",
+                    str(self._state_dir.resolve()),
+                    "move it back to look at it",
+                )
             storage = open_storage(settings.storage, settings.base_model.name)
             self._service = Service(settings, TaskQueue(settings.database_url, settings.failures), storage)
         return self._service

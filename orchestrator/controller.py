@@ -565,7 +565,10 @@ class Controller:
         now = time.time()
         for record in self._queue.tasks((TaskState.PUBLISHED, TaskState.PARKED)):
             if record.state is TaskState.PUBLISHED and record.task_id not in held:
-                reason = f"main was rolled back to version {state.refs[MAIN]}, before this task's {record.version}"
+                reason = (
+                    f"main was rolled back to version {state.refs[MAIN]}, before this task's {record.version}; "
+                    f"`onebasis rollback {record.version}` brings it back, or submit it again"
+                )
                 self._apply((record.task_id,), RolledBack(reason, now))
                 self._changed()
             elif record.state is TaskState.PARKED and record.version and record.task_id in held:

@@ -163,6 +163,9 @@ def diff(answer: Json) -> None:
 
 def rollback(answer: Json) -> None:
     """`onebasis rollback`."""
+    if answer["from_version"] == answer["to_version"]:
+        console.print(f"main is version {answer['to_version']} already")
+        return
     verb = "would move" if answer["preview"] else "moved"
     console.print(f"main {verb} from version {answer['from_version']} to version {answer['to_version']}")
     for name, words in (("vanishing", "vanishes"), ("returning", "returns")):
@@ -196,7 +199,13 @@ def scores(answer: Json) -> None:
         table.add_row(f"version {number}", *cells)
     table.add_row("[dim]rows[/dim]", *(f"[dim]{column['rows'] or '–'}[/dim]" for column in answer["tasks"]))
     console.print(table)
-    console.print("[dim]base: the task's head on the bare base model · ' carried over, the task hardly moved[/dim]")
+    carried = any(
+        cell["measured_at"] not in (None, number)
+        for number, row in zip(answer["versions"], answer["matrix"], strict=True)
+        for cell in row
+    )
+    mark = " · ' carried over, the task hardly moved" if carried else ""
+    console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
     console.print()
     _print_figures(answer["by_version"][-1])
     _print_footprint(answer["footprint"])

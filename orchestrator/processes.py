@@ -5,24 +5,28 @@ Only processes that this state folder names are ever ended, and only after a loo
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from configs.errors import Conflict, Unavailable
+from configs.errors import Conflict, InvalidInput, Unavailable
 from configs.settings import Settings
 from orchestrator.client import Client, server_facts
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
 
 START_SECONDS = 180.0
+TRY_AGAIN = "mend what it says, then `onebasis up` again"
 STOP_SECONDS = 90.0
 """MLflow may be brought up to date once more before the control plane ends."""
 
@@ -42,8 +46,32 @@ def up(settings: Settings, say: Say) -> dict[str, Any]:
     state_dir = Path(settings.state_dir)
     (state_dir / "logs").mkdir(parents=True, exist_ok=True)
     (state_dir / ".gitignore").write_text("*\n")
+    with _alone(state_dir, say):
+        _start_what_is_missing(settings, state_dir, say)
+    return _wait_for_workers(settings, state_dir, say)
+
+
+@contextlib.contextmanager
+def _alone(state_dir: Path, say: Say) -> Iterator[None]:
+    """One `up` or `down` at a time: two that start at once would start two clusters, and one would never end."""
+    with (state_dir / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("waiting for another `onebasis up` or `down` here to finish")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start_what_is_missing(settings: Settings, state_dir: Path, say: Say) -> None:
     running = _running_server(state_dir)
+    if running is not None and settings.ray.address == "local" and _running_ray(state_dir) is None:
+        say("Ray is gone: starting it and the control plane again")
+        os.kill(running, signal.SIGKILL)  # asked politely it would wait for the cluster that is not there
+        _await_end(running)
+        running = None
     if running is None:
+        _refuse_taken_port(settings)
         _end_ray_of_other_settings(settings, state_dir, say)
     _keep_settings(settings, state_dir, running is not None)
     if running is None:
@@ -57,7 +85,6 @@ def up(settings: Settings, say: Say) -> dict[str, Any]:
         _wait(
             lambda: server_facts(state_dir) is not None, server, state_dir / "logs/control-plane.log", "control plane"
         )
-    return _wait_for_workers(settings, state_dir, say)
 
 
 def down(state_dir: Path, say: Say) -> bool:
@@ -66,10 +93,17 @@ def down(state_dir: Path, say: Say) -> bool:
     Returns:
         False when nothing was running.
     """
+    if not state_dir.exists():
+        return False
+    with _alone(state_dir, say):
+        return _end_what_runs(state_dir, say)
+
+
+def _end_what_runs(state_dir: Path, say: Say) -> bool:
     ended = False
     for name, module, file in (
         ("control plane", "orchestrator.server", "server.json"),
-        ("Ray", "orchestrator.ray_head", ADDRESS_FILE),
+        ("Ray cluster", "orchestrator.ray_head", ADDRESS_FILE),
     ):
         pid = _pid(state_dir / file, module)
         if pid is not None:
@@ -82,7 +116,7 @@ def down(state_dir: Path, say: Say) -> bool:
 
 def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Popen[bytes] | None:
     """The starting head; None when one runs."""
-    if _pid(state_dir / ADDRESS_FILE, "orchestrator.ray_head") is not None:
+    if _running_ray(state_dir) is not None:
         return None
     say("starting Ray on this machine")
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
@@ -108,9 +142,22 @@ def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path
     until = time.monotonic() + START_SECONDS
     while not ready():
         if process.poll() is not None or time.monotonic() > until:
-            end = "\n  ".join(log.read_text(errors="replace").splitlines()[-12:])
-            raise Unavailable(f"the {name} did not start; its log ends with\n  {end}", str(log), "mend it, then again")
+            raise Unavailable(f"the {name} did not start; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
         time.sleep(0.05)
+
+
+def _end_of(log: Path) -> str:
+    return "\n  ".join(log.read_text(errors="replace").splitlines()[-12:])
+
+
+def _refuse_taken_port(settings: Settings) -> None:
+    host, port = settings.server.host, settings.server.port
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot listen on {host}:{port}: {error.strerror}", "server", "set server.port to another one, or to 0"
+        ) from error
 
 
 def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str, Any]:
@@ -121,7 +168,11 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         ready, all_workers = status.get("workers_ready", 0), settings.workers.count
         if ready == all_workers:
             return status
-        if said != (said := f"loading the base model on {all_workers} workers ({ready} warm)"):
+        if not status["running"]:
+            log = state_dir / "logs/control-plane.log"
+            raise Unavailable(f"the control plane ended; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
+        workers = "1 worker" if all_workers == 1 else f"{all_workers} workers"
+        if said != (said := f"loading the base model on {workers} ({ready} warm)"):
             say(said)
         broken = [what for what in status.get("workers", {}).values() if "\n" in what or "sha256" in what]
         if broken or time.monotonic() > until:
@@ -142,7 +193,7 @@ def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> Non
 
 def _end_ray_of_other_settings(settings: Settings, state_dir: Path, say: Say) -> None:
     """A Ray that outlived a killed control plane holds a store and workers with the settings of then."""
-    file, pid = state_dir / "settings.yaml", _pid(state_dir / ADDRESS_FILE, "orchestrator.ray_head")
+    file, pid = state_dir / "settings.yaml", _running_ray(state_dir)
     if pid is not None and (not file.exists() or file.read_text() != _as_text(settings)):
         say("the settings have changed: ending the Ray that was started with the old ones")
         _end(pid)
@@ -166,8 +217,16 @@ def _pid(file: Path, module: str) -> int | None:
     return pid if module.encode() in command and str(file.parent).encode() in command else None
 
 
+def _running_ray(state_dir: Path) -> int | None:
+    return _pid(state_dir / ADDRESS_FILE, "orchestrator.ray_head")
+
+
 def _end(pid: int) -> None:
     os.kill(pid, signal.SIGTERM)
+    _await_end(pid)
+
+
+def _await_end(pid: int) -> None:
     until = time.monotonic() + STOP_SECONDS
     while _lives(pid):
         if time.monotonic() > until:

@@ -295,7 +295,9 @@ class TaskQueue:
             raise Conflict(
                 f"task {taken.task_id} of that name is {taken.state}, and this submission differs from it",
                 record.title,
-                "choose another name, or cancel the old task first",
+                "choose another name"
+                if taken.state == TaskState.PUBLISHED
+                else "choose another name, or cancel the old task first",
             )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import Site
+from tests.acceptance.conftest import ONEBASIS, Site
 
 
 def merged_once(site: Site, *titles: str) -> bool:
@@ -130,3 +132,27 @@ def test_cancelling_a_running_task_stops_it_and_frees_its_worker(site: Site) -> 
     site.run("cancel", "payments/unwanted")
     assert site.wait_for_state("payments/unwanted", "cancelled", seconds=20)["version"] is None
     site.wait("its worker to be free", lambda: set(site.ask("status")["workers"].values()) == {"free"}, 20)
+
+
+def test_a_killed_ray_head_is_replaced_by_up_and_the_task_goes_on(site: Site) -> None:
+    site.run("submit", str(site.task_file("head-dies", steps=30)))
+    site.wait("a training step", lambda: site.ask("task", "payments/head-dies")["progress"].get("step", 0) >= 2)
+    head = json.loads((site.folder / ".onebasis/ray.json").read_text())["pid"]
+    os.kill(head, signal.SIGKILL)
+    site.run("up", "--config", "settings.yaml")
+    site.wait_for_state("payments/head-dies", "published")
+    assert merged_once(site, "payments/head-dies")
+
+
+def test_two_ups_at_once_start_one_cluster_and_down_ends_it(tmp_path: Path) -> None:
+    starting = [
+        subprocess.Popen([ONEBASIS, "up"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0] for process in starting]
+    assert [process.returncode for process in starting] == [0, 0], said
+    heads = subprocess.run(["pgrep", "-f", f"orchestrator.ray_head {tmp_path}"], capture_output=True, text=True)
+    assert len(heads.stdout.split()) == 1
+    subprocess.run([ONEBASIS, "down"], cwd=tmp_path, check=True, capture_output=True)
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+    assert left.stdout == ""

@@ -78,3 +78,14 @@ def test_yaml_makes_no_python_objects(tmp_path: Path) -> None:
     path.write_text("team: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(InvalidInput, match="python/object/apply"):
         read_document(path, TaskSpec)
+
+
+def test_a_key_that_stands_twice_is_a_mistake_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("team: red\nmetric: accuracy\nmetric: f1_macro\n")
+    with pytest.raises(InvalidInput, match="the key 'metric' stands twice"):
+        read_document(tmp_path / "task.yaml", TaskSpec)
+
+
+def test_a_number_that_is_none_is_refused_with_its_path() -> None:
+    assert "lora.lora_alpha" in complaint(TaskSpec, task_document(lora={"lora_alpha": float("inf")}))
+    assert "gate.min_score" in complaint(TaskSpec, task_document(gate={"min_score": float("nan")}))

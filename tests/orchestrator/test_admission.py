@@ -121,7 +121,7 @@ def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
     write_rows(desk.data / "train.jsonl", rows(6, label="no"))
     draft = check_submission(desk.document(), desk.settings, LAYOUT)
     assert draft.warnings == (
-        "label 'yes' has no training row",
+        "1 of 2 labels have no training row: yes",
         "2 training rows are also evaluation rows: the scores flatter the task",
     )
 
@@ -322,10 +322,14 @@ def test_other_data_under_the_same_document_is_another_submission(desk: Desk) ->
     assert second.client_key != first.client_key
 
 
-def test_a_client_key_of_ones_own_makes_it_one_task_whatever_else_it_says(desk: Desk) -> None:
+def test_a_client_key_of_ones_own_makes_it_one_task_and_is_no_key_to_another(desk: Desk) -> None:
     first, _ = desk.submit(desk.document(client_key="mine"))
-    again, is_new = desk.submit(desk.document(client_key="mine", training={"seed": 1}))
+    again, is_new = desk.submit(desk.document(client_key="mine"))
     assert (again.task_id, is_new) == (first.task_id, False)
+    kept = desk.storage.keys("data/")
+    with pytest.raises(Conflict, match="client_key 'mine' was used for"):
+        desk.submit(desk.document(client_key="mine", training={"seed": 1}))
+    assert desk.storage.keys("data/") == kept  # nothing of the refused submission is left
 
 
 def test_after_it_was_parked_or_cancelled_it_may_be_submitted_again(desk: Desk) -> None:

@@ -193,3 +193,18 @@ def test_up_with_a_state_folder_other_than_the_commands_says_which_option_to_add
 def test_down_where_nothing_runs_says_so(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["down", "--state-dir", str(tmp_path), "--json"])
     assert (result.exit_code, json.loads(result.stdout)) == (0, {"was_running": False})
+
+
+def test_export_to_where_nothing_can_be_written_is_told(site: Site) -> None:
+    site.publish("red/alpha")
+    result = CliRunner().invoke(
+        app, ["export", "red/alpha", "-o", "/proc/nowhere", "--state-dir", str(site.folder), "--json"]
+    )
+    assert result.exit_code == 2
+    assert "cannot write there" in json.loads(result.stdout)["error"]["what"]
+
+
+def test_watching_with_json_prints_json_and_nothing_else(site: Site) -> None:
+    site.publish("red/alpha")
+    result = CliRunner().invoke(app, ["tasks", "--watch", "--json", "--state-dir", str(site.folder)])
+    assert {task["state"] for task in json.loads(result.stdout)} == {"published"}

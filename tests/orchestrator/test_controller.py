@@ -483,7 +483,10 @@ def test_a_rollback_parks_the_tasks_that_vanish_and_rolling_forward_restores_the
         plant.run()
     _roll(plant, 1)
     assert plant.states() == {"red/a": "published", "red/b": "parked", "blue/c": "parked"}
-    assert plant.get("red/b").reason == "main was rolled back to version 1, before this task's 2"
+    assert plant.get("red/b").reason == (
+        "main was rolled back to version 1, before this task's 2; "
+        "`onebasis rollback 2` brings it back, or submit it again"
+    )
     _roll(plant, 2)
     assert plant.states() == {"red/a": "published", "red/b": "published", "blue/c": "parked"}
     _roll(plant, 0)

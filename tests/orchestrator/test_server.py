@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import yaml
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
 from orchestrator.client import Client
@@ -238,13 +239,21 @@ def test_every_method_that_has_a_route_is_a_method_of_the_service(site: Site) ->
     assert all(callable(getattr(site.service, name)) for name in ROUTES)
 
 
+def test_a_state_folder_that_was_moved_does_not_show_what_another_service_holds(site: Site, tmp_path: Path) -> None:
+    # Its settings name the database and the store by their full paths, where a newer service may be by now.
+    (tmp_path / "settings.yaml").write_text((site.folder / "settings.yaml").read_text())
+    with pytest.raises(Unavailable, match=f"its service belongs in {site.folder}"):
+        Client(tmp_path).call("versions")
+
+
 # --- without the server ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def offline(site: Site, tmp_path: Path) -> Client:
     """A client of the same state whose server was killed and left its address behind."""
-    (tmp_path / "settings.yaml").write_text((site.folder / "settings.yaml").read_text())
+    settings = site.plant.settings.model_copy(update={"state_dir": str(tmp_path)})
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     (tmp_path / "server.json").write_text(json.dumps({"url": f"http://127.0.0.1:{port}", "token": TOKEN, "pid": 1}))
