@@ -16,8 +16,9 @@ from workers.orders import BaseLayout, Order, Outcome, Progress
 
 NAMESPACE = "onebasis"
 
-# `run` blocks for as long as training takes; heartbeats, cancels and a repeated `run` come in beside it.
-MAX_CONCURRENCY = 8
+# `run` blocks for as long as training takes; heartbeats and cancels come in beside it, and one more `run` that waits
+# for the same work after each restart of the control plane.
+MAX_CONCURRENCY = 32
 
 
 @ray.remote
