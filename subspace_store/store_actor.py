@@ -1,5 +1,7 @@
 """The one writer of a subspace as a Ray actor. Options and forwarding only; everything happens in SubspaceStore.
 
+Only what writes is here: a reader opens a SubspaceStore of its own and needs no actor.
+
 A restart runs the constructor again, which opens the subspace with the next epoch and fences what may be left of
 the process before. Ray never repeats a call by itself: a caller who got no answer asks again with the same op_key.
 """
@@ -14,10 +16,9 @@ from typing import Any
 import ray
 
 from configs.settings import StorageSettings, SubspaceSettings
-from subspace_store.adapter import Adapter
 from subspace_store.storage import open_storage
-from subspace_store.subspace_store import Footprint, HistoryEntry, RollbackPreview, SubspaceStore, VersionDiff
-from subspace_store.version import BlobRef, StagedAdapter, SubspaceState, TaskScore, Version
+from subspace_store.subspace_store import RollbackPreview, SubspaceStore
+from subspace_store.version import StagedAdapter, TaskScore, Version
 
 
 @ray.remote
@@ -40,18 +41,6 @@ class StoreActor:
             writer=f"actor {socket.gethostname()}:{os.getpid()}",
         )
 
-    def ping(self) -> bool:
-        return True
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def state(self) -> SubspaceState:
-        return self._store.state
-
-    def stage(self, key: str, adapter: Adapter) -> BlobRef:
-        return self._store.stage(key, adapter)
-
     def merge(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
         return self._store.merge(adapters, op_key=op_key, actor=actor)
 
@@ -64,23 +53,8 @@ class StoreActor:
     def reject(self, version: int, reason: str, *, op_key: str, actor: str) -> None:
         self._store.reject(version, reason, op_key=op_key, actor=actor)
 
-    def preview_rollback(self, version: int) -> RollbackPreview:
-        return self._store.preview_rollback(version)
-
     def rollback(self, version: int, *, op_key: str, actor: str, reason: str = "") -> RollbackPreview:
         return self._store.rollback(version, op_key=op_key, actor=actor, reason=reason)
-
-    def adapter(self, task_id: str, version: int | None = None) -> Adapter:
-        return self._store.adapter(task_id, version)
-
-    def diff(self, old: int, new: int) -> VersionDiff:
-        return self._store.diff(old, new)
-
-    def footprint(self, version: int | None = None) -> Footprint:
-        return self._store.footprint(version)
-
-    def history(self) -> list[HistoryEntry]:
-        return self._store.history()
 
 
 def store_actor(
