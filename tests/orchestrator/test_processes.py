@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InvalidInput
-from configs.settings import RaySettings
+from configs.settings import RaySettings, ServerSettings
 from orchestrator import processes
 from orchestrator.cluster import namespace
 from orchestrator.server import ControlPlane
@@ -62,3 +63,16 @@ def test_a_cluster_whose_token_is_not_there_is_not_joined_and_none_is_made_up(
     with pytest.raises(InvalidInput, match=r"ray\.auth_token_path"):
         ControlPlane(there, tmp_path)._ray()
     assert not (tmp_path / "no-such-token").exists()
+
+
+def test_a_port_that_is_taken_is_named_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        wanted = settings().model_copy(
+            update={"state_dir": str(tmp_path), "server": ServerSettings(host="127.0.0.1", port=port)}
+        )
+        said: list[str] = []
+        with pytest.raises(InvalidInput, match=f"cannot listen on 127.0.0.1:{port}"):
+            processes.up(wanted, said.append)
+    assert said == []
+    assert not list((tmp_path / "logs").iterdir())
