@@ -13,7 +13,7 @@ demo: $(READY)
 
 # The unit tests first: they need no Ray and fail within a minute.
 test: $(READY)
-	$(BIN)/pytest -m "not acceptance" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not acceptance"
 	$(BIN)/pytest -m acceptance
 
 check: $(READY)
