@@ -1,7 +1,8 @@
 """An adapter in canonical form: what a task hands over, whatever method trained it.
 
 A LoRA s·B·A is not unique (BG, G⁻¹A is the same update). Here the scale is folded in and the gauge removed:
-ΔW = U·diag(σ)·Vᵀ per module. Axes: N outputs of a module, D inputs, R rank.
+ΔW = U·diag(σ)·Vᵀ per module. What was removed can be kept beside it (2·R² numbers): nothing here needs it, but who
+compares with methods that stack raw B and A does. Axes: N outputs of a module, D inputs, R rank.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class ModuleUpdate:
     u_NR: Tensor
     sigma_R: Tensor
     v_DR: Tensor
+    gauge_out_RR: Tensor | None = None
+    """Uᵀ·(scale·B) of the factors it came from; None when they are not known."""
+    gauge_in_RR: Tensor | None = None
+    """A·V of the same factors."""
 
     @property
     def rank(self) -> int:
@@ -47,6 +52,16 @@ class ModuleUpdate:
     def delta(self) -> Tensor:
         """The dense N×D update in float64. For tests and small modules."""
         return (self.u_NR.double() * self.sigma_R.double()) @ self.v_DR.double().T
+
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """The factors as they were trained: scale·B (N×R) and A (R×D), float64, to float32 rounding.
+
+        Raises:
+            InvalidInput: The update came without its gauge: it was reconstructed, or written before gauges were kept.
+        """
+        if self.gauge_out_RR is None or self.gauge_in_RR is None:
+            raise InvalidInput("the factors B and A it was trained as are not known", todo="import the adapter again")
+        return self.u_NR.double() @ self.gauge_out_RR.double(), self.gauge_in_RR.double() @ self.v_DR.double().T
 
 
 @dataclass(frozen=True)
@@ -81,17 +96,20 @@ def canonical_update(b_NR: Tensor, a_RD: Tensor, scale: float) -> ModuleUpdate:
         scale: alpha/r, or alpha/√r with rsLoRA.
 
     Returns:
-        U·diag(σ)·Vᵀ = scale·B·A to float32 rounding; computed in float64.
+        U·diag(σ)·Vᵀ = scale·B·A to float32 rounding; computed in float64. It has its gauge, unless R is larger than
+        N or D: then B or A has directions that do not reach ΔW.
 
     Cost:
         O((N+D)·R²).
     """
-    q_out_NR, r_out_RR = torch.linalg.qr(b_NR.double())
-    q_in_DR, r_in_RR = torch.linalg.qr(a_RD.double().T)
-    u_RR, sigma_R, vt_RR = torch.linalg.svd(scale * (r_out_RR @ r_in_RR.T))
-    return ModuleUpdate(
-        (q_out_NR @ u_RR).float().contiguous(), sigma_R.float().contiguous(), (q_in_DR @ vt_RR.T).float().contiguous()
-    )
+    b_NR, a_RD = scale * b_NR.double(), a_RD.double()
+    q_out_NR, r_out_RR = torch.linalg.qr(b_NR)
+    q_in_DR, r_in_RR = torch.linalg.qr(a_RD.T)
+    u_RR, sigma_R, vt_RR = torch.linalg.svd(r_out_RR @ r_in_RR.T, full_matrices=False)
+    parts = [q_out_NR @ u_RR, sigma_R, q_in_DR @ vt_RR.T]
+    if len(sigma_R) == len(a_RD):
+        parts += [u_RR.T @ r_out_RR, r_in_RR.T @ vt_RR.T]
+    return ModuleUpdate(*(part.float().contiguous() for part in parts))
 
 
 def check_adapter(adapter: Adapter) -> None:
@@ -106,6 +124,11 @@ def check_adapter(adapter: Adapter) -> None:
         ranks = (update.u_NR.shape[1:], update.sigma_R.shape, update.v_DR.shape[1:])
         if update.u_NR.ndim != 2 or update.v_DR.ndim != 2 or len(set(ranks)) != 1:
             raise InvalidInput(f"U, σ and V do not fit together: ranks {[tuple(r) for r in ranks]}", name)
+        gauges = [None if gauge is None else tuple(gauge.shape) for gauge in (update.gauge_out_RR, update.gauge_in_RR)]
+        if gauges not in ([None, None], [(update.rank, update.rank)] * 2):
+            raise InvalidInput(
+                f"the gauge has shapes {gauges}; both must be {update.rank}×{update.rank}, or none", name
+            )
     tensors = {f"{n}.{part}": t for n, u in adapter.modules.items() for part, t in _parts(u).items()}
     for name, tensor in {**tensors, **adapter.head}.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -135,7 +158,7 @@ def adapter_from_bytes(content: bytes, where: str = "adapter") -> Adapter:
         size = int.from_bytes(content[:8], "little")
         header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["onebasis"])
         names = sorted({key.split("/")[1] for key in tensors if key.startswith("module/")})
-        modules = {n: ModuleUpdate(*(tensors[f"module/{n}/{part}"] for part in ("u", "sigma", "v"))) for n in names}
+        modules = {n: _from_parts(tensors, f"module/{n}/") for n in names}
     except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
         raise Corrupt(f"is not an adapter file: {error}", where) from error
     if header.get("format") != FORMAT:
@@ -152,4 +175,11 @@ def digest(content: bytes) -> str:
 
 
 def _parts(update: ModuleUpdate) -> dict[str, Tensor]:
-    return {"u": update.u_NR, "sigma": update.sigma_R, "v": update.v_DR}
+    parts = {"u": update.u_NR, "sigma": update.sigma_R, "v": update.v_DR}
+    gauges = {"gauge_out": update.gauge_out_RR, "gauge_in": update.gauge_in_RR}
+    return parts | {name: gauge for name, gauge in gauges.items() if gauge is not None}
+
+
+def _from_parts(tensors: Mapping[str, Tensor], prefix: str) -> ModuleUpdate:
+    u_NR, sigma_R, v_DR = (tensors[prefix + part] for part in ("u", "sigma", "v"))
+    return ModuleUpdate(u_NR, sigma_R, v_DR, *(tensors.get(prefix + part) for part in ("gauge_out", "gauge_in")))
