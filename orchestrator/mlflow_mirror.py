@@ -201,7 +201,7 @@ class Mirror:
             "forgetting": report.forgetting.value,
             "merge_gap": report.merge_gap.value,
             "tasks": float(len(titles)),
-            "rank_max": float(max(max(ranks) for ranks in version.ranks.values())),
+            "rank_max": float(version.rank_max),
             "bytes_written": float(version.bytes_written),
             "merge_seconds": version.merge_seconds,
         }

@@ -50,13 +50,15 @@ def score_table(state: SubspaceState, version: int, drift_max: float) -> ScoreTa
             below this.
     """
     lineage = state.lineage(version)
-    birth = {task.task_id: v.number for v in lineage for task in v.added}
+    birth: dict[str, int] = {}
     cells: dict[int, dict[str, Cell]] = {}
     last: dict[str, Cell] = {}
     drifted: dict[str, float] = {}
     for row in lineage:
-        for task_id, drift in row.drift.items():
+        # The drifts of a row are those of the tasks born before it, in the order of their births.
+        for task_id, drift in zip(birth, row.drift, strict=bool(row.drift)):
             drifted[task_id] = drifted.get(task_id, 0.0) + drift
+        birth |= {task.task_id: row.number for task in row.added}
         for task_id, measured in state.scores.get(row.number, {}).items():
             last[task_id] = Cell(measured.score, measured.count, row.number)
             drifted[task_id] = 0.0

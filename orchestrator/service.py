@@ -150,7 +150,7 @@ class Service:
         return {
             **self._version(state, version),
             "tasks": [self._task_in(state, table, number, task_id) for task_id in state.tasks_at(number)],
-            "ranks": {name: list(ranks) for name, ranks in version.ranks.items()},
+            "ranks": {name: list(basis.ranks) for name, basis in self._store.basis(number).items()},
             "footprint": asdict(self._store.footprint(number)),
             **self._figures(table, number, self._records(table)),
         }
@@ -348,7 +348,7 @@ class Service:
             "created_at": version.created_at,
             "added": [task.name for task in version.added],
             "task_count": len(state.tasks_at(version.number)),
-            "rank_max": max((max(ranks) for ranks in version.ranks.values()), default=0),
+            "rank_max": version.rank_max,
             "bytes_written": version.bytes_written,
             "merge_seconds": version.merge_seconds,
         }

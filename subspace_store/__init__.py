@@ -21,7 +21,8 @@ from subspace_store.adapter import (
 )
 from subspace_store.merge import ModuleBasis, ModuleSubspace
 from subspace_store.storage import Storage, open_storage
-from subspace_store.subspace_store import Footprint, HistoryEntry, RollbackPreview, SubspaceStore, VersionDiff
+from subspace_store.subspace_reader import Footprint, HistoryEntry, SubspaceReader, VersionDiff
+from subspace_store.subspace_store import RollbackPreview, SubspaceStore
 from subspace_store.version import (
     CANDIDATE,
     MAIN,
@@ -47,6 +48,7 @@ __all__ = [
     "RollbackPreview",
     "StagedAdapter",
     "Storage",
+    "SubspaceReader",
     "SubspaceState",
     "SubspaceStore",
     "TaskScore",

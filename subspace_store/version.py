@@ -24,6 +24,7 @@ class BlobRef:
     key: str
     size_bytes: int
     sha256: str
+    """Of an adapter's content; of a tensor file's head, which names the sha256 of every part."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,21 @@ class Version:
         number: 1, 2, 3, …; never reused. Version 0 is the empty subspace and has no record.
         parent: The version it was merged on.
         added: Tasks that it brought.
-        basis: Blob with P, Q, λ per module.
-        transport: Blob with R_out, R_in per module from the parent's basis to this one.
-        ranks: Module name to (k_out, k_in).
-        drift: Task id to ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F, for every task that was there before.
+        basis: File with P, Q, λ of the modules that this merge touched.
+        transport: File with R_out, R_in of the touched modules, from the parent's basis to this one.
+        basis_versions: Older versions whose basis files hold the modules that this merge did not touch.
+        module_count: Modules that are open.
+        rank_max: Most directions that a module has on one side.
+        drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each task that was there before, in the order of
+            `SubspaceState.tasks_at(parent)`, six digits; empty if nothing was truncated. See `SubspaceState.drift`.
         bytes_written: All blobs of this merge.
         merge_seconds: Time of the mathematics.
-        snapshot: Blob with all coefficients as of this version, every 64 versions of a lineage, so that a reader
-            need not start at version 1; None otherwise.
+        snapshot: File with all coefficients as of this version, every so often in a lineage, so that a reader need
+            not start at version 1; None otherwise.
+        remakes: The version that this one is made again from, without `removed`; None for an ordinary merge.
+        removed: Ids of tasks that this version was made without.
+        approximate: Ids of added tasks that were merged from their coefficients, because the adapters as delivered
+            were gone.
     """
 
     number: int
@@ -87,11 +95,16 @@ class Version:
     added: tuple[MergedTask, ...]
     basis: BlobRef
     transport: BlobRef
-    ranks: Mapping[str, tuple[int, int]]
-    drift: Mapping[str, float] = field(default_factory=dict)
+    basis_versions: tuple[int, ...] = ()
+    module_count: int = 0
+    rank_max: int = 0
+    drift: tuple[float, ...] = ()
     bytes_written: int = 0
     merge_seconds: float = 0.0
     snapshot: BlobRef | None = None
+    remakes: int | None = None
+    removed: tuple[str, ...] = ()
+    approximate: tuple[str, ...] = ()
 
 
 def _nan_if_null(value: object) -> object:
@@ -139,6 +152,21 @@ class SubspaceState:
         """The tasks that a version holds, oldest first."""
         return {task.task_id: task for version in self.lineage(number) for task in version.added}
 
+    def drift(self, number: int) -> dict[str, float]:
+        """Task id to how far the merge of a version moved it, for every task that was there before."""
+        version = self.versions[number]
+        before = self.tasks_at(version.parent)
+        return dict(zip(before, version.drift, strict=True)) if version.drift else dict.fromkeys(before, 0.0)
+
     def drift_bound(self, task_id: str, since: int, until: int) -> float:
         """Sum of the task's relative drifts after version `since` up to `until`: a bound on how far it moved."""
-        return sum(v.drift.get(task_id, 0.0) for v in self.lineage(until) if v.number > since)
+        # Along a lineage tasks only ever join at the end, so a task has one place in all its drifts.
+        place = list(self.tasks_at(until)).index(task_id)
+        line = (v for v in self.lineage(until) if v.number > since)
+        return sum(v.drift[place] for v in line if place < len(v.drift))
+
+    def error_bound(self, task_id: str, number: int) -> float:
+        """A bound on ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F at a version: the error at birth and every drift since (triangle
+        inequality)."""
+        task = self.tasks_at(number)[task_id]
+        return task.error_at_birth + self.drift_bound(task_id, task.version, number)

@@ -382,7 +382,7 @@ def test_the_difference_of_versions_counts_tasks_ranks_overlap_and_drift() -> No
     store = three_published()
     diff = store.diff(1, 3)
     assert ([t.task_id for t in diff.added], [t.task_id for t in diff.removed]) == (["b", "c"], [])
-    assert diff.ranks["layer.0.query"][0] == store.state.versions[1].ranks["layer.0.query"]
+    assert diff.ranks["layer.0.query"][0] == store.basis(1)["layer.0.query"].ranks
     assert diff.drift_bound == {"a": pytest.approx(store.state.drift_bound("a", 1, 3))}
     name = "layer.0.query"
     old, new = store.basis(1)[name].p_NK.double(), store.basis(3)[name].p_NK.double()
@@ -398,7 +398,7 @@ def test_the_difference_of_versions_counts_tasks_ranks_overlap_and_drift() -> No
     branches = store.diff(2, 4)
     assert [t.version for t in branches.added + branches.removed] == [4, 2]
     assert branches.drift_bound == {
-        "a": pytest.approx(store.state.versions[2].drift["a"] + store.state.versions[4].drift["a"])
+        "a": pytest.approx(store.state.drift(2)["a"] + store.state.drift(4)["a"])
     }
 
 

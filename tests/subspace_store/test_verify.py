@@ -73,7 +73,7 @@ def test_a_damaged_blob_is_found_by_name(store: SubspaceStore, kind: str) -> Non
 
 
 def test_a_wrong_error_and_a_wrong_drift_are_found(store: SubspaceStore) -> None:
-    lie(store, lambda v: replace(v, added=(replace(v.added[0], error_at_birth=0.5),), drift={**v.drift, "t1": 0.25}))
+    lie(store, lambda v: replace(v, added=(replace(v.added[0], error_at_birth=0.5),), drift=(0.25, *v.drift[1:])))
     texts = [finding.what for finding in verify(store)]
     assert len(texts) == 2
     assert "error at birth" in texts[0]
@@ -91,8 +91,7 @@ def test_a_basis_that_is_not_orthonormal_is_found(store: SubspaceStore) -> None:
 
 def test_a_transport_of_other_bases_is_found(store: SubspaceStore) -> None:
     def rotated(name: str) -> Transport:
-        k_out, k_in = store.state.versions[2].ranks[name]
-        new_out, new_in = store.state.versions[3].ranks[name]
+        (k_out, k_in), (new_out, new_in) = store.basis(2)[name].ranks, store.basis(3)[name].ranks
         double = torch.float64
         return Transport(torch.eye(new_out, k_out, dtype=double), torch.eye(new_in, k_in, dtype=double))
 
@@ -102,8 +101,8 @@ def test_a_transport_of_other_bases_is_found(store: SubspaceStore) -> None:
 
 
 def test_wrong_ranks_are_found(store: SubspaceStore) -> None:
-    lie(store, lambda v: replace(v, ranks=dict.fromkeys(v.ranks, (1, 1))))
-    assert ["ranks" in finding.what for finding in verify(store)] == [True]
+    lie(store, lambda v: replace(v, rank_max=1))
+    assert ["of rank" in finding.what for finding in verify(store)] == [True]
 
 
 def test_an_empty_state_has_nothing_to_verify() -> None:

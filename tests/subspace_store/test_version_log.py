@@ -36,7 +36,7 @@ def reading(storage: Storage) -> SubspaceState:
 def add_version(log: VersionLog, op_key: str = "") -> SubspaceState:
     """A merge without tensors."""
     number = max(log.state.versions, default=0) + 1
-    version = Version(number, log.state.refs["candidate"], 1.5, (), REF, REF, {"m": (2, 3)}, {"t": 0.25})
+    version = Version(number, log.state.refs["candidate"], 1.5, (), REF, REF, rank_max=3)
     return log.commit(MERGE, op_key=op_key, actor="a", refs={"candidate": number}, body={"version": version})
 
 
@@ -55,7 +55,7 @@ def test_a_reader_folds_what_a_writer_committed() -> None:
     assert state == log.state
     assert state.refs == {"candidate": 2, "main": 0}
     assert state.op_keys == {"k1": 1, "k2": 2}
-    assert state.versions[2].ranks == {"m": (2, 3)}
+    assert state.versions[2].rank_max == 3
     assert (state.seq, state.epoch) == (3, 1)
 
 
@@ -74,7 +74,7 @@ def test_a_score_that_was_not_measured_stays_nan() -> None:
 
 def test_a_record_that_could_not_be_read_again_gets_no_slot() -> None:
     log = writing(fresh_storage())
-    version = Version(1, 0, 1.0, (), REF, REF, {}, {"t": math.nan})
+    version = Version(1, 0, 1.0, (), REF, REF, drift=(math.nan,))
     with pytest.raises(Corrupt):
         log.commit(MERGE, op_key="k", actor="a", body={"version": version})
     assert log.storage.keys("log/") == [log_key(1)]
