@@ -7,13 +7,14 @@ durable once its folder is flushed too.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from configs.errors import NotFound, Unavailable
-from subspace_store.storage import check_key
+from subspace_store.storage import check_head, check_key
 
 TEMPORARY = ".writing-"
 """Temporary files start with this; no listing shows them."""
@@ -42,24 +43,50 @@ class LocalStorage:
         except OSError as error:
             raise _unavailable(error, path) from error
 
-    def write(self, key: str, content: bytes) -> None:
+    def view(self, key: str, start: int = 0, size: int | None = None) -> memoryview:
         path = self._path(key)
         try:
-            with _flushed(path, content) as temporary:
-                os.replace(temporary, path)
+            with open(path, "rb") as file:
+                end = os.fstat(file.fileno()).st_size
+                end = end if size is None else min(end, start + size)
+                if start >= end:  # nothing cannot be mapped
+                    return memoryview(b"")
+                first = start - start % mmap.ALLOCATIONGRANULARITY
+                # A file is never changed after it has got its name, so the mapping shows these bytes for ever,
+                # also when the name is given to another file or deleted.
+                mapped = mmap.mmap(file.fileno(), end - first, offset=first, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise NotFound("no such object", str(path)) from None
         except OSError as error:
             raise _unavailable(error, path) from error
+        return memoryview(mapped)[start - first :]
+
+    def write(self, key: str, content: bytes) -> None:
+        with self.stream(key, 0) as out:
+            out.append(content)
+            out.finish(b"")
+
+    @contextlib.contextmanager
+    def stream(self, key: str, head_size: int) -> Iterator[_FileStream]:
+        out = _FileStream(self._path(key), head_size)
+        try:
+            yield out
+        finally:
+            out.close()
 
     def create(self, key: str, content: bytes) -> bool:
         path = self._path(key)
-        try:
-            with _flushed(path, content) as temporary:
+        with self.stream(key, 0) as out:
+            out.append(content)
+            out.flush(b"")
+            try:
                 # A hard link is refused if the name is taken; rename would replace it.
-                os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise _unavailable(error, path) from error
+                os.link(out.temporary, path)
+                _flush_folder(path.parent)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                raise _unavailable(error, path) from error
         return True
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
@@ -88,20 +115,48 @@ class LocalStorage:
         return self.folder / check_key(key)
 
 
+class _FileStream:
+    """A temporary file beside `path` that takes its name at `finish`, and is gone after `close` in any case."""
+
+    def __init__(self, path: Path, head_size: int) -> None:
+        self.path, self.head_size = path, head_size
+        self.temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        with _refusals_named(path):
+            _make_folder(path.parent)
+            self.file = open(self.temporary, "xb")  # noqa: SIM115 (`close` closes it)
+            self.file.seek(head_size)
+
+    def append(self, content: bytes | memoryview) -> None:
+        with _refusals_named(self.path):
+            self.file.write(content)
+
+    def flush(self, head: bytes) -> None:
+        check_head(head, self.head_size)
+        with _refusals_named(self.path):
+            self.file.seek(0)
+            self.file.write(head)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def finish(self, head: bytes) -> None:
+        self.flush(head)
+        with _refusals_named(self.path):
+            os.replace(self.temporary, self.path)
+            _flush_folder(self.path.parent)
+
+    def close(self) -> None:
+        # On a full disk closing fails as writing did, which was reported; the file goes all the same.
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _flushed(path: Path, content: bytes) -> Iterator[Path]:
-    """A flushed temporary file beside `path`; when the caller has named it, the folder is flushed as well."""
-    _make_folder(path.parent)
-    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+def _refusals_named(path: Path) -> Iterator[None]:
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-        _flush_folder(path.parent)
+        yield
+    except OSError as error:
+        raise _unavailable(error, path) from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 from configs.errors import NotFound
-from subspace_store.storage import check_key
+from subspace_store.storage import check_head, check_key
 
 _PLACES: dict[str, dict[str, bytes]] = {}
 _LOCK = threading.Lock()
@@ -32,9 +34,16 @@ class MemoryStorage:
             except KeyError:
                 raise NotFound("no such object", f"{self.url}/{key}") from None
 
+    def view(self, key: str, start: int = 0, size: int | None = None) -> memoryview:
+        return memoryview(self.read(key))[start : None if size is None else start + size]
+
     def write(self, key: str, content: bytes) -> None:
         with _LOCK:
             self._objects()[check_key(key)] = bytes(content)
+
+    @contextlib.contextmanager
+    def stream(self, key: str, head_size: int) -> Iterator[_MemoryStream]:
+        yield _MemoryStream(self, check_key(key), head_size)
 
     def create(self, key: str, content: bytes) -> bool:
         mine = bytes(content)
@@ -54,3 +63,16 @@ class MemoryStorage:
 
     def _objects(self) -> dict[str, bytes]:
         return _PLACES.setdefault(self.name, {})
+
+
+class _MemoryStream:
+    def __init__(self, storage: MemoryStorage, key: str, head_size: int) -> None:
+        self.storage, self.key, self.head_size = storage, key, head_size
+        self.content = bytearray(head_size)
+
+    def append(self, content: bytes | memoryview) -> None:
+        self.content += content
+
+    def finish(self, head: bytes) -> None:
+        self.content[: self.head_size] = check_head(head, self.head_size)
+        self.storage.write(self.key, bytes(self.content))

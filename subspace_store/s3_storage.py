@@ -6,21 +6,37 @@ holds an address; the connection is made at first use and left behind when the o
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
-from subspace_store.storage import check_key
+from configs.errors import Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
+from subspace_store.storage import check_head, check_key
 
 CONFLICT_TRIES = 5
 """S3 answers 409 when two conditional writes of one key run at once; it asks to try again."""
 
+PART = 8 * 2**20
+"""Bytes of one part of a large object, as in Amazon's own tools; S3 takes 5 MiB to 5 GiB, and 10,000 parts."""
+
+THREADS = 8
+"""Parts of one object that travel at once."""
+
+ALONE = 2 * PART
+"""Bytes that one request reads; of a larger object the rest is read in parts."""
+
+CUT_TRIES = 3
+"""Answers that may be cut before the connection counts as away."""
+
 ABSENT = frozenset({"NoSuchKey", "404"})
+BEYOND = frozenset({"InvalidRange", "416"})
 TAKEN = frozenset({"PreconditionFailed", "412"})
 BUSY = frozenset({"ConditionalRequestConflict", "OperationAborted", "409"})
 FORBIDDEN = frozenset(
@@ -56,18 +72,22 @@ class S3Storage:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def read(self, key: str) -> bytes:
-        try:
-            answer = self._client().get_object(Bucket=self.bucket, Key=self._name(key))
-            content: bytes = answer["Body"].read()
-        except (ClientError, BotoCoreError) as error:
-            self._refuse(error, key)
-        return content
+        return bytes(self._fetch(key, 0, None))
+
+    def view(self, key: str, start: int = 0, size: int | None = None) -> memoryview:
+        return memoryview(self._fetch(key, start, size))
 
     def write(self, key: str, content: bytes) -> None:
-        try:
+        with self._refusals(key):
             self._client().put_object(Bucket=self.bucket, Key=self._name(key), Body=content)
-        except (ClientError, BotoCoreError) as error:
-            self._refuse(error, key)
+
+    @contextlib.contextmanager
+    def stream(self, key: str, head_size: int) -> Iterator[_Upload]:
+        upload = _Upload(self, key, head_size)
+        try:
+            yield upload
+        finally:
+            upload.close()
 
     def create(self, key: str, content: bytes) -> bool:
         name = self._name(key)
@@ -81,26 +101,68 @@ class S3Storage:
                 if code in TAKEN:
                     return False
                 if code not in BUSY:
-                    self._refuse(error, key)
+                    raise _translated(error, self._address(key), self.bucket) from error
             time.sleep(0.05 * 2**attempt)
         raise Unavailable(f"the server answered 409 {CONFLICT_TRIES} times", self._address(key), "try again")
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
         where = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         start = {"StartAfter": self.prefix + after} if after else {}
-        try:
+        with self._refusals(prefix):
             pages = self._client().get_paginator("list_objects_v2").paginate(**where, **start)
             names = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        except (ClientError, BotoCoreError) as error:
-            self._refuse(error, prefix)
         # Sorted here too: directory buckets of S3 list in no order and know no StartAfter.
         return sorted(key for name in names if (key := name.removeprefix(self.prefix)) > after)
 
     def delete(self, key: str) -> None:
-        try:
+        with self._refusals(key):
             self._client().delete_object(Bucket=self.bucket, Key=self._name(key))
-        except (ClientError, BotoCoreError) as error:
-            self._refuse(error, key)
+
+    def _fetch(self, key: str, start: int, size: int | None) -> bytes | bytearray:
+        """Part of an object: by one request if it is small, else by several at once that all see the same object."""
+        with self._refusals(key):
+            for _ in range(CONFLICT_TRIES):
+                try:
+                    return self._ranges(key, start, size)
+                except ClientError as error:
+                    if _code(error) in BEYOND:
+                        return b""
+                    if _code(error) not in TAKEN:
+                        raise
+        raise Unavailable(f"was replaced {CONFLICT_TRIES} times while it was read", self._address(key), "try again")
+
+    def _ranges(self, key: str, start: int, size: int | None) -> bytes | bytearray:
+        # At least one byte is asked for, so that an absent object is noticed.
+        first, total, etag = self._range(key, start, ALONE if size is None else max(1, min(size, ALONE)))
+        end = total if size is None else min(total, start + size)
+        if end - start <= len(first):
+            return first[: end - start]
+        content = bytearray(end - start)
+        content[: len(first)] = first
+
+        def fill(begin: int) -> None:
+            part, _, _ = self._range(key, begin, min(PART, end - begin), IfMatch=etag)
+            content[begin - start : begin - start + len(part)] = part
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(fill, range(start + len(first), end, PART)))
+        return content
+
+    def _range(self, key: str, start: int, size: int, **condition: str) -> tuple[bytes, int, str]:
+        """The bytes of one range, all that the object has there; the object's size; its ETag."""
+        for _ in range(CUT_TRIES):
+            answer = self._client().get_object(
+                Bucket=self.bucket, Key=self._name(key), Range=f"bytes={start}-{start + size - 1}", **condition
+            )
+            total = answer.get("ContentRange", "").rpartition("/")[2]
+            if not total.isdecimal():
+                raise Unavailable("the server does not answer ranges", self._address(key), "use another S3 server")
+            # boto3 asks again for an answer that does not come, but not for one that is cut.
+            with contextlib.suppress(BotoCoreError):
+                content: bytes = answer["Body"].read()
+                if len(content) == min(size, int(total) - start):
+                    return content, int(total), answer["ETag"]
+        raise Unavailable(f"the answer was cut {CUT_TRIES} times", self._address(key), "try again")
 
     def _client(self) -> Any:
         with self._lock:
@@ -126,8 +188,103 @@ class S3Storage:
         at = f" at {self.endpoint_url}" if self.endpoint_url else ""
         return f"s3://{self.bucket}/{self.prefix}{key}{at}"
 
-    def _refuse(self, error: ClientError | BotoCoreError, key: str) -> NoReturn:
-        raise _translated(error, self._address(key), self.bucket) from error
+    @contextlib.contextmanager
+    def _refusals(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (ClientError, BotoCoreError) as error:
+            raise _translated(error, self._address(key), self.bucket) from error
+
+
+class _Upload:
+    """One object on its way to the bucket: one put if it is small, else parts that travel while more is appended.
+
+    The parts that hold the head are kept until `finish`. Beside them at most THREADS parts travel and one is filled.
+    """
+
+    def __init__(self, storage: S3Storage, key: str, head_size: int) -> None:
+        self.storage, self.key, self.head_size = storage, key, head_size
+        self.target = {"Bucket": storage.bucket, "Key": storage._name(key)}
+        self.size = head_size
+        self.kept = bytearray(head_size)
+        self.kept_parts = max(1, -(-head_size // PART))
+        self.filled = bytearray()
+        self.upload_id = ""
+        self.parts: dict[int, Future[str]] = {}
+        self.travelling: set[Future[str]] = set()
+        self.pool = ThreadPoolExecutor(THREADS)
+
+    def append(self, content: bytes | memoryview) -> None:
+        rest = memoryview(content)
+        self.size += len(rest)
+        while rest:
+            room = self.kept_parts * PART - len(self.kept)
+            taken = rest[: room or PART - len(self.filled)]
+            if room:
+                self.kept += taken
+            else:
+                self.filled += taken
+            rest = rest[len(taken) :]
+            if len(self.filled) == PART:
+                self._send_filled()
+
+    def finish(self, head: bytes) -> None:
+        self.kept[: self.head_size] = check_head(head, self.head_size)
+        if self.size <= PART:
+            self.storage.write(self.key, bytes(self.kept))
+            return
+        if self.filled:
+            self._send_filled()
+        for number in range(self.kept_parts):
+            if part := self.kept[number * PART : (number + 1) * PART]:
+                self._send(number + 1, part)
+        with self.storage._refusals(self.key):
+            self._complete()
+            stored = self.storage._client().head_object(**self.target)["ContentLength"]
+        if stored != self.size:
+            where = self.storage._address(self.key)
+            raise Corrupt(f"has {stored} bytes after {self.size} were written", where, "look at the server's disks")
+
+    def close(self) -> None:
+        # A part that arrives after the end of its upload would stay for ever, so those on their way are waited for.
+        self.pool.shutdown(cancel_futures=True)
+        if self.upload_id:
+            with contextlib.suppress(ClientError, BotoCoreError):
+                self.storage._client().abort_multipart_upload(**self.target, UploadId=self.upload_id)
+
+    def _send_filled(self) -> None:
+        others = sum(number > self.kept_parts for number in self.parts)
+        self._send(self.kept_parts + others + 1, self.filled)
+        self.filled = bytearray()
+
+    def _send(self, number: int, part: bytearray) -> None:
+        with self.storage._refusals(self.key):
+            if not self.upload_id:
+                self.upload_id = self.storage._client().create_multipart_upload(**self.target)["UploadId"]
+            while len(self.travelling) == THREADS:
+                done, self.travelling = wait(self.travelling, return_when=FIRST_COMPLETED)
+                for arrived in done:
+                    arrived.result()  # raises what went wrong
+        self.parts[number] = self.pool.submit(self._put, number, part)
+        self.travelling.add(self.parts[number])
+
+    def _put(self, number: int, part: bytearray) -> str:
+        answer = self.storage._client().upload_part(
+            **self.target, UploadId=self.upload_id, PartNumber=number, Body=part
+        )
+        return str(answer["ETag"])
+
+    def _complete(self) -> None:
+        parts = [{"PartNumber": number, "ETag": self.parts[number].result()} for number in sorted(self.parts)]
+        try:
+            self.storage._client().complete_multipart_upload(
+                **self.target, UploadId=self.upload_id, MultipartUpload={"Parts": parts}
+            )
+        except ClientError as error:
+            # boto3 asks again when the reply was lost, and then the upload is over: is the object there?
+            if _code(error) != "NoSuchUpload" or self.key not in self.storage.keys(self.key):
+                raise
+        self.upload_id = ""
 
 
 def _code(error: ClientError | BotoCoreError) -> str:

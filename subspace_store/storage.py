@@ -5,10 +5,27 @@ Keys are `/`-separated, relative to the store's root. Only `create` is condition
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from configs.errors import InvalidInput
 from configs.settings import StorageSettings
+
+
+class ObjectStream(Protocol):
+    """An object that is being written from front to back, except for its head, which comes last."""
+
+    def append(self, content: bytes | memoryview) -> None:
+        """Add what comes next. The buffer may be reused afterwards."""
+        ...
+
+    def finish(self, head: bytes) -> None:
+        """Give the head; the object is there, whole, when this returns. The last call.
+
+        Raises:
+            InvalidInput: The head does not have the size that was announced.
+        """
+        ...
 
 
 @runtime_checkable
@@ -24,8 +41,44 @@ class Storage(Protocol):
         """The whole object. Raises NotFound."""
         ...
 
+    def view(self, key: str, start: int = 0, size: int | None = None) -> memoryview:
+        """Part of an object, without reading the rest: mapped into memory from a folder, ranged requests to S3.
+
+        Args:
+            start: First byte, from 0.
+            size: Bytes; None is all from `start` on.
+
+        Returns:
+            Exactly these bytes; fewer only where the object ends before.
+
+        Raises:
+            NotFound: There is no such object.
+        """
+        ...
+
     def write(self, key: str, content: bytes) -> None:
         """Create or replace, atomically: a reader sees the old bytes or the new, never a part."""
+        ...
+
+    def stream(self, key: str, head_size: int) -> AbstractContextManager[ObjectStream]:
+        """Create or replace an object that is too large to hold in memory, and whose head is known only at its end.
+
+        ```python
+        with storage.stream(key, head_size=64) as out:
+            for buffer in buffers:
+                out.append(buffer)
+            out.finish(head)
+        ```
+
+        The object appears whole at `finish`. If the block is left without it, the object is what it was before, and
+        nothing is left behind.
+
+        Args:
+            head_size: Bytes that `finish` will bring; they come before all that is appended.
+
+        Cost:
+            Memory for some 80 MB at most, however large the object.
+        """
         ...
 
     def create(self, key: str, content: bytes) -> bool:
@@ -86,3 +139,14 @@ def check_key(key: str) -> str:
     if not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise InvalidInput(f"is not a storage key: {key!r}", todo="use relative parts separated by single slashes")
     return key
+
+
+def check_head(head: bytes, head_size: int) -> bytes:
+    """The head itself.
+
+    Raises:
+        InvalidInput: Another size than the stream left room for: the object would begin with a hole or lose bytes.
+    """
+    if len(head) != head_size:
+        raise InvalidInput(f"the head has {len(head)} bytes; room was left for {head_size}")
+    return head

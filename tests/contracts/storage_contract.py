@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -89,9 +91,69 @@ class StorageContract:
         "key", ["", "/etc/passwd", "../other", "log/../../other", "log//1", "log/.", "a\\b", "a\0b"]
     )
     def test_a_key_cannot_leave_the_root(self, storage: Storage, key: str) -> None:
-        for act in (storage.read, storage.delete, lambda k: storage.write(k, b""), lambda k: storage.create(k, b"")):
+        for act in (
+            storage.read,
+            storage.view,
+            storage.delete,
+            lambda k: storage.write(k, b""),
+            lambda k: storage.create(k, b""),
+            lambda k: storage.stream(k, 0).__enter__(),
+        ):
             with pytest.raises(InvalidInput, match="not a storage key"):
                 act(key)
+
+    def test_a_view_is_the_asked_bytes_and_ends_with_the_object(self, storage: Storage) -> None:
+        content = random.Random(0).randbytes(20_000)
+        storage.write("blobs/1", content)
+        storage.write("empty", b"")
+        for start, size in [(0, None), (0, 5), (9_999, 5_001), (4_096, 4_096), (7, 0), (19_990, 100), (19_999, None)]:
+            assert bytes(storage.view("blobs/1", start, size)) == content[start:][:size], (start, size)
+        assert [bytes(storage.view("blobs/1", 20_000, size)) for size in (None, 5)] == [b"", b""]
+        assert bytes(storage.view("empty")) == b""
+        for size in (None, 0, 5):
+            with pytest.raises(NotFound, match="blobs/2"):
+                storage.view("blobs/2", size=size)
+
+    def test_a_view_outlives_the_object(self, storage: Storage) -> None:
+        storage.write("blobs/1", b"old" * 3_000)
+        view = storage.view("blobs/1", 3)
+        storage.write("blobs/1", b"new")
+        storage.delete("blobs/1")
+        assert bytes(view) == b"old" * 2_999
+
+    @pytest.mark.parametrize("sizes", [[], [3], [2**20] * 9, [5 * 2**20, 1, 12 * 2**20, 7]], ids=str)
+    @pytest.mark.parametrize("head_size", [0, 8, 9 * 2**20])
+    def test_a_stream_is_one_object_with_its_head_in_front(
+        self, storage: Storage, sizes: list[int], head_size: int
+    ) -> None:
+        make = random.Random(1).randbytes
+        head, rest = make(head_size), [make(size) for size in sizes]
+        storage.write("blobs/1", b"old")
+        with storage.stream("blobs/1", head_size) as out:
+            for number, content in enumerate(rest):
+                buffer = bytearray(content)
+                out.append(memoryview(buffer) if number % 2 else content)
+                buffer[:] = bytes(len(buffer))  # the caller fills its buffer anew
+            assert storage.read("blobs/1") == b"old"
+            out.finish(head)
+        assert storage.read("blobs/1") == head + b"".join(rest)
+        assert storage.keys("") == ["blobs/1"]
+
+    @pytest.mark.parametrize("size", [3, 20 * 2**20])
+    def test_a_stream_that_is_left_early_changes_nothing(self, storage: Storage, size: int) -> None:
+        storage.write("blobs/old", b"old")
+        for key in ("blobs/old", "blobs/new"):
+            with contextlib.suppress(ZeroDivisionError), storage.stream(key, 8) as out:
+                out.append(bytes(size))
+                raise ZeroDivisionError
+            with storage.stream(key, 8) as out:
+                out.append(bytes(size))
+            with storage.stream(key, 8) as out:
+                out.append(bytes(size))
+                with pytest.raises(InvalidInput, match="7 bytes; room was left for 8"):
+                    out.finish(bytes(7))
+        assert storage.keys("") == ["blobs/old"]
+        assert storage.read("blobs/old") == b"old"
 
     def test_a_copy_sent_to_another_process_sees_the_same_objects(self, storage: Storage) -> None:
         storage.write("a", b"1")

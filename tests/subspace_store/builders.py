@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from configs.errors import Unavailable
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore, Version, canonical_update
 from subspace_store.memory_storage import MemoryStorage
+from subspace_store.storage import ObjectStream
 
 SHAPES = {"layer.0.query": (24, 20), "layer.0.value": (16, 20)}
 BASE = "tiny-base"
@@ -80,8 +82,14 @@ class FaultyStorage:
     def read(self, key: str) -> bytes:
         return self.inner.read(key)
 
+    def view(self, key: str, start: int = 0, size: int | None = None) -> memoryview:
+        return self.inner.view(key, start, size)
+
     def write(self, key: str, content: bytes) -> None:
         self.inner.write(key, content)
+
+    def stream(self, key: str, head_size: int) -> AbstractContextManager[ObjectStream]:
+        return self.inner.stream(key, head_size)
 
     def create(self, key: str, content: bytes) -> bool:
         fault = self.fault(key)

@@ -49,3 +49,32 @@ def test_the_file_is_flushed_before_it_gets_its_name_and_the_folder_after(
 def test_reading_a_folder_is_reading_nothing(tmp_path: Path) -> None:
     assert LocalStorage(str(tmp_path / "never-made")).keys("log/") == []
     assert not (tmp_path / "never-made").exists()
+
+
+def test_a_stream_that_is_left_early_leaves_no_file(tmp_path: Path) -> None:
+    with LocalStorage(str(tmp_path)).stream("blobs/1", 8) as out:
+        out.append(bytes(100))
+    assert os.listdir(tmp_path / "blobs") == []
+
+
+def test_a_stream_is_flushed_before_it_gets_its_name_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("blobs/0", b"")
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (steps.append("flush"), fsync(handle))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (steps.append("name"), replace(*names))[1])
+    with storage.stream("blobs/1", 1) as out:
+        out.append(b"x")
+        out.finish(b"h")
+    assert steps == ["flush", "name", "flush"]
+
+
+def test_a_file_system_that_refuses_is_unavailable_but_an_error_of_the_block_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "blobs").write_bytes(b"a file where a folder should be")
+    with pytest.raises(Unavailable, match="Not a directory"):
+        LocalStorage(str(tmp_path)).write("blobs/1", b"")
+    with pytest.raises(PermissionError), LocalStorage(str(tmp_path)).stream("other/1", 0):
+        raise PermissionError("of the caller")

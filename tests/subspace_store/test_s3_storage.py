@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 from configs.errors import NotFound, Unavailable
 from configs.settings import StorageSettings
 from subspace_store import open_storage
-from subspace_store.s3_storage import S3Storage
+from subspace_store.s3_storage import PART, S3Storage
 from tests.contracts.storage_contract import StorageContract
 from tests.moto_server import CREDENTIALS, free_port, moto_server
 from tests.subspace_store.builders import deltas, merged, opened, random_adapter
@@ -50,6 +50,19 @@ def test_a_subspace_lives_in_a_bucket(storage: S3Storage, endpoint: str) -> None
     settings = StorageSettings(url=storage.url, endpoint_url=endpoint)
     found = deltas(opened(open_storage(settings), writer=None).adapter("a"))
     assert all((found[name] - delta).norm() < 1e-5 for name, delta in deltas(adapter).items())
+
+
+def uploads(storage: S3Storage) -> list[str]:
+    """Keys of multipart uploads that were begun and not ended."""
+    found = storage._client().list_multipart_uploads(Bucket=storage.bucket).get("Uploads", [])
+    return [upload["Key"] for upload in found]
+
+
+def test_a_stream_that_is_left_early_leaves_no_parts(storage: S3Storage) -> None:
+    with storage.stream("blobs/1", 8) as out:
+        out.append(bytes(2 * PART))
+        assert uploads(storage) == [storage._name("blobs/1")]
+    assert uploads(storage) == []
 
 
 def test_a_missing_bucket_says_so(endpoint: str) -> None:
