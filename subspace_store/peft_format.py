@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,27 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str) -> Adapter
             "save it again with PeftModel.save_pretrained(..., safe_serialization=True)",
         )
     config = _read_config(folder / CONFIG_FILE)
-    try:
-        if weights_file.stat().st_size > WEIGHTS_BYTES_MAX:
-            raise InvalidInput(f"is larger than {WEIGHTS_BYTES_MAX} bytes", str(weights_file))
-        tensors = load_safetensors(weights_file.read_bytes())
-    except OSError as error:
-        raise InvalidInput(
-            f"cannot read the file: {error}", str(weights_file), "name a folder saved by PEFT"
-        ) from error
-    except SafetensorError as error:
-        raise InvalidInput(f"is not a safetensors file: {error}", str(weights_file), "copy or save it again") from error
+    tensors, _ = read_weights(weights_file, "name a folder saved by PEFT")
     return from_peft(config, tensors, base_model, base_sha256, str(folder))
+
+
+def read_weights(file: Path, todo: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a stranger's safetensors file, and the facts in its header.
+
+    Raises:
+        InvalidInput: Missing, too large or no such file; with this `todo` where it cannot be read.
+    """
+    try:
+        if file.stat().st_size > WEIGHTS_BYTES_MAX:
+            raise InvalidInput(f"is larger than {WEIGHTS_BYTES_MAX} bytes", str(file))
+        content = file.read_bytes()
+        tensors = load_safetensors(content)
+    except OSError as error:
+        raise InvalidInput(f"cannot read the file: {error}", str(file), todo) from error
+    except SafetensorError as error:
+        raise InvalidInput(f"is not a safetensors file: {error}", str(file), "copy or save it again") from error
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base_source: str) -> None:
@@ -123,10 +133,10 @@ def from_peft(
         InvalidInput: Another method than LoRA, DoRA, biases, embeddings, convolutions, unknown or missing tensors,
             shapes that do not fit, NaN; the text names what.
     """
-    _check_config(config, where)
+    check_config(config, where)
     pairs, head = _sort_tensors(config, tensors, where)
     _check_targets(config, pairs, where)
-    scales = {name: _scale(config, name, pair["A"].shape[0], where) for name, pair in pairs.items()}
+    scales = {name: configured_scale(config, name, pair, where) for name, pair in pairs.items()}
     modules = {name: canonical_update(pair["B"], pair["A"], scales[name]) for name, pair in sorted(pairs.items())}
     facts = {
         "task_type": str(config.get("task_type") or ""),
@@ -139,29 +149,26 @@ def from_peft(
 
 
 def to_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Write an adapter in PEFT's form with scale 1: B = U·diag(σ), A = Vᵀ, alpha = r.
+    """Write an adapter in PEFT's form with scale 1 and one rank: B = U·diag(σ), A = Vᵀ, alpha = r.
+
+    Modules of a smaller rank are filled up with zeros. PEFT could say their ranks in patterns, but servers read none:
+    vLLM would take the same alpha/r for all modules, and LoRAX stacks the layers of a model in one tensor.
 
     Returns:
-        The configuration (a plain dict for `peft.LoraConfig` or JSON) and the tensors under PEFT's names. A module
-        without directions becomes rank 1 with zeros, because PEFT has no rank 0.
+        The configuration (a plain dict for `peft.LoraConfig` or JSON) and the tensors under PEFT's names.
     """
+    rank = export_rank(adapter.modules.values())
     tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.head.items()}
     for name, update in adapter.modules.items():
-        b_NR, a_RD = _pair(update)
+        b_NR, a_RD = padded_factors(update, rank)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a_RD
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b_NR
-    ranks = {name: max(update.rank, 1) for name, update in adapter.modules.items()}
-    rank = max(ranks.values())
-    # `^` and escapes: PEFT reads these keys as patterns that may match the end of any module's name.
-    pattern = {f"^{re.escape(name)}": other for name, other in sorted(ranks.items()) if other != rank}
     config = {
         "peft_type": "LORA",
         "task_type": adapter.info.get("task_type") or ("SEQ_CLS" if adapter.head else None),
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(adapter.modules),
         "modules_to_save": _head_modules(adapter) or None,
         "fan_in_fan_out": json.loads(adapter.info.get("fan_in_fan_out", "false")),
         "use_rslora": False,
@@ -172,11 +179,16 @@ def to_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _pair(update: ModuleUpdate) -> tuple[Tensor, Tensor]:
-    if update.rank == 0:
-        rows, columns = update.shape
-        return torch.zeros(rows, 1), torch.zeros(1, columns)
-    return (update.u_NR * update.sigma_R).contiguous(), update.v_DR.T.contiguous()
+def export_rank(updates: Iterable[ModuleUpdate]) -> int:
+    """The one rank that all these modules are written with; at least 1, because PEFT has no rank 0."""
+    return max(1, *(update.rank for update in updates))
+
+
+def padded_factors(update: ModuleUpdate, rank: int) -> tuple[Tensor, Tensor]:
+    """U·diag(σ) (N×rank) and Vᵀ (rank×D), filled up with zeros: the same ΔW with scale 1."""
+    missing = rank - update.rank
+    b_NR = torch.nn.functional.pad(update.u_NR * update.sigma_R, (0, missing))
+    return b_NR.contiguous(), torch.nn.functional.pad(update.v_DR, (0, missing)).T.contiguous()
 
 
 def _head_modules(adapter: Adapter) -> list[str]:
@@ -197,7 +209,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_config(config: Mapping[str, Any], where: str) -> None:
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a LoRA configuration whose update is not scale·B·A, by the name of what it uses. Raises InvalidInput."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InvalidInput(f"has peft_type {kind!r}; only LORA can be merged", where, "train the task as a LoRA")
@@ -238,10 +251,7 @@ def _sort_tensors(
         name = key.removeprefix(PREFIX)
         if not key.startswith(PREFIX):
             raise InvalidInput(f"has the tensor {key!r}, whose name does not start with {PREFIX!r}", where)
-        if not tensor.is_floating_point():
-            raise InvalidInput(f"has the tensor {key!r} of type {tensor.dtype}; only real numbers are read", where)
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidInput(f"has NaN or infinite values in {key!r}", where, "train it with a lower learning rate")
+        check_numbers(key, tensor, where)
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             pairs.setdefault(match[1], {})[match[2]] = tensor
         elif _is_saved_module(config, name):
@@ -249,8 +259,16 @@ def _sort_tensors(
         else:
             raise InvalidInput(f"has the tensor {key!r}, {_why_not(name)}", where, "train it without this part")
     for name, pair in pairs.items():
-        _check_pair(config, name, pair, where)
+        check_pair(name, pair, where)
     return pairs, head
+
+
+def check_numbers(key: str, tensor: Tensor, where: str) -> None:
+    """Refuse whole numbers, NaN and infinity. Raises InvalidInput with the tensor's name."""
+    if not tensor.is_floating_point():
+        raise InvalidInput(f"has the tensor {key!r} of type {tensor.dtype}; only real numbers are read", where)
+    if not bool(torch.isfinite(tensor).all()):
+        raise InvalidInput(f"has NaN or infinite values in {key!r}", where, "train it with a lower learning rate")
 
 
 def _why_not(name: str) -> str:
@@ -274,7 +292,8 @@ def _is_saved_module(config: Mapping[str, Any], name: str) -> bool:
     return any(".".join(parts[:stop]).endswith(saved) for stop in range(1, len(parts)))
 
 
-def _check_pair(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], where: str) -> None:
+def check_pair(name: str, pair: Mapping[str, Tensor], where: str) -> None:
+    """Refuse half a pair, convolutions and ranks that do not fit. Raises InvalidInput with the module's name."""
     for part in "AB":
         if part not in pair:
             raise InvalidInput(f"has no lora_{part} for the module {name!r}", where, "the file is not complete")
@@ -288,9 +307,6 @@ def _check_pair(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]
         raise InvalidInput(
             f"has B {tuple(b_NR.shape)} and A {tuple(a_RD.shape)} in {name!r}, whose ranks do not fit", where
         )
-    rank = _pattern_value(config, "rank_pattern", name, where) or config["r"]
-    if rank != a_RD.shape[0]:
-        raise InvalidInput(f"has rank {a_RD.shape[0]} in {name!r}, but its configuration says {rank}", where)
 
 
 def _check_targets(config: Mapping[str, Any], pairs: Mapping[str, Any], where: str) -> None:
@@ -312,8 +328,15 @@ def _check_targets(config: Mapping[str, Any], pairs: Mapping[str, Any], where: s
             )
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int, where: str) -> float:
-    """PEFT's scaling: alpha/r, or alpha/√r with rsLoRA."""
+def configured_scale(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], where: str) -> float:
+    """PEFT's scaling of one module: alpha/r, or alpha/√r with rsLoRA.
+
+    Raises:
+        InvalidInput: Another rank than the configuration says, or a pattern that cannot be read.
+    """
+    rank = pair["A"].shape[0]
+    if rank != (said := _pattern_value(config, "rank_pattern", name, where) or config["r"]):
+        raise InvalidInput(f"has rank {rank} in {name!r}, but its configuration says {said}", where)
     alpha = float(_pattern_value(config, "alpha_pattern", name, where) or config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

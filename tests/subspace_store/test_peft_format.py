@@ -161,31 +161,23 @@ def test_what_is_written_has_scale_one_and_singular_values_in_b(tmp_path: Path) 
     assert torch.allclose(b_NR.norm(dim=0), sigma_R, atol=1e-6)
 
 
-def test_a_module_without_directions_is_written_as_zeros_of_rank_one(tmp_path: Path) -> None:
-    full = read_peft_folder(saved(trained("bert", target_modules=["query", "value"]), tmp_path / "in"), "base", "")
+def test_modules_of_all_ranks_are_written_with_one_because_servers_read_no_patterns(tmp_path: Path) -> None:
+    mixed = trained("bert", target_modules=["query", "value"], rank_pattern={"layer.0.*value": 5})
+    full = read_peft_folder(saved(mixed, tmp_path / "in"), "base", "")
     empty = ModuleUpdate(torch.zeros(16, 0), torch.zeros(0), torch.zeros(16, 0))
     name = "bert.encoder.layer.1.attention.self.query"
     adapter = Adapter("base", "", {**full.modules, name: empty}, full.head, full.info)
     write_peft_folder(tmp_path / "out", adapter, "some/base")
 
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["rank_pattern"] == {f"^{re.escape(name)}": 1}
-    model = PeftModel.from_pretrained(base_model("bert"), tmp_path / "out")
-    layer = model.get_base_model().get_submodule(name)
-    assert torch.count_nonzero(layer.get_delta_weight("default")) == 0
-
-
-def test_one_modules_name_at_the_end_of_anothers_does_not_confuse_their_ranks() -> None:
-    def update(rank: int) -> ModuleUpdate:
-        return ModuleUpdate(torch.eye(4)[:, :rank], torch.ones(rank), torch.eye(4)[:, :rank])
-
-    config, _ = to_peft(Adapter("base", "", {"query": update(2), "a.query": update(3), "b": update(1)}))
-    model = torch.nn.ModuleDict(
-        {"query": torch.nn.Linear(4, 4), "a": torch.nn.ModuleDict({"query": torch.nn.Linear(4, 4)})}
-    )
-    model["b"] = torch.nn.Linear(4, 4)
-    adapted = get_peft_model(model, LoraConfig(**config))
-    ranks = {name: m.r["default"] for name, m in adapted.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    assert ranks == {"query": 2, "a.query": 3, "b": 1}
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (5, 5)
+    assert not config.keys() & {"rank_pattern", "alpha_pattern"}
+    shapes = {tuple(t.shape) for n, t in load_file(tmp_path / "out/adapter_model.safetensors").items() if "lora_" in n}
+    assert shapes == {(5, 16), (16, 5)}
+    model = PeftModel.from_pretrained(base_model("bert"), tmp_path / "out").get_base_model()
+    for module, update in adapter.modules.items():
+        added = model.get_submodule(module).get_delta_weight("default")
+        assert torch.allclose(added.double(), update.delta(), atol=1e-6)
 
 
 def test_a_dora_adapter_is_refused_by_name(tmp_path: Path) -> None:
