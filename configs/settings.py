@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.document import NAME_PATTERN, Section, read_document
 
@@ -36,11 +36,28 @@ class StorageSettings(Section):
     endpoint_url: str | None = None
     """Address of an S3 server that is not AWS."""
     region: str | None = None
+    """Of the bucket; default: what boto3's chain finds (AWS_DEFAULT_REGION, the profile)."""
+    path_style: bool | None = None
+    """Whether the bucket stands in the path of requests, not in the host name; default: yes if there is an
+    `endpoint_url`."""
+    sse: Literal["AES256", "aws:kms"] | None = None
+    """Server-side encryption asked for with every write; default: what the bucket does by itself."""
+    sse_kms_key_id: str | None = None
+    """Key for `aws:kms`; default: the account's own."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> StorageSettings:
+        if self.sse_kms_key_id and self.sse != "aws:kms":
+            raise ValueError("sse_kms_key_id needs sse: aws:kms")
+        return self
 
 
 class SubspaceSettings(Section):
     """How adapters are merged (design.md 3.3)."""
 
+    variant: Literal["canonical", "paper"] = "canonical"
+    """`paper` stacks the raw factors B and A as Share does, unweighted, and keeps rank_fixed (or rank_max) directions:
+    for comparison."""
     energy_ratio_min: float = Field(0.98, gt=0, le=1)
     """Every task keeps this share of its delivered energy in every module, unless rank_max binds."""
     rank_max: int = Field(64, ge=1)

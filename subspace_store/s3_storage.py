@@ -42,6 +42,7 @@ BUSY = frozenset({"ConditionalRequestConflict", "OperationAborted", "409"})
 FORBIDDEN = frozenset(
     {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 )
+UNREADY = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504"})
 MISADDRESSED = frozenset({"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "InvalidBucketName"})
 
 
@@ -52,20 +53,36 @@ class S3Storage:
         url: `s3://BUCKET/PREFIX`; the prefix may be empty.
         endpoint_url: Address of a server that is not Amazon's.
         region: Of the bucket; None asks boto3's chain.
+        path_style: Whether the bucket stands in the path of requests; None is yes if there is an `endpoint_url`.
+        sse: Encryption that every write asks for: `AES256` or `aws:kms`.
+        sse_kms_key_id: Key for `aws:kms`; None is the account's own.
     """
 
-    def __init__(self, url: str, endpoint_url: str | None = None, region: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        path_style: bool | None = None,
+        sse: str | None = None,
+        sse_kms_key_id: str | None = None,
+    ) -> None:
         self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not self.bucket:
             raise InvalidInput("the address names no bucket", url, "write s3://BUCKET/PREFIX")
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self.endpoint_url = endpoint_url
         self.region = region
+        styles = {True: "path", False: "virtual", None: "path" if endpoint_url else "auto"}
+        self.addressing_style = styles[path_style]
+        encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
+        self.encryption = {name: value for name, value in encryption.items() if value}
+        self._settings = (url, endpoint_url, region, path_style, sse, sse_kms_key_id)
         self._connection: Any = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str | None, str | None]]:
-        return S3Storage, (self.url, self.endpoint_url, self.region)
+    def __reduce__(self) -> tuple[type[S3Storage], tuple[Any, ...]]:
+        return S3Storage, self._settings
 
     @property
     def url(self) -> str:
@@ -79,7 +96,7 @@ class S3Storage:
 
     def write(self, key: str, content: bytes) -> None:
         with self._refusals(key):
-            self._client().put_object(Bucket=self.bucket, Key=self._name(key), Body=content)
+            self._client().put_object(Bucket=self.bucket, Key=self._name(key), Body=content, **self.encryption)
 
     @contextlib.contextmanager
     def stream(self, key: str, head_size: int) -> Iterator[_Upload]:
@@ -94,7 +111,9 @@ class S3Storage:
         for attempt in range(CONFLICT_TRIES):
             try:
                 # One small put, never a multipart upload: some servers ignore the condition there.
-                self._client().put_object(Bucket=self.bucket, Key=name, Body=content, IfNoneMatch="*")
+                self._client().put_object(
+                    Bucket=self.bucket, Key=name, Body=content, IfNoneMatch="*", **self.encryption
+                )
                 return True
             except (ClientError, BotoCoreError) as error:
                 code = _code(error)
@@ -176,7 +195,16 @@ class S3Storage:
                         connect_timeout=5,
                         read_timeout=60,
                         retries={"mode": "standard", "total_max_attempts": 3},
-                        s3={"addressing_style": "path"} if self.endpoint_url else {},
+                        max_pool_connections=4 * THREADS,
+                        # Every body goes with its sha256 in the signature, over https too, and the server compares.
+                        # The newer checksums that boto3 would add by default change how a body is framed, which
+                        # servers before 2025 (Ceph 16) store or refuse, and double the work.
+                        request_checksum_calculation="when_required",
+                        response_checksum_validation="when_required",
+                        s3={
+                            "addressing_style": self.addressing_style,
+                            "payload_signing_enabled": True,
+                        },
                     ),
                 )
             return self._connection
@@ -215,7 +243,7 @@ class _Upload:
         self.pool = ThreadPoolExecutor(THREADS)
 
     def append(self, content: bytes | memoryview) -> None:
-        rest = memoryview(content)
+        rest = memoryview(content).cast("B")
         self.size += len(rest)
         while rest:
             room = self.kept_parts * PART - len(self.kept)
@@ -253,14 +281,14 @@ class _Upload:
                 self.storage._client().abort_multipart_upload(**self.target, UploadId=self.upload_id)
 
     def _send_filled(self) -> None:
-        others = sum(number > self.kept_parts for number in self.parts)
-        self._send(self.kept_parts + others + 1, self.filled)
+        self._send(self.kept_parts + len(self.parts) + 1, self.filled)
         self.filled = bytearray()
 
     def _send(self, number: int, part: bytearray) -> None:
         with self.storage._refusals(self.key):
             if not self.upload_id:
-                self.upload_id = self.storage._client().create_multipart_upload(**self.target)["UploadId"]
+                answer = self.storage._client().create_multipart_upload(**self.target, **self.storage.encryption)
+                self.upload_id = answer["UploadId"]
             while len(self.travelling) == THREADS:
                 done, self.travelling = wait(self.travelling, return_when=FIRST_COMPLETED)
                 for arrived in done:
@@ -312,4 +340,8 @@ def _translated(error: ClientError | BotoCoreError, where: str, bucket: str) -> 
         return Unavailable(f"the bucket is not at this address ({code})", where, "check storage.region and the url")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return Unavailable("no S3 credentials were found", where, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if code in UNREADY:
+        return Unavailable(f"the server is busy or broken: {error}", where, "try again later")
+    if code:
+        return Unavailable(f"the server refuses: {error}", where, "check the section storage of the settings")
     return Unavailable(f"the object storage did not answer: {error}", where, "check the address, then try again")

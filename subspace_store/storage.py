@@ -124,7 +124,14 @@ def open_storage(settings: StorageSettings, folder: str = "") -> Storage:
     if kind == "s3":
         from subspace_store.s3_storage import S3Storage
 
-        return S3Storage(url, endpoint_url=settings.endpoint_url, region=settings.region)
+        return S3Storage(
+            url,
+            settings.endpoint_url,
+            settings.region,
+            settings.path_style,
+            settings.sse,
+            settings.sse_kms_key_id,
+        )
     raise InvalidInput(
         f"storage of kind {kind!r} is not known", url, "write file:FOLDER, s3://BUCKET/PREFIX or memory:NAME"
     )

@@ -124,3 +124,11 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (got.subspace.energy_ratio_min, got.subspace.rank_max, got.subspace.weighting) == (0.98, 64, "equal")
     assert (got.gate.drop_max, got.gate.merge_gap_max) == (0.03, 0.05)
     assert (got.server.host, got.server.port) == ("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("sse", [{}, {"sse": "AES256"}])
+def test_a_kms_key_without_kms_is_refused(tmp_path: Path, sse: dict[str, str]) -> None:
+    with pytest.raises(InvalidInput, match="storage: sse_kms_key_id needs sse: aws:kms"):
+        read_settings(written(tmp_path, storage={"url": "s3://bucket", "sse_kms_key_id": "k", **sse}))
+    kept = read_settings(written(tmp_path, storage={"url": "s3://b", "sse": "aws:kms", "sse_kms_key_id": "k"})).storage
+    assert (kept.sse, kept.sse_kms_key_id) == ("aws:kms", "k")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import pickle
 import random
+import struct
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -138,6 +140,13 @@ class StorageContract:
             out.finish(head)
         assert storage.read("blobs/1") == head + b"".join(rest)
         assert storage.keys("") == ["blobs/1"]
+
+    def test_a_stream_takes_buffers_of_numbers_as_their_bytes(self, storage: Storage) -> None:
+        with storage.stream("blobs/1", 1) as out:
+            for numbers in (array("d", [1.0, -2.5]), array("d")):
+                out.append(memoryview(numbers))
+            out.finish(b"h")
+        assert storage.read("blobs/1") == b"h" + struct.pack("2d", 1.0, -2.5)
 
     @pytest.mark.parametrize("size", [3, 20 * 2**20])
     def test_a_stream_that_is_left_early_changes_nothing(self, storage: Storage, size: int) -> None:

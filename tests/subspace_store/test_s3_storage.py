@@ -1,15 +1,26 @@
 """S3 obeys the storage contract, against a real server (moto) on this machine's loopback."""
 
+import hashlib
 import itertools
+import pickle
+import random
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from typing import Literal
 
 import pytest
-from botocore.exceptions import ClientError
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.exceptions import ClientError, EndpointConnectionError
+from moto.s3.models import s3_backends
+from moto.server import ThreadedMotoServer
+from urllib3 import HTTPResponse
 
-from configs.errors import NotFound, Unavailable
+from configs.errors import Corrupt, NotFound, Unavailable
 from configs.settings import StorageSettings
 from subspace_store import open_storage
-from subspace_store.s3_storage import PART, S3Storage
+from subspace_store.s3_storage import ALONE, CUT_TRIES, PART, THREADS, S3Storage
 from tests.contracts.storage_contract import StorageContract
 from tests.moto_server import CREDENTIALS, free_port, moto_server
 from tests.subspace_store.builders import deltas, merged, opened, random_adapter
@@ -58,11 +69,218 @@ def uploads(storage: S3Storage) -> list[str]:
     return [upload["Key"] for upload in found]
 
 
+def send(storage: S3Storage, key: str, content: bytes) -> None:
+    with storage.stream(key, 0) as out:
+        out.append(content)
+        out.finish(b"")
+
+
 def test_a_stream_that_is_left_early_leaves_no_parts(storage: S3Storage) -> None:
     with storage.stream("blobs/1", 8) as out:
         out.append(bytes(2 * PART))
         assert uploads(storage) == [storage._name("blobs/1")]
     assert uploads(storage) == []
+
+
+@pytest.mark.parametrize("step", ["UploadPart", "CompleteMultipartUpload", "HeadObject"])
+def test_a_server_that_goes_away_during_a_stream_is_unavailable_and_nothing_is_left(
+    storage: S3Storage, step: str
+) -> None:
+    def away(**_: object) -> None:
+        raise EndpointConnectionError(endpoint_url="http://away")
+
+    storage._client().meta.events.register(f"before-call.s3.{step}", away)
+    with pytest.raises(Unavailable, match="http://away"):
+        send(storage, "blobs/1", bytes(2 * PART))
+    assert uploads(storage) == []
+    assert storage.keys("") == (["blobs/1"] if step == "HeadObject" else [])  # there, but nobody has seen its size
+
+
+def test_a_completion_whose_reply_was_lost_is_done(storage: S3Storage) -> None:
+    # What boto3's own second try is answered: the upload is over, because the first try ended it.
+    client, complete = storage._client(), storage._client().complete_multipart_upload
+    client.complete_multipart_upload = lambda **request: (complete(**request), complete(**request))[1]
+    send(storage, "blobs/1", b"x" * 2 * PART)
+    assert storage.read("blobs/1") == b"x" * 2 * PART
+
+
+def test_an_upload_that_somebody_ended_is_not_done(storage: S3Storage) -> None:
+    def ended(**_: object) -> None:  # moto answers 500 here; Amazon and Ceph this
+        raise ClientError({"Error": {"Code": "NoSuchUpload"}}, "CompleteMultipartUpload")
+
+    storage._client().complete_multipart_upload = ended
+    with pytest.raises(Unavailable, match="NoSuchUpload"):
+        send(storage, "blobs/1", bytes(2 * PART))
+
+
+def test_an_object_of_another_size_than_was_sent_is_corrupt(storage: S3Storage) -> None:
+    client, upload_part = storage._client(), storage._client().upload_part
+    client.upload_part = lambda **request: upload_part(**request | {"Body": request["Body"][:-1]})
+    with pytest.raises(Corrupt, match=f"{3 * PART - 3} bytes after {3 * PART}"):
+        send(storage, "blobs/1", bytes(3 * PART))
+
+
+def test_a_stream_waits_for_the_network_instead_of_filling_memory(storage: S3Storage) -> None:
+    opened_gate, sent = threading.Event(), threading.Semaphore(0)
+    client, upload_part = storage._client(), storage._client().upload_part
+
+    def slow(**request: object) -> object:
+        opened_gate.wait()
+        answer = upload_part(**request)
+        sent.release()
+        return answer
+
+    client.upload_part = slow
+    with storage.stream("blobs/1", 0) as out:
+        out.append(bytes((THREADS + 1) * PART))  # the first part is kept, THREADS travel
+        one_more = threading.Thread(target=out.append, args=(bytes(PART),))
+        one_more.start()
+        one_more.join(0.1)
+        assert one_more.is_alive()
+        opened_gate.set()
+        one_more.join(60)
+        out.finish(b"")
+    assert len(storage.view("blobs/1")) == (THREADS + 2) * PART
+
+
+def test_a_large_object_is_read_in_parts_of_one_object(storage: S3Storage) -> None:
+    old, new = random.Random(0).randbytes(ALONE + PART + 5), random.Random(1).randbytes(ALONE + PART + 5)
+    storage.write("blobs/1", old)
+    asked: list[tuple[str, str]] = []
+
+    def note(params: dict[str, dict[str, str]], **_: object) -> None:
+        asked.append((params["headers"]["Range"], params["headers"].get("If-Match", "")))
+
+    storage._client().meta.events.register("before-call.s3.GetObject", note)
+    assert storage.read("blobs/1") == old
+    assert [what for what, _ in sorted(asked, key=lambda ask: len(ask[0]))] == [
+        f"bytes=0-{ALONE - 1}",
+        f"bytes={ALONE}-{ALONE + PART - 1}",
+        f"bytes={ALONE + PART}-{ALONE + PART + 4}",
+    ]
+    assert bytes(storage.view("blobs/1", 3, ALONE + 9)) == old[3 : ALONE + 12]
+
+    class ReplacedMeanwhile(S3Storage):
+        replaced = False
+
+        def _range(self, key: str, start: int, size: int, **condition: str) -> tuple[bytes, int, str]:
+            answer = super()._range(key, start, size, **condition)
+            if not self.replaced:
+                self.replaced = True
+                self.write(key, new)
+            return answer
+
+    assert ReplacedMeanwhile(storage.url, storage.endpoint_url).read("blobs/1") == new
+
+
+class CutAnswers(BaseHTTPRequestHandler):
+    """Answers `bytes=0-…` of an object of ten bytes; the first `cuts` answers end after five."""
+
+    cuts = 0
+
+    def do_GET(self) -> None:
+        self.send_response(206)
+        self.send_header("Content-Length", "10")
+        self.send_header("Content-Range", "bytes 0-9/10")
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(b"0123456789"[: 5 if type(self).cuts > 0 else 10])
+        type(self).cuts -= 1
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cuts", [0, 1, 2, 3])
+def test_an_answer_that_is_cut_is_asked_for_again(cuts: int) -> None:
+    class Handler(CutAnswers):
+        pass
+
+    Handler.cuts = cuts
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        storage = S3Storage("s3://versions", endpoint_url=f"http://127.0.0.1:{server.server_port}")
+        try:
+            if cuts < CUT_TRIES:
+                assert storage.read("a") == b"0123456789"
+            else:
+                with pytest.raises(Unavailable, match="was cut 3 times"):
+                    storage.read("a")
+        finally:
+            server.shutdown()
+
+
+def test_more_keys_than_one_page_of_a_thousand_are_listed() -> None:
+    names = [f"log/{number:020d}.json" for number in range(1_002)]
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        storage = S3Storage("s3://thousand", endpoint_url="http://{}:{}".format(*server.get_host_and_port()))
+        storage._client().create_bucket(Bucket="thousand")
+        for name in names:  # behind the server's back: a thousand requests would take five seconds
+            s3_backends["123456789012"]["aws"].put_object("thousand", name, b".")
+        page = storage._client().list_objects_v2(Bucket="thousand")
+        assert (page["KeyCount"], page["IsTruncated"]) == (1_000, True)
+        assert storage.keys("log/") == names
+        assert storage.keys("log/", after=names[0]) == names[1:]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(("sse", "key"), [("AES256", None), ("aws:kms", None), ("aws:kms", "the-key")])
+def test_every_write_asks_for_the_encryption_of_the_settings(
+    storage: S3Storage, endpoint: str, sse: Literal["AES256", "aws:kms"], key: str | None
+) -> None:
+    settings = StorageSettings(url=storage.url, endpoint_url=endpoint, sse=sse, sse_kms_key_id=key)
+    encrypted = pickle.loads(pickle.dumps(open_storage(settings)))
+    encrypted.write("written", b"")
+    encrypted.create("created", b"")
+    for size in (1, 2 * PART):
+        send(encrypted, f"sent-{size}", bytes(size))
+    for name in encrypted.keys(""):
+        head = encrypted._client().head_object(Bucket=encrypted.bucket, Key=encrypted._name(name))
+        assert (head["ServerSideEncryption"], head.get("SSEKMSKeyId")) == (sse, key), name
+    assert len(encrypted.keys("")) == 4
+
+
+@pytest.mark.parametrize(
+    ("endpoint_url", "path_style", "address"),
+    [
+        (None, None, "https://versions.s3.amazonaws.com/x/a"),
+        (None, True, "https://s3.amazonaws.com/versions/x/a"),
+        ("https://s3.example.org", None, "https://s3.example.org/versions/x/a"),
+        ("https://s3.example.org", True, "https://s3.example.org/versions/x/a"),
+        ("https://s3.example.org", False, "https://versions.s3.example.org/x/a"),
+    ],
+)
+def test_the_bucket_stands_in_the_path_or_in_the_host(
+    endpoint_url: str | None, path_style: bool | None, address: str
+) -> None:
+    settings = StorageSettings(url="s3://versions/x", endpoint_url=endpoint_url, path_style=path_style)
+    storage = pickle.loads(pickle.dumps(open_storage(settings)))
+    link = storage._client().generate_presigned_url("get_object", {"Bucket": storage.bucket, "Key": storage._name("a")})
+    assert link.partition("?")[0] == address
+
+
+@pytest.mark.parametrize("endpoint_url", [None, "http://s3.example.org"])
+def test_a_body_goes_as_it_is_with_its_sha256_in_the_signature(endpoint_url: str | None) -> None:
+    storage = S3Storage("s3://versions/x", endpoint_url=endpoint_url)
+    sent: list[AWSPreparedRequest] = []
+
+    def answer(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        sent.append(request)
+        return AWSResponse(request.url, 200, {"ETag": '"1"'}, HTTPResponse(BytesIO(), preload_content=False))
+
+    storage._client().meta.events.register("before-send.s3", answer)
+    storage.write("a", b"written")
+    storage.create("a", b"created")
+    storage._client().upload_part(Bucket="versions", Key="a", UploadId="1", PartNumber=1, Body=bytearray(b"part"))
+    bodies = [getattr(request.body, "getvalue", lambda r=request: bytes(r.body))() for request in sent]
+    assert bodies == [b"written", b"created", b"part"]
+    for request, body in zip(sent, bodies, strict=True):
+        names = {name.lower() for name in request.headers}
+        assert request.headers["x-amz-content-sha256"].decode() == hashlib.sha256(body).hexdigest()
+        assert not {name for name in names if "checksum" in name or name in ("x-amz-trailer", "content-encoding")}
 
 
 def test_a_missing_bucket_says_so(endpoint: str) -> None:
@@ -123,6 +341,7 @@ def test_a_409_of_two_creates_at_once_is_tried_again() -> None:
         ("SlowDown", Unavailable),
         ("InternalError", Unavailable),
         ("503", Unavailable),
+        ("InvalidRequest", Unavailable),  # Ceph's answer to an encryption it has no keys for
     ],
 )
 def test_an_answer_of_the_server_becomes_the_error_that_says_what_to_do(code: str, error: type[Exception]) -> None:
