@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from subspace_store import Adapter, SubspaceStore
-from subspace_store.peft_format import read_peft_folder, write_peft_folder
+from subspace_store import Adapter
+from subspace_store.export import export_tasks
+from subspace_store.peft_format import read_peft_folder
 from tests.subspace_store.builders import fresh_storage, merged, opened
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
@@ -108,18 +109,13 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 
-def roomy_store() -> SubspaceStore:
-    """One whose k does not bind."""
-    return opened(fresh_storage(), energy_ratio_min=1.0, rank_max=4096)
-
-
-def after_merging(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Every adapter as the subspace holds it once all were merged, one by one."""
-    store = roomy_store()
+def exported(adapters: Mapping[str, Adapter], folder: Path) -> dict[str, Path]:
+    """The adapters' folders after all were merged, one by one, into a subspace whose k does not bind."""
+    store = opened(fresh_storage(), energy_ratio_min=1.0, rank_max=4096)
     for task_id, adapter in adapters.items():
         merged(store, {task_id: adapter})
-    last = max(store.state.versions)
-    return {task_id: store.adapter(task_id, last) for task_id in adapters}
+    exports = export_tasks(store, folder, version=len(adapters), base_source="some/base")
+    return {export.task_id: folder / export.name for export in exports}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,30 +129,30 @@ def test_an_adapter_that_was_merged_with_another_and_exported_gives_the_logits_i
         save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     other = delivered(make, tmp_path / "other", seed=2, **options)
     adapters = {"mine": read_peft_folder(folder, "tiny-base", ""), "other": read_peft_folder(other, "tiny-base", "")}
-    write_peft_folder(tmp_path / "out", after_merging(adapters)["mine"], "some/base")
+    exports = exported(adapters, tmp_path / "out")
 
     expected = adapted(make, folder)
-    assert distance(adapted(make, tmp_path / "out"), expected) <= 1e-5
+    assert distance(adapted(make, exports["mine"]), expected) <= 1e-5
     assert distance(logits(base_of(make)), expected) > 1e-2
     assert distance(adapted(make, other), expected) > 1e-2
 
 
 def test_adapters_of_gpt2_that_others_trained_come_out_of_one_subspace_as_they_went_in(tmp_path: Path) -> None:
     adapters = {domain: read_peft_folder(REAL / domain, "tiny-base", "") for domain in ("legal", "medical")}
-    exports = after_merging(adapters)
+    exports = exported(adapters, tmp_path)
     for domain, adapter in adapters.items():
         assert set(adapter.modules) == {
             f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")
         }
+        again = read_peft_folder(exports[domain], "tiny-base", "")
         for name, update in adapter.modules.items():
-            assert distance(exports[domain].modules[name].delta(), update.delta()) <= 1e-5
-        write_peft_folder(tmp_path / domain, exports[domain], "gpt2")
+            assert distance(again.modules[name].delta(), update.delta()) <= 1e-5
 
     def base() -> PreTrainedModel:
         return gpt2(width=768, layers=1)
 
     truth = {domain: adapted(base, REAL / domain) for domain in adapters}
     for domain, expected in truth.items():
-        assert distance(adapted(base, tmp_path / domain), expected) <= 1e-5
+        assert distance(adapted(base, exports[domain]), expected) <= 1e-5
         assert distance(logits(base_of(base)), expected) > 1e-3
     assert distance(truth["legal"], truth["medical"]) > 1e-3

@@ -1,0 +1,208 @@
+"""Tasks of a version as folders that PEFT, vLLM, LoRAX and diffusers load.
+
+One folder per task and version, `<team>+<task>@v<N>`, and beside them `adapters.json`, the list of all of them. A name
+never comes to mean other content: a folder that is there is left alone if it is this task of this version, and refused
+if not. Folders appear whole (a killed export leaves at most a `.partial-…`, which may be deleted). Nothing is read
+from the network here, and no model is loaded.
+
+What the servers take (by their documentation and sources, 2026): both load a PEFT folder from its path. vLLM wants
+`--max-lora-rank` of at least the rank and refuses `modules_to_save`: a task with a head of its own is for PEFT alone.
+LoRAX applies a kind of layer only where every layer of the model has it. Both take one alpha/r for all modules, which
+is why every export has one rank and scale 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from configs.errors import Conflict, InvalidInput, NotFound
+from subspace_store import diffusers_format
+from subspace_store.adapter import digest
+from subspace_store.diffusers_format import write_diffusers_file
+from subspace_store.peft_format import export_rank, write_peft_folder
+from subspace_store.subspace_reader import SubspaceReader
+from subspace_store.version import MAIN, MergedTask
+
+FACTS_FILE = "onebasis.json"  # in every exported folder: what it is
+INDEX_FILE = "adapters.json"  # beside the folders: all of them
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One task of one version as a folder. Written as `onebasis.json` into it.
+
+    Args:
+        name: The folder's own name, which servers call the adapter by.
+        task: `team/task`.
+        version: The version it was read from.
+        base_model: What others load the base model from.
+        sources: sha256 of the adapter as delivered and of the version's basis: what the content follows from.
+        format: `peft` or `diffusers`.
+        rank: Of every module.
+        has_head: Whether it brings a head of its own, which vLLM refuses.
+        files: File to its sha256.
+    """
+
+    name: str
+    task_id: str
+    task: str
+    version: int
+    base_model: str
+    sources: tuple[str, str]
+    format: str
+    rank: int
+    has_head: bool
+    files: dict[str, str]
+
+
+def export_name(task: str, version: int) -> str:
+    """The one path part that a task at a version is exported as, `team+task@v3`.
+
+    `+` and `@` stand in no name of a team or task (`__` might), and any other sign but letters, digits and `_.-~` is
+    written as %XX, so two tasks never share a name. vLLM's `name=path` and a shell take it as it is.
+    """
+    return "+".join(quote(part, safe="") for part in task.split("/")) + f"@v{version}"
+
+
+def export_tasks(
+    reader: SubspaceReader,
+    folder: Path,
+    version: int | None = None,
+    tasks: Collection[str] | None = None,
+    *,
+    base_source: str,
+) -> list[Exported]:
+    """Write tasks as a version holds them, and bring `adapters.json` up to date.
+
+    An entry of `adapters.json` is the task's `Exported`, its `path`, and `vllm`: the value that vLLM's `--lora-modules`
+    takes as JSON, or null where vLLM would refuse the adapter. An adapter that came from diffusers goes out as
+    diffusers' file, all others as PEFT folders.
+
+    Args:
+        folder: Made if absent.
+        version: Default `main`.
+        tasks: Ids or names (`team/task`); default all.
+        base_source: What servers load the base model from: a hub id or a folder.
+
+    Returns:
+        The exported tasks, oldest first, those that were there already included.
+
+    Raises:
+        NotFound: No such version, or a task that it does not hold.
+        Conflict: A folder of that name holds something else. Those written before it stay.
+        InvalidInput: The folder cannot be written to, or two tasks have one name.
+
+    Cost:
+        A folder that is there already costs reading it once.
+    """
+    number = reader.state.refs[MAIN] if version is None else version
+    chosen = _chosen(reader, number, tasks)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return [_export(reader, folder, number, task, base_source) for task in chosen]
+        finally:
+            _write_index(folder)
+    except OSError as error:
+        raise InvalidInput(f"cannot write there: {error}", str(folder), "name a folder you may write to") from error
+
+
+def _chosen(reader: SubspaceReader, number: int, tasks: Collection[str] | None) -> list[MergedTask]:
+    if number and number not in reader.state.versions:
+        raise NotFound(f"there is no version {number}", reader.storage.url)
+    held = list(reader.state.tasks_at(number).values())
+    for wanted in tasks or ():
+        if not any(wanted in (task.task_id, task.name) for task in held):
+            raise NotFound(f"version {number} holds no task {wanted}", reader.storage.url)
+    chosen = [task for task in held if tasks is None or task.task_id in tasks or task.name in tasks]
+    for task in chosen:
+        if [other.name for other in chosen].count(task.name) > 1:
+            raise InvalidInput(f"version {number} holds several tasks named {task.name}", todo="name one by its id")
+    return chosen
+
+
+def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask, base_source: str) -> Exported:
+    name = export_name(task.name, number)
+    sources = (task.adapter.sha256, reader.state.versions[number].basis.sha256)
+    known = {"task_id": task.task_id, "version": number, "base_model": base_source, "sources": list(sources)}
+    if (folder / name).exists():
+        return _already_there(folder / name, known)
+    adapter = reader.adapter(task.task_id, number)
+    partial = folder / f".partial-{secrets.token_hex(8)}"
+    try:
+        kind = adapter.info.get("format", "peft")
+        if kind == diffusers_format.FORMAT:
+            write_diffusers_file(partial / diffusers_format.WEIGHTS_FILE, adapter)
+        else:
+            write_peft_folder(partial, adapter, base_source)
+        files = {path.name: digest(path.read_bytes()) for path in sorted(partial.iterdir())}
+        rank = export_rank(adapter.modules.values())
+        exported = Exported(
+            name, task.task_id, task.name, number, base_source, sources, kind, rank, bool(adapter.head), files
+        )
+        (partial / FACTS_FILE).write_text(_json(asdict(exported)), encoding="utf-8")
+        _flush(*partial.iterdir(), partial)
+        try:
+            partial.rename(folder / name)
+        except OSError:
+            # Another export was faster, or the disk refuses.
+            if not (folder / name).exists():
+                raise
+            return _already_there(folder / name, known)
+        return exported
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _already_there(place: Path, known: dict[str, Any]) -> Exported:
+    """What an earlier export wrote, if it is what this one would write and nobody touched it since."""
+    try:
+        facts = json.loads((place / FACTS_FILE).read_text(encoding="utf-8"))
+        is_same = {key: facts[key] for key in known} == known
+        is_whole = all(digest((place / file).read_bytes()) == sha256 for file, sha256 in facts["files"].items())
+        exported = Exported(**facts | {"sources": tuple(facts["sources"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        is_same = is_whole = False
+    if not (is_same and is_whole):
+        todo = "a name never means two things: export to another folder, or remove this one"
+        raise Conflict("holds something else than this task of this version", str(place), todo)
+    return exported
+
+
+def _write_index(folder: Path) -> None:
+    """Made from the folders alone, so that the next export mends what an interrupted one left."""
+    entries = []
+    for path in sorted(folder.glob(f"[!.]*/{FACTS_FILE}")):
+        try:
+            exported = Exported(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            continue  # edited by somebody: what it holds is not known any more
+        place = {"path": str(path.parent.resolve())}
+        served = {"name": exported.name, **place, "base_model_name": exported.base_model}
+        is_served = exported.format == "peft" and not exported.has_head
+        entries.append(asdict(exported) | place | {"vllm": served if is_served else None})
+    temporary = folder / f".partial-{secrets.token_hex(8)}"
+    temporary.write_text(_json(entries), encoding="utf-8")
+    temporary.replace(folder / INDEX_FILE)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _flush(*paths: Path) -> None:
+    """Have these on the disk before a name points to them."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,227 @@
+"""Exports: whole folders under names that never change their meaning, in the form that servers take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
+from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore
+from subspace_store.diffusers_format import read_diffusers_file
+from subspace_store.export import export_name, export_tasks
+from subspace_store.peft_format import read_peft_folder
+from subspace_store.subspace_reader import SubspaceReader
+from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter
+
+
+def headless(adapter: Adapter, **info: str) -> Adapter:
+    return dataclasses.replace(adapter, head={}, info=info)
+
+
+def two_versions() -> tuple[Storage, SubspaceReader]:
+    """Version 1 holds a task with a head, version 2 one without as well, of mixed ranks; `main` is version 2."""
+    storage = fresh_storage()
+    store = opened(storage, rank_fixed=6)
+    merged(store, {"headed": random_adapter(1)})
+    other, wide = random_adapter(2, rank=2), random_adapter(2, rank=3)
+    mixed = {name: (wide if "value" in name else other).modules[name] for name in other.modules}
+    merged(store, {"bare": headless(dataclasses.replace(other, modules=mixed))})
+    store.publish(2, op_key="publish", actor="test")
+    return storage, opened(storage, writer=None)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file with the time it was written."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def assert_holds(folder: Path, adapter: Adapter) -> None:
+    read = read_peft_folder(folder, adapter.base_model, "")
+    assert set(read.modules) == set(adapter.modules)
+    for name, update in adapter.modules.items():
+        assert torch.allclose(read.modules[name].delta(), update.delta(), atol=1e-6)
+    assert {name: t.tolist() for name, t in read.head.items()} == {n: t.tolist() for n, t in adapter.head.items()}
+
+
+def test_all_tasks_of_main_are_written_at_once_and_hold_what_the_version_holds(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    exported = export_tasks(reader, tmp_path / "new/folder", base_source="some/base")
+    assert [(e.name, e.task, e.task_id, e.version) for e in exported] == [
+        ("team+headed@v2", "team/headed", "headed", 2),
+        ("team+bare@v2", "team/bare", "bare", 2),
+    ]
+    for one in exported:
+        assert_holds(tmp_path / "new/folder" / one.name, reader.adapter(one.task_id, 2))
+    names = {path.name for path in (tmp_path / "new/folder").iterdir()}
+    assert names == {"team+headed@v2", "team+bare@v2", "adapters.json"}
+
+
+def test_every_version_has_names_of_its_own(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    export_tasks(reader, tmp_path, version=1, base_source="base")
+    first = contents(tmp_path / "team+headed@v1")
+    export_tasks(reader, tmp_path, version=2, tasks=["headed"], base_source="base")
+    assert contents(tmp_path / "team+headed@v1") == first
+    for number in (1, 2):
+        assert_holds(tmp_path / f"team+headed@v{number}", reader.adapter("headed", number))
+    index = json.loads((tmp_path / "adapters.json").read_text())
+    assert [entry["name"] for entry in index] == ["team+headed@v1", "team+headed@v2"]
+
+
+def test_exporting_again_writes_nothing_anew_and_answers_the_same(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    first = export_tasks(reader, tmp_path, base_source="base")
+    before = contents(tmp_path)
+    assert export_tasks(reader, tmp_path, base_source="base") == first
+    after = contents(tmp_path)
+    assert after.pop("adapters.json")[0] == before.pop("adapters.json")[0]
+    assert after == before
+
+
+@pytest.mark.parametrize("change", ["a weight", "no facts", "another base", "another store"])
+def test_a_name_that_holds_something_else_is_refused_and_left_as_it_is(change: str, tmp_path: Path) -> None:
+    _, reader = two_versions()
+    export_tasks(reader, tmp_path, tasks=["team/bare"], base_source="base")
+    place = tmp_path / "team+bare@v2"
+    if change == "a weight":
+        content = bytearray((place / "adapter_model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (place / "adapter_model.safetensors").write_bytes(content)
+    elif change == "no facts":
+        (place / "onebasis.json").unlink()
+    elif change == "another store":
+        store = opened(fresh_storage(), rank_fixed=5)
+        merged(store, {"headed": random_adapter(1)})
+        merged(store, {"bare": headless(random_adapter(2))})
+        store.publish(2, op_key="publish", actor="test")
+        reader = store
+    before = contents(place)
+    with pytest.raises(Conflict, match=re.escape("team+bare@v2")):
+        export_tasks(reader, tmp_path, base_source="other" if change == "another base" else "base")
+    assert contents(place) == before
+
+
+def test_names_of_different_tasks_are_different_path_parts() -> None:
+    tasks = [
+        "a/b",
+        "a_/b",
+        "a__b/c",
+        "a/b__c",
+        "a+b/c",
+        "a/b+c",
+        "a/b@v1",
+        "a",
+        "../a",
+        "a/..",
+        "a/b/c",
+        "a%2Fb",
+        "ä b",
+    ]
+    names = [export_name(task, 1) for task in tasks]
+    assert len(set(names)) == len(tasks)
+    assert all(re.fullmatch(r"[A-Za-z0-9%+._~-]+@v1", name) and name.count("@") == 1 for name in names)
+    assert export_name("team-1/my_task.2", 12) == "team-1+my_task.2@v12"
+
+
+def test_what_vllm_is_given_is_exactly_what_it_takes(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    export_tasks(reader, tmp_path, base_source="some/base")
+    index = {entry["task"]: entry for entry in json.loads((tmp_path / "adapters.json").read_text())}
+    # It makes a record of the JSON's keys and refuses others; and it refuses modules_to_save.
+    path = str(tmp_path / "team+bare@v2")
+    assert index["team/bare"]["vllm"] == {"name": "team+bare@v2", "path": path, "base_model_name": "some/base"}
+    assert index["team/headed"]["vllm"] is None
+    assert index["team/bare"]["rank"] == 3
+    config = json.loads((tmp_path / "team+bare@v2/adapter_config.json").read_text())
+    assert (config["modules_to_save"], config.get("use_dora", False)) == (None, False)
+    assert config["base_model_name_or_path"] == "some/base"
+
+
+def test_modules_of_mixed_ranks_go_out_with_one_rank_and_scale_one_as_servers_assume(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    export_tasks(reader, tmp_path, tasks=["bare"], base_source="base")
+    config = json.loads((tmp_path / "team+bare@v2/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "team+bare@v2/adapter_model.safetensors")
+    adapter = reader.adapter("bare")
+    assert sorted(update.rank for update in adapter.modules.values()) == [2, 3]
+    for name, update in adapter.modules.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        assert len(a) == b.shape[1] == config["r"]
+        assert torch.allclose(config["lora_alpha"] / config["r"] * b @ a, update.delta(), atol=1e-6)
+
+
+def test_an_adapter_that_came_from_diffusers_goes_out_as_its_file(tmp_path: Path) -> None:
+    store = opened(fresh_storage())
+    shapes = {"transformer.blocks.0.to_q": (12, 10), "text_encoder.layers.0.q_proj": (8, 10)}
+    merged(store, {"style": headless(random_adapter(1, shapes=shapes), format="diffusers")})
+    (exported,) = export_tasks(store, tmp_path, version=1, base_source="base")
+    assert exported.format == "diffusers"
+    read = read_diffusers_file(tmp_path / exported.name, "tiny-base", "")
+    for name, update in store.adapter("style", 1).modules.items():
+        assert torch.allclose(read.modules[name].delta(), update.delta(), atol=1e-6)
+    assert json.loads((tmp_path / "adapters.json").read_text())[0]["vllm"] is None
+
+
+def test_an_export_that_fails_leaves_whole_folders_and_nothing_half_written(tmp_path: Path) -> None:
+    storage, reader = two_versions()
+    storage.delete(reader.state.tasks_at(2)["bare"].adapter.key)
+    with pytest.raises(Corrupt):
+        export_tasks(reader, tmp_path, base_source="base")
+    assert {path.name for path in tmp_path.iterdir()} == {"team+headed@v2", "adapters.json"}
+    assert_holds(tmp_path / "team+headed@v2", reader.adapter("headed"))
+    assert [entry["task"] for entry in json.loads((tmp_path / "adapters.json").read_text())] == ["team/headed"]
+
+
+def test_a_folder_that_a_killed_export_left_is_neither_used_nor_listed(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    export_tasks(reader, tmp_path / "other", base_source="base")
+    shutil.copytree(tmp_path / "other/team+bare@v2", tmp_path / "here/.partial-0123")
+    export_tasks(reader, tmp_path / "here", tasks=["headed"], base_source="base")
+    assert [entry["task"] for entry in json.loads((tmp_path / "here/adapters.json").read_text())] == ["team/headed"]
+
+
+def test_exports_at_the_same_time_agree(tmp_path: Path) -> None:
+    storage, _ = two_versions()
+    readers = [opened(storage, writer=None) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda reader: export_tasks(reader, tmp_path, base_source="base"), readers))
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert {path.name for path in tmp_path.iterdir()} == {"team+headed@v2", "team+bare@v2", "adapters.json"}
+
+
+def test_tasks_and_versions_that_are_not_there_are_named(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    with pytest.raises(NotFound, match="version 1 holds no task team/bare"):
+        export_tasks(reader, tmp_path, version=1, tasks=["team/bare"], base_source="base")
+    with pytest.raises(NotFound, match="no version 9"):
+        export_tasks(reader, tmp_path, version=9, base_source="base")
+    assert export_tasks(reader, tmp_path, version=0, base_source="base") == []
+
+
+def test_two_tasks_of_one_name_are_told_apart_by_their_ids(tmp_path: Path) -> None:
+    store: SubspaceStore = opened(fresh_storage())
+    for task_id in ("one", "two"):
+        ref = store.stage(f"staging/{task_id}/1/adapter.safetensors", random_adapter(len(task_id)))
+        store.merge([StagedAdapter(task_id, "team/same", ref.key, ref.sha256)], op_key=task_id, actor="test")
+    with pytest.raises(InvalidInput, match="several tasks named team/same"):
+        export_tasks(store, tmp_path, version=2, base_source="base")
+    (exported,) = export_tasks(store, tmp_path, version=2, tasks=["two"], base_source="base")
+    assert exported.task_id == "two"
+    with pytest.raises(Conflict):
+        export_tasks(store, tmp_path, version=2, tasks=["one"], base_source="base")
+
+
+def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="cannot write there"):
+        export_tasks(reader, tmp_path / "file", base_source="base")
