@@ -135,7 +135,7 @@ def to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     for name in (*adapter.head, *adapter.modules):
         if name in adapter.head or not _COMPONENT.match(name):
             raise InvalidInput(f"has {name!r}, for which a file of diffusers has no place", todo="export it as PEFT")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for _, names in groupby(sorted(adapter.modules, key=_component), _component):
         members = {name: adapter.modules[name] for name in names}
         rank = export_rank(members.values())
