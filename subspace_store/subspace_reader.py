@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -125,6 +126,14 @@ class SubspaceReader:
     def state(self) -> SubspaceState:
         """What the log said when it was last read."""
         return self._log.state
+
+    def resolve(self, ref: str | int) -> int:
+        """The version that a branch, a tag or a number names now: take it once, then read that version.
+
+        Raises:
+            NotFound: Nothing of this name.
+        """
+        return self.state.resolve(ref)
 
     def refresh(self) -> SubspaceState:
         """Read what was added to the log since. One small read if nothing was."""
@@ -265,6 +274,8 @@ class SubspaceReader:
             raise NotFound(
                 f"there is no version {version}", self.storage.url, f"{len(self.state.versions)} versions exist"
             )
+        if version in self.state.expired:
+            raise NotFound(f"version {version} has expired", self.storage.url, "pin what you need for long")
         return version
 
     def _find(self, task_id: str, version: int | None) -> tuple[int, MergedTask]:
@@ -295,6 +306,14 @@ def _summary(record: version_log.Record) -> str:
         return f"version {body['version']}: {body['reason']}"
     if record.op == version_log.ROLLBACK:
         return f"version {body['from']} → {body['version']}" + (f": {body['reason']}" if body["reason"] else "")
-    if record.op == version_log.PUBLISH:
-        return f"version {body['version']}"
-    return f"epoch {record.epoch}"
+    if record.op == version_log.ACQUIRE:
+        return f"epoch {record.epoch}"
+    if record.op == version_log.EXPIRE:
+        return f"versions {', '.join(map(str, body['versions']))}"
+    if record.op == version_log.PIN and body["until"] is not None:
+        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(body["until"]))
+        return f"version {body['version']}: {body['owner']}, until {until} UTC"
+    if record.op == version_log.DROP_ADAPTERS:
+        return f"{len(body['heads'])} adapters"
+    about = [f"version {body['version']}"] if "version" in body else []
+    return ": ".join(about + [body[key] for key in ("name", "task_id", "owner", "reason") if body.get(key)])

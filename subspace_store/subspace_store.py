@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
-from subspace_store import blobs, version_log
+from subspace_store import blobs, garbage, retention, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, digest
 from subspace_store.merge import Merge, ModuleSubspace, merge_adapters
 from subspace_store.storage import Storage
@@ -167,11 +167,12 @@ class SubspaceStore(SubspaceReader):
         """Move `main` to the candidate.
 
         Raises:
-            Conflict: `version` is not the candidate any more.
+            Conflict: `version` is not the candidate any more, or `main` is held.
         """
         with self._lock:
             if self._done(op_key) is None:
                 self._require_candidate(version)
+                retention.check_not_held(self.state)
                 body = {"version": version}
                 self._log.commit(version_log.PUBLISH, op_key=op_key, actor=actor, refs={MAIN: version}, body=body)
 
@@ -195,12 +196,17 @@ class SubspaceStore(SubspaceReader):
 
         Raises:
             NotFound: No such version. 0 is the empty subspace.
-            InvalidInput: A version that was rejected, or that no gate has let pass yet.
+            InvalidInput: A version that was rejected or has expired, or that no gate has let pass yet.
         """
         return _preview(self.state, self.state.refs[MAIN], self._allowed(version))
 
-    def rollback(self, version: int, *, op_key: str, actor: str, reason: str = "") -> RollbackPreview:
+    def rollback(
+        self, version: int, *, op_key: str, actor: str, reason: str = "", hold: bool = False
+    ) -> RollbackPreview:
         """Move `main` and `candidate` to a version, backwards or forwards again, in one record.
+
+        Args:
+            hold: Hold `main` there as well, in the same record; see `hold`.
 
         Cost:
             One record. Nothing is copied or deleted.
@@ -211,16 +217,92 @@ class SubspaceStore(SubspaceReader):
             if self._done(op_key) is not None:
                 return self._rollback_done(op_key)
             preview = self.preview_rollback(version)
-            body = {"version": version, "from": preview.from_version, "reason": reason}
+            body = {"version": version, "from": preview.from_version, "reason": reason, "hold": hold}
             refs = {MAIN: version, CANDIDATE: version}
             self._log.commit(version_log.ROLLBACK, op_key=op_key, actor=actor, refs=refs, body=body)
             return preview
+
+    # Names, and what they keep. Each is one record; asked for what is so already, none.
+
+    def tag(self, name: str, version: int, *, actor: str, op_key: str = "") -> None:
+        """Name a version for ever. A tagged version never expires.
+
+        Raises:
+            InvalidInput: A name that a branch or a version has or could have; a rejected or expired version.
+            NotFound: No such version.
+            Conflict: The tag names another version.
+        """
+        self._change(lambda state: retention.tag(state, name, version), actor, op_key)
+
+    def hold(self, reason: str, *, actor: str, op_key: str = "") -> None:
+        """Keep `main` where it is: publishing is refused, merging and rolling back go on.
+
+        Raises:
+            Conflict: Somebody holds it already, or for another reason.
+        """
+        self._change(lambda state: retention.hold(state, reason, actor), actor, op_key)
+
+    def release(self, *, actor: str, op_key: str = "") -> None:
+        """Let publishing move `main` again."""
+        self._change(retention.release, actor, op_key)
+
+    def quarantine(self, task_id: str, reason: str, *, actor: str, op_key: str = "") -> None:
+        """Keep a task from being merged. Versions that hold it stay as they are."""
+        self._change(lambda state: retention.quarantine(state, task_id, reason), actor, op_key)
+
+    def unquarantine(self, task_id: str, *, actor: str, op_key: str = "") -> None:
+        """Let a task be merged again."""
+        self._change(lambda state: retention.unquarantine(state, task_id), actor, op_key)
+
+    def pin(self, version: int, owner: str, until: float | None = None, *, actor: str, op_key: str = "") -> None:
+        """Keep a version from expiring; the same owner again moves the end.
+
+        Args:
+            until: Unix seconds; None: until `unpin`.
+
+        Raises:
+            InvalidInput: An expired version, or no owner.
+            NotFound: No such version.
+        """
+        self._change(lambda state: retention.pin(state, version, owner, until), actor, op_key)
+
+    def unpin(self, version: int, owner: str, *, actor: str, op_key: str = "") -> None:
+        """Give a pin up."""
+        self._change(lambda state: retention.unpin(state, version, owner), actor, op_key)
+
+    def expire(self, versions: Iterable[int], *, now: float, actor: str, op_key: str = "") -> None:
+        """Give versions up for ever; `collect` deletes what only they needed. See `retention.expirable`.
+
+        Args:
+            now: Unix seconds: pins that ended before do not count.
+
+        Raises:
+            Conflict: A branch, a tag or a pin names one of them. None has expired then.
+            NotFound: No such version.
+        """
+        wanted = tuple(versions)
+        self._change(lambda state: retention.expire(state, wanted, now), actor, op_key)
+
+    def collect(
+        self, *, uploads_in_use: Callable[[], Collection[str]] | None = None, really: bool = False
+    ) -> garbage.Collected:
+        """Find what no live version needs, and with `really` delete it; see `garbage.collect`.
+
+        Does not wait for a merge that is under way: another thread may call it.
+        """
+        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=really)
+
+    def _change(self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str) -> None:
+        with self._lock:
+            if self._done(op_key) is None and (change := judge(self.state)) is not None:
+                self._log.commit(change.op, op_key=op_key, actor=actor, body=change.body)
 
     # One merge, step by step
 
     def _refuse_doubles(self, adapters: Sequence[StagedAdapter], parent: int) -> None:
         if not adapters:
             raise InvalidInput("a merge needs at least one adapter")
+        retention.check_mergeable(self.state, {staged.task_id: staged.name for staged in adapters})
         held = self.state.tasks_at(parent)
         ids = [staged.task_id for staged in adapters]
         for staged in adapters:
@@ -327,8 +409,7 @@ class SubspaceStore(SubspaceReader):
         return _preview(self.state, int(body.get("from", body["version"])), int(body["version"]))
 
     def _allowed(self, version: int) -> int:
-        if self._known(version) in self.state.rejected:
-            raise InvalidInput(f"version {version} was rejected: {self.state.rejected[version]}", self.storage.url)
+        retention.check_usable(self.state, version)
         if version not in self.state.published:
             raise InvalidInput(
                 f"version {version} never passed the gate", self.storage.url, "name a version that `main` was before"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import Corrupt, InvalidInput, NotFound
-from subspace_store import blobs
+from subspace_store import blobs, retention
 from subspace_store.adapter import ModuleUpdate, adapter_from_bytes
 from subspace_store.merge import ModuleBasis, ModuleSubspace, ModuleTasks
 from subspace_store.storage import Storage
@@ -49,10 +49,15 @@ def verify(store: SubspaceStore) -> list[Finding]:
     if findings:
         return findings
     reader = SubspaceStore.open(store.storage)
-    for version in reader.state.versions.values():
-        broken = [finding for ref in _refs(version) for finding in _verify_blob(reader.storage, ref)]
+    needed, checked = retention.needed(reader.state), set()
+    for version in retention.alive(reader.state):
+        refs = [needed[ref.key] for ref in version.blobs if ref.key in needed]
+        broken = [finding for ref in refs for finding in _verify_blob(reader.storage, ref)]
         findings += broken or _guarded(f"version {version.number}", partial(_verify_version, reader, version))
-    return findings
+        checked |= {ref.key for ref in refs}
+    # What live versions need of expired ones.
+    rest = [ref for key, ref in needed.items() if key not in checked]
+    return findings + [finding for ref in rest for finding in _verify_blob(reader.storage, ref)]
 
 
 def _verify_log(storage: Storage) -> list[Finding]:
@@ -66,11 +71,6 @@ def _verify_log(storage: Storage) -> list[Finding]:
     return []
 
 
-def _refs(version: Version) -> list[BlobRef]:
-    refs = [version.basis, version.transport, *(ref for t in version.added for ref in (t.adapter, t.coefficients))]
-    return [*refs, version.snapshot] if version.snapshot else refs
-
-
 def _verify_blob(storage: Storage, ref: BlobRef) -> list[Finding]:
     try:
         blobs.read_blob(storage, ref)
@@ -80,11 +80,15 @@ def _verify_blob(storage: Storage, ref: BlobRef) -> list[Finding]:
 
 
 def _verify_version(reader: SubspaceStore, version: Version) -> list[Finding]:
-    before, after = reader.subspace(version.parent), reader.subspace(version.number)
+    after = reader.subspace(version.number)
     findings = _verify_bases(version, {name: module.basis for name, module in after.items()})
-    findings += _verify_transports(reader.storage, version, before, after)
     for task in version.added:
-        findings += _verify_birth(reader.storage, task, after)
+        if task.adapter.key not in reader.state.heads:
+            findings += _verify_birth(reader.storage, task, after)
+    if version.parent in reader.state.expired:  # nothing to compare it with any more
+        return findings
+    before = reader.subspace(version.parent)
+    findings += _verify_transports(reader.storage, version, before, after)
     for task_id, drift in reader.state.drift(version.number).items():
         measured = _relative_change(before, after, task_id)
         if abs(measured - drift) > ERROR_TOLERANCE:

@@ -13,6 +13,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from configs.errors import NotFound
+
 CANDIDATE = "candidate"
 MAIN = "main"
 
@@ -106,6 +108,12 @@ class Version:
     removed: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
 
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Everything that its own record names; see `retention.needed` for what else it needs."""
+        of_tasks = (ref for task in self.added for ref in (task.adapter, task.coefficients))
+        return (self.basis, self.transport, *of_tasks, *([self.snapshot] if self.snapshot else []))
+
 
 def _nan_if_null(value: object) -> object:
     return math.nan if value is None else value
@@ -120,6 +128,15 @@ class TaskScore:
     """NaN where it could not be measured; the log writes null."""
     count: int
     """Evaluation rows it was measured on."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Why `main` stands still, although versions pass the gate."""
+
+    actor: str
+    reason: str
+    time: float
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,32 @@ class SubspaceState:
     rejected: Mapping[int, str] = field(default_factory=dict)
     """Version to the reason why the gate did not let it pass."""
     op_keys: Mapping[str, int] = field(default_factory=dict)
-    """Operation key to the version it made or concerned: the answer to the same request again."""
+    """Operation key to the version it made or concerned (0: none): the answer to the same request again."""
+    tags: Mapping[str, int] = field(default_factory=dict)
+    """Names that people gave to versions, for ever."""
+    held: Hold | None = None
+    """While it is set, publishing does not move `main`."""
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    """Id of a task that must not be merged to the reason why."""
+    pins: Mapping[int, Mapping[str, float | None]] = field(default_factory=dict)
+    """Version to who needs it, and until when (Unix seconds; None: for ever)."""
+    expired: tuple[int, ...] = ()
+    """Versions that are dead for ever: nothing may name them again, and their blobs may be gone."""
+    heads: Mapping[str, BlobRef] = field(default_factory=dict)
+    """Key of a delivered adapter that was let go to the object that keeps its head and facts."""
+
+    def resolve(self, ref: str | int) -> int:
+        """The version that a branch, a tag or a number names.
+
+        Raises:
+            NotFound: Nothing of this name.
+        """
+        names = {**self.tags, **self.refs}
+        number = names[ref] if ref in names else int(ref) if str(ref).isdecimal() else -1
+        if number != 0 and number not in self.versions:
+            newest = max(self.versions, default=0)
+            raise NotFound(f"there is no version {ref!r}", todo=f"name 0 to {newest}, or one of {', '.join(names)}")
+        return number
 
     def lineage(self, number: int) -> tuple[Version, ...]:
         """The versions from the first up to `number`, along parents."""

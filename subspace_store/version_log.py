@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import Conflict, Corrupt, NotFound, OnebasisError, Unavailable
 from subspace_store.adapter import digest
 from subspace_store.storage import Storage
-from subspace_store.version import SubspaceState, TaskScore, Version
+from subspace_store.version import BlobRef, Hold, SubspaceState, TaskScore, Version
 
 CHECKPOINT_EVERY = 64
 HINT = "log/_hint"
@@ -40,6 +40,15 @@ SCORES = "scores"
 PUBLISH = "publish"
 REJECT = "reject"
 ROLLBACK = "rollback"
+TAG = "tag"
+HOLD = "hold"
+RELEASE = "release"
+QUARANTINE = "quarantine"
+UNQUARANTINE = "unquarantine"
+PIN = "pin"
+UNPIN = "unpin"
+EXPIRE = "expire"
+DROP_ADAPTERS = "drop-adapters"
 
 T = TypeVar("T")
 
@@ -64,6 +73,7 @@ class Record:
 _RECORD = TypeAdapter(Record)
 _VERSION = TypeAdapter(Version)
 _SCORES = TypeAdapter(tuple[TaskScore, ...])
+_BLOBS = TypeAdapter(dict[str, BlobRef])
 _STATE = TypeAdapter(SubspaceState)
 
 
@@ -109,28 +119,63 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
         raise Corrupt(f"{record.op} has epoch {record.epoch} after epoch {state.epoch}", where)
     changes: dict[str, Any] = {"seq": record.seq, "epoch": record.epoch, "head_sha256": sha256}
     changes["refs"] = {**state.refs, **record.refs}
-    concerned: int | None = None
-    if record.op == MERGE:
-        version = _checked(_VERSION, record.body["version"], where)
-        concerned = version.number
-        changes["versions"] = {**state.versions, version.number: version}
-    elif record.op == SCORES:
-        concerned = int(record.body["version"])
-        scores = {score.task_id: score for score in _checked(_SCORES, record.body["scores"], where)}
-        changes["scores"] = {**state.scores, concerned: {**state.scores.get(concerned, {}), **scores}}
-    elif record.op == REJECT:
-        concerned = int(record.body["version"])
-        changes["rejected"] = {**state.rejected, concerned: str(record.body["reason"])}
-    elif record.op == PUBLISH:
-        concerned = int(record.body["version"])
-        changes["published"] = tuple(sorted({*state.published, concerned}))
-    elif record.op == ROLLBACK:
-        concerned = int(record.body["version"])
-    elif record.op != ACQUIRE:
-        raise Corrupt(f"has an operation {record.op!r} that this code does not know", where, "use a newer onebasis")
-    if record.op_key and concerned is not None:
-        changes["op_keys"] = {**state.op_keys, record.op_key: concerned}
+    try:
+        changes |= _changes(state, record, where)
+        concerned = record.body.get("version", 0)
+        if record.op_key:
+            number = concerned["number"] if record.op == MERGE else concerned
+            changes["op_keys"] = {**state.op_keys, record.op_key: int(number)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Corrupt(f"is no {record.op} of this format: {error!r}", where, "restore it from a backup") from error
     return dataclasses.replace(state, **changes)
+
+
+def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]:
+    """What an operation changes beside refs. It was allowed when it was written: that is not judged again here."""
+    op, body = record.op, record.body
+    if op == MERGE:
+        version = _checked(_VERSION, body["version"], where)
+        return {"versions": {**state.versions, version.number: version}}
+    if op == SCORES:
+        number = int(body["version"])
+        scores = {score.task_id: score for score in _checked(_SCORES, body["scores"], where)}
+        return {"scores": {**state.scores, number: {**state.scores.get(number, {}), **scores}}}
+    if op == REJECT:
+        return {"rejected": {**state.rejected, int(body["version"]): str(body["reason"])}}
+    if op == PUBLISH:
+        return {"published": tuple(sorted({*state.published, int(body["version"])}))}
+    if op == ROLLBACK:
+        held = Hold(record.actor, str(body["reason"]), record.time) if body.get("hold") else state.held
+        return {"held": held}
+    if op == TAG:
+        return {"tags": {**state.tags, str(body["name"]): int(body["version"])}}
+    if op == HOLD:
+        return {"held": Hold(record.actor, str(body["reason"]), record.time)}
+    if op == RELEASE:
+        return {"held": None}
+    if op == QUARANTINE:
+        return {"quarantined": {**state.quarantined, str(body["task_id"]): str(body["reason"])}}
+    if op == UNQUARANTINE:
+        return {"quarantined": {t: why for t, why in state.quarantined.items() if t != body["task_id"]}}
+    if op == PIN:
+        until = None if body["until"] is None else float(body["until"])
+        mine = {str(body["owner"]): until}
+        return {"pins": {**state.pins, int(body["version"]): {**state.pins.get(int(body["version"]), {}), **mine}}}
+    if op == UNPIN:
+        number = int(body["version"])
+        others = {owner: until for owner, until in state.pins.get(number, {}).items() if owner != body["owner"]}
+        rest = {n: owners for n, owners in state.pins.items() if n != number}
+        return {"pins": {**rest, number: others} if others else rest}
+    if op == EXPIRE:
+        dead = {int(number) for number in body["versions"]}
+        pins = {number: owners for number, owners in state.pins.items() if number not in dead}
+        return {"expired": tuple(sorted({*state.expired, *dead})), "pins": pins}
+    if op == DROP_ADAPTERS:
+        heads = _checked(_BLOBS, body["heads"], where)
+        return {"heads": {**state.heads, **heads}}
+    if op == ACQUIRE:
+        return {}
+    raise Corrupt(f"has an operation {op!r} that this code does not know", where, "use a newer onebasis")
 
 
 class VersionLog:

@@ -8,11 +8,31 @@ from collections.abc import Callable
 import pytest
 
 from configs.errors import Conflict, Corrupt, NotFound, Unavailable
-from subspace_store import SubspaceState, TaskScore
+from subspace_store import SubspaceState, TaskScore, digest
 from subspace_store.memory_storage import MemoryStorage
 from subspace_store.storage import Storage
 from subspace_store.version import BlobRef, Version
-from subspace_store.version_log import HINT, MERGE, SCORES, TRIES, VersionLog, checkpoint_key, log_key, to_plain
+from subspace_store.version_log import (
+    DROP_ADAPTERS,
+    EXPIRE,
+    HINT,
+    HOLD,
+    MERGE,
+    PIN,
+    PUBLISH,
+    QUARANTINE,
+    RELEASE,
+    ROLLBACK,
+    SCORES,
+    TAG,
+    TRIES,
+    UNPIN,
+    UNQUARANTINE,
+    VersionLog,
+    checkpoint_key,
+    log_key,
+    to_plain,
+)
 from tests.subspace_store.builders import FaultyStorage, fresh_storage
 
 REF = BlobRef("blobs/0/x", 1, "00")
@@ -344,3 +364,75 @@ def test_an_absent_log_is_an_empty_subspace() -> None:
     assert reading(fresh_storage()) == SubspaceState()
     with pytest.raises(NotFound):
         fresh_storage().read(log_key(1))
+
+
+def every_operation(log: VersionLog) -> None:
+    """Each operation at least once, and each that undoes one."""
+    for number in range(1, 6):
+        add_version(log, f"k{number}")
+        log.commit(PUBLISH, op_key="", actor="gate", refs={"main": number}, body={"version": number})
+    log.commit(TAG, op_key="t", actor="ann", body={"name": "gold", "version": 2})
+    log.commit(HOLD, op_key="h", actor="ann", body={"reason": "audit"})
+    log.commit(RELEASE, op_key="", actor="ann")
+    for task in ("bad", "worse"):
+        log.commit(QUARANTINE, op_key="", actor="ann", body={"task_id": task, "reason": f"{task} data"})
+    log.commit(UNQUARANTINE, op_key="", actor="ann", body={"task_id": "worse"})
+    for version, owner, until in ((3, "serving", 7.5), (3, "audit", None), (4, "audit", None), (1, "late", 1.0)):
+        log.commit(PIN, op_key="", actor="ann", body={"version": version, "owner": owner, "until": until})
+    log.commit(UNPIN, op_key="", actor="ann", body={"version": 4, "owner": "audit"})
+    log.commit(EXPIRE, op_key="", actor="ann", body={"versions": [4, 1], "now": 2.0})
+    log.commit(DROP_ADAPTERS, op_key="", actor="ann", body={"heads": {"blobs/1/adapter": REF}})
+    body = {"version": 3, "from": 5, "reason": "worse", "hold": True}
+    log.commit(ROLLBACK, op_key="r", actor="bob", refs={"main": 3, "candidate": 3}, body=body)
+
+
+def test_names_holds_pins_and_the_dead_are_folded() -> None:
+    storage = fresh_storage()
+    log = writing(storage)
+    every_operation(log)
+    state = reading(storage)
+    assert state == log.state
+    assert state.tags == {"gold": 2}
+    assert state.held is not None
+    assert (state.held.actor, state.held.reason) == ("bob", "worse")
+    assert state.quarantined == {"bad": "bad data"}
+    assert state.pins == {3: {"serving": 7.5, "audit": None}}
+    assert state.expired == (1, 4)
+    assert state.heads == {"blobs/1/adapter": REF}
+    assert {key: state.op_keys[key] for key in "thr"} == {"t": 2, "h": 0, "r": 3}
+
+
+def test_a_checkpoint_holds_all_of_it_and_one_of_before_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = fresh_storage()
+    log = writing(storage)
+    every_operation(log)
+    monkeypatch.setattr("subspace_store.version_log.CHECKPOINT_EVERY", log.state.seq + 1)
+    log.commit(RELEASE, op_key="", actor="ann")
+    counting = Counting(storage)
+    assert reading(counting) == log.state
+    assert counting.records == 3
+    # As written by code that knew no tags, holds, pins or quarantine.
+    old = json.loads(to_json(to_plain(VersionLog(storage).open())))
+    plain = {"seq": 1, "epoch": 1, "head_sha256": digest(storage.read(log_key(1)))}
+    plain |= {name: type(old[name])() for name in ("versions", "scores", "rejected", "op_keys")}
+    plain |= {"refs": {"candidate": 0, "main": 0}, "published": [0]}
+    for key in storage.keys("checkpoints/"):
+        storage.delete(key)
+    storage.write(checkpoint_key(1), to_json({"state": plain, "sha256": digest(to_json(plain))}))
+    counting = Counting(storage)
+    assert reading(counting) == log.state
+    assert counting.records == log.state.seq + 2  # the checkpoint's own twice, not folded again
+
+
+def to_json(plain: object) -> bytes:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize("body", [{}, {"version": "three", "name": "x"}, {"version": 1}])
+def test_an_operation_without_what_it_needs_is_corrupt_and_gets_no_slot(body: dict[str, object]) -> None:
+    log = writing(fresh_storage())
+    with pytest.raises(Corrupt, match="is no tag of this format"):
+        log.commit(TAG, op_key="k", actor="a", body=body)
+    assert log.state.seq == 1
+    with pytest.raises(Corrupt, match="operation 'dance' that this code does not know"):
+        log.commit("dance", op_key="k", actor="a")

@@ -1,0 +1,116 @@
+"""Collecting: deletes what no live version needs. The only code that deletes anything of a subspace.
+
+Why nothing is deleted that anybody will need. Let the collector write with epoch E, and let S be the state it folded
+after it had acquired E.
+
+1. S holds every record of an epoch below E that there will ever be. Acquiring E took a slot. Slots before it are all
+   taken, and are folded in S. A slot after it is only ever taken by a writer that has folded the acquisition, and a
+   writer whose epoch is below the one it has folded stops (version_log.py: `finish_pending`, and `fold` refuses such
+   a record). A record whose outcome was unknown to its writer is in its slot or has lost it; either way S says which.
+2. A version whose record is not in S has an epoch e ≥ E. What it needs was written by that writer, below
+   `blobs/e`, or was needed by its parent, or by the version that it remakes, which had not expired when it was
+   written: for bases taken over unchanged, coefficients, transports, snapshots and adapters of the lineage, that is
+   how `retention.needed` is built. Expiring is for ever, so those versions were alive in S too, or are not in S. By
+   induction a version not in S needs only what live versions of S need, and blobs of epochs ≥ E.
+3. A version in S needs later what it needs in S, or less: it may expire, and a head may take an adapter's place; the
+   head is a new blob, of the epoch of the record that names it. An operation that is asked for again (op_key) is
+   answered and names nothing. No name can return to an expired version (`retention.check_alive`).
+
+So a blob of an epoch below E that no live version of S needs is needed by no later state. The argument has no clock
+in it: a collector that was stalled for a year, and was fenced meanwhile, still deletes only such blobs. It looks
+whether it was fenced before it deletes, because a fenced writer has no business here, not because it must.
+
+What a writer of epoch E or above has written and not yet committed is never touched: its directory says so. A merge
+of this same writer may run in another thread.
+
+What can break: a reader that still reads an expired version finds its blobs gone. It pins what it reads for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from subspace_store import retention
+from subspace_store.version import SubspaceState
+from subspace_store.version_log import VersionLog
+
+CHECKPOINTS_KEPT = 2
+"""One more than is read: the newest may be damaged. All can be made again from the log."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was found to be garbage.
+
+    Args:
+        blobs: Below `blobs/`, of epochs before the collector's own.
+        uploads: Below `staging/`.
+        checkpoints: Below `checkpoints/`.
+        size_bytes: Of those whose size the log knows; it does not know what a writer left half done, nor uploads and
+            checkpoints.
+        deleted: False: nothing was deleted, it was only looked.
+    """
+
+    blobs: tuple[str, ...]
+    uploads: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    size_bytes: int
+    deleted: bool
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.blobs + self.uploads + self.checkpoints
+
+
+def collect(
+    log: VersionLog, *, uploads_in_use: Callable[[], Collection[str]] | None = None, really: bool = False
+) -> Collected:
+    """Find what no live version needs, and delete it if asked to.
+
+    Args:
+        log: Open for writing: its epoch says which blobs may be touched.
+        uploads_in_use: Asked, after uploads were listed, for the ids of tasks whose uploads must stay: all that are
+            not done with. None: uploads stay.
+        really: Delete. Otherwise only look.
+
+    Raises:
+        Conflict: Fenced, or open for reading.
+        Unavailable: The storage was away; asked again, it goes on where it stopped.
+
+    Cost:
+        Three listings, and one request for each object deleted.
+    """
+    log.refresh()
+    log.finish_pending()
+    state = log.state
+    needed = retention.needed(state)
+    blobs = tuple(key for key in log.storage.keys("blobs/") if key not in needed and _epoch(key) < log.epoch)
+    uploads = _unused_uploads(log, uploads_in_use) if uploads_in_use else ()
+    checkpoints = tuple(log.storage.keys("checkpoints/")[:-CHECKPOINTS_KEPT])
+    sizes = _sizes(state)
+    found = Collected(blobs, uploads, checkpoints, sum(sizes.get(key, 0) for key in blobs), really)
+    if really:
+        log.refresh()
+        log.finish_pending()
+        for key in found.keys:
+            log.storage.delete(key)
+    return found
+
+
+def _epoch(key: str) -> float:
+    """Of `blobs/EPOCH/NAME`; what is named otherwise is not ours to delete."""
+    part = key.split("/")[1]
+    return int(part) if part.isdecimal() else float("inf")
+
+
+def _unused_uploads(log: VersionLog, in_use: Callable[[], Collection[str]]) -> tuple[str, ...]:
+    listed = log.storage.keys("staging/")
+    used = {*in_use()}
+    return tuple(key for key in listed if key.split("/")[1] not in used)
+
+
+def _sizes(state: SubspaceState) -> dict[str, int]:
+    refs = [ref for version in state.versions.values() for ref in version.blobs] + [*state.heads.values()]
+    return {ref.key: ref.size_bytes for ref in refs}
