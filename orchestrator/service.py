@@ -150,7 +150,7 @@ class Service:
         return {
             **self._version(state, version),
             "tasks": [self._task_in(state, table, number, task_id) for task_id in state.tasks_at(number)],
-            "ranks": {name: list(basis.ranks) for name, basis in self._store.basis(number).items()},
+            "ranks": {name: list(ranks) for name, ranks in self._store.ranks(number).items()},
             "footprint": asdict(self._store.footprint(number)),
             **self._figures(table, number, self._records(table)),
         }

@@ -1,35 +1,34 @@
-"""Immutable tensors on storage: how bases, transports and coefficients are written, read back and checked.
+"""What the log's blobs hold: bases, transports and coefficients as tensor files, adapters as plain content.
 
-A blob has a name that is never used twice and a digest in the record that names it, so it needs no lock and any
-copy of it is as good as another. Axes as in merge.py.
+A file has one part per module (bases, transports) or per task (coefficients), so that one of them is read without the
+rest. Axes as in merge.py.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.errors import Corrupt, NotFound
 from subspace_store.adapter import digest
-from subspace_store.merge import ModuleBasis, ModuleTasks, Transport, no_tasks
+from subspace_store.coefficients import TaskBlock, Transport
+from subspace_store.merge import ModuleBasis
 from subspace_store.storage import Storage
+from subspace_store.tensor_file import Part, TensorFile, blob_key, pack, write_tensors
 from subspace_store.version import BlobRef
 
-BASIS = "onebasis-basis-1"
-TRANSPORT = "onebasis-transport-1"
-COEFFICIENTS = "onebasis-coefficients-1"
+BASIS = "onebasis-basis-2"
+TRANSPORT = "onebasis-transport-2"
+COEFFICIENTS = "onebasis-coefficients-2"
 
 ORTHONORMAL_TOLERANCE = 1e-4
 """Largest entry of |PᵀP − 1| in a stored float32 basis; rounding alone leaves about 1e-7."""
+
+
+# Plain content: adapters as they were delivered
 
 
 def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
@@ -38,10 +37,8 @@ def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
     Raises:
         Corrupt: The storage gave back other bytes than it took.
     """
-    # Names sort by time; 8 random bytes keep two writers in one nanosecond apart.
-    key = f"blobs/{epoch:010d}/{time.time_ns():016x}{secrets.token_hex(8)}.safetensors"
-    ref = BlobRef(key, len(content), digest(content))
-    storage.write(key, content)
+    ref = BlobRef(blob_key(epoch), len(content), digest(content))
+    storage.write(ref.key, content)
     read_blob(storage, ref)
     return ref
 
@@ -67,109 +64,141 @@ def read_blob(storage: Storage, ref: BlobRef) -> bytes:
     return content
 
 
-def basis_to_bytes(bases: Mapping[str, ModuleBasis]) -> bytes:
-    """P, Q (float32) and λ (float64) of every module; the same bases give the same bytes."""
-    tensors: dict[str, Tensor] = {}
-    for name, basis in bases.items():
-        parts = {"p": basis.p_NK, "q": basis.q_DK, "lam_out": basis.lam_out_K, "lam_in": basis.lam_in_K}
-        tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
-    return _to_bytes(tensors, BASIS, {})
+def check_blob(storage: Storage, ref: BlobRef) -> None:
+    """Compare any blob with its digests. Raises Corrupt."""
+    if ref.head_bytes:
+        TensorFile(storage, ref, "").check()
+    else:
+        read_blob(storage, ref)
 
 
-def basis_from_bytes(content: bytes, where: str) -> dict[str, ModuleBasis]:
-    """Read `basis_to_bytes`.
+# Bases: a part per module that the version's merge touched; the head says which version's file has the others
+
+
+def pack_basis(module: str, basis: ModuleBasis) -> Part:
+    """P, Q (float32) and λ (float64) of one module, as a part of a basis file."""
+    # Float64 first: what follows stays aligned for readers that map the file.
+    return pack(module, {"lam_out": basis.lam_out_K, "lam_in": basis.lam_in_K, "p": basis.p_NK, "q": basis.q_DK})
+
+
+def write_basis(
+    storage: Storage, epoch: int, modules: Sequence[str], elsewhere: Mapping[str, int], parts: Iterable[Part]
+) -> BlobRef:
+    """Write the bases that a merge made while it makes them.
+
+    Args:
+        modules: Those the merge touched, in the order of `parts`.
+        elsewhere: Every other open module to the version whose file has it.
+        parts: Of `pack_basis`.
+    """
+    names = dict.fromkeys(modules, ("lam_out", "lam_in", "p", "q"))
+    return write_tensors(storage, epoch, BASIS, {"elsewhere": dict(elsewhere)}, names, parts)
+
+
+def read_basis(file: TensorFile, module: str) -> ModuleBasis:
+    """One module's basis.
 
     Raises:
-        Corrupt: No such file, or columns that are not orthonormal.
+        Corrupt: Damaged, or columns that are not orthonormal.
     """
-    modules, _ = _by_module(content, BASIS, where)
-    bases = {n: ModuleBasis(parts["p"], parts["q"], parts["lam_out"], parts["lam_in"]) for n, parts in modules.items()}
-    for name, basis in bases.items():
-        for side, columns in (("outputs", basis.p_NK), ("inputs", basis.q_DK)):
-            error = orthonormality_error(columns)
-            if not error <= ORTHONORMAL_TOLERANCE:
-                raise Corrupt(f"the basis of the {side} of {name} is off by {error:.1e}", where)
-    return bases
+    tensors = file.part(module)
+    basis = ModuleBasis(tensors["p"], tensors["q"], tensors["lam_out"], tensors["lam_in"])
+    check_basis(basis, f"{file.where} {module}")
+    return basis
+
+
+def check_basis(basis: ModuleBasis, where: str) -> None:
+    """Refuse columns that are not orthonormal, or not finite. Raises Corrupt."""
+    for side, columns in (("outputs", basis.p_NK), ("inputs", basis.q_DK)):
+        error = orthonormality_error(columns)
+        if not error <= ORTHONORMAL_TOLERANCE:
+            raise Corrupt(f"the basis of the {side} is off by {error:.1e}", where)
 
 
 def orthonormality_error(columns_NK: Tensor) -> float:
     """Largest entry of |PᵀP − 1|; 0 for no columns; NaN if there is one."""
-    gram_KK = columns_NK.double().T @ columns_NK.double()
+    gram_KK = (columns_NK.T @ columns_NK).double()
     return float((gram_KK - torch.eye(len(gram_KK), dtype=torch.float64)).abs().max()) if len(gram_KK) else 0.0
 
 
-def transport_to_bytes(transports: Mapping[str, Transport]) -> bytes:
-    """R_out and R_in (float64) of the modules that changed; the same transports give the same bytes."""
-    tensors = {f"{n}/out": transport.out for n, transport in transports.items()}
-    return _to_bytes(tensors | {f"{n}/in": t.inward for n, t in transports.items()}, TRANSPORT, {})
+# Transports: a part per module that was open before and is touched
 
 
-def transport_from_bytes(content: bytes, where: str) -> dict[str, Transport]:
-    """Read `transport_to_bytes`. Raises Corrupt."""
-    modules, _ = _by_module(content, TRANSPORT, where)
-    return {name: Transport(parts["out"], parts["in"]) for name, parts in modules.items()}
+def write_transports(storage: Storage, epoch: int, transports: Mapping[str, Transport]) -> BlobRef:
+    """R_out and R_in (float64) of the modules that changed."""
+    parts = [pack(name, {"out": t.out, "in": t.inward}) for name, t in sorted(transports.items())]
+    return write_tensors(storage, epoch, TRANSPORT, {}, {part.name: ("out", "in") for part in parts}, parts)
 
 
-def tasks_to_bytes(modules: Mapping[str, ModuleTasks], dtype: torch.dtype) -> bytes:
-    """Coefficients of one task at birth (float32) or of all tasks in a snapshot (float64, as they are in memory)."""
-    tensors: dict[str, Tensor] = {}
-    layout: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-    for name, tasks in modules.items():
-        parts = {"e": tasks.e_KS.to(dtype), "f": tasks.f_KS.to(dtype), "sigma": tasks.sigma_S}
-        parts |= {"weight": tasks.weight_T, "delivered": tasks.delivered_T}
-        tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
-        layout[name] = (tasks.task_ids, tasks.ranks)
-    return _to_bytes(tensors, COEFFICIENTS, layout)
+def read_transports(file: TensorFile) -> dict[str, Transport]:
+    """All modules' transports. Raises Corrupt."""
+    return {name: Transport(tensors["out"], tensors["in"]) for name, tensors in file.all().items()}
 
 
-def tasks_from_bytes(content: bytes, where: str) -> dict[str, ModuleTasks]:
-    """Read `tasks_to_bytes`. Raises Corrupt."""
-    modules, layout = _by_module(content, COEFFICIENTS, where)
-    result = {}
-    for name, parts in modules.items():
-        task_ids, ranks = layout[name]
-        e_KS, f_KS = parts["e"].double(), parts["f"].double()
-        result[name] = ModuleTasks(
-            tuple(task_ids), tuple(ranks), e_KS, f_KS, parts["sigma"], parts["weight"], parts["delivered"]
-        )
-    return result
+# Coefficients: a part per task, its modules one after another
 
 
-def move_tasks(
-    before: Mapping[str, ModuleTasks],
-    transports: Mapping[str, Transport],
-    arrivals: Sequence[Mapping[str, ModuleTasks]],
-) -> dict[str, ModuleTasks]:
-    """Coefficients of one version from those of its parent: the same products in the same order as the merge did.
+def write_coefficients(storage: Storage, epoch: int, modules: Mapping[str, TaskBlock]) -> BlobRef:
+    """Coefficients of some tasks, each in a part of its own; E, F and σ as float32.
 
-    So a reader that follows the log holds, bit for bit, what the writer holds.
+    Args:
+        modules: Module name to the tasks that adapt it. Every E must already be rounded to float32.
     """
-    after = {name: tasks.moved(transports[name]) if name in transports else tasks for name, tasks in before.items()}
-    for arrival in arrivals:
-        for name, tasks in arrival.items():
-            after[name] = after.get(name, no_tasks((len(tasks.e_KS), len(tasks.f_KS)))).joined(tasks)
-    return after
+    bases = {name: (len(block.e_KS), len(block.f_KS)) for name, block in modules.items()}
+    members: dict[str, dict[str, TaskBlock]] = {}
+    for name, block in modules.items():
+        for task, one in block.each():
+            members.setdefault(task, {})[name] = one
+    # Most tasks adapt the same modules with the same ranks: each such layout is written once.
+    shapes = {task: tuple((name, one.ranks[0]) for name, one in parts.items()) for task, parts in members.items()}
+    layouts = list(dict.fromkeys(shapes.values()))
+    info = {
+        "bases": bases,
+        "layouts": layouts,
+        "tasks": {task: layouts.index(shape) for task, shape in shapes.items()},
+    }
+    packed = (pack(task, _flat(parts)) for task, parts in members.items())
+    return write_tensors(storage, epoch, COEFFICIENTS, info, dict.fromkeys(members, ("facts", "ef", "sigma")), packed)
 
 
-def _to_bytes(tensors: Mapping[str, Tensor], kind: str, layout: Mapping[str, object]) -> bytes:
-    header = json.dumps({"format": kind, "layout": layout}, sort_keys=True)
-    # Cloned: safetensors refuses tensors that share memory. One header value: it writes several in hash order.
-    owned = {name: tensor.contiguous().clone() for name, tensor in sorted(tensors.items())}
-    return bytes(save_safetensors(owned, {"onebasis": header}))
+def read_coefficients(file: TensorFile, task: str) -> dict[str, TaskBlock]:
+    """One task's coefficients per module it adapts. Raises Corrupt."""
+    tensors = file.part(task)
+    return _unflat(task, file.info["layouts"][file.info["tasks"][task]], file.info["bases"], tensors)
 
 
-def _by_module(content: bytes, kind: str, where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    try:
-        size = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["onebasis"])
-        tensors = load_safetensors(content)
-    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
-        raise Corrupt(f"is not a tensor file of this store: {error}", where) from error
-    if header.get("format") != kind:
-        raise Corrupt(f"has format {header.get('format')!r}, this code reads {kind!r}", where)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition("/")
-        # Cloned: memory of its own is aligned, and products of aligned operands have the same bits everywhere.
-        modules.setdefault(name, {})[part] = tensor.clone()
-    return modules, header["layout"]
+def read_all_coefficients(file: TensorFile) -> dict[str, TaskBlock]:
+    """Module name to all tasks of a file side by side, in the file's order. Raises Corrupt."""
+    info = file.info
+    pieces: dict[str, list[TaskBlock]] = {}
+    for task, tensors in file.all().items():
+        for name, block in _unflat(task, info["layouts"][info["tasks"][task]], info["bases"], tensors).items():
+            pieces.setdefault(name, []).append(block)
+    return {name: TaskBlock.joined(blocks) for name, blocks in pieces.items()}
+
+
+def _flat(parts: Mapping[str, TaskBlock]) -> dict[str, Tensor]:
+    """One task's blocks as three vectors: (w, ‖ΔW‖²) per module; E and F; σ."""
+    facts = torch.cat([torch.cat([one.weight_T, one.delivered_T]) for one in parts.values()])
+    ef = torch.cat([part.reshape(-1) for one in parts.values() for part in (one.e_KS.float(), one.f_KS.float())])
+    return {"facts": facts, "ef": ef, "sigma": torch.cat([one.sigma_S for one in parts.values()])}
+
+
+def _unflat(
+    task: str, layout: Sequence[tuple[str, int]], bases: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, TaskBlock]:
+    blocks, at, column = {}, 0, 0
+    for index, (name, rank) in enumerate(layout):
+        k_out, k_in = bases[name]
+        middle, end = at + k_out * rank, at + (k_out + k_in) * rank
+        blocks[name] = TaskBlock(
+            (task,),
+            (rank,),
+            tensors["ef"][at:middle].reshape(k_out, rank).double(),
+            tensors["ef"][middle:end].reshape(k_in, rank).double(),
+            tensors["sigma"][column : column + rank],
+            tensors["facts"][2 * index : 2 * index + 1],
+            tensors["facts"][2 * index + 1 : 2 * index + 2],
+        )
+        at, column = end, column + rank
+    return blocks

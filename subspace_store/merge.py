@@ -1,29 +1,41 @@
-"""Merging adapters into the subspace: a pure step from one state to the next.
+"""Merging adapters into the subspace: a pure step from one state to the next, module by module.
 
-Nothing here reads or writes storage, and nothing depends on how many tasks were merged before except two small
-products over all their coefficients. Axes: N outputs, D inputs, K directions, S coefficient columns of all tasks
-side by side, T tasks, R rank.
+Nothing here reads or writes storage, and the cost hardly depends on how many tasks were merged before (coefficients.py
+says why). Axes: N outputs, D inputs, K directions, S coefficient columns of all tasks side by side, T tasks, R rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
+from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
 from subspace_store.subspace_math import (
+    SLACK,
     canonical_in_basis,
     choose_ranks,
     extend_basis,
-    kept_energy,
     orthonormalise,
     update_energy,
 )
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+TIGHTEST = 32
+"""Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
+WIDE = 2**14
+"""Rows of all touched modules above which modules are merged in threads; starting threads costs a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -50,73 +62,6 @@ class ModuleBasis:
 
 
 @dataclass(frozen=True)
-class Transport:
-    """Writes coefficients of one basis in the next: R_out = P'ᵀP, R_in = Q'ᵀQ, float64."""
-
-    out: Tensor
-    inward: Tensor
-
-
-@dataclass(frozen=True)
-class ModuleTasks:
-    """The coefficients of all tasks that adapt one module, side by side, oldest task first."""
-
-    task_ids: tuple[str, ...]
-    ranks: tuple[int, ...]
-    e_KS: Tensor
-    """Outputs, float64 (float32 when it was written, at birth)."""
-    f_KS: Tensor
-    sigma_S: Tensor
-    """Singular values as delivered, float32."""
-    weight_T: Tensor
-    """w of the merge, float64."""
-    delivered_T: Tensor
-    """‖ΔW‖²_F as delivered, float64."""
-
-    def moved(self, transport: Transport) -> ModuleTasks:
-        """The same tasks in the next basis: one product per side for all tasks together."""
-        return self._with(transport.out @ self.e_KS, transport.inward @ self.f_KS)
-
-    def joined(self, other: ModuleTasks) -> ModuleTasks:
-        """These tasks, then the others, in the same basis."""
-        return ModuleTasks(
-            self.task_ids + other.task_ids,
-            self.ranks + other.ranks,
-            torch.cat([self.e_KS, other.e_KS], dim=1),
-            torch.cat([self.f_KS, other.f_KS], dim=1),
-            torch.cat([self.sigma_S, other.sigma_S]),
-            torch.cat([self.weight_T, other.weight_T]),
-            torch.cat([self.delivered_T, other.delivered_T]),
-        )
-
-    def rounded(self) -> ModuleTasks:
-        """What a reader finds in the blob: coefficients through float32."""
-        return self._with(self.e_KS.float().double(), self.f_KS.float().double())
-
-    def kept(self) -> Tensor:
-        """‖E_i·F_iᵀ‖²_F per task."""
-        return kept_energy(self.e_KS, self.f_KS, self.ranks)
-
-    def only(self, task_id: str) -> ModuleTasks:
-        """One task alone."""
-        index = self.task_ids.index(task_id)
-        start = sum(self.ranks[:index])
-        columns, row = slice(start, start + self.ranks[index]), slice(index, index + 1)
-        return ModuleTasks(
-            (task_id,),
-            (self.ranks[index],),
-            self.e_KS[:, columns],
-            self.f_KS[:, columns],
-            self.sigma_S[columns],
-            self.weight_T[row],
-            self.delivered_T[row],
-        )
-
-    def _with(self, e_KS: Tensor, f_KS: Tensor) -> ModuleTasks:
-        return ModuleTasks(self.task_ids, self.ranks, e_KS, f_KS, self.sigma_S, self.weight_T, self.delivered_T)
-
-
-@dataclass(frozen=True)
 class ModuleSubspace:
     """One module of the subspace at one version."""
 
@@ -125,41 +70,75 @@ class ModuleSubspace:
 
 
 @dataclass(frozen=True)
-class Merge:
-    """What one merge made.
-
-    Args:
-        modules: The state after, modules that nobody touched included.
-        transports: For every module that was open before and changed.
-        arrivals: Task id to its coefficients per module, as they are to be written.
-        drift: Task id to ‖ΔŴ_before − ΔŴ_after‖_F / ‖ΔW‖_F, for every task that was there before.
-        error_at_birth: Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F, for every task that arrived.
-        delivered_energy: Task id to Σ over modules of ‖ΔW‖²_F, for every task that arrived.
-    """
-
-    modules: Mapping[str, ModuleSubspace]
-    transports: Mapping[str, Transport]
-    arrivals: Mapping[str, Mapping[str, ModuleTasks]]
-    drift: Mapping[str, float]
-    error_at_birth: Mapping[str, float]
-    delivered_energy: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class ModuleMerge:
     """What one merge made of one module. `lost_T` belongs to the tasks before, `missed_T` to those that arrived."""
 
     after: ModuleSubspace
     transport: Transport
-    arrivals: ModuleTasks
+    arrivals: TaskBlock
     lost_T: Tensor
     missed_T: Tensor
+
+
+class Tally:
+    """Adds up over modules what a merge costs each task. Energies: squared Frobenius norms."""
+
+    def __init__(self) -> None:
+        # Most modules have the same tasks: their sums stay tensors until somebody asks.
+        self._lost: dict[tuple[str, ...], Tensor] = {}
+        self._missed: dict[tuple[str, ...], Tensor] = {}
+        self._delivered: dict[tuple[str, ...], Tensor] = {}
+
+    def add(self, before: ModuleTasks, merge: ModuleMerge | None) -> None:
+        """One module; None if the merge does not touch it."""
+        delivered_T = before.delivered_T
+        _add(self._lost, before.task_ids, torch.zeros_like(delivered_T) if merge is None else merge.lost_T)
+        _add(self._delivered, before.task_ids, delivered_T)
+        if merge is not None:
+            _add(self._missed, merge.arrivals.task_ids, merge.missed_T)
+            _add(self._delivered, merge.arrivals.task_ids, merge.arrivals.delivered_T)
+
+    @property
+    def delivered(self) -> dict[str, float]:
+        """Task id to Σ over modules of ‖ΔW‖²_F."""
+        return _by_task(self._delivered)
+
+    @property
+    def drift(self) -> dict[str, float]:
+        """Task id to ‖ΔŴ_before − ΔŴ_after‖_F / ‖ΔW‖_F, for every task that was there before."""
+        return self._relative(self._lost)
+
+    @property
+    def error_at_birth(self) -> dict[str, float]:
+        """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F, for every task that arrived."""
+        return self._relative(self._missed)
+
+    def _relative(self, energies: Mapping[tuple[str, ...], Tensor]) -> dict[str, float]:
+        delivered = self.delivered
+        return {t: math.sqrt(e / delivered[t]) if delivered[t] else 0.0 for t, e in _by_task(energies).items()}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What one merge made, all modules in memory.
+
+    Args:
+        modules: The state after, modules that nobody touched included.
+        transports: For every module that was open before and changed.
+        arrivals: Module name to the coefficients of the tasks that arrived, as they are to be written.
+        tally: What it cost each task.
+    """
+
+    modules: Mapping[str, ModuleSubspace]
+    transports: Mapping[str, Transport]
+    arrivals: Mapping[str, TaskBlock]
+    tally: Tally
 
 
 def merge_adapters(
     modules: Mapping[str, ModuleSubspace], adapters: Mapping[str, Adapter], settings: SubspaceSettings
 ) -> Merge:
-    """Merge adapters that waited together in one step.
+    """Merge adapters that waited together in one step, in memory.
 
     Args:
         modules: The subspace before; empty for the first merge.
@@ -170,32 +149,63 @@ def merge_adapters(
         all reconstructions and the new adapters would leave it, to float32 rounding of the basis.
 
     Cost:
-        Per touched module O((N+D)·(K+C)² + (K+C)³) for the basis and O(T·K²·R) for all old coefficients, with C
-        the ranks that arrive.
+        Per touched module O((N+D)·(K+C)² + (K+C)³) for the basis, with C the ranks that arrive, and O(D·K·S) for what
+        the D dropped directions take from the tasks before.
 
     Source:
         Share (arXiv:2602.06043) for the subspace; weighted bases instead of all reconstructions after Ross et al.,
         Incremental learning for robust visual tracking (2008).
     """
-    results: dict[str, ModuleMerge] = {}
-    for name in sorted({name for adapter in adapters.values() for name in adapter.modules}):
-        incoming = {task: adapter.modules[name] for task, adapter in adapters.items() if name in adapter.modules}
-        before = modules.get(name) or empty_module(next(iter(incoming.values())).shape)
-        results[name] = merge_module(before, incoming, settings)
-    arrivals = {
-        task: {name: result.arrivals.only(task) for name, result in results.items() if name in adapter.modules}
-        for task, adapter in adapters.items()
-    }
+    tally, results = Tally(), dict(merge_modules(modules.get, adapters, settings))
+    for name, module in modules.items():
+        tally.add(module.tasks, results.get(name))
+    for name, result in results.items():
+        if name not in modules:
+            tally.add(ModuleTasks(), result)
     return Merge(
-        modules={**modules, **{name: result.after for name, result in results.items()}},
-        transports={name: result.transport for name, result in results.items() if name in modules},
-        arrivals=arrivals,
-        drift=_drift(modules, results),
-        error_at_birth={task: _error_at_birth(task, results) for task in adapters},
-        delivered_energy={
-            task: sum(float(part.delivered_T[0]) for part in parts.values()) for task, parts in arrivals.items()
-        },
+        {**modules, **{name: result.after for name, result in results.items()}},
+        {name: result.transport for name, result in results.items() if name in modules},
+        {name: result.arrivals for name, result in results.items()},
+        tally,
     )
+
+
+def merge_modules(
+    read: Callable[[str], ModuleSubspace | None], adapters: Mapping[str, Adapter], settings: SubspaceSettings
+) -> Iterator[tuple[str, ModuleMerge]]:
+    """The touched modules one after another, by name; a few are in work at once, never all.
+
+    Args:
+        read: The module before, None if it is not open. Called from threads.
+    """
+
+    def merge(name: str) -> ModuleMerge:
+        incoming = {task: adapter.modules[name] for task, adapter in adapters.items() if name in adapter.modules}
+        before = read(name) or empty_module(next(iter(incoming.values())).shape)
+        return merge_module(before, incoming, settings)
+
+    shapes = {name: update.shape for adapter in adapters.values() for name, update in adapter.modules.items()}
+    threads = os.cpu_count() or 1 if sum(map(sum, shapes.values())) > WIDE else 1
+    yield from zip(sorted(shapes), in_order(merge, sorted(shapes), threads), strict=True)
+
+
+def in_order(function: Callable[[A], B], items: Sequence[A], threads: int) -> Iterator[B]:
+    """`map`, a few items ahead in threads of one BLAS thread each."""
+    if threads < 2:
+        yield from map(function, items)
+        return
+    before, waiting = torch.get_num_threads(), deque[Future[B]]()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(before)
 
 
 def merge_module(
@@ -203,15 +213,11 @@ def merge_module(
 ) -> ModuleMerge:
     """Merge the updates of one module: see `merge_adapters`."""
     p_NK, q_DK = orthonormalise(before.basis.p_NK), orthonormalise(before.basis.q_DK)
-    weights = {task: _weight(update, settings) for task, update in incoming.items()}
-    x_out = torch.cat([weights[t] * (u.u_NR.double() * u.sigma_R.double()) for t, u in incoming.items()], dim=1)
-    x_in = torch.cat([weights[t] * (u.v_DR.double() * u.sigma_R.double()) for t, u in incoming.items()], dim=1)
-    full_out, lam_out = extend_basis(p_NK, before.basis.lam_out_K, x_out)
-    full_in, lam_in = extend_basis(q_DK, before.basis.lam_in_K, x_in)
-    everyone = before.tasks.moved(Transport(full_out.T @ p_NK, full_in.T @ q_DK)).joined(
-        _coefficients(incoming, weights, full_out, full_in)
-    )
-    k_out, k_in = _ranks(everyone, before.basis.shape, settings)
+    factors = _Factors.of(incoming, settings)
+    full_out, lam_out = extend_basis(p_NK, before.basis.lam_out_K, factors.stack_out())
+    full_in, lam_in = extend_basis(q_DK, before.basis.lam_in_K, factors.stack_in())
+    to_full = Transport(full_out.T @ p_NK, full_in.T @ q_DK)
+    k_out, k_in = _ranks(before.tasks, to_full, factors.coefficients(full_out, full_in), before.basis.shape, settings)
     # Rounded first: from here on the bases are what a reader will find, and everything refers to them.
     basis = ModuleBasis(
         full_out[:, :k_out].float().contiguous(),
@@ -221,15 +227,15 @@ def merge_module(
     )
     new_p, new_q = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
     transport = Transport((new_p.T @ p_NK).contiguous(), (new_q.T @ q_DK).contiguous())
-    moved = before.tasks.moved(transport)
-    exact = _coefficients(incoming, weights, new_p, new_q)
+    moved, lost_T = before.tasks.truncated(transport, _beyond(to_full, k_out, k_in))
+    exact = factors.coefficients(new_p, new_q)
     arrivals = exact.rounded()
     return ModuleMerge(
         after=ModuleSubspace(basis, moved.joined(arrivals)),
         transport=transport,
         arrivals=arrivals,
+        lost_T=lost_T,
         # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
-        lost_T=(before.tasks.kept() - moved.kept()).clamp(min=0),
         missed_T=(exact.delivered_T - exact.kept()).clamp(min=0),
     )
 
@@ -242,25 +248,69 @@ def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str
     """
     updates = {}
     for name, module in modules.items():
-        if task_id in module.tasks.task_ids:
-            one = module.tasks.only(task_id)
-            p_NK, q_DK = orthonormalise(module.basis.p_NK), orthonormalise(module.basis.q_DK)
-            updates[name] = canonical_in_basis(p_NK, q_DK, one.e_KS, one.f_KS)
+        one = module.tasks.only((task_id,))
+        if one is not None:
+            updates[name] = reconstruct_module(module.basis, one)
     return updates
+
+
+def reconstruct_module(basis: ModuleBasis, task: TaskBlock) -> ModuleUpdate:
+    """P·E·Fᵀ·Qᵀ of one task in canonical form."""
+    return canonical_in_basis(orthonormalise(basis.p_NK), orthonormalise(basis.q_DK), task.e_KS, task.f_KS)
 
 
 def empty_module(shape: tuple[int, int]) -> ModuleSubspace:
     """A module that no adapter has touched yet: no directions, no tasks."""
     none = torch.zeros(0, dtype=torch.float64)
-    basis = ModuleBasis(torch.zeros(shape[0], 0), torch.zeros(shape[1], 0), none, none)
-    return ModuleSubspace(basis, no_tasks(basis.ranks))
+    return ModuleSubspace(ModuleBasis(torch.zeros(shape[0], 0), torch.zeros(shape[1], 0), none, none), ModuleTasks())
 
 
-def no_tasks(ranks: tuple[int, int] = (0, 0)) -> ModuleTasks:
-    """No tasks in bases of these ranks."""
-    none = torch.zeros(0, dtype=torch.float64)
-    e_KS, f_KS = (torch.zeros(rank, 0, dtype=torch.float64) for rank in ranks)
-    return ModuleTasks((), (), e_KS, f_KS, torch.zeros(0), none, none)
+@dataclass(frozen=True)
+class _Factors:
+    """L·Rᵀ = ΔW of each update that arrives, side by side: what is stacked is w·L·diag(s) and w·R·diag(s')."""
+
+    incoming: Mapping[str, ModuleUpdate]
+    weights: Mapping[str, float]
+    left_NC: Tensor
+    right_DC: Tensor
+    scale_C: Tensor
+    """By which the stack of the inputs is multiplied beside w: σ in canonical form, 1 in the paper's."""
+
+    @classmethod
+    def of(cls, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings) -> _Factors:
+        if settings.variant == "paper":
+            raw = [update.raw() for update in incoming.values()]
+            left_NC, right_DC = torch.cat([b for b, _ in raw], dim=1), torch.cat([a.T for _, a in raw], dim=1)
+            return cls(incoming, dict.fromkeys(incoming, 1.0), left_NC, right_DC, torch.ones(left_NC.shape[1]).double())
+        updates = incoming.values()
+        return cls(
+            incoming,
+            {task: _weight(update, settings) for task, update in incoming.items()},
+            torch.cat([u.u_NR.double() * u.sigma_R.double() for u in updates], dim=1),
+            torch.cat([u.v_DR.double() for u in updates], dim=1),
+            torch.cat([u.sigma_R.double() for u in updates]),
+        )
+
+    def stack_out(self) -> Tensor:
+        return self.left_NC * self._weight_C()
+
+    def stack_in(self) -> Tensor:
+        return self.right_DC * (self._weight_C() * self.scale_C)
+
+    def coefficients(self, p_NK: Tensor, q_DK: Tensor) -> TaskBlock:
+        """E = PᵀL and F = QᵀR of each update, float64."""
+        return TaskBlock(
+            tuple(self.incoming),
+            tuple(update.rank for update in self.incoming.values()),
+            p_NK.T @ self.left_NC,
+            q_DK.T @ self.right_DC,
+            torch.cat([update.sigma_R for update in self.incoming.values()]),
+            torch.tensor([self.weights[task] for task in self.incoming], dtype=torch.float64),
+            torch.tensor([update_energy(update) for update in self.incoming.values()], dtype=torch.float64),
+        )
+
+    def _weight_C(self) -> Tensor:
+        return torch.tensor([self.weights[t] for t, u in self.incoming.items() for _ in range(u.rank)]).double()
 
 
 def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
@@ -271,52 +321,59 @@ def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
     return 1 / math.sqrt(energy)
 
 
-def _coefficients(
-    incoming: Mapping[str, ModuleUpdate], weights: Mapping[str, float], p_NK: Tensor, q_DK: Tensor
-) -> ModuleTasks:
-    """E = Pᵀ·U·diag(σ) and F = Qᵀ·V of each update, float64."""
-    updates: Sequence[ModuleUpdate] = list(incoming.values())
-    return ModuleTasks(
-        tuple(incoming),
-        tuple(update.rank for update in updates),
-        p_NK.T @ torch.cat([u.u_NR.double() * u.sigma_R.double() for u in updates], dim=1),
-        q_DK.T @ torch.cat([u.v_DR.double() for u in updates], dim=1),
-        torch.cat([u.sigma_R for u in updates]),
-        torch.tensor([weights[task] for task in incoming], dtype=torch.float64),
-        torch.tensor([update_energy(u) for u in updates], dtype=torch.float64),
-    )
+def _beyond(to_full: Transport, k_out: int, k_in: int) -> Transport:
+    """The directions after the first k_out and k_in."""
+    return Transport(to_full.out[k_out:], to_full.inward[k_in:])
 
 
-def _ranks(everyone: ModuleTasks, shape: tuple[int, int], settings: SubspaceSettings) -> tuple[int, int]:
-    if settings.rank_fixed is not None:
-        return min(settings.rank_fixed, len(everyone.e_KS)), min(settings.rank_fixed, len(everyone.f_KS))
-    return choose_ranks(
-        everyone.e_KS,
-        everyone.f_KS,
-        everyone.ranks,
-        everyone.delivered_T,
-        energy_ratio_min=settings.energy_ratio_min,
-        rank_max=settings.rank_max,
-        cost=shape,
-    )
+def _ranks(
+    tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, shape: tuple[int, int], settings: SubspaceSettings
+) -> tuple[int, int]:
+    """How many directions each side keeps: fixed, or what `choose_ranks` says for all tasks.
+
+    Not all of them are asked. The answer for the tightest is the answer for everybody whose promise it keeps; whoever
+    it fails joins those who are asked, until it fails nobody.
+    """
+    most_out, most_in = len(arrivals.e_KS), len(arrivals.f_KS)
+    fixed = settings.rank_max if settings.variant == "paper" else None
+    if (fixed := settings.rank_fixed or fixed) is not None:
+        return min(fixed, most_out), min(fixed, most_in)
+    cap_out, cap_in = min(settings.rank_max, most_out), min(settings.rank_max, most_in)
+    promised_T = settings.energy_ratio_min * tasks.delivered_T
+    kept_T, at_cap_T = tasks.kept(), None
+    asked = set((kept_T - promised_T).argsort()[:TIGHTEST].tolist())
+    while True:
+        old = tasks.only([tasks.task_ids[place] for place in sorted(asked)])
+        everyone = arrivals if old is None else TaskBlock.joined([old.moved(to_full), arrivals])
+        k_out, k_in = choose_ranks(
+            everyone.e_KS,
+            everyone.f_KS,
+            everyone.ranks,
+            everyone.delivered_T,
+            energy_ratio_min=settings.energy_ratio_min,
+            rank_max=settings.rank_max,
+            cost=shape,
+        )
+        if (k_out, k_in) == (cap_out, cap_in) or len(asked) == len(kept_T):
+            return k_out, k_in
+        if at_cap_T is None:
+            at_cap_T = tasks.lost(_beyond(to_full, cap_out, cap_in))
+        lost_T = tasks.lost(_beyond(to_full, k_out, k_in))
+        required_T = torch.minimum(kept_T - at_cap_T, promised_T)
+        failed_T = kept_T - lost_T < required_T - SLACK * tasks.delivered_T
+        failed = set(failed_T.nonzero().flatten().tolist()) - asked
+        if not failed:
+            return k_out, k_in
+        asked |= failed
 
 
-def _drift(modules: Mapping[str, ModuleSubspace], results: Mapping[str, ModuleMerge]) -> dict[str, float]:
-    lost: dict[str, float] = {}
-    delivered: dict[str, float] = {}
-    for name, module in modules.items():
-        losses = results[name].lost_T.tolist() if name in results else [0.0] * len(module.tasks.task_ids)
-        for task, loss, energy in zip(module.tasks.task_ids, losses, module.tasks.delivered_T.tolist(), strict=True):
-            lost[task] = lost.get(task, 0.0) + loss
-            delivered[task] = delivered.get(task, 0.0) + energy
-    return {task: math.sqrt(lost[task] / delivered[task]) if delivered[task] else 0.0 for task in lost}
+def _add(sums: dict[tuple[str, ...], Tensor], tasks: tuple[str, ...], values_T: Tensor) -> None:
+    sums[tasks] = sums[tasks] + values_T if tasks in sums else values_T
 
 
-def _error_at_birth(task_id: str, results: Mapping[str, ModuleMerge]) -> float:
-    missed = delivered = 0.0
-    for result in results.values():
-        if task_id in result.arrivals.task_ids:
-            index = result.arrivals.task_ids.index(task_id)
-            missed += float(result.missed_T[index])
-            delivered += float(result.arrivals.delivered_T[index])
-    return math.sqrt(missed / delivered) if delivered else 0.0
+def _by_task(sums: Mapping[tuple[str, ...], Tensor]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for tasks, values_T in sums.items():
+        for task, value in zip(tasks, values_T.tolist(), strict=True):
+            found[task] = found.get(task, 0.0) + value
+    return found

@@ -93,7 +93,7 @@ def kept_energy(e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int]) -> Tensor:
     Cost:
         O(K·S·R) in one batch: tr(EᵀE·FᵀF) needs only R×R Gram matrices.
     """
-    e_TRK, f_TRK = _by_task(e_KS, ranks), _by_task(f_KS, ranks)
+    e_TRK, f_TRK = by_task(e_KS, ranks), by_task(f_KS, ranks)
     return ((e_TRK @ e_TRK.mT) * (f_TRK @ f_TRK.mT)).sum(dim=(1, 2))
 
 
@@ -167,15 +167,17 @@ def _kept_tables(
         chunk = ranks[first : first + TASKS_PER_CHUNK]
         columns = slice(column, column + sum(chunk))
         column = columns.stop
-        e_TRK, f_TRK = _by_task(e_KS[:, columns], chunk), _by_task(f_KS[:, columns], chunk)
+        e_TRK, f_TRK = by_task(e_KS[:, columns], chunk), by_task(f_KS[:, columns], chunk)
         squares_TKK = (e_TRK.mT @ f_TRK).square()
         kept_TKK = squares_TKK.new_zeros(len(chunk), len(e_KS) + 1, len(f_KS) + 1)
         kept_TKK[:, 1:, 1:] = squares_TKK.cumsum(dim=1).cumsum(dim=2)
         yield kept_TKK, delivered_T[first : first + TASKS_PER_CHUNK]
 
 
-def _by_task(stack_KS: Tensor, ranks: Sequence[int]) -> Tensor:
+def by_task(stack_KS: Tensor, ranks: Sequence[int]) -> Tensor:
     """Columns side by side as T×R×K, tasks of smaller rank filled with zero rows."""
+    if len(set(ranks)) == 1:
+        return stack_KS.T.reshape(len(ranks), ranks[0], stack_KS.shape[0])
     ranks_T = torch.tensor(list(ranks), dtype=torch.long)
     task_S = torch.repeat_interleave(torch.arange(len(ranks)), ranks_T)
     slot_S = torch.arange(len(task_S)) - (ranks_T.cumsum(0) - ranks_T)[task_S]

@@ -9,24 +9,19 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from configs.errors import NotFound
 from subspace_store import blobs, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.merge import ModuleBasis, ModuleSubspace, ModuleTasks, reconstruct
+from subspace_store.merge import ModuleBasis, ModuleSubspace, reconstruct_module
 from subspace_store.storage import Storage
 from subspace_store.subspace_math import overlap
-from subspace_store.version import MAIN, MergedTask, SubspaceState, Version
+from subspace_store.version import MAIN, MergedTask, SubspaceState
 from subspace_store.version_log import VersionLog
+from subspace_store.version_tensors import VersionTensors
 
-VERSIONS_IN_MEMORY = 3
-"""Versions whose coefficients stay in memory: main, candidate, and one that is being looked at."""
-READS_AT_ONCE = 8
 BYTES_PER_NUMBER = 4
 """Everything is served as float32."""
 
@@ -118,8 +113,7 @@ class SubspaceReader:
     def __init__(self, storage: Storage, log: VersionLog) -> None:
         self.storage = storage
         self._log = log
-        self._tasks: OrderedDict[int, dict[str, ModuleTasks]] = OrderedDict()
-        self._bases: OrderedDict[int, dict[str, ModuleBasis]] = OrderedDict()
+        self._tensors = VersionTensors(storage, lambda: log.state)
         self._lock = threading.RLock()
 
     @property
@@ -139,19 +133,29 @@ class SubspaceReader:
         """Read what was added to the log since. One small read if nothing was."""
         return self._log.refresh()
 
-    def adapter(self, task_id: str, version: int | None = None) -> Adapter:
+    def adapter(self, task_id: str, version: int | None = None, modules: Collection[str] | None = None) -> Adapter:
         """A task as a version holds it: P·E·Fᵀ·Qᵀ per module in canonical form, with its own head.
 
         Args:
             version: Default `main`.
+            modules: Only these; default all that the task adapts.
 
         Raises:
             NotFound: The version does not hold the task.
+
+        Cost:
+            Reads the bases of these modules, the task's own coefficients and the transports since they were written;
+            no other task's.
         """
         number, task = self._find(task_id, version)
         delivered = self._read_delivered(task)
-        modules = reconstruct(self._subspace(number), task_id)
-        return Adapter(delivered.base_model, delivered.base_sha256, modules, delivered.head, delivered.info)
+        blocks = self._tensors.task(number, task_id, modules)
+        basis = self._tensors.basis(number) if modules is None else None
+        updates = {
+            name: reconstruct_module(self._tensors.module_basis(number, name) if basis is None else basis[name], block)
+            for name, block in sorted(blocks.items())
+        }
+        return Adapter(delivered.base_model, delivered.base_sha256, updates, delivered.head, delivered.info)
 
     def delivered(self, task_id: str) -> Adapter:
         """A task's adapter as it was handed over; the newest, if it was merged more than once."""
@@ -160,21 +164,36 @@ class SubspaceReader:
             raise NotFound(f"no version ever held the task {task_id}", self.storage.url)
         return self._read_delivered(max(births, key=lambda task: task.version))
 
+    def ranks(self, version: int | None = None) -> dict[str, tuple[int, int]]:
+        """(k_out, k_in) per module at a version, default `main`. Reads no tensors."""
+        return {name: ranks for name, (_, ranks) in self._tensors.shapes(self._number(version)).items()}
+
     def basis(self, version: int | None = None) -> dict[str, ModuleBasis]:
         """P, Q and λ per module at a version, default `main`; nothing at version 0."""
-        number = self.state.refs[MAIN] if version is None else self._known(version)
-        with self._lock:
-            return dict(self._basis(number))
+        return self._tensors.basis(self._number(version))
+
+    def module(self, name: str, version: int | None = None) -> ModuleSubspace:
+        """One module at a version, default `main`: its bases, and all tasks' coefficients in it.
+
+        Raises:
+            NotFound: The version has no such module.
+        """
+        number = self._number(version)
+        if name not in self._tensors.homes(number):
+            raise NotFound(f"version {number} has no module {name}", self.storage.url)
+        return self._tensors.module(number, name)
 
     def subspace(self, version: int | None = None) -> dict[str, ModuleSubspace]:
         """Everything at a version, default `main`: bases and all tasks' coefficients, per module."""
-        return self._subspace(self.state.refs[MAIN] if version is None else self._known(version))
+        number = self._number(version)
+        tasks = self._tensors.tasks(number)
+        return {name: ModuleSubspace(basis, tasks[name]) for name, basis in self._tensors.basis(number).items()}
 
     def diff(self, old: int, new: int) -> VersionDiff:
         """What lies between two versions; see `VersionDiff`."""
         state = self.state
         old_tasks, new_tasks = (state.tasks_at(self._known(number)) for number in (old, new))
-        old_basis, new_basis = self.basis(old), self.basis(new)
+        old_ranks, new_ranks = self.ranks(old), self.ranks(new)
         # The same task merged twice is two births: only the same birth can drift.
         same = {task for task, merged in old_tasks.items() if new_tasks.get(task) == merged}
         common = max({v.number for v in state.lineage(old)} & {v.number for v in state.lineage(new)}, default=0)
@@ -184,13 +203,10 @@ class SubspaceReader:
             tuple(merged for task, merged in new_tasks.items() if task not in same),
             tuple(merged for task, merged in old_tasks.items() if task not in same),
             ranks={
-                name: (_ranks(old_basis, name), _ranks(new_basis, name)) for name in sorted({*old_basis, *new_basis})
+                name: (old_ranks.get(name, (0, 0)), new_ranks.get(name, (0, 0)))
+                for name in sorted({*old_ranks, *new_ranks})
             },
-            overlap={
-                name: (overlap(basis.p_NK, new_basis[name].p_NK), overlap(basis.q_DK, new_basis[name].q_DK))
-                for name, basis in sorted(old_basis.items())
-                if name in new_basis
-            },
+            overlap={name: self._overlap(old, new, name) for name in sorted(old_ranks) if name in new_ranks},
             drift_bound={
                 task: state.drift_bound(task, common, old) + state.drift_bound(task, common, new)
                 for task in old_tasks
@@ -200,74 +216,30 @@ class SubspaceReader:
 
     def footprint(self, version: int | None = None) -> Footprint:
         """Numbers that serving a version needs, beside separate LoRAs of the same tasks."""
-        number = self.state.refs[MAIN] if version is None else self._known(version)
-        tasks = self.state.tasks_at(number).values()
-        modules = self._subspace(number).values()
+        number = self._number(version)
+        merged, tasks = self.state.tasks_at(number).values(), self._tensors.tasks(number)
+        shapes = self._tensors.shapes(number)
         return Footprint(
             number,
-            len(tasks),
-            basis_numbers=sum(m.basis.p_NK.numel() + m.basis.q_DK.numel() for m in modules),
-            coefficient_numbers=sum(m.tasks.e_KS.numel() + m.tasks.f_KS.numel() for m in modules),
-            head_numbers=sum(task.head_count for task in tasks),
-            separate_numbers=sum(task.parameter_count for task in tasks),
+            len(merged),
+            basis_numbers=sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in shapes.values()),
+            coefficient_numbers=sum(sum(shapes[name][1]) * sum(one.ranks) for name, one in tasks.items()),
+            head_numbers=sum(task.head_count for task in merged),
+            separate_numbers=sum(task.parameter_count for task in merged),
         )
 
     def history(self) -> list[HistoryEntry]:
         """The log for people, oldest first. Reads every record."""
         return [HistoryEntry(r.seq, r.time, r.epoch, r.writer, r.actor, r.op, _summary(r)) for r in self._log.records()]
 
-    # Versions in memory
-
-    def _subspace(self, number: int) -> dict[str, ModuleSubspace]:
-        with self._lock:
-            basis, tasks = self._basis(number), self._coefficients(number)
-            return {name: ModuleSubspace(basis[name], tasks[name]) for name in basis}
-
-    def _basis(self, number: int) -> dict[str, ModuleBasis]:
-        if number == 0:
-            return {}
-        if number not in self._bases:
-            ref = self.state.versions[number].basis
-            content = blobs.read_blob(self.storage, ref)
-            self._keep(self._bases, number, blobs.basis_from_bytes(content, f"{self.storage.url}/{ref.key}"))
-        return self._bases[number]
-
-    def _coefficients(self, number: int) -> dict[str, ModuleTasks]:
-        """All tasks' coefficients in a version's basis, from the nearest version that is at hand."""
-        line = list(self.state.lineage(number))
-        start = next((i for i in reversed(range(len(line))) if self._at_hand(line[i])), -1)
-        tasks: dict[str, ModuleTasks] = {}
-        if start >= 0:
-            nearest = line[start]
-            if nearest.number in self._tasks:
-                tasks = self._tasks[nearest.number]
-            elif nearest.snapshot is not None:
-                tasks = blobs.tasks_from_bytes(blobs.read_blob(self.storage, nearest.snapshot), nearest.snapshot.key)
-        rest = line[start + 1 :]
-        refs = [ref for v in rest for ref in (v.transport, *(task.coefficients for task in v.added))]
-        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            contents = dict(zip(refs, pool.map(lambda ref: blobs.read_blob(self.storage, ref), refs), strict=True))
-        for version in rest:
-            transports = blobs.transport_from_bytes(contents[version.transport], version.transport.key)
-            arrivals = [
-                blobs.tasks_from_bytes(contents[task.coefficients], task.coefficients.key) for task in version.added
-            ]
-            tasks = blobs.move_tasks(tasks, transports, arrivals)
-        if number:
-            self._keep(self._tasks, number, tasks)
-        return tasks
-
-    def _at_hand(self, version: Version) -> bool:
-        return version.number in self._tasks or version.snapshot is not None
-
-    @staticmethod
-    def _keep(cache: OrderedDict[int, Any], number: int, value: Any) -> None:
-        cache[number] = value
-        cache.move_to_end(number)
-        while len(cache) > VERSIONS_IN_MEMORY:
-            cache.popitem(last=False)
-
     # Looking things up
+
+    def _number(self, version: int | None) -> int:
+        return self.state.refs[MAIN] if version is None else self._known(version)
+
+    def _overlap(self, old: int, new: int, module: str) -> tuple[float, float]:
+        before, after = (self._tensors.module_basis(number, module) for number in (old, new))
+        return overlap(before.p_NK, after.p_NK), overlap(before.q_DK, after.q_DK)
 
     def _known(self, version: int) -> int:
         if version and version not in self.state.versions:
@@ -275,11 +247,13 @@ class SubspaceReader:
                 f"there is no version {version}", self.storage.url, f"{len(self.state.versions)} versions exist"
             )
         if version in self.state.expired:
-            raise NotFound(f"version {version} has expired", self.storage.url, "pin what you need for long")
+            raise NotFound(
+                f"version {version} has expired", self.storage.url, "pin what you need for long"
+            )
         return version
 
     def _find(self, task_id: str, version: int | None) -> tuple[int, MergedTask]:
-        number = self.state.refs[MAIN] if version is None else self._known(version)
+        number = self._number(version)
         tasks = self.state.tasks_at(number)
         if task_id not in tasks:
             raise NotFound(f"version {number} holds no task {task_id}", self.storage.url)
@@ -288,10 +262,6 @@ class SubspaceReader:
     def _read_delivered(self, task: MergedTask) -> Adapter:
         content = blobs.read_blob(self.storage, task.adapter)
         return adapter_from_bytes(content, f"{self.storage.url}/{task.adapter.key}")
-
-
-def _ranks(bases: Mapping[str, ModuleBasis], name: str) -> tuple[int, int]:
-    return bases[name].ranks if name in bases else (0, 0)
 
 
 def _summary(record: version_log.Record) -> str:

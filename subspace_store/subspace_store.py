@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
 from subspace_store import blobs, garbage, retention, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, digest
-from subspace_store.merge import Merge, ModuleSubspace, merge_adapters
+from subspace_store.merge_writer import ORDINARY, Arrival, Lineage, Written, write_version
 from subspace_store.storage import Storage
 from subspace_store.subspace_reader import SubspaceReader
 from subspace_store.version import (
@@ -34,9 +31,10 @@ from subspace_store.version import (
 from subspace_store.version_log import VersionLog
 
 FORMAT_NUMBER = 1
-SNAPSHOT_EVERY = 64
-"""Versions of a lineage between two snapshots of all coefficients."""
 DEFAULTS = SubspaceSettings()
+
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+"""((N, D), (k_out, k_in)) of a module."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +124,11 @@ class SubspaceStore(SubspaceReader):
                 return self.state.versions[done]
             parent = self.state.refs[CANDIDATE]
             self._refuse_doubles(adapters, parent)
-            before = self._subspace(parent)
-            contents = {staged.task_id: self._read_staged(staged, before) for staged in adapters}
-            delivered = {task: adapter for task, (adapter, _) in contents.items()}
-            started = time.perf_counter()
-            merge = merge_adapters(before, delivered, self.settings)
-            seconds = time.perf_counter() - started
-            version = self._write_merge(adapters, contents, merge, parent, seconds)
-            self._log.commit(
-                version_log.MERGE,
-                op_key=op_key,
-                actor=actor,
-                refs={CANDIDATE: version.number},
-                body={"version": version},
-            )
-            self._keep(self._tasks, version.number, {name: module.tasks for name, module in merge.modules.items()})
-            self._keep(self._bases, version.number, {name: module.basis for name, module in merge.modules.items()})
-            return self.state.versions[version.number]
+            arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
+            written = self._write(parent, arrivals)
+            refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
+            self._log.commit(version_log.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
+            return self._committed(written)
 
     def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
         """Write measured scores of a version; a task's later score replaces its earlier one. NaN is kept.
@@ -313,7 +299,7 @@ class SubspaceStore(SubspaceReader):
                     f"was merged as version {held[staged.task_id].version}", f"task {staged.name} ({staged.task_id})"
                 )
 
-    def _read_staged(self, staged: StagedAdapter, before: Mapping[str, ModuleSubspace]) -> tuple[Adapter, bytes]:
+    def _arrival(self, staged: StagedAdapter, shapes: Mapping[str, Shapes]) -> Arrival:
         """One upload, checked. Every complaint names the task."""
         who = f"task {staged.name} ({staged.task_id})"
         try:
@@ -324,14 +310,23 @@ class SubspaceStore(SubspaceReader):
                     todo="upload the adapter again",
                 )
             adapter = adapter_from_bytes(content, staged.key)
-            self._check_base(adapter)
-            _check_shapes(adapter, before)
+            self._check(adapter, shapes)
         except NotFound as error:
             raise NotFound(f"the upload {staged.key} is not there", who, "train the task again") from error
         except (InvalidInput, Corrupt) as error:
             inside = f"{error.where}: {error.what}" if error.where else error.what
             raise InvalidInput(inside, who, error.todo) from error
-        return adapter, content
+        return Arrival(staged.task_id, staged.name, adapter, content)
+
+    def _check(self, adapter: Adapter, shapes: Mapping[str, Shapes]) -> None:
+        """That an adapter can be merged here."""
+        self._check_base(adapter)
+        for name, update in adapter.modules.items():
+            if name in shapes and shapes[name][0] != update.shape:
+                raise InvalidInput(f"has shape {update.shape}, the subspace has {shapes[name][0]}", name)
+        if self.settings.variant == "paper":
+            for update in adapter.modules.values():
+                update.raw()
 
     def _check_base(self, adapter: Adapter) -> None:
         for what, theirs, ours in (
@@ -344,58 +339,15 @@ class SubspaceStore(SubspaceReader):
                     f"the {what} is {theirs!r}, this subspace has {ours!r}", todo="train on this subspace's base model"
                 )
 
-    def _write_merge(
-        self,
-        adapters: Sequence[StagedAdapter],
-        contents: Mapping[str, tuple[Adapter, bytes]],
-        merge: Merge,
-        parent: int,
-        seconds: float,
-    ) -> Version:
-        """Put every blob of a merge, each read back; only the record makes them count."""
-        number = max(self.state.versions, default=0) + 1
-        added = []
-        for staged in adapters:
-            adapter, content = contents[staged.task_id]
-            arrivals = merge.arrivals[staged.task_id]
-            added.append(
-                MergedTask(
-                    task_id=staged.task_id,
-                    name=staged.name,
-                    version=number,
-                    adapter=self._put(content),
-                    coefficients=self._put(blobs.tasks_to_bytes(arrivals, torch.float32)),
-                    delivered_energy=merge.delivered_energy[staged.task_id],
-                    rank_total=sum(update.rank for update in adapter.modules.values()),
-                    error_at_birth=merge.error_at_birth[staged.task_id],
-                    parameter_count=adapter.parameter_count,
-                    head_count=sum(tensor.numel() for tensor in adapter.head.values()),
-                )
-            )
-        basis = self._put(blobs.basis_to_bytes({name: module.basis for name, module in merge.modules.items()}))
-        transport = self._put(blobs.transport_to_bytes(merge.transports))
-        snapshot = None
-        if (len(self.state.lineage(parent)) + 1) % SNAPSHOT_EVERY == 0:
-            all_tasks = {name: module.tasks for name, module in merge.modules.items()}
-            snapshot = self._put(blobs.tasks_to_bytes(all_tasks, torch.float64))
-        written = [basis, transport, *(ref for task in added for ref in (task.adapter, task.coefficients))]
-        return Version(
-            number=number,
-            parent=parent,
-            created_at=time.time(),
-            added=tuple(added),
-            basis=basis,
-            transport=transport,
-            module_count=len(merge.modules),
-            rank_max=max(max(module.basis.ranks) for module in merge.modules.values()),
-            drift=_in_order(merge.drift, self.state.tasks_at(parent)),
-            bytes_written=sum(ref.size_bytes for ref in written) + (snapshot.size_bytes if snapshot else 0),
-            merge_seconds=seconds,
-            snapshot=snapshot,
+    def _write(self, parent: int, arrivals: Sequence[Arrival], lineage: Lineage = ORDINARY) -> Written:
+        """Everything of a merge but its record."""
+        return write_version(
+            self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings, lineage
         )
 
-    def _put(self, content: bytes) -> BlobRef:
-        return blobs.write_blob(self.storage, self._log.epoch, content)
+    def _committed(self, written: Written) -> Version:
+        self._tensors.keep(written.version.number, written.bases, written.tasks)
+        return self.state.versions[written.version.number]
 
     # Looking things up
 
@@ -442,17 +394,6 @@ def _check_format(storage: Storage, base_model: str, base_sha256: str) -> tuple[
                 "choose another storage.url, or the base model it was made for",
             )
     return theirs[0] or base_model, theirs[1] or base_sha256
-
-
-def _in_order(drift: Mapping[str, float], tasks: Mapping[str, MergedTask]) -> tuple[float, ...]:
-    """The drifts as a record keeps them: by place, six digits, none if nothing moved."""
-    return tuple(float(f"{drift[task]:.5e}") for task in tasks) if any(drift.values()) else ()
-
-
-def _check_shapes(adapter: Adapter, before: Mapping[str, ModuleSubspace]) -> None:
-    for name, update in adapter.modules.items():
-        if name in before and before[name].basis.shape != update.shape:
-            raise InvalidInput(f"has shape {update.shape}, the subspace has {before[name].basis.shape}", name)
 
 
 def _preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:

@@ -7,7 +7,8 @@ products of the bases beside them, and every task's error and drift, measured ag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from configs.errors import Corrupt, InvalidInput, NotFound
 from subspace_store import blobs, retention
 from subspace_store.adapter import ModuleUpdate, adapter_from_bytes
-from subspace_store.merge import ModuleBasis, ModuleSubspace, ModuleTasks
+from subspace_store.coefficients import Transport
+from subspace_store.merge import ModuleBasis, ModuleSubspace
 from subspace_store.storage import Storage
 from subspace_store.subspace_math import orthonormalise, update_energy
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import BlobRef, MergedTask, Version
+from subspace_store.tensor_file import TensorFile
+from subspace_store.version import BlobRef, Version
 from subspace_store.version_log import VersionLog, to_plain
 
 ERROR_TOLERANCE = 1e-5
@@ -73,95 +76,96 @@ def _verify_log(storage: Storage) -> list[Finding]:
 
 def _verify_blob(storage: Storage, ref: BlobRef) -> list[Finding]:
     try:
-        blobs.read_blob(storage, ref)
+        blobs.check_blob(storage, ref)
     except Corrupt as error:
         return [Finding(error.where, error.what)]
     return []
 
 
 def _verify_version(reader: SubspaceStore, version: Version) -> list[Finding]:
-    after = reader.subspace(version.number)
-    findings = _verify_bases(version, {name: module.basis for name, module in after.items()})
-    for task in version.added:
-        if task.adapter.key not in reader.state.heads:
-            findings += _verify_birth(reader.storage, task, after)
-    if version.parent in reader.state.expired:  # nothing to compare it with any more
-        return findings
-    before = reader.subspace(version.parent)
-    findings += _verify_transports(reader.storage, version, before, after)
-    for task_id, drift in reader.state.drift(version.number).items():
-        measured = _relative_change(before, after, task_id)
-        if abs(measured - drift) > ERROR_TOLERANCE:
-            findings.append(
-                Finding(f"version {version.number}", f"task {task_id} drifted {measured:.3e}, the log says {drift:.3e}")
-            )
-    return findings
-
-
-def _verify_transports(
-    storage: Storage, version: Version, before: Mapping[str, ModuleSubspace], after: Mapping[str, ModuleSubspace]
-) -> list[Finding]:
-    """R must be P'ᵀP of the two bases; where none was written the bases must be the same."""
-    written = blobs.transport_from_bytes(blobs.read_blob(storage, version.transport), version.transport.key)
-    findings = []
-    for name, module in before.items():
-        for side in ("p_NK", "q_DK"):
-            old, new = orthonormalise(getattr(module.basis, side)), orthonormalise(getattr(after[name].basis, side))
-            product = new.T @ old
-            found = getattr(written[name], "out" if side == "p_NK" else "inward") if name in written else None
-            expected = torch.eye(old.shape[1], dtype=torch.float64) if found is None else found
-            if product.shape != expected.shape or not bool((product - expected).abs().le(TRANSPORT_TOLERANCE).all()):
-                findings.append(Finding(f"version {version.number}", f"the transport of {name} does not fit its bases"))
-    return findings
-
-
-def _verify_bases(version: Version, bases: Mapping[str, ModuleBasis]) -> list[Finding]:
+    """Everything about one version that can be measured again, one module at a time."""
     where = f"version {version.number}"
+    ranks = reader.ranks(version.number)
+    rank_max = max((max(pair) for pair in ranks.values()), default=0)
     findings = []
-    rank_max = max((max(basis.ranks) for basis in bases.values()), default=0)
-    if (len(bases), rank_max) != (version.module_count, version.rank_max):
-        text = f"has {len(bases)} modules of rank {rank_max}, the log says {version.module_count} of {version.rank_max}"
+    if (len(ranks), rank_max) != (version.module_count, version.rank_max):
+        text = f"has {len(ranks)} modules of rank {rank_max}, the log says {version.module_count} of {version.rank_max}"
         findings.append(Finding(where, text))
-    for name, basis in bases.items():
-        for energy in (basis.lam_out_K, basis.lam_in_K):
-            if not bool(torch.isfinite(energy).all()) or bool((energy < 0).any()):
-                findings.append(Finding(where, f"{name} has energies that are negative or not finite"))
+    born = {task.task_id: task for task in version.added if task.adapter.key not in reader.state.heads}
+    delivered = {id_: adapter_from_bytes(blobs.read_blob(reader.storage, t.adapter), t.name) for id_, t in born.items()}
+    # Nothing to compare it with once the parent has expired.
+    parent = None if version.parent in reader.state.expired else version.parent
+    before_ranks = reader.ranks(parent) if parent else {}
+    written = blobs.read_transports(TensorFile(reader.storage, version.transport, blobs.TRANSPORT))
+    missed, energy = dict.fromkeys(born, 0.0), defaultdict[str, float](float)
+    moved = dict.fromkeys(reader.state.tasks_at(version.parent), 0.0)
+    for name in ranks:
+        after = reader.module(name, version.number)
+        findings += [Finding(where, f"{name} {what}") for what in _energies(after.basis)]
+        for id_, adapter in delivered.items():
+            if name in adapter.modules:
+                missed[id_] += _squared_distance(adapter.modules[name], after, id_)
+                energy[id_] += update_energy(adapter.modules[name])
+        if name in before_ranks:
+            before = reader.module(name, parent)
+            if not _fits(written.get(name), before.basis, after.basis):
+                findings.append(Finding(where, f"the transport of {name} does not fit its bases"))
+            for id_ in before.tasks.task_ids:
+                one, other = _dense_factors(before, id_), _dense_factors(after, id_)
+                moved[id_] += _gram_norm(torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]], dim=1))
+            for id_, value in zip(before.tasks.task_ids, before.tasks.delivered_T.tolist(), strict=True):
+                energy[id_] += value
+    for id_, task in born.items():
+        findings += _differs(
+            f"task {task.name} ({id_})", "its error at birth is", missed[id_], energy[id_], task.error_at_birth
+        )
+    if parent is not None:
+        for id_, drift in reader.state.drift(version.number).items():
+            findings += _differs(where, f"task {id_} drifted", moved[id_], energy[id_], drift)
     return findings
 
 
-def _verify_birth(storage: Storage, task: MergedTask, after: Mapping[str, ModuleSubspace]) -> list[Finding]:
-    ref = task.adapter
-    delivered = adapter_from_bytes(blobs.read_blob(storage, ref), ref.key).modules
-    missed = sum(_squared_distance(update, after[name], task.task_id) for name, update in delivered.items())
-    energy = sum(update_energy(update) for update in delivered.values())
-    measured = math.sqrt(missed / energy) if energy else 0.0
-    if abs(measured - task.error_at_birth) > ERROR_TOLERANCE:
-        text = f"its error at birth is {measured:.3e}, the log says {task.error_at_birth:.3e}"
-        return [Finding(f"task {task.name} ({task.task_id})", text)]
-    return []
+def _energies(basis: ModuleBasis) -> Iterator[str]:
+    for energy in (basis.lam_out_K, basis.lam_in_K):
+        if not bool(torch.isfinite(energy).all()) or bool((energy < 0).any()):
+            yield "has energies that are negative or not finite"
+
+
+def _fits(written: Transport | None, before: ModuleBasis, after: ModuleBasis) -> bool:
+    """R must be P'ᵀP of the two bases; where none was written the bases must be the same."""
+    sides = (
+        (before.p_NK, after.p_NK, None if written is None else written.out),
+        (before.q_DK, after.q_DK, None if written is None else written.inward),
+    )
+    for old, new, found in sides:
+        product = orthonormalise(new).T @ orthonormalise(old)
+        expected = torch.eye(old.shape[1], dtype=torch.float64) if found is None else found
+        if product.shape != expected.shape or not bool((product - expected).abs().le(TRANSPORT_TOLERANCE).all()):
+            return False
+    return True
+
+
+def _differs(where: str, what: str, energy: float, delivered: float, logged: float) -> list[Finding]:
+    measured = math.sqrt(energy / delivered) if delivered else 0.0
+    if abs(measured - logged) <= ERROR_TOLERANCE:
+        return []
+    return [Finding(where, f"{what} {measured:.3e}, the log says {logged:.3e}")]
 
 
 def _squared_distance(update: ModuleUpdate, module: ModuleSubspace, task_id: str) -> float:
     """‖ΔW − ΔŴ‖²_F without a dense N×D matrix."""
-    left_NR, right_DR = _factors(module, task_id)
+    left_NR, right_DR = _dense_factors(module, task_id)
     return _gram_norm(
         torch.cat([update.u_NR.double() * update.sigma_R.double(), -left_NR], dim=1),
         torch.cat([update.v_DR.double(), right_DR], dim=1),
     )
 
 
-def _relative_change(before: Mapping[str, ModuleSubspace], after: Mapping[str, ModuleSubspace], task_id: str) -> float:
-    moved = delivered = 0.0
-    for name, module in before.items():
-        if task_id in module.tasks.task_ids:
-            (old_left, old_right), (left, right) = _factors(module, task_id), _factors(after[name], task_id)
-            moved += _gram_norm(torch.cat([old_left, -left], dim=1), torch.cat([old_right, right], dim=1))
-            delivered += float(module.tasks.only(task_id).delivered_T[0])
-    return math.sqrt(moved / delivered) if delivered else 0.0
-
-
-def _factors(module: ModuleSubspace, task_id: str) -> tuple[Tensor, Tensor]:
-    one: ModuleTasks = module.tasks.only(task_id)
+def _dense_factors(module: ModuleSubspace, task_id: str) -> tuple[Tensor, Tensor]:
+    """P·E and Q·F of one task."""
+    one = module.tasks.only((task_id,))
+    if one is None:
+        raise Corrupt("its coefficients are gone", f"task {task_id}")
     return orthonormalise(module.basis.p_NK) @ one.e_KS, orthonormalise(module.basis.q_DK) @ one.f_KS
 
 

@@ -26,7 +26,9 @@ class BlobRef:
     key: str
     size_bytes: int
     sha256: str
-    """Of an adapter's content; of a tensor file's head, which names the sha256 of every part."""
+    """Of the head alone where there is one: it names the sha256 of every part (tensor_file.py)."""
+    head_bytes: int = 0
+    """Length of a tensor file's head; 0 for other content."""
 
 
 @dataclass(frozen=True)

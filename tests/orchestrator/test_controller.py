@@ -160,7 +160,7 @@ def test_newcomers_do_not_overtake_the_tasks_of_a_group_that_failed(make_plant: 
 
 
 def test_a_task_that_harms_an_earlier_one_is_rejected_and_the_earlier_one_stays(make_plant: MakePlant) -> None:
-    plant = make_plant(gate={"drift_min": 0})
+    plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2})  # too few for both: red/a moves
     plant.cluster.score = lambda title, held: 0.8 if title == "red/a" and "blue/b" in held else 0.9
     plant.submit("red/a")
     plant.run()

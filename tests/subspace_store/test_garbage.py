@@ -21,7 +21,7 @@ Contents = dict[tuple[int, str], bytes]
 
 @pytest.fixture(autouse=True)
 def _snapshots_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subspace_store.subspace_store.SNAPSHOT_EVERY", 3)
+    monkeypatch.setattr("subspace_store.merge_writer.SNAPSHOT_EVERY", 3)
 
 
 def grown(storage: Storage | None = None, count: int = 8) -> SubspaceStore:

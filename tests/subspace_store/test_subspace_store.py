@@ -11,7 +11,7 @@ import torch
 from configs.errors import LEAVES, Conflict, Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
 from subspace_store import Adapter, ModuleUpdate, StagedAdapter, SubspaceStore, TaskScore, adapter_to_bytes, digest
 from subspace_store.memory_storage import MemoryStorage
-from subspace_store.subspace_store import SNAPSHOT_EVERY
+from subspace_store.merge_writer import SNAPSHOT_EVERY
 from tests.subspace_store.builders import (
     BASE,
     FaultyStorage,
@@ -248,7 +248,7 @@ def test_a_storage_that_damages_a_blob_is_caught_before_the_record() -> None:
             super().write(key, content[:-1] + b"\x7e" if key.startswith("blobs/") else content)
 
     storage = Damaging(fresh_storage().name)
-    with pytest.raises(Corrupt, match="the log says"):
+    with pytest.raises(Corrupt, match="not what was written"):
         merged(opened(storage), {"a": random_adapter(1)})
     assert len(storage.keys("log/0")) == 1
 
@@ -450,7 +450,7 @@ def test_bytes_of_a_merge_do_not_grow_with_the_number_of_tasks(capsys: pytest.Ca
 
 
 def test_a_snapshot_spares_the_versions_before_it_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subspace_store.subspace_store.SNAPSHOT_EVERY", 4)
+    monkeypatch.setattr("subspace_store.merge_writer.SNAPSHOT_EVERY", 4)
     store = opened()
     for number in range(1, 7):
         merged(store, {f"t{number}": random_adapter(number, rank=2)})

@@ -33,7 +33,7 @@ def test_nothing_is_found_where_all_is_well(store: SubspaceStore) -> None:
 
 
 def test_snapshots_and_checkpoints_are_checked_too(store: SubspaceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subspace_store.subspace_store.SNAPSHOT_EVERY", 2)
+    monkeypatch.setattr("subspace_store.merge_writer.SNAPSHOT_EVERY", 2)
     monkeypatch.setattr("subspace_store.version_log.CHECKPOINT_EVERY", 2)
     merged(store, {"t4": random_adapter(4)})
     assert store.state.versions[4].snapshot is not None
@@ -85,7 +85,9 @@ def test_a_basis_that_is_not_orthonormal_is_found(store: SubspaceStore) -> None:
         return replace(basis, p_NK=basis.p_NK * 1.01)
 
     bases = {name: stretched(basis) for name, basis in store.basis(3).items()}
-    lie(store, lambda v: replace(v, basis=blobs.write_blob(store.storage, 1, blobs.basis_to_bytes(bases))))
+    parts = [blobs.pack_basis(name, basis) for name, basis in bases.items()]
+    ref = blobs.write_basis(store.storage, 1, list(bases), {}, parts)
+    lie(store, lambda v: replace(v, basis=ref))
     assert any("is off by 2.0e-02" in finding.what for finding in verify(store))
 
 
@@ -95,8 +97,8 @@ def test_a_transport_of_other_bases_is_found(store: SubspaceStore) -> None:
         double = torch.float64
         return Transport(torch.eye(new_out, k_out, dtype=double), torch.eye(new_in, k_in, dtype=double))
 
-    content = blobs.transport_to_bytes({name: rotated(name) for name in store.basis(2)})
-    lie(store, lambda v: replace(v, transport=blobs.write_blob(store.storage, 1, content)))
+    ref = blobs.write_transports(store.storage, 1, {name: rotated(name) for name in store.basis(2)})
+    lie(store, lambda v: replace(v, transport=ref))
     assert any("does not fit its bases" in finding.what for finding in verify(store))
 
 

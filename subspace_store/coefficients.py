@@ -1,0 +1,241 @@
+"""The coefficients of a module's tasks, and what a change of basis does to them.
+
+A merge must not cost more because many tasks were merged before. So old coefficients stay in the basis they were last
+written in, beside the product of the transports since; what a merge needs of them, how much energy the directions that
+it drops held, is read off thin products. Only now and then are blocks of the same size rewritten into one, so that a
+column is rewritten log₂(T) times in its life.
+
+Axes: K directions of a basis, J of the next, D directions that are dropped, S coefficient columns of all tasks side by
+side, T tasks, R rank (filled up with zeros where ranks differ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from subspace_store.subspace_math import by_task
+
+
+@dataclass(frozen=True)
+class Transport:
+    """One product per side: R_out = P'ᵀP (J×K) writes coefficients of one basis in the next. Float64."""
+
+    out: Tensor
+    inward: Tensor
+
+    def after(self, earlier: Transport | None) -> Transport:
+        """Both in one: first the earlier, then this."""
+        return self if earlier is None else Transport(self.out @ earlier.out, self.inward @ earlier.inward)
+
+
+@dataclass(frozen=True)
+class TaskBlock:
+    """Coefficients of some tasks in one basis, side by side."""
+
+    task_ids: tuple[str, ...]
+    ranks: tuple[int, ...]
+    e_KS: Tensor
+    """Outputs, float64 (through float32 when it was written)."""
+    f_KS: Tensor
+    sigma_S: Tensor
+    """Singular values as delivered, float32."""
+    weight_T: Tensor
+    """w of the merge, float64."""
+    delivered_T: Tensor
+    """‖ΔW‖²_F as delivered, float64."""
+
+    @staticmethod
+    def joined(blocks: Sequence[TaskBlock]) -> TaskBlock:
+        """All tasks of blocks that are in the same basis, in their order. At least one block."""
+        return TaskBlock(
+            tuple(task for block in blocks for task in block.task_ids),
+            tuple(rank for block in blocks for rank in block.ranks),
+            torch.cat([block.e_KS for block in blocks], dim=1),
+            torch.cat([block.f_KS for block in blocks], dim=1),
+            torch.cat([block.sigma_S for block in blocks]),
+            torch.cat([block.weight_T for block in blocks]),
+            torch.cat([block.delivered_T for block in blocks]),
+        )
+
+    def moved(self, transport: Transport | None) -> TaskBlock:
+        """The same tasks in the next basis."""
+        if transport is None:
+            return self
+        return self._with(transport.out @ self.e_KS, transport.inward @ self.f_KS)
+
+    def rounded(self) -> TaskBlock:
+        """What a reader finds in the file: coefficients through float32."""
+        return self._with(self.e_KS.float().double(), self.f_KS.float().double())
+
+    def kept(self) -> Tensor:
+        """‖E_i·F_iᵀ‖²_F per task."""
+        return (_grams(self.e_KS, self.ranks) * _grams(self.f_KS, self.ranks)).sum(dim=(1, 2))
+
+    def only(self, task_ids: Collection[str]) -> TaskBlock:
+        """Some of the tasks, in this block's order."""
+        chosen = [index for index, task in enumerate(self.task_ids) if task in task_ids]
+        starts = [0]
+        for rank in self.ranks:
+            starts.append(starts[-1] + rank)
+        columns = torch.tensor([c for i in chosen for c in range(starts[i], starts[i + 1])], dtype=torch.long)
+        rows = torch.tensor(chosen, dtype=torch.long)
+        return TaskBlock(
+            tuple(self.task_ids[i] for i in chosen),
+            tuple(self.ranks[i] for i in chosen),
+            self.e_KS[:, columns],
+            self.f_KS[:, columns],
+            self.sigma_S[columns],
+            self.weight_T[rows],
+            self.delivered_T[rows],
+        )
+
+    def each(self) -> Iterator[tuple[str, TaskBlock]]:
+        """Every task alone."""
+        column = 0
+        for index, (task, rank) in enumerate(zip(self.task_ids, self.ranks, strict=True)):
+            columns, row = slice(column, column + rank), slice(index, index + 1)
+            yield (
+                task,
+                TaskBlock(
+                    (task,),
+                    (rank,),
+                    self.e_KS[:, columns],
+                    self.f_KS[:, columns],
+                    self.sigma_S[columns],
+                    self.weight_T[row],
+                    self.delivered_T[row],
+                ),
+            )
+            column += rank
+
+    def _with(self, e_KS: Tensor, f_KS: Tensor) -> TaskBlock:
+        return TaskBlock(self.task_ids, self.ranks, e_KS, f_KS, self.sigma_S, self.weight_T, self.delivered_T)
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """A block as it was last written, and the way from there to now."""
+
+    block: TaskBlock
+    transport: Transport | None = None
+    known_grams: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def settled(self) -> TaskBlock:
+        """The block in the basis of now."""
+        return self.block.moved(self.transport)
+
+    @cached_property
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """EᵀE and FᵀF of each task now, T×R×R."""
+        if self.known_grams is not None:
+            return self.known_grams
+        return _grams(self.settled.e_KS, self.block.ranks), _grams(self.settled.f_KS, self.block.ranks)
+
+    def dropped_grams(self, dropped: Transport) -> tuple[Tensor, Tensor]:
+        """EᵀE and FᵀF of what lies in the dropped directions, T×R×R, in O(D·K·S)."""
+        way = dropped.after(self.transport)
+        return _grams(way.out @ self.block.e_KS, self.block.ranks), _grams(
+            way.inward @ self.block.f_KS, self.block.ranks
+        )
+
+
+@dataclass(frozen=True)
+class ModuleTasks:
+    """The coefficients of all tasks that adapt one module, oldest task first."""
+
+    blocks: tuple[_Moving, ...] = ()
+
+    @staticmethod
+    def of(block: TaskBlock) -> ModuleTasks:
+        """Tasks that are all in the basis of now."""
+        return ModuleTasks((_Moving(block),))
+
+    @property
+    def task_ids(self) -> tuple[str, ...]:
+        return tuple(task for moving in self.blocks for task in moving.block.task_ids)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(rank for moving in self.blocks for rank in moving.block.ranks)
+
+    @property
+    def delivered_T(self) -> Tensor:
+        return torch.cat([m.block.delivered_T for m in self.blocks]) if self.blocks else _nothing()
+
+    @cached_property
+    def settled(self) -> TaskBlock:
+        """All tasks in the basis of now. At least one task. O(K²·S) for what is not."""
+        return TaskBlock.joined([moving.settled for moving in self.blocks])
+
+    def only(self, task_ids: Collection[str]) -> TaskBlock | None:
+        """Some of the tasks in the basis of now; None if there is none of them here."""
+        found = [
+            moving.block.only(task_ids).moved(moving.transport)
+            for moving in self.blocks
+            if not set(task_ids).isdisjoint(moving.block.task_ids)
+        ]
+        return TaskBlock.joined(found) if found else None
+
+    def kept(self) -> Tensor:
+        """‖E_i·F_iᵀ‖²_F per task, now."""
+        return _each((moving.grams[0] * moving.grams[1]).sum(dim=(1, 2)) for moving in self.blocks)
+
+    def lost(self, dropped: Transport) -> Tensor:
+        """What ‖E_i·F_iᵀ‖²_F of each task would lose if these directions were dropped.
+
+        Args:
+            dropped: The D directions of each side, written in the basis of now: D_out×K_out and D_in×K_in.
+
+        Cost:
+            O(D·K·S) and R×R products per task.
+        """
+        return _each(_loss(moving.grams, moving.dropped_grams(dropped)) for moving in self.blocks)
+
+    def moved(self, transport: Transport) -> ModuleTasks:
+        """The same tasks in the next basis; no coefficient is touched."""
+        return ModuleTasks(tuple(_Moving(m.block, transport.after(m.transport)) for m in self.blocks))
+
+    def truncated(self, transport: Transport, dropped: Transport) -> tuple[ModuleTasks, Tensor]:
+        """As `moved` and `lost` together, for a caller that knows which directions the next basis lacks."""
+        if not len(dropped.out) and not len(dropped.inward):
+            moved = (_Moving(m.block, transport.after(m.transport), m.known_grams) for m in self.blocks)
+            return ModuleTasks(tuple(moved)), torch.zeros_like(self.delivered_T)
+        blocks, losses = [], []
+        for moving in self.blocks:
+            grams, less = moving.grams, moving.dropped_grams(dropped)
+            losses.append(_loss(grams, less))
+            rest = (grams[0] - less[0], grams[1] - less[1])
+            blocks.append(_Moving(moving.block, transport.after(moving.transport), rest))
+        return ModuleTasks(tuple(blocks)), _each(iter(losses))
+
+    def joined(self, arrivals: TaskBlock) -> ModuleTasks:
+        """These tasks, then the arrivals, which are in the basis of now."""
+        blocks = [*self.blocks, _Moving(arrivals)]
+        while len(blocks) > 1 and len(blocks[-2].block.sigma_S) <= len(blocks[-1].block.sigma_S):
+            last, before = blocks.pop(), blocks.pop()
+            blocks.append(_Moving(TaskBlock.joined([before.settled, last.settled])))
+        return ModuleTasks(tuple(blocks))
+
+
+def _loss(grams: tuple[Tensor, Tensor], less: tuple[Tensor, Tensor]) -> Tensor:
+    # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels.
+    return (less[0] * grams[1]).sum(dim=(1, 2)) + ((grams[0] - less[0]) * less[1]).sum(dim=(1, 2))
+
+
+def _grams(columns_KS: Tensor, ranks: Sequence[int]) -> Tensor:
+    columns_TRK = by_task(columns_KS, ranks)
+    return columns_TRK @ columns_TRK.mT
+
+
+def _each(parts: Iterator[Tensor]) -> Tensor:
+    return torch.cat([_nothing(), *parts])
+
+
+def _nothing() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)

@@ -1,0 +1,199 @@
+"""One merge made durable: its files, each read back, and the version that names them. The log is not touched here.
+
+The new basis is written module by module while the merge makes it, and the old one is let go of module by module: no
+moment holds two of them. Until a record names the version, its files are garbage that `collect` may delete later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from configs.settings import SubspaceSettings
+from subspace_store import blobs
+from subspace_store.adapter import Adapter
+from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
+from subspace_store.merge import ModuleBasis, ModuleSubspace, Tally, in_order, merge_modules
+from subspace_store.storage import Storage
+from subspace_store.tensor_file import AT_ONCE, Part
+from subspace_store.version import BlobRef, MergedTask, SubspaceState, Version
+from subspace_store.version_tensors import VersionTensors
+
+SNAPSHOT_EVERY = 64
+"""Fewest versions of a lineage between two snapshots of all coefficients. It is put off until the transports written
+since outweigh it, so that snapshots at most double what transports cost, however many tasks there are."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A checked adapter that is to be merged."""
+
+    task_id: str
+    name: str
+    adapter: Adapter
+    content: bytes | BlobRef
+    """Its bytes, or where they are kept already."""
+    approximate: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """A version whose files are there, and its tensors as a reader would find them."""
+
+    version: Version
+    bases: dict[str, ModuleBasis]
+    tasks: dict[str, ModuleTasks]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a version is besides a merge; see `Version`."""
+
+    remakes: int | None = None
+    removed: tuple[str, ...] = ()
+
+
+ORDINARY = Lineage()
+
+
+def write_version(
+    storage: Storage,
+    epoch: int,
+    tensors: VersionTensors,
+    state: SubspaceState,
+    parent: int,
+    arrivals: Sequence[Arrival],
+    settings: SubspaceSettings,
+    lineage: Lineage = ORDINARY,
+) -> Written:
+    """Merge adapters onto a version and write everything but the record.
+
+    Args:
+        tensors: Of the subspace; forgets the parent's basis while it is replaced.
+        state: As folded; gives the version its number.
+        arrivals: With shapes that fit. At least one.
+
+    Cost:
+        As `merge_adapters`; writes the touched modules' bases, their transports, the arrivals, and now and then a
+        snapshot. Memory: one basis, and the arrivals.
+    """
+    merging = _Merging(tensors, parent, arrivals, settings)
+    basis = merging.write_basis(storage, epoch)
+    transport = blobs.write_transports(storage, epoch, merging.transports)
+    line = state.lineage(parent)
+    snapshot = None
+    if _snapshot_is_due(line, transport, merging):
+        settled = {name: tasks.settled.rounded() for name, tasks in merging.tasks.items() if tasks.task_ids}
+        snapshot = blobs.write_coefficients(storage, epoch, settled)
+        # From here on a reader starts from the rounded ones, so the writer does as well.
+        merging.tasks |= {name: ModuleTasks.of(block) for name, block in settled.items()}
+    coefficients = blobs.write_coefficients(storage, epoch, merging.arrived)
+
+    def kept(arrival: Arrival) -> BlobRef:
+        content = arrival.content
+        return content if isinstance(content, BlobRef) else blobs.write_blob(storage, epoch, content)
+
+    number = max(state.versions, default=0) + 1
+    adapters = list(in_order(kept, arrivals, AT_ONCE if len(arrivals) > 1 else 1))
+    errors, drift = merging.tally.error_at_birth, merging.tally.drift
+    version = Version(
+        number=number,
+        parent=parent,
+        created_at=time.time(),
+        added=tuple(
+            MergedTask(
+                task_id=arrival.task_id,
+                name=arrival.name,
+                version=number,
+                adapter=adapter,
+                coefficients=coefficients,
+                delivered_energy=merging.tally.delivered[arrival.task_id],
+                rank_total=sum(update.rank for update in arrival.adapter.modules.values()),
+                error_at_birth=errors[arrival.task_id],
+                parameter_count=arrival.adapter.parameter_count,
+                head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
+            )
+            for arrival, adapter in zip(arrivals, adapters, strict=True)
+        ),
+        basis=basis,
+        transport=transport,
+        basis_versions=tuple(sorted({*merging.elsewhere.values()})),
+        module_count=len(merging.ranks),
+        rank_max=max(max(ranks) for ranks in merging.ranks.values()),
+        # By place, six digits, none if nothing moved: see `Version.drift`.
+        drift=tuple(float(f"{drift[t]:.5e}") for t in state.tasks_at(parent)) if any(drift.values()) else (),
+        bytes_written=sum(
+            ref.size_bytes
+            for ref in (basis, transport, coefficients, *([snapshot] if snapshot else []), *adapters)
+            if ref.key.startswith(f"blobs/{epoch:010d}/")
+        ),
+        merge_seconds=merging.seconds,
+        snapshot=snapshot,
+        remakes=lineage.remakes,
+        removed=lineage.removed,
+        approximate=tuple(arrival.task_id for arrival in arrivals if arrival.approximate),
+    )
+    return Written(version, merging.bases, merging.tasks)
+
+
+class _Merging:
+    """A merge under way: takes the parent apart and collects what comes out, module by module."""
+
+    def __init__(
+        self, tensors: VersionTensors, parent: int, arrivals: Sequence[Arrival], settings: SubspaceSettings
+    ) -> None:
+        self._tensors, self._parent, self._settings = tensors, parent, settings
+        self._adapters = {arrival.task_id: arrival.adapter for arrival in arrivals}
+        self._homes = tensors.homes(parent)
+        self.touched = sorted({name for adapter in self._adapters.values() for name in adapter.modules})
+        self.elsewhere = {name: home for name, home in self._homes.items() if name not in self.touched}
+        self.tasks = dict(tensors.tasks(parent))
+        self._before = tensors.take_basis(parent)
+        self.bases = {name: self._before[name] for name in self.elsewhere if name in self._before}
+        self.ranks = {name: ranks for name, (_, ranks) in tensors.shapes(parent).items() if name in self.elsewhere}
+        self.transports: dict[str, Transport] = {}
+        self.arrived: dict[str, TaskBlock] = {}
+        self.tally = Tally()
+        self.seconds = 0.0
+        for name in self.elsewhere:
+            self.tally.add(self.tasks[name], None)
+
+    def write_basis(self, storage: Storage, epoch: int) -> BlobRef:
+        """Merge and write. The basis that comes out is whole in memory only if all of the old one was."""
+        ref = blobs.write_basis(storage, epoch, self.touched, self.elsewhere, self._parts())
+        if len(self.bases) < len(self.ranks):
+            self.bases = {}
+        return ref
+
+    def _parts(self) -> Iterator[Part]:
+        started = time.perf_counter()
+        for name, merge in merge_modules(self._read, self._adapters, self._settings):
+            self.tally.add(self.tasks.get(name, ModuleTasks()), merge)
+            if name in self._homes:
+                self.transports[name] = merge.transport
+            self.arrived[name] = merge.arrivals
+            self.tasks[name] = merge.after.tasks
+            self.bases[name] = merge.after.basis
+            self.ranks[name] = merge.after.basis.ranks
+            blobs.check_basis(merge.after.basis, f"merging {name}")
+            self.seconds += time.perf_counter() - started
+            yield blobs.pack_basis(name, merge.after.basis)
+            started = time.perf_counter()
+
+    def _read(self, name: str) -> ModuleSubspace | None:
+        if name not in self._homes:
+            return None
+        known = self._before.pop(name, None)
+        return ModuleSubspace(known or self._tensors.module_basis(self._parent, name), self.tasks[name])
+
+
+def _snapshot_is_due(line: Sequence[Version], transport: BlobRef, merging: _Merging) -> bool:
+    since = 0
+    for version in reversed(line):
+        if version.snapshot is not None:
+            break
+        since += 1
+    written = transport.size_bytes + sum(v.transport.size_bytes for v in line[len(line) - since :])
+    size = sum(4 * sum(merging.ranks[name]) * sum(tasks.ranks) for name, tasks in merging.tasks.items())
+    return since + 1 >= SNAPSHOT_EVERY and written >= size
