@@ -17,6 +17,9 @@ from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store import version_log
 from subspace_store.version import MAIN, BlobRef, MergedTask, SubspaceState, Version
 
+OPERATIONS = ("tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire")
+"""Methods of SubspaceStore that write one record each, which people may ask for at any time."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -200,9 +203,10 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
         refs |= {state.versions[number].basis for number in version.basis_versions}
         refs |= {task.coefficients for task in version.added}
         for before in _since_snapshot(state, version):
-            refs |= {before.transport, *(task.coefficients for task in before.added)}
             if before.snapshot is not None:
                 refs.add(before.snapshot)
+            else:
+                refs |= {before.transport, *(task.coefficients for task in before.added)}
     refs |= {state.heads.get(task.adapter.key, task.adapter) for task in tasks_alive(state)}
     return {ref.key: ref for ref in refs}
 
@@ -232,5 +236,5 @@ def _held(state: SubspaceState) -> Conflict:
     assert state.held is not None
     return Conflict(
         f"main is held by {state.held.actor}: {state.held.reason or 'no reason given'}",
-        todo="`onebasis release` lets it move again",
+        todo="`onebasis store release` lets it move again",
     )

@@ -280,8 +280,15 @@ class SubspaceStore(SubspaceReader):
 
     def _change(self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str) -> None:
         with self._lock:
-            if self._done(op_key) is None and (change := judge(self.state)) is not None:
+            if self._done(op_key) is not None:
+                return
+            change = judge(self.state)
+            if change is not None:
                 self._log.commit(change.op, op_key=op_key, actor=actor, body=change.body)
+            else:
+                # No record will tell us that a newer writer has changed it since: look.
+                self._log.refresh()
+                self._log.finish_pending()
 
     # One merge, step by step
 

@@ -1,0 +1,468 @@
+"""A fault simulation of the store: the real code, many seeds, and a model that says what must hold.
+
+```python
+run = simulate(seed=7)
+assert run.violation is None, "\n".join(run.trace)
+```
+
+One run: up to three machines open the same subspace for writing, again and again, and fence each other. Each works on
+what is asked for, merges above all, and repeats it until it is answered, also what another machine began. One more
+machine only reads; one is a second thread in the others' processes, which collects garbage. chaos_storage.py decides
+who runs and what fails at each storage call, chaos_model.py what must hold. At the end nothing fails any more: one last
+writer does all that was left undone and collects, and a reader reads every version that lives.
+
+What is not simulated: bytes that rot, a storage that breaks its two promises (create-if-absent; a list shows what was
+written), and threads that meet between two storage calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
+from configs.settings import SubspaceSettings
+from subspace_store import retention
+from subspace_store.adapter import Adapter, canonical_update, digest
+from subspace_store.chaos_model import Model
+from subspace_store.chaos_storage import ChaosStorage, Crash, Machine, Violation, World
+from subspace_store.subspace_store import SubspaceStore
+from subspace_store.version import CANDIDATE, MAIN, StagedAdapter, SubspaceState, TaskScore
+
+ADAPTERS = 12
+"""Different adapters; a task takes one of them."""
+SHAPES = {"a": (6, 5), "b": (4, 5)}
+"""Tiny modules: a run's time should go into the protocol."""
+EXACT = SubspaceSettings(rank_fixed=max(max(shape) for shape in SHAPES.values()))
+"""Nothing is truncated, so a version must hold exactly what was delivered."""
+BASE = "tiny"
+ACTOR = "chaos"
+NAMES = ("ann", "bob", "cy")
+"""Tags, and owners of pins: few, so that requests meet."""
+WRITERS_MAX = 3
+MERGES_MAX = 6
+GROUP_MAX = 3
+ACTIONS_MAX = 24
+"""Of all writing machines together, in one run."""
+REST_STEPS = 60
+"""Longest pause of the reader and of the collecting thread between two actions; a machine restarts within four."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one seed did.
+
+    Args:
+        seed: Gives the same run again.
+        violation: The promise that was not kept; None if all were.
+        counts: How often what happened; faults by their names.
+        trace: What happened, in order: one line for each storage call.
+        trace_sha256: Of the whole trace; the same for the same seed, anywhere and any time.
+    """
+
+    seed: int
+    violation: str | None
+    counts: Counter[str]
+    trace: tuple[str, ...]
+    trace_sha256: str
+
+
+def simulate(seed: int) -> Run:
+    """Run one seed. Takes the whole process: see `World.simulated`.
+
+    Cost:
+        Some 20 ms.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    simulation = _Simulation(seed)
+    with simulation.world.simulated():
+        simulation.run()
+    torch.set_num_threads(threads)
+    world = simulation.world
+    return Run(seed, world.violation, world.counts, tuple(world.trace), digest("\n".join(world.trace).encode()))
+
+
+def simulate_many(seeds: Sequence[int], jobs: int) -> Iterator[Run]:
+    """Run seeds in `jobs` processes, in the order of the seeds. Runs that kept every promise come without trace."""
+    if jobs == 1:
+        yield from map(_briefly, seeds)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_briefly, seeds, chunksize=20)
+
+
+def _briefly(seed: int) -> Run:
+    run = simulate(seed)
+    return run if run.violation else replace(run, trace=())
+
+
+@dataclass
+class _Request:
+    """Something that is asked of the store until it is answered."""
+
+    op_key: str
+    ask: Callable[[SubspaceStore], int]
+    """Gives the version that it made or concerned."""
+    holds: Callable[[], bool] = lambda: False
+    """Whether it is so already, by the model: then no record is needed."""
+    uploads_of: tuple[str, ...] = ()
+    """Tasks whose uploads it needs."""
+
+
+@dataclass
+class _Process:
+    """A store that is open for writing."""
+
+    name: str
+    store: SubspaceStore
+
+
+class _Simulation:
+    """One run: the world, the model, and what is asked for."""
+
+    def __init__(self, seed: int) -> None:
+        self.model = Model()
+        self.world = World(seed, self.model)
+        self.model.present = lambda: set(self.world.disk.keys(""))
+        self.random = self.world.random
+        self.waiting: list[_Request] = []
+        self.open: dict[Machine, _Process] = {}
+        self.actions_left = self.random.randint(5, ACTIONS_MAX)
+        self.merges_left = self.random.randint(1, MERGES_MAX)
+        self.writing = self.random.randint(1, WRITERS_MAX)
+        self._numbers: Counter[str] = Counter()
+        self._kinds: dict[Callable[[SubspaceStore], _Request | None], int] = {
+            self._merge: 12,
+            self._judge: 6,
+            self._roll_back: 3,
+            self._score: 1,
+            self._tag: 1,
+            self._pin: 3,
+            self._hold: 2,
+            self._quarantine: 1,
+            self._expire: 4,
+            self._collect: 4,
+            self._look: 2,
+        }
+        """What a writer is asked to do, with weights."""
+
+    def run(self) -> None:
+        writers = [(f"w{i}", self._write) for i in range(self.writing)]
+        self.world.run([*writers, ("r", self._read), ("t", self._collect_in_a_thread)])
+        try:
+            if self.world.violation is None:
+                self.world.settle()
+                self._finish()
+        except Violation as broken:
+            self.world.violation = str(broken)
+        except Exception:
+            self.world.violation = f"unexpected: {traceback.format_exc()}"
+
+    # Machines
+
+    def _write(self, machine: Machine) -> None:
+        """One writing process after another."""
+        while self.actions_left > 0:
+            self.actions_left -= 1
+            name = f"{machine.name}.{self._next(machine.name)}"
+            try:
+                process = _Process(name, self._opened(name, writer=name))
+                self.world.counts["opened for writing"] += 1
+                self.open[machine] = process
+                self._serve(process)
+            except Crash:
+                self.world.counts["crashed"] += 1
+            except Unavailable:
+                self.world.counts["unavailable"] += 1
+            except Conflict:
+                if not self._fenced(name):
+                    raise
+                self.world.counts["fenced while opening"] += 1
+            self.open.pop(machine, None)
+            self._rest(machine, 4 * REST_STEPS)
+        self.writing -= 1
+
+    def _serve(self, process: _Process) -> None:
+        """Act until fenced, tired or out of work."""
+        while self.actions_left > 0 and self.random.random() < 0.95:
+            self.actions_left -= 1
+            if not self._guarded(process, functools.partial(self._act, process)):
+                return
+
+    def _read(self, machine: Machine) -> None:
+        """Readers, one after another: each follows the log and reads versions."""
+        while self.writing:
+            self._rest(machine)
+            name = f"{machine.name}.{self._next(machine.name)}"
+            try:
+                reader = self._opened(name, writer=None)
+                while self.writing and self.random.random() < 0.7:
+                    reader.refresh()
+                    self.model.observed(*_view(reader.state))
+                    self._look(reader)
+                    self._rest(machine)
+            except Crash:
+                self.world.counts["crashed"] += 1
+            except Unavailable:
+                self.world.counts["unavailable"] += 1
+
+    def _collect_in_a_thread(self, machine: Machine) -> None:
+        """A second thread in processes that write: a merge and a collection at the same time."""
+        while self.writing:
+            self._rest(machine)
+            if self.open:
+                process = self.random.choice(list(self.open.values()))
+                try:
+                    self._guarded(process, functools.partial(self._collect, process.store))
+                except Crash:
+                    self.world.note(machine.name, "died with its process")
+
+    def _finish(self) -> None:
+        """Nothing fails any more: do what was left undone, collect, and read everything."""
+        last = _Process("last", self._opened("last", writer="last"))
+        while self.waiting:
+            self._ask(last, self.waiting[0])
+        last.store.collect(uploads_in_use=tuple, really=True)
+        reader = self._opened("end", writer=None)
+        self.model.observed(*_view(reader.state))
+        for number in self.model.alive():
+            self.model.read(number, _updates(reader, number))
+        self.model.finished()
+
+    # Actions
+
+    def _act(self, process: _Process) -> None:
+        """One thing that is asked of a writer: something new, or something that waits for an answer."""
+        if self.waiting and self.random.random() < 0.5:
+            self._ask(process, self.random.choice(self.waiting))
+            return
+        kinds = {action: weight for action, weight in self._kinds.items() if self.merges_left or action != self._merge}
+        new = self.random.choices(list(kinds), list(kinds.values()))[0](process.store)
+        if new is not None:
+            self.waiting.append(new)
+            self._ask(process, new)
+
+    def _ask(self, process: _Process, request: _Request) -> None:
+        self.world.note(process.name, f"is asked for {request.op_key}")
+        kind = request.op_key.split("-")[0]
+        try:
+            version = request.ask(process.store)
+        except (Conflict, InvalidInput, NotFound) as error:
+            if self._fenced(process.name):
+                raise
+            self.model.refused(request.op_key, error)
+            self.world.counts[f"{kind} refused"] += 1
+        else:
+            self.model.answered(request.op_key, version, request.holds)
+            self.model.observed(*_view(process.store.state))
+            self.world.counts[f"{kind} acknowledged"] += 1
+        if request in self.waiting:
+            self.waiting.remove(request)
+
+    def _guarded(self, process: _Process, action: Callable[[], None]) -> bool:
+        """Whether the process may go on after the action: it has not been fenced."""
+        try:
+            action()
+        except Unavailable:
+            self.world.counts["unavailable"] += 1
+        except (Conflict, Corrupt, NotFound, InvalidInput) as error:
+            # A fenced writer acts on an old state: it may find gone what a newer one has let go.
+            if not self._fenced(process.name):
+                raise
+            self.world.note(process.name, f"is fenced: {type(error).__name__}")
+            self.world.counts[f"fenced, told by {type(error).__name__}"] += 1
+            return False
+        return True
+
+    def _fenced(self, name: str) -> bool:
+        return self.model.owner != name
+
+    def _collect(self, store: SubspaceStore) -> None:
+        found = store.collect(
+            uploads_in_use=lambda: {task for request in self.waiting for task in request.uploads_of}, really=True
+        )
+        self.world.counts["collections"] += 1
+        self.world.counts["blobs collected"] += len(found.blobs)
+
+    def _look(self, store: SubspaceStore) -> None:
+        """Read one version whole."""
+        number = self.random.choice([*store.state.versions, store.state.refs[MAIN]])
+        if number == 0:
+            return
+        try:
+            updates = _updates(store, number)
+        except (Corrupt, NotFound, InvalidInput):
+            if number in self.model.alive():
+                raise
+            self.world.counts["read an expired version"] += 1
+        else:
+            self.model.read(number, updates)
+            self.world.counts["versions read"] += 1
+
+    # What is asked for
+
+    def _merge(self, store: SubspaceStore) -> _Request:
+        self.merges_left -= 1
+        count = self.random.choices(range(1, GROUP_MAX + 1), (6, 2, 1))[0]
+        adapters = {f"t{self._next('task')}": _adapter(self.random.randrange(ADAPTERS)) for _ in range(count)}
+        self.model.delivered |= {task: _dense(adapter) for task, adapter in adapters.items()}
+        op_key = f"merge-{self._next('merge')}"
+        self.model.asked[op_key] = tuple(adapters)
+        uploads: dict[str, StagedAdapter] = {}
+
+        def ask(store: SubspaceStore) -> int:
+            for task, adapter in adapters.items():
+                if task not in uploads:
+                    ref = store.stage(f"staging/{task}/1/adapter.safetensors", adapter)
+                    uploads[task] = StagedAdapter(task, f"team/{task}", ref.key, ref.sha256)
+            return store.merge([uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
+
+        return _Request(op_key, ask, uploads_of=tuple(adapters))
+
+    def _judge(self, store: SubspaceStore) -> _Request | None:
+        candidate = store.state.refs[CANDIDATE]
+        if candidate == store.state.refs[MAIN]:
+            return None
+        if self.random.random() < 0.7:
+            return self._request("publish", candidate, lambda s, **keys: s.publish(candidate, **keys))
+        return self._request("reject", candidate, lambda s, **keys: s.reject(candidate, "chaos", **keys))
+
+    def _roll_back(self, store: SubspaceStore) -> _Request:
+        number, hold = self.random.choice(store.state.published), self.random.random() < 0.2
+        return self._request("rollback", number, lambda s, **keys: s.rollback(number, hold=hold, **keys))
+
+    def _score(self, store: SubspaceStore) -> _Request | None:
+        number = store.state.refs[CANDIDATE]
+        if number == 0:
+            return None
+        scores = [TaskScore(task, 0.5, 10) for task in store.state.tasks_at(number)]
+        return self._request("scores", number, lambda s, **keys: s.record_scores(number, scores, **keys))
+
+    def _tag(self, store: SubspaceStore) -> _Request:
+        name, number = self.random.choice(NAMES), self._some(store)
+        return self._request(
+            "tag", number, lambda s, **keys: s.tag(name, number, **keys), lambda: self.model.tags.get(name) == number
+        )
+
+    def _pin(self, store: SubspaceStore) -> _Request:
+        owner, number = self.random.choice(NAMES), self._some(store)
+        if self.random.random() < 0.4:
+            return self._request(
+                "unpin",
+                number,
+                lambda s, **keys: s.unpin(number, owner, **keys),
+                lambda: (number, owner) not in self.model.pins,
+            )
+        until = self.random.choice([None, self.world.now() + self.random.randint(1, 10 * REST_STEPS)])
+        return self._request(
+            "pin",
+            number,
+            lambda s, **keys: s.pin(number, owner, until, **keys),
+            lambda: self.model.pins.get((number, owner), 0) == until,
+        )
+
+    def _hold(self, store: SubspaceStore) -> _Request:
+        if self.random.random() < 0.3:
+            return self._request("hold", 0, lambda s, **keys: s.hold("chaos", **keys), lambda: self.model.held)
+        return self._request("release", 0, lambda s, **keys: s.release(**keys), lambda: not self.model.held)
+
+    def _quarantine(self, store: SubspaceStore) -> _Request | None:
+        done = [task for op_key, tasks in self.model.asked.items() if op_key in self.model.done for task in tasks]
+        if not done:
+            return None
+        task, quarantined = self.random.choice(done), self.model.quarantined
+        if self.random.random() < 0.5:
+            return self._request(
+                "unquarantine", 0, lambda s, **keys: s.unquarantine(task, **keys), lambda: task not in quarantined
+            )
+        return self._request(
+            "quarantine", 0, lambda s, **keys: s.quarantine(task, "chaos", **keys), lambda: task in quarantined
+        )
+
+    def _expire(self, store: SubspaceStore) -> _Request | None:
+        """What may go as this writer sees it, or, sometimes, what may not."""
+        now = self.world.now()
+        dying = retention.expirable(store.state, 1, now)
+        if self.random.random() < 0.2:
+            dying = list(store.state.versions)
+        dying = self.random.sample(dying, self.random.randint(0, min(2, len(dying))))
+        if not dying:
+            return None
+        return self._request(
+            "expire", 0, lambda s, **keys: s.expire(dying, now=now, **keys), lambda: self.model.expired >= {*dying}
+        )
+
+    def _some(self, store: SubspaceStore) -> int:
+        return self.random.choice([0, *store.state.versions])
+
+    def _request(
+        self, kind: str, version: int, ask: Callable[..., object], holds: Callable[[], bool] = lambda: False
+    ) -> _Request:
+        """A request about a version that exists; 0 if it is about none."""
+        op_key = f"{kind}-{self._next(kind)}"
+
+        def answer(store: SubspaceStore) -> int:
+            ask(store, op_key=op_key, actor=ACTOR)
+            return version
+
+        return _Request(op_key, answer, holds)
+
+    # Small things
+
+    def _opened(self, name: str, writer: str | None) -> SubspaceStore:
+        storage = ChaosStorage(self.world, name)
+        return SubspaceStore.open(storage, settings=EXACT, base_model=BASE, writer=writer)
+
+    def _rest(self, machine: Machine, steps: int = REST_STEPS) -> None:
+        machine.sleeps_until = self.world.step + self.random.randint(1, steps)
+        self.world.switch(machine)
+
+    def _next(self, kind: str) -> int:
+        self._numbers[kind] += 1
+        return self._numbers[kind]
+
+
+def _view(state: SubspaceState) -> tuple[int, Mapping[str, object]]:
+    """A folded state as the model keeps it."""
+    return state.seq, {
+        "refs": dict(state.refs),
+        "published": {*state.published},
+        "rejected": {*state.rejected},
+        "tags": dict(state.tags),
+        "pins": {(version, owner): until for version, pins in state.pins.items() for owner, until in pins.items()},
+        "held": state.held is not None,
+        "quarantined": {*state.quarantined},
+        "expired": {*state.expired},
+    }
+
+
+def _updates(store: SubspaceStore, number: int) -> dict[str, dict[str, Tensor]]:
+    """Every task of a version: dense updates and head."""
+    return {task: _dense(store.adapter(task, number)) for task in store.state.tasks_at(number)}
+
+
+def _dense(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: update.delta() for name, update in adapter.modules.items()} | dict(adapter.head)
+
+
+@functools.cache
+def _adapter(number: int) -> Adapter:
+    """One of a few random adapters: ranks 1 to 3, most on one module, some on both."""
+    generator = torch.Generator().manual_seed(number)
+    rank = 1 + number % 3
+    modules = {
+        name: canonical_update(
+            torch.randn(n, rank, generator=generator), torch.randn(rank, d, generator=generator), scale=0.5
+        )
+        for name, (n, d) in list(SHAPES.items())[: 1 + (number % 4 == 3)]
+    }
+    return Adapter(BASE, "", modules, {"head": torch.randn(2, generator=generator)}, {})
