@@ -185,22 +185,27 @@ def merge_modules(
         return merge_module(before, incoming, settings)
 
     shapes = {name: update.shape for adapter in adapters.values() for name, update in adapter.modules.items()}
-    threads = os.cpu_count() or 1 if sum(map(sum, shapes.values())) > WIDE else 1
-    yield from zip(sorted(shapes), in_order(merge, sorted(shapes), threads), strict=True)
+    names = sorted(shapes)
+    yield from zip(names, in_order(merge, names, threads(sum(map(sum, shapes.values())))), strict=True)
 
 
-def in_order(function: Callable[[A], B], items: Sequence[A], threads: int) -> Iterator[B]:
+def threads(rows: int) -> int:
+    """How many modules of so many rows in all (N + D) to work on at once."""
+    return os.cpu_count() or 1 if rows > WIDE else 1
+
+
+def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> Iterator[B]:
     """`map`, a few items ahead in threads of one BLAS thread each."""
-    if threads < 2:
+    if workers < 2:
         yield from map(function, items)
         return
     before, waiting = torch.get_num_threads(), deque[Future[B]]()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > threads:
+                if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from configs.errors import NotFound
 from subspace_store import blobs, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.merge import ModuleBasis, ModuleSubspace, reconstruct_module
+from subspace_store.merge import ModuleBasis, ModuleSubspace, in_order, reconstruct_module, threads
 from subspace_store.storage import Storage
 from subspace_store.subspace_math import overlap
 from subspace_store.version import MAIN, MergedTask, SubspaceState
@@ -150,12 +150,22 @@ class SubspaceReader:
         number, task = self._find(task_id, version)
         delivered = self._read_delivered(task)
         blocks = self._tensors.task(number, task_id, modules)
-        basis = self._tensors.basis(number) if modules is None else None
-        updates = {
-            name: reconstruct_module(self._tensors.module_basis(number, name) if basis is None else basis[name], block)
-            for name, block in sorted(blocks.items())
-        }
-        return Adapter(delivered.base_model, delivered.base_sha256, updates, delivered.head, delivered.info)
+        names = sorted(blocks)
+        if modules is None:
+            self._tensors.remember_basis(number)
+        rows = sum(sum(shape) for name, (shape, _) in self._tensors.shapes(number).items() if name in blocks)
+        updates = in_order(
+            lambda name: reconstruct_module(self._tensors.module_basis(number, name), blocks[name]),
+            names,
+            threads(rows),
+        )
+        return Adapter(
+            delivered.base_model,
+            delivered.base_sha256,
+            dict(zip(names, updates, strict=True)),
+            delivered.head,
+            delivered.info,
+        )
 
     def delivered(self, task_id: str) -> Adapter:
         """A task's adapter as it was handed over; the newest, if it was merged more than once."""
@@ -247,9 +257,7 @@ class SubspaceReader:
                 f"there is no version {version}", self.storage.url, f"{len(self.state.versions)} versions exist"
             )
         if version in self.state.expired:
-            raise NotFound(
-                f"version {version} has expired", self.storage.url, "pin what you need for long"
-            )
+            raise NotFound(f"version {version} has expired", self.storage.url, "pin what you need for long")
         return version
 
     def _find(self, task_id: str, version: int | None) -> tuple[int, MergedTask]:

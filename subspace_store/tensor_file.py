@@ -11,11 +11,11 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch import Tensor
 from configs.errors import Corrupt, NotFound
 from subspace_store.storage import Storage
 from subspace_store.version import BlobRef
+
+T = TypeVar("T")
 
 TYPES = {torch.float64: "F64", torch.float32: "F32"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
@@ -145,25 +147,18 @@ class TensorFile:
         Raises:
             Corrupt: The bytes are not those that were written.
         """
-        layout = self._layout[name]
-        start = min(span[0] for _, _, span in layout.values())
-        content = self._content(start, max(span[1] for _, _, span in layout.values()))
-        if hashlib.sha256(content).hexdigest() != self._head["parts"][name]:
-            raise Corrupt(f"the part {name} is not what was written", self.where, "restore the object from a backup")
+        content, start = self._checked(name)
         # Copied: memory of its own is aligned, and outlives the file.
         return {
             tensor: torch.frombuffer(bytearray(content[a - start : b - start]), dtype=DTYPES[dtype]).reshape(shape)
             if b > a
             else torch.zeros(shape, dtype=DTYPES[dtype])
-            for tensor, (dtype, shape, (a, b)) in layout.items()
+            for tensor, (dtype, shape, (a, b)) in self._layout[name].items()
         }
 
     def all(self) -> dict[str, dict[str, Tensor]]:
         """Every part."""
-        if len(self.parts) < 2 or self._whole is not None:
-            return {name: self.part(name) for name in self.parts}
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return dict(zip(self.parts, pool.map(self.part, self.parts), strict=True))
+        return dict(zip(self.parts, self._each(self.part), strict=True))
 
     def check(self) -> None:
         """Compare every part with its digest.
@@ -171,13 +166,20 @@ class TensorFile:
         Raises:
             Corrupt: A part differs, or the object has another length than the log says.
         """
-        self.all()
+        self._each(lambda name: self._checked(name)[1])
         spans = [span[1] for layout in self._layout.values() for _, _, span in layout.values()]
         end = self.ref.head_bytes + max(spans, default=0)
         if end != self.ref.size_bytes or len(self._view(end, 1)):
             raise Corrupt(
                 f"has another length than {self.ref.size_bytes} bytes", self.where, "restore it from a backup"
             )
+
+    def _each(self, function: Callable[[str], T]) -> list[T]:
+        """Of every part; in threads where each is a request of its own."""
+        if self._whole is not None:
+            return [function(name) for name in self.parts]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(function, self.parts))
 
     @cached_property
     def _head(self) -> dict[str, Any]:
@@ -203,8 +205,14 @@ class TensorFile:
             layout[name][tensor] = (item["dtype"], tuple(item["shape"]), tuple(item["data_offsets"]))
         return layout
 
-    def _content(self, start: int, stop: int) -> memoryview:
-        return self._view(self.ref.head_bytes + start, stop - start)
+    def _checked(self, name: str) -> tuple[memoryview, int]:
+        """The bytes of a part, and its offset after the head."""
+        spans = [span for _, _, span in self._layout[name].values()]
+        start, stop = min(first for first, _ in spans), max(last for _, last in spans)
+        content = self._view(self.ref.head_bytes + start, stop - start)
+        if hashlib.sha256(content).hexdigest() != self._head["parts"][name]:
+            raise Corrupt(f"the part {name} is not what was written", self.where, "restore the object from a backup")
+        return content, start
 
     def _view(self, start: int, size: int) -> memoryview:
         if self._whole is not None and start + size <= self.ref.size_bytes:

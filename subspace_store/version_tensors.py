@@ -22,6 +22,8 @@ from subspace_store.version import BlobRef, SubspaceState, Version
 BASES_BYTES = 2**30
 """Bases that stay in memory: several versions of a small model, the newest one of a 7B model."""
 TRANSPORTS_BYTES = 2**28
+SMALL_BASIS = 2**25
+"""Numbers of a basis that is read whole, whoever asks for a task: 128 MiB."""
 VERSIONS = 3
 """Versions whose coefficients stay in memory: main, candidate, and one that is being looked at."""
 FILES = 256
@@ -81,6 +83,11 @@ class VersionTensors:
                 read = in_order(lambda name: blobs.read_basis(files[name], name), list(files), threads)
                 known = self._bases.keep(number, dict(zip(files, read, strict=True)))
             return dict(known)
+
+    def remember_basis(self, number: int) -> None:
+        """Read all bases into memory, if a reader of all modules may want them again soon: those of small models."""
+        if sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in self.shapes(number).values()) < SMALL_BASIS:
+            self.basis(number)
 
     def take_basis(self, number: int) -> dict[str, ModuleBasis]:
         """What memory holds of a version's basis, and memory forgets it: a merge lets go of it module by module."""
