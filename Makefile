@@ -6,15 +6,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test check fix bench setup clean lock
+.PHONY: demo test test-s3 check fix bench setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
 
 # The unit tests first: they need no Ray and fail within a minute.
 test: $(READY)
-	$(BIN)/pytest -m "not acceptance"
+	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m acceptance
+
+# Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
+# PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.
+test-s3: $(READY)
+	@$(BIN)/python -m tests.servers.install
+	$(BIN)/pytest -m s3 tests/servers
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,124 @@
+"""A proxy on loopback that loses requests and replies by a seeded plan, between a store and a real S3 server.
+
+It understands HTTP far enough to know when a request or a reply is whole; that is what decides whether the server
+did the write before the connection was cut. Requests pass unchanged, so signatures stay valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import random
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+import botocore.retries.standard
+import pytest
+
+from subspace_store import version_log
+
+PASS = "passed"
+BEFORE = "cut before the server saw it"
+LOST = "cut after the server did it"
+HALF = "cut in the middle of the reply"
+LATE = "late"
+PLAIN_ODDS = {PASS: 70, BEFORE: 10, LOST: 10, HALF: 5, LATE: 5}
+CONDITIONAL_ODDS = {PASS: 40, BEFORE: 15, LOST: 30, HALF: 10, LATE: 5}
+"""A record of the log is where a lost reply could lose or double a merge: those are cut more often."""
+LATE_SECONDS = 0.05
+
+
+class CuttingProxy(ThreadingHTTPServer):
+    """The proxy; `counts` says what it did to how many requests."""
+
+    daemon_threads = True
+
+    def __init__(self, endpoint_url: str, seed: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target = urlsplit(endpoint_url)
+        self.endpoint_url = f"http://127.0.0.1:{self.server_port}"
+        self.counts: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def fate(self, conditional: bool) -> str:
+        """What happens to the next request."""
+        odds = CONDITIONAL_ODDS if conditional else PLAIN_ODDS
+        with self._lock:
+            (fate,) = self._random.choices(list(odds), list(odds.values()))
+            self.counts[fate] += 1
+        return fate
+
+    @property
+    def cuts(self) -> int:
+        """Connections cut so far."""
+        return sum(self.counts[fate] for fate in (BEFORE, LOST, HALF))
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is what this proxy is for; anything else is shown."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: CuttingProxy
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fate = self.server.fate("If-None-Match" in self.headers)
+        if fate == BEFORE:
+            self.close_connection = True
+            return
+        if fate == LATE:
+            threading.Event().wait(LATE_SECONDS)
+        reply = self._answer_of_the_server(body)
+        if fate in (LOST, HALF):
+            self.close_connection = True
+            reply = reply[: len(reply) // 2] if fate == HALF else b""
+        self.wfile.write(reply)
+
+    def _answer_of_the_server(self, body: bytes) -> bytes:
+        connection = http.client.HTTPConnection(str(self.server.target.hostname), self.server.target.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                # `Expect: 100-continue` was answered here, and is not signed.
+                if name.lower() not in ("expect", "connection"):
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            content = answer.read()
+        kept = [pair for pair in answer.getheaders() if pair[0].lower() not in ("transfer-encoding", "connection")]
+        if self.command != "HEAD" and answer.status != 204 and not any(n.lower() == "content-length" for n, _ in kept):
+            kept.append(("Content-Length", str(len(content))))
+        head = [f"HTTP/1.1 {answer.status} {answer.reason}", *(f"{name}: {value}" for name, value in kept), "", ""]
+        return "\r\n".join(head).encode("latin-1") + content
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing: hundreds of cuts are the plan."""
+
+
+@contextlib.contextmanager
+def cutting_proxy(endpoint_url: str, seed: int) -> Iterator[CuttingProxy]:
+    """The running proxy in front of a server."""
+    with CuttingProxy(endpoint_url, seed) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield proxy
+        proxy.shutdown()
+        thread.join()
+
+
+def no_waits(patch: pytest.MonkeyPatch) -> None:
+    """Retries come at once: connections here do not get better with time."""
+    patch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.0)
+    patch.setattr(version_log, "FIRST_WAIT_SECONDS", 0.0)
