@@ -5,64 +5,31 @@ Heavy libraries are imported where they are needed: `onebasis --help` answers at
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import os
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from configs.errors import InvalidInput, OnebasisError
+from configs.errors import InvalidInput
+from configs.terminal import STATE_DIR, AsJson, StateDir, command_of, me, new_app, note, show
 from orchestrator import display
 from orchestrator.client import Client
 
-app = typer.Typer(
-    name="onebasis",
-    help="One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
+command = command_of(app, "interrupted; the service goes on. `onebasis tasks` shows where it is")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-StateDir = Annotated[
-    Path, typer.Option("--state-dir", envvar="ONEBASIS_STATE_DIR", help="Folder of the service's own files.")
-]
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
-STATE_DIR = Path(".onebasis")
+RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Arguments are handed on as they are."""
 WATCH_SECONDS = 0.5
 EXIT_CODES = {"published": 0, "rejected": 6, "parked": 2, "cancelled": 1}
 """Of `submit --wait`, by the state in which the task ended."""
-
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command; our errors become a message, or JSON, and an exit code that a script can tell apart."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            function(*args, **options)
-        except OnebasisError as error:
-            if options.get("as_json"):
-                print(json.dumps({"error": error.as_dict()}))
-            else:
-                display.error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            display.note("interrupted; the service goes on. `onebasis tasks` shows where it is")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    app.command(name=function.__name__.strip("_"))(run)
-    return run
 
 
 @command
@@ -89,8 +56,8 @@ def up(
             str(chosen),
             f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
         )
-    status = processes.up(settings, display.note if not as_json else _silent)
-    _show(status, display.status, as_json)
+    status = processes.up(settings, note if not as_json else _silent)
+    show(status, display.status, as_json)
 
 
 @command
@@ -98,14 +65,14 @@ def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """End the service. Tasks that train are taken up again at the next `up`."""
     from orchestrator import processes
 
-    ended = processes.down(state_dir.resolve(), display.note if not as_json else _silent)
-    _show({"was_running": ended}, lambda _: display.note("down" if ended else "nothing was running"), as_json)
+    ended = processes.down(state_dir.resolve(), note if not as_json else _silent)
+    show({"was_running": ended}, lambda _: note("down" if ended else "nothing was running"), as_json)
 
 
 @command
 def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Is the service up, what do the workers do, how many tasks are where."""
-    _show(Client(state_dir).call("status"), display.status, as_json)
+    show(Client(state_dir).call("status"), display.status, as_json)
 
 
 @command
@@ -174,20 +141,20 @@ def tasks(
             time.sleep(WATCH_SECONDS)
     elif watch:
         display.follow(lambda: client.call("tasks", team=team, state=state), WATCH_SECONDS)
-    _show(client.call("tasks", team=team, state=state), display.tasks, as_json)
+    show(client.call("tasks", team=team, state=state), display.tasks, as_json)
 
 
 @command
 def task(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Show one task: state and why, place, progress, result, events."""
-    _show(Client(state_dir).call("task", reference=reference), display.task, as_json)
+    show(Client(state_dir).call("task", reference=reference), display.task, as_json)
 
 
 @command
 def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Stop a task that is not part of a version yet."""
-    answer = Client(state_dir).call("cancel", reference=reference, by=_me())
-    _show(answer, lambda a: display.note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
+    answer = Client(state_dir).call("cancel", reference=reference, by=me())
+    show(answer, lambda a: note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
           else f"{a['title']}: {a['state']}"), as_json)  # fmt: skip
 
 
@@ -216,7 +183,7 @@ def logs(
 @command
 def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """List the subspace's versions."""
-    _show(Client(state_dir).call("versions"), display.versions, as_json)
+    show(Client(state_dir).call("versions"), display.versions, as_json)
 
 
 @command
@@ -226,7 +193,7 @@ def version(
     as_json: AsJson = False,
 ) -> None:
     """Show one version: its tasks with scores and drift, ranks, what is stored."""
-    _show(Client(state_dir).call("version", number=number), display.version, as_json)
+    show(Client(state_dir).call("version", number=number), display.version, as_json)
 
 
 @command
@@ -237,7 +204,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show what changed between two versions."""
-    _show(Client(state_dir).call("diff", old=old, new=new), display.diff, as_json)
+    show(Client(state_dir).call("diff", old=old, new=new), display.diff, as_json)
 
 
 @command
@@ -245,14 +212,15 @@ def rollback(
     number: Annotated[int, typer.Argument(metavar="V", help="Version that `main` shall be; 0 is empty.")],
     preview: Annotated[bool, typer.Option("--preview", help="Only show which tasks vanish or return.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
+    hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
     key = os.urandom(8).hex()
     client = Client(state_dir)
-    answer = client.call("rollback", version=number, preview=preview, by=_me(), reason=reason, key=key)
-    _show(answer, display.rollback, as_json)
+    answer = client.call("rollback", version=number, preview=preview, by=me(), reason=reason, key=key, hold=hold)
+    show(answer, display.rollback, as_json)
 
 
 @command
@@ -278,9 +246,9 @@ def export(
         raise InvalidInput(
             f"cannot write there: {error}", str(output), "name a folder that you may write to"
         ) from error
-    _show(
+    show(
         {"output": str(output), "files": names},
-        lambda a: display.note(f"wrote {', '.join(names)} to {output}"),
+        lambda a: note(f"wrote {', '.join(names)} to {output}"),
         as_json,
     )
 
@@ -292,14 +260,30 @@ def scores(
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
-    _show(Client(state_dir).call("scores", version=number), display.scores, as_json)
+    show(Client(state_dir).call("scores", version=number), display.scores, as_json)
+
+
+@app.command("store", context_settings=RAW, add_help_option=False)
+def store(context: typer.Context) -> None:
+    """The version log and its storage: check, tag, hold, pin, expire, collect. `onebasis store --help` lists it all."""
+    from subspace_store import cli as store_cli
+
+    def ask(state_dir: Path, operation: str, arguments: dict[str, Any]) -> Any:
+        document = {"operation": operation, "arguments": arguments}
+        return Client(state_dir).call("change", document=document, by=me())
+
+    token = store_cli.SERVICE.set(ask)
+    try:
+        store_cli.app(context.args, prog_name="onebasis store")
+    finally:
+        store_cli.SERVICE.reset(token)
 
 
 def _submit(document: dict[str, Any], wait: bool, dry_run: bool, state_dir: Path, as_json: bool) -> None:
     client = Client(state_dir)
-    answer = client.call("submit", document=document, dry_run=dry_run, by=_me())
+    answer = client.call("submit", document=document, dry_run=dry_run, by=me())
     if dry_run or not wait:
-        _show(answer, display.submitted, as_json)
+        show(answer, display.submitted, as_json)
         return
     reference = answer["task_id"]
     if not as_json:
@@ -307,23 +291,12 @@ def _submit(document: dict[str, Any], wait: bool, dry_run: bool, state_dir: Path
         display.follow(lambda: [client.call("task", reference=reference)], WATCH_SECONDS)
     while (found := client.call("task", reference=reference))["state"] not in EXIT_CODES:
         time.sleep(WATCH_SECONDS)
-    _show(found, display.task, as_json)
+    show(found, display.task, as_json)
     raise typer.Exit(EXIT_CODES[found["state"]])
-
-
-def _show(answer: Any, show: Callable[[Any], None], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer, allow_nan=False))
-    else:
-        show(answer)
 
 
 def _silent(_: str) -> None:
     """With --json only JSON is printed."""
-
-
-def _me() -> str:
-    return os.environ.get("USER") or f"uid {os.getuid()}"
 
 
 def main() -> None:

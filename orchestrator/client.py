@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 
 from configs.errors import OnebasisError, Unavailable, error_from_dict
-from configs.settings import read_settings
+from configs.state_folder import SERVER_FILE, service_settings
 from orchestrator.routes import ROUTES
 
 TIMEOUT_SECONDS = 150.0
@@ -51,19 +51,7 @@ class Client:
             from orchestrator.task_queue import TaskQueue
             from subspace_store import open_storage
 
-            settings_file = self._state_dir / "settings.yaml"
-            if not settings_file.exists():
-                raise Unavailable(
-                    f"no onebasis service has run here ({self._state_dir})", todo="start one with `onebasis up`"
-                )
-            settings = read_settings(settings_file)
-            if Path(settings.state_dir) != self._state_dir.resolve():
-                # Its database and store are named by their full paths: another service's may be there by now.
-                raise Unavailable(
-                    f"this folder was moved: its service belongs in {settings.state_dir}",
-                    str(self._state_dir.resolve()),
-                    "move it back to look at it",
-                )
+            settings = service_settings(self._state_dir)
             storage = open_storage(settings.storage, settings.base_model.name)
             self._service = Service(settings, TaskQueue(settings.database_url, settings.failures), storage)
         return self._service
@@ -72,7 +60,7 @@ class Client:
 def server_facts(state_dir: Path) -> dict[str, Any] | None:
     """Address, token and process id of the running control plane; None when none announced itself."""
     try:
-        return dict(json.loads((state_dir / "server.json").read_text()))
+        return dict(json.loads((state_dir / SERVER_FILE).read_text()))
     except (OSError, ValueError):
         return None
 

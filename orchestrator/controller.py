@@ -52,6 +52,8 @@ POLL_SECONDS = 0.02
 IDLE_SECONDS = 0.2
 RETRY_SECONDS = 1.0
 EVALUATION_TRIES = 3
+HELD_SECONDS = 5.0
+"""While `main` is held the log is read this often: somebody may release it without telling this process."""
 
 
 @dataclass
@@ -475,7 +477,11 @@ class Controller:
             )
         else:
             decision = judge(score_table(state, version, drift_min), version, records, self._settings.gate)
-            self._send_verdict(version, decision.passed, decision.summary)
+            if decision.passed and state.held is not None:
+                self._log_moved.set()
+                self._later("held", HELD_SECONDS)
+            else:
+                self._send_verdict(version, decision.passed, decision.summary)
 
     def _send_verdict(self, version: int, passed: bool, reason: str) -> None:
         errand = Errand("verdict", version=version)
@@ -530,7 +536,8 @@ class Controller:
         queued = [record for record in live if next_step(record) is Step.TRAIN]
         claimed = {r.worker for r in live if r.state is TaskState.TRAINING}
         free = [seat for seat in self._free_seats() if seat.name not in claimed]
-        if self._under_way("merge") or any(r.state is TaskState.EVALUATING for r in live):
+        scoring = self._under_way("merge") or any(r.state is TaskState.EVALUATING for r in live)
+        if scoring and self._store.state.held is None:
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
             busy_scoring = any(isinstance(seat.order, Evaluate) for seat in self._seats)
             free = free if busy_scoring else free[1:]

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from configs.errors import OnebasisError
+from configs.terminal import console, errors
 
 Json = dict[str, Any]
-
-# A pipe or a log file has no width: tables there are as wide as they need.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-errors = Console(stderr=True, highlight=False)
 
 COLOURS = {
     "queued": "cyan", "training": "yellow", "merging": "yellow", "evaluating": "yellow", "published": "green",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
+    "expired": "dim",
 }  # fmt: skip
 ENDED = ("published", "rejected", "parked", "cancelled")
-
-
-def note(text: str) -> None:
-    """A line on what happens now; on stderr, so that output can be piped."""
-    errors.print(escape(text), soft_wrap=True)
-
-
-def error(problem: OnebasisError) -> None:
-    """What was wrong, where, and what to do."""
-    errors.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
 
 
 def status(answer: Json) -> None:
@@ -42,6 +27,14 @@ def status(answer: Json) -> None:
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
     counted = ", ".join(f"{count} {name}" for name, count in answer["tasks"].items()) or "none yet"
     console.print(f"onebasis is {state}: base model {answer['base_model']}, main is version {answer['main']}")
+    if (held := answer["held"]) is not None:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
+        reason = escape(held["reason"] or "no reason given")
+        console.print(
+            f"  [yellow]main is held[/yellow] by {escape(held['actor'])} since {since}: {reason}"
+            " (`onebasis store release` lets it move)",
+            soft_wrap=True,
+        )
     console.print(f"  tasks    {counted}")
     console.print(f"  store    {escape(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {escape(answer['mlflow'])}", soft_wrap=True)
@@ -175,6 +168,8 @@ def rollback(answer: Json) -> None:
         console.print("  no task vanishes or returns")
     if not answer["preview"]:
         console.print(f"nothing is lost: `onebasis rollback {answer['from_version']}` undoes this")
+        if answer["held"]:
+            console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
 
 
 def scores(answer: Json) -> None:

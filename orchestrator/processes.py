@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ import yaml
 
 from configs.errors import Conflict, InvalidInput, Unavailable
 from configs.settings import Settings
+from configs.state_folder import process_of, running_server
 from orchestrator.client import Client, server_facts
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
 
@@ -64,7 +64,7 @@ def _alone(state_dir: Path, say: Say) -> Iterator[None]:
 
 
 def _start_what_is_missing(settings: Settings, state_dir: Path, say: Say) -> None:
-    running = _running_server(state_dir)
+    running = running_server(state_dir)
     if running is not None and settings.ray.address == "local" and _running_ray(state_dir) is None:
         say("Ray is gone: starting it and the control plane again")
         os.kill(running, signal.SIGKILL)  # asked politely it would wait for the cluster that is not there
@@ -105,7 +105,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
         ("control plane", "orchestrator.server", "server.json"),
         ("Ray cluster", "orchestrator.ray_head", ADDRESS_FILE),
     ):
-        pid = _pid(state_dir / file, module)
+        pid = process_of(state_dir / file, module)
         if pid is not None:
             say(f"ending the {name}")
             _end(pid)
@@ -203,22 +203,8 @@ def _as_text(settings: Settings) -> str:
     return "# Written by `onebasis up`.\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
-def _running_server(state_dir: Path) -> int | None:
-    return _pid(state_dir / "server.json", "orchestrator.server")
-
-
-def _pid(file: Path, module: str) -> int | None:
-    """The process id that a file names, if that process lives and is what it should be."""
-    try:
-        pid = int(json.loads(file.read_text())["pid"])
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError, KeyError):
-        return None
-    return pid if module.encode() in command and str(file.parent).encode() in command else None
-
-
 def _running_ray(state_dir: Path) -> int | None:
-    return _pid(state_dir / ADDRESS_FILE, "orchestrator.ray_head")
+    return process_of(state_dir / ADDRESS_FILE, "orchestrator.ray_head")
 
 
 def _end(pid: int) -> None:

@@ -14,6 +14,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "version": ("GET", "/versions/{number}"),
     "diff": ("GET", "/diff/{old}/{new}"),
     "rollback": ("POST", "/rollback/{version}"),
+    "change": ("POST", "/store"),
     "export": ("GET", "/export/{reference:path}"),
     "scores": ("GET", "/scores"),
 }

@@ -24,14 +24,13 @@ from fastapi.responses import JSONResponse, Response
 
 from configs.errors import InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings, read_settings
+from configs.state_folder import SERVER_FILE, SETTINGS_FILE
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from orchestrator.routes import ROUTES
 from orchestrator.service import Service
 
 log = logging.getLogger("onebasis.server")
 
-SERVER_FILE = "server.json"
-SETTINGS_FILE = "settings.yaml"
 LOCK_FILE = "server.lock"
 RAY_SECONDS = 180.0
 

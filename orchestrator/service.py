@@ -7,6 +7,7 @@ service is down: reading, exporting and rolling back need no running service.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 import tempfile
@@ -29,6 +30,7 @@ from orchestrator.task_queue import LOG, PROGRESS, TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState
 from subspace_store import Storage, SubspaceStore
 from subspace_store.peft_format import write_peft_folder
+from subspace_store.retention import OPERATIONS
 from subspace_store.version import CANDIDATE, MAIN, SubspaceState, Version
 
 STORE_SECONDS = 120.0
@@ -168,11 +170,14 @@ class Service:
         }
         return {**_plain(asdict(self._store.diff(old, new))), "scores": scores, "titles": titles}
 
-    def rollback(self, version: int, preview: bool = False, by: str = "", reason: str = "", key: str = "") -> Json:
+    def rollback(
+        self, version: int, preview: bool = False, by: str = "", reason: str = "", key: str = "", hold: bool = False
+    ) -> Json:
         """Move `main` to a version, or with preview only tell what would vanish.
 
         Args:
             key: The same key again is the same rollback.
+            hold: Keep `main` there: what passes the gate waits until it is released.
         """
         state = self._store.refresh()
         _check_version(state, version, lowest=0)
@@ -180,17 +185,37 @@ class Service:
             found = self._store.preview_rollback(version)
         else:
             op_key = f"rollback:{key or time.time_ns()}"
-            found = self._write("rollback", version, op_key=op_key, actor=by or "somebody", reason=reason)
-            self._store.refresh()
-            if self._controller is not None:
-                self._controller.wake(log_moved=True)
+            actor = by or "somebody"
+            found = self._write("rollback", version, op_key=op_key, actor=actor, reason=reason, hold=hold)
+            self._written()
         return {
             "preview": preview,
+            "held": hold and not preview,
             "from_version": found.from_version,
             "to_version": found.to_version,
             "vanishing": [task.name for task in found.vanishing],
             "returning": [task.name for task in found.returning],
         }
+
+    def change(self, document: Json, by: str = "") -> Json:
+        """Tag, hold, pin, expire … through the store's one writer.
+
+        Args:
+            document: `operation`, a method of SubspaceStore in `retention.OPERATIONS`, and its `arguments`.
+        """
+        operation, arguments = document.get("operation"), document.get("arguments")
+        key = f"{operation}:{time.time_ns()}"
+        try:
+            if operation not in OPERATIONS or not isinstance(arguments, dict):
+                raise TypeError(f"operations are {', '.join(OPERATIONS)}")
+            full = {**arguments, "actor": by or "somebody", "op_key": key}
+            inspect.signature(getattr(SubspaceStore, operation)).bind(None, **full)
+        except TypeError as error:
+            raise InvalidInput(f"this is no operation with its arguments: {error}", str(operation)) from error
+        self._store.refresh()
+        self._write(operation, **full)
+        self._written()
+        return {"operation": operation, **arguments}
 
     def export(self, reference: str, version: int | None = None) -> bytes:
         """One task at a version as a zipped PEFT folder; default: what `main` holds."""
@@ -244,6 +269,7 @@ class Service:
             "mlflow": self._settings.mlflow.tracking_uri,
             "main": state.refs[MAIN],
             "candidate": state.refs[CANDIDATE],
+            "held": asdict(state.held) if state.held else None,
             "tasks": self._queue.counts(),
             **self._health(),
         }
@@ -274,6 +300,11 @@ class Service:
             writer="command-line",
         )
         return getattr(writer, method)(*args, **kwargs)
+
+    def _written(self) -> None:
+        self._store.refresh()
+        if self._controller is not None:
+            self._controller.wake(log_moved=True)
 
     def _places(self) -> dict[str, int]:
         """Task id to place in the queue, from 1."""
@@ -312,6 +343,9 @@ class Service:
             ahead = f"{place - 1} before it" if place else "its turn is coming"
             note = f"; last attempt: {record.reason}" if record.reason else ""
             return f"place {place}: {ahead}, {self._controller.free_workers} workers free{note}"
+        held = self._store.refresh().held
+        if held is not None and record.state is TaskState.EVALUATING:
+            return f"version {record.version} waits: main is held by {held.actor}: {held.reason or 'no reason given'}"
         return {
             TaskState.TRAINING: f"{record.worker} is fine-tuning its adapter (attempt {record.attempt})",
             TaskState.MERGING: "its adapter waits for the version before to be judged, then it is merged",
@@ -336,6 +370,7 @@ class Service:
         names = [name for name, number in state.refs.items() if number == version.number]
         on_main = any(v.number == version.number for v in state.lineage(state.refs[MAIN]))
         status = (
+            "expired" if version.number in state.expired else
             "rejected" if version.number in state.rejected else "published" if on_main else
             "candidate" if CANDIDATE in names else "rolled back"
         )  # fmt: skip

@@ -70,23 +70,26 @@ def collect(
     """Find what no live version needs, and delete it if asked to.
 
     Args:
-        log: Open for writing: its epoch says which blobs may be touched.
+        log: Its epoch says which blobs may be touched. Who reads only looks, and sees what the next writer could
+            delete.
         uploads_in_use: Asked, after uploads were listed, for the ids of tasks whose uploads must stay: all that are
             not done with. None: uploads stay.
         really: Delete. Otherwise only look.
 
     Raises:
-        Conflict: Fenced, or open for reading.
+        Conflict: Fenced; or to be deleted, but open for reading.
         Unavailable: The storage was away; asked again, it goes on where it stopped.
 
     Cost:
         Three listings, and one request for each object deleted.
     """
-    log.refresh()
-    log.finish_pending()
-    state = log.state
+    state = log.refresh()
+    if really or log.writer is not None:
+        log.finish_pending()
+        state = log.state
+    epoch = log.epoch or state.epoch + 1
     needed = retention.needed(state)
-    blobs = tuple(key for key in log.storage.keys("blobs/") if key not in needed and _epoch(key) < log.epoch)
+    blobs = tuple(key for key in log.storage.keys("blobs/") if key not in needed and _epoch(key) < epoch)
     uploads = _unused_uploads(log, uploads_in_use) if uploads_in_use else ()
     checkpoints = tuple(log.storage.keys("checkpoints/")[:-CHECKPOINTS_KEPT])
     sizes = _sizes(state)

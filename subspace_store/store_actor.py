@@ -53,8 +53,34 @@ class StoreActor:
     def reject(self, version: int, reason: str, *, op_key: str, actor: str) -> None:
         self._store.reject(version, reason, op_key=op_key, actor=actor)
 
-    def rollback(self, version: int, *, op_key: str, actor: str, reason: str = "") -> RollbackPreview:
-        return self._store.rollback(version, op_key=op_key, actor=actor, reason=reason)
+    def rollback(
+        self, version: int, *, op_key: str, actor: str, reason: str = "", hold: bool = False
+    ) -> RollbackPreview:
+        return self._store.rollback(version, op_key=op_key, actor=actor, reason=reason, hold=hold)
+
+    def tag(self, name: str, version: int, *, op_key: str, actor: str) -> None:
+        self._store.tag(name, version, op_key=op_key, actor=actor)
+
+    def hold(self, reason: str, *, op_key: str, actor: str) -> None:
+        self._store.hold(reason, op_key=op_key, actor=actor)
+
+    def release(self, *, op_key: str, actor: str) -> None:
+        self._store.release(op_key=op_key, actor=actor)
+
+    def quarantine(self, task_id: str, reason: str, *, op_key: str, actor: str) -> None:
+        self._store.quarantine(task_id, reason, op_key=op_key, actor=actor)
+
+    def unquarantine(self, task_id: str, *, op_key: str, actor: str) -> None:
+        self._store.unquarantine(task_id, op_key=op_key, actor=actor)
+
+    def pin(self, version: int, owner: str, until: float | None = None, *, op_key: str, actor: str) -> None:
+        self._store.pin(version, owner, until, op_key=op_key, actor=actor)
+
+    def unpin(self, version: int, owner: str, *, op_key: str, actor: str) -> None:
+        self._store.unpin(version, owner, op_key=op_key, actor=actor)
+
+    def expire(self, versions: Sequence[int], *, now: float, op_key: str, actor: str) -> None:
+        self._store.expire(versions, now=now, op_key=op_key, actor=actor)
 
 
 def store_actor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from click.testing import Result
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from configs.errors import InvalidInput
 from orchestrator import display
 from orchestrator.cli import EXIT_CODES, app
 from subspace_store.peft_format import read_peft_folder, write_peft_folder
@@ -45,10 +47,11 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 def test_the_commands_are_these() -> None:
     running = {"up", "down", "status"}
     of_tasks = {"submit", "import", "tasks", "task", "cancel", "logs"}
-    assert set(COMMANDS) == running | of_tasks | {"versions", "version", "diff", "rollback", "export", "scores"}
+    of_versions = {"versions", "version", "diff", "rollback", "export", "scores"}
+    assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "store"])
 def test_every_command_has_help_with_a_sentence_and_its_options(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -210,3 +213,49 @@ def test_watching_with_json_prints_json_and_nothing_else(site: Site) -> None:
     states = {task["title"]: task["state"] for task in json.loads(result.stdout)}
     assert states["red/alpha"] == "published"
     assert not set(states.values()) & {"queued", "training", "merging", "evaluating"}
+
+
+# --- the store ---------------------------------------------------------------------------------------------------
+
+
+def test_store_lists_its_own_commands_and_looks_into_the_services_store(onebasis: Onebasis, site: Site) -> None:
+    assert "Usage: onebasis store" in onebasis("store", "--help").output
+    assert "quarantine" in onebasis("store", "--help").output
+    newest = json.loads(onebasis("store", "log", "--json").stdout)[-1]
+    assert newest["seq"] == site.plant.state.seq
+    assert onebasis("store", "tag", "gold", "silver").exit_code == 3
+
+
+def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_release(
+    onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subspace_store.cli.running_server", lambda state_dir: 1)  # the site is no process
+    assert "main is held there" in onebasis("rollback", "1", "--hold", "--reason", "worse").stdout
+    assert "main is held by ann" in onebasis("status").stdout
+    assert json.loads(onebasis("status", "--json").stdout)["held"]["reason"] == "worse"
+    epoch, version = site.plant.state.epoch, max(site.plant.state.versions) + 1
+    site.client.call("submit", document=site.document("red/gamma"), by="ann")
+    waiting = site.wait_for("red/gamma", "evaluating")
+    assert f"version {version} waits: main is held by ann: worse" in waiting["why"]
+    until = time.monotonic() + 10
+    while version not in site.plant.state.scores:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert onebasis("store", "release").exit_code == 0
+    site.wait_for("red/gamma", "published")
+    assert site.plant.state.epoch == epoch  # nobody was fenced on the way
+    assert site.plant.state.refs["main"] == version
+    assert "held" not in onebasis("status").stdout
+
+
+def test_what_is_no_operation_is_refused_by_the_service(onebasis: Onebasis, site: Site) -> None:
+    for document in (
+        {"operation": "merge", "arguments": {}},
+        {"operation": "tag", "arguments": {"name": "x"}},
+        {"operation": "tag", "arguments": {"name": "x", "version": 1, "actor": "root", "more": 1}},
+        {"operation": "tag"},
+    ):
+        with pytest.raises(InvalidInput, match="no operation with its arguments"):
+            site.client.call("change", document=document)
+    site.client.call("change", document={"operation": "tag", "arguments": {"name": "x", "version": 1}}, by="ann")
+    assert site.plant.state.tags == {"x": 1}

@@ -71,6 +71,76 @@ def test_merging_waits_until_the_version_before_is_judged(make_plant: MakePlant)
     assert plant.merges() == [["red/a"], ["blue/c", "red/b"]]
 
 
+def test_while_main_is_held_what_passed_waits_unpublished_and_goes_on_after_the_release(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=1)
+    plant.submit("red/a")
+    plant.run()
+    plant.cluster.store("hold", "audit", actor="ann", op_key="h").result()
+    plant.controller.wake(log_moved=True)
+    plant.submit("red/b")
+    plant.run(lambda: plant.get("red/b").state is TaskState.EVALUATING)
+    plant.submit("red/c")
+    plant.run(lambda: plant.get("red/c").state is TaskState.MERGING)  # its training does not wait for the verdict
+    plant.step(20)
+    assert plant.states() == {"red/a": "published", "red/b": "evaluating", "red/c": "merging"}
+    assert plant.state.refs == {"main": 1, "candidate": 2}
+    assert plant.cluster.store_calls.count("publish") == 1
+    assert plant.cluster.replaced == []
+    plant.cluster.store("release", actor="ann", op_key="r").result()
+    plant.controller.wake(log_moved=True)
+    plant.run()
+    assert plant.states() == {"red/a": "published", "red/b": "published", "red/c": "published"}
+    assert plant.cluster.replaced == []
+
+
+def test_a_release_that_nobody_told_of_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.controller.HELD_SECONDS", 0.01)
+    plant.cluster.store("hold", "audit", actor="ann", op_key="h").result()
+    plant.submit("red/a")
+    plant.run(lambda: plant.state.scores.get(1) is not None)
+    plant.step(3)
+    plant.cluster.store("release", actor="ann", op_key="r").result()
+    plant.run()
+    assert plant.states() == {"red/a": "published"}
+
+
+def test_what_the_gate_refuses_is_refused_while_main_is_held(plant: Plant) -> None:
+    plant.cluster.store("hold", "audit", actor="ann", op_key="h").result()
+    plant.cluster.score = lambda title, held: 0.1
+    plant.submit("red/a")
+    plant.run()
+    assert plant.states() == {"red/a": "rejected"}
+
+
+def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: Plant) -> None:
+    publish = plant.cluster._store.publish
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        plant.cluster._store.hold("audit", actor="ann")
+        publish(*args, **kwargs)
+
+    plant.cluster._store.publish = late  # type: ignore[method-assign]
+    plant.submit("red/a")
+    plant.run(lambda: "publish" in plant.cluster.store_calls)
+    plant.run(lambda: plant.controller._store.state.held is not None)
+    plant.step(5)
+    assert plant.states() == {"red/a": "evaluating"}
+    assert plant.cluster.store_calls.count("publish") == 1
+    plant.cluster.store("release", actor="ann", op_key="r").result()
+    plant.controller.wake(log_moved=True)
+    plant.run()
+    assert plant.states() == {"red/a": "published"}
+
+
+def test_a_quarantined_task_is_parked_with_the_reason_and_its_group_goes_on(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=2)
+    bad, _ = plant.submit("red/bad", "red/good")
+    plant.cluster.store("quarantine", bad.task_id, "poisoned data", actor="ann", op_key="q").result()
+    plant.run()
+    assert plant.states() == {"red/bad": "parked", "red/good": "published"}
+    assert "poisoned data" in plant.get("red/bad").reason
+
+
 def test_one_worker_stays_free_to_score_a_version_that_waits(make_plant: MakePlant) -> None:
     plant = make_plant(workers=2)
     plant.cluster.hold = lambda order: isinstance(order, Train)

@@ -159,6 +159,7 @@ def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
     answer = site.client.call("rollback", version=1, preview=True, by="ann")
     assert answer == {
         "preview": True,
+        "held": False,
         "from_version": 2,
         "to_version": 1,
         "vanishing": ["blue/beta"],

@@ -1,0 +1,96 @@
+"""What all commands share: where they print, how they end, the options that each of them has.
+
+Which commands there are is in orchestrator/cli.py and subspace_store/cli.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from configs.errors import OnebasisError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+StateDir = Annotated[
+    Path, typer.Option("--state-dir", envvar="ONEBASIS_STATE_DIR", help="Folder of the service's own files.")
+]
+STATE_DIR = Path(".onebasis")
+
+# A pipe or a log file has no width: tables there are as wide as they need.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+errors = Console(stderr=True, highlight=False)
+
+
+def new_app(name: str, help: str) -> typer.Typer:
+    """A group of commands."""
+    return typer.Typer(
+        name=name,
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+def command_of(app: typer.Typer, interrupted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that registers commands by the names of their functions; our errors become a message, or JSON, and
+    an exit code that a script can tell apart.
+
+    Args:
+        interrupted: What to say after Ctrl-C.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, **options: Any) -> None:
+            try:
+                function(*args, **options)
+            except OnebasisError as problem:
+                if options.get("as_json"):
+                    print(json.dumps({"error": problem.as_dict()}))
+                else:
+                    error(problem)
+                raise typer.Exit(problem.exit_code) from None
+            except KeyboardInterrupt:
+                note(interrupted)
+                raise typer.Exit(130) from None
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+        app.command(name=function.__name__.strip("_"))(run)
+        return run
+
+    return register
+
+
+def show(answer: Any, as_text: Callable[[Any], None], as_json: bool) -> None:
+    """Print what a command answers."""
+    if as_json:
+        print(json.dumps(answer, allow_nan=False))
+    else:
+        as_text(answer)
+
+
+def note(text: str) -> None:
+    """A line on what happens now; on stderr, so that output can be piped."""
+    errors.print(escape(text), soft_wrap=True)
+
+
+def error(problem: OnebasisError) -> None:
+    """What was wrong, where, and what to do."""
+    errors.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+
+
+def me() -> str:
+    """Who types, for records that name an actor."""
+    return os.environ.get("USER") or f"uid {os.getuid()}"

@@ -1,0 +1,409 @@
+"""The commands `onebasis store …`, also `python -m subspace_store …`: a store is looked at and tended.
+
+What a command writes goes through the service that runs here, if one does; else this process opens the store as its
+writer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.settings import Settings, StorageSettings, SubspaceSettings
+from configs.state_folder import running_server, service_settings
+from configs.terminal import STATE_DIR, AsJson, StateDir, command_of, console, errors, me, new_app, note, show
+from subspace_store.retention import expirable
+from subspace_store.storage import Storage, open_storage
+from subspace_store.subspace_store import SubspaceStore
+
+app = new_app("store", "A store of versions: check it, tag, hold, quarantine, pin, expire, collect.")
+command = command_of(app, "interrupted; what was begun can be asked for again")
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URL", help="The folder that FORMAT is in: file:…, s3://…; default: the service's."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="With --store: write although a service does, which has to open it anew then.")
+]
+Reference = Annotated[str, typer.Argument(metavar="VERSION", help="A branch, a tag or a number.")]
+TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or team/name of one that was merged.")]
+
+SECONDS_A_DAY = 86400
+TRACE_LINES = 40
+"""Of a simulated run that broke a promise; `--trace` shows all."""
+SERVICE: ContextVar[Callable[[Path, str, dict[str, Any]], Any] | None] = ContextVar("service", default=None)
+"""How to have a running service write: state folder, operation, arguments. Set by `onebasis`; this package has no
+client."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the store is, and whose it is."""
+
+    storage: Storage
+    state_dir: Path
+    settings: Settings | None
+    """Of the service here; None where none has run."""
+    is_named: bool
+    """Whether the person gave the address."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a service that runs here writes to this store."""
+        if self.settings is None or running_server(self.state_dir) is None:
+            return False
+        return open_storage(self.settings.storage, self.settings.base_model.name).url == self.storage.url
+
+
+@command
+def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Try out whether a folder or bucket keeps the promises that a store needs. Nothing of a store is touched."""
+    from subspace_store.doctor import examine
+
+    checks = examine(_place(store, state_dir).storage)
+
+    def as_text(_: object) -> None:
+        for check in checks:
+            mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
+            console.print(f"{mark} {check.name}: {escape(check.what)}", soft_wrap=True)
+            if check.todo:
+                console.print(f"     → {escape(check.todo)}", soft_wrap=True)
+
+    show([asdict(check) for check in checks], as_text, as_json)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(Unavailable.exit_code)
+
+
+@command
+def verify(
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and measure every task again.")] = False,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Check that the store holds what its log says: the chain and every object's size, or with --deep everything."""
+    from configs.errors import Corrupt
+    from subspace_store.verify import verify as check
+
+    reader = _reader(_place(store, state_dir))
+    findings = check(reader, deep=deep)
+
+    def as_text(_: object) -> None:
+        for finding in findings:
+            console.print(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}", soft_wrap=True)
+        if not findings:
+            console.print(f"{reader.storage.url} is as its log says", soft_wrap=True)
+
+    show([asdict(finding) for finding in findings], as_text, as_json)
+    if findings:
+        raise typer.Exit(Corrupt.exit_code)
+
+
+@command
+def log(
+    last: Annotated[int | None, typer.Option(help="Only so many of the newest records.")] = None,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show the version log, oldest record first."""
+    entries = _reader(_place(store, state_dir)).history()[-last if last else None :]
+
+    def as_text(_: object) -> None:
+        rows = [(str(e.seq), _clock(e.time), str(e.epoch), e.op, e.actor, e.summary) for e in entries]
+        _print_table(("seq", "time", "epoch", "operation", "by", ""), rows, "the log is empty")
+
+    show([asdict(entry) for entry in entries], as_text, as_json)
+
+
+@command
+def tag(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the version is called from now on.")],
+    version: Reference,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Name a version for ever; it never expires then."""
+    place = _place(store, state_dir)
+    number = _reader(place).resolve(version)
+    _change(place, force, as_json, f"{name} is version {number}", "tag", name=name, version=number)
+
+
+@command
+def tags(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """List tags and the versions they name."""
+    found = _reader(_place(store, state_dir)).state.tags
+
+    def as_text(_: object) -> None:
+        rows = [(name, str(number)) for name, number in sorted(found.items(), key=lambda item: (item[1], item[0]))]
+        _print_table(("tag", "version"), rows, "no tags")
+
+    show(dict(found), as_text, as_json)
+
+
+@command
+def hold(
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to everybody who wonders.")],
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Keep `main` where it is: what passes the gate waits until `release`."""
+    _change(_place(store, state_dir), force, as_json, "main is held", "hold", reason=reason)
+
+
+@command
+def release(store: Url = None, force: Force = False, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Let `main` move again after `hold` or `rollback --hold`."""
+    _change(_place(store, state_dir), force, as_json, "main may move", "release")
+
+
+@command
+def quarantine(
+    task: TaskId,
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to whoever tries to merge it.")],
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a task from being merged again. Versions that hold it stay as they are."""
+    place = _place(store, state_dir)
+    task_id = _task_id(place, task)
+    done = f"task {task_id} will not be merged"
+    _change(place, force, as_json, done, "quarantine", task_id=task_id, reason=reason)
+
+
+@command
+def unquarantine(
+    task: TaskId, store: Url = None, force: Force = False, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
+    """Let a quarantined task be merged again."""
+    place = _place(store, state_dir)
+    task_id = _task_id(place, task)
+    _change(place, force, as_json, f"task {task_id} may be merged", "unquarantine", task_id=task_id)
+
+
+@command
+def pin(
+    version: Reference,
+    owner: Annotated[str, typer.Option(help="Who needs it; default: you.")] = "",
+    days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.")] = None,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a version from expiring; again with other --days moves the end."""
+    place = _place(store, state_dir)
+    number, until = _reader(place).resolve(version), None if days is None else time.time() + days * SECONDS_A_DAY
+    done = f"version {number} is kept for {owner or me()} " + ("until unpinned" if until is None else _until(until))
+    _change(place, force, as_json, done, "pin", version=number, owner=owner or me(), until=until)
+
+
+@command
+def unpin(
+    version: Reference,
+    owner: Annotated[str, typer.Option(help="Whose pin; default: yours.")] = "",
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Give a pin up."""
+    place = _place(store, state_dir)
+    number = _reader(place).resolve(version)
+    done = f"{owner or me()} does not keep version {number}"
+    _change(place, force, as_json, done, "unpin", version=number, owner=owner or me())
+
+
+@command
+def pins(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """List pinned versions, for whom, and until when."""
+    state = _reader(_place(store, state_dir)).state
+    found = [(number, owner, until) for number, owners in sorted(state.pins.items()) for owner, until in owners.items()]
+
+    def as_text(_: object) -> None:
+        rows = [(str(n), owner, "until unpinned" if until is None else _until(until)) for n, owner, until in found]
+        _print_table(("version", "for", ""), rows, "no pins")
+
+    show([dict(zip(("version", "owner", "until"), row, strict=True)) for row in found], as_text, as_json)
+
+
+@command
+def expire(
+    keep_last: Annotated[int, typer.Option(help="How many of the newest versions of `main` stay.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Give old and rejected versions up for ever. What a branch, a tag or a pin names stays."""
+    place, now = _place(store, state_dir), time.time()
+    versions = expirable(_reader(place).state, keep_last, now)
+    listed = ", ".join(map(str, versions))
+    if yes and versions:
+        _change(place, force, as_json, f"expired: versions {listed}", "expire", versions=versions, now=now)
+    else:
+        text = f"would expire: versions {listed} (--yes does it)" if versions else "nothing can expire"
+        show({"versions": versions, "expired": False}, lambda _: note(text), as_json)
+
+
+@command
+def collect(
+    really: Annotated[bool, typer.Option("--really", help="Delete; otherwise only show what would be.")] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Find objects that no version needs any more, and with --really delete them."""
+    place = _place(store, state_dir)
+    if really and place.is_served and not (force and place.is_named):
+        raise _is_served(place)
+    found = (_writer(place) if really else _reader(place)).collect(really=really)
+
+    def as_text(_: object) -> None:
+        for key in found.keys:
+            console.print(key, soft_wrap=True, markup=False)
+        verb = "deleted" if found.deleted else "would delete"
+        end = "" if found.deleted or not found.keys else " (--really does it)"
+        note(f"{verb} {len(found.keys)} objects, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
+
+    show(asdict(found), as_text, as_json)
+
+
+@command
+def chaos(
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    runs: Annotated[int, typer.Option(help="How many seeds from there on.", min=1)] = 1000,
+    jobs: Annotated[int, typer.Option(help="Processes; 0 is one for each processor.", min=0)] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="Print every storage call of every run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate faults: the store's code against crashes, lost replies, delays and rival writers. Uses no real store."""
+    from rich.progress import track
+
+    from subspace_store.chaos import ChaosReport, simulate, simulate_many
+
+    seeds = range(seed, seed + runs)
+    done = map(simulate, seeds) if trace else simulate_many(seeds, min(jobs or os.cpu_count() or 1, runs))
+    report = ChaosReport()
+    for run in track(done, "simulating", runs, console=errors, transient=True, disable=not errors.is_terminal):
+        report.add(run)
+        if run.trace:
+            lines = run.trace if trace else run.trace[-TRACE_LINES:]
+            errors.print("\n".join(lines), markup=False, soft_wrap=True)
+        if run.violation:
+            errors.print(f"[red]seed {run.seed}:[/red] {escape(run.violation)}", soft_wrap=True)
+            note(f"again: onebasis store chaos --seed {run.seed} --runs 1 --trace")
+
+    def as_text(_: object) -> None:
+        _print_table(("faults", ""), [(kind, f"{count:,}") for kind, count in sorted(report.faults.items())], "none")
+        _print_table(("events", ""), [(what, f"{count:,}") for what, count in sorted(report.events.items())], "none")
+        broken = len(report.violations)
+        verdict = f"[red]{broken} broke a promise[/red]" if broken else "no promise was broken"
+        console.print(f"{report.runs:,} runs from seed {seed}: {verdict}")
+
+    show({"seed": seed, **vars(report)}, as_text, as_json)
+    if report.violations:
+        raise typer.Exit(OnebasisError.exit_code)
+
+
+# Where the store is, and who writes to it
+
+
+def _place(url: str | None, state_dir: Path) -> Place:
+    try:
+        settings = service_settings(state_dir)
+    except Unavailable as error:
+        if url is None:
+            raise Unavailable(error.what, error.where, f"{error.todo}, or name a store with --store URL") from None
+        settings = None
+    if url is None:
+        assert settings is not None
+        return Place(open_storage(settings.storage, settings.base_model.name), state_dir, settings, False)
+    how = settings.storage.model_copy(update={"url": url}) if settings else StorageSettings(url=url)
+    return Place(open_storage(how), state_dir, settings, True)
+
+
+def _reader(place: Place) -> SubspaceStore:
+    try:
+        place.storage.read("FORMAT")
+    except NotFound:
+        raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
+    return SubspaceStore.open(place.storage)
+
+
+def _writer(place: Place) -> SubspaceStore:
+    reader = _reader(place)
+    settings = place.settings.subspace if place.settings else SubspaceSettings()
+    writer = f"command line of {me()}"
+    return SubspaceStore.open(place.storage, settings=settings, base_model=reader.base_model, writer=writer)
+
+
+def _change(place: Place, force: bool, as_json: bool, done: str, operation: str, **arguments: Any) -> None:
+    """Write one record: through the running service, or as the writer."""
+    ask = SERVICE.get()
+    if place.is_served and not (force and place.is_named):
+        if ask is None or place.is_named:
+            raise _is_served(place)
+        ask(place.state_dir, operation, arguments)
+    else:
+        getattr(_writer(place), operation)(**arguments, actor=me())
+    show({"operation": operation, **arguments}, lambda _: note(done), as_json)
+
+
+def _is_served(place: Place) -> Conflict:
+    return Conflict(
+        "a running service writes to this store",
+        place.storage.url,
+        "end it with `onebasis down`; or take over with --store URL --force, and it opens the store anew",
+    )
+
+
+def _task_id(place: Place, reference: str) -> str:
+    tasks = {task for version in _reader(place).state.versions.values() for task in version.added}
+    found = sorted({task.task_id for task in tasks if reference in (task.name, task.task_id)})
+    if len(found) > 1:
+        raise InvalidInput(f"{reference} was merged as several tasks", todo=f"name one of {', '.join(found)}")
+    if not found and "/" in reference:
+        raise NotFound(f"no task {reference} was ever merged", place.storage.url, "name its id")
+    return found[0] if found else reference
+
+
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], nothing: str) -> None:
+    if not rows:
+        console.print(nothing)
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, no_wrap=bool(name))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _until(at: float) -> str:
+    return f"until {_clock(at)}"
