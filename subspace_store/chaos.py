@@ -22,7 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 import torch
@@ -33,7 +33,7 @@ from configs.settings import SubspaceSettings
 from subspace_store import retention
 from subspace_store.adapter import Adapter, canonical_update, digest
 from subspace_store.chaos_model import Model
-from subspace_store.chaos_storage import ChaosStorage, Crash, Machine, Violation, World
+from subspace_store.chaos_storage import FAULTS, ChaosStorage, Crash, Machine, Violation, World
 from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import CANDIDATE, MAIN, StagedAdapter, SubspaceState, TaskScore
 
@@ -73,6 +73,33 @@ class Run:
     counts: Counter[str]
     trace: tuple[str, ...]
     trace_sha256: str
+
+
+@dataclass
+class ChaosReport:
+    """What several seeds did together.
+
+    Args:
+        faults: Kind to how often it happened.
+        events: What the store did to how often; so that a reader sees that something was tried.
+        violations: Seed to the promise that was not kept.
+        trace_sha256: Of all traces, in order.
+    """
+
+    runs: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+    violations: dict[int, str] = field(default_factory=dict)
+    trace_sha256: str = ""
+
+    def add(self, run: Run) -> None:
+        """One more."""
+        self.runs += 1
+        for what, count in run.counts.items():
+            (self.faults if what in FAULTS else self.events)[what] += count
+        if run.violation:
+            self.violations[run.seed] = run.violation
+        self.trace_sha256 = digest((self.trace_sha256 + run.trace_sha256).encode())
 
 
 def simulate(seed: int) -> Run:

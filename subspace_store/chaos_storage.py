@@ -37,7 +37,8 @@ CUT = "cut off for some calls"
 TWICE = "request carried out twice"
 STALL = "stall"
 ON_READS = (CRASH_BEFORE, LOST_REQUEST, CUT, STALL)
-ON_WRITES = (*ON_READS, CRASH_AFTER, LOST_REPLY, LATE, CRASH_LATE, TWICE)
+FAULTS = (*ON_READS, CRASH_AFTER, LOST_REPLY, LATE, CRASH_LATE, TWICE)
+"""All of them can happen to a write."""
 
 RATES = (0.0, 0.005, 0.02, 0.05)
 """Faults per storage call; a seed draws one. Above 0.05 hardly any merge gets through."""
@@ -99,7 +100,7 @@ class World:
             self.disk.delete(key)
         self.observer = observer
         self.fault_rate = self.random.choice(RATES)
-        self.kinds = {kind for kind in ON_WRITES if self.random.random() < 0.7}
+        self.kinds = {kind for kind in FAULTS if self.random.random() < 0.7}
         self.stickiness = self.random.choice(STICKINESS)
         self.step = 0
         self.counts: Counter[str] = Counter()
@@ -306,7 +307,7 @@ class ChaosStorage:
         return look()
 
     def _change(self, what: str, effect: Callable[[], T]) -> T:
-        fault = self._begin(what, ON_WRITES)
+        fault = self._begin(what, FAULTS)
         if fault in (LATE, CRASH_LATE):
             self.world.later(what, effect)
             raise self._crash() if fault == CRASH_LATE else Unavailable("timed out", what)
@@ -328,6 +329,7 @@ class ChaosStorage:
         if self.dead:
             raise Crash
         world, machine = self.world, self.world.running
+        world.counts["storage calls"] += 1
         if machine is None:
             world.note(self.process, what)
             return None
