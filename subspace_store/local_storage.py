@@ -82,12 +82,14 @@ class LocalStorage:
             try:
                 # A hard link is refused if the name is taken; rename would replace it.
                 os.link(out.temporary, path)
-                _flush_folder(path.parent)
+                return True
             except FileExistsError:
                 return False
             except OSError as error:
                 raise _unavailable(error, path) from error
-        return True
+            finally:
+                # Also for the loser: what it reads now must not be gone after a crash.
+                _flush_folder(path.parent)
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
         # Only the folder that the prefix names in full is walked.
@@ -148,7 +150,8 @@ class _FileStream:
         # On a full disk closing fails as writing did, which was reported; the file goes all the same.
         with contextlib.suppress(OSError):
             self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
 
 
 @contextlib.contextmanager

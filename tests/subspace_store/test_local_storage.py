@@ -44,6 +44,9 @@ def test_the_file_is_flushed_before_it_gets_its_name_and_the_folder_after(
     monkeypatch.setattr(os, "link", lambda *names: (steps.append("name"), link(*names))[1])
     storage.create("log/1", b"x")
     assert steps == ["flush", "name", "flush"]
+    steps.clear()
+    storage.create("log/1", b"y")  # refused; the winner's name is made durable before the loser hears of it
+    assert steps == ["flush", "name", "flush"]
 
 
 def test_reading_a_folder_is_reading_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from typing import Literal
 
+import botocore.session
 import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import ClientError, EndpointConnectionError
@@ -25,6 +26,7 @@ from tests.contracts.storage_contract import StorageContract
 from tests.moto_server import CREDENTIALS, free_port, moto_server
 from tests.subspace_store.builders import deltas, merged, opened, random_adapter
 
+LOADER = botocore.session.create_loader()
 _prefixes = itertools.count()
 
 
@@ -32,6 +34,12 @@ _prefixes = itertools.count()
 def dummy_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def one_description_of_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    # boto3 would parse its own megabytes of JSON for every client of these tests.
+    monkeypatch.setattr(botocore.session, "create_loader", lambda *_: LOADER)
 
 
 @pytest.fixture(scope="module")
