@@ -291,6 +291,9 @@ def _summary(record: version_log.Record) -> str:
     if record.op == version_log.PIN and body["until"] is not None:
         until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(body["until"]))
         return f"version {body['version']}: {body['owner']}, until {until} UTC"
+    if record.op == version_log.REMOVE:
+        why = f": {body['reason']}" if body["reason"] else ""
+        return f"{body['task']}: version {body['from']} → {body['version']}{why}"
     if record.op == version_log.DROP_ADAPTERS:
         return f"{len(body['heads'])} adapters"
     about = [f"version {body['version']}"] if "version" in body else []

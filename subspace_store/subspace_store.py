@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
 from subspace_store import blobs, garbage, retention, version_log
-from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, digest
+from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, check_adapter, digest
+from subspace_store.forecast import Forecast, forecast
 from subspace_store.merge_writer import ORDINARY, Arrival, Lineage, Written, write_version
 from subspace_store.storage import Storage
 from subspace_store.subspace_reader import SubspaceReader
@@ -129,6 +130,58 @@ class SubspaceStore(SubspaceReader):
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
             self._log.commit(version_log.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
+
+    def forecast(self, adapters: Mapping[str, Adapter], version: int | None = None) -> Forecast:
+        """What merging adapters would cost each task, before doing it and without data. Changes nothing.
+
+        Args:
+            adapters: Any id to adapter.
+            version: To merge onto; default the candidate.
+
+        Raises:
+            InvalidInput: An adapter that could not be merged here.
+        """
+        parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
+        for adapter in adapters.values():
+            check_adapter(adapter)
+            self._check(adapter, self._tensors.shapes(parent))
+        return forecast(self._tensors, self.state, parent, adapters, self.settings)
+
+    def remove(
+        self, task_id: str, *, op_key: str, actor: str, reason: str = "", publish: bool = False
+    ) -> Version | None:
+        """Make the candidate again without a task: every version from the task's birth on, one after another, from
+        the adapters as they were delivered and in the groups they were merged in.
+
+        The outcome is what a store would hold that never saw the task, if `settings` are what they were. Where an
+        adapter as delivered is gone, the task is merged as its coefficients have it now, and the version names it in
+        `approximate`. The versions that hold the removed task stay until they expire.
+
+        Args:
+            publish: Move `main` as well, in the same record: a person's decision, no gate is asked.
+
+        Returns:
+            The new candidate; None if it is the empty subspace.
+
+        Raises:
+            NotFound: The candidate does not hold the task.
+            Conflict: `main` is held, and should move.
+
+        Cost:
+            One merge per version since the birth, and one record for each: interrupted, the same op_key goes on.
+        """
+        with self._lock:
+            done = self._done(op_key)
+            if done is None:
+                before = self.state.refs[CANDIDATE]
+                _, task = self._find(task_id, before)
+                if publish:
+                    retention.check_not_held(self.state)
+                done = self._remake_without(task, op_key, actor)
+                body = {"version": done, "from": before, "task": task.name, "task_id": task_id, "reason": reason}
+                refs = {CANDIDATE: done, **({MAIN: done} if publish else {})}
+                self._log.commit(version_log.REMOVE, op_key=op_key, actor=actor, refs=refs, body=body)
+            return self.state.versions.get(done)
 
     def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
         """Write measured scores of a version; a task's later score replaces its earlier one. NaN is kept.
@@ -291,6 +344,33 @@ class SubspaceStore(SubspaceReader):
                 self._log.finish_pending()
 
     # One merge, step by step
+
+    def _remake_without(self, task: MergedTask, op_key: str, actor: str) -> int:
+        """The newest of the versions made again, each with a record of its own that no branch names yet."""
+        candidate = self.state.refs[CANDIDATE]
+        line = [version for version in self.state.lineage(candidate) if version.number >= task.version]
+        parent = line[0].parent
+        for version in line:
+            arrivals = [self._again(old, candidate) for old in version.added if old.task_id != task.task_id]
+            if not arrivals:
+                continue
+            step_key = f"{op_key} {version.number}"
+            known = self._done(step_key)
+            if known is not None and known not in self.state.expired:
+                parent = known
+                continue
+            written = self._write(parent, arrivals, Lineage(version.number, (*version.removed, task.task_id)))
+            key = step_key if known is None else ""  # a key names one version, and that one has expired
+            self._log.commit(version_log.MERGE, op_key=key, actor=actor, body={"version": written.version})
+            parent = self._committed(written).number
+        return parent
+
+    def _again(self, task: MergedTask, candidate: int) -> Arrival:
+        """A task that was merged before: as it was delivered, or else as the candidate has it."""
+        if task.adapter.key not in self.state.heads:
+            return Arrival(task.task_id, task.name, self._read_delivered(task), task.adapter)
+        adapter = self.adapter(task.task_id, candidate)
+        return Arrival(task.task_id, task.name, adapter, adapter_to_bytes(adapter), approximate=True)
 
     def _refuse_doubles(self, adapters: Sequence[StagedAdapter], parent: int) -> None:
         if not adapters:

@@ -209,8 +209,12 @@ class SubspaceState:
         line = (v for v in self.lineage(until) if v.number > since)
         return sum(v.drift[place] for v in line if place < len(v.drift))
 
-    def error_bound(self, task_id: str, number: int) -> float:
-        """A bound on ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F at a version: the error at birth and every drift since (triangle
-        inequality)."""
-        task = self.tasks_at(number)[task_id]
-        return task.error_at_birth + self.drift_bound(task_id, task.version, number)
+    def error_bounds(self, number: int) -> dict[str, float]:
+        """Task id to a bound on ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F at a version: its error at birth and every drift since
+        (triangle inequality)."""
+        bounds: dict[str, float] = {}
+        for version in self.lineage(number):
+            for task_id, drift in zip(bounds, version.drift, strict=False):
+                bounds[task_id] += drift
+            bounds |= {task.task_id: task.error_at_birth for task in version.added}
+        return bounds

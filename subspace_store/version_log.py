@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import Conflict, Corrupt, NotFound, OnebasisError, Unavailable
 from subspace_store.adapter import digest
 from subspace_store.storage import Storage
-from subspace_store.version import BlobRef, Hold, SubspaceState, TaskScore, Version
+from subspace_store.version import MAIN, BlobRef, Hold, SubspaceState, TaskScore, Version
 
 CHECKPOINT_EVERY = 64
 HINT = "log/_hint"
@@ -40,6 +40,7 @@ SCORES = "scores"
 PUBLISH = "publish"
 REJECT = "reject"
 ROLLBACK = "rollback"
+REMOVE = "remove"
 TAG = "tag"
 HOLD = "hold"
 RELEASE = "release"
@@ -173,6 +174,9 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     if op == DROP_ADAPTERS:
         heads = _checked(_BLOBS, body["heads"], where)
         return {"heads": {**state.heads, **heads}}
+    if op == REMOVE:
+        moved = int(body["version"]) if MAIN in record.refs else 0
+        return {"published": tuple(sorted({*state.published, moved}))}
     if op == ACQUIRE:
         return {}
     raise Corrupt(f"has an operation {op!r} that this code does not know", where, "use a newer onebasis")

@@ -1,0 +1,88 @@
+"""What merging adapters would cost, before doing it and without any data.
+
+The same mathematics as the merge, module by module, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from configs.settings import SubspaceSettings
+from subspace_store.adapter import Adapter, ModuleUpdate
+from subspace_store.coefficients import ModuleTasks
+from subspace_store.merge import ModuleBasis, ModuleSubspace, Tally, merge_modules
+from subspace_store.subspace_math import orthonormalise, update_energy
+from subspace_store.version import SubspaceState
+from subspace_store.version_tensors import VersionTensors
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a merge onto a version would do. Errors and drifts are relative to ‖ΔW‖_F, as in a `Version`."""
+
+    parent: int
+    error_at_birth: Mapping[str, float]
+    """Of each adapter that would arrive."""
+    spanned: Mapping[str, float]
+    """Share of each adapter's energy, 0 to 1, that the parent's basis spans already: near 1, such tasks need no new
+    directions."""
+    drift: Mapping[str, float]
+    """Of each task that is there."""
+    error_bound: Mapping[str, float]
+    """Of each task that is there, afterwards: its error at birth and all its drifts."""
+    ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
+    """Touched module to (k_out, k_in) before and after."""
+
+
+def forecast(
+    tensors: VersionTensors,
+    state: SubspaceState,
+    parent: int,
+    adapters: Mapping[str, Adapter],
+    settings: SubspaceSettings,
+) -> Forecast:
+    """What `write_version` would make of these adapters.
+
+    Args:
+        adapters: Id to adapter, with shapes that fit.
+
+    Cost:
+        As `merge_adapters`; reads the bases of the touched modules.
+    """
+    homes, tasks = tensors.homes(parent), tensors.tasks(parent)
+    tally, ranks = Tally(), {}
+    spanned = dict.fromkeys(adapters, 0.0)
+
+    def read(name: str) -> ModuleSubspace | None:
+        return ModuleSubspace(tensors.module_basis(parent, name), tasks[name]) if name in homes else None
+
+    for name, merge in merge_modules(read, adapters, settings):
+        tally.add(tasks.get(name, ModuleTasks()), merge)
+        before = (0, 0)
+        if name in homes:
+            basis = tensors.module_basis(parent, name)
+            before = basis.ranks
+            for id_, adapter in adapters.items():
+                if name in adapter.modules:
+                    spanned[id_] += spanned_energy(basis, adapter.modules[name])
+        ranks[name] = before, merge.after.basis.ranks
+    for name in homes.keys() - ranks.keys():
+        tally.add(tasks[name], None)
+    drift = tally.drift
+    energy = {id_: sum(update_energy(update) for update in a.modules.values()) for id_, a in adapters.items()}
+    return Forecast(
+        parent,
+        tally.error_at_birth,
+        {id_: min(1.0, share / energy[id_]) if energy[id_] else 1.0 for id_, share in spanned.items()},
+        drift,
+        {id_: bound + drift[id_] for id_, bound in state.error_bounds(parent).items()},
+        ranks,
+    )
+
+
+def spanned_energy(basis: ModuleBasis, update: ModuleUpdate) -> float:
+    """‖P·Pᵀ·ΔW·Q·Qᵀ‖²_F: what a basis keeps of an update without a new direction."""
+    e_KR = orthonormalise(basis.p_NK).T @ (update.u_NR.double() * update.sigma_R.double())
+    f_KR = orthonormalise(basis.q_DK).T @ update.v_DR.double()
+    return float(((e_KR.T @ e_KR) * (f_KR.T @ f_KR)).sum())

@@ -1,0 +1,135 @@
+"""Removing a task: the versions above it are as if it had never been there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.errors import Conflict, NotFound
+from subspace_store import CANDIDATE, MAIN, Adapter, SubspaceStore
+from subspace_store.verify import verify
+from tests.subspace_store.builders import SHAPES, deltas, fresh_storage, merged, opened, random_adapter
+
+SETTINGS = {"energy_ratio_min": 0.9, "rank_max": 9}
+
+
+def grown(*groups: str, writer: str = "writer") -> SubspaceStore:
+    """Each group of letters is merged as one version; a letter's adapter is always the same."""
+    store = opened(fresh_storage(), writer=writer, **SETTINGS)
+    for group in groups:
+        merged(store, {letter: adapter_of(letter) for letter in group})
+    return store
+
+
+def adapter_of(letter: str) -> Adapter:
+    return random_adapter(ord(letter), rank=2 + ord(letter) % 3)
+
+
+def same(one: SubspaceStore, other: SubspaceStore) -> None:
+    """Bit for bit: bases and every task."""
+    mine, theirs = (store.state.refs[CANDIDATE] for store in (one, other))
+    assert list(one.state.tasks_at(mine)) == list(other.state.tasks_at(theirs))
+    for name, basis in one.basis(mine).items():
+        assert torch.equal(basis.p_NK, other.basis(theirs)[name].p_NK)
+        assert torch.equal(basis.lam_in_K, other.basis(theirs)[name].lam_in_K)
+    for task in one.state.tasks_at(mine):
+        for name, update in deltas(one.adapter(task, mine)).items():
+            assert torch.equal(update, deltas(other.adapter(task, theirs))[name])
+
+
+@pytest.mark.parametrize(
+    ("groups", "gone", "rest"),
+    [
+        (("a", "b", "c", "d"), "b", ("a", "c", "d")),
+        (("a", "b", "c"), "a", ("b", "c")),
+        (("a", "b", "c"), "c", ("a", "b")),
+        (("ab", "cde", "f"), "d", ("ab", "ce", "f")),
+    ],
+)
+def test_what_remains_is_as_if_the_task_had_never_been_there(
+    groups: tuple[str, ...], gone: str, rest: tuple[str, ...]
+) -> None:
+    store = grown(*groups)
+    store.remove(gone, op_key="r", actor="me")
+    same(store, grown(*rest))
+    assert verify(store, deep=True) == []
+
+
+def test_the_lineage_says_what_was_made_again_and_the_old_versions_stay_readable() -> None:
+    store = grown("a", "b", "c", "d")
+    old = deltas(store.adapter("b", 4))
+    version = store.remove("b", op_key="r", actor="me", reason="licence")
+    assert version is not None
+    assert [(v.number, v.parent, v.remakes, v.removed) for v in store.state.lineage(version.number)] == [
+        (1, 0, None, ()),
+        (5, 1, 3, ("b",)),
+        (6, 5, 4, ("b",)),
+    ]
+    assert store.state.refs == {CANDIDATE: 6, MAIN: 0}
+    assert all(torch.equal(old[name], update) for name, update in deltas(store.adapter("b", 4)).items())
+    assert store.history()[-1].summary == "team/b: version 4 → 6: licence"
+    store.remove("c", op_key="r2", actor="me")
+    assert store.state.versions[store.state.refs[CANDIDATE]].removed == ("b", "c")
+    assert list(store.state.tasks_at(store.state.refs[CANDIDATE])) == ["a", "d"]
+
+
+def test_the_last_task_leaves_the_empty_subspace() -> None:
+    store = grown("a")
+    assert store.remove("a", op_key="r", actor="me") is None
+    assert store.state.refs[CANDIDATE] == 0
+    merged(store, {"a": adapter_of("a")}, op_key="again")
+    assert list(store.state.tasks_at(2)) == ["a"]
+
+
+def test_asked_twice_it_is_done_once_and_interrupted_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crash(BaseException):
+        """The process is gone."""
+
+    store = grown("a", "b", "c", "d", "e")
+    write = SubspaceStore._write
+    calls = []
+
+    def failing(self: SubspaceStore, *arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Crash
+        return write(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SubspaceStore, "_write", failing)
+    with pytest.raises(Crash):
+        store.remove("b", op_key="r", actor="me")
+    assert store.state.refs[CANDIDATE] == 5
+    again = opened(store.storage, writer="next", **SETTINGS)
+    version = again.remove("b", op_key="r", actor="me")
+    assert version is not None
+    assert again.remove("b", op_key="r", actor="me") == version
+    assert version.number == 8  # one of the three was made before the crash
+    same(again, grown("a", "c", "d", "e"))
+
+
+def test_publishing_moves_main_in_the_same_record_unless_it_is_held() -> None:
+    store = grown("a", "b")
+    store.publish(2, op_key="p", actor="me")
+    store.hold("audit", actor="boss")
+    with pytest.raises(Conflict, match="audit"):
+        store.remove("a", op_key="r", actor="me", publish=True)
+    store.release(actor="boss")
+    store.remove("a", op_key="r", actor="me", publish=True)
+    assert store.state.refs == {CANDIDATE: 3, MAIN: 3}
+    assert store.preview_rollback(2).returning[0].task_id == "a"
+
+
+def test_a_task_that_is_not_there_is_not_found() -> None:
+    with pytest.raises(NotFound, match="holds no task z"):
+        grown("a").remove("z", op_key="r", actor="me")
+
+
+def test_other_modules_of_the_removed_task_close_again() -> None:
+    store = grown("a")
+    wide = random_adapter(5, shapes={**SHAPES, "layer.1.query": (12, 8)})
+    merged(store, {"w": wide})
+    merged(store, {"b": adapter_of("b")})
+    assert set(store.ranks(3)) == {*SHAPES, "layer.1.query"}
+    store.remove("w", op_key="r", actor="me")
+    assert set(store.ranks(4)) == set(SHAPES)
+    same(store, grown("a", "b"))
