@@ -67,7 +67,7 @@ def command_of(app: typer.Typer, interrupted: str) -> Callable[[Callable[..., No
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-        app.command(name=function.__name__.strip("_"))(run)
+        app.command(name=function.__name__.strip("_").replace("_", "-"))(run)
         return run
 
     return register

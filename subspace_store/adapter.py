@@ -146,8 +146,11 @@ def adapter_to_bytes(adapter: Adapter) -> bytes:
     )
 
 
-def adapter_from_bytes(content: bytes, where: str = "adapter") -> Adapter:
+def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool = False) -> Adapter:
     """Read what `adapter_to_bytes` wrote, and check it.
+
+    Args:
+        head_only: It is what is kept of an adapter that was let go: head and facts, no modules.
 
     Raises:
         Corrupt: The bytes are no safetensors file or no adapter.
@@ -165,7 +168,8 @@ def adapter_from_bytes(content: bytes, where: str = "adapter") -> Adapter:
         raise Corrupt(f"has format {header.get('format')!r}, this code reads {FORMAT!r}", where)
     head = {key.removeprefix("head/"): tensor for key, tensor in tensors.items() if key.startswith("head/")}
     adapter = Adapter(header["base_model"], header["base_sha256"], modules, head, header["info"])
-    check_adapter(adapter)
+    if not head_only:
+        check_adapter(adapter)
     return adapter
 
 

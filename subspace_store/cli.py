@@ -22,7 +22,7 @@ from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unav
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from configs.state_folder import running_server, service_settings
 from configs.terminal import STATE_DIR, AsJson, StateDir, command_of, console, errors, me, new_app, note, show
-from subspace_store.retention import expirable
+from subspace_store.retention import droppable, expirable
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 
@@ -264,6 +264,28 @@ def expire(
     else:
         text = f"would expire: versions {listed} (--yes does it)" if versions else "nothing can expire"
         show({"versions": versions, "expired": False}, lambda _: note(text), as_json)
+
+
+@command
+def drop_adapters(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Ids, or team/name; published ones.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be let go.")] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Let go of tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
+    place = _place(store, state_dir)
+    task_ids = [_task_id(place, task) for task in tasks]
+    found = droppable(_reader(place).state, task_ids)
+    size = sum(task.adapter.size_bytes for task in found.values())
+    what = f"{len(found)} adapters, {size / 1e6:.1f} MB"
+    if yes and found:
+        _change(place, force, as_json, f"let go: {what}", "drop_adapters", task_ids=task_ids)
+    else:
+        text = f"would let go of {what} (--yes does it)" if found else "nothing to let go"
+        show({"task_ids": task_ids, "dropped": False}, lambda _: note(text), as_json)
 
 
 @command

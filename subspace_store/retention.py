@@ -17,7 +17,7 @@ from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store import version_log
 from subspace_store.version import MAIN, BlobRef, MergedTask, SubspaceState, Version
 
-OPERATIONS = ("tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire")
+OPERATIONS = ("tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire", "drop_adapters")
 """Methods of SubspaceStore that write one record each, which people may ask for at any time."""
 
 
@@ -102,15 +102,16 @@ def expire(state: SubspaceState, versions: Iterable[int], now: float) -> Change 
 
 
 def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, MergedTask]:
-    """Delivered adapters that these tasks can do without, by the key of their blob; those let go before left out.
+    """The delivered adapters of tasks, by the key of their blob; what was let go before and what the gate refused
+    aside.
 
     Raises:
-        NotFound: A task that no live version holds.
+        NotFound: A task that no version holds.
         Conflict: A task that `main` never held.
     """
     published = {task for number in state.published for v in state.lineage(number) for task in v.added}
+    held = tasks_alive(state, but=state.rejected)
     found: dict[str, MergedTask] = {}
-    held = tasks_alive(state)
     for task_id in task_ids:
         births = [task for task in held if task.task_id == task_id]
         if not births:
@@ -123,6 +124,11 @@ def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, Merg
             )
         found |= {task.adapter.key: task for task in births if task.adapter.key not in state.heads}
     return found
+
+
+def drop(heads: Mapping[str, BlobRef]) -> Change | None:
+    """Let go of delivered adapters. `heads`: key of an adapter's blob to the one that keeps its head."""
+    return Change(version_log.DROP_ADAPTERS, {"heads": heads}) if heads else None
 
 
 def check_alive(state: SubspaceState, version: int) -> None:
@@ -185,9 +191,10 @@ def alive(state: SubspaceState) -> list[Version]:
     return [version for number, version in sorted(state.versions.items()) if number not in dead]
 
 
-def tasks_alive(state: SubspaceState) -> set[MergedTask]:
-    """Every task that some live version holds, one for each time it was merged."""
-    return {task for version in _ancestors(state, alive(state)) for task in version.added}
+def tasks_alive(state: SubspaceState, but: Collection[int] = ()) -> set[MergedTask]:
+    """Every task that some live version holds, one for each time it was merged. `but`: versions left aside."""
+    versions = (version for version in alive(state) if version.number not in but)
+    return {task for version in _ancestors(state, versions) for task in version.added}
 
 
 def needed(state: SubspaceState) -> dict[str, BlobRef]:

@@ -82,6 +82,9 @@ class StoreActor:
     def expire(self, versions: Sequence[int], *, now: float, op_key: str, actor: str) -> None:
         self._store.expire(versions, now=now, op_key=op_key, actor=actor)
 
+    def drop_adapters(self, task_ids: Sequence[str], *, op_key: str, actor: str) -> None:
+        self._store.drop_adapters(task_ids, op_key=op_key, actor=actor)
+
 
 def store_actor(
     name: str,

@@ -16,6 +16,7 @@ from configs.errors import NotFound
 from subspace_store import blobs, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes
 from subspace_store.merge import ModuleBasis, ModuleSubspace, in_order, reconstruct_module, threads
+from subspace_store.retention import tasks_alive
 from subspace_store.storage import Storage
 from subspace_store.subspace_math import overlap
 from subspace_store.version import MAIN, MergedTask, SubspaceState
@@ -148,7 +149,7 @@ class SubspaceReader:
             no other task's.
         """
         number, task = self._find(task_id, version)
-        delivered = self._read_delivered(task)
+        kept = self._read_head(task)
         blocks = self._tensors.task(number, task_id, modules)
         names = sorted(blocks)
         if modules is None:
@@ -159,19 +160,17 @@ class SubspaceReader:
             names,
             threads(rows),
         )
-        return Adapter(
-            delivered.base_model,
-            delivered.base_sha256,
-            dict(zip(names, updates, strict=True)),
-            delivered.head,
-            delivered.info,
-        )
+        return Adapter(kept.base_model, kept.base_sha256, dict(zip(names, updates, strict=True)), kept.head, kept.info)
 
     def delivered(self, task_id: str) -> Adapter:
-        """A task's adapter as it was handed over; the newest, if it was merged more than once."""
-        births = [task for v in self.state.versions.values() for task in v.added if task.task_id == task_id]
+        """A task's adapter as it was handed over; the newest, if it was merged more than once.
+
+        Raises:
+            NotFound: No version that is alive holds the task, or the adapter was let go.
+        """
+        births = [task for task in tasks_alive(self.state) if task.task_id == task_id]
         if not births:
-            raise NotFound(f"no version ever held the task {task_id}", self.storage.url)
+            raise NotFound(f"no version holds the task {task_id}", self.storage.url)
         return self._read_delivered(max(births, key=lambda task: task.version))
 
     def ranks(self, version: int | None = None) -> dict[str, tuple[int, int]]:
@@ -268,8 +267,21 @@ class SubspaceReader:
         return number, tasks[task_id]
 
     def _read_delivered(self, task: MergedTask) -> Adapter:
+        if task.adapter.key in self.state.heads:
+            raise NotFound(
+                "its adapter as delivered was let go, only what the subspace holds of it is kept",
+                f"task {task.name} ({task.task_id})",
+                "read it as a version holds it (`adapter`, `onebasis export`)",
+            )
         content = blobs.read_blob(self.storage, task.adapter)
         return adapter_from_bytes(content, f"{self.storage.url}/{task.adapter.key}")
+
+    def _read_head(self, task: MergedTask) -> Adapter:
+        """A task's head and facts, with or without its modules."""
+        head = self.state.heads.get(task.adapter.key)
+        if head is None:
+            return self._read_delivered(task)
+        return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
 
 
 def _summary(record: version_log.Record) -> str:

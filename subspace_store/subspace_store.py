@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
@@ -153,7 +153,8 @@ class SubspaceStore(SubspaceReader):
         """Make the candidate again without a task: every version from the task's birth on, one after another, from
         the adapters as they were delivered and in the groups they were merged in.
 
-        The outcome is what a store would hold that never saw the task, if `settings` are what they were. Where an
+        The outcome is what a store would hold that never saw the task, if `settings` are what they were. If the
+        versions right before the birth have expired, it begins after the newest one that has not. Where an
         adapter as delivered is gone, the task is merged as its coefficients have it now, and the version names it in
         `approximate`. The versions that hold the removed task stay until they expire.
 
@@ -322,6 +323,27 @@ class SubspaceStore(SubspaceReader):
         wanted = tuple(versions)
         self._change(lambda state: retention.expire(state, wanted, now), actor, op_key)
 
+    def drop_adapters(self, task_ids: Collection[str], *, actor: str, op_key: str = "") -> None:
+        """Let go of adapters as they were delivered; heads and what the subspace holds of the tasks stay.
+
+        For ever: `delivered` has nothing to give then, and when another task is removed these are merged again
+        approximately.
+
+        Raises:
+            NotFound: A task that no live version holds.
+            Conflict: A task that is not published yet.
+        """
+        with self._lock:
+            if self._done(op_key) is not None:
+                return
+            heads = {
+                key: blobs.write_blob(
+                    self.storage, self._log.epoch, adapter_to_bytes(replace(self._read_delivered(task), modules={}))
+                )
+                for key, task in retention.droppable(self.state, task_ids).items()
+            }
+            self._change(lambda _: retention.drop(heads), actor, op_key)
+
     def collect(
         self, *, uploads_in_use: Callable[[], Collection[str]] | None = None, really: bool = False
     ) -> garbage.Collected:
@@ -348,9 +370,13 @@ class SubspaceStore(SubspaceReader):
     def _remake_without(self, task: MergedTask, op_key: str, actor: str) -> int:
         """The newest of the versions made again, each with a record of its own that no branch names yet."""
         candidate = self.state.refs[CANDIDATE]
-        line = [version for version in self.state.lineage(candidate) if version.number >= task.version]
-        parent = line[0].parent
+        line = self.state.lineage(candidate)
+        # Not onto an expired version: what it was may be gone, or about to be deleted (garbage.py).
+        alive = (v.number for v in line if v.number < task.version and v.number not in self.state.expired)
+        start = parent = max(alive, default=0)
         for version in line:
+            if version.number <= start:
+                continue
             arrivals = [self._again(old, candidate) for old in version.added if old.task_id != task.task_id]
             if not arrivals:
                 continue

@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import pytest
 
@@ -327,3 +328,76 @@ def test_of_the_checkpoints_the_newest_two_stay_and_a_reader_opens_as_before(mon
     assert found.checkpoints == (checkpoint_key(4), checkpoint_key(8))
     store.storage.write(HINT, b"4")
     assert opened(store.storage, writer=None).state == state
+
+
+# Adapters as delivered
+
+
+def test_an_adapter_that_was_let_go_leaves_its_head_and_what_the_subspace_holds() -> None:
+    store = successor(grown(count=4))
+    before, facts = contents(store.storage), store.delivered("t2")
+    wanted = store.state.versions[2].added[0].adapter.key
+    store.drop_adapters(["t2"], actor="test")
+    assert store.history()[-1].summary == "1 adapters"
+    found = store.collect(really=True)
+    assert found.blobs == (wanted,)
+    assert found.size_bytes == store.state.versions[2].added[0].adapter.size_bytes
+    assert contents(store.storage) == before
+    reader = opened(store.storage, writer=None)
+    served = reader.adapter("t2")
+    assert (served.info, list(served.head)) == (facts.info, list(facts.head))
+    with pytest.raises(NotFound, match=r"task team/t2 \(t2\): its adapter as delivered was let go"):
+        reader.delivered("t2")
+    assert adapter_to_bytes(reader.delivered("t3")) == adapter_to_bytes(store.delivered("t3"))
+    assert verify(store) == []
+    assert verify(store, deep=False) == []
+
+
+def test_an_adapter_is_let_go_once_and_after_another_task_was_removed_its_approximation_is_kept() -> None:
+    store = successor(grown(count=4))
+    store.drop_adapters(["t2", "t3"], actor="test")
+    seq, blobs = store.state.seq, blobs_of(store)
+    store.drop_adapters(["t3"], actor="test")
+    assert (store.state.seq, blobs_of(store)) == (seq, blobs)
+    made = store.remove("t1", op_key="r", actor="test")
+    assert made is not None
+    assert [version.approximate for version in store.state.lineage(made.number)] == [("t2",), ("t3",), ()]
+    store.publish(made.number, op_key="p", actor="test")
+    store.expire([1, 2, 3, 4], now=0.0, actor="test")
+    store = successor(store)
+    store.collect(really=True)
+    assert verify(store) == []
+    assert list(store.delivered("t2").head) == ["classifier.weight"]
+
+
+def test_an_adapter_without_a_head_is_let_go_too() -> None:
+    store = opened()
+    merged(store, {"bare": replace(random_adapter(1), head={})})
+    store.publish(1, op_key="p", actor="test")
+    store.drop_adapters(["bare"], actor="test")
+    assert opened(store.storage, writer=None).adapter("bare").head == {}
+
+
+def test_what_is_not_published_keeps_its_adapter_and_what_was_rejected_stands_in_nobodys_way() -> None:
+    store = grown(count=2)
+    merged(store, {"t3": random_adapter(3), "t4": random_adapter(4)}, op_key="together")
+    for task, error in (("t3", Conflict), ("nobody", NotFound)):
+        with pytest.raises(error):
+            store.drop_adapters(["t1", task], actor="test")
+    store.reject(3, "one of them forgot", op_key="r", actor="gate")
+    with pytest.raises(NotFound):
+        store.drop_adapters(["t3"], actor="test")
+    merged(store, {"t3": random_adapter(3)}, op_key="alone")
+    store.publish(4, op_key="p4", actor="test")
+    assert store.state.heads == {}
+    store.drop_adapters(["t3"], actor="test")
+    assert list(store.state.heads) == [store.state.versions[4].added[0].adapter.key]
+
+
+def test_what_no_live_version_holds_is_not_delivered_any_more() -> None:
+    store = grown(count=2)
+    store.rollback(1, op_key="back", actor="test")
+    assert store.delivered("t2")
+    store.expire([2], now=0.0, actor="test")
+    with pytest.raises(NotFound, match="no version holds the task t2"):
+        store.delivered("t2")

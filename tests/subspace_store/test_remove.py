@@ -55,6 +55,19 @@ def test_what_remains_is_as_if_the_task_had_never_been_there(
     assert verify(store, deep=True) == []
 
 
+@pytest.mark.parametrize(("dead", "begins_after"), [([2], 1), ([1, 2], 0)])
+def test_it_begins_after_a_version_that_is_alive(dead: list[int], begins_after: int) -> None:
+    store = opened(grown("a", "b", "c", "d").storage, writer="successor", **SETTINGS)
+    store.expire(dead, now=0.0, actor="me")
+    store.collect(really=True)
+    version = store.remove("c", op_key="r", actor="me")
+    assert version is not None
+    assert store.state.lineage(version.number)[begins_after].remakes == begins_after + 1
+    same(store, grown("a", "b", "d"))
+    assert verify(store) == []
+    assert store.collect().blobs == ()
+
+
 def test_the_lineage_says_what_was_made_again_and_the_old_versions_stay_readable() -> None:
     store = grown("a", "b", "c", "d")
     old = deltas(store.adapter("b", 4))

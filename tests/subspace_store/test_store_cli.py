@@ -133,6 +133,18 @@ def test_nothing_expires_and_nothing_is_deleted_unless_it_is_said_twice(run: Com
     assert "nothing can expire" in run("expire", "--keep-last", "1", "--yes").stderr
 
 
+def test_adapters_are_let_go_of_by_name_and_then_collected(run: Command, store: SubspaceStore) -> None:
+    adapters = [task.adapter for number in (1, 2) for task in store.state.versions[number].added]
+    size = sum(ref.size_bytes for ref in adapters) / 1e6
+    would = run("drop-adapters", "team/t1", "t2")
+    assert would.stderr == f"would let go of 2 adapters, {size:.1f} MB (--yes does it)\n"
+    assert store.refresh().heads == {}
+    assert run("drop-adapters", "team/t1", "t2", "--yes").exit_code == 0
+    assert set(store.refresh().heads) == {ref.key for ref in adapters}
+    assert set(answer(run("collect", "--json"))["blobs"]) == {ref.key for ref in adapters}
+    assert run("drop-adapters", "team/t1", "--yes").stderr == "nothing to let go\n"
+
+
 def test_the_log_is_shown_whole_or_its_end(run: Command) -> None:
     run("hold", "[red]why[/red]")
     entries = answer(run("log", "--json"))
