@@ -142,7 +142,7 @@ def write_coefficients(storage: Storage, epoch: int, modules: Mapping[str, TaskB
     """Coefficients of some tasks, each in a part of its own; E, F and σ as float32.
 
     Args:
-        modules: Module name to the tasks that adapt it. Every E must already be rounded to float32.
+        modules: Module name to the tasks that adapt it.
     """
     bases = {name: (len(block.e_KS), len(block.f_KS)) for name, block in modules.items()}
     members: dict[str, dict[str, TaskBlock]] = {}
@@ -194,8 +194,8 @@ def _unflat(
         blocks[name] = TaskBlock(
             (task,),
             (rank,),
-            tensors["ef"][at:middle].reshape(k_out, rank).double(),
-            tensors["ef"][middle:end].reshape(k_in, rank).double(),
+            tensors["ef"][at:middle].reshape(k_out, rank),
+            tensors["ef"][middle:end].reshape(k_in, rank),
             tensors["sigma"][column : column + rank],
             tensors["facts"][2 * index : 2 * index + 1],
             tensors["facts"][2 * index + 1 : 2 * index + 2],

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class TaskBlock:
     task_ids: tuple[str, ...]
     ranks: tuple[int, ...]
     e_KS: Tensor
-    """Outputs, float64 (through float32 when it was written)."""
+    """Outputs, float64 while it is worked on; float32 as written and in memory."""
     f_KS: Tensor
     sigma_S: Tensor
     """Singular values as delivered, float32."""
@@ -63,14 +64,15 @@ class TaskBlock:
         )
 
     def moved(self, transport: Transport | None) -> TaskBlock:
-        """The same tasks in the next basis."""
-        if transport is None:
-            return self
-        return self._with(transport.out @ self.e_KS, transport.inward @ self.f_KS)
+        """The same tasks in the next basis, float64."""
+        e_KS, f_KS = self.e_KS.double(), self.f_KS.double()
+        return (
+            self._with(e_KS, f_KS) if transport is None else self._with(transport.out @ e_KS, transport.inward @ f_KS)
+        )
 
     def rounded(self) -> TaskBlock:
-        """What a reader finds in the file: coefficients through float32."""
-        return self._with(self.e_KS.float().double(), self.f_KS.float().double())
+        """What a reader finds in the file: float32."""
+        return self._with(self.e_KS.float(), self.f_KS.float())
 
     def kept(self) -> Tensor:
         """‖E_i·F_iᵀ‖²_F per task."""
@@ -78,11 +80,10 @@ class TaskBlock:
 
     def only(self, task_ids: Collection[str]) -> TaskBlock:
         """Some of the tasks, in this block's order."""
-        chosen = [index for index, task in enumerate(self.task_ids) if task in task_ids]
-        starts = [0]
-        for rank in self.ranks:
-            starts.append(starts[-1] + rank)
-        columns = torch.tensor([c for i in chosen for c in range(starts[i], starts[i + 1])], dtype=torch.long)
+        chosen = sorted(self._places[task] for task in task_ids if task in self._places)
+        columns = torch.tensor(
+            [c for i in chosen for c in range(self._starts[i], self._starts[i + 1])], dtype=torch.long
+        )
         rows = torch.tensor(chosen, dtype=torch.long)
         return TaskBlock(
             tuple(self.task_ids[i] for i in chosen),
@@ -93,6 +94,10 @@ class TaskBlock:
             self.weight_T[rows],
             self.delivered_T[rows],
         )
+
+    def has(self, task_id: str) -> bool:
+        """Whether a task is in this block."""
+        return task_id in self._places
 
     def each(self) -> Iterator[tuple[str, TaskBlock]]:
         """Every task alone."""
@@ -113,13 +118,21 @@ class TaskBlock:
             )
             column += rank
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {task: place for place, task in enumerate(self.task_ids)}
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.ranks, initial=0))
+
     def _with(self, e_KS: Tensor, f_KS: Tensor) -> TaskBlock:
         return TaskBlock(self.task_ids, self.ranks, e_KS, f_KS, self.sigma_S, self.weight_T, self.delivered_T)
 
 
 @dataclass(frozen=True)
 class _Moving:
-    """A block as it was last written, and the way from there to now."""
+    """A block as it was last written, float32, and the way from there to now."""
 
     block: TaskBlock
     transport: Transport | None = None
@@ -139,10 +152,10 @@ class _Moving:
 
     def dropped_grams(self, dropped: Transport) -> tuple[Tensor, Tensor]:
         """EᵀE and FᵀF of what lies in the dropped directions, T×R×R, in O(D·K·S)."""
-        way = dropped.after(self.transport)
-        return _grams(way.out @ self.block.e_KS, self.block.ranks), _grams(
-            way.inward @ self.block.f_KS, self.block.ranks
-        )
+        way, ranks = dropped.after(self.transport), self.block.ranks
+        # In float32: what is small enough to be dropped needs no sixteen digits.
+        out_DS, in_DS = way.out.float() @ self.block.e_KS, way.inward.float() @ self.block.f_KS
+        return _grams(out_DS, ranks).double(), _grams(in_DS, ranks).double()
 
 
 @dataclass(frozen=True)
@@ -154,17 +167,17 @@ class ModuleTasks:
     @staticmethod
     def of(block: TaskBlock) -> ModuleTasks:
         """Tasks that are all in the basis of now."""
-        return ModuleTasks((_Moving(block),))
+        return ModuleTasks((_Moving(block.rounded()),))
 
-    @property
+    @cached_property
     def task_ids(self) -> tuple[str, ...]:
-        return tuple(task for moving in self.blocks for task in moving.block.task_ids)
+        return tuple(chain.from_iterable(moving.block.task_ids for moving in self.blocks))
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(rank for moving in self.blocks for rank in moving.block.ranks)
+        return tuple(chain.from_iterable(moving.block.ranks for moving in self.blocks))
 
-    @property
+    @cached_property
     def delivered_T(self) -> Tensor:
         return torch.cat([m.block.delivered_T for m in self.blocks]) if self.blocks else _nothing()
 
@@ -178,7 +191,7 @@ class ModuleTasks:
         found = [
             moving.block.only(task_ids).moved(moving.transport)
             for moving in self.blocks
-            if not set(task_ids).isdisjoint(moving.block.task_ids)
+            if any(moving.block.has(task) for task in task_ids)
         ]
         return TaskBlock.joined(found) if found else None
 
@@ -216,10 +229,10 @@ class ModuleTasks:
 
     def joined(self, arrivals: TaskBlock) -> ModuleTasks:
         """These tasks, then the arrivals, which are in the basis of now."""
-        blocks = [*self.blocks, _Moving(arrivals)]
+        blocks = [*self.blocks, _Moving(arrivals.rounded())]
         while len(blocks) > 1 and len(blocks[-2].block.sigma_S) <= len(blocks[-1].block.sigma_S):
             last, before = blocks.pop(), blocks.pop()
-            blocks.append(_Moving(TaskBlock.joined([before.settled, last.settled])))
+            blocks.append(_Moving(TaskBlock.joined([before.settled, last.settled]).rounded()))
         return ModuleTasks(tuple(blocks))
 
 

@@ -121,8 +121,7 @@ def write_version(
         basis_versions=tuple(sorted({*merging.elsewhere.values()})),
         module_count=len(merging.ranks),
         rank_max=max(max(ranks) for ranks in merging.ranks.values()),
-        # By place, six digits, none if nothing moved: see `Version.drift`.
-        drift=tuple(float(f"{drift[t]:.5e}") for t in state.tasks_at(parent)) if any(drift.values()) else (),
+        drift=tuple(round(drift[task], 7) for task in state.tasks_at(parent)) if any(drift.values()) else (),
         bytes_written=sum(
             ref.size_bytes
             for ref in (basis, transport, coefficients, *([snapshot] if snapshot else []), *adapters)

@@ -82,7 +82,7 @@ class Version:
         module_count: Modules that are open.
         rank_max: Most directions that a module has on one side.
         drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each task that was there before, in the order of
-            `SubspaceState.tasks_at(parent)`, six digits; empty if nothing was truncated. See `SubspaceState.drift`.
+            `SubspaceState.tasks_at(parent)`, seven decimals; empty if nothing was truncated. See `SubspaceState.drift`.
         bytes_written: All blobs of this merge.
         merge_seconds: Time of the mathematics.
         snapshot: File with all coefficients as of this version, every so often in a lineage, so that a reader need

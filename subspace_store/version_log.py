@@ -90,13 +90,16 @@ def checkpoint_key(seq: int) -> str:
 
 def to_plain(record: Any) -> Any:
     """A record as values that JSON knows; NaN becomes null."""
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {item.name: to_plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
-    if isinstance(record, Mapping):
-        return {str(key): to_plain(value) for key, value in record.items()}
+    # Numbers first: a record has one for each task.
+    if isinstance(record, float):
+        return None if math.isnan(record) else record
+    if record is None or isinstance(record, str | int):
+        return record
     if isinstance(record, list | tuple):
         return [to_plain(value) for value in record]
-    return None if isinstance(record, float) and math.isnan(record) else record
+    if isinstance(record, Mapping):
+        return {str(key): to_plain(value) for key, value in record.items()}
+    return {item.name: to_plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
 
 
 def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:

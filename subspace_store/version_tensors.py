@@ -97,13 +97,23 @@ class VersionTensors:
     # Coefficients
 
     def task(self, number: int, task_id: str, modules: Collection[str] | None = None) -> dict[str, TaskBlock]:
-        """One task's coefficients in the basis of a version, per module it adapts; other tasks are not read."""
+        """One task's coefficients in the basis of a version, per module it adapts, float64; no other task is read.
+
+        A fixed function of what is stored, whatever memory holds: a version's task has the same bits for everybody.
+        """
         with self._lock:
-            known = self._tasks.get(number)
-            if known is None:
-                return self._task_from_files(number, task_id, modules)
-        found = {name: tasks.only((task_id,)) for name, tasks in known.items() if modules is None or name in modules}
-        return {name: one for name, one in found.items() if one is not None}
+            line = self._state().lineage(number)
+            birth = next(i for i, v in enumerate(line) if any(task.task_id == task_id for task in v.added))
+            start = max((i for i in range(birth, len(line)) if line[i].snapshot is not None), default=birth)
+            snapshot = line[start].snapshot
+            ref = snapshot or next(t.coefficients for t in line[birth].added if t.task_id == task_id)
+            found = blobs.read_coefficients(self._file(ref, blobs.COEFFICIENTS), task_id)
+            blocks = {name: one.moved(None) for name, one in found.items() if modules is None or name in modules}
+            self._fetch(line[start + 1 :], coefficients=False)
+            for version in line[start + 1 :]:
+                transports = self._transport(version)
+                blocks = {name: one.moved(transports.get(name)) for name, one in blocks.items()}
+            return blocks
 
     def tasks(self, number: int) -> dict[str, ModuleTasks]:
         """All tasks' coefficients in a version's basis, from the nearest version that is at hand."""
@@ -136,20 +146,6 @@ class VersionTensors:
             if bases:  # Else the merge did not have them all: the next who asks reads them.
                 self._bases.keep(number, bases)
             self._tasks.keep(number, tasks)
-
-    def _task_from_files(self, number: int, task_id: str, modules: Collection[str] | None) -> dict[str, TaskBlock]:
-        line = self._state().lineage(number)
-        birth = next(i for i, v in enumerate(line) if any(task.task_id == task_id for task in v.added))
-        start = max((i for i in range(birth, len(line)) if line[i].snapshot is not None), default=birth)
-        snapshot = line[start].snapshot
-        ref = snapshot or next(t.coefficients for t in line[birth].added if t.task_id == task_id)
-        found = blobs.read_coefficients(TensorFile(self._storage, ref, blobs.COEFFICIENTS), task_id)
-        blocks = {name: block for name, block in found.items() if modules is None or name in modules}
-        self._fetch(line[start + 1 :], coefficients=False)
-        for version in line[start + 1 :]:
-            transports = self._transport(version)
-            blocks = {name: block.moved(transports.get(name)) for name, block in blocks.items()}
-        return blocks
 
     # Files
 
