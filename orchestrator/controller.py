@@ -162,7 +162,7 @@ class Controller:
     def step(self) -> None:
         """One turn: what landed, who is alive, what is next."""
         if not self._tidy:
-            self._delete_trained_data()
+            self._delete_leftovers()
             self._tidy = True
         for flight in self._landed():
             errand = self._flights.pop(flight)
@@ -266,12 +266,14 @@ class Controller:
             self._tidy = True
         self._changed()
 
-    def _delete_trained_data(self) -> None:
-        """Training data that outlived its task's training, because the control plane or the storage was away then."""
-        kept = set(self._storage.keys("data/"))
-        for record in self._queue.tasks():
-            if record.train_key in kept and next_step(record) not in (Step.TRAIN, Step.AWAIT_ADAPTER):
-                self._storage.delete(record.train_key)
+    def _delete_leftovers(self) -> None:
+        """Files of tasks that have ended since, or while the control plane or the storage was away."""
+        files = [*self._storage.keys("data/"), *self._storage.keys("staging/")]
+        records = {record.task_id: record for record in self._queue.tasks()}
+        for key in files:
+            record = records.get(key.split("/")[1])  # those of tasks that nobody knows stay
+            if record is not None and _is_done_with(record, key):
+                self._storage.delete(key)
 
     def _finish_evaluation(self, order: Evaluate, outcome: object) -> None:
         if isinstance(outcome, Evaluated):
@@ -318,7 +320,7 @@ class Controller:
             return
         except (InvalidInput, NotFound) as error:
             alone = len(ids) == 1
-            message = str(error)
+            message, self._tidy = str(error), False
             self._apply(ids, MergeRefused(message, time.time()) if alone else MergeUndone(message, alone=True))
             return
         except Conflict as error:
@@ -444,6 +446,7 @@ class Controller:
             return
         self._scores.pop(version, None)
         self._failed_evaluations.pop(version, None)
+        self._tidy = False
         self._changed()
         self.wake()
 
@@ -629,6 +632,17 @@ class Controller:
         for what in due:
             del self._not_before[what]
         return bool(due)
+
+
+def _is_done_with(record: TaskRecord, key: str) -> bool:
+    """Whether a task will never need one of its files again."""
+    if key == record.train_key:
+        return next_step(record) not in (Step.TRAIN, Step.AWAIT_ADAPTER)
+    given_up = record.state in (TaskState.REJECTED, TaskState.CANCELLED)
+    parked = record.state is TaskState.PARKED
+    if key == record.eval_key:  # needed as long as a version may be scored that holds the task
+        return given_up or (parked and not record.version)
+    return given_up or parked or record.state is TaskState.PUBLISHED
 
 
 def _describe(seat: Seat) -> str:

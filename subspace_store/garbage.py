@@ -111,9 +111,9 @@ def _epoch(key: str) -> float:
 
 
 def _unused_uploads(log: VersionLog, in_use: Callable[[], Collection[str]]) -> tuple[str, ...]:
-    listed = log.storage.keys("staging/")
+    listed = [(key, key.split("/")) for key in log.storage.keys("staging/")]
     used = {*in_use()}
-    return tuple(key for key in listed if key.split("/")[1] not in used)
+    return tuple(key for key, parts in listed if len(parts) > 2 and parts[1] not in used)
 
 
 def _sizes(state: SubspaceState) -> dict[str, int]:

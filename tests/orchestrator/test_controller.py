@@ -179,6 +179,53 @@ def test_training_data_is_deleted_once_trained_and_evaluation_data_is_kept(plant
     assert plant.storage.read(task.eval_key) == b"evaluation rows"
 
 
+def files_of(plant: Plant, title: str) -> set[str]:
+    """Which of a task's files are there: `train`, `eval`, `upload`."""
+    record = plant.get(title)
+    kinds = {record.train_key: "train", record.eval_key: "eval"}
+    keys = [key for folder in ("data/", "staging/") for key in plant.storage.keys(folder) if record.task_id in key]
+    return {kinds.get(key, "upload") for key in keys}
+
+
+def test_of_a_task_that_ended_only_what_it_may_need_again_is_kept(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=3)
+    plant.cluster.score = lambda title, held: 0.1 if title == "red/forgets" else 0.9
+    plant.cluster.training_faults = {"red/wrong": ["input"]}
+    bad, *_ = plant.submit("red/refused", "red/good", "red/forgets", "red/wrong")
+    plant.cluster.store("quarantine", bad.task_id, "why", actor="ann", op_key="q").result()
+    plant.cluster.hold = lambda order: isinstance(order, Evaluate)
+    plant.run(lambda: len(plant.cluster.held) > 0)
+    assert files_of(plant, "red/good") == {"eval", "upload"}
+    plant.cluster.release()
+    plant.run()
+    plant.step(2)
+    assert plant.states() == {
+        "red/refused": "parked", "red/good": "published", "red/forgets": "rejected", "red/wrong": "parked"
+    }  # fmt: skip
+    assert files_of(plant, "red/good") == {"eval"}
+    for title in ("red/refused", "red/forgets", "red/wrong"):
+        assert files_of(plant, title) == set()
+    plant.cluster.store("rollback", 0, actor="ann", op_key="b").result()
+    plant.controller.wake(log_moved=True)
+    plant.run(lambda: plant.get("red/good").state is TaskState.PARKED)
+    plant.kill()
+    plant.step(2)
+    assert files_of(plant, "red/good") == {"eval"}  # it may come back, and be scored again
+
+
+def test_files_that_were_left_by_a_task_that_ended_go_at_the_next_start_and_those_of_strangers_stay(
+    plant: Plant,
+) -> None:
+    plant.submit("red/alpha")
+    plant.run()
+    record = plant.get("red/alpha")
+    plant.storage.write(record.staging_key, b"an upload that came back")
+    plant.storage.write("staging/stranger/1/adapter.safetensors", b"of another database")
+    plant.kill()
+    plant.step(2)
+    assert plant.storage.keys("staging/") == ["staging/stranger/1/adapter.safetensors"]
+
+
 def test_a_task_that_hardly_moved_is_not_scored_again(make_plant: MakePlant) -> None:
     plant = make_plant(gate={"drift_min": 0.5})
     plant.submit("red/a")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from configs.errors import Conflict, NotFound, Unavailable
-from subspace_store import Storage, SubspaceStore, adapter_to_bytes
+from subspace_store import Storage, SubspaceStore, Version, adapter_to_bytes
 from subspace_store.garbage import Collected
 from subspace_store.retention import alive, expirable, needed
 from subspace_store.storage import ObjectStream
@@ -103,6 +103,21 @@ def test_the_size_is_that_of_the_objects() -> None:
     expire_old(store, keep_last=1)
     looked = store.collect()
     assert looked.size_bytes == sum(len(store.storage.read(key)) for key in looked.blobs)
+
+
+def test_what_lies_before_a_snapshot_is_not_needed_to_read_what_comes_after_it() -> None:
+    store = successor(grown(count=20))
+    snapshot = max(v.number for v in store.state.versions.values() if v.snapshot is not None)
+    assert 1 < snapshot < 20
+    expire_old(store, keep_last=1)
+    store.collect(really=True)
+    there = blobs_of(store)
+    assert [v.number for v in alive_or_not(store) if v.transport.key in there] == [*range(snapshot + 1, 21)]
+    assert [v.number for v in alive_or_not(store) if v.added[0].coefficients.key in there] == [*range(snapshot + 1, 21)]
+
+
+def alive_or_not(store: SubspaceStore) -> list[Version]:
+    return [version for _, version in sorted(store.state.versions.items())]
 
 
 def test_versions_that_share_a_past_with_an_expired_one_keep_it() -> None:
