@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 check fix bench setup clean lock
+.PHONY: demo test test-s3 check fix bench bench-store setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -34,6 +34,12 @@ fix: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/main_job.py
+
+# What it compares with is no part of the project; without it the rest is measured. Parts and folders: see the file,
+# make bench-store BENCH="speed flat --data FOLDER".
+bench-store: $(READY)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps vlora-dev==1.0.0 || true
+	$(BIN)/python benchmarks/store.py $(BENCH)
 
 setup: $(READY)
 

@@ -7,6 +7,7 @@ writer.
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -22,9 +23,11 @@ from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unav
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from configs.state_folder import running_server, service_settings
 from configs.terminal import STATE_DIR, AsJson, StateDir, command_of, console, errors, me, new_app, note, show
+from subspace_store.adapter import Adapter
 from subspace_store.retention import droppable, expirable
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
+from subspace_store.version import MAIN
 
 app = new_app("store", "A store of versions: check it, tag, hold, quarantine, pin, expire, collect.")
 command = command_of(app, "interrupted; what was begun can be asked for again")
@@ -38,6 +41,10 @@ Url = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="With --store: write although a service does, which has to open it anew then.")
 ]
+FixedRank = Annotated[
+    int | None, typer.Option("--rank", help="Exactly so many directions; default: as the store merges.", min=1)
+]
+AtVersion = Annotated[str, typer.Argument(metavar="[VERSION]", help="A branch, a tag or a number.")]
 Reference = Annotated[str, typer.Argument(metavar="VERSION", help="A branch, a tag or a number.")]
 TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or team/name of one that was merged.")]
 
@@ -313,6 +320,78 @@ def collect(
 
 
 @command
+def compare(
+    version: AtVersion = MAIN,
+    rank: FixedRank = None,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a version's tasks in every known way, in memory. Shows what is lost of their updates and what is stored."""
+    from subspace_store.variants import VARIANTS, Merged, merge_all
+
+    adapters, settings = _as_delivered(_place(store, state_dir), version, rank)
+    found: dict[str, Merged] = {}
+    for variant in VARIANTS:
+        try:
+            found[variant] = merge_all(adapters, variant, settings)
+        except InvalidInput as error:
+            note(f"left out: {variant}: {error}")
+    errors_of = {variant: tuple(merged.error.values()) for variant, merged in found.items()}
+    answer = {
+        variant: {
+            "mean_error": statistics.fmean(errors_of[variant]),
+            "worst_error": max(errors_of[variant]),
+            "stored_numbers": merged.stored_numbers,
+            "error": dict(merged.error),
+        }
+        for variant, merged in found.items()
+    }
+
+    def as_text(_: object) -> None:
+        columns = ("", "mean error", "worst", "numbers stored")
+        rows = [
+            (variant, f"{statistics.fmean(its):.4f}", f"{max(its):.4f}", f"{found[variant].stored_numbers:,}")
+            for variant, its in errors_of.items()
+        ]
+        _print_table(columns, rows, "")
+
+    show(answer, as_text, as_json)
+
+
+@command
+def reorder(
+    version: AtVersion = MAIN,
+    orders: Annotated[int, typer.Option(help="How many random orders to try.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="The same seed tries the same orders.")] = 0,
+    rank: FixedRank = None,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a version's tasks again one by one in other orders, in memory. Shows how far their errors depend on it."""
+    from subspace_store.reorder import Spread
+    from subspace_store.reorder import reorder as tried
+
+    adapters, settings = _as_delivered(_place(store, state_dir), version, rank)
+    report = tried(adapters, settings, orders, seed)
+    lines = [(task, report.given[task], report.of_task(task), report.at_once[task]) for task in adapters]
+    means = [statistics.fmean(errors.values()) for errors in (report.given, report.at_once)]
+    lines.append(("mean", means[0], report.of_mean, means[1]))
+
+    def as_text(_: object) -> None:
+        def row(name: str, given: float, over: Spread, at_once: float) -> tuple[str, ...]:
+            return name, *(f"{error:.4f}" for error in (given, over.low, over.median, over.high, at_once))
+
+        columns = ("error of", "one by one", "least", "median", "most", "all at once")
+        _print_table(columns, [row(*line) for line in lines], "")
+
+    keys = ("task_id", "given", "orders", "at_once")
+    found = [dict(zip(keys, (name, given, asdict(over), once), strict=True)) for name, given, over, once in lines]
+    show({"tasks": found[:-1], "mean": found[-1]}, as_text, as_json)
+
+
+@command
 def chaos(
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     runs: Annotated[int, typer.Option(help="How many seeds from there on.", min=1)] = 1000,
@@ -347,6 +426,18 @@ def chaos(
     show({"seed": seed, **vars(report)}, as_text, as_json)
     if report.violations:
         raise typer.Exit(OnebasisError.exit_code)
+
+
+def _as_delivered(place: Place, version: str, rank: int | None) -> tuple[dict[str, Adapter], SubspaceSettings]:
+    """A version's adapters, first merged first, and how the service merges, or with exactly `rank` directions."""
+    reader = _reader(place)
+    tasks = reader.state.tasks_at(reader.resolve(version))
+    if not tasks:
+        raise InvalidInput(f"version {version} holds no tasks", place.storage.url)
+    settings = place.settings.subspace if place.settings else SubspaceSettings()
+    return {task: reader.delivered(task) for task in tasks}, settings.model_copy(
+        update={} if rank is None else {"rank_fixed": rank}
+    )
 
 
 # Where the store is, and who writes to it

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update
 from subspace_store.merge import ModuleSubspace, merge_adapters, reconstruct
 
 Variant = Literal["canonical", "paper", "mean", "ties", "task_arithmetic", "separate"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 TIES_DENSITY = 0.2
 """Share of the entries that a task keeps, by magnitude, and a factor of 1 afterwards: Yadav et al., TIES-Merging

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from configs import terminal
+from configs.settings import SubspaceSettings
 from configs.state_folder import SERVER_MODULE
 from subspace_store import SubspaceStore
 from subspace_store.cli import SERVICE, app
 from subspace_store.local_storage import LocalStorage
+from subspace_store.reorder import reorder
+from subspace_store.variants import VARIANTS, merge_all
 from tests.builders import settings
 from tests.subspace_store.builders import merged, opened, random_adapter
 
@@ -114,6 +118,46 @@ def test_pins_have_an_owner_and_an_end(run: Command, store: SubspaceStore) -> No
     assert re.search(r"1 +ann +until unpinned", run("pins").stdout)
     assert run("unpin", "1").exit_code == 0
     assert list(store.refresh().pins) == [2]
+
+
+def test_variants_are_compared_on_the_adapters_of_a_version_as_they_were_delivered(
+    run: Command, store: SubspaceStore
+) -> None:
+    adapters = {f"t{number}": random_adapter(number) for number in (1, 2, 3)}
+    found = answer(run("compare", "--rank", "6", "--json"))
+    assert tuple(found) == VARIANTS
+    for variant in VARIANTS:
+        merged = merge_all(adapters, variant, SubspaceSettings(rank_fixed=6))
+        assert found[variant]["error"] == pytest.approx(merged.error)
+        assert found[variant]["mean_error"] == pytest.approx(sum(merged.error.values()) / 3)
+        assert found[variant]["stored_numbers"] == merged.stored_numbers
+    assert list(answer(run("compare", "1", "--json"))["mean"]["error"]) == ["t1"]
+    assert re.search(r"separate +0.0000 +0.0000 +960 *\n", run("compare").stdout)  # 3 tasks · 4 · (24 + 20 + 16 + 20)
+    assert run("compare", "0").exit_code == 2
+
+
+def test_a_variant_that_the_adapters_cannot_be_merged_in_is_named(run: Command, store: SubspaceStore) -> None:
+    adapter = random_adapter(4)
+    bare = {n: replace(u, gauge_out_RR=None, gauge_in_RR=None) for n, u in adapter.modules.items()}
+    merged(store, {"t4": replace(adapter, modules=bare)})
+    result = run("compare", "candidate", "--json")
+    assert set(answer(result)) == set(VARIANTS) - {"paper"}
+    assert "left out: paper: the factors B and A it was trained as are not known" in result.stderr
+
+
+def test_other_merge_orders_are_tried_on_the_adapters_of_a_version(run: Command, store: SubspaceStore) -> None:
+    adapters = {f"t{number}": random_adapter(number) for number in (1, 2, 3)}
+    report = reorder(adapters, SubspaceSettings(rank_fixed=6), orders=4, seed=9)
+    found = answer(run("reorder", "--rank", "6", "--orders", "4", "--seed", "9", "--json"))
+    assert [row["task_id"] for row in found["tasks"]] == list(adapters)
+    for row in found["tasks"]:
+        spread = report.of_task(row["task_id"])
+        assert row["orders"] == pytest.approx({"low": spread.low, "median": spread.median, "high": spread.high})
+        assert row["given"] == pytest.approx(report.given[row["task_id"]])
+        assert row["at_once"] == pytest.approx(report.at_once[row["task_id"]])
+    assert found["mean"]["orders"]["median"] == pytest.approx(report.of_mean.median)
+    assert f"{report.of_mean.high:.4f}" in run("reorder", "--rank", "6", "--orders", "4", "--seed", "9").stdout
+    assert store.refresh().refs["main"] == 3
 
 
 def test_nothing_expires_and_nothing_is_deleted_unless_it_is_said_twice(run: Command, store: SubspaceStore) -> None:

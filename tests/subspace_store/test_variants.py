@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from configs.errors import InvalidInput
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, ModuleUpdate, canonical_update
 from subspace_store.merge import merge_adapters
-from subspace_store.variants import TASK_ARITHMETIC_FACTOR, TIES_DENSITY, Merged, Variant, merge_all
+from subspace_store.variants import TASK_ARITHMETIC_FACTOR, TIES_DENSITY, VARIANTS, Merged, Variant, merge_all
 from tests.subspace_store.builders import BASE, SHAPES, deltas, random_adapter, relative_distance
 
 # Mixed ranks, sizes that differ, and a task in one module only.
@@ -36,7 +35,7 @@ def stacked(adapters: Mapping[str, Adapter], name: str) -> Tensor:
     return torch.stack([a.modules[name].delta() for a in adapters.values() if name in a.modules])
 
 
-@pytest.mark.parametrize("variant", get_args(Variant))
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("settings", [FIXED, WHOLE])
 def test_the_error_is_the_distance_from_the_delivered_update(variant: Variant, settings: SubspaceSettings) -> None:
     merged = merge_all(ADAPTERS, variant, settings)
@@ -140,7 +139,7 @@ def test_separate_keeps_everything_and_costs_every_lora() -> None:
     assert relative_distance(dense(merged.updates["b"]), deltas(ADAPTERS["b"]), deltas(ADAPTERS["b"])) == 0
 
 
-@pytest.mark.parametrize("variant", get_args(Variant))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_an_update_of_nothing_and_an_adapter_alone_are_fine(variant: Variant) -> None:
     zero = canonical_update(torch.zeros(24, 4), torch.zeros(4, 20), 1.0)
     nothing = Adapter(BASE, "", {"layer.0.query": zero})
