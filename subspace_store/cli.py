@@ -25,6 +25,7 @@ from configs.state_folder import running_server, service_settings
 from configs.terminal import STATE_DIR, AsJson, StateDir, command_of, console, errors, me, new_app, note, show
 from subspace_store.adapter import Adapter
 from subspace_store.retention import droppable, expirable
+from subspace_store.retention import expire as judge_expiry
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import MAIN
@@ -91,7 +92,7 @@ def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson =
 
     show([asdict(check) for check in checks], as_text, as_json)
     if not all(check.ok for check in checks):
-        raise typer.Exit(Unavailable.exit_code)
+        raise typer.Exit(InvalidInput.exit_code)  # another place has to be named
 
 
 @command
@@ -255,7 +256,10 @@ def pins(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = F
 
 @command
 def expire(
-    keep_last: Annotated[int, typer.Option(help="How many of the newest versions of `main` stay.")],
+    versions: Annotated[
+        list[str] | None, typer.Argument(metavar="[VERSION...]", help="These; or, without any, what --keep-last does not keep.")
+    ] = None,
+    keep_last: Annotated[int | None, typer.Option(help="How many of the newest versions of `main` stay.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
     store: Url = None,
     force: Force = False,
@@ -264,13 +268,17 @@ def expire(
 ) -> None:
     """Give old and rejected versions up for ever. What a branch, a tag or a pin names stays."""
     place, now = _place(store, state_dir), time.time()
-    versions = expirable(_reader(place).state, keep_last, now)
-    listed = ", ".join(map(str, versions))
-    if yes and versions:
-        _change(place, force, as_json, f"expired: versions {listed}", "expire", versions=versions, now=now)
+    state = _reader(place).state
+    if bool(versions) == (keep_last is not None):
+        raise InvalidInput("name the versions, or say with --keep-last how many stay")
+    numbers = expirable(state, keep_last, now) if keep_last is not None else [*map(state.resolve, versions or ())]
+    change = judge_expiry(state, numbers, now)
+    listed = ", ".join(map(str, numbers))
+    if yes and change:
+        _change(place, force, as_json, f"expired: versions {listed}", "expire", versions=numbers, now=now)
     else:
-        text = f"would expire: versions {listed} (--yes does it)" if versions else "nothing can expire"
-        show({"versions": versions, "expired": False}, lambda _: note(text), as_json)
+        text = f"would expire: versions {listed} (--yes does it)" if change else "nothing can expire"
+        show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)
 
 
 @command

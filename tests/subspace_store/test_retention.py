@@ -1,10 +1,12 @@
 """Tags, holds, quarantine, pins and expiry: who may name what, and what a name keeps."""
 
+from inspect import signature
+
 import pytest
 
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store import SubspaceReader, SubspaceStore
-from subspace_store.retention import expirable, named_by
+from subspace_store.retention import OPERATIONS, expirable, named_by
 from tests.subspace_store.builders import merged, opened, random_adapter
 
 
@@ -272,3 +274,12 @@ def test_history_tells_every_operation_in_words(store: SubspaceStore) -> None:
         ("pin", "version 1: audit"),
         ("unpin", "version 1: audit"),
     ]
+
+
+def test_the_store_actor_forwards_every_operation_with_its_arguments() -> None:
+    from subspace_store.store_actor import StoreActor
+
+    forwarded = StoreActor.__ray_metadata__.modified_class
+    for operation in (*OPERATIONS, "rollback"):
+        mine, theirs = (signature(getattr(owner, operation)).parameters for owner in (forwarded, SubspaceStore))
+        assert mine.keys() - {"_ray_trace_ctx"} == theirs.keys(), operation

@@ -177,6 +177,18 @@ def test_nothing_expires_and_nothing_is_deleted_unless_it_is_said_twice(run: Com
     assert "nothing can expire" in run("expire", "--keep-last", "1", "--yes").stderr
 
 
+def test_versions_expire_by_name_unless_something_needs_them(run: Command, store: SubspaceStore) -> None:
+    run("pin", "1")
+    needed = run("expire", "1", "2", "--yes")
+    assert (needed.exit_code, "version 1 is needed: ann pinned it" in needed.stderr) == (4, True)
+    run("unpin", "1")
+    assert run("expire", "2", "1").stderr == "would expire: versions 2, 1 (--yes does it)\n"
+    assert run("expire", "1", "2", "--yes").exit_code == 0
+    assert store.refresh().expired == (1, 2)
+    for wrong in ([], ["1", "--keep-last", "1"], ["--keep-last", "0"]):
+        assert run("expire", *wrong).exit_code == 2
+
+
 def test_adapters_are_let_go_of_by_name_and_then_collected(run: Command, store: SubspaceStore) -> None:
     adapters = [task.adapter for number in (1, 2) for task in store.state.versions[number].added]
     size = sum(ref.size_bytes for ref in adapters) / 1e6
