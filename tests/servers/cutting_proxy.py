@@ -27,14 +27,19 @@ BEFORE = "cut before the server saw it"
 LOST = "cut after the server did it"
 HALF = "cut in the middle of the reply"
 LATE = "late"
+OWN = "refused for an object that an earlier try had written"
 PLAIN_ODDS = {PASS: 70, BEFORE: 10, LOST: 10, HALF: 5, LATE: 5}
 CONDITIONAL_ODDS = {PASS: 40, BEFORE: 15, LOST: 30, HALF: 10, LATE: 5}
 """A record of the log is where a lost reply could lose or double a merge: those are cut more often."""
 LATE_SECONDS = 0.05
+OUTAGE_ODDS = 0.3
+"""How often a lost reply to a record is followed by an outage: then the store must give up without knowing."""
+OUTAGE_REQUESTS = (30, 50)
+"""A record is tried and read six times, each with up to three requests."""
 
 
 class CuttingProxy(ThreadingHTTPServer):
-    """The proxy; `counts` says what it did to how many requests."""
+    """The proxy; `counts` says what it did to how many requests, of the only client there is."""
 
     daemon_threads = True
 
@@ -44,6 +49,7 @@ class CuttingProxy(ThreadingHTTPServer):
         self.endpoint_url = f"http://127.0.0.1:{self.server_port}"
         self.counts: Counter[str] = Counter()
         self._random = random.Random(seed)
+        self._away = 0
         self._lock = threading.Lock()
 
     def fate(self, conditional: bool) -> str:
@@ -51,8 +57,21 @@ class CuttingProxy(ThreadingHTTPServer):
         odds = CONDITIONAL_ODDS if conditional else PLAIN_ODDS
         with self._lock:
             (fate,) = self._random.choices(list(odds), list(odds.values()))
+            if self._away:
+                fate, self._away = BEFORE, self._away - 1
+            elif fate == LOST and conditional and self._random.random() < OUTAGE_ODDS:
+                self._away = self._random.randint(*OUTAGE_REQUESTS)
             self.counts[fate] += 1
         return fate
+
+    def cut_at(self, size: int) -> int:
+        """How much of a reply of so many bytes arrives."""
+        return size // 2
+
+    @property
+    def requests(self) -> int:
+        """Requests so far."""
+        return self.counts.total() - self.counts[OWN]
 
     @property
     def cuts(self) -> int:
@@ -79,9 +98,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fate == LATE:
             threading.Event().wait(LATE_SECONDS)
         reply = self._answer_of_the_server(body)
+        if fate in (PASS, LATE) and reply.startswith(b"HTTP/1.1 412"):
+            self.server.counts[OWN] += 1
         if fate in (LOST, HALF):
             self.close_connection = True
-            reply = reply[: len(reply) // 2] if fate == HALF else b""
+            reply = reply[: self.server.cut_at(len(reply))] if fate == HALF else b""
         self.wfile.write(reply)
 
     def _answer_of_the_server(self, body: bytes) -> bytes:

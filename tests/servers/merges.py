@@ -15,6 +15,7 @@ from configs.settings import StorageSettings
 from subspace_store import Adapter, Storage, SubspaceStore, Version, digest, open_storage
 from subspace_store.verify import verify
 from subspace_store.version_log import Record, VersionLog
+from tests.servers.cutting_proxy import OWN, CuttingProxy
 from tests.subspace_store.builders import deltas, fresh_storage, merged, opened, random_adapter, relative_distance
 
 RANK_MAX = 12
@@ -40,21 +41,28 @@ def merge(store: SubspaceStore, number: int) -> Version:
     return merged(store, adapters(number), op_key(number))
 
 
-def merge_all(settings: StorageSettings, count: int) -> tuple[dict[int, int], int]:
-    """Merge 0 … count − 1, asking again with the same op_key whenever the outcome is unknown.
+def merge_through(proxy: CuttingProxy, place: StorageSettings, count: int) -> tuple[dict[int, int], int, int]:
+    """Merge 0, 1, 2 … through a proxy, asking again with the same op_key after every `Unavailable`.
+
+    Args:
+        count: At least so many; more until a record was in doubt once and a retry met its own record once.
 
     Returns:
-        Merge to version, and how often the outcome was unknown.
+        Merge to version; how often a request was answered by `Unavailable`; how often of those a record was in doubt.
     """
+    storage = open_storage(place.model_copy(update={"endpoint_url": proxy.endpoint_url}))
     heard: dict[int, int] = {}
-    unknown, store = 0, None
-    while len(heard) < count:
+    unavailable = doubts = 0
+    store = None
+    while len(heard) < count or not doubts or not proxy.counts[OWN]:
+        assert len(heard) < 20 * count, "the plan is too kind"
         try:
-            store = store or open_writer(open_storage(settings), "writer")
+            store = store or open_writer(storage, "writer")
             heard[len(heard)] = merge(store, len(heard)).number
-        except Unavailable:
-            unknown += 1
-    return heard, unknown
+        except Unavailable as error:
+            unavailable += 1
+            doubts += error.what.startswith("the outcome of merge is unknown")
+    return heard, unavailable, doubts
 
 
 def records(storage: Storage) -> list[Record]:

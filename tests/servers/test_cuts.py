@@ -3,8 +3,8 @@
 import pytest
 
 from subspace_store import open_storage
-from tests.servers.cutting_proxy import LOST, cutting_proxy
-from tests.servers.merges import merge_all, prove
+from tests.servers.cutting_proxy import LOST, OWN, cutting_proxy
+from tests.servers.merges import merge_through, prove
 from tests.servers.server import Server
 
 pytestmark = pytest.mark.s3
@@ -15,10 +15,11 @@ MERGES = 30
 def test_cut_connections_lose_and_double_nothing(server: Server, figure: list[str], without_waits: None) -> None:
     place = server.place()
     with cutting_proxy(server.endpoint_url, seed=4) as proxy:
-        heard, unknown = merge_all(place.model_copy(update={"endpoint_url": proxy.endpoint_url}), MERGES)
+        heard, unavailable, doubts = merge_through(proxy, place, MERGES)
         figure.append(
-            f"{MERGES} merges, {proxy.counts.total()} requests, {proxy.cuts} connections cut "
-            f"({proxy.counts[LOST]} after the write), {unknown} outcomes unknown"
+            f"{len(heard)} merges, {proxy.requests} requests, {proxy.cuts} connections cut "
+            f"({proxy.counts[LOST]} after the write), {unavailable} times Unavailable ({doubts} records in doubt, "
+            f"{proxy.counts[OWN]} refused as taken by themselves)"
         )
         assert proxy.counts[LOST] > MERGES
     prove(open_storage(place), heard)
