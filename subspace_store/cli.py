@@ -257,7 +257,8 @@ def pins(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = F
 @command
 def expire(
     versions: Annotated[
-        list[str] | None, typer.Argument(metavar="[VERSION...]", help="These; or, without any, what --keep-last does not keep.")
+        list[str] | None,
+        typer.Argument(metavar="[VERSION...]", help="These; without any, what --keep-last leaves over."),
     ] = None,
     keep_last: Annotated[int | None, typer.Option(help="How many of the newest versions of `main` stay.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
