@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,18 +170,20 @@ class _Simulation:
         self._numbers: Counter[str] = Counter()
         self._kinds: dict[Callable[[SubspaceStore], _Request | None], int] = {
             self._merge: 12,
-            self._judge: 6,
-            self._roll_back: 3,
+            self._judge: 12,
+            self._roll_back: 2,
             self._score: 1,
             self._tag: 1,
             self._pin: 3,
             self._hold: 2,
             self._quarantine: 1,
-            self._expire: 4,
+            self._expire: 6,
+            self._remove: 4,
+            self._drop: 2,
             self._collect: 4,
             self._look: 2,
         }
-        """What a writer is asked to do, with weights."""
+        """What a writer does, with weights: gives what to ask for, or None if that is all, or there is nothing."""
 
     def run(self) -> None:
         writers = [(f"w{i}", self._write) for i in range(self.writing)]
@@ -273,10 +276,12 @@ class _Simulation:
             self._ask(process, self.random.choice(self.waiting))
             return
         kinds = {action: weight for action, weight in self._kinds.items() if self.merges_left or action != self._merge}
-        new = self.random.choices(list(kinds), list(kinds.values()))[0](process.store)
-        if new is not None:
-            self.waiting.append(new)
-            self._ask(process, new)
+        for action in self.random.choices(list(kinds), list(kinds.values()), k=3):
+            new = action(process.store)
+            if new is not None:
+                self.waiting.append(new)
+                self._ask(process, new)
+                return
 
     def _ask(self, process: _Process, request: _Request) -> None:
         self.world.note(process.name, f"is asked for {request.op_key}")
@@ -359,12 +364,15 @@ class _Simulation:
         candidate = store.state.refs[CANDIDATE]
         if candidate == store.state.refs[MAIN]:
             return None
-        if self.random.random() < 0.7:
+        if self.random.random() < 0.8:
             return self._request("publish", candidate, lambda s, **keys: s.publish(candidate, **keys))
         return self._request("reject", candidate, lambda s, **keys: s.reject(candidate, "chaos", **keys))
 
-    def _roll_back(self, store: SubspaceStore) -> _Request:
-        number, hold = self.random.choice(store.state.published), self.random.random() < 0.2
+    def _roll_back(self, store: SubspaceStore) -> _Request | None:
+        allowed = [n for n in store.state.published if n not in {*store.state.expired, store.state.refs[MAIN]}]
+        if not allowed:
+            return None
+        number, hold = self.random.choice(allowed), self.random.random() < 0.2
         return self._request("rollback", number, lambda s, **keys: s.rollback(number, hold=hold, **keys))
 
     def _score(self, store: SubspaceStore) -> _Request | None:
@@ -428,18 +436,39 @@ class _Simulation:
             "expire", 0, lambda s, **keys: s.expire(dying, now=now, **keys), lambda: self.model.expired >= {*dying}
         )
 
+    def _remove(self, store: SubspaceStore) -> _Request | None:
+        tasks = list(store.state.tasks_at(store.state.refs[CANDIDATE]))
+        if not tasks:
+            return None
+        task, publish = self.random.choice(tasks), self.random.random() < 0.3
+
+        def ask(store: SubspaceStore, **keys: str) -> int:
+            version = store.remove(task, publish=publish, **keys)
+            return version.number if version else 0
+
+        return self._request("remove", None, ask)
+
+    def _drop(self, store: SubspaceStore) -> _Request | None:
+        tasks = list(store.state.tasks_at(store.state.refs[MAIN]))
+        if not tasks:
+            return None
+        task = self.random.choice(tasks)
+        return self._request(
+            "drop", 0, lambda s, **keys: s.drop_adapters([task], **keys), lambda: self.model.is_dropped(task)
+        )
+
     def _some(self, store: SubspaceStore) -> int:
         return self.random.choice([0, *store.state.versions])
 
     def _request(
-        self, kind: str, version: int, ask: Callable[..., object], holds: Callable[[], bool] = lambda: False
+        self, kind: str, version: int | None, ask: Callable[..., Any], holds: Callable[[], bool] = lambda: False
     ) -> _Request:
-        """A request about a version that exists; 0 if it is about none."""
+        """A request about a version that exists, 0 if it is about none; None if asking tells which it made."""
         op_key = f"{kind}-{self._next(kind)}"
 
         def answer(store: SubspaceStore) -> int:
-            ask(store, op_key=op_key, actor=ACTOR)
-            return version
+            made = ask(store, op_key=op_key, actor=ACTOR)
+            return int(made) if version is None else version
 
         return _Request(op_key, answer, holds)
 

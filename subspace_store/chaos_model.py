@@ -52,6 +52,8 @@ class Model:
         self.held = False
         self.quarantined: set[str] = set()
         self.expired: set[int] = set()
+        self.heads: dict[str, str] = {}
+        """Key of an adapter that was let go to the key of its head."""
         self.asked: dict[str, tuple[str, ...]] = {}
         """op_key of every merge that was asked for to its tasks."""
         self.delivered: dict[str, Mapping[str, Tensor]] = {}
@@ -100,7 +102,7 @@ class Model:
         self._must(op_key not in self.done, f"acknowledged: {op_key} was done, and is refused now: {why}")
         tasks = set(self.asked.get(op_key, ()))
         if tasks:
-            held = {task for version in self.lineage(self.refs["candidate"]) for task in self._added(version)}
+            held = {*self._tasks_at(self.refs["candidate"])}
             self._must(bool(tasks & (held | self.quarantined)), f"acknowledged: {op_key} is refused: {why}")
 
     def observed(self, seq: int, state: Mapping[str, object]) -> None:
@@ -110,7 +112,7 @@ class Model:
 
     def read(self, version: int, updates: Updates) -> None:
         """Somebody read a whole version."""
-        tasks = {task for line in self.lineage(version) for task in self._added(line)}
+        tasks = {*self._tasks_at(version)}
         self._must(updates.keys() == tasks, f"version {version} has the tasks {tasks}, somebody read {set(updates)}")
         first = self.seen.setdefault(version, updates)
         for task in tasks:
@@ -146,17 +148,31 @@ class Model:
     def needed(self) -> set[str]:
         """Keys without which a version that is alive could not be read."""
         refs: list[Plain] = []
+        keys: set[str] = set()
         for number in self.alive():
             version = self.versions[number]
             refs += [version["basis"], *(self.versions[home]["basis"] for home in version["basis_versions"])]
             line = self.lineage(number)
-            refs += [task["adapter"] for before in line for task in before["added"]]
+            keys |= {self.heads.get(key, key) for before in line for key in self._adapters(before).values()}
             for before in line:
                 if before["snapshot"]:
                     refs.append(before["snapshot"])
                     break
                 refs += [before["transport"], *(task["coefficients"] for task in before["added"])]
-        return {ref["key"] for ref in refs}
+        return keys | {ref["key"] for ref in refs}
+
+    def is_dropped(self, task: str) -> bool:
+        """Whether no version that is alive keeps the task's adapter as it was delivered."""
+        lines = [before for number in self.alive() for before in self.lineage(number)]
+        keys = {key for before in lines for name, key in self._adapters(before).items() if name == task}
+        return keys <= self.heads.keys()
+
+    @staticmethod
+    def _adapters(version: Plain) -> dict[str, str]:
+        return {task["task_id"]: task["adapter"]["key"] for task in version["added"]}
+
+    def _tasks_at(self, number: int) -> list[str]:
+        return [task for version in self.lineage(number) for task in self._added(version)]
 
     @staticmethod
     def _added(version: Plain) -> list[str]:
@@ -180,21 +196,28 @@ class Model:
             mine = (record["epoch"], record["writer"]) == (self.epoch, self.owner)
             self._must(mine, f"fenced: {what} of epoch {record['epoch']} after {self.owner} took {self.epoch}")
             self._must(record["op_key"] not in self.done, f"acknowledged: {record['op_key']} was done twice")
-            self.done[record["op_key"]] = int(getattr(self, f"_{op}")(body, what) or body.get("version", 0))
-            self._must(record["refs"] == self._moves(op, body), f"{what} moves {record['refs']}")
+            moves = self._moves(op, record)
+            concerned = int(getattr(self, f"_{op.replace('-', '_')}")(body, what) or body.get("version", 0))
+            if record["op_key"]:
+                self.done[record["op_key"]] = concerned
+            self._must(record["refs"] == moves, f"{what} moves {record['refs']}")
         self.refs.update(record["refs"])
+        self.published.add(self.refs["main"])
         self.seq, self.head_sha256 = record["seq"], hashlib.sha256(content).hexdigest()
         self.states.append(self._state())
 
-    def _moves(self, op: str, body: Plain) -> dict[str, int]:
+    def _moves(self, op: str, record: Plain) -> dict[str, int]:
         """The refs that an operation moves."""
+        body = record["body"]
         if op == "merge":
-            return {"candidate": body["version"]["number"]}
+            return {} if body["version"]["remakes"] else {"candidate": body["version"]["number"]}
         if op == "publish":
             return {"main": body["version"]}
         if op == "reject":
             return {"candidate": self.refs["main"]}
-        return {"main": body["version"], "candidate": body["version"]} if op == "rollback" else {}
+        if op == "rollback" or (op == "remove" and "main" in record["refs"]):
+            return {"main": body["version"], "candidate": body["version"]}
+        return {"candidate": body["version"]} if op == "remove" else {}
 
     def _state(self) -> dict[str, object]:
         """What anybody who folds the log up to here must have."""
@@ -215,10 +238,14 @@ class Model:
         version = body["version"]
         number = int(version["number"])
         self._must(number == max(self.versions, default=0) + 1, f"{what} uses the number {number}")
-        self._must(version["parent"] == self.refs["candidate"], f"{what} is not on the candidate")
         self.versions[number] = version
-        tasks = [task for before in self.lineage(number) for task in self._added(before)]
+        tasks = self._tasks_at(number)
         self._must(len(tasks) == len(set(tasks)), f"acknowledged: {what} has a task twice: {tasks}")
+        if version["remakes"]:
+            others = set(self._tasks_at(version["remakes"])) - set(version["removed"])
+            self._must(set(tasks) == others, f"acknowledged: {what} has {tasks} instead of {others}")
+        else:
+            self._must(version["parent"] == self.refs["candidate"], f"{what} is not on the candidate")
         gone = self.needed() - self.present()
         self._must(not gone, f"reachable: {what} needs {sorted(gone)}, which are not there")
         return number
@@ -226,7 +253,6 @@ class Model:
     def _publish(self, body: Plain, what: str) -> None:
         self._must(body["version"] == self.refs["candidate"], f"{what}: the candidate is {self.refs['candidate']}")
         self._must(not self.held, f"{what}: main is held")
-        self.published.add(body["version"])
 
     def _reject(self, body: Plain, what: str) -> None:
         self._must(body["version"] == self.refs["candidate"], f"{what}: the candidate is {self.refs['candidate']}")
@@ -236,6 +262,11 @@ class Model:
         allowed = self.published - self.rejected - self.expired
         self._must(body["version"] in allowed, f"{what}: {body['version']} is not one of {allowed}")
         self.held = self.held or bool(body.get("hold"))
+
+    def _remove(self, body: Plain, what: str) -> None:
+        others = set(self._tasks_at(self.refs["candidate"])) - {body["task_id"]}
+        self._must(set(self._tasks_at(body["version"])) == others, f"acknowledged: {what} loses more than its task")
+        self._must(body["version"] not in self.expired, f"{what}: it has expired")
 
     def _scores(self, body: Plain, what: str) -> None:
         self._must(body["version"] in self.versions, f"{what}: no such version")
@@ -263,6 +294,15 @@ class Model:
 
     def _unquarantine(self, body: Plain, what: str) -> None:
         self.quarantined.discard(body["task_id"])
+
+    def _drop_adapters(self, body: Plain, what: str) -> None:
+        published = {
+            key for n in self.published for before in self.lineage(n) for key in self._adapters(before).values()
+        }
+        self._must(body["heads"].keys() <= published, f"reachable: {what}: a task that was not published loses its own")
+        self.heads |= {key: head["key"] for key, head in body["heads"].items()}
+        gone = self.needed() - self.present()
+        self._must(not gone, f"reachable: {what} needs {sorted(gone)}, which are not there")
 
     def _expire(self, body: Plain, what: str) -> None:
         pinned = {version for (version, _), until in self.pins.items() if until is None or until > body["now"]}

@@ -51,7 +51,7 @@ CUT_CALLS = 30
 """Longest cut in calls of one process: more than the log tries, so that it must leave an outcome unknown."""
 STEPS_MAX = 50_000
 """Twenty times what the longest seeds take."""
-CONSTANTS = {"FIRST_WAIT_SECONDS": 0.0, "CHECKPOINT_EVERY": 5, "SNAPSHOT_EVERY": 3}
+CONSTANTS = {"FIRST_WAIT_SECONDS": 0.0, "CHECKPOINT_EVERY": 8, "SNAPSHOT_EVERY": 3}
 """Smaller in the simulation, so that a short run meets checkpoints and snapshots."""
 
 

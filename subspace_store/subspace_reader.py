@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from configs.errors import NotFound
+from configs.errors import Corrupt, NotFound
 from subspace_store import blobs, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes
 from subspace_store.merge import ModuleBasis, ModuleSubspace, in_order, reconstruct_module, threads
@@ -267,20 +267,26 @@ class SubspaceReader:
         return number, tasks[task_id]
 
     def _read_delivered(self, task: MergedTask) -> Adapter:
-        if task.adapter.key in self.state.heads:
-            raise NotFound(
-                "its adapter as delivered was let go, only what the subspace holds of it is kept",
-                f"task {task.name} ({task.task_id})",
-                "read it as a version holds it (`adapter`, `onebasis export`)",
-            )
-        content = blobs.read_blob(self.storage, task.adapter)
-        return adapter_from_bytes(content, f"{self.storage.url}/{task.adapter.key}")
+        key = task.adapter.key
+        if key not in self.state.heads:
+            try:
+                return adapter_from_bytes(blobs.read_blob(self.storage, task.adapter), f"{self.storage.url}/{key}")
+            except Corrupt:
+                # Gone is no damage if it was let go and collected since this state was read.
+                if key not in self.refresh().heads:
+                    raise
+        raise NotFound(
+            "its adapter as delivered was let go, only what the subspace holds of it is kept",
+            f"task {task.name} ({task.task_id})",
+            "read it as a version holds it (`adapter`, `onebasis export`)",
+        )
 
     def _read_head(self, task: MergedTask) -> Adapter:
         """A task's head and facts, with or without its modules."""
-        head = self.state.heads.get(task.adapter.key)
-        if head is None:
+        try:
             return self._read_delivered(task)
+        except NotFound:
+            head = self.state.heads[task.adapter.key]
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
 
 
