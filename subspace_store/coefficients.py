@@ -2,8 +2,8 @@
 
 A merge must not cost more because many tasks were merged before. So old coefficients stay in the basis they were last
 written in, beside the product of the transports since; what a merge needs of them, how much energy the directions that
-it drops held, is read off thin products. Only now and then are blocks of the same size rewritten into one, so that a
-column is rewritten log₂(T) times in its life.
+it drops held, is read off thin products. Only now and then are blocks of similar size rewritten into one, so that there
+are few blocks and a column is rewritten some log(T) times in its life.
 
 Axes: K directions of a basis, J of the next, D directions that are dropped, S coefficient columns of all tasks side by
 side, T tasks, R rank (filled up with zeros where ranks differ).
@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 
 from subspace_store.subspace_math import by_task
+
+
+SIMILAR = 8
+"""Two neighbouring blocks become one unless the older is more than so many times larger."""
 
 
 @dataclass(frozen=True)
@@ -145,17 +149,17 @@ class _Moving:
 
     @cached_property
     def grams(self) -> tuple[Tensor, Tensor]:
-        """EᵀE and FᵀF of each task now, T×R×R."""
+        """EᵀE and FᵀF of each task now, T×R×R, float32: they say what is lost and kept to six digits."""
         if self.known_grams is not None:
             return self.known_grams
-        return _grams(self.settled.e_KS, self.block.ranks), _grams(self.settled.f_KS, self.block.ranks)
+        now = self.block if self.transport is None else self.settled.rounded()
+        return _grams(now.e_KS, now.ranks), _grams(now.f_KS, now.ranks)
 
     def dropped_grams(self, dropped: Transport) -> tuple[Tensor, Tensor]:
         """EᵀE and FᵀF of what lies in the dropped directions, T×R×R, in O(D·K·S)."""
         way, ranks = dropped.after(self.transport), self.block.ranks
-        # In float32: what is small enough to be dropped needs no sixteen digits.
         out_DS, in_DS = way.out.float() @ self.block.e_KS, way.inward.float() @ self.block.f_KS
-        return _grams(out_DS, ranks).double(), _grams(in_DS, ranks).double()
+        return _grams(out_DS, ranks), _grams(in_DS, ranks)
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ class ModuleTasks:
     def joined(self, arrivals: TaskBlock) -> ModuleTasks:
         """These tasks, then the arrivals, which are in the basis of now."""
         blocks = [*self.blocks, _Moving(arrivals.rounded())]
-        while len(blocks) > 1 and len(blocks[-2].block.sigma_S) <= len(blocks[-1].block.sigma_S):
+        while len(blocks) > 1 and len(blocks[-2].block.sigma_S) <= SIMILAR * len(blocks[-1].block.sigma_S):
             last, before = blocks.pop(), blocks.pop()
             blocks.append(_Moving(TaskBlock.joined([before.settled, last.settled]).rounded()))
         return ModuleTasks(tuple(blocks))
@@ -247,7 +251,7 @@ def _grams(columns_KS: Tensor, ranks: Sequence[int]) -> Tensor:
 
 
 def _each(parts: Iterator[Tensor]) -> Tensor:
-    return torch.cat([_nothing(), *parts])
+    return torch.cat([_nothing(), *(part.double() for part in parts)])
 
 
 def _nothing() -> Tensor:
