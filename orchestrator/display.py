@@ -158,18 +158,18 @@ def rollback(answer: Json) -> None:
     """`onebasis rollback`."""
     if answer["from_version"] == answer["to_version"]:
         console.print(f"main is version {answer['to_version']} already")
-        return
-    verb = "would move" if answer["preview"] else "moved"
-    console.print(f"main {verb} from version {answer['from_version']} to version {answer['to_version']}")
-    for name, words in (("vanishing", "vanishes"), ("returning", "returns")):
-        for title in answer[name]:
-            console.print(f"  {title} {words}")
-    if not answer["vanishing"] and not answer["returning"]:
-        console.print("  no task vanishes or returns")
-    if not answer["preview"]:
-        console.print(f"nothing is lost: `onebasis rollback {answer['from_version']}` undoes this")
-        if answer["held"]:
-            console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
+    else:
+        verb = "would move" if answer["preview"] else "moved"
+        console.print(f"main {verb} from version {answer['from_version']} to version {answer['to_version']}")
+        for name, words in (("vanishing", "vanishes"), ("returning", "returns")):
+            for title in answer[name]:
+                console.print(f"  {title} {words}")
+        if not answer["vanishing"] and not answer["returning"]:
+            console.print("  no task vanishes or returns")
+        if not answer["preview"]:
+            console.print(f"nothing is lost: `onebasis rollback {answer['from_version']}` undoes this")
+    if answer["held"]:
+        console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
 
 
 def scores(answer: Json) -> None:

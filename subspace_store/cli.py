@@ -71,7 +71,7 @@ class Place:
     @property
     def is_served(self) -> bool:
         """Whether a service that runs here writes to this store."""
-        if self.settings is None or running_server(self.state_dir) is None:
+        if self.settings is None or running_server(Path(self.settings.state_dir)) is None:
             return False
         return open_storage(self.settings.storage, self.settings.base_model.name).url == self.storage.url
 

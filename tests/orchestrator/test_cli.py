@@ -246,6 +246,10 @@ def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_relea
     assert site.plant.state.epoch == epoch  # nobody was fenced on the way
     assert site.plant.state.refs["main"] == version
     assert "held" not in onebasis("status").stdout
+    again = onebasis("rollback", str(version), "--hold").stdout
+    assert "already" in again
+    assert "main is held there" in again
+    assert onebasis("store", "release").exit_code == 0
 
 
 def test_what_is_no_operation_is_refused_by_the_service(onebasis: Onebasis, site: Site) -> None:
