@@ -28,7 +28,7 @@ from subspace_store.retention import droppable, expirable
 from subspace_store.retention import expire as judge_expiry
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import MAIN
+from subspace_store.version import CANDIDATE, MAIN
 
 app = new_app("store", "A store of versions: check it, tag, hold, quarantine, pin, expire, collect.")
 command = command_of(app, "interrupted; what was begun can be asked for again")
@@ -46,6 +46,7 @@ FixedRank = Annotated[
     int | None, typer.Option("--rank", help="Exactly so many directions; default: as the store merges.", min=1)
 ]
 AtVersion = Annotated[str, typer.Argument(metavar="[VERSION]", help="A branch, a tag or a number.")]
+OnVersion = Annotated[str, typer.Option("--version", metavar="VERSION", help="A branch, a tag or a number.")]
 Reference = Annotated[str, typer.Argument(metavar="VERSION", help="A branch, a tag or a number.")]
 TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or team/name of one that was merged.")]
 
@@ -326,6 +327,98 @@ def collect(
         note(f"{verb} {len(found.keys)} objects, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
 
     show(asdict(found), as_text, as_json)
+
+
+@command
+def forecast(
+    adapters: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="PEFT folders or diffusers LoRA files.")],
+    version: OnVersion = CANDIDATE,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what merging adapters would cost every task, without doing it and without data."""
+    from subspace_store.adapter_formats import read_adapter
+
+    place = _place(store, state_dir)
+    reader = _reader(place)
+    settings = place.settings.subspace if place.settings else SubspaceSettings()
+    news = {str(path): read_adapter(path, reader.base_model) for path in adapters}
+    found = SubspaceStore.open(place.storage, settings=settings).forecast(news, reader.resolve(version))
+    names = {task.task_id: task.name for task in reader.state.tasks_at(found.parent).values()}
+
+    def as_text(_: object) -> None:
+        arriving = [
+            (name, f"{error:.4f}", f"{found.spanned[name]:.1%}") for name, error in found.error_at_birth.items()
+        ]
+        _print_table(("would arrive", "error at birth", "energy in the basis already"), arriving, "")
+        console.print()
+        held = [
+            (names[task], f"{drift:.4f}", f"{found.error_bound[task]:.4f}")
+            for task, drift in sorted(found.drift.items(), key=lambda item: -item[1])
+        ]
+        _print_table(("is there", "would drift", "error at most"), held, f"version {found.parent} holds no tasks")
+
+    show(asdict(found), as_text, as_json)
+
+
+@command
+def remove(
+    task: TaskId,
+    reason: Annotated[str, typer.Option(help="Kept in the log.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be made again.")] = False,
+    candidate_only: Annotated[
+        bool, typer.Option("--candidate-only", help="Leave `main` where it is; a service would reject the candidate.")
+    ] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Make every version since a task's birth again without it, and move `main` there. No gate is asked."""
+    place = _place(store, state_dir)
+    state, task_id = _reader(place).state, _task_id(place, task)
+    held = state.tasks_at(state.refs[CANDIDATE])
+    if task_id not in held:
+        raise NotFound(f"the candidate, version {state.refs[CANDIDATE]}, does not hold {task}", place.storage.url)
+    again = [v for v in state.lineage(state.refs[CANDIDATE]) if v.number >= held[task_id].version]
+    if not yes:
+        text = f"would make {len(again)} versions again, from {again[0].number} on (--yes does it)"
+        show(
+            {"task_id": task_id, "versions": [v.number for v in again], "removed": False}, lambda _: note(text), as_json
+        )
+        return
+    if place.is_served and not (force and place.is_named):
+        raise _is_served(place)
+    # The same task of the same candidate is the same request: interrupted, the command goes on.
+    op_key = f"remove {task_id} from {state.refs[CANDIDATE]}"
+    made = _writer(place).remove(task_id, op_key=op_key, actor=me(), reason=reason, publish=not candidate_only)
+    number = made.number if made else 0
+    answer = {"task_id": task_id, "version": number, "approximate": made.approximate if made else (), "removed": True}
+    show(answer, lambda _: note(f"version {number} is as if {held[task_id].name} had never been merged"), as_json)
+
+
+@command
+def export(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Made if it is not there.")],
+    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK...]", help="Default: all.")] = None,
+    version: OnVersion = MAIN,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="SOURCE", help="Where servers load the base model from.")
+    ] = None,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Write tasks as adapter folders, TEAM+TASK@vN each, as PEFT, vLLM and LoRAX load them."""
+    from subspace_store.export import export_tasks
+
+    place = _place(store, state_dir)
+    reader = _reader(place)
+    source = base or (place.settings.base_model.source if place.settings else reader.base_model)
+    found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
+    text = f"{len(found)} adapters in {output}; {output / 'adapters.json'} lists them"
+    show([asdict(one) for one in found], lambda _: note(text), as_json)
 
 
 @command

@@ -32,7 +32,7 @@ from subspace_store.subspace_math import (
 A = TypeVar("A")
 B = TypeVar("B")
 
-TIGHTEST = 32
+TIGHTEST = 8
 """Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
 WIDE = 2**14
 """Rows of all touched modules above which modules are merged in threads; starting threads costs a millisecond."""

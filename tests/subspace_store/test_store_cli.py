@@ -23,6 +23,7 @@ from configs.state_folder import SERVER_MODULE
 from subspace_store import SubspaceStore
 from subspace_store.cli import SERVICE, app
 from subspace_store.local_storage import LocalStorage
+from subspace_store.peft_format import write_peft_folder
 from subspace_store.reorder import reorder
 from subspace_store.variants import VARIANTS, merge_all
 from tests.builders import settings
@@ -327,3 +328,41 @@ def test_the_package_itself_is_the_command(
     with pytest.raises(SystemExit) as end:
         runpy.run_module("subspace_store", run_name="__main__")  # as `python -m` does
     assert (end.value.code, json.loads(capsys.readouterr().out)) == (0, [])
+
+
+def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
+    run: Command, store: SubspaceStore, tmp_path: Path
+) -> None:
+    write_peft_folder(tmp_path / "new", random_adapter(9), "tiny")
+    found = answer(run("forecast", str(tmp_path / "new"), "--json"))
+    expected = store.forecast({"x": random_adapter(9)})
+    assert found["parent"] == 3
+    assert list(found["error_at_birth"].values()) == pytest.approx([expected.error_at_birth["x"]], rel=1e-4)
+    assert found["drift"] == pytest.approx(expected.drift, abs=1e-6)
+    text = run("forecast", str(tmp_path / "new")).stdout
+    assert "team/t1" in text
+    assert "energy in the basis already" in text
+    assert "no such folder" in run("forecast", str(tmp_path / "gone")).output
+
+
+def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
+    assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [2, 3], "removed": False}
+    assert store.refresh().refs["main"] == 3
+    done = answer(run("remove", "team/t2", "--yes", "--reason", "licence", "--json"))
+    assert done == {"task_id": "t2", "version": 4, "approximate": [], "removed": True}
+    reader = opened(store.storage, writer=None)
+    assert reader.state.refs == {"candidate": 4, "main": 4}
+    assert list(reader.state.tasks_at(4)) == ["t1", "t3"]
+    assert "team/t2: version 3 → 4: licence" in run("log").stdout
+    assert "does not hold team/t2" in run("remove", "team/t2", "--yes").output
+
+
+def test_all_tasks_of_a_version_are_exported_and_listed(run: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = answer(run("export", "-o", str(out), "--base", "hub/base", "--json"))
+    assert [one["name"] for one in found] == ["team+t1@v3", "team+t2@v3", "team+t3@v3"]
+    assert run("export", "team/t1", "-o", str(out), "--version", "2", "--base", "hub/base").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapters.json", "team+t1@v2", "team+t1@v3", "team+t2@v3", "team+t3@v3",
+    ]  # fmt: skip
+    assert len(json.loads((out / "adapters.json").read_text())) == 4
