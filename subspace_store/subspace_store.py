@@ -31,7 +31,8 @@ from subspace_store.version import (
 )
 from subspace_store.version_log import VersionLog
 
-FORMAT_NUMBER = 1
+FORMAT_NUMBER = 2
+"""Of everything below the store's folder. tests/data/stores has a store of each format that is read."""
 DEFAULTS = SubspaceSettings()
 
 Shapes = tuple[tuple[int, int], tuple[int, int]]
@@ -499,6 +500,12 @@ def _check_format(storage: Storage, base_model: str, base_sha256: str) -> tuple[
         raise Corrupt(f"is no FORMAT of a subspace: {error}", where) from error
     if number > FORMAT_NUMBER:
         raise Corrupt(f"has format {number}, this code reads up to {FORMAT_NUMBER}", where, "use a newer onebasis")
+    if number < FORMAT_NUMBER:
+        raise InvalidInput(
+            f"has format {number}, which onebasis 0.1 wrote and this code does not read",
+            where,
+            "export its tasks with the version that wrote it, and import them here; or choose another storage.url",
+        )
     for what, stored, ours in zip(("name", "sha256"), theirs, (base_model, base_sha256), strict=True):
         if stored and ours and stored != ours:
             raise InvalidInput(

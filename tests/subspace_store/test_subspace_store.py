@@ -73,17 +73,6 @@ def test_a_folder_of_another_base_model_is_refused_with_both_names() -> None:
     assert SubspaceStore.open(storage).state.epoch == 1
 
 
-def test_a_newer_format_is_left_alone() -> None:
-    storage = fresh_storage()
-    storage.write("FORMAT", b'{"format": 2, "base_model": "", "base_sha256": ""}')
-    with pytest.raises(Corrupt, match="format 2, this code reads up to 1"):
-        opened(storage)
-    assert storage.keys("") == ["FORMAT"]
-
-
-# Merging
-
-
 def test_one_adapter_merged_and_published_is_served_with_its_head() -> None:
     store = opened()
     adapter = random_adapter(1)

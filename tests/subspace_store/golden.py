@@ -1,0 +1,88 @@
+"""Writes the golden store of this format: `python -m tests.subspace_store.golden`.
+
+Run it once when FORMAT_NUMBER grows; the folders of older formats stay as they are, for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from subspace_store import SubspaceStore, merge_writer, version_log
+from subspace_store.local_storage import LocalStorage
+from subspace_store.subspace_store import FORMAT_NUMBER
+from subspace_store.version import TaskScore
+from tests.subspace_store.builders import SHAPES, deltas, merged, opened, random_adapter
+
+GOLDEN = Path(__file__).parents[1] / "data" / "stores"
+SETTINGS = {"energy_ratio_min": 0.9, "rank_max": 6}
+
+
+def write(folder: Path) -> None:
+    """A small store in which everything that a log can say was said once."""
+    shutil.rmtree(folder, ignore_errors=True)
+    merge_writer.SNAPSHOT_EVERY, version_log.CHECKPOINT_EVERY = 3, 16
+    store = opened(LocalStorage(str(folder / "store")), writer="first", **SETTINGS)
+    for number in (1, 2):
+        merged(store, {f"t{number}": random_adapter(number)})
+        store.record_scores(number, [TaskScore(f"t{number}", 0.5 + number / 10, 100)], op_key=f"s{number}", actor="eve")
+        store.publish(number, op_key=f"p{number}", actor="eve")
+    merged(
+        store, {"wide": random_adapter(3, rank=2, shapes={**SHAPES, "layer.1.new": (9, 7)}), "t4": random_adapter(4)}
+    )
+    store.publish(3, op_key="p3", actor="eve")
+    merged(store, {"bad": random_adapter(5)})
+    store.reject(4, "too low", op_key="j4", actor="gate")
+    store.quarantine("bad", "its data is wrong", actor="ann")
+    store = opened(LocalStorage(str(folder / "store")), writer="second", **SETTINGS)
+    one_module = {"layer.0.query": SHAPES["layer.0.query"]}
+    merged(store, {"narrow": random_adapter(6, rank=3, shapes=one_module)})
+    store.publish(5, op_key="p5", actor="eve")
+    store.tag("gold", 3, actor="ann")
+    store.pin(2, "audit", 2e9, actor="ann")
+    store.remove("t2", op_key="r", actor="ann", reason="licence", publish=True)
+    store.rollback(3, op_key="b", actor="ann", reason="look", hold=True)
+    store.rollback(7, op_key="b2", actor="ann")
+    store.release(actor="ann")
+    store.drop_adapters(["t1"], actor="ann")
+    store.expire([1, 4], now=1e9, actor="ann")
+    opened(LocalStorage(str(folder / "store")), writer="third", **SETTINGS).collect(really=True)
+    (folder / "expected.json").write_text(json.dumps(facts(opened(store.storage, writer=None)), indent=1) + "\n")
+
+
+def facts(reader: SubspaceStore) -> dict[str, Any]:
+    """What any later code must read out of the store."""
+    state = reader.state
+    alive = [number for number in state.versions if number not in state.expired]
+    return {
+        "refs": dict(state.refs),
+        "tags": dict(state.tags),
+        "expired": list(state.expired),
+        "published": list(state.published),
+        "rejected": {str(number): why for number, why in state.rejected.items()},
+        "quarantined": dict(state.quarantined),
+        "scores": {str(n): {t: s.score for t, s in row.items()} for n, row in state.scores.items()},
+        "removed": {str(n): list(v.removed) for n, v in state.versions.items() if v.removed},
+        "history": [[entry.op, entry.actor, entry.summary] for entry in reader.history()],
+        "versions": {
+            str(number): {
+                "parent": state.versions[number].parent,
+                "ranks": {name: list(ranks) for name, ranks in reader.ranks(number).items()},
+                "error_bounds": state.error_bounds(number),
+                "tasks": {
+                    task: {
+                        name: delta.flatten()[:5].tolist()
+                        for name, delta in deltas(reader.adapter(task, number)).items()
+                    }
+                    for task in state.tasks_at(number)
+                },
+            }
+            for number in alive
+        },
+    }
+
+
+if __name__ == "__main__":
+    write(GOLDEN / f"format-{FORMAT_NUMBER}")
