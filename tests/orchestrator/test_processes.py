@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def head(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-c", "import time; time.sleep(60)", "orchestrator.ray_head", str(tmp_path)]
     process = subprocess.Popen(command)
     (tmp_path / processes.ADDRESS_FILE).write_text(json.dumps({"address": "127.0.0.1:1", "pid": process.pid}))
+    while processes._running_ray(tmp_path) is None:  # a new process has no command line for a moment
+        time.sleep(0.01)
     yield process
     process.kill()
     process.wait()

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from configs import terminal
 from configs.settings import SubspaceSettings
-from configs.state_folder import SERVER_MODULE
+from configs.state_folder import SERVER_MODULE, running_server
 from subspace_store import SubspaceStore
 from subspace_store.cli import SERVICE, app
 from subspace_store.local_storage import LocalStorage
@@ -270,6 +271,8 @@ def served(store: SubspaceStore, tmp_path: Path) -> Path:
     sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()", SERVER_MODULE, str(state_dir)]
     with subprocess.Popen(sleeper, stdin=subprocess.PIPE) as server:
         (state_dir / "server.json").write_text(json.dumps({"pid": server.pid}))
+        while running_server(state_dir) is None:  # a new process has no command line for a moment
+            time.sleep(0.01)
         yield state_dir
         server.communicate()
 
