@@ -21,7 +21,6 @@ from torch import Tensor
 
 from subspace_store.subspace_math import by_task
 
-
 SIMILAR = 8
 """Two neighbouring blocks become one unless the older is more than so many times larger."""
 
@@ -32,6 +31,11 @@ class Transport:
 
     out: Tensor
     inward: Tensor
+
+    def split(self, k_out: int, k_in: int) -> tuple[Transport, Transport]:
+        """To the first directions of each side, and to those after them."""
+        first = Transport(self.out[:k_out].contiguous(), self.inward[:k_in].contiguous())
+        return first, Transport(self.out[k_out:], self.inward[k_in:])
 
     def after(self, earlier: Transport | None) -> Transport:
         """Both in one: first the earlier, then this."""
@@ -73,6 +77,10 @@ class TaskBlock:
         return (
             self._with(e_KS, f_KS) if transport is None else self._with(transport.out @ e_KS, transport.inward @ f_KS)
         )
+
+    def first(self, k_out: int, k_in: int) -> TaskBlock:
+        """What lies in the first directions of each side."""
+        return self._with(self.e_KS[:k_out], self.f_KS[:k_in])
 
     def rounded(self) -> TaskBlock:
         """What a reader finds in the file: float32."""

@@ -219,21 +219,21 @@ def merge_module(
     """Merge the updates of one module: see `merge_adapters`."""
     p_NK, q_DK = orthonormalise(before.basis.p_NK), orthonormalise(before.basis.q_DK)
     factors = _Factors.of(incoming, settings)
-    full_out, lam_out = extend_basis(p_NK, before.basis.lam_out_K, factors.stack_out())
-    full_in, lam_in = extend_basis(q_DK, before.basis.lam_in_K, factors.stack_in())
-    to_full = Transport(full_out.T @ p_NK, full_in.T @ q_DK)
-    k_out, k_in = _ranks(before.tasks, to_full, factors.coefficients(full_out, full_in), before.basis.shape, settings)
-    # Rounded first: from here on the bases are what a reader will find, and everything refers to them.
+    out = extend_basis(p_NK, before.basis.lam_out_K, factors.stack_out())
+    inward = extend_basis(q_DK, before.basis.lam_in_K, factors.stack_in())
+    to_full = Transport(out.transport_JK, inward.transport_JK)
+    arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
+    k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
+    # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
     basis = ModuleBasis(
-        full_out[:, :k_out].float().contiguous(),
-        full_in[:, :k_in].float().contiguous(),
-        lam_out[:k_out].clone(),
-        lam_in[:k_in].clone(),
+        out.directions_NJ[:, :k_out].float().contiguous(),
+        inward.directions_NJ[:, :k_in].float().contiguous(),
+        out.energy_J[:k_out].clone(),
+        inward.energy_J[:k_in].clone(),
     )
-    new_p, new_q = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
-    transport = Transport((new_p.T @ p_NK).contiguous(), (new_q.T @ q_DK).contiguous())
-    moved, lost_T = before.tasks.truncated(transport, _beyond(to_full, k_out, k_in))
-    exact = factors.coefficients(new_p, new_q)
+    transport, dropped = to_full.split(k_out, k_in)
+    moved, lost_T = before.tasks.truncated(transport, dropped)
+    exact = arriving.first(k_out, k_in)
     arrivals = exact.rounded()
     return ModuleMerge(
         after=ModuleSubspace(basis, moved.joined(arrivals)),
@@ -326,11 +326,6 @@ def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
     return 1 / math.sqrt(energy)
 
 
-def _beyond(to_full: Transport, k_out: int, k_in: int) -> Transport:
-    """The directions after the first k_out and k_in."""
-    return Transport(to_full.out[k_out:], to_full.inward[k_in:])
-
-
 def _ranks(
     tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, shape: tuple[int, int], settings: SubspaceSettings
 ) -> tuple[int, int]:
@@ -362,8 +357,8 @@ def _ranks(
         if (k_out, k_in) == (cap_out, cap_in) or len(asked) == len(kept_T):
             return k_out, k_in
         if at_cap_T is None:
-            at_cap_T = tasks.lost(_beyond(to_full, cap_out, cap_in))
-        lost_T = tasks.lost(_beyond(to_full, k_out, k_in))
+            at_cap_T = tasks.lost(to_full.split(cap_out, cap_in)[1])
+        lost_T = tasks.lost(to_full.split(k_out, k_in)[1])
         required_T = torch.minimum(kept_T - at_cap_T, promised_T)
         failed_T = kept_T - lost_T < required_T - SLACK * tasks.delivered_T
         failed = set(failed_T.nonzero().flatten().tolist()) - asked

@@ -8,6 +8,7 @@ Everything is computed in float64 on the CPU; only what is stored is float32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,7 +49,19 @@ def orthonormalise(basis_NK: Tensor) -> Tensor:
     return result
 
 
-def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Extension:
+    """A basis after columns were added, strongest direction first."""
+
+    directions_NJ: Tensor
+    """Orthonormal, float64."""
+    energy_J: Tensor
+    """Squared singular values of everything merged, now included."""
+    transport_JK: Tensor
+    """The old basis in the new directions: directionsᵀ·basis."""
+
+
+def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor) -> Extension:
     """Left singular vectors of [P·√λ, X] without forming more than a (K+C)×(K+C) core.
 
     Args:
@@ -57,7 +70,7 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor) -> tupl
         columns_NC: X, the weighted columns that arrive, float64.
 
     Returns:
-        (directions_NJ, energy_J), strongest first, J ≤ K + C: every direction above `RELATIVE_SIGMA_MIN`.
+        J ≤ K + C directions: every one above `RELATIVE_SIGMA_MIN`.
 
     Cost:
         O(N·(K+C)² + (K+C)³), whatever was merged before.
@@ -65,20 +78,23 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor) -> tupl
     Source:
         M. Brand, Fast low-rank modifications of the thin singular value decomposition (2006), sections 2–3.
     """
+    count_K = len(energy_K)
     projected_KC = basis_NK.T @ columns_NC
     residual_NC = columns_NC - basis_NK @ projected_KC
     # Once more: a column that lies almost inside the span leaves a residual that is mostly rounding.
     again_KC = basis_NK.T @ residual_NC
     projected_KC, residual_NC = projected_KC + again_KC, residual_NC - basis_NK @ again_KC
     fresh_NC, triangle_CC = torch.linalg.qr(residual_NC)
-    old = torch.cat([torch.diag(energy_K.clamp(min=0).sqrt()), projected_KC], dim=1)
-    new = torch.cat([triangle_CC.new_zeros(triangle_CC.shape[0], len(energy_K)), triangle_CC], dim=1)
-    core = torch.cat([old, new])
+    core = triangle_CC.new_zeros(count_K + len(triangle_CC), count_K + columns_NC.shape[1])
+    core[:count_K, :count_K].diagonal().copy_(energy_K.clamp(min=0).sqrt())
+    core[:count_K, count_K:] = projected_KC
+    core[count_K:, count_K:] = triangle_CC
     if core.numel() == 0:
-        return basis_NK, energy_K
-    u, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
-    count = int((sigma_J > RELATIVE_SIGMA_MIN * sigma_J[0]).sum())
-    return torch.cat([basis_NK, fresh_NC], dim=1) @ u[:, :count], sigma_J[:count].square()
+        return Extension(basis_NK, energy_K, torch.eye(count_K, dtype=basis_NK.dtype))
+    turn, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
+    turn = turn[:, : int((sigma_J > RELATIVE_SIGMA_MIN * sigma_J[0]).sum())]
+    directions_NJ = torch.addmm(fresh_NC @ turn[count_K:], basis_NK, turn[:count_K])
+    return Extension(directions_NJ, sigma_J[: turn.shape[1]].square(), turn[:count_K].T)
 
 
 def update_energy(update: ModuleUpdate) -> float:

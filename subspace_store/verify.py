@@ -30,8 +30,8 @@ from subspace_store.version_log import VersionLog, to_plain
 ERROR_TOLERANCE = 1e-5
 """Relative errors are stored from float64 and measured from float32 coefficients."""
 
-TRANSPORT_TOLERANCE = 1e-9
-"""Transports are stored in float64; another machine's BLAS may sum in another order."""
+TRANSPORT_TOLERANCE = 1e-6
+"""Transports belong to the bases before they were rounded to float32."""
 
 
 @dataclass(frozen=True)
