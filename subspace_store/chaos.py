@@ -7,9 +7,10 @@ assert run.violation is None, "\n".join(run.trace)
 
 One run: up to three machines open the same subspace for writing, again and again, and fence each other. Each works on
 what is asked for, merges above all, and repeats it until it is answered, also what another machine began. One more
-machine only reads; one is a second thread in the others' processes, which collects garbage. chaos_storage.py decides
-who runs and what fails at each storage call, chaos_model.py what must hold. At the end nothing fails any more: one last
-writer does all that was left undone and collects, and a reader reads every version that lives.
+machine only reads; one is a second thread in the others' processes, which collects garbage. At the end nothing fails
+any more: one last writer does all that was left undone and collects, and a reader reads every version that is alive.
+chaos_storage.py decides who runs and what fails at each storage call, chaos_requests.py what is asked for,
+chaos_model.py what must hold.
 
 What is not simulated: bytes that rot, a storage that breaks its two promises (create-if-absent; a list shows what was
 written), and threads that meet between two storage calls.
@@ -24,33 +25,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
 from configs.settings import SubspaceSettings
-from subspace_store import retention
-from subspace_store.adapter import Adapter, canonical_update, digest
+from subspace_store.adapter import digest
 from subspace_store.chaos_model import Model
+from subspace_store.chaos_requests import BASE, SHAPES, Request, Requests, dense
 from subspace_store.chaos_storage import FAULTS, ChaosStorage, Crash, Machine, Violation, World
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import CANDIDATE, MAIN, StagedAdapter, SubspaceState, TaskScore
+from subspace_store.version import MAIN, SubspaceState
 
-ADAPTERS = 12
-"""Different adapters; a task takes one of them."""
-SHAPES = {"a": (6, 5), "b": (4, 5)}
-"""Tiny modules: a run's time should go into the protocol."""
 EXACT = SubspaceSettings(rank_fixed=max(max(shape) for shape in SHAPES.values()))
 """Nothing is truncated, so a version must hold exactly what was delivered."""
-BASE = "tiny"
-ACTOR = "chaos"
-NAMES = ("ann", "bob", "cy")
-"""Tags, and owners of pins: few, so that requests meet."""
 WRITERS_MAX = 3
-MERGES_MAX = 6
-GROUP_MAX = 3
 ACTIONS_MAX = 24
 """Of all writing machines together, in one run."""
 REST_STEPS = 60
@@ -134,19 +124,6 @@ def _briefly(seed: int) -> Run:
 
 
 @dataclass
-class _Request:
-    """Something that is asked of the store until it is answered."""
-
-    op_key: str
-    ask: Callable[[SubspaceStore], int]
-    """Gives the version that it made or concerned."""
-    holds: Callable[[], bool] = lambda: False
-    """Whether it is so already, by the model: then no record is needed."""
-    uploads_of: tuple[str, ...] = ()
-    """Tasks whose uploads it needs."""
-
-
-@dataclass
 class _Process:
     """A store that is open for writing."""
 
@@ -162,28 +139,11 @@ class _Simulation:
         self.world = World(seed, self.model)
         self.model.present = lambda: set(self.world.disk.keys(""))
         self.random = self.world.random
-        self.waiting: list[_Request] = []
+        self.waiting: list[Request] = []
         self.open: dict[Machine, _Process] = {}
         self.actions_left = self.random.randint(5, ACTIONS_MAX)
-        self.merges_left = self.random.randint(1, MERGES_MAX)
+        self.requests = Requests(self.random, self.model, self.world.now)
         self.writing = self.random.randint(1, WRITERS_MAX)
-        self._numbers: Counter[str] = Counter()
-        self._kinds: dict[Callable[[SubspaceStore], _Request | None], int] = {
-            self._merge: 12,
-            self._judge: 12,
-            self._roll_back: 2,
-            self._score: 1,
-            self._tag: 1,
-            self._pin: 3,
-            self._hold: 2,
-            self._quarantine: 1,
-            self._expire: 6,
-            self._remove: 4,
-            self._drop: 2,
-            self._collect: 4,
-            self._look: 2,
-        }
-        """What a writer does, with weights: gives what to ask for, or None if that is all, or there is nothing."""
 
     def run(self) -> None:
         writers = [(f"w{i}", self._write) for i in range(self.writing)]
@@ -203,7 +163,7 @@ class _Simulation:
         """One writing process after another."""
         while self.actions_left > 0:
             self.actions_left -= 1
-            name = f"{machine.name}.{self._next(machine.name)}"
+            name = self._process_name(machine)
             try:
                 process = _Process(name, self._opened(name, writer=name))
                 self.world.counts["opened for writing"] += 1
@@ -232,7 +192,7 @@ class _Simulation:
         """Readers, one after another: each follows the log and reads versions."""
         while self.writing:
             self._rest(machine)
-            name = f"{machine.name}.{self._next(machine.name)}"
+            name = self._process_name(machine)
             try:
                 reader = self._opened(name, writer=None)
                 while self.writing and self.random.random() < 0.7:
@@ -275,7 +235,7 @@ class _Simulation:
         if self.waiting and self.random.random() < 0.5:
             self._ask(process, self.random.choice(self.waiting))
             return
-        kinds = {action: weight for action, weight in self._kinds.items() if self.merges_left or action != self._merge}
+        kinds = {**self.requests.kinds(), self._collect: 4, self._look: 2}
         for action in self.random.choices(list(kinds), list(kinds.values()), k=3):
             new = action(process.store)
             if new is not None:
@@ -283,7 +243,7 @@ class _Simulation:
                 self._ask(process, new)
                 return
 
-    def _ask(self, process: _Process, request: _Request) -> None:
+    def _ask(self, process: _Process, request: Request) -> None:
         self.world.note(process.name, f"is asked for {request.op_key}")
         kind = request.op_key.split("-")[0]
         try:
@@ -340,140 +300,6 @@ class _Simulation:
             self.model.read(number, updates)
             self.world.counts["versions read"] += 1
 
-    # What is asked for
-
-    def _merge(self, store: SubspaceStore) -> _Request:
-        self.merges_left -= 1
-        count = self.random.choices(range(1, GROUP_MAX + 1), (6, 2, 1))[0]
-        adapters = {f"t{self._next('task')}": _adapter(self.random.randrange(ADAPTERS)) for _ in range(count)}
-        self.model.delivered |= {task: _dense(adapter) for task, adapter in adapters.items()}
-        op_key = f"merge-{self._next('merge')}"
-        self.model.asked[op_key] = tuple(adapters)
-        uploads: dict[str, StagedAdapter] = {}
-
-        def ask(store: SubspaceStore) -> int:
-            for task, adapter in adapters.items():
-                if task not in uploads:
-                    ref = store.stage(f"staging/{task}/1/adapter.safetensors", adapter)
-                    uploads[task] = StagedAdapter(task, f"team/{task}", ref.key, ref.sha256)
-            return store.merge([uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
-
-        return _Request(op_key, ask, uploads_of=tuple(adapters))
-
-    def _judge(self, store: SubspaceStore) -> _Request | None:
-        candidate = store.state.refs[CANDIDATE]
-        if candidate == store.state.refs[MAIN]:
-            return None
-        if self.random.random() < 0.8:
-            return self._request("publish", candidate, lambda s, **keys: s.publish(candidate, **keys))
-        return self._request("reject", candidate, lambda s, **keys: s.reject(candidate, "chaos", **keys))
-
-    def _roll_back(self, store: SubspaceStore) -> _Request | None:
-        allowed = [n for n in store.state.published if n not in {*store.state.expired, store.state.refs[MAIN]}]
-        if not allowed:
-            return None
-        number, hold = self.random.choice(allowed), self.random.random() < 0.2
-        return self._request("rollback", number, lambda s, **keys: s.rollback(number, hold=hold, **keys))
-
-    def _score(self, store: SubspaceStore) -> _Request | None:
-        number = store.state.refs[CANDIDATE]
-        if number == 0:
-            return None
-        scores = [TaskScore(task, 0.5, 10) for task in store.state.tasks_at(number)]
-        return self._request("scores", number, lambda s, **keys: s.record_scores(number, scores, **keys))
-
-    def _tag(self, store: SubspaceStore) -> _Request:
-        name, number = self.random.choice(NAMES), self._some(store)
-        return self._request(
-            "tag", number, lambda s, **keys: s.tag(name, number, **keys), lambda: self.model.tags.get(name) == number
-        )
-
-    def _pin(self, store: SubspaceStore) -> _Request:
-        owner, number = self.random.choice(NAMES), self._some(store)
-        if self.random.random() < 0.4:
-            return self._request(
-                "unpin",
-                number,
-                lambda s, **keys: s.unpin(number, owner, **keys),
-                lambda: (number, owner) not in self.model.pins,
-            )
-        until = self.random.choice([None, self.world.now() + self.random.randint(1, 10 * REST_STEPS)])
-        return self._request(
-            "pin",
-            number,
-            lambda s, **keys: s.pin(number, owner, until, **keys),
-            lambda: self.model.pins.get((number, owner), 0) == until,
-        )
-
-    def _hold(self, store: SubspaceStore) -> _Request:
-        if self.random.random() < 0.3:
-            return self._request("hold", 0, lambda s, **keys: s.hold("chaos", **keys), lambda: self.model.held)
-        return self._request("release", 0, lambda s, **keys: s.release(**keys), lambda: not self.model.held)
-
-    def _quarantine(self, store: SubspaceStore) -> _Request | None:
-        done = [task for op_key, tasks in self.model.asked.items() if op_key in self.model.done for task in tasks]
-        if not done:
-            return None
-        task, quarantined = self.random.choice(done), self.model.quarantined
-        if self.random.random() < 0.5:
-            return self._request(
-                "unquarantine", 0, lambda s, **keys: s.unquarantine(task, **keys), lambda: task not in quarantined
-            )
-        return self._request(
-            "quarantine", 0, lambda s, **keys: s.quarantine(task, "chaos", **keys), lambda: task in quarantined
-        )
-
-    def _expire(self, store: SubspaceStore) -> _Request | None:
-        """What may go as this writer sees it, or, sometimes, what may not."""
-        now = self.world.now()
-        dying = retention.expirable(store.state, 1, now)
-        if self.random.random() < 0.2:
-            dying = list(store.state.versions)
-        dying = self.random.sample(dying, self.random.randint(0, min(2, len(dying))))
-        if not dying:
-            return None
-        return self._request(
-            "expire", 0, lambda s, **keys: s.expire(dying, now=now, **keys), lambda: self.model.expired >= {*dying}
-        )
-
-    def _remove(self, store: SubspaceStore) -> _Request | None:
-        tasks = list(store.state.tasks_at(store.state.refs[CANDIDATE]))
-        if not tasks:
-            return None
-        task, publish = self.random.choice(tasks), self.random.random() < 0.3
-
-        def ask(store: SubspaceStore, **keys: str) -> int:
-            version = store.remove(task, publish=publish, **keys)
-            return version.number if version else 0
-
-        return self._request("remove", None, ask)
-
-    def _drop(self, store: SubspaceStore) -> _Request | None:
-        tasks = list(store.state.tasks_at(store.state.refs[MAIN]))
-        if not tasks:
-            return None
-        task = self.random.choice(tasks)
-        return self._request(
-            "drop", 0, lambda s, **keys: s.drop_adapters([task], **keys), lambda: self.model.is_dropped(task)
-        )
-
-    def _some(self, store: SubspaceStore) -> int:
-        return self.random.choice([0, *store.state.versions])
-
-    def _request(
-        self, kind: str, version: int | None, ask: Callable[..., Any], holds: Callable[[], bool] = lambda: False
-    ) -> _Request:
-        """A request about a version that exists, 0 if it is about none; None if asking tells which it made."""
-        op_key = f"{kind}-{self._next(kind)}"
-
-        def answer(store: SubspaceStore) -> int:
-            made = ask(store, op_key=op_key, actor=ACTOR)
-            return int(made) if version is None else version
-
-        return _Request(op_key, answer, holds)
-
-    # Small things
-
     def _opened(self, name: str, writer: str | None) -> SubspaceStore:
         storage = ChaosStorage(self.world, name)
         return SubspaceStore.open(storage, settings=EXACT, base_model=BASE, writer=writer)
@@ -482,9 +308,9 @@ class _Simulation:
         machine.sleeps_until = self.world.step + self.random.randint(1, steps)
         self.world.switch(machine)
 
-    def _next(self, kind: str) -> int:
-        self._numbers[kind] += 1
-        return self._numbers[kind]
+    def _process_name(self, machine: Machine) -> str:
+        machine.processes += 1
+        return f"{machine.name}.{machine.processes}"
 
 
 def _view(state: SubspaceState) -> tuple[int, Mapping[str, object]]:
@@ -503,22 +329,4 @@ def _view(state: SubspaceState) -> tuple[int, Mapping[str, object]]:
 
 def _updates(store: SubspaceStore, number: int) -> dict[str, dict[str, Tensor]]:
     """Every task of a version: dense updates and head."""
-    return {task: _dense(store.adapter(task, number)) for task in store.state.tasks_at(number)}
-
-
-def _dense(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: update.delta() for name, update in adapter.modules.items()} | dict(adapter.head)
-
-
-@functools.cache
-def _adapter(number: int) -> Adapter:
-    """One of a few random adapters: ranks 1 to 3, most on one module, some on both."""
-    generator = torch.Generator().manual_seed(number)
-    rank = 1 + number % 3
-    modules = {
-        name: canonical_update(
-            torch.randn(n, rank, generator=generator), torch.randn(rank, d, generator=generator), scale=0.5
-        )
-        for name, (n, d) in list(SHAPES.items())[: 1 + (number % 4 == 3)]
-    }
-    return Adapter(BASE, "", modules, {"head": torch.randn(2, generator=generator)}, {})
+    return {task: dense(store.adapter(task, number)) for task in store.state.tasks_at(number)}

@@ -44,6 +44,7 @@ RATES = (0.0, 0.005, 0.02, 0.05)
 """Faults per storage call; a seed draws one. Above 0.05 hardly any merge gets through."""
 STICKINESS = (0.3, 0.7, 0.9)
 """Chance that the machine at work makes its next call before any other makes one; a seed draws one."""
+COMMIT_TIMES = 4
 STALL_STEPS = 200
 LATE_STEPS = 150
 """Longest stall and delay: several merges of another machine fit in."""
@@ -83,6 +84,8 @@ class Machine:
     name: str
     turn: threading.Lock = field(default_factory=threading.Lock)
     sleeps_until: int = 0
+    processes: int = 0
+    """Begun so far."""
 
 
 class World:
@@ -190,9 +193,13 @@ class World:
 
     # Faults
 
-    def fault(self, kinds: tuple[str, ...]) -> str | None:
-        """What goes wrong at this call, if anything."""
-        if self.random.random() >= self.fault_rate:
+    def fault(self, kinds: tuple[str, ...], times: int = 1) -> str | None:
+        """What goes wrong at this call, if anything.
+
+        Args:
+            times: How much likelier than at other calls.
+        """
+        if self.random.random() >= times * self.fault_rate:
             return None
         possible = [kind for kind in kinds if kind in self.kinds]
         kind = self.random.choice(possible) if possible else None
@@ -333,7 +340,8 @@ class ChaosStorage:
         if machine is None:
             world.note(self.process, what)
             return None
-        fault = world.fault(kinds)
+        # The commit point deserves more than its share: only there an outcome can be in doubt.
+        fault = world.fault(kinds, COMMIT_TIMES if what.startswith("create log/") else 1)
         if fault == STALL:
             machine.sleeps_until = world.step + world.random.randint(1, STALL_STEPS)
         world.switch(machine)
