@@ -108,28 +108,32 @@ class S3Storage:
 
     def create(self, key: str, content: bytes) -> bool:
         name = self._name(key)
-        for attempt in range(CONFLICT_TRIES):
-            try:
-                # One small put, never a multipart upload: some servers ignore the condition there.
-                self._client().put_object(
-                    Bucket=self.bucket, Key=name, Body=content, IfNoneMatch="*", **self.encryption
-                )
-                return True
-            except (ClientError, BotoCoreError) as error:
-                code = _code(error)
-                if code in TAKEN:
-                    return False
-                if code not in BUSY:
-                    raise _translated(error, self._address(key), self.bucket) from error
-            time.sleep(0.05 * 2**attempt)
+        with self._refusals(key):
+            for attempt in range(CONFLICT_TRIES):
+                try:
+                    # One small put, never a multipart upload: some servers ignore the condition there.
+                    self._client().put_object(
+                        Bucket=self.bucket, Key=name, Body=content, IfNoneMatch="*", **self.encryption
+                    )
+                    return True
+                except ClientError as error:
+                    code = _code(error)
+                    if code in TAKEN:
+                        return False
+                    if code not in BUSY:
+                        raise
+                time.sleep(0.05 * 2**attempt)
         raise Unavailable(f"the server answered 409 {CONFLICT_TRIES} times", self._address(key), "try again")
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
         where = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         start = {"StartAfter": self.prefix + after} if after else {}
         with self._refusals(prefix):
-            pages = self._client().get_paginator("list_objects_v2").paginate(**where, **start)
+            pages = list(self._client().get_paginator("list_objects_v2").paginate(**where, **start))
             names = [item["Key"] for page in pages for item in page.get("Contents", [])]
+            # Every list says so; one that was cut in its headers is an empty list for boto3.
+            if not all("IsTruncated" in page for page in pages):
+                raise _cut(self._address(prefix))
         # Sorted here too: directory buckets of S3 list in no order and know no StartAfter.
         return sorted(key for name in names if (key := name.removeprefix(self.prefix)) > after)
 
@@ -174,6 +178,8 @@ class S3Storage:
                 Bucket=self.bucket, Key=self._name(key), Range=f"bytes={start}-{start + size - 1}", **condition
             )
             total = answer.get("ContentRange", "").rpartition("/")[2]
+            if not total.isdecimal() and answer["ResponseMetadata"]["HTTPStatusCode"] == 206:
+                continue  # cut in its headers
             if not total.isdecimal():
                 raise Unavailable("the server does not answer ranges", self._address(key), "use another S3 server")
             # boto3 asks again for an answer that does not come, but not for one that is cut.
@@ -222,6 +228,9 @@ class S3Storage:
             yield
         except (ClientError, BotoCoreError) as error:
             raise _translated(error, self._address(key), self.bucket) from error
+        except (KeyError, ValueError) as error:
+            # An answer cut in its headers is whole for boto3: a field is missing, or is half a date or number.
+            raise _cut(self._address(key)) from error
 
 
 class _Upload:
@@ -313,6 +322,10 @@ class _Upload:
             if _code(error) != "NoSuchUpload" or self.key not in self.storage.keys(self.key):
                 raise
         self.upload_id = ""
+
+
+def _cut(where: str) -> Unavailable:
+    return Unavailable("the answer was cut", where, "try again")
 
 
 def _code(error: ClientError | BotoCoreError) -> str:

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import botocore.retries.standard
@@ -65,8 +65,9 @@ class CuttingProxy(ThreadingHTTPServer):
         return fate
 
     def cut_at(self, size: int) -> int:
-        """How much of a reply of so many bytes arrives."""
-        return size // 2
+        """How much of a reply of so many bytes arrives: at least its first byte, never its last."""
+        with self._lock:
+            return self._random.randrange(1, size)
 
     @property
     def requests(self) -> int:
@@ -82,6 +83,9 @@ class CuttingProxy(ThreadingHTTPServer):
         """A client that went away is what this proxy is for; anything else is shown."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+
+ProxyT = TypeVar("ProxyT", bound=CuttingProxy)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -128,10 +132,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing: hundreds of cuts are the plan."""
 
 
-@contextlib.contextmanager
-def cutting_proxy(endpoint_url: str, seed: int) -> Iterator[CuttingProxy]:
+def cutting_proxy(endpoint_url: str, seed: int) -> contextlib.AbstractContextManager[CuttingProxy]:
     """The running proxy in front of a server."""
-    with CuttingProxy(endpoint_url, seed) as proxy:
+    return running(CuttingProxy(endpoint_url, seed))
+
+
+@contextlib.contextmanager
+def running(proxy: ProxyT) -> Iterator[ProxyT]:
+    """A proxy at work."""
+    with proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         yield proxy

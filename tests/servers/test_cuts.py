@@ -3,11 +3,13 @@
 import pytest
 
 from subspace_store import open_storage
+from tests.servers.cut_replies import wrong_answers
 from tests.servers.cutting_proxy import LOST, OWN, cutting_proxy
 from tests.servers.merges import merge_through, prove
 from tests.servers.server import Server
 
-pytestmark = pytest.mark.s3
+# A date cut in half is a warning of dateutil, then an answer without a size.
+pytestmark = [pytest.mark.s3, pytest.mark.filterwarnings("ignore::dateutil.parser.UnknownTimezoneWarning")]
 
 MERGES = 30
 
@@ -23,3 +25,7 @@ def test_cut_connections_lose_and_double_nothing(server: Server, figure: list[st
         )
         assert proxy.counts[LOST] > MERGES
     prove(open_storage(place), heard)
+
+
+def test_a_reply_cut_at_any_byte_is_never_taken_for_another_one(server: Server, without_waits: None) -> None:
+    assert list(wrong_answers(server.place(), step=7)) == []

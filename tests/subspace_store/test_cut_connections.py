@@ -11,6 +11,8 @@ from tests.servers.merges import merge_through, prove
 MERGES = 4
 
 
+# A date cut in half is a warning of dateutil, then an answer without a size.
+@pytest.mark.filterwarnings("ignore::dateutil.parser.UnknownTimezoneWarning")
 def test_cut_connections_lose_and_double_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
