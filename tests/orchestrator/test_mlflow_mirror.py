@@ -22,7 +22,8 @@ class Mirrored:
     """A plant and its mirror: red/a in version 1, blue/b in version 2, red/bad rejected, red/wrong parked."""
 
     def __init__(self, folder: Path) -> None:
-        self.plant = Plant(folder, gate={"drift_min": 0}, subspace={"rank_max": 2})  # too few for all: every merge moves every task
+        # Two directions are too few for all: every merge moves every task.
+        self.plant = Plant(folder, gate={"drift_min": 0}, subspace={"rank_max": 2})
         self.plant.cluster.score = _score
         self.plant.cluster.training_faults = {"red/wrong": ["input"]}
         for title in ("red/a", "blue/b", "red/bad", "red/wrong"):
