@@ -29,7 +29,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
+from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import digest
 from subspace_store.chaos_model import Model
@@ -266,7 +266,7 @@ class _Simulation:
             action()
         except Unavailable:
             self.world.counts["unavailable"] += 1
-        except (Conflict, Corrupt, NotFound, InvalidInput) as error:
+        except (Conflict, NotFound, InvalidInput) as error:
             # A fenced writer acts on an old state: it may find gone what a newer one has let go.
             if not self._fenced(process.name):
                 raise
@@ -292,7 +292,7 @@ class _Simulation:
             return
         try:
             updates = _updates(store, number)
-        except (Corrupt, NotFound, InvalidInput):
+        except NotFound:
             if number in self.model.alive():
                 raise
             self.world.counts["read an expired version"] += 1

@@ -8,7 +8,9 @@ raises Violation at the first that breaks a promise:
   are those that were delivered;
 * fenced: only the writer that took the newest epoch adds records, and each follows from the state before it;
 * reachable: what a version that lives needs is there whenever it lives;
-* collected: after a last collection nothing else is.
+* collected: after a last collection nothing else is;
+* no false alarm: nobody is told that the store is damaged, for nothing here damages it (chaos.py lets `Corrupt` pass as
+  a violation).
 """
 
 from __future__ import annotations

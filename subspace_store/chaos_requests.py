@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import Corrupt, NotFound
 from subspace_store import retention
 from subspace_store.adapter import Adapter, canonical_update
 from subspace_store.chaos_model import Model
@@ -107,7 +108,10 @@ class Requests:
         def ask(store: SubspaceStore) -> int:
             for task, adapter in adapters.items():
                 if task not in uploads:
-                    ref = store.stage(f"staging/{task}/{number}/adapter.safetensors", adapter)
+                    try:
+                        ref = store.stage(f"staging/{task}/{number}/adapter.safetensors", adapter)
+                    except Corrupt as error:
+                        raise NotFound("another writer was asked too, merged it, and collected the upload") from error
                     uploads[task] = StagedAdapter(task, f"team/{task}", ref.key, ref.sha256)
             return store.merge([uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
 

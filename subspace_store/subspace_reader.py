@@ -6,10 +6,11 @@ on. Nothing here writes to storage.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from configs.errors import Corrupt, NotFound
@@ -148,18 +149,19 @@ class SubspaceReader:
             Reads the bases of these modules, the task's own coefficients and the transports since they were written;
             no other task's.
         """
-        number, task = self._find(task_id, version)
-        kept = self._read_head(task)
-        blocks = self._tensors.task(number, task_id, modules)
-        names = sorted(blocks)
-        if modules is None:
-            self._tensors.remember_basis(number)
-        rows = sum(sum(shape) for name, (shape, _) in self._tensors.shapes(number).items() if name in blocks)
-        updates = in_order(
-            lambda name: reconstruct_module(self._tensors.module_basis(number, name), blocks[name]),
-            names,
-            threads(rows),
-        )
+        with self._reading(version) as number:
+            task = self._find(task_id, number)
+            kept = self._read_head(task)
+            blocks = self._tensors.task(number, task_id, modules)
+            names = sorted(blocks)
+            if modules is None:
+                self._tensors.remember_basis(number)
+            rows = sum(sum(shape) for name, (shape, _) in self._tensors.shapes(number).items() if name in blocks)
+            updates = in_order(
+                lambda name: reconstruct_module(self._tensors.module_basis(number, name), blocks[name]),
+                names,
+                threads(rows),
+            )
         return Adapter(kept.base_model, kept.base_sha256, dict(zip(names, updates, strict=True)), kept.head, kept.info)
 
     def delivered(self, task_id: str) -> Adapter:
@@ -179,7 +181,8 @@ class SubspaceReader:
 
     def basis(self, version: int | None = None) -> dict[str, ModuleBasis]:
         """P, Q and λ per module at a version, default `main`; nothing at version 0."""
-        return self._tensors.basis(self._number(version))
+        with self._reading(version) as number:
+            return self._tensors.basis(number)
 
     def module(self, name: str, version: int | None = None) -> ModuleSubspace:
         """One module at a version, default `main`: its bases, and all tasks' coefficients in it.
@@ -187,16 +190,16 @@ class SubspaceReader:
         Raises:
             NotFound: The version has no such module.
         """
-        number = self._number(version)
-        if name not in self._tensors.homes(number):
-            raise NotFound(f"version {number} has no module {name}", self.storage.url)
-        return self._tensors.module(number, name)
+        with self._reading(version) as number:
+            if name not in self._tensors.homes(number):
+                raise NotFound(f"version {number} has no module {name}", self.storage.url)
+            return self._tensors.module(number, name)
 
     def subspace(self, version: int | None = None) -> dict[str, ModuleSubspace]:
         """Everything at a version, default `main`: bases and all tasks' coefficients, per module."""
-        number = self._number(version)
-        tasks = self._tensors.tasks(number)
-        return {name: ModuleSubspace(basis, tasks[name]) for name, basis in self._tensors.basis(number).items()}
+        with self._reading(version) as number:
+            tasks = self._tensors.tasks(number)
+            return {name: ModuleSubspace(basis, tasks[name]) for name, basis in self._tensors.basis(number).items()}
 
     def diff(self, old: int, new: int) -> VersionDiff:
         """What lies between two versions; see `VersionDiff`."""
@@ -243,6 +246,17 @@ class SubspaceReader:
 
     # Looking things up
 
+    @contextlib.contextmanager
+    def _reading(self, version: int | None) -> Iterator[int]:
+        """The version to read. What is gone of one that has expired meanwhile is not damaged."""
+        number = self._number(version)
+        try:
+            yield number
+        except Corrupt:
+            self.refresh()
+            self._known(number)
+            raise
+
     def _number(self, version: int | None) -> int:
         return self.state.refs[MAIN] if version is None else self._known(version)
 
@@ -259,12 +273,11 @@ class SubspaceReader:
             raise NotFound(f"version {version} has expired", self.storage.url, "pin what you need for long")
         return version
 
-    def _find(self, task_id: str, version: int | None) -> tuple[int, MergedTask]:
-        number = self._number(version)
+    def _find(self, task_id: str, number: int) -> MergedTask:
         tasks = self.state.tasks_at(number)
         if task_id not in tasks:
             raise NotFound(f"version {number} holds no task {task_id}", self.storage.url)
-        return number, tasks[task_id]
+        return tasks[task_id]
 
     def _read_delivered(self, task: MergedTask) -> Adapter:
         key = task.adapter.key

@@ -6,9 +6,10 @@ makes it durable in version_log.py; here the two meet, in the order things happe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
@@ -120,7 +121,7 @@ class SubspaceStore(SubspaceReader):
             Conflict: A task that the candidate holds already; or this writer is fenced.
             Unavailable: The outcome is unknown; ask again with the same op_key.
         """
-        with self._lock:
+        with self._writing():
             done = self._done(op_key)
             if done is not None:
                 return self.state.versions[done]
@@ -172,11 +173,11 @@ class SubspaceStore(SubspaceReader):
         Cost:
             One merge per version since the birth, and one record for each: interrupted, the same op_key goes on.
         """
-        with self._lock:
+        with self._writing():
             done = self._done(op_key)
             if done is None:
                 before = self.state.refs[CANDIDATE]
-                _, task = self._find(task_id, before)
+                task = self._find(task_id, before)
                 if publish:
                     retention.check_not_held(self.state)
                 done = self._remake_without(task, op_key, actor)
@@ -192,7 +193,7 @@ class SubspaceStore(SubspaceReader):
             NotFound: No such version, or a task that it does not hold.
             InvalidInput: An infinite score.
         """
-        with self._lock:
+        with self._writing():
             if self._done(op_key) is not None:
                 return
             held = self.state.tasks_at(self._known(version))
@@ -210,7 +211,7 @@ class SubspaceStore(SubspaceReader):
         Raises:
             Conflict: `version` is not the candidate any more, or `main` is held.
         """
-        with self._lock:
+        with self._writing():
             if self._done(op_key) is None:
                 self._require_candidate(version)
                 retention.check_not_held(self.state)
@@ -223,7 +224,7 @@ class SubspaceStore(SubspaceReader):
         Raises:
             Conflict: `version` is not the candidate any more, or is published already.
         """
-        with self._lock:
+        with self._writing():
             if self._done(op_key) is None:
                 self._require_candidate(version)
                 main = self.state.refs[MAIN]
@@ -254,7 +255,7 @@ class SubspaceStore(SubspaceReader):
 
         Raises: As `preview_rollback`.
         """
-        with self._lock:
+        with self._writing():
             if self._done(op_key) is not None:
                 return self._rollback_done(op_key)
             preview = self.preview_rollback(version)
@@ -334,7 +335,7 @@ class SubspaceStore(SubspaceReader):
             NotFound: A task that no live version holds.
             Conflict: A task that is not published yet.
         """
-        with self._lock:
+        with self._writing():
             if self._done(op_key) is not None:
                 return
             heads = {
@@ -355,7 +356,7 @@ class SubspaceStore(SubspaceReader):
         return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=really)
 
     def _change(self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str) -> None:
-        with self._lock:
+        with self._writing():
             if self._done(op_key) is not None:
                 return
             change = judge(self.state)
@@ -464,6 +465,17 @@ class SubspaceStore(SubspaceReader):
         return self.state.versions[written.version.number]
 
     # Looking things up
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One request. What is gone for a fenced writer is not damaged: a newer one has collected it."""
+        with self._lock:
+            try:
+                yield
+            except (Corrupt, NotFound):
+                self._log.refresh()
+                self._log.finish_pending()
+                raise
 
     def _done(self, op_key: str) -> int | None:
         """The version that this request made or concerned, if it was done; after any unknown outcome is settled."""

@@ -18,7 +18,7 @@ from subspace_store.chaos import Run, simulate, simulate_many
 from subspace_store.chaos_storage import CONSTANTS, CRASH_AFTER, CRASH_BEFORE, FAULTS, World
 from subspace_store.cli import app
 from subspace_store.version_log import Record, VersionLog, _to_json, log_key
-from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import FaultyStorage, fresh_storage, merged, opened, random_adapter
 
 SEEDS = 200
 """Here; the command runs as many as one likes."""
@@ -243,3 +243,33 @@ def test_a_reader_goes_on_when_an_adapter_was_let_go_and_collected_meanwhile() -
     assert reader.adapter("t1").head["classifier.weight"].equal(random_adapter(1).head["classifier.weight"])
     with pytest.raises(NotFound, match="was let go"):
         opened(store.storage, None).delivered("t1")
+
+
+def test_a_fenced_writer_whose_half_done_merge_was_collected_is_told_that_it_is_fenced() -> None:
+    class Meanwhile(FaultyStorage):
+        """A newer writer collects between the first blob and its check."""
+
+        def view(self, key: str, start: int = 0, size: int | None = None) -> memoryview:
+            if self.inner.keys("blobs/"):
+                opened(self.inner, "new").collect(really=True)
+            return super().view(key, start, size)
+
+    store = opened(Meanwhile(fresh_storage(), lambda key: None), "old")
+    with pytest.raises(Conflict, match="newer writer"):
+        merged(store, {"t1": random_adapter(1)})
+
+
+@pytest.mark.parametrize(
+    "read", [lambda reader: reader.adapter("t1", 1), lambda reader: reader.subspace(1), lambda reader: reader.basis(1)]
+)
+def test_a_reader_of_a_version_that_expired_and_was_collected_is_told_that_it_expired(
+    read: Callable[[SubspaceStore], object],
+) -> None:
+    store = opened()
+    merged(store, {"t1": random_adapter(1)})
+    store.reject(1, "worse", op_key="r", actor="a")
+    reader = opened(store.storage, None)  # knows the version, and not that it expires
+    store.expire([1], now=0, actor="a")
+    opened(store.storage, "next").collect(really=True)
+    with pytest.raises(NotFound, match="version 1 has expired"):
+        read(reader)
