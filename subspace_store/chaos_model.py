@@ -164,8 +164,8 @@ class Model:
         return keys | {ref["key"] for ref in refs}
 
     def is_dropped(self, task: str) -> bool:
-        """Whether no version that is alive keeps the task's adapter as it was delivered."""
-        lines = [before for number in self.alive() for before in self.lineage(number)]
+        """Whether no version keeps the task's adapter as it was delivered, beside those that failed the gate."""
+        lines = [before for number in self.alive() if number not in self.rejected for before in self.lineage(number)]
         keys = {key for before in lines for name, key in self._adapters(before).items() if name == task}
         return keys <= self.heads.keys()
 
