@@ -80,7 +80,7 @@ def test_the_commands_and_the_code_of_the_readme_run_as_they_stand(tmp_path: Pat
     onebasis = str(Path(sys.executable).with_name("onebasis"))
     typed = [shlex.split(command) for command in commands() if command.startswith("onebasis ")]
     assert typed[0] == ["onebasis", "up"]
-    assert typed[-1] == ["onebasis", "down"]
+    assert ["onebasis", "down"] in typed
     try:
         for command in typed:
             done = subprocess.run([onebasis, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
