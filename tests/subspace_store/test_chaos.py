@@ -20,7 +20,7 @@ from subspace_store.cli import app
 from subspace_store.version_log import Record, VersionLog, _to_json, log_key
 from tests.subspace_store.builders import FaultyStorage, fresh_storage, merged, opened, random_adapter
 
-SEEDS = 200
+SEEDS = 120
 """Here; the command runs as many as one likes."""
 SEEDS_MAX = 1000
 """Within which a rule that is missing must be noticed."""
