@@ -34,7 +34,7 @@ B = TypeVar("B")
 
 TIGHTEST = 8
 """Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
-WIDE = 2**14
+WIDE = 2**12
 """Rows of all touched modules above which modules are merged in threads; starting threads costs a millisecond."""
 
 

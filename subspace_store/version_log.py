@@ -90,7 +90,8 @@ def checkpoint_key(seq: int) -> str:
 
 def to_plain(record: Any) -> Any:
     """A record as values that JSON knows; NaN becomes null."""
-    # Numbers first: a record has one for each task.
+    if isinstance(record, tuple | list) and set(map(type, record)) == {float}:  # a record has one for each task
+        return [None if math.isnan(value) else value for value in record]
     if isinstance(record, float):
         return None if math.isnan(record) else record
     if record is None or isinstance(record, str | int):
@@ -414,9 +415,9 @@ class VersionLog:
         state = self.state
         if state.seq % CHECKPOINT_EVERY:
             return
-        plain = to_plain(state)
+        folded = _to_json(state)
+        content = b'{"sha256":"%s","state":%s}' % (digest(folded).encode(), folded)
         try:
-            content = _to_json({"state": plain, "sha256": digest(_to_json(plain))})
             self.storage.write(checkpoint_key(state.seq), content)
             self.storage.write(HINT, str(state.seq).encode())
         except Unavailable:
