@@ -66,7 +66,7 @@ def merging() -> dict[str, Any]:
             )
             seconds = time.perf_counter() - started
             started = time.perf_counter()
-            full_merge(full, adapters, task_id, version.ranks)
+            full_merge(full, adapters, task_id, store.ranks(version.number))
             full_seconds = time.perf_counter() - started
             snapshots += version.snapshot.size_bytes if version.snapshot else 0
             if number in (4, 8, 16, 32, 63):

@@ -95,6 +95,7 @@ def speed(_: argparse.Namespace) -> Row:
         say("vlora is not installed (make bench-store installs it): left out")
     for count in COUNTS:
         rows += best_subspaces(adapters[:count])
+        rows.append({"T": count, "what": "separate LoRAs", "stored_numbers": 2 * WIDTH * RANK * count})
     rows = [row | compared(row, rows) for row in sorted(rows, key=lambda row: int(row["T"]))]
     show(rows)
     wide = [random_factors(seed, WIDTH, RANK, shared=2 * K) for seed in range(COUNTS[1])]
@@ -204,9 +205,11 @@ def flat(_: argparse.Namespace) -> Row:
     """Merges with few and with many tasks in the subspace, in turns, so that both see the same machine."""
     with folder_store(SubspaceSettings(rank_fixed=K)) as few, folder_store(SubspaceSettings(rank_fixed=K)) as many:
         started = time.perf_counter()
+        torch.set_num_threads(1)
         for store, count in ((few, FEW), (many, MANY)):
             for number in range(count):
                 commit(store, f"t{number}", small_adapter(number))
+        torch.set_num_threads(THREADS)
         say(f"filled with {FEW} and {MANY} tasks, one by one, in {time.perf_counter() - started:.0f} s")
         measured: dict[int, list[Row]] = {FEW: [], MANY: []}
         for turn in range(TURNS):
@@ -348,7 +351,9 @@ def latency(_: argparse.Namespace) -> Row:
         named = os.environ.get("ONEBASIS_BENCH_S3")
         if named:
             url, _, endpoint = named.partition(",")
-            places[f"S3 ({endpoint or 'AWS'})"] = StorageSettings(url=f"{url}/{time.time_ns()}", endpoint_url=endpoint)
+            places[f"S3 ({endpoint or 'AWS'})"] = StorageSettings(
+                url=f"{url}/{time.time_ns()}", endpoint_url=endpoint or None
+            )
         else:
             say("ONEBASIS_BENCH_S3 is not set: no other S3 server than moto")
         # Filled once on a folder and copied: merging there takes less time than on a server.
