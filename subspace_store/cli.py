@@ -325,6 +325,8 @@ def collect(
         verb = "deleted" if found.deleted else "would delete"
         end = "" if found.deleted or not found.keys else " (--really does it)"
         note(f"{verb} {len(found.keys)} objects, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
+        if found.abandoned:
+            note(f"gave up {found.abandoned} writes that were begun and never finished")
 
     show(asdict(found), as_text, as_json)
 

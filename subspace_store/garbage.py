@@ -23,22 +23,27 @@ in it: a collector that was stalled for a year, and was fenced meanwhile, still 
 whether it was fenced before it deletes, because a fenced writer has no business here, not because it must.
 
 What a writer of epoch E or above has written and not yet committed is never touched: its directory says so. A merge
-of this same writer may run in another thread.
+of this same writer may run in another thread. Writes of epochs below E that were begun and not finished are given up by
+the same right: a fenced writer's stream may fail, because its record would be refused anyway.
 
 What can break: a reader that still reads an expired version finds its blobs gone. It pins what it reads for long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 from subspace_store import retention
+from subspace_store.merge import A, B, in_order
+from subspace_store.tensor_file import AT_ONCE
 from subspace_store.version import SubspaceState
 from subspace_store.version_log import VersionLog
 
 CHECKPOINTS_KEPT = 2
 """One more than is read: the newest may be damaged. All can be made again from the log."""
+MANY = 256
+"""Requests above which several travel at once; a fault simulation has fewer, and stays one sequence."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Collected:
         size_bytes: Of those whose size the log knows; it does not know what a writer left half done, nor uploads and
             checkpoints.
         deleted: False: nothing was deleted, it was only looked.
+        abandoned: Writes of earlier epochs that were begun, never finished, and given up now; looking sees none.
     """
 
     blobs: tuple[str, ...]
@@ -59,6 +65,7 @@ class Collected:
     checkpoints: tuple[str, ...]
     size_bytes: int
     deleted: bool
+    abandoned: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -83,7 +90,7 @@ def collect(
         Unavailable: The storage was away; asked again, it goes on where it stopped.
 
     Cost:
-        Three listings, and one request for each object deleted.
+        Three listings, and to delete one for each earlier epoch and one request for each object.
     """
     state = log.refresh()
     if really or log.writer is not None:
@@ -99,9 +106,14 @@ def collect(
     if really:
         log.refresh()
         log.finish_pending()
-        for key in found.keys:
-            log.storage.delete(key)
+        _all(log.storage.delete, found.keys)
+        begun = _all(log.storage.abandon, [f"blobs/{earlier:010d}/" for earlier in range(1, epoch)])
+        return replace(found, abandoned=sum(begun))
     return found
+
+
+def _all(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    return list(in_order(function, items, AT_ONCE if len(items) > MANY else 1))
 
 
 def _epoch(key: str) -> float:

@@ -92,17 +92,7 @@ class LocalStorage:
                 _flush_folder(path.parent)
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
-        # Only the folder that the prefix names in full is walked.
-        parent = prefix.rpartition("/")[0]
-        start = self._path(parent) if parent else self.folder
-        found = []
-        for folder, _, names in os.walk(start):
-            base = Path(folder).relative_to(self.folder).as_posix()
-            for name in names:
-                key = name if base == "." else f"{base}/{name}"
-                if key.startswith(prefix) and key > after and not name.startswith(TEMPORARY):
-                    found.append(key)
-        return sorted(found)
+        return sorted(key for key in self._files(prefix) if key > after and not _is_temporary(key))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -112,6 +102,21 @@ class LocalStorage:
             return
         except OSError as error:
             raise _unavailable(error, path) from error
+
+    def abandon(self, prefix: str) -> int:
+        begun = [key for key in self._files(prefix) if _is_temporary(key)]
+        for key in begun:
+            self.delete(key)
+        return len(begun)
+
+    def _files(self, prefix: str) -> Iterator[str]:
+        # Only the folder that the prefix names in full is walked.
+        parent = prefix.rpartition("/")[0]
+        start = self._path(parent) if parent else self.folder
+        for folder, _, names in os.walk(start):
+            base = Path(folder).relative_to(self.folder).as_posix()
+            keys = (name if base == "." else f"{base}/{name}" for name in names)
+            yield from (key for key in keys if key.startswith(prefix))
 
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
@@ -152,6 +157,10 @@ class _FileStream:
             self.file.close()
         with contextlib.suppress(OSError):
             self.temporary.unlink()
+
+
+def _is_temporary(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(TEMPORARY)
 
 
 @contextlib.contextmanager

@@ -141,6 +141,24 @@ class S3Storage:
         with self._refusals(key):
             self._client().delete_object(Bucket=self.bucket, Key=self._name(key))
 
+    def abandon(self, prefix: str) -> int:
+        where = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
+        with self._refusals(prefix):
+            pages = list(self._client().get_paginator("list_multipart_uploads").paginate(**where))
+            if not all("IsTruncated" in page for page in pages):
+                raise _cut(self._address(prefix))
+            # Asked again here: what a server lists that knows no prefix may be another store's.
+            uploads = [u for page in pages for u in page.get("Uploads", []) if u["Key"].startswith(where["Prefix"])]
+            for upload in uploads:
+                try:
+                    self._client().abort_multipart_upload(
+                        Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+                except ClientError as error:
+                    if _code(error) != "NoSuchUpload":  # its writer ended it meanwhile
+                        raise
+        return len(uploads)
+
     def _fetch(self, key: str, start: int, size: int | None) -> bytes | bytearray:
         """Part of an object: by one request if it is small, else by several at once that all see the same object."""
         with self._refusals(key):

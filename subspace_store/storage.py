@@ -97,6 +97,15 @@ class Storage(Protocol):
         """Delete; absent is fine."""
         ...
 
+    def abandon(self, prefix: str) -> int:
+        """Give up writes below a prefix that were begun and never finished (a killed process leaves them); whoever is
+        still writing one fails.
+
+        Returns:
+            How many. Objects that are whole stay.
+        """
+        ...
+
 
 def open_storage(settings: StorageSettings, folder: str = "") -> Storage:
     """Open the storage that a settings file names.

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from configs.errors import InvalidInput, NotFound
+from configs.errors import InvalidInput, NotFound, Unavailable
 from subspace_store.storage import Storage
 
 MIB = 2**20
@@ -23,6 +23,8 @@ class StorageContract:
 
     many_keys: ClassVar[int] = 1100
     """More than the 1000 that one page of an S3 listing holds."""
+    unfinished_stay: ClassVar[bool] = True
+    """Whether a killed process leaves what it had begun to write."""
 
     @pytest.fixture
     def storage(self) -> Storage:
@@ -174,6 +176,22 @@ class StorageContract:
                 out.finish(bytes(7))
         assert storage.keys("") == ["blobs/old"]
         assert storage.read("blobs/old") == b"old"
+
+    def test_writes_below_a_prefix_are_given_up_and_what_is_whole_or_elsewhere_is_not_touched(
+        self, storage: Storage
+    ) -> None:
+        storage.write("blobs/1/whole", b"whole")
+        with storage.stream("blobs/1/begun", 8) as begun, storage.stream("blobs/10/begun", 8) as other:
+            begun.append(bytes(16 * MIB))
+            other.append(bytes(16 * MIB))
+            assert storage.abandon("blobs/1/") == self.unfinished_stay
+            assert storage.abandon("blobs/1/") == storage.abandon("nothing/") == 0
+            if self.unfinished_stay:
+                with pytest.raises(Unavailable):
+                    begun.finish(bytes(8))
+            other.finish(b"finished")
+        assert storage.keys("") == ["blobs/1/whole", "blobs/10/begun"]
+        assert bytes(storage.view("blobs/10/begun", 0, 8)) == b"finished"
 
     def test_a_copy_sent_to_another_process_sees_the_same_objects(self, storage: Storage) -> None:
         storage.write("a", b"1")

@@ -105,3 +105,6 @@ class FaultyStorage:
 
     def delete(self, key: str) -> None:
         self.inner.delete(key)
+
+    def abandon(self, prefix: str) -> int:
+        return self.inner.abandon(prefix)

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from configs.errors import Conflict, NotFound, Unavailable
 from subspace_store import Storage, SubspaceStore, Version, adapter_to_bytes
 from subspace_store.garbage import Collected
+from subspace_store.local_storage import TEMPORARY, LocalStorage
 from subspace_store.retention import alive, expirable, needed
 from subspace_store.storage import ObjectStream
 from subspace_store.verify import verify
@@ -183,6 +185,39 @@ def test_the_blobs_of_a_merge_that_never_was_go_with_the_next_epoch_and_not_with
     store = opened(storage, writer="next")
     assert set(store.collect(really=True).blobs) == half
     assert verify(store) == []
+
+
+def test_what_a_killed_writer_had_begun_to_write_goes_with_the_next_epoch_and_not_with_its_own(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    store = grown(storage, count=2)
+    killed = storage.stream("blobs/0000000001/half", 8)
+    killed.__enter__().append(bytes(100))
+    begun = [*tmp_path.rglob(f"{TEMPORARY}*")]
+    assert len(begun) == 1
+    assert store.collect(really=True).abandoned == 0
+    successor = opened(storage, writer="next")
+    assert successor.collect().abandoned == 0
+    assert begun[0].exists()
+    assert successor.collect(really=True).abandoned == 1
+    assert not begun[0].exists()
+    assert verify(successor) == []
+
+
+def test_many_deletes_travel_together_and_all_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = successor(grown())
+    monkeypatch.setattr("subspace_store.garbage.MANY", 3)
+    expire_old(store, keep_last=1)
+    together = threading.Barrier(2, timeout=30)
+    delete, rest = store.storage.delete, iter([*range(2)])
+
+    def meeting(key: str) -> None:
+        if next(rest, None) is not None:
+            together.wait()  # the first waits for the second
+        delete(key)
+
+    monkeypatch.setattr(store.storage, "delete", meeting)
+    assert len(store.collect(really=True).keys) > 3
+    assert blobs_of(store) == set(needed(store.state))
 
 
 def test_a_merge_of_unknown_outcome_is_settled_before_anything_is_judged() -> None:

@@ -8,6 +8,8 @@ from tests.subspace_store.builders import fresh_storage
 
 
 class TestMemoryStorage(StorageContract):
+    unfinished_stay = False
+
     @pytest.fixture
     def storage(self) -> MemoryStorage:
         return fresh_storage()

@@ -90,6 +90,39 @@ def test_a_stream_that_is_left_early_leaves_no_parts(storage: S3Storage) -> None
     assert uploads(storage) == []
 
 
+def test_uploads_that_killed_processes_left_are_given_up_however_many_and_only_here(
+    storage: S3Storage, endpoint: str
+) -> None:
+    def begin(where: S3Storage, key: str) -> None:
+        where._client().create_multipart_upload(Bucket=where.bucket, Key=where._name(key))
+
+    beside = S3Storage(f"{storage.url}-beside", endpoint_url=endpoint)
+    for number in range(12):
+        begin(storage, f"blobs/1/{number % 7}")
+    begin(storage, "blobs/2/a")
+    begin(beside, "blobs/1/a")
+    client, list_all = storage._client(), storage._client().list_multipart_uploads
+
+    def in_pages(UploadIdMarker: str = "0", **request: str) -> dict[str, object]:  # which moto does not do
+        start = int(UploadIdMarker)
+        page, rest = list_all(Bucket=request["Bucket"])["Uploads"][start:][:5], {"NextUploadIdMarker": str(start + 5)}
+        return {"Uploads": page, "IsTruncated": len(page) == 5, **rest, "NextKeyMarker": "x"}
+
+    client.list_multipart_uploads = in_pages  # nor does it look at the prefix
+    assert storage.abandon("blobs/1/") == 12
+    client.list_multipart_uploads = list_all
+    assert set(uploads(storage)) == {storage._name("blobs/2/a"), beside._name("blobs/1/a")}
+    assert (storage.abandon("blobs/"), beside.abandon("blobs/"), storage.abandon("")) == (1, 1, 0)
+
+
+def test_an_upload_that_its_writer_ends_meanwhile_is_given_up_all_the_same(storage: S3Storage) -> None:
+    storage._client().create_multipart_upload(Bucket=storage.bucket, Key=storage._name("blobs/1/a"))
+    abort = storage._client().abort_multipart_upload
+    storage._client().abort_multipart_upload = lambda **request: (abort(**request), no_such_upload())
+    assert storage.abandon("blobs/1/") == 1
+    assert uploads(storage) == []
+
+
 @pytest.mark.parametrize("step", ["UploadPart", "CompleteMultipartUpload", "HeadObject"])
 def test_a_server_that_goes_away_during_a_stream_is_unavailable_and_nothing_is_left(
     storage: S3Storage, step: str
