@@ -141,8 +141,10 @@ def adapter_to_bytes(adapter: Adapter) -> bytes:
     tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in sorted(adapter.head.items())}
     header = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
     # One header value: safetensors writes several in hash order, which differs from process to process.
+    # Cloned: safetensors refuses tensors that share memory.
+    owned = {name: tensor.clone() for name, tensor in tensors.items()}
     return bytes(
-        save_safetensors(tensors, {"onebasis": json.dumps(header | {"info": dict(adapter.info)}, sort_keys=True)})
+        save_safetensors(owned, {"onebasis": json.dumps(header | {"info": dict(adapter.info)}, sort_keys=True)})
     )
 
 
