@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,11 @@ Figures = dict[str, Any]
 
 
 def measure(
-    data: Path | None, folder: Path, say: Callable[[str], None], show: Callable[[list[Figures]], None]
+    data: Path | None,
+    folder: Path,
+    kinds: Sequence[str],
+    say: Callable[[str], None],
+    show: Callable[[list[Figures]], None],
 ) -> Figures:
     """Error of ΔW and accuracy of every variant, and the errors of merging one by one in several orders."""
     if data is None:
@@ -60,7 +64,7 @@ def measure(
     specs = tasks(data)
     base = load_base_model(read_settings(ROOT / "configs/local.yaml").base_model, "cpu")
     result: Figures = {"tasks": list(specs), "data": "examples/" if data is None else "text sets given by --data"}
-    for kind, adapters in trained(base, specs, folder).items():
+    for kind, adapters in trained(base, specs, folder, kinds).items():
         say(f"{kind}: {len(adapters)} tasks")
         rows = list(_rows(base, specs, adapters, kind))
         show([{key: value for key, value in row.items() if key != "accuracy"} for row in rows])
@@ -151,9 +155,11 @@ def _text_task(meta: Figures, file: Path) -> TaskSpec:
     )
 
 
-def trained(base: BaseModel, specs: Mapping[str, TaskSpec], folder: Path) -> dict[str, dict[str, Adapter]]:
-    """Both sets of adapters, those that are not in the folder yet trained and put there."""
-    sets: dict[str, dict[str, Adapter]] = {"one A": {}, "own A": {}}
+def trained(
+    base: BaseModel, specs: Mapping[str, TaskSpec], folder: Path, kinds: Sequence[str]
+) -> dict[str, dict[str, Adapter]]:
+    """Sets of adapters, those that are not in the folder yet trained and put there."""
+    sets: dict[str, dict[str, Adapter]] = {kind: {} for kind in kinds}
     for kind, adapters in sets.items():
         for number, (name, spec) in enumerate(specs.items()):
             if kind == "own A" and name in LONG_TEXTS:

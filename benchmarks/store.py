@@ -6,6 +6,7 @@ python benchmarks/store.py [PART …] [--data FOLDER] [--adapters FOLDER]
     flat      whole commits with 10 and with 1,000 tasks in the subspace, in turns
     large     one merge at the shapes of a 7B Llama: seconds, and peak memory of a process that does nothing else
     latency   commits and loading one task, on a folder and on S3 servers
+    basis     whole bases against differences (benchmarks/basis_delta.py)
     accuracy  what merging costs real tasks (benchmarks/real_adapters.py)
 
 Without parts: all of them. Every part says what it left out. ONEBASIS_BENCH_S3=s3://BUCKET/PREFIX,http://HOST:PORT adds
@@ -469,10 +470,22 @@ def _cell(value: Any) -> str:
 def accuracy(arguments: argparse.Namespace) -> Row:
     from benchmarks.real_adapters import measure
 
-    return measure(arguments.data, arguments.adapters, say, show)
+    return measure(arguments.data, arguments.adapters, arguments.sets, say, show)
 
 
-PARTS = {"speed": speed, "flat": flat, "large": large, "latency": latency, "accuracy": accuracy}
+def basis(arguments: argparse.Namespace) -> Row:
+    """Whole bases against differences: what a merge would save, what readers would pay."""
+    from benchmarks.basis_delta import measure
+
+    figures = measure()
+    ways = ("whole", "difference")
+    show([{"written as": way, **figures[way]} for way in ways])
+    seconds = figures["read_seconds_after_so_many_differences"].items()
+    show([{"differences": count, "read_seconds": value} for count, value in seconds])
+    return figures
+
+
+PARTS = {"speed": speed, "flat": flat, "large": large, "basis": basis, "latency": latency, "accuracy": accuracy}
 STEPS = {"large-fill": large_fill, "large-merge": large_merge}
 """Run by `large` in processes of their own; they print JSON."""
 
@@ -484,6 +497,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of text sets for `accuracy`; default: the demo's six tasks")
     parser.add_argument(
         "--adapters", type=Path, default=ROOT / ".onebasis-bench/adapters", help="where trained adapters are kept"
+    )
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        choices=("one A", "own A"),
+        default=("one A", "own A"),
+        help="which adapters `accuracy` takes",
     )
     parser.add_argument("--scratch", default=None, help="folder with 8 GiB free for `large`")
     arguments = parser.parse_args()
