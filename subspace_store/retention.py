@@ -15,7 +15,7 @@ from typing import Any
 from configs.document import NAME_PATTERN
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store import version_log
-from subspace_store.version import MAIN, BlobRef, MergedTask, SubspaceState, Version
+from subspace_store.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version
 
 OPERATIONS = ("tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire", "drop_adapters")
 """Methods of SubspaceStore that write one record each, which people may ask for at any time."""
@@ -148,6 +148,15 @@ def check_not_held(state: SubspaceState) -> None:
     """Refuse to publish while `main` is held."""
     if state.held is not None:
         raise _held(state)
+
+
+def check_judged(state: SubspaceState) -> None:
+    """Refuse while a candidate waits for its verdict."""
+    if state.refs[CANDIDATE] != state.refs[MAIN]:
+        raise Conflict(
+            f"version {state.refs[CANDIDATE]}, the candidate, is not judged yet",
+            todo="wait until it is, or publish or reject it first",
+        )
 
 
 def check_mergeable(state: SubspaceState, tasks: Mapping[str, str]) -> None:

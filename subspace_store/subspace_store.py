@@ -161,14 +161,15 @@ class SubspaceStore(SubspaceReader):
         `approximate`. The versions that hold the removed task stay until they expire.
 
         Args:
-            publish: Move `main` as well, in the same record: a person's decision, no gate is asked.
+            publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`
+                is the candidate: what no gate has judged yet does not come along.
 
         Returns:
             The new candidate; None if it is the empty subspace.
 
         Raises:
             NotFound: The candidate does not hold the task.
-            Conflict: `main` is held, and should move.
+            Conflict: `main` should move, and is held or is not the candidate.
 
         Cost:
             One merge per version since the birth, and one record for each: interrupted, the same op_key goes on.
@@ -180,6 +181,7 @@ class SubspaceStore(SubspaceReader):
                 task = self._find(task_id, before)
                 if publish:
                     retention.check_not_held(self.state)
+                    retention.check_judged(self.state)
                 done = self._remake_without(task, op_key, actor)
                 body = {"version": done, "from": before, "task": task.name, "task_id": task_id, "reason": reason}
                 refs = {CANDIDATE: done, **({MAIN: done} if publish else {})}

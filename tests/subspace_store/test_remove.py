@@ -132,6 +132,21 @@ def test_publishing_moves_main_in_the_same_record_unless_it_is_held() -> None:
     assert store.preview_rollback(2).returning[0].task_id == "a"
 
 
+def test_what_no_gate_has_judged_is_not_published_along() -> None:
+    store = grown("a", "b")
+    store.publish(2, op_key="p", actor="me")
+    merged(store, {"c": adapter_of("c")})
+    for gone in "ac":
+        with pytest.raises(Conflict, match="version 3, the candidate, is not judged yet"):
+            store.remove(gone, op_key="r", actor="me", publish=True)
+    assert (store.state.refs, len(store.state.versions)) == ({CANDIDATE: 3, MAIN: 2}, 3)
+    store.reject(3, "forgot", op_key="j", actor="gate")
+    version = store.remove("a", op_key="r", actor="me", publish=True)
+    assert version is not None
+    assert store.remove("a", op_key="r", actor="me", publish=True) == version
+    assert list(store.state.tasks_at(store.state.refs[MAIN])) == ["b"]
+
+
 def test_a_task_that_is_not_there_is_not_found() -> None:
     with pytest.raises(NotFound, match="holds no task z"):
         grown("a").remove("z", op_key="r", actor="me")

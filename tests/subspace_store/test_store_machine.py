@@ -147,7 +147,7 @@ class StoreMachine(RuleBasedStateMachine):
     def remove(self, choice: int, publish: bool) -> None:
         before = self.versions[self.refs[CANDIDATE]]
         gone = list(before)[choice % len(before)]
-        if publish and self.held:
+        if publish and (self.held or self.refs[CANDIDATE] != self.refs[MAIN]):
             self.refused(lambda: self.store.remove(gone, publish=True, **self.asked()))
             return
         asked = self.asked()
