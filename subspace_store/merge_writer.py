@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from configs.settings import SubspaceSettings
 from subspace_store import blobs
@@ -80,7 +81,21 @@ def write_version(
     """
     merging = _Merging(tensors, parent, arrivals, settings)
     basis = merging.write_basis(storage, epoch)
-    transport = blobs.write_transports(storage, epoch, merging.transports)
+
+    def kept(arrival: Arrival) -> BlobRef:
+        content = arrival.content
+        return content if isinstance(content, BlobRef) else blobs.write_blob(storage, epoch, content)
+
+    # Side by side: each waits for the storage twice, to write and to read back.
+    transport, coefficients, *adapters = in_order(
+        lambda write: write(),
+        [
+            partial(blobs.write_transports, storage, epoch, merging.transports),
+            partial(blobs.write_coefficients, storage, epoch, merging.arrived),
+            *(partial(kept, arrival) for arrival in arrivals),
+        ],
+        AT_ONCE,
+    )
     line = state.lineage(parent)
     snapshot = None
     if _snapshot_is_due(line, transport, merging):
@@ -88,14 +103,7 @@ def write_version(
         snapshot = blobs.write_coefficients(storage, epoch, settled)
         # From here on a reader starts from the rounded ones, so the writer does as well.
         merging.tasks |= {name: ModuleTasks.of(block) for name, block in settled.items()}
-    coefficients = blobs.write_coefficients(storage, epoch, merging.arrived)
-
-    def kept(arrival: Arrival) -> BlobRef:
-        content = arrival.content
-        return content if isinstance(content, BlobRef) else blobs.write_blob(storage, epoch, content)
-
     number = max(state.versions, default=0) + 1
-    adapters = list(in_order(kept, arrivals, AT_ONCE if len(arrivals) > 1 else 1))
     errors, drift = merging.tally.error_at_birth, merging.tally.drift
     version = Version(
         number=number,
