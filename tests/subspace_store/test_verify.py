@@ -32,6 +32,13 @@ def test_nothing_is_found_where_all_is_well(store: SubspaceStore) -> None:
     assert verify(opened(writer=None)) == []
 
 
+def test_nothing_is_found_in_the_papers_form_where_a_projection_loses_nothing() -> None:
+    store = opened(variant="paper", rank_max=8)
+    merged(store, {"t1": random_adapter(1)})
+    assert store.state.tasks_at(1)["t1"].error_at_birth < 1e-6
+    assert verify(store) == []
+
+
 def test_snapshots_and_checkpoints_are_checked_too(store: SubspaceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subspace_store.merge_writer.SNAPSHOT_EVERY", 2)
     monkeypatch.setattr("subspace_store.version_log.CHECKPOINT_EVERY", 2)
