@@ -249,8 +249,10 @@ class ModuleTasks:
 
 
 def _loss(grams: tuple[Tensor, Tensor], less: tuple[Tensor, Tensor]) -> Tensor:
-    # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels.
-    return (less[0] * grams[1]).sum(dim=(1, 2)) + ((grams[0] - less[0]) * less[1]).sum(dim=(1, 2))
+    # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels. Rounded, a square of nothing
+    # can be negative.
+    loss_T = (less[0] * grams[1]).sum(dim=(1, 2)) + ((grams[0] - less[0]) * less[1]).sum(dim=(1, 2))
+    return loss_T.clamp(min=0)
 
 
 def _grams(columns_KS: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Merging against the plain form: dense reconstructions of all tasks, stacked, and a whole SVD each time."""
 
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, ModuleUpdate, canonical_update
+from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
 from subspace_store.merge import ModuleSubspace, merge_adapters, reconstruct
 from tests.subspace_store.builders import (
     BASE,
@@ -135,6 +137,20 @@ def test_drift_and_error_are_the_measured_changes() -> None:
             assert task.error_at_birth == pytest.approx(error, abs=1e-6)
         before = now
     assert moved > 0.05
+
+
+@pytest.mark.parametrize("angle", range(1, 20))
+def test_what_is_lost_is_never_negative(angle: int) -> None:
+    sin, cos = math.sin(angle), math.cos(angle)
+    turn = torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    tasks = ModuleTasks.of(TaskBlock(("a",), (2,), torch.tensor([[1.0], [0.01]]) * turn, turn, torch.ones(2), one, one))
+    both, first, second, none = torch.eye(2).double(), *torch.eye(2).double().split(1), torch.zeros(0, 2).double()
+    tasks, lost_T = tasks.truncated(Transport(both, first), Transport(none, second))
+    assert float(lost_T) == pytest.approx(1e-4, abs=2e-7)
+    # What lies in the other side's direction has gone with that one: nothing is left to lose.
+    tasks, lost_T = tasks.truncated(Transport(first, first[:, :1]), Transport(second, none[:, :1]))
+    assert 0 <= float(lost_T) < 1e-10
 
 
 def test_a_merge_that_takes_nothing_reports_no_drift() -> None:
