@@ -22,6 +22,9 @@ from configs.errors import Corrupt, InvalidInput
 
 FORMAT = "onebasis-adapter-1"
 
+LARGEST = 1e8
+"""No number of an update may be larger: later merges multiply four of them in float32, where 3e38 is the end."""
+
 
 @dataclass(frozen=True)
 class ModuleUpdate:
@@ -116,7 +119,8 @@ def check_adapter(adapter: Adapter) -> None:
     """Refuse what cannot be merged.
 
     Raises:
-        InvalidInput: No modules, shapes that do not fit, NaN or infinity; names the module or parameter.
+        InvalidInput: No modules, shapes that do not fit, other than float32, NaN, infinity or numbers above `LARGEST`;
+            names the module or parameter.
     """
     if not adapter.modules:
         raise InvalidInput("the adapter has no modules", todo="train it with at least one target module")
@@ -133,6 +137,10 @@ def check_adapter(adapter: Adapter) -> None:
     for name, tensor in {**tensors, **adapter.head}.items():
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidInput("has NaN or infinite values", name, "train again, with a lower learning rate")
+        if name in tensors and tensor.dtype != torch.float32:
+            raise InvalidInput(f"is {tensor.dtype}, an update is torch.float32", name, "convert it")
+        if name in tensors and bool((tensor.abs() > LARGEST).any()):
+            raise InvalidInput(f"has values above {LARGEST:.0e}", name, "train again, with a lower learning rate")
 
 
 def adapter_to_bytes(adapter: Adapter) -> bytes:

@@ -124,6 +124,8 @@ class SubspaceStore(SubspaceReader):
         with self._writing():
             done = self._done(op_key)
             if done is not None:
+                if done not in self.state.versions:
+                    raise Conflict(f"op_key {op_key!r} names an operation that made no version", todo="choose another")
                 return self.state.versions[done]
             parent = self.state.refs[CANDIDATE]
             self._refuse_doubles(adapters, parent)
@@ -137,14 +139,16 @@ class SubspaceStore(SubspaceReader):
         """What merging adapters would cost each task, before doing it and without data. Changes nothing.
 
         Args:
-            adapters: Any id to adapter.
+            adapters: Any id but those of the version's tasks to adapter.
             version: To merge onto; default the candidate.
 
         Raises:
-            InvalidInput: An adapter that could not be merged here.
+            InvalidInput: An adapter that could not be merged here, or an id that is taken.
         """
         parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
-        for adapter in adapters.values():
+        for id_, adapter in adapters.items():
+            if id_ in self.state.tasks_at(parent):
+                raise InvalidInput("is a task that this version holds already", id_, "choose another id")
             check_adapter(adapter)
             self._check(adapter, self._tensors.shapes(parent))
         return forecast(self._tensors, self.state, parent, adapters, self.settings)

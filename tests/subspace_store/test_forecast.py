@@ -50,3 +50,5 @@ def test_what_could_not_be_merged_is_refused() -> None:
     merged(store, {"a": random_adapter(1)})
     with pytest.raises(InvalidInput, match="the subspace has"):
         store.forecast({"x": random_adapter(2, shapes={"layer.0.query": (5, 5)})})
+    with pytest.raises(InvalidInput, match="a: is a task that this version holds already"):
+        store.forecast({"a": random_adapter(2)})

@@ -102,6 +102,13 @@ def test_the_same_request_again_is_the_same_version() -> None:
     assert merged(opened(storage, writer="successor"), {"a": random_adapter(1)}, op_key="k") == first
 
 
+def test_a_key_of_another_operation_is_a_conflict() -> None:
+    store = opened()
+    store.hold("wait", actor="test", op_key="taken")
+    with pytest.raises(Conflict, match="op_key 'taken' names an operation that made no version"):
+        merged(store, {"a": random_adapter(1)}, op_key="taken")
+
+
 def test_requests_about_versions_repeat_without_a_second_record() -> None:
     store = opened()
     merged(store, {"a": random_adapter(1)})
@@ -141,6 +148,7 @@ def with_module(name: str, update: ModuleUpdate) -> Adapter:
 
 
 NAN = ModuleUpdate(torch.full((24, 1), math.nan), torch.ones(1), torch.ones(20, 1))
+BFLOAT16 = ModuleUpdate(torch.ones(24, 1).bfloat16(), torch.ones(1), torch.ones(20, 1))
 WIDE = random_adapter(3, shapes={"layer.0.query": (24, 21)}).modules["layer.0.query"]
 TORN = ModuleUpdate(torch.ones(24, 2), torch.ones(1), torch.ones(20, 1))
 BAD: Mapping[str, tuple[Adapter, str]] = {
@@ -149,6 +157,8 @@ BAD: Mapping[str, tuple[Adapter, str]] = {
     "parts that do not fit": (with_module("layer.0.query", TORN), r"layer\.0\.query: U, σ and V do not fit"),
     "another base": (random_adapter(2, base="llama"), "base model is 'llama', this subspace has 'tiny-base'"),
     "no modules": (Adapter(BASE, "", {}), "no modules"),
+    "too large": (random_adapter(2, size=1e20), r"layer\.0\.query\.sigma: has values above 1e\+08"),
+    "bfloat16": (with_module("layer.0.query", BFLOAT16), r"layer\.0\.query\.u: is torch\.bfloat16"),
     "NaN in the head": (replace(random_adapter(2), head={"w": torch.tensor([math.inf])}), "w: has NaN or infinite"),
 }
 
