@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -200,9 +201,8 @@ def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> It
 
     One BLAS thread in each: more of them wait for each other, on a busy machine a hundred times longer than they work.
     """
-    before, waiting = torch.get_num_threads(), deque[Future[B]]()
-    torch.set_num_threads(1)
-    try:
+    waiting = deque[Future[B]]()
+    with _ONE_BLAS_THREAD:
         if workers < 2:
             yield from map(function, items)
             return
@@ -213,8 +213,29 @@ def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> It
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(before)
+
+
+class _OneBlasThread:
+    """While anybody is inside. The number is the whole process's: the last to leave puts back what the first found."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_num_threads(self._before)
+
+
+_ONE_BLAS_THREAD = _OneBlasThread()
 
 
 def merge_module(

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, ModuleUpdate, canonical_update
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merge import ModuleSubspace, merge_adapters, reconstruct
+from subspace_store.merge import ModuleSubspace, in_order, merge_adapters, reconstruct
 from tests.subspace_store.builders import (
     BASE,
     SHAPES,
@@ -151,6 +151,18 @@ def test_what_is_lost_is_never_negative(angle: int) -> None:
     # What lies in the other side's direction has gone with that one: nothing is left to lose.
     tasks, lost_T = tasks.truncated(Transport(first, first[:, :1]), Transport(second, none[:, :1]))
     assert 0 <= float(lost_T) < 1e-10
+
+
+def test_two_at_work_at_once_leave_the_number_of_blas_threads_as_it_was() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        one, other = (in_order(abs, [1, 2, 3], workers) for workers in (1, 2))
+        assert (next(one), next(other), torch.get_num_threads()) == (1, 1, 1)
+        assert (list(one), list(other)) == ([2, 3], [2, 3])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_merge_that_takes_nothing_reports_no_drift() -> None:
