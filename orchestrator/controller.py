@@ -42,7 +42,7 @@ from orchestrator.task_lifecycle import (
 from orchestrator.task_queue import LOG, TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState, staging_key
 from subspace_store import StagedAdapter, Storage, SubspaceStore
-from subspace_store.version import CANDIDATE, MAIN, TaskScore
+from subspace_store.version import CANDIDATE, MAIN, SubspaceState, TaskScore
 from workers.orders import BaseLayout, Evaluate, Evaluated, Failed, Progress, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
@@ -567,7 +567,8 @@ class Controller:
         return running_order(waiting, use, running, {t: s.weight for t, s in self._settings.teams.items()})
 
     def _follow_main(self) -> None:
-        """Tasks whose version `main` no longer holds are parked; those that it holds again are published."""
+        """Tasks that `main` no longer holds are parked; those that it holds again, or since another version because it
+        was made again without a task, are published there."""
         state = self._store.state
         if state.refs[MAIN] == self._main_followed:
             return
@@ -575,15 +576,13 @@ class Controller:
         now = time.time()
         for record in self._queue.tasks((TaskState.PUBLISHED, TaskState.PARKED)):
             if record.state is TaskState.PUBLISHED and record.task_id not in held:
-                reason = (
-                    f"main was rolled back to version {state.refs[MAIN]}, before this task's {record.version}; "
-                    f"`onebasis rollback {record.version}` brings it back, or submit it again"
-                )
-                self._apply((record.task_id,), RolledBack(reason, now))
+                self._apply((record.task_id,), RolledBack(_why_it_vanished(state, record), now))
                 self._changed()
-            elif record.state is TaskState.PARKED and record.version and record.task_id in held:
-                self._apply((record.task_id,), Restored(f"main holds version {record.version} again"))
-                self._changed()
+            elif record.version and record.task_id in held:
+                birth = held[record.task_id].version
+                if record.state is TaskState.PARKED or record.version != birth:
+                    self._apply((record.task_id,), Restored(f"main holds it since version {birth}", birth))
+                    self._changed()
         self._main_followed = state.refs[MAIN]
 
     # --- helpers -----------------------------------------------------------------------------------------------
@@ -643,6 +642,20 @@ def _is_done_with(record: TaskRecord, key: str) -> bool:
     if key == record.eval_key:  # needed as long as a version may be scored that holds the task
         return given_up or (parked and not record.version)
     return given_up or parked or record.state is TaskState.PUBLISHED
+
+
+def _why_it_vanished(state: SubspaceState, record: TaskRecord) -> str:
+    main = state.refs[MAIN]
+    without = next((v.number for v in state.lineage(main) if record.task_id in v.removed), None)
+    if without is not None:
+        return f"removed from the subspace: version {without} was made again without it; submit it again to merge it"
+    # Its version of birth, unless that one was made on the way to another without a task: no gate let it pass.
+    usable = (n for n in state.published if n >= record.version and n not in state.expired)
+    back = next((n for n in usable if record.task_id in state.tasks_at(n)), record.version)
+    return (
+        f"main was rolled back to version {main}, before this task's {record.version}; "
+        f"`onebasis rollback {back}` brings it back, or submit it again"
+    )
 
 
 def _describe(seat: Seat) -> str:

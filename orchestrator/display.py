@@ -117,6 +117,9 @@ def versions(answer: Sequence[Json]) -> None:
     for row in answer:
         if row["reason"]:
             console.print(f"version {row['version']} was rejected: {escape(row['reason'])}", soft_wrap=True)
+        if row["remakes"]:
+            without = escape(", ".join(row["removed"]))
+            console.print(f"version {row['version']} is version {row['remakes']} without {without}", soft_wrap=True)
 
 
 def version(answer: Json) -> None:

@@ -46,7 +46,9 @@ def judge(table: ScoreTable, version: int, records: Mapping[str, TaskRecord], se
         if table.birth[task_id] == version:
             reasons += _of_a_new_task(record, score, settings)
         else:
-            birth = table.score(table.birth[task_id], task_id)
+            # Nobody measured it at birth if it was merged again without some task: then its first score since counts.
+            known = [s for v, s in table.column(task_id) if v < version and not math.isnan(s)]
+            birth = known[0] if known else math.nan
             if birth - score > settings.drop_max + ROUNDING:
                 reasons.append(
                     f"{record.title} would fall from {birth:.4f} at birth to {score:.4f}, "

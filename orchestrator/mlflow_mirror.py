@@ -153,7 +153,7 @@ class Mirror:
             metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
         made = {version: state.versions[version].created_at for version in rows}
         metrics |= {("score", version, made[version]): table.score(version, record.task_id) for version in rows}
-        if rows and record.local_score is not None:
+        if rows and rows[0] == table.birth[record.task_id] and record.local_score is not None:
             gap = record.local_score - table.score(rows[0], record.task_id)
             metrics["merge_gap", rows[0], made[rows[0]]] = gap
         if record.train_seconds is not None:

@@ -13,7 +13,7 @@ import math
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -201,14 +201,18 @@ class Service:
         """Tag, hold, pin, expire … through the store's one writer.
 
         Args:
-            document: `operation`, a method of SubspaceStore in `retention.OPERATIONS`, and its `arguments`.
+            document: `operation`, a method of SubspaceStore in `retention.OPERATIONS`, and its `arguments`. The same
+                `op_key` among them again is the same request.
         """
         operation, arguments = document.get("operation"), document.get("arguments")
-        key = f"{operation}:{time.time_ns()}"
         try:
             if operation not in OPERATIONS or not isinstance(arguments, dict):
                 raise TypeError(f"operations are {', '.join(OPERATIONS)}")
-            full = {**arguments, "actor": by or "somebody", "op_key": key}
+            full = {"op_key": f"{operation}:{time.time_ns()}", **arguments, "actor": by or "somebody"}
+            if not str(full["op_key"]).startswith(operation):
+                raise TypeError(f"op_key has to begin with {operation}: it names no other request")
+            if operation == "remove" and not full.get("publish"):
+                raise TypeError("publish has to be true: a candidate that no task waits for is rejected")
             inspect.signature(getattr(SubspaceStore, operation)).bind(None, **full)
         except TypeError as error:
             raise InvalidInput(f"this is no operation with its arguments: {error}", str(operation)) from error
@@ -382,6 +386,8 @@ class Service:
             "reason": state.rejected.get(version.number, ""),
             "created_at": version.created_at,
             "added": [task.name for task in version.added],
+            "remakes": version.remakes,
+            "removed": _names(state, version.removed),
             "task_count": len(state.tasks_at(version.number)),
             "rank_max": version.rank_max,
             "bytes_written": version.bytes_written,
@@ -441,6 +447,14 @@ def _check_version(state: SubspaceState, number: int, lowest: int = 1) -> None:
         newest = max(state.versions, default=0)
         todo = f"versions go from 1 to {newest}; `onebasis versions` lists them" if newest else "none is made yet"
         raise NotFound(f"there is no version {number}", todo=todo)
+
+
+def _names(state: SubspaceState, task_ids: Collection[str]) -> list[str]:
+    """What people call tasks that any version added."""
+    if not task_ids:
+        return []
+    names = {task.task_id: task.name for version in state.versions.values() for task in version.added}
+    return [names[task_id] for task_id in task_ids]
 
 
 def _between(start: float | None, end: float | None) -> float | None:

@@ -11,9 +11,9 @@
 ```
 (a) claimed by a worker. (b) adapter in staging. (c) machine lost or our own bug, budget left; else parked.
 A user's mistake parks at once. (d) merged into a version on `candidate`. (e) the store refused the adapter.
-(f) the gate let its version pass: `main` moved. (g) the gate did not. (h) `main` was rolled back behind it.
-(i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a rollback came in
-between): merged again. Cancelled can be reached until it is part of a merge.
+(f) the gate let its version pass: `main` moved. (g) the gate did not. (h) `main` was rolled back behind it, or
+made again without it. (i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a
+rollback came in between): merged again. Cancelled can be reached until it is part of a merge.
 
 No Ray, no SQL, no torch in this file.
 """
@@ -106,9 +106,11 @@ class RolledBack:
 
 @dataclass(frozen=True)
 class Restored:
-    """`main` holds the task's version again."""
+    """`main` holds the task again, or since another version: those from some task's on were made again without it."""
 
     message: str
+    version: int
+    """Of its birth now."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,8 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return _end(record, passed, event.message, event.at)
         case RolledBack() if state is TaskState.PUBLISHED:
             return _end(record, TaskState.PARKED, event.message, event.at)
-        case Restored() if state is TaskState.PARKED and record.version:
-            return _with(record, state=TaskState.PUBLISHED, reason=event.message)
+        case Restored() if state is TaskState.PUBLISHED or (state is TaskState.PARKED and record.version):
+            return _with(record, state=TaskState.PUBLISHED, reason=event.message, version=event.version)
         case CancelRequested():
             return _after_cancel(record, event)
     raise Conflict(

@@ -82,7 +82,7 @@ class TaskRecord(Section):
     merge_alone: bool = False
     """Its group failed the gate: it is merged by itself, so that the culprit shows."""
     version: int = 0
-    """Version of birth; 0 before merging."""
+    """Version of birth in the lineage of `main`; 0 before merging."""
     ended_at: float | None = None
 
     @property

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -370,7 +371,7 @@ def remove(
     reason: Annotated[str, typer.Option(help="Kept in the log.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be made again.")] = False,
     candidate_only: Annotated[
-        bool, typer.Option("--candidate-only", help="Leave `main` where it is; a service would reject the candidate.")
+        bool, typer.Option("--candidate-only", help="Leave `main` where it is; not while a service runs.")
     ] = False,
     store: Url = None,
     force: Force = False,
@@ -390,13 +391,24 @@ def remove(
             {"task_id": task_id, "versions": [v.number for v in again], "removed": False}, lambda _: note(text), as_json
         )
         return
-    if place.is_served and not (force and place.is_named):
-        raise _is_served(place)
     # The same task of the same candidate is the same request: interrupted, the command goes on.
     op_key = f"remove {task_id} from {state.refs[CANDIDATE]}"
-    made = _writer(place).remove(task_id, op_key=op_key, actor=me(), reason=reason, publish=not candidate_only)
-    number = made.number if made else 0
-    answer = {"task_id": task_id, "version": number, "approximate": made.approximate if made else (), "removed": True}
+    service = _service(place, force)
+    if service is None:
+        _writer(place).remove(task_id, op_key=op_key, actor=me(), reason=reason, publish=not candidate_only)
+    elif candidate_only:
+        raise Conflict(
+            "the service rejects a candidate that no task waits for",
+            place.storage.url,
+            "leave --candidate-only out, or end the service with `onebasis down`",
+        )
+    else:
+        service("remove", {"task_id": task_id, "reason": reason, "publish": True, "op_key": op_key})
+    after = _reader(place).state
+    number = after.op_keys[op_key]
+    remade = [v for v in after.lineage(number) if task_id in v.removed]
+    approximate = [task for version in remade for task in version.approximate]
+    answer = {"task_id": task_id, "version": number, "approximate": approximate, "removed": True}
     show(answer, lambda _: note(f"version {number} is as if {held[task_id].name} had never been merged"), as_json)
 
 
@@ -578,14 +590,22 @@ def _writer(place: Place) -> SubspaceStore:
 
 def _change(place: Place, force: bool, as_json: bool, done: str, operation: str, **arguments: Any) -> None:
     """Write one record: through the running service, or as the writer."""
-    ask = SERVICE.get()
-    if place.is_served and not (force and place.is_named):
-        if ask is None or place.is_named:
-            raise _is_served(place)
-        ask(place.state_dir, operation, arguments)
-    else:
+    service = _service(place, force)
+    if service is None:
         getattr(_writer(place), operation)(**arguments, actor=me())
+    else:
+        service(operation, arguments)
     show({"operation": operation, **arguments}, lambda _: note(done), as_json)
+
+
+def _service(place: Place, force: bool) -> Callable[[str, dict[str, Any]], Any] | None:
+    """How to have the running service write; None: this process is to write."""
+    if not place.is_served or (force and place.is_named):
+        return None
+    ask = SERVICE.get()
+    if ask is None or place.is_named:
+        raise _is_served(place)
+    return partial(ask, place.state_dir)
 
 
 def _is_served(place: Place) -> Conflict:

@@ -17,8 +17,10 @@ from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store import version_log
 from subspace_store.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version
 
-OPERATIONS = ("tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire", "drop_adapters")
-"""Methods of SubspaceStore that write one record each, which people may ask for at any time."""
+OPERATIONS = (
+    "tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire", "drop_adapters", "remove",
+)  # fmt: skip
+"""Methods of SubspaceStore that people may ask for at any time. All but `remove` write one record each."""
 
 
 @dataclass(frozen=True)

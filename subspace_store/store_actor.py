@@ -85,6 +85,11 @@ class StoreActor:
     def drop_adapters(self, task_ids: Sequence[str], *, op_key: str, actor: str) -> None:
         self._store.drop_adapters(task_ids, op_key=op_key, actor=actor)
 
+    def remove(
+        self, task_id: str, *, op_key: str, actor: str, reason: str = "", publish: bool = False
+    ) -> Version | None:
+        return self._store.remove(task_id, op_key=op_key, actor=actor, reason=reason, publish=publish)
+
 
 def store_actor(
     name: str,

@@ -263,3 +263,42 @@ def test_what_is_no_operation_is_refused_by_the_service(onebasis: Onebasis, site
             site.client.call("change", document=document)
     site.client.call("change", document={"operation": "tag", "arguments": {"name": "x", "version": 1}}, by="ann")
     assert site.plant.state.tags == {"x": 1}
+
+
+def test_a_task_is_removed_through_the_running_service_and_everything_can_still_be_asked(
+    onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subspace_store.cli.running_server", lambda state_dir: 1)  # the site is no process
+    for title in ("red/going", "blue/staying"):
+        site.publish(title)
+    before, epoch = site.plant.state.refs["main"], site.plant.state.epoch
+    refused = onebasis("store", "remove", "red/going", "--yes", "--candidate-only")
+    assert (refused.exit_code, "leave --candidate-only out" in refused.stderr) == (4, True)
+    assert site.plant.state.refs["main"] == before
+    done = json.loads(onebasis("store", "remove", "red/going", "--yes", "--reason", "licence", "--json").stdout)
+    main = before + 1
+    assert (done["version"], done["approximate"]) == (main, [])
+    assert site.plant.state.refs == {"candidate": main, "main": main}
+    assert site.plant.state.epoch == epoch  # nobody was fenced on the way
+    assert f"version {main} was made again without it" in site.wait_for("red/going", "parked")["why"]
+    until = time.monotonic() + 10
+    while site.client.call("task", reference="blue/staying")["version"] != main:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    row = json.loads(onebasis("versions", "--json").stdout)[-1]
+    assert (row["remakes"], row["removed"], row["status"]) == (before, ["red/going"], "published")
+    assert f"version {main} is version {before} without red/going" in onebasis("versions").stdout
+    assert f"main holds it since version {main}" in onebasis("task", "blue/staying").stdout
+    for command in (["version", str(main)], ["scores"], ["tasks"], ["diff", str(before), str(main)], ["status"]):
+        shown = onebasis(*command)
+        assert shown.exit_code == 0, shown.output
+    columns = json.loads(onebasis("scores", "--json").stdout)["tasks"]
+    assert {"title": "blue/staying", "birth": main}.items() <= columns[-1].items()
+    assert "red/going" not in [column["title"] for column in columns]
+
+
+def test_a_service_removes_nothing_that_it_would_reject_at_once(onebasis: Onebasis, site: Site) -> None:
+    task_id = site.client.call("task", reference="red/alpha")["task_id"]
+    for wrong in ({}, {"publish": False}, {"publish": True, "op_key": "publish:9"}):
+        with pytest.raises(InvalidInput, match="no operation with its arguments"):
+            site.client.call("change", document={"operation": "remove", "arguments": {"task_id": task_id, **wrong}})

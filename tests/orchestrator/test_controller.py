@@ -612,6 +612,84 @@ def test_a_rollback_parks_the_tasks_that_vanish_and_rolling_forward_restores_the
     assert set(plant.states().values()) == {"published"}
 
 
+def _remove(plant: Plant, title: str) -> None:
+    plant.cluster.store(
+        "remove", plant.get(title).task_id, op_key=f"remove {title} {plant.state.seq}", actor="ann", publish=True
+    ).result()
+    plant.controller.wake(log_moved=True)
+    plant.step(3)
+
+
+def test_a_removed_task_is_parked_and_told_so_and_the_others_have_their_new_versions_of_birth(plant: Plant) -> None:
+    for title in ("red/a", "red/b", "blue/c", "blue/d"):
+        plant.submit(title)
+        plant.run()
+    _remove(plant, "red/b")
+    assert plant.states() == {"red/a": "published", "red/b": "parked", "blue/c": "published", "blue/d": "published"}
+    assert plant.get("red/b").reason == (
+        "removed from the subspace: version 5 was made again without it; submit it again to merge it"
+    )
+    assert [plant.get(title).version for title in ("red/a", "blue/c", "blue/d")] == [1, 5, 6]
+    _roll(plant, 1)  # version 5 was on the way to 6 and never main: nobody can roll to it
+    assert plant.get("blue/c").reason == (
+        "main was rolled back to version 1, before this task's 5; "
+        "`onebasis rollback 6` brings it back, or submit it again"
+    )
+    _roll(plant, 4)
+    assert set(plant.states().values()) == {"published"}
+    assert [plant.get(title).version for title in ("red/a", "red/b", "blue/c", "blue/d")] == [1, 2, 3, 4]
+    _roll(plant, 6)
+    assert plant.states()["red/b"] == "parked"
+    assert plant.get("blue/c").version == 5
+
+
+def test_a_removed_task_is_merged_again_when_it_is_submitted_again(plant: Plant) -> None:
+    for title in ("red/a", "red/b"):
+        plant.submit(title)
+        plant.run()
+    _remove(plant, "red/a")
+    plant.submit("red/a", task_id="t-again")
+    plant.run()
+    assert plant.held() == ["red/a", "red/b"]
+    assert sorted((r.title, r.state, r.version) for r in plant.queue.tasks()) == [
+        ("red/a", "parked", 1), ("red/a", "published", 4), ("red/b", "published", 3),
+    ]  # fmt: skip
+
+
+def test_a_removal_before_the_task_heard_of_its_publication_is_followed(plant: Plant) -> None:
+    plant.submit("red/a")
+    plant.run()
+    plant.submit("red/b")
+    plant.run(lambda: plant.held() == ["red/a", "red/b"])
+    assert plant.get("red/b").state is TaskState.EVALUATING
+    task_id = plant.get("red/a").task_id
+    plant.cluster.store("remove", task_id, op_key="r", actor="ann", publish=True).result()
+    plant.kill()
+    plant.run()
+    plant.step(3)
+    assert plant.states() == {"red/a": "parked", "red/b": "published"}
+    assert plant.get("red/b").version == 3
+
+
+def test_tasks_that_were_merged_again_are_scored_with_the_next_version_and_guarded_from_then_on(
+    make_plant: MakePlant,
+) -> None:
+    plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2})  # every merge moves every task
+    for title in ("red/a", "red/b"):
+        plant.submit(title)
+        plant.run()
+    _remove(plant, "red/a")
+    plant.submit("blue/c")
+    plant.run()
+    b, c = (plant.get(title).task_id for title in ("red/b", "blue/c"))
+    assert plant.state.scores[4].keys() == {b, c}  # version 3 was never scored
+    plant.cluster.score = lambda title, held: 0.5 if title == "red/b" and "blue/d" in held else 0.9
+    plant.submit("blue/d")
+    plant.run()
+    assert plant.states()["blue/d"] == "rejected"
+    assert "red/b would fall from 0.9000 at birth to 0.5000" in plant.get("blue/d").reason
+
+
 def test_a_rollback_while_the_control_plane_was_down_is_followed_when_it_starts(plant: Plant) -> None:
     for title in ("red/a", "red/b"):
         plant.submit(title)

@@ -189,6 +189,29 @@ def test_a_sync_with_nothing_new_asks_mlflow_for_no_task(mirrored: Mirrored, mon
     assert set(asked) <= {mirrored.runs()["subspace tiny"].info.run_id}
 
 
+@pytest.mark.usefixtures("_no_waiting")
+def test_after_a_removal_the_rest_is_shown_where_it_is_now(tmp_path: Path) -> None:
+    made = Mirrored(tmp_path)  # a world of its own: the others' goes on
+    task_id = made.plant.get("red/a").task_id
+    made.plant.cluster.store("remove", task_id, op_key="r", actor="ann", publish=True).result()
+    made.plant.controller.wake(log_moved=True)
+    made.plant.step(3)
+    made.mirror.sync()
+    remade = made.plant.state.refs["main"]
+    assert made.alias() == remade
+    assert made.runs()["red/a"].data.tags["onebasis.state"] == "parked"
+    assert made.runs()["blue/b"].data.tags["onebasis.state"] == "published"
+    made.plant.submit("blue/c")
+    made.plant.run()
+    made.mirror.sync()
+    assert made.history("blue/b", "score") == [(2, 0.9), (remade + 1, 0.9)]
+    assert made.history("blue/b", "merge_gap") == [(2, 0.0)]  # nobody measured it where it was merged again
+    before = made.everything()
+    made.fresh_mirror().sync()
+    assert made.everything() == before
+    made.plant.queue.close()
+
+
 def test_a_deleted_database_is_rebuilt_the_same(mirrored: Mirrored) -> None:
     before = mirrored.everything()
     settings = mirrored.plant.settings

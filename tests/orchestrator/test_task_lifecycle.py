@@ -166,12 +166,18 @@ def test_h_main_was_rolled_back_behind_it() -> None:
 
 
 def test_i_main_holds_it_again() -> None:
-    assert after(rolled_back(), Restored("main is version 3")).state is TaskState.PUBLISHED
+    record = after(rolled_back(), Restored("main is version 3", 3))
+    assert (record.state, record.version, record.reason) == (TaskState.PUBLISHED, 3, "main is version 3")
+
+
+def test_i_main_holds_it_in_a_version_that_was_made_again() -> None:
+    record = after(published(), Restored("main is version 7", 6))
+    assert (record.state, record.version, record.ended_at) == (TaskState.PUBLISHED, 6, 1020.0)
 
 
 def test_i_a_task_that_never_was_in_a_version_cannot_be_restored() -> None:
     with pytest.raises(Conflict):
-        after(parked(), Restored("main is version 3"))
+        after(parked(), Restored("main is version 3", 3))
 
 
 @pytest.mark.parametrize("state", [begun, evaluating])
@@ -258,14 +264,14 @@ EVENTS: tuple[Event, ...] = (
     MergeUndone("x", True),
     Judged(True, "x", 1.0),
     RolledBack("x", 1.0),
-    Restored("x"),
+    Restored("x", 3),
 )
 LEGAL = {
     (queued, Claimed),
     (merging, MergeBegun), (merging, Merged), (merging, MergeRefused), (merging, MergeUndone),
     (begun, MergeBegun), (begun, Merged), (begun, MergeRefused), (begun, MergeUndone),
     (evaluating, MergeUndone), (evaluating, Judged),
-    (published, RolledBack),
+    (published, RolledBack), (published, Restored),
     (rolled_back, Restored),
 }  # fmt: skip
 
@@ -298,7 +304,7 @@ any_event = st.one_of(
     st.builds(MergeUndone, st.just("x"), st.booleans()),
     st.builds(Judged, st.booleans(), st.just("x"), st.floats(1, 9)),
     st.builds(RolledBack, st.just("x"), st.floats(1, 9)),
-    st.builds(Restored, st.just("x")),
+    st.builds(Restored, st.just("x"), st.integers(1, 5)),
     st.builds(CancelRequested, st.just("ann"), st.floats(1, 9)),
 )
 ENDED = (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)

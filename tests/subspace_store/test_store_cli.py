@@ -360,6 +360,12 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     assert "does not hold team/t2" in run("remove", "team/t2", "--yes").output
 
 
+def test_removing_tells_of_every_task_that_was_merged_from_its_coefficients(run: Command, store: SubspaceStore) -> None:
+    store.drop_adapters(["t2"], actor="me")
+    done = answer(run("remove", "t1", "--yes", "--json"))
+    assert (done["version"], done["approximate"]) == (5, ["t2"])  # by version 4, on the way
+
+
 def test_all_tasks_of_a_version_are_exported_and_listed(run: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = answer(run("export", "-o", str(out), "--base", "hub/base", "--json"))
