@@ -92,4 +92,6 @@ def test_a_gauge_that_does_not_fit_is_refused_with_its_module(gauge: dict[str, t
 def test_modules_may_share_a_tensor() -> None:
     one = random_adapter(1)
     shared = dataclasses.replace(one, modules={"a": one.modules["layer.0.query"], "b": one.modules["layer.0.query"]})
-    assert torch.equal(adapter_from_bytes(adapter_to_bytes(shared)).modules["b"].u_NR, one.modules["layer.0.query"].u_NR)
+    assert torch.equal(
+        adapter_from_bytes(adapter_to_bytes(shared)).modules["b"].u_NR, one.modules["layer.0.query"].u_NR
+    )

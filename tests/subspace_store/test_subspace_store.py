@@ -396,9 +396,7 @@ def test_the_difference_of_versions_counts_tasks_ranks_overlap_and_drift() -> No
     merged(store, {"b": random_adapter(9)}, op_key="again")
     branches = store.diff(2, 4)
     assert [t.version for t in branches.added + branches.removed] == [4, 2]
-    assert branches.drift_bound == {
-        "a": pytest.approx(store.state.drift(2)["a"] + store.state.drift(4)["a"])
-    }
+    assert branches.drift_bound == {"a": pytest.approx(store.state.drift(2)["a"] + store.state.drift(4)["a"])}
 
 
 def test_the_footprint_is_counted_from_the_tensors() -> None:
