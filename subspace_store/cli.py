@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,7 +125,7 @@ def verify(
 
 @command
 def log(
-    last: Annotated[int | None, typer.Option(help="Only so many of the newest records.")] = None,
+    last: Annotated[int | None, typer.Option(help="Only so many of the newest records.", min=1)] = None,
     store: Url = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -214,7 +215,7 @@ def unquarantine(
 def pin(
     version: Reference,
     owner: Annotated[str, typer.Option(help="Who needs it; default: you.")] = "",
-    days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.")] = None,
+    days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.", min=0, max=36500)] = None,
     store: Url = None,
     force: Force = False,
     state_dir: StateDir = STATE_DIR,
@@ -391,8 +392,10 @@ def remove(
             {"task_id": task_id, "versions": [v.number for v in again], "removed": False}, lambda _: note(text), as_json
         )
         return
-    # The same task of the same candidate is the same request: interrupted, the command goes on.
-    op_key = f"remove {task_id} from {state.refs[CANDIDATE]}"
+    # The same task of the same candidate is the same request: interrupted, the command goes on. A request that was
+    # done, and the task is there again, was rolled back.
+    asked = f"remove {task_id} from {state.refs[CANDIDATE]}"
+    op_key = next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
     service = _service(place, force)
     if service is None:
         _writer(place).remove(task_id, op_key=op_key, actor=me(), reason=reason, publish=not candidate_only)
@@ -409,7 +412,10 @@ def remove(
     remade = [v for v in after.lineage(number) if task_id in v.removed]
     approximate = [task for version in remade for task in version.approximate]
     answer = {"task_id": task_id, "version": number, "approximate": approximate, "removed": True}
-    show(answer, lambda _: note(f"version {number} is as if {held[task_id].name} had never been merged"), as_json)
+    text = f"version {number} is as if {held[task_id].name} had never been merged"
+    if approximate:
+        text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
+    show(answer, lambda _: note(text), as_json)
 
 
 @command

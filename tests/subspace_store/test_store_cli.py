@@ -120,6 +120,7 @@ def test_pins_have_an_owner_and_an_end(run: Command, store: SubspaceStore) -> No
     assert re.search(r"1 +ann +until unpinned", run("pins").stdout)
     assert run("unpin", "1").exit_code == 0
     assert list(store.refresh().pins) == [2]
+    assert {run("pin", "1", "--days", days).exit_code for days in ("nan", "inf", "-1")} == {2}
 
 
 def test_variants_are_compared_on_the_adapters_of_a_version_as_they_were_delivered(
@@ -208,6 +209,7 @@ def test_the_log_is_shown_whole_or_its_end(run: Command) -> None:
     entries = answer(run("log", "--json"))
     assert [entry["op"] for entry in entries] == ["acquire", *["merge", "publish"] * 3, "acquire", "hold"]
     assert answer(run("log", "--last", "2", "--json")) == entries[-2:]
+    assert run("log", "--last", "0").exit_code == 2
     shown = run("log").stdout
     assert "version 1: team/t1" in shown
     assert "[red]why[/red]" in shown
@@ -358,12 +360,19 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     assert list(reader.state.tasks_at(4)) == ["t1", "t3"]
     assert "team/t2: version 3 → 4: licence" in run("log").stdout
     assert "does not hold team/t2" in run("remove", "team/t2", "--yes").output
+    opened(store.storage).rollback(3, op_key="back", actor="test")
+    assert answer(run("remove", "team/t2", "--yes", "--json"))["version"] == 5
+    assert list(store.refresh().tasks_at(store.state.refs["main"])) == ["t1", "t3"]
 
 
 def test_removing_tells_of_every_task_that_was_merged_from_its_coefficients(run: Command, store: SubspaceStore) -> None:
     store.drop_adapters(["t2"], actor="me")
     done = answer(run("remove", "t1", "--yes", "--json"))
     assert (done["version"], done["approximate"]) == (5, ["t2"])  # by version 4, on the way
+    opened(store.storage).rollback(3, op_key="back", actor="me")
+    told = run("remove", "t1", "--yes").stderr
+    assert "version 7 is as if team/t1 had never been merged, but approximate" in told
+    assert told.endswith("from their coefficients were t2\n")
 
 
 def test_all_tasks_of_a_version_are_exported_and_listed(run: Command, tmp_path: Path) -> None:
