@@ -177,7 +177,8 @@ class SubspaceReader:
 
     def ranks(self, version: int | None = None) -> dict[str, tuple[int, int]]:
         """(k_out, k_in) per module at a version, default `main`. Reads no tensors."""
-        return {name: ranks for name, (_, ranks) in self._tensors.shapes(self._number(version)).items()}
+        with self._reading(version) as number:
+            return {name: ranks for name, (_, ranks) in self._tensors.shapes(number).items()}
 
     def basis(self, version: int | None = None) -> dict[str, ModuleBasis]:
         """P, Q and λ per module at a version, default `main`; nothing at version 0."""
@@ -206,6 +207,8 @@ class SubspaceReader:
         state = self.state
         old_tasks, new_tasks = (state.tasks_at(self._known(number)) for number in (old, new))
         old_ranks, new_ranks = self.ranks(old), self.ranks(new)
+        with self._reading(old), self._reading(new):
+            overlaps = {name: self._overlap(old, new, name) for name in sorted(old_ranks) if name in new_ranks}
         # The same task merged twice is two births: only the same birth can drift.
         same = {task for task, merged in old_tasks.items() if new_tasks.get(task) == merged}
         common = max({v.number for v in state.lineage(old)} & {v.number for v in state.lineage(new)}, default=0)
@@ -218,7 +221,7 @@ class SubspaceReader:
                 name: (old_ranks.get(name, (0, 0)), new_ranks.get(name, (0, 0)))
                 for name in sorted({*old_ranks, *new_ranks})
             },
-            overlap={name: self._overlap(old, new, name) for name in sorted(old_ranks) if name in new_ranks},
+            overlap=overlaps,
             drift_bound={
                 task: state.drift_bound(task, common, old) + state.drift_bound(task, common, new)
                 for task in old_tasks
@@ -228,9 +231,9 @@ class SubspaceReader:
 
     def footprint(self, version: int | None = None) -> Footprint:
         """Numbers that serving a version needs, beside separate LoRAs of the same tasks."""
-        number = self._number(version)
-        merged, tasks = self.state.tasks_at(number).values(), self._tensors.tasks(number)
-        shapes = self._tensors.shapes(number)
+        with self._reading(version) as number:
+            merged, tasks = self.state.tasks_at(number).values(), self._tensors.tasks(number)
+            shapes = self._tensors.shapes(number)
         return Footprint(
             number,
             len(merged),

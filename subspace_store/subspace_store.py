@@ -146,12 +146,13 @@ class SubspaceStore(SubspaceReader):
             InvalidInput: An adapter that could not be merged here, or an id that is taken.
         """
         parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
-        for id_, adapter in adapters.items():
-            if id_ in self.state.tasks_at(parent):
-                raise InvalidInput("is a task that this version holds already", id_, "choose another id")
-            check_adapter(adapter)
-            self._check(adapter, self._tensors.shapes(parent))
-        return forecast(self._tensors, self.state, parent, adapters, self.settings)
+        with self._reading(parent):
+            for id_, adapter in adapters.items():
+                if id_ in self.state.tasks_at(parent):
+                    raise InvalidInput("is a task that this version holds already", id_, "choose another id")
+                check_adapter(adapter)
+                self._check(adapter, self._tensors.shapes(parent))
+            return forecast(self._tensors, self.state, parent, adapters, self.settings)
 
     def remove(
         self, task_id: str, *, op_key: str, actor: str, reason: str = "", publish: bool = False

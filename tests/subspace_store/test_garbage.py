@@ -157,6 +157,27 @@ def test_a_reader_that_holds_a_pinned_version_keeps_reading() -> None:
         opened(store.storage, writer=None).adapter("t1", 2)
 
 
+READS: dict[str, Callable[[SubspaceStore], object]] = {
+    "adapter": lambda reader: reader.adapter("t1", 1),
+    "ranks": lambda reader: reader.ranks(1),
+    "basis": lambda reader: reader.basis(1),
+    "subspace": lambda reader: reader.subspace(1),
+    "footprint": lambda reader: reader.footprint(1),
+    "diff": lambda reader: reader.diff(1, 8),
+    "forecast": lambda reader: reader.forecast({"x": random_adapter(90)}, 1),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_reader_that_did_not_see_its_version_expire_is_told_so_and_of_no_damage(read: str) -> None:
+    store = successor(grown())
+    reader = opened(store.storage, writer=None)
+    expire_old(store, keep_last=1)
+    store.collect(really=True)
+    with pytest.raises(NotFound, match="version 1 has expired"):
+        READS[read](reader)
+
+
 # Epochs
 
 
