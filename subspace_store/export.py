@@ -169,7 +169,7 @@ def _already_there(place: Path, known: dict[str, Any]) -> Exported:
         is_same = {key: facts[key] for key in known} == known
         is_whole = all(digest((place / file).read_bytes()) == sha256 for file, sha256 in facts["files"].items())
         exported = Exported(**facts | {"sources": tuple(facts["sources"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         is_same = is_whole = False
     if not (is_same and is_whole):
         todo = "a name never means two things: export to another folder, or remove this one"

@@ -89,7 +89,8 @@ class LocalStorage:
                 raise _unavailable(error, path) from error
             finally:
                 # Also for the loser: what it reads now must not be gone after a crash.
-                _flush_folder(path.parent)
+                with _refusals_named(path):
+                    _flush_folder(path.parent)
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
         return sorted(key for key in self._files(prefix) if key > after and not _is_temporary(key))

@@ -87,7 +87,7 @@ def test_exporting_again_writes_nothing_anew_and_answers_the_same(tmp_path: Path
     assert after == before
 
 
-@pytest.mark.parametrize("change", ["a weight", "no facts", "another base", "another store"])
+@pytest.mark.parametrize("change", ["a weight", "no facts", "other facts", "another base", "another store"])
 def test_a_name_that_holds_something_else_is_refused_and_left_as_it_is(change: str, tmp_path: Path) -> None:
     _, reader = two_versions()
     export_tasks(reader, tmp_path, tasks=["team/bare"], base_source="base")
@@ -98,6 +98,9 @@ def test_a_name_that_holds_something_else_is_refused_and_left_as_it_is(change: s
         (place / "adapter_model.safetensors").write_bytes(content)
     elif change == "no facts":
         (place / "onebasis.json").unlink()
+    elif change == "other facts":
+        facts = json.loads((place / "onebasis.json").read_text())
+        (place / "onebasis.json").write_text(json.dumps(facts | {"files": []}))
     elif change == "another store":
         store = opened(fresh_storage(), rank_fixed=5)
         merged(store, {"headed": random_adapter(1)})

@@ -1,6 +1,7 @@
 """A folder obeys the storage contract, and survives crashes and full disks."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,17 @@ def test_a_file_system_that_refuses_is_unavailable_but_an_error_of_the_block_is_
         LocalStorage(str(tmp_path)).write("blobs/1", b"")
     with pytest.raises(PermissionError), LocalStorage(str(tmp_path)).stream("other/1", 0):
         raise PermissionError("of the caller")
+
+
+def test_a_create_whose_name_may_not_be_durable_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def broken(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(5, "Input/output error")
+        fsync(handle)
+
+    storage = LocalStorage(str(tmp_path))
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(Unavailable, match="Input/output error"):
+        storage.create("name", b"x")
