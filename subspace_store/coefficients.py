@@ -163,11 +163,16 @@ class _Moving:
         now = self.block if self.transport is None else self.settled.rounded()
         return _grams(now.e_KS, now.ranks), _grams(now.f_KS, now.ranks)
 
-    def dropped_grams(self, dropped: Transport) -> tuple[Tensor, Tensor]:
-        """EᵀE and FᵀF of what lies in the dropped directions, T×R×R, in O(D·K·S)."""
+    def without(self, dropped: Transport) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What each task loses of ‖E·Fᵀ‖²_F with these directions, and the Gram matrices of the rest; O(D·K·S)."""
         way, ranks = dropped.after(self.transport), self.block.ranks
-        out_DS, in_DS = way.out.float() @ self.block.e_KS, way.inward.float() @ self.block.f_KS
-        return _grams(out_DS, ranks), _grams(in_DS, ranks)
+        less_out = _grams(way.out.float() @ self.block.e_KS, ranks)
+        less_in = _grams(way.inward.float() @ self.block.f_KS, ranks)
+        rest = (self.grams[0] - less_out, self.grams[1] - less_in)
+        # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels. Rounded, a square of
+        # nothing can be negative.
+        lost_T = (less_out * self.grams[1]).sum(dim=(1, 2)) + (rest[0] * less_in).sum(dim=(1, 2))
+        return lost_T.clamp(min=0), rest
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ class ModuleTasks:
         Cost:
             O(D·K·S) and R×R products per task.
         """
-        return _each(_loss(moving.grams, moving.dropped_grams(dropped)) for moving in self.blocks)
+        return _each(moving.without(dropped)[0] for moving in self.blocks)
 
     def moved(self, transport: Transport) -> ModuleTasks:
         """The same tasks in the next basis; no coefficient is touched."""
@@ -233,9 +238,8 @@ class ModuleTasks:
             return ModuleTasks(tuple(moved)), torch.zeros_like(self.delivered_T)
         blocks, losses = [], []
         for moving in self.blocks:
-            grams, less = moving.grams, moving.dropped_grams(dropped)
-            losses.append(_loss(grams, less))
-            rest = (grams[0] - less[0], grams[1] - less[1])
+            lost_T, rest = moving.without(dropped)
+            losses.append(lost_T)
             blocks.append(_Moving(moving.block, transport.after(moving.transport), rest))
         return ModuleTasks(tuple(blocks)), _each(iter(losses))
 
@@ -246,13 +250,6 @@ class ModuleTasks:
             last, before = blocks.pop(), blocks.pop()
             blocks.append(_Moving(TaskBlock.joined([before.settled, last.settled]).rounded()))
         return ModuleTasks(tuple(blocks))
-
-
-def _loss(grams: tuple[Tensor, Tensor], less: tuple[Tensor, Tensor]) -> Tensor:
-    # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels. Rounded, a square of nothing
-    # can be negative.
-    loss_T = (less[0] * grams[1]).sum(dim=(1, 2)) + ((grams[0] - less[0]) * less[1]).sum(dim=(1, 2))
-    return loss_T.clamp(min=0)
 
 
 def _grams(columns_KS: Tensor, ranks: Sequence[int]) -> Tensor:

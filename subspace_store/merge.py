@@ -36,6 +36,8 @@ B = TypeVar("B")
 
 TIGHTEST = 8
 """Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
+MOST_THREADS = 8
+"""Modules in work at once, whatever the machine: more would hold a good part of a second basis."""
 WIDE = 2**12
 """Rows of all touched modules above which modules are merged in threads; starting threads costs a millisecond."""
 
@@ -193,7 +195,7 @@ def merge_modules(
 
 def threads(rows: int) -> int:
     """How many modules of so many rows in all (N + D) to work on at once."""
-    return os.cpu_count() or 1 if rows > WIDE else 1
+    return min(os.cpu_count() or 1, MOST_THREADS) if rows > WIDE else 1
 
 
 def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> Iterator[B]:

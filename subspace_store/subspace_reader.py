@@ -143,7 +143,7 @@ class SubspaceReader:
             modules: Only these; default all that the task adapts.
 
         Raises:
-            NotFound: The version does not hold the task.
+            NotFound: The version does not hold the task, or the task does not adapt one of these modules.
 
         Cost:
             Reads the bases of these modules, the task's own coefficients and the transports since they were written;
@@ -153,6 +153,8 @@ class SubspaceReader:
             task = self._find(task_id, number)
             kept = self._read_head(task)
             blocks = self._tensors.task(number, task_id, modules)
+            if unknown := set(modules or ()) - set(blocks):
+                raise NotFound(f"task {task.name} does not adapt {', '.join(sorted(unknown))}", self.storage.url)
             names = sorted(blocks)
             if modules is None:
                 self._tensors.remember_basis(number)

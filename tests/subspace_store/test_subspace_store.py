@@ -494,3 +494,13 @@ def test_an_outage_while_merging_is_unavailable_and_leaves_the_store_usable() ->
         merged(store, {"a": random_adapter(1)}, op_key="k")
     storage.down = False
     assert merged(store, {"a": random_adapter(1)}, op_key="k").number == 1
+
+
+def test_some_modules_of_a_task_are_read_alone_and_a_name_it_does_not_adapt_is_refused() -> None:
+    store = opened()
+    merged(store, {"a": random_adapter(1)})
+    whole, one = store.adapter("a", 1), store.adapter("a", 1, modules=["layer.0.value"])
+    assert list(one.modules) == ["layer.0.value"]
+    assert torch.equal(one.modules["layer.0.value"].u_NR, whole.modules["layer.0.value"].u_NR)
+    with pytest.raises(NotFound, match=r"does not adapt layer\.9"):
+        store.adapter("a", 1, modules=["layer.9"])
