@@ -144,7 +144,10 @@ class TaskBlock:
 
 @dataclass(frozen=True)
 class _Moving:
-    """A block as it was last written, float32, and the way from there to now."""
+    """A block as it was last written, float32, and the way from there to now.
+
+    `known_grams`, where a merge has kept them up, are those of now; else they are computed when somebody asks.
+    """
 
     block: TaskBlock
     transport: Transport | None = None
@@ -177,7 +180,12 @@ class _Moving:
 
 @dataclass(frozen=True)
 class ModuleTasks:
-    """The coefficients of all tasks that adapt one module, oldest task first."""
+    """The coefficients of all tasks that adapt one module, oldest task first.
+
+    Say tasks a, b, c were merged one after another, and R2, R3 led from each basis to the next. The blocks may then be
+    (a in P1, by R3·R2), (b in P2, by R3), (c in P3). The next merge multiplies R4 to each of the three ways and touches
+    no coefficient; `settled` is all of them written in the basis of now; `joined` makes one block of neighbours.
+    """
 
     blocks: tuple[_Moving, ...] = ()
 

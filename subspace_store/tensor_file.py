@@ -83,7 +83,7 @@ def write_tensors(
     Cost:
         Memory for one part beside what the storage buffers.
     """
-    # 4 dimensions of the widest number, and types of 3 letters: the real head is never longer.
+    # Two dimensions and offsets of the widest number, types of three letters: the real head is never longer.
     room = len(
         _head(
             kind,
