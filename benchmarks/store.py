@@ -468,6 +468,7 @@ def _cell(value: Any) -> str:
 
 
 def accuracy(arguments: argparse.Namespace) -> Row:
+    """Error of ΔW and accuracy of adapters trained on real tasks, merged in every way."""
     from benchmarks.real_adapters import measure
 
     return measure(arguments.data, arguments.adapters, arguments.sets, say, show)
