@@ -50,7 +50,8 @@ class Ours:
     def absorb(self, factors: Factors) -> None:
         name = str(len(self.module.tasks.task_ids))
         incoming = {name: canonical_update(factors.b_NR, factors.a_RD, 1.0)}
-        self.module = merge_module(self.module, incoming, self.settings).after
+        merge = merge_module(self.module, incoming, self.settings)
+        self.module = ModuleSubspace(merge.basis, merge.settle()[0])
 
     def factors(self, task: int) -> Factors:
         update = reconstruct({"": self.module}, str(task))[""]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.coefficients import ModuleTasks
 from subspace_store.merge import ModuleBasis, ModuleSubspace, Tally, merge_modules
 from subspace_store.subspace_math import orthonormalise, update_energy
 from subspace_store.version import SubspaceState
@@ -58,7 +57,7 @@ def forecast(
         return ModuleSubspace(tensors.module_basis(parent, name), tasks[name]) if name in homes else None
 
     for name, merge in merge_modules(read, adapters, settings):
-        tally.add(tasks.get(name, ModuleTasks()), merge)
+        tally.add(merge, merge.settle()[1])
         before = (0, 0)
         if name in homes:
             basis = tensors.module_basis(parent, name)
@@ -66,9 +65,9 @@ def forecast(
             for id_, adapter in adapters.items():
                 if name in adapter.modules:
                     spanned[id_] += spanned_energy(basis, adapter.modules[name])
-        ranks[name] = before, merge.after.basis.ranks
+        ranks[name] = before, merge.basis.ranks
     for name in homes.keys() - ranks.keys():
-        tally.add(tasks[name], None)
+        tally.add_untouched(tasks[name])
     drift = tally.drift
     energy = {id_: sum(update_energy(update) for update in a.modules.values()) for id_, a in adapters.items()}
     return Forecast(

@@ -75,13 +75,31 @@ class ModuleSubspace:
 
 @dataclass(frozen=True)
 class ModuleMerge:
-    """What one merge made of one module. `lost_T` belongs to the tasks before, `missed_T` to those that arrived."""
+    """What one merge made of one module.
 
-    after: ModuleSubspace
+    Args:
+        transport: To the new basis.
+        dropped: To the directions that the new basis lacks.
+        arrivals: The tasks that arrived, in the new basis, as they are to be written.
+        missed_T: ‖ΔW‖² − ‖ΔŴ‖² of each of them.
+        before: The tasks that were there.
+    """
+
+    basis: ModuleBasis
     transport: Transport
+    dropped: Transport
     arrivals: TaskBlock
-    lost_T: Tensor
     missed_T: Tensor
+    before: ModuleTasks
+
+    def settle(self) -> tuple[ModuleTasks, Tensor]:
+        """All tasks in the new basis, and what each that was there lost.
+
+        The only part that costs more with more tasks. The new basis does not wait for it, so a caller may do it while
+        the basis is being written.
+        """
+        moved, lost_T = self.before.truncated(self.transport, self.dropped)
+        return moved.joined(self.arrivals), lost_T
 
 
 class Tally:
@@ -93,14 +111,17 @@ class Tally:
         self._missed: dict[tuple[str, ...], Tensor] = {}
         self._delivered: dict[tuple[str, ...], Tensor] = {}
 
-    def add(self, before: ModuleTasks, merge: ModuleMerge | None) -> None:
-        """One module; None if the merge does not touch it."""
-        delivered_T = before.delivered_T
-        _add(self._lost, before.task_ids, torch.zeros_like(delivered_T) if merge is None else merge.lost_T)
-        _add(self._delivered, before.task_ids, delivered_T)
-        if merge is not None:
-            _add(self._missed, merge.arrivals.task_ids, merge.missed_T)
-            _add(self._delivered, merge.arrivals.task_ids, merge.arrivals.delivered_T)
+    def add(self, merge: ModuleMerge, lost_T: Tensor) -> None:
+        """A module that the merge touches, and what `settle` says that the tasks before lost."""
+        _add(self._lost, merge.before.task_ids, lost_T)
+        _add(self._delivered, merge.before.task_ids, merge.before.delivered_T)
+        _add(self._missed, merge.arrivals.task_ids, merge.missed_T)
+        _add(self._delivered, merge.arrivals.task_ids, merge.arrivals.delivered_T)
+
+    def add_untouched(self, tasks: ModuleTasks) -> None:
+        """A module that the merge does not touch."""
+        _add(self._lost, tasks.task_ids, torch.zeros_like(tasks.delivered_T))
+        _add(self._delivered, tasks.task_ids, tasks.delivered_T)
 
     @property
     def delivered(self) -> dict[str, float]:
@@ -160,18 +181,19 @@ def merge_adapters(
         Share (arXiv:2602.06043) for the subspace; weighted bases instead of all reconstructions after Ross et al.,
         Incremental learning for robust visual tracking (2008).
     """
-    tally, results = Tally(), dict(merge_modules(modules.get, adapters, settings))
-    for name, module in modules.items():
-        tally.add(module.tasks, results.get(name))
-    for name, result in results.items():
-        if name not in modules:
-            tally.add(ModuleTasks(), result)
-    return Merge(
-        {**modules, **{name: result.after for name, result in results.items()}},
-        {name: result.transport for name, result in results.items() if name in modules},
-        {name: result.arrivals for name, result in results.items()},
-        tally,
-    )
+    tally, after = Tally(), dict(modules)
+    transports: dict[str, Transport] = {}
+    arrivals: dict[str, TaskBlock] = {}
+    for name, merge in merge_modules(modules.get, adapters, settings):
+        tasks, lost_T = merge.settle()
+        tally.add(merge, lost_T)
+        after[name] = ModuleSubspace(merge.basis, tasks)
+        arrivals[name] = merge.arrivals
+        if name in modules:
+            transports[name] = merge.transport
+    for name in modules.keys() - arrivals.keys():
+        tally.add_untouched(modules[name].tasks)
+    return Merge(after, transports, arrivals, tally)
 
 
 def merge_modules(
@@ -259,16 +281,16 @@ def merge_module(
         inward.energy_J[:k_in].clone(),
     )
     transport, dropped = to_full.split(k_out, k_in)
-    moved, lost_T = before.tasks.truncated(transport, dropped)
     exact = arriving.first(k_out, k_in)
     arrivals = exact.rounded()
     return ModuleMerge(
-        after=ModuleSubspace(basis, moved.joined(arrivals)),
+        basis=basis,
         transport=transport,
+        dropped=dropped,
         arrivals=arrivals,
-        lost_T=lost_T,
         # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
         missed_T=(exact.delivered_T - exact.kept()).clamp(min=0),
+        before=before.tasks,
     )
 
 

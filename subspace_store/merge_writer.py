@@ -7,15 +7,18 @@ moment holds two of them. Until a record names the version, its files are garbag
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from configs.settings import SubspaceSettings
 from subspace_store import blobs
 from subspace_store.adapter import Adapter
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merge import ModuleBasis, ModuleSubspace, Tally, in_order, merge_modules
+from subspace_store.merge import ModuleBasis, ModuleMerge, ModuleSubspace, Tally, in_order, merge_modules
 from subspace_store.storage import Storage
 from subspace_store.tensor_file import AT_ONCE, Part
 from subspace_store.version import BlobRef, MergedTask, SubspaceState, Version
@@ -86,16 +89,16 @@ def write_version(
         content = arrival.content
         return content if isinstance(content, BlobRef) else blobs.write_blob(storage, epoch, content)
 
-    # Side by side: each waits for the storage twice, to write and to read back.
-    transport, coefficients, *adapters = in_order(
-        lambda write: write(),
-        [
-            partial(blobs.write_transports, storage, epoch, merging.transports),
-            partial(blobs.write_coefficients, storage, epoch, merging.arrived),
-            *(partial(kept, arrival) for arrival in arrivals),
-        ],
-        AT_ONCE,
-    )
+    # Side by side: each file waits for the storage twice, to be written and read back, and the processor is free.
+    jobs: list[Callable[[], Any]] = [
+        partial(blobs.write_transports, storage, epoch, merging.transports),
+        partial(blobs.write_coefficients, storage, epoch, merging.arrived),
+        *(partial(kept, arrival) for arrival in arrivals),
+        *(merge.settle for merge in merging.merges.values()),
+    ]
+    transport, coefficients, *rest = in_order(lambda job: job(), jobs, AT_ONCE)
+    adapters = rest[: len(arrivals)]
+    merging.settle(rest[len(arrivals) :])
     line = state.lineage(parent)
     snapshot = None
     if _snapshot_is_due(line, transport, merging):
@@ -159,12 +162,13 @@ class _Merging:
         self._before = tensors.take_basis(parent)
         self.bases = {name: self._before[name] for name in self.elsewhere if name in self._before}
         self.ranks = {name: ranks for name, (_, ranks) in tensors.shapes(parent).items() if name in self.elsewhere}
+        self.merges: dict[str, ModuleMerge] = {}
         self.transports: dict[str, Transport] = {}
         self.arrived: dict[str, TaskBlock] = {}
         self.tally = Tally()
         self.seconds = 0.0
         for name in self.elsewhere:
-            self.tally.add(self.tasks[name], None)
+            self.tally.add_untouched(self.tasks[name])
 
     def write_basis(self, storage: Storage, epoch: int) -> BlobRef:
         """Merge and write. The basis that comes out is whole in memory only if all of the old one was."""
@@ -173,19 +177,24 @@ class _Merging:
             self.bases = {}
         return ref
 
+    def settle(self, settled: Sequence[tuple[ModuleTasks, Tensor]]) -> None:
+        """Take over what `settle` said of each merge, in their order."""
+        for (name, merge), (tasks, lost_T) in zip(self.merges.items(), settled, strict=True):
+            self.tasks[name] = tasks
+            self.tally.add(merge, lost_T)
+
     def _parts(self) -> Iterator[Part]:
         started = time.perf_counter()
         for name, merge in merge_modules(self._read, self._adapters, self._settings):
-            self.tally.add(self.tasks.get(name, ModuleTasks()), merge)
+            self.merges[name] = merge
             if name in self._homes:
                 self.transports[name] = merge.transport
             self.arrived[name] = merge.arrivals
-            self.tasks[name] = merge.after.tasks
-            self.bases[name] = merge.after.basis
-            self.ranks[name] = merge.after.basis.ranks
-            blobs.check_basis(merge.after.basis, f"merging {name}")
+            self.bases[name] = merge.basis
+            self.ranks[name] = merge.basis.ranks
+            blobs.check_basis(merge.basis, f"merging {name}")
             self.seconds += time.perf_counter() - started
-            yield blobs.pack_basis(name, merge.after.basis)
+            yield blobs.pack_basis(name, merge.basis)
             started = time.perf_counter()
 
     def _read(self, name: str) -> ModuleSubspace | None:

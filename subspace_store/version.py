@@ -84,7 +84,7 @@ class Version:
         drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each task that was there before, in the order of
             `SubspaceState.tasks_at(parent)`, seven decimals; empty if nothing was truncated. See `SubspaceState.drift`.
         bytes_written: All blobs of this merge.
-        merge_seconds: Time of the mathematics.
+        merge_seconds: Time of the mathematics that the new basis waits for.
         snapshot: File with all coefficients as of this version, every so often in a lineage, so that a reader need
             not start at version 1; None otherwise.
         remakes: The version that this one is made again from, without `removed`; None for an ordinary merge.
