@@ -99,7 +99,7 @@ def test_the_merged_updates_equal_the_full_svd_of_all_reconstructions(store: Sub
                 u, s, v = update.u_NR.double(), update.sigma_R.double(), update.v_DR.double()
                 weight = 1 / s.norm()
                 sides[task.task_id] = (weight * u * s, weight * v * s)
-            ranks = version.ranks[module]
+            ranks = store.ranks(version.number)[module]
             bases = [
                 torch.linalg.svd(torch.cat([pair[side] for pair in sides.values()], dim=1), full_matrices=False)[0]
                 for side in (0, 1)
