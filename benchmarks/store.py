@@ -61,6 +61,7 @@ from subspace_store import (  # noqa: E402
     canonical_update,
     open_storage,
 )
+from subspace_store.merge import merge_adapters  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/store.json"
 THREADS = 2
@@ -73,6 +74,8 @@ WIDTH, RANK, K = 768, 8, 32
 SHARED, OWN = 24, 0.05
 """Directions that all tasks share, and the size of what each has for itself."""
 COUNTS = (8, 64, 256)
+MODULES = 12
+"""Of the whole model."""
 LAST = 9
 """Merges up to and including the T-th of which our time is the median."""
 ONE_BY_ONE_MAX = 64
@@ -108,8 +111,48 @@ def speed(_: argparse.Namespace) -> Row:
     tight = [row | compared(row, tight) for row in tight]
     say(f"the same with {2 * K} shared directions, twice as many as are kept:")
     show(tight)
+    models = whole_models(adapters)
+    say(f"a whole model of {MODULES} such modules, each contestant with both cores:")
+    show(models)
     shape = f"1 module {WIDTH}×{WIDTH}, r = {RANK}, k = {K}, synthetic, {SHARED} shared directions"
-    return {"shape": shape, "rows": rows, "twice_as_many_shared_directions": tight}
+    return {"shape": shape, "rows": rows, "twice_as_many_shared_directions": tight, "whole_model": models}
+
+
+def whole_models(adapters: Sequence[Factors]) -> list[Row]:
+    """The T-th merge of a model of many modules: ours as the store does it, modules in threads; the others one module
+    after another with as many BLAS threads. All modules are alike, which no contestant can make use of."""
+    rows: list[Row] = []
+    ours = Ours((WIDTH, WIDTH), K)
+    vlora = Vlora(K, "absorb") if importlib.util.find_spec("vlora") else None
+    for count, factors in enumerate(adapters, start=1):
+        if count in COUNTS[1:]:
+            full: list[Contestant] = [FullSvd(K) for _ in range(MODULES)]
+            for other in full:
+                other.take_over(ours)  # type: ignore[attr-defined]
+            contestants = {"full SVD": full} | ({"vlora absorb": [copied(vlora) for _ in full]} if vlora else {})
+            seconds = {"ours": _our_model_seconds(ours, factors)}
+            for what, modules in contestants.items():
+                seconds[what] = sum(absorbing(module, factors) for module in modules)
+            rows += [
+                {"T": count, "what": what, "merge_seconds": value, "times_ours": value / seconds["ours"]}
+                for what, value in seconds.items()
+            ]
+        ours.absorb(factors)
+        if vlora is not None:
+            vlora.absorb(factors)
+    return rows
+
+
+def _our_model_seconds(ours: Ours, factors: Factors) -> float:
+    update = canonical_update(factors.b_NR, factors.a_RD, 1.0)
+    modules = {f"m{number}": ours.module for number in range(MODULES)}
+    adapter = Adapter("bench", "", dict.fromkeys(modules, update))
+    seconds = []
+    for _ in range(LAST):
+        started = time.perf_counter()
+        merge_adapters(modules, {"new": adapter}, ours.settings)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def one_by_one(name: str, contestant: Contestant, adapters: Sequence[Factors]) -> Iterator[Row]:
