@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from subspace_store import retention
-from subspace_store.merge import A, B, in_order
+from subspace_store.parallel import A, B, in_order
 from subspace_store.tensor_file import AT_ONCE
 from subspace_store.version import SubspaceState
 from subspace_store.version_log import VersionLog

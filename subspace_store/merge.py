@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +17,7 @@ from torch import Tensor
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
+from subspace_store.parallel import in_order
 from subspace_store.subspace_math import (
     SLACK,
     canonical_in_basis,
@@ -30,9 +27,6 @@ from subspace_store.subspace_math import (
     orthonormalise,
     update_energy,
 )
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 TIGHTEST = 8
 """Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
@@ -218,48 +212,6 @@ def merge_modules(
 def threads(rows: int) -> int:
     """How many modules of so many rows in all (N + D) to work on at once."""
     return min(os.cpu_count() or 1, MOST_THREADS) if rows > WIDE else 1
-
-
-def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> Iterator[B]:
-    """`map`, a few items ahead in threads.
-
-    One BLAS thread in each: more of them wait for each other, on a busy machine a hundred times longer than they work.
-    """
-    waiting = deque[Future[B]]()
-    with _ONE_BLAS_THREAD:
-        if workers < 2:
-            yield from map(function, items)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-
-class _OneBlasThread:
-    """While anybody is inside. The number is the whole process's: the last to leave puts back what the first found."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, 1
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = torch.get_num_threads()
-                torch.set_num_threads(1)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                torch.set_num_threads(self._before)
-
-
-_ONE_BLAS_THREAD = _OneBlasThread()
 
 
 def merge_module(

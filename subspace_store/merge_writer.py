@@ -18,7 +18,8 @@ from configs.settings import SubspaceSettings
 from subspace_store import blobs
 from subspace_store.adapter import Adapter
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merge import ModuleBasis, ModuleMerge, ModuleSubspace, Tally, in_order, merge_modules
+from subspace_store.merge import ModuleBasis, ModuleMerge, ModuleSubspace, Tally, merge_modules
+from subspace_store.parallel import in_order
 from subspace_store.storage import Storage
 from subspace_store.tensor_file import AT_ONCE, Part
 from subspace_store.version import BlobRef, MergedTask, SubspaceState, Version

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from configs.errors import Corrupt, NotFound
 from subspace_store import blobs, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.merge import ModuleBasis, ModuleSubspace, in_order, reconstruct_module, threads
+from subspace_store.merge import ModuleBasis, ModuleSubspace, reconstruct_module, threads
+from subspace_store.parallel import in_order
 from subspace_store.retention import tasks_alive
 from subspace_store.storage import Storage
 from subspace_store.subspace_math import overlap

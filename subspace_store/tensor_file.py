@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import Corrupt, NotFound
+from subspace_store.parallel import in_order
 from subspace_store.storage import Storage
 from subspace_store.version import BlobRef
 
@@ -176,10 +177,7 @@ class TensorFile:
 
     def _each(self, function: Callable[[str], T]) -> list[T]:
         """Of every part; in threads where each is a request of its own."""
-        if self._whole is not None:
-            return [function(name) for name in self.parts]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(function, self.parts))
+        return list(in_order(function, self.parts, AT_ONCE if self._whole is None else 1))
 
     @cached_property
     def _head(self) -> dict[str, Any]:
@@ -233,13 +231,10 @@ def _head(
     """The head of a safetensors file: 8 bytes of length, then JSON, filled with spaces up to `size`."""
     ours = {"format": kind, "info": info, "parts": {name: sha256 for name, _, sha256 in parts}}
     # One metadata value: other readers hand it on as it is.
-    names: dict[str, Any] = {"__metadata__": {"onebasis": json.dumps(ours, sort_keys=False, separators=(",", ":"))}}
+    names: dict[str, Any] = {"__metadata__": {"onebasis": json.dumps(ours, separators=(",", ":"))}}
     for name, layout, _ in parts:
         for tensor, dtype, shape in layout:
-            count = 1
-            for length in shape:
-                count *= length
-            end = offset + count * DTYPES[dtype].itemsize if offset < WIDEST else offset
+            end = offset + math.prod(shape) * DTYPES[dtype].itemsize if offset < WIDEST else offset
             names[f"{name}/{tensor}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
     text = json.dumps(names, separators=(",", ":")).encode()

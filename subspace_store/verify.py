@@ -19,7 +19,8 @@ from configs.errors import Corrupt, InvalidInput, NotFound
 from subspace_store import blobs, retention
 from subspace_store.adapter import ModuleUpdate, adapter_from_bytes
 from subspace_store.coefficients import Transport
-from subspace_store.merge import ModuleBasis, ModuleSubspace, in_order
+from subspace_store.merge import ModuleBasis, ModuleSubspace
+from subspace_store.parallel import in_order
 from subspace_store.storage import Storage
 from subspace_store.subspace_math import orthonormalise, update_energy
 from subspace_store.subspace_store import SubspaceStore

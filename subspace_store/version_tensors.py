@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 
 from subspace_store import blobs
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merge import ModuleBasis, ModuleSubspace, in_order
+from subspace_store.merge import ModuleBasis, ModuleSubspace
+from subspace_store.parallel import in_order
 from subspace_store.storage import Storage
 from subspace_store.tensor_file import AT_ONCE, SMALL_BYTES, TensorFile
 from subspace_store.version import BlobRef, SubspaceState, Version

@@ -10,7 +10,8 @@ from torch import Tensor
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, ModuleUpdate, canonical_update
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merge import ModuleSubspace, in_order, merge_adapters, reconstruct
+from subspace_store.merge import ModuleSubspace, merge_adapters, reconstruct
+from subspace_store.parallel import in_order
 from tests.subspace_store.builders import (
     BASE,
     SHAPES,

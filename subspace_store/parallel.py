@@ -1,0 +1,56 @@
+"""`map` in threads, in order. Knows nothing of what is mapped."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> Iterator[B]:
+    """`map`, a few items ahead in threads.
+
+    One BLAS thread in each: more of them wait for each other, on a busy machine a hundred times longer than they work.
+    """
+    waiting = deque[Future[B]]()
+    with _ONE_BLAS_THREAD:
+        if workers < 2:
+            yield from map(function, items)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+class _OneBlasThread:
+    """While anybody is inside. The number is the whole process's: the last to leave puts back what the first found."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_num_threads(self._before)
+
+
+_ONE_BLAS_THREAD = _OneBlasThread()
