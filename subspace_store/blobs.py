@@ -37,8 +37,13 @@ def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
     Raises:
         Corrupt: The storage gave back other bytes than it took.
     """
-    ref = BlobRef(blob_key(epoch), len(content), digest(content))
-    storage.write(ref.key, content)
+    return write_content(storage, blob_key(epoch), content)
+
+
+def write_content(storage: Storage, key: str, content: bytes) -> BlobRef:
+    """Write bytes under a name of the caller's, read them back and compare. Raises as `write_blob`."""
+    ref = BlobRef(key, len(content), digest(content))
+    storage.write(key, content)
     read_blob(storage, ref)
     return ref
 

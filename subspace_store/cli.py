@@ -72,6 +72,11 @@ class Place:
     """Whether the person gave the address."""
 
     @property
+    def subspace(self) -> SubspaceSettings:
+        """How merges are done: as the service here does them."""
+        return self.settings.subspace if self.settings else SubspaceSettings()
+
+    @property
     def is_served(self) -> bool:
         """Whether a service that runs here writes to this store."""
         if self.settings is None or running_server(Path(self.settings.state_dir)) is None:
@@ -196,7 +201,7 @@ def quarantine(
 ) -> None:
     """Keep a task from being merged again. Versions that hold it stay as they are."""
     place = _place(store, state_dir)
-    task_id = _task_id(place, task)
+    task_id = _task_id(_reader(place), task)
     done = f"task {task_id} will not be merged"
     _change(place, force, as_json, done, "quarantine", task_id=task_id, reason=reason)
 
@@ -207,7 +212,7 @@ def unquarantine(
 ) -> None:
     """Let a quarantined task be merged again."""
     place = _place(store, state_dir)
-    task_id = _task_id(place, task)
+    task_id = _task_id(_reader(place), task)
     _change(place, force, as_json, f"task {task_id} may be merged", "unquarantine", task_id=task_id)
 
 
@@ -296,8 +301,9 @@ def drop_adapters(
 ) -> None:
     """Let go of tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
     place = _place(store, state_dir)
-    task_ids = [_task_id(place, task) for task in tasks]
-    found = droppable(_reader(place).state, task_ids)
+    reader = _reader(place)
+    task_ids = [_task_id(reader, task) for task in tasks]
+    found = droppable(reader.state, task_ids)
     size = sum(task.adapter.size_bytes for task in found.values())
     what = f"{len(found)} adapters, {size / 1e6:.1f} MB"
     if yes and found:
@@ -346,9 +352,8 @@ def forecast(
 
     place = _place(store, state_dir)
     reader = _reader(place)
-    settings = place.settings.subspace if place.settings else SubspaceSettings()
     news = {str(path): read_adapter(path, reader.base_model) for path in adapters}
-    found = SubspaceStore.open(place.storage, settings=settings).forecast(news, reader.resolve(version))
+    found = reader.forecast(news, reader.resolve(version))
     names = {task.task_id: task.name for task in reader.state.tasks_at(found.parent).values()}
 
     def as_text(_: object) -> None:
@@ -381,7 +386,8 @@ def remove(
 ) -> None:
     """Make every version since a task's birth again without it, and move `main` there. No gate is asked."""
     place = _place(store, state_dir)
-    state, task_id = _reader(place).state, _task_id(place, task)
+    reader = _reader(place)
+    state, task_id = reader.state, _task_id(reader, task)
     held = state.tasks_at(state.refs[CANDIDATE])
     if task_id not in held:
         raise NotFound(f"the candidate, version {state.refs[CANDIDATE]}, does not hold {task}", place.storage.url)
@@ -556,8 +562,7 @@ def _as_delivered(place: Place, version: str, rank: int | None) -> tuple[dict[st
     tasks = reader.state.tasks_at(reader.resolve(version))
     if not tasks:
         raise InvalidInput(f"version {version} holds no tasks", place.storage.url)
-    settings = place.settings.subspace if place.settings else SubspaceSettings()
-    return {task: reader.delivered(task) for task in tasks}, settings.model_copy(
+    return {task: reader.delivered(task) for task in tasks}, reader.settings.model_copy(
         update={} if rank is None else {"rank_fixed": rank}
     )
 
@@ -584,14 +589,13 @@ def _reader(place: Place) -> SubspaceStore:
         place.storage.read("FORMAT")
     except NotFound:
         raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
-    return SubspaceStore.open(place.storage)
+    return SubspaceStore.open(place.storage, settings=place.subspace)
 
 
 def _writer(place: Place) -> SubspaceStore:
     reader = _reader(place)
-    settings = place.settings.subspace if place.settings else SubspaceSettings()
     writer = f"command line of {me()}"
-    return SubspaceStore.open(place.storage, settings=settings, base_model=reader.base_model, writer=writer)
+    return SubspaceStore.open(place.storage, settings=place.subspace, base_model=reader.base_model, writer=writer)
 
 
 def _change(place: Place, force: bool, as_json: bool, done: str, operation: str, **arguments: Any) -> None:
@@ -622,13 +626,13 @@ def _is_served(place: Place) -> Conflict:
     )
 
 
-def _task_id(place: Place, reference: str) -> str:
-    tasks = {task for version in _reader(place).state.versions.values() for task in version.added}
+def _task_id(reader: SubspaceStore, reference: str) -> str:
+    tasks = {task for version in reader.state.versions.values() for task in version.added}
     found = sorted({task.task_id for task in tasks if reference in (task.name, task.task_id)})
     if len(found) > 1:
         raise InvalidInput(f"{reference} was merged as several tasks", todo=f"name one of {', '.join(found)}")
     if not found and "/" in reference:
-        raise NotFound(f"no task {reference} was ever merged", place.storage.url, "name its id")
+        raise NotFound(f"no task {reference} was ever merged", reader.storage.url, "name its id")
     return found[0] if found else reference
 
 

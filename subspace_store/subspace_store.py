@@ -103,11 +103,7 @@ class SubspaceStore(SubspaceReader):
         """
         if not key.startswith("staging/"):
             raise InvalidInput("an upload belongs below staging/", key, "use staging/TASK/ATTEMPT/adapter.safetensors")
-        content = adapter_to_bytes(adapter)
-        ref = BlobRef(key, len(content), digest(content))
-        self.storage.write(key, content)
-        blobs.read_blob(self.storage, ref)
-        return ref
+        return blobs.write_content(self.storage, key, adapter_to_bytes(adapter))
 
     def merge(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
         """Merge staged adapters in one step into one version on `candidate`.
