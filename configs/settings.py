@@ -26,6 +26,13 @@ class BaseModelSettings(Section):
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of `model.safetensors` (with shards: of their digests' text, in the order of their names). A worker
     refuses other weights: a subspace belongs to one base model, to the bit. A wrong one is answered with the right."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base weights in memory. LoRA's own numbers are float32 whatever this says."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Base weights in 4 or 8 bits by bitsandbytes; needs a GPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto`: the GPU when there is one. `cpu`: the weights stay in host memory, mapped from the file once per
+    machine, and each task takes to the GPU what it needs (ZeRO-3: its share)."""
 
 
 class StorageSettings(Section):
@@ -73,8 +80,13 @@ class WorkerSettings(Section):
 
     count: int = Field(2, ge=1, le=1000)
     cpus: float = Field(1, gt=0)
-    """CPUs that Ray reserves for each; torch uses as many threads."""
+    """CPUs that Ray reserves for each rank; torch uses as many threads."""
     gpus: float = Field(0, ge=0)
+    """GPUs for each rank."""
+    ranks: int = Field(1, ge=1, le=1024)
+    """Processes that work on one task together: every worker is a gang of this many."""
+    placement: Literal["PACK", "SPREAD"] = "PACK"
+    """Whether Ray puts a gang's ranks on as few or on as many machines as it can."""
     heartbeat_seconds: float = Field(1.0, gt=0)
     lease_seconds: float = Field(60.0, gt=0)
     """A worker that leaves a question unanswered for this long is replaced."""

@@ -16,26 +16,59 @@ from configs.document import NAME_PATTERN, Section, check_document, read_yaml
 from configs.errors import InvalidInput
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Metric = Literal["accuracy", "f1_macro", "matthews_correlation"]
+Kind = Literal["sequence_classification", "sequence_regression", "causal_lm", "image_classification"]
+Metric = Literal[
+    "accuracy",
+    "f1_macro",
+    "matthews_correlation",
+    "pearson",
+    "spearman",
+    "log_likelihood",
+    "exact_match",
+    "rouge_l",
+]
+_CLASSIFICATION: tuple[Metric, ...] = ("accuracy", "f1_macro", "matthews_correlation")
+METRICS: dict[Kind, tuple[Metric, ...]] = {
+    "sequence_classification": _CLASSIFICATION,
+    "sequence_regression": ("pearson", "spearman"),
+    "causal_lm": ("log_likelihood", "exact_match", "rouge_l"),
+    "image_classification": _CLASSIFICATION,
+}
+"""What a kind of task may be judged by; the first is the default. Of all of them more is better."""
+CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification")
 
 
 class DataSpec(Section):
-    """Labelled examples as JSON lines; both files are copied and frozen at submission."""
+    """Examples in files; they are copied and frozen at submission."""
 
     train_file: str | None = None
-    """Training rows (.jsonl or .jsonl.gz), relative to the task file. Read once; gone when the task is trained."""
+    """Training rows, relative to the task file: .jsonl, .csv, .tsv, .parquet, .npz (images), the first three also
+    .gz, or a folder written by `datasets.Dataset.save_to_disk`. Read once; gone when the task is trained."""
     eval_file: str | None = None
     """Evaluation rows, kept while the task lives: every later version is scored on exactly these rows."""
+    eval_fraction: float | None = Field(None, gt=0, lt=1)
+    """Instead of eval_file: this share of the training rows, chosen by a digest of each row's content, is kept for
+    evaluation and not trained on."""
     text_column: str = "text"
     """Key of the text in each row."""
     text_pair_column: str | None = None
     """Key of the second text for pair classification."""
     label_column: str = "label"
-    """Key of the label in each row."""
+    """Key of the label in each row; a number for regression."""
+    prompt_column: str = "prompt"
+    """For causal_lm: key of what the model is given."""
+    completion_column: str = "completion"
+    """For causal_lm: key of what it should answer; the loss is on this alone."""
+    messages_column: str | None = None
+    """For causal_lm instead of the two above: key of a list of {role, content}; the last one is the completion."""
+    image_column: str = "image"
+    """For image_classification: key of the image, H×W or H×W×C of 0 to 255, or an encoded picture's bytes."""
     label_names: tuple[str, ...] = ()
     """The label set, in the order of the classifier's outputs. Rows may hold the name or its index."""
-    max_length: int = Field(128, ge=4, le=8192)
+    max_length: int = Field(128, ge=4, le=131072)
     """Longest input in tokens; longer rows are cut."""
+    max_new_tokens: int = Field(64, ge=1, le=4096)
+    """For causal_lm: longest answer that exact_match and rouge_l let the model generate."""
 
 
 class TrainingSpec(Section):
@@ -47,7 +80,10 @@ class TrainingSpec(Section):
     max_steps: int = Field(-1, ge=-1)
     """Overrides num_train_epochs when positive."""
     per_device_train_batch_size: int = Field(16, ge=1, le=4096)
+    """Rows per rank and micro-batch. All ranks and gradient_accumulation_steps together are one step."""
     gradient_accumulation_steps: int = Field(1, ge=1)
+    auto_find_batch_size: bool = False
+    """When memory runs out, halve the micro-batch and double the accumulation, so that a step sees the same rows."""
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: float = Field(0.0, ge=0)
     """Steps of linear warm-up; below 1 it is a share of all steps, as in transformers 5."""
@@ -57,6 +93,8 @@ class TrainingSpec(Section):
     seed: int = Field(42, ge=0, lt=2**32)
     bf16: bool = False
     gradient_checkpointing: bool = False
+    save_steps: float = Field(500, gt=0)
+    """A checkpoint after every so many steps; below 1 it is a share of all steps."""
     deepspeed: dict[str, Any] | None = None
     """A DeepSpeed configuration, or in a task file the path of its JSON file; passed through untouched with its
     `auto` values (see configs/deepspeed/)."""
@@ -75,10 +113,25 @@ class LoraSpec(Section):
 class MethodSpec(Section):
     """How the adapter comes about."""
 
-    name: Literal["lora", "import"] = "lora"
-    """`lora` trains a PEFT LoRA; `import` takes the PEFT folder in `adapter` as it is."""
+    name: Literal["lora", "share", "codyra", "auto", "import"] = "lora"
+    """`lora` trains a PEFT LoRA; `share` coefficients in the subspace's basis (and temporary columns beside it);
+    `codyra` a LoRA with gates that choose the rank of each module; `auto` takes `share` when the basis spans such
+    tasks already, else `lora`; `import` takes the PEFT folder in `adapter` as it is."""
     adapter: str | None = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
+    start_of_a: Literal["random", "basis"] = "random"
+    """For `lora`: where A starts. `basis`: inside the span of the subspace's basis, which merges with less error."""
+    temporary_columns: int | None = Field(None, ge=0)
+    """For `share`: trainable directions beside the basis, per module and side (φ); 0 trains coefficients alone.
+    Default: a quarter of the basis, at most lora.r."""
+    kappa_max: float = Field(0.005, ge=0)
+    """For `codyra`: the threshold at the end of its ramp, after every step."""
+    dense_fraction: float = Field(0.5, ge=0, lt=1)
+    """For `codyra`: share of the steps before gates are thresholded."""
+    gate_start: Literal["ones", "normal"] = "ones"
+    """For `codyra`: gates start at 1, or as published from N(0, 1), which alone drops half of them."""
+    refine_epochs: float = Field(0.0, ge=0, le=100)
+    """After merging, the task's own coefficients are trained for this long on its own rows, the basis frozen."""
 
 
 class GateSpec(Section):
@@ -95,8 +148,9 @@ class TaskSpec(Section):
     name: Name
     base_model: str
     """Name of the base model in the settings of the service."""
-    kind: Literal["sequence_classification"] = "sequence_classification"
+    kind: Kind = "sequence_classification"
     metric: Metric = "accuracy"
+    """What a version is judged by; the kind's other metrics are reported beside it. Default: the kind's first."""
     data: DataSpec
     training: TrainingSpec = TrainingSpec()
     lora: LoraSpec = LoraSpec()
@@ -107,18 +161,36 @@ class TaskSpec(Section):
     client_key: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     """Submitting again with the same key is the same task. Default: a digest of this document and its data."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_metric(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "metric" not in values:
+            kind = values.get("kind", "sequence_classification")
+            return values | {"metric": METRICS.get(kind, _CLASSIFICATION)[0]}
+        return values
+
     @model_validator(mode="after")
     def _parts_fit(self) -> TaskSpec:
-        if self.method.name == "import":
-            if not self.method.adapter:
+        data, method = self.data, self.method
+        if self.metric not in METRICS[self.kind]:
+            raise ValueError(f"metric '{self.metric}' is none of kind '{self.kind}': {', '.join(METRICS[self.kind])}")
+        needs_labels = self.kind in CLASSIFICATION_KINDS
+        if data.eval_file and data.eval_fraction:
+            raise ValueError("data.eval_file and data.eval_fraction exclude each other")
+        if method.name == "import":
+            if not method.adapter:
                 raise ValueError("method.name 'import' needs method.adapter, the PEFT folder")
-            if self.data.eval_file and len(self.data.label_names) < 2:
+            if data.eval_file and needs_labels and len(data.label_names) < 2:
                 raise ValueError("data.eval_file of an import needs data.label_names, in the order of the outputs")
-        elif not self.data.train_file or not self.data.eval_file:
-            raise ValueError(f"method.name '{self.method.name}' needs data.train_file and data.eval_file")
-        elif len(self.data.label_names) < 2:
+        elif not data.train_file or not (data.eval_file or data.eval_fraction):
+            raise ValueError(
+                f"method.name '{method.name}' needs data.train_file and data.eval_file (or data.eval_fraction)"
+            )
+        elif needs_labels and len(data.label_names) < 2:
             raise ValueError("data.label_names must list at least two labels")
-        if len(set(self.data.label_names)) != len(self.data.label_names):
+        if not needs_labels and data.label_names:
+            raise ValueError(f"kind '{self.kind}' has no data.label_names")
+        if len(set(data.label_names)) != len(data.label_names):
             raise ValueError("data.label_names has duplicates")
         return self
 

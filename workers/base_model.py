@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput, Unavailable
 from configs.settings import BaseModelSettings, is_local
+from configs.task_spec import TaskSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -71,6 +72,10 @@ class BaseModel:
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(N, D) of every linear layer that may be adapted, by its name in the task model."""
         return dict(self._shapes)
+
+    def task_model(self, spec: TaskSpec, seed: int = 0) -> Any:
+        """A task's model around the shared weights; see `classifier_for`."""
+        return self.classifier_for(spec.data.label_names, seed)
 
     def classifier_for(self, label_names: Sequence[str], seed: int = 0) -> Any:
         """A task model around the shared weights.

@@ -19,6 +19,7 @@ from configs.task_spec import DataSpec, Metric
 from subspace_store.adapter import Adapter
 from subspace_store.peft_format import to_peft
 from workers.base_model import BaseModel
+from workers.features import tokenize
 from workers.peft_model import put_tensors, with_lora
 from workers.task_data import Row
 
@@ -36,13 +37,6 @@ class Score:
     @property
     def count(self) -> int:
         return len(self.correct)
-
-
-def tokenize(tokenizer: Any, rows: Sequence[Row], length_max: int, **options: Any) -> Any:
-    """Rows to token ids, cut at length_max; pairs as pairs."""
-    texts = [row.text for row in rows]
-    pairs = [row.text_pair or "" for row in rows] if rows and rows[0].text_pair is not None else None
-    return tokenizer(texts, pairs, truncation=True, max_length=length_max, **options)
 
 
 def score_rows(

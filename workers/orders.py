@@ -25,7 +25,12 @@ class Train:
     eval_key: str
     """Storage key of the frozen evaluation rows; empty when an import brought none."""
     staging_key: str
-    """Where to put the adapter: `staging/<task>/<attempt>-<token>/adapter.safetensors`."""
+    """Where to put the adapter: `staging/<task>/<attempt>-<token>/adapter.safetensors`. Checkpoints go beside it; those
+    of the task's earlier attempts are found below `staging/<task>/`."""
+    results_key: str = ""
+    """Where to put what each evaluation row scored with the adapter before merging; empty: nowhere."""
+    refine_version: int = 0
+    """Above 0: instead of method.name, train the task's own coefficients in this version's frozen basis."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Evaluate:
     version: int
     spec: TaskSpec
     eval_key: str
+    results_key: str = ""
+    """Where to put what each evaluation row scored; empty: nowhere."""
 
 
 Order = Train | Evaluate
@@ -72,6 +79,16 @@ class Trained:
     seconds: float
     first_step_at: float
     """Unix time at which the first optimisation step began; 0 for an import."""
+    method: str = ""
+    """What `auto` chose, else method.name."""
+    trainable_parameters: int = 0
+    """Numbers that were trained, the head not counted."""
+    basis_version: int = 0
+    """Version whose basis was leased for training; 0 when none was."""
+    resumed_from: int = 0
+    """Step of the checkpoint that this attempt went on from; 0: from the start."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """All metrics of the kind for the adapter before merging, by name; the task's own is `local_score`."""
     log_lines: tuple[str, ...] = ()
     """Lines that no heartbeat has fetched."""
 
@@ -84,6 +101,8 @@ class Evaluated:
     score: float
     count: int
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """All metrics of the kind, by name; the task's own is `score`."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,8 @@ class Failed:
 
     token: str
     fault: str
-    """`input` (the user's: never retried), `bug` (ours), `cancelled`; or `lost`, which the controller says."""
+    """`input` (the user's: never retried), `bug` (ours), `cancelled`, `preempted` (a checkpoint was written; costs no
+    budget), or `lost` (a machine; the controller says it, or a gang of one of its ranks)."""
     message: str
     detail: str = ""
     """Traceback, for `bug`."""
@@ -115,6 +135,10 @@ class Progress:
     loss: float = float("nan")
     learning_rate: float = float("nan")
     samples_per_second: float = float("nan")
+    tokens_per_second: float = float("nan")
+    """Of all ranks, padding not counted; NaN for images."""
+    memory_bytes: int = 0
+    """Most memory taken so far by one rank: the GPU's, or the process's where there is none."""
     seconds_left: float = float("nan")
     first_step_at: float = 0.0
     log_lines: tuple[str, ...] = field(default=())

@@ -24,12 +24,13 @@ from subspace_store.storage import Storage
 from subspace_store.version import BlobRef
 from workers.base_model import BaseModel
 from workers.deepspeed_engine import deepspeed_process
-from workers.evaluation import Score, adapted_classifier, score_rows, tokenize
-from workers.methods import import_adapter, lora
+from workers.evaluation import Score, adapted_classifier, score_rows
+from workers.features import collator
+from workers.methods import Given, Method, import_adapter, lora
 from workers.orders import Progress, Train, Trained
 from workers.task_data import Row, read_rows
 
-METHODS: dict[str, Any] = {"lora": lora, "import": import_adapter}
+METHODS: dict[str, Method] = {"lora": lora, "import": import_adapter}
 LOG_LINES_PER_TASK = 50
 
 Report = Callable[[Progress], None]
@@ -76,7 +77,7 @@ def train_task(
     with deepspeed_process(spec.training.deepspeed):
         report(Progress(order.token, "loading", log_lines=(f"task {order.task_id}: method {spec.method.name}",)))
         frozen = storage.read(order.train_key) if order.train_key else b""
-        prepared = method.prepare(base, spec, frozen)
+        prepared = method.prepare(base, spec, Given(frozen=frozen))
         if method.TRAINS:
             rows = read_rows(frozen, spec.data, "training rows")
             run = fit(prepared, base, rows, spec, order.token, report, cancelled)
@@ -126,18 +127,13 @@ def fit(
         Cancelled: Between two steps.
     """
 
-    def collate(batch: list[Row]) -> Any:
-        encoded = tokenize(base.tokenizer, batch, spec.data.max_length, padding=True, return_tensors="pt")
-        encoded["labels"] = torch.tensor([row.label for row in batch])
-        return encoded
-
     heartbeat = _Heartbeat(token, spec.training, report, cancelled)
     with tempfile.TemporaryDirectory(prefix="onebasis-trainer-") as folder:  # stays empty: nothing is saved
         trainer = Trainer(
             model=model,
             args=training_arguments(spec.training, folder),
             train_dataset=list(rows),
-            data_collator=collate,
+            data_collator=collator(base, spec),
             callbacks=[heartbeat],
         )
         trainer.remove_callback(PrinterCallback)
@@ -157,7 +153,7 @@ def fit(
 def training_arguments(training: TrainingSpec, folder: str) -> TrainingArguments:
     """The task's values under their own names, and what is ours to decide: no saving, no reporting, no evaluation."""
     on_gpu = torch.cuda.is_available()
-    values = training.model_dump(exclude={"gradient_checkpointing"})
+    values = training.model_dump(exclude={"gradient_checkpointing", "auto_find_batch_size", "save_steps"})
     if training.gradient_checkpointing:  # transformers 5 warns of the old name and drops it in 6
         values |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(

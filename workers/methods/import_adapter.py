@@ -11,22 +11,28 @@ from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes
 from subspace_store.peft_format import read_peft_folder
 from workers.base_model import BaseModel
+from workers.methods import NOTHING, Given
 
 TRAINS = False
 
 
-def prepare(base: BaseModel, spec: TaskSpec, frozen: bytes = b"") -> Adapter:
-    """Read what was brought.
+def needs_basis(spec: TaskSpec) -> bool:
+    return False
 
-    Args:
-        frozen: The adapter in canonical form, as admission froze it; empty: read the folder in spec.method.adapter.
+
+def after_step(prepared: Adapter, spec: TaskSpec, step: int, steps: int) -> None:
+    pass
+
+
+def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
+    """Read what was brought: `given.frozen`, or where that is empty the folder in spec.method.adapter.
 
     Raises:
         InvalidInput: See `subspace_store.peft_format.from_peft`.
         Corrupt: The frozen bytes are no adapter.
     """
-    if frozen:
-        return adapter_from_bytes(frozen, "the frozen adapter")
+    if given.frozen:
+        return adapter_from_bytes(given.frozen, "the frozen adapter")
     return read_peft_folder(Path(spec.method.adapter or ""), base.name, base.sha256)
 
 

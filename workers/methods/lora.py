@@ -13,19 +13,25 @@ from configs.task_spec import LoraSpec, TaskSpec
 from subspace_store.adapter import Adapter
 from subspace_store.peft_format import from_peft
 from workers.base_model import BaseModel
+from workers.methods import NOTHING, Given
 from workers.peft_model import with_lora
 
 TRAINS = True
 START_OF_A = "kaiming_uniform"  # PEFT's default; B starts at zero
 
 
-def prepare(base: BaseModel, spec: TaskSpec, frozen: bytes = b"") -> Any:
+def needs_basis(spec: TaskSpec) -> bool:
+    return False
+
+
+def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
+    pass
+
+
+def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     """A PEFT model whose trainable numbers are lora_A, lora_B and the head.
 
     The head and A are drawn from spec.training.seed: the same in every process.
-
-    Args:
-        frozen: The training rows; not needed before the first step.
 
     Raises:
         InvalidInput: A target module that the base model does not have; lists those it has.
@@ -34,7 +40,7 @@ def prepare(base: BaseModel, spec: TaskSpec, frozen: bytes = b"") -> Any:
 
     adapted = target_modules(base, spec.lora)
     transformers.set_seed(spec.training.seed)
-    model = base.classifier_for(spec.data.label_names, spec.training.seed)
+    model = base.task_model(spec, spec.training.seed)
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=spec.lora.r,
