@@ -79,6 +79,8 @@ class Trained:
     seconds: float
     first_step_at: float
     """Unix time at which the first optimisation step began; 0 for an import."""
+    log_lines: tuple[str, ...] = ()
+    """Lines that no heartbeat has fetched."""
     method: str = ""
     """What `auto` chose, else method.name."""
     trainable_parameters: int = 0
@@ -89,8 +91,6 @@ class Trained:
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All metrics of the kind for the adapter before merging, by name; the task's own is `local_score`."""
-    log_lines: tuple[str, ...] = ()
-    """Lines that no heartbeat has fetched."""
 
 
 @dataclass(frozen=True)
