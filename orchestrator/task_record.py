@@ -76,6 +76,16 @@ class TaskRecord(Section):
     adapter_parameters: int = 0
     local_score: float | None = None
     base_score: float | None = None
+    metrics: dict[str, float] = {}
+    """All metrics of the kind for its own adapter before merging."""
+    method: str = ""
+    """What `auto` chose, else the spec's method.name."""
+    trainable_parameters: int = 0
+    """Numbers that were trained, the head not counted."""
+    basis_version: int = 0
+    """Version whose basis was leased for training; 0: none."""
+    resumed_from: int = 0
+    """Step of the checkpoint that the last attempt went on from; 0: from the start."""
 
     merge_key: str = ""
     """Operation key of the merge it is part of: the same merge asked for again is the same version."""

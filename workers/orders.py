@@ -13,6 +13,25 @@ from configs.task_spec import TaskSpec
 
 
 @dataclass(frozen=True)
+class Rank:
+    """Which process of a gang this is. All ranks of a gang get the same order, each with its own rank."""
+
+    index: int = 0
+    size: int = 1
+    master_address: str = "127.0.0.1"
+    """Where rank 0 listens for the others."""
+    master_port: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 alone reports, writes checkpoints and stages the adapter."""
+        return self.index == 0
+
+
+ALONE = Rank()
+
+
+@dataclass(frozen=True)
 class Train:
     """Turn a task into an adapter in staging, and score it before merging."""
 

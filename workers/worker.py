@@ -26,7 +26,7 @@ from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
 from workers.methods import lora
-from workers.orders import BaseLayout, Evaluate, Evaluated, Failed, Order, Outcome, Progress, Train
+from workers.orders import ALONE, BaseLayout, Evaluate, Evaluated, Failed, Order, Outcome, Progress, Rank, Train
 from workers.task_data import Row, read_rows
 from workers.training import Cancelled, check_lengths, fit, score_adapter, train_task
 
@@ -70,8 +70,11 @@ class Worker:
         base = self._thread.submit(self._base_model).result()
         return BaseLayout(base.sha256, base.module_shapes(), base.length_max)
 
-    def run(self, order: Order) -> Outcome:
+    def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
         """Do an order, or wait for the one with the same token.
+
+        Args:
+            rank: This process's place in its gang; every rank of the gang must get the order.
 
         Returns:
             `Trained`, `Evaluated` or `Failed`. The user's mistakes and our bugs are outcomes, not exceptions.
@@ -82,7 +85,7 @@ class Worker:
         with self._lock:
             future = self._outcomes.get(order.token)
             if future is None:
-                future = self._outcomes[order.token] = self._thread.submit(self._outcome, order)
+                future = self._outcomes[order.token] = self._thread.submit(self._outcome, order, rank)
             self._outcomes.move_to_end(order.token)
             self._forget_old()
         return future.result()
@@ -116,11 +119,11 @@ class Worker:
                 return
             del self._outcomes[token]
 
-    def _outcome(self, order: Order) -> Outcome:
+    def _outcome(self, order: Order, rank: Rank) -> Outcome:
         """In the work thread: do the order and turn what goes wrong into an outcome."""
         outcome: Outcome
         try:
-            outcome = self._do(order)
+            outcome = self._do(order, rank)
         except Cancelled:
             outcome = Failed(order.token, "cancelled", "cancelled while it was running")
         except InvalidInput as error:
@@ -140,7 +143,7 @@ class Worker:
                 self._cancelled.discard(order.token)
         return outcome if isinstance(outcome, Evaluated) else replace(outcome, log_lines=lines)
 
-    def _do(self, order: Order) -> Outcome:
+    def _do(self, order: Order, rank: Rank) -> Outcome:
         def cancelled() -> bool:
             return order.token in self._cancelled
 
