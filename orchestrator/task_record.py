@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from enum import StrEnum
+
+from pydantic import Field
 
 from configs.document import Section
 from configs.task_spec import TaskSpec
@@ -76,7 +79,7 @@ class TaskRecord(Section):
     adapter_parameters: int = 0
     local_score: float | None = None
     base_score: float | None = None
-    metrics: dict[str, float] = {}
+    metrics: Mapping[str, float] = Field(default_factory=dict)
     """All metrics of the kind for its own adapter before merging."""
     method: str = ""
     """What `auto` chose, else the spec's method.name."""
