@@ -22,7 +22,7 @@ from subspace_store.reorder import reorder
 from subspace_store.variants import Variant, merge_all
 from workers.base_model import BaseModel, load_base_model
 from workers.methods import lora
-from workers.task_data import Row, read_rows
+from workers.task_data import TextRow, read_rows
 from workers.training import fit, score_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +181,7 @@ def _train(base: BaseModel, spec: TaskSpec, seed: int, file: Path) -> None:
     print(f"  trained {file.parent.name}/{file.stem} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def _read(spec: TaskSpec, file: str | None, limit: int) -> tuple[Row, ...]:
+def _read(spec: TaskSpec, file: str | None, limit: int) -> tuple[TextRow, ...]:
     assert file is not None
     return read_rows(Path(file).read_bytes(), spec.data, file)[:limit]
 

@@ -21,7 +21,7 @@ from subspace_store.peft_format import to_peft
 from workers.base_model import BaseModel
 from workers.features import tokenize
 from workers.peft_model import put_tensors, with_lora
-from workers.task_data import Row
+from workers.task_data import TextRow
 
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
 
@@ -42,7 +42,7 @@ class Score:
 def score_rows(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Row],
+    rows: Sequence[TextRow],
     data: DataSpec,
     metric: Metric,
     between_batches: Callable[[], None] = lambda: None,
@@ -70,7 +70,7 @@ def score_rows(
             batch = tokenizer.pad(features, padding=True, return_tensors="pt").to(model.device)
             for index, label in zip(chosen, model(**batch).logits.argmax(dim=-1).tolist(), strict=True):
                 predicted[index] = label
-    expected = [row.label for row in rows]
+    expected = [int(row.label) for row in rows]
     value = measure(metric, expected, predicted, len(data.label_names))
     return Score(value, tuple(left == right for left, right in zip(expected, predicted, strict=True)))
 

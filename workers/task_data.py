@@ -15,10 +15,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import InvalidInput
 from configs.task_spec import DataSpec
+
+if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
 
 GZIP_MAGIC = b"\x1f\x8b"
 # A gzip bomb of a few kilobytes unpacks to gigabytes; a file of short texts of this size has millions of rows.
@@ -26,13 +30,45 @@ UNPACKED_BYTES_MAX = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class Row:
-    """One labelled example."""
+class TextRow:
+    """One text, or two, with its label."""
 
     text: str
     text_pair: str | None
+    label: int | float
+    """Index into the task's label_names; for sequence_regression a finite number."""
+
+
+Turn = tuple[str, str]
+"""(role, content) of one message; the role is `system`, `user` or `assistant`."""
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """What a language model is given, and what it should answer."""
+
+    turns: tuple[Turn, ...]
+    """The last turn is the assistant's: the completion, on which alone the loss is. At least one comes before."""
+    is_chat: bool
+    """True: the row had messages, and the tokenizer's chat template applies. False: it had a prompt and a completion,
+    the contents of its two turns, to be joined as they are."""
+
+    @property
+    def completion(self) -> str:
+        return self.turns[-1][1]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRow:
+    """One picture with its label."""
+
+    image: NDArray[uint8]
+    """H×W×C, 0 to 255; C is 1 or 3."""
     label: int
     """Index into the task's label_names."""
+
+
+Row = TextRow | CompletionRow | ImageRow
 
 
 @dataclass(frozen=True)
@@ -67,7 +103,7 @@ def check_rows(path: Path, spec: DataSpec, compare_with: Path | None = None) -> 
     return RowCounts(len(rows), {name: labels[index] for index, name in enumerate(spec.label_names)}, shared)
 
 
-def read_rows(content: bytes, spec: DataSpec, where: str = "rows") -> tuple[Row, ...]:
+def read_rows(content: bytes, spec: DataSpec, where: str = "rows") -> tuple[TextRow, ...]:
     """Read a file's bytes, packed or not.
 
     Raises:
@@ -79,7 +115,7 @@ def read_rows(content: bytes, spec: DataSpec, where: str = "rows") -> tuple[Row,
     return rows
 
 
-def _read_file(path: Path, spec: DataSpec) -> tuple[Row, ...]:
+def _read_file(path: Path, spec: DataSpec) -> tuple[TextRow, ...]:
     try:
         size = path.stat().st_size
         if size > UNPACKED_BYTES_MAX:
@@ -103,14 +139,14 @@ def _unpack(content: bytes, where: str) -> bytes:
     return unpacked
 
 
-def _rows(content: bytes, spec: DataSpec, where: str) -> Iterator[Row]:
+def _rows(content: bytes, spec: DataSpec, where: str) -> Iterator[TextRow]:
     index_of = {name: index for index, name in enumerate(spec.label_names)}
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield _row(line, spec, index_of, f"{where}, row {number}")
 
 
-def _row(line: bytes, spec: DataSpec, index_of: Mapping[str, int], where: str) -> Row:
+def _row(line: bytes, spec: DataSpec, index_of: Mapping[str, int], where: str) -> TextRow:
     try:
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -121,7 +157,7 @@ def _row(line: bytes, spec: DataSpec, index_of: Mapping[str, int], where: str) -
         raise InvalidInput(f"must be a JSON object, not {type(values).__name__}", where)
     text = _text(values, spec.text_column, where)
     pair = _text(values, spec.text_pair_column, where) if spec.text_pair_column else None
-    return Row(text, pair, _label(values, spec, index_of, where))
+    return TextRow(text, pair, _label(values, spec, index_of, where))
 
 
 def _text(values: Mapping[str, Any], column: str, where: str) -> str:
@@ -161,5 +197,5 @@ def _value(values: Mapping[str, Any], column: str, where: str) -> Any:
     return values[column]
 
 
-def _text_digest(row: Row) -> bytes:
+def _text_digest(row: TextRow) -> bytes:
     return hashlib.sha256(json.dumps([row.text, row.text_pair]).encode()).digest()

@@ -28,7 +28,7 @@ from workers.evaluation import Score, adapted_classifier, score_rows
 from workers.features import collator
 from workers.methods import Given, Method, import_adapter, lora
 from workers.orders import Progress, Train, Trained
-from workers.task_data import Row, read_rows
+from workers.task_data import TextRow, read_rows
 
 METHODS: dict[str, Method] = {"lora": lora, "import": import_adapter}
 LOG_LINES_PER_TASK = 50
@@ -114,7 +114,7 @@ def check_lengths(base: BaseModel, spec: TaskSpec) -> None:
 def fit(
     model: Any,
     base: BaseModel,
-    rows: tuple[Row, ...],
+    rows: tuple[TextRow, ...],
     spec: TaskSpec,
     token: str,
     report: Report,
@@ -240,7 +240,7 @@ def _scores(
 def score_adapter(
     base: BaseModel,
     adapter: Adapter,
-    rows: tuple[Row, ...],
+    rows: tuple[TextRow, ...],
     spec: TaskSpec,
     cancelled: Callable[[], bool],
     with_update: bool = True,

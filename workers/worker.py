@@ -27,7 +27,7 @@ from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
 from workers.methods import lora
 from workers.orders import ALONE, BaseLayout, Evaluate, Evaluated, Failed, Order, Outcome, Progress, Rank, Train
-from workers.task_data import Row, read_rows
+from workers.task_data import TextRow, read_rows
 from workers.training import Cancelled, check_lengths, fit, score_adapter, train_task
 
 OUTCOMES_KEPT = 64  # a control plane asks again within minutes; an outcome is a few hundred bytes
@@ -208,7 +208,7 @@ def evaluate_version(
 
 def _rehearse(base: BaseModel) -> None:
     """Train and score two rows, for the imports, kernels and caches that a first use costs (4 s for MiniLM)."""
-    rows = (Row("one", None, 0), Row("two", None, 1))
+    rows = (TextRow("one", None, 0), TextRow("two", None, 1))
     spec = TaskSpec(
         team="rehearsal",
         name="rehearsal",

@@ -16,7 +16,7 @@ from tests.workers.worker_builders import sentiment_rows
 from workers import evaluation
 from workers.base_model import BaseModel
 from workers.evaluation import adapted_classifier, measure, score_rows
-from workers.task_data import Row, read_rows
+from workers.task_data import TextRow, read_rows
 
 Tiny = Callable[[str], BaseModel]
 DATA = DataSpec(label_names=("a", "b", "c"), max_length=16)
@@ -55,7 +55,12 @@ def test_answers_come_back_in_the_order_of_the_rows_though_batches_go_by_length(
     tokenizer = tiny("bert").tokenizer
     words = ["one", "two", "three"]
     model = ByFirstToken({tokenizer.convert_tokens_to_ids(word): label for label, word in enumerate(words)})
-    rows = [Row("three x x x x", None, 2), Row("one", None, 0), Row("two x x x", None, 0), Row("two", None, 1)]
+    rows = [
+        TextRow("three x x x x", None, 2),
+        TextRow("one", None, 0),
+        TextRow("two x x x", None, 0),
+        TextRow("two", None, 1),
+    ]
     score = score_rows(model, tokenizer, rows, DATA, "accuracy")
     assert score.correct == (True, True, False, True)
     assert (score.value, score.count) == (0.75, 4)
@@ -74,7 +79,7 @@ def test_a_score_is_the_same_in_every_run_and_whatever_was_drawn_before(tiny: Ti
 
 def test_dropout_is_off_while_scoring(tiny: Tiny) -> None:
     model = tiny("bert").classifier_for(["a", "b"]).train()
-    score_rows(model, tiny("bert").tokenizer, [Row("x", None, 0)], DATA, "accuracy")
+    score_rows(model, tiny("bert").tokenizer, [TextRow("x", None, 0)], DATA, "accuracy")
     assert not model.training
 
 
@@ -88,7 +93,7 @@ def test_pairs_are_given_to_the_model_as_pairs(tiny: Tiny) -> None:
 
     tokenizer = tiny("bert").tokenizer
     model = Spy({tokenizer.convert_tokens_to_ids("one"): 0})
-    score_rows(model, tokenizer, [Row("one", "two", 0)], DATA, "accuracy")
+    score_rows(model, tokenizer, [TextRow("one", "two", 0)], DATA, "accuracy")
     assert seen[0].tolist() == [[0, 0, 0, 1, 1]]  # [CLS] one [SEP] | two [SEP]
 
 
@@ -101,7 +106,7 @@ def test_a_model_is_asked_before_every_batch_whether_to_stop(tiny: Tiny, monkeyp
         if len(asked) == 2:
             raise KeyboardInterrupt
 
-    rows: Sequence[Row] = [Row("x", None, 0)] * 3
+    rows: Sequence[TextRow] = [TextRow("x", None, 0)] * 3
     with pytest.raises(KeyboardInterrupt):
         score_rows(
             tiny("bert").classifier_for(["a", "b"]), tiny("bert").tokenizer, rows, DATA, "accuracy", stop_at_the_second

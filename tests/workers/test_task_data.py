@@ -14,7 +14,7 @@ import pytest
 from configs.errors import InvalidInput
 from configs.task_spec import DataSpec
 from workers import task_data
-from workers.task_data import Row, RowCounts, check_rows, read_rows
+from workers.task_data import RowCounts, TextRow, check_rows, read_rows
 
 SPEC = DataSpec(label_names=("neg", "pos"))
 PAIRS = DataSpec(label_names=("no", "yes"), text_column="question", text_pair_column="answer", label_column="fits")
@@ -40,7 +40,7 @@ def test_a_label_may_be_its_name_or_its_index_and_an_integer_is_always_an_index(
 
 def test_packed_rows_are_read_like_plain_ones(tmp_path: Path) -> None:
     content = json.dumps({"question": "why?", "answer": "so.", "fits": "yes", "more": 3}).encode()
-    assert read_rows(gzip.compress(content), PAIRS) == read_rows(content, PAIRS) == (Row("why?", "so.", 1),)
+    assert read_rows(gzip.compress(content), PAIRS) == read_rows(content, PAIRS) == (TextRow("why?", "so.", 1),)
 
 
 def test_unicode_line_separators_inside_a_text_do_not_end_the_row() -> None:
