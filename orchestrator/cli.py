@@ -159,6 +159,14 @@ def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJso
 
 
 @command
+def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Take a running task's worker away: it writes a checkpoint, waits in its place, and goes on from there."""
+    answer = Client(state_dir).call("preempt", reference=reference, by=me())
+    show(answer, lambda a: note(f"{a['title']}: {a['state']}" + (", writing a checkpoint" if a["state"] == "training"
+          else "")), as_json)  # fmt: skip
+
+
+@command
 def logs(
     reference: Reference,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task has ended.")] = False,

@@ -50,6 +50,10 @@ class Cluster(Protocol):
         """Tell a worker to stop an order."""
         ...
 
+    def preempt(self, worker: str, token: str) -> None:
+        """Tell a worker to write a checkpoint and stop; training that goes on later starts from there."""
+        ...
+
     def replace(self, worker: str) -> None:
         """End a worker that does not answer; a fresh one takes its name."""
         ...
@@ -117,6 +121,9 @@ class RayCluster:
 
     def cancel(self, worker: str, token: str) -> None:
         self._actor(worker).cancel.remote(token)
+
+    def preempt(self, worker: str, token: str) -> None:
+        self._actor(worker).preempt.remote(token)
 
     def replace(self, worker: str) -> None:
         self._end(worker)

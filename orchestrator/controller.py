@@ -40,7 +40,7 @@ from orchestrator.task_lifecycle import (
     next_step,
 )
 from orchestrator.task_queue import LOG, TaskQueue
-from orchestrator.task_record import TaskRecord, TaskState, staging_key
+from orchestrator.task_record import TaskRecord, TaskState, results_key, staging_key
 from subspace_store import StagedAdapter, Storage, SubspaceStore
 from subspace_store.version import CANDIDATE, MAIN, SubspaceState, TaskScore
 from workers.orders import BaseLayout, Evaluate, Evaluated, Failed, Progress, Train, Trained
@@ -67,8 +67,8 @@ class Seat:
     """When it was last asked what it does."""
     error: str = ""
     """Why its base model cannot be loaded."""
-    cancelled: str = ""
-    """Token that it was told to stop."""
+    told: tuple[str, str] = ("", "")
+    """(`cancel` or `preempt`, token): the last that it was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Controller:
         now = time.time()
         event: Event
         assert isinstance(outcome, Trained | Failed)
-        self._queue.append(order.task_id, [(LOG, line) for line in outcome.log_lines])
+        self._queue.append_log(order.task_id, outcome.log_lines)
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
         else:
@@ -259,16 +259,17 @@ class Controller:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
                 self._queue.append(order.task_id, [(LOG, line) for line in outcome.detail.splitlines()])
         record = self._queue.apply(order.task_id, event)
-        if order.train_key and record.state not in (TaskState.QUEUED, TaskState.TRAINING):
+        if record.state not in (TaskState.QUEUED, TaskState.TRAINING):
             # Strict continual learning: training data is never read again once its task is trained or given up.
-            self._tidy = False
-            self._storage.delete(order.train_key)
-            self._tidy = True
+            tidy, self._tidy = self._tidy, False
+            self._delete_leftovers(f"{order.task_id}/")
+            self._tidy = tidy
         self._changed()
 
-    def _delete_leftovers(self) -> None:
-        """Files of tasks that have ended since, or while the control plane or the storage was away."""
-        files = [*self._storage.keys("data/"), *self._storage.keys("staging/")]
+    def _delete_leftovers(self, of: str = "") -> None:
+        """Files that no task needs any more: of one task, or of all that went on while control plane or storage were
+        away."""
+        files = [key for place in ("data", "staging", "results") for key in self._storage.keys(f"{place}/{of}")]
         records = {record.task_id: record for record in self._queue.tasks()}
         for key in files:
             record = records.get(key.split("/")[1])  # those of tasks that nobody knows stay
@@ -307,9 +308,7 @@ class Controller:
         lease_until = time.time() + self._settings.workers.lease_seconds
         if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
             self._cluster.cancel(seat.name, order.token)
-        self._queue.append(order.task_id, [(LOG, line) for line in progress.log_lines])
-        if numbers["loss"] is not None:
-            self._queue.append_progress(order.task_id, progress.step, progress.loss, progress.learning_rate)
+        self._queue.append_log(order.task_id, progress.log_lines)
 
     def _take_merge(self, flight: Flight, errand: Errand) -> None:
         ids = errand.task_ids
@@ -504,7 +503,8 @@ class Controller:
         waiting = [record for record in missing if record.task_id not in flying]
         for seat, record in zip(self._free_seats(), waiting, strict=False):
             token = f"{version}-{record.task_id}-{len(self._failed_evaluations.get(version, []))}"
-            self._order(seat, Evaluate(token, record.task_id, version, record.spec, record.eval_key))
+            results = results_key(record.task_id, version)
+            self._order(seat, Evaluate(token, record.task_id, version, record.spec, record.eval_key, results))
 
     def _resume(self, training: Sequence[TaskRecord]) -> None:
         """Orders that ran when an earlier control plane died are given again under their token."""
@@ -513,9 +513,8 @@ class Controller:
         for record in training:
             seat = by_name.get(record.worker)
             if record.token in busy:
-                if record.cancel_requested and seat is not None and seat.cancelled != record.token:
-                    seat.cancelled = record.token
-                    self._cluster.cancel(seat.name, record.token)
+                if seat is not None and (record.cancel_requested or record.preempt_requested):
+                    self._tell(seat, "cancel" if record.cancel_requested else "preempt", record.token)
             elif seat is None:
                 failed = TrainingFailed(record.token, "lost", f"{record.worker} is no longer there", time.time())
                 self._queue.apply(record.task_id, failed)
@@ -524,6 +523,12 @@ class Controller:
                 self._order(seat, _train_order(record))
             elif not seat.ready:
                 self._wait_for_a_lease(record)
+
+    def _tell(self, seat: Seat, what: str, token: str) -> None:
+        """Tell a worker to stop, once for each time that it got the order."""
+        if seat.told != (what, token):
+            seat.told = (what, token)
+            (self._cluster.cancel if what == "cancel" else self._cluster.preempt)(seat.name, token)
 
     def _wait_for_a_lease(self, record: TaskRecord) -> None:
         """A worker that had the task before this control plane began, and is not back: give it one lease."""
@@ -597,7 +602,7 @@ class Controller:
     def _order(self, seat: Seat, order: Train | Evaluate) -> None:
         # Sent first: an order that could not be sent must not occupy the seat.
         self._send(Errand("order", seat), lambda: self._cluster.run(seat.name, order))
-        seat.order = order
+        seat.order, seat.told = order, ("", "")
         seat.asked_at = time.time()
 
     def _send(self, errand: Errand, start: Callable[[], Flight]) -> None:
@@ -635,13 +640,15 @@ class Controller:
 
 def _is_done_with(record: TaskRecord, key: str) -> bool:
     """Whether a task will never need one of its files again."""
+    trained = next_step(record) not in (Step.TRAIN, Step.AWAIT_ADAPTER)
     if key == record.train_key:
-        return next_step(record) not in (Step.TRAIN, Step.AWAIT_ADAPTER)
+        return trained
     given_up = record.state in (TaskState.REJECTED, TaskState.CANCELLED)
     parked = record.state is TaskState.PARKED
-    if key == record.eval_key:  # needed as long as a version may be scored that holds the task
+    if key == record.eval_key or key.startswith("results/"):  # needed while a version may be scored that holds the task
         return given_up or (parked and not record.version)
-    return given_up or parked or record.state is TaskState.PUBLISHED
+    # In staging: checkpoints until it is trained, the adapter until no group can fail that has to be merged again.
+    return given_up or parked or record.state is TaskState.PUBLISHED or (trained and key != record.staging_key)
 
 
 def _why_it_vanished(state: SubspaceState, record: TaskRecord) -> str:
@@ -676,4 +683,5 @@ def _train_order(record: TaskRecord) -> Train:
         train_key=record.train_key,
         eval_key=record.eval_key,
         staging_key=staging_key(record.task_id, record.attempt, record.token),
+        results_key=results_key(record.task_id) if record.eval_key else "",
     )

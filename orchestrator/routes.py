@@ -9,6 +9,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "tasks": ("GET", "/tasks"),
     "task": ("GET", "/tasks/{reference:path}"),
     "cancel": ("POST", "/cancel/{reference:path}"),
+    "preempt": ("POST", "/preempt/{reference:path}"),
     "logs": ("GET", "/logs/{reference:path}"),
     "versions": ("GET", "/versions"),
     "version": ("GET", "/versions/{number}"),

@@ -25,7 +25,7 @@ from orchestrator.cluster import Cluster, wait_for
 from orchestrator.controller import Controller
 from orchestrator.forgetting import ForgettingReport, Mean, forgetting_report
 from orchestrator.score_table import ScoreTable, score_table
-from orchestrator.task_lifecycle import CancelRequested
+from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
 from orchestrator.task_queue import LOG, PROGRESS, TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState
 from subspace_store import Storage, SubspaceStore
@@ -116,6 +116,7 @@ class Service:
                 "claim_to_first_step_seconds": _between(record.claimed_at, record.first_step_at),
                 "lost_machines": record.lost_machines,
                 "own_bugs": record.own_bugs,
+                "preemptions": record.preemptions,
             },
             "events": [asdict(event) for event in events],
         }
@@ -128,6 +129,17 @@ class Service:
         if after.state is TaskState.CANCELLED and after.train_key:
             with contextlib.suppress(Unavailable):  # then the next start of the control plane deletes it
                 self._storage.delete(after.train_key)
+        controller.wake()
+        return self._summary(after)
+
+    def preempt(self, reference: str, by: str = "") -> Json:
+        """Have a running task write a checkpoint and go back to the queue; it keeps its place and goes on from there.
+
+        What waits anyway stays as it is: asked twice, it is preempted once.
+        """
+        controller = self._running("preempt")
+        record = self._queue.find(reference)
+        after = self._queue.apply(record.task_id, PreemptRequested(by or "somebody"))
         controller.wake()
         return self._summary(after)
 

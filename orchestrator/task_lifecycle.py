@@ -10,7 +10,8 @@
                                    └──────(j)──────┘
 ```
 (a) claimed by a worker. (b) adapter in staging. (c) machine lost or our own bug, budget left; else parked.
-A user's mistake parks at once. (d) merged into a version on `candidate`. (e) the store refused the adapter.
+A user's mistake parks at once. Or preempted: that costs no budget, the task keeps its place, and its next attempt goes
+on from the checkpoint. (d) merged into a version on `candidate`. (e) the store refused the adapter.
 (f) the gate let its version pass: `main` moved. (g) the gate did not. (h) `main` was rolled back behind it, or
 made again without it. (i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a
 rollback came in between): merged again. Cancelled can be reached until it is part of a merge.
@@ -49,7 +50,7 @@ class TrainingDone:
 
 @dataclass(frozen=True)
 class TrainingFailed:
-    """The worker could not. fault: `input`, `bug`, `cancelled`, or `lost` when the machine is gone."""
+    """The worker could not. fault: one of `workers.orders.Failed`."""
 
     token: str
     fault: str
@@ -121,6 +122,13 @@ class CancelRequested:
     at: float
 
 
+@dataclass(frozen=True)
+class PreemptRequested:
+    """Somebody wants its worker for something else: it shall write a checkpoint and go back to the queue."""
+
+    by: str
+
+
 Event = (
     Claimed
     | TrainingDone
@@ -133,6 +141,7 @@ Event = (
     | RolledBack
     | Restored
     | CancelRequested
+    | PreemptRequested
 )
 
 
@@ -177,6 +186,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 claimed_at=event.at,
                 first_step_at=None,
                 reason="",
+                preempt_requested=False,
             )
         case TrainingDone() | TrainingFailed() if state is not TaskState.TRAINING or _is_stale(record, event):
             return record
@@ -221,6 +231,10 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return _with(record, state=TaskState.PUBLISHED, reason=event.message, version=event.version)
         case CancelRequested():
             return _after_cancel(record, event)
+        case PreemptRequested() if state is TaskState.QUEUED or record.preempt_requested:
+            return record
+        case PreemptRequested() if state is TaskState.TRAINING:
+            return _with(record, preempt_requested=True)
     raise Conflict(
         f"'{type(event).__name__}' cannot happen to a task that is {state}", record.title, "read the task again"
     )
@@ -232,7 +246,16 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         return _end(record, TaskState.CANCELLED, event.message, event.at)
     lost = record.lost_machines + (event.fault == "lost")
     bugs = record.own_bugs + (event.fault == "bug")
-    counted = _with(record, lost_machines=lost, own_bugs=bugs, token="", worker="")
+    preemptions = record.preemptions + (event.fault == "preempted")
+    counted = _with(
+        record,
+        lost_machines=lost,
+        own_bugs=bugs,
+        preemptions=preemptions,
+        preempt_requested=False,
+        token="",
+        worker="",
+    )
     if event.fault == "input":
         return _end(counted, TaskState.PARKED, event.message, event.at)
     if lost > settings.lost_machines_max or bugs > settings.own_bugs_max:

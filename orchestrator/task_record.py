@@ -69,6 +69,10 @@ class TaskRecord(Section):
     claimed_at: float | None = None
     lost_machines: int = 0
     own_bugs: int = 0
+    preemptions: int = 0
+    """How often it gave up its worker, with a checkpoint. For people: no budget pays for it."""
+    preempt_requested: bool = False
+    """Its running attempt shall write a checkpoint and go back to the queue."""
 
     first_step_at: float | None = None
     train_seconds: float | None = None
@@ -113,3 +117,8 @@ def new_task_id(now: float | None = None) -> str:
 def staging_key(task_id: str, attempt: int, token: str) -> str:
     """Where one attempt puts its adapter; no two attempts share a key."""
     return f"staging/{task_id}/{attempt}-{token}/adapter.safetensors"
+
+
+def results_key(task_id: str, version: int = 0) -> str:
+    """Where is kept what each evaluation row scored under a version, or with the task's own adapter before merging."""
+    return f"results/{task_id}/{version or 'local'}.safetensors"

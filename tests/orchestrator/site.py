@@ -68,9 +68,9 @@ class Site:
         self.client.call("submit", document=self.document(title), by="ann")
         return self.wait_for(title, "published")
 
-    def wait_for(self, title: str, state: str) -> dict[str, Any]:
+    def wait_for(self, title: str, state: str, attempt: int = 0) -> dict[str, Any]:
         until = time.monotonic() + 10
-        while (task := self.client.call("task", reference=title))["state"] != state:
+        while (task := self.client.call("task", reference=title))["state"] != state or task["attempt"] < attempt:
             assert time.monotonic() < until, task
             time.sleep(0.01)
         return dict(task)

@@ -21,7 +21,7 @@ from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
 from tests.builders import LAYOUT, adapter
-from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Progress, Train, Trained
+from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Point, Progress, Train, Trained
 
 RowCount = 100
 """Evaluation rows that every score pretends to be measured on."""
@@ -88,15 +88,22 @@ class StandInCluster:
         held = next((order for name, order, _ in self._held if name == worker), None)
         if held is None:
             return _landed(Progress())
-        return _landed(
-            Progress(held.token, "training", 3, 10, loss=0.5, learning_rate=0.001, log_lines=("a line of the log",))
-        )
+        lines = ("a line of the log", Point(1007.0, 3, 0.5, 0.001, steps=10))
+        return _landed(Progress(held.token, "training", 3, 10, loss=0.5, learning_rate=0.001, log_lines=lines))
 
     def cancel(self, worker: str, token: str) -> None:
+        self._stop(worker, token, "cancelled", "cancelled while it was running")
+
+    def preempt(self, worker: str, token: str) -> None:
+        self._stop(worker, token, "preempted", "preempted at step 3")
+
+    def _stop(self, worker: str, token: str, fault: str, message: str) -> None:
         for name, order, future in list(self._held):
             if name == worker and order.token == token:
                 self._held.remove((name, order, future))
-                future.set_result(Failed(token, "cancelled", "cancelled while it was running"))
+                if fault == "preempted" and isinstance(order, Train):
+                    self._storage.write(order.staging_key.replace("adapter.safetensors", "step-3/state"), b"checkpoint")
+                future.set_result(Failed(token, fault, message))
 
     def replace(self, worker: str) -> None:
         with self._lock:

@@ -46,7 +46,7 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 
 def test_the_commands_are_these() -> None:
     running = {"up", "down", "status"}
-    of_tasks = {"submit", "import", "tasks", "task", "cancel", "logs"}
+    of_tasks = {"submit", "import", "tasks", "task", "cancel", "preempt", "logs"}
     of_versions = {"versions", "version", "diff", "rollback", "export", "scores"}
     assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
 

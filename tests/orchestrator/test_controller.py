@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,14 +11,14 @@ import pytest
 
 from configs.errors import Corrupt, NotFound, Unavailable
 from orchestrator.controller import EVALUATION_TRIES
-from orchestrator.task_lifecycle import CancelRequested
-from orchestrator.task_queue import LOG, PROGRESS
+from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
+from orchestrator.task_queue import LOG
 from orchestrator.task_record import TaskState
 from subspace_store import StagedAdapter, SubspaceStore
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
-from workers.orders import Evaluate, Train
+from workers.orders import Evaluate, Point, Train
 
 MakePlant = Callable[..., Plant]
 
@@ -422,6 +421,25 @@ def test_a_cancelled_task_is_not_merged_though_its_worker_finished_first(plant: 
     assert plant.states() == {"red/alpha": "cancelled"}
 
 
+def test_a_preempted_task_is_the_next_again_and_its_checkpoint_is_there_until_it_is_trained(
+    make_plant: MakePlant,
+) -> None:
+    plant = make_plant(workers=1)
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    task, _ = plant.submit("red/alpha", "red/beta")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    checkpoint = plant.cluster.held[0].staging_key.replace("adapter.safetensors", "step-3/state")
+    plant.queue.apply(task.task_id, PreemptRequested("ann"))
+    plant.controller.wake()
+    plant.run(lambda: plant.get("red/alpha").attempt == 2)
+    (order,) = plant.cluster.held  # not red/beta, which is younger
+    assert (order.task_id, plant.get("red/alpha").preemptions) == (task.task_id, 1)
+    assert list(plant.storage.keys(f"staging/{task.task_id}/")) == [checkpoint]
+    plant.cluster.release()
+    plant.run(lambda: plant.get("red/alpha").state is TaskState.MERGING)
+    assert list(plant.storage.keys(f"staging/{task.task_id}/")) == [plant.get("red/alpha").staging_key]
+
+
 def test_training_data_of_a_task_that_was_given_up_is_deleted_too(plant: Plant) -> None:
     plant.cluster.training_faults = {"red/alpha": ["input"]}
     (task,) = plant.submit("red/alpha")
@@ -443,8 +461,7 @@ def test_a_heartbeat_brings_progress_log_lines_and_a_point_of_the_loss_curve(mak
     assert progress["samples_per_second"] is None  # NaN was not measured
     lines = plant.queue.events(task.task_id)
     assert "a line of the log" in [line.text for line in lines if line.kind == LOG]
-    point = next(json.loads(line.text) for line in lines if line.kind == PROGRESS)
-    assert point == {"step": 3, "loss": 0.5, "learning_rate": 0.001}
+    assert Point(1007.0, 3, 0.5, 0.001, steps=10) in plant.queue.curve(task.task_id)
 
 
 def test_a_worker_that_is_silent_for_a_lease_is_replaced_and_its_task_trained_again(make_plant: MakePlant) -> None:

@@ -202,6 +202,25 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
         cluster.release()
 
 
+def test_a_preempted_task_waits_in_its_place_and_asking_again_changes_nothing(site: Site) -> None:
+    cluster = site.plant.cluster
+    cluster.hold = lambda order: isinstance(order, Train)
+    try:
+        for name in ("four", "five", "six"):
+            site.client.call("submit", document=site.document(f"red/{name}"), by="ann")
+        site.wait_for("red/five", "training")
+        assert site.client.call("preempt", reference="red/four", by="ann")["state"] == "training"
+        task = site.wait_for("red/four", "training", attempt=2)  # the oldest is the next again
+        assert task["training"]["preemptions"] == 1
+        assert "now queued · fault preempted · preempted at step 3" in [event["text"] for event in task["events"]]
+        assert site.client.call("preempt", reference="red/six", by="ann")["state"] == "queued"  # it waits anyway
+        for name in ("six", "five", "four"):
+            site.client.call("cancel", reference=f"red/{name}", by="ann")
+            site.wait_for(f"red/{name}", "cancelled")
+    finally:
+        cluster.release()
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, dict[str, Any], type[OnebasisError]]] = [
@@ -217,6 +236,7 @@ WRONG: list[tuple[str, dict[str, Any], type[OnebasisError]]] = [
     ("tasks", {"state": "asleep"}, InvalidInput),
     ("submit", {"document": {"team": "red", "nam": "x"}}, InvalidInput),
     ("cancel", {"reference": "red/alpha", "by": "ann"}, Conflict),
+    ("preempt", {"reference": "red/alpha", "by": "ann"}, Conflict),
 ]
 
 

@@ -20,6 +20,7 @@ from orchestrator.task_lifecycle import (
     Merged,
     MergeRefused,
     MergeUndone,
+    PreemptRequested,
     Restored,
     RolledBack,
     Step,
@@ -193,6 +194,50 @@ def test_j_once_alone_always_alone() -> None:
     assert record.merge_alone is True
 
 
+# --- preempting --------------------------------------------------------------------------------------------------
+
+PREEMPT = PreemptRequested("ann")
+
+
+def test_a_preempted_task_goes_back_to_its_place_and_no_budget_pays_for_it() -> None:
+    record = training()
+    for number in range(1, 9):  # more often than any budget allows
+        asked = after(record, PREEMPT)
+        assert (asked.state, asked.preempt_requested) == (TaskState.TRAINING, True)
+        record = after(asked, TrainingFailed("tok", "preempted", "at step 3", 1010.0))
+        assert (record.state, record.preemptions, record.preempt_requested) == (TaskState.QUEUED, number, False)
+        assert (record.lost_machines, record.own_bugs, record.token, record.worker) == (0, 0, "", "")
+        assert (record.submitted_at, record.reason) == (1000.0, "at step 3")
+        record = after(record, CLAIMED)
+    assert record.attempt == 9
+
+
+def test_a_worker_that_is_lost_before_it_wrote_the_checkpoint_costs_what_a_lost_machine_costs() -> None:
+    record = after(training(), PREEMPT, TrainingFailed("tok", "lost", "gone", 1010.0))
+    assert (record.lost_machines, record.preemptions, record.preempt_requested) == (1, 0, False)
+
+
+def test_a_task_that_finished_before_it_heard_of_its_preemption_is_merged() -> None:
+    assert after(training(), PREEMPT, DONE).state is TaskState.MERGING
+
+
+def test_a_task_that_was_cancelled_too_does_not_go_on() -> None:
+    record = after(training(), PREEMPT, CANCEL, TrainingFailed("tok", "preempted", "at step 3", 1.0))
+    assert record.state is TaskState.CANCELLED
+
+
+@pytest.mark.parametrize("state", [queued, lambda: after(training(), PREEMPT)])
+def test_preempting_what_waits_already_changes_nothing(state: Any) -> None:
+    record = state()
+    assert advance(record, PREEMPT, BUDGETS) is record
+
+
+@pytest.mark.parametrize("state", [merging, begun, evaluating, published, rejected, parked, rolled_back, cancelled])
+def test_what_does_not_run_cannot_be_preempted(state: Any) -> None:
+    with pytest.raises(Conflict, match="'PreemptRequested' cannot happen"):
+        after(state(), PREEMPT)
+
+
 # --- leases ------------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +338,7 @@ def test_the_next_step_is_read_off_the_record_alone() -> None:
 
 
 tokens = st.sampled_from(["1", "2", ""])
-faults = st.sampled_from(["lost", "bug", "input", "cancelled"])
+faults = st.sampled_from(["lost", "bug", "input", "cancelled", "preempted"])
 any_event = st.one_of(
     st.builds(Claimed, tokens, st.just("w"), st.floats(1, 9)),
     st.builds(TrainingDone, tokens.map(trained), st.floats(1, 9)),
@@ -306,6 +351,7 @@ any_event = st.one_of(
     st.builds(RolledBack, st.just("x"), st.floats(1, 9)),
     st.builds(Restored, st.just("x"), st.integers(1, 5)),
     st.builds(CancelRequested, st.just("ann"), st.floats(1, 9)),
+    st.builds(PreemptRequested, st.just("ann")),
 )
 ENDED = (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
 
