@@ -38,6 +38,7 @@ from configs.settings import FailureSettings
 from orchestrator.fair_share import Use
 from orchestrator.task_lifecycle import Event, advance
 from orchestrator.task_record import ENDED_WITHOUT_RESULT, LIVE, TaskRecord, TaskState
+from workers.orders import LogLine, Point
 
 _metadata = MetaData()
 
@@ -76,7 +77,7 @@ _events = Table(
 LOG = "log"
 """Kind of the events that are lines of a task's training log."""
 PROGRESS = "progress"
-"""Kind of the events that are points of a task's loss curve, as JSON."""
+"""Kind of the events that are points of a task's curves, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class TaskEvent:
     at: float
     kind: str
     text: str
+
+
+def point_of(event: TaskEvent) -> Point:
+    """The point that an event of kind `progress` keeps; rows of old know neither their time nor any speed."""
+    return Point(**{"at": event.at} | json.loads(event.text))
 
 
 class TaskQueue:
@@ -227,10 +233,15 @@ class TaskQueue:
             with self._engine.begin() as connection:
                 self._append(connection, task_id, found, time.time())
 
-    def append_progress(self, task_id: str, step: int, loss: float, learning_rate: float) -> None:
-        """Add a point to a task's loss curve."""
-        point = json.dumps({"step": step, "loss": loss, "learning_rate": learning_rate})
-        self.append(task_id, [(PROGRESS, point)])
+    def append_log(self, task_id: str, lines: Iterable[LogLine]) -> None:
+        """Add what a worker told of a task's training. It thins the points itself: fifty for each attempt."""
+        self.append(
+            task_id, [(PROGRESS, _point_text(line)) if isinstance(line, Point) else (LOG, line) for line in lines]
+        )
+
+    def curve(self, task_id: str) -> list[Point]:
+        """The points of a task's curves, of all its attempts, oldest first."""
+        return [point_of(event) for event in self.events(task_id) if event.kind == PROGRESS]
 
     def events(self, task_id: str, after: int = 0) -> list[TaskEvent]:
         """A task's history after an event id, oldest first."""
@@ -332,6 +343,10 @@ def _narrate(record: TaskRecord, event: Event) -> str:
     if record.state is TaskState.MERGING and record.local_score is not None and not record.merge_key:
         facts.append(f"own adapter scores {record.local_score:.4f}")
     return " · ".join([f"now {record.state}", *facts, *([message] if message else [])])
+
+
+def _point_text(point: Point) -> str:
+    return json.dumps({name: value for name, value in vars(point).items() if value == value})  # no NaN in JSON
 
 
 def _engine(database_url: str) -> Engine:

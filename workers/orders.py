@@ -80,6 +80,30 @@ class BaseLayout:
 
 
 @dataclass(frozen=True)
+class Point:
+    """What training told at one step: a line of its log, and a point of its curves."""
+
+    at: float
+    """Unix time."""
+    step: int
+    loss: float
+    """Mean over the steps since the point before."""
+    learning_rate: float
+    steps: int = 0
+    samples_per_second: float = float("nan")
+    tokens_per_second: float = float("nan")
+    memory_bytes: int = 0
+    """These four as in `Progress`."""
+    resumed_from: int = 0
+    """Step of the checkpoint that this attempt went on from; 0: from the start."""
+    machine: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the machine of rank 0, see workers/machine.py."""
+
+
+LogLine = str | Point
+
+
+@dataclass(frozen=True)
 class Trained:
     """The adapter is in staging."""
 
@@ -98,7 +122,7 @@ class Trained:
     seconds: float
     first_step_at: float
     """Unix time at which the first optimisation step began; 0 for an import."""
-    log_lines: tuple[str, ...] = ()
+    log_lines: tuple[LogLine, ...] = ()
     """Lines that no heartbeat has fetched."""
     method: str = ""
     """What `auto` chose, else method.name."""
@@ -135,7 +159,7 @@ class Failed:
     message: str
     detail: str = ""
     """Traceback, for `bug`."""
-    log_lines: tuple[str, ...] = ()
+    log_lines: tuple[LogLine, ...] = ()
     """Lines that no heartbeat has fetched."""
 
 
@@ -160,5 +184,5 @@ class Progress:
     """Most memory taken so far by one rank: the GPU's, or the process's where there is none."""
     seconds_left: float = float("nan")
     first_step_at: float = 0.0
-    log_lines: tuple[str, ...] = field(default=())
+    log_lines: tuple[LogLine, ...] = field(default=())
     """Lines since the heartbeat before."""

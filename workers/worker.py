@@ -26,7 +26,19 @@ from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
 from workers.methods import lora
-from workers.orders import ALONE, BaseLayout, Evaluate, Evaluated, Failed, Order, Outcome, Progress, Rank, Train
+from workers.orders import (
+    ALONE,
+    BaseLayout,
+    Evaluate,
+    Evaluated,
+    Failed,
+    LogLine,
+    Order,
+    Outcome,
+    Progress,
+    Rank,
+    Train,
+)
 from workers.task_data import TextRow, read_rows
 from workers.training import Cancelled, check_lengths, fit, score_adapter, train_task
 
@@ -56,7 +68,7 @@ class Worker:
         self._outcomes: OrderedDict[str, Future[Outcome]] = OrderedDict()
         self._cancelled: set[str] = set()
         self._progress = Progress()
-        self._log_lines: list[str] = []
+        self._log_lines: list[LogLine] = []
 
     def warm(self) -> BaseLayout:
         """Load the base model, take one tiny training step and score one row, so that no task pays for first use.

@@ -24,6 +24,7 @@ from orchestrator.task_lifecycle import (
 from orchestrator.task_queue import LOG, PROGRESS, TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState
 from tests.builders import task_record, trained
+from workers.orders import Point
 
 
 def at_once(count: int, act: Callable[[int], Any]) -> list[Any]:
@@ -227,14 +228,27 @@ class TaskQueueContract:
     def test_a_history_is_read_in_the_order_it_was_written_and_from_any_point(self, queue: TaskQueue) -> None:
         record = task_record()
         queue.add(record)
-        queue.append(record.task_id, [(LOG, f"line {n}") for n in range(20)])
-        queue.append_progress(record.task_id, 5, 0.5, 0.001)
+        queue.append_log(record.task_id, [f"line {n}" for n in range(20)])
         queue.append("t-other", [(LOG, "not mine")])
         events = queue.events(record.task_id)
         assert [event.text for event in events[1:21]] == [f"line {n}" for n in range(20)]
         assert [event.event_id for event in events] == sorted(event.event_id for event in events)
-        assert (events[-1].kind, events[-1].text) == (PROGRESS, '{"step": 5, "loss": 0.5, "learning_rate": 0.001}')
-        assert queue.events(record.task_id, after=events[20].event_id) == events[21:]
+        assert {event.kind for event in events[1:]} == {LOG}
+        assert queue.events(record.task_id, after=events[15].event_id) == events[16:]
+
+    def test_points_of_the_curves_come_back_as_they_were_told_and_stay_readable_where_less_was_kept(
+        self, queue: TaskQueue
+    ) -> None:
+        record = task_record()
+        queue.add(record)
+        queue.append(record.task_id, [(PROGRESS, '{"step": 5, "loss": 0.5, "learning_rate": 0.001}')])  # a row of old
+        told = Point(7.0, 10, 0.25, 0.002, 20, 30.0, memory_bytes=4, resumed_from=5, machine={"cpu": 90.0})
+        queue.append_log(record.task_id, ["a line", told])
+        old, new = queue.curve(record.task_id)
+        assert (old.step, old.loss, old.learning_rate, old.steps) == (5, 0.5, 0.001, 0)
+        assert old.at == queue.events(record.task_id)[1].at
+        assert new == told
+        assert "tokens" not in queue.events(record.task_id)[-1].text  # not measured is left out: JSON knows no NaN
 
     def test_use_is_what_was_trained_since(self, queue: TaskQueue) -> None:
         record = task_record()
