@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import socket
@@ -120,7 +121,8 @@ def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Pope
         return None
     say("starting Ray on this machine")
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
-    cpus = max(os.cpu_count() or 1, round(settings.workers.count * settings.workers.cpus))
+    workers = settings.workers
+    cpus = max(os.cpu_count() or 1, math.ceil(workers.count * workers.ranks * workers.cpus))
     command = [sys.executable, "-m", "orchestrator.ray_head", str(state_dir), str(cpus)]
     return _start(command, state_dir, "ray.log")
 

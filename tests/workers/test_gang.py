@@ -1,0 +1,303 @@
+"""A gang: all ranks get the order, one outcome comes back, and no rank that was left behind goes on working."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from configs.errors import InvalidInput, Unavailable
+from tests.builders import LAYOUT, task_spec, trained
+from workers import gang as gang_module
+from workers.gang import Gang, RankLost
+from workers.orders import Evaluate, Evaluated, Failed, Progress, Rank, Train, Trained
+
+TRAIN = Train("token", "task", 1, task_spec(), "data/train", "data/eval", "staging/task/1-token/adapter.safetensors")
+
+
+@dataclass
+class StandInRank:
+    """One process: remembers what it was asked, answers an order when the test says so."""
+
+    sha256: str = LAYOUT.sha256
+    dead: bool = False
+    silent: bool = False
+    order: Future[Any] = field(default_factory=Future)
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+    calls: list[Future[Any]] = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def die(self) -> None:
+        self.dead = True
+        for call in self.calls:
+            if not call.done():
+                call.set_exception(RankLost("its process died"))
+
+
+class StandInRanks:
+    """Implements workers.gang.Ranks without processes. `make` says what the ranks of each generation are like."""
+
+    def __init__(self, size: int = 2) -> None:
+        self.size = size
+        self.generations: list[list[StandInRank]] = []
+        self.room = True
+        self.make: Callable[[int, int], StandInRank] = lambda generation, index: StandInRank()
+
+    @property
+    def now(self) -> list[StandInRank]:
+        return self.generations[-1]
+
+    def start(self) -> None:
+        if not self.room:
+            raise Unavailable("the cluster has no place")
+        assert all(rank.dead for ranks in self.generations for rank in ranks), "two generations at once"
+        self.generations.append([self.make(len(self.generations), index) for index in range(self.size)])
+
+    def end(self) -> None:
+        for rank in self.now if self.generations else ():
+            rank.die()
+
+    def call(self, index: int, method: str, *args: Any) -> Future[Any]:
+        rank = self.now[index]
+        rank.asked.append((method, *args))
+        call = rank.order if method == "run" else Future()
+        if rank.dead:
+            call = Future()
+            call.set_exception(RankLost("its process died"))
+        elif method != "run" and not rank.silent:
+            call.set_result(self._answer(rank, index, method))
+        rank.calls.append(call)
+        return call
+
+    def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
+        done = wait(calls, timeout_seconds, FIRST_COMPLETED).done
+        return [call for call in calls if call in done]
+
+    def result(self, call: Future[Any]) -> Any:
+        return call.result(0)
+
+    def _answer(self, rank: StandInRank, index: int, method: str) -> Any:
+        if method in ("cancel", "preempt"):
+            rank.stopped.set()
+        return {
+            "meeting_place": (f"10.0.0.{index + 1}", 5000 + index),
+            "warm": type(LAYOUT)(rank.sha256, LAYOUT.module_shapes, LAYOUT.length_max),
+            "progress": Progress("token", "training", 3, 10, loss=0.5, log_lines=(f"a line of rank {index}",)),
+            "pid": 100 * len(self.generations) + index,
+        }.get(method)
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gang_module, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(gang_module, "WATCH_SECONDS", 0.01)
+
+
+@pytest.fixture
+def ranks() -> StandInRanks:
+    return StandInRanks()
+
+
+@pytest.fixture
+def gang(ranks: StandInRanks) -> Iterator[Gang]:
+    gang = Gang(ranks, lease_seconds=5)
+    gang.warm()
+    yield gang
+    ranks.end()
+
+
+class Run:
+    """An order under way in a thread."""
+
+    def __init__(self, gang: Gang, ranks: StandInRanks, order: Any = TRAIN) -> None:
+        self._outcome: Future[Any] = Future()
+        threading.Thread(target=self._do, args=(gang, order), daemon=True).start()
+        while not all(any(asked[0] == "run" for asked in rank.asked) for rank in ranks.now):
+            assert not self._outcome.done(), self._outcome.result()
+            wait([self._outcome], 0.001)
+
+    def _do(self, gang: Gang, order: Any) -> None:
+        try:
+            self._outcome.set_result(gang.run(order))
+        except Exception as error:
+            self._outcome.set_exception(error)
+
+    @property
+    def outcome(self) -> Any:
+        return self._outcome.result(10)
+
+
+def orders(rank: StandInRank) -> list[tuple[Any, ...]]:
+    return [asked for asked in rank.asked if asked[0] == "run"]
+
+
+def test_every_rank_gets_the_order_with_its_own_rank_and_the_place_of_rank_0(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    for rank in ranks.now:
+        rank.order.set_result(trained("token", steps=7))
+    assert isinstance(run.outcome, Trained)
+    assert [orders(rank) for rank in ranks.now] == [
+        [("run", TRAIN, Rank(0, 2, "10.0.0.1", 5000))],
+        [("run", TRAIN, Rank(1, 2, "10.0.0.1", 5000))],
+    ]
+
+
+def test_the_outcome_is_rank_0s_and_its_log_begins_with_where_the_ranks_are(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    ranks.now[1].order.set_result(trained("token", local_score=0.1))
+    ranks.now[0].order.set_result(trained("token", local_score=0.8, log_lines=("the last line",)))
+    assert run.outcome.local_score == 0.8
+    assert run.outcome.log_lines == ("2 ranks on 10.0.0.1, 10.0.0.2", "the last line")
+    assert len(ranks.generations) == 1  # warm between tasks
+
+
+def test_a_score_is_rank_0s_too(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks, Evaluate("token", "task", 3, task_spec(), "data/eval"))
+    ranks.now[1].order.set_result(Evaluated("token", 0.0, 0, 0.0))
+    ranks.now[0].order.set_result(Evaluated("token", 0.75, 100, 1.0))
+    assert run.outcome == Evaluated("token", 0.75, 100, 1.0)
+
+
+def test_a_lost_rank_ends_all_and_the_next_order_finds_new_ones(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    old = ranks.now
+    old[1].die()
+    assert (run.outcome.fault, run.outcome.message) == (
+        "lost",
+        "rank 1 of 2 on 10.0.0.2 was lost: its process died",
+    )
+    assert all(rank.dead for rank in old)  # rank 0 waited in a collective for ever
+    gang.warm()
+    assert gang.pids() == [200, 201]
+
+
+def test_what_rank_0_says_of_the_broken_connection_is_not_taken_for_a_bug(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: connection closed by peer"))
+    ranks.now[1].die()
+    assert run.outcome.fault == "lost"
+
+
+def test_a_rank_that_is_silent_when_another_failed_counts_as_lost(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    ranks.now[1].silent = True  # its machine was cut off: no process died, as far as anybody can see
+    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: timed out"))
+    assert run.outcome.fault == "lost"
+    assert "rank 1 of 2" in run.outcome.message
+
+
+def test_a_rank_that_is_silent_for_a_lease_is_lost_although_nothing_failed(ranks: StandInRanks) -> None:
+    gang = Gang(ranks, lease_seconds=0.1)
+    gang.warm()
+    run = Run(gang, ranks)
+    ranks.now[1].silent = True
+    assert run.outcome.message == "rank 1 of 2 on 10.0.0.2 was lost: no answer for 0 s"
+
+
+@pytest.mark.parametrize("fault", ["input", "preempted", "cancelled"])
+def test_what_a_rank_says_of_the_task_outweighs_what_the_others_make_of_its_end(
+    gang: Gang, ranks: StandInRanks, fault: str
+) -> None:
+    run = Run(gang, ranks)
+    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: connection closed by peer"))
+    ranks.now[1].order.set_result(Failed("token", fault, "row 17 has no text"))
+    assert (run.outcome.fault, run.outcome.message) == (fault, "row 17 has no text")
+    assert len(ranks.generations) == 1  # all have answered: nobody is stuck, nobody is ended
+
+
+def test_the_first_of_two_bugs_is_told_and_a_rank_that_hangs_is_ended(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    old = ranks.now
+    old[1].order.set_result(Failed("token", "bug", "ZeroDivisionError: of our making", "traceback"))
+    assert (run.outcome.fault, run.outcome.detail) == ("bug", "traceback")
+    assert old[0].dead
+
+
+def test_a_rank_that_outstays_rank_0s_success_is_ended_and_the_success_stands(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    old = ranks.now
+    old[0].order.set_result(trained("token"))
+    assert isinstance(run.outcome, Trained)
+    assert old[1].dead
+
+
+def test_the_same_token_is_answered_again_also_by_the_new_ranks(gang: Gang, ranks: StandInRanks) -> None:
+    run, again = Run(gang, ranks), Run(gang, ranks)
+    ranks.now[0].die()
+    gang.warm()
+    assert run.outcome == again.outcome == gang.run(TRAIN)
+    assert orders(ranks.now[0]) == []
+
+
+def test_a_storage_that_was_away_is_raised_and_the_order_may_be_given_again(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    for rank in ranks.now:
+        rank.order.set_exception(Unavailable("the storage is away"))
+    with pytest.raises(Unavailable, match="the storage is away"):
+        _ = run.outcome
+    for rank in ranks.now:
+        rank.order = Future()
+        rank.order.set_result(trained("token"))
+    assert isinstance(gang.run(TRAIN), Trained)
+    assert len(orders(ranks.now[0])) == 2
+
+
+def test_an_idle_gang_that_lost_a_rank_says_so_and_is_made_whole_without_a_lost_order(
+    gang: Gang, ranks: StandInRanks
+) -> None:
+    ranks.now[1].die()
+    with pytest.raises(Unavailable, match=r"rank 1 of 2 on 10\.0\.0\.2 was lost"):
+        gang.progress()
+    ranks.make = lambda generation, index: _done(trained("token"))
+    assert isinstance(gang.run(TRAIN), Trained)
+    assert [rank.dead for rank in ranks.generations[0]] == [True, True]
+
+
+def test_progress_is_rank_0s_with_its_lines(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    progress = gang.progress()
+    assert (progress.token, progress.step, progress.loss) == ("token", 3, 0.5)
+    assert progress.log_lines == ("2 ranks on 10.0.0.1, 10.0.0.2", "a line of rank 0")
+    for rank in ranks.now:
+        rank.order.set_result(trained("token"))
+    assert run.outcome.log_lines == ()
+
+
+@pytest.mark.parametrize("stop", ["cancel", "preempt"])
+def test_all_ranks_are_told_to_stop(gang: Gang, ranks: StandInRanks, stop: str) -> None:
+    assert getattr(gang, stop)("token") is False  # never given
+    run = Run(gang, ranks)
+    assert getattr(gang, stop)("token") is True
+    for rank in ranks.now:
+        assert rank.stopped.wait(5)
+        assert (stop, "token") in rank.asked
+        rank.order.set_result(Failed("token", "cancelled", "cancelled while it was running"))
+    assert run.outcome.fault == "cancelled"
+    assert getattr(gang, stop)("token") is False
+
+
+def test_a_cluster_without_room_is_a_reason_to_wait_and_costs_the_task_nothing(ranks: StandInRanks) -> None:
+    gang = Gang(ranks, lease_seconds=5)
+    ranks.room = False
+    with pytest.raises(Unavailable, match="no place"):
+        gang.run(TRAIN)
+    with pytest.raises(Unavailable, match="being formed"):
+        gang.progress()
+    ranks.room, ranks.make = True, lambda generation, index: _done(trained("token"))
+    assert isinstance(gang.run(TRAIN), Trained)
+
+
+def test_ranks_that_loaded_different_weights_are_refused(ranks: StandInRanks) -> None:
+    ranks.make = lambda generation, index: StandInRank(sha256=str(index))
+    with pytest.raises(InvalidInput, match=r"10\.0\.0\.1, 10\.0\.0\.2: the ranks loaded different weights"):
+        Gang(ranks, lease_seconds=5).warm()
+
+
+def _done(outcome: Any) -> StandInRank:
+    rank = StandInRank()
+    rank.order.set_result(outcome)
+    return rank

@@ -1,0 +1,325 @@
+"""A gang: N processes that work on one order together. Here is who is waited for, who counts as lost, and what then.
+
+A plain class, tested without Ray; the processes are behind `Ranks`, whose Ray side is `gang_actor.py`. Nothing is
+trained here, and no library of the ranks is imported.
+
+Every rank gets every order, each with its `Rank`; the outcome is rank 0's. A rank that fails or is gone leaves the
+others in a collective operation that may never end. So they get a short grace, then all are ended, and what comes
+next finds new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from configs.errors import InvalidInput, Unavailable
+from workers.order_book import OrderBook
+from workers.orders import (
+    BaseLayout,
+    Evaluated,
+    Failed,
+    LogLine,
+    Order,
+    Outcome,
+    Progress,
+    Rank,
+    Trained,
+)
+
+WATCH_SECONDS = 0.5
+"""Ranks at work are asked this often whether they are there; what they should stop is told them as often."""
+GRACE_SECONDS = 10.0
+"""From the first failure (or rank 0's outcome) until the ranks that are still at work are ended: gloo notices a dead
+peer in 3 s, and rank 0 words its outcome better than the supervisor can."""
+SAID_BY_TEAMS = ("input", "cancelled", "preempted")
+"""Faults that no other rank's end can have caused: they outweigh everything but a success."""
+
+Call = Any
+"""A question to a rank that is under way; opaque here."""
+
+
+class RankLost(Unavailable):
+    """A rank's process or machine is gone, or does not answer."""
+
+
+class Ranks(Protocol):
+    """The processes of a gang, in their places."""
+
+    @property
+    def size(self) -> int: ...
+
+    def start(self) -> None:
+        """Make all of them, in the places of those before where these are still there.
+
+        Raises:
+            Unavailable: There is no place for so many.
+        """
+        ...
+
+    def end(self) -> None:
+        """Kill all of them; returns when they are dead. Nothing when there are none."""
+        ...
+
+    def call(self, index: int, method: str, *args: Any) -> Call:
+        """Ask one of them; see WorkerActor for the methods."""
+        ...
+
+    def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
+        """Those that are done, waiting at most so long for the first."""
+        ...
+
+    def result(self, call: Call) -> Any:
+        """What a landed call brought. Raises RankLost, or what was raised on the other side."""
+        ...
+
+
+class Gang:
+    """Does orders with all ranks. Has the methods of a worker.
+
+    Args:
+        ranks: The processes; none has been started.
+        lease_seconds: A rank that leaves a question unanswered for so long is lost.
+    """
+
+    def __init__(self, ranks: Ranks, lease_seconds: float) -> None:
+        self._ranks = ranks
+        self._lease_seconds = lease_seconds
+        self._book = OrderBook()
+        self._lock = threading.Lock()
+        self._nodes: tuple[str, ...] = ()
+        """Address of each rank's machine; empty while there is no whole gang."""
+        self._token = ""
+        self._stop = ""
+        """`cancel` or `preempt`: what the ranks are to do with the order under way."""
+        self._progress = Progress()
+        self._lines: list[LogLine] = []
+        """For the log of the task under way."""
+
+    def warm(self) -> BaseLayout:
+        """Make the ranks if there are none, and load the base model in each.
+
+        Returns:
+            What the control plane needs to know of the base model.
+
+        Raises:
+            InvalidInput, Unavailable: See `load_base_model`; RankLost or no place for a rank.
+        """
+        return self._book.between(self._warm).result()
+
+    def run(self, order: Order) -> Outcome:
+        """Do an order, or wait for the one with the same token, also after the ranks were made anew.
+
+        Returns:
+            Rank 0's outcome, or why there is none: what another rank failed of, or `lost`.
+
+        Raises:
+            Unavailable: There was no place for the ranks, or the storage was away; the order may be given again.
+        """
+        return self._book.run(order.token, lambda: self._outcome(order))
+
+    def progress(self) -> Progress:
+        """What rank 0 is doing, with the log lines since the call before.
+
+        Raises:
+            Unavailable: No order is under way, and a rank is missing; `warm` makes the gang whole.
+        """
+        token = self._token
+        if not token:
+            if not self._nodes:
+                raise Unavailable("the gang is being formed")
+            progress: Progress = self._all("progress")[0]
+            return progress
+        if self._nodes:
+            call = self._ranks.call(0, "progress")
+            if self._ranks.landed([call], self._lease_seconds / 2):
+                with contextlib.suppress(RankLost):  # whoever waits for the order says so
+                    self._note(token, self._ranks.result(call))
+        with self._lock:
+            lines, self._lines = tuple(self._lines), []
+            return replace(self._progress, token=token, log_lines=lines)
+
+    def cancel(self, token: str) -> bool:
+        """Stop an order between two steps; its outcome is then `Failed` with fault `cancelled`.
+
+        Returns:
+            False when it is done or was never given; then nothing happens.
+        """
+        return self._tell(token, "cancel")
+
+    def preempt(self, token: str) -> bool:
+        """Write a checkpoint and stop; see Worker.preempt."""
+        return self._tell(token, "preempt")
+
+    def pids(self) -> list[int]:
+        """Process id of each rank, on its machine."""
+        return self._all("pid")
+
+    # --- an order ------------------------------------------------------------------------------------------------
+
+    def _outcome(self, order: Order) -> Outcome:
+        with self._lock:
+            self._token, self._progress, self._lines = order.token, Progress(order.token, "loading"), []
+        try:
+            places = self._formed()
+            self._lines.append(f"{self._ranks.size} ranks on {', '.join(self._nodes)}")
+            outcome = self._supervised(order, *places[0])
+        finally:
+            with self._lock:
+                self._token, self._stop = "", ""
+        lines = (*self._lines, *getattr(outcome, "log_lines", ()))
+        return outcome if isinstance(outcome, Evaluated) else replace(outcome, log_lines=lines)
+
+    def _supervised(self, order: Order, address: str, port: int) -> Outcome:
+        size = self._ranks.size
+        answers = self._answers(
+            {self._ranks.call(i, "run", order, Rank(i, size, address, port)): i for i in range(size)}
+        )
+        if len(answers) < size or any(isinstance(answer, RankLost) for answer in answers.values()):
+            self._disband()
+            self._book.between(self._warm)  # beside the answer: the task may go on with another gang meanwhile
+        return _verdict(order.token, answers)
+
+    def _answers(self, calls: dict[Call, int]) -> dict[int, Any]:
+        """What each rank said, or why it said nothing, in the order of arrival.
+
+        Once rank 0 is done or one has failed, the others have a grace; who is not done by then is missing.
+        """
+        answers: dict[int, Any] = {}
+        watch, until = _Watch(self._ranks), math.inf
+        while calls and time.monotonic() < until:
+            for call in self._ranks.landed(list(calls), min(WATCH_SECONDS, until - time.monotonic())):
+                answers[calls.pop(call)] = self._answer(call)
+            silence = self._lease_seconds if until == math.inf else GRACE_SECONDS / 2
+            for index in watch.silent(calls.values(), silence):
+                answers[index] = RankLost(f"no answer for {silence:.0f} s")
+                calls = {call: other for call, other in calls.items() if other != index}
+            for index in calls.values() if self._stop else ():
+                self._ranks.call(index, self._stop, self._token)
+            if 0 in answers or any(isinstance(answer, Failed | Exception) for answer in answers.values()):
+                until = min(until, time.monotonic() + GRACE_SECONDS)
+        return {index: self._named(index, answer) for index, answer in answers.items()}
+
+    def _answer(self, call: Call) -> Any:
+        try:
+            return self._ranks.result(call)
+        except Exception as error:
+            return error
+
+    def _named(self, index: int, answer: Any) -> Any:
+        if isinstance(answer, RankLost):
+            node = f" on {self._nodes[index]}" if self._nodes else ""
+            return RankLost(f"rank {index} of {self._ranks.size}{node} was lost: {answer.what}")
+        return answer
+
+    def _tell(self, token: str, stop: str) -> bool:
+        with self._lock:
+            if token == self._token and self._stop != "cancel":
+                self._stop = stop
+        return self._book.is_open(token)
+
+    def _note(self, token: str, progress: Progress) -> None:
+        with self._lock:
+            if progress.token == token == self._token:
+                self._progress = progress
+                self._lines += progress.log_lines
+
+    # --- the ranks -----------------------------------------------------------------------------------------------
+
+    def _warm(self) -> BaseLayout:
+        self._formed()
+        layouts: list[BaseLayout] = self._all("warm", in_time=False)
+        if len({layout.sha256 for layout in layouts}) > 1:
+            raise InvalidInput("the ranks loaded different weights", ", ".join(self._nodes), "make the sources equal")
+        return layouts[0]
+
+    def _formed(self) -> list[tuple[str, int]]:
+        """(address, free port) of each rank, all of them there."""
+        try:
+            if self._nodes:
+                return self._met()
+        except RankLost:
+            self._disband()
+        self._ranks.start()
+        try:
+            return self._met()
+        except BaseException:
+            self._disband()
+            raise
+
+    def _met(self) -> list[tuple[str, int]]:
+        places = self._all("meeting_place")
+        self._nodes = tuple(address for address, _ in places)
+        return places
+
+    def _disband(self) -> None:
+        self._nodes = ()
+        self._ranks.end()
+
+    def _all(self, method: str, in_time: bool = True) -> list[Any]:
+        """What every rank answers, by rank; RankLost where one is gone, or silent for longer than the lease."""
+        calls = {self._ranks.call(index, method): index for index in range(self._ranks.size)}
+        answers: dict[int, Any] = {}
+        watch, until = _Watch(self._ranks), time.monotonic() + self._lease_seconds
+        while calls:
+            for call in self._ranks.landed(list(calls), WATCH_SECONDS):
+                answers[calls.pop(call)] = self._answer(call)
+            # Loading a large model may take longer than a lease, but not the answer to a simple question meanwhile.
+            silent = list(calls.values()) if in_time and time.monotonic() > until else []
+            for index in silent or watch.silent(calls.values(), self._lease_seconds):
+                answers[index] = RankLost(f"no answer for {self._lease_seconds:.0f} s")
+            for index, answer in answers.items():
+                if isinstance(answer, Exception):
+                    raise self._named(index, answer)
+        return [answers[index] for index in sorted(answers)]
+
+
+class _Watch:
+    """Asks ranks again and again whether they are there."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._asked: dict[int, tuple[Call, float]] = {}
+
+    def silent(self, indices: Iterable[int], limit_seconds: float) -> list[int]:
+        """Those whose last question is unanswered for so long. A rank that is gone is told by its other calls."""
+        now, found = time.monotonic(), []
+        for index in indices:
+            call, asked_at = self._asked.get(index, (None, now))
+            if call is None or self._ranks.landed([call], 0):
+                self._asked[index] = (self._ranks.call(index, "pid"), now)
+            elif now - asked_at > limit_seconds:
+                found.append(index)
+        return found
+
+
+def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
+    """One outcome from those of the ranks, given in the order of arrival: the first failure caused the others.
+
+    Raises:
+        Unavailable: The first failure was one of the storage or of forming the group.
+    """
+    lead = answers.get(0)
+    if isinstance(lead, Trained | Evaluated):
+        return lead
+    lines = lead.log_lines if isinstance(lead, Failed) else ()
+    failures = list(answers.values())
+    said = [failure for failure in failures if isinstance(failure, Failed)]
+    for fault in SAID_BY_TEAMS:
+        for failure in said:
+            if failure.fault == fault:
+                return replace(failure, log_lines=lines)
+    for failure in failures:
+        if isinstance(failure, RankLost):
+            return Failed(token, "lost", failure.what, log_lines=lines)
+    first = next((f for f in failures if not (isinstance(f, Failed) and f.fault == "lost")), failures[0])
+    if isinstance(first, Failed):
+        return replace(first, log_lines=lines)
+    if isinstance(first, Unavailable):
+        raise first
+    return Failed(token, "bug", f"{type(first).__name__}: {first}", log_lines=lines)

@@ -1,0 +1,200 @@
+"""The Ray side of a gang: a supervising actor, and its ranks as actors on a placement group. Who is lost and what
+then is decided in `gang.py`.
+
+The supervisor is detached and named like a worker, and has a worker's methods. The ranks are neither: they die with
+it. It loads no base model and asks for no CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util import get_placement_group, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from configs.errors import Unavailable
+from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
+from workers.gang import Call, Gang, RankLost
+from workers.orders import BaseLayout, Order, Outcome, Progress
+from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, WorkerActor
+
+PLACE_SECONDS = 60.0
+"""Wait this long for a place for every rank, then give up the places there are and ask again from the start."""
+END_SECONDS = 10.0
+"""A killed process is gone in milliseconds, unless its machine is out of reach."""
+
+
+@ray.remote
+class GangActor:
+    """Makes one Gang and forwards to it. Arguments as in `worker_actor`."""
+
+    def __init__(
+        self,
+        name: str,
+        base_model: BaseModelSettings,
+        storage: StorageSettings,
+        folder: str,
+        workers: WorkerSettings,
+    ) -> None:
+        self._gang = Gang(RayRanks(name, base_model, storage, folder, workers), workers.lease_seconds)
+
+    def warm(self) -> BaseLayout:
+        return self._gang.warm()
+
+    def run(self, order: Order) -> Outcome:
+        return self._gang.run(order)
+
+    def progress(self) -> Progress:
+        return self._gang.progress()
+
+    def cancel(self, token: str) -> bool:
+        return self._gang.cancel(token)
+
+    def preempt(self, token: str) -> bool:
+        return self._gang.preempt(token)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def pids(self) -> list[int]:
+        return self._gang.pids()
+
+
+class RayRanks:
+    """Implements workers.gang.Ranks: one WorkerActor in each bundle of a placement group."""
+
+    def __init__(
+        self,
+        name: str,
+        base_model: BaseModelSettings,
+        storage: StorageSettings,
+        folder: str,
+        workers: WorkerSettings,
+    ) -> None:
+        end_ranks(name)  # of a supervisor before this one
+        self._name = name
+        self._arguments = (base_model, storage, folder, workers.cpus)
+        self._workers = workers
+        self._actors: list[Any] = []
+
+    @property
+    def size(self) -> int:
+        return self._workers.ranks
+
+    def start(self) -> None:
+        group = self._group()
+        # When a machine is lost, Ray finds its bundles another place by itself. A bundle is free again only when the
+        # process that had it is gone, so no two generations of ranks are ever there at once.
+        if not group.wait(PLACE_SECONDS):
+            end_ranks(self._name)
+            raise Unavailable(
+                f"the cluster has no place for {self.size} ranks with {self._workers.cpus:g} CPUs and "
+                f"{self._workers.gpus:g} GPUs each",
+                "workers",
+                "add machines, or lower workers.ranks or workers.count",
+            )
+        self._actors = [
+            WorkerActor.options(  # type: ignore[attr-defined]
+                num_cpus=self._workers.cpus,
+                num_gpus=self._workers.gpus,
+                max_concurrency=MAX_CONCURRENCY,
+                max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
+            ).remote(*self._arguments)
+            for index in range(self.size)
+        ]
+
+    def end(self) -> None:
+        actors, self._actors = self._actors, []
+        for actor in actors:
+            ray.kill(actor)
+        until = time.monotonic() + END_SECONDS
+        for actor in actors:
+            _await_end(actor, until)
+
+    def call(self, index: int, method: str, *args: Any) -> Call:
+        if not self._actors:
+            raise RankLost("it was ended")
+        return getattr(self._actors[index], method).remote(*args)
+
+    def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
+        done, _ = ray.wait(list(calls), num_returns=1, timeout=max(0.0, timeout_seconds))
+        return list(done)
+
+    def result(self, call: Call) -> Any:
+        try:
+            return ray.get(call)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except ray.exceptions.RayError as error:
+            raise RankLost(str(error).split("\n")[0]) from error
+
+    def _group(self) -> Any:
+        try:
+            return get_placement_group(_group_name(self._name))
+        except ValueError:
+            bundle = {"CPU": self._workers.cpus, "GPU": self._workers.gpus}
+            bundle = {name: count for name, count in bundle.items() if count}
+            return placement_group(
+                [bundle] * self.size, self._workers.placement, name=_group_name(self._name), lifetime="detached"
+            )
+
+
+def end_ranks(name: str) -> None:
+    """End what a supervisor of this name may have left: its placement group, and with it all that runs there."""
+    try:
+        group = get_placement_group(_group_name(name))
+    except ValueError:
+        return
+    remove_placement_group(group)
+
+
+def gang_actor(
+    name: str,
+    base_model: BaseModelSettings,
+    storage: StorageSettings,
+    folder: str,
+    workers: WorkerSettings,
+    namespace: str = NAMESPACE,
+) -> Any:
+    """The gang of that name: the running one, or a new one that starts to form at once.
+
+    Args:
+        As in `worker_actor`; `workers.ranks` says how many ranks, `workers.placement` how close together.
+
+    Returns:
+        A handle with a worker's methods as remote calls.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    options = {
+        "name": name,
+        "namespace": namespace,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_concurrency": MAX_CONCURRENCY,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        # With the control plane, so that a gang of N machines does not depend on one more.
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
+    }
+    handle = GangActor.options(**options).remote(name, base_model, storage, folder, workers)  # type: ignore[attr-defined]
+    handle.warm.remote()
+    return handle
+
+
+def _group_name(name: str) -> str:
+    return f"{name}-ranks"
+
+
+def _await_end(actor: Any, until: float) -> None:
+    while time.monotonic() < until:
+        try:
+            ray.get(actor.pid.remote(), timeout=END_SECONDS)
+        except ray.exceptions.RayError:
+            return
+        time.sleep(0.05)
