@@ -76,7 +76,7 @@ class Cluster(Protocol):
 
 
 class RayCluster:
-    """Detached named actors: one writer of the subspace, `workers.count` workers. They outlive this process."""
+    """Detached named actors: one writer of the subspace, `workers.count` workers or gangs. They outlive us."""
 
     def __init__(self, settings: Settings, address: str, token_path: Path) -> None:
         """Join a running Ray cluster. Actors are started by `start`."""
@@ -103,7 +103,7 @@ class RayCluster:
         """Leave the cluster; with `actors`, end the store and the workers too."""
         if actors:
             for name in ("store", *self._workers):
-                self._ray.kill(self._actor(name), no_restart=True)
+                self._kill(name)
         self._ray.shutdown()
 
     @property
@@ -152,8 +152,7 @@ class RayCluster:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
     def _end(self, name: str) -> None:
-        self._ray.kill(self._actors.pop(name, None) or self._actor(name), no_restart=True)
-        self._actors.pop(name, None)
+        self._kill(name)
         # The name is free a moment after the kill; get_if_exists would find the dying actor before that.
         until = time.monotonic() + 10
         while time.monotonic() < until:
@@ -163,13 +162,23 @@ class RayCluster:
                 return
             time.sleep(0.05)
 
+    def _kill(self, name: str) -> None:
+        self._ray.kill(self._actor(name), no_restart=True)
+        del self._actors[name]
+        if name in self._workers and self._settings.workers.ranks > 1:
+            from workers.gang_actor import end_ranks
+
+            end_ranks(name)
+
     def _actor(self, name: str) -> Any:
         if name not in self._actors:
             # Here and not above: the controller and its tests need this file's Protocol, not Ray.
             from subspace_store.store_actor import store_actor
+            from workers.gang_actor import gang_actor
             from workers.worker_actor import worker_actor
 
             settings = self._settings
+            one_worker = worker_actor if settings.workers.ranks == 1 else gang_actor
             if name == "store":
                 self._actors[name] = store_actor(
                     name,
@@ -181,7 +190,7 @@ class RayCluster:
                     namespace=self._namespace,
                 )
             else:
-                self._actors[name] = worker_actor(
+                self._actors[name] = one_worker(
                     name,
                     settings.base_model,
                     settings.storage,
