@@ -1,39 +1,51 @@
-"""DeepSpeed inside a worker: what it needs before, and what must be cleared after, so that the next task can run.
+"""DeepSpeed inside a worker: what it needs before, what must be cleared after, and one file's worth of its engine.
 
-One rank per worker today. The configuration is the task's own and is passed through; here is only the process.
+The configuration is the task's own and is passed through untouched; transformers fills its `auto` values.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
-def deepspeed_process(config: dict[str, Any] | None) -> Iterator[None]:
-    """Make this process a DeepSpeed group of one rank, and leave nothing of it behind. Nothing without a config.
+def deepspeed_process() -> Iterator[None]:
+    """Let DeepSpeed use the process group that is there, and leave nothing of it behind.
 
     Without the clearing a second task fails with `Group … is not registered`, and one without DeepSpeed would find
-    accelerate still set up for it.
+    accelerate still set up for it. The caller restores the environment.
     """
-    if config is None:
-        yield
-        return
-    before = dict(os.environ)
-    os.environ.update(_environment())
-    os.environ.pop("LOCAL_SIZE", None)  # with it, 66 MiB per rank stay in /dev/shm for ever
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # Else it is compiled first, for 32 seconds, and gains little: gradients of adapters are small.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        _join_group()
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+        )
         yield
     finally:
-        _leave_group()
-        os.environ.clear()
-        os.environ.update(before)
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+
+
+def stage_of(config: dict[str, Any] | None) -> int:
+    """The ZeRO stage that a configuration asks for; 0 without one."""
+    return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
 def gathered(parameters: list[Any]) -> Any:
@@ -43,40 +55,113 @@ def gathered(parameters: list[Any]) -> Any:
     return deepspeed.zero.GatheredParameters(parameters)
 
 
-def _environment() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    return {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # else accelerate takes all cores of the machine
-    } | accelerator
+# A training state is kept per parameter and whole, not per rank and flat as the engine has it: so it does not depend on
+# the stage or on how many ranks there were. Trained parameters are adapters and heads: gathering them is cheap.
 
 
-def _join_group() -> None:
-    import deepspeed
+def whole_state(engine: Any, parameter: Any) -> dict[str, Tensor]:
+    """A parameter's float32 value (`value`) and its moments (`exp_avg`, …), whole, on the CPU. A collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if not torch.cuda.is_available():
-        # Else it is compiled first, for 32 seconds; between one rank there is nothing to share.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):  # stage 0
+        return whole_state_of(_base_optimizer(engine), parameter)
+    value = safe_get_full_fp32_param(parameter)
+    moments = {name: safe_get_full_optimizer_state(parameter, name) for name in _moments(engine)}
+    return {name: tensor.detach().cpu().clone() for name, tensor in ({"value": value} | moments).items()}
 
 
-def _leave_group() -> None:
-    import deepspeed
-    from accelerate.state import AcceleratorState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+def whole_state_of(optimizer: Any, parameter: Any) -> dict[str, Tensor]:
+    """The same from an ordinary torch optimizer."""
+    state = optimizer.state.get(parameter, {})
+    moments = {name: value for name, value in state.items() if value.shape == parameter.shape}
+    return {name: tensor.detach().cpu().clone() for name, tensor in ({"value": parameter} | moments).items()}
 
-    unset_hf_deepspeed_config()
-    if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-    AcceleratorState._reset_state(reset_partial_state=True)
+
+def steps_taken(optimizer: Any) -> float:
+    """How many steps a torch optimizer has taken; Adam's bias correction depends on it."""
+    return max((float(state["step"]) for state in optimizer.state.values() if "step" in state), default=0.0)
+
+
+def restore_states(engine: Any, states: Mapping[Any, Mapping[str, Tensor]], step: float) -> None:
+    """Give the engine back what `whole_state` took from it, or from an engine of another stage or size."""
+    base = _base_optimizer(engine)
+    flats = _flat_partitions(engine)
+    if not flats:
+        restore_states_of(base, states, step)
+        return
+    names = {name for state in states.values() for name in state} - {"value"}
+    for flat in flats:
+        base.state[flat] = {"step": torch.tensor(step)} | {name: torch.zeros_like(flat) for name in names}
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for parameter, state in states.items():
+        for name, tensor in state.items():
+            _put(parameter, tensor, None if name == "value" else name)
+
+
+def restore_states_of(optimizer: Any, states: Mapping[Any, Mapping[str, Tensor]], step: float) -> None:
+    """The same into an ordinary torch optimizer."""
+    for parameter, state in states.items():
+        with torch.no_grad():
+            parameter.copy_(state["value"])
+        moments = {name: tensor.to(parameter.device) for name, tensor in state.items() if name != "value"}
+        if moments:
+            optimizer.state[parameter] = {"step": torch.tensor(step)} | moments
+
+
+def rewrite(parameters: Sequence[Any], change: Callable[[Tensor], Tensor]) -> None:
+    """Change parameters between two steps, the engine's float32 copies with them. A collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for parameter in parameters:
+        _put(parameter, change(safe_get_full_fp32_param(parameter).detach()).cpu(), None)
+
+
+def _put(parameter: Any, whole: Tensor, name: str | None) -> None:
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        if name is None:
+            with torch.no_grad():
+                parameter.copy_(whole)
+            utils.safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole.to(parameter.device), name)
+        return
+    # Stage 3. `safe_set_full_…` fails where a parameter cannot be divided evenly, so the slice is cut here.
+    size = parameter.ds_tensor.numel()
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    padded = torch.zeros(size * torch.distributed.get_world_size(parameter.ds_process_group))
+    padded[: whole.numel()] = whole.flatten()
+    mine = padded[rank * size : (rank + 1) * size].to(parameter.ds_tensor.device)
+    if name is None:
+        parameter.ds_tensor.data.copy_(mine)
+        if parameter.data.shape == whole.shape:  # kept whole on every rank below the persistence threshold
+            parameter.data.copy_(whole)
+        utils.safe_set_local_fp32_param(parameter, mine)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, mine, name)
+
+
+def _base_optimizer(engine: Any) -> Any:
+    """The torch optimizer at the bottom of the engine's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _flat_partitions(engine: Any) -> list[Tensor]:
+    """This rank's float32 master copies, one flat tensor a group; none below stage 1."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return list(engine.optimizer.single_partition_of_fp32_groups) if stage else []
+
+
+def _moments(engine: Any) -> list[str]:
+    base = _base_optimizer(engine)
+    found = {
+        name
+        for flat in _flat_partitions(engine)
+        for name, value in base.state.get(flat, {}).items()
+        if torch.is_tensor(value) and value.shape == flat.shape
+    }
+    return sorted(found)

@@ -1,103 +1,92 @@
 """One training order, from frozen rows to an adapter in staging.
 
-The page reads in the order things happen: read the rows, prepare the model, train, take the adapter out, score it,
-stage it. transformers.Trainer does the steps; here is what goes in and what comes out. No Ray.
+The page reads in the order things happen: find the checkpoint, choose the method, prepare the model, train, take the
+adapter out, score it, stage it. Every rank of a gang runs this page; rank 0 alone reports and writes. No Ray.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-
-from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec, TrainingSpec
+from configs.errors import InvalidInput, NotFound, Unavailable
+from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
 from subspace_store.storage import Storage
-from subspace_store.version import BlobRef
+from subspace_store.subspace_store import SubspaceStore
+from subspace_store.version import MAIN
 from workers.base_model import BaseModel
-from workers.deepspeed_engine import deepspeed_process
-from workers.evaluation import Score, adapted_classifier, score_rows
-from workers.features import collator
+from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
+from workers.evaluation import Score, score_adapter
 from workers.methods import Given, Method, import_adapter, lora
-from workers.orders import Progress, Train, Trained
+from workers.orders import ALONE, Progress, Rank, Train, Trained
+from workers.rank_group import RankGroup, joined
+from workers.results import results_of, write_results
 from workers.task_data import TextRow, read_rows
+from workers.trainer import Asked, Cancelled, OutOfMemory, Preempted, Report, Surroundings, TrainingRun, fit
 
 METHODS: dict[str, Method] = {"lora": lora, "import": import_adapter}
-LOG_LINES_PER_TASK = 50
-
-Report = Callable[[Progress], None]
-Stage = Callable[[str, Adapter], BlobRef]
-
-
-class Cancelled(Exception):
-    """The control plane no longer wants the outcome."""
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """What the optimisation steps left behind beside the weights."""
-
-    steps: int = 0
-    train_loss: float = math.nan
-    first_step_at: float = 0.0
 
 
 def train_task(
-    order: Train, base: BaseModel, storage: Storage, stage: Stage, report: Report, cancelled: Callable[[], bool]
+    order: Train,
+    base: BaseModel,
+    storage: Storage,
+    store: SubspaceStore,
+    report: Report,
+    asked: Callable[[], Asked],
+    rank: Rank = ALONE,
 ) -> Trained:
     """Do the order.
 
     Args:
-        stage: Writes an adapter under a key, reads it back and says what is there (`SubspaceStore.stage`).
-        report: Takes heartbeats: in every step, and with a log line now and then.
-        cancelled: Asked between steps and between batches.
+        store: A reader, for leased bases; uploads go through its `stage`.
+        report: Takes heartbeats: in every step, and with a point of the loss curve now and then.
+        asked: What the control plane wants between steps and between batches.
+        rank: This process's place in its gang.
 
     Returns:
-        Where the adapter is and how it scores before merging. The same order, seed and machine give the same bytes.
+        Where the adapter is and how it scores before merging. The same order, seed and machine give the same bytes,
+        also when the run was interrupted and went on from a checkpoint. Of ranks above 0 only the token counts.
 
     Raises:
-        InvalidInput: The rows, the target modules, the adapter to import or the learning rate are wrong.
+        InvalidInput: The rows, the target modules, the adapter to import or the learning rate are wrong; or memory ran
+            out.
         Unavailable: The storage was away; the order may be given again.
-        Cancelled: Asked for in between.
+        Cancelled, Preempted: Asked for in between; at a preemption a checkpoint was written.
         Corrupt: The staged bytes are not what was written.
     """
-    started = time.monotonic()
-    spec = order.spec
-    method = METHODS[spec.method.name]
+    started, spec = time.monotonic(), order.spec
     check_lengths(base, spec)
-    run = TrainingRun()
-    with deepspeed_process(spec.training.deepspeed):
-        report(Progress(order.token, "loading", log_lines=(f"task {order.task_id}: method {spec.method.name}",)))
-        frozen = storage.read(order.train_key) if order.train_key else b""
-        prepared = method.prepare(base, spec, Given(frozen=frozen))
-        if method.TRAINS:
-            rows = read_rows(frozen, spec.data, "training rows")
-            run = fit(prepared, base, rows, spec, order.token, report, cancelled)
-        adapter = method.finish(prepared, base, spec)
-    del prepared
-    count, local, alone = _scores(order, adapter, base, storage, report, cancelled)
+    report = report if rank.leads else _nobody
+    report(Progress(order.token, "loading"))
+    with joined(rank, spec.training.deepspeed) as group:
+        attempt = _Attempt(order, base, storage, store, report, asked, group)
+        adapter, run = attempt.train()
+    if not rank.leads:
+        return Trained(order.token, "", "", 0, 0, math.nan, math.nan, run.steps, math.nan, 0.0, run.first_step_at)
+    local, alone = _scores(order, adapter, base, storage, report, asked)
     report(Progress(order.token, "saving", run.steps, run.steps, run.train_loss, first_step_at=run.first_step_at))
-    staged = stage(order.staging_key, adapter)
+    staged = store.stage(order.staging_key, adapter)
     return Trained(
         order.token,
         order.staging_key,
         staged.sha256,
         adapter.parameter_count,
-        count,
-        local,
+        local.count,
+        local.value,
         alone,
         run.steps,
         run.train_loss,
         time.monotonic() - started,
         run.first_step_at,
+        method=attempt.method_name,
+        basis_version=attempt.version,
+        resumed_from=run.resumed_from,
+        metrics=local.metrics,
     )
 
 
@@ -111,112 +100,139 @@ def check_lengths(base: BaseModel, spec: TaskSpec) -> None:
         )
 
 
-def fit(
-    model: Any,
-    base: BaseModel,
-    rows: tuple[TextRow, ...],
-    spec: TaskSpec,
-    token: str,
-    report: Report,
-    cancelled: Callable[[], bool],
-) -> TrainingRun:
-    """Train a prepared PEFT model in place.
+class _Attempt:
+    """One try at a training order: the parts of `train_task` that share what it is about."""
 
-    Raises:
-        InvalidInput: The loss is no longer a number, or the machine's memory is too small for the batch.
-        Cancelled: Between two steps.
-    """
+    def __init__(
+        self,
+        order: Train,
+        base: BaseModel,
+        storage: Storage,
+        store: SubspaceStore,
+        report: Report,
+        asked: Callable[[], Asked],
+        group: RankGroup,
+    ) -> None:
+        self._order, self._base, self._storage, self._store = order, base, storage, store
+        self._report, self._asked, self._group = report, asked, group
+        self._run = run_digest(order.spec, base.sha256, order.train_key, order.refine_version)
+        self._folder = order.staging_key.rpartition("/")[0]
+        self.method_name: str = order.spec.method.name
+        self.version = 0
+        """Whose basis was leased."""
 
-    heartbeat = _Heartbeat(token, spec.training, report, cancelled)
-    with tempfile.TemporaryDirectory(prefix="onebasis-trainer-") as folder:  # stays empty: nothing is saved
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(spec.training, folder),
-            train_dataset=list(rows),
-            data_collator=collator(base, spec),
-            callbacks=[heartbeat],
+    def train(self) -> tuple[Adapter, TrainingRun]:
+        """Prepare, train and read the adapter out; from a checkpoint where there is one."""
+        order, spec = self._order, self._order.spec
+        frozen = self._storage.read(order.train_key) if order.train_key else b""
+        if not METHODS[spec.method.name].TRAINS:
+            self._say(f"task {order.task_id}: method {self.method_name}")
+            method = METHODS[self.method_name]
+            return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
+        rows = read_rows(frozen, spec.data, "training rows")
+        halvings = 0
+        while True:
+            try:
+                return self._train_from_here(rows, halvings)
+            except OutOfMemory:
+                size = spec.training.per_device_train_batch_size >> halvings
+                # The other ranks of a gang wait in a collective for one that ran out of memory: its supervisor ends it.
+                if not spec.training.auto_find_batch_size or size % 2 or self._group.rank.size > 1:
+                    raise
+                halvings += 1
+                self._say(f"memory ran out with {size} rows at once: goes on with {size // 2}, accumulated")
+
+    def _train_from_here(self, rows: Sequence[TextRow], halvings: int) -> tuple[Adapter, TrainingRun]:
+        spec, group = self._order.spec, self._group
+        given, checkpoint = self._given(self._checkpoint(), rows)
+        method = METHODS[self.method_name]
+        prepared = method.prepare(self._base, spec, given)
+        saver = _Saver(self._storage, self._folder, self._say)
+        around = Surroundings(
+            self._order.token,
+            group,
+            self._report,
+            self._asked,
+            lambda step, steps: method.after_step(prepared, spec, step, steps),
+            checkpoint,
+            saver.save,
+            self._run,
+            self.method_name,
+            self.version,
+            halvings,
         )
-        trainer.remove_callback(PrinterCallback)
         try:
-            result = trainer.train()
-        except torch.OutOfMemoryError as error:
-            raise InvalidInput(
-                f"the batch does not fit into memory: {error}",
-                "training.per_device_train_batch_size",
-                "halve it and double training.gradient_accumulation_steps",
-            ) from error
-    if cancelled():
-        raise Cancelled
-    return TrainingRun(result.global_step, float(result.training_loss), heartbeat.first_step_at)
+            run = fit(prepared, self._base, rows, spec, around)
+        finally:
+            saver.wait()
+        adapter = method.finish(prepared, self._base, spec)
+        if run.engine is not None:
+            run.engine.destroy()
+        return adapter, replace(run, engine=None)
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """The furthest one of this run. Rank 0 looks, the others read the very same."""
+        prefix = self._folder.rpartition("/")[0] + "/"
+        found = newest_checkpoint(self._storage, prefix, self._run) if self._group.rank.leads else None
+        key = self._group.agree(found[0] if found else "")
+        checkpoint = found[1] if found else read_checkpoint(self._storage, key) if key else None
+        if key and checkpoint is None:
+            raise Unavailable("rank 0 sees a checkpoint that this rank does not see", key, "try again")
+        return checkpoint
+
+    def _given(self, checkpoint: Checkpoint | None, rows: Sequence[TextRow]) -> tuple[Given, Checkpoint | None]:
+        """What the method starts from: the same on every rank, and the same again after an interruption."""
+        order, spec = self._order, self._order.spec
+        self._store.refresh()
+        if checkpoint is not None:
+            self.method_name, self.version = checkpoint.method, checkpoint.basis_version
+        elif order.refine_version:
+            self.method_name, self.version = "refine", order.refine_version
+        else:
+            main = self._group.agree(self._store.resolve(MAIN))
+            self.method_name = spec.method.name
+            self.version = main if METHODS[self.method_name].needs_basis(spec) else 0
+        try:
+            basis = self._store.basis(self.version) if self.version else {}
+        except NotFound as error:
+            if checkpoint is None:
+                raise
+            self._say(f"starts anew: the checkpoint's basis is gone ({error.what})")
+            return self._given(None, rows)
+        served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
+        basis_of = f", in the basis of version {self.version}" if self.version else ""
+        self._say(f"task {order.task_id}: method {self.method_name}{basis_of}")
+        if checkpoint is not None:
+            self._say(f"goes on from step {checkpoint.step}, where an earlier attempt left a checkpoint")
+        return Given(version=self.version, basis=basis, adapter=served), checkpoint
+
+    def _say(self, line: str) -> None:
+        self._report(Progress(self._order.token, "loading", log_lines=(line,)))
 
 
-def training_arguments(training: TrainingSpec, folder: str) -> TrainingArguments:
-    """The task's values under their own names, and what is ours to decide: no saving, no reporting, no evaluation."""
-    on_gpu = torch.cuda.is_available()
-    values = training.model_dump(exclude={"gradient_checkpointing", "auto_find_batch_size", "save_steps"})
-    if training.gradient_checkpointing:  # transformers 5 warns of the old name and drops it in 6
-        values |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
-        output_dir=folder,
-        **values,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="steps",
-        logging_steps=1 / LOG_LINES_PER_TASK,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would replace a NaN by the mean of the steps before
-        remove_unused_columns=False,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        dataloader_num_workers=0,  # tokenising a batch takes 1 ms, starting a process more than the first step
-    )
+class _Saver:
+    """Uploads checkpoints beside training, one at a time. A storage that is away costs checkpoints, not the run."""
+
+    def __init__(self, storage: Storage, folder: str, say: Callable[[str], None]) -> None:
+        self._storage, self._folder, self._say = storage, folder, say
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="onebasis-checkpoint")
+        self._upload: Future[str] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.wait()
+        self._upload = self._thread.submit(save_checkpoint, self._storage, self._folder, checkpoint)
+
+    def wait(self) -> None:
+        upload, self._upload = self._upload, None
+        try:
+            if upload is not None:
+                upload.result()
+        except Unavailable as error:
+            self._say(f"a checkpoint could not be written, training goes on: {error.what}")
 
 
-class _Heartbeat(TrainerCallback):  # type: ignore[misc]
-    """Turns the Trainer's events into progress, and a loss that is no number into an error."""
-
-    def __init__(self, token: str, training: TrainingSpec, report: Report, cancelled: Callable[[], bool]) -> None:
-        self.first_step_at = 0.0
-        self._rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        self._report = report
-        self._cancelled = cancelled
-        self._progress = Progress(token, "training")
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.first_step_at:
-            self.first_step_at = time.time()
-            self._progress = replace(self._progress, steps=state.max_steps, first_step_at=self.first_step_at)
-            self._report(self._progress)
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop |= self._cancelled()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        seconds = max(time.time() - self.first_step_at, 1e-9)
-        self._progress = replace(
-            self._progress,
-            step=state.global_step,
-            samples_per_second=state.global_step * self._rows_per_step / seconds,
-            seconds_left=seconds / state.global_step * (state.max_steps - state.global_step),
-        )
-        self._report(self._progress)
-        control.should_training_stop |= self._cancelled()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        loss, rate = float(logs["loss"]), float(logs.get("learning_rate", math.nan))
-        if not math.isfinite(loss):
-            raise InvalidInput(
-                f"the loss is {loss} at step {state.global_step} of {state.max_steps}",
-                "training.learning_rate",
-                f"lower it (it is {args.learning_rate:g}), or set training.max_grad_norm",
-            )
-        self._progress = replace(self._progress, loss=loss, learning_rate=rate)
-        line = f"step {state.global_step}/{state.max_steps} loss {loss:.4f} learning rate {rate:.2e}"
-        self._report(replace(self._progress, log_lines=(line,)))
+def _nobody(progress: Progress) -> None:
+    """Ranks above 0 report to nobody."""
 
 
 def _scores(
@@ -225,36 +241,29 @@ def _scores(
     base: BaseModel,
     storage: Storage,
     report: Report,
-    cancelled: Callable[[], bool],
-) -> tuple[int, float, float]:
-    """(rows, local score, base score); NaN when the order has no evaluation rows."""
+    asked: Callable[[], Asked],
+) -> tuple[Score, float]:
+    """What the adapter scores before merging, and what the base model does under its head; NaN without rows."""
     if not order.eval_key:
-        return 0, math.nan, math.nan
+        return Score(math.nan, {}, ()), math.nan
     report(Progress(order.token, "scoring"))
-    rows = read_rows(storage.read(order.eval_key), order.spec.data, "evaluation rows")
-    local = score_adapter(base, adapter, rows, order.spec, cancelled)
-    alone = score_adapter(base, adapter, rows, order.spec, cancelled, with_update=False)
-    return local.count, local.value, alone.value
+    frozen = storage.read(order.eval_key)
+    rows = read_rows(frozen, order.spec, "evaluation rows")
+    stop = stopper(asked)
+    local = score_adapter(base, adapter, rows, order.spec, stop)
+    alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
+    if order.results_key:
+        write_results(
+            storage, order.results_key, results_of(order.task_id, 0, order.spec.metric, frozen, local.per_row)
+        )
+    return local, alone.value
 
 
-def score_adapter(
-    base: BaseModel,
-    adapter: Adapter,
-    rows: tuple[TextRow, ...],
-    spec: TaskSpec,
-    cancelled: Callable[[], bool],
-    with_update: bool = True,
-) -> Score:
-    """Score an adapter, or the base model under the adapter's head.
+def stopper(asked: Callable[[], Asked]) -> Callable[[], None]:
+    """A function to call between batches; raises what the control plane asked for."""
 
-    Raises:
-        Cancelled: Between two batches.
-        InvalidInput: The adapter's head does not fit the task's labels.
-    """
+    def stop_if_asked() -> None:
+        if wanted := asked():
+            raise Cancelled if wanted == "cancel" else Preempted
 
-    def stop_if_cancelled() -> None:
-        if cancelled():
-            raise Cancelled
-
-    model = adapted_classifier(base, adapter, spec.data.label_names, with_update)
-    return score_rows(model, base.tokenizer, rows, spec.data, spec.metric, stop_if_cancelled)
+    return stop_if_asked

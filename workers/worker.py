@@ -25,6 +25,7 @@ from subspace_store.adapter import adapter_to_bytes, digest
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
+from workers.evaluation import score_adapter
 from workers.methods import lora
 from workers.orders import (
     ALONE,
@@ -39,8 +40,10 @@ from workers.orders import (
     Rank,
     Train,
 )
+from workers.results import results_of, write_results
 from workers.task_data import TextRow, read_rows
-from workers.training import Cancelled, check_lengths, fit, score_adapter, train_task
+from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
+from workers.training import check_lengths, stopper, train_task
 
 OUTCOMES_KEPT = 64  # a control plane asks again within minutes; an outcome is a few hundred bytes
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
@@ -66,7 +69,8 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="onebasis-work")
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[str, Future[Outcome]] = OrderedDict()
-        self._cancelled: set[str] = set()
+        self._wanted: dict[str, Asked] = {}
+        """Token to what the control plane asked for."""
         self._progress = Progress()
         self._log_lines: list[LogLine] = []
 
@@ -80,7 +84,7 @@ class Worker:
             InvalidInput, Unavailable: See `load_base_model`.
         """
         base = self._thread.submit(self._base_model).result()
-        return BaseLayout(base.sha256, base.module_shapes(), base.length_max)
+        return BaseLayout(base.sha256, base.module_shapes(), base.length_max, base.kinds)
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
         """Do an order, or wait for the one with the same token.
@@ -118,7 +122,20 @@ class Worker:
             future = self._outcomes.get(token)
             if future is None or future.done():
                 return False
-            self._cancelled.add(token)
+            self._wanted[token] = "cancel"
+            return True
+
+    def preempt(self, token: str) -> bool:
+        """Let go of an order after its step, with a checkpoint; its outcome is then `Failed` with fault `preempted`.
+
+        Returns:
+            False when it is done or was never given; then nothing happens.
+        """
+        with self._lock:
+            future = self._outcomes.get(token)
+            if future is None or future.done():
+                return False
+            self._wanted.setdefault(token, "preempt")
             return True
 
     def pid(self) -> int:
@@ -138,6 +155,8 @@ class Worker:
             outcome = self._do(order, rank)
         except Cancelled:
             outcome = Failed(order.token, "cancelled", "cancelled while it was running")
+        except Preempted:
+            outcome = Failed(order.token, "preempted", "its worker was wanted for something else")
         except InvalidInput as error:
             outcome = Failed(order.token, "input", str(error))
         except Unavailable:
@@ -152,21 +171,21 @@ class Worker:
             lines = self.progress().log_lines
             self._report(Progress())
             with self._lock:
-                self._cancelled.discard(order.token)
+                self._wanted.pop(order.token, None)
         return outcome if isinstance(outcome, Evaluated) else replace(outcome, log_lines=lines)
 
     def _do(self, order: Order, rank: Rank) -> Outcome:
-        def cancelled() -> bool:
-            return order.token in self._cancelled
+        def asked() -> Asked:
+            return self._wanted.get(order.token, "")
 
-        if cancelled():
-            raise Cancelled
+        if wanted := asked():
+            raise Cancelled if wanted == "cancel" else Preempted
         self._report(Progress(order.token, "loading"))
         base, store = self._loaded_base_model(), self._opened_store()
         if isinstance(order, Train):
-            return train_task(order, base, self._storage, store.stage, self._report, cancelled)
+            return train_task(order, base, self._storage, store, self._report, asked, rank)
         store.refresh()
-        return evaluate_version(order, base, self._storage, store, self._report, cancelled)
+        return evaluate_version(order, base, self._storage, store, self._report, asked)
 
     def _opened_store(self) -> SubspaceStore:
         """A reader. Opened here and not in the constructor: an actor that cannot be made is harder to wait for."""
@@ -201,7 +220,7 @@ def evaluate_version(
     storage: Storage,
     store: SubspaceStore,
     report: Callable[[Progress], None],
-    cancelled: Callable[[], bool],
+    asked: Callable[[], Asked],
 ) -> Evaluated:
     """Score one task under one version: A[version][task].
 
@@ -212,10 +231,14 @@ def evaluate_version(
     started = time.monotonic()
     report(Progress(order.token, "scoring"))
     check_lengths(base, order.spec)
-    rows = read_rows(storage.read(order.eval_key), order.spec.data, "evaluation rows")
+    frozen = storage.read(order.eval_key)
+    rows = read_rows(frozen, order.spec, "evaluation rows")
     adapter = store.adapter(order.task_id, order.version)
-    score = score_adapter(base, adapter, rows, order.spec, cancelled)
-    return Evaluated(order.token, score.value, score.count, time.monotonic() - started)
+    score = score_adapter(base, adapter, rows, order.spec, stopper(asked))
+    if order.results_key:
+        results = results_of(order.task_id, order.version, order.spec.metric, frozen, score.per_row)
+        write_results(storage, order.results_key, results)
+    return Evaluated(order.token, score.value, score.count, time.monotonic() - started, score.metrics)
 
 
 def _rehearse(base: BaseModel) -> None:
@@ -230,7 +253,7 @@ def _rehearse(base: BaseModel) -> None:
         lora=LoraSpec(r=1, target_modules=tuple(base.module_shapes())[:1]),
     )
     model = lora.prepare(base, spec)
-    fit(model, base, rows, spec, "", lambda progress: None, lambda: False)
+    fit(model, base, rows, spec, Surroundings())
     adapter = lora.finish(model, base, spec)
-    score_adapter(base, adapter, rows, spec, lambda: False)
+    score_adapter(base, adapter, rows, spec)
     digest(adapter_to_bytes(adapter))

@@ -19,8 +19,9 @@ from subspace_store.peft_format import read_peft_folder
 from subspace_store.subspace_store import SubspaceStore
 from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task
 from workers.base_model import BaseModel, load_base_model
-from workers.orders import Progress, Train, Trained
-from workers.training import Cancelled, train_task
+from workers.orders import Point, Progress, Train, Trained
+from workers.trainer import Asked, Cancelled
+from workers.training import train_task
 
 Tiny = Callable[[str], BaseModel]
 
@@ -34,6 +35,7 @@ class Desk:
         self.storage.write("data/eval", sentiment_rows(eval_count, seed=2))
         self.heartbeats: list[Progress] = []
         self.cancel_at_step = math.inf
+        self.preempt_at_step = math.inf
 
     def order(self, spec: TaskSpec, **changes: Any) -> Train:
         order = Train(
@@ -42,16 +44,15 @@ class Desk:
         return replace(order, **changes)
 
     def train(self, base: BaseModel, spec: TaskSpec, **changes: Any) -> Trained:
-        stage = SubspaceStore.open(self.storage).stage
-        return train_task(
-            self.order(spec, **changes), base, self.storage, stage, self.heartbeats.append, self._is_cancelled
-        )
+        store = SubspaceStore.open(self.storage)
+        return train_task(self.order(spec, **changes), base, self.storage, store, self.heartbeats.append, self._asked)
 
     def staged(self, trained: Trained) -> Adapter:
         return adapter_from_bytes(self.storage.read(trained.staging_key))
 
-    def _is_cancelled(self) -> bool:
-        return bool(self.heartbeats) and self.heartbeats[-1].step >= self.cancel_at_step
+    def _asked(self) -> Asked:
+        step = self.heartbeats[-1].step + 1 if self.heartbeats else 0  # it is asked before it reports the step
+        return "cancel" if step >= self.cancel_at_step else "preempt" if step >= self.preempt_at_step else ""
 
 
 @pytest.fixture
@@ -122,14 +123,18 @@ def test_heartbeats_tell_phase_step_loss_and_when_the_first_step_began(desk: Des
     assert math.isfinite(steps[-1].learning_rate)
     assert steps[-1].samples_per_second > 0
     assert steps[-1].seconds_left == 0
-    assert any("step 3/3" in line for beat in desk.heartbeats for line in beat.log_lines)
+    points = [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, Point)]
+    assert [(point.step, point.steps) for point in points] == [(1, 3), (2, 3), (3, 3)]
+    assert points[-1].loss == steps[-1].loss
+    assert points[0].at <= points[-1].at <= time.time()
+    assert points[-1].machine.keys() >= {"cpu_utilization_percentage", "system_memory_usage_megabytes"}
 
 
 def test_a_loss_that_is_no_number_tells_to_lower_the_learning_rate(desk: Desk, tiny: Tiny) -> None:
     spec = sentiment_task(training={"learning_rate": 1.0, "max_steps": 40, "max_grad_norm": 0})
-    model = tiny("bert").classifier_for
+    model = tiny("bert").task_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny("bert"), "classifier_for", lambda *labels: _exploding(model(*labels)))
+        patch.setattr(tiny("bert"), "task_model", lambda *arguments: _exploding(model(*arguments)))
         with pytest.raises(InvalidInput, match="the loss is nan at step") as caught:
             desk.train(tiny("bert"), spec)
     assert caught.value.where == "training.learning_rate"

@@ -1,0 +1,93 @@
+"""Which rows are in which step, for every rank: a pure function of seed, step and sizes.
+
+Rows are drawn without replacement, pass after pass, as one endless row of rows; a step takes the next ones. So every
+step is full, a gang sees in a step what a single process would, a smaller micro-batch changes nothing but memory, and
+going on at step 500 needs no memory of the steps before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from configs.task_spec import TrainingSpec
+from workers.orders import Rank
+from workers.task_data import Row
+
+EPOCH_SEED = 1_000_003  # a prime, so that pass 1 of seed 0 is not pass 0 of seed 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run is cut into steps and micro-batches."""
+
+    row_count: int
+    steps: int
+    rows_per_micro_batch: int
+    """Of one rank."""
+    accumulation: int
+    rank: Rank
+    seed: int
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of all ranks."""
+        return self.rows_per_micro_batch * self.accumulation * self.rank.size
+
+    def rows_of(self, step: int) -> list[list[int]]:
+        """This rank's micro-batches of a step, counted from 0: indices of rows."""
+        first, size = step * self.rows_per_step, self.rows_per_micro_batch
+        order = [self._row(first + place) for place in range(self.rows_per_step)]
+        starts = range(self.rank.index * size, self.rows_per_step, size * self.rank.size)
+        return [order[start : start + size] for start in starts]
+
+    def _row(self, place: int) -> int:
+        epoch, within = divmod(place, self.row_count)
+        return int(_permutation(self.row_count, self.seed + EPOCH_SEED * epoch)[within])
+
+
+def schedule(training: TrainingSpec, row_count: int, rank: Rank, halvings: int = 0) -> Schedule:
+    """Cut a run into steps.
+
+    Args:
+        halvings: How often the micro-batch was halved and accumulation doubled.
+
+    Returns:
+        As many steps as `num_train_epochs` passes take, rounded up, or `max_steps`.
+    """
+    size = training.per_device_train_batch_size >> halvings
+    accumulation = training.gradient_accumulation_steps << halvings
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * rank.size
+    steps = (
+        training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * row_count / per_step)
+    )
+    return Schedule(row_count, max(1, steps), size, accumulation, rank, training.seed)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A run's micro-batches from a step on, as tensors: what the Trainer takes for a data loader."""
+
+    schedule: Schedule
+    rows: Sequence[Row]
+    collate: Callable[[Sequence[Row]], dict[str, Any]]
+    first_step: int = 0
+
+    def __len__(self) -> int:
+        return (self.schedule.steps - self.first_step) * self.schedule.accumulation
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step in range(self.first_step, self.schedule.steps):
+            for indices in self.schedule.rows_of(step):
+                yield self.collate([self.rows[index] for index in indices])
+
+
+@functools.lru_cache(maxsize=2)  # a step may begin in one pass and end in the next
+def _permutation(count: int, seed: int) -> Any:
+    """The order of one pass."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()

@@ -1,0 +1,309 @@
+"""The optimisation steps: transformers.Trainer, with our rows, our heartbeats and our checkpoints around it.
+
+Trainer does forward, backward, accumulation, clipping, the schedule, mixed precision, and DeepSpeed through accelerate.
+It saves, logs and evaluates nothing here. No Ray, no storage.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from configs.errors import InvalidInput
+from configs.task_spec import TaskSpec, TrainingSpec
+from workers import training_state
+from workers.base_model import BaseModel
+from workers.batches import Batches, Schedule, schedule
+from workers.checkpoint import Checkpoint
+from workers.features import collator
+from workers.machine import machine_figures
+from workers.orders import Point, Progress
+from workers.rank_group import NOBODY_ELSE, RankGroup
+from workers.task_data import Row
+
+LOG_LINES_PER_TASK = 50
+
+Report = Callable[[Progress], None]
+Asked = Literal["", "cancel", "preempt"]
+
+
+class Cancelled(Exception):
+    """The control plane no longer wants the outcome."""
+
+
+class Preempted(Exception):
+    """The machine is wanted for something else; a checkpoint was handed to `Surroundings.save`."""
+
+
+class OutOfMemory(InvalidInput):
+    """A micro-batch did not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What `fit` needs beside a model and rows; the defaults are for a run that nobody watches."""
+
+    token: str = ""
+    group: RankGroup = NOBODY_ELSE
+    report: Report = lambda progress: None
+    """Takes heartbeats: every step, and with a log line now and then. Called on every rank."""
+    asked: Callable[[], Asked] = lambda: ""
+    """Looked at after every step, on rank 0."""
+    after_step: Callable[[int, int], None] = lambda step, steps: None
+    """The method's own work after a step; see `workers.methods.Method`."""
+    checkpoint: Checkpoint | None = None
+    """To go on from."""
+    save: Callable[[Checkpoint], None] | None = None
+    """Takes checkpoints, on rank 0 alone; None, on every rank: none are made."""
+    run: str = ""
+    method: str = ""
+    basis_version: int = 0
+    """What checkpoints say of themselves."""
+    halvings: int = 0
+    """How often the micro-batch was halved because memory ran out."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What the optimisation steps left behind beside the weights."""
+
+    steps: int = 0
+    train_loss: float = math.nan
+    """Mean over all steps."""
+    first_step_at: float = 0.0
+    resumed_from: int = 0
+    """Step of the checkpoint it went on from."""
+    engine: Any = None
+    """DeepSpeed's, to be destroyed once the weights are read."""
+
+
+def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around: Surroundings) -> TrainingRun:
+    """Train a prepared PEFT model in place. All ranks of the group must call it.
+
+    Raises:
+        InvalidInput: The loss is no longer a number.
+        OutOfMemory: With the numbers and the settings to change.
+        Cancelled, Preempted: Between two steps.
+    """
+    group, begun = around.group, around.checkpoint
+    plan = schedule(spec.training, len(rows), group.rank, around.halvings)
+    if begun is not None:
+        training_state.put_values(model, begun)
+        if begun.step >= plan.steps:  # what came after its last step was interrupted
+            return TrainingRun(begun.step, begun.loss_sum / begun.step, time.time(), begun.step)
+    steps = _Steps(plan, spec, around)
+    with tempfile.TemporaryDirectory(prefix="onebasis-trainer-") as folder:  # stays empty: nothing is saved
+        trainer = _Trainer(
+            model=model,
+            args=training_arguments(spec.training, plan, folder),
+            batches=Batches(plan, rows, collator(base, spec), begun.step if begun else 0),
+            counts_tokens=spec.kind == "causal_lm",
+            callbacks=[steps],
+        )
+        steps.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _out_of_memory(error, plan) from error
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+                raise
+            raise _out_of_memory(error, plan) from error
+    if steps.ended == "cancel":
+        raise Cancelled
+    if steps.ended == "preempt":
+        raise Preempted
+    engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
+    done = begun.step if begun else 0
+    return TrainingRun(plan.steps, steps.loss_sum / plan.steps, steps.first_step_at, done, engine)
+
+
+def training_arguments(training: TrainingSpec, plan: Schedule, folder: str) -> TrainingArguments:
+    """The task's values under their own names, and what is ours to decide: no saving, no reporting, no evaluation."""
+    on_gpu = torch.cuda.is_available()
+    values = training.model_dump(exclude={"gradient_checkpointing", "auto_find_batch_size", "save_steps"})
+    values |= {
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": plan.rows_per_micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+    }
+    if training.gradient_checkpointing:  # transformers 5 warns of the old name and drops it in 6
+        values |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=folder,
+        **values,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Takes its batches as they are, and keeps the sums that people want to see."""
+
+    def __init__(self, *, batches: Batches, counts_tokens: bool, **options: Any) -> None:
+        super().__init__(train_dataset=batches.rows, **options)
+        # A step's loss is the mean over its completion tokens, else over its rows, however it is cut into
+        # micro-batches. Trainer counts labels as if they were shifted tokens for classifiers of the Llama kind too.
+        self.model_accepts_loss_kwargs = counts_tokens
+        self._batches = batches
+        self.loss_sum: Any = 0.0
+        """Of this rank's steps since it was last set to 0; on the device, so that no step waits for it."""
+        self.tokens = 0
+
+    def get_train_dataloader(self) -> Any:
+        return self._batches
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        if "attention_mask" in inputs:
+            self.tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.loss_sum = self.loss_sum + loss
+        return loss
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]
+    """What happens around each step: resuming before the first, then the method's work, checkpoints, heartbeats."""
+
+    def __init__(self, plan: Schedule, spec: TaskSpec, around: Surroundings) -> None:
+        self.trainer: Any = None
+        self.first_step_at = 0.0
+        self.ended: Asked = ""
+        self._plan = plan
+        self._training = spec.training
+        self._around = around
+        self._begun_at = around.checkpoint.step if around.checkpoint else 0
+        self.loss_sum = around.checkpoint.loss_sum if around.checkpoint else 0.0
+        self._logged_at = self._begun_at
+        self._progress = Progress(around.token, "training", self._begun_at, plan.steps)
+        self._save_every = _every(spec.training.save_steps, plan.steps)
+        self._log_every = max(1, plan.steps // LOG_LINES_PER_TASK)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        group = self._around.group
+        torch.manual_seed(self._training.seed + group.rank.index)  # ranks must not drop out the same units
+        if self._around.checkpoint is not None:
+            training_state.put_back(self.trainer, group, self._around.checkpoint)
+            state.global_step = self._around.checkpoint.step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.first_step_at:
+            self.first_step_at = time.time()
+            machine_figures()  # the use of the CPU is measured between two calls
+            self._progress = replace(self._progress, first_step_at=self.first_step_at)
+            self._around.report(self._progress)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, steps = state.global_step, self._plan.steps
+        self._around.after_step(step, steps)
+        asked: Asked = self._around.group.agree(self._around.asked())
+        is_last = step >= steps
+        if step == self._begun_at + 1 or step % self._log_every == 0 or is_last:
+            self._log(step, args.learning_rate)
+        if self._around.save and asked != "cancel" and (is_last or asked or step % self._save_every == 0):
+            self._log(step, args.learning_rate)
+            self._save(step)
+        seconds = max(time.time() - self.first_step_at, 1e-9)
+        done = step - self._begun_at
+        self._progress = replace(
+            self._progress,
+            step=step,
+            samples_per_second=done * self._plan.rows_per_step / seconds,
+            seconds_left=seconds / done * (steps - step),
+        )
+        self._around.report(self._progress)
+        if asked and not is_last:
+            self.ended = asked
+            control.should_training_stop = True
+
+    def _log(self, step: int, peak: float) -> None:
+        """Bring the sums over from the device and the other ranks; a line for people."""
+        if step == self._logged_at:
+            return
+        group, trainer = self._around.group, self.trainer
+        loss, tokens = group.sum([float(trainer.loss_sum) / group.rank.size, trainer.tokens])
+        memory = int(group.max([_memory_bytes()])[0])
+        self.loss_sum += loss
+        trainer.loss_sum = 0.0
+        mean = loss / (step - self._logged_at)
+        self._logged_at = step
+        if not math.isfinite(mean):
+            raise InvalidInput(
+                f"the loss is {mean} at step {step} of {self._plan.steps}",
+                "training.learning_rate",
+                f"lower it (it is {peak:g}), or set training.max_grad_norm",
+            )
+        seconds = max(time.time() - self.first_step_at, 1e-9)
+        rate = float(trainer.lr_scheduler.get_last_lr()[0])
+        self._progress = replace(
+            self._progress,
+            step=step,
+            loss=mean,
+            learning_rate=rate,
+            tokens_per_second=tokens / seconds if tokens else math.nan,
+            memory_bytes=memory,
+        )
+        now = self._progress
+        point = Point(
+            time.time(),
+            step,
+            mean,
+            rate,
+            now.steps,
+            now.samples_per_second,
+            now.tokens_per_second,
+            now.memory_bytes,
+            self._begun_at,
+            machine_figures(),
+        )
+        self._around.report(replace(now, log_lines=(point,)))
+
+    def _save(self, step: int) -> None:
+        around = self._around
+        taken = training_state.take(
+            self.trainer, around.group, step, around.run, around.method, around.basis_version, self.loss_sum
+        )
+        if around.group.rank.leads and around.save:
+            around.save(taken)
+
+
+def _every(save_steps: float, steps: int) -> int:
+    """TrainingArguments' meaning: below 1 it is a share of all steps."""
+    return max(1, int(save_steps if save_steps >= 1 else save_steps * steps))
+
+
+def _memory_bytes() -> float:
+    """Most memory this process has taken: the GPU's, or its own where there is none."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _out_of_memory(error: Exception, plan: Schedule) -> OutOfMemory:
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        numbers = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of the GPU are free"
+    else:
+        numbers = f"this process took {_memory_bytes() / 2**30:.1f} GiB at most"
+    return OutOfMemory(
+        f"memory ran out with {plan.rows_per_micro_batch} rows at once; {numbers}: {str(error).splitlines()[0][:300]}",
+        "training.per_device_train_batch_size",
+        "halve it and double training.gradient_accumulation_steps (training.auto_find_batch_size: true does so by "
+        "itself), set training.gradient_checkpointing: true, or lower data.max_length",
+    )
