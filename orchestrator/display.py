@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +22,10 @@ COLOURS = {
     "expired": "dim",
 }  # fmt: skip
 ENDED = ("published", "rejected", "parked", "cancelled")
+DROPPED_FIRST = ("id", "MB", "rows/s", "version", "tokens/s", "score", "loss")
+"""Columns of the tasks' table in the order in which a narrow terminal goes without them: `team/name` is a name too."""
+NOTE_WIDTH = 24
+"""Room that the last column is given at least, if it has so much to say."""
 
 
 def status(answer: Json) -> None:
@@ -75,18 +81,14 @@ def task(answer: Json) -> None:
             f"  {answer['metric']:10} {_score(answer['local_score'])} own adapter · {_score(answer['base_score'])} "
             f"same head without adapter · {answer['eval_rows']} rows"
         )
+    if others := [f"{name} {value:.4f}" for name, value in answer["metrics"].items() if name != answer["metric"]]:
+        console.print(f"  also       {' · '.join(others)} own adapter", soft_wrap=True)
     if (result := answer["result"]) is not None:
         console.print(
             f"  in main    {_score(result['score_under_main'])} now (version {result['main']}) · "
             f"{_score(result['score_at_birth'])} at birth (version {result['version']})"
         )
-    training = answer["training"]
-    if training["seconds"] is not None:
-        start = training["submit_to_first_step_seconds"]
-        console.print(
-            f"  training   {training['steps']} steps in {training['seconds']:.1f} s"
-            + (f", first step {start:.2f} s after submission" if start is not None else "")
-        )
+    _print_training(answer["training"])
     for event in answer["events"]:
         console.print(f"  {_clock(event['at'])}  {event['kind']:16} {escape(event['text'])}", soft_wrap=True)
 
@@ -94,8 +96,11 @@ def task(answer: Json) -> None:
 def log_lines(events: Sequence[Json]) -> None:
     """`onebasis logs`."""
     for event in events:
-        kind = "" if event["kind"] == "log" else f"{event['kind']}: "
-        console.print(f"{_clock(event['at'])}  {kind}{escape(event['text'])}", soft_wrap=True)
+        if event["kind"] == "progress":
+            text = _point(json.loads(event["text"]))
+        else:
+            text = event["text"] if event["kind"] == "log" else f"{event['kind']}: {event['text']}"
+        console.print(f"{_clock(event['at'])}  {escape(text)}", soft_wrap=True)
 
 
 def versions(answer: Sequence[Json]) -> None:
@@ -234,18 +239,75 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
 
 
 def _task_table(rows: Sequence[Json]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("id", "task", "state", "score", "version", ""):
-        table.add_column(name, no_wrap=bool(name))
-    for row in rows:
-        place = f"place {row['place']}" if row["place"] else ""
-        reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
-        what = " · ".join(part for part in (place, _progress(row), reason) if part)
-        version = f"v{row['version']}" if row["version"] else "–"
-        table.add_row(
-            row["task_id"], row["title"], _coloured(row["state"]), _score(row["local_score"]), version, escape(what)
-        )
+    """What fits into the terminal; the last column alone may break its lines."""
+    cells: dict[str, list[str]] = {
+        "id": [row["task_id"] for row in rows],
+        "task": [row["title"] for row in rows],
+        "state": [row["state"] for row in rows],
+        "step": [_step(row) for row in rows],
+        "loss": [_told(row, "loss", ".3f") for row in rows],
+        "rows/s": [_told(row, "samples_per_second", ",.0f") for row in rows],
+        "tokens/s": [_told(row, "tokens_per_second", ",.0f") for row in rows],
+        "MB": [f"{row['progress']['memory_bytes'] / 1e6:,.0f}" if _told(row, "memory_bytes") else "" for row in rows],
+        "left": [_duration(row["progress"]["seconds_left"]) if _told(row, "seconds_left") else "" for row in rows],
+        "score": [_score(row["local_score"]) for row in rows],
+        "version": [f"v{row['version']}" if row["version"] else "–" for row in rows],
+        "": [_note(row) for row in rows],
+    }
+    widths = {name: max(map(cell_len, (name, *column))) for name, column in cells.items() if any(column)}
+    widths |= {"": min(widths[""], NOTE_WIDTH)} if "" in widths else {}
+    for name in DROPPED_FIRST:
+        if sum(widths.values()) + 2 * (len(widths) - 1) > console.width:
+            widths.pop(name, None)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in widths:
+        table.add_column(name, no_wrap=bool(name), justify="left" if name in ("id", "task", "state", "") else "right")
+    for index in range(len(rows)):
+        texts = {name: escape(cells[name][index]) for name in widths}
+        table.add_row(*(_coloured(text) if name == "state" else text for name, text in texts.items()))
     return table
+
+
+def _step(row: Json) -> str:
+    return f"{row['progress']['step']}/{row['progress']['steps']}" if _told(row, "steps") else ""
+
+
+def _told(row: Json, name: str, form: str = "") -> str:
+    """One figure of a task's progress; empty where it does not train, or has not told."""
+    value = row["progress"].get(name) if row["state"] == "training" else None
+    return format(value, form) if value else ""
+
+
+def _note(row: Json) -> str:
+    """Where it stands in the queue, what it does beside its steps, or why it is where it is."""
+    if row["state"] == "training":
+        phase = row["progress"].get("phase", "")
+        return str(row["worker"] if phase in ("", "training") else phase)
+    place = f"place {row['place']}" if row["place"] else ""
+    reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
+    return " · ".join(part for part in (place, reason) if part)
+
+
+def _print_training(training: Json) -> None:
+    if training["seconds"] is not None:
+        start = training["submit_to_first_step_seconds"]
+        resumed = f", resumed from step {training['resumed_from']}" if training["resumed_from"] else ""
+        console.print(
+            f"  training   {training['steps']} steps in {training['seconds']:.1f} s"
+            + (f", first step {start:.2f} s after submission" if start is not None else "")
+            + resumed
+        )
+    if training["method"]:
+        basis = f" in the basis of version {training['basis_version']}" if training["basis_version"] else ""
+        trained = training["trainable_parameters"]
+        console.print(
+            f"  method     {training['method']}{basis}"
+            + (f" · {trained:,} numbers trained beside the head" if trained else "")
+        )
+    if (last := training["last_point"]) is not None:
+        console.print(f"  last told  {_point(last)}", soft_wrap=True)
+    if training["plot"]:
+        console.print(f"  loss plot  {escape(training['plot'])}", soft_wrap=True)
 
 
 def _print_figures(figures: Json) -> None:
@@ -292,9 +354,26 @@ def _progress(row: Json) -> str:
         return row["worker"] if row["state"] == "training" else ""
     if not progress.get("steps"):
         return str(progress.get("phase", ""))
-    loss = f" loss {progress['loss']:.3f}" if progress.get("loss") is not None else ""
-    left = f" {progress['seconds_left']:.0f} s left" if progress.get("seconds_left") is not None else ""
-    return f"{progress['phase']} {progress['step']}/{progress['steps']}{loss}{left}"
+    return f"{progress['phase']} {_point(progress)}"
+
+
+def _point(told: Json) -> str:
+    """Step, loss, learning rate, speed, memory, end: what of them was told."""
+    steps = f"/{told['steps']}" if told.get("steps") else ""
+    forms = (
+        ("loss", "loss {:.4f}"), ("learning_rate", "learning rate {:.2e}"), ("samples_per_second", "{:,.1f} rows/s"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+    )  # fmt: skip
+    parts = [form.format(told[name]) for name, form in forms if told.get(name) is not None]
+    memory = [_bytes(told["memory_bytes"])] if told.get("memory_bytes") else []
+    left = [f"{_duration(told['seconds_left'])} left"] if told.get("seconds_left") is not None else []
+    return " · ".join([f"step {told['step']}{steps}", *parts, *memory, *left])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _share(row: Json) -> float:

@@ -1,15 +1,19 @@
 """MLflow as a mirror of what happened: one run per task, one for the subspace, its versions in the registry.
 
 A mirror only: everything here is read from the task queue and the version log, so MLflow can be deleted and is
-rebuilt at the next start. It runs in a thread of its own; MLflow being away or slow stops nothing.
+rebuilt at the next start. It runs in a thread of its own; MLflow being away or slow stops nothing, and the pictures
+in the state folder are drawn all the same. System metrics are those of the worker's machine, as its points tell them:
+MLflow's own monitor would show this process's.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +21,19 @@ from typing import Any
 from configs.settings import Settings
 from orchestrator.forgetting import forgetting_report
 from orchestrator.heat_map import draw_heat_map
+from orchestrator.loss_plot import draw_loss_plot, plot_file
 from orchestrator.score_table import ScoreTable, score_table
-from orchestrator.task_queue import PROGRESS, TaskQueue
+from orchestrator.task_queue import TaskQueue
 from orchestrator.task_record import LIVE, TaskRecord, TaskState
 from subspace_store import SubspaceStore
 from subspace_store.version import MAIN, SubspaceState
+from workers.orders import Point
 
 log = logging.getLogger("onebasis.mlflow")
 
 RETRY_SECONDS = 10.0
+LIVE_SECONDS = 10.0
+"""While tasks train, their curves are looked at this often."""
 TASK_TAG = "onebasis.task_id"
 SUBSPACE_TAG = "onebasis.subspace"
 DONE_TAG = "onebasis.logged"
@@ -51,6 +59,10 @@ class Mirror:
         self._runs: dict[str, str] = {}
         self._marks: dict[str, str] = {}
         """Task id to what its run shows: with a thousand tasks, asking MLflow for each would take seconds."""
+        self._drawn: dict[str, str] = {}
+        """Task id to what its loss plot shows."""
+        self._look_at = math.inf
+        """When to look though nobody calls."""
         self.behind = True
         """Whether there is something that MLflow does not show yet."""
         self.error = ""
@@ -68,7 +80,7 @@ class Mirror:
             last = stop.is_set()
             if not last:
                 self._awake.wait(0.5)
-            if not self._awake.is_set():
+            if not self._awake.is_set() and time.monotonic() < self._look_at:
                 continue
             self._awake.clear()
             try:
@@ -83,9 +95,13 @@ class Mirror:
 
     def sync(self) -> None:
         """Bring MLflow to what the queue and the log say now. Running it twice changes nothing."""
+        records = {record.task_id: record for record in self._queue.tasks()}
+        training = any(record.state is TaskState.TRAINING for record in records.values())
+        self._look_at = time.monotonic() + LIVE_SECONDS if training else math.inf
+        for record in records.values():
+            self._draw_loss(record)
         self._open()
         state = self._store.refresh()
-        records = {record.task_id: record for record in self._queue.tasks()}
         table = score_table(state, state.refs[MAIN], self._settings.gate.drift_min)
         for record in records.values():
             self._mirror_task(record, state, table)
@@ -132,16 +148,15 @@ class Mirror:
 
     def _mirror_task(self, record: TaskRecord, state: SubspaceState, table: ScoreTable) -> None:
         rows = [v for v in table.versions if record.task_id in table.cells[v]]
-        mark = f"{record.revision}:{rows[-1] if rows else 0}"
+        mark = f"{self._shown(record)}:{rows[-1] if rows else 0}"
         if self._marks.get(record.task_id) == mark:
             return
         run = self._run(TASK_TAG, record.task_id, record.title)
-        done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
-        if done == mark:
+        data = self._client.get_run(run).data
+        if data.tags.get(DONE_TAG, "") == mark:
             self._marks[record.task_id] = mark
             return
-        if not done:
-            self._log_batch(run, {}, params=_params(record))
+        self._log_batch(run, {}, params={k: v for k, v in _params(record).items() if k not in data.params})
         begun = record.submitted_at
         metrics: Points = {
             ("base_score", 0, begun): record.base_score,
@@ -149,6 +164,7 @@ class Mirror:
             ("train_loss", 0, begun): record.train_loss,
             ("train_seconds", 0, begun): record.train_seconds,
         }
+        metrics |= {(f"local.{name}", 0, begun): value for name, value in record.metrics.items()}
         if record.adapter_parameters:
             metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
         made = {version: state.versions[version].created_at for version in rows}
@@ -156,17 +172,32 @@ class Mirror:
         if rows and rows[0] == table.birth[record.task_id] and record.local_score is not None:
             gap = record.local_score - table.score(rows[0], record.task_id)
             metrics["merge_gap", rows[0], made[rows[0]]] = gap
-        if record.train_seconds is not None:
-            metrics |= self._loss_curve(record.task_id)
+        for point in self._queue.curve(record.task_id):
+            metrics |= _figures(point)
+        if (plot := plot_file(self._settings.state_dir, record)).exists():
+            self._log_plot(run, plot)
         tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
         self._log_batch(run, metrics, tags=tags)
         if record.state not in LIVE:
             self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
         self._marks[record.task_id] = mark
 
-    def _loss_curve(self, task_id: str) -> Points:
-        points = [(e.at, json.loads(e.text)) for e in self._queue.events(task_id) if e.kind == PROGRESS]
-        return {(f"train.{key}", p["step"], at): p[key] for at, p in points for key in ("loss", "learning_rate")}
+    def _shown(self, record: TaskRecord) -> str:
+        """Changes with all that a task's run and plot show of its training."""
+        points = len(self._queue.curve(record.task_id)) if record.state is TaskState.TRAINING else ""
+        return f"{record.revision}:{points}"
+
+    def _draw_loss(self, record: TaskRecord) -> None:
+        path, shown = plot_file(self._settings.state_dir, record), self._shown(record)
+        # What has ended was drawn by the service that saw it end.
+        known = self._drawn.get(record.task_id, shown if record.state not in LIVE and path.exists() else "")
+        if shown != known and (points := self._queue.curve(record.task_id)):
+            draw_loss_plot(points, record.title, path)
+        self._drawn[record.task_id] = shown
+
+    def _log_plot(self, run: str, plot: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._client.log_artifact(run, shutil.copy(plot, Path(folder) / "loss.png"))
 
     # --- the subspace ------------------------------------------------------------------------------------------
 
@@ -282,6 +313,16 @@ class Mirror:
         )
 
 
+def _figures(point: Point) -> Points:
+    told = ("loss", "learning_rate", "samples_per_second", "tokens_per_second")
+    values = {f"train.{name}": getattr(point, name) for name in told}
+    if point.memory_bytes:
+        values["train.memory_megabytes"] = point.memory_bytes / 1e6
+    # By MLflow's own names, so that its page shows them as system metrics.
+    values |= {f"system/{name}": value for name, value in point.machine.items()}
+    return {(name, point.step, point.at): value for name, value in values.items()}
+
+
 def _params(record: TaskRecord) -> dict[str, str]:
     spec = record.spec
     flat = {
@@ -295,4 +336,11 @@ def _params(record: TaskRecord) -> dict[str, str]:
         **{f"training.{key}": value for key, value in spec.training.model_dump().items()},
         **{f"lora.{key}": value for key, value in spec.lora.model_dump().items()},
     }
+    if record.train_seconds is not None:  # a run's parameters never change
+        flat |= {
+            "trained.method": record.method,
+            "trained.parameters": record.trainable_parameters,
+            "trained.basis_version": record.basis_version,
+            "trained.resumed_from": record.resumed_from,
+        }
     return {key: str(value) for key, value in flat.items()}

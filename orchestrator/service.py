@@ -24,9 +24,10 @@ from orchestrator.admission import admit, check_submission
 from orchestrator.cluster import Cluster, wait_for
 from orchestrator.controller import Controller
 from orchestrator.forgetting import ForgettingReport, Mean, forgetting_report
+from orchestrator.loss_plot import plot_file
 from orchestrator.score_table import ScoreTable, score_table
 from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
-from orchestrator.task_queue import LOG, PROGRESS, TaskQueue
+from orchestrator.task_queue import LOG, PROGRESS, TaskQueue, point_of
 from orchestrator.task_record import TaskRecord, TaskState
 from subspace_store import Storage, SubspaceStore
 from subspace_store.peft_format import write_peft_folder
@@ -95,7 +96,9 @@ class Service:
     def task(self, reference: str) -> Json:
         """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
         record = self._queue.find(reference)
-        events = [e for e in self._queue.events(record.task_id) if e.kind not in (LOG, PROGRESS)]
+        history = self._queue.events(record.task_id)
+        points = [point_of(event) for event in history if event.kind == PROGRESS]
+        plot = plot_file(self._settings.state_dir, record)
         return {
             **self._summary(record, self._places()),
             "spec": record.spec.model_dump(mode="json"),
@@ -117,8 +120,15 @@ class Service:
                 "lost_machines": record.lost_machines,
                 "own_bugs": record.own_bugs,
                 "preemptions": record.preemptions,
+                "method": record.method,
+                "trainable_parameters": record.trainable_parameters,
+                "basis_version": record.basis_version,
+                "resumed_from": record.resumed_from,
+                "last_point": _plain(asdict(points[-1])) if points else None,
+                "plot": str(plot) if plot.exists() else None,
             },
-            "events": [asdict(event) for event in events],
+            "metrics": dict(record.metrics),
+            "events": [asdict(event) for event in history if event.kind not in (LOG, PROGRESS)],
         }
 
     def cancel(self, reference: str, by: str = "") -> Json:
@@ -144,9 +154,9 @@ class Service:
         return self._summary(after)
 
     def logs(self, reference: str, after: int = 0) -> list[Json]:
-        """A task's training log after an event id."""
+        """A task's history after an event id; the points of its curves as JSON."""
         record = self._queue.find(reference)
-        return [asdict(event) for event in self._queue.events(record.task_id, after) if event.kind != PROGRESS]
+        return [asdict(event) for event in self._queue.events(record.task_id, after)]
 
     # --- versions ----------------------------------------------------------------------------------------------
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator import controller
+from orchestrator import controller, mlflow_mirror
 from orchestrator.mlflow_mirror import Mirror
 from subspace_store import SubspaceStore
 from tests.orchestrator.plant import Plant
+from workers.machine import machine_figures
+from workers.orders import Point
 
 # MLflow's own modules warn of their own future.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+POINTS = (
+    Point(2000.0, 5, 0.75, 0.002, 10),
+    Point(2001.0, 10, 0.25, 0.001, 10, 80.0, 900.0, 512_000_000, machine={"cpu_utilization_percentage": 75.0}),
+)
 
 
 class Mirrored:
@@ -29,8 +38,7 @@ class Mirrored:
         for title in ("red/a", "blue/b", "red/bad", "red/wrong"):
             (task,) = self.plant.submit(title)
             if title == "red/a":
-                self.plant.queue.append_progress(task.task_id, 5, 0.75, 0.002)
-                self.plant.queue.append_progress(task.task_id, 10, 0.25, 0.001)
+                self.plant.queue.append_log(task.task_id, ["a line", *POINTS])
             self.plant.run()
         self.mirror = self.fresh_mirror()
         self.mirror.sync()
@@ -103,6 +111,8 @@ def test_every_task_is_a_run_with_its_parameters_and_scores(mirrored: Mirrored) 
     assert sorted(runs) == ["blue/b", "red/a", "red/bad", "red/wrong", "subspace tiny"]
     run = runs["red/a"].data
     assert (run.params["team"], run.params["method"], run.params["lora.r"]) == ("red", "lora", "8")
+    assert (run.params["trained.method"], run.params["trained.parameters"]) == ("lora", "96")
+    assert run.metrics["local.f1_macro"] == 0.75
     assert (run.metrics["local_score"], run.metrics["base_score"], run.metrics["train_loss"]) == (0.9, 0.5, 0.25)
     assert {name: run.info.status for name, run in runs.items() if name != "subspace tiny"} == {
         "red/a": "FINISHED",
@@ -118,6 +128,63 @@ def test_a_tasks_score_and_loss_are_curves_over_versions_and_steps(mirrored: Mir
     assert mirrored.history("red/a", "score") == [(1, 0.9), (2, 0.88)]
     assert mirrored.history("red/a", "train.loss") == [(5, 0.75), (10, 0.25)]
     assert mirrored.history("red/a", "train.learning_rate") == [(5, 0.002), (10, 0.001)]
+    # Not measured at step 5 is no point.
+    assert mirrored.history("red/a", "train.samples_per_second") == [(10, 80.0)]
+    assert mirrored.history("red/a", "train.tokens_per_second") == [(10, 900.0)]
+    assert mirrored.history("red/a", "train.memory_megabytes") == [(10, 512.0)]
+
+
+def test_what_the_workers_machine_did_is_where_mlflow_shows_system_metrics(mirrored: Mirrored) -> None:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+
+    assert mirrored.history("red/a", "system/cpu_utilization_percentage") == [(10, 75.0)]
+    monitor = CPUMonitor()
+    monitor.collect_metrics()
+    assert set(monitor.aggregate_metrics()) <= set(machine_figures())  # MLflow's own names
+
+
+def test_every_trained_task_has_its_loss_plot_beside_the_state_and_in_its_run(mirrored: Mirrored) -> None:
+    folder = Path(mirrored.plant.settings.state_dir)
+    task_id = mirrored.plant.get("red/a").task_id
+    assert [path.relative_to(folder).as_posix() for path in folder.glob("plots/**/*.png")] == [
+        f"plots/red/a-{task_id}.png"
+    ]
+    run = mirrored.runs()["red/a"].info.run_id
+    assert [file.path for file in mirrored.client.list_artifacts(run)] == ["loss.png"]
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_curves_and_plot_grow_while_a_task_trains_and_though_mlflow_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Plant(tmp_path)
+    plant.cluster.hold = lambda order: True
+    (task,) = plant.submit("red/a")
+    plant.run(lambda: plant.states()["red/a"] == "training")
+    mirror = Mirror(plant.settings, plant.queue, SubspaceStore.open(plant.storage))
+    drawn: list[list[Point]] = []
+    monkeypatch.setattr(mlflow_mirror, "draw_loss_plot", lambda points, title, path: drawn.append(points))
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_open", lambda: 1 / 0)
+        plant.queue.append_log(task.task_id, POINTS[:1])
+        with pytest.raises(ZeroDivisionError):
+            mirror.sync()
+    mirror.sync()
+    assert drawn == [list(POINTS[:1])]
+    plant.queue.append_log(task.task_id, POINTS[1:])
+    mirror.sync()
+    mirror.sync()
+    assert drawn[1:] == [list(POINTS)]
+    client = mirror._client
+    run = client.search_runs([mirror._experiment])[0]
+    assert run.info.status == "RUNNING"
+    history = client.get_metric_history(run.info.run_id, "train.loss")
+    assert [(point.step, point.value, point.timestamp) for point in history] == [
+        (5, 0.75, 2_000_000),
+        (10, 0.25, 2_001_000),
+    ]
+    assert mirror._look_at < math.inf
+    plant.queue.close()
 
 
 def test_the_subspaces_run_has_every_score_at_its_versions_step(mirrored: Mirrored) -> None:
