@@ -220,6 +220,17 @@ class ModuleTasks:
         ]
         return TaskBlock.joined(found) if found else None
 
+    def without(self, task_ids: Collection[str]) -> ModuleTasks:
+        """All but some of the tasks; what is left is not touched."""
+        blocks = []
+        for moving in self.blocks:
+            rest = [task for task in moving.block.task_ids if task not in task_ids]
+            if len(rest) == len(moving.block.task_ids):
+                blocks.append(moving)
+            elif rest:
+                blocks.append(_Moving(moving.block.only(rest), moving.transport))
+        return ModuleTasks(tuple(blocks))
+
     def kept(self) -> Tensor:
         """‖E_i·F_iᵀ‖²_F per task, now."""
         return _each((moving.grams[0] * moving.grams[1]).sum(dim=(1, 2)) for moving in self.blocks)

@@ -246,6 +246,23 @@ def merge_module(
     )
 
 
+def place_in_basis(
+    basis: ModuleBasis, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings
+) -> tuple[TaskBlock, Tensor]:
+    """Write updates of one module in a basis that stays as it is.
+
+    Returns:
+        Their coefficients, as they are to be written, and ‖ΔW − ΔŴ‖²_F of each: what lies outside the basis.
+    """
+    p_NK, q_DK = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
+    factors = _Factors.of(incoming, settings)
+    block = factors.coefficients(p_NK, q_DK)
+    # L·Rᵀ − P·E·(Q·F)ᵀ = L⊥·Rᵀ + P·E·R⊥ᵀ, orthogonal to each other: two sums of squares, so nothing cancels.
+    left_NC, right_DC = factors.left_NC - p_NK @ block.e_KS, factors.right_DC - q_DK @ block.f_KS
+    missed_T = kept_energy(left_NC, factors.right_DC, block.ranks) + kept_energy(block.e_KS, right_DC, block.ranks)
+    return block.rounded(), missed_T
+
+
 def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str, ModuleUpdate]:
     """One task's update as the subspace holds it, in canonical form, per module it adapts.
 

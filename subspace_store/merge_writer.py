@@ -1,4 +1,5 @@
-"""One merge made durable: its files, each read back, and the version that names them. The log is not touched here.
+"""One merge or refinement made durable: its files, each read back, and the version that names them. The log is not
+touched here.
 
 The new basis is written module by module while the merge makes it, and the old one is let go of module by module: no
 moment holds two of them. Until a record names the version, its files are garbage that `collect` may delete later.
@@ -7,32 +8,36 @@ moment holds two of them. Until a record names the version, its files are garbag
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from configs.errors import InvalidInput
 from configs.settings import SubspaceSettings
 from subspace_store import blobs
 from subspace_store.adapter import Adapter
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merge import ModuleBasis, ModuleMerge, ModuleSubspace, Tally, merge_modules
+from subspace_store.merge import ModuleBasis, ModuleMerge, ModuleSubspace, Tally, merge_modules, place_in_basis
 from subspace_store.parallel import in_order
 from subspace_store.storage import Storage
 from subspace_store.tensor_file import AT_ONCE, Part
 from subspace_store.version import BlobRef, MergedTask, SubspaceState, Version
-from subspace_store.version_tensors import VersionTensors
+from subspace_store.version_tensors import VersionTensors, moved
 
 SNAPSHOT_EVERY = 64
 """Fewest versions of a lineage between two snapshots of all coefficients. It is put off until the transports written
 since outweigh it, so that snapshots at most double what transports cost, however many tasks there are."""
 
+OUTSIDE_MAX = 1e-4
+"""Most of ‖ΔW‖_F that a refined adapter may have outside the span of its basis: float32 leaves about 1e-6."""
+
 
 @dataclass(frozen=True)
 class Arrival:
-    """A checked adapter that is to be merged."""
+    """A checked adapter that is to be merged, or to take the place of what its task was."""
 
     task_id: str
     name: str
@@ -86,15 +91,11 @@ def write_version(
     merging = _Merging(tensors, parent, arrivals, settings)
     basis = merging.write_basis(storage, epoch)
 
-    def kept(arrival: Arrival) -> BlobRef:
-        content = arrival.content
-        return content if isinstance(content, BlobRef) else blobs.write_blob(storage, epoch, content)
-
     # Side by side: each file waits for the storage twice, to be written and read back, and the processor is free.
     jobs: list[Callable[[], Any]] = [
         partial(blobs.write_transports, storage, epoch, merging.transports),
         partial(blobs.write_coefficients, storage, epoch, merging.arrived),
-        *(partial(kept, arrival) for arrival in arrivals),
+        *(partial(_kept, storage, epoch, arrival) for arrival in arrivals),
         *(merge.settle for merge in merging.merges.values()),
     ]
     transport, coefficients, *rest = in_order(lambda job: job(), jobs, AT_ONCE)
@@ -108,24 +109,13 @@ def write_version(
         # From here on a reader starts from the rounded ones, so the writer does as well.
         merging.tasks |= {name: ModuleTasks.of(block) for name, block in settled.items()}
     number = max(state.versions, default=0) + 1
-    errors, drift = merging.tally.error_at_birth, merging.tally.drift
+    errors, drift, delivered = merging.tally.error_at_birth, merging.tally.drift, merging.tally.delivered
     version = Version(
         number=number,
         parent=parent,
         created_at=time.time(),
         added=tuple(
-            MergedTask(
-                task_id=arrival.task_id,
-                name=arrival.name,
-                version=number,
-                adapter=adapter,
-                coefficients=coefficients,
-                delivered_energy=merging.tally.delivered[arrival.task_id],
-                rank_total=sum(update.rank for update in arrival.adapter.modules.values()),
-                error_at_birth=errors[arrival.task_id],
-                parameter_count=arrival.adapter.parameter_count,
-                head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
-            )
+            _entry(arrival, number, adapter, coefficients, delivered[arrival.task_id], errors[arrival.task_id])
             for arrival, adapter in zip(arrivals, adapters, strict=True)
         ),
         basis=basis,
@@ -146,6 +136,110 @@ def write_version(
         approximate=tuple(arrival.task_id for arrival in arrivals if arrival.approximate),
     )
     return Written(version, merging.bases, merging.tasks)
+
+
+def write_refinement(
+    storage: Storage,
+    epoch: int,
+    tensors: VersionTensors,
+    state: SubspaceState,
+    parent: int,
+    arrivals: Sequence[Arrival],
+    settings: SubspaceSettings,
+) -> Written:
+    """Put other adapters in the place of tasks, in the basis that is there, and write everything but the record.
+
+    Args: As `write_version`; the arrivals are tasks that the parent holds.
+
+    Returns:
+        A version with the parent's basis and, of all other tasks, the parent's coefficients: not a bit of them moves.
+
+    Raises:
+        InvalidInput: An adapter with more than `OUTSIDE_MAX` outside the span of the parent's basis.
+
+    Cost:
+        Reads the bases of the modules that the arrivals adapt; writes the arrivals and their coefficients.
+    """
+    started = time.perf_counter()
+    modules, delivered, missed = _placed(tensors, parent, arrivals, settings)
+    errors = {task: (missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in delivered.items()}
+    for arrival in arrivals:
+        if errors[arrival.task_id] > OUTSIDE_MAX:
+            raise InvalidInput(
+                f"has {errors[arrival.task_id]:.1e} of its norm outside the basis of version {parent}, more than "
+                f"{OUTSIDE_MAX:.0e}",
+                f"task {arrival.name} ({arrival.task_id})",
+                "refine it in the basis of the version that is the candidate",
+            )
+    seconds = time.perf_counter() - started
+    coefficients = blobs.write_coefficients(storage, epoch, modules)
+    adapters = [_kept(storage, epoch, arrival) for arrival in arrivals]
+    number, old = max(state.versions, default=0) + 1, state.versions[parent]
+    version = Version(
+        number=number,
+        parent=parent,
+        created_at=time.time(),
+        added=(),
+        basis=old.basis,
+        transport=None,
+        basis_versions=old.basis_versions,
+        module_count=old.module_count,
+        rank_max=old.rank_max,
+        bytes_written=coefficients.size_bytes + sum(adapter.size_bytes for adapter in adapters),
+        merge_seconds=seconds,
+        refined=tuple(
+            _entry(arrival, number, adapter, coefficients, delivered[arrival.task_id], errors[arrival.task_id])
+            for arrival, adapter in zip(arrivals, adapters, strict=True)
+        ),
+    )
+    tasks = moved(tensors.tasks(parent), {}, [modules], [arrival.task_id for arrival in arrivals])
+    return Written(version, {}, tasks)
+
+
+def _placed(
+    tensors: VersionTensors, parent: int, arrivals: Sequence[Arrival], settings: SubspaceSettings
+) -> tuple[dict[str, TaskBlock], dict[str, float], dict[str, float]]:
+    """Module to coefficients; task to ‖ΔW‖²_F, and to what of it lies outside the basis."""
+    modules: dict[str, TaskBlock] = {}
+    delivered = {arrival.task_id: 0.0 for arrival in arrivals}
+    missed = dict(delivered)
+    for name in sorted({name for arrival in arrivals for name in arrival.adapter.modules}):
+        incoming = {a.task_id: a.adapter.modules[name] for a in arrivals if name in a.adapter.modules}
+        if name not in tensors.homes(parent):
+            raise InvalidInput(f"adapts {name}, which version {parent} has no basis for", _who(arrivals, incoming))
+        block, missed_T = place_in_basis(tensors.module_basis(parent, name), incoming, settings)
+        modules[name] = block
+        for task, energy, outside in zip(incoming, block.delivered_T.tolist(), missed_T.tolist(), strict=True):
+            delivered[task] += energy
+            missed[task] += outside
+    return modules, delivered, missed
+
+
+def _who(arrivals: Sequence[Arrival], tasks: Collection[str]) -> str:
+    return ", ".join(f"task {arrival.name} ({arrival.task_id})" for arrival in arrivals if arrival.task_id in tasks)
+
+
+def _kept(storage: Storage, epoch: int, arrival: Arrival) -> BlobRef:
+    content = arrival.content
+    return content if isinstance(content, BlobRef) else blobs.write_blob(storage, epoch, content)
+
+
+def _entry(
+    arrival: Arrival, number: int, adapter: BlobRef, coefficients: BlobRef, delivered_energy: float, error: float
+) -> MergedTask:
+    """What the version `number` says of a task that it brings."""
+    return MergedTask(
+        task_id=arrival.task_id,
+        name=arrival.name,
+        version=number,
+        adapter=adapter,
+        coefficients=coefficients,
+        delivered_energy=delivered_energy,
+        rank_total=sum(update.rank for update in arrival.adapter.modules.values()),
+        error_at_birth=error,
+        parameter_count=arrival.adapter.parameter_count,
+        head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
+    )
 
 
 class _Merging:
@@ -211,6 +305,6 @@ def _snapshot_is_due(line: Sequence[Version], transport: BlobRef, merging: _Merg
         if version.snapshot is not None:
             break
         since += 1
-    written = transport.size_bytes + sum(v.transport.size_bytes for v in line[len(line) - since :])
+    written = transport.size_bytes + sum(v.transport.size_bytes for v in line[len(line) - since :] if v.transport)
     size = sum(4 * sum(merging.ranks[name]) * sum(tasks.ranks) for name, tasks in merging.tasks.items())
     return since + 1 >= SNAPSHOT_EVERY and written >= size

@@ -111,7 +111,7 @@ def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, Merg
         NotFound: A task that no version holds.
         Conflict: A task that `main` never held.
     """
-    published = {task for number in state.published for v in state.lineage(number) for task in v.added}
+    published = {task for number in state.published for v in state.lineage(number) for task in v.brought}
     held = tasks_alive(state, but=state.rejected)
     found: dict[str, MergedTask] = {}
     for task_id in task_ids:
@@ -203,9 +203,10 @@ def alive(state: SubspaceState) -> list[Version]:
 
 
 def tasks_alive(state: SubspaceState, but: Collection[int] = ()) -> set[MergedTask]:
-    """Every task that some live version holds, one for each time it was merged. `but`: versions left aside."""
+    """Every task that some live version holds, one for each time it was merged or refined. `but`: versions left
+    aside."""
     versions = (version for version in alive(state) if version.number not in but)
-    return {task for version in _ancestors(state, versions) for task in version.added}
+    return {task for version in _ancestors(state, versions) for task in version.brought}
 
 
 def needed(state: SubspaceState) -> dict[str, BlobRef]:
@@ -215,18 +216,18 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
     its tasks, as the nearest snapshot in its lineage with everything after it, or as everything from the first version
     on; and every task's adapter as delivered, or its head where the adapter was let go.
     """
-    refs: set[BlobRef] = set()
+    refs: set[BlobRef | None] = set()
     for version in alive(state):
         refs |= {version.basis, version.transport}
         refs |= {state.versions[number].basis for number in version.basis_versions}
-        refs |= {task.coefficients for task in version.added}
+        refs |= {task.coefficients for task in version.brought}
         for before in _since_snapshot(state, version):
             if before.snapshot is not None:
                 refs.add(before.snapshot)
             else:
-                refs |= {before.transport, *(task.coefficients for task in before.added)}
+                refs |= {before.transport, *(task.coefficients for task in before.brought)}
     refs |= {state.heads.get(task.adapter.key, task.adapter) for task in tasks_alive(state)}
-    return {ref.key: ref for ref in refs}
+    return {ref.key: ref for ref in refs if ref is not None}
 
 
 def _since_snapshot(state: SubspaceState, version: Version) -> Iterator[Version]:

@@ -44,6 +44,9 @@ class StoreActor:
     def merge(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
         return self._store.merge(adapters, op_key=op_key, actor=actor)
 
+    def refine(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
+        return self._store.refine(adapters, op_key=op_key, actor=actor)
+
     def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
         self._store.record_scores(version, scores, op_key=op_key, actor=actor)
 

@@ -312,8 +312,9 @@ class SubspaceReader:
 def _summary(record: version_log.Record) -> str:
     """The record's body in one line."""
     body = record.body
-    if record.op == version_log.MERGE:
-        names = ", ".join(task["name"] for task in body["version"]["added"])
+    if record.op in (version_log.MERGE, version_log.REFINE):
+        brought = body["version"]["added"] or body["version"]["refined"]
+        names = ", ".join(task["name"] for task in brought)
         return f"version {body['version']['number']}: {names}"
     if record.op == version_log.SCORES:
         return f"version {body['version']}: {len(body['scores'])} scores"

@@ -17,7 +17,7 @@ from configs.settings import SubspaceSettings
 from subspace_store import blobs, garbage, retention, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, check_adapter, digest
 from subspace_store.forecast import Forecast, forecast
-from subspace_store.merge_writer import ORDINARY, Arrival, Lineage, Written, write_version
+from subspace_store.merge_writer import ORDINARY, Arrival, Lineage, Written, write_refinement, write_version
 from subspace_store.storage import Storage
 from subspace_store.subspace_reader import SubspaceReader
 from subspace_store.version import (
@@ -118,17 +118,50 @@ class SubspaceStore(SubspaceReader):
             Unavailable: The outcome is unknown; ask again with the same op_key.
         """
         with self._writing():
-            done = self._done(op_key)
-            if done is not None:
-                if done not in self.state.versions:
-                    raise Conflict(f"op_key {op_key!r} names an operation that made no version", todo="choose another")
-                return self.state.versions[done]
+            if (known := self._made(op_key)) is not None:
+                return known
             parent = self.state.refs[CANDIDATE]
             self._refuse_doubles(adapters, parent)
             arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
             written = self._write(parent, arrivals)
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
             self._log.commit(version_log.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
+            return self._committed(written)
+
+    def refine(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
+        """Put refined adapters in the place of tasks that the candidate holds, as one version on `candidate`.
+
+        Its basis is the candidate's and no other task moves, not by a bit. From it on a refined adapter is the task's
+        adapter as delivered; the versions before keep what the task was.
+
+        Args:
+            adapters: Each in the span of the candidate's basis, as coefficients trained in it are.
+            op_key: Names this request: asked again, it answers with the version it made.
+
+        Raises:
+            InvalidInput: An adapter that is not in that span, or cannot be served here; names the task. Nothing was
+                written.
+            NotFound: A task that the candidate does not hold, or an upload that is not there.
+            Conflict: This writer is fenced.
+            Unavailable: The outcome is unknown; ask again with the same op_key.
+
+        Source:
+            Share (arXiv:2602.06043), the coefficients' finetuning after merging.
+        """
+        with self._writing():
+            if (known := self._made(op_key)) is not None:
+                return known
+            parent = self.state.refs[CANDIDATE]
+            self._refuse_twice(adapters)
+            for staged in adapters:
+                self._find(staged.task_id, parent)
+            retention.check_mergeable(self.state, {staged.task_id: staged.name for staged in adapters})
+            arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
+            written = write_refinement(
+                self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings
+            )
+            refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
+            self._log.commit(version_log.REFINE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
 
     def forecast(self, adapters: Mapping[str, Adapter], version: int | None = None) -> Forecast:
@@ -375,14 +408,13 @@ class SubspaceStore(SubspaceReader):
     def _remake_without(self, task: MergedTask, op_key: str, actor: str) -> int:
         """The newest of the versions made again, each with a record of its own that no branch names yet."""
         candidate = self.state.refs[CANDIDATE]
-        line = self.state.lineage(candidate)
-        # Not onto an expired version: what it was may be gone, or about to be deleted (garbage.py).
-        alive = (v.number for v in line if v.number < task.version and v.number not in self.state.expired)
-        start = parent = max(alive, default=0)
+        line, newest = self.state.lineage(candidate), self.state.tasks_at(candidate)
+        start = parent = self._start_of_remake(task.task_id, line)
         for version in line:
             if version.number <= start:
                 continue
-            arrivals = [self._again(old, candidate) for old in version.added if old.task_id != task.task_id]
+            others = [old.task_id for old in version.added if old.task_id != task.task_id]
+            arrivals = [self._again(newest[id_], candidate) for id_ in others]
             if not arrivals:
                 continue
             step_key = f"{op_key} {version.number}"
@@ -396,6 +428,20 @@ class SubspaceStore(SubspaceReader):
             parent = self._committed(written).number
         return parent
 
+    def _start_of_remake(self, task_id: str, line: Sequence[Version]) -> int:
+        """The version that is right before all that must be made again without a task."""
+        births = {task.task_id: version.number for version in line for task in version.added}
+        first = births[task_id]
+        while True:
+            # Not onto an expired version: what it was may be gone, or about to be deleted (garbage.py).
+            alive = (v.number for v in line if v.number < first and v.number not in self.state.expired)
+            start = max(alive, default=0)
+            # A refinement in a basis that will not be again: its task is merged anew, as it is now.
+            older = [births[t.task_id] for v in line if v.number > start for t in v.refined]
+            if not older or min(older) > start:
+                return start
+            first = min(older)
+
     def _again(self, task: MergedTask, candidate: int) -> Arrival:
         """A task that was merged before: as it was delivered, or else as the candidate has it."""
         if task.adapter.key not in self.state.heads:
@@ -404,18 +450,23 @@ class SubspaceStore(SubspaceReader):
         return Arrival(task.task_id, task.name, adapter, adapter_to_bytes(adapter), approximate=True)
 
     def _refuse_doubles(self, adapters: Sequence[StagedAdapter], parent: int) -> None:
-        if not adapters:
-            raise InvalidInput("a merge needs at least one adapter")
+        self._refuse_twice(adapters)
         retention.check_mergeable(self.state, {staged.task_id: staged.name for staged in adapters})
         held = self.state.tasks_at(parent)
-        ids = [staged.task_id for staged in adapters]
         for staged in adapters:
-            if ids.count(staged.task_id) > 1:
-                raise InvalidInput("is named twice in one merge", f"task {staged.name} ({staged.task_id})")
             if staged.task_id in held:
                 raise Conflict(
                     f"was merged as version {held[staged.task_id].version}", f"task {staged.name} ({staged.task_id})"
                 )
+
+    @staticmethod
+    def _refuse_twice(adapters: Sequence[StagedAdapter]) -> None:
+        if not adapters:
+            raise InvalidInput("a merge needs at least one adapter")
+        ids = [staged.task_id for staged in adapters]
+        for staged in adapters:
+            if ids.count(staged.task_id) > 1:
+                raise InvalidInput("is named twice in one merge", f"task {staged.name} ({staged.task_id})")
 
     def _arrival(self, staged: StagedAdapter, shapes: Mapping[str, Shapes]) -> Arrival:
         """One upload, checked. Every complaint names the task."""
@@ -484,6 +535,13 @@ class SubspaceStore(SubspaceReader):
         """The version that this request made or concerned, if it was done; after any unknown outcome is settled."""
         self._log.finish_pending()
         return self.state.op_keys.get(op_key) if op_key else None
+
+    def _made(self, op_key: str) -> Version | None:
+        """The version that this request made, if it was done."""
+        done = self._done(op_key)
+        if done is not None and done not in self.state.versions:
+            raise Conflict(f"op_key {op_key!r} names an operation that made no version", todo="choose another")
+        return None if done is None else self.state.versions[done]
 
     def _rollback_done(self, op_key: str) -> RollbackPreview:
         body = next(record.body for record in self._log.records(newest_first=True) if record.op_key == op_key)

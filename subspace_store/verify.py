@@ -109,12 +109,14 @@ def _verify_version(reader: SubspaceStore, version: Version) -> list[Finding]:
     if (len(ranks), rank_max) != (version.module_count, version.rank_max):
         text = f"has {len(ranks)} modules of rank {rank_max}, the log says {version.module_count} of {version.rank_max}"
         findings.append(Finding(where, text))
-    born = {task.task_id: task for task in version.added if task.adapter.key not in reader.state.heads}
+    born = {task.task_id: task for task in version.brought if task.adapter.key not in reader.state.heads}
     delivered = {id_: adapter_from_bytes(blobs.read_blob(reader.storage, t.adapter), t.name) for id_, t in born.items()}
     # Nothing to compare it with once the parent has expired.
     parent = None if version.parent in reader.state.expired else version.parent
     before_ranks = reader.ranks(parent) if parent else {}
-    written = blobs.read_transports(TensorFile(reader.storage, version.transport, blobs.TRANSPORT))
+    file = None if version.transport is None else TensorFile(reader.storage, version.transport, blobs.TRANSPORT)
+    written = {} if file is None else blobs.read_transports(file)
+    refined = {task.task_id for task in version.refined}  # they are other adapters now: no drift to be measured
     missed, energy = dict.fromkeys(born, 0.0), defaultdict[str, float](float)
     moved = dict.fromkeys(reader.state.tasks_at(version.parent), 0.0)
     for name in ranks:
@@ -128,18 +130,20 @@ def _verify_version(reader: SubspaceStore, version: Version) -> list[Finding]:
             before = _orthonormal(reader.module(name, parent))
             if not _fits(written.get(name), before.basis, after.basis):
                 findings.append(Finding(where, f"the transport of {name} does not fit its bases"))
-            for id_ in before.tasks.task_ids:
+            for id_, value in zip(before.tasks.task_ids, before.tasks.delivered_T.tolist(), strict=True):
+                if id_ in refined:
+                    continue
+                energy[id_] += value
                 one, other = _dense_factors(before, id_), _dense_factors(after, id_)
                 moved[id_] += _gram_norm(torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]], dim=1))
-            for id_, value in zip(before.tasks.task_ids, before.tasks.delivered_T.tolist(), strict=True):
-                energy[id_] += value
     for id_, task in born.items():
         findings += _differs(
             f"task {task.name} ({id_})", "its error at birth is", missed[id_], energy[id_], task.error_at_birth
         )
     if parent is not None:
         for id_, drift in reader.state.drift(version.number).items():
-            findings += _differs(where, f"task {id_} drifted", moved[id_], energy[id_], drift)
+            if id_ not in refined:
+                findings += _differs(where, f"task {id_} drifted", moved[id_], energy[id_], drift)
     return findings
 
 

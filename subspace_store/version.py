@@ -33,17 +33,18 @@ class BlobRef:
 
 @dataclass(frozen=True)
 class MergedTask:
-    """A task as one version added it. Written once, in the record of its version of birth."""
+    """A task as one version brought it. Written once, in the record of that version: of its birth, or of its
+    refinement."""
 
     task_id: str
     name: str
     """`team/task`, for people."""
     version: int
-    """Version of birth."""
+    """The one that brought it."""
     adapter: BlobRef
     """As delivered, with the head."""
     coefficients: BlobRef
-    """E, F, σ per module in the basis of the version of birth."""
+    """E, F, σ per module in the basis of that version."""
     delivered_energy: float
     """Σ over modules of ‖ΔW‖²_F."""
     rank_total: int
@@ -77,7 +78,8 @@ class Version:
         parent: The version it was merged on.
         added: Tasks that it brought.
         basis: File with P, Q, λ of the modules that this merge touched.
-        transport: File with R_out, R_in of the touched modules, from the parent's basis to this one.
+        transport: File with R_out, R_in of the touched modules, from the parent's basis to this one; None where the
+            basis is the parent's (`refined`).
         basis_versions: Older versions whose basis files hold the modules that this merge did not touch.
         module_count: Modules that are open.
         rank_max: Most directions that a module has on one side.
@@ -91,6 +93,8 @@ class Version:
         removed: Ids of tasks that this version was made without.
         approximate: Ids of added tasks that were merged from their coefficients, because the adapters as delivered
             were gone.
+        refined: Tasks of the parent whose coefficients this version replaces, in the parent's basis: `basis` names the
+            parent's file, and no other task moves. Such a version adds none.
     """
 
     number: int
@@ -98,7 +102,7 @@ class Version:
     created_at: float
     added: tuple[MergedTask, ...]
     basis: BlobRef
-    transport: BlobRef
+    transport: BlobRef | None
     basis_versions: tuple[int, ...] = ()
     module_count: int = 0
     rank_max: int = 0
@@ -109,12 +113,18 @@ class Version:
     remakes: int | None = None
     removed: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
+    refined: tuple[MergedTask, ...] = ()
+
+    @property
+    def brought(self) -> tuple[MergedTask, ...]:
+        """The tasks whose adapters and coefficients its own record names."""
+        return (*self.added, *self.refined)
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
         """Everything that its own record names; see `retention.needed` for what else it needs."""
-        of_tasks = (ref for task in self.added for ref in (task.adapter, task.coefficients))
-        return (self.basis, self.transport, *of_tasks, *([self.snapshot] if self.snapshot else []))
+        of_tasks = (ref for task in self.brought for ref in (task.adapter, task.coefficients))
+        return (self.basis, *of_tasks, *(ref for ref in (self.transport, self.snapshot) if ref is not None))
 
 
 def _nan_if_null(value: object) -> object:
@@ -193,8 +203,18 @@ class SubspaceState:
         return tuple(reversed(line))
 
     def tasks_at(self, number: int) -> dict[str, MergedTask]:
-        """The tasks that a version holds, oldest first."""
-        return {task.task_id: task for version in self.lineage(number) for task in version.added}
+        """The tasks that a version holds, oldest first; of one that was refined, the newest entry in its old place."""
+        return {task.task_id: task for version in self.lineage(number) for task in version.brought}
+
+    def births(self, number: int) -> dict[str, int]:
+        """Task id to the version that was the first to be judged by its score, of all tasks that a version holds: the
+        one that brought it, or the refinement that was made of that one before anybody scored it."""
+        births: dict[str, int] = {}
+        for version in self.lineage(number):
+            replaces = version.refined and not self.scores.get(version.parent)
+            unjudged = self.versions[version.parent].added if replaces else ()
+            births |= {task.task_id: version.number for task in (*unjudged, *version.brought)}
+        return births
 
     def drift(self, number: int) -> dict[str, float]:
         """Task id to how far the merge of a version moved it, for every task that was there before."""
@@ -216,5 +236,5 @@ class SubspaceState:
         for version in self.lineage(number):
             for task_id, drift in zip(bounds, version.drift, strict=False):
                 bounds[task_id] += drift
-            bounds |= {task.task_id: task.error_at_birth for task in version.added}
+            bounds |= {task.task_id: task.error_at_birth for task in version.brought}
         return bounds

@@ -36,6 +36,7 @@ ACQUIRE_TRIES = 20
 
 ACQUIRE = "acquire"
 MERGE = "merge"
+REFINE = "refine"
 SCORES = "scores"
 PUBLISH = "publish"
 REJECT = "reject"
@@ -128,7 +129,7 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
         changes |= _changes(state, record, where)
         concerned = record.body.get("version", 0)
         if record.op_key:
-            number = concerned["number"] if record.op == MERGE else concerned
+            number = concerned["number"] if record.op in (MERGE, REFINE) else concerned
             changes["op_keys"] = {**state.op_keys, record.op_key: int(number)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"is no {record.op} of this format: {error!r}", where, "restore it from a backup") from error
@@ -138,7 +139,7 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
 def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]:
     """What an operation changes beside refs. It was allowed when it was written: that is not judged again here."""
     op, body = record.op, record.body
-    if op == MERGE:
+    if op in (MERGE, REFINE):
         version = _checked(_VERSION, body["version"], where)
         return {"versions": {**state.versions, version.number: version}}
     if op == SCORES:

@@ -70,19 +70,19 @@ class VersionTensors:
     def module_basis(self, number: int, module: str) -> ModuleBasis:
         """One module's basis; nothing else is read."""
         with self._lock:
-            known = self._bases.get(number)
+            known = self._bases.get(self._basis_key(number))
             file = self._basis_file(self.homes(number)[module])
         return blobs.read_basis(file, module) if known is None else known[module]
 
     def basis(self, number: int) -> dict[str, ModuleBasis]:
         """All modules' bases, kept in memory for the next who asks."""
         with self._lock:
-            known = self._bases.get(number)
+            known = self._bases.get(self._basis_key(number))
             if known is None:
                 files = {name: self._basis_file(home) for name, home in self.homes(number).items()}
                 threads = AT_ONCE if any(file.ref.size_bytes > SMALL_BYTES for file in files.values()) else 1
                 read = in_order(lambda name: blobs.read_basis(files[name], name), list(files), threads)
-                known = self._bases.keep(number, dict(zip(files, read, strict=True)))
+                known = self._bases.keep(self._basis_key(number), dict(zip(files, read, strict=True)))
             return dict(known)
 
     def remember_basis(self, number: int) -> None:
@@ -93,7 +93,7 @@ class VersionTensors:
     def take_basis(self, number: int) -> dict[str, ModuleBasis]:
         """What memory holds of a version's basis, and memory forgets it: a merge lets go of it module by module."""
         with self._lock:
-            return self._bases.pop(number) or {}
+            return self._bases.pop(self._basis_key(number)) or {}
 
     # Coefficients
 
@@ -104,10 +104,10 @@ class VersionTensors:
         """
         with self._lock:
             line = self._state().lineage(number)
-            birth = next(i for i, v in enumerate(line) if any(task.task_id == task_id for task in v.added))
+            birth = max(i for i, v in enumerate(line) if any(task.task_id == task_id for task in v.brought))
             start = max((i for i in range(birth, len(line)) if line[i].snapshot is not None), default=birth)
             snapshot = line[start].snapshot
-            ref = snapshot or next(t.coefficients for t in line[birth].added if t.task_id == task_id)
+            ref = snapshot or next(t.coefficients for t in line[birth].brought if t.task_id == task_id)
             found = blobs.read_coefficients(self._file(ref, blobs.COEFFICIENTS), task_id)
             blocks = {name: one.moved(None) for name, one in found.items() if modules is None or name in modules}
             self._fetch(line[start + 1 :], coefficients=False)
@@ -134,7 +134,8 @@ class VersionTensors:
             for version in rest:
                 files = [self._file(ref, blobs.COEFFICIENTS) for ref in _coefficients(version)]
                 arrivals = [blobs.read_all_coefficients(file) for file in files]
-                tasks = moved(tasks, self._transport(version), arrivals)
+                refined = [task.task_id for task in version.refined]
+                tasks = moved(tasks, self._transport(version), arrivals, refined)
             return self._tasks.keep(number, tasks) if number else tasks
 
     def module(self, number: int, module: str) -> ModuleSubspace:
@@ -145,7 +146,7 @@ class VersionTensors:
         """Remember what a merge just wrote."""
         with self._lock:
             if bases:  # Else the merge did not have them all: the next who asks reads them.
-                self._bases.keep(number, bases)
+                self._bases.keep(self._basis_key(number), bases)
             self._tasks.keep(number, tasks)
 
     # Files
@@ -153,12 +154,17 @@ class VersionTensors:
     def _at_hand(self, version: Version) -> bool:
         return self._tasks.get(version.number) is not None or version.snapshot is not None
 
+    def _basis_key(self, number: int) -> str:
+        """A refined version has its parent's basis: in memory it is the same one."""
+        return self._state().versions[number].basis.key if number else ""
+
     def _basis_file(self, number: int) -> TensorFile:
         return self._file(self._state().versions[number].basis, blobs.BASIS)
 
     def _transport(self, version: Version) -> dict[str, Transport]:
-        known = self._transports.get(version.number)
+        known = self._transports.get(version.number) if version.transport is not None else {}
         if known is None:
+            assert version.transport is not None
             known = blobs.read_transports(self._file(version.transport, blobs.TRANSPORT))
             self._transports.keep(version.number, known)
         return known
@@ -170,7 +176,7 @@ class VersionTensors:
 
     def _fetch(self, versions: Collection[Version], coefficients: bool) -> None:
         """Open the files of several versions at once, where waiting for each in turn would add up."""
-        wanted = {v.transport.key: (v.transport, blobs.TRANSPORT) for v in versions}
+        wanted = {v.transport.key: (v.transport, blobs.TRANSPORT) for v in versions if v.transport is not None}
         if coefficients:
             wanted |= {ref.key: (ref, blobs.COEFFICIENTS) for v in versions for ref in _coefficients(v)}
         missing = [item for key, item in wanted.items() if self._files.get(key) is None]
@@ -183,8 +189,10 @@ def moved(
     before: Mapping[str, ModuleTasks],
     transports: Mapping[str, Transport],
     arrivals: Collection[Mapping[str, TaskBlock]],
+    refined: Collection[str] = (),
 ) -> dict[str, ModuleTasks]:
-    """Coefficients of one version from those of its parent."""
+    """Coefficients of one version from those of its parent. `refined`: arrivals that were there before, as others."""
+    before = {name: tasks.without(refined) for name, tasks in before.items()} if refined else before
     after = {name: tasks.moved(transports[name]) if name in transports else tasks for name, tasks in before.items()}
     for arrival in arrivals:
         for name, block in arrival.items():
@@ -193,8 +201,8 @@ def moved(
 
 
 def _coefficients(version: Version) -> list[BlobRef]:
-    """The files with the coefficients of the tasks that a version added; several tasks share one."""
-    return list(dict.fromkeys(task.coefficients for task in version.added))
+    """The files with the coefficients of the tasks that a version brought; several tasks share one."""
+    return list(dict.fromkeys(task.coefficients for task in version.brought))
 
 
 def _basis_bytes(bases: dict[str, ModuleBasis]) -> int:
