@@ -6,12 +6,12 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from configs.settings import Settings
-from configs.task_spec import TaskSpec
+from configs.task_spec import Kind, TaskSpec
 from orchestrator.task_record import TaskRecord, TaskState
 from subspace_store import Adapter, canonical_update
 from workers.orders import BaseLayout, Trained
@@ -19,7 +19,7 @@ from workers.orders import BaseLayout, Trained
 BASE = "tiny"
 SHA256 = "ab" * 32
 SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10)}
-LAYOUT = BaseLayout(SHA256, SHAPES, length_max=64)
+LAYOUT = BaseLayout(SHA256, SHAPES, length_max=64, kinds=get_args(Kind))
 LABELS = ("no", "yes")
 TEAMS = ("red", "blue")
 

@@ -1,124 +1,212 @@
-"""The base model of a worker: loaded once, shared by every task, never changed.
+"""The base model of a worker: loaded once, shared by every task of every kind, never changed.
 
-`classifier_for` builds a task's model in milliseconds: an empty shell of the architecture, the shared tensors put
-into it by reference, and a fresh head. Weights are read from safetensors only, and `trust_remote_code` is never set.
+`BaseModel.task_model` builds a task's model in milliseconds: an empty shell of the architecture, the shared tensors
+put into it by reference, and a fresh head. `trust_remote_code` is never set.
 
-Everything in the task model that the checkpoint does not bring, or that lies outside the backbone, is the *head*:
-it is trained with the task and travels with its adapter.
+One checkpoint serves all kinds of task that its architecture has. Layers have the same names in each, so that all
+tasks of a base model share one subspace. What a classifier or a regressor has outside the backbone, or what the
+checkpoint does not bring, is the *head*: it is trained with the task and travels with its adapter. A causal language
+model has none: its output layer belongs to the checkpoint.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import importlib.util
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.pytorch_utils import Conv1D
 
-from configs.errors import InvalidInput, Unavailable
-from configs.settings import BaseModelSettings, is_local
-from configs.task_spec import TaskSpec
+from configs.errors import InvalidInput
+from configs.settings import BaseModelSettings
+from configs.task_spec import DataSpec, Kind, TaskSpec
+from workers.weights import load_checkpoint, quantization_options, quiet_transformers, resolve_source, weights_digest
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # weights, configuration, tokenizer; no code, no pickles
+AUTO_CLASSES: dict[Kind, Any] = {
+    "sequence_classification": AutoModelForSequenceClassification,
+    "sequence_regression": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+    "causal_lm": AutoModelForCausalLM,  # last: it has all the parameters that the others share
+}
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+# By what transformers, PEFT and accelerate know a model with quantised layers.
+QUANTIZED_FLAGS = (
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "quantization_method",
+    "hf_quantizer",
+    "hf_device_map",
+)
 
 
 class BaseModel:
     """A loaded base model. Make it with `load_base_model`.
 
     Args:
-        name: What task files call it.
-        sha256: Digest of its weights, see `weights_digest`.
-        tokenizer: The checkpoint's own fast tokenizer.
-        template: A task model whose backbone holds the shared tensors.
-        head_modules: Modules of the task model that belong to the task.
+        settings: What it was loaded by.
+        loaded: A transformers model that holds the weights.
+        missing: Names of its parameters that the checkpoint lacks.
+        kinds: Which kinds of task its architecture has.
+        tokenizer, image_processor: The checkpoint's own; None if it has none.
+
+    Raises:
+        InvalidInput: The checkpoint lacks a part of a module, or has nothing for any kind of task.
     """
 
-    def __init__(self, name: str, sha256: str, tokenizer: Any, template: Any, head_modules: tuple[str, ...]) -> None:
-        self.name = name
-        self.sha256 = sha256
+    def __init__(
+        self,
+        settings: BaseModelSettings,
+        loaded: Any,
+        missing: set[str],
+        kinds: tuple[Kind, ...],
+        tokenizer: Any,
+        image_processor: Any,
+    ) -> None:
+        self.name = settings.name
+        self.sha256 = settings.weights_sha256
         self.tokenizer = tokenizer
-        self.head_modules = head_modules
-        self.prefix: str = template.base_model_prefix
+        self.image_processor = image_processor
+        self.prefix: str = loaded.base_model_prefix
         """Name of the backbone inside the task model (`bert`, `model`, `transformer`)."""
-        self._config = template.config
-        self._shapes = _linear_shapes(template, head_modules)
-        self.stores_transposed = {name for name, module in template.named_modules() if isinstance(module, Conv1D)}
+        self.device: torch.device = loaded.device
+        self.stores_transposed = {name for name, module in loaded.named_modules() if isinstance(module, Conv1D)}
         """Modules whose weight is D×N: PEFT calls this fan_in_fan_out."""
-        self._shared: dict[str, Tensor] = {
+        self._config = loaded.config
+        self._generation_config = getattr(loaded, "generation_config", None)
+        self._is_float32 = settings.dtype == "float32" and settings.quantization == "none"
+        self._flags = {flag: getattr(loaded, flag) for flag in QUANTIZED_FLAGS if hasattr(loaded, flag)}
+        self._quantized = _quantized_modules(loaded) if settings.quantization != "none" else {}
+        parameters = {
             name: parameter.detach()
-            for name, parameter in template.named_parameters()
-            if not _inside(name, head_modules)
+            for name, parameter in loaded.named_parameters()
+            if name not in missing and (name.startswith(f"{self.prefix}.") or "causal_lm" in kinds)
         }
-        self.device = next(iter(self._shared.values())).device
+        self._shared = {name: tensor for name, tensor in parameters.items() if not _inside(name, self._quantized)}
+        stored = loaded.state_dict().keys()
+        self._buffers = {name: buffer for name, buffer in loaded.named_buffers() if name in stored}
+        self._heads: dict[Kind, tuple[str, ...]] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        for kind in kinds:
+            shell = self._shell(kind, copy.deepcopy(self._config))
+            heads = _head_modules(shell, parameters.keys(), kind, settings.source)
+            shapes = _linear_shapes(shell, heads)
+            if shapes == (self._shapes or shapes):  # else its adapters would not fit the others' subspace
+                self._heads[kind], self._shapes = heads, shapes
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of task that it can be adapted to."""
+        return tuple(self._heads)
 
     @property
     def length_max(self) -> int:
-        """Longest input in tokens."""
-        positions = getattr(self._config, "max_position_embeddings", None) or 10**9
-        return int(min(self.tokenizer.model_max_length, positions))
+        """Longest input in tokens; without positions to run out of, 10⁹."""
+        limits = (
+            getattr(self._config, "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),
+        )
+        return int(min((limit for limit in limits if limit), default=10**9))
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, D) of every linear layer that may be adapted, by its name in the task model."""
+        """(N, D) of every linear layer that may be adapted, by its name in the task model, whatever the kind."""
         return dict(self._shapes)
 
-    def task_model(self, spec: TaskSpec, seed: int = 0) -> Any:
-        """A task's model around the shared weights; see `classifier_for`."""
-        return self.classifier_for(spec.data.label_names, seed)
+    def head_modules(self, kind: Kind) -> tuple[str, ...]:
+        """Modules of the task model that belong to the task."""
+        return self._heads[kind]
 
     def classifier_for(self, label_names: Sequence[str], seed: int = 0) -> Any:
-        """A task model around the shared weights.
+        """Until evaluation.py asks for task models."""
+        data = DataSpec(train_file="-", eval_file="-", label_names=tuple(label_names))
+        return self.task_model(TaskSpec(team="t", name="n", base_model=self.name, data=data), seed)
+
+    def task_model(self, spec: TaskSpec, seed: int = 0) -> Any:
+        """A task's model around the shared weights.
 
         Args:
-            label_names: In the order of the outputs.
+            spec: Its kind and label names say what the model puts out.
             seed: The head's; the same seed gives the same head in every process.
 
         Returns:
-            A transformers model whose backbone tensors *are* the shared ones, without gradient. Nothing is copied.
+            A transformers model whose tensors *are* the shared ones, without gradient, and a head in float32.
+
+        Raises:
+            InvalidInput: The base model does not have this kind.
 
         Cost:
             About 30 ms for 6 layers, 0 bytes of weights.
         """
+        if spec.kind not in self._heads:
+            raise InvalidInput(
+                f"the base model {self.name!r} has no {spec.kind}", "kind", f"it has: {', '.join(self.kinds)}"
+            )
         config = copy.deepcopy(self._config)
-        config.id2label = dict(enumerate(label_names))
-        config.label2id = {name: index for index, name in enumerate(label_names)}
-        config.problem_type = "single_label_classification"
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForSequenceClassification.from_config(config)
+        if spec.kind == "sequence_regression":
+            config.num_labels, config.problem_type = 1, "regression"
+        elif spec.kind != "causal_lm":
+            config.id2label = dict(enumerate(spec.data.label_names))
+            config.label2id = {name: index for index, name in enumerate(spec.data.label_names)}
+            config.problem_type = "single_label_classification"
+        model = self._shell(spec.kind, config)
         # Each task gets Parameter objects of its own: a flag, a gradient or a partition set on one stays there.
-        model.load_state_dict(self._shared, strict=False, assign=True)
-        for name in self._shared:
-            model.get_parameter(name).requires_grad_(False)
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        model.load_state_dict(self._shared | buffers, strict=False, assign=True)
+        if config.tie_word_embeddings:
+            model.tie_weights()
+        self._share_quantized(model)
+        model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for name in self.head_modules:
-                module = model.get_submodule(name).to_empty(device="cpu")
-                module.apply(model._init_weights)
+            for name in self._heads[spec.kind]:
+                module = model.get_submodule(name).to_empty(device="cpu").float()
+                module.apply(model._init_weights).requires_grad_(True)
+                if not self._is_float32:
+                    module.register_forward_pre_hook(_cast_inputs)
+        if spec.kind == "causal_lm":
+            model.generation_config = copy.deepcopy(self._generation_config)
         return model.to(self.device)
 
+    def _shell(self, kind: Kind, config: Any) -> Any:
+        """The architecture without numbers, but with the buffers that are computed."""
+        with init_empty_weights(include_buffers=False):
+            return AUTO_CLASSES[kind].from_config(config)
 
-def load_base_model(settings: BaseModelSettings, device: str | None = None) -> BaseModel:
-    """Load tokenizer, configuration and weights.
+    def _share_quantized(self, model: Any) -> None:
+        """Quantised weights keep their scales beside them, so that the whole layers are shared; PEFT wraps them."""
+        for name, module in self._quantized.items():
+            model.set_submodule(name, module)
+        for flag, value in self._flags.items():
+            setattr(model, flag, value)
+
+
+def load_base_model(settings: BaseModelSettings) -> BaseModel:
+    """Load tokenizer or image processor, configuration and weights.
 
     Args:
-        settings: Where it is and what its weights must hash to.
-        device: Default: the first GPU if there is one.
+        settings: Where it is, what its weights must hash to, and how to hold them.
 
     Raises:
-        InvalidInput: No such source, no safetensors weights, or other weights than `weights_sha256` says.
+        InvalidInput: No such source, no safetensors weights, or other weights than `weights_sha256` says; a
+            quantisation that this machine cannot do; a model for no kind of task.
         Unavailable: The hub cannot be reached.
     """
+    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else "cpu"
+    quantization_options(settings, device)  # what cannot be done is said before gigabytes are read
     folder = resolve_source(settings.source)
     sha256 = weights_digest(folder)
     if sha256 != settings.weights_sha256:
@@ -127,90 +215,80 @@ def load_base_model(settings: BaseModelSettings, device: str | None = None) -> B
             str(folder),
             "restore the original weights, or start a new service with a new subspace for these",
         )
-    with _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        # float32 on every machine: a task's score must not depend on where it ran.
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.use_cache = False
-    heads = _head_modules(model, set(loading["missing_keys"]), str(folder))
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return BaseModel(settings.name, sha256, tokenizer, model, heads)
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer, image_processor = _tokenizer(folder), _image_processor(folder)
+    kinds = _kinds(config, tokenizer, image_processor, str(folder))
+    loaded, missing = load_checkpoint(folder, AUTO_CLASSES[kinds[-1]], settings, device)
+    if kinds[-1] == "causal_lm" and any(not name.startswith(f"{loaded.base_model_prefix}.") for name in missing):
+        kinds = kinds[:-1]  # a checkpoint of the backbone alone has no output layer
+    if tokenizer is not None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.use_cache = False
+    loaded.config.tie_word_embeddings = bool(loaded.all_tied_weights_keys)  # tied as loaded, whatever it said
+    return BaseModel(settings, loaded, missing, kinds, tokenizer, image_processor)
 
 
-def resolve_source(source: str) -> Path:
-    """The folder of a `package:NAME/FOLDER`, a folder or a hub id (which is downloaded if it is not there yet).
+def _kinds(config: Any, tokenizer: Any, image_processor: Any, where: str) -> tuple[Kind, ...]:
+    """The kinds that the architecture and what lies beside the weights allow, `causal_lm` last.
 
-    Raises:
-        InvalidInput: It is not there.
-        Unavailable: The hub cannot be reached.
+    transformers lists BERT and its relatives among the causal language models too: they can be built as decoders. As
+    they were trained they see what they would have to predict.
     """
-    if source.startswith("package:"):
-        package, _, inner = source.removeprefix("package:").partition("/")
-        found = importlib.util.find_spec(package) if package.isidentifier() else None
-        if found is None or not found.submodule_search_locations:
-            raise InvalidInput(f"there is no Python package {package!r} here", source, f"pip install {package}")
-        folder = Path(found.submodule_search_locations[0]) / inner
-    elif is_local(source):
-        folder = Path(source).expanduser()
-    else:
-        folder = _download(source)
-    if not (folder / "config.json").is_file():
-        raise InvalidInput(f"has no config.json: {folder}", source, "name a folder saved by save_pretrained")
-    return folder
+    sees_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    kinds = tuple(
+        kind
+        for kind, auto_class in AUTO_CLASSES.items()
+        if type(config) in auto_class._model_mapping
+        and (image_processor if kind == "image_classification" else tokenizer) is not None
+        and not (kind == "causal_lm" and sees_ahead)
+    )
+    if not kinds:
+        raise InvalidInput(
+            f"a {config.model_type} model with {'a' if tokenizer else 'no'} tokenizer and "
+            f"{'an' if image_processor else 'no'} image processor beside it is good for no kind of task",
+            where,
+            f"kinds are: {', '.join(AUTO_CLASSES)}; save the tokenizer or the image processor into the folder as well",
+        )
+    return kinds
 
 
-def weights_digest(folder: Path) -> str:
-    """sha256 of `model.safetensors`; with shards, sha256 of their digests' text in the order of their names."""
-    if (folder / INDEX_FILE).is_file():
-        shards = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
-        return hashlib.sha256("".join(_file_digest(folder / shard) for shard in shards).encode()).hexdigest()
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise InvalidInput(f"has no {WEIGHTS_FILE}", str(folder), "save the base model with safetensors")
-    return _file_digest(folder / WEIGHTS_FILE)
+def _tokenizer(folder: Path) -> Any:
+    has_one = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _image_processor(folder: Path) -> Any:
+    """On PIL and numpy: without torchvision, and the same pixels on every machine."""
+    has_one = (folder / IMAGE_PROCESSOR_FILE).is_file()
+    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil") if has_one else None
 
 
-def _download(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise InvalidInput(f"is no folder here and no model on the hub: {error}", source, "check the name") from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise Unavailable(f"the hub cannot be reached and the model is not cached: {error}", source) from error
-
-
-def _inside(parameter: str, modules: Sequence[str]) -> bool:
+def _inside(parameter: str, modules: Iterable[str]) -> bool:
     return any(parameter.startswith(f"{module}.") for module in modules)
 
 
-def _head_modules(model: Any, missing: set[str], where: str) -> tuple[str, ...]:
+def _head_modules(shell: Any, loaded: Collection[str], kind: Kind, where: str) -> tuple[str, ...]:
     """Modules outside the backbone, and modules inside it for which the checkpoint has nothing (often a pooler)."""
-    backbone = f"{model.base_model_prefix}."
-    outside = {name.partition(".")[0] for name, _ in model.named_parameters() if not name.startswith(backbone)}
-    unloaded = {name.rpartition(".")[0] for name in missing if name.startswith(backbone)}
+    names = [name for name, _ in shell.named_parameters()]
+    backbone = f"{shell.base_model_prefix}."
+    outside = {name.partition(".")[0] for name in names if not name.startswith(backbone) and kind != "causal_lm"}
+    missing = {name for name in names if name.startswith(backbone) and name not in loaded}
+    unloaded = {name.rpartition(".")[0] for name in missing}
     for name in unloaded:
-        own = {f"{name}.{inner}" for inner, _ in model.get_submodule(name).named_parameters()}
+        own = {f"{name}.{inner}" for inner, _ in shell.get_submodule(name).named_parameters()}
         if not own <= missing:
             raise InvalidInput(f"weights lack {sorted(own & missing)}", where, "the checkpoint is not complete")
     return tuple(sorted(outside | unloaded))
 
 
-def _linear_shapes(model: Any, head_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+def _linear_shapes(shell: Any, head_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Of the linear layers of the backbone, the head's left out."""
     shapes: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        if _inside(f"{name}.", head_modules):
+    for name, module in shell.named_modules():
+        if not name.startswith(f"{shell.base_model_prefix}.") or _inside(f"{name}.", head_modules):
             continue
         if isinstance(module, nn.Linear):
             shapes[name] = (module.out_features, module.in_features)
@@ -219,13 +297,18 @@ def _linear_shapes(model: Any, head_modules: Sequence[str]) -> dict[str, tuple[i
     return shapes
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the report on the new head and the progress bar: both are expected here."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+def _quantized_modules(loaded: Any) -> dict[str, nn.Module]:
+    """bitsandbytes' layers: subclasses of nn.Linear, all of them in the backbone."""
+    return {
+        name: module
+        for name, module in loaded.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module) is not nn.Linear
+        and name.startswith(f"{loaded.base_model_prefix}.")
+    }
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a head: what a backbone of another dtype hands over, in the head's own."""
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value for value in inputs)

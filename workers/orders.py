@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from configs.task_spec import TaskSpec
+from configs.task_spec import Kind, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class BaseLayout:
     """(N, D) of every linear layer that may be adapted."""
     length_max: int
     """Longest input in tokens."""
+    kinds: tuple[Kind, ...]
+    """The kinds of task that the base model can be adapted to."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,15 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 
 from configs.errors import InvalidInput
+from configs.task_spec import Kind
+
+TASK_TYPES: dict[Kind, str | None] = {
+    "sequence_classification": "SEQ_CLS",
+    "sequence_regression": "SEQ_CLS",
+    "image_classification": None,  # PEFT's SEQ_CLS would hand token ids to the model
+    "causal_lm": "CAUSAL_LM",
+}
+"""PEFT's word for each kind of task."""
 
 
 def with_lora(model: Any, config: LoraConfig) -> Any:

@@ -12,10 +12,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests.workers.worker_builders import MINILM, tiny_settings
-from workers.base_model import BaseModel, load_base_model, resolve_source
+from workers.base_model import BaseModel, load_base_model
+from workers.weights import resolve_source
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +38,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Folder of a random backbone of an architecture, with MiniLM's tokenizer."""
+    """Folder of a random model of an architecture, with MiniLM's tokenizer, or an image processor of 16×16 pixels.
+
+    `llama-lm` and `llama-tied` have an output layer of their own or their embeddings', the others are backbones.
+    """
     tokenizer = AutoTokenizer.from_pretrained(resolve_source(MINILM.source))
     small = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -39,13 +55,24 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
             return BertModel(BertConfig(max_position_embeddings=64, **sizes, **small), add_pooling_layer=False)
         if architecture == "llama":
             return LlamaModel(LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, **sizes, **small))
-        return GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **small))
+        if architecture in ("llama-lm", "llama-tied"):
+            is_tied = architecture == "llama-tied"
+            config = LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, **sizes, **small)
+            config.tie_word_embeddings = is_tied
+            return LlamaForCausalLM(config)
+        if architecture == "vit":
+            return ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes))
+        marks = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+        return GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **marks, **small))
 
     def source(architecture: str) -> str:
         if architecture not in made:
             folder = tmp_path_factory.mktemp(architecture)
             build(architecture).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            if architecture == "vit":
+                ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+            else:
+                tokenizer.save_pretrained(folder)
             made[architecture] = str(folder)
         return made[architecture]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.settings import BaseModelSettings
-from configs.task_spec import TaskSpec
-from workers.base_model import weights_digest
+from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
+from workers.weights import weights_digest
 
 MINILM = BaseModelSettings(
     name="minilm",
@@ -54,3 +55,11 @@ def sentiment_task(**changes: Any) -> TaskSpec:
     for name, section in changes.items():
         sections[name] = sections.get(name, {}) | section if isinstance(section, dict) else section
     return TaskSpec(team="team-a", name="sentiment", base_model="tiny", **sections)
+
+
+def task_of_kind(kind: Kind, label_names: Sequence[str] = ("a", "b"), **changes: Any) -> TaskSpec:
+    """A task of which only the kind, the labels and `changes` matter."""
+    data: dict[str, Any] = {"train_file": "-", "eval_file": "-", "max_length": 16}
+    if kind in CLASSIFICATION_KINDS:
+        data |= {"label_names": tuple(label_names)}
+    return TaskSpec(team="team-a", name="any", base_model="tiny", kind=kind, data=data, **changes)

@@ -14,7 +14,7 @@ from subspace_store.adapter import Adapter
 from subspace_store.peft_format import from_peft
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given
-from workers.peft_model import with_lora
+from workers.peft_model import TASK_TYPES, with_lora
 
 TRAINS = True
 START_OF_A = "kaiming_uniform"  # PEFT's default; B starts at zero
@@ -42,13 +42,13 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     transformers.set_seed(spec.training.seed)
     model = base.task_model(spec, spec.training.seed)
     config = LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=TASK_TYPES[spec.kind],
         r=spec.lora.r,
         lora_alpha=spec.lora.lora_alpha,
         lora_dropout=spec.lora.lora_dropout,
         use_rslora=spec.lora.use_rslora,
         target_modules=list(adapted),
-        modules_to_save=list(base.head_modules),
+        modules_to_save=list(base.head_modules(spec.kind)),
         fan_in_fan_out=_stored_transposed(base, adapted),
     )
     return with_lora(model, config)

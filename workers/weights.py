@@ -1,0 +1,154 @@
+"""The weights of a base model: where they lie, whether they are the right ones, and a model that holds them.
+
+transformers maps safetensors files into memory and copies nothing as long as the file has the dtype that is asked
+for. All processes of a machine that load one folder then share its pages, and 14 GB of weights cost the second worker
+nothing. Three things make a private copy: another `base_model.dtype` than the file's (save the checkpoint in that
+dtype), a GPU, and writing, which is why nobody writes (a written page would be copied, the file never changes).
+
+Nothing here knows of tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from configs.errors import InvalidInput, Unavailable
+from configs.settings import BaseModelSettings, is_local
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Weights, configuration, tokenizer with its chat template, image processor; no code, no pickles.
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve_source(source: str) -> Path:
+    """The folder of a `package:NAME/FOLDER`, a folder or a hub id (which is downloaded if it is not there yet).
+
+    Raises:
+        InvalidInput: It is not there.
+        Unavailable: The hub cannot be reached.
+    """
+    if source.startswith("package:"):
+        package, _, inner = source.removeprefix("package:").partition("/")
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+        if found is None or not found.submodule_search_locations:
+            raise InvalidInput(f"there is no Python package {package!r} here", source, f"pip install {package}")
+        folder = Path(found.submodule_search_locations[0]) / inner
+    elif is_local(source):
+        folder = Path(source).expanduser()
+    else:
+        folder = _download(source)
+    if not (folder / "config.json").is_file():
+        raise InvalidInput(f"has no config.json: {folder}", source, "name a folder saved by save_pretrained")
+    return folder
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 of `model.safetensors`; with shards, sha256 of their digests' text in the order of their names."""
+    if (folder / INDEX_FILE).is_file():
+        shards = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+        return hashlib.sha256("".join(_file_digest(folder / shard) for shard in shards).encode()).hexdigest()
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InvalidInput(f"has no {WEIGHTS_FILE}", str(folder), "save the base model with safetensors")
+    return _file_digest(folder / WEIGHTS_FILE)
+
+
+def load_checkpoint(folder: Path, auto_class: Any, settings: BaseModelSettings, device: str) -> tuple[Any, set[str]]:
+    """A transformers model of one class with the folder's weights in it.
+
+    Args:
+        auto_class: `AutoModelFor…`.
+        device: `cuda`, or `cpu` for the mapped file itself.
+
+    Returns:
+        The model, and the names of the parameters that the checkpoint lacks (random numbers are in them).
+
+    Raises:
+        InvalidInput: See `quantization_options`.
+
+    Cost:
+        On the CPU 0.04 s for 6 layers and no memory, if the file has the dtype of the settings.
+    """
+    with quiet_transformers():
+        model, loading = auto_class.from_pretrained(
+            folder,
+            dtype=getattr(torch, settings.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **quantization_options(settings, device),
+        )
+    return (model if settings.quantization != "none" else model.to(device)), set(loading["missing_keys"])
+
+
+def quantization_options(settings: BaseModelSettings, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told so that bitsandbytes quantises linear layers while they are read.
+
+    Raises:
+        InvalidInput: There is no GPU, or no bitsandbytes.
+
+    Source:
+        nf4 with quantised constants: QLoRA (arXiv:2305.14314); int8: LLM.int8() (arXiv:2208.07339).
+    """
+    if settings.quantization == "none":
+        return {}
+    if device == "cpu":
+        raise InvalidInput(
+            f"{settings.quantization} needs a GPU, and this worker has none or base_model.device keeps it away",
+            "base_model.quantization",
+            "set it to none (dtype bfloat16 halves the memory), or give the workers GPUs (workers.gpus, device auto)",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InvalidInput(
+            f"{settings.quantization} needs the package bitsandbytes, which is not installed here",
+            "base_model.quantization",
+            'pip install "onebasis[gpu]" on every machine with workers, or set it to none',
+        )
+    if settings.quantization == "int8":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the report on new heads, the progress bar and notes on image processors: all expected here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise InvalidInput(f"is no folder here and no model on the hub: {error}", source, "check the name") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise Unavailable(f"the hub cannot be reached and the model is not cached: {error}", source) from error
