@@ -214,11 +214,6 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self._around.after_step(step, steps)
         asked: Asked = self._around.group.agree(self._around.asked())
         is_last = step >= steps
-        if step == self._begun_at + 1 or step % self._log_every == 0 or is_last:
-            self._log(step, args.learning_rate)
-        if self._around.save and asked != "cancel" and (is_last or asked or step % self._save_every == 0):
-            self._log(step, args.learning_rate)
-            self._save(step)
         seconds = max(time.time() - self.first_step_at, 1e-9)
         done = step - self._begun_at
         self._progress = replace(
@@ -227,6 +222,11 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
             samples_per_second=done * self._plan.rows_per_step / seconds,
             seconds_left=seconds / done * (steps - step),
         )
+        if step == self._begun_at + 1 or step % self._log_every == 0 or is_last:
+            self._log(step, args.learning_rate)
+        if self._around.save and asked != "cancel" and (is_last or asked or step % self._save_every == 0):
+            self._log(step, args.learning_rate)
+            self._save(step)
         self._around.report(self._progress)
         if asked and not is_last:
             self.ended = asked
@@ -253,7 +253,6 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         rate = float(trainer.lr_scheduler.get_last_lr()[0])
         self._progress = replace(
             self._progress,
-            step=step,
             loss=mean,
             learning_rate=rate,
             tokens_per_second=tokens / seconds if tokens else math.nan,

@@ -126,6 +126,7 @@ def test_heartbeats_tell_phase_step_loss_and_when_the_first_step_began(desk: Des
     points = [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, Point)]
     assert [(point.step, point.steps) for point in points] == [(1, 3), (2, 3), (3, 3)]
     assert points[-1].loss == steps[-1].loss
+    assert points[0].samples_per_second > 0
     assert points[0].at <= points[-1].at <= time.time()
     assert points[-1].machine.keys() >= {"cpu_utilization_percentage", "system_memory_usage_megabytes"}
 
