@@ -1,0 +1,59 @@
+"""One rank of a gang in a process of its own: `python -m tests.workers.rank_process INDEX SIZE FOLDER SOURCE`.
+
+Runs every order in FOLDER/orders.json (name, port, training section) one after another, as a warm rank does, and
+writes what it saw to FOLDER/<name>-<index>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subspace_store.local_storage import LocalStorage
+from subspace_store.subspace_store import SubspaceStore
+from tests.workers.worker_builders import sentiment_task, tiny_settings
+from workers.base_model import load_base_model
+from workers.orders import Point, Progress, Rank, Train
+from workers.trainer import Preempted
+from workers.training import train_task
+
+
+def main(index: int, size: int, folder: Path, source: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    base = load_base_model(tiny_settings(source))
+    storage = LocalStorage(str(folder / "store"))
+    store = SubspaceStore.open(storage)
+    for wanted in json.loads((folder / "orders.json").read_text()):
+        name, steps_until_preempted = wanted["name"], wanted.get("preempt_at", 0)
+        points: list[Point] = []
+        seen = [0]
+
+        def report(progress: Progress, points: list[Point] = points, seen: list[int] = seen) -> None:
+            seen[0] = progress.step
+            points.extend(line for line in progress.log_lines if isinstance(line, Point))
+
+        def asked(until: int = steps_until_preempted, seen: list[int] = seen) -> Any:
+            return "preempt" if until and seen[0] + 1 >= until else ""
+
+        task = wanted.get("task", name)
+        spec = sentiment_task(**wanted["spec"])
+        key = f"staging/{task}/1-{name}/adapter.safetensors"
+        order = Train(name, task, 1, spec, "data/train", "data/eval", key)
+        rank = Rank(index, size, "127.0.0.1", wanted["port"])
+        try:
+            trained = train_task(order, base, storage, store, report, asked, rank)
+            told = {"steps": trained.steps, "resumed_from": trained.resumed_from, "staging_key": trained.staging_key}
+        except Preempted:
+            told = {"preempted": True}
+        told["losses"] = [[point.step, point.loss] for point in points]
+        (folder / f"{name}-{index}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,123 @@
+"""Two processes train one task: what they see and what comes out is what one process would have made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from subspace_store.adapter import Adapter, adapter_from_bytes
+from subspace_store.local_storage import LocalStorage
+from tests.workers.test_deepspeed_engine import zero
+from tests.workers.test_training import Desk
+from tests.workers.worker_builders import sentiment_rows, sentiment_task
+from workers.base_model import BaseModel
+from workers.orders import Point
+
+pytestmark = pytest.mark.acceptance  # six runs in processes of their own: half a minute
+
+TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+TRAINING = {"max_steps": 6, "learning_rate": 0.02}
+KINDS: dict[str, dict[str, Any] | None] = {
+    "ddp": None,
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "zero3": zero(3),
+}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def gang(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], str]) -> Path:
+    """The folder in which two ranks have trained each task: 2 × 4 rows a step, and one task in two attempts."""
+    folder = tmp_path_factory.mktemp("gang")
+    storage = LocalStorage(str(folder / "store"))
+    storage.write("data/train", sentiment_rows(24, seed=1))
+    storage.write("data/eval", sentiment_rows(10, seed=2))
+    orders = []
+    for name, config in KINDS.items():
+        training = TRAINING | {"per_device_train_batch_size": 4} | ({"deepspeed": config} if config else {})
+        spec = {"training": training, "lora": TARGETS}
+        orders.append({"name": name, "port": free_port(), "spec": spec})
+        if name in ("ddp", "zero3"):
+            first = {"name": f"{name}-first", "task": f"{name}-resumed", "port": free_port(), "spec": spec}
+            orders += [first | {"preempt_at": 3}, first | {"name": f"{name}-second", "port": free_port()}]
+    (folder / "orders.json").write_text(json.dumps(orders))
+    command = [sys.executable, "-m", "tests.workers.rank_process"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(index), "2", str(folder), tiny_source("llama")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Callable[[str], BaseModel]) -> tuple[Adapter, dict[int, float]]:
+    """The same 8 rows a step in one process, and its losses by step."""
+    desk = Desk("alone")
+    trained = desk.train(
+        tiny("llama"), sentiment_task(training=TRAINING | {"per_device_train_batch_size": 8}, lora=TARGETS)
+    )
+    points = [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, Point)]
+    return desk.staged(trained), {point.step: point.loss for point in points}
+
+
+def told(gang: Path, name: str, index: int = 0) -> dict[str, Any]:
+    return dict(json.loads((gang / f"{name}-{index}.json").read_text()))
+
+
+def adapter(gang: Path, name: str) -> Adapter:
+    return adapter_from_bytes(LocalStorage(str(gang / "store")).read(told(gang, name)["staging_key"]))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_loss_curve_is_the_single_processs(name: str, gang: Path, alone: tuple[Adapter, dict[int, float]]) -> None:
+    losses = dict(told(gang, name)["losses"])
+    assert losses.keys() == alone[1].keys() == {1, 2, 3, 4, 5, 6}
+    assert all(abs(losses[step] - alone[1][step]) < 1e-4 for step in losses)
+    assert losses[6] < losses[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_so_is_the_adapter_and_rank_0_alone_stages_it(
+    name: str, gang: Path, alone: tuple[Adapter, dict[int, float]]
+) -> None:
+    for module, update in adapter(gang, name).modules.items():
+        expected = alone[0].modules[module].delta()
+        assert torch.linalg.norm(update.delta() - expected) < 1e-3 * torch.linalg.norm(expected)
+    assert told(gang, name, 1)["staging_key"] == ""
+    assert told(gang, name, 1)["losses"] == []
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_a_preempted_gang_goes_on_bit_for_bit(name: str, gang: Path) -> None:
+    assert told(gang, f"{name}-first", 1) == {"preempted": True, "losses": []}
+    assert told(gang, f"{name}-second")["resumed_from"] == 3
+    again, whole = adapter(gang, f"{name}-second"), adapter(gang, name)
+    for module, update in whole.modules.items():
+        assert torch.equal(again.modules[module].delta(), update.delta())
