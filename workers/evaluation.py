@@ -7,23 +7,30 @@ model, so that their difference is what merging cost and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from torch import Tensor
 
 from configs.errors import InvalidInput
-from configs.task_spec import DataSpec, Metric
+from configs.task_spec import Metric, TaskSpec
 from subspace_store.adapter import Adapter
 from subspace_store.peft_format import to_peft
+from workers import metrics
 from workers.base_model import BaseModel
-from workers.features import tokenize
-from workers.peft_model import put_tensors, with_lora
-from workers.task_data import TextRow
+from workers.features import IGNORED, collator, encode_prompt, lengths
+from workers.metrics import Measure
+from workers.peft_model import TASK_TYPES, put_tensors, with_lora
+from workers.task_data import CompletionRow, Row
 
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
+TOKENS_PER_BATCH = 8192  # padding counted; with a cache of half a megabyte per token (7B, bfloat16) that is 4 GB
+LOGITS_PER_BATCH = 2**28  # of a language model: 1 GiB in float32
+GENERATED: tuple[Metric, ...] = ("exact_match", "rouge_l")
+"""Metrics that need answers. A token of an answer costs a pass through the model, so nobody else pays for them."""
 
 
 @dataclass(frozen=True)
@@ -31,62 +38,181 @@ class Score:
     """What a model got right."""
 
     value: float
-    correct: tuple[bool, ...]
-    """Per row, in the order of the rows: for paired comparisons between versions."""
+    """Of the task's own metric."""
+    metrics: Mapping[str, float]
+    """All metrics of the kind by name; those in `GENERATED` only if the task is judged by one of them."""
+    per_row: tuple[float, ...]
+    """Each row's share in the value, in the order of the rows: for paired comparisons, see `workers/metrics.py`."""
 
     @property
     def count(self) -> int:
-        return len(self.correct)
+        return len(self.per_row)
+
+
+def score_adapter(
+    base: BaseModel,
+    adapter: Adapter,
+    rows: Sequence[Row],
+    spec: TaskSpec,
+    between_batches: Callable[[], None] = lambda: None,
+    with_update: bool = True,
+) -> Score:
+    """Score an adapter, or the base model under the adapter's head.
+
+    Args:
+        between_batches: Called before every batch, and before every token of a generated answer; may raise to stop.
+        with_update: False leaves ΔW out and keeps the head.
+
+    Raises:
+        InvalidInput: The adapter does not fit the base model or the task's labels.
+    """
+    return score_rows(adapted_model(base, adapter, spec, with_update), base, rows, spec, between_batches)
 
 
 def score_rows(
     model: Any,
-    tokenizer: Any,
-    rows: Sequence[TextRow],
-    data: DataSpec,
-    metric: Metric,
+    base: BaseModel,
+    rows: Sequence[Row],
+    spec: TaskSpec,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Predict every row and compare.
+    """Let a task's model answer every row, and compare.
 
     Args:
-        model: A classifier whose outputs are in the order of data.label_names.
-        metric: `accuracy`, `f1_macro` (mean over all label_names, a label never seen or predicted counts 0) or
-            `matthews_correlation`, by scikit-learn's definitions.
-        between_batches: Called before every batch; may raise to stop.
+        base: Whose tokenizer or image processor reads the rows.
+        between_batches: See `score_adapter`.
 
     Returns:
-        The score, and per row whether it was right.
+        The score by the definitions in `workers/metrics.py`.
     """
-    encoded = tokenize(tokenizer, rows, data.max_length)
-    order = sorted(range(len(rows)), key=lambda index: (len(encoded["input_ids"][index]), index))
-    predicted = [0] * len(rows)
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(order), ROWS_PER_BATCH):
-            between_batches()
-            chosen = order[start : start + ROWS_PER_BATCH]
-            features = {key: [values[index] for index in chosen] for key, values in encoded.items()}
-            batch = tokenizer.pad(features, padding=True, return_tensors="pt").to(model.device)
-            for index, label in zip(chosen, model(**batch).logits.argmax(dim=-1).tolist(), strict=True):
-                predicted[index] = label
-    expected = [int(row.label) for row in rows]
-    value = measure(metric, expected, predicted, len(data.label_names))
-    return Score(value, tuple(left == right for left, right in zip(expected, predicted, strict=True)))
+        if spec.kind == "causal_lm":
+            measures = _likelihood(model, base, rows, spec, between_batches)
+            if spec.metric in GENERATED:
+                completions = [row.completion for row in rows if isinstance(row, CompletionRow)]
+                measures |= metrics.answers(completions, generate(model, base, rows, spec, between_batches))
+        else:
+            measures = _predictions(model, base, rows, spec, between_batches)
+    chosen = measures[spec.metric]
+    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()))
 
 
-def measure(metric: Metric, expected: Sequence[int], predicted: Sequence[int], label_count: int) -> float:
-    """One of the three scores, by scikit-learn."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+def _predictions(
+    model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, between_batches: Callable[[], None]
+) -> dict[str, Measure]:
+    collate, regression = collator(base, spec), spec.kind == "sequence_regression"
+    expected: list[Any] = [0] * len(rows)
+    predicted: list[Any] = [0] * len(rows)
+    for chosen in batches_by_length(lengths(base, spec, rows)):
+        between_batches()
+        batch = collate([rows[index] for index in chosen])
+        labels = batch.pop("labels").tolist()
+        logits = model(**_on(model.device, batch)).logits
+        answers = logits.squeeze(-1) if regression else logits.argmax(dim=-1)
+        for index, label, answer in zip(chosen, labels, answers.tolist(), strict=True):
+            expected[index], predicted[index] = label, answer
+    if regression:
+        return metrics.regression(expected, predicted)
+    return metrics.classification(expected, predicted, len(spec.data.label_names))
 
-    if metric == "accuracy":
-        return float(accuracy_score(expected, predicted))
-    if metric == "f1_macro":
-        return float(f1_score(expected, predicted, labels=range(label_count), average="macro", zero_division=0))
-    return float(matthews_corrcoef(expected, predicted))
+
+def _likelihood(
+    model: Any, base: BaseModel, rows: Sequence[Any], spec: TaskSpec, between_batches: Callable[[], None]
+) -> dict[str, Measure]:
+    collate = collator(base, spec)
+    sums, counts = [0.0] * len(rows), [0] * len(rows)
+    tokens_max = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // len(base.tokenizer))
+    for chosen in batches_by_length(lengths(base, spec, rows), tokens_max):
+        between_batches()
+        batch = _on(model.device, collate([rows[index] for index in chosen]))
+        labels_RT = batch.pop("labels")[:, 1:]
+        logits_RTV = model(**batch).logits[:, :-1]
+        for index, logits_TV, labels_T in zip(chosen, logits_RTV, labels_RT, strict=True):  # one row in float32 at once
+            scored = labels_T != IGNORED
+            sums[index] = _log_probability(logits_TV[scored], labels_T[scored])
+            counts[index] = int(scored.sum())
+    return metrics.likelihood(sums, counts)
 
 
-def adapted_classifier(base: BaseModel, adapter: Adapter, label_names: Sequence[str], with_update: bool = True) -> Any:
+def _log_probability(logits_TV: Tensor, labels_T: Tensor) -> float:
+    """Of all labels together, each at least `metrics.LOG_PROBABILITY_MIN`."""
+    of_labels_T = logits_TV.float().log_softmax(dim=-1).gather(1, labels_T[:, None])
+    least = metrics.LOG_PROBABILITY_MIN
+    return float(of_labels_T.nan_to_num(nan=least).clamp(min=least).double().sum())
+
+
+def generate(
+    model: Any,
+    base: BaseModel,
+    rows: Sequence[Any],
+    spec: TaskSpec,
+    between_batches: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """What a language model answers to each row's prompt, token by token the likeliest one.
+
+    Args:
+        between_batches: Called before every token.
+
+    Returns:
+        Texts without the end token, in the order of the rows; of at most data.max_new_tokens tokens.
+
+    Cost:
+        One pass over each prompt, then one per token over the rows of a batch.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer, new_max = base.tokenizer, spec.data.max_new_tokens
+    prompt_max = min(spec.data.max_length, base.length_max - new_max)  # positions for both
+    prompts = [encode_prompt(tokenizer, row, prompt_max) for row in rows]
+    model = model.get_base_model() if isinstance(model, PeftModel) else model  # the LoRA stays in its layers
+    # The checkpoint's own way to generate may draw, or punish repetition; and training switched the cache off.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new_max,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+    def never_but_stop_if_asked(token_ids: Tensor, _: Any) -> Tensor:
+        between_batches()
+        return torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
+
+    texts = [""] * len(rows)
+    for chosen in batches_by_length([len(prompt) + new_max for prompt in prompts]):
+        width = max(len(prompts[index]) for index in chosen)
+        padding = [width - len(prompts[index]) for index in chosen]
+        ids = [[tokenizer.pad_token_id] * left + prompts[index] for left, index in zip(padding, chosen, strict=True)]
+        mask = [[0] * left + [1] * (width - left) for left in padding]
+        batch = _on(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+        with torch.inference_mode():
+            answers = model.generate(**batch, stopping_criteria=[never_but_stop_if_asked])[:, width:]
+        for index, text in zip(chosen, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
+            texts[index] = text
+    return texts
+
+
+def batches_by_length(counts: Sequence[int], tokens_max: int = TOKENS_PER_BATCH) -> list[list[int]]:
+    """Indices of rows, short rows first, in batches of at most `ROWS_PER_BATCH` rows and `tokens_max` tokens.
+
+    Args:
+        counts: Tokens per row. A row with more than tokens_max is a batch by itself.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(counts)), key=lambda place: (counts[place], place)):
+        rows = len(batches[-1]) if batches else ROWS_PER_BATCH
+        if rows == ROWS_PER_BATCH or (rows + 1) * counts[index] > tokens_max:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def adapted_model(base: BaseModel, adapter: Adapter, spec: TaskSpec, with_update: bool = True) -> Any:
     """A task model with an adapter and its head in it.
 
     Args:
@@ -95,21 +221,21 @@ def adapted_classifier(base: BaseModel, adapter: Adapter, label_names: Sequence[
     Raises:
         InvalidInput: The head or a module does not fit the base model or the labels; names it.
     """
-    model = base.classifier_for(label_names)
-    _put_head(model, adapter, len(label_names))
+    model = base.task_model(spec)
+    _put_head(model, adapter, spec)
     if not with_update:
         return model
     config, tensors = to_peft(adapter)
-    model = with_lora(model, LoraConfig(**config))
+    model = with_lora(model, LoraConfig(**config | {"task_type": TASK_TYPES[spec.kind]}))
     put_tensors(model, tensors)
     return model
 
 
-def _put_head(model: Any, adapter: Adapter, label_count: int) -> None:
-    if not adapter.head:
+def _put_head(model: Any, adapter: Adapter, spec: TaskSpec) -> None:
+    if not adapter.head and spec.kind != "causal_lm":
         raise InvalidInput(
-            "the adapter has no classification head, so it cannot be scored",
-            todo="import an adapter trained with task_type SEQ_CLS, or leave out data.eval_file",
+            "the adapter has no head, so it cannot be scored",
+            todo="import an adapter that was saved with its classifier (modules_to_save), or leave out data.eval_file",
         )
     parameters = dict(model.named_parameters())
     for name, tensor in adapter.head.items():
@@ -117,8 +243,8 @@ def _put_head(model: Any, adapter: Adapter, label_count: int) -> None:
             raise InvalidInput("the base model has no such parameter for the adapter's head", name)
         if parameters[name].shape != tensor.shape:
             raise InvalidInput(
-                f"the adapter's head has shape {tuple(tensor.shape)}; for {label_count} labels the base model needs "
-                f"{tuple(parameters[name].shape)}",
+                f"the adapter's head has shape {tuple(tensor.shape)}; for {len(spec.data.label_names) or 1} outputs "
+                f"the base model needs {tuple(parameters[name].shape)}",
                 name,
                 "data.label_names must list the labels the adapter was trained with, in that order",
             )

@@ -1,29 +1,171 @@
-"""Rows to what a model reads: token ids or pixels, and labels, as one padded batch of tensors."""
+"""Rows to what a model reads: token ids or pixels, and labels, as one padded batch of tensors.
+
+Padding is on the right here; only generation (`evaluation.py`) pads on the left. No row is looked at before its batch
+is made, so the first step does not wait for the whole file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from workers.base_model import BaseModel
-from workers.task_data import TextRow
+from workers.task_data import CompletionRow, ImageRow, Row
+
+Batch = dict[str, Any]
+IGNORED = -100
+"""The label of a token that has no loss, by transformers' convention."""
 
 
-def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Sequence[TextRow]], dict[str, Any]]:
-    """A function from rows to the keyword arguments of the task's model, `labels` among them, on the CPU."""
+def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Sequence[Row]], Batch]:
+    """A function from rows to the keyword arguments of the task's model, `labels` among them, on the CPU.
 
-    def collate(rows: Sequence[TextRow]) -> dict[str, Any]:
-        encoded = tokenize(base.tokenizer, rows, spec.data.max_length, padding=True, return_tensors="pt")
-        return dict(encoded) | {"labels": torch.tensor([row.label for row in rows])}
+    Labels: class indices (int64), numbers (float32), or for causal_lm the completion's token ids, and `IGNORED` on the
+    prompt and on padding.
 
-    return collate
+    Raises:
+        InvalidInput: The task has messages and the base model's tokenizer no chat template; or, from the function
+            itself, a row's messages do not fit the template.
+    """
+    if spec.kind == "image_classification":
+        return lambda rows: images(base.image_processor, rows)
+    tokenizer, length_max = base.tokenizer, spec.data.max_length
+    if spec.kind == "causal_lm":
+        check_template(tokenizer, spec)
+        return lambda rows: completions(tokenizer, rows, length_max)
+    label_type = torch.float32 if spec.kind == "sequence_regression" else torch.int64
+    return lambda rows: texts(tokenizer, rows, length_max, label_type)
 
 
-def tokenize(tokenizer: Any, rows: Sequence[TextRow], length_max: int, **options: Any) -> Any:
-    """Rows to token ids, cut at length_max; pairs as pairs."""
-    texts = [row.text for row in rows]
+def count_tokens(batch: Batch) -> int:
+    """Tokens that are not padding; 0 for images."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+
+
+def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
+    """How many tokens each row has in a batch, cut; 0 for images, which are all the same size."""
+    if spec.kind == "image_classification":
+        return [0] * len(rows)
+    if spec.kind == "causal_lm":
+        return [sum(len(ids) for ids in encode_completion(base.tokenizer, row, spec.data.max_length)) for row in rows]
+    return [len(ids) for ids in _tokenize(base.tokenizer, rows, spec.data.max_length)["input_ids"]]
+
+
+def texts(tokenizer: Any, rows: Sequence[Any], length_max: int, label_type: torch.dtype) -> Batch:
+    """Texts or pairs, cut at the end (of a pair, the longer one first)."""
+    batch = dict(_tokenize(tokenizer, rows, length_max, padding=True, return_tensors="pt"))
+    return batch | {"labels": torch.tensor([row.label for row in rows], dtype=label_type)}
+
+
+def _tokenize(tokenizer: Any, rows: Sequence[Any], length_max: int, **options: Any) -> Any:
     pairs = [row.text_pair or "" for row in rows] if rows and rows[0].text_pair is not None else None
-    return tokenizer(texts, pairs, truncation=True, max_length=length_max, **options)
+    return tokenizer([row.text for row in rows], pairs, truncation=True, max_length=length_max, **options)
+
+
+def completions(tokenizer: Any, rows: Sequence[Any], length_max: int) -> Batch:
+    """Prompts with their completions behind them; see `encode_completion`."""
+    encoded = [encode_completion(tokenizer, row, length_max) for row in rows]
+    width = max(len(prompt) + len(completion) for prompt, completion in encoded)
+    batch = {
+        "input_ids": torch.full((len(rows), width), tokenizer.pad_token_id),
+        "attention_mask": torch.zeros(len(rows), width, dtype=torch.int64),
+        "labels": torch.full((len(rows), width), IGNORED),
+    }
+    for index, (prompt, completion) in enumerate(encoded):
+        length = len(prompt) + len(completion)
+        batch["input_ids"][index, :length] = torch.tensor(prompt + completion)
+        batch["attention_mask"][index, :length] = 1
+        batch["labels"][index, len(prompt) : length] = torch.tensor(completion)
+    return batch
+
+
+def encode_completion(tokenizer: Any, row: CompletionRow, length_max: int) -> tuple[list[int], list[int]]:
+    """Token ids of what is given, and of what should be answered, the end token with it.
+
+    Too long a row loses the start of its prompt (not its first-token mark) first; then, if the completion alone is too
+    long, the completion's end, and with it the end token: the model must not learn to stop there. At least one token
+    of context stays. The prompt's tokens are those that generation starts from, whatever follows.
+    """
+    prompt, completion = _encode(tokenizer, row)
+    completion = completion[: length_max - 1]
+    return _cut_left(tokenizer, prompt, length_max - len(completion)), completion
+
+
+def encode_prompt(tokenizer: Any, row: CompletionRow, length_max: int) -> list[int]:
+    """Token ids to generate from, the last `length_max` of them."""
+    return _cut_left(tokenizer, _encode(tokenizer, row)[0], length_max)
+
+
+def check_template(tokenizer: Any, spec: TaskSpec) -> None:
+    """Refuse messages that the tokenizer cannot render."""
+    if spec.data.messages_column and not tokenizer.chat_template:
+        raise InvalidInput(
+            f"the tokenizer of the base model {spec.base_model!r} has no chat template to render messages with",
+            "data.messages_column",
+            "give data.prompt_column and data.completion_column, or train on a base model that was made for chat",
+        )
+
+
+def _encode(tokenizer: Any, row: CompletionRow) -> tuple[list[int], list[int]]:
+    given, answer = _render(tokenizer, row) if row.is_chat else (row.turns[0][1], row.completion)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    prompt, together = ids(given), ids(given + answer)
+    # Where the two texts would share a token, the answer is tokenised alone: a prompt to generate from has no such one.
+    completion = together[len(prompt) :] if together[: len(prompt)] == prompt else ids(answer)
+    end = tokenizer.eos_token_id
+    if end in completion:  # a template brings its own, and sometimes a line break behind it that nobody generates
+        completion = completion[: len(completion) - completion[::-1].index(end)]
+    elif end is not None:
+        completion.append(end)
+    if not row.is_chat:
+        prompt = [*_first_token(tokenizer), *prompt]
+    return prompt or [tokenizer.pad_token_id if end is None else end], completion
+
+
+def _render(tokenizer: Any, row: CompletionRow) -> tuple[str, str]:
+    """The chat as the tokenizer's own template writes it: what comes before the last answer, and that answer."""
+    from jinja2 import TemplateError
+
+    messages = [{"role": role, "content": content} for role, content in row.turns]
+    try:
+        given = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise InvalidInput(
+            f"a row's messages do not fit the tokenizer's chat template: {error}; its roles are "
+            f"{', '.join(role for role, _ in row.turns)}",
+            "data.messages_column",
+        ) from error
+    return given, whole[len(given) :] if whole.startswith(given) else row.completion
+
+
+def _first_token(tokenizer: Any) -> list[int]:
+    """The mark that the tokenizer puts before every text, if it does (Llama's `<s>`; GPT-2 puts none)."""
+    start = tokenizer.bos_token_id
+    return [start] if start is not None and tokenizer("")["input_ids"][:1] == [start] else []
+
+
+def _cut_left(tokenizer: Any, prompt: list[int], length: int) -> list[int]:
+    if len(prompt) <= length:
+        return prompt
+    marked = length > 1 and prompt[0] == tokenizer.bos_token_id
+    return [prompt[0], *prompt[len(prompt) - length + 1 :]] if marked else prompt[len(prompt) - length :]
+
+
+def images(processor: Any, rows: Sequence[Any]) -> Batch:
+    """Pictures as the base model's own processor makes them: resized, rescaled, normalised, channels first, float32."""
+    pictures = [_as_rgb(row) for row in rows]
+    made = processor(images=pictures, input_data_format="channels_last", return_tensors="pt")
+    return {"pixel_values": made["pixel_values"], "labels": torch.tensor([row.label for row in rows])}
+
+
+def _as_rgb(row: ImageRow) -> Any:
+    return np.repeat(row.image, 3, axis=2) if row.image.shape[2] == 1 else row.image

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 
 from configs.settings import GateSettings
-from orchestrator.gate import Decision, judge
+from orchestrator.gate import Decision, PairedDifference, judge, paired_difference
 from orchestrator.score_table import score_table
 from orchestrator.task_record import TaskRecord
 from tests.builders import task_record
@@ -20,11 +21,18 @@ def record(task_id: str, local: float | None = None, min_score: float | None = N
     return task_record(f"red/{task_id}", {"gate": {"min_score": min_score}}, task_id=task_id, local_score=local)
 
 
-def decided(birth: float, now: float, new: float = 0.9, *records: TaskRecord, gate: GateSettings = GATE) -> Decision:
+def decided(
+    birth: float,
+    now: float,
+    new: float = 0.9,
+    *records: TaskRecord,
+    gate: GateSettings = GATE,
+    paired: Mapping[str, PairedDifference] | None = None,
+) -> Decision:
     """Task a was born in version 1 with `birth` and scores `now` in version 2, where b is born with `new`."""
     log = state([version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 1.0})], {1: {"a": birth}, 2: {"a": now, "b": new}})
     known = {r.task_id: r for r in (record("a"), record("b"), *records)}
-    return judge(score_table(log, 2, 0.1), 2, known, gate)
+    return judge(score_table(log, 2, 0.1), 2, known, gate, paired or {})
 
 
 @pytest.mark.parametrize(
@@ -99,3 +107,39 @@ def test_a_version_whose_tasks_the_database_does_not_know_passes_with_a_sentence
     decision = judge(score_table(log, 1, 0.1), 1, {}, GATE)
     assert decision == Decision(True, ())
     assert decision.summary == "every task kept its score"
+
+
+def test_a_paired_difference_is_students_on_the_differences_row_by_row() -> None:
+    # Differences −1, 0, 0, 0, −1: mean −0.4, variance 1.2/4 = 0.3, t(4, 97.5 %) = 2.776.
+    difference = paired_difference([1, 1, 0, 1, 1], [0, 1, 0, 1, 0])
+    assert (difference.mean, difference.count) == (pytest.approx(-0.4), 5)
+    half = 2.776445 * math.sqrt(0.3 / 5)
+    assert (difference.low, difference.high) == (pytest.approx(-0.4 - half), pytest.approx(-0.4 + half))
+
+
+def test_rows_that_both_got_right_make_the_interval_narrow() -> None:
+    before = [1.0] * 380 + [0.0] * 20
+    after = [0.0] * 12 + before[12:]
+    difference = paired_difference(before, after)
+    # 12 of 400 rows were lost. Two samples of 400 rows would be told apart to ±0.03, these to ±0.017.
+    assert str(difference) == "0.0300 lower on the same 400 rows, 95 % interval 0.0132 to 0.0468"
+
+
+def test_a_difference_upwards_is_told_as_one() -> None:
+    assert str(paired_difference([0, 0, 1, 1], [1, 0, 1, 1])).startswith("0.2500 higher on the same 4 rows")
+    assert str(paired_difference([1, 1], [1, 1])) == "0.0000 lower on the same 2 rows, 95 % interval 0.0000 to 0.0000"
+
+
+def test_what_is_not_row_by_row_is_not_compared() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        paired_difference([1, 0], [1])
+    assert math.isnan(paired_difference([1], [0]).low)
+
+
+def test_reasons_tell_how_sure_the_drop_is_and_the_decision_does_not_wait_for_it() -> None:
+    sure, unsure = PairedDifference(-0.06, -0.08, -0.04, 400), PairedDifference(-0.06, -0.14, 0.02, 20)
+    for difference in (sure, unsure):
+        decision = decided(0.86, 0.80, 0.9, record("b", 0.96), paired={"a": difference, "b": difference})
+        assert len(decision.reasons) == 2
+        assert all(reason.endswith(f"({difference})") for reason in decision.reasons)
+    assert decided(0.82, 0.80, paired={"a": sure}).passed

@@ -1,0 +1,131 @@
+"""Scores from answers: each value by the library that the field uses, and each row's share in it. Pure, on the CPU.
+
+Shares make two versions comparable row by row whatever the metric is. Their mean is the value, exactly, and their
+spread is the value's own: where a value is a mean over rows a share is what the row got (right or not, its ROUGE),
+elsewhere it is the value plus the row's influence on it (the delta method, also called infinitesimal jackknife). So the
+mean of paired differences of shares is the difference of the two scores, and Student's t on them its interval.
+
+Source:
+    B. Efron, "The jackknife, the bootstrap and other resampling plans", SIAM 1982, chapter 6 (influence functions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+LOG_PROBABILITY_MIN = -100.0
+"""Of one token. float32 tells nothing smaller from 0, and one token must not outweigh all others; outputs that are no
+numbers count as this, so that a broken model has a bad score and not none."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric over some rows."""
+
+    value: float
+    per_row: Floats
+    """Each row's share, in the order of the rows; the mean is the value."""
+
+
+def classification(expected: Sequence[int], predicted: Sequence[int], label_count: int) -> dict[str, Measure]:
+    """`accuracy`, `f1_macro` (mean over all labels, one never seen or predicted counts 0) and `matthews_correlation`.
+
+    Args:
+        expected, predicted: Indices below label_count, one per row.
+
+    Returns:
+        Values by scikit-learn's definitions; Matthews correlation is 0 when all answers are the same.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    given, said = np.asarray(expected), np.asarray(predicted)
+    right = (given == said).astype(np.float64)
+    f1_C = f1_score(given, said, labels=range(label_count), average=None, zero_division=0)
+    given_C, said_C = (np.bincount(labels, minlength=label_count) / len(given) for labels in (given, said))
+    # F1 of a label is the ratio of two means over rows, 2·[given and said] and [given] + [said].
+    per_rate_C = np.divide(1.0, given_C + said_C, out=np.zeros(label_count), where=given_C + said_C > 0)
+    influence = 2 * right * per_rate_C[given] - (f1_C * per_rate_C)[given] - (f1_C * per_rate_C)[said]
+    # Matthews correlation is the correlation of two 0/1 vectors over the labels, here by their inner products.
+    products = right - said_C[given] - given_C[said] + given_C @ said_C
+    squares = (1 - 2 * rate_C[labels] + rate_C @ rate_C for labels, rate_C in ((given, given_C), (said, said_C)))
+    # scikit-learn answers 0 as well where one side does not vary, but warns if both do not.
+    matthews = matthews_corrcoef(given, said) if np.ptp(given) and np.ptp(said) else 0.0
+    return {
+        "accuracy": Measure(float(accuracy_score(given, said)), right),
+        "f1_macro": Measure(float(f1_C.mean()), f1_C.mean() + influence / label_count),
+        "matthews_correlation": Measure(float(matthews), _correlation_shares(products, *squares)),
+    }
+
+
+def regression(expected: Sequence[float], predicted: Sequence[float]) -> dict[str, Measure]:
+    """`pearson` and `spearman` correlation, by scipy.
+
+    Returns:
+        0 where a correlation is not defined: all answers (or all labels) the same, one row, or an answer that is no
+        number. 0 is also what answers without any relation to the labels get.
+    """
+    from scipy.stats import pearsonr, rankdata, spearmanr
+
+    given, said = np.asarray(expected, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if not np.isfinite(said).all() or np.ptp(given) == 0 or np.ptp(said) == 0:
+        return {name: Measure(0.0, np.zeros(len(given))) for name in ("pearson", "spearman")}
+    return {
+        "pearson": Measure(float(pearsonr(given, said).statistic), _pearson_shares(given, said)),
+        # A row's influence through other rows' ranks is left out.
+        "spearman": Measure(float(spearmanr(given, said).statistic), _pearson_shares(rankdata(given), rankdata(said))),
+    }
+
+
+def likelihood(log_probabilities: Sequence[float], token_counts: Sequence[int]) -> dict[str, Measure]:
+    """`log_likelihood`: the mean natural logarithm of a completion token's probability, over all rows' tokens.
+
+    Args:
+        log_probabilities: Sum over a row's completion tokens, the end token among them.
+        token_counts: How many those are, at least 1.
+    """
+    sums, counts = np.asarray(log_probabilities, dtype=np.float64), np.asarray(token_counts, dtype=np.float64)
+    value = sums.sum() / counts.sum()
+    return {"log_likelihood": Measure(float(value), value + (sums - value * counts) / counts.mean())}
+
+
+def answers(expected: Sequence[str], generated: Sequence[str]) -> dict[str, Measure]:
+    """`exact_match` (the same text but for white space around it) and `rouge_l` (F-measure of the longest common
+    subsequence of words, by rouge-score, without stemming; 0 where either has no word).
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer: Any = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = list(zip(expected, generated, strict=True))
+    same = np.array([given.strip() == said.strip() for given, said in pairs], dtype=np.float64)
+    rouge = np.array([scorer.score(given, said)["rougeL"].fmeasure for given, said in pairs], dtype=np.float64)
+    return {"exact_match": Measure(float(same.mean()), same), "rouge_l": Measure(float(rouge.mean()), rouge)}
+
+
+def values(measures: Mapping[str, Measure]) -> dict[str, float]:
+    """All metrics by name, and `perplexity` = exp(−log_likelihood) beside a log_likelihood."""
+    named = {name: measure.value for name, measure in measures.items()}
+    if "log_likelihood" in named:
+        named["perplexity"] = float(np.exp(-named["log_likelihood"]))
+    return named
+
+
+def _pearson_shares(left: Floats, right: Floats) -> Floats:
+    x, y = left - left.mean(), right - right.mean()
+    return _correlation_shares(x * y, x * x, y * y)
+
+
+def _correlation_shares(products: Floats, squares_left: Floats, squares_right: Floats) -> Floats:
+    """Shares in r = mean(xy) / √(mean(xx)·mean(yy)); 0 where a side does not vary."""
+    norm = np.sqrt(squares_left.mean() * squares_right.mean())
+    if norm == 0:
+        return np.zeros(len(products))
+    value = products.mean() / norm
+    relative = squares_left / squares_left.mean() + squares_right / squares_right.mean()
+    return np.asarray(value + products / norm - value * relative / 2)
