@@ -7,7 +7,6 @@ so a score that names one has one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,11 +39,6 @@ class Results:
         return mine == theirs
 
 
-def results_of(task_id: str, version: int, metric: str, rows_sha256: str, per_row: Sequence[float]) -> Results:
-    """Results on frozen rows, given by their file's digest."""
-    return Results(task_id, version, metric, rows_sha256, tuple(per_row))
-
-
 def write_results(storage: Storage, key: str, results: Results) -> None:
     """Write, or replace by the same: the same score gives the same bytes.
 
@@ -68,9 +62,8 @@ def read_results(storage: Storage, key: str) -> Results:
     content = storage.read(key)
     try:
         per_row = load_safetensors(content)["per_row"]
-        header = json.loads(
-            json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["onebasis"]
-        )
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["onebasis"])
         if header.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         return Results(**header, per_row=tuple(per_row.astype(float).tolist()))

@@ -10,9 +10,9 @@ import pytest
 
 from configs.errors import Corrupt
 from subspace_store.memory_storage import MemoryStorage
-from workers.results import read_results, results_of, write_results
+from workers.results import Results, read_results, write_results
 
-RESULTS = results_of("t-1", 3, "accuracy", b"the frozen rows", [1.0, 0.0, 0.25])
+RESULTS = Results("t-1", 3, "accuracy", "ab" * 32, (1.0, 0.0, 0.25))
 
 
 def test_results_come_back_as_they_were_written_and_the_same_ones_are_the_same_bytes() -> None:
@@ -25,7 +25,7 @@ def test_results_come_back_as_they_were_written_and_the_same_ones_are_the_same_b
 
 def test_only_the_same_metric_on_the_same_rows_can_be_compared_row_by_row() -> None:
     assert RESULTS.comparable(replace(RESULTS, version=9, per_row=(0.0, 0.0, 0.0)))
-    others = [replace(RESULTS, metric="f1_macro"), results_of("t-1", 3, "accuracy", b"others", RESULTS.per_row)]
+    others = [replace(RESULTS, metric="f1_macro"), replace(RESULTS, eval_sha256="cd" * 32)]
     assert not any(RESULTS.comparable(other) for other in [*others, replace(RESULTS, per_row=(1.0, 0.0))])
 
 
