@@ -6,9 +6,8 @@ changes no score, and workers on other machines can read it.
 
 from __future__ import annotations
 
-import gzip
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from orchestrator.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState
 from subspace_store import Storage
 from subspace_store.adapter import Adapter, adapter_to_bytes, digest
 from subspace_store.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
+from workers.frozen_rows import FrozenTask, freeze
 from workers.orders import BaseLayout
-from workers.task_data import check_rows
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,26 @@ class Draft:
     """A checked submission, not yet taken in."""
 
     spec: TaskSpec
-    train: bytes
-    """Training rows, gzipped; or, for an import, the adapter in canonical form."""
-    train_count: int
-    evaluation: bytes
-    eval_count: int
+    rows: FrozenTask
+    adapter: bytes
+    """For an import, the adapter in canonical form."""
     warnings: tuple[str, ...]
+
+    @property
+    def train_count(self) -> int:
+        return self.rows.train.count if self.rows.train else 0
+
+    @property
+    def eval_count(self) -> int:
+        return self.rows.evaluation.count if self.rows.evaluation else 0
+
+    @property
+    def eval_sha256(self) -> str:
+        return self.rows.evaluation.sha256 if self.rows.evaluation else ""
+
+    def close(self) -> None:
+        """Let go of the temporary files."""
+        self.rows.close()
 
 
 def check_submission(document: Mapping[str, Any], settings: Settings, layout: BaseLayout) -> Draft:
@@ -57,32 +70,32 @@ def check_submission(document: Mapping[str, Any], settings: Settings, layout: Ba
             "base_model",
             f"this service serves '{settings.base_model.name}'",
         )
+    if spec.kind not in layout.kinds:
+        raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
     has_rows = spec.method.name != "import" or spec.data.eval_file
     if has_rows and spec.data.max_length > layout.length_max:
         raise InvalidInput(
             f"{spec.data.max_length} tokens are more than the base model's {layout.length_max}", "data.max_length"
         )
-    evaluation, eval_count, train, train_count, warnings = b"", 0, b"", 0, []
-    if spec.data.eval_file:
-        path = _allowed_file(spec.data.eval_file, settings, "data.eval_file")
-        eval_count, evaluation = check_rows(path, spec.data).rows, _frozen(path)
+    evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
     if spec.method.name == "import":
         folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
             _allowed_file(str(folder / name), settings, "method.adapter")
-        train = adapter_to_bytes(_checked_import(folder, settings, layout))
-    else:
-        _check_targets(spec, layout)
-        path = _allowed_file(spec.data.train_file or "", settings, "data.train_file")
-        counts = check_rows(path, spec.data, Path(spec.data.eval_file) if spec.data.eval_file else None)
-        train_count, train = counts.rows, _frozen(path)
-        if unseen := [name for name, count in counts.per_label.items() if not count]:
-            warnings.append(
-                f"{len(unseen)} of {len(counts.per_label)} labels have no training row: {', '.join(unseen)}"
-            )
-        if counts.shared_rows:
-            warnings.append(f"{counts.shared_rows} training rows are also evaluation rows: the scores flatter the task")
-    return Draft(spec, train, train_count, evaluation, eval_count, tuple(warnings))
+        adapter = adapter_to_bytes(_checked_import(folder, settings, layout))
+        return Draft(spec, freeze(spec, None, evaluation), adapter, ())
+    _check_targets(spec, layout)
+    train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
+    rows = freeze(spec, train, evaluation)
+    return Draft(spec, rows, b"", tuple(_warnings(rows)))
+
+
+def _warnings(rows: FrozenTask) -> Iterator[str]:
+    per_label = rows.train.per_label if rows.train else {}
+    if unseen := [name for name, count in per_label.items() if not count]:
+        yield f"{len(unseen)} of {len(per_label)} labels have no training row: {', '.join(unseen)}"
+    if rows.shared_rows:
+        yield f"{rows.shared_rows} training rows are also evaluation rows: the scores flatter the task"
 
 
 def admit(
@@ -106,7 +119,7 @@ def admit(
     if is_full and not any(record.client_key == client_key for record in mine):
         raise InvalidInput(f"team '{spec.team}' has {limit} tasks waiting, its limit", "teams.queued_max", "wait")
     task_id = new_task_id()
-    train_name = "adapter.safetensors" if spec.method.name == "import" else "train.jsonl.gz"
+    rows, folder = draft.rows, f"data/{task_id}"
     record = TaskRecord(
         task_id=task_id,
         team=spec.team,
@@ -115,15 +128,18 @@ def admit(
         spec=spec,
         submitted_at=time.time(),
         submitted_by=submitted_by,
-        train_key=f"data/{task_id}/{train_name}",
+        train_key=rows.train.key(folder, "train") if rows.train else f"{folder}/adapter.safetensors",
         train_count=draft.train_count,
-        eval_key=f"data/{task_id}/eval.jsonl.gz" if draft.evaluation else "",
+        eval_key=rows.evaluation.key(folder, "eval") if rows.evaluation else "",
         eval_count=draft.eval_count,
-        eval_sha256=digest(draft.evaluation) if draft.evaluation else "",
+        eval_sha256=draft.eval_sha256,
     )
-    storage.write(record.train_key, draft.train)
-    if record.eval_key:
-        storage.write(record.eval_key, draft.evaluation)
+    if rows.train:
+        rows.train.write(storage, record.train_key)
+    else:
+        storage.write(record.train_key, draft.adapter)
+    if rows.evaluation:
+        rows.evaluation.write(storage, record.eval_key)
     try:
         taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)))
     except Conflict:  # of any other error the outcome is unknown, and then nothing is deleted
@@ -155,7 +171,8 @@ def _delete_data(record: TaskRecord, storage: Storage) -> None:
 
 def _default_key(draft: Draft, queue: TaskQueue) -> str:
     """The same document with the same data is the same task, unless that one ended without a result."""
-    content = draft.spec.model_dump_json().encode() + digest(draft.train).encode() + digest(draft.evaluation).encode()
+    brought = draft.rows.train.sha256 if draft.rows.train else digest(draft.adapter)
+    content = f"{draft.spec.model_dump_json()}{brought}{draft.eval_sha256}".encode()
     stem = f"auto-{digest(content)[:24]}"
     ended = [
         record
@@ -185,17 +202,28 @@ def _allowed_file(path: str, settings: Settings, key: str) -> Path:
     real = _allowed(path, settings, key)
     try:
         is_plain = real.is_file() or not real.exists()
-    except OSError as error:  # a folder that the service may not enter, a name that is too long
-        raise InvalidInput(f"cannot look at {path}: {error.strerror}", key, "correct the path or its rights") from error
+    except OSError as error:
+        raise _unseen(path, key, error) from error
     if not is_plain:
         raise InvalidInput(f"{path} is not a plain file", key, "name a file")
     return real
 
 
-def _frozen(path: Path) -> bytes:
-    """The file's bytes, gzipped without a timestamp: the same rows give the same digest."""
-    content = path.read_bytes()
-    return content if content.startswith(b"\x1f\x8b") else gzip.compress(content, mtime=0)
+def _allowed_rows(path: str, settings: Settings, key: str) -> Path:
+    """As `_allowed_file`, or a folder of such files."""
+    real = _allowed(path, settings, key)
+    try:
+        parts = sorted(real.iterdir()) if real.is_dir() else [real]
+    except OSError as error:
+        raise _unseen(path, key, error) from error
+    for part in parts:
+        _allowed_file(str(part), settings, key)
+    return real
+
+
+def _unseen(path: str, key: str, error: OSError) -> InvalidInput:
+    """A folder that the service may not enter, a name that is too long."""
+    return InvalidInput(f"cannot look at {path}: {error.strerror}", key, "correct the path or its rights")
 
 
 def _check_targets(spec: TaskSpec, layout: BaseLayout) -> None:

@@ -1,32 +1,35 @@
-"""Labelled rows as JSON lines: checked at admission, read once for training, kept for evaluation.
+"""Rows of every kind of task: what they are, and that each row of a file is one.
 
-Light on purpose (no torch, no transformers): the control plane checks every submission with it. Tokenising happens
-batch by batch while training, so that the first step does not wait for the whole file.
+Light on purpose (no torch, no transformers, numpy and pictures only for pictures): the control plane checks every
+submission with it. How files are read is row_files.py, how rows are kept frozen_rows.py; tokenising happens batch by
+batch while training, so that the first step does not wait for the whole file.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InvalidInput
-from configs.task_spec import DataSpec
+from configs.task_spec import DataSpec, TaskSpec
+from workers.row_files import Columns, Values, numbered_lines, read_file, read_json_lines
 
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
 
-GZIP_MAGIC = b"\x1f\x8b"
-# A gzip bomb of a few kilobytes unpacks to gigabytes; a file of short texts of this size has millions of rows.
-UNPACKED_BYTES_MAX = 2 * 2**30
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What is decoded; of the others some start other programs."""
+GRAY_MODES = ("1", "L")
+COLOUR_MODES = ("P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+PIXELS_MAX = 89_478_485
+"""Of one picture, Pillow's own limit: a few kilobytes of PNG unpack to gigabytes."""
+SHOWN_LABELS = 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class TextRow:
 
 Turn = tuple[str, str]
 """(role, content) of one message; the role is `system`, `user` or `assistant`."""
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -66,136 +70,249 @@ class ImageRow:
     """H×W×C, 0 to 255; C is 1 or 3."""
     label: int
     """Index into the task's label_names."""
+    encoded: bytes = field(default=b"", repr=False)
+    """The file that the picture was decoded from, if it came as one: kept instead of ten times as many pixels."""
 
 
 Row = TextRow | CompletionRow | ImageRow
 
 
-@dataclass(frozen=True)
-class RowCounts:
-    """What a checked file holds."""
-
-    rows: int
-    per_label: Mapping[str, int]
-    """Label name to rows, in the order of label_names; a label without rows has 0."""
-    shared_rows: int = 0
-    """Rows whose text is also in the file it was compared with: a warning, not an error."""
-
-
-def check_rows(path: Path, spec: DataSpec, compare_with: Path | None = None) -> RowCounts:
-    """Check a whole file before its task is accepted.
-
-    Args:
-        path: A .jsonl or .jsonl.gz file.
-        spec: Columns and labels.
-        compare_with: The other file of the task; rows with the same text are counted in `shared_rows`.
+def rows_in(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    """The rows of a file of any format, each checked; the file is never in memory.
 
     Raises:
-        InvalidInput: No such file, not UTF-8 or JSON, a column missing or of the wrong type, an empty text, an
-            unknown label, no rows; names the file and the row, counted from 1.
+        InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown. Names
+            the file and the row, counted from 1.
     """
-    rows = _read_file(path, spec)
-    labels = Counter(row.label for row in rows)
-    shared = 0
-    if compare_with is not None:
-        others = {_text_digest(row) for row in _read_file(compare_with, spec)}
-        shared = sum(_text_digest(row) in others for row in rows)
-    return RowCounts(len(rows), {name: labels[index] for index, name in enumerate(spec.label_names)}, shared)
+    make = _maker(spec)
+    for where, values in read_file(path, columns_of(spec)):
+        yield make(values, where)
 
 
-def read_rows(content: bytes, spec: DataSpec, where: str = "rows") -> tuple[TextRow, ...]:
-    """Read a file's bytes, packed or not.
+def read_rows(content: bytes, spec: TaskSpec | DataSpec, where: str = "rows") -> tuple[Row, ...]:
+    """The rows of a file of JSON lines, gzipped or not, that is in memory.
 
     Raises:
-        InvalidInput: See `check_rows`.
+        InvalidInput: See `rows_in`; or there are none.
     """
-    rows = tuple(_rows(_unpack(content, where), spec, where))
+    if isinstance(spec, DataSpec):
+        spec = TaskSpec.model_construct(team="", name="", base_model="", data=spec)
+    make = _maker(spec)
+    lines = numbered_lines(BytesIO(content), where)
+    rows = tuple(make(values, place) for place, values in read_json_lines(lines, where, columns_of(spec)))
     if not rows:
-        raise InvalidInput("has no rows", where, "give at least one labelled row")
+        raise InvalidInput("has no rows", where, "give at least one row")
     return rows
 
 
-def _read_file(path: Path, spec: DataSpec) -> tuple[TextRow, ...]:
+def columns_of(spec: TaskSpec) -> Columns:
+    """The columns that rows of the task must have, by the key that names each."""
+    data = spec.data
+    match spec.kind:
+        case "causal_lm" if data.messages_column:
+            keys = ["messages_column"]
+        case "causal_lm":
+            keys = ["prompt_column", "completion_column"]
+        case "image_classification":
+            keys = ["image_column", "label_column"]
+        case _:
+            keys = ["text_column", *(["text_pair_column"] if data.text_pair_column else []), "label_column"]
+    return {key: str(getattr(data, key)) for key in keys}
+
+
+def input_digest(row: Row) -> bytes:
+    """A digest of all of a row but its label, the same for whichever file it came from."""
+    match row:
+        case TextRow():
+            parts = [row.text] if row.text_pair is None else [row.text, row.text_pair]
+        case CompletionRow():
+            parts = [str(row.is_chat), *(part for turn in row.turns for part in turn)]
+        case ImageRow():
+            return hashlib.sha256(str(row.image.shape).encode() + row.image.tobytes()).digest()
+    # The lengths say where each part ends: no two rows have one content.
+    return hashlib.sha256("".join([*(f"{len(part)} " for part in parts), "\n", *parts]).encode()).digest()
+
+
+def label_of(row: Row) -> int | float | None:
+    """The label; None for rows that have none."""
+    return None if isinstance(row, CompletionRow) else row.label
+
+
+def decode_picture(content: bytes, where: str) -> NDArray[uint8]:
+    """The pixels of an encoded picture, H×W×C; C is 1 for gray ones, else 3, without transparency.
+
+    Raises:
+        InvalidInput: Not a picture of a format that is known, damaged, or too large.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
-        size = path.stat().st_size
-        if size > UNPACKED_BYTES_MAX:
-            raise InvalidInput(f"has {size} bytes, more than {UNPACKED_BYTES_MAX}", str(path), "submit fewer rows")
-        content = path.read_bytes()
-    except OSError as error:
-        raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path in data") from error
-    return read_rows(content, spec, str(path))
+        with Image.open(BytesIO(content), formats=PICTURE_FORMATS) as picture:
+            if picture.width * picture.height > PIXELS_MAX:
+                raise InvalidInput(
+                    f"is too large a picture: {picture.width}×{picture.height} pixels, more than {PIXELS_MAX}",
+                    where,
+                    "make it smaller",
+                )
+            if picture.mode not in GRAY_MODES + COLOUR_MODES:
+                raise InvalidInput(
+                    f"is a picture of mode {picture.mode}; pixels must have 8 bits", where, "save it as 8-bit PNG"
+                )
+            upright = ImageOps.exif_transpose(picture)  # cameras store the turn beside the pixels
+            pixels = np.asarray(upright.convert("L" if picture.mode in GRAY_MODES else "RGB"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidInput(f"is too large a picture: {error}", where, "make it smaller") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise InvalidInput(
+            f"is not a picture that can be decoded{reason}", where, f"formats: {', '.join(PICTURE_FORMATS)}"
+        ) from error
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def _unpack(content: bytes, where: str) -> bytes:
-    if not content.startswith(GZIP_MAGIC):
-        return content
-    try:
-        with gzip.open(BytesIO(content)) as file:
-            unpacked = file.read(UNPACKED_BYTES_MAX + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InvalidInput(f"is not a complete gzip file: {error}", where, "pack it again") from error
-    if len(unpacked) > UNPACKED_BYTES_MAX:
-        raise InvalidInput(f"unpacks to more than {UNPACKED_BYTES_MAX} bytes", where, "submit fewer rows")
-    return unpacked
+def _maker(spec: TaskSpec) -> Callable[[Values, str], Row]:
+    """What makes a row of checked values of the task's kind."""
+    data = spec.data
+    index_of = {name: index for index, name in enumerate(data.label_names)}
+    match spec.kind:
+        case "causal_lm" if data.messages_column:
+            return lambda values, where: _chat(values, str(data.messages_column), where)
+        case "causal_lm":
+            return lambda values, where: CompletionRow(
+                (
+                    ("user", _text(values, data.prompt_column, where)),
+                    ("assistant", _text(values, data.completion_column, where)),
+                ),
+                is_chat=False,
+            )
+        case "image_classification":
+            return lambda values, where: _picture(values, data, index_of, where)
+        case "sequence_regression":
+            return lambda values, where: TextRow(*_texts(values, data, where), _number(values, data, where))
+        case "sequence_classification":
+            return lambda values, where: TextRow(*_texts(values, data, where), _label(values, data, index_of, where))
 
 
-def _rows(content: bytes, spec: DataSpec, where: str) -> Iterator[TextRow]:
-    index_of = {name: index for index, name in enumerate(spec.label_names)}
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield _row(line, spec, index_of, f"{where}, row {number}")
+def _texts(values: Values, data: DataSpec, where: str) -> tuple[str, str | None]:
+    pair = data.text_pair_column
+    return _text(values, data.text_column, where), _text(values, pair, where) if pair else None
 
 
-def _row(line: bytes, spec: DataSpec, index_of: Mapping[str, int], where: str) -> TextRow:
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"is not UTF-8: {error}", where, "save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"is not JSON: {error}", where, "write one JSON object per line") from error
-    if not isinstance(values, dict):
-        raise InvalidInput(f"must be a JSON object, not {type(values).__name__}", where)
-    text = _text(values, spec.text_column, where)
-    pair = _text(values, spec.text_pair_column, where) if spec.text_pair_column else None
-    return TextRow(text, pair, _label(values, spec, index_of, where))
+def _text(values: Values, column: str, where: str) -> str:
+    return _checked_text(values[column], f"column '{column}'", where)
 
 
-def _text(values: Mapping[str, Any], column: str, where: str) -> str:
-    text = _value(values, column, where)
+def _checked_text(text: Any, name: str, where: str) -> str:
     if not isinstance(text, str):
-        raise InvalidInput(f"column '{column}' must be a string, not {type(text).__name__}", where)
+        raise InvalidInput(f"{name} must be a string, not {type(text).__name__}", where)
     if not text.strip():
-        raise InvalidInput(f"column '{column}' is empty", where, "drop the row or fill in the text")
+        raise InvalidInput(f"{name} is empty", where, "drop the row or fill in the text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a character
+            raise InvalidInput(
+                f"{name} is no Unicode text: {error}", where, "write characters, not surrogates"
+            ) from None
     return text
 
 
-def _label(values: Mapping[str, Any], spec: DataSpec, index_of: Mapping[str, int], where: str) -> int:
-    """A string is a name, an integer is an index; `true` is neither."""
-    label = _value(values, spec.label_column, where)
-    if isinstance(label, str):
-        if label in index_of:
-            return index_of[label]
-    elif not isinstance(label, int) or isinstance(label, bool):
+def _label(values: Values, data: DataSpec, index_of: Mapping[str, int], where: str) -> int:
+    """A string is a name, and an index only if it is none: .csv has nothing but strings. `true` is neither."""
+    label = values[data.label_column]
+    if isinstance(label, str) and label in index_of:
+        return index_of[label]
+    if not isinstance(label, int | str) or isinstance(label, bool):
         raise InvalidInput(
-            f"column '{spec.label_column}' must be a label's name or its index, not {type(label).__name__}", where
+            f"column '{data.label_column}' must be a label's name or its index, not {type(label).__name__}", where
         )
-    elif 0 <= label < len(index_of):
-        return label
-    known = ", ".join(spec.label_names[:20]) + (", …" if len(spec.label_names) > 20 else "")
+    is_index = isinstance(label, int) or (label.isascii() and label.isdecimal() and len(label) < 10)
+    if is_index and 0 <= int(label) < len(index_of):
+        return int(label)
+    known = ", ".join(data.label_names[:SHOWN_LABELS]) + (", …" if len(index_of) > SHOWN_LABELS else "")
     raise InvalidInput(
-        f"label {label!r} is not one of the {len(index_of)} labels", where, f"data.label_names are: {known}"
+        f"label {label!r:.100} is not one of the {len(index_of)} labels", where, f"data.label_names are: {known}"
     )
 
 
-def _value(values: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in values:
+def _number(values: Values, data: DataSpec, where: str) -> float:
+    label = values[data.label_column]
+    name = f"column '{data.label_column}'"
+    if not isinstance(label, int | float | str) or isinstance(label, bool):
+        raise InvalidInput(f"{name} must be a number, not {type(label).__name__}", where)
+    try:
+        number = float(label)
+    except (ValueError, OverflowError):
+        raise InvalidInput(f"{name} must be a number, not {label!r:.100}", where) from None
+    if not math.isfinite(number):
+        raise InvalidInput(f"{name} is {number}", where, "drop the row or give a finite number")
+    return number
+
+
+def _chat(values: Values, column: str, where: str) -> CompletionRow:
+    messages = values[column]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise InvalidInput(f"column '{column}' must be a list of {{role, content}}", where)
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        name = f"message {number} of column '{column}'"
+        if missing := {"role", "content"} - message.keys():
+            raise InvalidInput(f"{name} has no {' and no '.join(sorted(missing))}", where, "write {role, content}")
+        if message["role"] not in ROLES:
+            raise InvalidInput(f"{name} has the role {message['role']!r:.100}", where, f"roles are: {', '.join(ROLES)}")
+        turns.append((message["role"], _checked_text(message["content"], name, where)))
+    if len(turns) < 2 or turns[-1][0] != "assistant":
+        last = f"is the {turns[-1][0]}'s" if len(turns) > 1 else f"is one of {len(turns)}"
         raise InvalidInput(
-            f"has no column '{column}'; it has {', '.join(sorted(map(str, values)))}",
+            f"the last message of column '{column}' {last}",
             where,
-            "name the column in data.text_column, data.text_pair_column or data.label_column",
+            "it is what the model learns to answer: end with the assistant's, after at least one other",
         )
-    return values[column]
+    return CompletionRow(tuple(turns), is_chat=True)
 
 
-def _text_digest(row: TextRow) -> bytes:
-    return hashlib.sha256(json.dumps([row.text, row.text_pair]).encode()).digest()
+def _picture(values: Values, data: DataSpec, index_of: Mapping[str, int], where: str) -> ImageRow:
+    label = _label(values, data, index_of, where)
+    picture, name = values[data.image_column], f"column '{data.image_column}'"
+    if isinstance(picture, dict):  # as `datasets` keeps them
+        if not isinstance(picture.get("bytes"), bytes):
+            raise InvalidInput(
+                f"{name} names a file ({picture.get('path')!r:.200}) and does not hold it",
+                where,
+                "embed the pictures: datasets does so in to_parquet; files that rows name are not opened",
+            )
+        picture = picture["bytes"]
+    if isinstance(picture, bytes):
+        return ImageRow(decode_picture(picture, f"{where}, {name}"), label, picture)
+    return ImageRow(_pixels(picture, name, where), label)
+
+
+def _pixels(picture: Any, name: str, where: str) -> NDArray[uint8]:
+    import numpy as np
+
+    if not isinstance(picture, np.ndarray | list):
+        raise InvalidInput(f"{name} must be pixels or a picture's bytes, not {type(picture).__name__}", where)
+    try:
+        pixels = np.asarray(picture)
+    except ValueError as error:
+        raise InvalidInput(f"{name} has rows of several lengths", where, "pixels are H×W or H×W×C") from error
+    if (
+        isinstance(picture, list)
+        and pixels.dtype.kind == "i"
+        and pixels.size
+        and 0 <= pixels.min() <= pixels.max() <= 255
+    ):
+        pixels = pixels.astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise InvalidInput(
+            f"{name} must be uint8, whole numbers from 0 to 255, not {pixels.dtype}",
+            where,
+            "do not scale or normalise pixels: the model's own preprocessing does",
+        )
+    shape = pixels.shape if pixels.ndim != 2 else (*pixels.shape, 1)
+    if len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape or shape[0] * shape[1] > PIXELS_MAX:
+        raise InvalidInput(
+            f"{name} has shape {pixels.shape}", where, "pixels are H×W, H×W×1 or H×W×3: colours come last"
+        )
+    return pixels.reshape(shape)

@@ -26,6 +26,7 @@ from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
+from workers.frozen_rows import open_rows
 from workers.methods import lora
 from workers.orders import (
     ALONE,
@@ -40,8 +41,8 @@ from workers.orders import (
     Rank,
     Train,
 )
-from workers.results import results_of, write_results
-from workers.task_data import TextRow, read_rows
+from workers.results import Results, write_results
+from workers.task_data import TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
 from workers.training import check_lengths, stopper, train_task
 
@@ -231,12 +232,11 @@ def evaluate_version(
     started = time.monotonic()
     report(Progress(order.token, "scoring"))
     check_lengths(base, order.spec)
-    frozen = storage.read(order.eval_key)
-    rows = read_rows(frozen, order.spec, "evaluation rows")
+    rows = open_rows(storage, order.eval_key, order.spec)
     adapter = store.adapter(order.task_id, order.version)
     score = score_adapter(base, adapter, rows, order.spec, stopper(asked))
     if order.results_key:
-        results = results_of(order.task_id, order.version, order.spec.metric, frozen, score.per_row)
+        results = Results(order.task_id, order.version, order.spec.metric, rows.sha256, score.per_row)
         write_results(storage, order.results_key, results)
     return Evaluated(order.token, score.value, score.count, time.monotonic() - started, score.metrics)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Callable
@@ -19,10 +18,12 @@ from orchestrator.admission import admit, check_submission
 from orchestrator.task_lifecycle import CancelRequested, Claimed, TrainingFailed
 from orchestrator.task_queue import TaskQueue
 from orchestrator.task_record import TaskRecord
-from subspace_store import adapter_from_bytes, digest
+from subspace_store import adapter_from_bytes
 from subspace_store.memory_storage import MemoryStorage
 from subspace_store.peft_format import write_peft_folder
 from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
+from workers.frozen_rows import open_rows
+from workers.task_data import TextRow
 
 
 class Desk:
@@ -82,10 +83,10 @@ def test_a_good_task_is_taken_in_with_its_rows_frozen(desk: Desk) -> None:
     assert is_new
     assert desk.queue.get(record.task_id) == record
     assert (record.title, record.train_count, record.eval_count, record.submitted_by) == ("red/alpha", 6, 4, "ann")
-    assert gzip.decompress(desk.storage.read(record.train_key)) == (desk.data / "train.jsonl").read_bytes()
-    frozen = desk.storage.read(record.eval_key)
-    assert frozen == (desk.data / "eval.jsonl.gz").read_bytes()
-    assert record.eval_sha256 == digest(frozen)
+    kept = open_rows(desk.storage, record.train_key, record.spec)
+    assert list(kept) == [TextRow(f"text {i}", None, i % 2) for i in range(6)]
+    kept = open_rows(desk.storage, record.eval_key, record.spec)
+    assert list(kept) == [TextRow(f"other {i}", None, i % 2) for i in range(4)]
 
 
 def test_a_file_that_changes_later_changes_no_evaluation_row(desk: Desk) -> None:
