@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import DataSpec, Kind, TaskSpec
-from workers.weights import load_checkpoint, quantization_options, quiet_transformers, resolve_source, weights_digest
+from workers.weights import check_quantization, load_checkpoint, quiet_transformers, resolve_source, weights_digest
 
 AUTO_CLASSES: dict[Kind, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
@@ -206,7 +206,7 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
         Unavailable: The hub cannot be reached.
     """
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else "cpu"
-    quantization_options(settings, device)  # what cannot be done is said before gigabytes are read
+    check_quantization(settings, device)  # what cannot be done is said before gigabytes are read
     folder = resolve_source(settings.source)
     sha256 = weights_digest(folder)
     if sha256 != settings.weights_sha256:

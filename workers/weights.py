@@ -72,9 +72,6 @@ def load_checkpoint(folder: Path, auto_class: Any, settings: BaseModelSettings, 
     Returns:
         The model, and the names of the parameters that the checkpoint lacks (random numbers are in them).
 
-    Raises:
-        InvalidInput: See `quantization_options`.
-
     Cost:
         On the CPU 0.04 s for 6 layers and no memory, if the file has the dtype of the settings.
     """
@@ -85,22 +82,15 @@ def load_checkpoint(folder: Path, auto_class: Any, settings: BaseModelSettings, 
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **quantization_options(settings, device),
+            **(_quantization_options(settings, device) if settings.quantization != "none" else {}),
         )
     return (model if settings.quantization != "none" else model.to(device)), set(loading["missing_keys"])
 
 
-def quantization_options(settings: BaseModelSettings, device: str) -> dict[str, Any]:
-    """What `from_pretrained` is told so that bitsandbytes quantises linear layers while they are read.
-
-    Raises:
-        InvalidInput: There is no GPU, or no bitsandbytes.
-
-    Source:
-        nf4 with quantised constants: QLoRA (arXiv:2305.14314); int8: LLM.int8() (arXiv:2208.07339).
-    """
+def check_quantization(settings: BaseModelSettings, device: str) -> None:
+    """Refuse what this machine cannot do. Raises InvalidInput: there is no GPU, or no bitsandbytes."""
     if settings.quantization == "none":
-        return {}
+        return
     if device == "cpu":
         raise InvalidInput(
             f"{settings.quantization} needs a GPU, and this worker has none or base_model.device keeps it away",
@@ -113,6 +103,14 @@ def quantization_options(settings: BaseModelSettings, device: str) -> dict[str, 
             "base_model.quantization",
             'pip install "onebasis[gpu]" on every machine with workers, or set it to none',
         )
+
+
+def _quantization_options(settings: BaseModelSettings, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told so that bitsandbytes quantises linear layers while they are read.
+
+    Source:
+        nf4 with quantised constants: QLoRA (arXiv:2305.14314); int8: LLM.int8() (arXiv:2208.07339).
+    """
     if settings.quantization == "int8":
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     else:

@@ -19,7 +19,7 @@ from configs.task_spec import Kind
 from tests.workers.worker_builders import MINILM, task_of_kind, tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.methods import lora
-from workers.weights import INDEX_FILE, quantization_options, resolve_source, weights_digest
+from workers.weights import INDEX_FILE, check_quantization, resolve_source, weights_digest
 
 Tiny = Callable[[str], BaseModel]
 Source = Callable[[str], str]
@@ -39,8 +39,8 @@ CAUSAL = task_of_kind("causal_lm")
 
 def inputs(base: BaseModel, rows: int = 1) -> dict[str, Tensor]:
     if base.tokenizer is None:
-        return {"pixel_values": torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
-    ids = torch.tensor([[101, 2307, 3185, 102]]).repeat(rows, 1)
+        return {"pixel_values": torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(base.device)}
+    ids = torch.tensor([[101, 2307, 3185, 102]], device=base.device).repeat(rows, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -74,7 +74,7 @@ def trained(base: BaseModel, kind: Kind, steps: int = 8, **training: Any) -> tup
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.02)
     losses = []
     for _ in range(steps):
-        loss = model(**batch, labels=labels.get(kind, torch.tensor([0, 0]))).loss
+        loss = model(**batch, labels=labels.get(kind, torch.tensor([0, 0])).to(base.device)).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -367,4 +367,39 @@ def test_quantised_weights_without_bitsandbytes_are_refused_with_how_to_install_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = tiny_settings(tiny_source("bert")).model_copy(update={"quantization": "int8"})
     with pytest.raises(InvalidInput, match=r"needs the package bitsandbytes(?s:.*)onebasis\[gpu\]"):
-        quantization_options(settings, "cuda")
+        check_quantization(settings, "cuda")
+
+
+@pytest.mark.parametrize(("quantization", "lost_max"), [("nf4", 0.15), ("int8", 0.03)])
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
+def test_quantised_layers_are_shared_whole_and_train_with_an_adapter_around_them(
+    kind: Kind, quantization: str, lost_max: float, tiny_source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised layers need the extra `gpu`")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not torch.cuda.is_available():  # it can compute on the CPU as well, too slowly to be offered
+        monkeypatch.setattr("workers.base_model.check_quantization", lambda settings, device: None)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = saved(
+        LlamaForCausalLM(LlamaConfig(vocab_size=30522, **sizes)), tmp_path / "model", tiny_source("llama-lm")
+    )
+    plain, base = (
+        load_base_model(settings.model_copy(update={"quantization": quantized})) for quantized in ("none", quantization)
+    )
+    assert base.module_shapes() == plain.module_shapes()
+    # Training first: on a CPU a look in evaluation packs 4-bit layers in a way that cannot be trained through.
+    losses, again = trained(base, kind)[1], trained(base, kind)[1]
+    assert losses[-1] < losses[0]
+    assert losses == again
+    first, second = (base.task_model(task_of_kind(kind)).eval() for _ in range(2))
+    for name in base.module_shapes():
+        layer = first.get_submodule(name)
+        assert layer is second.get_submodule(name)
+        assert isinstance(layer, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)
+    with torch.inference_mode():
+        exact, there = (
+            model.base_model(**inputs(base)).last_hidden_state.float().cpu()
+            for model in (plain.task_model(task_of_kind(kind)), first)
+        )
+    assert 0 < (there - exact).norm() / exact.norm() < lost_max
