@@ -11,19 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import InvalidInput
+from tests.workers.method_builders import leased, logits
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
-from workers.evaluation import adapted_classifier
+from workers.evaluation import adapted_model
 from workers.methods import import_adapter, lora
+from workers.methods.factors import lora_layers
 
 Tiny = Callable[[str], BaseModel]
 TARGETS = {"bert": ("query", "value"), "llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj")}
-ROW = {"input_ids": torch.tensor([[101, 2307, 3185, 102]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
-
-
-def logits(model: object) -> torch.Tensor:
-    with torch.inference_mode():
-        return model.eval()(**ROW).logits  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -40,9 +36,9 @@ def test_a_finished_adapter_computes_what_the_trained_model_computed(
             parameter.data.normal_(std=0.3)
     adapter = lora.finish(model, base, spec)
 
-    again = adapted_classifier(base, adapter, ("neg", "pos"))
+    again = adapted_model(base, adapter, spec)
     assert torch.allclose(logits(again), logits(model), atol=1e-5)
-    plain = adapted_classifier(base, adapter, ("neg", "pos"), with_update=False)
+    plain = adapted_model(base, adapter, spec, with_update=False)
     assert not torch.allclose(logits(plain), logits(model), atol=1e-3)
     assert adapter.base_sha256 == base.sha256
     assert set(adapter.modules) <= set(base.module_shapes())
@@ -53,6 +49,35 @@ def test_a_prepared_lora_trains_a_b_and_the_head_and_nothing_else(tiny: Tiny) ->
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 2 * 2 * 2 + 2  # 2 layers × (query, value) × (A, B), and the head's weight and bias
     assert all("lora_" in name or "modules_to_save" in name for name in trainable)
+
+
+def test_a_can_start_inside_the_leased_basis_and_is_as_large_as_ever(tiny: Tiny) -> None:
+    base = tiny("bert")
+    spec = sentiment_task(method={"start_of_a": "basis"}, lora={"r": 32})
+    assert lora.needs_basis(spec)
+    assert not lora.needs_basis(sentiment_task())
+    given = leased(base, ("query",))
+    model, plain = lora.prepare(base, spec, given), lora.prepare(base, spec)
+    for name, layer in lora_layers(model).items():
+        a_RD, theirs_RD = (
+            layers[name].lora_A["default"].weight.detach() for layers in map(lora_layers, (model, plain))
+        )
+        assert float(a_RD.norm()) == pytest.approx(float(theirs_RD.norm()), rel=0.15)
+        if name in given.basis:
+            q_DK = given.basis[name].q_DK
+            assert torch.allclose(a_RD @ q_DK @ q_DK.T, a_RD, atol=1e-6)
+        else:
+            assert torch.equal(a_RD, theirs_RD)
+        assert not layer.lora_B["default"].weight.any()
+    assert lora.finish(model, base, spec, given).info["start_of_a"] == "basis"
+    assert lora.finish(plain, base, spec).info["start_of_a"] == "kaiming_uniform"
+
+
+def test_a_number_that_is_none_is_refused_by_its_module(tiny: Tiny) -> None:
+    model = lora.prepare(tiny("bert"), sentiment_task())
+    next(iter(lora_layers(model).values())).lora_B["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(InvalidInput, match=r"NaN .*layer\.0\.attention\.self\.query\.lora_B"):
+        lora.finish(model, tiny("bert"), sentiment_task())
 
 
 def test_the_adapter_says_how_it_was_made(tiny: Tiny) -> None:
@@ -85,7 +110,7 @@ def test_an_imported_adapter_computes_what_peft_computed(
     from peft import PeftModel
 
     theirs = PeftModel.from_pretrained(base.classifier_for(("neg", "pos")), folder)
-    assert torch.allclose(logits(adapted_classifier(base, adapter, ("neg", "pos"))), logits(theirs), atol=1e-5)
+    assert torch.allclose(logits(adapted_model(base, adapter, spec)), logits(theirs), atol=1e-5)
     assert adapter.base_model == "tiny"
 
 
@@ -124,4 +149,4 @@ def test_a_head_for_other_labels_is_refused_with_both_shapes(tiny: Tiny, peft_fo
     )
     adapter = import_adapter.finish(import_adapter.prepare(tiny("bert"), spec), tiny("bert"), spec)
     with pytest.raises(InvalidInput, match=r"shape \(3, 32\); for 2 labels the base model needs \(2, 32\)|\(3,\)"):
-        adapted_classifier(tiny("bert"), adapter, ("neg", "pos"))
+        adapted_model(tiny("bert"), adapter, spec)

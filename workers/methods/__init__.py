@@ -51,6 +51,10 @@ class Method(Protocol):
         """Called after optimisation step `step` of `steps`, counted from 1, on every rank."""
         ...
 
-    def finish(self, prepared: Any, base: BaseModel, spec: TaskSpec) -> Adapter:
-        """The adapter in canonical form. Called on every rank; DeepSpeed's stage 3 gathers here."""
+    def finish(self, prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
+        """The adapter in canonical form. Called on every rank; DeepSpeed's stage 3 gathers here.
+
+        Args:
+            given: What `prepare` got.
+        """
         ...

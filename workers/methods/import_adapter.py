@@ -36,7 +36,7 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
     return read_peft_folder(Path(spec.method.adapter or ""), base.name, base.sha256)
 
 
-def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec) -> Adapter:
+def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
     """Give its modules the names they have in this service's task models, and check that they fit.
 
     An adapter trained on the bare backbone (`encoder.…`) is the same update of the task model (`bert.encoder.…`).

@@ -1,19 +1,29 @@
-"""Method `lora`: an ordinary PEFT LoRA on the base model, and a fresh head."""
+"""Method `lora`: an ordinary PEFT LoRA on the base model, and a fresh head. The other methods start from this one.
+
+`start_of_a: basis` draws A inside the span of the leased basis, so that a task needs fewer new directions when it is
+merged; training may leave it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from configs.errors import InvalidInput
 from configs.task_spec import LoraSpec, TaskSpec
-from subspace_store.adapter import Adapter
-from subspace_store.peft_format import from_peft
+from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
+from subspace_store.merge import ModuleBasis
+from subspace_store.peft_format import PREFIX, check_numbers
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given
+from workers.methods.factors import ADAPTER, factors, lora_layers, spanned
 from workers.peft_model import TASK_TYPES, with_lora
 
 TRAINS = True
@@ -21,7 +31,7 @@ START_OF_A = "kaiming_uniform"  # PEFT's default; B starts at zero
 
 
 def needs_basis(spec: TaskSpec) -> bool:
-    return False
+    return spec.method.start_of_a == "basis"
 
 
 def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
@@ -31,16 +41,31 @@ def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     """A PEFT model whose trainable numbers are lora_A, lora_B and the head.
 
-    The head and A are drawn from spec.training.seed: the same in every process.
+    The head and A are drawn from spec.training.seed: the same in every process. A lies inside the span of those bases
+    that are given.
 
     Raises:
         InvalidInput: A target module that the base model does not have; lists those it has.
     """
+    model = model_with_lora(base, spec, target_modules(base, spec.lora))
+    _start_inside(model, given.basis, spec.training.seed)
+    return model
+
+
+def model_with_lora(
+    base: BaseModel, spec: TaskSpec, adapted: tuple[str, ...], head: Mapping[str, Tensor] | None = None
+) -> Any:
+    """PEFT's LoRA in these layers of a task model.
+
+    Args:
+        head: Values for the head; default drawn from the seed.
+    """
     import transformers
 
-    adapted = target_modules(base, spec.lora)
     transformers.set_seed(spec.training.seed)
     model = base.task_model(spec, spec.training.seed)
+    for name, tensor in (head or {}).items():
+        model.get_parameter(name).data.copy_(tensor)
     config = LoraConfig(
         task_type=TASK_TYPES[spec.kind],
         r=spec.lora.r,
@@ -54,18 +79,54 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     return with_lora(model, config)
 
 
-def finish(prepared: Any, base: BaseModel, spec: TaskSpec) -> Adapter:
-    """Read the trained numbers out of the PEFT model."""
-    config = prepared.peft_config["default"].to_dict()
-    with _whole(prepared):
-        tensors = get_peft_model_state_dict(prepared, save_embedding_layers=False)
-        tensors = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
-    info = {
+def finish(
+    prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING, info: Mapping[str, str] | None = None
+) -> Adapter:
+    """Read the trained numbers out of the PEFT model, whatever its factors were made of.
+
+    Args:
+        info: Further facts for the adapter's `info`.
+
+    Raises:
+        InvalidInput: NaN or infinity; names the module.
+    """
+    config = prepared.peft_config[ADAPTER]
+    with whole(prepared):
+        state = {name: tensor for name, tensor in prepared.state_dict().items() if ".lora_" not in name}
+        head = {
+            name.removeprefix(PREFIX): tensor.detach().float().cpu()
+            for name, tensor in sorted(get_peft_model_state_dict(prepared, state, save_embedding_layers=False).items())
+        }
+        modules = {name: _update(name, layer) for name, layer in sorted(lora_layers(prepared).items())}
+    facts = {
         "label_names": json.dumps(spec.data.label_names),
-        "start_of_a": START_OF_A,
+        "start_of_a": "basis" if any(spanned(given.basis, name) for name in modules) else START_OF_A,
         "lora": spec.lora.model_dump_json(),
+        "task_type": str(config.task_type or ""),
+        "fan_in_fan_out": json.dumps(config.fan_in_fan_out),
+        "lora_dropout": json.dumps(config.lora_dropout),
     }
-    return from_peft(config, tensors, base.name, base.sha256, "the trained adapter", info)
+    left = {name: update for name, update in modules.items() if update.rank}
+    adapter = Adapter(base.name, base.sha256, left, head, facts | dict(info or {}))
+    check_adapter(adapter)
+    return adapter
+
+
+def _update(name: str, layer: LoraLayer) -> ModuleUpdate:
+    b_NR, a_RD = factors(layer)
+    check_numbers(f"{name}.lora_B", b_NR, "the trained adapter")
+    check_numbers(f"{name}.lora_A", a_RD, "the trained adapter")
+    return canonical_update(b_NR, a_RD, layer.scaling[ADAPTER])
+
+
+def _start_inside(model: Any, basis: Mapping[str, ModuleBasis], seed: int) -> None:
+    """Draw A again as random rows in span(Q), as long as PEFT's own."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, layer in lora_layers(model).items():
+        if (found := spanned(basis, name)) is not None:
+            q_DK, a_RD = found.q_DK, layer.lora_A[ADAPTER].weight
+            mix_RK = torch.empty(len(a_RD), q_DK.shape[1]).uniform_(-1, 1, generator=draw) / q_DK.shape[1] ** 0.5
+            a_RD.data.copy_(mix_RK @ q_DK.T)
 
 
 def target_modules(base: BaseModel, lora: LoraSpec) -> tuple[str, ...]:
@@ -101,7 +162,7 @@ def _stored_transposed(base: BaseModel, adapted: tuple[str, ...]) -> bool:
     return bool(transposed and transposed[0])
 
 
-def _whole(model: Any) -> Any:
+def whole(model: Any) -> Any:
     """Under DeepSpeed stage 3 parameters are partitioned, and small ones only look whole: gather them."""
     partitioned = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not partitioned:

@@ -1,0 +1,92 @@
+"""Method `codyra`: ΔW = B·diag(w)·A, and gates w that shrink to zero drop their rank.
+
+Once the dense phase is over, every optimiser step is followed by w ← 1(|w| > κ)·(w − sign(w)·κ), the proximal step of
+an L1 penalty. κ rises from 0 to kappa_max. A gate at zero may come back; what is zero at the end is dropped, so the
+adapter's rank differs per module.
+
+Source: CoDyRA (arXiv:2412.01004), its schedule of 500 steps stretched to the task's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softshrink
+
+from configs.errors import InvalidInput
+from configs.task_spec import MethodSpec, TaskSpec
+from subspace_store.adapter import Adapter
+from workers.base_model import BaseModel
+from workers.methods import NOTHING, Given, lora
+from workers.methods.factors import ADAPTER, GatedFactor, lora_layers
+
+TRAINS = True
+KAPPA_GRID = 50
+"""κ takes so many values, the first of them 0: the published ramp."""
+
+
+def needs_basis(spec: TaskSpec) -> bool:
+    return False
+
+
+def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
+    """A PEFT model with a gate for each rank. ΔW = 0 at the start, because B is."""
+    model = lora.prepare(base, spec)
+    draw = torch.Generator().manual_seed(spec.training.seed)
+    for layer in lora_layers(model).values():
+        gates_R = torch.ones(spec.lora.r)
+        if spec.method.gate_start == "normal":
+            gates_R.normal_(generator=draw)
+        layer.lora_A[ADAPTER] = GatedFactor(layer.lora_A[ADAPTER].weight.detach(), gates_R)
+    return model
+
+
+def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
+    if kappa := threshold(spec.method, step, steps):
+        _rewrite(_gates(prepared), lambda gates_R: softshrink(gates_R, kappa))
+
+
+def threshold(method: MethodSpec, step: int, steps: int) -> float:
+    """κ after step `step` of `steps`: 0 in the dense phase, then the grid's values one by one up to kappa_max."""
+    dense = int(method.dense_fraction * steps)
+    if step <= dense:
+        return 0.0
+    index = min(math.ceil(KAPPA_GRID * (step - dense) / (steps - dense)), KAPPA_GRID - 1)
+    return method.kappa_max * index / (KAPPA_GRID - 1)
+
+
+def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
+    """The adapter without the ranks whose gate is zero, and without modules that have none left.
+
+    Raises:
+        InvalidInput: Every gate is zero.
+    """
+    with lora.whole(prepared):
+        nothing_left = not any(gates_R.any() for gates_R in _gates(prepared))
+    if nothing_left:
+        raise InvalidInput(
+            f"the threshold closed all {spec.lora.r} gates of every module, so nothing was learnt",
+            "method.kappa_max",
+            f"lower it (it is {spec.method.kappa_max:g}), or raise method.dense_fraction or training.learning_rate",
+        )
+    return lora.finish(prepared, base, spec, given)
+
+
+def _gates(model: Any) -> list[nn.Parameter]:
+    return [layer.lora_A[ADAPTER].gates_R for layer in lora_layers(model).values()]
+
+
+def _rewrite(parameters: list[nn.Parameter], change: Callable[[Tensor], Tensor]) -> None:
+    """Change parameters between two steps; under DeepSpeed, its own copies of them too."""
+    if any(hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") for parameter in parameters):
+        from workers.deepspeed_engine import rewrite
+
+        rewrite(parameters, change)
+        return
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(change(parameter))

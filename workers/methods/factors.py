@@ -1,0 +1,153 @@
+"""The two factors of a LoRA layer, A and B, where a method makes them of other numbers.
+
+PEFT's layer stays: only the `nn.Linear` in `lora_A["default"]` or `lora_B["default"]` is replaced. So the cost per
+token is LoRA's, and Trainer, checkpoints and DeepSpeed see modules with parameters and nothing else. Not
+`torch.nn.utils.parametrize`: PEFT reads `lora_A.weight.dtype` before every use, which would form the matrix twice,
+and under ZeRO-3 gather it twice. Here `weight` is therefore a plain parameter, of which the factor is made.
+
+Axes: N length of the factor's columns (outputs for B, inputs for A), K directions of the basis, C columns beside it,
+J = K + C, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from subspace_store.merge import ModuleBasis
+from subspace_store.peft_format import PREFIX
+
+ADAPTER = "default"
+"""PEFT's name for the one adapter in a model."""
+
+
+class SpannedFactor(nn.Module):
+    """A factor inside the span of a frozen basis and of trainable columns beside it: reach·[basis, columns]·weight.
+
+    `reach` = √(N/J) makes a coefficient of size s a factor whose entries have size s. Adam moves every number by about
+    the learning rate, so without it the same rate would move the factor √(N/J) times slower than LoRA's own.
+
+    Args:
+        basis_NK: Orthonormal, float32; never copied, never changed.
+        columns_NC: Trained; may have no columns.
+        weight_JR: Coefficients, trained.
+        inward: Whether it is A, whose rows are the combinations, or B, whose columns are.
+    """
+
+    basis_NK: Tensor
+
+    def __init__(self, basis_NK: Tensor, columns_NC: Tensor, weight_JR: Tensor, inward: bool, device: Any) -> None:
+        super().__init__()
+        self.inward = inward
+        self.reach = math.sqrt(len(basis_NK) / len(weight_JR))
+        # A buffer, which DeepSpeed neither partitions nor optimises; its bf16 mode rounds it, so the exact one is kept.
+        self.register_buffer("basis_NK", basis_NK.to(device), persistent=False)
+        self._exact_NK = basis_NK
+        self.columns_NC = nn.Parameter(columns_NC.to(device)) if columns_NC.shape[1] else None
+        self.weight = nn.Parameter(weight_JR.to(device))
+
+    @classmethod
+    def holding(cls, factor_NR: Tensor, basis_NK: Tensor, inward: bool, device: Any) -> SpannedFactor:
+        """The factor's orthogonal projection on the basis, and no columns beside it.
+
+        Args:
+            factor_NR: B, or Aᵀ.
+        """
+        reach = math.sqrt(len(basis_NK) / basis_NK.shape[1])
+        weight_KR = (basis_NK.double().T @ factor_NR.double() / reach).float()
+        return cls(basis_NK, basis_NK.new_empty(len(basis_NK), 0), weight_KR, inward, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # formed in its own precision, then cast like LoRA's weight
+            factor = self._form(self.basis_NK, self.columns_NC, self.weight)
+        return functional.linear(x, factor)
+
+    def exact(self) -> Tensor:
+        """lora_A's or lora_B's weight in float64, of the basis as it was leased."""
+        columns_NC = None if self.columns_NC is None else self.columns_NC.detach().double().cpu()
+        return self._form(self._exact_NK.double(), columns_NC, self.weight.detach().double().cpu())
+
+    def _form(self, basis_NK: Tensor, columns_NC: Tensor | None, weight_JR: Tensor) -> Tensor:
+        count_K = basis_NK.shape[1]
+        factor_NR = basis_NK @ weight_JR[:count_K]
+        if columns_NC is not None:
+            factor_NR = torch.addmm(factor_NR, columns_NC, weight_JR[count_K:])
+        return self.reach * (factor_NR.T if self.inward else factor_NR)
+
+
+class GatedFactor(nn.Module):
+    """lora_A with one gate per row: diag(gates)·weight."""
+
+    def __init__(self, weight_RD: Tensor, gates_R: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_RD)
+        self.gates_R = nn.Parameter(gates_R.to(weight_RD))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.gates_R[:, None] * self.weight)
+
+    @property
+    def open_R(self) -> Tensor:
+        """Which gates are not zero."""
+        return self.gates_R.detach().cpu() != 0
+
+    def exact(self) -> Tensor:
+        """lora_A's weight without the rows whose gate is zero, float64."""
+        rows = self.open_R
+        return self.gates_R.detach().double().cpu()[rows, None] * self.weight.detach().double().cpu()[rows]
+
+
+def lora_layers(model: Any) -> dict[str, LoraLayer]:
+    """PEFT's layers by the name of the adapted module, in the model's order."""
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+    }
+
+
+def factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """(B, A) as PEFT would hold them, on the CPU, without ranks whose gate is zero. Whole parameters are expected."""
+    b, a = layer.lora_B[ADAPTER], layer.lora_A[ADAPTER]
+    b_NR, a_RD = (part.weight.detach().cpu() if isinstance(part, nn.Linear) else part.exact() for part in (b, a))
+    return (b_NR[:, a.open_R] if isinstance(a, GatedFactor) else b_NR), a_RD
+
+
+def spanned(basis: Mapping[str, ModuleBasis], name: str) -> ModuleBasis | None:
+    """The basis of a module, if it has a direction on both sides."""
+    found = basis.get(name)
+    return found if found is not None and min(found.ranks) else None
+
+
+def trainable_numbers(model: Any) -> dict[str, int]:
+    """Adapted module to how many numbers of its update are trained; the head is not counted."""
+    return {
+        name: sum(
+            getattr(parameter, "ds_numel", parameter.numel())  # partitioned parameters look empty
+            for part, parameter in layer.named_parameters()
+            if part.startswith("lora_") and parameter.requires_grad
+        )
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def describe(model: Any, method: str, rank: int) -> str:
+    """`share: 512 trained numbers per module in 24 modules; LoRA r 8 would have 12,288 (24×)`."""
+    numbers = trainable_numbers(model)
+    plain = {name: rank * (layer.in_features + layer.out_features) for name, layer in lora_layers(model).items()}
+    ratio = sum(plain.values()) / max(1, sum(numbers.values()))
+    return (
+        f"{method}: {_per_module(numbers)} trained numbers per module in {len(numbers)} modules; "
+        f"LoRA r {rank} would have {_per_module(plain)} ({ratio:.3g}×)"
+    )
+
+
+def _per_module(numbers: Mapping[str, int]) -> str:
+    low, high = min(numbers.values()), max(numbers.values())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,0 +1,98 @@
+"""Method `share`: the leased basis is frozen, trained are a task's coefficients in it and a few columns beside it.
+
+B = [P, P⁺]·E and A = Fᵀ·[Q, Q⁺]ᵀ; afterwards they are an adapter like any other. The temporary columns are merged, not
+thrown away, and a basis that has moved on since the lease does not matter. A module that the basis does not have (the
+first tasks of a subspace, new target modules) is trained as a plain LoRA.
+
+Source: Share (arXiv:2602.06043), phase 2, with all K directions trainable from the start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import InvalidInput
+from configs.task_spec import TaskSpec
+from subspace_store.adapter import Adapter
+from subspace_store.merge import ModuleBasis
+from workers.base_model import BaseModel
+from workers.methods import NOTHING, Given, lora
+from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers, spanned
+
+TRAINS = True
+COLUMNS_SHARE = 4
+"""At most K/4 temporary columns: the range in which the paper found them useful."""
+
+
+def needs_basis(spec: TaskSpec) -> bool:
+    return True
+
+
+def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
+    pass
+
+
+def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
+    """A PEFT model with coefficients in the place of A and B: ΔW = 0 at the start, because E is.
+
+    F is drawn so that A is as large as PEFT's own start. Both zero would be a saddle without gradient.
+
+    Raises:
+        InvalidInput: More temporary columns than a quarter of a module's basis; names the module. Or see `lora`.
+    """
+    model = lora.prepare(base, spec)
+    put_into_span(model, spec, given.basis)
+    return model
+
+
+def put_into_span(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) -> None:
+    """Replace A and B by coefficients in every layer of a PEFT model for which there is a basis."""
+    draw = torch.Generator().manual_seed(spec.training.seed)
+    for name, layer in lora_layers(model).items():
+        basis = spanned(bases, name)
+        if basis is None:
+            continue
+        count_out, count_in = _temporary_columns(spec, name, basis)
+        out_NC = _columns_beside(basis.p_NK, count_out, draw)
+        in_DC = _columns_beside(basis.q_DK, count_in, draw)
+        e_JR = torch.zeros(basis.ranks[0] + count_out, spec.lora.r)
+        f_JR = torch.empty(basis.ranks[1] + count_in, spec.lora.r)
+        f_JR.uniform_(-1, 1, generator=draw).div_(len(in_DC) ** 0.5)  # with the factor's reach: kaiming_uniform of A
+        device = layer.lora_A[ADAPTER].weight.device
+        layer.lora_B[ADAPTER] = SpannedFactor(basis.p_NK, out_NC, e_JR, inward=False, device=device)
+        layer.lora_A[ADAPTER] = SpannedFactor(basis.q_DK, in_DC, f_JR, inward=True, device=device)
+
+
+def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
+    """[P, P⁺]·E·Fᵀ·[Q, Q⁺]ᵀ. `info` names the modules that were trained as plain LoRA."""
+    plain = [name for name in lora_layers(prepared) if spanned(given.basis, name) is None]
+    return lora.finish(prepared, base, spec, given, {"plain_modules": json.dumps(plain)})
+
+
+def _temporary_columns(spec: TaskSpec, name: str, basis: ModuleBasis) -> tuple[int, int]:
+    """φ of both sides."""
+    asked, most = spec.method.temporary_columns, min(basis.ranks) // COLUMNS_SHARE
+    if asked is not None and asked > most:
+        raise InvalidInput(
+            f"{asked} temporary columns are more than a quarter of the basis of {name!r}, which has {basis.ranks[0]} "
+            f"and {basis.ranks[1]} directions",
+            "method.temporary_columns",
+            f"set {most} or less, or leave it out for a quarter of each module's basis",
+        )
+    wanted = [min(k // COLUMNS_SHARE, spec.lora.r) if asked is None else asked for k in basis.ranks]
+    room = [size - k for size, k in zip(basis.shape, basis.ranks, strict=True)]
+    count_out, count_in = map(min, wanted, room)
+    return count_out, count_in
+
+
+def _columns_beside(basis_NK: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Random orthonormal columns, orthogonal to the basis."""
+    columns_NC = torch.randn(len(basis_NK), count, generator=draw, dtype=torch.float64)
+    for _ in range(2):  # twice: the first projection is of a basis rounded to float32
+        columns_NC, _ = torch.linalg.qr(columns_NC - basis_NK.double() @ (basis_NK.double().T @ columns_NC))
+    return columns_NC.float()
