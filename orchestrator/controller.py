@@ -5,7 +5,8 @@ after a restart: orders are idempotent by token, merges by operation key.
 
 Merging waits until the version before is judged, and then takes every task that waits in one version (group
 commit). So there is at most one unjudged candidate, and refusing it is one record. A group that the gate refuses
-is merged again one by one, which shows the culprit.
+is merged again one by one, which shows the culprit. Tasks that ask for it are refined between merging and judging: one
+more version, with the same basis and their coefficients alone replaced; it is that one which is judged.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ from orchestrator.task_lifecycle import (
     Merged,
     MergeRefused,
     MergeUndone,
+    Refined,
+    RefinementRefused,
     Restored,
     RolledBack,
     Step,
     TrainingDone,
     TrainingFailed,
+    needs_training_rows,
     next_step,
 )
 from orchestrator.task_queue import LOG, TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState, results_key, staging_key
-from subspace_store import StagedAdapter, Storage, SubspaceStore
+from subspace_store import StagedAdapter, Storage, SubspaceStore, digest
 from subspace_store.version import CANDIDATE, MAIN, SubspaceState, TaskScore
 from workers.orders import BaseLayout, Evaluate, Evaluated, Failed, Progress, Train, Trained
 
@@ -76,7 +80,7 @@ class Errand:
     """What a flight was sent for."""
 
     kind: str
-    """`warm`, `order`, `progress`, `merge`, `scores`, `verdict`."""
+    """`warm`, `order`, `progress`, `merge`, `refine`, `scores`, `verdict`."""
     seat: Seat | None = None
     task_ids: tuple[str, ...] = ()
     version: int = 0
@@ -183,7 +187,8 @@ class Controller:
                 raise
         live = self._queue.live()
         self._merge([r for r in live if next_step(r) is Step.MERGE], live)
-        self._judge([r for r in live if next_step(r) is Step.JUDGE])
+        self._refine([r for r in live if r.state in (TaskState.REFINING, TaskState.EVALUATING)])
+        self._judge([r for r in live if next_step(r) is Step.JUDGE], live)
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
         self._train(live)
 
@@ -201,6 +206,7 @@ class Controller:
             "order": self._take_order,
             "progress": self._take_progress,
             "merge": self._take_merge,
+            "refine": self._take_store_call,
             "scores": self._take_store_call,
             "verdict": self._take_store_call,
         }[errand.kind]
@@ -259,8 +265,9 @@ class Controller:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
                 self._queue.append(order.task_id, [(LOG, line) for line in outcome.detail.splitlines()])
         record = self._queue.apply(order.task_id, event)
-        if record.state not in (TaskState.QUEUED, TaskState.TRAINING):
-            # Strict continual learning: training data is never read again once its task is trained or given up.
+        if not needs_training_rows(record):
+            # Strict continual learning: training data is never read again once its task is trained (and refined, if it
+            # asks for that) or given up.
             tidy, self._tidy = self._tidy, False
             self._delete_leftovers(f"{order.task_id}/")
             self._tidy = tidy
@@ -348,8 +355,18 @@ class Controller:
             self._cluster.replace_store()
             self._later("store")
         except Exception as error:
+            if errand.kind == "refine" and isinstance(error, InvalidInput | NotFound):
+                self._refuse_refinement(errand, error)
+                return
             log.warning("version %d: %s will be asked again: %s", errand.version, errand.kind, error)
             self._later("store")
+
+    def _refuse_refinement(self, errand: Errand, error: OnebasisError) -> None:
+        """Its task goes on as it was merged; the store names it, and the others are asked for again without it."""
+        if self._store.refresh().refs[CANDIDATE] == errand.version:  # else the adapters are well, the version is gone
+            culprits = tuple(task_id for task_id in errand.task_ids if f"({task_id})" in error.where)
+            self._apply(culprits or errand.task_ids, RefinementRefused(str(error)))
+            self._tidy = False
 
     def _sound_alarm(self, error: Corrupt) -> None:
         """Stored bytes are not what was written: nothing is written any more until a person has looked."""
@@ -381,7 +398,7 @@ class Controller:
     # --- what is next ------------------------------------------------------------------------------------------
 
     def _merge(self, merging: Sequence[TaskRecord], live: Sequence[TaskRecord]) -> None:
-        unjudged = any(record.state is TaskState.EVALUATING for record in live)
+        unjudged = any(record.state in (TaskState.REFINING, TaskState.EVALUATING) for record in live)
         if not merging or unjudged or self._writing() or not self._may("store"):
             return
         begun = next((record.merge_key for record in merging if record.merge_key), "")
@@ -409,10 +426,10 @@ class Controller:
 
     def _know_again(self, group: Sequence[TaskRecord]) -> bool:
         """Whether some were in the candidate already: the database is older than the log, as after a restore."""
-        held = self._store.state.tasks_at(self._store.state.refs[CANDIDATE])
+        held = self._store.state.births(self._store.state.refs[CANDIDATE])
         known = [record for record in group if record.task_id in held]
         for record in known:
-            self._apply((record.task_id,), Merged(held[record.task_id].version))
+            self._apply((record.task_id,), Merged(held[record.task_id]))
         return bool(known)
 
     def _next_group(self, merging: Sequence[TaskRecord]) -> list[TaskRecord]:
@@ -421,9 +438,40 @@ class Controller:
             return [merging[0]]
         return [record for record in merging if not record.merge_alone]
 
-    def _judge(self, evaluating: Sequence[TaskRecord]) -> None:
+    def _refine(self, group: Sequence[TaskRecord]) -> None:
+        """Bring the candidate's tasks through their refinement; those of its group that ask for none wait."""
+        refining = [record for record in group if record.state is TaskState.REFINING]
+        if not refining or self._writing() or not self._may("store"):
+            return
+        state, version = self._store.state, refining[0].version
+        ids = tuple(record.task_id for record in group if record.version == version)
+        line = state.lineage(state.refs[CANDIDATE])
+        made = next((v.number for v in line if v.parent == version and v.refined), None)
+        ready = [record for record in refining if next_step(record) is Step.MERGE_REFINED]
+        if made is not None:
+            self._apply(ids, Refined(made))
+            self._tidy = False
+        elif version not in (v.number for v in line):
+            self._apply(ids, MergeUndone("a rollback came in between", alone=False))
+        elif state.refs[CANDIDATE] != version:  # a database that is older than the log
+            refused = RefinementRefused(f"version {version} went on without it")
+            self._apply(tuple(record.task_id for record in refining), refused)
+        elif len(ready) == len(refining):
+            staged = [StagedAdapter(r.task_id, r.title, r.refined_key, r.refined_sha256) for r in ready]
+            key = f"refine:{version}:{digest(repr(staged).encode())[:16]}"
+            self._send(
+                Errand("refine", task_ids=tuple(r.task_id for r in ready), version=version),
+                lambda: self._cluster.store("refine", staged, op_key=key, actor="controller"),
+            )
+        else:
+            waiting = [record for record in refining if next_step(record) is Step.REFINE]
+            for seat, record in zip(self._unclaimed_seats(refining), waiting, strict=False):
+                self._claim(seat, record)
+
+    def _judge(self, evaluating: Sequence[TaskRecord], live: Sequence[TaskRecord]) -> None:
         """Bring the candidate's tasks one step nearer to a verdict; what is missing is read off the log."""
-        if not evaluating or not self._may("store"):
+        refining = any(record.state is TaskState.REFINING for record in live)
+        if not evaluating or refining or not self._may("store"):
             return
         version = evaluating[0].version
         state = self._store.state
@@ -542,21 +590,22 @@ class Controller:
 
     def _train(self, live: Sequence[TaskRecord]) -> None:
         queued = [record for record in live if next_step(record) is Step.TRAIN]
-        claimed = {r.worker for r in live if r.state is TaskState.TRAINING}
-        free = [seat for seat in self._free_seats() if seat.name not in claimed]
-        scoring = self._under_way("merge") or any(r.state is TaskState.EVALUATING for r in live)
+        free = self._unclaimed_seats(live)
+        scoring = self._under_way("merge") or any(r.state in (TaskState.REFINING, TaskState.EVALUATING) for r in live)
         if scoring and self._store.state.held is None:
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
-            busy_scoring = any(isinstance(seat.order, Evaluate) for seat in self._seats)
+            busy_scoring = any(seat.order is not None and _is_of_a_version(seat.order) for seat in self._seats)
             free = free if busy_scoring else free[1:]
         if not queued or not free:
             return
         by_id = {record.task_id: record for record in queued}
         for seat, task_id in zip(free, self.running_order(live), strict=False):
-            token = secrets.token_hex(8)
-            claim = Claimed(token, seat.name, time.time())
-            if claimed_record := self._apply((by_id[task_id].task_id,), claim):
-                self._order(seat, _train_order(claimed_record[0]))
+            self._claim(seat, by_id[task_id])
+
+    def _claim(self, seat: Seat, record: TaskRecord) -> None:
+        claim = Claimed(secrets.token_hex(8), seat.name, time.time())
+        if claimed := self._apply((record.task_id,), claim):
+            self._order(seat, _train_order(claimed[0]))
 
     def running_order(self, live: Sequence[TaskRecord]) -> tuple[str, ...]:
         """Ids of the queued tasks in the order in which they would start."""
@@ -577,14 +626,14 @@ class Controller:
         state = self._store.state
         if state.refs[MAIN] == self._main_followed:
             return
-        held = state.tasks_at(state.refs[MAIN])
+        held = state.births(state.refs[MAIN])
         now = time.time()
         for record in self._queue.tasks((TaskState.PUBLISHED, TaskState.PARKED)):
             if record.state is TaskState.PUBLISHED and record.task_id not in held:
                 self._apply((record.task_id,), RolledBack(_why_it_vanished(state, record), now))
                 self._changed()
             elif record.version and record.task_id in held:
-                birth = held[record.task_id].version
+                birth = held[record.task_id]
                 if record.state is TaskState.PARKED or record.version != birth:
                     self._apply((record.task_id,), Restored(f"main holds it since version {birth}", birth))
                     self._changed()
@@ -599,6 +648,11 @@ class Controller:
     def _free_seats(self) -> list[Seat]:
         return [seat for seat in self._seats if seat.ready and seat.order is None and self._may(f"order:{seat.name}")]
 
+    def _unclaimed_seats(self, live: Sequence[TaskRecord]) -> list[Seat]:
+        """Free ones that no task waits for to be taken up again."""
+        claimed = {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER}
+        return [seat for seat in self._free_seats() if seat.name not in claimed]
+
     def _order(self, seat: Seat, order: Train | Evaluate) -> None:
         # Sent first: an order that could not be sent must not occupy the seat.
         self._send(Errand("order", seat), lambda: self._cluster.run(seat.name, order))
@@ -609,7 +663,7 @@ class Controller:
         self._flights[start()] = errand
 
     def _writing(self) -> bool:
-        return any(self._under_way(kind) for kind in ("merge", "scores", "verdict"))
+        return any(self._under_way(kind) for kind in ("merge", "refine", "scores", "verdict"))
 
     def _under_way(self, kind: str, seat: Seat | None = None) -> bool:
         return any(e.kind == kind and (seat is None or e.seat is seat) for e in self._flights.values())
@@ -640,7 +694,7 @@ class Controller:
 
 def _is_done_with(record: TaskRecord, key: str) -> bool:
     """Whether a task will never need one of its files again."""
-    trained = next_step(record) not in (Step.TRAIN, Step.AWAIT_ADAPTER)
+    trained = not needs_training_rows(record)
     if key == record.train_key:
         return trained
     given_up = record.state in (TaskState.REJECTED, TaskState.CANCELLED)
@@ -648,7 +702,12 @@ def _is_done_with(record: TaskRecord, key: str) -> bool:
     if key == record.eval_key or key.startswith("results/"):  # needed while a version may be scored that holds the task
         return given_up or (parked and not record.version)
     # In staging: checkpoints until it is trained, the adapter until no group can fail that has to be merged again.
-    return given_up or parked or record.state is TaskState.PUBLISHED or (trained and key != record.staging_key)
+    return (
+        given_up
+        or parked
+        or record.state is TaskState.PUBLISHED
+        or (trained and key not in (record.staging_key, record.refined_key))
+    )
 
 
 def _why_it_vanished(state: SubspaceState, record: TaskRecord) -> str:
@@ -667,21 +726,28 @@ def _why_it_vanished(state: SubspaceState, record: TaskRecord) -> str:
 
 def _describe(seat: Seat) -> str:
     match seat.order:
-        case Train(task_id=task_id):
-            return f"training {task_id}"
+        case Train(task_id=task_id, refine_version=version):
+            return f"refining {task_id} at version {version}" if version else f"training {task_id}"
         case Evaluate(task_id=task_id, version=version):
             return f"scoring {task_id} at version {version}"
     return "free" if seat.ready else (seat.error or "loading the base model")
 
 
+def _is_of_a_version(order: Train | Evaluate) -> bool:
+    """Whether a version waits for it."""
+    return isinstance(order, Evaluate) or order.refine_version > 0
+
+
 def _train_order(record: TaskRecord) -> Train:
+    refines = record.state is TaskState.REFINING
     return Train(
         token=record.token,
         task_id=record.task_id,
         attempt=record.attempt,
         spec=record.spec,
         train_key=record.train_key,
-        eval_key=record.eval_key,
+        eval_key="" if refines else record.eval_key,  # refined, it is scored with its version
         staging_key=staging_key(record.task_id, record.attempt, record.token),
-        results_key=results_key(record.task_id) if record.eval_key else "",
+        results_key=results_key(record.task_id) if record.eval_key and not refines else "",
+        refine_version=record.version if refines else 0,
     )

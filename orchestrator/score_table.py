@@ -50,20 +50,22 @@ def score_table(state: SubspaceState, version: int, drift_max: float) -> ScoreTa
             below this.
     """
     lineage = state.lineage(version)
-    birth: dict[str, int] = {}
+    tasks: list[str] = []
     cells: dict[int, dict[str, Cell]] = {}
     last: dict[str, Cell] = {}
     drifted: dict[str, float] = {}
     for row in lineage:
-        # The drifts of a row are those of the tasks born before it, in the order of their births.
-        for task_id, drift in zip(birth, row.drift, strict=bool(row.drift)):
+        # The drifts of a row are those of the tasks that were there before, in the order in which they came.
+        for task_id, drift in zip(tasks, row.drift, strict=bool(row.drift)):
             drifted[task_id] = drifted.get(task_id, 0.0) + drift
-        birth |= {task.task_id: row.number for task in row.added}
+        tasks += [task.task_id for task in row.added]
+        for task in row.refined:  # another adapter than the one that was measured
+            last.pop(task.task_id, None)
         for task_id, measured in state.scores.get(row.number, {}).items():
             last[task_id] = Cell(measured.score, measured.count, row.number)
             drifted[task_id] = 0.0
         cells[row.number] = {t: cell for t, cell in last.items() if drifted.get(t, 0.0) < drift_max or not drifted[t]}
-    return ScoreTable(tuple(v.number for v in lineage), tuple(birth), birth, cells)
+    return ScoreTable(tuple(v.number for v in lineage), tuple(tasks), state.births(version), cells)
 
 
 def evaluations_due(state: SubspaceState, version: int, drift_max: float) -> tuple[str, ...]:

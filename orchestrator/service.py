@@ -26,7 +26,7 @@ from orchestrator.controller import Controller
 from orchestrator.forgetting import ForgettingReport, Mean, forgetting_report
 from orchestrator.loss_plot import plot_file
 from orchestrator.score_table import ScoreTable, score_table
-from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
+from orchestrator.task_lifecycle import CancelRequested, PreemptRequested, Step, next_step
 from orchestrator.task_queue import LOG, PROGRESS, TaskQueue, point_of
 from orchestrator.task_record import TaskRecord, TaskState
 from subspace_store import Storage, SubspaceStore
@@ -71,17 +71,17 @@ class Service:
         controller = self._running("submit")
         if controller.layout is None:
             raise Unavailable("the workers are still loading the base model", todo="try again in a few seconds")
-        draft = check_submission(document, self._settings, controller.layout)
-        if dry_run:
-            return {
-                "accepted": False,
-                "dry_run": True,
-                "title": f"{draft.spec.team}/{draft.spec.name}",
-                "train_rows": draft.train_count,
-                "eval_rows": draft.eval_count,
-                "warnings": list(draft.warnings),
-            }
-        record, is_new = admit(draft, self._settings, self._queue, self._storage, by)
+        with contextlib.closing(check_submission(document, self._settings, controller.layout)) as draft:
+            if dry_run:
+                return {
+                    "accepted": False,
+                    "dry_run": True,
+                    "title": f"{draft.spec.team}/{draft.spec.name}",
+                    "train_rows": draft.train_count,
+                    "eval_rows": draft.eval_count,
+                    "warnings": list(draft.warnings),
+                }
+            record, is_new = admit(draft, self._settings, self._queue, self._storage, by)
         controller.wake()
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record)}
 
@@ -120,6 +120,8 @@ class Service:
                 "lost_machines": record.lost_machines,
                 "own_bugs": record.own_bugs,
                 "preemptions": record.preemptions,
+                "refined": bool(record.refined_key),
+                "unrefined": record.unrefined,
                 "method": record.method,
                 "trainable_parameters": record.trainable_parameters,
                 "basis_version": record.basis_version,
@@ -339,6 +341,7 @@ class Service:
         return {task_id: place for place, task_id in enumerate(self._controller.running_order(self._queue.live()), 1)}
 
     def _summary(self, record: TaskRecord, places: Mapping[str, int] | None = None) -> Json:
+        at_work = next_step(record) is Step.AWAIT_ADAPTER
         return {
             "task_id": record.task_id,
             "title": record.title,
@@ -349,13 +352,13 @@ class Service:
             "place": (places or {}).get(record.task_id),
             "submitted_at": record.submitted_at,
             "attempt": record.attempt,
-            "worker": record.worker if record.state is TaskState.TRAINING else "",
+            "worker": record.worker if at_work else "",
             "version": record.version or None,
             "metric": record.spec.metric,
             "eval_rows": record.eval_count,
             "base_score": record.base_score,
             "local_score": record.local_score,
-            "progress": self._queue.progress(record.task_id) if record.state is TaskState.TRAINING else {},
+            "progress": self._queue.progress(record.task_id) if at_work else {},
         }
 
     def _why(self, record: TaskRecord) -> str:
@@ -375,6 +378,7 @@ class Service:
         return {
             TaskState.TRAINING: f"{record.worker} is fine-tuning its adapter (attempt {record.attempt})",
             TaskState.MERGING: "its adapter waits for the version before to be judged, then it is merged",
+            TaskState.REFINING: f"its coefficients in version {record.version} are trained on its own rows",
             TaskState.EVALUATING: f"version {record.version} is being scored on every task it could have changed",
             TaskState.PUBLISHED: f"main holds it since version {record.version}",
         }.get(record.state, record.reason)
@@ -408,6 +412,7 @@ class Service:
             "reason": state.rejected.get(version.number, ""),
             "created_at": version.created_at,
             "added": [task.name for task in version.added],
+            "refined": [task.name for task in version.refined],
             "remakes": version.remakes,
             "removed": _names(state, version.removed),
             "task_count": len(state.tasks_at(version.number)),

@@ -3,18 +3,23 @@
 ```
              (a)            (b)            (d)            (f)
    queued ───────▶ training ────▶ merging ────▶ evaluating ────▶ published ◀─(i)─┐
-     ▲  ▲             │            ▲  │            │  │              │           │
-     │  └─────(c)─────┘            │  │(e)         │  │(g)           └───(h)──▶ parked
-     │                             │  ▼            │  ▼
-   submitted                       │ parked        │ rejected
-                                   └──────(j)──────┘
+     ▲  ▲             │           │ ▲ │ ▲        ▲ │  │             │            │
+     │  └─────(c)─────┘           │ │ │ └──(j)───┼─┘  │(g)          └───(h)──▶ parked
+   submitted                   (e)│ │ │(k)    (m)│    ▼
+                                  ▼ │ ▼          │  rejected
+                             parked └─ refining ─┘
+                                  (j)    ↺ (l)
 ```
 (a) claimed by a worker. (b) adapter in staging. (c) machine lost or our own bug, budget left; else parked.
 A user's mistake parks at once. Or preempted: that costs no budget, the task keeps its place, and its next attempt goes
 on from the checkpoint. (d) merged into a version on `candidate`. (e) the store refused the adapter.
 (f) the gate let its version pass: `main` moved. (g) the gate did not. (h) `main` was rolled back behind it, or
 made again without it. (i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a
-rollback came in between): merged again. Cancelled can be reached until it is part of a merge.
+rollback came in between): merged again. (k) merged, and to be refined: (l) claimed by workers until one has trained its
+coefficients in the version's basis; lost, preempted or stopped by a bug within the budgets of (c), it is claimed again.
+(m) the store made the next version with the refined coefficients, and its whole group moves there, which waited for it
+evaluating. Or it could not be refined: then it goes on as it was merged, and says why. A task is refined once: merged
+again by (j), it is merged as refined. Cancelled can be reached until it is part of a merge.
 
 No Ray, no SQL, no torch in this file.
 """
@@ -70,6 +75,20 @@ class Merged:
     """The store committed `version` with this task in it."""
 
     version: int
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The store committed `version`: the version that the task was in, with refined coefficients of some tasks."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class RefinementRefused:
+    """The store will not take the refined adapter, or the version went on without it."""
+
+    message: str
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,8 @@ Event = (
     | TrainingFailed
     | MergeBegun
     | Merged
+    | Refined
+    | RefinementRefused
     | MergeRefused
     | MergeUndone
     | Judged
@@ -151,18 +172,28 @@ class Step(StrEnum):
     TRAIN = "train"
     AWAIT_ADAPTER = "await adapter"
     MERGE = "merge"
+    REFINE = "refine"
+    MERGE_REFINED = "merge refined"
     JUDGE = "judge"
     NOTHING = "nothing"
 
 
 def next_step(record: TaskRecord) -> Step:
     """What to do next, read off the record alone: a restart needs no code of its own."""
+    if record.state is TaskState.REFINING:
+        return Step.AWAIT_ADAPTER if record.token else Step.MERGE_REFINED if record.refined_key else Step.REFINE
     return {
         TaskState.QUEUED: Step.TRAIN,
         TaskState.TRAINING: Step.AWAIT_ADAPTER,
         TaskState.MERGING: Step.MERGE,
         TaskState.EVALUATING: Step.JUDGE,
     }.get(record.state, Step.NOTHING)
+
+
+def needs_training_rows(record: TaskRecord) -> bool:
+    """Whether the task will be trained, or refined, on its rows."""
+    waits = record.state is TaskState.MERGING and _is_to_be_refined(record)
+    return waits or next_step(record) in (Step.TRAIN, Step.AWAIT_ADAPTER, Step.REFINE)
 
 
 def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> TaskRecord:
@@ -188,10 +219,22 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 reason="",
                 preempt_requested=False,
             )
-        case TrainingDone() | TrainingFailed() if state is not TaskState.TRAINING or _is_stale(record, event):
+        case Claimed() if next_step(record) is Step.REFINE:
+            return _with(record, token=event.token, worker=event.worker, preempt_requested=False)
+        case TrainingDone() | TrainingFailed() if _is_stale(record, event):
             return record
         case TrainingDone() if record.cancel_requested:  # it finished before it heard of it
             return _end(record, TaskState.CANCELLED, "cancelled while it was running", event.at)
+        case TrainingDone(outcome=outcome) if state is TaskState.REFINING:
+            return _with(
+                record,
+                refined_key=outcome.staging_key or staging_key(record.task_id, record.attempt, record.token),
+                refined_sha256=outcome.adapter_sha256,
+                train_seconds=(record.train_seconds or 0.0) + outcome.seconds,
+                token="",
+                worker="",
+                preempt_requested=False,
+            )
         case TrainingDone(outcome=outcome):
             return _with(
                 record,
@@ -216,12 +259,26 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
         case MergeBegun() if state is TaskState.MERGING:
             return _with(record, merge_key=event.merge_key)
         case Merged() if state is TaskState.MERGING:
-            return _with(record, state=TaskState.EVALUATING, version=event.version)
+            after = TaskState.REFINING if _is_to_be_refined(record) else TaskState.EVALUATING
+            return _with(record, state=after, version=event.version, token="", worker="")
+        case Refined() if state in (TaskState.REFINING, TaskState.EVALUATING):
+            return _with(record, state=TaskState.EVALUATING, version=event.version, token="", worker="")
+        case RefinementRefused() if state is TaskState.REFINING:
+            return _unrefined(record, event.message)
         case MergeRefused() if state is TaskState.MERGING:
             return _end(record, TaskState.PARKED, event.message, event.at)
-        case MergeUndone() if state in (TaskState.MERGING, TaskState.EVALUATING):
-            alone = record.merge_alone or event.alone
-            return _with(record, state=TaskState.MERGING, merge_key="", merge_alone=alone, version=0)
+        case MergeUndone() if state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):
+            return _with(
+                record,
+                state=TaskState.MERGING,
+                merge_key="",
+                merge_alone=record.merge_alone or event.alone,
+                version=0,
+                token="",
+                worker="",
+                staging_key=record.refined_key or record.staging_key,
+                adapter_sha256=record.refined_sha256 or record.adapter_sha256,
+            )
         case Judged() if state is TaskState.EVALUATING:
             passed = TaskState.PUBLISHED if event.passed else TaskState.REJECTED
             return _end(record, passed, event.message, event.at)
@@ -231,9 +288,9 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return _with(record, state=TaskState.PUBLISHED, reason=event.message, version=event.version)
         case CancelRequested():
             return _after_cancel(record, event)
-        case PreemptRequested() if state is TaskState.QUEUED or record.preempt_requested:
+        case PreemptRequested() if next_step(record) in (Step.TRAIN, Step.REFINE) or record.preempt_requested:
             return record
-        case PreemptRequested() if state is TaskState.TRAINING:
+        case PreemptRequested() if next_step(record) is Step.AWAIT_ADAPTER:
             return _with(record, preempt_requested=True)
     raise Conflict(
         f"'{type(event).__name__}' cannot happen to a task that is {state}", record.title, "read the task again"
@@ -241,8 +298,9 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
 
 
 def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureSettings) -> TaskRecord:
-    """Requeue or park, by whose fault it was. Each fault has a budget of its own."""
-    if event.fault == "cancelled" or record.cancel_requested:
+    """Requeue or give up, by whose fault it was. Each fault has a budget of its own."""
+    refines = record.state is TaskState.REFINING
+    if not refines and (event.fault == "cancelled" or record.cancel_requested):
         return _end(record, TaskState.CANCELLED, event.message, event.at)
     lost = record.lost_machines + (event.fault == "lost")
     bugs = record.own_bugs + (event.fault == "bug")
@@ -256,10 +314,14 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         token="",
         worker="",
     )
+    reason = ""
     if event.fault == "input":
-        return _end(counted, TaskState.PARKED, event.message, event.at)
-    if lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
+        reason = event.message
+    elif lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
         reason = f"gave up after {lost} lost machines and {bugs} internal errors; last: {event.message}"
+    if refines:
+        return _unrefined(counted, reason) if reason else _with(counted, reason=event.message)
+    if reason:
         return _end(counted, TaskState.PARKED, reason, event.at)
     return _with(counted, state=TaskState.QUEUED, reason=event.message)
 
@@ -272,7 +334,7 @@ def _after_cancel(record: TaskRecord, event: CancelRequested) -> TaskRecord:
         return _end(record, TaskState.CANCELLED, reason, event.at)
     if record.state is TaskState.CANCELLED:
         return record
-    merged = record.state in (TaskState.MERGING, TaskState.EVALUATING, TaskState.PUBLISHED)
+    merged = record.state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING, TaskState.PUBLISHED)
     raise Conflict(
         f"is {record.state} and cannot be cancelled",
         record.title,
@@ -282,7 +344,18 @@ def _after_cancel(record: TaskRecord, event: CancelRequested) -> TaskRecord:
 
 def _is_stale(record: TaskRecord, event: TrainingDone | TrainingFailed) -> bool:
     token = event.outcome.token if isinstance(event, TrainingDone) else event.token
-    return token != record.token
+    return next_step(record) is not Step.AWAIT_ADAPTER or token != record.token
+
+
+def _is_to_be_refined(record: TaskRecord) -> bool:
+    """Whether its coefficients are to be trained in the basis that it was merged into: once, and not of an import."""
+    method = record.spec.method
+    tried = record.refined_key or record.unrefined
+    return bool(method.refine_epochs) and method.name != "import" and not tried
+
+
+def _unrefined(record: TaskRecord, reason: str) -> TaskRecord:
+    return _with(record, state=TaskState.EVALUATING, unrefined=reason, token="", worker="")
 
 
 def _end(record: TaskRecord, state: TaskState, reason: str, at: float) -> TaskRecord:

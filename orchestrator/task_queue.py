@@ -36,9 +36,9 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.settings import FailureSettings
 from orchestrator.fair_share import Use
-from orchestrator.task_lifecycle import Event, advance
-from orchestrator.task_record import ENDED_WITHOUT_RESULT, LIVE, TaskRecord, TaskState
-from workers.orders import LogLine, Point
+from orchestrator.task_lifecycle import Event, RefinementRefused, TrainingDone, TrainingFailed, advance
+from orchestrator.task_record import AT_WORK, ENDED_WITHOUT_RESULT, LIVE, TaskRecord, TaskState
+from workers.orders import LogLine, Point, Trained
 
 _metadata = MetaData()
 
@@ -215,7 +215,7 @@ class TaskQueue:
         """Prolong a lease. False: the token is no longer the task's, drop everything."""
         renewed = (
             update(_tasks)
-            .where(_tasks.c.task_id == task_id, _tasks.c.token == token, _tasks.c.state == TaskState.TRAINING)
+            .where(_tasks.c.task_id == task_id, _tasks.c.token == token, _tasks.c.state.in_(AT_WORK))
             .values(lease_until=lease_until, progress=json.dumps(progress))
         )
         with self._engine.begin() as connection:
@@ -340,9 +340,23 @@ def _narrate(record: TaskRecord, event: Event) -> str:
         if hasattr(event, name)
     ]
     message = getattr(event, "message", "")
-    if record.state is TaskState.MERGING and record.local_score is not None and not record.merge_key:
-        facts.append(f"own adapter scores {record.local_score:.4f}")
+    if isinstance(event, TrainingDone):
+        facts += _trained(event.outcome)
+    if isinstance(event, TrainingFailed | RefinementRefused) and record.unrefined:
+        message = f"goes on as it was merged: {record.unrefined}"
     return " · ".join([f"now {record.state}", *facts, *([message] if message else [])])
+
+
+def _trained(outcome: Trained) -> list[str]:
+    """How the adapter came about: what `auto` chose, how much was trained, from which step it went on."""
+    facts = {
+        f"method {outcome.method}": outcome.method,
+        f"in the basis of version {outcome.basis_version}": outcome.basis_version,
+        f"{outcome.trainable_parameters:,} numbers trained": outcome.trainable_parameters,
+        f"went on from step {outcome.resumed_from}": outcome.resumed_from,
+        f"own adapter scores {outcome.local_score:.4f}": outcome.local_score == outcome.local_score,
+    }
+    return [text for text, known in facts.items() if known]
 
 
 def _point_text(point: Point) -> str:

@@ -22,6 +22,7 @@ class TaskState(StrEnum):
     QUEUED = "queued"
     TRAINING = "training"
     MERGING = "merging"
+    REFINING = "refining"
     EVALUATING = "evaluating"
     PUBLISHED = "published"
     REJECTED = "rejected"
@@ -29,8 +30,11 @@ class TaskState(StrEnum):
     CANCELLED = "cancelled"
 
 
-LIVE = (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING, TaskState.EVALUATING)
+LIVE = (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING)
 """States in which the control plane still owes the task something."""
+
+AT_WORK = (TaskState.TRAINING, TaskState.REFINING)
+"""States in which a worker may have an order for the task's adapter."""
 
 ENDED_WITHOUT_RESULT = (TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
 """States after which the same task may be submitted anew under its name."""
@@ -99,7 +103,12 @@ class TaskRecord(Section):
     merge_alone: bool = False
     """Its group failed the gate: it is merged by itself, so that the culprit shows."""
     version: int = 0
-    """Version of birth in the lineage of `main`; 0 before merging."""
+    """Version of birth in the lineage of `main`: the first that is judged with it. 0 before merging."""
+    refined_key: str = ""
+    """Storage key of its adapter after the refinement; empty when there was none."""
+    refined_sha256: str = ""
+    unrefined: str = ""
+    """Why it was not refined, though it was to be."""
     ended_at: float | None = None
 
     @property

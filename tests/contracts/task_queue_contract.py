@@ -132,6 +132,25 @@ class TaskQueueContract:
             ("TrainingDone", "now merging · own adapter scores 0.9000"),
         ]
 
+    def test_the_history_tells_how_an_adapter_came_about_and_why_it_was_not_refined(self, queue: TaskQueue) -> None:
+        record = task_record(spec={"method": {"name": "auto", "refine_epochs": 1}})
+        queue.add(record)
+        queue.apply(record.task_id, Claimed("tok", "worker-0", 1.0))
+        how = {"method": "share", "basis_version": 3, "trainable_parameters": 12288, "resumed_from": 500}
+        queue.apply(record.task_id, TrainingDone(trained("tok", **how), 2.0))
+        queue.apply(record.task_id, Merged(4))
+        assert not queue.heartbeat(record.task_id, "tok", 100.0, {})  # the lease of the training
+        queue.apply(record.task_id, Claimed("ref", "worker-1", 3.0))
+        assert queue.heartbeat(record.task_id, "ref", 100.0, {"step": 7})
+        queue.apply(record.task_id, TrainingFailed("ref", "input", "too few rows", 4.0))
+        assert [event.text for event in queue.events(record.task_id)][2:] == [
+            "now merging · method share · in the basis of version 3 · 12,288 numbers trained · went on from step 500 · "
+            "own adapter scores 0.9000",
+            "now refining · version 4",
+            "now refining · worker worker-1",
+            "now evaluating · fault input · goes on as it was merged: too few rows",
+        ]
+
     def test_a_stale_worker_changes_nothing_and_leaves_no_event(self, queue: TaskQueue) -> None:
         record = task_record()
         queue.add(record)

@@ -45,7 +45,8 @@ class StandInCluster:
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
         """Title and all titles in the version to the score under that version."""
         self.training_faults: dict[str, list[str]] = {}
-        """Title to what goes wrong with its next trainings: `lost`, `away`, `input`, `bug`, `nan`, `crash`."""
+        """Title to what goes wrong with its next trainings: `lost`, `away`, `input`, `bug`, `nan`, `crash`, and
+        `outside`: its refinement left the span of the basis. An empty one goes well."""
         self.evaluation_faults: dict[str, list[str]] = {}
         """Title to what goes wrong with its next evaluations: `lost`, `away`, `bug`."""
         self.store_faults: list[tuple[str, str]] = []
@@ -179,7 +180,14 @@ class StandInCluster:
 
     def _train(self, order: Train, title: str, fault: str) -> Outcome:
         content = self._storage.read(order.train_key)  # NotFound if it was deleted too early
-        if order.spec.method.name == "import":
+        if order.refine_version:
+            # Twice what the version serves: in the span of its basis, whatever that is.
+            served = SubspaceStore.open(self._storage).adapter(order.task_id, order.refine_version)
+            twice = {name: replace(update, sigma_R=2 * update.sigma_R) for name, update in served.modules.items()}
+            made = replace(served, modules=twice)
+            if fault == "outside":
+                made = adapter(zlib.crc32(title.encode()) + 1)
+        elif order.spec.method.name == "import":
             made = adapter_from_bytes(content)
         else:
             made = adapter(zlib.crc32(title.encode()))

@@ -21,12 +21,15 @@ from orchestrator.task_lifecycle import (
     MergeRefused,
     MergeUndone,
     PreemptRequested,
+    Refined,
+    RefinementRefused,
     Restored,
     RolledBack,
     Step,
     TrainingDone,
     TrainingFailed,
     advance,
+    needs_training_rows,
     next_step,
 )
 from orchestrator.task_record import TaskRecord, TaskState
@@ -69,6 +72,22 @@ def published() -> TaskRecord:
     return after(evaluating(), Judged(True, "fine", 1020.0))
 
 
+REFINE = {"method": {"refine_epochs": 1}}
+REFINED = TrainingDone(trained("ref", staging_key="staging/x/ref/adapter.safetensors", adapter_sha256="12" * 32), 9.0)
+
+
+def to_refine() -> TaskRecord:
+    return after(task_record(spec=REFINE), CLAIMED, DONE, MergeBegun("merge:1"), Merged(3))
+
+
+def refining() -> TaskRecord:
+    return after(to_refine(), Claimed("ref", "worker-1", 1012.0))
+
+
+def trained_again() -> TaskRecord:
+    return after(refining(), REFINED)
+
+
 def rejected() -> TaskRecord:
     return after(evaluating(), Judged(False, "worse", 1020.0))
 
@@ -85,7 +104,10 @@ def cancelled() -> TaskRecord:
     return after(queued(), CancelRequested("ann", 1001.0))
 
 
-ALL = (queued, training, merging, begun, evaluating, published, rejected, parked, rolled_back, cancelled)
+ALL = (
+    queued, training, merging, begun, to_refine, refining, trained_again, evaluating, published,
+    rejected, parked, rolled_back, cancelled,
+)  # fmt: skip
 
 
 # --- the arrows --------------------------------------------------------------------------------------------------
@@ -194,6 +216,89 @@ def test_j_once_alone_always_alone() -> None:
     assert record.merge_alone is True
 
 
+# --- refining ----------------------------------------------------------------------------------------------------
+
+
+def test_k_merged_and_to_be_refined() -> None:
+    record = to_refine()
+    assert (record.state, record.version, record.token, record.worker) == (TaskState.REFINING, 3, "", "")
+
+
+def test_l_claimed_and_its_coefficients_are_trained() -> None:
+    record = refining()
+    assert (record.state, record.token, record.worker, record.attempt) == (TaskState.REFINING, "ref", "worker-1", 1)
+    record = trained_again()
+    assert (record.state, record.token, record.worker) == (TaskState.REFINING, "", "")
+    assert (record.refined_key, record.refined_sha256) == ("staging/x/ref/adapter.safetensors", "12" * 32)
+    # What was measured before merging stays: the refined task is scored with its version.
+    assert (record.staging_key, record.local_score, record.train_loss) == (merging().staging_key, 0.9, 0.25)
+    assert record.train_seconds == 4.0
+
+
+@pytest.mark.parametrize("fault", ["lost", "bug", "preempted"])
+def test_l_within_the_budgets_it_is_claimed_again(fault: str) -> None:
+    record = after(refining(), TrainingFailed("ref", fault, "x", 1.0))
+    assert (record.state, record.token, record.unrefined) == (TaskState.REFINING, "", "")
+    assert next_step(record) is Step.REFINE
+    assert (record.lost_machines, record.own_bugs, record.preemptions) == tuple(
+        int(fault == counted) for counted in ("lost", "bug", "preempted")
+    )
+
+
+def test_m_refined_it_is_judged_in_the_version_that_was_made() -> None:
+    record = after(trained_again(), Refined(4))
+    assert (record.state, record.version, record.unrefined) == (TaskState.EVALUATING, 4, "")
+    assert after(evaluating(), Refined(4)).version == 4  # one of its group, which waited
+
+
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        (TrainingFailed("ref", "input", "too few rows", 1.0), "too few rows"),
+        (RefinementRefused("version 3 went on"), "version 3 went on"),
+    ],
+)
+def test_m_not_refined_it_goes_on_as_it_was_merged(event: Event, why: str) -> None:
+    record = after(refining(), event)
+    assert (record.state, record.version, record.unrefined) == (TaskState.EVALUATING, 3, why)
+    assert after(record, Judged(True, "fine", 1.0)).state is TaskState.PUBLISHED
+
+
+def test_m_over_the_budgets_it_goes_on_too() -> None:
+    record = to_refine()
+    for token in "123":
+        record = after(record, Claimed(token, "w", 1.0), TrainingFailed(token, "lost", "gone", 2.0))
+    assert (record.state, record.lost_machines) == (TaskState.EVALUATING, 3)
+    assert record.unrefined == "gave up after 3 lost machines and 0 internal errors; last: gone"
+
+
+def test_j_merged_again_it_is_merged_as_refined_and_once_is_enough() -> None:
+    record = after(trained_again(), Refined(4), MergeUndone("its group failed", alone=True))
+    assert (record.staging_key, record.adapter_sha256) == (record.refined_key, "12" * 32)
+    assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.EVALUATING
+
+
+@pytest.mark.parametrize("state", [to_refine, refining])
+def test_j_not_yet_refined_it_is_refined_where_it_is_merged_again(state: Any) -> None:
+    record = after(state(), MergeUndone("a rollback", alone=False))
+    assert (record.state, record.token, record.version) == (TaskState.MERGING, "", 0)
+    assert advance(record, REFINED, BUDGETS) is record  # the worker did not hear of it
+    assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.REFINING
+
+
+def test_what_was_not_asked_for_or_has_no_rows_is_not_refined() -> None:
+    assert evaluating().state is TaskState.EVALUATING
+    method = {"name": "import", "adapter": "/somewhere", "refine_epochs": 1}
+    record = after(task_record(spec={"method": method}), CLAIMED, DONE, MergeBegun("m"), Merged(3))
+    assert record.state is TaskState.EVALUATING
+
+
+def test_training_rows_are_needed_until_the_refinement_and_no_longer() -> None:
+    needed = {state.__name__ for state in ALL if needs_training_rows(state())}
+    assert needed == {"queued", "training", "to_refine", "refining"}
+    assert needs_training_rows(after(task_record(spec=REFINE), CLAIMED, DONE))  # merging, refined next
+
+
 # --- preempting --------------------------------------------------------------------------------------------------
 
 PREEMPT = PreemptRequested("ann")
@@ -226,13 +331,15 @@ def test_a_task_that_was_cancelled_too_does_not_go_on() -> None:
     assert record.state is TaskState.CANCELLED
 
 
-@pytest.mark.parametrize("state", [queued, lambda: after(training(), PREEMPT)])
+@pytest.mark.parametrize("state", [queued, to_refine, lambda: after(training(), PREEMPT)])
 def test_preempting_what_waits_already_changes_nothing(state: Any) -> None:
     record = state()
     assert advance(record, PREEMPT, BUDGETS) is record
 
 
-@pytest.mark.parametrize("state", [merging, begun, evaluating, published, rejected, parked, rolled_back, cancelled])
+@pytest.mark.parametrize(
+    "state", [merging, begun, trained_again, evaluating, published, rejected, parked, rolled_back, cancelled]
+)
 def test_what_does_not_run_cannot_be_preempted(state: Any) -> None:
     with pytest.raises(Conflict, match="'PreemptRequested' cannot happen"):
         after(state(), PREEMPT)
@@ -247,7 +354,7 @@ def test_a_worker_whose_lease_was_replaced_is_ignored(event: Event) -> None:
     assert advance(record, event, BUDGETS) is record
 
 
-@pytest.mark.parametrize("state", [s for s in ALL if s is not training])
+@pytest.mark.parametrize("state", [s for s in ALL if s not in (training, refining)])
 def test_a_worker_that_speaks_when_nothing_trains_is_ignored(state: Any) -> None:
     record = state()
     # Queued tasks have no token: a report with an empty one must not pass for theirs.
@@ -287,9 +394,11 @@ def test_cancelling_twice_changes_nothing() -> None:
     assert advance(record, CANCEL, BUDGETS) is record
 
 
-@pytest.mark.parametrize("state", [begun, evaluating, published])
+@pytest.mark.parametrize("state", [begun, to_refine, refining, evaluating, published])
 def test_what_is_part_of_a_version_is_not_cancelled_but_rolled_back(state: Any) -> None:
-    with pytest.raises(Conflict, match=r"red/alpha: is (merging|evaluating|published) and cannot .*\n.*rollback"):
+    with pytest.raises(
+        Conflict, match=r"red/alpha: is (merging|refining|evaluating|published) and cannot .*\n.*rollback"
+    ):
         after(state(), CANCEL)
 
 
@@ -305,6 +414,8 @@ EVENTS: tuple[Event, ...] = (
     CLAIMED,
     MergeBegun("m"),
     Merged(3),
+    Refined(4),
+    RefinementRefused("x"),
     MergeRefused("x", 1.0),
     MergeUndone("x", True),
     Judged(True, "x", 1.0),
@@ -315,7 +426,10 @@ LEGAL = {
     (queued, Claimed),
     (merging, MergeBegun), (merging, Merged), (merging, MergeRefused), (merging, MergeUndone),
     (begun, MergeBegun), (begun, Merged), (begun, MergeRefused), (begun, MergeUndone),
-    (evaluating, MergeUndone), (evaluating, Judged),
+    (to_refine, Claimed), (to_refine, Refined), (to_refine, RefinementRefused), (to_refine, MergeUndone),
+    (refining, Refined), (refining, RefinementRefused), (refining, MergeUndone),
+    (trained_again, Refined), (trained_again, RefinementRefused), (trained_again, MergeUndone),
+    (evaluating, Refined), (evaluating, MergeUndone), (evaluating, Judged),
     (published, RolledBack), (published, Restored),
     (rolled_back, Restored),
 }  # fmt: skip
@@ -333,7 +447,8 @@ def test_an_event_that_is_no_arrow_is_a_conflict(state: Any, event: Event) -> No
 
 def test_the_next_step_is_read_off_the_record_alone() -> None:
     assert [next_step(state()) for state in ALL] == [
-        Step.TRAIN, Step.AWAIT_ADAPTER, Step.MERGE, Step.MERGE, Step.JUDGE, *[Step.NOTHING] * 5,
+        Step.TRAIN, Step.AWAIT_ADAPTER, Step.MERGE, Step.MERGE,
+        Step.REFINE, Step.AWAIT_ADAPTER, Step.MERGE_REFINED, Step.JUDGE, *[Step.NOTHING] * 5,
     ]  # fmt: skip
 
 
@@ -345,6 +460,8 @@ any_event = st.one_of(
     st.builds(TrainingFailed, tokens, faults, st.just("x"), st.floats(1, 9)),
     st.builds(MergeBegun, st.just("m")),
     st.builds(Merged, st.integers(1, 5)),
+    st.builds(Refined, st.integers(1, 5)),
+    st.builds(RefinementRefused, st.just("x")),
     st.builds(MergeRefused, st.just("x"), st.floats(1, 9)),
     st.builds(MergeUndone, st.just("x"), st.booleans()),
     st.builds(Judged, st.booleans(), st.just("x"), st.floats(1, 9)),
@@ -356,9 +473,9 @@ any_event = st.one_of(
 ENDED = (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
 
 
-@given(st.lists(any_event, max_size=30))
-def test_whatever_happens_in_whatever_order_a_task_stays_on_the_drawing(events: list[Event]) -> None:
-    record = task_record()
+@given(st.lists(any_event, max_size=30), st.booleans())
+def test_whatever_happens_in_whatever_order_a_task_stays_on_the_drawing(events: list[Event], refine: bool) -> None:
+    record = task_record(spec=REFINE if refine else None)
     for event in events:
         before = record.model_dump_json()
         try:
@@ -371,6 +488,7 @@ def test_whatever_happens_in_whatever_order_a_task_stays_on_the_drawing(events: 
         assert TaskRecord.model_validate_json(record_after.model_dump_json()) == record_after
         record = record_after
         assert record.state in TaskState
+        # A refinement that used a budget up does not end the task: merged again, it is not refined again.
         assert record.lost_machines <= BUDGETS.lost_machines_max + 1
         assert record.own_bugs <= BUDGETS.own_bugs_max + 1
         assert record.state is not TaskState.PUBLISHED or record.version > 0

@@ -174,8 +174,8 @@ def test_only_a_task_that_the_candidate_holds_is_refined_and_each_once() -> None
     with pytest.raises(NotFound, match="version 0 holds no task a"):
         refined(store, {"a": adapter})
     store = grown("a")
+    ref = store.stage("staging/a/1/adapter.safetensors", adapter)
     with pytest.raises(InvalidInput, match="named twice"):
-        ref = store.stage("staging/a/1/adapter.safetensors", adapter)
         store.refine([StagedAdapter("a", "team/a", ref.key, ref.sha256)] * 2, op_key="k", actor="test")
     store.quarantine("a", "its data is wrong", actor="ann")
     with pytest.raises(InvalidInput, match="its data is wrong"):
