@@ -16,11 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from configs.errors import InvalidInput, Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
-from configs.task_spec import DataSpec, LoraSpec, TaskSpec, TrainingSpec
+from configs.task_spec import CLASSIFICATION_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
 from subspace_store.adapter import adapter_to_bytes, digest
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
@@ -42,12 +43,18 @@ from workers.orders import (
     Train,
 )
 from workers.results import Results, write_results
-from workers.task_data import TextRow
+from workers.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
 from workers.training import check_lengths, stopper, train_task
 
 OUTCOMES_KEPT = 64  # a control plane asks again within minutes; an outcome is a few hundred bytes
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
+REHEARSED: dict[Kind, tuple[Row, ...]] = {
+    "sequence_classification": (TextRow("one", None, 0), TextRow("two", None, 1)),
+    "image_classification": tuple(ImageRow(np.zeros((8, 8, 3), np.uint8), label) for label in (0, 1)),
+    "causal_lm": (CompletionRow((("user", "one"), ("assistant", "two")), False),) * 2,
+}
+"""Two rows of each kind that can be a base model's first."""
 
 
 class Worker:
@@ -243,12 +250,14 @@ def evaluate_version(
 
 def _rehearse(base: BaseModel) -> None:
     """Train and score two rows, for the imports, kernels and caches that a first use costs (4 s for MiniLM)."""
-    rows = (TextRow("one", None, 0), TextRow("two", None, 1))
+    kind = base.kinds[0]
+    rows, label_names = REHEARSED[kind], ("one", "two") if kind in CLASSIFICATION_KINDS else ()
     spec = TaskSpec(
         team="rehearsal",
         name="rehearsal",
         base_model=base.name,
-        data=DataSpec(train_file="-", eval_file="-", label_names=("one", "two"), max_length=8),
+        kind=kind,
+        data=DataSpec(train_file="-", eval_file="-", label_names=label_names, max_length=8),
         training=TrainingSpec(max_steps=1, per_device_train_batch_size=2),
         lora=LoraSpec(r=1, target_modules=tuple(base.module_shapes())[:1]),
     )

@@ -18,7 +18,8 @@ from subspace_store.memory_storage import MemoryStorage
 from subspace_store.storage import open_storage
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
 from workers import worker as worker_module
-from workers.orders import Evaluate, Evaluated, Failed, Progress, Train, Trained
+from workers.base_model import BaseModel
+from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
 from workers.worker import OUTCOMES_KEPT, Worker
 
 STORAGE = StorageSettings(url="memory:worker-tests")
@@ -68,6 +69,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(worker_module, "train_task", gate)
     yield gate
     gate.opened.set()
+
+
+@pytest.mark.parametrize("architecture", ["vit", "gpt2"])
+def test_a_worker_rehearses_a_kind_that_its_base_model_has_and_says_which_those_are(
+    architecture: str, tiny: Callable[[str], BaseModel], tiny_source: Callable[[str], str]
+) -> None:
+    cold = Worker(tiny_settings(tiny_source(architecture)), STORAGE, "tiny")
+    assert cold.warm().kinds == tiny(architecture).kinds
 
 
 def test_an_order_is_trained_and_the_worker_is_idle_again(worker: Worker) -> None:
@@ -186,7 +195,7 @@ def test_progress_can_be_asked_while_an_order_runs_and_gives_each_log_line_once(
     trained = answer.result()
     assert isinstance(trained, Trained)
     lines = [*(line for progress in seen for line in progress.log_lines), *trained.log_lines]
-    assert sum(line.startswith("step 30/30") for line in lines) == 1
+    assert sum(isinstance(line, Point) and line.step == 30 for line in lines) == 1
     assert {"training", "idle"} <= {progress.phase for progress in seen}
     assert all(progress.token == "watched" for progress in seen if progress.phase == "training")
 
@@ -195,8 +204,10 @@ def test_no_log_line_of_a_task_is_left_for_the_next_one(worker: Worker) -> None:
     for name in ("first", "second"):
         trained = worker.run(train(name, training={"max_steps": 2}))
         assert isinstance(trained, Trained)
-        assert [line.split(":")[0] for line in trained.log_lines if line.startswith("task ")] == [f"task task-{name}"]
-        assert trained.log_lines[-1].startswith("step 2/2")
+        words = [line for line in trained.log_lines if isinstance(line, str)]
+        assert [line.split(":")[0] for line in words if line.startswith("task ")] == [f"task task-{name}"]
+        assert isinstance(last := trained.log_lines[-1], Point)
+        assert (last.step, last.steps) == (2, 2)
         assert worker.progress().log_lines == ()
 
 
