@@ -191,8 +191,10 @@ class Mirror:
         path, shown = plot_file(self._settings.state_dir, record), self._shown(record)
         # What has ended was drawn by the service that saw it end.
         known = self._drawn.get(record.task_id, shown if record.state not in LIVE and path.exists() else "")
-        if shown != known and (points := self._queue.curve(record.task_id)):
-            draw_loss_plot(points, record.title, path)
+        if shown != known:
+            points = [point for point in self._queue.curve(record.task_id) if point.method != "refine"]
+            if points:
+                draw_loss_plot(points, record.title, path)
         self._drawn[record.task_id] = shown
 
     def _log_plot(self, run: str, plot: Path) -> None:
@@ -315,9 +317,10 @@ class Mirror:
 
 def _figures(point: Point) -> Points:
     told = ("loss", "learning_rate", "samples_per_second", "tokens_per_second")
-    values = {f"train.{name}": getattr(point, name) for name in told}
+    part = "refine" if point.method == "refine" else "train"
+    values = {f"{part}.{name}": getattr(point, name) for name in told}
     if point.memory_bytes:
-        values["train.memory_megabytes"] = point.memory_bytes / 1e6
+        values[f"{part}.memory_megabytes"] = point.memory_bytes / 1e6
     # By MLflow's own names, so that its page shows them as system metrics.
     values |= {f"system/{name}": value for name, value in point.machine.items()}
     return {(name, point.step, point.at): value for name, value in values.items()}

@@ -98,6 +98,8 @@ class Point:
     """These four as in `Progress`."""
     resumed_from: int = 0
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
+    method: str = ""
+    """`refine` for a refinement, whose steps are counted for themselves."""
     machine: Mapping[str, float] = field(default_factory=dict)
     """Figures of the machine of rank 0, see workers/machine.py."""
 

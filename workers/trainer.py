@@ -269,6 +269,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
             now.tokens_per_second,
             now.memory_bytes,
             self._begun_at,
+            self._around.method,
             machine_figures(),
         )
         self._around.report(replace(now, log_lines=(point,)))

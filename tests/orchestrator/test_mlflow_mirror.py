@@ -25,6 +25,7 @@ POINTS = (
     Point(2000.0, 5, 0.75, 0.002, 10),
     Point(2001.0, 10, 0.25, 0.001, 10, 80.0, 900.0, 512_000_000, machine={"cpu_utilization_percentage": 75.0}),
 )
+REFINED = Point(2002.0, 1, 0.2, 0.001, 10, method="refine")
 
 
 class Mirrored:
@@ -38,7 +39,7 @@ class Mirrored:
         for title in ("red/a", "blue/b", "red/bad", "red/wrong"):
             (task,) = self.plant.submit(title)
             if title == "red/a":
-                self.plant.queue.append_log(task.task_id, ["a line", *POINTS])
+                self.plant.queue.append_log(task.task_id, ["a line", *POINTS, REFINED])
             self.plant.run()
         self.mirror = self.fresh_mirror()
         self.mirror.sync()
@@ -132,6 +133,7 @@ def test_a_tasks_score_and_loss_are_curves_over_versions_and_steps(mirrored: Mir
     assert mirrored.history("red/a", "train.samples_per_second") == [(10, 80.0)]
     assert mirrored.history("red/a", "train.tokens_per_second") == [(10, 900.0)]
     assert mirrored.history("red/a", "train.memory_megabytes") == [(10, 512.0)]
+    assert mirrored.history("red/a", "refine.loss") == [(1, 0.2)]  # its steps are its own
 
 
 def test_what_the_workers_machine_did_is_where_mlflow_shows_system_metrics(mirrored: Mirrored) -> None:
@@ -171,7 +173,7 @@ def test_curves_and_plot_grow_while_a_task_trains_and_though_mlflow_is_away(
             mirror.sync()
     mirror.sync()
     assert drawn == [list(POINTS[:1])]
-    plant.queue.append_log(task.task_id, POINTS[1:])
+    plant.queue.append_log(task.task_id, [*POINTS[1:], REFINED])
     mirror.sync()
     mirror.sync()
     assert drawn[1:] == [list(POINTS)]
