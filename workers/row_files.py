@@ -12,6 +12,7 @@ import difflib
 import gzip
 import itertools
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ FIELD_CHARACTERS_MAX = 2**24
 BATCH_ROWS = 256
 """Rows of a columnar file that become Python values at once."""
 BATCH_BYTES = 2**20
+UNZIPPABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
+"""What zipfile raises on damaged or locked archives."""
 
 Values = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -207,7 +210,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
             _check_columns(columns, file.schema_arrow.names, str(path))
             batches = file.iter_batches(BATCH_ROWS, columns=list(columns.values()))
             yield from _rows(batches, file.schema_arrow, str(path))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError) as error:  # names and texts that are no UTF-8
         raise InvalidInput(f"is not a readable parquet file: {error}", str(path), "write it again") from error
 
 
@@ -227,7 +230,7 @@ def _read_folder(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
                     batch.validate(full=True)  # in memory that is mapped, wrong lengths would lead out of the file
                     yield from _rows([batch.select(list(columns.values()))], stream.schema, str(path), first)
                     first += batch.num_rows
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError) as error:
             raise InvalidInput(f"is not a readable Arrow file: {error}", str(path / name), "save it again") from error
 
 
@@ -283,7 +286,7 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 def _read_npz(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             _check_columns(columns, names, str(path))
             arrays = [_Array(archive, column, str(path)) for column in columns.values()]
             for array in arrays[1:]:
@@ -293,7 +296,7 @@ def _read_npz(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
                     )
             for number, row in enumerate(zip(*arrays, strict=True), start=1):
                 yield f"{path}, row {number}", dict(zip(columns.values(), row, strict=True))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except UNZIPPABLE as error:
         raise InvalidInput(f"is not a readable .npz file: {error}", str(path), "write it with numpy.savez") from error
 
 
