@@ -62,7 +62,7 @@ def up(
 
 @command
 def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """End the service. Tasks that train are taken up again at the next `up`."""
+    """End the service. What trains writes a checkpoint and goes on from it at the next `up`."""
     from orchestrator import processes
 
     ended = processes.down(state_dir.resolve(), note if not as_json else _silent)

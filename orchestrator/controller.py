@@ -23,8 +23,8 @@ from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisEr
 from configs.settings import Settings
 from orchestrator.cluster import Cluster, Flight, MachineLost
 from orchestrator.fair_share import HALF_LIFE_SECONDS, Waiting, decayed_use, running_order
-from orchestrator.gate import judge
-from orchestrator.score_table import evaluations_due, score_table
+from orchestrator.gate import PairedDifference, judge, paired_difference
+from orchestrator.score_table import ScoreTable, evaluations_due, score_table
 from orchestrator.task_lifecycle import (
     Claimed,
     Event,
@@ -48,6 +48,7 @@ from orchestrator.task_record import TaskRecord, TaskState, results_key, staging
 from subspace_store import StagedAdapter, Storage, SubspaceStore, digest
 from subspace_store.version import CANDIDATE, MAIN, SubspaceState, TaskScore
 from workers.orders import BaseLayout, Evaluate, Evaluated, Failed, Progress, Train, Trained
+from workers.results import read_results
 
 log = logging.getLogger("onebasis.controller")
 
@@ -56,6 +57,8 @@ POLL_SECONDS = 0.02
 IDLE_SECONDS = 0.2
 RETRY_SECONDS = 1.0
 EVALUATION_TRIES = 3
+PREEMPT_SECONDS = 60.0
+"""Longest wait for the checkpoints of what trains when the service ends: a step, and an upload."""
 HELD_SECONDS = 5.0
 """While `main` is held the log is read this often: somebody may release it without telling this process."""
 
@@ -162,6 +165,25 @@ class Controller:
                 log.exception("a step failed; it is tried again")
                 stop.wait(RETRY_SECONDS)
                 self.wake()
+        try:
+            self._preempt_all()
+        except Exception:
+            log.exception("what trains goes on from its last checkpoint")
+
+    def _preempt_all(self) -> None:
+        """Have everything that trains write a checkpoint, and wait until it has; nothing new is begun.
+
+        What does not answer in time is still its worker's by the records, and goes on from an older checkpoint.
+        """
+        training = [seat for seat in self._seats if isinstance(seat.order, Train)]
+        for seat in training:
+            assert seat.order is not None
+            self._tell(seat, "preempt", seat.order.token)
+        until = time.monotonic() + PREEMPT_SECONDS
+        while any(seat.order is not None for seat in training) and time.monotonic() < until:
+            for flight in self._cluster.landed(list(self._flights), POLL_SECONDS):
+                self._take(flight, self._flights.pop(flight))
+        log.info("%d of %d that trained were stopped", sum(seat.order is None for seat in training), len(training))
 
     def step(self) -> None:
         """One turn: what landed, who is alive, what is next."""
@@ -526,7 +548,11 @@ class Controller:
                 lambda: self._cluster.store("record_scores", version, scores, op_key=key, actor="controller"),
             )
         else:
-            decision = judge(score_table(state, version, drift_min), version, records, self._settings.gate)
+            table = score_table(state, version, drift_min)
+            decision = judge(table, version, records, self._settings.gate)
+            if not decision.passed:  # the rows that made the difference are read for those who are told of it alone
+                paired = _paired_differences(self._storage, table, version)
+                decision = judge(table, version, records, self._settings.gate, paired)
             if decision.passed and state.held is not None:
                 self._log_moved.set()
                 self._later("held", HELD_SECONDS)
@@ -708,6 +734,23 @@ def _is_done_with(record: TaskRecord, key: str) -> bool:
         or record.state is TaskState.PUBLISHED
         or (trained and key not in (record.staging_key, record.refined_key))
     )
+
+
+def _paired_differences(storage: Storage, table: ScoreTable, version: int) -> dict[str, PairedDifference]:
+    """Task id to how its score under a version differs, row by row, from the one that the gate compares it with."""
+    found = {}
+    for task_id, cell in table.cells[version].items():
+        if cell.measured_at != version:
+            continue
+        first = next(table.cells[v][task_id].measured_at for v, score in table.column(task_id) if score == score)
+        before = 0 if table.birth[task_id] == version else first  # 0: with its own adapter, before merging
+        try:
+            early, late = (read_results(storage, results_key(task_id, number)) for number in (before, version))
+        except (NotFound, Corrupt):
+            continue  # a score from before results were kept
+        if early.comparable(late):
+            found[task_id] = paired_difference(early.per_row, late.per_row)
+    return found
 
 
 def _why_it_vanished(state: SubspaceState, record: TaskRecord) -> str:

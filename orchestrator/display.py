@@ -17,7 +17,8 @@ from configs.terminal import console, errors
 Json = dict[str, Any]
 
 COLOURS = {
-    "queued": "cyan", "training": "yellow", "merging": "yellow", "evaluating": "yellow", "published": "green",
+    "queued": "cyan", "training": "yellow", "merging": "yellow", "refining": "yellow",
+    "evaluating": "yellow", "published": "green",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
     "expired": "dim",
 }  # fmt: skip

@@ -28,8 +28,8 @@ from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
 
 START_SECONDS = 180.0
 TRY_AGAIN = "mend what it says, then `onebasis up` again"
-STOP_SECONDS = 90.0
-"""MLflow may be brought up to date once more before the control plane ends."""
+STOP_SECONDS = 150.0
+"""Before the control plane ends, what trains may write a checkpoint, and MLflow be brought up to date once more."""
 
 Say = Callable[[str], None]
 
@@ -89,7 +89,8 @@ def _start_what_is_missing(settings: Settings, state_dir: Path, say: Say) -> Non
 
 
 def down(state_dir: Path, say: Say) -> bool:
-    """End the control plane and a local Ray. Running training is taken up again at the next `up`.
+    """End the control plane and a local Ray. What trains writes a checkpoint first, and goes on from it at the next
+    `up`.
 
     Returns:
         False when nothing was running.
@@ -108,7 +109,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
     ):
         pid = process_of(state_dir / file, module)
         if pid is not None:
-            say(f"ending the {name}")
+            say(f"ending the {name}" + ("; what trains writes a checkpoint" if file == "server.json" else ""))
             _end(pid)
             ended = True
         (state_dir / file).unlink(missing_ok=True)

@@ -95,7 +95,7 @@ class ControlPlane:
         import uvicorn
 
         from orchestrator.cluster import RayCluster
-        from orchestrator.controller import Controller
+        from orchestrator.controller import PREEMPT_SECONDS, Controller
         from orchestrator.mlflow_mirror import Mirror
         from orchestrator.task_queue import TaskQueue
         from subspace_store import SubspaceStore, open_storage
@@ -127,7 +127,7 @@ class ControlPlane:
         server.run(sockets=[listener])
         log.info("stopping")
         self._stop.set()
-        loop.join(timeout=10)
+        loop.join(timeout=PREEMPT_SECONDS + 10)
         reporter.join(timeout=60)
         (self._state_dir / SERVER_FILE).unlink(missing_ok=True)
         cluster.stop(actors=settings.ray.address != "local")

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from configs.errors import Corrupt, NotFound, Unavailable
+from orchestrator import controller
 from orchestrator.controller import EVALUATION_TRIES
 from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
 from orchestrator.task_queue import LOG
-from orchestrator.task_record import TaskState
+from orchestrator.task_record import TaskState, results_key
 from subspace_store import StagedAdapter, SubspaceStore
-from tests.builders import LAYOUT, adapter
+from tests.builders import LAYOUT, adapter, task_record
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Point, Train
+from workers.results import Results, write_results
 
 MakePlant = Callable[..., Plant]
 
@@ -262,6 +266,43 @@ def test_a_group_that_fails_the_gate_is_merged_one_by_one_and_only_the_culprit_i
     assert sorted(plant.state.rejected) == [1, 3]
 
 
+def test_what_made_the_difference_is_told_row_by_row(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=3, gate={"drift_min": 0}, subspace={"rank_max": 2})
+    plant.cluster.score = lambda title, held: 0.8 if title == "red/a" and "blue/b" in held else 0.9
+    (old,) = plant.submit("red/a")
+    new = task_record("blue/b")
+    # 9 of 10 rows are right at birth, 8 afterwards: differences of −1 and nine times 0, mean −0.1, deviation 0.3162,
+    # and 2.262 of its standard errors of 0.1 on either side.
+    at_birth = Results(old.task_id, 1, "accuracy", "ab", (1.0,) * 9 + (0.0,))
+    own = Results(new.task_id, 0, "accuracy", "cd", (1.0, 0.0))
+    for results in (
+        at_birth,
+        replace(at_birth, version=2, per_row=(1.0,) * 8 + (0.0,) * 2),
+        own,
+        replace(own, version=2, eval_sha256="of other rows"),  # not to be compared
+    ):
+        write_results(plant.storage, results_key(results.task_id, results.version), results)
+    plant.run()
+    plant.submit("blue/b")
+    plant.run()
+    assert plant.get("blue/b").reason == (
+        "red/a would fall from 0.9000 at birth to 0.8000, more than gate.drop_max 0.03 "
+        "(0.1000 lower on the same 10 rows, 95 % interval -0.1262 to 0.3262)"
+    )
+
+
+def test_results_go_with_the_evaluation_rows(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=3)
+    plant.cluster.score = lambda title, held: 0.6 if title == "red/bad" else 0.9
+    tasks = plant.submit("red/a", "red/bad")
+    for task in tasks:
+        for version in (0, 1):
+            plant.storage.write(results_key(task.task_id, version), b"rows")
+    plant.run()
+    plant.step()
+    assert list(plant.storage.keys("results/")) == [results_key(tasks[0].task_id, v) for v in (1, 0)]
+
+
 def test_newcomers_do_not_overtake_the_tasks_of_a_group_that_failed(make_plant: MakePlant) -> None:
     plant = make_plant(workers=3)
     plant.cluster.score = lambda title, held: 0.6 if title == "red/bad" else 0.9
@@ -438,6 +479,43 @@ def test_a_preempted_task_is_the_next_again_and_its_checkpoint_is_there_until_it
     plant.cluster.release()
     plant.run(lambda: plant.get("red/alpha").state is TaskState.MERGING)
     assert list(plant.storage.keys(f"staging/{task.task_id}/")) == [plant.get("red/alpha").staging_key]
+
+
+def test_when_the_service_ends_what_trains_writes_a_checkpoint_and_goes_on_at_the_next_start(plant: Plant) -> None:
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    plant.submit("red/a", "red/b", "red/c")
+    plant.run(lambda: len(plant.cluster.held) == 2)
+    plant.controller.run(_stopped())
+    assert plant.states() == dict.fromkeys(("red/a", "red/b", "red/c"), "queued")  # and none was begun
+    assert [plant.get(title).preemptions for title in ("red/a", "red/b", "red/c")] == [1, 1, 0]
+    assert len([key for key in plant.storage.keys("staging/") if key.endswith("state")]) == 2
+    plant.cluster.release()
+    plant.kill()
+    plant.run()
+    assert set(plant.states().values()) == {"published"}
+    assert [plant.get(title).attempt for title in ("red/a", "red/b", "red/c")] == [2, 2, 1]
+
+
+def test_a_worker_that_writes_no_checkpoint_in_time_is_not_waited_for_and_its_task_is_not_lost(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller, "PREEMPT_SECONDS", 0.0)
+    monkeypatch.setattr(plant.cluster, "preempt", lambda worker, token: None)
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    plant.submit("red/a")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    plant.controller.run(_stopped())
+    assert plant.states() == {"red/a": "training"}
+    plant.kill()
+    plant.cluster.release()
+    plant.run()
+    assert (plant.states(), plant.get("red/a").attempt) == ({"red/a": "published"}, 1)
+
+
+def _stopped() -> threading.Event:
+    stop = threading.Event()
+    stop.set()
+    return stop
 
 
 def test_training_data_of_a_task_that_was_given_up_is_deleted_too(plant: Plant) -> None:
