@@ -34,6 +34,8 @@ from workers.orders import (
 
 WATCH_SECONDS = 0.5
 """Ranks at work are asked this often whether they are there; what they should stop is told them as often."""
+START_SECONDS = 180.0
+"""A new process imports torch before it answers for the first time."""
 GRACE_SECONDS = 10.0
 """From the first failure (or rank 0's outcome) until the ranks that are still at work are ended: gloo notices a dead
 peer in 3 s, and rank 0 words its outcome better than the supervisor can."""
@@ -62,8 +64,8 @@ class Ranks(Protocol):
         """
         ...
 
-    def end(self) -> None:
-        """Kill all of them; returns when they are dead. Nothing when there are none."""
+    def end(self, leave: bool) -> None:
+        """Kill all of them; returns when they are dead. `leave`: give up their places too."""
         ...
 
     def call(self, index: int, method: str, *args: Any) -> Call:
@@ -156,9 +158,9 @@ class Gang:
         """Write a checkpoint and stop; see Worker.preempt."""
         return self._tell(token, "preempt")
 
-    def pids(self) -> list[int]:
-        """Process id of each rank, on its machine."""
-        return self._all("pid")
+    def pids(self) -> list[tuple[str, int]]:
+        """Each rank's machine and its process id there, for people and for tests that kill one."""
+        return list(zip(self._nodes, self._all("pid"), strict=True))
 
     # --- an order ------------------------------------------------------------------------------------------------
 
@@ -233,7 +235,7 @@ class Gang:
 
     def _warm(self) -> BaseLayout:
         self._formed()
-        layouts: list[BaseLayout] = self._all("warm", in_time=False)
+        layouts: list[BaseLayout] = self._all("warm")
         if len({layout.sha256 for layout in layouts}) > 1:
             raise InvalidInput("the ranks loaded different weights", ", ".join(self._nodes), "make the sources equal")
         return layouts[0]
@@ -245,34 +247,37 @@ class Gang:
                 return self._met()
         except RankLost:
             self._disband()
-        self._ranks.start()
         try:
-            return self._met()
+            self._ranks.start()
+            return self._met(starting=True)
         except BaseException:
-            self._disband()
+            self._disband(leave=True)  # a place that does not answer for so long may be one that Ray still believes in
             raise
 
-    def _met(self) -> list[tuple[str, int]]:
-        places = self._all("meeting_place")
+    def _met(self, starting: bool = False) -> list[tuple[str, int]]:
+        places = self._all("meeting_place", starting)
         self._nodes = tuple(address for address, _ in places)
         return places
 
-    def _disband(self) -> None:
+    def _disband(self, leave: bool = False) -> None:
         self._nodes = ()
-        self._ranks.end()
+        self._ranks.end(leave)
 
-    def _all(self, method: str, in_time: bool = True) -> list[Any]:
-        """What every rank answers, by rank; RankLost where one is gone, or silent for longer than the lease."""
+    def _all(self, method: str, starting: bool = False) -> list[Any]:
+        """What every rank answers, by rank. It may take its time as long as the rank is there.
+
+        Raises:
+            RankLost: One is gone or silent; else what was raised on the other side.
+        """
         calls = {self._ranks.call(index, method): index for index in range(self._ranks.size)}
         answers: dict[int, Any] = {}
-        watch, until = _Watch(self._ranks), time.monotonic() + self._lease_seconds
+        watch = _Watch(self._ranks)
+        silence = START_SECONDS if starting else self._lease_seconds
         while calls:
             for call in self._ranks.landed(list(calls), WATCH_SECONDS):
                 answers[calls.pop(call)] = self._answer(call)
-            # Loading a large model may take longer than a lease, but not the answer to a simple question meanwhile.
-            silent = list(calls.values()) if in_time and time.monotonic() > until else []
-            for index in silent or watch.silent(calls.values(), self._lease_seconds):
-                answers[index] = RankLost(f"no answer for {self._lease_seconds:.0f} s")
+            for index in watch.silent(calls.values(), silence):
+                answers[index] = RankLost(f"no answer for {silence:.0f} s")
             for index, answer in answers.items():
                 if isinstance(answer, Exception):
                     raise self._named(index, answer)

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 from ray.util import get_placement_group, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.errors import Unavailable
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
@@ -22,6 +22,8 @@ from workers.gang import Call, Gang, RankLost
 from workers.orders import BaseLayout, Order, Outcome, Progress
 from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, WorkerActor
 
+HEAD = "node:__internal_head__"
+"""What only Ray's head node has; Ray Serve places its controller by it too."""
 PLACE_SECONDS = 60.0
 """Wait this long for a place for every rank, then give up the places there are and ask again from the start."""
 END_SECONDS = 10.0
@@ -60,7 +62,7 @@ class GangActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def pids(self) -> list[int]:
+    def pids(self) -> list[tuple[str, int]]:
         return self._gang.pids()
 
 
@@ -90,7 +92,6 @@ class RayRanks:
         # When a machine is lost, Ray finds its bundles another place by itself. A bundle is free again only when the
         # process that had it is gone, so no two generations of ranks are ever there at once.
         if not group.wait(PLACE_SECONDS):
-            end_ranks(self._name)
             raise Unavailable(
                 f"the cluster has no place for {self.size} ranks with {self._workers.cpus:g} CPUs and "
                 f"{self._workers.gpus:g} GPUs each",
@@ -108,13 +109,15 @@ class RayRanks:
             for index in range(self.size)
         ]
 
-    def end(self) -> None:
+    def end(self, leave: bool) -> None:
         actors, self._actors = self._actors, []
         for actor in actors:
             ray.kill(actor)
         until = time.monotonic() + END_SECONDS
         for actor in actors:
             _await_end(actor, until)
+        if leave:
+            end_ranks(self._name)
 
     def call(self, index: int, method: str, *args: Any) -> Call:
         if not self._actors:
@@ -169,7 +172,6 @@ def gang_actor(
     Returns:
         A handle with a worker's methods as remote calls.
     """
-    here = ray.get_runtime_context().get_node_id()
     options = {
         "name": name,
         "namespace": namespace,
@@ -179,8 +181,7 @@ def gang_actor(
         "max_concurrency": MAX_CONCURRENCY,
         "max_restarts": -1,
         "max_task_retries": 0,
-        # With the control plane, so that a gang of N machines does not depend on one more.
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
+        "resources": {HEAD: 0.001},  # if that machine is lost, so is everything; not one more
     }
     handle = GangActor.options(**options).remote(name, base_model, storage, folder, workers)  # type: ignore[attr-defined]
     handle.warm.remote()

@@ -7,12 +7,15 @@ the actor's process alone: whoever gives orders needs neither torch nor transfor
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
+import psutil
 import ray
+import ray.util
 
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings, is_local
-from workers.orders import BaseLayout, Order, Outcome, Progress
+from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
 
 NAMESPACE = "onebasis"
 
@@ -29,6 +32,7 @@ class WorkerActor:
         # Read when the libraries are imported, so before that.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
+        os.environ.update(_interface_environment(ray.util.get_node_ip_address()))
         if is_local(base_model.source):
             os.environ["HF_HUB_OFFLINE"] = "1"
         from workers.worker import Worker
@@ -38,8 +42,8 @@ class WorkerActor:
     def warm(self) -> BaseLayout:
         return self._worker.warm()
 
-    def run(self, order: Order) -> Outcome:
-        return self._worker.run(order)
+    def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
+        return self._worker.run(order, rank)
 
     def progress(self) -> Progress:
         return self._worker.progress()
@@ -47,8 +51,17 @@ class WorkerActor:
     def cancel(self, token: str) -> bool:
         return self._worker.cancel(token)
 
+    def preempt(self, token: str) -> bool:
+        return self._worker.preempt(token)
+
     def pid(self) -> int:
         return os.getpid()
+
+    def meeting_place(self) -> tuple[str, int]:
+        """This machine's address for other machines, and a port that is free now."""
+        address = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0)) as probe:
+            return address, probe.getsockname()[1]
 
 
 def worker_actor(
@@ -85,3 +98,12 @@ def worker_actor(
     )
     handle.warm.remote()
     return handle
+
+
+def _interface_environment(address: str) -> dict[str, str]:
+    """What makes ranks speak to each other over the network that Ray uses: gloo would take the address that the host's
+    own name resolves to, NCCL any interface. Who set it on the machine knows better."""
+    names = (name for name, entries in psutil.net_if_addrs().items() if address in {e.address for e in entries})
+    name = next(names, None)
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name else ()
+    return {variable: str(name) for variable in variables if variable not in os.environ}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -45,6 +45,8 @@ class StandInRanks:
         self.size = size
         self.generations: list[list[StandInRank]] = []
         self.room = True
+        self.left = 0
+        """How often places were given up."""
         self.make: Callable[[int, int], StandInRank] = lambda generation, index: StandInRank()
 
     @property
@@ -57,7 +59,8 @@ class StandInRanks:
         assert all(rank.dead for ranks in self.generations for rank in ranks), "two generations at once"
         self.generations.append([self.make(len(self.generations), index) for index in range(self.size)])
 
-    def end(self) -> None:
+    def end(self, leave: bool) -> None:
+        self.left += leave
         for rank in self.now if self.generations else ():
             rank.die()
 
@@ -85,7 +88,7 @@ class StandInRanks:
             rank.stopped.set()
         return {
             "meeting_place": (f"10.0.0.{index + 1}", 5000 + index),
-            "warm": type(LAYOUT)(rank.sha256, LAYOUT.module_shapes, LAYOUT.length_max),
+            "warm": replace(LAYOUT, sha256=rank.sha256),
             "progress": Progress("token", "training", 3, 10, loss=0.5, log_lines=(f"a line of rank {index}",)),
             "pid": 100 * len(self.generations) + index,
         }.get(method)
@@ -107,7 +110,7 @@ def gang(ranks: StandInRanks) -> Iterator[Gang]:
     gang = Gang(ranks, lease_seconds=5)
     gang.warm()
     yield gang
-    ranks.end()
+    ranks.end(leave=True)
 
 
 class Run:
@@ -172,7 +175,8 @@ def test_a_lost_rank_ends_all_and_the_next_order_finds_new_ones(gang: Gang, rank
     )
     assert all(rank.dead for rank in old)  # rank 0 waited in a collective for ever
     gang.warm()
-    assert gang.pids() == [200, 201]
+    assert ranks.left == 0  # on the machines that are there
+    assert gang.pids() == [("10.0.0.1", 200), ("10.0.0.2", 201)]
 
 
 def test_what_rank_0_says_of_the_broken_connection_is_not_taken_for_a_bug(gang: Gang, ranks: StandInRanks) -> None:
@@ -285,6 +289,7 @@ def test_a_cluster_without_room_is_a_reason_to_wait_and_costs_the_task_nothing(r
     ranks.room = False
     with pytest.raises(Unavailable, match="no place"):
         gang.run(TRAIN)
+    assert ranks.left == 1  # the next try asks for places anew
     with pytest.raises(Unavailable, match="being formed"):
         gang.progress()
     ranks.room, ranks.make = True, lambda generation, index: _done(trained("token"))
