@@ -20,6 +20,7 @@ from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_s
 from workers import worker as worker_module
 from workers.base_model import BaseModel
 from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
+from workers.results import read_results
 from workers.worker import OUTCOMES_KEPT, Worker
 
 STORAGE = StorageSettings(url="memory:worker-tests")
@@ -216,15 +217,22 @@ def test_a_task_is_scored_under_a_version(worker: Worker) -> None:
 
     storage = open_storage(STORAGE, "tiny")
     order = train("merged", training={"max_steps": 10, "learning_rate": 0.01})
+    order = replace(order, results_key="results/merged/local")
     trained = worker.run(order)
     assert isinstance(trained, Trained)
     writer = SubspaceStore.open(storage, base_model="tiny", writer="test")
     version = _merge(writer, order, trained)
-    evaluate = Evaluate("scored", order.task_id, version, order.spec, "data/eval")
+    evaluate = Evaluate("scored", order.task_id, version, order.spec, "data/eval", "results/merged/1")
     outcome = worker.run(evaluate)
     # One task in an empty subspace: nothing is lost but rounding.
     assert isinstance(outcome, Evaluated)
     assert (outcome.score, outcome.count) == (trained.local_score, 10)
+    assert outcome.metrics == trained.metrics
+    assert outcome.metrics["accuracy"] == outcome.score
+    before, after = (read_results(storage, f"results/merged/{name}") for name in ("local", "1"))
+    assert before.comparable(after)
+    assert (before.version, after.version, before.per_row) == (0, version, after.per_row)
+    assert sum(after.per_row) / 10 == outcome.score
     missing = worker.run(replace(evaluate, token="no such task", task_id="nobody"))
     assert isinstance(missing, Failed)
     assert missing.fault == "bug"
