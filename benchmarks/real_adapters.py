@@ -21,9 +21,10 @@ from subspace_store import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to
 from subspace_store.reorder import reorder
 from subspace_store.variants import Variant, merge_all
 from workers.base_model import BaseModel, load_base_model
+from workers.evaluation import score_adapter
 from workers.methods import lora
-from workers.task_data import TextRow, read_rows
-from workers.training import fit, score_adapter
+from workers.task_data import Row, read_rows
+from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_ROWS, EVAL_ROWS = 2000, 400
@@ -62,7 +63,8 @@ def measure(
         say("no --data: the six tasks of examples/ instead of ten text sets")
         folder = folder / "examples"
     specs = tasks(data)
-    base = load_base_model(read_settings(ROOT / "configs/local.yaml").base_model, "cpu")
+    settings = read_settings(ROOT / "configs/local.yaml").base_model
+    base = load_base_model(settings.model_copy(update={"device": "cpu"}))
     result: Figures = {"tasks": list(specs), "data": "examples/" if data is None else "text sets given by --data"}
     for kind, adapters in trained(base, specs, folder, kinds).items():
         say(f"{kind}: {len(adapters)} tasks")
@@ -82,7 +84,7 @@ def _rows(
     def accuracy(updates: Mapping[str, Mapping[str, ModuleUpdate]], with_update: bool = True) -> Figures:
         scores = {
             name: score_adapter(
-                base, replace(adapter, modules=updates[name]), evaluation[name], specs[name], _never, with_update
+                base, replace(adapter, modules=updates[name]), evaluation[name], specs[name], with_update=with_update
             ).value
             for name, adapter in adapters.items()
         }
@@ -175,16 +177,12 @@ def _train(base: BaseModel, spec: TaskSpec, seed: int, file: Path) -> None:
     started = time.perf_counter()
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": seed})})
     model = lora.prepare(base, spec)
-    fit(model, base, _read(spec, spec.data.train_file, TRAIN_ROWS), spec, file.stem, lambda _: None, _never)
+    fit(model, base, _read(spec, spec.data.train_file, TRAIN_ROWS), spec, Surroundings())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(adapter_to_bytes(lora.finish(model, base, spec)))
     print(f"  trained {file.parent.name}/{file.stem} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def _read(spec: TaskSpec, file: str | None, limit: int) -> tuple[TextRow, ...]:
+def _read(spec: TaskSpec, file: str | None, limit: int) -> tuple[Row, ...]:
     assert file is not None
-    return read_rows(Path(file).read_bytes(), spec.data, file)[:limit]
-
-
-def _never() -> bool:
-    return False
+    return read_rows(Path(file).read_bytes(), spec, file)[:limit]
