@@ -11,9 +11,7 @@ import os
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +27,7 @@ from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
 from workers.frozen_rows import open_rows
 from workers.methods import lora
+from workers.order_book import OrderBook
 from workers.orders import (
     ALONE,
     BaseLayout,
@@ -47,7 +46,6 @@ from workers.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
 from workers.training import check_lengths, stopper, train_task
 
-OUTCOMES_KEPT = 64  # a control plane asks again within minutes; an outcome is a few hundred bytes
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
     "sequence_classification": (TextRow("one", None, 0), TextRow("two", None, 1)),
@@ -74,9 +72,8 @@ class Worker:
         self._storage: Storage = open_storage(storage, folder)
         self._store: SubspaceStore | None = None
         self._base: BaseModel | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="onebasis-work")
+        self._book = OrderBook()
         self._lock = threading.Lock()
-        self._outcomes: OrderedDict[str, Future[Outcome]] = OrderedDict()
         self._wanted: dict[str, Asked] = {}
         """Token to what the control plane asked for."""
         self._progress = Progress()
@@ -91,7 +88,7 @@ class Worker:
         Raises:
             InvalidInput, Unavailable: See `load_base_model`.
         """
-        base = self._thread.submit(self._base_model).result()
+        base = self._book.between(self._base_model).result()
         return BaseLayout(base.sha256, base.module_shapes(), base.length_max, base.kinds)
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
@@ -106,13 +103,7 @@ class Worker:
         Raises:
             Unavailable: The storage was away; nothing is remembered, and the order may be given again.
         """
-        with self._lock:
-            future = self._outcomes.get(order.token)
-            if future is None:
-                future = self._outcomes[order.token] = self._thread.submit(self._outcome, order, rank)
-            self._outcomes.move_to_end(order.token)
-            self._forget_old()
-        return future.result()
+        return self._book.run(order.token, lambda: self._outcome(order, rank))
 
     def progress(self) -> Progress:
         """What is going on, with the log lines since the call before."""
@@ -126,12 +117,11 @@ class Worker:
         Returns:
             False when it is done or was never given; then nothing happens.
         """
+        if not self._book.is_open(token):
+            return False
         with self._lock:
-            future = self._outcomes.get(token)
-            if future is None or future.done():
-                return False
             self._wanted[token] = "cancel"
-            return True
+        return True
 
     def preempt(self, token: str) -> bool:
         """Let go of an order after its step, with a checkpoint; its outcome is then `Failed` with fault `preempted`.
@@ -139,22 +129,15 @@ class Worker:
         Returns:
             False when it is done or was never given; then nothing happens.
         """
+        if not self._book.is_open(token):
+            return False
         with self._lock:
-            future = self._outcomes.get(token)
-            if future is None or future.done():
-                return False
             self._wanted.setdefault(token, "preempt")
-            return True
+        return True
 
     def pid(self) -> int:
         """Process id, for people and for tests that kill it."""
         return os.getpid()
-
-    def _forget_old(self) -> None:
-        for token in [token for token, future in self._outcomes.items() if future.done()]:
-            if len(self._outcomes) <= OUTCOMES_KEPT:
-                return
-            del self._outcomes[token]
 
     def _outcome(self, order: Order, rank: Rank) -> Outcome:
         """In the work thread: do the order and turn what goes wrong into an outcome."""
@@ -168,8 +151,6 @@ class Worker:
         except InvalidInput as error:
             outcome = Failed(order.token, "input", str(error))
         except Unavailable:
-            with self._lock:
-                del self._outcomes[order.token]
             raise
         except Exception as error:
             message = f"{type(error).__name__}: {error}"

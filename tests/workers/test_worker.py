@@ -19,9 +19,10 @@ from subspace_store.storage import open_storage
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
 from workers import worker as worker_module
 from workers.base_model import BaseModel
+from workers.order_book import OUTCOMES_KEPT
 from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
 from workers.results import read_results
-from workers.worker import OUTCOMES_KEPT, Worker
+from workers.worker import Worker
 
 STORAGE = StorageSettings(url="memory:worker-tests")
 
