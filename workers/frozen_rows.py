@@ -180,12 +180,11 @@ def _fetched(storage: Storage, key: str, where: str) -> tuple[Any, str]:
         content = pa.py_buffer(piece)
     else:
         with _space_needed(where), tempfile.NamedTemporaryFile(prefix="onebasis-rows-") as file:
-            size = 0
-            while piece:
-                file.write(piece)
-                size += len(piece)
-                piece = storage.view(key, size, PIECE)
+            file.write(piece)
+            while len(piece) == PIECE:
+                piece = storage.view(key, file.tell(), PIECE)
                 digest.update(piece)
+                file.write(piece)
             file.flush()
             content = pa.memory_map(file.name).read_buffer()
     return content, digest.hexdigest()

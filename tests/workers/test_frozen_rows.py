@@ -1,0 +1,322 @@
+"""The same rows are the same task data in every format, and come back as they were given, whatever their number."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
+from configs.task_spec import TaskSpec
+from subspace_store.local_storage import LocalStorage
+from subspace_store.storage import Storage
+from tests.workers.data_builders import spec_of, written
+from workers import frozen_rows
+from workers.frozen_rows import FrozenRows, FrozenTask, StoredRows, freeze, open_rows
+from workers.task_data import CompletionRow, ImageRow, Row, TextRow
+
+SPEC = spec_of()
+IMAGES = spec_of("image_classification")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return LocalStorage(str(tmp_path / "storage"))
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many batches, temporary files and several requests, as if the rows were large."""
+    monkeypatch.setattr(frozen_rows, "BATCH_ROWS", 3)
+    monkeypatch.setattr(frozen_rows, "SPOOLED_BYTES", 100)
+    monkeypatch.setattr(frozen_rows, "PIECE", 160)
+
+
+@contextlib.contextmanager
+def frozen(spec: TaskSpec, train: Path, evaluation: Path | None = None) -> Iterator[FrozenTask]:
+    with contextlib.closing(freeze(spec, train, evaluation)) as task:
+        yield task
+
+
+def sha256_of(spec: TaskSpec, path: Path) -> str:
+    with frozen(spec, path) as task:
+        assert task.train
+        return task.train.sha256
+
+
+def kept(storage: Storage, spec: TaskSpec, rows: FrozenRows | None) -> StoredRows:
+    """Rows that went to the storage and came back."""
+    assert rows
+    key = rows.key("data/t-1", "train")
+    rows.write(storage, key)
+    return open_rows(storage, key, spec)
+
+
+def texts(storage: Storage, spec: TaskSpec, path: Path) -> tuple[list[str], list[str]]:
+    """The texts that are trained on and those that are kept for evaluation."""
+    with frozen(spec, path) as task:
+        sides = [kept(storage, spec, rows) for rows in (task.train, task.evaluation)]
+    left, right = ([row.text for row in rows if isinstance(row, TextRow)] for rows in sides)
+    return left, right
+
+
+# --- what rows say -----------------------------------------------------------------------------------------------
+
+
+def test_the_same_texts_are_the_same_task_data_in_every_format(tmp_path: Path) -> None:
+    lines = written(tmp_path / "a.jsonl", {"text": "one, two", "label": "no"}, {"text": "три\n", "label": "yes"})
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes().replace(b"\n", b"\n\n")))
+    (tmp_path / "c.csv").write_text('id,label,text\r\n7,0,"one, two"\r\n8,1,"три\n"\r\n', newline="")
+    pq.write_table(pa.table({"label": [0, 1], "text": ["one, two", "три\n"]}), tmp_path / "d.parquet")
+    files = [lines, tmp_path / "b.jsonl.gz", tmp_path / "c.csv", tmp_path / "d.parquet"]
+    assert len({sha256_of(SPEC, file) for file in files}) == 1
+
+
+def test_the_same_numbers_are_the_same_task_data_however_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,3\nb,0.10\n")
+    other = written(tmp_path / "b.jsonl", {"text": "a", "label": 3.0}, {"text": "b", "label": 0.1})
+    spec = spec_of("sequence_regression")
+    assert sha256_of(spec, tmp_path / "a.csv") == sha256_of(spec, other)
+
+
+def test_the_same_pixels_are_the_same_task_data_as_an_array_and_as_pictures(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (4, 5, 6, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", image=images, label=[0, 1, 0, 1])
+    encoded = []
+    for pixels in images:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        encoded.append({"bytes": file.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": encoded, "label": ["no", "yes"] * 2}), tmp_path / "b.parquet")
+    assert sha256_of(IMAGES, tmp_path / "a.npz") == sha256_of(IMAGES, tmp_path / "b.parquet")
+
+
+def test_other_texts_labels_or_order_are_other_task_data(tmp_path: Path) -> None:
+    spec = spec_of(text_pair_column="pair")
+    files = [
+        [("a", "b", 0), ("c", "d", 1)],
+        [("c", "d", 1), ("a", "b", 0)],
+        [("a", "b", 1), ("c", "d", 1)],
+        [("a", "b", 0), ("c", "d", 1), ("c", "d", 1)],
+        [("ab", "c", 0), ("d", "x", 1)],
+        [("a", "bc", 0), ("d", "x", 1)],
+    ]
+    digests = set()
+    for number, rows in enumerate(files):
+        lines = [{"text": text, "pair": pair, "label": label} for text, pair, label in rows]
+        digests.add(sha256_of(spec, written(tmp_path / f"{number}.jsonl", *lines)))
+    assert len(digests) == len(files)
+
+
+def test_labels_are_counted_and_rows_shared_between_the_files_whatever_their_labels(tmp_path: Path) -> None:
+    train = written(tmp_path / "t.jsonl", *({"text": text, "label": 0} for text in "xyzz"))
+    other = written(tmp_path / "e.jsonl", *({"text": text, "label": 1} for text in "zyw"))
+    with frozen(SPEC, train, other) as task:
+        assert task.train
+        assert task.evaluation
+        assert (task.train.count, task.evaluation.count, task.shared_rows) == (4, 3, 3)  # y, z and z again
+        assert dict(task.train.per_label) == {"no": 4, "yes": 0}
+
+
+# --- there and back ----------------------------------------------------------------------------------------------
+
+CHAT = ("system", "user", "assistant")
+ROWS: dict[str, tuple[TaskSpec, list[dict[str, Any]], Sequence[Row]]] = {
+    "texts": (
+        SPEC,
+        [{"text": f"text {n}", "label": n % 2} for n in range(20)],
+        [TextRow(f"text {n}", None, n % 2) for n in range(20)],
+    ),
+    "pairs": (
+        spec_of("sequence_regression", text_pair_column="pair"),
+        [{"text": "a", "pair": f"ü{n}", "label": n / 7} for n in range(6)],
+        [TextRow("a", f"ü{n}", n / 7) for n in range(6)],
+    ),
+    "prompts": (
+        spec_of("causal_lm"),
+        [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(7)],
+        [CompletionRow((("user", f"{n}+1="), ("assistant", str(n + 1))), False) for n in range(7)],
+    ),
+    "messages": (
+        spec_of("causal_lm", messages_column="m"),
+        [{"m": [{"role": role, "content": role * n} for role in CHAT]} for n in range(1, 9)],
+        [CompletionRow(tuple((role, role * n) for role in CHAT), True) for n in range(1, 9)],
+    ),
+    "pixels": (
+        IMAGES,
+        [{"image": [[n, n], [n, 0], [0, 0]], "label": 1} for n in range(5)],
+        [ImageRow(np.array([[n, n], [n, 0], [0, 0]], np.uint8)[..., None], 1) for n in range(5)],
+    ),
+}
+
+
+def equal(row: Row, other: Row) -> bool:
+    if isinstance(row, ImageRow) and isinstance(other, ImageRow):
+        return np.array_equal(row.image, other.image) and (row.label, row.encoded) == (other.label, other.encoded)
+    return row == other and isinstance(row, TextRow | CompletionRow)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.usefixtures("small_pieces")
+def test_rows_of_every_kind_come_back_as_they_were_given(name: str, storage: Storage, tmp_path: Path) -> None:
+    spec, given, rows = ROWS[name]
+    with frozen(spec, written(tmp_path / "a.jsonl", *given)) as task:
+        back = kept(storage, spec, task.train)
+    assert len(back) == len(rows)
+    assert all(equal(*pair) for pair in zip(back, rows, strict=True))
+    for index in (0, 3, 1, len(rows) - 1, 2, -1, -len(rows)):
+        assert equal(back[index], rows[index])
+    assert all(equal(*pair) for pair in zip(back[1:-1:2], rows[1:-1:2], strict=True))
+    for beyond in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError):
+            back[beyond]
+
+
+def test_encoded_pictures_are_kept_encoded(storage: Storage, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (200, 100), (1, 2, 3)).save(file, "PNG")
+    pq.write_table(pa.table({"image": [file.getvalue()], "label": [1]}), tmp_path / "a.parquet")
+    with frozen(IMAGES, tmp_path / "a.parquet") as task:
+        (row,) = kept(storage, IMAGES, task.train)
+    assert equal(row, ImageRow(np.full((100, 200, 3), (1, 2, 3), np.uint8), 1, file.getvalue()))
+    assert len(storage.read(storage.keys("")[0])) < 5000  # 60,000 as pixels
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_rows_that_were_changed_in_the_storage_are_corrupt(storage: Storage, tmp_path: Path) -> None:
+    with frozen(SPEC, written(tmp_path / "a.jsonl", *ROWS["texts"][1])) as task:
+        kept(storage, SPEC, task.train)
+    (key,) = storage.keys("data/")
+    whole = storage.read(key)
+    at = whole.index(b"text 7")
+    for changed in (whole[:-9], b"", whole[:at] + b"T" + whole[at + 1 :]):
+        storage.write(key, changed)
+        with pytest.raises(Corrupt, match="not what its name says"):
+            open_rows(storage, key, SPEC)
+    storage.delete(key)
+    with pytest.raises(NotFound):
+        open_rows(storage, key, SPEC)
+
+
+def test_rows_that_an_earlier_release_froze_can_still_be_opened(storage: Storage) -> None:
+    storage.write("data/t-1/eval.jsonl.gz", gzip.compress(b'{"text": "x", "label": "yes"}\n{"text": "y", "label": 0}'))
+    rows = open_rows(storage, "data/t-1/eval.jsonl.gz", SPEC)
+    assert list(rows) == [rows[0], rows[1]] == [TextRow("x", None, 1), TextRow("y", None, 0)]
+
+
+# --- a share of the rows -----------------------------------------------------------------------------------------
+
+QUARTER = spec_of(eval_fraction=0.25)
+LINES = [{"text": f"text {n}", "label": n % 2} for n in range(400)]
+
+
+def test_a_share_of_the_rows_is_kept_for_evaluation_and_not_trained_on(storage: Storage, tmp_path: Path) -> None:
+    train, evaluation = texts(storage, QUARTER, written(tmp_path / "a.jsonl", *LINES))
+    assert sorted(train + evaluation) == sorted(line["text"] for line in LINES)
+    assert 70 < len(evaluation) < 130  # 100 ± 3.5 standard deviations of 8.7
+
+
+def test_rows_stay_on_their_side_when_others_are_added_or_all_are_shuffled(storage: Storage, tmp_path: Path) -> None:
+    train, evaluation = texts(storage, QUARTER, written(tmp_path / "a.jsonl", *LINES[:300]))
+    more, kept_more = texts(storage, QUARTER, written(tmp_path / "b.jsonl", *reversed(LINES)))
+    assert set(train) < set(more)
+    assert set(evaluation) < set(kept_more)
+
+
+def test_equal_texts_are_on_one_side_whatever_their_labels(storage: Storage, tmp_path: Path) -> None:
+    doubled = [line | {"label": label} for line in LINES for label in (0, 1)]
+    train, evaluation = texts(storage, QUARTER, written(tmp_path / "a.jsonl", *doubled))
+    assert not set(train) & set(evaluation)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"),
+    [(0.001, "has no rows for evaluation\n  → raise data.eval_fraction"), (0.999, "has no rows\n  → lower data.eval_")],
+)
+def test_a_share_that_leaves_a_side_empty_is_refused(fraction: float, said: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", *LINES[:5])
+    with pytest.raises(InvalidInput) as caught:
+        freeze(spec_of(eval_fraction=fraction), path, None)
+    assert said in str(caught.value)
+
+
+# --- large files -------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from subspace_store.local_storage import LocalStorage
+from tests.workers.data_builders import spec_of
+from workers.frozen_rows import freeze, open_rows
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def held():  # mapped files do not count: the system drops their pages when it needs the space
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+
+def through(path):
+    task = freeze(spec, path, None)
+    after_freezing = peak()
+    key = task.train.key("data", path.stem)
+    task.train.write(storage, key)
+    task.close()
+    rows = open_rows(storage, key, spec)
+    words = sum(len(rows[index].text.split()) for index in range(0, len(rows), 50))
+    return len(rows), words, after_freezing, held()
+
+folder = Path(sys.argv[1])
+spec, storage = spec_of(), LocalStorage(str(folder / "storage"))
+_, _, before_peak, before_held = through(folder / "small.csv")  # imports and allocators take their share
+count, words, after_peak, after_held = through(folder / "large.csv")
+print(json.dumps([count, words, after_peak - before_peak, after_held - before_held]))
+"""
+
+
+def test_a_large_file_is_checked_frozen_and_opened_without_being_in_memory(tmp_path: Path) -> None:
+    for name, rows in (("small", 2_000), ("large", 12_500)):
+        with open(tmp_path / f"{name}.csv", "w") as file:
+            file.write("text,label\n")
+            file.writelines(f'"{number}{" word" * 1000}",{number % 2}\n' for number in range(rows))
+    assert (tmp_path / "large.csv").stat().st_size > 62e6
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    count, words, frozen_kb, opened_kb = json.loads(answer.stdout)
+    assert (count, words) == (12_500, 250 * 1001)
+    assert frozen_kb < 30_000  # of 62,500, however large the file; some batches and buffers
+    assert opened_kb < 15_000
+
+
+def test_rows_that_would_fill_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_rows, "FROZEN_BYTES_MAX", 1000)
+    monkeypatch.setattr(frozen_rows, "BATCH_ROWS", 3)
+    with pytest.raises(InvalidInput, match="more than 1000 bytes"):
+        freeze(SPEC, written(tmp_path / "a.jsonl", *LINES), None)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_disk_without_space_is_no_mistake_of_the_rows(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "a.jsonl", *LINES)
+    with frozen(SPEC, path) as task:
+        kept(storage, SPEC, task.train)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(Unavailable, match="no temporary file"):
+        freeze(SPEC, path, None)
+    with pytest.raises(Unavailable, match="no temporary file"):
+        open_rows(storage, storage.keys("data/")[0], SPEC)
