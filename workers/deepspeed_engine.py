@@ -35,9 +35,15 @@ def deepspeed_process() -> Iterator[None]:
         )
         yield
     finally:
+        from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
+        # At stage 3 these two would keep every task's model for ever.
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
         deepspeed.comm.comm.cdb = None
@@ -46,6 +52,22 @@ def deepspeed_process() -> Iterator[None]:
 def stage_of(config: dict[str, Any] | None) -> int:
     """The ZeRO stage that a configuration asks for; 0 without one."""
     return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
+
+
+def release(engine: Any) -> None:
+    """Let go of an engine and of the weights that it partitioned, once they have been read.
+
+    At stage 3 parameters carry methods that hold the engine, in cycles through C++ that Python's collector cannot see:
+    each task would leave its share of the base model and its optimizer behind. So what they hold is emptied.
+    """
+    engine.destroy()
+    optimizer = engine.optimizer
+    for parameter in engine.module.parameters():
+        vars(parameter).clear()
+        parameter.data = torch.empty(0)
+    for holder in (getattr(optimizer, "parameter_offload", None), optimizer, engine):
+        if holder is not None:
+            vars(holder).clear()
 
 
 def gathered(parameters: list[Any]) -> Any:

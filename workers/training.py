@@ -20,15 +20,24 @@ from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import MAIN
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
-from workers.evaluation import Score, score_adapter
-from workers.methods import Given, Method, import_adapter, lora
+from workers.deepspeed_engine import release
+from workers.evaluation import GENERATED, Score, score_adapter
+from workers.frozen_rows import open_rows
+from workers.methods import Given, Method, codyra, import_adapter, lora, refine, share
+from workers.methods.factors import describe
 from workers.orders import ALONE, Progress, Rank, Train, Trained
 from workers.rank_group import RankGroup, joined
-from workers.results import results_of, write_results
-from workers.task_data import TextRow, read_rows
+from workers.results import Results, write_results
+from workers.task_data import Row
 from workers.trainer import Asked, Cancelled, OutOfMemory, Preempted, Report, Surroundings, TrainingRun, fit
 
-METHODS: dict[str, Method] = {"lora": lora, "import": import_adapter}
+METHODS: dict[str, Method] = {
+    "lora": lora,
+    "share": share,
+    "codyra": codyra,
+    "import": import_adapter,
+    "refine": refine,
+}
 
 
 def train_task(
@@ -98,6 +107,13 @@ def check_lengths(base: BaseModel, spec: TaskSpec) -> None:
             "data.max_length",
             f"set it to {base.length_max} or less",
         )
+    if spec.metric in GENERATED and spec.data.max_new_tokens >= base.length_max:
+        raise InvalidInput(
+            f"an answer of {spec.data.max_new_tokens} tokens leaves no room for its prompt: the base model "
+            f"{base.name!r} has {base.length_max} positions",
+            "data.max_new_tokens",
+            "lower it",
+        )
 
 
 class _Attempt:
@@ -124,12 +140,12 @@ class _Attempt:
     def train(self) -> tuple[Adapter, TrainingRun]:
         """Prepare, train and read the adapter out; from a checkpoint where there is one."""
         order, spec = self._order, self._order.spec
-        frozen = self._storage.read(order.train_key) if order.train_key else b""
         if not METHODS[spec.method.name].TRAINS:
             self._say(f"task {order.task_id}: method {self.method_name}")
             method = METHODS[self.method_name]
+            frozen = self._storage.read(order.train_key) if order.train_key else b""
             return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
-        rows = read_rows(frozen, spec.data, "training rows")
+        rows = open_rows(self._storage, order.train_key, spec)
         halvings = 0
         while True:
             try:
@@ -142,11 +158,12 @@ class _Attempt:
                 halvings += 1
                 self._say(f"memory ran out with {size} rows at once: goes on with {size // 2}, accumulated")
 
-    def _train_from_here(self, rows: Sequence[TextRow], halvings: int) -> tuple[Adapter, TrainingRun]:
+    def _train_from_here(self, rows: Sequence[Row], halvings: int) -> tuple[Adapter, TrainingRun]:
         spec, group = self._order.spec, self._group
         given, checkpoint = self._given(self._checkpoint(), rows)
         method = METHODS[self.method_name]
         prepared = method.prepare(self._base, spec, given)
+        self._say(describe(prepared, self.method_name, spec.lora.r))
         saver = _Saver(self._storage, self._folder, self._say)
         around = Surroundings(
             self._order.token,
@@ -165,9 +182,9 @@ class _Attempt:
             run = fit(prepared, self._base, rows, spec, around)
         finally:
             saver.wait()
-        adapter = method.finish(prepared, self._base, spec)
+        adapter = method.finish(prepared, self._base, spec, given)
         if run.engine is not None:
-            run.engine.destroy()
+            release(run.engine)
         return adapter, replace(run, engine=None)
 
     def _checkpoint(self) -> Checkpoint | None:
@@ -180,7 +197,7 @@ class _Attempt:
             raise Unavailable("rank 0 sees a checkpoint that this rank does not see", key, "try again")
         return checkpoint
 
-    def _given(self, checkpoint: Checkpoint | None, rows: Sequence[TextRow]) -> tuple[Given, Checkpoint | None]:
+    def _given(self, checkpoint: Checkpoint | None, rows: Sequence[Row]) -> tuple[Given, Checkpoint | None]:
         """What the method starts from: the same on every rank, and the same again after an interruption."""
         order, spec = self._order, self._order.spec
         self._store.refresh()
@@ -247,15 +264,13 @@ def _scores(
     if not order.eval_key:
         return Score(math.nan, {}, ()), math.nan
     report(Progress(order.token, "scoring"))
-    frozen = storage.read(order.eval_key)
-    rows = read_rows(frozen, order.spec, "evaluation rows")
+    rows = open_rows(storage, order.eval_key, order.spec)
     stop = stopper(asked)
     local = score_adapter(base, adapter, rows, order.spec, stop)
     alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
     if order.results_key:
-        write_results(
-            storage, order.results_key, results_of(order.task_id, 0, order.spec.metric, frozen, local.per_row)
-        )
+        results = Results(order.task_id, 0, order.spec.metric, rows.sha256, local.per_row)
+        write_results(storage, order.results_key, results)
     return local, alone.value
 
 

@@ -58,3 +58,20 @@ def test_a_task_with_deepspeed_trains_like_one_without_and_leaves_nothing_behind
     assert torch.allclose(partitioned.head["classifier.weight"], expected.head["classifier.weight"], atol=1e-5)
     assert again.adapter_sha256 == plain.adapter_sha256
     assert dict(os.environ) == environment
+
+
+def test_a_task_leaves_none_of_its_tensors_behind(request: pytest.FixtureRequest, tiny: Tiny) -> None:
+    """Stage 3 parts the base model's weights: a warm rank must not keep a part of them for each task it has done."""
+    import gc
+
+    def held() -> int:
+        gc.collect()
+        return sum(one.numel() for one in gc.get_objects() if isinstance(one, torch.Tensor))
+
+    counts = []
+    for number in range(4):
+        spec = sentiment_task(training={"deepspeed": zero(3)})
+        Desk(f"{request.node.name}{number}").train(tiny("bert"), spec)
+        counts.append(held())
+    base = sum(parameter.numel() for parameter in tiny("bert").task_model(spec).parameters())
+    assert counts[3] - counts[1] < base / 100
