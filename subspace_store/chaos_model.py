@@ -5,7 +5,7 @@ raises Violation at the first that breaks a promise:
 
 * acknowledged: a request that was answered stands in the log once, with that version and those tasks;
 * immutable: no record and no blob is ever written over; a version reads the same to everybody, for ever, and its tasks
-  are those that were delivered;
+  are those that were delivered, or refined since;
 * fenced: only the writer that took the newest epoch adds records, and each follows from the state before it;
 * reachable: what a version that lives needs is there whenever it lives;
 * collected: after a last collection nothing else is;
@@ -60,6 +60,12 @@ class Model:
         """op_key of every merge that was asked for to its tasks."""
         self.delivered: dict[str, Mapping[str, Tensor]] = {}
         """Task id to its dense updates and head, as handed over."""
+        self.refined: dict[str, Mapping[str, Tensor]] = {}
+        """sha256 of every adapter that was handed over for a refinement to its dense updates and head."""
+        self.candidates: dict[str, int] = {}
+        """op_key of every refinement that was asked for to the candidate that it was made on."""
+        self.expected: dict[int, dict[str, Mapping[str, Tensor]]] = {0: {}}
+        """Version to its tasks, each to what it must be there."""
         self.acknowledged: dict[str, int] = {}
         self.seen: dict[int, Updates] = {}
         self.states = [self._state()]
@@ -106,6 +112,8 @@ class Model:
         if tasks:
             held = {*self._tasks_at(self.refs["candidate"])}
             self._must(bool(tasks & (held | self.quarantined)), f"acknowledged: {op_key} is refused: {why}")
+        if self.candidates.get(op_key) == self.refs["candidate"]:
+            self._must(bool(self.quarantined), f"acknowledged: {op_key} is refused: {why}")
 
     def observed(self, seq: int, state: Mapping[str, object]) -> None:
         """Somebody has folded the log up to a record."""
@@ -118,7 +126,7 @@ class Model:
         self._must(updates.keys() == tasks, f"version {version} has the tasks {tasks}, somebody read {set(updates)}")
         first = self.seen.setdefault(version, updates)
         for task in tasks:
-            for name, delta in self.delivered[task].items():
+            for name, delta in self.expected[version][task].items():
                 for other in (delta, first[task][name]):
                     same = float((updates[task][name] - other).abs().max()) <= TOLERANCE
                     self._must(same, f"immutable: task {task} is not what it was in version {version}")
@@ -160,7 +168,8 @@ class Model:
                 if before["snapshot"]:
                     refs.append(before["snapshot"])
                     break
-                refs += [before["transport"], *(task["coefficients"] for task in before["added"])]
+                refs += [before["transport"]] if before["transport"] else []
+                refs += [task["coefficients"] for task in self._brought(before)]
         return keys | {ref["key"] for ref in refs}
 
     def is_dropped(self, task: str) -> bool:
@@ -171,7 +180,11 @@ class Model:
 
     @staticmethod
     def _adapters(version: Plain) -> dict[str, str]:
-        return {task["task_id"]: task["adapter"]["key"] for task in version["added"]}
+        return {task["task_id"]: task["adapter"]["key"] for task in Model._brought(version)}
+
+    @staticmethod
+    def _brought(version: Plain) -> list[Plain]:
+        return [*version["added"], *version["refined"]]
 
     def _tasks_at(self, number: int) -> list[str]:
         return [task for version in self.lineage(number) for task in self._added(version)]
@@ -181,9 +194,8 @@ class Model:
         return [task["task_id"] for task in version["added"]]
 
     def _refs(self, version: Plain) -> list[Plain]:
-        tasks = [ref for task in version["added"] for ref in (task["adapter"], task["coefficients"])]
-        refs = [version["basis"], version["transport"], *tasks]
-        return [*refs, version["snapshot"]] if version["snapshot"] else refs
+        tasks = [ref for task in self._brought(version) for ref in (task["adapter"], task["coefficients"])]
+        return [version["basis"], *tasks, *(version[name] for name in ("transport", "snapshot") if version[name])]
 
     def _record(self, key: str, content: bytes) -> None:
         record = json.loads(content)
@@ -211,7 +223,7 @@ class Model:
     def _moves(self, op: str, record: Plain) -> dict[str, int]:
         """The refs that an operation moves."""
         body = record["body"]
-        if op == "merge":
+        if op in ("merge", "refine"):
             return {} if body["version"]["remakes"] else {"candidate": body["version"]["number"]}
         if op == "publish":
             return {"main": body["version"]}
@@ -248,8 +260,22 @@ class Model:
             self._must(set(tasks) == others, f"acknowledged: {what} has {tasks} instead of {others}")
         else:
             self._must(version["parent"] == self.refs["candidate"], f"{what} is not on the candidate")
+        # Made again, a task is what it is on the candidate now; merged anew, what was delivered.
+        known = self.expected[self.refs["candidate"]] if version["remakes"] else self.delivered
+        self.expected[number] = self.expected[version["parent"]] | {task: known[task] for task in self._added(version)}
         gone = self.needed() - self.present()
         self._must(not gone, f"reachable: {what} needs {sorted(gone)}, which are not there")
+        return number
+
+    def _refine(self, body: Plain, what: str) -> int:
+        version = body["version"]
+        parent = self.versions[version["parent"]]
+        same = ("basis", "basis_versions", "module_count", "rank_max")
+        self._must([version[name] for name in same] == [parent[name] for name in same], f"{what} has another basis")
+        self._must(not version["added"] and version["transport"] is None, f"{what} is a merge")
+        self._must({task["task_id"] for task in version["refined"]} <= {*self._tasks_at(version["parent"])}, what)
+        number = self._merge(body, what)
+        self.expected[number] |= {t["task_id"]: self.refined[t["adapter"]["sha256"]] for t in version["refined"]}
         return number
 
     def _publish(self, body: Plain, what: str) -> None:

@@ -10,7 +10,7 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from configs.errors import Corrupt, NotFound
 from subspace_store import retention
-from subspace_store.adapter import Adapter, canonical_update
+from subspace_store.adapter import Adapter, adapter_to_bytes, canonical_update, digest
 from subspace_store.chaos_model import Model
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import CANDIDATE, MAIN, StagedAdapter, TaskScore
+from subspace_store.version import CANDIDATE, MAIN, StagedAdapter, TaskScore, Version
 
 BASE = "tiny"
 SHAPES = {"a": (6, 5), "b": (4, 5)}
@@ -70,6 +70,7 @@ class Requests:
         merging = {self._merge: 12} if self._merges_left else {}
         return merging | {
             self._merge_again: 4,
+            self._refine: 4,
             self._judge: 12,
             self._roll_back: 2,
             self._score: 1,
@@ -99,21 +100,40 @@ class Requests:
         task = self._random.choice(tasks)
         return self._merging({task: self._adapters[task]})
 
+    def _refine(self, store: SubspaceStore) -> Request | None:
+        """A task of the candidate, turned round: −ΔW lies in the span of its basis as ΔW does."""
+        candidate = store.state.refs[CANDIDATE]
+        tasks = list(store.state.tasks_at(candidate))
+        if not tasks:
+            return None
+        task = self._random.choice(tasks)
+        served = store.adapter(task, candidate)
+        turned = {name: replace(update, u_NR=-update.u_NR) for name, update in served.modules.items()}
+        adapter = replace(served, modules=turned, head={name: -tensor for name, tensor in served.head.items()})
+        self._model.refined[digest(adapter_to_bytes(adapter))] = dense(adapter)
+        request = self._uploading("refine", {task: adapter}, SubspaceStore.refine)
+        self._model.candidates[request.op_key] = candidate
+        return request
+
     def _merging(self, adapters: Mapping[str, Adapter]) -> Request:
-        number = self._next("merge")
-        op_key = f"merge-{number}"
-        self._model.asked[op_key] = tuple(adapters)
+        request = self._uploading("merge", adapters, SubspaceStore.merge)
+        self._model.asked[request.op_key] = tuple(adapters)
+        return request
+
+    def _uploading(self, kind: str, adapters: Mapping[str, Adapter], ask_for: Callable[..., Version]) -> Request:
+        number = self._next(kind)
+        op_key = f"{kind}-{number}"
         uploads: dict[str, StagedAdapter] = {}
 
         def ask(store: SubspaceStore) -> int:
             for task, adapter in adapters.items():
                 if task not in uploads:
                     try:
-                        ref = store.stage(f"staging/{task}/{number}/adapter.safetensors", adapter)
+                        ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
                     except Corrupt as error:
                         raise NotFound("another writer was asked too, merged it, and collected the upload") from error
                     uploads[task] = StagedAdapter(task, f"team/{task}", ref.key, ref.sha256)
-            return store.merge([uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
+            return ask_for(store, [uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
 
         return Request(op_key, ask, uploads_of=tuple(adapters))
 

@@ -417,9 +417,10 @@ class SubspaceStore(SubspaceReader):
             arrivals = [self._again(newest[id_], candidate) for id_ in others]
             if not arrivals:
                 continue
-            step_key = f"{op_key} {version.number}"
+            refined = [f" {newest[id_].version}" for id_ in others if newest[id_].version != version.number]
+            step_key = f"{op_key} {version.number}{''.join(refined)}"
             known = self._done(step_key)
-            if known is not None and known not in self.state.expired:
+            if known is not None and known not in self.state.expired and self.state.versions[known].parent == parent:
                 parent = known
                 continue
             written = self._write(parent, arrivals, Lineage(version.number, (*version.removed, task.task_id)))

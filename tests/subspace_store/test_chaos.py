@@ -40,7 +40,9 @@ def test_no_promise_is_broken_and_the_runs_meet_every_fault() -> None:
     assert all(counts[kind] > 2 for kind in FAULTS), counts
     for what in ("merge acknowledged", "fenced, told by Conflict", "collections", "blobs collected", "versions read"):
         assert counts[what] > SEEDS // 2, counts
-    for what in ("publish", "reject", "rollback", "tag", "pin", "unpin", "hold", "release", "quarantine", "expire"):
+    for what in ("publish", "reject", "rollback", "refine", "tag", "pin", "unpin", "hold", "release", "quarantine"):
+        assert counts[f"{what} acknowledged"] > 2, counts
+    for what in ("expire", "remove"):
         assert counts[f"{what} acknowledged"] > 2, counts
 
 

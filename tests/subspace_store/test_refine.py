@@ -333,3 +333,34 @@ def test_shapes_of_a_module_stay_those_of_the_parent_for_a_task_that_adapts_fewe
     assert list(store.adapter("b", 3).modules) == [name]
     assert set(store.ranks(3)) == set(SHAPES)
     assert verify(store) == []
+
+
+@pytest.mark.parametrize("task", ["d", "a"])  # younger than the removed task, and older
+def test_a_removal_that_was_interrupted_before_a_refinement_does_not_lose_it(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crash(BaseException):
+        """The process is gone."""
+
+    store = grown("ab", "c", "d", "e")
+    write, calls = SubspaceStore._write, []
+
+    def failing(self: SubspaceStore, *arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Crash
+        return write(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SubspaceStore, "_write", failing)
+    with pytest.raises(Crash):
+        store.remove("c", op_key="r", actor="me")
+    assert store.state.versions[5].remakes == 3  # d, as it was delivered
+    adapter = in_the_basis(store, 7, version=4)
+    refined(store, {task: adapter})
+    version = store.remove("c", op_key="r", actor="me")
+    assert version is not None
+    held = store.state.tasks_at(version.number)
+    assert sorted(held) == ["a", "b", "d", "e"]
+    lost = relative_distance(deltas(store.adapter(task, version.number)), deltas(adapter), deltas(adapter))
+    assert lost <= store.state.error_bounds(version.number)[task] + 1e-5
+    assert verify(store) == []
