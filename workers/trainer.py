@@ -41,7 +41,7 @@ class Cancelled(Exception):
 
 
 class Preempted(Exception):
-    """The machine is wanted for something else; a checkpoint was handed to `Surroundings.save`."""
+    """To be given up and taken up again, through nobody's fault: a checkpoint was handed to `Surroundings.save`."""
 
 
 class OutOfMemory(InvalidInput):

@@ -6,11 +6,14 @@ adapter out, score it, stage it. Every rank of a gang runs this page; rank 0 alo
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+
+import torch
 
 from configs.errors import InvalidInput, NotFound, Unavailable
 from configs.task_spec import TaskSpec
@@ -24,7 +27,7 @@ from workers.deepspeed_engine import release
 from workers.evaluation import GENERATED, Score, score_adapter
 from workers.frozen_rows import open_rows
 from workers.methods import Given, Method, codyra, import_adapter, lora, refine, share
-from workers.methods.factors import describe
+from workers.methods.factors import describe, trainable_numbers
 from workers.orders import ALONE, Progress, Rank, Train, Trained
 from workers.rank_group import RankGroup, joined
 from workers.results import Results, write_results
@@ -93,6 +96,7 @@ def train_task(
         time.monotonic() - started,
         run.first_step_at,
         method=attempt.method_name,
+        trainable_parameters=attempt.trained_numbers,
         basis_version=attempt.version,
         resumed_from=run.resumed_from,
         metrics=local.metrics,
@@ -133,9 +137,12 @@ class _Attempt:
         self._report, self._asked, self._group = report, asked, group
         self._run = run_digest(order.spec, base.sha256, order.train_key, order.refine_version)
         self._folder = order.staging_key.rpartition("/")[0]
+        self._prefix = self._folder.rpartition("/")[0] + "/"
+        """Of all of the task's attempts."""
         self.method_name: str = order.spec.method.name
         self.version = 0
         """Whose basis was leased."""
+        self.trained_numbers = 0
 
     def train(self) -> tuple[Adapter, TrainingRun]:
         """Prepare, train and read the adapter out; from a checkpoint where there is one."""
@@ -146,23 +153,32 @@ class _Attempt:
             frozen = self._storage.read(order.train_key) if order.train_key else b""
             return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
         rows = open_rows(self._storage, order.train_key, spec)
-        halvings = 0
         while True:
+            notes = self._storage.keys(f"{self._prefix}halved-") if self._group.rank.leads else []
+            halvings = self._group.agree(len(notes))
             try:
                 return self._train_from_here(rows, halvings)
             except OutOfMemory:
                 size = spec.training.per_device_train_batch_size >> halvings
-                # The other ranks of a gang wait in a collective for one that ran out of memory: its supervisor ends it.
-                if not spec.training.auto_find_batch_size or size % 2 or self._group.rank.size > 1:
+                if not spec.training.auto_find_batch_size or size % 2:
                     raise
-                halvings += 1
-                self._say(f"memory ran out with {size} rows at once: goes on with {size // 2}, accumulated")
+                # A note for later attempts, and for the whole gang: its other ranks wait in a collective for this one,
+                # so its supervisor ends them all and the task comes again.
+                self._storage.write(f"{self._prefix}halved-{halvings + 1}", b"")
+                said = f"memory ran out with {size} rows at once: goes on with {size // 2}, accumulated"
+                if self._group.rank.size > 1:
+                    raise Preempted(said) from None
+            self._say(said)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _train_from_here(self, rows: Sequence[Row], halvings: int) -> tuple[Adapter, TrainingRun]:
         spec, group = self._order.spec, self._group
         given, checkpoint = self._given(self._checkpoint(), rows)
         method = METHODS[self.method_name]
         prepared = method.prepare(self._base, spec, given)
+        self.trained_numbers = sum(trainable_numbers(prepared).values())
         self._say(describe(prepared, self.method_name, spec.lora.r))
         saver = _Saver(self._storage, self._folder, self._say)
         around = Surroundings(
@@ -189,8 +205,7 @@ class _Attempt:
 
     def _checkpoint(self) -> Checkpoint | None:
         """The furthest one of this run. Rank 0 looks, the others read the very same."""
-        prefix = self._folder.rpartition("/")[0] + "/"
-        found = newest_checkpoint(self._storage, prefix, self._run) if self._group.rank.leads else None
+        found = newest_checkpoint(self._storage, self._prefix, self._run) if self._group.rank.leads else None
         key = self._group.agree(found[0] if found else "")
         checkpoint = found[1] if found else read_checkpoint(self._storage, key) if key else None
         if key and checkpoint is None:

@@ -146,8 +146,8 @@ class Worker:
             outcome = self._do(order, rank)
         except Cancelled:
             outcome = Failed(order.token, "cancelled", "cancelled while it was running")
-        except Preempted:
-            outcome = Failed(order.token, "preempted", "its worker was wanted for something else")
+        except Preempted as error:
+            outcome = Failed(order.token, "preempted", str(error) or "its worker was wanted for something else")
         except InvalidInput as error:
             outcome = Failed(order.token, "input", str(error))
         except Unavailable:

@@ -233,3 +233,60 @@ def test_minilm_learns_sentiment_from_sixty_rows(request: pytest.FixtureRequest)
     assert trained.local_score >= 0.9
     assert trained.local_score > trained.base_score
     assert trained.first_step_at - given < 2  # 0.1 to 0.4 s on an idle core
+
+
+class Meager:
+    """A base model on a machine whose memory holds only so many rows at once."""
+
+    def __init__(self, base: BaseModel, rows_max: int) -> None:
+        self.rows_max, self.tried = rows_max, list[int]()
+        make = base.task_model
+
+        def task_model(*arguments: Any) -> Any:
+            model = make(*arguments)
+            model.register_forward_pre_hook(self._allocate, with_kwargs=True)
+            return model
+
+        self.task_model = task_model
+
+    def _allocate(self, model: Any, arguments: Any, options: Any) -> None:
+        rows = len(options["input_ids"])
+        if model.training:
+            self.tried.append(rows)
+        if model.training and rows > self.rows_max:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_out_of_memory_tells_the_numbers_and_the_settings(
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny("bert"), "task_model", Meager(tiny("bert"), 4).task_model)
+    with pytest.raises(InvalidInput, match=r"memory ran out with 8 rows at once; .* GiB .*2\.00 GiB") as caught:
+        desk.train(tiny("bert"), sentiment_task())
+    assert caught.value.where == "training.per_device_train_batch_size"
+    assert "training.auto_find_batch_size: true" in caught.value.todo
+
+
+def test_when_allowed_the_micro_batch_is_halved_and_a_step_sees_the_same_rows(
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = sentiment_task(training={"auto_find_batch_size": True, "per_device_train_batch_size": 8, "max_steps": 2})
+    meager = Meager(tiny("bert"), 2)
+    monkeypatch.setattr(tiny("bert"), "task_model", meager.task_model)
+    trained = desk.train(tiny("bert"), spec)
+    assert meager.tried == [8, 4, *[2] * 8]  # two steps of four micro-batches
+    assert trained.steps == 2
+    said = [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, str)]
+    assert "memory ran out with 4 rows at once: goes on with 2, accumulated" in said
+
+    desk.train(tiny("bert"), spec, attempt=2, staging_key="staging/task-1/2-x/adapter.safetensors")
+    assert len(meager.tried) == 10  # it goes on from the last checkpoint, with nothing left to do
+
+
+def test_one_row_that_does_not_fit_is_refused_even_then(
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = sentiment_task(training={"auto_find_batch_size": True, "per_device_train_batch_size": 2})
+    monkeypatch.setattr(tiny("bert"), "task_model", Meager(tiny("bert"), 0).task_model)
+    with pytest.raises(InvalidInput, match="memory ran out with 1 rows at once"):
+        desk.train(tiny("bert"), spec)
