@@ -42,11 +42,6 @@ def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Sequence[Row]], Batch
     return lambda rows: texts(tokenizer, rows, length_max, label_type)
 
 
-def count_tokens(batch: Batch) -> int:
-    """Tokens that are not padding; 0 for images."""
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
-
-
 def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
     """How many tokens each row has in a batch, cut; 0 for images, which are all the same size."""
     if spec.kind == "image_classification":
@@ -58,7 +53,7 @@ def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
 
 def texts(tokenizer: Any, rows: Sequence[Any], length_max: int, label_type: torch.dtype) -> Batch:
     """Texts or pairs, cut at the end (of a pair, the longer one first)."""
-    batch = dict(_tokenize(tokenizer, rows, length_max, padding=True, return_tensors="pt"))
+    batch = dict(_tokenize(tokenizer, rows, length_max, padding=True, padding_side="right", return_tensors="pt"))
     return batch | {"labels": torch.tensor([row.label for row in rows], dtype=label_type)}
 
 

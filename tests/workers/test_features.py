@@ -15,7 +15,7 @@ from configs.task_spec import TaskSpec
 from tests.workers.tiny_bases import save_vit, talking_tokenizer
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
-from workers.features import IGNORED, collator, completions, count_tokens, encode_completion, encode_prompt, lengths
+from workers.features import IGNORED, collator, completions, encode_completion, encode_prompt, lengths
 from workers.task_data import CompletionRow, ImageRow, TextRow
 
 Tiny = Callable[[str], BaseModel]
@@ -60,11 +60,11 @@ def test_pairs_are_given_to_the_model_as_pairs_and_the_longer_text_is_cut(tiny: 
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 1]]  # [CLS] one [SEP] | two two two [SEP]
 
 
-def test_tokens_are_counted_without_padding(tiny: Tiny) -> None:
-    rows = [TextRow("one", None, 0), TextRow("one two three", None, 0)]
-    task = spec("sequence_classification")
-    assert count_tokens(collator(tiny("bert"), task)(rows)) == sum(lengths(tiny("bert"), task, rows)) == 3 + 5
-    assert count_tokens({"pixel_values": torch.zeros(2, 3, 4, 4)}) == 0
+def test_padding_is_on_the_right_whatever_the_tokenizer_prefers(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny("bert").tokenizer, "padding_side", "left")
+    rows, task = [TextRow("one", None, 0), TextRow("one two three", None, 0)], spec("sequence_classification")
+    assert collator(tiny("bert"), task)(rows)["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert lengths(tiny("bert"), task, rows) == [3, 5]
 
 
 def test_the_loss_of_a_language_model_is_on_the_completion_and_its_end_alone(talking: Any) -> None:

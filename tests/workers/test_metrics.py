@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -43,6 +45,17 @@ def test_exact_match_minds_every_character_but_those_around_and_rouge_counts_wor
     # "cat sat" in order: precision 2/4, recall 2/3, F 4/7. rouge-score lowers letters; no words at all are 0.
     assert measured["rouge_l"].per_row.tolist() == pytest.approx([1, 4 / 7, 1, 0])
     assert measured["exact_match"].value == 0.5
+
+
+def test_rouge_counts_the_words_of_every_script_and_english_ones_as_rouge_score_does() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    theirs = RougeScorer(["rougeL"])
+    draw, alphabet = random.Random(0), "ab1 -_.'A\n"
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(20))) for _ in range(100)]
+    expected = [theirs.score(left, right)["rougeL"].fmeasure for left, right in itertools.pairwise(texts)]
+    assert answers(texts[:-1], texts[1:])["rouge_l"].per_row.tolist() == expected
+    assert answers(["το μικρό σπίτι"], ["το σπίτι"])["rouge_l"].value == pytest.approx(0.8)  # precision 1, recall 2/3
 
 
 @pytest.mark.parametrize("predicted", [[2.0, 2.0, 2.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0]])
