@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,6 +49,29 @@ def merged(store: SubspaceStore, adapters: Mapping[str, Adapter], op_key: str = 
     """Upload and merge adapters as one version."""
     uploads = [staged(store, task_id, adapter) for task_id, adapter in adapters.items()]
     return store.merge(uploads, op_key=op_key or "merge " + " ".join(adapters), actor="test")
+
+
+def in_the_basis(store: SubspaceStore, seed: int, version: int, rank: int = 3) -> Adapter:
+    """What a worker makes of coefficients that it trained in a version's basis: P·E·Fᵀ·Qᵀ and a head."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        name: canonical_update(
+            basis.p_NK @ torch.randn(basis.ranks[0], rank, generator=generator),
+            torch.randn(rank, basis.ranks[1], generator=generator) @ basis.q_DK.T,
+            0.3,
+        )
+        for name, basis in store.basis(version).items()
+    }
+    return replace(random_adapter(seed), modules=modules, info={"refined": "yes"})
+
+
+def refined(store: SubspaceStore, adapters: dict[str, Adapter], op_key: str = "refine") -> Version:
+    """Upload and refine adapters as one version."""
+    uploads = []
+    for task, adapter in adapters.items():
+        ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
+        uploads.append(StagedAdapter(task, f"team/{task}", ref.key, ref.sha256))
+    return store.refine(uploads, op_key=op_key, actor="test")
 
 
 def opened(storage: Storage | None = None, writer: str | None = "writer", **settings: object) -> SubspaceStore:

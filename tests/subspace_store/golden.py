@@ -1,6 +1,7 @@
 """Writes the golden store of this format: `python -m tests.subspace_store.golden`.
 
-Run it once when FORMAT_NUMBER grows; the folders of older formats stay as they are, for ever.
+Run it once when FORMAT_NUMBER grows; the folders of older formats stay as they are, for ever. What a format learns to
+say later has a folder of its own, whose name says what it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from subspace_store import SubspaceStore, merge_writer, version_log
 from subspace_store.local_storage import LocalStorage
 from subspace_store.subspace_store import FORMAT_NUMBER
 from subspace_store.version import TaskScore
-from tests.subspace_store.builders import SHAPES, deltas, merged, opened, random_adapter
+from tests.subspace_store.builders import (
+    SHAPES,
+    deltas,
+    in_the_basis,
+    merged,
+    opened,
+    random_adapter,
+    refined,
+)
 
 GOLDEN = Path(__file__).parents[1] / "data" / "stores"
 SETTINGS = {"energy_ratio_min": 0.9, "rank_max": 6}
@@ -52,6 +61,20 @@ def write(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(facts(opened(store.storage, writer=None)), indent=1) + "\n")
 
 
+def write_refined(folder: Path) -> None:
+    """A small store with refinements: of one of a group, of a task that was refined before, and one made again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    merge_writer.SNAPSHOT_EVERY, version_log.CHECKPOINT_EVERY = 3, 4
+    store = opened(LocalStorage(str(folder / "store")), writer="first", **SETTINGS)
+    merged(store, {"t1": random_adapter(1), "t2": random_adapter(2)})
+    for number, task in enumerate(("t2", "t2", "t1"), 2):
+        refined(store, {task: in_the_basis(store, number, version=store.state.refs["candidate"])}, f"refine {number}")
+        version = merged(store, {f"later-{number}": random_adapter(10 + number)})
+        store.publish(version.number, op_key=f"p{number}", actor="gate")
+    store.remove("later-2", op_key="r", actor="ann", reason="licence", publish=True)
+    (folder / "expected.json").write_text(json.dumps(facts(opened(store.storage, writer=None)), indent=1) + "\n")
+
+
 def facts(reader: SubspaceStore) -> dict[str, Any]:
     """What any later code must read out of the store."""
     state = reader.state
@@ -86,3 +109,4 @@ def facts(reader: SubspaceStore) -> dict[str, Any]:
 
 if __name__ == "__main__":
     write(GOLDEN / f"format-{FORMAT_NUMBER}")
+    write_refined(GOLDEN / f"format-{FORMAT_NUMBER}-refined")

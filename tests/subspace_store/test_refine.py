@@ -12,11 +12,9 @@ from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from subspace_store import (
     CANDIDATE,
     MAIN,
-    Adapter,
     StagedAdapter,
     SubspaceStore,
     TaskScore,
-    Version,
     adapter_to_bytes,
     canonical_update,
 )
@@ -26,9 +24,11 @@ from tests.subspace_store.builders import (
     FaultyStorage,
     deltas,
     fresh_storage,
+    in_the_basis,
     merged,
     opened,
     random_adapter,
+    refined,
     relative_distance,
 )
 
@@ -42,28 +42,6 @@ def grown(*groups: str) -> SubspaceStore:
     for group in groups:
         merged(store, {letter: random_adapter(ord(letter)) for letter in group})
     return store
-
-
-def in_the_basis(store: SubspaceStore, seed: int, version: int, rank: int = 3) -> Adapter:
-    """What a worker makes of coefficients that it trained in a version's basis: P·E·Fᵀ·Qᵀ and a head."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        name: canonical_update(
-            basis.p_NK @ torch.randn(basis.ranks[0], rank, generator=generator),
-            torch.randn(rank, basis.ranks[1], generator=generator) @ basis.q_DK.T,
-            0.3,
-        )
-        for name, basis in store.basis(version).items()
-    }
-    return replace(random_adapter(seed), modules=modules, info={"refined": "yes"})
-
-
-def refined(store: SubspaceStore, adapters: dict[str, Adapter], op_key: str = "refine") -> Version:
-    uploads = []
-    for task, adapter in adapters.items():
-        ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
-        uploads.append(StagedAdapter(task, f"team/{task}", ref.key, ref.sha256))
-    return store.refine(uploads, op_key=op_key, actor="test")
 
 
 def bits(store: SubspaceStore, version: int, *tasks: str) -> list[Tensor]:
