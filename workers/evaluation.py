@@ -21,6 +21,7 @@ from subspace_store.adapter import Adapter
 from subspace_store.peft_format import to_peft
 from workers import metrics
 from workers.base_model import BaseModel
+from workers.deepspeed_engine import parted
 from workers.features import IGNORED, collator, encode_prompt, lengths
 from workers.metrics import Measure
 from workers.peft_model import TASK_TYPES, put_tensors, with_lora
@@ -66,7 +67,8 @@ def score_adapter(
     Raises:
         InvalidInput: The adapter does not fit the base model or the task's labels.
     """
-    return score_rows(adapted_model(base, adapter, spec, with_update), base, rows, spec, between_batches)
+    with parted(adapted_model(base, adapter, spec, with_update), spec.training.deepspeed) as model:
+        return score_rows(model, base, rows, spec, between_batches)
 
 
 def score_rows(
@@ -222,7 +224,7 @@ def adapted_model(base: BaseModel, adapter: Adapter, spec: TaskSpec, with_update
         InvalidInput: The head or a module does not fit the base model or the labels; names it.
     """
     model = base.task_model(spec)
-    _put_head(model, adapter, spec)
+    _put_head(model, adapter, spec, base.head_modules(spec.kind))
     if not with_update:
         return model
     config, tensors = to_peft(adapter)
@@ -231,8 +233,8 @@ def adapted_model(base: BaseModel, adapter: Adapter, spec: TaskSpec, with_update
     return model
 
 
-def _put_head(model: Any, adapter: Adapter, spec: TaskSpec) -> None:
-    if not adapter.head and spec.kind != "causal_lm":
+def _put_head(model: Any, adapter: Adapter, spec: TaskSpec, head_modules: Sequence[str]) -> None:
+    if head_modules and not adapter.head:
         raise InvalidInput(
             "the adapter has no head, so it cannot be scored",
             todo="import an adapter that was saved with its classifier (modules_to_save), or leave out data.eval_file",
@@ -241,6 +243,12 @@ def _put_head(model: Any, adapter: Adapter, spec: TaskSpec) -> None:
     for name, tensor in adapter.head.items():
         if name not in parameters:
             raise InvalidInput("the base model has no such parameter for the adapter's head", name)
+        if not name.startswith(tuple(f"{module}." for module in head_modules)):
+            raise InvalidInput(  # its tensor is shared by all tasks: to write into it would change the base model
+                f"the adapter brings its own weights for a layer that belongs to the base model {adapter.base_model!r}",
+                name,
+                "train it without this layer in modules_to_save; adapt it with LoRA instead",
+            )
         if parameters[name].shape != tensor.shape:
             raise InvalidInput(
                 f"the adapter's head has shape {tuple(tensor.shape)}; for {len(spec.data.label_names) or 1} outputs "

@@ -272,6 +272,20 @@ def test_an_adapter_without_a_head_cannot_be_scored_and_says_why(tiny: Tiny) -> 
         adapted_model(tiny("bert"), headless, AB)
 
 
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
+def test_an_adapter_that_brings_a_layer_of_the_base_model_is_refused_and_the_base_stays_as_it_was(
+    kind: str, talker: BaseModel
+) -> None:
+    spec = task(kind, ("a", "b") if kind == "sequence_classification" else ())
+    name = "lm_head.weight" if kind == "causal_lm" else "model.embed_tokens.weight"
+    before = talker.task_model(spec).get_parameter(name).clone()
+    update = ModuleUpdate(torch.eye(32)[:, :1], torch.ones(1), torch.eye(64)[:, :1])
+    adapter = Adapter("tiny", "", {"model.layers.1.mlp.down_proj": update}, {name: torch.zeros_like(before)})
+    with pytest.raises(InvalidInput, match="belongs to the base model 'tiny'"):
+        adapted_model(talker, adapter, spec)
+    assert torch.equal(talker.task_model(spec).get_parameter(name), before)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_module_without_directions_changes_nothing(count: int, tiny: Tiny) -> None:
     base = tiny("bert")
