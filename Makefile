@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 check fix bench bench-store setup clean lock
+.PHONY: demo test test-s3 check fix bench bench-store bench-training setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -40,6 +40,10 @@ bench: $(READY)
 bench-store: $(READY)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps vlora-dev==1.0.0 || true
 	$(BIN)/python benchmarks/store.py $(BENCH)
+
+# Parts: see the file, make bench-training BENCH="speed methods". `gpu` measures nothing where there is none.
+bench-training: $(READY)
+	$(BIN)/python benchmarks/training.py $(BENCH)
 
 setup: $(READY)
 
