@@ -42,29 +42,32 @@ class DataSpec(Section):
     """Examples in files; they are copied and frozen at submission."""
 
     train_file: str | None = None
-    """Training rows, relative to the task file: .jsonl, .csv, .tsv, .parquet, .npz (images), the first three also
-    .gz, or a folder written by `datasets.Dataset.save_to_disk`. Read once; gone when the task is trained."""
+    """Training rows, relative to the task file: .jsonl, .csv or .tsv, each also .gz; .parquet; .npz (images); or a
+    folder written by `datasets.Dataset.save_to_disk`. Frozen in one form, gone when the task is trained."""
     eval_file: str | None = None
     """Evaluation rows, kept while the task lives: every later version is scored on exactly these rows."""
     eval_fraction: float | None = Field(None, gt=0, lt=1)
-    """Instead of eval_file: this share of the training rows, chosen by a digest of each row's content, is kept for
-    evaluation and not trained on."""
+    """Instead of eval_file: about this share of the training rows is kept for evaluation and not trained on. Which, a
+    digest of each row without its label says: the same rows when others are added, equal ones on one side."""
     text_column: str = "text"
-    """Key of the text in each row."""
+    """Key, or column, of the text in each row. Other columns are not read."""
     text_pair_column: str | None = None
-    """Key of the second text for pair classification."""
+    """Key of the second text, for pairs."""
     label_column: str = "label"
-    """Key of the label in each row; a number for regression."""
+    """Key of the label in each row: a name from label_names or its index; for regression a number."""
     prompt_column: str = "prompt"
     """For causal_lm: key of what the model is given."""
     completion_column: str = "completion"
-    """For causal_lm: key of what it should answer; the loss is on this alone."""
+    """For causal_lm: key of what it should answer; the loss is on this alone. The two are joined as they are, without a
+    chat template."""
     messages_column: str | None = None
-    """For causal_lm instead of the two above: key of a list of {role, content}; the last one is the completion."""
+    """For causal_lm instead of the two above: key of a list of {role, content}, written by the tokenizer's chat
+    template; roles are system, user and assistant, and the last message, the assistant's, is the completion."""
     image_column: str = "image"
-    """For image_classification: key of the image, H×W or H×W×C of 0 to 255, or an encoded picture's bytes."""
+    """For image_classification: key of the image: H×W, H×W×1 or H×W×3 of 0 to 255, or an encoded picture's bytes, alone
+    or as {bytes: …}. In an .npz it is the name of an array, as label_column is."""
     label_names: tuple[str, ...] = ()
-    """The label set, in the order of the classifier's outputs. Rows may hold the name or its index."""
+    """The label set, in the order of the classifier's outputs."""
     max_length: int = Field(128, ge=4, le=131072)
     """Longest input in tokens; longer rows are cut."""
     max_new_tokens: int = Field(64, ge=1, le=4096)
@@ -180,6 +183,8 @@ class TaskSpec(Section):
         if method.name == "import":
             if not method.adapter:
                 raise ValueError("method.name 'import' needs method.adapter, the PEFT folder")
+            if data.eval_fraction:
+                raise ValueError("method.name 'import' has no training rows: use data.eval_file, not data.eval_fraction")
             if data.eval_file and needs_labels and len(data.label_names) < 2:
                 raise ValueError("data.eval_file of an import needs data.label_names, in the order of the outputs")
         elif not data.train_file or not (data.eval_file or data.eval_fraction):

@@ -15,6 +15,8 @@ from configs.state_folder import SERVER_FILE, service_settings
 from orchestrator.routes import ROUTES
 
 TIMEOUT_SECONDS = 150.0
+SUBMIT_TIMEOUT_SECONDS = 7200.0
+"""A gigabyte of rows takes minutes to check."""
 
 
 class Client:
@@ -74,7 +76,12 @@ def _over_http(http: httpx.Client, server: dict[str, Any], method: str, argument
     body = next((value for value in rest.values() if isinstance(value, dict)), None)
     query = {name: value for name, value in rest.items() if not isinstance(value, dict)}
     answer = http.request(
-        verb, server["url"] + url, params=query, json=body, headers={"authorization": f"Bearer {server['token']}"}
+        verb,
+        server["url"] + url,
+        params=query,
+        json=body,
+        headers={"authorization": f"Bearer {server['token']}"},
+        timeout=SUBMIT_TIMEOUT_SECONDS if method == "submit" else TIMEOUT_SECONDS,
     )
     if answer.is_success:
         return answer.content if answer.headers.get("content-type") == "application/zip" else answer.json()

@@ -89,14 +89,12 @@ def rows_in(path: Path, spec: TaskSpec) -> Iterator[Row]:
         yield make(values, where)
 
 
-def read_rows(content: bytes, spec: TaskSpec | DataSpec, where: str = "rows") -> tuple[Row, ...]:
+def read_rows(content: bytes, spec: TaskSpec, where: str = "rows") -> tuple[Row, ...]:
     """The rows of a file of JSON lines, gzipped or not, that is in memory.
 
     Raises:
         InvalidInput: See `rows_in`; or there are none.
     """
-    if isinstance(spec, DataSpec):
-        spec = TaskSpec.model_construct(team="", name="", base_model="", data=spec)
     make = _maker(spec)
     lines = numbered_lines(BytesIO(content), where)
     rows = tuple(make(values, place) for place, values in read_json_lines(lines, where, columns_of(spec)))

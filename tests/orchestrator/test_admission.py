@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,6 +88,42 @@ def test_a_good_task_is_taken_in_with_its_rows_frozen(desk: Desk) -> None:
     assert list(kept) == [TextRow(f"text {i}", None, i % 2) for i in range(6)]
     kept = open_rows(desk.storage, record.eval_key, record.spec)
     assert list(kept) == [TextRow(f"other {i}", None, i % 2) for i in range(4)]
+
+
+def test_the_same_rows_in_another_format_are_the_same_task_data(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document())
+    (desk.data / "e.csv").write_text("label,text\n" + "".join(f"{i % 2},other {i}\n" for i in range(4)))
+    other, _ = desk.submit(desk.document("red/beta", data={"eval_file": str(desk.data / "e.csv")}))
+    assert other.eval_sha256 == first.eval_sha256
+    assert (other.eval_key, first.eval_key) == tuple(
+        f"data/{record.task_id}/eval-{first.eval_key.rpartition('-')[2]}" for record in (other, first)
+    )
+
+
+def test_a_share_of_the_training_rows_is_frozen_as_evaluation_rows(desk: Desk) -> None:
+    write_rows(desk.data / "train.jsonl", rows(40))
+    record, _ = desk.submit(desk.document(data={"eval_file": None, "eval_fraction": 0.5}))
+    train = open_rows(desk.storage, record.train_key, record.spec)
+    evaluation = open_rows(desk.storage, record.eval_key, record.spec)
+    assert (len(train), len(evaluation)) == (record.train_count, record.eval_count)
+    assert record.train_count + record.eval_count == 40
+    assert 10 < record.eval_count < 30  # 20 ± 3 standard deviations of 3.2
+    again, is_new = desk.submit(desk.document(data={"eval_file": None, "eval_fraction": 0.5}))
+    assert (again, is_new) == (record, False)
+
+
+def test_a_folder_of_datasets_is_taken_in_if_every_file_of_it_may_be_read(desk: Desk, tmp_path: Path) -> None:
+    folder = desk.data / "saved"
+    folder.mkdir()
+    table = pa.table({"text": ["a", "b"], "label": ["no", "yes"]})
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    record, _ = desk.submit(desk.document(data={"train_file": str(folder)}))
+    assert record.train_count == 2
+    (folder / "data.arrow").rename(tmp_path / "secret.arrow")
+    (folder / "data.arrow").symlink_to(tmp_path / "secret.arrow")
+    assert "data.train_file" in desk.refuse(desk.document("red/beta", data={"train_file": str(folder)}))
 
 
 def test_a_file_that_changes_later_changes_no_evaluation_row(desk: Desk) -> None:
@@ -228,6 +265,8 @@ def test_what_is_no_plain_file_is_not_waited_for(desk: Desk) -> None:
         text = desk.refuse(desk.document(data={"train_file": str(desk.data / path)}))
         assert "data.train_file" in text
         assert "is not a plain file" in text
+    (desk.data / "pipe.jsonl").unlink()
+    assert "not one of datasets' save_to_disk" in desk.refuse(desk.document(data={"train_file": str(desk.data)}))
 
 
 def test_an_import_with_nan_is_refused_with_the_tensors_name(desk: Desk) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.task_spec import Kind, TaskSpec
+from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
 
 
-def spec_of(kind: Kind = "sequence_classification", **data: Any) -> TaskSpec:
-    """A task of this kind with this section `data`; two labels where the kind has labels."""
-    labels = {} if kind in ("sequence_regression", "causal_lm") else {"label_names": ("no", "yes")}
+def spec_of(kind: Kind = "sequence_classification", sections: Mapping[str, Any] | None = None, **data: Any) -> TaskSpec:
+    """A task of this kind with this section `data`, and other sections; two labels where the kind has labels."""
+    labels = {"label_names": ("no", "yes")} if kind in CLASSIFICATION_KINDS else {}
     files = {"train_file": "/train.jsonl"} | ({} if "eval_fraction" in data else {"eval_file": "/eval.jsonl"})
-    return TaskSpec.model_validate(
-        {"team": "red", "name": "alpha", "base_model": "tiny", "kind": kind, "data": files | labels | data}
-    )
+    title = {"team": "red", "name": "alpha", "base_model": "tiny", "kind": kind}
+    return TaskSpec.model_validate(title | {"data": files | labels | data} | dict(sections or {}))
 
 
 def written(path: Path, *rows: Any) -> Path:

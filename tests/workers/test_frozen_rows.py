@@ -6,10 +6,11 @@ import contextlib
 import gzip
 import io
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,20 @@ import pytest
 from PIL import Image
 
 from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
-from configs.task_spec import TaskSpec
+from configs.task_spec import Kind, TaskSpec
 from subspace_store.local_storage import LocalStorage
+from subspace_store.memory_storage import MemoryStorage
 from subspace_store.storage import Storage
+from subspace_store.subspace_store import SubspaceStore
 from tests.workers.data_builders import spec_of, written
 from workers import frozen_rows
+from workers.base_model import BaseModel
 from workers.frozen_rows import FrozenRows, FrozenTask, StoredRows, freeze, open_rows
+from workers.orders import Train
 from workers.task_data import CompletionRow, ImageRow, Row, TextRow
+from workers.training import train_task
+
+Tiny = Callable[[str], BaseModel]
 
 SPEC = spec_of()
 IMAGES = spec_of("image_classification")
@@ -320,3 +328,53 @@ def test_a_disk_without_space_is_no_mistake_of_the_rows(
         freeze(SPEC, path, None)
     with pytest.raises(Unavailable, match="no temporary file"):
         open_rows(storage, storage.keys("data/")[0], SPEC)
+
+
+# --- into training -----------------------------------------------------------------------------------------------
+
+
+def write_csv(path: Path) -> None:
+    path.write_text("text,label\n" + "".join(f"a text of {number},{number / 4}\n" for number in range(24)))
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.table({"text": [f"a text of {n}" for n in range(24)], "label": ["yes", "no"] * 12}), path)
+
+
+def write_prompts(path: Path) -> None:
+    written(path, *({"prompt": f"one and {number} is", "completion": f" {number + 1}"} for number in range(24)))
+
+
+def write_pixels(path: Path) -> None:
+    np.savez(path, image=np.random.default_rng(1).integers(0, 256, (24, 9, 7), np.uint8), label=np.arange(24) % 2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "name", "write"),
+    [
+        ("bert", "sequence_regression", "rows.csv", write_csv),
+        ("bert", "sequence_classification", "rows.parquet", write_parquet),
+        ("llama-lm", "causal_lm", "rows.jsonl", write_prompts),
+        ("vit", "image_classification", "rows.npz", write_pixels),
+    ],
+)
+def test_a_task_of_every_kind_is_trained_and_scored_on_its_frozen_rows(
+    architecture: str, kind: Kind, name: str, write: Callable[[Path], None], tiny: Tiny, tmp_path: Path
+) -> None:
+    base, storage = tiny(architecture), MemoryStorage(str(tmp_path))
+    write(tmp_path / name)
+    training = {"max_steps": 3, "per_device_train_batch_size": 4}
+    sections = {"training": training, "lora": {"r": 2, "target_modules": list(base.module_shapes())[:1]}}
+    spec = spec_of(kind, sections, eval_fraction=0.25, max_length=16)
+    with frozen(spec, tmp_path / name) as task:
+        assert task.train
+        assert task.evaluation
+        assert task.train.count + task.evaluation.count == 24
+        keys = [task.train.key("data/t-1", "train"), task.evaluation.key("data/t-1", "eval")]
+        task.train.write(storage, keys[0])
+        task.evaluation.write(storage, keys[1])
+    order = Train("token", "t-1", 1, spec, keys[0], keys[1], "staging/t-1/1/adapter.safetensors")
+    trained = train_task(order, base, storage, SubspaceStore.open(storage), lambda progress: None, lambda: "")
+    assert (trained.steps, trained.score_count) == (3, task.evaluation.count)
+    assert math.isfinite(trained.local_score)
+    assert trained.local_score == trained.metrics[spec.metric]
