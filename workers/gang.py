@@ -14,6 +14,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -169,7 +170,8 @@ class Gang:
             self._token, self._progress, self._lines = order.token, Progress(order.token, "loading"), []
         try:
             places = self._formed()
-            self._lines.append(f"{self._ranks.size} ranks on {', '.join(self._nodes)}")
+            where = ", ".join(f"{count} on {node}" for node, count in Counter(self._nodes).items())
+            self._lines.append(f"{self._ranks.size} ranks: {where}")
             outcome = self._supervised(order, *places[0])
         finally:
             with self._lock:

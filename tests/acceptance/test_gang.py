@@ -169,8 +169,8 @@ def test_two_machines_train_along_the_loss_curve_of_one_process(
     outcome = site.answer(site.cluster.run(GANG, order(f"stage-{stage}", deepspeed=config)))
     assert isinstance(outcome, Trained), outcome
     assert outcome.log_lines[0] in (
-        f"2 ranks on {site.machines.head}, {site.machines.other}",
-        f"2 ranks on {site.machines.other}, {site.machines.head}",
+        f"2 ranks: 1 on {site.machines.head}, 1 on {site.machines.other}",
+        f"2 ranks: 1 on {site.machines.other}, 1 on {site.machines.head}",
     )
     assert losses(outcome.log_lines) == pytest.approx(alone, abs=1e-4)
     assert sorted(alone) == list(range(1, STEPS + 1))
@@ -210,7 +210,7 @@ def test_a_lost_machine_is_done_without_where_there_is_room(site: Site) -> None:
 
     again = site.answer(site.cluster.run(GANG, order("moved", 2, **LONG)))
     assert isinstance(again, Trained), again
-    assert again.log_lines[0] == f"2 ranks on {site.machines.head}, {site.machines.head}"
+    assert again.log_lines[0] == f"2 ranks: 2 on {site.machines.head}"
     assert again.resumed_from >= 10
 
 

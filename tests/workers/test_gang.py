@@ -154,7 +154,7 @@ def test_the_outcome_is_rank_0s_and_its_log_begins_with_where_the_ranks_are(gang
     ranks.now[1].order.set_result(trained("token", local_score=0.1))
     ranks.now[0].order.set_result(trained("token", local_score=0.8, log_lines=("the last line",)))
     assert run.outcome.local_score == 0.8
-    assert run.outcome.log_lines == ("2 ranks on 10.0.0.1, 10.0.0.2", "the last line")
+    assert run.outcome.log_lines == ("2 ranks: 1 on 10.0.0.1, 1 on 10.0.0.2", "the last line")
     assert len(ranks.generations) == 1  # warm between tasks
 
 
@@ -265,7 +265,7 @@ def test_progress_is_rank_0s_with_its_lines(gang: Gang, ranks: StandInRanks) -> 
     run = Run(gang, ranks)
     progress = gang.progress()
     assert (progress.token, progress.step, progress.loss) == ("token", 3, 0.5)
-    assert progress.log_lines == ("2 ranks on 10.0.0.1, 10.0.0.2", "a line of rank 0")
+    assert progress.log_lines == ("2 ranks: 1 on 10.0.0.1, 1 on 10.0.0.2", "a line of rank 0")
     for rank in ranks.now:
         rank.order.set_result(trained("token"))
     assert run.outcome.log_lines == ()
