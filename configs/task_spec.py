@@ -184,7 +184,7 @@ class TaskSpec(Section):
             if not method.adapter:
                 raise ValueError("method.name 'import' needs method.adapter, the PEFT folder")
             if data.eval_fraction:
-                raise ValueError("method.name 'import' has no training rows: use data.eval_file, not data.eval_fraction")
+                raise ValueError("method.name 'import' has no training rows: data.eval_fraction has no meaning")
             if data.eval_file and needs_labels and len(data.label_names) < 2:
                 raise ValueError("data.eval_file of an import needs data.label_names, in the order of the outputs")
         elif not data.train_file or not (data.eval_file or data.eval_fraction):

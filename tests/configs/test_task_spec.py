@@ -71,7 +71,7 @@ def test_a_safe_name_is_taken(value: str) -> None:
         ({"method": {"name": "import"}}, "method.name 'import' needs method.adapter, the PEFT folder"),
         (
             {"method": {"name": "import", "adapter": "a"}, "data": {"eval_file": None, "eval_fraction": 0.1}},
-            "method.name 'import' has no training rows: use data.eval_file, not data.eval_fraction",
+            "method.name 'import' has no training rows: data.eval_fraction has no meaning",
         ),
         ({"lora": {"target_modules": []}}, "lora.target_modules"),
     ],
