@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput
@@ -182,8 +183,11 @@ class BaseModel:
         return model.to(self.device)
 
     def _shell(self, kind: Kind, config: Any) -> Any:
-        """The architecture without numbers, but with the buffers that are computed."""
-        with init_empty_weights(include_buffers=False):
+        """The architecture without numbers, but with the buffers that are computed.
+
+        While a task trains under ZeRO-3, transformers would partition every model made; the state says that it is done.
+        """
+        with init_empty_weights(include_buffers=False), set_zero3_state():
             return AUTO_CLASSES[kind].from_config(config)
 
     def _share_quantized(self, model: Any) -> None:

@@ -25,7 +25,21 @@ def with_lora(model: Any, config: LoraConfig) -> Any:
     with warnings.catch_warnings():
         # peft 0.21 asks for a name that transformers 5 has renamed.
         warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    _keep_from_broadcast(adapted)
+    return adapted
+
+
+def _keep_from_broadcast(model: Any) -> None:
+    """Tell DDP and DeepSpeed that rank 0 need not send the frozen weights to the others.
+
+    All ranks have mapped files with one digest. Writing the same numbers over them again would give each rank a copy
+    of the whole base model, and for 14 GB of it the sending takes longer than many a task.
+    """
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model._ddp_params_and_buffers_to_ignore = list(frozen)  # what DDP's own setter, untyped, does
+    for parameter in frozen.values():
+        parameter.ds_optim_param = True  # DeepSpeed's own mark for base weights that are not to be broadcast
 
 
 def put_tensors(model: Any, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import Kind
-from tests.workers.worker_builders import MINILM, task_of_kind, tiny_settings
+from tests.workers.worker_builders import MINILM, mapped_weights, task_of_kind, tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.methods import lora
 from workers.weights import INDEX_FILE, check_quantization, resolve_source, weights_digest
@@ -48,20 +48,6 @@ def backbone_addresses(base: BaseModel, model: nn.Module, kind: Kind) -> dict[st
     """Where each parameter outside the head lies in memory."""
     heads = base.head_modules(kind)
     return {name: p.data_ptr() for name, p in model.named_parameters() if not (heads and name.startswith(heads))}
-
-
-def mappings(folder: Path) -> dict[str, list[tuple[range, int]]]:
-    """Where this process has mapped a folder's weights, by file, and how many KiB of each are copies of its own."""
-    found: dict[str, list[tuple[range, int]]] = {}
-    place, file = range(0), Path()
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        words = line.split()
-        if not words[0].endswith(":"):
-            start, end = (int(word, 16) for word in words[0].split("-"))
-            place, file = range(start, end), Path(words[5] if len(words) > 5 else "")
-        elif words[0] == "Anonymous:" and file.parent == folder and file.suffix == ".safetensors":
-            found.setdefault(file.name, []).append((place, int(words[1])))
-    return found
 
 
 def trained(base: BaseModel, kind: Kind, steps: int = 8, **training: Any) -> tuple[Any, list[float]]:
@@ -244,7 +230,7 @@ def test_weights_in_several_files_are_one_base_model(tiny: Tiny, tiny_source: So
     with torch.inference_mode():
         logits = base.task_model(CAUSAL)(**inputs(base)).logits
         assert torch.equal(logits, tiny("llama-lm").task_model(CAUSAL)(**inputs(base)).logits)
-    assert set(mappings(Path(settings.source))) == files
+    assert set(mapped_weights(Path(settings.source))) == files
 
 
 def test_numbers_that_training_changes_in_passing_are_loaded_and_each_task_has_its_own(
@@ -320,7 +306,7 @@ def test_base_weights_are_pages_of_their_file_and_training_copies_none(
     base = load_base_model(tiny_settings(str(tmp_path / "model")))
     model, losses = trained(base, kind)
     assert losses[-1] < losses[0]
-    mapped = mappings(tmp_path / "model")["model.safetensors"]
+    mapped = mapped_weights(tmp_path / "model")["model.safetensors"]
     addresses = backbone_addresses(base, base.task_model(task_of_kind(kind)), kind).values()
     assert all(any(address in place for place, _ in mapped) for address in addresses)
     assert [copied for _, copied in mapped] == [0] * len(mapped)
@@ -347,7 +333,7 @@ def test_a_checkpoint_of_16_bits_is_mapped_as_it_is(tiny_source: Source, tmp_pat
     whole = AutoModelForCausalLM.from_pretrained(tiny_source("llama-lm")).bfloat16()
     settings = saved(whole, tmp_path / "model", tiny_source("llama-lm")).model_copy(update={"dtype": "bfloat16"})
     base = load_base_model(settings)
-    (place, copied), *_ = mappings(tmp_path / "model")["model.safetensors"]
+    (place, copied), *_ = mapped_weights(tmp_path / "model")["model.safetensors"]
     addresses = backbone_addresses(base, base.task_model(CAUSAL), "causal_lm").values()
     assert all(address in place for address in addresses)
     assert copied == 0

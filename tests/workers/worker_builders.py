@@ -63,3 +63,17 @@ def task_of_kind(kind: Kind, label_names: Sequence[str] = ("a", "b"), **changes:
     if kind in CLASSIFICATION_KINDS:
         data |= {"label_names": tuple(label_names)}
     return TaskSpec(team="team-a", name="any", base_model="tiny", kind=kind, data=data, **changes)
+
+
+def mapped_weights(folder: Path) -> dict[str, list[tuple[range, int]]]:
+    """Where this process has mapped a folder's weights, by file, and how many KiB of each are copies of its own."""
+    found: dict[str, list[tuple[range, int]]] = {}
+    place, file = range(0), Path()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            start, end = (int(word, 16) for word in words[0].split("-"))
+            place, file = range(start, end), Path(words[5] if len(words) > 5 else "")
+        elif words[0] == "Anonymous:" and file.parent == folder and file.suffix == ".safetensors":
+            found.setdefault(file.name, []).append((place, int(words[1])))
+    return found
