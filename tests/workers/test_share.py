@@ -131,12 +131,20 @@ def test_a_quarter_of_each_basis_is_the_default_and_never_more_than_the_rank(tin
         assert counts == expected
 
 
-def test_more_columns_than_a_quarter_of_the_smaller_basis_are_refused_with_the_number_that_fits(tiny: Tiny) -> None:
+def test_more_columns_than_a_quarter_of_the_basis_are_cut_where_they_do_not_fit(tiny: Tiny) -> None:
     base = tiny("bert")
-    with pytest.raises(InvalidInput, match=r"3 temporary columns .* 12 and 8 directions") as caught:
-        share.prepare(base, task(3), leased(base, TARGETS["bert"]))
+    layer = next(iter(lora_layers(share.prepare(base, task(3), leased(base, TARGETS["bert"]))).values()))
+    assert layer.lora_B["default"].columns_NC.shape[1] == 3
+    assert layer.lora_A["default"].columns_NC.shape[1] == 2
+
+
+def test_more_columns_than_a_quarter_of_every_basis_are_refused_with_the_number_that_fits(tiny: Tiny) -> None:
+    base = tiny("bert")
+    with pytest.raises(InvalidInput, match=r"4 temporary columns are more than a quarter .* at most 3") as caught:
+        share.prepare(base, task(4), leased(base, TARGETS["bert"]))
     assert caught.value.where == "method.temporary_columns"
-    assert caught.value.todo.startswith("set 2 or less")
+    assert caught.value.todo.startswith("set 3 or less")
+    share.prepare(base, task(4))  # nothing to be more than a quarter of
 
 
 def test_a_basis_of_the_whole_space_leaves_no_room_for_columns(tiny: Tiny) -> None:

@@ -49,8 +49,8 @@ class SpannedFactor(nn.Module):
         # A buffer, which DeepSpeed neither partitions nor optimises; its bf16 mode rounds it, so the exact one is kept.
         self.register_buffer("basis_NK", basis_NK.to(device), persistent=False)
         self._exact_NK = basis_NK
-        self.columns_NC = nn.Parameter(columns_NC.to(device)) if columns_NC.shape[1] else None
-        self.weight = nn.Parameter(weight_JR.to(device))
+        self.columns_NC = _parameter(columns_NC, device) if columns_NC.shape[1] else None
+        self.weight = _parameter(weight_JR, device)
 
     @classmethod
     def holding(cls, factor_NR: Tensor, basis_NK: Tensor, inward: bool, device: Any) -> SpannedFactor:
@@ -101,6 +101,11 @@ class GatedFactor(nn.Module):
         """lora_A's weight without the rows whose gate is zero, float64."""
         rows = self.open_R
         return self.gates_R.detach().double().cpu()[rows, None] * self.weight.detach().double().cpu()[rows]
+
+
+def _parameter(values: Tensor, device: Any) -> nn.Parameter:
+    # DeepSpeed broadcasts rows of bytes, and one column of a QR has a stride that only a copy sets right.
+    return nn.Parameter(values.to(device).clone(memory_format=torch.contiguous_format))
 
 
 def lora_layers(model: Any) -> dict[str, LoraLayer]:

@@ -43,7 +43,7 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     F is drawn so that A is as large as PEFT's own start. Both zero would be a saddle without gradient.
 
     Raises:
-        InvalidInput: More temporary columns than a quarter of a module's basis; names the module. Or see `lora`.
+        InvalidInput: More temporary columns than a quarter of every module's basis. Or see `lora`.
     """
     model = lora.prepare(base, spec)
     put_into_span(model, spec, given.basis)
@@ -52,12 +52,12 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
 
 def put_into_span(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) -> None:
     """Replace A and B by coefficients in every layer of a PEFT model for which there is a basis."""
-    draw = torch.Generator().manual_seed(spec.training.seed)
-    for name, layer in lora_layers(model).items():
-        basis = spanned(bases, name)
-        if basis is None:
-            continue
-        count_out, count_in = _temporary_columns(spec, name, basis)
+    draw, layers = torch.Generator().manual_seed(spec.training.seed), lora_layers(model)
+    found = {name: basis for name in layers if (basis := spanned(bases, name)) is not None}
+    _check_columns(spec.method.temporary_columns, found)
+    for name, basis in found.items():
+        layer = layers[name]
+        count_out, count_in = _temporary_columns(spec, basis)
         out_NC = _columns_beside(basis.p_NK, count_out, draw)
         in_DC = _columns_beside(basis.q_DK, count_in, draw)
         e_JR = torch.zeros(basis.ranks[0] + count_out, spec.lora.r)
@@ -74,19 +74,23 @@ def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHIN
     return lora.finish(prepared, base, spec, given, {"plain_modules": json.dumps(plain)})
 
 
-def _temporary_columns(spec: TaskSpec, name: str, basis: ModuleBasis) -> tuple[int, int]:
-    """φ of both sides."""
-    asked, most = spec.method.temporary_columns, min(basis.ranks) // COLUMNS_SHARE
-    if asked is not None and asked > most:
+def _check_columns(asked: int | None, bases: Mapping[str, ModuleBasis]) -> None:
+    """Refuse a number that no module has room for. How large each basis is, the merges decide and no team can know."""
+    most = max((k // COLUMNS_SHARE for basis in bases.values() for k in basis.ranks), default=asked)
+    if asked is not None and most is not None and asked > most:
         raise InvalidInput(
-            f"{asked} temporary columns are more than a quarter of the basis of {name!r}, which has {basis.ranks[0]} "
-            f"and {basis.ranks[1]} directions",
+            f"{asked} temporary columns are more than a quarter of every module's basis: at most {most} have room",
             "method.temporary_columns",
             f"set {most} or less, or leave it out for a quarter of each module's basis",
         )
-    wanted = [min(k // COLUMNS_SHARE, spec.lora.r) if asked is None else asked for k in basis.ranks]
-    room = [size - k for size, k in zip(basis.shape, basis.ranks, strict=True)]
-    count_out, count_in = map(min, wanted, room)
+
+
+def _temporary_columns(spec: TaskSpec, basis: ModuleBasis) -> tuple[int, int]:
+    """φ of both sides: as many as asked for, a quarter of the basis at most, and no more than there is room for."""
+    asked = spec.method.temporary_columns
+    wanted = spec.lora.r if asked is None else asked
+    sides = zip(basis.shape, basis.ranks, strict=True)
+    count_out, count_in = (min(wanted, k // COLUMNS_SHARE, size - k) for size, k in sides)
     return count_out, count_in
 
 
