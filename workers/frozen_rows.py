@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import mmap
 import tempfile
 from array import array
 from bisect import bisect_left, bisect_right
@@ -146,8 +147,8 @@ def open_rows(storage: Storage, key: str, spec: TaskSpec) -> StoredRows:
         key: As `FrozenRows.key` made it; or of gzipped JSON lines, as earlier releases kept rows.
 
     Returns:
-        The rows in their order. Each is made when it is asked for. What is above `PIECE` lies in a temporary file that
-        is mapped, and gone when the rows are.
+        The rows in their order. Each is made when it is asked for. More than `PIECE` from another machine lies in a
+        temporary file, mapped, that is gone when the rows are.
 
     Raises:
         NotFound: Nothing is there.
@@ -169,25 +170,30 @@ def open_rows(storage: Storage, key: str, spec: TaskSpec) -> StoredRows:
 
 
 def _fetched(storage: Storage, key: str, where: str) -> tuple[Any, str]:
-    """The object as an Arrow buffer, in memory when it is small, else a mapped file that has no name any more; and its
-    digest.
-    """
+    """The object as an Arrow buffer, in memory when it is small, else mapped; and its digest."""
     import pyarrow as pa
 
     piece = storage.view(key, 0, PIECE)
+    if isinstance(piece.obj, mmap.mmap):  # a storage that maps its files: the whole takes no memory either
+        piece = storage.view(key)
+    elif len(piece) == PIECE:
+        return _downloaded(storage, key, piece, where)
+    return pa.py_buffer(piece), hashlib.sha256(piece).hexdigest()
+
+
+def _downloaded(storage: Storage, key: str, piece: memoryview, where: str) -> tuple[Any, str]:
+    """As `_fetched`, through a temporary file that has no name any more; `piece` is the first."""
+    import pyarrow as pa
+
     digest = hashlib.sha256(piece)
-    if len(piece) < PIECE:
-        content = pa.py_buffer(piece)
-    else:
-        with _space_needed(where), tempfile.NamedTemporaryFile(prefix="onebasis-rows-") as file:
+    with _space_needed(where), tempfile.NamedTemporaryFile(prefix="onebasis-rows-") as file:
+        file.write(piece)
+        while len(piece) == PIECE:
+            piece = storage.view(key, file.tell(), PIECE)
+            digest.update(piece)
             file.write(piece)
-            while len(piece) == PIECE:
-                piece = storage.view(key, file.tell(), PIECE)
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            content = pa.memory_map(file.name).read_buffer()
-    return content, digest.hexdigest()
+        file.flush()
+        return pa.memory_map(file.name).read_buffer(), digest.hexdigest()
 
 
 class StoredRows(Sequence[Row]):

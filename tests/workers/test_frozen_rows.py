@@ -40,9 +40,10 @@ SPEC = spec_of()
 IMAGES = spec_of("image_classification")
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return LocalStorage(str(tmp_path / "storage"))
+@pytest.fixture(params=["mapped", "fetched"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """One whose files can be mapped, and one from which they come in pieces."""
+    return LocalStorage(str(tmp_path / "storage")) if request.param == "mapped" else MemoryStorage(str(tmp_path))
 
 
 @pytest.fixture
@@ -317,10 +318,8 @@ def test_rows_that_would_fill_the_disk_are_refused(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_disk_without_space_is_no_mistake_of_the_rows(
-    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = written(tmp_path / "a.jsonl", *LINES)
+def test_a_disk_without_space_is_no_mistake_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, storage = written(tmp_path / "a.jsonl", *LINES), MemoryStorage(str(tmp_path))
     with frozen(SPEC, path) as task:
         kept(storage, SPEC, task.train)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
