@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.task_spec import TaskSpec
+
 
 @contextlib.contextmanager
 def deepspeed_process() -> Iterator[None]:
@@ -36,9 +38,7 @@ def deepspeed_process() -> Iterator[None]:
         yield
     finally:
         from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()
         # At stage 3 these two would keep every task's model for ever.
         parameter_offload.FWD_MODULE_STACK.clear()
         for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
@@ -49,9 +49,39 @@ def deepspeed_process() -> Iterator[None]:
         deepspeed.comm.comm.cdb = None
 
 
+def is_parted(spec: TaskSpec) -> bool:
+    """Whether no rank holds the whole base model (ZeRO-3): then all of them score together, else rank 0 alone."""
+    return stage_of(spec.training.deepspeed) == 3
+
+
 def stage_of(config: dict[str, Any] | None) -> int:
     """The ZeRO stage that a configuration asks for; 0 without one."""
     return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
+
+
+@contextlib.contextmanager
+def parted(model: Any, config: dict[str, Any] | None) -> Iterator[Any]:
+    """A model to score with: its weights parted over the ranks where training parts them, see `is_parted`.
+
+    Every rank must then run the same batches: each forward gathers from all.
+    """
+    if stage_of(config) < 3 or not torch.distributed.is_initialized():
+        yield model
+        return
+    import deepspeed
+
+    zero = {
+        name: value
+        for name, value in (config or {})["zero_optimization"].items()
+        if name != "offload_optimizer" and value != "auto"
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, config={"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
+    )
+    try:
+        yield engine.module
+    finally:
+        release(engine)
 
 
 def release(engine: Any) -> None:

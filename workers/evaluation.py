@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor
 
 from configs.errors import InvalidInput
@@ -167,7 +167,6 @@ def generate(
     tokenizer, new_max = base.tokenizer, spec.data.max_new_tokens
     prompt_max = min(spec.data.max_length, base.length_max - new_max)  # positions for both
     prompts = [encode_prompt(tokenizer, row, prompt_max) for row in rows]
-    model = model.get_base_model() if isinstance(model, PeftModel) else model  # the LoRA stays in its layers
     # The checkpoint's own way to generate may draw, or punish repetition; and training switched the cache off.
     model.generation_config = GenerationConfig(
         do_sample=False,

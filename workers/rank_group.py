@@ -31,18 +31,18 @@ class RankGroup:
 
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
-        self._device = torch.device("cuda" if rank.size > 1 and dist.get_backend() == "nccl" else "cpu")
+        # Beside NCCL, not through it: a word after every step must not make the GPUs wait for the host.
+        self._words = dist.new_group(backend="gloo") if rank.size > 1 and dist.get_backend() != "gloo" else None
 
     def agree(self, value: Any) -> Any:
         """What rank 0 says, as JSON gives it back; the others' value is not looked at."""
         if self.rank.size == 1:
             return value
         content = torch.tensor(list(json.dumps(value).encode()) if self.rank.leads else [], dtype=torch.uint8)
-        size = torch.tensor([len(content)], device=self._device)
-        dist.broadcast(size, 0)
-        buffer = content.to(self._device) if self.rank.leads else torch.empty(int(size), dtype=torch.uint8).to(size)
-        buffer = buffer.to(torch.uint8)
-        dist.broadcast(buffer, 0)
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0, group=self._words)
+        buffer = content if self.rank.leads else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=self._words)
         return json.loads(bytes(buffer.tolist()))
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
@@ -57,15 +57,15 @@ class RankGroup:
         """Every rank's tensor, in the order of ranks; all must have one shape and type. On the CPU."""
         if self.rank.size == 1:
             return [tensor.cpu()]
-        parts = [torch.empty_like(tensor, device=self._device) for _ in range(self.rank.size)]
-        dist.all_gather(parts, tensor.to(self._device))
-        return [part.cpu() for part in parts]
+        parts = [torch.empty_like(tensor, device="cpu") for _ in range(self.rank.size)]
+        dist.all_gather(parts, tensor.cpu(), group=self._words)
+        return parts
 
     def _reduced(self, numbers: Sequence[float], how: Any) -> list[float]:
         if self.rank.size == 1:
             return list(numbers)
-        tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor, how)
+        tensor = torch.tensor(list(numbers), dtype=torch.float64)
+        dist.all_reduce(tensor, how, group=self._words)
         return [float(number) for number in tensor.tolist()]
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from configs.errors import InvalidInput
@@ -34,6 +35,8 @@ LOG_LINES_PER_TASK = 50
 
 Report = Callable[[Progress], None]
 Asked = Literal["", "cancel", "preempt"]
+ASKED: tuple[Asked, ...] = ("", "preempt", "cancel")
+"""The weightier last: a gang does what any of its ranks was asked."""
 
 
 class Cancelled(Exception):
@@ -57,7 +60,7 @@ class Surroundings:
     report: Report = lambda progress: None
     """Takes heartbeats: every step, and with a log line now and then. Called on every rank."""
     asked: Callable[[], Asked] = lambda: ""
-    """Looked at after every step, on rank 0."""
+    """Looked at after every step."""
     after_step: Callable[[int, int], None] = lambda step, steps: None
     """The method's own work after a step; see `workers.methods.Method`."""
     checkpoint: Checkpoint | None = None
@@ -119,6 +122,8 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
             if "can't allocate memory" not in str(error):  # how torch says it on a CPU
                 raise
             raise _out_of_memory(error, plan) from error
+        finally:
+            unset_hf_deepspeed_config()  # at stage 3 the next model made in this process would be parted as it is made
     if steps.ended == "cancel":
         raise Cancelled
     if steps.ended == "preempt":
@@ -212,7 +217,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, steps = state.global_step, self._plan.steps
         self._around.after_step(step, steps)
-        asked: Asked = self._around.group.agree(self._around.asked())
+        asked = ASKED[int(self._around.group.max([ASKED.index(self._around.asked())])[0])]
         is_last = step >= steps
         seconds = max(time.time() - self.first_step_at, 1e-9)
         done = step - self._begun_at

@@ -23,7 +23,7 @@ from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import MAIN
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
-from workers.deepspeed_engine import release
+from workers.deepspeed_engine import is_parted, release
 from workers.evaluation import GENERATED, Score, score_adapter
 from workers.frozen_rows import open_rows
 from workers.methods import Given, Method, codyra, import_adapter, lora, refine, share
@@ -78,9 +78,12 @@ def train_task(
     with joined(rank, spec.training.deepspeed) as group:
         attempt = _Attempt(order, base, storage, store, report, asked, group)
         adapter, run = attempt.train()
+        if is_parted(spec):
+            local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank)
     if not rank.leads:
         return Trained(order.token, "", "", 0, 0, math.nan, math.nan, run.steps, math.nan, 0.0, run.first_step_at)
-    local, alone = _scores(order, adapter, base, storage, report, asked)
+    if not is_parted(spec):
+        local, alone = _scores(order, adapter, base, storage, report, asked, rank)
     report(Progress(order.token, "saving", run.steps, run.steps, run.train_loss, first_step_at=run.first_step_at))
     staged = store.stage(order.staging_key, adapter)
     return Trained(
@@ -274,6 +277,7 @@ def _scores(
     storage: Storage,
     report: Report,
     asked: Callable[[], Asked],
+    rank: Rank,
 ) -> tuple[Score, float]:
     """What the adapter scores before merging, and what the base model does under its head; NaN without rows."""
     if not order.eval_key:
@@ -283,7 +287,7 @@ def _scores(
     stop = stopper(asked)
     local = score_adapter(base, adapter, rows, order.spec, stop)
     alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
-    if order.results_key:
+    if order.results_key and rank.leads:
         results = Results(order.task_id, 0, order.spec.metric, rows.sha256, local.per_row)
         write_results(storage, order.results_key, results)
     return local, alone.value

@@ -6,7 +6,9 @@ waited for and answered, not done again. So a control plane that lost its memory
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import os
 import threading
 import time
@@ -24,6 +26,7 @@ from subspace_store.adapter import adapter_to_bytes, digest
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
+from workers.deepspeed_engine import is_parted
 from workers.evaluation import score_adapter
 from workers.frozen_rows import open_rows
 from workers.methods import lora
@@ -41,6 +44,7 @@ from workers.orders import (
     Rank,
     Train,
 )
+from workers.rank_group import NOBODY_ELSE, joined
 from workers.results import Results, write_results
 from workers.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
@@ -174,7 +178,7 @@ class Worker:
         if isinstance(order, Train):
             return train_task(order, base, self._storage, store, self._report, asked, rank)
         store.refresh()
-        return evaluate_version(order, base, self._storage, store, self._report, asked)
+        return evaluate_version(order, base, self._storage, store, self._report, asked, rank)
 
     def _opened_store(self) -> SubspaceStore:
         """A reader. Opened here and not in the constructor: an actor that cannot be made is harder to wait for."""
@@ -210,20 +214,24 @@ def evaluate_version(
     store: SubspaceStore,
     report: Callable[[Progress], None],
     asked: Callable[[], Asked],
+    rank: Rank = ALONE,
 ) -> Evaluated:
-    """Score one task under one version: A[version][task].
+    """Score one task under one version: A[version][task]. Of ranks above 0 only the token counts.
 
     Raises:
         NotFound: The version does not have the task.
         Unavailable, Cancelled: As for training.
     """
-    started = time.monotonic()
+    started, parted = time.monotonic(), is_parted(order.spec)
+    if not parted and not rank.leads:
+        return Evaluated(order.token, math.nan, 0, 0.0)
     report(Progress(order.token, "scoring"))
     check_lengths(base, order.spec)
     rows = open_rows(storage, order.eval_key, order.spec)
     adapter = store.adapter(order.task_id, order.version)
-    score = score_adapter(base, adapter, rows, order.spec, stopper(asked))
-    if order.results_key:
+    with joined(rank, order.spec.training.deepspeed) if parted else contextlib.nullcontext(NOBODY_ELSE) as group:
+        score = score_adapter(base, adapter, rows, order.spec, stopper(lambda: group.agree(asked())))
+    if order.results_key and rank.leads:
         results = Results(order.task_id, order.version, order.spec.metric, rows.sha256, score.per_row)
         write_results(storage, order.results_key, results)
     return Evaluated(order.token, score.value, score.count, time.monotonic() - started, score.metrics)

@@ -16,7 +16,7 @@ import torch
 
 from subspace_store.local_storage import LocalStorage
 from subspace_store.subspace_store import SubspaceStore
-from tests.workers.worker_builders import sentiment_task, tiny_settings
+from tests.workers.worker_builders import mapped_weights, sentiment_task, tiny_settings
 from workers.base_model import load_base_model
 from workers.orders import Point, Progress, Rank, Train
 from workers.trainer import Preempted
@@ -44,13 +44,20 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
         task = wanted.get("task", name)
         spec = sentiment_task(**wanted["spec"])
         key = f"staging/{task}/1-{name}/adapter.safetensors"
-        order = Train(name, task, 1, spec, "data/train", "data/eval", key)
+        order = Train(name, task, 1, spec, f"data/{spec.kind}", f"data/{spec.kind}", key)
         rank = Rank(index, size, "127.0.0.1", wanted["port"])
         try:
             trained = train_task(order, base, storage, store, report, asked, rank)
-            told = {"steps": trained.steps, "resumed_from": trained.resumed_from, "staging_key": trained.staging_key}
+            told = {
+                "score": trained.local_score,
+                "base_score": trained.base_score,
+                "steps": trained.steps,
+                "resumed_from": trained.resumed_from,
+                "staging_key": trained.staging_key,
+            }
         except Preempted:
             told = {"preempted": True}
+        told["copied_kilobytes"] = sum(copied for file in mapped_weights(Path(source)).values() for _, copied in file)
         told["losses"] = [[point.step, point.loss] for point in points]
         (folder / f"{name}-{index}.json").write_text(json.dumps(told))
 

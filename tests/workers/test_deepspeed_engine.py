@@ -52,7 +52,8 @@ def test_a_task_with_deepspeed_trains_like_one_without_and_leaves_nothing_behind
     partitioned = desk.staged(desk.train(tiny("bert"), sentiment_task(training={"deepspeed": zero(stage)})))
     again = desk.train(tiny("bert"), sentiment_task())
 
-    assert stages == [stage]
+    # At stage 3 the scores with and without the adapter come from parted weights too.
+    assert stages == ([3, 3, 3] if stage == 3 else [stage])
     for name, update in expected.modules.items():
         assert torch.allclose(partitioned.modules[name].delta(), update.delta(), atol=1e-5)
     assert torch.allclose(partitioned.head["classifier.weight"], expected.head["classifier.weight"], atol=1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes
 from subspace_store.local_storage import LocalStorage
 from tests.workers.test_deepspeed_engine import zero
@@ -34,6 +35,17 @@ KINDS: dict[str, dict[str, Any] | None] = {
 }
 
 
+ROWS = {
+    "sequence_classification": sentiment_rows(24, seed=1),
+    # Answers of one word and of many: ranks hold different numbers of tokens, and each token must count the same.
+    "causal_lm": "\n".join(
+        json.dumps({"prompt": f"say {n}", "completion": "yes " * (1 + 7 * (n % 2) + n % 3)}) for n in range(12)
+    ).encode(),
+}
+ANSWERING = {"kind": "causal_lm", "metric": "log_likelihood", "data": {"label_names": []}, "lora": TARGETS}
+ANSWERS: dict[str, dict[str, Any] | None] = {"answers-ddp": None, "answers-zero2": zero(2)}
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
@@ -44,9 +56,12 @@ def gang(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], 
     """The folder in which two ranks have trained each task: 2 × 4 rows a step, and one task in two attempts."""
     folder = tmp_path_factory.mktemp("gang")
     storage = LocalStorage(str(folder / "store"))
-    storage.write("data/train", sentiment_rows(24, seed=1))
-    storage.write("data/eval", sentiment_rows(10, seed=2))
+    for kind, rows in ROWS.items():
+        storage.write(f"data/{kind}", rows)
     orders = []
+    for name, config in ANSWERS.items():
+        training = TRAINING | {"per_device_train_batch_size": 2} | ({"deepspeed": config} if config else {})
+        orders.append({"name": name, "port": free_port(), "spec": ANSWERING | {"training": training}})
     for name, config in KINDS.items():
         training = TRAINING | {"per_device_train_batch_size": 4} | ({"deepspeed": config} if config else {})
         spec = {"training": training, "lora": TARGETS}
@@ -59,7 +74,7 @@ def gang(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     ranks = [
         subprocess.Popen(
-            [*command, str(index), "2", str(folder), tiny_source("llama")],
+            [*command, str(index), "2", str(folder), tiny_source("llama-lm")],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -77,14 +92,21 @@ def gang(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], 
 
 
 @pytest.fixture(scope="module")
-def alone(tiny: Callable[[str], BaseModel]) -> tuple[Adapter, dict[int, float]]:
-    """The same 8 rows a step in one process, and its losses by step."""
-    desk = Desk("alone")
-    trained = desk.train(
-        tiny("llama"), sentiment_task(training=TRAINING | {"per_device_train_batch_size": 8}, lora=TARGETS)
+def alone(tiny: Callable[[str], BaseModel]) -> tuple[Adapter, dict[int, float], tuple[float, float]]:
+    """The same 8 rows a step in one process, its losses by step, and its scores with and without the adapter."""
+    return one_process(
+        tiny("llama-lm"), sentiment_task(training=TRAINING | {"per_device_train_batch_size": 8}, lora=TARGETS)
     )
+
+
+def one_process(base: BaseModel, spec: TaskSpec) -> tuple[Adapter, dict[int, float], tuple[float, float]]:
+    desk = Desk(f"alone {spec.kind}")
+    desk.storage.write("data/train", ROWS[spec.kind])
+    desk.storage.write("data/eval", ROWS[spec.kind])
+    trained = desk.train(base, spec)
     points = [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, Point)]
-    return desk.staged(trained), {point.step: point.loss for point in points}
+    scores = trained.local_score, trained.base_score
+    return desk.staged(trained), {point.step: point.loss for point in points}, scores
 
 
 def told(gang: Path, name: str, index: int = 0) -> dict[str, Any]:
@@ -104,20 +126,40 @@ def test_the_loss_curve_is_the_single_processs(name: str, gang: Path, alone: tup
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_so_is_the_adapter_and_rank_0_alone_stages_it(
-    name: str, gang: Path, alone: tuple[Adapter, dict[int, float]]
+def test_so_are_the_adapter_and_its_scores_and_rank_0_alone_stages_it(
+    name: str, gang: Path, alone: tuple[Adapter, dict[int, float], tuple[float, float]]
 ) -> None:
     for module, update in adapter(gang, name).modules.items():
         expected = alone[0].modules[module].delta()
         assert torch.linalg.norm(update.delta() - expected) < 1e-3 * torch.linalg.norm(expected)
+    assert (told(gang, name)["score"], told(gang, name)["base_score"]) == alone[2]
     assert told(gang, name, 1)["staging_key"] == ""
     assert told(gang, name, 1)["losses"] == []
 
 
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2"])  # on a CPU ZeRO-3 sends rank 0's weights to all
+def test_ranks_of_one_machine_share_the_pages_of_the_base_weights(name: str, gang: Path) -> None:
+    assert [told(gang, name, index)["copied_kilobytes"] for index in range(2)] == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_a_preempted_gang_goes_on_bit_for_bit(name: str, gang: Path) -> None:
-    assert told(gang, f"{name}-first", 1) == {"preempted": True, "losses": []}
+    first = told(gang, f"{name}-first", 1)
+    assert (first["preempted"], first["losses"]) == (True, [])
     assert told(gang, f"{name}-second")["resumed_from"] == 3
     again, whole = adapter(gang, f"{name}-second"), adapter(gang, name)
     for module, update in whole.modules.items():
         assert torch.equal(again.modules[module].delta(), update.delta())
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_every_token_of_an_answer_counts_the_same_whichever_rank_holds_it(
+    name: str, gang: Path, tiny: Callable[[str], BaseModel]
+) -> None:
+    training = TRAINING | {"per_device_train_batch_size": 4}
+    expected, losses, _ = one_process(tiny("llama-lm"), sentiment_task(**ANSWERING | {"training": training}))
+    found = dict(told(gang, name)["losses"])
+    assert all(abs(found[step] - losses[step]) < 1e-4 for step in losses)
+    for module, update in adapter(gang, name).modules.items():
+        delta = expected.modules[module].delta()
+        assert torch.linalg.norm(update.delta() - delta) < 1e-3 * torch.linalg.norm(delta)
