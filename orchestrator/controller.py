@@ -21,6 +21,7 @@ from functools import partial
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
 from configs.settings import Settings
+from configs.task_spec import TaskSpec
 from orchestrator.cluster import Cluster, Flight, MachineLost
 from orchestrator.fair_share import HALF_LIFE_SECONDS, Waiting, decayed_use, running_order
 from orchestrator.gate import PairedDifference, judge, paired_difference
@@ -781,13 +782,19 @@ def _is_of_a_version(order: Train | Evaluate) -> bool:
     return isinstance(order, Evaluate) or order.refine_version > 0
 
 
+def _refinement(spec: TaskSpec) -> TaskSpec:
+    """The same task, trained for `method.refine_epochs`."""
+    length = {"num_train_epochs": spec.method.refine_epochs, "max_steps": -1}
+    return spec.model_copy(update={"training": spec.training.model_copy(update=length)})
+
+
 def _train_order(record: TaskRecord) -> Train:
     refines = record.state is TaskState.REFINING
     return Train(
         token=record.token,
         task_id=record.task_id,
         attempt=record.attempt,
-        spec=record.spec,
+        spec=_refinement(record.spec) if refines else record.spec,
         train_key=record.train_key,
         eval_key="" if refines else record.eval_key,  # refined, it is scored with its version
         staging_key=staging_key(record.task_id, record.attempt, record.token),

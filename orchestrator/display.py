@@ -22,6 +22,7 @@ COLOURS = {
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
     "expired": "dim",
 }  # fmt: skip
+AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
 DROPPED_FIRST = ("id", "MB", "rows/s", "version", "tokens/s", "score", "loss")
 """Columns of the tasks' table in the order in which a narrow terminal goes without them: `team/name` is a name too."""
@@ -114,9 +115,10 @@ def versions(answer: Sequence[Json]) -> None:
         table.add_column(name, justify="left" if name in ("status", "added") else "right", no_wrap=name != "added")
     for row in answer:
         refs = [f"← {name}" for name in row["refs"] if name == "main" or "main" not in row["refs"]]
+        brought = ", ".join([*row["added"], *(f"{name} refined" for name in row["refined"])])
         table.add_row(
             str(row["version"]), str(row["parent"]), " ".join([_coloured(row["status"]), *refs]),
-            ", ".join(row["added"]), str(row["task_count"]), str(row["rank_max"]),
+            brought, str(row["task_count"]), str(row["rank_max"]),
             _bytes(row["bytes_written"]), f"{row['merge_seconds']:.2f} s",
         )  # fmt: skip
     console.print(table)
@@ -150,9 +152,10 @@ def version(answer: Json) -> None:
 def diff(answer: Json) -> None:
     """`onebasis diff`."""
     titles = answer["titles"]
-    for name, sign in (("added", "+"), ("removed", "-")):
-        for item in answer[name]:
-            console.print(f"{sign} {item['name']}")
+    added, removed = ([item["name"] for item in answer[name]] for name in ("added", "removed"))
+    for name in dict.fromkeys([*added, *removed]):
+        sign = "~" if name in added and name in removed else "+" if name in added else "-"
+        console.print(f"{sign} {name}" + (" (refined, or merged anew)" if sign == "~" else ""))
     table = Table(box=None, pad_edge=False)
     for name in ("task", "score before", "score after", "drift (at most)"):
         table.add_column(name)
@@ -275,13 +278,13 @@ def _step(row: Json) -> str:
 
 def _told(row: Json, name: str, form: str = "") -> str:
     """One figure of a task's progress; empty where it does not train, or has not told."""
-    value = row["progress"].get(name) if row["state"] == "training" else None
+    value = row["progress"].get(name) if row["state"] in AT_WORK else None
     return format(value, form) if value else ""
 
 
 def _note(row: Json) -> str:
     """Where it stands in the queue, what it does beside its steps, or why it is where it is."""
-    if row["state"] == "training":
+    if row["state"] in AT_WORK:
         phase = row["progress"].get("phase", "")
         return str(row["worker"] if phase in ("", "training") else phase)
     place = f"place {row['place']}" if row["place"] else ""
@@ -305,6 +308,10 @@ def _print_training(training: Json) -> None:
             f"  method     {training['method']}{basis}"
             + (f" · {trained:,} numbers trained beside the head" if trained else "")
         )
+    if training["refined_seconds"] is not None:
+        console.print(f"  refined    its coefficients, after merging, in {training['refined_seconds']:.1f} s")
+    if training["unrefined"]:
+        console.print(f"  unrefined  {escape(training['unrefined'])}", soft_wrap=True)
     if (last := training["last_point"]) is not None:
         console.print(f"  last told  {_point(last)}", soft_wrap=True)
     if training["plot"]:
@@ -351,8 +358,8 @@ def _cell(cell: Json, number: int) -> str:
 
 def _progress(row: Json) -> str:
     progress = row.get("progress") or {}
-    if row["state"] != "training" or not progress:
-        return row["worker"] if row["state"] == "training" else ""
+    if row["state"] not in AT_WORK or not progress:
+        return row["worker"] if row["state"] in AT_WORK else ""
     if not progress.get("steps"):
         return str(progress.get("phase", ""))
     return f"{progress['phase']} {_point(progress)}"

@@ -120,7 +120,7 @@ class Service:
                 "lost_machines": record.lost_machines,
                 "own_bugs": record.own_bugs,
                 "preemptions": record.preemptions,
-                "refined": bool(record.refined_key),
+                "refined_seconds": record.refined_seconds,
                 "unrefined": record.unrefined,
                 "method": record.method,
                 "trainable_parameters": record.trainable_parameters,

@@ -230,7 +230,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 record,
                 refined_key=outcome.staging_key or staging_key(record.task_id, record.attempt, record.token),
                 refined_sha256=outcome.adapter_sha256,
-                train_seconds=(record.train_seconds or 0.0) + outcome.seconds,
+                refined_seconds=outcome.seconds,
                 token="",
                 worker="",
                 preempt_requested=False,

@@ -107,6 +107,7 @@ class TaskRecord(Section):
     refined_key: str = ""
     """Storage key of its adapter after the refinement; empty when there was none."""
     refined_sha256: str = ""
+    refined_seconds: float | None = None
     unrefined: str = ""
     """Why it was not refined, though it was to be."""
     ended_at: float | None = None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
 from configs.errors import NotFound
+from orchestrator import display
 from orchestrator.task_lifecycle import PreemptRequested
 from orchestrator.task_record import TaskState
 from subspace_store import SubspaceStore, adapter_to_bytes
 from tests.builders import adapter
 from tests.orchestrator.plant import Plant
+from tests.orchestrator.site import Site
 from tests.orchestrator.test_controller import Killed, Mortal
 from workers.orders import Evaluate, Order, Train
 
@@ -33,7 +36,7 @@ def energy(plant: Plant, title: str, version: int) -> float:
 def test_a_task_is_trained_merged_refined_scored_and_published(plant: Plant) -> None:
     orders: list[Order] = []
     plant.cluster.hold = lambda order: bool(orders.append(order))
-    plant.submit("red/alpha", spec=REFINE)
+    plant.submit("red/alpha", spec=REFINE | {"training": {"max_steps": 50}})
     plant.run()
     task, state = plant.get("red/alpha"), plant.state
     assert (task.state, task.version, task.attempt, task.unrefined) == (TaskState.PUBLISHED, 2, 1, "")
@@ -45,13 +48,15 @@ def test_a_task_is_trained_merged_refined_scored_and_published(plant: Plant) -> 
     assert plant.cluster.store_calls == ["merge", "refine", "record_scores", "publish"]
     assert plant.cluster.evaluations == [(2, "red/alpha")]  # version 1 is never judged
     assert (task.local_score, state.scores[2][task.task_id].score) == (0.9, 0.9)
-    assert task.train_seconds == 4.0  # 2 of training and 2 of refinement: both are the team's share
+    assert (task.train_seconds, task.refined_seconds) == (2.0, 2.0)
+    assert [use.seconds for use in plant.queue.uses(since=0)] == [4.0]  # both are the team's share
     training, refinement, evaluation = orders
     assert isinstance(training, Train)
     assert isinstance(refinement, Train)
     assert (training.refine_version, refinement.refine_version) == (0, 1)
     assert (training.train_key, training.eval_key) == (refinement.train_key, task.eval_key)
     assert (refinement.eval_key, refinement.results_key) == ("", "")  # it is scored with its version
+    assert (refinement.spec.training.num_train_epochs, refinement.spec.training.max_steps) == (1, -1)
     assert refinement.token != training.token
     assert refinement.staging_key != training.staging_key
     assert isinstance(evaluation, Evaluate)
@@ -267,6 +272,30 @@ def test_a_database_that_was_restored_from_before_the_refinement_finds_it_in_the
     plant.run()
     after = plant.get("red/alpha")
     assert (after.state, after.version, sorted(plant.state.versions)) == (TaskState.PUBLISHED, 2, [1, 2])
+
+
+def test_people_see_what_is_refined_and_what_could_not_be(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = site.plant.cluster
+    cluster.hold = refines
+    cluster.training_faults = {"red/two": ["", "input"]}
+    for title in ("red/one", "red/two"):
+        site.client.call("submit", document=site.document(title, method={"refine_epochs": 2}), by="ann")
+        while not cluster.held:
+            time.sleep(0.01)
+        task = site.wait_for(title, "refining")
+        assert task["why"] == f"its coefficients in version {task['version']} are trained on its own rows"
+        assert task["worker"].startswith("worker-")
+        cluster.release()
+        cluster.hold = refines
+        task = site.wait_for(title, "published")
+        display.task(task)
+    display.versions(site.client.call("versions"))
+    display.diff(site.client.call("diff", old=3, new=4))
+    shown = capsys.readouterr().out
+    assert "refined    its coefficients, after merging, in 2.0 s" in shown
+    assert "unrefined  fault of kind input" in shown
+    assert "red/one refined" in shown
+    assert "~ red/one (refined, or merged anew)" in shown
 
 
 def _check(plant: Plant) -> None:
