@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
-from configs.task_spec import DataSpec, Kind, TaskSpec
+from configs.task_spec import Kind, TaskSpec
 from workers.weights import check_quantization, load_checkpoint, quiet_transformers, resolve_source, weights_digest
 
 AUTO_CLASSES: dict[Kind, Any] = {
@@ -130,11 +130,6 @@ class BaseModel:
     def head_modules(self, kind: Kind) -> tuple[str, ...]:
         """Modules of the task model that belong to the task."""
         return self._heads[kind]
-
-    def classifier_for(self, label_names: Sequence[str], seed: int = 0) -> Any:
-        """Until evaluation.py asks for task models."""
-        data = DataSpec(train_file="-", eval_file="-", label_names=tuple(label_names))
-        return self.task_model(TaskSpec(team="t", name="n", base_model=self.name, data=data), seed)
 
     def task_model(self, spec: TaskSpec, seed: int = 0) -> Any:
         """A task's model around the shared weights.

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from tests.workers.worker_builders import MINILM, tiny_settings
+from tests.workers.worker_builders import MINILM, task_of_kind, tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.weights import resolve_source
 
@@ -101,7 +101,8 @@ def peft_folder(tmp_path: Path) -> Callable[..., str]:
 
     def make(base: BaseModel, labels: int = 2, **options: Any) -> str:
         model = with_lora(
-            base.classifier_for([str(n) for n in range(labels)]), LoraConfig(task_type="SEQ_CLS", r=2, **options)
+            base.task_model(task_of_kind("sequence_classification", [str(n) for n in range(labels)])),
+            LoraConfig(task_type="SEQ_CLS", r=2, **options),
         )
         torch.manual_seed(3)
         for name, parameter in model.named_parameters():

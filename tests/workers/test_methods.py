@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import InvalidInput
 from tests.workers.method_builders import leased, logits
-from tests.workers.worker_builders import sentiment_task
+from tests.workers.worker_builders import sentiment_task, task_of_kind
 from workers.base_model import BaseModel
 from workers.evaluation import adapted_model
 from workers.methods import import_adapter, lora
@@ -109,7 +109,7 @@ def test_an_imported_adapter_computes_what_peft_computed(
 
     from peft import PeftModel
 
-    theirs = PeftModel.from_pretrained(base.classifier_for(("neg", "pos")), folder)
+    theirs = PeftModel.from_pretrained(base.task_model(task_of_kind("sequence_classification")), folder)
     assert torch.allclose(logits(adapted_model(base, adapter, spec)), logits(theirs), atol=1e-5)
     assert adapter.base_model == "tiny"
 

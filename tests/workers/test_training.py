@@ -17,7 +17,7 @@ from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.memory_storage import MemoryStorage
 from subspace_store.peft_format import read_peft_folder
 from subspace_store.subspace_store import SubspaceStore
-from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task
+from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task, task_of_kind
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Point, Progress, Train, Trained
 from workers.trainer import Asked, Cancelled
@@ -61,7 +61,7 @@ def desk(request: pytest.FixtureRequest) -> Desk:
 
 
 def weights_of(base: BaseModel) -> str:
-    model = base.classifier_for(["a", "b"])
+    model = base.task_model(task_of_kind("sequence_classification"))
     return digest(b"".join(p.numpy().tobytes() for n, p in model.named_parameters() if not p.requires_grad))
 
 
