@@ -218,6 +218,8 @@ def test_an_adapted_model_generates_with_its_update(talker: BaseModel) -> None:
     update = ModuleUpdate(torch.eye(32)[:, :2], torch.full((2,), 40.0), torch.eye(64)[:, :2])
     adapter = Adapter("tiny", "", {name: update}, {}, {})
     models = [adapted_model(talker, adapter, spec, with_update) for with_update in (True, False)]
+    for model in models:
+        model.generation_config = GenerationConfig(do_sample=True, temperature=5.0)
     answers = [generate(model, talker, QUESTIONS, spec) for model in models]
     assert answers[0] != answers[1]
     merged = talker.task_model(spec)
