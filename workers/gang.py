@@ -324,7 +324,7 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
     for failure in failures:
         if isinstance(failure, RankLost):
             return Failed(token, "lost", failure.what, log_lines=lines)
-    first = next((f for f in failures if not (isinstance(f, Failed) and f.fault == "lost")), failures[0])
+    first = failures[0]
     if isinstance(first, Failed):
         return replace(first, log_lines=lines)
     if isinstance(first, Unavailable):

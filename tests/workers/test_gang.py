@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
@@ -95,9 +96,14 @@ class StandInRanks:
 
 
 @pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gang_module, "GRACE_SECONDS", 0.05)
+def _frequent_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gang_module, "WATCH_SECONDS", 0.01)
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which a rank hangs; where all answer, nobody waits for its end."""
+    monkeypatch.setattr(gang_module, "GRACE_SECONDS", 0.5)
 
 
 @pytest.fixture
@@ -165,6 +171,7 @@ def test_a_score_is_rank_0s_too(gang: Gang, ranks: StandInRanks) -> None:
     assert run.outcome == Evaluated("token", 0.75, 100, 1.0)
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_a_lost_rank_ends_all_and_the_next_order_finds_new_ones(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
     old = ranks.now
@@ -186,14 +193,18 @@ def test_what_rank_0_says_of_the_broken_connection_is_not_taken_for_a_bug(gang: 
     assert run.outcome.fault == "lost"
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_a_rank_that_is_silent_when_another_failed_counts_as_lost(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
-    ranks.now[1].silent = True  # its machine was cut off: no process died, as far as anybody can see
-    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: timed out"))
+    old = ranks.now
+    old[1].silent = True  # its machine was cut off: no process died, as far as anybody can see
+    old[0].order.set_result(Failed("token", "bug", "RuntimeError: timed out"))
     assert run.outcome.fault == "lost"
     assert "rank 1 of 2" in run.outcome.message
+    assert all(rank.dead for rank in old)
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_a_rank_that_is_silent_for_a_lease_is_lost_although_nothing_failed(ranks: StandInRanks) -> None:
     gang = Gang(ranks, lease_seconds=0.1)
     gang.warm()
@@ -207,13 +218,16 @@ def test_what_a_rank_says_of_the_task_outweighs_what_the_others_make_of_its_end(
     gang: Gang, ranks: StandInRanks, fault: str
 ) -> None:
     run = Run(gang, ranks)
-    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: connection closed by peer"))
+    closed = "RuntimeError: connection closed by peer"
+    ranks.now[0].order.set_result(Failed("token", "bug", closed, log_lines=("a line of rank 0",)))
     ranks.now[1].order.set_result(Failed("token", fault, "row 17 has no text"))
     assert (run.outcome.fault, run.outcome.message) == (fault, "row 17 has no text")
+    assert run.outcome.log_lines == ("2 ranks: 1 on 10.0.0.1, 1 on 10.0.0.2", "a line of rank 0")
     assert len(ranks.generations) == 1  # all have answered: nobody is stuck, nobody is ended
 
 
-def test_the_first_of_two_bugs_is_told_and_a_rank_that_hangs_is_ended(gang: Gang, ranks: StandInRanks) -> None:
+@pytest.mark.usefixtures("short_grace")
+def test_a_rank_that_hangs_after_anothers_bug_is_ended(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
     old = ranks.now
     old[1].order.set_result(Failed("token", "bug", "ZeroDivisionError: of our making", "traceback"))
@@ -221,6 +235,17 @@ def test_the_first_of_two_bugs_is_told_and_a_rank_that_hangs_is_ended(gang: Gang
     assert old[0].dead
 
 
+def test_of_two_bugs_the_first_is_told_for_it_caused_the_other(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    ranks.now[1].order.set_result(Failed("token", "bug", "ZeroDivisionError: of our making"))
+    seen = len(ranks.now[0].asked)
+    while len(ranks.now[0].asked) < seen + 3:  # by then the first has been taken note of
+        time.sleep(0.001)
+    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: connection closed by peer"))
+    assert run.outcome.message == "ZeroDivisionError: of our making"
+
+
+@pytest.mark.usefixtures("short_grace")
 def test_a_rank_that_outstays_rank_0s_success_is_ended_and_the_success_stands(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
     old = ranks.now
@@ -229,6 +254,7 @@ def test_a_rank_that_outstays_rank_0s_success_is_ended_and_the_success_stands(ga
     assert old[1].dead
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_the_same_token_is_answered_again_also_by_the_new_ranks(gang: Gang, ranks: StandInRanks) -> None:
     run, again = Run(gang, ranks), Run(gang, ranks)
     ranks.now[0].die()
