@@ -235,7 +235,7 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
             now = f"{row['state']} {row['progress'].get('phase', '')} {10 * _share(row) // 1:.0f}"
             if seen.get(row["task_id"]) != now:
                 seen[row["task_id"]] = now
-                line = f"{_clock(time.time())}  {row['title']:24} {row['state']:10} {_progress(row)}"
+                line = f"{_clock(time.time())}  {row['title']:23} {row['state']:10} {_brief(row)}"
                 console.print(line.rstrip(), markup=False, soft_wrap=True)
         if all(row["state"] in ENDED for row in rows):
             return
@@ -253,7 +253,7 @@ def _task_table(rows: Sequence[Json]) -> Table:
         "rows/s": [_told(row, "samples_per_second", ",.0f") for row in rows],
         "tokens/s": [_told(row, "tokens_per_second", ",.0f") for row in rows],
         "MB": [f"{row['progress']['memory_bytes'] / 1e6:,.0f}" if _told(row, "memory_bytes") else "" for row in rows],
-        "left": [_duration(row["progress"]["seconds_left"]) if _told(row, "seconds_left") else "" for row in rows],
+        "left": [_left(row) for row in rows],
         "score": [_score(row["local_score"]) for row in rows],
         "version": [f"v{row['version']}" if row["version"] else "–" for row in rows],
         "": [_note(row) for row in rows],
@@ -274,6 +274,17 @@ def _task_table(rows: Sequence[Json]) -> Table:
 
 def _step(row: Json) -> str:
     return f"{row['progress']['step']}/{row['progress']['steps']}" if _told(row, "steps") else ""
+
+
+def _left(row: Json) -> str:
+    return _duration(row["progress"]["seconds_left"]) if _told(row, "seconds_left") else ""
+
+
+def _brief(row: Json) -> str:
+    """A task's progress in the 32 columns behind its name and state."""
+    loss, left = _told(row, "loss", ".3f"), _left(row)
+    parts = (_step(row) or _note(row), loss and f"loss {loss}", left and f"{left} left")
+    return " · ".join(part for part in parts if part) if row["state"] == "training" else ""
 
 
 def _told(row: Json, name: str, form: str = "") -> str:

@@ -87,6 +87,20 @@ def test_brackets_in_a_reason_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "row [red]3[/red] is bad" in lines([parked], 200, monkeypatch)[1]
 
 
+def test_followed_without_a_terminal_each_change_is_one_line_of_at_most_80_columns() -> None:
+    scoring = TASK | {"progress": {"phase": "scoring"}}
+    asked = iter([[TASK], [TASK], [scoring], [DONE | {"task_id": TASK["task_id"], "title": TASK["title"]}]])
+    with display.console.capture() as captured:
+        display.follow(lambda: next(asked), 0.0)
+    found = captured.get().splitlines()
+    assert [line[10:].split() for line in found] == [
+        ["red/card-orders", "training", "120/1500", "·", "loss", "0.543", "·", "65", "min", "left"],
+        ["red/card-orders", "training", "scoring"],
+        ["red/card-orders", "published"],
+    ]
+    assert max(map(len, found)) <= 80
+
+
 def test_a_point_of_the_curves_is_a_line_of_the_log() -> None:
     point = {"step": 12, "steps": 50, "loss": 0.5, "learning_rate": 0.001, "samples_per_second": 35.4}
     told = {"at": 0.0, "kind": "progress", "text": json.dumps(point)}
