@@ -165,7 +165,7 @@ def to_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b_NR
     config = {
         "peft_type": "LORA",
-        "task_type": adapter.info.get("task_type") or ("SEQ_CLS" if adapter.head else None),
+        "task_type": adapter.info.get("task_type", "SEQ_CLS" if adapter.head else "") or None,
         "r": rank,
         "lora_alpha": rank,
         "target_modules": sorted(adapter.modules),

@@ -102,8 +102,12 @@ class BaseModel:
         self._buffers = {name: buffer for name, buffer in loaded.named_buffers() if name in stored}
         self._heads: dict[Kind, tuple[str, ...]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        shells = {type(loaded): loaded}
         for kind in kinds:
-            shell = self._shell(kind, copy.deepcopy(self._config))
+            made = AUTO_CLASSES[kind]._model_mapping[type(self._config)]
+            if made not in shells:
+                shells[made] = self._shell(kind, copy.deepcopy(self._config))
+            shell = shells[made]
             heads = _head_modules(shell, parameters.keys(), kind, settings.source)
             shapes = _linear_shapes(shell, heads)
             if shapes == (self._shapes or shapes):  # else its adapters would not fit the others' subspace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,13 @@ def test_another_base_model_is_answered_with_the_one_that_is_served(desk: Desk) 
     text = desk.refuse(desk.document(base_model="gpt"))
     assert "base_model: 'gpt' is not allowed here" in text
     assert "this service serves 'tiny'" in text
+
+
+def test_a_kind_that_the_base_model_cannot_do_is_answered_with_those_it_can(desk: Desk) -> None:
+    layout = replace(LAYOUT, kinds=("sequence_regression", "causal_lm"))
+    with pytest.raises(InvalidInput, match="no 'sequence_classification'") as caught:
+        check_submission(desk.document(), desk.settings, layout)
+    assert (caught.value.where, caught.value.todo) == ("kind", "it has: sequence_regression, causal_lm")
 
 
 def test_an_unknown_target_module_is_answered_with_those_of_the_base_model(desk: Desk) -> None:

@@ -149,6 +149,14 @@ def test_the_head_travels_with_the_adapter_unchanged(tmp_path: Path) -> None:
     assert torch.equal(adapter.head["classifier.bias"], head.bias)
 
 
+def test_a_head_of_no_task_type_is_not_said_to_classify_text(tmp_path: Path) -> None:
+    # A model that reads pictures has such a head, and PEFT's SEQ_CLS would hand it token ids.
+    model = trained("bert", target_modules=["query"], task_type=None, modules_to_save=["classifier"])
+    config, tensors = to_peft(read_peft_folder(saved(model, tmp_path), "base", ""))
+    assert (config["task_type"], config["modules_to_save"]) == (None, ["classifier"])
+    assert "base_model.model.classifier.weight" in tensors
+
+
 def test_what_is_written_has_scale_one_and_singular_values_in_b(tmp_path: Path) -> None:
     adapter = read_peft_folder(saved(trained("bert", target_modules=["query"]), tmp_path), "base", "")
     config, tensors = to_peft(adapter)
