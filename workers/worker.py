@@ -92,7 +92,8 @@ class Worker:
         Raises:
             InvalidInput, Unavailable: See `load_base_model`.
         """
-        base = self._book.between(self._base_model).result()
+        # Not behind the order under way: a control plane that was restarted waits for this before it asks for that.
+        base = self._book.between(self._base_model).result() if self._base is None else self._base
         return BaseLayout(base.sha256, base.module_shapes(), base.length_max, base.kinds)
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
@@ -194,11 +195,14 @@ class Worker:
 
     def _base_model(self) -> BaseModel:
         if self._base is None:
-            self._base = load_base_model(self._settings)
-            _rehearse(self._base)
+            base = load_base_model(self._settings)
+            # Weights that stay on the host, for each rank's GPU to take its part of, are too large to run alone.
+            if base.device.type == "cuda" or not torch.cuda.is_available():
+                _rehearse(base)
             # Trainer collects garbage before its first step: 0.3 s over the libraries' objects, 0.02 s without them.
             gc.collect()
             gc.freeze()
+            self._base = base
         return self._base
 
     def _report(self, progress: Progress) -> None:
