@@ -26,7 +26,7 @@ from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, r
 from workers.deepspeed_engine import is_parted, release
 from workers.evaluation import GENERATED, Score, score_adapter
 from workers.frozen_rows import open_rows
-from workers.methods import Given, Method, codyra, import_adapter, lora, refine, share
+from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
 from workers.orders import ALONE, Progress, Rank, Train, Trained
 from workers.rank_group import RankGroup, joined
@@ -150,9 +150,9 @@ class _Attempt:
     def train(self) -> tuple[Adapter, TrainingRun]:
         """Prepare, train and read the adapter out; from a checkpoint where there is one."""
         order, spec = self._order, self._order.spec
-        if not METHODS[spec.method.name].TRAINS:
+        method = METHODS.get(spec.method.name)  # None for `auto`, which trains
+        if method is not None and not method.TRAINS:
             self._say(f"task {order.task_id}: method {self.method_name}")
-            method = METHODS[self.method_name]
             frozen = self._storage.read(order.train_key) if order.train_key else b""
             return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
         rows = open_rows(self._storage, order.train_key, spec)
@@ -217,16 +217,14 @@ class _Attempt:
 
     def _given(self, checkpoint: Checkpoint | None, rows: Sequence[Row]) -> tuple[Given, Checkpoint | None]:
         """What the method starts from: the same on every rank, and the same again after an interruption."""
-        order, spec = self._order, self._order.spec
+        order = self._order
         self._store.refresh()
         if checkpoint is not None:
             self.method_name, self.version = checkpoint.method, checkpoint.basis_version
         elif order.refine_version:
             self.method_name, self.version = "refine", order.refine_version
         else:
-            main = self._group.agree(self._store.resolve(MAIN))
-            self.method_name = spec.method.name
-            self.version = main if METHODS[self.method_name].needs_basis(spec) else 0
+            self.method_name, self.version = self._chosen(rows)
         try:
             basis = self._store.basis(self.version) if self.version else {}
         except NotFound as error:
@@ -240,6 +238,19 @@ class _Attempt:
         if checkpoint is not None:
             self._say(f"goes on from step {checkpoint.step}, where an earlier attempt left a checkpoint")
         return Given(version=self.version, basis=basis, adapter=served), checkpoint
+
+    def _chosen(self, rows: Sequence[Row]) -> tuple[str, int]:
+        """The method and the version to lease. For `auto` rank 0 tries the task out, and the others take its answer."""
+        spec = self._order.spec
+        name: str = spec.method.name
+        main: int = self._group.agree(self._store.resolve(MAIN))
+        if name == "auto":
+            if self._group.rank.leads:
+                given = Given(version=main, basis=self._store.basis(main) if main else {})
+                name, why = auto.choose(self._base, spec, given, rows)
+                self._say(why)
+            name = self._group.agree(name)
+        return name, main if METHODS[name].needs_basis(spec) else 0
 
     def _say(self, line: str) -> None:
         self._report(Progress(self._order.token, "loading", log_lines=(line,)))

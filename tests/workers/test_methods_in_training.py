@@ -16,7 +16,7 @@ from tests.workers.test_share import outside
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
-from workers.methods import codyra
+from workers.methods import auto, codyra
 from workers.methods.factors import GatedFactor
 from workers.orders import Trained
 from workers.trainer import Preempted
@@ -68,6 +68,19 @@ def test_a_method_trains_in_the_published_basis_and_says_what_it_trains(
     expected = {"lora": "lora: 256", "share": "share: 104", "codyra": "codyra: 260"}[method]
     assert any(line.startswith(f"{expected} trained numbers per module in 4 modules") for line in lines)
     assert all(update.energy > 0 for update in desk.staged(trained).modules.values())
+
+
+@pytest.mark.parametrize(("minimum", "method", "version"), [(0.0, "share", 1), (1.1, "lora", 0)])
+def test_auto_trains_with_what_it_chose_and_says_why(
+    minimum: float, method: str, version: int, desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "SPANNED_MIN", minimum)
+    trained = desk.train(tiny("bert"), sentiment_task(method={"name": "auto"}))
+    assert (trained.method, trained.basis_version) == (method, version)
+    lines = [line for beat in desk.heartbeats for line in beat.log_lines]
+    assert lines[0].startswith(f"auto: {method}, because the basis spans ")
+    plain = desk.train(tiny("bert"), sentiment_task(method={"name": method}))
+    assert trained.adapter_sha256 == plain.adapter_sha256  # trying it out left no trace
 
 
 @pytest.mark.parametrize("stage", [2, 3])
