@@ -97,6 +97,8 @@ class Gang:
         self._lock = threading.Lock()
         self._nodes: tuple[str, ...] = ()
         """Address of each rank's machine; empty while there is no whole gang."""
+        self._layout: BaseLayout | None = None
+        """What the ranks said once they were warm; those made after them say the same."""
         self._token = ""
         self._stop = ""
         """`cancel` or `preempt`: what the ranks are to do with the order under way."""
@@ -113,6 +115,9 @@ class Gang:
         Raises:
             InvalidInput, Unavailable: See `load_base_model`; RankLost or no place for a rank.
         """
+        # Not behind the order under way: a control plane that was restarted waits for this before it asks for that.
+        if self._token and self._layout:
+            return self._layout
         return self._book.between(self._warm).result()
 
     def run(self, order: Order) -> Outcome:
@@ -240,6 +245,7 @@ class Gang:
         layouts: list[BaseLayout] = self._all("warm")
         if len({layout.sha256 for layout in layouts}) > 1:
             raise InvalidInput("the ranks loaded different weights", ", ".join(self._nodes), "make the sources equal")
+        self._layout = layouts[0]
         return layouts[0]
 
     def _formed(self) -> list[tuple[str, int]]:

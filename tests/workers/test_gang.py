@@ -155,6 +155,14 @@ def test_every_rank_gets_the_order_with_its_own_rank_and_the_place_of_rank_0(gan
     ]
 
 
+def test_a_warm_gang_says_so_at_once_also_while_an_order_is_running(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    assert gang.warm() == LAYOUT
+    for rank in ranks.now:
+        rank.order.set_result(trained("token"))
+    assert isinstance(run.outcome, Trained)
+
+
 def test_the_outcome_is_rank_0s_and_its_log_begins_with_where_the_ranks_are(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
     ranks.now[1].order.set_result(trained("token", local_score=0.1))

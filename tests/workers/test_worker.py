@@ -98,6 +98,15 @@ def test_the_same_token_while_running_waits_for_the_one_run(worker: Worker, gate
     assert first == second
 
 
+def test_a_warm_worker_says_so_at_once_also_while_an_order_is_running(worker: Worker, gate: Gate) -> None:
+    with ThreadPoolExecutor(2) as callers:
+        running = callers.submit(worker.run, train("long"))
+        assert gate.began.wait(10)
+        assert callers.submit(worker.warm).result(10).length_max == 64
+        gate.opened.set()
+        assert running.result(10).token == "long"
+
+
 def test_the_same_token_afterwards_is_answered_without_doing_it_again(worker: Worker, gate: Gate) -> None:
     gate.opened.set()
     assert worker.run(train("again")) == worker.run(train("again"))
