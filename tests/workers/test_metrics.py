@@ -65,8 +65,9 @@ def test_a_correlation_that_is_not_defined_is_0_and_not_missing(predicted: list[
         assert measure.per_row.tolist() == [0, 0, 0]
 
 
-def test_answers_that_are_all_the_same_have_no_matthews_correlation() -> None:
-    measure = classification([0, 1, 1], [1, 1, 1], 2)["matthews_correlation"]
+@pytest.mark.parametrize("expected", [[0, 1, 1], [1, 1, 1]])
+def test_answers_that_are_all_the_same_have_no_matthews_correlation(expected: list[int]) -> None:
+    measure = classification(expected, [1, 1, 1], 2)["matthews_correlation"]
     assert (measure.value, measure.per_row.tolist()) == (0.0, [0, 0, 0])
 
 
