@@ -79,3 +79,12 @@ def test_a_port_that_is_taken_is_named_before_anything_is_started(tmp_path: Path
             processes.up(wanted, said.append)
     assert said == []
     assert not list((tmp_path / "logs").iterdir())
+
+
+def test_a_local_ray_has_cpus_for_every_rank_of_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(processes, "_start", lambda command, *_: started.append(command))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    wanted = settings(tmp_path, workers={"count": 3, "ranks": 4, "cpus": 1.2})
+    processes._start_ray(wanted, tmp_path, lambda _: None)
+    assert started[0][-1] == "15"  # 3 × 4 × 1.2 = 14.4, and Ray counts whole ones
