@@ -131,13 +131,13 @@ def test_other_texts_labels_or_order_are_other_task_data(tmp_path: Path) -> None
 
 
 def test_labels_are_counted_and_rows_shared_between_the_files_whatever_their_labels(tmp_path: Path) -> None:
-    train = written(tmp_path / "t.jsonl", *({"text": text, "label": 0} for text in "xyzz"))
-    other = written(tmp_path / "e.jsonl", *({"text": text, "label": 1} for text in "zyw"))
+    train = written(tmp_path / "t.jsonl", *({"text": text, "label": 0} for text in "abcdefgh1234hh"))
+    other = written(tmp_path / "e.jsonl", *({"text": text, "label": 1} for text in "hgfedcbaABCDEF"))
     with frozen(SPEC, train, other) as task:
         assert task.train
         assert task.evaluation
-        assert (task.train.count, task.evaluation.count, task.shared_rows) == (4, 3, 3)  # y, z and z again
-        assert dict(task.train.per_label) == {"no": 4, "yes": 0}
+        assert (task.train.count, task.evaluation.count, task.shared_rows) == (14, 14, 10)  # a to h, and h twice more
+        assert dict(task.train.per_label) == {"no": 14, "yes": 0}
 
 
 # --- there and back ----------------------------------------------------------------------------------------------
