@@ -14,7 +14,16 @@ from torch import Tensor
 from configs.errors import Conflict, InvalidInput, OnebasisError
 from subspace_store import CANDIDATE, MAIN, Adapter, SubspaceStore
 from subspace_store.retention import named_by
-from tests.subspace_store.builders import deltas, fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import (
+    deltas,
+    fresh_storage,
+    in_the_basis,
+    merged,
+    opened,
+    random_adapter,
+    refined,
+    relative_distance,
+)
 
 SHAPES = {"a": (6, 5), "b": (4, 5)}
 RANK_MAX = 4
@@ -67,6 +76,25 @@ class StoreMachine(RuleBasedStateMachine):
         # Asked again, it is the same version.
         again = merged(self.store, dict(zip(names, adapters, strict=True)))
         assert again == version
+
+    @precondition(lambda self: self.versions[self.refs[CANDIDATE]])
+    @rule(choice=CHOICE)
+    def refine(self, choice: int) -> None:
+        parent = self.refs[CANDIDATE]
+        before = self.versions[parent]
+        task = list(before)[choice % len(before)]
+        adapter = in_the_basis(self.store, choice, parent, rank=1 + choice % 3)
+        op_key = f"refine after {self.store.state.seq} of {self.epoch}"
+        version = refined(self.store, {task: adapter}, op_key)
+        assert version == refined(self.store, {task: adapter}, op_key)
+        self.versions[version.number] = held(self.store, version.number)
+        self.refs[CANDIDATE] = version.number
+        assert list(self.versions[version.number]) == list(before)
+        for other, updates in self.versions[version.number].items():
+            if other == task:
+                assert relative_distance(updates, deltas(adapter), deltas(adapter)) < 1e-6
+            else:
+                assert all(torch.equal(delta, before[other][name]) for name, delta in updates.items())
 
     @rule()
     def publish(self) -> None:
