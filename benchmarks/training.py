@@ -52,8 +52,7 @@ Row = dict[str, Any]
 
 # speed: MiniLM, r 8, 16 × 64 tokens, float32; and a small Llama
 
-STEPS, LLAMA_STEPS = 42, 202
-"""A Llama's steps are so short that a line of the log in each, as runs below 50 steps have it, would count."""
+STEPS = 27
 SMALL_LLAMA = {
     "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
     "intermediate_size": 704, "max_position_embeddings": 64,
@@ -66,9 +65,7 @@ def speed(_: argparse.Namespace) -> Row:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, case in speed_cases(Path(folder)).items():
-            found = side_by_side(
-                {who: partial(run, case) for who, run in contestants.items()}, case.spec.training.max_steps
-            )
+            found = side_by_side({who: partial(run, case) for who, run in contestants.items()})
             rows += [
                 {
                     "model": name,
@@ -83,12 +80,12 @@ def speed(_: argparse.Namespace) -> Row:
                 for who, run in found.items()
             ]
     show(rows)
-    shape = f"r 8, 16 rows of 64 tokens, {STEPS} and {LLAMA_STEPS} steps in turns, float32"
+    shape = f"r 8, 16 rows of 64 tokens, {STEPS} steps in turns, float32"
     return {"shape": shape, "rows": rows}
 
 
 def speed_cases(folder: Path) -> dict[str, runs.Case]:
-    training, quick = ({"max_steps": steps, "per_device_train_batch_size": 16} for steps in (STEPS, LLAMA_STEPS))
+    training = {"max_steps": STEPS, "per_device_train_batch_size": 16}
     minilm = load_base_model(runs.minilm())
     llama = load_base_model(runs.save_llama(folder / "llama", **SMALL_LLAMA))
     return {
@@ -98,7 +95,7 @@ def speed_cases(folder: Path) -> dict[str, runs.Case]:
             runs.text_rows(256),
         ),
         "Llama, 4 layers of 256": runs.Case(
-            llama, runs.task(llama, "causal_lm", ("q_proj", "v_proj"), training=quick), runs.completion_rows(256)
+            llama, runs.task(llama, "causal_lm", ("q_proj", "v_proj"), training=training), runs.completion_rows(256)
         ),
     }
 
@@ -178,7 +175,7 @@ def methods(_: argparse.Namespace) -> Row:
         for name, way in WAYS.items()
     }
     cases = {name: runs.Case(base, spec, rows, basis) for name, spec in specs.items()}
-    found = side_by_side({name: partial(runs.ours, case) for name, case in cases.items()}, STEPS)
+    found = side_by_side({name: partial(runs.ours, case) for name, case in cases.items()})
     alone = {
         name: run_ranks([order(runs.minilm(), spec.model_copy(update={"training": few(spec)}), k=K)])[0]
         for name, spec in specs.items()
@@ -225,7 +222,7 @@ def trained_numbers() -> list[str]:
 # gang: MiniLM, one thread each, rows per rank the same
 
 GANGS = (1, 2, 4)
-GANG_ROUNDS = 3
+GANG_ROUNDS, GANG_STEPS = 3, 12
 
 
 def gang(_: argparse.Namespace) -> Row:
@@ -233,7 +230,7 @@ def gang(_: argparse.Namespace) -> Row:
     base = load_base_model(runs.minilm())
     spec = runs.task(
         base, "sequence_classification", ("query", "value"),
-        training={"max_steps": STEPS, "per_device_train_batch_size": 16},
+        training={"max_steps": GANG_STEPS, "per_device_train_batch_size": 16},
     )  # fmt: skip
     found = in_turns(
         {str(size): partial(run_ranks, [order(runs.minilm(), spec)] * size) for size in GANGS},
@@ -337,9 +334,9 @@ def gpu(arguments: argparse.Namespace) -> Row:
 # What all parts use
 
 
-def side_by_side(contestants: Mapping[str, Callable[[runs.Clock], runs.Run]], steps: int) -> dict[str, runs.Run]:
+def side_by_side(contestants: Mapping[str, Callable[[runs.Clock], runs.Run]]) -> dict[str, runs.Run]:
     """Step by step in turns."""
-    return dict(zip(contestants, runs.Turns(list(contestants.values()), steps).play(), strict=True))
+    return dict(zip(contestants, runs.Turns(list(contestants.values()), STEPS).play(), strict=True))
 
 
 def times(one: runs.Run, other: runs.Run, clock: str = "seconds") -> float:
