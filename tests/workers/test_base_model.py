@@ -209,6 +209,17 @@ def test_a_causal_language_model_has_the_checkpoints_output_layer_and_no_head(
     assert "lm_head" not in base.module_shapes()
 
 
+def test_a_causal_language_model_ends_an_answer_with_the_checkpoints_own_marks(
+    tiny_source: Source, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_source("llama-lm"), tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [102, 103]}')
+    base = load_base_model(tiny_settings(str(tmp_path / "model")))
+    first, second = base.task_model(CAUSAL), base.task_model(CAUSAL)
+    assert first.generation_config.eos_token_id == [102, 103]
+    assert first.generation_config is not second.generation_config
+
+
 def test_the_head_of_a_checkpoint_that_was_trained_for_other_labels_is_not_taken_over(
     tiny_source: Source, tmp_path: Path
 ) -> None:
@@ -311,6 +322,22 @@ def test_base_weights_are_pages_of_their_file_and_training_copies_none(
     assert all(any(address in place for place, _ in mapped) for address in addresses)
     assert [copied for _, copied in mapped] == [0] * len(mapped)
     del model
+
+
+def test_ranks_that_begin_to_train_together_do_not_write_over_the_base_weights(
+    tiny_source: Source, tmp_path: Path
+) -> None:
+    import torch.distributed as dist
+
+    shutil.copytree(tiny_source("llama-lm"), tmp_path / "model")
+    base = load_base_model(tiny_settings(str(tmp_path / "model")))
+    model, _ = trained(base, "causal_lm", steps=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(model)  # sends what it holds, and writes it back as received
+    finally:
+        dist.destroy_process_group()
+    assert [copied for _, copied in mapped_weights(tmp_path / "model")["model.safetensors"]] == [0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
