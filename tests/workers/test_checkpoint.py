@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from subspace_store.memory_storage import MemoryStorage
-from tests.workers.test_deepspeed_engine import zero
+from tests.workers.test_deepspeed_engine import OFFLOAD_BOTH, OFFLOAD_OPTIMIZER, zero
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
@@ -125,9 +125,22 @@ def test_a_preempted_run_goes_on_from_its_checkpoint_and_ends_bit_for_bit_the_sa
 
 
 # Without a GPU DeepSpeed trains in bf16 at stages 2 and 3 only.
-@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)])
-def test_so_does_one_with_deepspeed(stage: int, bf16: bool, request: pytest.FixtureRequest, tiny: Tiny) -> None:
-    config = zero(stage) | ({"bf16": {"enabled": "auto"}} if bf16 else {})
+@pytest.mark.parametrize(
+    ("stage", "bf16", "options"),
+    [
+        (0, False, {}),
+        (1, False, {}),
+        (2, False, OFFLOAD_OPTIMIZER),
+        (3, False, {}),
+        (2, True, {}),
+        (3, True, OFFLOAD_BOTH),
+    ],
+    ids=str,
+)
+def test_so_does_one_with_deepspeed(
+    stage: int, bf16: bool, options: dict[str, Any], request: pytest.FixtureRequest, tiny: Tiny
+) -> None:
+    config = zero(stage, **options) | ({"bf16": {"enabled": "auto"}} if bf16 else {})
     spec = sentiment_task(**DROPOUT)
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"deepspeed": config, "bf16": bf16})})
     whole = Desk(request.node.name).train(tiny("bert"), spec)

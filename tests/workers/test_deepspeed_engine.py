@@ -20,10 +20,16 @@ pytestmark = pytest.mark.filterwarnings(
 )  # DeepSpeed asks by old names
 
 
-def zero(stage: int) -> dict[str, Any]:
+OFFLOAD_OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
+OFFLOAD_BOTH = OFFLOAD_OPTIMIZER | {"offload_param": {"device": "cpu"}}
+
+
+def zero(stage: int, **options: Any) -> dict[str, Any]:
+    # Without the threshold DeepSpeed keeps small parameters whole, and reading them ungathered would look right.
+    partitioned = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     return {
-        # Without the threshold DeepSpeed keeps small parameters whole, and reading them ungathered would look right.
-        "zero_optimization": {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        "zero_optimization": {"stage": stage} | partitioned | options,
+        "zero_force_ds_cpu_optimizer": False,  # its own Adam is compiled first
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto", "weight_decay": "auto"}},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -31,9 +37,9 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "options"), [(2, {}), (3, {}), (2, OFFLOAD_OPTIMIZER), (3, OFFLOAD_BOTH)], ids=str)
 def test_a_task_with_deepspeed_trains_like_one_without_and_leaves_nothing_behind(
-    stage: int, request: pytest.FixtureRequest, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    stage: int, options: dict[str, Any], request: pytest.FixtureRequest, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import deepspeed
 
@@ -49,7 +55,7 @@ def test_a_task_with_deepspeed_trains_like_one_without_and_leaves_nothing_behind
     plain = desk.train(tiny("bert"), sentiment_task())
     expected = desk.staged(plain)
     environment = dict(os.environ)
-    partitioned = desk.staged(desk.train(tiny("bert"), sentiment_task(training={"deepspeed": zero(stage)})))
+    partitioned = desk.staged(desk.train(tiny("bert"), sentiment_task(training={"deepspeed": zero(stage, **options)})))
     again = desk.train(tiny("bert"), sentiment_task())
 
     # At stage 3 the scores with and without the adapter come from parted weights too.
