@@ -100,8 +100,8 @@ class Gang:
         self._layout: BaseLayout | None = None
         """What the ranks said once they were warm; those made after them say the same."""
         self._token = ""
-        self._stop = ""
-        """`cancel` or `preempt`: what the ranks are to do with the order under way."""
+        self._stops: dict[str, str] = {}
+        """Token to `cancel` or `preempt`: what the ranks are to do with an order."""
         self._progress = Progress()
         self._lines: list[LogLine] = []
         """For the log of the task under way."""
@@ -180,7 +180,8 @@ class Gang:
             outcome = self._supervised(order, *places[0])
         finally:
             with self._lock:
-                self._token, self._stop = "", ""
+                self._token = ""
+                self._stops.pop(order.token, None)
         lines = (*self._lines, *getattr(outcome, "log_lines", ()))
         return outcome if isinstance(outcome, Evaluated) else replace(outcome, log_lines=lines)
 
@@ -208,8 +209,9 @@ class Gang:
             for index in watch.silent(calls.values(), silence):
                 answers[index] = RankLost(f"no answer for {silence:.0f} s")
                 calls = {call: other for call, other in calls.items() if other != index}
-            for index in calls.values() if self._stop else ():
-                self._ranks.call(index, self._stop, self._token)
+            stop = self._stops.get(self._token)
+            for index in calls.values() if stop else ():
+                self._ranks.call(index, str(stop), self._token)
             if 0 in answers or any(isinstance(answer, Failed | Exception) for answer in answers.values()):
                 until = min(until, time.monotonic() + GRACE_SECONDS)
         return {index: self._named(index, answer) for index, answer in answers.items()}
@@ -227,10 +229,12 @@ class Gang:
         return answer
 
     def _tell(self, token: str, stop: str) -> bool:
+        if not self._book.is_open(token):
+            return False
         with self._lock:
-            if token == self._token and self._stop != "cancel":
-                self._stop = stop
-        return self._book.is_open(token)
+            if self._stops.get(token) != "cancel":
+                self._stops[token] = stop
+        return True
 
     def _note(self, token: str, progress: Progress) -> None:
         with self._lock:

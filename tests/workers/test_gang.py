@@ -318,6 +318,24 @@ def test_all_ranks_are_told_to_stop(gang: Gang, ranks: StandInRanks, stop: str) 
     assert getattr(gang, stop)("token") is False
 
 
+def test_an_order_that_waits_behind_another_can_be_stopped_too(gang: Gang, ranks: StandInRanks) -> None:
+    first = Run(gang, ranks)
+    second = Run(gang, ranks, replace(TRAIN, token="second"))
+    while not gang.cancel("second"):
+        time.sleep(0.001)
+    assert not any(rank.stopped.is_set() for rank in ranks.now)
+    now = ranks.now
+    for rank in now:
+        rank.order, done = Future(), rank.order
+        done.set_result(trained("token"))
+    assert isinstance(first.outcome, Trained)
+    for rank in now:
+        assert rank.stopped.wait(5)
+        assert ("cancel", "second") in rank.asked
+        rank.order.set_result(Failed("second", "cancelled", "cancelled before it began"))
+    assert second.outcome.fault == "cancelled"
+
+
 def test_a_cluster_without_room_is_a_reason_to_wait_and_costs_the_task_nothing(ranks: StandInRanks) -> None:
     gang = Gang(ranks, lease_seconds=5)
     ranks.room = False
