@@ -66,7 +66,7 @@ class BaseModel:
         tokenizer, image_processor: The checkpoint's own; None if it has none.
 
     Raises:
-        InvalidInput: The checkpoint lacks a part of a module, or has nothing for any kind of task.
+        InvalidInput: The checkpoint lacks a part of a module.
     """
 
     def __init__(
@@ -225,6 +225,8 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
     loaded, missing = load_checkpoint(folder, AUTO_CLASSES[kinds[-1]], settings, device)
     if kinds[-1] == "causal_lm" and any(not name.startswith(f"{loaded.base_model_prefix}.") for name in missing):
         kinds = kinds[:-1]  # a checkpoint of the backbone alone has no output layer
+        if not kinds:
+            raise InvalidInput("weights lack the output layer", str(folder), "save the whole causal language model")
     if tokenizer is not None:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
