@@ -66,7 +66,8 @@ def parted(model: Any, config: dict[str, Any] | None) -> Iterator[Any]:
     Every rank must then run the same batches: each forward gathers from all.
     """
     if stage_of(config) < 3 or not torch.distributed.is_initialized():
-        yield model
+        # Weights that wait on the host (base_model.device: cpu) are scored where they are trained.
+        yield model.to("cuda") if torch.cuda.is_available() and model.device.type == "cpu" else model
         return
     import deepspeed
 
