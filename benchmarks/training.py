@@ -436,13 +436,13 @@ def main() -> None:
     if arguments.parts == ["start-once"]:
         print(json.dumps(start_once()))
         return
-    result = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in arguments.parts or (["gpu"] if arguments.dry_run_gpu else PARTS):
         print(f"{name}: {(PARTS[name].__doc__ or '').splitlines()[0]}", flush=True)
         started = time.perf_counter()
         figures = PARTS[name](arguments)
         say(f"{time.perf_counter() - started:.0f} s")
         if figures and not arguments.dry_run_gpu:
+            result = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
             result[name] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **figures}
             RESULT.parent.mkdir(exist_ok=True)
             RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
