@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,13 +26,18 @@ from workers import training_state
 from workers.base_model import BaseModel
 from workers.batches import Batches, Schedule, schedule
 from workers.checkpoint import Checkpoint
+from workers.deepspeed_engine import release
 from workers.features import collator
 from workers.machine import machine_figures
 from workers.orders import Point, Progress
 from workers.rank_group import NOBODY_ELSE, RankGroup
 from workers.task_data import Row
 
+OUTPUT_DIR = str(Path(tempfile.gettempdir()) / "onebasis-trainer")
+"""The Trainer makes it; nothing is ever written there, so all processes share it."""
 LOG_LINES_PER_TASK = 50
+SAVE_SECONDS = 300.0
+"""A checkpoint is made at least this often: what a lost machine costs, however slow the steps are."""
 
 Report = Callable[[Progress], None]
 Asked = Literal["", "cancel", "preempt"]
@@ -104,36 +110,42 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         if begun.step >= plan.steps:  # what came after its last step was interrupted
             return TrainingRun(begun.step, begun.loss_sum / begun.step, time.time(), begun.step)
     steps = _Steps(plan, spec, around)
-    with tempfile.TemporaryDirectory(prefix="onebasis-trainer-") as folder:  # stays empty: nothing is saved
-        trainer = _Trainer(
-            model=model,
-            args=training_arguments(spec.training, plan, folder),
-            batches=Batches(plan, rows, collator(base, spec), begun.step if begun else 0),
-            counts_tokens=spec.kind == "causal_lm",
-            callbacks=[steps],
-        )
-        steps.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(error, plan) from error
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # how torch says it on a CPU
-                raise
-            raise _out_of_memory(error, plan) from error
-        finally:
-            unset_hf_deepspeed_config()  # at stage 3 the next model made in this process would be parted as it is made
-    if steps.ended == "cancel":
-        raise Cancelled
-    if steps.ended == "preempt":
-        raise Preempted
+    trainer = _Trainer(
+        model=model,
+        args=training_arguments(spec.training, plan),
+        batches=Batches(plan, rows, collator(base, spec), begun.step if begun else 0),
+        counts_tokens=spec.kind == "causal_lm",
+        callbacks=[steps],
+    )
+    steps.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    try:
+        _run(trainer, plan)
+        if steps.ended:
+            raise Cancelled if steps.ended == "cancel" else Preempted
+    except BaseException:
+        if hasattr(trainer.model_wrapped, "destroy"):
+            release(trainer.model_wrapped)
+        raise
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
     done = begun.step if begun else 0
     return TrainingRun(plan.steps, steps.loss_sum / plan.steps, steps.first_step_at, done, engine)
 
 
-def training_arguments(training: TrainingSpec, plan: Schedule, folder: str) -> TrainingArguments:
+def _run(trainer: Any, plan: Schedule) -> None:
+    try:
+        trainer.train()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error, plan) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+            raise
+        raise _out_of_memory(error, plan) from error
+    finally:
+        unset_hf_deepspeed_config()  # at stage 3 the next model made in this process would be parted as it is made
+
+
+def training_arguments(training: TrainingSpec, plan: Schedule) -> TrainingArguments:
     """The task's values under their own names, and what is ours to decide: no saving, no reporting, no evaluation."""
     on_gpu = torch.cuda.is_available()
     values = training.model_dump(exclude={"gradient_checkpointing", "auto_find_batch_size", "save_steps"})
@@ -145,7 +157,7 @@ def training_arguments(training: TrainingSpec, plan: Schedule, folder: str) -> T
     if training.gradient_checkpointing:  # transformers 5 warns of the old name and drops it in 6
         values |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
-        output_dir=folder,
+        output_dir=OUTPUT_DIR,
         **values,
         save_strategy="no",
         eval_strategy="no",
@@ -198,6 +210,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self._logged_at = self._begun_at
         self._progress = Progress(around.token, "training", self._begun_at, plan.steps)
         self._save_every = _every(spec.training.save_steps, plan.steps)
+        self._saved_at = time.monotonic()
         self._log_every = max(1, plan.steps // LOG_LINES_PER_TASK)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -217,7 +230,9 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, steps = state.global_step, self._plan.steps
         self._around.after_step(step, steps)
-        asked = ASKED[int(self._around.group.max([ASKED.index(self._around.asked())])[0])]
+        wanted = ASKED.index(self._around.asked())
+        code, overdue = self._around.group.max([wanted, time.monotonic() - self._saved_at > SAVE_SECONDS])
+        asked = ASKED[int(code)]
         is_last = step >= steps
         seconds = max(time.time() - self.first_step_at, 1e-9)
         done = step - self._begun_at
@@ -229,7 +244,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         )
         if step == self._begun_at + 1 or step % self._log_every == 0 or is_last:
             self._log(step, args.learning_rate)
-        if self._around.save and asked != "cancel" and (is_last or asked or step % self._save_every == 0):
+        if self._around.save and asked != "cancel" and (is_last or asked or overdue or step % self._save_every == 0):
             self._log(step, args.learning_rate)
             self._save(step)
         self._around.report(self._progress)
@@ -286,6 +301,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         )
         if around.group.rank.leads and around.save:
             around.save(taken)
+        self._saved_at = time.monotonic()
 
 
 def _every(save_steps: float, steps: int) -> int:

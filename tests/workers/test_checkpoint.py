@@ -162,7 +162,15 @@ def test_a_run_that_was_lost_after_its_last_step_is_not_trained_again(
     assert not [beat for beat in desk.heartbeats if beat.phase == "training"]
 
 
-def test_checkpoints_are_written_on_the_schedule(request: pytest.FixtureRequest, tiny: Tiny) -> None:
+@pytest.mark.parametrize(("seconds", "expected"), [(1e9, [3, 6, 8]), (-1.0, [1, 2, 3, 4, 5, 6, 7, 8])])
+def test_checkpoints_are_written_on_the_schedule_and_when_steps_are_slow(
+    seconds: float,
+    expected: list[int],
+    request: pytest.FixtureRequest,
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.trainer.SAVE_SECONDS", seconds)
     desk, steps = Desk(request.node.name), []
     write = desk.storage.write
 
@@ -173,7 +181,7 @@ def test_checkpoints_are_written_on_the_schedule(request: pytest.FixtureRequest,
 
     desk.storage.write = spy  # type: ignore[method-assign]
     desk.train(tiny("bert"), sentiment_task(training={"max_steps": 8, "save_steps": 3}))
-    assert steps == [3, 6, 8]
+    assert steps == expected
 
 
 def test_a_storage_that_is_away_costs_a_checkpoint_and_not_the_run(request: pytest.FixtureRequest, tiny: Tiny) -> None:
