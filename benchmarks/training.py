@@ -419,7 +419,8 @@ def _cell(value: Any) -> str:
 
 def machine() -> str:
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} cores, {platform.machine()}, {THREADS} torch thread, {chip}, torch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores, {platform.machine()}, {THREADS} torch thread, load {os.getloadavg()[0]:.0f}"
+    return f"{cores}, {chip}, torch {torch.__version__}"
 
 
 PARTS = {"speed": speed, "start": start, "methods": methods, "gang": gang, "zero": zero, "gpu": gpu}
