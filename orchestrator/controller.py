@@ -15,6 +15,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,6 +118,7 @@ class Controller:
         self._flights: dict[Flight, Errand] = {}
         self._scores: dict[int, dict[str, TaskScore]] = {}
         self._failed_evaluations: dict[int, list[str]] = {}
+        self._lost_evaluations: Counter[int] = Counter()
         self._not_before: dict[str, float] = {}
         self._started_at = time.time()
         self._awake = threading.Event()
@@ -311,6 +313,7 @@ class Controller:
             score = TaskScore(order.task_id, outcome.score, outcome.count)
             self._scores.setdefault(order.version, {})[order.task_id] = score
         elif isinstance(outcome, Failed) and outcome.fault == "lost":
+            self._lost_evaluations[order.version] += 1  # under another token: a gang remembers what it answered to this
             log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
         elif isinstance(outcome, Failed):
             self._failed_evaluations.setdefault(order.version, []).append(f"{order.task_id}: {outcome.message}")
@@ -516,6 +519,7 @@ class Controller:
             return
         self._scores.pop(version, None)
         self._failed_evaluations.pop(version, None)
+        del self._lost_evaluations[version]
         self._tidy = False
         self._changed()
         self.wake()
@@ -577,7 +581,8 @@ class Controller:
         }
         waiting = [record for record in missing if record.task_id not in flying]
         for seat, record in zip(self._free_seats(), waiting, strict=False):
-            token = f"{version}-{record.task_id}-{len(self._failed_evaluations.get(version, []))}"
+            tries = len(self._failed_evaluations.get(version, [])) + self._lost_evaluations[version]
+            token = f"{version}-{record.task_id}-{tries}"
             results = results_key(record.task_id, version)
             self._order(seat, Evaluate(token, record.task_id, version, record.spec, record.eval_key, results))
 

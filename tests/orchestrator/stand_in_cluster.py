@@ -48,7 +48,7 @@ class StandInCluster:
         """Title to what goes wrong with its next trainings: `lost`, `away`, `input`, `bug`, `nan`, `crash`, and
         `outside`: its refinement left the span of the basis. An empty one goes well."""
         self.evaluation_faults: dict[str, list[str]] = {}
-        """Title to what goes wrong with its next evaluations: `lost`, `away`, `bug`."""
+        """Title to what goes wrong with its next evaluations: `lost`, `rank lost`, `away`, `bug`."""
         self.store_faults: list[tuple[str, str]] = []
         """(method, `before` or `after`): the next such call's answer is lost, before or after it was done."""
         self.hold: Callable[[Order], bool] = lambda order: False
@@ -173,6 +173,8 @@ class StandInCluster:
             future.set_exception(Unavailable("the storage is away"))
         elif fault == "crash":
             future.set_exception(RuntimeError("outside the worker's own handling"))
+        elif fault == "rank lost":  # as a gang answers, which remembers it
+            future.set_result(Failed(order.token, "lost", "rank 1 of 2 was lost"))
         elif fault in ("input", "bug"):
             future.set_result(Failed(order.token, fault, f"fault of kind {fault}", "traceback\nof two lines"))
         else:

@@ -345,8 +345,9 @@ def test_an_evaluation_that_fails_twice_is_done_a_third_time(plant: Plant) -> No
     assert plant.states() == {"red/alpha": "published"}
 
 
-def test_workers_that_are_lost_while_scoring_say_nothing_against_the_version(plant: Plant) -> None:
-    plant.cluster.evaluation_faults = {"red/alpha": ["lost"] * (EVALUATION_TRIES + 1)}
+@pytest.mark.parametrize("fault", ["lost", "rank lost"])
+def test_workers_that_are_lost_while_scoring_say_nothing_against_the_version(plant: Plant, fault: str) -> None:
+    plant.cluster.evaluation_faults = {"red/alpha": [fault] * (EVALUATION_TRIES + 1)}
     plant.submit("red/alpha")
     plant.run()
     assert plant.states() == {"red/alpha": "published"}
