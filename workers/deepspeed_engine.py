@@ -118,6 +118,10 @@ def whole_state(engine: Any, parameter: Any) -> dict[str, Tensor]:
 
     if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):  # stage 0
         return whole_state_of(_base_optimizer(engine), parameter)
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is not None and not mapping.optim_fragment:  # DeepSpeed links all when its first group has stepped
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     value = safe_get_full_fp32_param(parameter)
     moments = {name: safe_get_full_optimizer_state(parameter, name) for name in _moments(engine)}
     return {name: tensor.detach().cpu().clone() for name, tensor in ({"value": value} | moments).items()}

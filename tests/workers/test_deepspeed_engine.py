@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
+from workers.trainer import Preempted
 
 Tiny = Callable[[str], BaseModel]
 
@@ -65,6 +67,24 @@ def test_a_task_with_deepspeed_trains_like_one_without_and_leaves_nothing_behind
     assert torch.allclose(partitioned.head["classifier.weight"], expected.head["classifier.weight"], atol=1e-5)
     assert again.adapter_sha256 == plain.adapter_sha256
     assert dict(os.environ) == environment
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_configuration_without_an_optimizer_takes_the_trainers_also_from_a_checkpoint(
+    stage: int, request: pytest.FixtureRequest, tiny: Tiny
+) -> None:
+    desk = Desk(request.node.name)
+    expected = desk.staged(desk.train(tiny("bert"), sentiment_task()))
+    config = {name: value for name, value in zero(stage).items() if name != "optimizer"}
+    spec = sentiment_task(training={"deepspeed": config})
+    desk.preempt_at_step = 2
+    with pytest.raises(Preempted):
+        desk.train(tiny("bert"), spec)
+    desk.preempt_at_step = math.inf
+    trained = desk.train(tiny("bert"), spec)
+    assert trained.resumed_from == 2
+    for name, update in expected.modules.items():
+        assert torch.allclose(desk.staged(trained).modules[name].delta(), update.delta(), atol=1e-5)
 
 
 def test_a_task_leaves_none_of_its_tensors_behind(request: pytest.FixtureRequest, tiny: Tiny) -> None:
