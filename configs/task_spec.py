@@ -7,10 +7,12 @@ values only: no code, no pickles, no dataset scripts.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.document import NAME_PATTERN, Section, check_document, read_yaml
 from configs.errors import InvalidInput
@@ -36,6 +38,8 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
 }
 """What a kind of task may be judged by; the first is the default. Of all of them more is better."""
 CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification")
+_WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|comet|autotuning|nebula)$")
+"""DeepSpeed's keys that make it write files, most of them at places of the task's choice."""
 
 
 class DataSpec(Section):
@@ -100,7 +104,29 @@ class TrainingSpec(Section):
     """A checkpoint after every so many steps; below 1 it is a share of all steps."""
     deepspeed: dict[str, Any] | None = None
     """A DeepSpeed configuration, or in a task file the path of its JSON file; passed through untouched with its
-    `auto` values (see configs/deepspeed/)."""
+    `auto` values (see configs/deepspeed/). Offload goes to the CPU: no part of it may name a place for files."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed_stays_in_memory(cls, config: dict[str, Any] | None) -> dict[str, Any] | None:
+        if config is not None:
+            zero = config.get("zero_optimization")
+            if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+                raise ValueError("needs zero_optimization with a stage from 0 to 3")
+            if writing := next((key for key in _keys(config) if _WRITES_FILES.search(key)), None):
+                raise ValueError(f"'{writing}' would write files on the workers; leave it out")
+        return config
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """All keys of a JSON document, inner ones too."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _keys(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _keys(inner)
 
 
 class LoraSpec(Section):
@@ -185,6 +211,8 @@ class TaskSpec(Section):
                 raise ValueError("method.name 'import' needs method.adapter, the PEFT folder")
             if data.eval_fraction:
                 raise ValueError("method.name 'import' has no training rows: data.eval_fraction has no meaning")
+            if method.refine_epochs:
+                raise ValueError("method.name 'import' has no training rows: method.refine_epochs has no meaning")
             if data.eval_file and needs_labels and len(data.label_names) < 2:
                 raise ValueError("data.eval_file of an import needs data.label_names, in the order of the outputs")
         elif not data.train_file or not (data.eval_file or data.eval_fraction):
@@ -195,6 +223,10 @@ class TaskSpec(Section):
             raise ValueError("data.label_names must list at least two labels")
         if not needs_labels and data.label_names:
             raise ValueError(f"kind '{self.kind}' has no data.label_names")
+        if self.kind == "sequence_regression" and self.training.label_smoothing_factor:
+            raise ValueError(
+                f"kind '{self.kind}' has no labels to smooth: training.label_smoothing_factor has no meaning"
+            )
         if len(set(data.label_names)) != len(data.label_names):
             raise ValueError("data.label_names has duplicates")
         return self

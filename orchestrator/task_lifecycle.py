@@ -348,10 +348,8 @@ def _is_stale(record: TaskRecord, event: TrainingDone | TrainingFailed) -> bool:
 
 
 def _is_to_be_refined(record: TaskRecord) -> bool:
-    """Whether its coefficients are to be trained in the basis that it was merged into: once, and not of an import."""
-    method = record.spec.method
-    tried = record.refined_key or record.unrefined
-    return bool(method.refine_epochs) and method.name != "import" and not tried
+    """Whether its coefficients are to be trained in the basis that it was merged into: once."""
+    return bool(record.spec.method.refine_epochs) and not (record.refined_key or record.unrefined)
 
 
 def _unrefined(record: TaskRecord, reason: str) -> TaskRecord:

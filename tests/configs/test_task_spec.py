@@ -73,6 +73,22 @@ def test_a_safe_name_is_taken(value: str) -> None:
             {"method": {"name": "import", "adapter": "a"}, "data": {"eval_file": None, "eval_fraction": 0.1}},
             "method.name 'import' has no training rows: data.eval_fraction has no meaning",
         ),
+        (
+            {"method": {"name": "import", "adapter": "a", "refine_epochs": 1}, "data": {"train_file": None}},
+            "method.name 'import' has no training rows: method.refine_epochs has no meaning",
+        ),
+        (
+            {
+                "kind": "sequence_regression",
+                "metric": "pearson",
+                "data": {"label_names": []},
+                "training": {"label_smoothing_factor": 0.1},
+            },
+            "kind 'sequence_regression' has no labels to smooth: training.label_smoothing_factor has no meaning",
+        ),
+        ({"training": {"deepspeed": {}}}, "training.deepspeed: needs zero_optimization with a stage from 0 to 3"),
+        ({"training": {"deepspeed": {"zero_optimization": "on"}}}, "needs zero_optimization"),
+        ({"training": {"deepspeed": {"zero_optimization": {"stage": 4}}}}, "with a stage from 0 to 3"),
         ({"lora": {"target_modules": []}}, "lora.target_modules"),
     ],
 )
@@ -80,6 +96,22 @@ def test_parts_that_do_not_fit_together_are_told(changes: dict[str, object], tex
     with pytest.raises(InvalidInput) as caught:
         check_document(task_document(**changes), TaskSpec, "task")
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/etc"}}}, "nvme_path"),
+        ({"csv_monitor": {"enabled": True, "output_path": "/etc"}}, "csv_monitor"),
+        ({"tensorboard": {"enabled": True}}, "tensorboard"),
+        ({"flops_profiler": {"enabled": True, "output_file": "/etc/x"}}, "output_file"),
+    ],
+    ids=["nvme", "csv", "tensorboard", "profiler"],
+)
+def test_a_deepspeed_document_that_makes_workers_write_files_is_refused(section: dict[str, object], key: str) -> None:
+    deepspeed = {"zero_optimization": {"stage": 2}} | section
+    with pytest.raises(InvalidInput, match=f"training.deepspeed: '{key}' would write files on the workers"):
+        check_document(task_document(training={"deepspeed": deepspeed}), TaskSpec, "task")
 
 
 def test_a_deepspeed_document_is_passed_through_untouched() -> None:

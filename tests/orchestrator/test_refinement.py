@@ -11,8 +11,7 @@ from configs.errors import NotFound
 from orchestrator import display
 from orchestrator.task_lifecycle import PreemptRequested
 from orchestrator.task_record import TaskState
-from subspace_store import SubspaceStore, adapter_to_bytes
-from tests.builders import adapter
+from subspace_store import SubspaceStore
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
 from tests.orchestrator.test_controller import Killed, Mortal
@@ -225,14 +224,6 @@ def test_a_rollback_while_it_is_refined_merges_it_again_and_refines_it_there(pla
     assert (after.state, after.version, plant.states()["red/old"]) == (TaskState.PUBLISHED, 4, "parked")
     assert plant.held() == ["red/alpha"]
     assert energy(plant, "red/alpha", 4) == pytest.approx(4 * energy(plant, "red/alpha", 3))
-
-
-def test_an_import_is_not_refined_for_it_has_no_rows(plant: Plant) -> None:
-    method = {"name": "import", "adapter": "/somewhere", "refine_epochs": 1}
-    (task,) = plant.submit("red/alpha", spec={"method": method, "data": {"train_file": None}})
-    plant.storage.write(task.train_key, adapter_to_bytes(adapter(1)))
-    plant.run()
-    assert (plant.get("red/alpha").version, plant.cluster.store_calls.count("refine")) == (1, 0)
 
 
 def test_after_a_rollback_and_forward_again_the_group_has_its_version_of_birth(make_plant: MakePlant) -> None:

@@ -286,11 +286,8 @@ def test_j_not_yet_refined_it_is_refined_where_it_is_merged_again(state: Any) ->
     assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.REFINING
 
 
-def test_what_was_not_asked_for_or_has_no_rows_is_not_refined() -> None:
+def test_what_was_not_asked_for_is_not_refined() -> None:
     assert evaluating().state is TaskState.EVALUATING
-    method = {"name": "import", "adapter": "/somewhere", "refine_epochs": 1}
-    record = after(task_record(spec={"method": method}), CLAIMED, DONE, MergeBegun("m"), Merged(3))
-    assert record.state is TaskState.EVALUATING
 
 
 def test_training_rows_are_needed_until_the_refinement_and_no_longer() -> None:
