@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 
 
@@ -47,6 +48,18 @@ def deepspeed_process() -> Iterator[None]:
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
         deepspeed.comm.comm.cdb = None
+
+
+@contextlib.contextmanager
+def refusals_named(config: dict[str, Any] | None) -> Iterator[None]:
+    """What DeepSpeed and transformers find wrong with a configuration is the team's mistake, not a bug of ours."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        if config is None or not ("DeepSpeed" in str(error) or "train_batch_size" in str(error)):
+            raise
+        todo = "correct it, or set what it shares with section training to auto"
+        raise InvalidInput(f"DeepSpeed refuses the configuration: {error}", "training.deepspeed", todo) from error
 
 
 def is_parted(spec: TaskSpec) -> bool:

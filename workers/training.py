@@ -23,7 +23,7 @@ from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import MAIN
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
-from workers.deepspeed_engine import is_parted, release
+from workers.deepspeed_engine import is_parted, refusals_named, release
 from workers.evaluation import GENERATED, Score, score_adapter
 from workers.frozen_rows import open_rows
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
@@ -198,7 +198,8 @@ class _Attempt:
             halvings,
         )
         try:
-            run = fit(prepared, self._base, rows, spec, around)
+            with refusals_named(spec.training.deepspeed):
+                run = fit(prepared, self._base, rows, spec, around)
         finally:
             saver.wait()
         adapter = method.finish(prepared, self._base, spec, given)

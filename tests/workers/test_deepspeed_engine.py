@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from configs.errors import InvalidInput
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
@@ -85,6 +86,24 @@ def test_a_configuration_without_an_optimizer_takes_the_trainers_also_from_a_che
     assert trained.resumed_from == 2
     for name, update in expected.modules.items():
         assert torch.allclose(desk.staged(trained).modules[name].delta(), update.delta(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu=4 vs hf per_device_train_batch_size=8"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled=True"),
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu needs to be provided"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}, "reduce_bucket_size"),
+    ],
+    ids=["batch", "bf16", "no batch", "zero"],
+)
+def test_a_configuration_that_deepspeed_refuses_is_the_teams_mistake(
+    changes: dict[str, Any], text: str, request: pytest.FixtureRequest, tiny: Tiny
+) -> None:
+    with pytest.raises(InvalidInput, match=text) as caught:
+        Desk(request.node.name).train(tiny("bert"), sentiment_task(training={"deepspeed": zero(2) | changes}))
+    assert caught.value.where == "training.deepspeed"
 
 
 def test_a_task_leaves_none_of_its_tensors_behind(request: pytest.FixtureRequest, tiny: Tiny) -> None:
