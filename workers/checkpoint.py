@@ -10,9 +10,10 @@ digest in the name says whether a file is what was written: one that is not is p
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,7 +22,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.errors import NotFound
-from configs.task_spec import TaskSpec
+from configs.task_spec import TaskSpec, TrainingSpec
 from subspace_store.adapter import digest
 from subspace_store.storage import Storage
 
@@ -60,6 +61,19 @@ def run_digest(spec: TaskSpec, base_sha256: str, train_key: str, refine_version:
     skipped = {"gate": True, "priority": True, "client_key": True, "training": {"save_steps", "auto_find_batch_size"}}
     content = spec.model_dump_json(exclude=skipped)  # type: ignore[arg-type]
     return digest(f"{content} {base_sha256} {train_key} {refine_version}".encode())
+
+
+def in_steps_of(checkpoint: Checkpoint, training: TrainingSpec, rank_count: int) -> Checkpoint:
+    """The checkpoint of a run that lasts epochs as a gang of another size counts its steps: after as many rows."""
+    if training.max_steps > 0 or len(checkpoint.generators) == rank_count:
+        return checkpoint
+    step = math.ceil(checkpoint.step * len(checkpoint.generators) / rank_count)
+    return replace(
+        checkpoint,
+        step=step,
+        loss_sum=checkpoint.loss_sum * step / checkpoint.step,
+        scheduler={**checkpoint.scheduler, "last_epoch": step},
+    )
 
 
 def save_checkpoint(storage: Storage, folder: str, checkpoint: Checkpoint) -> str:

@@ -25,7 +25,7 @@ from configs.task_spec import TaskSpec, TrainingSpec
 from workers import training_state
 from workers.base_model import BaseModel
 from workers.batches import Batches, Schedule, schedule
-from workers.checkpoint import Checkpoint
+from workers.checkpoint import Checkpoint, in_steps_of
 from workers.deepspeed_engine import release
 from workers.features import collator
 from workers.machine import machine_figures
@@ -106,6 +106,8 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
     group, begun = around.group, around.checkpoint
     plan = schedule(spec.training, len(rows), group.rank, around.halvings)
     if begun is not None:
+        begun = in_steps_of(begun, spec.training, group.rank.size)
+        around = replace(around, checkpoint=begun)
         training_state.put_values(model, begun)
         if begun.step >= plan.steps:  # what came after its last step was interrupted
             return TrainingRun(begun.step, begun.loss_sum / begun.step, time.time(), begun.step)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from configs.task_spec import TrainingSpec
 from subspace_store.memory_storage import MemoryStorage
 from tests.workers.test_deepspeed_engine import OFFLOAD_BOTH, OFFLOAD_OPTIMIZER, zero
 from tests.workers.test_training import Desk
@@ -18,6 +20,7 @@ from workers.checkpoint import (
     Checkpoint,
     checkpoint_from_bytes,
     checkpoint_to_bytes,
+    in_steps_of,
     newest_checkpoint,
     run_digest,
     save_checkpoint,
@@ -147,6 +150,31 @@ def test_so_does_one_with_deepspeed(
     resumed = interrupted(Desk(f"{request.node.name} again"), tiny("bert"), spec, 4)
     assert resumed.resumed_from == 4
     assert resumed.adapter_sha256 == whole.adapter_sha256
+
+
+@pytest.mark.parametrize(("ranks_before", "step", "expected"), [(2, 2, 4), (1, 4, 4)])
+def test_a_run_in_epochs_goes_on_from_the_same_rows_in_a_gang_of_another_size(
+    ranks_before: int, step: int, expected: int, request: pytest.FixtureRequest, tiny: Tiny
+) -> None:
+    desk, spec = Desk(request.node.name), sentiment_task(training={"max_steps": -1, "num_train_epochs": 2})
+    desk.preempt_at_step = step
+    with pytest.raises(Preempted):
+        desk.train(tiny("bert"), spec)
+    desk.preempt_at_step = math.inf
+    (key,) = desk.storage.keys("staging/task-1/1-token/checkpoint-")
+    left = checkpoint_from_bytes(desk.storage.read(key))
+    assert left is not None
+    desk.storage.delete(key)
+    save_checkpoint(desk.storage, FOLDER, replace(left, generators=left.generators * ranks_before))
+    trained = desk.train(tiny("bert"), spec)
+    assert (trained.resumed_from, trained.steps) == (expected, 6)  # two ranks would have made 3 steps of these rows
+
+
+def test_steps_are_counted_anew_where_a_step_takes_more_rows() -> None:
+    assert in_steps_of(checkpoint(60), TrainingSpec(), 2).step == 60  # two ranks left it
+    fewer = in_steps_of(checkpoint(60), TrainingSpec(), 4)
+    assert (fewer.step, fewer.loss_sum, fewer.scheduler) == (30, 0.75, {"last_epoch": 30})
+    assert in_steps_of(checkpoint(60), TrainingSpec(max_steps=100), 4).step == 60
 
 
 def test_a_run_that_was_lost_after_its_last_step_is_not_trained_again(
