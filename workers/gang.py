@@ -178,6 +178,10 @@ class Gang:
             where = ", ".join(f"{count} on {node}" for node, count in Counter(self._nodes).items())
             self._lines.append(f"{self._ranks.size} ranks: {where}")
             outcome = self._supervised(order, *places[0])
+        except Unavailable:
+            if self._stops.get(order.token) != "cancel":
+                raise
+            return Failed(order.token, "cancelled", "cancelled while it waited")  # given again, it would not hear of it
         finally:
             with self._lock:
                 self._token = ""

@@ -348,6 +348,20 @@ def test_a_cluster_without_room_is_a_reason_to_wait_and_costs_the_task_nothing(r
     assert isinstance(gang.run(TRAIN), Trained)
 
 
+def test_a_task_whose_ranks_find_no_room_can_be_cancelled(ranks: StandInRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    gang = Gang(ranks, lease_seconds=5)
+    ranks.room, start = False, ranks.start
+
+    def cancelled_meanwhile() -> None:
+        assert gang.cancel("token")
+        start()
+
+    monkeypatch.setattr(ranks, "start", cancelled_meanwhile)
+    outcome = gang.run(TRAIN)
+    assert isinstance(outcome, Failed)
+    assert outcome.fault == "cancelled"
+
+
 def test_ranks_that_loaded_different_weights_are_refused(ranks: StandInRanks) -> None:
     ranks.make = lambda generation, index: StandInRank(sha256=str(index))
     with pytest.raises(InvalidInput, match=r"10\.0\.0\.1, 10\.0\.0\.2: the ranks loaded different weights"):
