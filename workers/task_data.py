@@ -8,7 +8,6 @@ batch while training, so that the first step does not wait for the whole file.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -30,6 +29,7 @@ COLOUR_MODES = ("P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 PIXELS_MAX = 89_478_485
 """Of one picture, Pillow's own limit: a few kilobytes of PNG unpack to gigabytes."""
 SHOWN_LABELS = 20
+FLOAT32_MAX = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ def _number(values: Values, data: DataSpec, where: str) -> float:
         number = float(label)
     except (ValueError, OverflowError):
         raise InvalidInput(f"{name} must be a number, not {label!r:.100}", where) from None
-    if not math.isfinite(number):
-        raise InvalidInput(f"{name} is {number}", where, "drop the row or give a finite number")
+    if not abs(number) <= FLOAT32_MAX:  # nor NaN
+        raise InvalidInput(f"{name} is {number}", where, "drop the row or give a finite number that float32 holds")
     return number
 
 

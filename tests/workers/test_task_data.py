@@ -118,6 +118,7 @@ def test_a_wrong_row_is_named_with_its_file_and_number(row: Any, said: str, tmp_
         (float("inf"), "column 'label' is inf"),
         ("-inf", "column 'label' is -inf"),
         (10**400, "must be a number"),
+        (-1e39, "column 'label' is -1e+39"),  # float32, in which it is learnt and scored, would make it −inf
         ("three", "must be a number, not 'three'"),
         ("", "must be a number, not ''"),
         (True, "must be a number, not bool"),
