@@ -43,7 +43,7 @@ bench-store: $(READY)
 
 # Parts: see the file, make bench-training BENCH="speed methods". `gpu` measures nothing where there is none.
 bench-training: $(READY)
-	$(BIN)/python benchmarks/training.py $(BENCH)
+	MALLOC_ARENA_MAX=1 $(BIN)/python benchmarks/training.py $(BENCH)
 
 setup: $(READY)
 

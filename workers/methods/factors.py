@@ -75,10 +75,11 @@ class SpannedFactor(nn.Module):
 
     def _form(self, basis_NK: Tensor, columns_NC: Tensor | None, weight_JR: Tensor) -> Tensor:
         count_K = basis_NK.shape[1]
+        weight_JR = self.reach * weight_JR  # here and not in the end: it has fewer numbers than the factor
         factor_NR = basis_NK @ weight_JR[:count_K]
         if columns_NC is not None:
             factor_NR = torch.addmm(factor_NR, columns_NC, weight_JR[count_K:])
-        return self.reach * (factor_NR.T if self.inward else factor_NR)
+        return factor_NR.T if self.inward else factor_NR
 
 
 class GatedFactor(nn.Module):
