@@ -142,6 +142,7 @@ class _Attempt:
         self._folder = order.staging_key.rpartition("/")[0]
         self._prefix = self._folder.rpartition("/")[0] + "/"
         """Of all of the task's attempts."""
+        self._checkpoint_key = ""
         self.method_name: str = order.spec.method.name
         self.version = 0
         """Whose basis was leased."""
@@ -210,7 +211,7 @@ class _Attempt:
     def _checkpoint(self) -> Checkpoint | None:
         """The furthest one of this run. Rank 0 looks, the others read the very same."""
         found = newest_checkpoint(self._storage, self._prefix, self._run) if self._group.rank.leads else None
-        key = self._group.agree(found[0] if found else "")
+        key = self._checkpoint_key = self._group.agree(found[0] if found else "")
         checkpoint = found[1] if found else read_checkpoint(self._storage, key) if key else None
         if key and checkpoint is None:
             raise Unavailable("rank 0 sees a checkpoint that this rank does not see", key, "try again")
@@ -231,8 +232,10 @@ class _Attempt:
         except NotFound as error:
             if checkpoint is None:
                 raise
-            self._say(f"starts anew: the checkpoint's basis is gone ({error.what})")
-            return self._given(None, rows)
+            self._say(f"cannot go on from step {checkpoint.step}: the checkpoint's basis is gone ({error.what})")
+            if self._group.rank.leads:  # it would be found again, before those that this attempt will leave
+                self._storage.delete(self._checkpoint_key)
+            return self._given(self._checkpoint(), rows)
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
         basis_of = f", in the basis of version {self.version}" if self.version else ""
         self._say(f"task {order.task_id}: method {self.method_name}{basis_of}")

@@ -130,6 +130,26 @@ def test_a_method_goes_on_from_a_checkpoint_to_the_same_bytes(method: str, desk:
     assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
+def test_a_run_whose_basis_has_expired_starts_anew_and_keeps_what_it_does_from_then_on(desk: Desk, tiny: Tiny) -> None:
+    def attempt(number: int, preempt_at_step: float) -> Trained:
+        desk.preempt_at_step = preempt_at_step
+        desk.heartbeats.clear()
+        return train(desk, tiny("bert"), "share", staging_key=f"staging/task-3/{number}-a/adapter.safetensors")
+
+    with pytest.raises(Preempted):
+        attempt(1, 4)
+    second = desk.train(tiny("bert"), sentiment_task(lora={"r": 4}), staging_key="staging/task-2/1-a/adapter")
+    store = SubspaceStore.open(desk.storage, settings=SubspaceSettings(), writer="test")
+    staged = StagedAdapter("task-2", "team-a/second", second.staging_key, second.adapter_sha256)
+    version = store.merge([staged], op_key="again", actor="test")
+    store.publish(version.number, op_key="publish again", actor="test")
+    store.expire([1], now=0.0, actor="test")
+    with pytest.raises(Preempted):
+        attempt(2, 2)
+    resumed = attempt(3, 10**9)
+    assert (resumed.resumed_from, resumed.basis_version) == (2, version.number)
+
+
 @pytest.mark.parametrize("deepspeed", [None, zero(3)])
 def test_a_refinement_stays_in_the_span_of_its_version(
     deepspeed: dict[str, Any] | None, desk: Desk, tiny: Tiny
