@@ -33,6 +33,7 @@ from workers.rank_group import RankGroup, joined
 from workers.results import Results, write_results
 from workers.task_data import Row
 from workers.trainer import Asked, Cancelled, OutOfMemory, Preempted, Report, Surroundings, TrainingRun, fit
+from workers.training_state import fits
 
 METHODS: dict[str, Method] = {
     "lora": lora,
@@ -182,6 +183,9 @@ class _Attempt:
         given, checkpoint = self._given(self._checkpoint(), rows)
         method = METHODS[self.method_name]
         prepared = method.prepare(self._base, spec, given)
+        if checkpoint is not None and not fits(prepared, checkpoint):
+            self._forget_checkpoint(checkpoint, "it has other parameters, of another release of onebasis")
+            return self._train_from_here(rows, halvings)
         self.trained_numbers = sum(trainable_numbers(prepared).values())
         self._say(describe(prepared, self.method_name, spec.lora.r))
         saver = _Saver(self._storage, self._folder, self._say)
@@ -232,9 +236,7 @@ class _Attempt:
         except NotFound as error:
             if checkpoint is None:
                 raise
-            self._say(f"cannot go on from step {checkpoint.step}: the checkpoint's basis is gone ({error.what})")
-            if self._group.rank.leads:  # it would be found again, before those that this attempt will leave
-                self._storage.delete(self._checkpoint_key)
+            self._forget_checkpoint(checkpoint, f"its basis is gone ({error.what})")
             return self._given(self._checkpoint(), rows)
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
         basis_of = f", in the basis of version {self.version}" if self.version else ""
@@ -242,6 +244,11 @@ class _Attempt:
         if checkpoint is not None:
             self._say(f"goes on from step {checkpoint.step}, where an earlier attempt left a checkpoint")
         return Given(version=self.version, basis=basis, adapter=served), checkpoint
+
+    def _forget_checkpoint(self, checkpoint: Checkpoint, why: str) -> None:
+        self._say(f"does not go on from the checkpoint of step {checkpoint.step}: {why}")
+        if self._group.rank.leads:  # it would be found again, before those that this attempt will leave
+            self._storage.delete(self._checkpoint_key)
 
     def _chosen(self, rows: Sequence[Row]) -> tuple[str, int]:
         """The method and the version to lease. For `auto` rank 0 tries the task out, and the others take its answer."""

@@ -177,6 +177,16 @@ def test_steps_are_counted_anew_where_a_step_takes_more_rows() -> None:
     assert in_steps_of(checkpoint(60), TrainingSpec(max_steps=100), 4).step == 60
 
 
+def test_a_checkpoint_with_other_parameters_is_not_gone_on_from(request: pytest.FixtureRequest, tiny: Tiny) -> None:
+    """As another release may have left it."""
+    desk = Desk(request.node.name)
+    run = run_digest(sentiment_task(), tiny("bert").sha256, "data/train")
+    key = save_checkpoint(desk.storage, "staging/task-1/1-old", replace(checkpoint(2, run), basis_version=0))
+    trained = desk.train(tiny("bert"), sentiment_task())
+    assert (trained.resumed_from, trained.steps) == (0, 3)
+    assert key not in desk.storage.keys("staging/task-1/")
+
+
 def test_a_run_that_was_lost_after_its_last_step_is_not_trained_again(
     request: pytest.FixtureRequest, tiny: Tiny
 ) -> None:
