@@ -88,7 +88,7 @@ class TrainingSpec(Section):
     """Overrides num_train_epochs when positive."""
     per_device_train_batch_size: int = Field(16, ge=1, le=4096)
     """Rows per rank and micro-batch. All ranks and gradient_accumulation_steps together are one step."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65536)
     auto_find_batch_size: bool = False
     """When memory runs out, halve the micro-batch and double the accumulation, so that a step sees the same rows."""
     weight_decay: float = Field(0.0, ge=0)

@@ -244,7 +244,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 adapter_parameters=outcome.adapter_parameters,
                 local_score=_measured(outcome.local_score),
                 base_score=_measured(outcome.base_score),
-                metrics=dict(outcome.metrics),
+                metrics={name: value for name, value in outcome.metrics.items() if value == value},
                 method=outcome.method,
                 trainable_parameters=outcome.trainable_parameters,
                 basis_version=outcome.basis_version,

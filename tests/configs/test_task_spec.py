@@ -86,6 +86,7 @@ def test_a_safe_name_is_taken(value: str) -> None:
             },
             "kind 'sequence_regression' has no labels to smooth: training.label_smoothing_factor has no meaning",
         ),
+        ({"training": {"gradient_accumulation_steps": 10**9}}, "training.gradient_accumulation_steps"),
         ({"training": {"deepspeed": {}}}, "training.deepspeed: needs zero_optimization with a stage from 0 to 3"),
         ({"training": {"deepspeed": {"zero_optimization": "on"}}}, "needs zero_optimization"),
         ({"training": {"deepspeed": {"zero_optimization": {"stage": 4}}}}, "with a stage from 0 to 3"),

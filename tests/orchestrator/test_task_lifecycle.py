@@ -286,6 +286,13 @@ def test_j_not_yet_refined_it_is_refined_where_it_is_merged_again(state: Any) ->
     assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.REFINING
 
 
+def test_a_record_can_be_read_again_whatever_was_not_measured() -> None:
+    outcome = trained("tok", local_score=math.nan, metrics={"log_likelihood": math.nan, "rouge_l": 0.5})
+    record = after(training(), TrainingDone(outcome, 1010.0))
+    assert (record.local_score, record.metrics) == (None, {"rouge_l": 0.5})
+    assert TaskRecord.model_validate_json(record.model_dump_json()) == record
+
+
 def test_what_was_not_asked_for_is_not_refined() -> None:
     assert evaluating().state is TaskState.EVALUATING
 
