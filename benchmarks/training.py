@@ -164,18 +164,22 @@ WAYS: dict[str, Mapping[str, Any]] = {
 }
 
 
+METHOD_STEPS = 63
+"""Differences of one in a hundred are looked for."""
+
+
 def methods(_: argparse.Namespace) -> Row:
     """Step time and peak memory of the methods, and what each trains."""
     base = load_base_model(runs.minilm())
     targets, rows = ("query", "value"), runs.text_rows(256)
     basis = runs.random_basis(base, targets, K)
-    training = {"max_steps": STEPS, "per_device_train_batch_size": 16}
+    training = {"max_steps": METHOD_STEPS, "per_device_train_batch_size": 16}
     specs = {
         name: runs.task(base, "sequence_classification", targets, training=training, method=way)
         for name, way in WAYS.items()
     }
     cases = {name: runs.Case(base, spec, rows, basis) for name, spec in specs.items()}
-    found = side_by_side({name: partial(runs.ours, case) for name, case in cases.items()})
+    found = side_by_side({name: partial(runs.ours, case) for name, case in cases.items()}, METHOD_STEPS)
     alone = {
         name: run_ranks([order(runs.minilm(), spec.model_copy(update={"training": few(spec)}), k=K)])[0]
         for name, spec in specs.items()
@@ -196,7 +200,7 @@ def methods(_: argparse.Namespace) -> Row:
     numbers = trained_numbers()
     for line in numbers:
         say(line)
-    shape = f"MiniLM, query and value of 6 layers, r 8, k = {K}, 16 × 64 tokens, {STEPS} steps in turns"
+    shape = f"MiniLM, query and value of 6 layers, r 8, k = {K}, 16 × 64 tokens, {METHOD_STEPS} steps in turns"
     return {"shape": shape, "rows": table, "trained_numbers": numbers}
 
 
@@ -334,9 +338,11 @@ def gpu(arguments: argparse.Namespace) -> Row:
 # What all parts use
 
 
-def side_by_side(contestants: Mapping[str, Callable[[runs.Clock], runs.Run]]) -> dict[str, runs.Run]:
+def side_by_side(
+    contestants: Mapping[str, Callable[[runs.Clock], runs.Run]], steps: int = STEPS
+) -> dict[str, runs.Run]:
     """Step by step in turns."""
-    return dict(zip(contestants, runs.Turns(list(contestants.values()), STEPS).play(), strict=True))
+    return dict(zip(contestants, runs.Turns(list(contestants.values()), steps).play(), strict=True))
 
 
 def times(one: runs.Run, other: runs.Run, clock: str = "seconds") -> float:
