@@ -157,6 +157,11 @@ class Worker:
             outcome = Failed(order.token, "input", str(error))
         except Unavailable:
             raise
+        except torch.OutOfMemoryError as error:  # while scoring; `fit` words its own
+            told = InvalidInput(
+                f"memory ran out while scoring: {str(error).splitlines()[0][:300]}", "data.max_length", "lower it"
+            )
+            outcome = Failed(order.token, "input", str(told))
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             outcome = Failed(order.token, "bug", message, "".join(traceback.format_exception(error)))

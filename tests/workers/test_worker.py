@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from configs.errors import Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
@@ -153,6 +154,19 @@ def test_a_bug_is_an_outcome_with_its_traceback(worker: Worker, monkeypatch: pyt
     assert isinstance(outcome, Failed)
     assert (outcome.fault, outcome.message) == ("bug", "ZeroDivisionError: of our making")
     assert "in broken" in outcome.detail
+
+
+def test_memory_that_runs_out_while_scoring_is_told_with_the_setting_to_change(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meager(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(worker_module, "evaluate_version", meager)
+    outcome = worker.run(Evaluate("score", "task-1", 1, sentiment_task(), "data/eval"))
+    assert isinstance(outcome, Failed)
+    assert outcome.fault == "input"
+    assert "data.max_length: memory ran out while scoring: CUDA out of memory" in outcome.message
 
 
 def test_a_storage_that_was_away_is_raised_and_the_order_may_be_given_again(
