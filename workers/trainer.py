@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,11 +32,13 @@ from workers.features import collator
 from workers.machine import machine_figures
 from workers.orders import Point, Progress
 from workers.rank_group import NOBODY_ELSE, RankGroup
-from workers.task_data import Row
+from workers.task_data import Row, label_of
 
 OUTPUT_DIR = str(Path(tempfile.gettempdir()) / "onebasis-trainer")
 """The Trainer makes it; nothing is ever written there, so all processes share it."""
 LOG_LINES_PER_TASK = 50
+MEAN_ROWS = 10_000
+"""So many labels tell the mean of any number."""
 SAVE_SECONDS = 300.0
 """A checkpoint is made at least this often: what a lost machine costs, however slow the steps are."""
 
@@ -105,6 +108,8 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
     """
     group, begun = around.group, around.checkpoint
     plan = schedule(spec.training, len(rows), group.rank, around.halvings)
+    if spec.kind == "sequence_regression":
+        _start_at_the_mean(model, rows)
     if begun is not None:
         begun = in_steps_of(begun, spec.training, group.rank.size)
         around = replace(around, checkpoint=begun)
@@ -132,6 +137,19 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
     done = begun.step if begun else 0
     return TrainingRun(plan.steps, steps.loss_sum / plan.steps, steps.first_step_at, done, engine)
+
+
+def _start_at_the_mean(model: Any, rows: Sequence[Row]) -> None:
+    """Let a fresh regression head begin with the mean of the labels as its bias, where it has one.
+
+    Else every layer learns the mean first and the pooler's tanh is saturated by then: STS-B (0 to 5, 200 steps, r 8,
+    rate 1e-3) ended at Pearson -0.19, and 0.79 with this. A head that was trained before is left as it is.
+    """
+    some = rows[:: max(1, len(rows) // MEAN_ROWS)]
+    mean = statistics.fmean(float(label_of(row) or 0.0) for row in some)
+    for parameter in training_state.trained_parameters(model).values():
+        if parameter.shape == (1,) and not parameter.any():
+            parameter.data.fill_(mean)
 
 
 def _run(trainer: Any, plan: Schedule) -> None:

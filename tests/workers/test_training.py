@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from subspace_store.subspace_store import SubspaceStore
 from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task, task_of_kind
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Point, Progress, Train, Trained
-from workers.trainer import Asked, Cancelled
+from workers.task_data import TextRow
+from workers.trainer import Asked, Cancelled, _start_at_the_mean
 from workers.training import train_task
 
 Tiny = Callable[[str], BaseModel]
@@ -290,3 +292,19 @@ def test_one_row_that_does_not_fit_is_refused_even_then(
     monkeypatch.setattr(tiny("bert"), "task_model", Meager(tiny("bert"), 0).task_model)
     with pytest.raises(InvalidInput, match="memory ran out with 1 rows at once"):
         desk.train(tiny("bert"), spec)
+
+
+def test_a_regression_starts_at_the_mean_of_its_labels_and_a_refinement_where_it_was(desk: Desk, tiny: Tiny) -> None:
+    labels = [3.0, 4.5, 4.5]
+    desk.storage.write("data/train", "\n".join(json.dumps({"text": "x", "label": n}) for n in labels).encode())
+    spec = sentiment_task(
+        kind="sequence_regression", metric="pearson", data={"label_names": ()}, training={"learning_rate": 1e-9}
+    )
+    staged = desk.staged(desk.train(tiny("bert"), spec, eval_key=""))
+    assert float(staged.head["classifier.bias"]) == pytest.approx(4.0, abs=1e-6)
+    model = tiny("bert").task_model(spec)
+    model.classifier.bias.data.fill_(0.25)  # trained before
+    model.requires_grad_(False)
+    model.classifier.bias.requires_grad_(True)
+    _start_at_the_mean(model, [TextRow("x", None, label) for label in labels])
+    assert float(model.classifier.bias.detach()) == 0.25
