@@ -16,6 +16,7 @@ from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
 from subspace_store.forecast import spanned_energy
 from workers.base_model import BaseModel
+from workers.deepspeed_engine import is_parted
 from workers.features import collator
 from workers.methods import Given, lora
 from workers.methods.factors import spanned
@@ -49,7 +50,7 @@ def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row]) -
     missing = [name for name in lora.target_modules(base, spec.lora) if spanned(given.basis, name) is None]
     if missing:
         return "lora", f"auto: lora, because the basis lacks {len(missing)} of the modules"
-    if ((spec.training.deepspeed or {}).get("zero_optimization") or {}).get("stage") == 3:
+    if is_parted(spec):
         return "lora", "auto: lora, because with ZeRO stage 3 the task is not tried out first"
     try:
         inside = spanned_share(_probe(base, spec, given, rows), given)
