@@ -7,7 +7,6 @@ it. It loads no base model and asks for no CPU.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.errors import Unavailable
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
 from workers.gang import Call, Gang, RankLost
-from workers.orders import BaseLayout, Order, Outcome, Progress
-from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, WorkerActor
+from workers.orders import Order, Outcome
+from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
 
 HEAD = "node:__internal_head__"
 """What only Ray's head node has; Ray Serve places its controller by it too."""
@@ -31,7 +30,7 @@ END_SECONDS = 10.0
 
 
 @ray.remote
-class GangActor:
+class GangActor(Forwarding):
     """Makes one Gang and forwards to it. Arguments as in `worker_actor`."""
 
     def __init__(
@@ -42,28 +41,15 @@ class GangActor:
         folder: str,
         workers: WorkerSettings,
     ) -> None:
-        self._gang = Gang(RayRanks(name, base_model, storage, folder, workers), workers.lease_seconds)
-
-    def warm(self) -> BaseLayout:
-        return self._gang.warm()
+        self._does = Gang(RayRanks(name, base_model, storage, folder, workers), workers.lease_seconds)
 
     def run(self, order: Order) -> Outcome:
-        return self._gang.run(order)
-
-    def progress(self) -> Progress:
-        return self._gang.progress()
-
-    def cancel(self, token: str) -> bool:
-        return self._gang.cancel(token)
-
-    def preempt(self, token: str) -> bool:
-        return self._gang.preempt(token)
-
-    def pid(self) -> int:
-        return os.getpid()
+        outcome: Outcome = self._does.run(order)
+        return outcome
 
     def pids(self) -> list[tuple[str, int]]:
-        return self._gang.pids()
+        pids: list[tuple[str, int]] = self._does.pids()
+        return pids
 
 
 class RayRanks:
@@ -172,17 +158,8 @@ def gang_actor(
     Returns:
         A handle with a worker's methods as remote calls.
     """
-    options = {
-        "name": name,
-        "namespace": namespace,
-        "get_if_exists": True,
-        "lifetime": "detached",
-        "num_cpus": 0,
-        "max_concurrency": MAX_CONCURRENCY,
-        "max_restarts": -1,
-        "max_task_retries": 0,
-        "resources": {HEAD: 0.001},  # if that machine is lost, so is everything; not one more
-    }
+    # If the head's machine is lost, so is everything; not one more.
+    options = detached(name, namespace) | {"num_cpus": 0, "resources": {HEAD: 0.001}}
     handle = GangActor.options(**options).remote(name, base_model, storage, folder, workers)  # type: ignore[attr-defined]
     handle.warm.remote()
     return handle

@@ -24,8 +24,32 @@ NAMESPACE = "onebasis"
 MAX_CONCURRENCY = 32
 
 
+class Forwarding:
+    """What the actors of a worker and of a gang have in common: their methods, but for `run`."""
+
+    _does: Any
+    """The Worker or Gang."""
+
+    def warm(self) -> BaseLayout:
+        layout: BaseLayout = self._does.warm()
+        return layout
+
+    def progress(self) -> Progress:
+        progress: Progress = self._does.progress()
+        return progress
+
+    def cancel(self, token: str) -> bool:
+        return bool(self._does.cancel(token))
+
+    def preempt(self, token: str) -> bool:
+        return bool(self._does.preempt(token))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
 @ray.remote
-class WorkerActor:
+class WorkerActor(Forwarding):
     """Makes one Worker and forwards to it. Arguments as in `worker_actor`."""
 
     def __init__(self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: float) -> None:
@@ -37,25 +61,11 @@ class WorkerActor:
             os.environ["HF_HUB_OFFLINE"] = "1"
         from workers.worker import Worker
 
-        self._worker = Worker(base_model, storage, folder, cpus)
-
-    def warm(self) -> BaseLayout:
-        return self._worker.warm()
+        self._does = Worker(base_model, storage, folder, cpus)
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
-        return self._worker.run(order, rank)
-
-    def progress(self) -> Progress:
-        return self._worker.progress()
-
-    def cancel(self, token: str) -> bool:
-        return self._worker.cancel(token)
-
-    def preempt(self, token: str) -> bool:
-        return self._worker.preempt(token)
-
-    def pid(self) -> int:
-        return os.getpid()
+        outcome: Outcome = self._does.run(order, rank)
+        return outcome
 
     def meeting_place(self) -> tuple[str, int]:
         """This machine's address for other machines, and a port that is free now."""
@@ -82,22 +92,25 @@ def worker_actor(
         A handle with WorkerActor's methods as remote calls. Ray restarts a lost actor, but never repeats a lost
         call: the control plane gives the order again, by the same token.
     """
-    options = {
-        "name": name,
-        "namespace": namespace,
-        "get_if_exists": True,
-        "lifetime": "detached",
-        "num_cpus": workers.cpus,
-        "num_gpus": workers.gpus,
-        "max_concurrency": MAX_CONCURRENCY,
-        "max_restarts": -1,
-        "max_task_retries": 0,
-    }
+    options = detached(name, namespace) | {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
     handle = WorkerActor.options(**options).remote(  # type: ignore[attr-defined]
         base_model, storage, folder, workers.cpus
     )
     handle.warm.remote()
     return handle
+
+
+def detached(name: str, namespace: str) -> dict[str, Any]:
+    """Options of an actor that any driver finds by its name, that Ray makes again and whose calls it never repeats."""
+    return {
+        "name": name,
+        "namespace": namespace,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "max_concurrency": MAX_CONCURRENCY,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+    }
 
 
 def _interface_environment(address: str) -> dict[str, str]:
