@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -106,7 +107,8 @@ def test_a_configuration_that_deepspeed_refuses_is_the_teams_mistake(
     assert caught.value.where == "training.deepspeed"
 
 
-def test_a_task_leaves_none_of_its_tensors_behind(request: pytest.FixtureRequest, tiny: Tiny) -> None:
+@pytest.mark.parametrize("preempted", [False, True])
+def test_a_task_leaves_none_of_its_tensors_behind(preempted: bool, request: pytest.FixtureRequest, tiny: Tiny) -> None:
     """Stage 3 parts the base model's weights: a warm rank must not keep a part of them for each task it has done."""
     import gc
 
@@ -117,7 +119,10 @@ def test_a_task_leaves_none_of_its_tensors_behind(request: pytest.FixtureRequest
     counts = []
     for number in range(4):
         spec = sentiment_task(training={"deepspeed": zero(3)})
-        Desk(f"{request.node.name}{number}").train(tiny("bert"), spec)
+        desk = Desk(f"{request.node.name}{number}")
+        desk.preempt_at_step = 2 if preempted else math.inf
+        with pytest.raises(Preempted) if preempted else contextlib.nullcontext():
+            desk.train(tiny("bert"), spec)
         counts.append(held())
     base = sum(parameter.numel() for parameter in tiny("bert").task_model(spec).parameters())
     assert counts[3] - counts[1] < base / 100
