@@ -8,7 +8,7 @@ moment holds two of them. Until a record names the version, its files are garbag
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,73 +57,99 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Lineage:
-    """What a version is besides a merge; see `Version`."""
+class Draft:
+    """A version that is to be written: where, after which one, of what."""
 
+    storage: Storage
+    epoch: int
+    """Its new files are filed under it."""
+    tensors: VersionTensors
+    """Of the subspace; they forget the parent's basis while a merge replaces it."""
+    state: SubspaceState
+    """As folded."""
+    parent: int
+    arrivals: Sequence[Arrival]
+    """With shapes that fit. At least one."""
+    settings: SubspaceSettings
     remakes: int | None = None
+    """As `Version.remakes`."""
     removed: tuple[str, ...] = ()
+    """As `Version.removed`."""
+
+    @property
+    def number(self) -> int:
+        """The version's."""
+        return max(self.state.versions, default=0) + 1
+
+    def keep(self, arrival: Arrival) -> BlobRef:
+        """Where the adapter is from now on."""
+        content = arrival.content
+        return content if isinstance(content, BlobRef) else blobs.write_blob(self.storage, self.epoch, content)
+
+    def tasks(
+        self,
+        adapters: Sequence[BlobRef],
+        coefficients: BlobRef,
+        delivered: Mapping[str, float],
+        errors: Mapping[str, float],
+    ) -> tuple[MergedTask, ...]:
+        """What the version says of the tasks that it brings, the adapters in the order of the arrivals."""
+        return tuple(
+            MergedTask(
+                task_id=arrival.task_id,
+                name=arrival.name,
+                version=self.number,
+                adapter=adapter,
+                coefficients=coefficients,
+                delivered_energy=delivered[arrival.task_id],
+                rank_total=sum(update.rank for update in arrival.adapter.modules.values()),
+                error_at_birth=errors[arrival.task_id],
+                parameter_count=arrival.adapter.parameter_count,
+                head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
+            )
+            for arrival, adapter in zip(self.arrivals, adapters, strict=True)
+        )
 
 
-ORDINARY = Lineage()
-
-
-def write_version(
-    storage: Storage,
-    epoch: int,
-    tensors: VersionTensors,
-    state: SubspaceState,
-    parent: int,
-    arrivals: Sequence[Arrival],
-    settings: SubspaceSettings,
-    lineage: Lineage = ORDINARY,
-) -> Written:
+def write_version(draft: Draft) -> Written:
     """Merge adapters onto a version and write everything but the record.
-
-    Args:
-        tensors: Of the subspace; forgets the parent's basis while it is replaced.
-        state: As folded; gives the version its number.
-        arrivals: With shapes that fit. At least one.
 
     Cost:
         As `merge_adapters`; writes the touched modules' bases, their transports, the arrivals, and now and then a
         snapshot. Memory: one basis, and the arrivals.
     """
-    merging = _Merging(tensors, parent, arrivals, settings)
-    basis = merging.write_basis(storage, epoch)
+    storage, epoch, state, arrivals = draft.storage, draft.epoch, draft.state, draft.arrivals
+    merging = _Merging(draft)
+    basis = merging.write_basis()
 
     # Side by side: each file waits for the storage twice, to be written and read back, and the processor is free.
     jobs: list[Callable[[], Any]] = [
         partial(blobs.write_transports, storage, epoch, merging.transports),
         partial(blobs.write_coefficients, storage, epoch, merging.arrived),
-        *(partial(_kept, storage, epoch, arrival) for arrival in arrivals),
+        *(partial(draft.keep, arrival) for arrival in arrivals),
         *(merge.settle for merge in merging.merges.values()),
     ]
     transport, coefficients, *rest = in_order(lambda job: job(), jobs, AT_ONCE)
     adapters = rest[: len(arrivals)]
     merging.settle(rest[len(arrivals) :])
-    line = state.lineage(parent)
     snapshot = None
-    if _snapshot_is_due(line, transport, merging):
+    if _snapshot_is_due(state.lineage(draft.parent), transport, merging):
         settled = {name: tasks.settled.rounded() for name, tasks in merging.tasks.items() if tasks.task_ids}
         snapshot = blobs.write_coefficients(storage, epoch, settled)
         # From here on a reader starts from the rounded ones, so the writer does as well.
         merging.tasks |= {name: ModuleTasks.of(block) for name, block in settled.items()}
-    number = max(state.versions, default=0) + 1
-    errors, drift, delivered = merging.tally.error_at_birth, merging.tally.drift, merging.tally.delivered
+    drift = merging.tally.drift
     version = Version(
-        number=number,
-        parent=parent,
+        number=draft.number,
+        parent=draft.parent,
         created_at=time.time(),
-        added=tuple(
-            _entry(arrival, number, adapter, coefficients, delivered[arrival.task_id], errors[arrival.task_id])
-            for arrival, adapter in zip(arrivals, adapters, strict=True)
-        ),
+        added=draft.tasks(adapters, coefficients, merging.tally.delivered, merging.tally.error_at_birth),
         basis=basis,
         transport=transport,
         basis_versions=tuple(sorted({*merging.elsewhere.values()})),
         module_count=len(merging.ranks),
         rank_max=max(max(ranks) for ranks in merging.ranks.values()),
-        drift=tuple(round(drift[task], 7) for task in state.tasks_at(parent)) if any(drift.values()) else (),
+        drift=tuple(round(drift[task], 7) for task in state.tasks_at(draft.parent)) if any(drift.values()) else (),
         bytes_written=sum(
             ref.size_bytes
             for ref in (basis, transport, coefficients, *([snapshot] if snapshot else []), *adapters)
@@ -131,25 +157,18 @@ def write_version(
         ),
         merge_seconds=merging.seconds,
         snapshot=snapshot,
-        remakes=lineage.remakes,
-        removed=lineage.removed,
+        remakes=draft.remakes,
+        removed=draft.removed,
         approximate=tuple(arrival.task_id for arrival in arrivals if arrival.approximate),
     )
     return Written(version, merging.bases, merging.tasks)
 
 
-def write_refinement(
-    storage: Storage,
-    epoch: int,
-    tensors: VersionTensors,
-    state: SubspaceState,
-    parent: int,
-    arrivals: Sequence[Arrival],
-    settings: SubspaceSettings,
-) -> Written:
+def write_refinement(draft: Draft) -> Written:
     """Put other adapters in the place of tasks, in the basis that is there, and write everything but the record.
 
-    Args: As `write_version`; the arrivals are tasks that the parent holds.
+    Args:
+        draft: Its arrivals are tasks that the parent holds.
 
     Returns:
         A version with the parent's basis and, of all other tasks, the parent's coefficients: not a bit of them moves.
@@ -161,23 +180,23 @@ def write_refinement(
         Reads the bases of the modules that the arrivals adapt; writes the arrivals and their coefficients.
     """
     started = time.perf_counter()
-    modules, delivered, missed = _placed(tensors, parent, arrivals, settings)
+    modules, delivered, missed = _placed(draft)
     errors = {task: (missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in delivered.items()}
-    for arrival in arrivals:
+    for arrival in draft.arrivals:
         if errors[arrival.task_id] > OUTSIDE_MAX:
             raise InvalidInput(
-                f"has {errors[arrival.task_id]:.1e} of its norm outside the basis of version {parent}, more than "
+                f"has {errors[arrival.task_id]:.1e} of its norm outside the basis of version {draft.parent}, more than "
                 f"{OUTSIDE_MAX:.0e}",
                 f"task {arrival.name} ({arrival.task_id})",
                 "refine it in the basis of the version that is the candidate",
             )
     seconds = time.perf_counter() - started
-    coefficients = blobs.write_coefficients(storage, epoch, modules)
-    adapters = [_kept(storage, epoch, arrival) for arrival in arrivals]
-    number, old = max(state.versions, default=0) + 1, state.versions[parent]
+    coefficients = blobs.write_coefficients(draft.storage, draft.epoch, modules)
+    adapters = [draft.keep(arrival) for arrival in draft.arrivals]
+    old = draft.state.versions[draft.parent]
     version = Version(
-        number=number,
-        parent=parent,
+        number=draft.number,
+        parent=draft.parent,
         created_at=time.time(),
         added=(),
         basis=old.basis,
@@ -187,19 +206,15 @@ def write_refinement(
         rank_max=old.rank_max,
         bytes_written=coefficients.size_bytes + sum(adapter.size_bytes for adapter in adapters),
         merge_seconds=seconds,
-        refined=tuple(
-            _entry(arrival, number, adapter, coefficients, delivered[arrival.task_id], errors[arrival.task_id])
-            for arrival, adapter in zip(arrivals, adapters, strict=True)
-        ),
+        refined=draft.tasks(adapters, coefficients, delivered, errors),
     )
-    tasks = moved(tensors.tasks(parent), {}, [modules], [arrival.task_id for arrival in arrivals])
+    tasks = moved(draft.tensors.tasks(draft.parent), {}, [modules], [arrival.task_id for arrival in draft.arrivals])
     return Written(version, {}, tasks)
 
 
-def _placed(
-    tensors: VersionTensors, parent: int, arrivals: Sequence[Arrival], settings: SubspaceSettings
-) -> tuple[dict[str, TaskBlock], dict[str, float], dict[str, float]]:
+def _placed(draft: Draft) -> tuple[dict[str, TaskBlock], dict[str, float], dict[str, float]]:
     """Module to coefficients; task to ‖ΔW‖²_F, and to what of it lies outside the basis."""
+    tensors, parent, arrivals = draft.tensors, draft.parent, draft.arrivals
     modules: dict[str, TaskBlock] = {}
     delivered = {arrival.task_id: 0.0 for arrival in arrivals}
     missed = dict(delivered)
@@ -207,7 +222,7 @@ def _placed(
         incoming = {a.task_id: a.adapter.modules[name] for a in arrivals if name in a.adapter.modules}
         if name not in tensors.homes(parent):
             raise InvalidInput(f"adapts {name}, which version {parent} has no basis for", _who(arrivals, incoming))
-        block, missed_T = place_in_basis(tensors.module_basis(parent, name), incoming, settings)
+        block, missed_T = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings)
         modules[name] = block
         for task, energy, outside in zip(incoming, block.delivered_T.tolist(), missed_T.tolist(), strict=True):
             delivered[task] += energy
@@ -219,37 +234,13 @@ def _who(arrivals: Sequence[Arrival], tasks: Collection[str]) -> str:
     return ", ".join(f"task {arrival.name} ({arrival.task_id})" for arrival in arrivals if arrival.task_id in tasks)
 
 
-def _kept(storage: Storage, epoch: int, arrival: Arrival) -> BlobRef:
-    content = arrival.content
-    return content if isinstance(content, BlobRef) else blobs.write_blob(storage, epoch, content)
-
-
-def _entry(
-    arrival: Arrival, number: int, adapter: BlobRef, coefficients: BlobRef, delivered_energy: float, error: float
-) -> MergedTask:
-    """What the version `number` says of a task that it brings."""
-    return MergedTask(
-        task_id=arrival.task_id,
-        name=arrival.name,
-        version=number,
-        adapter=adapter,
-        coefficients=coefficients,
-        delivered_energy=delivered_energy,
-        rank_total=sum(update.rank for update in arrival.adapter.modules.values()),
-        error_at_birth=error,
-        parameter_count=arrival.adapter.parameter_count,
-        head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
-    )
-
-
 class _Merging:
     """A merge under way: takes the parent apart and collects what comes out, module by module."""
 
-    def __init__(
-        self, tensors: VersionTensors, parent: int, arrivals: Sequence[Arrival], settings: SubspaceSettings
-    ) -> None:
-        self._tensors, self._parent, self._settings = tensors, parent, settings
-        self._adapters = {arrival.task_id: arrival.adapter for arrival in arrivals}
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        tensors, parent = draft.tensors, draft.parent
+        self._adapters = {arrival.task_id: arrival.adapter for arrival in draft.arrivals}
         self._homes = tensors.homes(parent)
         self.touched = sorted({name for adapter in self._adapters.values() for name in adapter.modules})
         self.elsewhere = {name: home for name, home in self._homes.items() if name not in self.touched}
@@ -265,9 +256,9 @@ class _Merging:
         for name in self.elsewhere:
             self.tally.add_untouched(self.tasks[name])
 
-    def write_basis(self, storage: Storage, epoch: int) -> BlobRef:
+    def write_basis(self) -> BlobRef:
         """Merge and write. The basis that comes out is whole in memory only if all of the old one was."""
-        ref = blobs.write_basis(storage, epoch, self.touched, self.elsewhere, self._parts())
+        ref = blobs.write_basis(self._draft.storage, self._draft.epoch, self.touched, self.elsewhere, self._parts())
         if len(self.bases) < len(self.ranks):
             self.bases = {}
         return ref
@@ -280,7 +271,7 @@ class _Merging:
 
     def _parts(self) -> Iterator[Part]:
         started = time.perf_counter()
-        for name, merge in merge_modules(self._read, self._adapters, self._settings):
+        for name, merge in merge_modules(self._read, self._adapters, self._draft.settings):
             self.merges[name] = merge
             if name in self._homes:
                 self.transports[name] = merge.transport
@@ -295,8 +286,8 @@ class _Merging:
     def _read(self, name: str) -> ModuleSubspace | None:
         if name not in self._homes:
             return None
-        known = self._before.pop(name, None)
-        return ModuleSubspace(known or self._tensors.module_basis(self._parent, name), self.tasks[name])
+        basis = self._before.pop(name, None) or self._draft.tensors.module_basis(self._draft.parent, name)
+        return ModuleSubspace(basis, self.tasks[name])
 
 
 def _snapshot_is_due(line: Sequence[Version], transport: BlobRef, merging: _Merging) -> bool:

@@ -17,7 +17,7 @@ from configs.settings import SubspaceSettings
 from subspace_store import blobs, garbage, retention, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, check_adapter, digest
 from subspace_store.forecast import Forecast, forecast
-from subspace_store.merge_writer import ORDINARY, Arrival, Lineage, Written, write_refinement, write_version
+from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
 from subspace_store.storage import Storage
 from subspace_store.subspace_reader import SubspaceReader
 from subspace_store.version import (
@@ -123,7 +123,7 @@ class SubspaceStore(SubspaceReader):
             parent = self.state.refs[CANDIDATE]
             self._refuse_doubles(adapters, parent)
             arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
-            written = self._write(parent, arrivals)
+            written = write_version(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
             self._log.commit(version_log.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
@@ -157,9 +157,7 @@ class SubspaceStore(SubspaceReader):
                 self._find(staged.task_id, parent)
             retention.check_mergeable(self.state, {staged.task_id: staged.name for staged in adapters})
             arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
-            written = write_refinement(
-                self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings
-            )
+            written = write_refinement(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
             self._log.commit(version_log.REFINE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
@@ -423,7 +421,8 @@ class SubspaceStore(SubspaceReader):
             if known is not None and known not in self.state.expired and self.state.versions[known].parent == parent:
                 parent = known
                 continue
-            written = self._write(parent, arrivals, Lineage(version.number, (*version.removed, task.task_id)))
+            removed = (*version.removed, task.task_id)
+            written = write_version(replace(self._draft(parent, arrivals), remakes=version.number, removed=removed))
             key = step_key if known is None else ""  # a key names one version, and that one has expired
             self._log.commit(version_log.MERGE, op_key=key, actor=actor, body={"version": written.version})
             parent = self._committed(written).number
@@ -509,11 +508,8 @@ class SubspaceStore(SubspaceReader):
                     f"the {what} is {theirs!r}, this subspace has {ours!r}", todo="train on this subspace's base model"
                 )
 
-    def _write(self, parent: int, arrivals: Sequence[Arrival], lineage: Lineage = ORDINARY) -> Written:
-        """Everything of a merge but its record."""
-        return write_version(
-            self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings, lineage
-        )
+    def _draft(self, parent: int, arrivals: Sequence[Arrival]) -> Draft:
+        return Draft(self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings)
 
     def _committed(self, written: Written) -> Version:
         self._tensors.keep(written.version.number, written.bases, written.tasks)

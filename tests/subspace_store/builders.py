@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
 from configs.errors import Unavailable
 from configs.settings import SubspaceSettings
-from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore, Version, canonical_update
+from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore, Version, canonical_update, subspace_store
 from subspace_store.memory_storage import MemoryStorage
+from subspace_store.merge_writer import Draft, Written
 from subspace_store.storage import ObjectStream
 
 SHAPES = {"layer.0.query": (24, 20), "layer.0.value": (16, 20)}
@@ -72,6 +74,26 @@ def refined(store: SubspaceStore, adapters: dict[str, Adapter], op_key: str = "r
         ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
         uploads.append(StagedAdapter(task, f"team/{task}", ref.key, ref.sha256))
     return store.refine(uploads, op_key=op_key, actor="test")
+
+
+@contextmanager
+def crash_at_merge(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
+    """The process is gone before the files of this merge, counted from here, are written."""
+
+    class Crash(BaseException):
+        """No code of ours catches it."""
+
+    write, merges = subspace_store.write_version, itertools.count(1)
+
+    def failing(draft: Draft) -> Written:
+        if next(merges) == number:
+            raise Crash
+        return write(draft)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subspace_store, "write_version", failing)
+        with pytest.raises(Crash):
+            yield
 
 
 def opened(storage: Storage | None = None, writer: str | None = "writer", **settings: object) -> SubspaceStore:

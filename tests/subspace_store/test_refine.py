@@ -22,6 +22,7 @@ from subspace_store.verify import verify
 from tests.subspace_store.builders import (
     SHAPES,
     FaultyStorage,
+    crash_at_merge,
     deltas,
     fresh_storage,
     in_the_basis,
@@ -317,20 +318,8 @@ def test_shapes_of_a_module_stay_those_of_the_parent_for_a_task_that_adapts_fewe
 def test_a_removal_that_was_interrupted_before_a_refinement_does_not_lose_it(
     task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Crash(BaseException):
-        """The process is gone."""
-
     store = grown("ab", "c", "d", "e")
-    write, calls = SubspaceStore._write, []
-
-    def failing(self: SubspaceStore, *arguments: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise Crash
-        return write(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(SubspaceStore, "_write", failing)
-    with pytest.raises(Crash):
+    with crash_at_merge(monkeypatch, 2):
         store.remove("c", op_key="r", actor="me")
     assert store.state.versions[5].remakes == 3  # d, as it was delivered
     adapter = in_the_basis(store, 7, version=4)

@@ -8,7 +8,7 @@ import torch
 from configs.errors import Conflict, NotFound
 from subspace_store import CANDIDATE, MAIN, Adapter, SubspaceStore
 from subspace_store.verify import verify
-from tests.subspace_store.builders import SHAPES, deltas, fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import SHAPES, crash_at_merge, deltas, fresh_storage, merged, opened, random_adapter
 
 SETTINGS = {"energy_ratio_min": 0.9, "rank_max": 9}
 
@@ -95,21 +95,8 @@ def test_the_last_task_leaves_the_empty_subspace() -> None:
 
 
 def test_asked_twice_it_is_done_once_and_interrupted_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Crash(BaseException):
-        """The process is gone."""
-
     store = grown("a", "b", "c", "d", "e")
-    write = SubspaceStore._write
-    calls = []
-
-    def failing(self: SubspaceStore, *arguments: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise Crash
-        return write(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(SubspaceStore, "_write", failing)
-    with pytest.raises(Crash):
+    with crash_at_merge(monkeypatch, 2):
         store.remove("b", op_key="r", actor="me")
     assert store.state.refs[CANDIDATE] == 5
     again = opened(store.storage, writer="next", **SETTINGS)
