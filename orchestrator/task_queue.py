@@ -8,6 +8,7 @@ was overtaken reads again. Events are only ever appended.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from orchestrator.fair_share import Use
 from orchestrator.task_lifecycle import Event, RefinementRefused, TrainingDone, TrainingFailed, advance
 from orchestrator.task_record import AT_WORK, ENDED_WITHOUT_RESULT, LIVE, TaskRecord, TaskState
 from workers.orders import LogLine, Point, Trained
+
+log = logging.getLogger("onebasis.controller")
 
 _metadata = MetaData()
 
@@ -210,6 +213,14 @@ class TaskQueue:
                     return [self._apply(connection, task_id, event) for task_id in task_ids]
             except _OvertakenError:
                 continue
+
+    def try_apply(self, task_ids: Sequence[str], event: Event) -> list[TaskRecord]:
+        """As `apply_all`; nothing when somebody (a cancel) came first: then the records are to be read again."""
+        try:
+            return self.apply_all(task_ids, event)
+        except Conflict as error:
+            log.info("read again: %s", error)
+            return []
 
     def heartbeat(self, task_id: str, token: str, lease_until: float, progress: dict[str, Any]) -> bool:
         """Prolong a lease. False: the token is no longer the task's, drop everything."""

@@ -229,7 +229,7 @@ def test_store_lists_its_own_commands_and_looks_into_the_services_store(onebasis
 def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_release(
     onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("subspace_store.cli.running_server", lambda state_dir: 1)  # the site is no process
+    monkeypatch.setattr("subspace_store.cli_place.running_server", lambda state_dir: 1)  # the site is no process
     assert "main is held there" in onebasis("rollback", "1", "--hold", "--reason", "worse").stdout
     assert "main is held by ann" in onebasis("status").stdout
     assert json.loads(onebasis("status", "--json").stdout)["held"]["reason"] == "worse"
@@ -268,7 +268,7 @@ def test_what_is_no_operation_is_refused_by_the_service(onebasis: Onebasis, site
 def test_a_task_is_removed_through_the_running_service_and_everything_can_still_be_asked(
     onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("subspace_store.cli.running_server", lambda state_dir: 1)  # the site is no process
+    monkeypatch.setattr("subspace_store.cli_place.running_server", lambda state_dir: 1)  # the site is no process
     for title in ("red/going", "blue/staying"):
         site.publish(title)
     before, epoch = site.plant.state.refs["main"], site.plant.state.epoch

@@ -13,7 +13,7 @@ import pytest
 
 from configs.errors import Corrupt, NotFound, Unavailable
 from orchestrator import controller
-from orchestrator.controller import EVALUATION_TRIES
+from orchestrator.candidate import EVALUATION_TRIES
 from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
 from orchestrator.task_queue import LOG
 from orchestrator.task_record import TaskState, results_key
@@ -97,7 +97,7 @@ def test_while_main_is_held_what_passed_waits_unpublished_and_goes_on_after_the_
 
 
 def test_a_release_that_nobody_told_of_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.controller.HELD_SECONDS", 0.01)
+    monkeypatch.setattr("orchestrator.candidate.HELD_SECONDS", 0.01)
     plant.cluster.store("hold", "audit", actor="ann", op_key="h").result()
     plant.submit("red/a")
     plant.run(lambda: plant.state.scores.get(1) is not None)
@@ -351,6 +351,28 @@ def test_workers_that_are_lost_while_scoring_say_nothing_against_the_version(pla
     plant.submit("red/alpha")
     plant.run()
     assert plant.states() == {"red/alpha": "published"}
+
+
+def test_scoring_that_takes_its_worker_down_every_time_ends_and_names_the_task(plant: Plant) -> None:
+    lost_max = plant.settings.failures.lost_machines_max
+    plant.cluster.evaluation_faults = {"red/alpha": ["lost"] * (lost_max + 1)}
+    plant.submit("red/alpha")
+    plant.run()
+    reason = f"it could not be scored: red/alpha: {lost_max + 1} workers were lost while they scored it"
+    assert plant.states() == {"red/alpha": "rejected"}
+    assert plant.get("red/alpha").reason == reason
+    plant.submit("blue/beta")
+    plant.run()
+    assert plant.states() == {"red/alpha": "rejected", "blue/beta": "published"}
+
+
+def test_a_score_that_is_not_a_number_is_no_score(plant: Plant) -> None:
+    plant.cluster.score = lambda title, held: float("nan")
+    plant.submit("red/alpha")
+    plant.run()
+    assert plant.states() == {"red/alpha": "rejected"}
+    assert "its score is not a number" in plant.get("red/alpha").reason
+    assert plant.state.scores == {}
 
 
 def test_a_damaged_store_stops_merging_and_parks_nobody(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,7 +663,7 @@ def test_a_fenced_writer_is_replaced_and_the_task_is_merged_once(plant: Plant) -
 
 
 def test_a_log_that_cannot_be_read_once_after_a_merge_does_not_undo_the_merge(plant: Plant) -> None:
-    store = SubspaceStore.open(plant.storage)
+    store = plant.controller._store
     failing = iter([Unavailable("the storage is away")])
     refresh = store.refresh
 
@@ -652,7 +674,6 @@ def test_a_log_that_cannot_be_read_once_after_a_merge_does_not_undo_the_merge(pl
         return refresh()
 
     store.refresh = refresh_or_fail  # type: ignore[method-assign]
-    plant.controller._store = store
     plant.submit("red/alpha")
     with pytest.raises(Unavailable):
         plant.run()
@@ -873,7 +894,7 @@ class Killed(BaseException):
 class Mortal:
     """Forwards to a part of the plant, and dies at the n-th call of all that write or give orders."""
 
-    calls = ("apply", "apply_all", "delete", "run", "store", "cancel")
+    calls = ("apply", "try_apply", "delete", "run", "store", "cancel")
 
     def __init__(self, part: Any, countdown: list[int]) -> None:
         self._part, self._countdown = part, countdown

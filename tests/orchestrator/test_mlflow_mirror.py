@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import controller, mlflow_mirror
+from orchestrator import errands, mlflow_mirror
 from orchestrator.mlflow_mirror import Mirror
 from subspace_store import SubspaceStore
 from tests.orchestrator.plant import Plant
@@ -100,8 +100,8 @@ def _score(title: str, held: frozenset[str]) -> float:
 @pytest.fixture(scope="module")
 def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirrored]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(controller, "IDLE_SECONDS", 0.0)
-        patch.setattr(controller, "POLL_SECONDS", 0.0)
+        patch.setattr(errands, "IDLE_SECONDS", 0.0)
+        patch.setattr(errands, "POLL_SECONDS", 0.0)
         made = Mirrored(tmp_path_factory.mktemp("mlflow"))
         yield made
         made.plant.queue.close()

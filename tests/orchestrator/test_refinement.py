@@ -188,7 +188,7 @@ def test_a_heartbeat_of_a_refinement_is_taken_and_does_not_stop_it(make_plant: M
     plant.cluster.hold = refines
     (task,) = plant.submit("red/alpha", spec=REFINE)
     plant.run(lambda: len(plant.cluster.held) == 1)
-    for seat in plant.controller._seats:
+    for seat in plant.controller._crew.seats.values():
         seat.asked_at = 0.0
     plant.run(lambda: plant.queue.progress(task.task_id).get("step") == 3)
     assert len(plant.cluster.held) == 1

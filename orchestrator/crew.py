@@ -1,0 +1,215 @@
+"""The workers: who is warm, who is alive, who does what. Which task comes next is not decided here."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from configs.errors import OnebasisError, Unavailable
+from configs.settings import WorkerSettings
+from configs.task_spec import TaskSpec
+from orchestrator.cluster import Cluster, Flight, MachineLost
+from orchestrator.errands import RETRY_SECONDS, Errand, Errands
+from orchestrator.task_lifecycle import Claimed, Step, next_step
+from orchestrator.task_queue import TaskQueue
+from orchestrator.task_record import TaskRecord, TaskState, results_key, staging_key
+from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Progress, Train
+
+log = logging.getLogger("onebasis.controller")
+
+
+@dataclass
+class Seat:
+    """A worker as the control plane sees it now."""
+
+    name: str
+    ready: bool = False
+    order: Order | None = None
+    asked_at: float = 0.0
+    """When it was last asked what it does."""
+    error: str = ""
+    """Why its base model cannot be loaded."""
+    told: tuple[str, str] = ("", "")
+    """(`cancel` or `preempt`, token): the last that it was told to stop."""
+
+    def __str__(self) -> str:
+        match self.order:
+            case Train(task_id=task_id, refine_version=version):
+                return f"refining {task_id} at version {version}" if version else f"training {task_id}"
+            case Evaluate(task_id=task_id, version=version):
+                return f"scoring {task_id} at version {version}"
+        return "free" if self.ready else (self.error or "loading the base model")
+
+
+class Crew:
+    """All workers of the service."""
+
+    def __init__(self, cluster: Cluster, errands: Errands, queue: TaskQueue, settings: WorkerSettings) -> None:
+        self._cluster = cluster
+        self._errands = errands
+        self._queue = queue
+        self._settings = settings
+        self.seats = {name: Seat(name) for name in cluster.workers}
+        self.layout: BaseLayout | None = None
+        """What the first warm worker said of the base model; None before that."""
+
+    # --- who is free -------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> int:
+        """Workers whose base model is loaded."""
+        return sum(seat.ready for seat in self.seats.values())
+
+    @property
+    def free(self) -> int:
+        return sum(seat.ready and seat.order is None for seat in self.seats.values())
+
+    @property
+    def orders(self) -> list[Order]:
+        """What is under way."""
+        return [seat.order for seat in self.seats.values() if seat.order is not None]
+
+    def free_seats(self) -> list[Seat]:
+        free = (seat for seat in self.seats.values() if seat.ready and seat.order is None)
+        return [seat for seat in free if self._errands.may(f"order:{seat.name}")]
+
+    def unclaimed_seats(self, live: Sequence[TaskRecord]) -> list[Seat]:
+        """Free ones that no task waits for to be taken up again."""
+        claimed = {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER}
+        return [seat for seat in self.free_seats() if seat.name not in claimed]
+
+    # --- orders ------------------------------------------------------------------------------------------------
+
+    def claim(self, seat: Seat, record: TaskRecord) -> None:
+        """Give a task to a worker under a fresh lease, unless somebody cancelled it first."""
+        self._errands.wake()
+        if claimed := self._queue.try_apply((record.task_id,), Claimed(secrets.token_hex(8), seat.name, time.time())):
+            self.give(seat, train_order(claimed[0]))
+
+    def give(self, seat: Seat, order: Order) -> None:
+        # Sent first: an order that could not be sent must not occupy the seat.
+        self._errands.send(Errand("order", seat.name), lambda: self._cluster.run(seat.name, order))
+        seat.order, seat.told = order, ("", "")
+        seat.asked_at = time.time()
+
+    def tell(self, seat: Seat, what: str, token: str) -> None:
+        """Tell a worker to stop, once for each time that it got the order. what: `cancel` or `preempt`."""
+        if seat.told != (what, token):
+            seat.told = (what, token)
+            (self._cluster.cancel if what == "cancel" else self._cluster.preempt)(seat.name, token)
+
+    def take_order(self, flight: Flight, errand: Errand) -> tuple[Order, Outcome] | None:
+        """What came of an order; None when it is to be given again."""
+        seat = self.seats[errand.worker]
+        order = seat.order
+        assert order is not None
+        seat.order = None
+        try:
+            outcome: Outcome = self._cluster.result(flight)
+        except MachineLost as error:
+            self._is_away(seat, error)
+            outcome = Failed(order.token, "lost", f"{seat.name} was lost: {error.what}")
+        except Unavailable as error:
+            # The worker is well, the storage was away. That is nobody's fault and no budget pays for it: the worker
+            # has forgotten the order, and what is owed is read off the records again in a moment.
+            log.warning("%s: order %s is given again: %s", seat.name, order.token, error)
+            self._errands.later(f"order:{seat.name}")
+            return None
+        except Exception as error:
+            log.exception("%s: order %s failed outside the worker's own handling", seat.name, order.token)
+            outcome = Failed(order.token, "lost", f"{seat.name}: {error}")
+        return order, outcome
+
+    # --- who is alive ------------------------------------------------------------------------------------------
+
+    def take_warm(self, flight: Flight, errand: Errand) -> None:
+        seat = self.seats[errand.worker]
+        try:
+            self.layout = self._cluster.result(flight)
+            seat.ready, seat.error = True, ""
+            log.info("%s is warm", seat.name)
+        except MachineLost as error:
+            self._is_away(seat, error)
+        except OnebasisError as error:
+            log.error("%s cannot load the base model: %s", seat.name, error)
+            seat.error = str(error)
+            self._errands.later(f"warm:{seat.name}", 30 * RETRY_SECONDS)
+
+    def listen(self) -> None:
+        """Heartbeats: ask every worker what it does; one that does not answer for a whole lease is replaced.
+
+        The silence is counted from the question. Counted from the last answer, a loop that was itself held up (by a
+        slow storage, a suspended machine) would take its own absence for that of all its workers.
+        """
+        now = time.time()
+        for seat in self.seats.values():
+            if seat.ready and now - seat.asked_at >= self._settings.heartbeat_seconds:
+                if not self._errands.under_way("progress", seat.name):
+                    seat.asked_at = now
+                    self._errands.send(Errand("progress", seat.name), partial(self._cluster.progress, seat.name))
+                elif now - seat.asked_at > self._settings.lease_seconds:
+                    log.warning("%s has been silent for %.0f s: replacing it", seat.name, now - seat.asked_at)
+                    self._errands.forget("progress", seat.name)
+                    seat.ready = seat.order is not None
+                    self._cluster.replace(seat.name)
+            asked = self._errands.under_way("warm", seat.name) or not self._errands.may(f"warm:{seat.name}")
+            if not seat.ready and not asked:
+                self._errands.send(Errand("warm", seat.name), partial(self._cluster.warm, seat.name))
+
+    def take_progress(self, flight: Flight, errand: Errand) -> None:
+        """Prolong the lease of what trains, and keep what it tells."""
+        seat = self.seats[errand.worker]
+        order = seat.order
+        try:
+            progress: Progress = self._cluster.result(flight)
+        except Unavailable as error:
+            if order is None:  # else the order's own flight tells
+                self._is_away(seat, error)
+            return
+        if not isinstance(order, Train) or progress.token != order.token:
+            return
+        numbers = {
+            name: None if value != value else value
+            for name, value in vars(progress).items()
+            if name not in ("token", "log_lines")
+        }
+        lease_until = time.time() + self._settings.lease_seconds
+        if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
+            self._cluster.cancel(seat.name, order.token)
+        self._queue.append_log(order.task_id, progress.log_lines)
+
+    def _is_away(self, seat: Seat, error: OnebasisError) -> None:
+        log.warning("%s is away: %s", seat.name, error)
+        seat.ready = False
+        self._errands.later(f"warm:{seat.name}")
+
+
+def is_of_a_version(order: Order) -> bool:
+    """Whether a version waits for it."""
+    return isinstance(order, Evaluate) or order.refine_version > 0
+
+
+def train_order(record: TaskRecord) -> Train:
+    """The order to train a task, or to refine it, under the lease that its record holds."""
+    refines = record.state is TaskState.REFINING
+    return Train(
+        token=record.token,
+        task_id=record.task_id,
+        attempt=record.attempt,
+        spec=_refinement(record.spec) if refines else record.spec,
+        train_key=record.train_key,
+        eval_key="" if refines else record.eval_key,  # refined, it is scored with its version
+        staging_key=staging_key(record.task_id, record.attempt, record.token),
+        results_key=results_key(record.task_id) if record.eval_key and not refines else "",
+        refine_version=record.version if refines else 0,
+    )
+
+
+def _refinement(spec: TaskSpec) -> TaskSpec:
+    """The same task, trained for `method.refine_epochs`."""
+    length = {"num_train_epochs": spec.method.refine_epochs, "max_steps": -1}
+    return spec.model_copy(update={"training": spec.training.model_copy(update=length)})
