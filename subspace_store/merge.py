@@ -220,8 +220,8 @@ def merge_module(
     """Merge the updates of one module: see `merge_adapters`."""
     p_NK, q_DK = orthonormalise(before.basis.p_NK), orthonormalise(before.basis.q_DK)
     factors = _Factors.of(incoming, settings)
-    out = extend_basis(p_NK, before.basis.lam_out_K, factors.stack_out())
-    inward = extend_basis(q_DK, before.basis.lam_in_K, factors.stack_in())
+    out = extend_basis(p_NK, before.basis.lam_out_K, *factors.stack_out())
+    inward = extend_basis(q_DK, before.basis.lam_in_K, *factors.stack_in())
     to_full = Transport(out.transport_JK, inward.transport_JK)
     arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
     k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
@@ -298,13 +298,17 @@ class _Factors:
     right_DC: Tensor
     scale_C: Tensor
     """By which the stack of the inputs is multiplied beside w: σ in canonical form, 1 in the paper's."""
+    parts: list[int]
+    """How many columns were rounded together: those of an update, whose small ones are the rounding of its large ones;
+    in the paper's form each alone, as it was trained."""
 
     @classmethod
     def of(cls, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings) -> _Factors:
         if settings.variant == "paper":
             raw = [update.raw() for update in incoming.values()]
             left_NC, right_DC = torch.cat([b for b, _ in raw], dim=1), torch.cat([a.T for _, a in raw], dim=1)
-            return cls(incoming, dict.fromkeys(incoming, 1.0), left_NC, right_DC, torch.ones(left_NC.shape[1]).double())
+            ones_C = torch.ones(left_NC.shape[1], dtype=torch.float64)
+            return cls(incoming, dict.fromkeys(incoming, 1.0), left_NC, right_DC, ones_C, [1] * len(ones_C))
         updates = incoming.values()
         return cls(
             incoming,
@@ -312,13 +316,15 @@ class _Factors:
             torch.cat([u.u_NR.double() * u.sigma_R.double() for u in updates], dim=1),
             torch.cat([u.v_DR.double() for u in updates], dim=1),
             torch.cat([u.sigma_R.double() for u in updates]),
+            [update.rank for update in updates],
         )
 
-    def stack_out(self) -> Tensor:
-        return self.left_NC * self._weight_C()
+    def stack_out(self) -> tuple[Tensor, Tensor]:
+        """The columns, and what each is part of in size."""
+        return self._sized(self.left_NC * self._weight_C())
 
-    def stack_in(self) -> Tensor:
-        return self.right_DC * (self._weight_C() * self.scale_C)
+    def stack_in(self) -> tuple[Tensor, Tensor]:
+        return self._sized(self.right_DC * (self._weight_C() * self.scale_C))
 
     def coefficients(self, p_NK: Tensor, q_DK: Tensor) -> TaskBlock:
         """E = PᵀL and F = QᵀR of each update, float64."""
@@ -334,6 +340,10 @@ class _Factors:
             # projection misses is the difference of two energies.
             kept_energy(self.left_NC, self.right_DC, ranks),
         )
+
+    def _sized(self, stack_NC: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = [part.norm() for part in torch.split(stack_NC, self.parts, dim=1)]
+        return stack_NC, torch.cat([size.expand(count) for size, count in zip(sizes, self.parts, strict=True)])
 
     def _weight_C(self) -> Tensor:
         return torch.tensor([self.weights[t] for t, u in self.incoming.items() for _ in range(u.rank)]).double()

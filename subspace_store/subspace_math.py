@@ -1,7 +1,8 @@
 """The linear algebra of one module's subspace: pure functions on tensors, nothing stored, nothing remembered.
 
 Axes: N outputs of a module (D inputs are the other side, same functions), K directions of the basis before,
-J directions of a basis after, C new columns, S coefficient columns of all tasks side by side, T tasks, R rank.
+J directions of a basis after, C new columns, F directions that they add, S coefficient columns of all tasks side by
+side, T tasks, R rank.
 Everything is computed in float64 on the CPU; only what is stored is float32.
 """
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from subspace_store.adapter import ModuleUpdate
 
-RELATIVE_SIGMA_MIN = 1e-7
-"""Directions below this share of the largest singular value are float32 rounding of the inputs, not information."""
+ROUNDING = 1e-7
+"""What arrives outside a basis is float32 rounding, not information, if it is below this share of what it is part of.
+Never measured against other tasks: one that is 1e-8 as large as they are is as much information."""
 
 SLACK = 1e-12
 """Energies that differ by less than this share are equal: sums of float64 squares in different orders."""
@@ -61,16 +63,17 @@ class Extension:
     """The old basis in the new directions: directionsᵀ·basis."""
 
 
-def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor) -> Extension:
+def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C: Tensor) -> Extension:
     """Left singular vectors of [P·√λ, X] without forming more than a (K+C)×(K+C) core.
 
     Args:
         basis_NK: Orthonormal, float64.
         energy_K: λ, the squared singular values of everything merged before.
         columns_NC: X, the weighted columns that arrive, float64.
+        size_C: Norm of what each column is part of, and its rounding relative to: see `ROUNDING`.
 
     Returns:
-        J ≤ K + C directions: every one above `RELATIVE_SIGMA_MIN`.
+        J ≤ K + C directions: they span the basis, and of each column everything above its rounding.
 
     Cost:
         O(N·(K+C)² + (K+C)³), whatever was merged before.
@@ -84,17 +87,19 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor) -> Exte
     # Once more: a column that lies almost inside the span leaves a residual that is mostly rounding.
     again_KC = basis_NK.T @ residual_NC
     projected_KC, residual_NC = projected_KC + again_KC, residual_NC - basis_NK @ again_KC
-    fresh_NC, triangle_CC = torch.linalg.qr(residual_NC)
-    core = triangle_CC.new_zeros(count_K + len(triangle_CC), count_K + columns_NC.shape[1])
+    size_C = torch.where(size_C > 0, size_C, torch.ones_like(size_C))
+    fresh_NC, triangle_CC = torch.linalg.qr(residual_NC / size_C)
+    fresh_CF, share_F, _ = torch.linalg.svd(triangle_CC, full_matrices=False)
+    fresh_CF = fresh_CF[:, share_F > ROUNDING]
+    core = triangle_CC.new_zeros(count_K + fresh_CF.shape[1], count_K + columns_NC.shape[1])
     core[:count_K, :count_K].diagonal().copy_(energy_K.clamp(min=0).sqrt())
     core[:count_K, count_K:] = projected_KC
-    core[count_K:, count_K:] = triangle_CC
+    core[count_K:, count_K:] = fresh_CF.T @ triangle_CC * size_C
     if core.numel() == 0:
         return Extension(basis_NK, energy_K, torch.eye(count_K, dtype=basis_NK.dtype))
-    turn, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
-    turn = turn[:, : int((sigma_J > RELATIVE_SIGMA_MIN * sigma_J[0]).sum())]
-    directions_NJ = torch.addmm(fresh_NC @ turn[count_K:], basis_NK, turn[:count_K])
-    return Extension(directions_NJ, sigma_J[: turn.shape[1]].square(), turn[:count_K].T)
+    turn_JJ, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
+    directions_NJ = torch.addmm(fresh_NC @ (fresh_CF @ turn_JJ[count_K:]), basis_NK, turn_JJ[:count_K])
+    return Extension(directions_NJ, sigma_J.square(), turn_JJ[:count_K].T)
 
 
 def update_energy(update: ModuleUpdate) -> float:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from configs.settings import SubspaceSettings
-from subspace_store import Adapter, ModuleUpdate, canonical_update
+from subspace_store import CANDIDATE, Adapter, ModuleUpdate, canonical_update
 from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
 from subspace_store.merge import ModuleSubspace, merge_adapters, reconstruct
 from subspace_store.parallel import in_order
+from subspace_store.verify import verify
 from tests.subspace_store.builders import (
     BASE,
     SHAPES,
@@ -218,6 +219,45 @@ def test_equal_weights_protect_a_small_task_and_energy_does_not() -> None:
         merged(store, {"large": random_adapter(1, rank=6, size=10), "small": random_adapter(2, rank=6, size=0.01)})
         errors[weighting] = store.state.tasks_at(1)["small"].error_at_birth
     assert errors["equal"] < 0.8 * errors["energy"]
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-12])
+@pytest.mark.parametrize("groups", [["small", "large"], ["large", "small"], ["small large"], ["large small", "more"]])
+def test_a_task_of_any_size_is_kept_while_there_is_room(size: float, groups: list[str]) -> None:
+    adapters = {"small": random_adapter(1, size=size), "large": random_adapter(2), "more": random_adapter(3)}
+    store = opened(weighting="energy", energy_ratio_min=0.98)
+    for group in groups:
+        merged(store, {task: adapters[task] for task in group.split()})
+    newest = store.state.refs[CANDIDATE]
+    reader = opened(store.storage, writer=None)
+    for task in store.state.tasks_at(newest):
+        original = deltas(adapters[task])
+        assert relative_distance(deltas(reader.adapter(task, newest)), original, original) <= 0.02**0.5 + 1e-6
+    assert verify(store) == []
+
+
+def test_the_rounding_of_a_large_task_is_no_direction_of_its_own() -> None:
+    store = opened(weighting="energy", energy_ratio_min=1.0)
+    merged(store, {"large": random_adapter(2, rank=4), "small": random_adapter(1, rank=2, size=1e-8)})
+    merged(store, {"again": random_adapter(2, rank=4)})  # its rounding is larger than all of the small one
+    assert set(store.ranks(2).values()) == {(6, 6)}
+
+
+def test_a_basis_that_loses_old_directions_says_so_in_the_drift() -> None:
+    # Raw factors of sizes from 1e-4 to 1e4, which the paper stacks: those of the second hide small ones of the first.
+    def adapter(seed: int, exponents: list[float]) -> Adapter:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = 10.0 ** torch.tensor(exponents)
+        n, d = SHAPES["layer.0.query"]
+        b, a = torch.randn(n, 4, generator=generator), torch.randn(4, d, generator=generator)
+        return Adapter(BASE, "", {"layer.0.query": canonical_update(b * sizes, a / sizes[:, None], 1.0)})
+
+    store = opened(variant="paper", rank_max=11)
+    merged(store, {"a": adapter(1, [-4, -2, 0, 2])})
+    merged(store, {"b": adapter(2, [4, 3, -1, -3])})
+    merged(store, {"c": adapter(3, [1, 4, -4, 0])})
+    assert max(store.state.drift(3).values()) > 0.01  # 12 directions in 11
+    assert verify(store) == []
 
 
 def zero_adapter(rank: int) -> Adapter:

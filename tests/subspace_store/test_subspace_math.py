@@ -36,7 +36,7 @@ def test_extending_equals_the_svd_of_weighted_basis_and_columns(
     k = min(k, n)
     basis, energy = orthonormal(n, k, seed), random(k, seed=seed + 1).square()
     columns = basis @ random(k, c, seed=seed + 2) if inside else random(n, c, seed=seed + 2)
-    extension = extend_basis(basis, energy, columns)
+    extension = extend_basis(basis, energy, columns, columns.norm(dim=0))
     directions, energies = extension.directions_NJ, extension.energy_J
     assert torch.allclose(extension.transport_JK, directions.T @ basis, atol=1e-12)
     whole = torch.cat([basis * energy.sqrt(), columns], dim=1)
@@ -49,7 +49,7 @@ def test_extending_equals_the_svd_of_weighted_basis_and_columns(
 def test_columns_almost_inside_the_span_do_not_spoil_orthogonality() -> None:
     basis = orthonormal(50, 8)
     columns = basis @ random(8, 3, seed=1) + 1e-6 * random(50, 3, seed=2)
-    directions = extend_basis(basis, torch.ones(8, dtype=torch.float64), columns).directions_NJ
+    directions = extend_basis(basis, torch.ones(8, dtype=torch.float64), columns, columns.norm(dim=0)).directions_NJ
     assert directions.shape == (50, 11)
     # One projection alone leaves rounding over residual, 1e-16 / 1e-6.
     assert float((directions.T @ directions - torch.eye(11)).abs().max()) < 1e-13
@@ -58,7 +58,8 @@ def test_columns_almost_inside_the_span_do_not_spoil_orthogonality() -> None:
 def test_rounding_noise_is_no_direction() -> None:
     basis = orthonormal(50, 8)
     columns = basis @ random(8, 3, seed=1) + 1e-9 * random(50, 3, seed=2)
-    assert extend_basis(basis, torch.ones(8, dtype=torch.float64), columns).directions_NJ.shape == (50, 8)
+    extension = extend_basis(basis, torch.ones(8, dtype=torch.float64), columns, columns.norm(dim=0))
+    assert extension.directions_NJ.shape == (50, 8)
 
 
 def test_a_rounded_basis_is_made_orthonormal_without_leaving_its_leading_spans() -> None:
