@@ -30,6 +30,8 @@ from subspace_store.subspace_math import (
 
 TIGHTEST = 8
 """Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
+NOTHING = 1e-6
+"""Share of an update's energy below which nothing is kept of it: Gram matrices in memory are float32."""
 MOST_THREADS = 8
 """Modules in work at once, whatever the machine: more would hold a good part of a second basis."""
 WIDE = 2**12
@@ -224,6 +226,10 @@ def merge_module(
     inward = extend_basis(q_DK, before.basis.lam_in_K, *factors.stack_in())
     to_full = Transport(out.transport_JK, inward.transport_JK)
     arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
+    if _misses_everybody(before.tasks, to_full, arriving, settings):
+        inward = inward.ordered(_partners(before.tasks, to_full, arriving, settings))
+        to_full = Transport(out.transport_JK, inward.transport_JK)
+        arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
     k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
     # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
     basis = ModuleBasis(
@@ -355,6 +361,31 @@ def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
     if settings.weighting == "energy" or energy == 0:
         return 1.0
     return 1 / math.sqrt(energy)
+
+
+def _misses_everybody(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, settings: SubspaceSettings) -> bool:
+    """Whether the cap leaves nothing of any task.
+
+    Each side chooses its strongest directions alone. Where few are allowed, those of the outputs may be one task's and
+    those of the inputs another's, and no update has a part in both.
+    """
+    cap = settings.rank_fixed or settings.rank_max
+    if cap >= len(arrivals.e_KS) and cap >= len(arrivals.f_KS):
+        return False
+    if bool((arrivals.first(cap, cap).kept() > NOTHING * arrivals.delivered_T).any()):
+        return False
+    kept_T = tasks.kept() - tasks.lost(to_full.split(cap, cap)[1])
+    return not bool((kept_T > NOTHING * tasks.delivered_T).any())
+
+
+def _partners(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, settings: SubspaceSettings) -> Tensor:
+    """An order of the inputs' directions: those first that hold most of what the outputs' leading ones keep."""
+    everyone = TaskBlock.joined([*([tasks.settled.moved(to_full)] if tasks.task_ids else []), arrivals])
+    cap = settings.rank_fixed or settings.rank_max
+    energy_J = torch.zeros(len(everyone.f_KS), dtype=torch.float64)
+    for _, task in everyone.each():
+        energy_J += task.weight_T.square() * (task.e_KS[:cap] @ task.f_KS.T).square().sum(dim=0)
+    return energy_J.argsort(descending=True, stable=True)
 
 
 def _ranks(

@@ -62,6 +62,10 @@ class Extension:
     transport_JK: Tensor
     """The old basis in the new directions: directionsᵀ·basis."""
 
+    def ordered(self, places_J: Tensor) -> Extension:
+        """The same directions in another order."""
+        return Extension(self.directions_NJ[:, places_J], self.energy_J[places_J], self.transport_JK[places_J])
+
 
 def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C: Tensor) -> Extension:
     """Left singular vectors of [P·√λ, X] without forming more than a (K+C)×(K+C) core.

@@ -260,6 +260,25 @@ def test_a_basis_that_loses_old_directions_says_so_in_the_drift() -> None:
     assert verify(store) == []
 
 
+@pytest.mark.parametrize("limit", [{"rank_max": 1}, {"rank_fixed": 1}])
+@pytest.mark.parametrize("groups", [["a b"], ["a", "b"], ["zero", "a b"]])
+def test_the_two_sides_of_one_direction_are_not_of_two_tasks(limit: dict[str, int], groups: list[str]) -> None:
+    # a = e1·e1ᵀ + 0.9·e2·e2ᵀ and b = 0.9·e2·e3ᵀ: the strongest output is e2 (1.62), the strongest input e1 (1).
+    def adapter(*entries: tuple[int, int, float]) -> Adapter:
+        (n, d), values = SHAPES["layer.0.query"], torch.tensor([value for *_, value in entries])
+        rows, columns = torch.eye(n)[:, [i for i, *_ in entries]], torch.eye(d)[[j for _, j, _ in entries]]
+        return Adapter(BASE, "", {"layer.0.query": canonical_update(rows * values, columns, 1.0)})
+
+    adapters = {"a": adapter((0, 0, 1.0), (1, 1, 0.9)), "b": adapter((1, 2, 0.9)), "zero": zero_adapter(2)}
+    store = opened(weighting="energy", **limit)
+    for group in groups:
+        version = merged(store, {task: adapters[task] for task in group.split()})
+    assert set(store.ranks(version.number).values()) == {(1, 1)}
+    kept = [sum(u.energy for u in store.adapter(task, version.number).modules.values()) for task in "ab"]
+    assert max(kept) > 0.8
+    assert verify(store) == []
+
+
 def zero_adapter(rank: int) -> Adapter:
     n, d = SHAPES["layer.0.query"]
     update = canonical_update(torch.zeros(n, rank), torch.zeros(rank, d), 1.0)
