@@ -161,6 +161,9 @@ class MethodSpec(Section):
     """For `codyra`: gates start at 1, or as published from N(0, 1), which alone drops half of them."""
     refine_epochs: float = Field(0.0, ge=0, le=100)
     """After merging, the task's own coefficients are trained for this long on its own rows, the basis frozen."""
+    share_full: bool = False
+    """Not strict continual learning, as the paper's Share-full: the training rows are kept while the task lives, and
+    its coefficients are trained again, for refine_epochs, in every later version whose merge moved it."""
 
 
 class GateSpec(Section):
@@ -206,6 +209,8 @@ class TaskSpec(Section):
         needs_labels = self.kind in CLASSIFICATION_KINDS
         if data.eval_file and data.eval_fraction:
             raise ValueError("data.eval_file and data.eval_fraction exclude each other")
+        if method.share_full and not method.refine_epochs:
+            raise ValueError("method.share_full needs method.refine_epochs, how long to train each time")
         if method.name == "import":
             if not method.adapter:
                 raise ValueError("method.name 'import' needs method.adapter, the PEFT folder")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisError
 from configs.settings import Settings
 from orchestrator.cluster import Cluster, Flight
-from orchestrator.crew import Crew
+from orchestrator.crew import Crew, again_order
 from orchestrator.errands import Errand, Errands
 from orchestrator.gate import PairedDifference, judge, paired_difference
 from orchestrator.leftovers import Leftovers
@@ -35,6 +35,7 @@ from orchestrator.task_lifecycle import (
     MergeRefused,
     MergeUndone,
     Refined,
+    RefinedAgain,
     RefinementRefused,
     Step,
     next_step,
@@ -43,30 +44,35 @@ from orchestrator.task_queue import TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState, results_key
 from subspace_store import StagedAdapter, Storage, SubspaceStore, digest
 from subspace_store.version import CANDIDATE, MAIN, TaskScore
-from workers.orders import Evaluate, Evaluated, Failed, Outcome
+from workers.orders import Evaluate, Evaluated, Failed, Outcome, Train, Trained
 from workers.results import read_results
 
 log = logging.getLogger("onebasis.controller")
 
 EVALUATION_TRIES = 3
+UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
 HELD_SECONDS = 5.0
 """While `main` is held the log is read this often: somebody may release it without telling this process."""
 
 
 @dataclass
-class Scoring:
-    """What the workers said of one version so far."""
+class Round:
+    """What the workers said of the one version so far."""
 
-    version: int
+    version: int = 0
+    again: tuple[TaskRecord, ...] = ()
+    """Older tasks that its merge moved, to be refined first (`share_full`)."""
+    refined: dict[str, StagedAdapter] = field(default_factory=dict)
+    """Task id to the adapter, of those in `again`."""
+    unrefined: set[str] = field(default_factory=set)
+    """Ids of those in `again` that stay as the merge left them."""
     scores: dict[str, TaskScore] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    """Of scoring."""
     lost: Counter[str] = field(default_factory=Counter)
-    """Task id to the machines that were lost while they scored it."""
-
-    @property
-    def tries(self) -> int:
-        """How many orders brought no score: the next one needs another token, for a worker remembers its answers."""
-        return len(self.failures) + self.lost.total()
+    """Task id to the machines that were lost while they scored it, or refined it."""
+    tries: int = 0
+    """How many orders brought nothing: the next one needs another token, for a worker remembers its answers."""
 
 
 class Candidate:
@@ -101,7 +107,7 @@ class Candidate:
         self._leftovers = leftovers
         self._changed = changed
         self._main_moved = main_moved
-        self._scoring = Scoring(0)
+        self._round = Round()
         self.alarm = ""
         """Why nothing is merged or published any more; empty while all is well."""
 
@@ -111,20 +117,23 @@ class Candidate:
         Args:
             live: The tasks that have not ended.
         """
-        self._merge([r for r in live if next_step(r) is Step.MERGE], live)
-        self._refine([r for r in live if r.state in (TaskState.REFINING, TaskState.EVALUATING)])
-        self._judge([r for r in live if next_step(r) is Step.JUDGE], live)
+        if self.alarm or self._errands.writing or not self._errands.may("store"):
+            return
+        unjudged = [record for record in live if record.state in UNJUDGED]
+        if not unjudged:
+            self._merge([record for record in live if next_step(record) is Step.MERGE])
+        elif not self._refine(unjudged):
+            self._judge(unjudged)
 
     def is_awaited(self, live: Sequence[TaskRecord]) -> bool:
         """Whether a version is about to be scored, so that a worker should be free for it."""
-        unjudged = any(record.state in (TaskState.REFINING, TaskState.EVALUATING) for record in live)
+        unjudged = any(record.state in UNJUDGED for record in live)
         return (unjudged or self._errands.under_way("merge")) and self._store.state.held is None
 
     # --- merging ----------------------------------------------------------------------------------------------
 
-    def _merge(self, merging: Sequence[TaskRecord], live: Sequence[TaskRecord]) -> None:
-        unjudged = any(record.state in (TaskState.REFINING, TaskState.EVALUATING) for record in live)
-        if not merging or unjudged or not self._may_write():
+    def _merge(self, merging: Sequence[TaskRecord]) -> None:
+        if not merging:
             return
         begun = next((record.merge_key for record in merging if record.merge_key), "")
         group = [record for record in merging if record.merge_key == begun] if begun else self._next_group(merging)
@@ -165,43 +174,93 @@ class Candidate:
 
     # --- refining ---------------------------------------------------------------------------------------------
 
-    def _refine(self, group: Sequence[TaskRecord]) -> None:
-        """Bring the candidate's tasks through their refinement; those of its group that ask for none wait."""
+    def _refine(self, group: Sequence[TaskRecord]) -> bool:
+        """Bring the candidate's tasks through their refinement; those of its group that ask for none wait.
+
+        Returns:
+            Whether the version is not yet to be judged.
+        """
         refining = [record for record in group if record.state is TaskState.REFINING]
-        if not refining or not self._may_write():
-            return
-        state, version = self._store.state, refining[0].version
+        state, version = self._store.state, (refining or group)[0].version
         ids = tuple(record.task_id for record in group if record.version == version)
         line = state.lineage(state.refs[CANDIDATE])
         made = next((v.number for v in line if v.parent == version and v.refined), None)
-        ready = [record for record in refining if next_step(record) is Step.MERGE_REFINED]
         if made is not None:
             self._apply(ids, Refined(made))
             self._leftovers.due = True
-        elif version not in (v.number for v in line):
+            return True
+        if state.refs[CANDIDATE] == version:
+            return self._refine_in(version, refining)
+        if refining and version not in (v.number for v in line):
             self._apply(ids, MergeUndone("a rollback came in between", alone=False))
-        elif state.refs[CANDIDATE] != version:  # a database that is older than the log
+        elif refining:  # a database that is older than the log
             refused = RefinementRefused(f"version {version} went on without it")
             self._apply(tuple(record.task_id for record in refining), refused)
-        elif len(ready) == len(refining):
-            staged = [StagedAdapter(r.task_id, r.title, r.refined_key, r.refined_sha256) for r in ready]
+        return bool(refining)
+
+    def _refine_in(self, version: int, refining: Sequence[TaskRecord]) -> bool:
+        """Give out the refinements that the candidate waits for, and put them into one more version."""
+        if self._round.version != version:
+            self._round = Round(version, self._moved(version))
+        done, given_up = self._round.refined, self._round.unrefined
+        ready = [record for record in refining if next_step(record) is Step.MERGE_REFINED]
+        again = [r for r in self._round.again if r.task_id not in done and r.task_id not in given_up]
+        if again or len(ready) < len(refining):
+            flying = {order.task_id for order in self._crew.orders if isinstance(order, Train) and order.again}
+            waiting = [record for record in refining if next_step(record) is Step.REFINE]
+            waiting += [record for record in again if record.task_id not in flying]
+            for record, seat in zip(waiting, self._crew.unclaimed_seats(refining), strict=False):
+                if record.state is TaskState.REFINING:
+                    self._crew.claim(seat, record)
+                else:
+                    self._crew.give(seat, again_order(record, version, self._round.tries))
+            return True
+        own = (StagedAdapter(r.task_id, r.title, r.refined_key, r.refined_sha256) for r in ready)
+        staged = [*own, *done.values()]
+        if staged:
             key = f"refine:{version}:{digest(repr(staged).encode())[:16]}"
             self._errands.send(
-                Errand("refine", task_ids=tuple(r.task_id for r in ready), version=version),
+                Errand("refine", task_ids=tuple(adapter.task_id for adapter in staged), version=version),
                 lambda: self._cluster.store("refine", staged, op_key=key, actor="controller"),
             )
+        return bool(staged)
+
+    def _moved(self, version: int) -> tuple[TaskRecord, ...]:
+        """The older tasks that the merge of a version moved enough to be scored again, and whose owners let them be
+        refined for it. A version that a refinement made moved nobody."""
+        state = self._store.state
+        drift = state.drift(version)
+        due = evaluations_due(state, version, self._settings.gate.drift_min)
+        moved = {task_id: drift[task_id] for task_id in due if drift.get(task_id)}
+        records = self._records(moved) if moved else {}
+        return tuple(record for record in records.values() if record.spec.method.share_full)
+
+    def take_refinement(self, order: Train, outcome: Outcome) -> None:
+        """Note what came of an order of `again_order`. Whoever cannot be refined stays as the merge left it."""
+        assert not isinstance(outcome, Evaluated)
+        self._queue.append_log(order.task_id, outcome.log_lines)
+        if order.refine_version != self._round.version:
+            return  # it was judged, or is gone
+        where = f"version {order.refine_version} (share_full)"
+        if isinstance(outcome, Trained):
+            title = f"{order.spec.team}/{order.spec.name}"
+            staged = StagedAdapter(order.task_id, title, outcome.staging_key, outcome.adapter_sha256)
+            self._round.refined[order.task_id] = staged
+            told = RefinedAgain(f"refined again, for {where}", outcome.seconds)
         else:
-            waiting = [record for record in refining if next_step(record) is Step.REFINE]
-            for seat, record in zip(self._crew.unclaimed_seats(refining), waiting, strict=False):
-                self._crew.claim(seat, record)
+            self._round.tries += 1
+            self._round.lost[order.task_id] += 1
+            hopeless = outcome.fault == "input" or self._is_lost_too_often(order.task_id)
+            if hopeless:
+                self._round.unrefined.add(order.task_id)
+                del self._round.lost[order.task_id]
+            told = RefinedAgain(f"{'not' if hopeless else 'not yet'} refined again, for {where}: {outcome.message}")
+        self._apply((order.task_id,), told)
 
     # --- judging ----------------------------------------------------------------------------------------------
 
-    def _judge(self, evaluating: Sequence[TaskRecord], live: Sequence[TaskRecord]) -> None:
+    def _judge(self, evaluating: Sequence[TaskRecord]) -> None:
         """Bring the candidate's tasks one step nearer to a verdict; what is missing is read off the log."""
-        refining = any(record.state is TaskState.REFINING for record in live)
-        if not evaluating or refining or not self._errands.may("store") or self.alarm:
-            return
         version = evaluating[0].version
         state = self._store.state
         ids = tuple(record.task_id for record in evaluating if record.version == version)
@@ -216,10 +275,9 @@ class Candidate:
         elif state.refs[CANDIDATE] != version:
             self._apply(ids, MergeUndone("a rollback came in between", alone=False))
         else:
-            if not self._errands.writing:
-                self._score_or_decide(version)
+            self._score_or_decide(version)
             return
-        self._scoring = Scoring(0)
+        self._round = Round()
         self._leftovers.due = True
         self._changed()
         self._errands.wake()
@@ -233,9 +291,7 @@ class Candidate:
     def _score_or_decide(self, version: int) -> None:
         state, drift_min = self._store.state, self._settings.gate.drift_min
         records = self._records(state.tasks_at(version))
-        if self._scoring.version != version:
-            self._scoring = Scoring(version)
-        found = self._scoring.scores
+        found = self._round.scores
         due = [
             task_id
             for task_id in evaluations_due(state, version, drift_min)
@@ -276,36 +332,39 @@ class Candidate:
 
     def _why_hopeless(self, records: Mapping[str, TaskRecord]) -> str:
         """Why the version will never have its scores; empty while it may."""
-        if len(self._scoring.failures) >= EVALUATION_TRIES:
-            return self._scoring.failures[-1]
-        lost_max = self._settings.failures.lost_machines_max
-        worst = max(self._scoring.lost, key=self._scoring.lost.__getitem__, default="")
-        if self._scoring.lost[worst] <= lost_max:
+        if len(self._round.failures) >= EVALUATION_TRIES:
+            return self._round.failures[-1]
+        worst = next((task_id for task_id in self._round.lost if self._is_lost_too_often(task_id)), None)
+        if worst is None:
             return ""
-        return f"{records[worst].title}: {self._scoring.lost[worst]} workers were lost while they scored it"
+        return f"{records[worst].title}: {self._round.lost[worst]} workers were lost while they scored it"
+
+    def _is_lost_too_often(self, task_id: str) -> bool:
+        return self._round.lost[task_id] > self._settings.failures.lost_machines_max
 
     def _send_evaluations(self, version: int, missing: Sequence[TaskRecord]) -> None:
         flying = {o.task_id for o in self._crew.orders if isinstance(o, Evaluate) and o.version == version}
         waiting = [record for record in missing if record.task_id not in flying]
         for seat, record in zip(self._crew.free_seats(), waiting, strict=False):
-            token = f"{version}-{record.task_id}-{self._scoring.tries}"
+            token = f"{version}-{record.task_id}-{self._round.tries}"
             results = results_key(record.task_id, version)
             self._crew.give(seat, Evaluate(token, record.task_id, version, record.spec, record.eval_key, results))
 
     def take_evaluation(self, order: Evaluate, outcome: Outcome) -> None:
         """Note what came of an order."""
-        scoring = self._scoring
-        if order.version != scoring.version:
+        current = self._round
+        if order.version != current.version:
             return  # it was judged, or is gone
+        if isinstance(outcome, Evaluated) and math.isfinite(outcome.score):
+            current.scores[order.task_id] = TaskScore(order.task_id, outcome.score, outcome.count)
+            return
+        current.tries += 1
         if isinstance(outcome, Failed) and outcome.fault == "lost":
-            scoring.lost[order.task_id] += 1
+            current.lost[order.task_id] += 1
             log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
             return
-        if isinstance(outcome, Evaluated) and math.isfinite(outcome.score):
-            scoring.scores[order.task_id] = TaskScore(order.task_id, outcome.score, outcome.count)
-            return
         why = outcome.message if isinstance(outcome, Failed) else "its score is not a number"
-        scoring.failures.append(f"{order.task_id}: {why}")
+        current.failures.append(f"{order.task_id}: {why}")
         log.warning("evaluation of %s at version %d failed: %s", order.task_id, order.version, why)
 
     # --- what the store answered ------------------------------------------------------------------------------
@@ -345,19 +404,22 @@ class Candidate:
 
     def _refuse_refinement(self, errand: Errand, error: OnebasisError) -> None:
         """Its task goes on as it was merged; the store names it, and the others are asked for again without it."""
-        if self._store.refresh().refs[CANDIDATE] == errand.version:  # else the adapters are well, the version is gone
-            culprits = tuple(task_id for task_id in errand.task_ids if f"({task_id})" in error.where)
-            self._apply(culprits or errand.task_ids, RefinementRefused(str(error)))
-            self._leftovers.due = True
+        if self._store.refresh().refs[CANDIDATE] != errand.version:
+            return  # the adapters are well, the version is gone
+        culprits = [task_id for task_id in errand.task_ids if f"({task_id})" in error.where] or errand.task_ids
+        for task_id in culprits:
+            if self._round.refined.pop(task_id, None) is None:
+                self._apply((task_id,), RefinementRefused(str(error)))
+            else:
+                self._round.unrefined.add(task_id)
+                self._apply((task_id,), RefinedAgain(f"not refined again: {error}"))
+        self._leftovers.due = True
 
     # --- helpers ----------------------------------------------------------------------------------------------
 
     def _records(self, task_ids: Mapping[str, object]) -> dict[str, TaskRecord]:
         """One query, not one for each task. Missing where the database is younger than the store: not to be scored."""
         return {record.task_id: record for record in self._queue.tasks() if record.task_id in task_ids}
-
-    def _may_write(self) -> bool:
-        return not (self._errands.writing or self.alarm) and self._errands.may("store")
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:
         self._errands.wake()

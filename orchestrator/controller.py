@@ -179,6 +179,8 @@ class Controller:
                 self._crew.take_progress(flight, errand)
             case "order":
                 match self._crew.take_order(flight, errand):
+                    case Train(again=True) as order, outcome:
+                        self._candidate.take_refinement(order, outcome)
                     case Train() as order, outcome:
                         self._finish_training(order, outcome)
                     case Evaluate() as order, outcome:

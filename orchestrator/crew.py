@@ -170,7 +170,7 @@ class Crew:
             if order is None:  # else the order's own flight tells
                 self._is_away(seat, error)
             return
-        if not isinstance(order, Train) or progress.token != order.token:
+        if not isinstance(order, Train) or progress.token != order.token or order.again:
             return
         numbers = {
             name: None if value != value else value
@@ -206,6 +206,22 @@ def train_order(record: TaskRecord) -> Train:
         staging_key=staging_key(record.task_id, record.attempt, record.token),
         results_key=results_key(record.task_id) if record.eval_key and not refines else "",
         refine_version=record.version if refines else 0,
+    )
+
+
+def again_order(record: TaskRecord, version: int, tries: int) -> Train:
+    """The order to refine a published task in a version of others (`share_full`)."""
+    token = f"{version}-{record.task_id}-again-{tries}"
+    return Train(
+        token=token,
+        task_id=record.task_id,
+        attempt=record.attempt,
+        spec=_refinement(record.spec),
+        train_key=record.train_key,
+        eval_key="",
+        staging_key=staging_key(record.task_id, record.attempt, token),
+        refine_version=version,
+        again=True,
     )
 
 

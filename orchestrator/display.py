@@ -213,6 +213,8 @@ def scores(answer: Json) -> None:
     )
     mark = " · ' carried over, the task hardly moved" if carried else ""
     console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
+    if full := [column["title"] for column in answer["tasks"] if column["share_full"]]:
+        console.print(f"[dim]not strict, may be trained again on their own rows (share_full): {', '.join(full)}[/dim]")
     console.print()
     _print_figures(answer["by_version"][-1])
     _print_footprint(answer["footprint"])
@@ -321,6 +323,8 @@ def _print_training(training: Json) -> None:
         )
     if training["refined_seconds"] is not None:
         console.print(f"  refined    its coefficients, after merging, in {training['refined_seconds']:.1f} s")
+    if training["share_full"]:
+        console.print("  share-full its rows are kept, to refine it again when a merge moves it: not strict")
     if training["unrefined"]:
         console.print(f"  unrefined  {escape(training['unrefined'])}", soft_wrap=True)
     if (last := training["last_point"]) is not None:

@@ -27,9 +27,12 @@ class Leftovers:
         of = f"{task_id}/" if task_id else ""
         files = [key for place in ("data", "staging", "results") for key in self._storage.keys(f"{place}/{of}")]
         records = {record.task_id: record for record in self._queue.tasks()}
+        unjudged = any(record.state in (TaskState.REFINING, TaskState.EVALUATING) for record in records.values())
         for key in files:
             record = records.get(key.split("/")[1])  # those of tasks that nobody knows stay
-            if record is not None and _is_done_with(record, key):
+            if record is None or (unjudged and record.spec.method.share_full):
+                continue  # it may be in work, to be refined again
+            if _is_done_with(record, key):
                 self._storage.delete(key)
 
 

@@ -122,6 +122,7 @@ class Service:
                 "preemptions": record.preemptions,
                 "refined_seconds": record.refined_seconds,
                 "unrefined": record.unrefined,
+                "share_full": record.spec.method.share_full,
                 "method": record.method,
                 "trainable_parameters": record.trainable_parameters,
                 "basis_version": record.basis_version,
@@ -279,6 +280,7 @@ class Service:
                     "rows": records[task_id].eval_count if task_id in records else None,
                     "base": records[task_id].base_score if task_id in records else None,
                     "local": records[task_id].local_score if task_id in records else None,
+                    "share_full": task_id in records and records[task_id].spec.method.share_full,
                 }
                 for task_id in table.tasks
             ],

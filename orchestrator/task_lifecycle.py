@@ -19,7 +19,8 @@ rollback came in between): merged again. (k) merged, and to be refined: (l) clai
 coefficients in the version's basis; lost, preempted or stopped by a bug within the budgets of (c), it is claimed again.
 (m) the store made the next version with the refined coefficients, and its whole group moves there, which waited for it
 evaluating. Or it could not be refined: then it goes on as it was merged, and says why. A task is refined once: merged
-again by (j), it is merged as refined. Cancelled can be reached until it is part of a merge.
+again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later versions, and
+stays published meanwhile. Cancelled can be reached until it is part of a merge.
 
 No Ray, no SQL, no torch in this file.
 """
@@ -92,6 +93,14 @@ class RefinementRefused:
 
 
 @dataclass(frozen=True)
+class RefinedAgain:
+    """A worker trained its coefficients once more, in a later version (`share_full`); or why it could not."""
+
+    message: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class MergeRefused:
     """The store will not take this adapter."""
 
@@ -156,6 +165,7 @@ Event = (
     | Merged
     | Refined
     | RefinementRefused
+    | RefinedAgain
     | MergeRefused
     | MergeUndone
     | Judged
@@ -193,6 +203,9 @@ def next_step(record: TaskRecord) -> Step:
 def needs_training_rows(record: TaskRecord) -> bool:
     """Whether the task will be trained, or refined, on its rows."""
     waits = record.state is TaskState.MERGING and _is_to_be_refined(record)
+    if record.spec.method.share_full:
+        ended = record.state in (TaskState.REJECTED, TaskState.CANCELLED, TaskState.PARKED)
+        return not ended or bool(record.state is TaskState.PARKED and record.version)
     return waits or next_step(record) in (Step.TRAIN, Step.AWAIT_ADAPTER, Step.REFINE)
 
 
@@ -265,6 +278,8 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return _with(record, state=TaskState.EVALUATING, version=event.version, token="", worker="")
         case RefinementRefused() if state is TaskState.REFINING:
             return _unrefined(record, event.message)
+        case RefinedAgain() if state is TaskState.PUBLISHED:
+            return _with(record, refined_seconds=(record.refined_seconds or 0.0) + event.seconds)
         case MergeRefused() if state is TaskState.MERGING:
             return _end(record, TaskState.PARKED, event.message, event.at)
         case MergeUndone() if state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):

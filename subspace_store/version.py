@@ -213,7 +213,7 @@ class SubspaceState:
         for version in self.lineage(number):
             replaces = version.refined and not self.scores.get(version.parent)
             unjudged = self.versions[version.parent].added if replaces else ()
-            births |= {task.task_id: version.number for task in (*unjudged, *version.brought)}
+            births |= {task.task_id: version.number for task in (*unjudged, *version.added)}
         return births
 
     def drift(self, number: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from configs.errors import Unavailable
 from configs.task_spec import Kind, TaskSpec
 
 
@@ -31,6 +32,10 @@ class Rank:
 ALONE = Rank()
 
 
+class RankLost(Unavailable):
+    """A rank's process or machine is gone, does not answer, or does not reach the other ranks."""
+
+
 @dataclass(frozen=True)
 class Train:
     """Turn a task into an adapter in staging, and score it before merging."""
@@ -50,6 +55,8 @@ class Train:
     """Where to put what each evaluation row scored with the adapter before merging; empty: nowhere."""
     refine_version: int = 0
     """Above 0: instead of method.name, train the task's own coefficients in this version's frozen basis."""
+    again: bool = False
+    """A refinement for the version's sake, of a task that is published (`share_full`): no lease stands for it."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ class Progress:
 
     token: str = ""
     phase: str = "idle"
-    """`idle`, `loading`, `training`, `scoring`, `saving`."""
+    """`idle`, `waiting` (for places), `loading`, `training`, `scoring`, `saving`."""
     step: int = 0
     steps: int = 0
     loss: float = float("nan")

@@ -293,13 +293,13 @@ def test_collecting_keeps_what_a_refined_version_reads_of_its_expired_parent() -
         store.delivered("c")
 
 
-def test_the_version_that_is_judged_is_the_refined_one_unless_the_one_before_was_scored() -> None:
+def test_a_task_is_born_in_the_version_that_was_the_first_to_be_judged_however_often_it_is_refined() -> None:
     store = grown("a", "bc")
     refined(store, {"b": in_the_basis(store, 7, version=2)})
     assert store.state.births(3) == {"a": 1, "b": 3, "c": 3}  # c came in version 2, which nobody scored
     store.record_scores(3, [TaskScore(task, 0.5, 10) for task in "abc"], op_key="s", actor="gate")
     refined(store, {"c": in_the_basis(store, 8, version=3)}, "later")
-    assert store.state.births(4) == {"a": 1, "b": 3, "c": 4}
+    assert store.state.births(4) == {"a": 1, "b": 3, "c": 3}
 
 
 def test_shapes_of_a_module_stay_those_of_the_parent_for_a_task_that_adapts_fewer() -> None:

@@ -1,0 +1,217 @@
+"""The loop with a stand-in cluster: tasks whose owners let them be trained again when a later merge moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from configs.errors import NotFound
+from configs.task_spec import TaskSpec
+from orchestrator.task_queue import LOG
+from orchestrator.task_record import TaskState
+from subspace_store import SubspaceStore
+from subspace_store.verify import verify
+from tests.builders import task_document
+from tests.orchestrator.plant import Plant
+from tests.orchestrator.test_controller import Killed, Mortal
+from tests.orchestrator.test_refinement import energy, refines
+from workers.orders import Order, Train
+
+MakePlant = Callable[..., Plant]
+FULL = {"method": {"refine_epochs": 1, "share_full": True}}
+TIGHT = {"subspace": {"energy_ratio_min": 1.0, "rank_max": 2}, "gate": {"drop_max": 1.0, "merge_gap_max": 1.0}}
+"""A basis so small that every merge moves every task."""
+
+
+def refined(plant: Plant) -> dict[int, list[str]]:
+    """Version to the titles that it refined."""
+    return {v.number: sorted(task.name for task in v.refined) for v in plant.state.versions.values() if v.refined}
+
+
+def told(plant: Plant, title: str) -> list[str]:
+    history = plant.queue.events(plant.get(title).task_id)
+    return [event.text for event in history if event.kind == "RefinedAgain"]
+
+
+@pytest.fixture
+def full(make_plant: MakePlant) -> Plant:
+    """red/old, which may be refined again, in versions 1 and 2 of main; red/plain, which may not, in 3."""
+    plant = make_plant(workers=2, **TIGHT)
+    plant.submit("red/old", spec=FULL)
+    plant.run()
+    return plant
+
+
+def test_a_task_that_a_later_merge_moves_is_refined_again_and_scored_in_that_version(full: Plant) -> None:
+    full.cluster.evaluations.clear()
+    orders: list[Order] = []
+    full.cluster.hold = lambda order: bool(orders.append(order))
+    full.submit("blue/new")
+    full.run()
+    old, new = full.get("red/old"), full.get("blue/new")
+    assert (old.state, old.version, new.state, new.version) == (TaskState.PUBLISHED, 2, TaskState.PUBLISHED, 4)
+    assert refined(full) == {2: ["red/old"], 4: ["red/old"]}
+    assert energy(full, "red/old", 4) == pytest.approx(4 * energy(full, "red/old", 3))
+    assert energy(full, "blue/new", 4) == energy(full, "blue/new", 3)
+    assert sorted(full.cluster.evaluations) == [(4, "blue/new"), (4, "red/old")]  # version 3 is never judged
+    again = next(order for order in orders if refines(order))
+    assert isinstance(again, Train)
+    assert (again.task_id, again.refine_version, again.again, again.eval_key) == (old.task_id, 3, True, "")
+    assert (again.spec.training.num_train_epochs, again.train_key) == (1, old.train_key)
+    assert full.state.births(4) == {old.task_id: 2, new.task_id: 4}  # forgetting is told against the first score
+    assert verify(SubspaceStore.open(full.storage)) == []
+
+
+def test_its_time_is_its_team_s_and_its_history_says_what_happened(full: Plant) -> None:
+    full.cluster.hold = lambda order: False
+    before = full.get("red/old").refined_seconds
+    full.submit("blue/new")
+    full.run()
+    assert (before, full.get("red/old").refined_seconds) == (2.0, 4.0)
+    assert told(full, "red/old") == ["now published · refined again, for version 3 (share_full)"]
+    lines = [e.text for e in full.queue.events(full.get("red/old").task_id) if e.kind == LOG]
+    assert lines.count("the last line of the log") == 3  # trained, refined, refined again
+
+
+def test_only_those_that_allow_it_and_that_were_moved_are_refined_again(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=2, **TIGHT)
+    plant.submit("red/plain", spec={"method": {"refine_epochs": 1}})
+    plant.submit("red/full", spec=FULL)
+    plant.run()
+    plant.submit("blue/new")
+    plant.run()
+    assert list(refined(plant).values())[-1] == ["red/full"]
+    roomy = make_plant(workers=2)
+    roomy.submit("red/full", spec=FULL)
+    roomy.run()
+    roomy.submit("blue/new")
+    roomy.run()
+    assert refined(roomy) == {2: ["red/full"]}  # with room for both the merge moved nobody
+    assert roomy.get("blue/new").version == 3
+
+
+def test_a_newcomer_s_refinement_and_the_old_tasks_are_one_version(full: Plant) -> None:
+    full.submit("blue/new", spec={"method": {"refine_epochs": 1}})
+    full.run()
+    assert refined(full) == {2: ["red/old"], 4: ["blue/new", "red/old"]}
+    assert full.get("blue/new").version == 4
+
+
+def test_its_rows_are_kept_while_it_lives_and_no_longer(full: Plant) -> None:
+    old = full.get("red/old")
+    full.step(3)
+    assert full.storage.read(old.train_key) == b"training rows"
+    full.cluster.store("rollback", 0, op_key="r", actor="ann").result()
+    full.controller.wake(log_moved=True)
+    full.run(lambda: full.get("red/old").state is TaskState.PARKED)
+    full.controller._leftovers.delete()
+    assert full.storage.read(old.train_key) == b"training rows"  # main may come back
+    rejected = full.submit("red/bad", spec=FULL | {"gate": {"min_score": 0.99}})[0]
+    full.run()
+    full.step()
+    assert full.get("red/bad").state is TaskState.REJECTED
+    with pytest.raises(NotFound):
+        full.storage.read(rejected.train_key)
+
+
+def test_who_cannot_be_refined_again_stays_as_the_merge_left_it(full: Plant) -> None:
+    full.storage.delete(full.get("red/old").train_key)
+    full.cluster.training_faults = {"red/old": ["input"]}
+    full.submit("blue/new")
+    full.run()
+    assert refined(full) == {2: ["red/old"]}
+    assert full.states() == {"red/old": "published", "blue/new": "published"}
+    assert told(full, "red/old") == [
+        "now published · not refined again, for version 3 (share_full): fault of kind input"
+    ]
+
+
+def test_one_that_left_the_basis_does_not_keep_the_newcomer_from_its_refinement(full: Plant) -> None:
+    full.cluster.training_faults = {"red/old": ["outside"]}
+    full.submit("blue/new", spec={"method": {"refine_epochs": 1}})
+    full.run()
+    assert refined(full) == {2: ["red/old"], 4: ["blue/new"]}
+    assert told(full, "red/old")[-1].startswith("now published · not refined again: ")
+
+
+@pytest.mark.parametrize("fault", ["lost", "away", "bug", "crash"])
+def test_a_refinement_that_failed_is_tried_again(full: Plant, fault: str) -> None:
+    full.cluster.training_faults = {"red/old": [fault]}
+    full.submit("blue/new")
+    full.run()
+    assert refined(full) == {2: ["red/old"], 4: ["red/old"]}
+
+
+def test_one_that_takes_its_worker_down_every_time_is_given_up_and_scored(full: Plant) -> None:
+    lost_max = full.settings.failures.lost_machines_max
+    full.cluster.training_faults = {"red/old": ["lost"] * (lost_max + 1)}
+    full.submit("blue/new")
+    full.run()
+    assert refined(full) == {2: ["red/old"]}
+    assert full.states() == {"red/old": "published", "blue/new": "published"}
+    assert "not refined again" in told(full, "red/old")[-1]
+
+
+def test_a_heartbeat_does_not_stop_it_and_it_has_no_lease(full: Plant) -> None:
+    full.cluster.hold = refines
+    full.submit("blue/new")
+    full.run(lambda: len(full.cluster.held) == 1)
+    for seat in full.controller._crew.seats.values():
+        seat.asked_at = 0.0
+    before = list(full.cluster.held)
+    full.step(5)
+    assert full.cluster.held == before  # nobody told it to stop
+    assert full.get("red/old").state is TaskState.PUBLISHED
+    full.cluster.release()
+    full.run()
+    assert refined(full) == {2: ["red/old"], 4: ["red/old"]}
+
+
+def test_its_adapter_is_not_swept_away_while_the_version_waits(full: Plant) -> None:
+    full.cluster.hold = lambda order: refines(order) and not getattr(order, "again", False)
+    full.submit("blue/new", spec={"method": {"refine_epochs": 1}})
+    full.run(lambda: len(full.cluster.held) == 1 and full.get("red/old").refined_seconds == 4.0)
+    staged = [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key]
+    full.controller._leftovers.delete()
+    assert [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key] == staged != []
+    full.cluster.release()
+    full.run()
+    full.step()
+    assert list(full.storage.keys("staging/")) == []
+
+
+def test_a_version_that_the_gate_refuses_leaves_the_old_task_as_it_was(full: Plant) -> None:
+    before = energy(full, "red/old", 2)
+    full.submit("blue/bad", spec={"gate": {"min_score": 0.99}})
+    full.run()
+    assert full.states() == {"red/old": "published", "blue/bad": "rejected"}
+    assert full.state.refs == {"main": 2, "candidate": 2}
+    assert energy(full, "red/old", full.state.refs["main"]) == before
+
+
+def test_a_control_plane_that_dies_before_any_call_refines_again_once_all_the_same(make_plant: MakePlant) -> None:
+    call, died = 0, True
+    while died:
+        call, died = call + 1, False
+        plant = make_plant(workers=2, **TIGHT)
+        plant.submit("red/old", spec=FULL)
+        plant.run()
+        plant.kill()
+        countdown = [call]
+        plant.wrap = lambda name, part, countdown=countdown: Mortal(part, countdown)
+        plant.submit("blue/new")
+        try:
+            plant.run()
+        except Killed:
+            died = True
+            plant.kill()
+            plant.run()
+        assert plant.states() == {"red/old": "published", "blue/new": "published"}, call
+        assert refined(plant) == {2: ["red/old"], 4: ["red/old"]}, call
+    assert call > 8
+
+
+def test_share_full_needs_to_know_how_long() -> None:
+    with pytest.raises(ValueError, match=r"method.share_full needs method.refine_epochs"):
+        TaskSpec.model_validate(task_document(method={"share_full": True}))
