@@ -183,6 +183,8 @@ class Candidate:
         refining = [record for record in group if record.state is TaskState.REFINING]
         state, version = self._store.state, (refining or group)[0].version
         ids = tuple(record.task_id for record in group if record.version == version)
+        if not refining and (version in state.published or version in state.rejected):
+            return False
         line = state.lineage(state.refs[CANDIDATE])
         made = next((v.number for v in line if v.parent == version and v.refined), None)
         if made is not None:

@@ -215,3 +215,15 @@ def test_a_control_plane_that_dies_before_any_call_refines_again_once_all_the_sa
 def test_share_full_needs_to_know_how_long() -> None:
     with pytest.raises(ValueError, match=r"method.share_full needs method.refine_epochs"):
         TaskSpec.model_validate(task_document(method={"share_full": True}))
+
+
+def test_what_is_published_is_not_refined_for_a_verdict_that_was_not_taken_yet(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=2, **TIGHT)
+    plant.submit("red/old", spec=FULL, eval_key="", eval_count=0)  # without rows it is never known not to have moved
+    plant.run()
+    plant.submit("blue/new")
+    plant.run(lambda: plant.state.refs["main"] == 4)
+    assert plant.get("blue/new").state is TaskState.EVALUATING
+    plant.kill()
+    plant.run()
+    assert refined(plant) == {2: ["red/old"], 4: ["red/old"]}
