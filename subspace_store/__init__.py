@@ -19,10 +19,11 @@ from subspace_store.adapter import (
     check_adapter,
     digest,
 )
+from subspace_store.branches import RollbackPreview
 from subspace_store.merge import ModuleBasis, ModuleSubspace
 from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_reader import Footprint, HistoryEntry, SubspaceReader, VersionDiff
-from subspace_store.subspace_store import RollbackPreview, SubspaceStore
+from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import (
     CANDIDATE,
     MAIN,

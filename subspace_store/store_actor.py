@@ -16,8 +16,9 @@ from typing import Any
 import ray
 
 from configs.settings import StorageSettings, SubspaceSettings
+from subspace_store.branches import RollbackPreview
 from subspace_store.storage import open_storage
-from subspace_store.subspace_store import RollbackPreview, SubspaceStore
+from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import StagedAdapter, TaskScore, Version
 
 
