@@ -8,33 +8,29 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import gzip
 import itertools
 import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
 from configs.errors import InvalidInput
+from workers.columnar_files import read_folder, read_parquet
+from workers.columns import ROW_BYTES_MAX, Columns, Values, check_columns, check_header, too_large
 
 GZIP_MAGIC = b"\x1f\x8b"
-LINE_BYTES_MAX = 64 * 2**20
-"""Longest line: a file without line ends, or packed zeros, would be read into memory whole."""
 FIELD_CHARACTERS_MAX = 2**24
 """Longest field of a .csv: a quote that is never closed takes in all that follows. Python's own limit is 2**17."""
-BATCH_ROWS = 256
-"""Rows of a columnar file that become Python values at once."""
-BATCH_BYTES = 2**20
+ARRAY_BYTES = 2**20
+"""Of an array that are read at once."""
+ROWS_BETWEEN_LOOKS = 2**16
+"""A file that is written faster than it is read would else be read for ever."""
 UNZIPPABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
 """What zipfile raises on damaged or locked archives."""
-
-Values = Mapping[str, Any]
-Columns = Mapping[str, str]
-"""Key of the task file's section `data` to the column that it names."""
 
 
 def read_file(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
@@ -48,13 +44,29 @@ def read_file(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
         (file and row, counted from 1; the row's values), in the order of the file.
 
     Raises:
-        InvalidInput: The file cannot be read, is of another format or damaged, or has no such column.
+        InvalidInput: The file cannot be read, is of another format or damaged, has no such column or too large a row;
+            or it was written while it was read.
     """
-    read = _reader(path)
     try:
-        yield from read(path, columns)
+        seen = _state(path)
+        for number, row in enumerate(_reader(path)(path, columns), start=1):
+            yield row
+            if number % ROWS_BETWEEN_LOOKS == 0:
+                _check_unchanged(path, seen)
+        _check_unchanged(path, seen)
     except OSError as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path in data") from error
+
+
+def _state(path: Path) -> list[tuple[int, int]]:
+    """What changes when a file, or one in the folder, is written."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(facts.st_size, facts.st_mtime_ns) for facts in (file.stat() for file in files)]
+
+
+def _check_unchanged(path: Path, seen: list[tuple[int, int]]) -> None:
+    if _state(path) != seen:
+        raise InvalidInput("was written while it was read", str(path), "submit it again when it is complete")
 
 
 def read_json_lines(lines: Iterable[tuple[int, str]], path: str, columns: Columns) -> Iterator[tuple[str, Values]]:
@@ -64,13 +76,26 @@ def read_json_lines(lines: Iterable[tuple[int, str]], path: str, columns: Column
             continue
         where = f"{path}, row {number}"
         try:
-            values = json.loads(line)
+            values = _JSON.decode(line)
         except (ValueError, RecursionError) as error:
             raise InvalidInput(f"is not JSON: {error}", where, "write one JSON object per line") from error
         if not isinstance(values, dict):
-            raise InvalidInput(f"must be a JSON object, not {type(values).__name__}", where)
-        _check_columns(columns, values, where)
+            raise InvalidInput(
+                f"must be a JSON object, not {type(values).__name__}", where, "write one JSON object per line"
+            )
+        check_columns(columns, values, where)
         yield where, values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):  # of which Python takes the last without a word
+        names = [name for name, _ in pairs]
+        raise ValueError(f"has the key {next(name for name in names if names.count(name) > 1)!r:.100} twice")
+    return values
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def numbered_lines(file: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
@@ -85,12 +110,12 @@ def numbered_lines(file: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
 
 def _lines(file: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
     for number in itertools.count(1):
-        line = file.readline(LINE_BYTES_MAX + 1)
+        line = file.readline(ROW_BYTES_MAX + 1)
         if not line:
             return
-        where = f"{path}, row {number}"
-        if len(line) > LINE_BYTES_MAX:
-            raise InvalidInput(f"is a line of more than {LINE_BYTES_MAX} bytes", where, "write one row per line")
+        where = f"{path}, line {number}"
+        if len(line) > ROW_BYTES_MAX:
+            raise too_large(where)
         try:
             # Spreadsheets put a byte order mark before the first line.
             yield number, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
@@ -100,17 +125,18 @@ def _lines(file: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
 
 def _reader(path: Path) -> Callable[[Path, Columns], Iterator[tuple[str, Values]]]:
     if path.is_dir():
-        return _read_folder
+        return read_folder
     readers = {
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
         ".tsv": _read_tsv,
-        ".parquet": _read_parquet,
+        ".parquet": read_parquet,
         ".npz": _read_npz,
     }
     name = path.name.lower()
     suffix = PurePath(name.removesuffix(".gz")).suffix
     if suffix not in readers:
+        path.stat()  # of a link that leads nowhere the name is not what is wrong
         raise InvalidInput(
             f"'{suffix}' is not a format of rows",
             str(path),
@@ -119,19 +145,6 @@ def _reader(path: Path) -> Callable[[Path, Columns], Iterator[tuple[str, Values]
     if name.endswith(".gz") and suffix in (".parquet", ".npz"):
         raise InvalidInput(f"{suffix} files are packed inside and not read from .gz", str(path), "unpack it")
     return readers[suffix]
-
-
-def _check_columns(columns: Columns, names: Collection[str], where: str) -> None:
-    for key, column in columns.items():
-        if column not in names:
-            there = sorted(map(str, names))
-            shown = ", ".join(there[:20]) + (", …" if len(there) > 20 else "")
-            near = difflib.get_close_matches(column, there, 1)
-            raise InvalidInput(
-                f"has no column '{column}'; it has {shown}",
-                where,
-                f"data.{key} names the column" + (f"; did you mean '{near[0]}'?" if near else ""),
-            )
 
 
 # Text
@@ -159,10 +172,7 @@ def _read_separated(path: Path, columns: Columns, delimiter: str) -> Iterator[tu
         _, header = next(cells, (0, []))
         if not header:
             return
-        if len(set(header)) != len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            raise InvalidInput(f"has the column '{twice}' twice", f"{path}, line 1", "name each column once")
-        _check_columns(columns, header, f"{path}, line 1 (the names of the columns)")
+        check_header(columns, header, f"{path}, line 1 (the names of the columns)")
         for number, (line, row) in enumerate(cells, start=1):
             where = f"{path}, row {number} (line {line})"
             if len(row) != len(header):
@@ -198,88 +208,6 @@ class _CountedLines:
         return first, row
 
 
-# Columns
-
-
-def _read_parquet(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            _check_columns(columns, file.schema_arrow.names, str(path))
-            batches = file.iter_batches(BATCH_ROWS, columns=list(columns.values()))
-            yield from _rows(batches, file.schema_arrow, str(path))
-    except (pa.ArrowException, ValueError) as error:  # names and texts that are no UTF-8
-        raise InvalidInput(f"is not a readable parquet file: {error}", str(path), "write it again") from error
-
-
-def _read_folder(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
-    """What `Dataset.save_to_disk` wrote, without `datasets`: importing it takes a second, and it follows paths."""
-    import pyarrow as pa
-
-    names = _files_of(path)
-    schemas = []
-    first = 0
-    for name in names:
-        try:
-            with pa.memory_map(str(path / name)) as file, pa.ipc.open_stream(file) as stream:
-                schemas.append(stream.schema)
-                _check_columns(columns, stream.schema.names, str(path))
-                for batch in stream:
-                    batch.validate(full=True)  # in memory that is mapped, wrong lengths would lead out of the file
-                    yield from _rows([batch.select(list(columns.values()))], stream.schema, str(path), first)
-                    first += batch.num_rows
-        except (pa.ArrowException, ValueError) as error:
-            raise InvalidInput(f"is not a readable Arrow file: {error}", str(path / name), "save it again") from error
-
-
-def _files_of(folder: Path) -> list[str]:
-    if (splits := folder / "dataset_dict.json").is_file():
-        try:
-            known = ", ".join(map(str, json.loads(splits.read_text())["splits"]))
-        except (ValueError, KeyError, TypeError):
-            known = "?"
-        raise InvalidInput(f"has several splits: {known}", str(folder), "name one of them: FOLDER/SPLIT")
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        names = [str(file["filename"]) for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(
-            f"is a folder, but not one of datasets' save_to_disk ({error})", str(folder), "name a file"
-        ) from error
-    for name in names:
-        if name in ("", ".", "..") or PurePath(name).name != name:
-            raise InvalidInput(f"names a file outside itself: {name!r}", str(folder / "state.json"))
-    return names
-
-
-def _rows(batches: Iterable[Any], schema: Any, path: str, first: int = 0) -> Iterator[tuple[str, Values]]:
-    classes = _class_names(schema)
-    for batch in batches:
-        for start in range(0, batch.num_rows, BATCH_ROWS):
-            for values in batch.slice(start, BATCH_ROWS).to_pylist():
-                first += 1
-                for column, names in classes.items():
-                    value = values.get(column)
-                    if isinstance(value, int) and 0 <= value < len(names):
-                        values[column] = names[value]
-                yield f"{path}, row {first}", values
-
-
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Columns that `datasets` knows as ClassLabel, with their names: a name means the same in any order of labels."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            column: [str(name) for name in feature["names"]]
-            for column, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
-    except (KeyError, ValueError, TypeError):
-        return {}
-
-
 # Arrays
 
 
@@ -287,12 +215,14 @@ def _read_npz(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            _check_columns(columns, names, str(path))
+            check_header(columns, names, str(path))
             arrays = [_Array(archive, column, str(path)) for column in columns.values()]
             for array in arrays[1:]:
                 if array.length != arrays[0].length:
                     raise InvalidInput(
-                        f"'{array.name}' has {array.length} rows, '{arrays[0].name}' {arrays[0].length}", str(path)
+                        f"'{array.name}' has {array.length} rows, '{arrays[0].name}' {arrays[0].length}",
+                        str(path),
+                        "give each row its picture and its label",
                     )
             for number, row in enumerate(zip(*arrays, strict=True), start=1):
                 yield f"{path}, row {number}", dict(zip(columns.values(), row, strict=True))
@@ -334,9 +264,13 @@ class _Array:
         row_bytes = self.dtype.itemsize
         for size in self.shape[1:]:
             row_bytes *= size
-        if not 0 < row_bytes <= LINE_BYTES_MAX * 8:
-            raise InvalidInput(f"has rows of {row_bytes} bytes (shape {self.shape})", self.where)
-        rows_at_once = max(1, BATCH_BYTES // row_bytes)
+        if not 0 < row_bytes <= ROW_BYTES_MAX:
+            raise InvalidInput(
+                f"has rows of {row_bytes} bytes (shape {self.shape}); 1 to {ROW_BYTES_MAX} are read",
+                self.where,
+                "give smaller pictures, or encoded ones in parquet",
+            )
+        rows_at_once = max(1, ARRAY_BYTES // row_bytes)
         for start in range(0, self.length, rows_at_once):
             count = min(rows_at_once, self.length - start)
             content = self.file.read(count * row_bytes)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import InvalidInput
 from configs.task_spec import DataSpec, TaskSpec
-from workers.row_files import Columns, Values, numbered_lines, read_file, read_json_lines
+from workers.columns import Columns, Values, shown
+from workers.row_files import numbered_lines, read_file, read_json_lines
 
 if TYPE_CHECKING:
     from numpy import uint8
@@ -28,7 +29,11 @@ GRAY_MODES = ("1", "L")
 COLOUR_MODES = ("P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 PIXELS_MAX = 89_478_485
 """Of one picture, Pillow's own limit: a few kilobytes of PNG unpack to gigabytes."""
-SHOWN_LABELS = 20
+SIDES_MAX = 200
+"""How many times longer a picture may be than it is wide, or the other way round. Many image processors bring the
+shorter side to their size: of 1×80,000,000 pixels they would make 224×17,920,000,000. The number is Qwen2-VL's."""
+TEXT_CHARACTERS_MAX = 2**24
+"""Of one text in any format. No base model reads a tenth of it, and a tokenizer takes a hundred bytes a character."""
 FLOAT32_MAX = 3.4e38
 
 
@@ -147,12 +152,7 @@ def decode_picture(content: bytes, where: str) -> NDArray[uint8]:
 
     try:
         with Image.open(BytesIO(content), formats=PICTURE_FORMATS) as picture:
-            if picture.width * picture.height > PIXELS_MAX:
-                raise InvalidInput(
-                    f"is too large a picture: {picture.width}×{picture.height} pixels, more than {PIXELS_MAX}",
-                    where,
-                    "make it smaller",
-                )
+            _check_size(picture.width, picture.height, where)
             if picture.mode not in GRAY_MODES + COLOUR_MODES:
                 raise InvalidInput(
                     f"is a picture of mode {picture.mode}; pixels must have 8 bits", where, "save it as 8-bit PNG"
@@ -167,6 +167,19 @@ def decode_picture(content: bytes, where: str) -> NDArray[uint8]:
             f"is not a picture that can be decoded{reason}", where, f"formats: {', '.join(PICTURE_FORMATS)}"
         ) from error
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _check_size(width: int, height: int, where: str) -> None:
+    if width * height > PIXELS_MAX:
+        raise InvalidInput(
+            f"is too large a picture: {width}×{height} pixels, more than {PIXELS_MAX}", where, "make it smaller"
+        )
+    if max(width, height) > SIDES_MAX * min(width, height):
+        raise InvalidInput(
+            f"is too long a picture: of {width}×{height} pixels one side is more than {SIDES_MAX} times the other",
+            where,
+            "cut it into parts, or drop the row",
+        )
 
 
 def _maker(spec: TaskSpec) -> Callable[[Values, str], Row]:
@@ -203,7 +216,11 @@ def _text(values: Values, column: str, where: str) -> str:
 
 def _checked_text(text: Any, name: str, where: str) -> str:
     if not isinstance(text, str):
-        raise InvalidInput(f"{name} must be a string, not {type(text).__name__}", where)
+        raise InvalidInput(f"{name} must be a string, not {type(text).__name__}", where, "give a text, or drop the row")
+    if len(text) > TEXT_CHARACTERS_MAX:
+        raise InvalidInput(
+            f"{name} has {len(text)} characters, more than {TEXT_CHARACTERS_MAX}", where, "shorten it, or drop the row"
+        )
     if not text.strip():
         raise InvalidInput(f"{name} is empty", where, "drop the row or fill in the text")
     if not text.isascii():
@@ -223,14 +240,17 @@ def _label(values: Values, data: DataSpec, index_of: Mapping[str, int], where: s
         return index_of[label]
     if not isinstance(label, int | str) or isinstance(label, bool):
         raise InvalidInput(
-            f"column '{data.label_column}' must be a label's name or its index, not {type(label).__name__}", where
+            f"column '{data.label_column}' must be a label's name or its index, not {type(label).__name__}",
+            where,
+            "write a name of data.label_names, or a whole number",
         )
     is_index = isinstance(label, int) or (label.isascii() and label.isdecimal() and len(label) < 10)
     if is_index and 0 <= int(label) < len(index_of):
         return int(label)
-    known = ", ".join(data.label_names[:SHOWN_LABELS]) + (", …" if len(index_of) > SHOWN_LABELS else "")
     raise InvalidInput(
-        f"label {label!r:.100} is not one of the {len(index_of)} labels", where, f"data.label_names are: {known}"
+        f"label {label!r:.100} is not one of the {len(index_of)} labels",
+        where,
+        f"data.label_names are: {shown(data.label_names)}",
     )
 
 
@@ -238,11 +258,11 @@ def _number(values: Values, data: DataSpec, where: str) -> float:
     label = values[data.label_column]
     name = f"column '{data.label_column}'"
     if not isinstance(label, int | float | str) or isinstance(label, bool):
-        raise InvalidInput(f"{name} must be a number, not {type(label).__name__}", where)
+        raise InvalidInput(f"{name} must be a number, not {type(label).__name__}", where, "write a number, like 3.5")
     try:
-        number = float(label)
+        number = float(label.replace("_", "?") if isinstance(label, str) else label)  # Python reads 1_2 as 12
     except (ValueError, OverflowError):
-        raise InvalidInput(f"{name} must be a number, not {label!r:.100}", where) from None
+        raise InvalidInput(f"{name} must be a number, not {label!r:.100}", where, "write a number, like 3.5") from None
     if not abs(number) <= FLOAT32_MAX:  # nor NaN
         raise InvalidInput(f"{name} is {number}", where, "drop the row or give a finite number that float32 holds")
     return number
@@ -251,7 +271,11 @@ def _number(values: Values, data: DataSpec, where: str) -> float:
 def _chat(values: Values, column: str, where: str) -> CompletionRow:
     messages = values[column]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InvalidInput(f"column '{column}' must be a list of {{role, content}}", where)
+        raise InvalidInput(
+            f"column '{column}' must be a list of {{role, content}}, not {type(messages).__name__}",
+            where,
+            'write [{"role": "user", "content": …}, {"role": "assistant", "content": …}]',
+        )
     turns = []
     for number, message in enumerate(messages, start=1):
         name = f"message {number} of column '{column}'"
@@ -290,7 +314,11 @@ def _pixels(picture: Any, name: str, where: str) -> NDArray[uint8]:
     import numpy as np
 
     if not isinstance(picture, np.ndarray | list):
-        raise InvalidInput(f"{name} must be pixels or a picture's bytes, not {type(picture).__name__}", where)
+        raise InvalidInput(
+            f"{name} must be pixels or a picture's bytes, not {type(picture).__name__}",
+            where,
+            "embed the pictures; files that rows name are not opened",
+        )
     try:
         pixels = np.asarray(picture)
     except ValueError as error:
@@ -309,8 +337,9 @@ def _pixels(picture: Any, name: str, where: str) -> NDArray[uint8]:
             "do not scale or normalise pixels: the model's own preprocessing does",
         )
     shape = pixels.shape if pixels.ndim != 2 else (*pixels.shape, 1)
-    if len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape or shape[0] * shape[1] > PIXELS_MAX:
+    if len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape:
         raise InvalidInput(
             f"{name} has shape {pixels.shape}", where, "pixels are H×W, H×W×1 or H×W×3: colours come last"
         )
+    _check_size(shape[1], shape[0], f"{where}, {name}")
     return pixels.reshape(shape)

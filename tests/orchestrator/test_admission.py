@@ -220,7 +220,7 @@ def test_a_missing_file_is_named(desk: Desk, key: str) -> None:
         ({"text": "x", "label": True}, "must be a label's name or its index, not bool"),
         ({"text": "  ", "label": "no"}, "column 'text' is empty"),
         ({"text": 7, "label": "no"}, "column 'text' must be a string, not int"),
-        ({"txt": "x", "label": "no"}, "has no column 'text'; it has label, txt"),
+        ({"txt": "x", "label": "no"}, "has no column 'text'; it has 'label', 'txt'"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_number(desk: Desk, key: str, row: Any, complaint: str) -> None:

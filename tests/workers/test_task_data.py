@@ -19,6 +19,7 @@ from PIL import Image
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from tests.workers.data_builders import spec_of, written
+from workers import task_data
 from workers.task_data import CompletionRow, ImageRow, Row, TextRow, decode_picture, input_digest, read_rows, rows_in
 
 SPEC = spec_of(label_names=("neg", "pos"))
@@ -54,9 +55,9 @@ def png(mode: str, size: tuple[int, int] = (3, 2), **options: Any) -> bytes:
     return file.getvalue()
 
 
-def bomb(side: int) -> bytes:
+def bomb(width: int, height: int) -> bytes:
     """A PNG that says it has this many pixels on each side; what follows its head is never asked for."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + struct.pack(">I", zlib.crc32(head)) + b"\0\0\0\7IDAT"
 
 
@@ -89,7 +90,7 @@ def test_a_regression_label_is_a_number_however_it_is_written() -> None:
     [
         ("{", "is not JSON"),
         ("[1]", "must be a JSON object, not list"),
-        ('{"label": 0}', "no column 'text'; it has label"),
+        ('{"label": 0}', "no column 'text'; it has 'label'"),
         ('{"text": "x"}', "no column 'label'"),
         ({"text": 3}, "must be a string, not int"),
         ({"text": None}, "must be a string, not NoneType"),
@@ -111,6 +112,12 @@ def test_a_wrong_row_is_named_with_its_file_and_number(row: Any, said: str, tmp_
     assert said in str(refused(SPEC, row, tmp_path))
 
 
+def test_a_text_is_too_long_in_every_format_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_data, "TEXT_CHARACTERS_MAX", 10)
+    assert "column 'text' has 11 characters, more than 10" in str(refused(SPEC, {"text": "x" * 11}, tmp_path))
+    assert one(SPEC, text="x" * 10, label=0) == TextRow("x" * 10, None, 0)
+
+
 @pytest.mark.parametrize(
     ("label", "said"),
     [
@@ -121,6 +128,7 @@ def test_a_wrong_row_is_named_with_its_file_and_number(row: Any, said: str, tmp_
         (-1e39, "column 'label' is -1e+39"),  # float32, in which it is learnt and scored, would make it −inf
         ("three", "must be a number, not 'three'"),
         ("", "must be a number, not ''"),
+        ("1_2", "must be a number, not '1_2'"),  # 12, says Python
         (True, "must be a number, not bool"),
         (None, "must be a number, not NoneType"),
         ([3], "must be a number, not list"),
@@ -131,7 +139,7 @@ def test_a_regression_label_that_is_no_finite_number_is_refused(label: Any, said
 
 
 def test_an_unknown_label_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(InvalidInput, match=r"data\.label_names are: neg, pos"):
+    with pytest.raises(InvalidInput, match=r"data\.label_names are: 'neg', 'pos'"):
         one(SPEC, text="x", label="positive")
 
 
@@ -205,6 +213,10 @@ def test_pixels_without_colours_get_an_axis_for_them() -> None:
     assert row.image[..., 0].tolist() == [[0, 128, 255], [1, 2, 3]]
 
 
+def test_a_picture_may_be_two_hundred_times_as_long_as_wide() -> None:
+    assert decode_picture(png("L", (1, 200)), "here").shape == (200, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("mode", "shape"), [("L", (2, 3, 1)), ("1", (2, 3, 1)), ("RGB", (2, 3, 3)), ("RGBA", (2, 3, 3)), ("P", (2, 3, 3))]
 )
@@ -235,6 +247,7 @@ def test_the_same_pixels_are_the_same_row_whether_they_were_encoded_or_not() -> 
         ([1, 2], "has shape (2,)"),
         ([[[1, 2, 3, 4]]], "has shape (1, 1, 4)"),
         ([[[1] * 8] * 8] * 3, "has shape (3, 8, 8)"),
+        ([[0] * 201], "column 'image': is too long a picture: of 201×1 pixels"),
         ([[0, 256]], "must be uint8, whole numbers from 0 to 255, not int64"),
         ([[0, -1]], "must be uint8"),
         ([[0.5, 1.0]], "must be uint8, whole numbers from 0 to 255, not float64"),
@@ -254,8 +267,11 @@ def test_what_is_no_picture_is_refused(image: Any, said: str, tmp_path: Path) ->
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is not a picture that can be decoded"),
         (png("RGB", (64, 64))[:60], "is not a picture that can be decoded"),
         (png("I;16"), "is a picture of mode I;16; pixels must have 8 bits"),
-        (bomb(30_000), "is too large a picture"),
-        (bomb(10_000), "is too large a picture"),  # between what Pillow warns of and what it refuses
+        (bomb(30_000, 30_000), "is too large a picture"),
+        (bomb(10_000, 10_000), "is too large a picture"),  # between what Pillow warns of and what it refuses
+        (bomb(1, 80_000_000), "is too long a picture: of 1×80000000 pixels"),
+        (bomb(80_000_000, 1), "is too long a picture: of 80000000×1 pixels"),
+        (png("L", (1, 201)), "is too long a picture"),
     ],
 )
 def test_bytes_that_are_no_picture_or_too_large_a_one_are_refused(content: bytes, said: str) -> None:
