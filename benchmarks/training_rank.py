@@ -23,7 +23,7 @@ from configs.settings import BaseModelSettings
 from configs.task_spec import TaskSpec
 from workers.base_model import load_base_model
 from workers.orders import Rank
-from workers.rank_group import joined
+from workers.rank_group import joined, listen
 
 
 def main(order: dict[str, Any]) -> None:
@@ -36,6 +36,8 @@ def main(order: dict[str, Any]) -> None:
     basis = training_runs.random_basis(base, spec.lora.target_modules, order["k"]) if order["k"] else {}
     case = training_runs.Case(base, spec, make(order["rows"]), basis)
     rank = Rank(order["index"], order["size"], "127.0.0.1", order["port"])
+    if rank.leads:
+        listen(rank.master_address, rank.master_port)
     with joined(rank, spec.training.deepspeed) as group:
         run = training_runs.ours(case, training_runs.Clock(spec.training.max_steps), group)
     memory = psutil.Process().memory_full_info()

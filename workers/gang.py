@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from workers.orders import (
     Outcome,
     Progress,
     Rank,
+    RankLost,
     Trained,
 )
 
@@ -43,12 +44,13 @@ peer in 3 s, and rank 0 words its outcome better than the supervisor can."""
 SAID_BY_TEAMS = ("input", "cancelled", "preempted")
 """Faults that no other rank's end can have caused: they outweigh everything but a success."""
 
+
+class NoPlace(Unavailable):
+    """There is no place for all ranks of a gang. An order waits for one; who asks for a warm gang is told."""
+
+
 Call = Any
 """A question to a rank that is under way; opaque here."""
-
-
-class RankLost(Unavailable):
-    """A rank's process or machine is gone, or does not answer."""
 
 
 class Ranks(Protocol):
@@ -57,11 +59,14 @@ class Ranks(Protocol):
     @property
     def size(self) -> int: ...
 
-    def start(self) -> None:
+    def start(self, waits: Callable[[str], None]) -> None:
         """Make all of them, in the places of those before where these are still there.
 
+        Args:
+            waits: Told why, again and again, while there is no place yet. What it raises ends the waiting.
+
         Raises:
-            Unavailable: There is no place for so many.
+            NoPlace: There has been no place for so many for a while.
         """
         ...
 
@@ -74,7 +79,7 @@ class Ranks(Protocol):
         ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
-        """Those that are done, waiting at most so long for the first."""
+        """All that are done, waiting at most so long for the first."""
         ...
 
     def result(self, call: Call) -> Any:
@@ -105,6 +110,8 @@ class Gang:
         self._progress = Progress()
         self._lines: list[LogLine] = []
         """For the log of the task under way."""
+        self._told = ("", "")
+        """Token, and why its ranks wait for places: a line of the log for each reason, not for each minute."""
 
     def warm(self) -> BaseLayout:
         """Make the ranks if there are none, and load the base model in each.
@@ -127,7 +134,8 @@ class Gang:
             Rank 0's outcome, or why there is none: what another rank failed of, or `lost`.
 
         Raises:
-            Unavailable: There was no place for the ranks, or the storage was away; the order may be given again.
+            Unavailable: A rank was lost before it began, or the storage was away; the order may be given again. Where
+                there is no place for the ranks, it waits until there is one or it is stopped.
         """
         return self._book.run(order.token, lambda: self._outcome(order))
 
@@ -174,14 +182,18 @@ class Gang:
         with self._lock:
             self._token, self._progress, self._lines = order.token, Progress(order.token, "loading"), []
         try:
-            places = self._formed()
+            places = self._placed()
+            self._progress = Progress(order.token, "loading")
+            self._loaded()  # each may take its time; once they have the order, they do not wait long for each other
             where = ", ".join(f"{count} on {node}" for node, count in Counter(self._nodes).items())
             self._lines.append(f"{self._ranks.size} ranks: {where}")
             outcome = self._supervised(order, *places[0])
         except Unavailable:
-            if self._stops.get(order.token) != "cancel":
+            stop = self._stops.get(order.token)
+            if stop is None:
                 raise
-            return Failed(order.token, "cancelled", "cancelled while it waited")  # given again, it would not hear of it
+            fault = "cancelled" if stop == "cancel" else "preempted"
+            return Failed(order.token, fault, f"{fault} while it waited")  # given again, it would not hear of it
         finally:
             with self._lock:
                 self._token = ""
@@ -196,7 +208,6 @@ class Gang:
         )
         if len(answers) < size or any(isinstance(answer, RankLost) for answer in answers.values()):
             self._disband()
-            self._book.between(self._warm)  # beside the answer: the task may go on with another gang meanwhile
         return _verdict(order.token, answers)
 
     def _answers(self, calls: dict[Call, int]) -> dict[int, Any]:
@@ -210,12 +221,13 @@ class Gang:
             for call in self._ranks.landed(list(calls), min(WATCH_SECONDS, until - time.monotonic())):
                 answers[calls.pop(call)] = self._answer(call)
             silence = self._lease_seconds if until == math.inf else GRACE_SECONDS / 2
-            for index in watch.silent(calls.values(), silence):
-                answers[index] = RankLost(f"no answer for {silence:.0f} s")
-                calls = {call: other for call, other in calls.items() if other != index}
-            stop = self._stops.get(self._token)
-            for index in calls.values() if stop else ():
-                self._ranks.call(index, str(stop), self._token)
+            if watch.is_due():
+                for index in watch.silent(calls.values(), silence):
+                    answers[index] = RankLost(f"no answer for {silence:.0f} s")
+                    calls = {call: other for call, other in calls.items() if other != index}
+                stop = self._stops.get(self._token)
+                for index in calls.values() if stop else ():
+                    self._ranks.call(index, str(stop), self._token)
             if 0 in answers or any(isinstance(answer, Failed | Exception) for answer in answers.values()):
                 until = min(until, time.monotonic() + GRACE_SECONDS)
         return {index: self._named(index, answer) for index, answer in answers.items()}
@@ -229,7 +241,8 @@ class Gang:
     def _named(self, index: int, answer: Any) -> Any:
         if isinstance(answer, RankLost):
             node = f" on {self._nodes[index]}" if self._nodes else ""
-            return RankLost(f"rank {index} of {self._ranks.size}{node} was lost: {answer.what}")
+            what = f"rank {index} of {self._ranks.size}{node} was lost: {answer.what}"
+            return RankLost(what, answer.where, answer.todo)
         return answer
 
     def _tell(self, token: str, stop: str) -> bool:
@@ -250,11 +263,27 @@ class Gang:
 
     def _warm(self) -> BaseLayout:
         self._formed()
+        return self._loaded()
+
+    def _loaded(self) -> BaseLayout:
         layouts: list[BaseLayout] = self._all("warm")
         if len({layout.sha256 for layout in layouts}) > 1:
             raise InvalidInput("the ranks loaded different weights", ", ".join(self._nodes), "make the sources equal")
         self._layout = layouts[0]
         return layouts[0]
+
+    def _placed(self) -> list[tuple[str, int]]:
+        """As `_formed`, however long there is no place."""
+        again = True
+        while True:
+            try:
+                return self._formed()
+            except NoPlace:
+                continue
+            except RankLost:
+                if not again:
+                    raise
+                again = False  # the places were on a machine that is gone, and Ray had not noticed
 
     def _formed(self) -> list[tuple[str, int]]:
         """(address, free port) of each rank, all of them there."""
@@ -264,11 +293,20 @@ class Gang:
         except RankLost:
             self._disband()
         try:
-            self._ranks.start()
+            self._ranks.start(self._waits)
             return self._met(starting=True)
         except BaseException:
             self._disband(leave=True)  # a place that does not answer for so long may be one that Ray still believes in
             raise
+
+    def _waits(self, why: str) -> None:
+        with self._lock:
+            self._progress = replace(self._progress, phase="waiting")
+            if self._told != (self._token, why):
+                self._told = (self._token, why)
+                self._lines.append(f"waits: {why}")
+        if self._token in self._stops:
+            raise Unavailable("no longer wanted")
 
     def _met(self, starting: bool = False) -> list[tuple[str, int]]:
         places = self._all("meeting_place", starting)
@@ -292,8 +330,9 @@ class Gang:
         while calls:
             for call in self._ranks.landed(list(calls), WATCH_SECONDS):
                 answers[calls.pop(call)] = self._answer(call)
-            for index in watch.silent(calls.values(), silence):
-                answers[index] = RankLost(f"no answer for {silence:.0f} s")
+            if watch.is_due():
+                silent = watch.silent(calls.values(), silence)
+                answers |= {index: RankLost(f"no answer for {silence:.0f} s") for index in silent}
             for index, answer in answers.items():
                 if isinstance(answer, Exception):
                     raise self._named(index, answer)
@@ -306,13 +345,20 @@ class _Watch:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._asked: dict[int, tuple[Call, float]] = {}
+        self._asked_at = -math.inf
+
+    def is_due(self) -> bool:
+        """Whether to ask again: not with every answer that comes, of which there are as many as there are ranks."""
+        return time.monotonic() - self._asked_at >= WATCH_SECONDS
 
     def silent(self, indices: Iterable[int], limit_seconds: float) -> list[int]:
         """Those whose last question is unanswered for so long. A rank that is gone is told by its other calls."""
         now, found = time.monotonic(), []
+        self._asked_at = now
+        answered = set(self._ranks.landed([call for call, _ in self._asked.values()], 0)) if self._asked else set()
         for index in indices:
             call, asked_at = self._asked.get(index, (None, now))
-            if call is None or self._ranks.landed([call], 0):
+            if call is None or call in answered:
                 self._asked[index] = (self._ranks.call(index, "pid"), now)
             elif now - asked_at > limit_seconds:
                 found.append(index)
@@ -337,7 +383,7 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
                 return replace(failure, log_lines=lines)
     for failure in failures:
         if isinstance(failure, RankLost):
-            return Failed(token, "lost", failure.what, log_lines=lines)
+            return Failed(token, "lost", str(failure), log_lines=lines)
     first = failures[0]
     if isinstance(first, Failed):
         return replace(first, log_lines=lines)

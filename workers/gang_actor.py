@@ -8,23 +8,24 @@ it. It loads no base model and asks for no CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.util import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from configs.errors import Unavailable
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
-from workers.gang import Call, Gang, RankLost
-from workers.orders import Order, Outcome
+from workers.gang import Call, Gang, NoPlace
+from workers.orders import Order, Outcome, RankLost
 from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
 
 HEAD = "node:__internal_head__"
 """What only Ray's head node has; Ray Serve places its controller by it too."""
 PLACE_SECONDS = 60.0
 """Wait this long for a place for every rank, then give up the places there are and ask again from the start."""
+TELL_SECONDS = 5.0
+"""Who waits longer for places is told why: where there are some, Ray finds them in less."""
 END_SECONDS = 10.0
 """A killed process is gone in milliseconds, unless its machine is out of reach."""
 
@@ -73,17 +74,15 @@ class RayRanks:
     def size(self) -> int:
         return self._workers.ranks
 
-    def start(self) -> None:
+    def start(self, waits: Callable[[str], None]) -> None:
         group = self._group()
         # When a machine is lost, Ray finds its bundles another place by itself. A bundle is free again only when the
         # process that had it is gone, so no two generations of ranks are ever there at once.
-        if not group.wait(PLACE_SECONDS):
-            raise Unavailable(
-                f"the cluster has no place for {self.size} ranks with {self._workers.cpus:g} CPUs and "
-                f"{self._workers.gpus:g} GPUs each",
-                "workers",
-                "add machines, or lower workers.ranks or workers.count",
-            )
+        until = time.monotonic() + PLACE_SECONDS
+        while not group.wait(TELL_SECONDS):
+            waits(why := no_place(self._workers, ray.nodes()))
+            if time.monotonic() > until:
+                raise NoPlace(why, "workers", "add machines, or lower workers.ranks or workers.count")
         self._actors = [
             WorkerActor.options(  # type: ignore[attr-defined]
                 num_cpus=self._workers.cpus,
@@ -111,7 +110,9 @@ class RayRanks:
         return getattr(self._actors[index], method).remote(*args)
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
-        done, _ = ray.wait(list(calls), num_returns=1, timeout=max(0.0, timeout_seconds))
+        done, others = ray.wait(list(calls), num_returns=1, timeout=max(0.0, timeout_seconds))
+        if done and others:
+            done += ray.wait(others, num_returns=len(others), timeout=0)[0]
         return list(done)
 
     def result(self, call: Call) -> Any:
@@ -126,11 +127,29 @@ class RayRanks:
         try:
             return get_placement_group(_group_name(self._name))
         except ValueError:
-            bundle = {"CPU": self._workers.cpus, "GPU": self._workers.gpus}
-            bundle = {name: count for name, count in bundle.items() if count}
-            return placement_group(
-                [bundle] * self.size, self._workers.placement, name=_group_name(self._name), lifetime="detached"
-            )
+            places = [_place(self._workers)] * self.size
+            return placement_group(places, self._workers.placement, name=_group_name(self._name), lifetime="detached")
+
+
+def no_place(workers: WorkerSettings, nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Why a gang finds no place among what `ray.nodes` says of the machines, for people."""
+    up = [node for node in nodes if node["Alive"]]
+    room = sum(
+        min(int(node["Resources"].get(kind, 0) // count) for kind, count in _place(workers).items()) for node in up
+    )
+    down = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in up})
+    missing = f" ({', '.join(down[:8])} went away)" if down else ""
+    taken = ", but something else has taken it" if room >= workers.ranks else ""
+    return (
+        f"no place for {workers.ranks} ranks with {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each: the {len(up)} "
+        f"machines that are up{missing} have room for {room}{taken}"
+    )
+
+
+def _place(workers: WorkerSettings) -> dict[str, float]:
+    """What one rank needs."""
+    needs = {"CPU": workers.cpus, "GPU": workers.gpus}
+    return {kind: count for kind, count in needs.items() if count}
 
 
 def end_ranks(name: str) -> None:

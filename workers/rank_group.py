@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,11 +17,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import Unavailable
-from workers.orders import ALONE, Rank
+from workers.orders import ALONE, Rank, RankLost
 
+JOIN = timedelta(seconds=60)
+"""Warm ranks are given an order in the same second; who does not meet the others within this cannot reach them. A
+supervisor that hears of it tries again, so it is better too short than too long."""
 TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer has lost a rank. Reading a 70B model's shards from disk takes less."""
+LEAVE_SECONDS = 5.0
+"""NCCL waits for the others when it is told to leave. Those who were left in a collective operation will not come: they
+are ended once this rank has said why it failed."""
+
+_listening: Any = None
+"""Where the others meet, if this will be rank 0 of the next group."""
+
+
+def listen(address: str, port: int = 0) -> int:
+    """Wait for the other ranks of the next group at an address of this machine, until the call after.
+
+    Returns:
+        The port, which nobody else can take in between; if none is given, one that is free.
+    """
+    global _listening
+    _listening = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=True, wait_for_workers=False, timeout=JOIN
+    )
+    return int(_listening.port)
 
 
 class RankGroup:
@@ -29,10 +51,13 @@ class RankGroup:
     Every method but `rank` is a collective: each rank must call it, in the same order.
     """
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, words: Any = None) -> None:
+        """
+        Args:
+            words: The group that speaks on the CPU; None for the only one that there is.
+        """
         self.rank = rank
-        # Beside NCCL, not through it: a word after every step must not make the GPUs wait for the host.
-        self._words = dist.new_group(backend="gloo") if rank.size > 1 and dist.get_backend() != "gloo" else None
+        self._words = words
 
     def agree(self, value: Any) -> Any:
         """What rank 0 says, as JSON gives it back; the others' value is not looked at."""
@@ -77,31 +102,28 @@ def joined(rank: Rank, deepspeed: dict[str, Any] | None) -> Iterator[RankGroup]:
     """Form the group, set up DeepSpeed when there is a configuration for it, and leave nothing behind of either.
 
     Raises:
-        Unavailable: The others did not come.
+        RankLost: The others did not come, or cannot be reached.
     """
     if rank.size == 1 and deepspeed is None:
         yield RankGroup(rank)
         return
-    before = dict(os.environ)
-    os.environ.update(_environment(rank))
-    os.environ.pop("LOCAL_SIZE", None)  # with it DeepSpeed leaves 66 MiB per rank in /dev/shm for ever
-    try:
-        _form(rank)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(_environment(rank))
+        undo.push(_leave)
+        words = _formed(rank)
         if deepspeed is not None:
             from workers.deepspeed_engine import deepspeed_process
 
-            with deepspeed_process():
-                yield RankGroup(rank)
-        else:
-            yield RankGroup(rank)
-    finally:
-        _leave()
-        os.environ.clear()
-        os.environ.update(before)
+            undo.enter_context(deepspeed_process())
+        yield RankGroup(rank, words)
 
 
-def _environment(rank: Rank) -> dict[str, str]:
-    return {
+@contextlib.contextmanager
+def _environment(rank: Rank) -> Iterator[None]:
+    """What accelerate and DeepSpeed read of a rank."""
+    before = dict(os.environ)
+    os.environ.pop("LOCAL_SIZE", None)  # with it DeepSpeed leaves 66 MiB per rank in /dev/shm for ever
+    os.environ |= {
         "RANK": str(rank.index),
         "LOCAL_RANK": "0",  # Ray shows each rank its own GPUs only
         "WORLD_SIZE": str(rank.size),
@@ -109,30 +131,44 @@ def _environment(rank: Rank) -> dict[str, str]:
         "MASTER_PORT": str(rank.master_port),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # else accelerate takes all cores of the machine
     }
-
-
-def _form(rank: Rank) -> None:
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        if rank.size == 1:
-            alone = dist.HashStore()  # type: ignore[attr-defined]  # in memory: no port, nobody else
-            dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=TIMEOUT)
-        else:
-            address = f"tcp://{rank.master_address}:{rank.master_port}"
-            dist.init_process_group(
-                backend, init_method=address, rank=rank.index, world_size=rank.size, timeout=TIMEOUT
-            )
-    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
-        raise Unavailable(
-            f"rank {rank.index} of {rank.size} could not join the others: {error}",
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _formed(rank: Rank) -> Any:
+    """Form the process group; the group that speaks on the CPU, None for the same one."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if rank.size == 1:
+        alone = dist.HashStore()  # type: ignore[attr-defined]  # in memory: no port, nobody else
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=TIMEOUT)
+        return None
+    try:
+        store = dist.TCPStore(rank.master_address, rank.master_port, timeout=JOIN)  # type: ignore[attr-defined]
+        # gloo connects every rank to every other at once, NCCL when it is first used: so gloo finds out who cannot be
+        # reached. Beside NCCL it is needed anyway: a word after every step must not make the GPUs wait for the host.
+        dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.size, timeout=JOIN)
+        words = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=JOIN)
+        for group in {None, words}:
+            dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+        store.set_timeout(TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # a ValueError if the group before was never left
+        raise RankLost(
+            f"it could not join the others within {JOIN.total_seconds():.0f} s: {str(error).splitlines()[0][:300]}",
             f"{rank.master_address}:{rank.master_port}",
-            "can the machines reach each other on every port?",
+            "does a firewall let the machines reach each other on every port? do GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME, where they are set, name the network between them?",
         ) from error
+    return words
 
 
-def _leave() -> None:
+def _leave(failure: type[BaseException] | None, *_: Any) -> None:
     from accelerate.state import AcceleratorState
 
     if dist.is_initialized():
-        dist.destroy_process_group()
+        goodbye = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        goodbye.start()
+        goodbye.join(LEAVE_SECONDS if failure else None)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,7 +7,6 @@ the actor's process alone: whoever gives orders needs neither torch nor transfor
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any
 
 import psutil
@@ -68,10 +67,11 @@ class WorkerActor(Forwarding):
         return outcome
 
     def meeting_place(self) -> tuple[str, int]:
-        """This machine's address for other machines, and a port that is free now."""
-        address = ray.util.get_node_ip_address()
-        with socket.create_server((address, 0)) as probe:
-            return address, probe.getsockname()[1]
+        """This machine's address for other machines, and the port at which this rank waits for them."""
+        from workers.rank_group import listen
+
+        address: str = ray.util.get_node_ip_address()
+        return address, listen(address)
 
 
 def worker_actor(

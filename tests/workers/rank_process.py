@@ -19,6 +19,7 @@ from subspace_store.subspace_store import SubspaceStore
 from tests.workers.worker_builders import mapped_weights, sentiment_task, tiny_settings
 from workers.base_model import load_base_model
 from workers.orders import Point, Progress, Rank, Train
+from workers.rank_group import listen
 from workers.trainer import Preempted
 from workers.training import train_task
 
@@ -46,6 +47,8 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
         key = f"staging/{task}/1-{name}/adapter.safetensors"
         order = Train(name, task, 1, spec, f"data/{spec.kind}", f"data/{spec.kind}", key)
         rank = Rank(index, size, "127.0.0.1", wanted["port"])
+        if rank.leads:
+            listen(rank.master_address, rank.master_port)
         try:
             trained = train_task(order, base, storage, store, report, asked, rank)
             told = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ import pytest
 from configs.errors import InvalidInput, Unavailable
 from tests.builders import LAYOUT, task_spec, trained
 from workers import gang as gang_module
-from workers.gang import Gang, RankLost
-from workers.orders import Evaluate, Evaluated, Failed, Progress, Rank, Train, Trained
+from workers.gang import Gang, NoPlace
+from workers.orders import Evaluate, Evaluated, Failed, Progress, Rank, RankLost, Train, Trained
 
 TRAIN = Train("token", "task", 1, task_spec(), "data/train", "data/eval", "staging/task/1-token/adapter.safetensors")
 
@@ -27,6 +27,8 @@ class StandInRank:
     sha256: str = LAYOUT.sha256
     dead: bool = False
     silent: bool = False
+    loads: Future[None] | None = None
+    """Done when the base model is there; None: it is."""
     order: Future[Any] = field(default_factory=Future)
     asked: list[tuple[Any, ...]] = field(default_factory=list)
     calls: list[Future[Any]] = field(default_factory=list)
@@ -54,9 +56,11 @@ class StandInRanks:
     def now(self) -> list[StandInRank]:
         return self.generations[-1]
 
-    def start(self) -> None:
+    def start(self, waits: Callable[[str], None]) -> None:
         if not self.room:
-            raise Unavailable("the cluster has no place")
+            waits("no place for 2 ranks")
+            time.sleep(0.001)
+            raise NoPlace("no place for 2 ranks")
         assert all(rank.dead for ranks in self.generations for rank in ranks), "two generations at once"
         self.generations.append([self.make(len(self.generations), index) for index in range(self.size)])
 
@@ -72,6 +76,8 @@ class StandInRanks:
         if rank.dead:
             call = Future()
             call.set_exception(RankLost("its process died"))
+        elif method == "warm" and rank.loads is not None:
+            rank.loads.add_done_callback(lambda _: call.set_result(self._answer(rank, index, method)))
         elif method != "run" and not rank.silent:
             call.set_result(self._answer(rank, index, method))
         rank.calls.append(call)
@@ -266,8 +272,9 @@ def test_a_rank_that_outstays_rank_0s_success_is_ended_and_the_success_stands(ga
 def test_the_same_token_is_answered_again_also_by_the_new_ranks(gang: Gang, ranks: StandInRanks) -> None:
     run, again = Run(gang, ranks), Run(gang, ranks)
     ranks.now[0].die()
+    assert run.outcome == again.outcome
     gang.warm()
-    assert run.outcome == again.outcome == gang.run(TRAIN)
+    assert gang.run(TRAIN) == run.outcome
     assert orders(ranks.now[0]) == []
 
 
@@ -336,30 +343,80 @@ def test_an_order_that_waits_behind_another_can_be_stopped_too(gang: Gang, ranks
     assert second.outcome.fault == "cancelled"
 
 
-def test_a_cluster_without_room_is_a_reason_to_wait_and_costs_the_task_nothing(ranks: StandInRanks) -> None:
+def test_an_order_waits_for_places_says_why_and_begins_by_itself(ranks: StandInRanks) -> None:
+    gang = Gang(ranks, lease_seconds=5)
+    ranks.room, ranks.make = False, lambda generation, index: _done(trained("token"))
+    with ThreadPoolExecutor(1) as thread:
+        order = thread.submit(gang.run, TRAIN)
+        while ranks.left < 3:  # places are asked for anew: those that Ray still believes in may be gone
+            time.sleep(0.001)
+        progress = gang.progress()
+        assert (progress.token, progress.phase) == ("token", "waiting")
+        assert progress.log_lines == ("waits: no place for 2 ranks",)  # once
+        ranks.room = True
+        assert isinstance(order.result(10), Trained)
+
+
+def test_places_on_a_machine_that_is_gone_are_given_up_at_once(ranks: StandInRanks) -> None:
+    gang = Gang(ranks, lease_seconds=5)
+    ranks.make = lambda generation, index: StandInRank(dead=True) if generation == 0 else _done(trained("token"))
+    assert isinstance(gang.run(TRAIN), Trained)
+    assert (len(ranks.generations), ranks.left) == (2, 1)
+
+
+def test_who_asks_for_a_warm_gang_is_told_that_there_is_no_place(ranks: StandInRanks) -> None:
     gang = Gang(ranks, lease_seconds=5)
     ranks.room = False
-    with pytest.raises(Unavailable, match="no place"):
-        gang.run(TRAIN)
-    assert ranks.left == 1  # the next try asks for places anew
+    with pytest.raises(Unavailable, match="no place for 2 ranks"):
+        gang.warm()
     with pytest.raises(Unavailable, match="being formed"):
         gang.progress()
-    ranks.room, ranks.make = True, lambda generation, index: _done(trained("token"))
-    assert isinstance(gang.run(TRAIN), Trained)
 
 
-def test_a_task_whose_ranks_find_no_room_can_be_cancelled(ranks: StandInRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stop", "fault"), [("cancel", "cancelled"), ("preempt", "preempted")])
+def test_an_order_that_waits_for_places_can_be_stopped(ranks: StandInRanks, stop: str, fault: str) -> None:
     gang = Gang(ranks, lease_seconds=5)
-    ranks.room, start = False, ranks.start
-
-    def cancelled_meanwhile() -> None:
-        assert gang.cancel("token")
-        start()
-
-    monkeypatch.setattr(ranks, "start", cancelled_meanwhile)
-    outcome = gang.run(TRAIN)
+    ranks.room = False
+    with ThreadPoolExecutor(1) as thread:
+        order = thread.submit(gang.run, TRAIN)
+        while not getattr(gang, stop)("token"):
+            time.sleep(0.001)
+        outcome = order.result(10)
     assert isinstance(outcome, Failed)
-    assert outcome.fault == "cancelled"
+    assert (outcome.fault, outcome.message) == (fault, f"{fault} while it waited")
+
+
+def test_no_rank_begins_before_all_have_loaded_the_base_model(ranks: StandInRanks) -> None:
+    """Else those that have it already would wait for the others in the process group, and not for long."""
+    gang = Gang(ranks, lease_seconds=5)
+    ranks.make = lambda generation, index: StandInRank(loads=Future())
+    with ThreadPoolExecutor(1) as thread:
+        order = thread.submit(gang.run, TRAIN)
+        while not (ranks.generations and all(("warm",) in rank.asked for rank in ranks.now)):
+            time.sleep(0.001)
+        ranks.now[0].loads.set_result(None)
+        seen = len(ranks.now[1].asked)
+        while len(ranks.now[1].asked) < seen + 3:  # it is asked whether it is there, and nothing else
+            time.sleep(0.001)
+        assert [orders(rank) for rank in ranks.now] == [[], []]
+        ranks.now[1].loads.set_result(None)
+        for rank in ranks.now:
+            rank.order.set_result(trained("token"))
+        assert isinstance(order.result(10), Trained)
+
+
+def test_a_rank_that_does_not_reach_the_others_is_lost_with_what_to_check(gang: Gang, ranks: StandInRanks) -> None:
+    run = Run(gang, ranks)
+    old = ranks.now
+    alone = RankLost("it could not join the others within 60 s", "10.0.0.1:5000", "does a firewall let them?")
+    for rank in old:
+        rank.order.set_exception(alone)
+    assert (run.outcome.fault, run.outcome.message) == (
+        "lost",
+        "10.0.0.1:5000: rank 0 of 2 on 10.0.0.1 was lost: it could not join the others within 60 s\n"
+        "  → does a firewall let them?",
+    )
+    assert all(rank.dead for rank in old)
 
 
 def test_ranks_that_loaded_different_weights_are_refused(ranks: StandInRanks) -> None:

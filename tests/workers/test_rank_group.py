@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes
@@ -20,10 +23,12 @@ from subspace_store.local_storage import LocalStorage
 from tests.workers.test_deepspeed_engine import zero
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_rows, sentiment_task
+from workers import rank_group
 from workers.base_model import BaseModel
-from workers.orders import Point
+from workers.orders import Point, Rank, RankLost
+from workers.rank_group import joined, listen
 
-pytestmark = pytest.mark.acceptance  # six runs in processes of their own: half a minute
+in_processes = pytest.mark.acceptance  # six runs in processes of their own: half a minute
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 TRAINING = {"max_steps": 6, "learning_rate": 0.02}
@@ -117,6 +122,7 @@ def adapter(gang: Path, name: str) -> Adapter:
     return adapter_from_bytes(LocalStorage(str(gang / "store")).read(told(gang, name)["staging_key"]))
 
 
+@in_processes
 @pytest.mark.parametrize("name", KINDS)
 def test_the_loss_curve_is_the_single_processs(name: str, gang: Path, alone: tuple[Adapter, dict[int, float]]) -> None:
     losses = dict(told(gang, name)["losses"])
@@ -125,6 +131,7 @@ def test_the_loss_curve_is_the_single_processs(name: str, gang: Path, alone: tup
     assert losses[6] < losses[1]
 
 
+@in_processes
 @pytest.mark.parametrize("name", KINDS)
 def test_so_are_the_adapter_and_its_scores_and_rank_0_alone_stages_it(
     name: str, gang: Path, alone: tuple[Adapter, dict[int, float], tuple[float, float]]
@@ -137,11 +144,13 @@ def test_so_are_the_adapter_and_its_scores_and_rank_0_alone_stages_it(
     assert told(gang, name, 1)["losses"] == []
 
 
+@in_processes
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero2"])  # on a CPU ZeRO-3 sends rank 0's weights to all
 def test_ranks_of_one_machine_share_the_pages_of_the_base_weights(name: str, gang: Path) -> None:
     assert [told(gang, name, index)["copied_kilobytes"] for index in range(2)] == [0, 0]
 
 
+@in_processes
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_a_preempted_gang_goes_on_bit_for_bit(name: str, gang: Path) -> None:
     first = told(gang, f"{name}-first", 1)
@@ -152,6 +161,7 @@ def test_a_preempted_gang_goes_on_bit_for_bit(name: str, gang: Path) -> None:
         assert torch.equal(again.modules[module].delta(), update.delta())
 
 
+@in_processes
 @pytest.mark.parametrize("name", ANSWERS)
 def test_every_token_of_an_answer_counts_the_same_whichever_rank_holds_it(
     name: str, gang: Path, tiny: Callable[[str], BaseModel]
@@ -163,3 +173,47 @@ def test_every_token_of_an_answer_counts_the_same_whichever_rank_holds_it(
     for module, update in adapter(gang, name).modules.items():
         delta = expected.modules[module].delta()
         assert torch.linalg.norm(update.delta() - delta) < 1e-3 * torch.linalg.norm(delta)
+
+
+def test_nobody_else_can_take_the_port_at_which_rank_0_waits() -> None:
+    port = listen("127.0.0.1")
+    with pytest.raises(OSError, match="Address already in use"):
+        socket.create_server(("127.0.0.1", port))
+    assert listen("127.0.0.1") != port
+    socket.create_server(("127.0.0.1", port)).close()  # the group before has no use for it any more
+
+
+def test_ranks_that_do_not_meet_are_lost_with_the_place_and_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "JOIN", timedelta(seconds=0.3))
+    before, port = dict(os.environ), listen("127.0.0.1")
+    lost = pytest.raises(RankLost, match="could not join the others within 0")
+    with lost as caught, joined(Rank(0, 2, "127.0.0.1", port), None):
+        pass
+    assert caught.value.where == f"127.0.0.1:{port}"
+    assert "firewall" in caught.value.todo
+    assert "GLOO_SOCKET_IFNAME" in caught.value.todo
+    assert not dist.is_initialized()
+    assert dict(os.environ) == before
+
+
+def test_a_rank_that_failed_says_so_although_nobody_answers_its_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's goodbye waits for the others, who wait in a collective operation for this rank. Here it does not end."""
+
+    def alone(rank: Rank) -> None:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    others = threading.Event()
+    monkeypatch.setattr(rank_group, "_formed", alone)
+    monkeypatch.setattr(rank_group, "LEAVE_SECONDS", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", others.wait)
+        with pytest.raises(ZeroDivisionError), joined(Rank(0, 2), None):
+            raise ZeroDivisionError("on this rank alone")
+        assert dist.is_initialized()
+        others.set()
+    monkeypatch.undo()
+    port = listen("127.0.0.1")
+    with pytest.raises(RankLost, match="twice"), joined(Rank(0, 2, "127.0.0.1", port), None):
+        pass  # should it get another order before it is ended
+    assert not dist.is_initialized()
