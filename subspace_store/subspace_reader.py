@@ -248,7 +248,22 @@ class SubspaceReader:
 
     def history(self) -> list[HistoryEntry]:
         """The log for people, oldest first. Reads every record."""
-        return [HistoryEntry(r.seq, r.time, r.epoch, r.writer, r.actor, r.op, _summary(r)) for r in self._log.records()]
+        return [_entry(record) for record in self._log.records()]
+
+    def lost_by(self, task_id: str) -> HistoryEntry | None:
+        """The record with which `main` lost a task that it does not hold: a `rollback`, or its `remove`. None if it
+        never held it.
+
+        Cost:
+            Reads the log backwards up to there.
+        """
+        lost = None
+        for record in self._log.records(newest_first=True):
+            if MAIN in record.refs:
+                if task_id in self.state.tasks_at(record.refs[MAIN]):
+                    return lost
+                lost = _entry(record)
+        return None
 
     # Looking things up
 
@@ -307,6 +322,10 @@ class SubspaceReader:
         except NotFound:
             head = self.state.heads[task.adapter.key]
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
+
+
+def _entry(record: version_log.Record) -> HistoryEntry:
+    return HistoryEntry(record.seq, record.time, record.epoch, record.writer, record.actor, record.op, _summary(record))
 
 
 def _summary(record: version_log.Record) -> str:

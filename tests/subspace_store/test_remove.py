@@ -148,3 +148,20 @@ def test_other_modules_of_the_removed_task_close_again() -> None:
     store.remove("w", op_key="r", actor="me")
     assert set(store.ranks(4)) == set(SHAPES)
     same(store, grown("a", "b"))
+
+
+@pytest.mark.parametrize("gone", ["c", "b"])  # the newest task, for which nothing is made again, and an older one
+def test_the_log_tells_a_task_that_was_removed_from_one_that_was_rolled_back(gone: str) -> None:
+    store = grown("a", "b", "c")
+    store.publish(3, op_key="p", actor="me")
+    assert (store.lost_by(gone), store.lost_by("z")) == (None, None)
+    store.remove(gone, op_key="r", actor="ann", reason="licence", publish=True)
+    merged(store, {"d": adapter_of("d")})
+    store.publish(store.state.refs[CANDIDATE], op_key="p2", actor="me")
+    lost = store.lost_by(gone)
+    assert lost is not None
+    assert (lost.op, lost.actor, lost.summary.endswith(": licence")) == ("remove", "ann", True)
+    store.rollback(3, op_key="back", actor="me")
+    assert store.lost_by(gone) is None
+    store.rollback(0, op_key="further", actor="me")
+    assert [getattr(store.lost_by(task), "op", None) for task in "abcd"] == ["rollback"] * 4
