@@ -370,10 +370,13 @@ class Service:
             if self._controller is None:
                 return "the service is not running; `onebasis up` starts it"
             if not self._controller.ready_workers:
-                return "the workers are still loading the base model"
+                return f"no worker is ready: {'; '.join(sorted(set(self._controller.describe_workers().values())))}"
             ahead = f"{place - 1} before it" if place else "its turn is coming"
             note = f"; last attempt: {record.reason}" if record.reason else ""
             return f"place {place}: {ahead}, {self._controller.free_workers} workers free{note}"
+        at_work = next_step(record) is Step.AWAIT_ADAPTER
+        if at_work and self._queue.progress(record.task_id).get("phase") == "waiting":
+            return f"{record.worker} waits for places for its ranks; the task's log says for what"
         held = self._store.refresh().held
         if held is not None and record.state is TaskState.EVALUATING:
             return f"version {record.version} waits: main is held by {held.actor}: {held.reason or 'no reason given'}"

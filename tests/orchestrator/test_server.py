@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import socket
+import time
 import zipfile
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +201,35 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
         for name in ("one", "two"):
             assert site.client.call("cancel", reference=f"red/{name}", by="ann")["state"] == "training"
             site.wait_for(f"red/{name}", "cancelled")
+    finally:
+        cluster.release()
+
+
+def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, controller = site.plant.cluster, site.plant.controller
+    cluster.hold = lambda order: isinstance(order, Train)
+    training = cluster.progress
+
+    def progress(worker: str) -> Future[Any]:
+        """Of a gang that has lost a machine."""
+        found: Future[Any] = Future()
+        found.set_result(replace(training(worker).result(), phase="waiting"))
+        return found
+
+    monkeypatch.setattr(cluster, "progress", progress)
+    try:
+        titles = [f"red/waits-{number}" for number in range(3)]
+        for title in titles:
+            site.client.call("submit", document=site.document(title), by="ann")
+        while "waits for places for its ranks" not in site.client.call("task", reference=titles[1])["why"]:
+            time.sleep(0.01)
+        with monkeypatch.context() as patch:  # all are being formed anew, and there is no place for any
+            patch.setattr(type(controller), "ready_workers", 0)
+            patch.setattr(controller, "describe_workers", lambda: dict.fromkeys("ab", "no place for 2 ranks"))
+            assert site.client.call("task", reference=titles[2])["why"] == "no worker is ready: no place for 2 ranks"
+        for title in titles:
+            site.client.call("cancel", reference=title, by="ann")
+            site.wait_for(title, "cancelled")
     finally:
         cluster.release()
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from configs.errors import InvalidInput, Unavailable
+from configs.settings import WorkerSettings
 from tests.builders import LAYOUT, task_spec, trained
 from workers import gang as gang_module
 from workers.gang import Gang, NoPlace
+from workers.gang_actor import no_place
 from workers.orders import Evaluate, Evaluated, Failed, Progress, Rank, RankLost, Train, Trained
 
 TRAIN = Train("token", "task", 1, task_spec(), "data/train", "data/eval", "staging/task/1-token/adapter.safetensors")
@@ -423,6 +425,24 @@ def test_ranks_that_loaded_different_weights_are_refused(ranks: StandInRanks) ->
     ranks.make = lambda generation, index: StandInRank(sha256=str(index))
     with pytest.raises(InvalidInput, match=r"10\.0\.0\.1, 10\.0\.0\.2: the ranks loaded different weights"):
         Gang(ranks, lease_seconds=5).warm()
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "why"),
+    [
+        (2, 0, "the 2 machines that are up (10.0.0.3 went away) have room for 3"),  # 2 beside 1, for 4 ranks
+        (1, 0, "the 2 machines that are up (10.0.0.3 went away) have room for 6, but something else has taken it"),
+        (1, 1, "the 2 machines that are up (10.0.0.3 went away) have room for 1"),
+    ],
+)
+def test_who_finds_no_place_is_told_what_is_missing(cpus: float, gpus: float, why: str) -> None:
+    def machine(number: int, alive: bool = True, **resources: float) -> dict[str, Any]:
+        return {"Alive": alive, "NodeManagerAddress": f"10.0.0.{number}", "Resources": resources}
+
+    # The first was away for a while, and is back.
+    nodes = [machine(1, alive=False), machine(1, CPU=4.0), machine(2, CPU=2.0, GPU=1.0), machine(3, alive=False)]
+    workers = WorkerSettings(ranks=4, cpus=cpus, gpus=gpus)
+    assert no_place(workers, nodes) == f"no place for 4 ranks with {cpus} CPUs and {gpus} GPUs each: {why}"
 
 
 def _done(outcome: Any) -> StandInRank:
