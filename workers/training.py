@@ -180,7 +180,7 @@ class _Attempt:
 
     def _train_from_here(self, rows: Sequence[Row], halvings: int) -> tuple[Adapter, TrainingRun]:
         spec, group = self._order.spec, self._group
-        given, checkpoint = self._given(self._checkpoint(), rows)
+        given, checkpoint = self._given(self._checkpoint(), rows, halvings)
         method = METHODS[self.method_name]
         prepared = method.prepare(self._base, spec, given)
         if checkpoint is not None and not fits(prepared, checkpoint):
@@ -221,7 +221,9 @@ class _Attempt:
             raise Unavailable("rank 0 sees a checkpoint that this rank does not see", key, "try again")
         return checkpoint
 
-    def _given(self, checkpoint: Checkpoint | None, rows: Sequence[Row]) -> tuple[Given, Checkpoint | None]:
+    def _given(
+        self, checkpoint: Checkpoint | None, rows: Sequence[Row], halvings: int
+    ) -> tuple[Given, Checkpoint | None]:
         """What the method starts from: the same on every rank, and the same again after an interruption."""
         order = self._order
         self._store.refresh()
@@ -230,14 +232,14 @@ class _Attempt:
         elif order.refine_version:
             self.method_name, self.version = "refine", order.refine_version
         else:
-            self.method_name, self.version = self._chosen(rows)
+            self.method_name, self.version = self._chosen(rows, halvings)
         try:
             basis = self._store.basis(self.version) if self.version else {}
         except NotFound as error:
             if checkpoint is None:
                 raise
             self._forget_checkpoint(checkpoint, f"its basis is gone ({error.what})")
-            return self._given(self._checkpoint(), rows)
+            return self._given(self._checkpoint(), rows, halvings)
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
         basis_of = f", in the basis of version {self.version}" if self.version else ""
         self._say(f"task {order.task_id}: method {self.method_name}{basis_of}")
@@ -250,17 +252,18 @@ class _Attempt:
         if self._group.rank.leads:  # it would be found again, before those that this attempt will leave
             self._storage.delete(self._checkpoint_key)
 
-    def _chosen(self, rows: Sequence[Row]) -> tuple[str, int]:
-        """The method and the version to lease. For `auto` rank 0 tries the task out, and the others take its answer."""
-        spec = self._order.spec
+    def _chosen(self, rows: Sequence[Row], halvings: int) -> tuple[str, int]:
+        """The method and the version to lease. For `auto` all ranks try the task out, as rank 0 sees the store."""
+        spec, group = self._order.spec, self._group
         name: str = spec.method.name
-        main: int = self._group.agree(self._store.resolve(MAIN))
+        main: int = group.agree(self._store.resolve(MAIN))
         if name == "auto":
-            if self._group.rank.leads:
-                given = Given(version=main, basis=self._store.basis(main) if main else {})
-                name, why = auto.choose(self._base, spec, given, rows)
-                self._say(why)
-            name = self._group.agree(name)
+            given = Given(version=main, basis=self._store.basis(main) if main else {})
+            around = Surroundings(self._order.token, group, asked=self._asked, halvings=halvings)
+            with refusals_named(spec.training.deepspeed):
+                name, why = auto.choose(self._base, spec, given, rows, around)
+            name = group.agree(name)
+            self._say(why)
         return name, main if METHODS[name].needs_basis(spec) else 0
 
     def _say(self, line: str) -> None:

@@ -1,91 +1,117 @@
-"""Method `auto`: `share` where the basis already spans such tasks, else `lora`.
+"""Method `auto`: `share` where it learns the task in the leased basis as fast as a LoRA does, else `lora`.
 
-What share of an update the basis spans, the store's forecast says, and it needs the update. So a short LoRA run goes
-first, its A started inside the basis, and is thrown away.
+Both are trained for a few steps on the same rows in the same order, and thrown away. Every step meets rows that neither
+has seen, so its loss, taken before the step, is one on unseen rows. No row of the evaluation is looked at.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
+import statistics
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-import torch
-
+from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
-from subspace_store.adapter import Adapter
-from subspace_store.forecast import spanned_energy
 from workers.base_model import BaseModel
-from workers.deepspeed_engine import is_parted
-from workers.features import collator
-from workers.methods import Given, lora
+from workers.batches import schedule
+from workers.deepspeed_engine import is_parted, release
+from workers.methods import NOTHING, Given, Method, lora, share
 from workers.methods.factors import spanned
+from workers.orders import Point, Progress
 from workers.task_data import Row
+from workers.trainer import OutOfMemory, Surroundings, fit
 
-PROBE_STEPS = 16
-SPANNED_MIN = 0.5
-"""Share of the probe's ΔW inside the basis from which on `share` is chosen: most of it. Cautious, not tuned.
-
-After four merges on MiniLM (17 of 384 directions), coefficients alone kept up with LoRA on tasks like the merged ones
-(accuracy −0.5, −4 and +2 points) and not on others (−6 and −9). No probe told the two apart: 16 steps gave 0.12, 0.09
-and 0.14 for the first and 0.14 and 0.12 for the others, a sketch of the gradients 0.01 to 0.02 for all. So only a basis
-that holds most of any update means `share`, and `lora` is what is never wrong."""
+TRIAL_STEPS = 24
+STEPS_MIN = 8
+"""Fewer say nothing: the rate of learning has hardly risen."""
+BEHIND_MAX = 0.25
+"""So much of LoRA's fall of the loss `share` may lack, a standard error included."""
 
 
-def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row]) -> tuple[str, str]:
-    """The method to train with, and why, in a line. Draws from spec.training.seed: the same answer every time.
-
-    For one rank alone; the others take its answer.
+def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row], around: Surroundings) -> tuple[str, str]:
+    """The method to train with, and why, in a line. The same answer every time, and on every rank.
 
     Args:
         given: With the leased basis.
+        around: The ranks, all of which must call this, and what they are asked.
 
     Raises:
-        InvalidInput: The run did not stay finite.
+        InvalidInput: A target module that the base model does not have.
+        OutOfMemory: In a gang, whose other ranks wait for this one. A process by itself takes `lora`.
+        Cancelled, Preempted: Between two steps.
 
     Cost:
-        `PROBE_STEPS` micro-batches, forward and backward, in this process. Not with ZeRO stage 3, whose base model one
-        process may not hold.
+        Twice `TRIAL_STEPS` steps, but half of the task's own at most.
     """
     missing = [name for name in lora.target_modules(base, spec.lora) if spanned(given.basis, name) is None]
     if missing:
         return "lora", f"auto: lora, because the basis lacks {len(missing)} of the modules"
     if is_parted(spec):
         return "lora", "auto: lora, because with ZeRO stage 3 the task is not tried out first"
+    steps = min(TRIAL_STEPS, schedule(spec.training, len(rows), around.group.rank).steps // 4)
+    if steps < STEPS_MIN:
+        return "lora", "auto: lora, because the task has too few steps to be tried out first"
     try:
-        inside = spanned_share(_probe(base, spec, given, rows), given)
-    except (torch.OutOfMemoryError, MemoryError):
-        return "lora", "auto: lora, because memory ran out when the task was tried out"
-    name, sign = ("share", "at least") if inside >= SPANNED_MIN else ("lora", "less than")
-    return name, f"auto: {name}, because the basis spans {inside:.0%} of such an update, {sign} {SPANNED_MIN:.0%}"
+        with_lora, with_share = (_losses(method, steps, base, spec, given, rows, around) for method in (lora, share))
+    except InvalidInput as error:
+        if isinstance(error, OutOfMemory) and around.group.rank.size > 1:
+            raise
+        return "lora", f"auto: lora, because trying the task out failed: {error}"
+    return verdict(with_lora, with_share)
 
 
-def spanned_share(adapter: Adapter, given: Given) -> float:
-    """Share of an adapter's energy that the leased basis spans: `Forecast.spanned`, of bases already read."""
-    energy = sum(update.energy for update in adapter.modules.values())
-    inside = sum(spanned_energy(given.basis[name], update) for name, update in adapter.modules.items())
-    return min(1.0, inside / energy) if energy else 0.0
+def verdict(with_lora: Sequence[float], with_share: Sequence[float]) -> tuple[str, str]:
+    """`share` if it ends behind LoRA by no more than BEHIND_MAX of what was learnt; `lora` if nothing was.
+
+    Learnt is by how much the better of the two lowered the loss, from the first quarter of the steps to the last.
+
+    Args:
+        with_lora, with_share: The loss of each step, at least `STEPS_MIN`, on the same rows.
+    """
+    quarter = len(with_lora) // 4
+    learnt, noise = max(_fall(losses, quarter) for losses in (with_lora, with_share))
+    pairs = zip(with_share[-quarter:], with_lora[-quarter:], strict=True)
+    gap, error = _mean([inside - free for inside, free in pairs])
+    steps, end = len(with_lora), statistics.fmean(with_lora[-quarter:])
+    if learnt < 2 * noise:
+        return "lora", f"auto: lora, because {steps} steps taught neither anything: loss {end:.3g} ± {noise:.1g}"
+    name = "share" if gap + error <= BEHIND_MAX * learnt else "lora"
+    return name, (
+        f"auto: {name}, because after {steps} steps share's loss was {abs(gap):.2g} ± {error:.1g} "
+        f"{'above' if gap > 0 else 'below'} lora's of {end:.3g}; up to {BEHIND_MAX * learnt:.2g} above means share"
+    )
 
 
-def _probe(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row]) -> Adapter:
-    """What a LoRA, started inside the basis, has learnt after a few steps."""
-    training = spec.training
-    model = lora.prepare(base, spec, given).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    collate, size = collator(base, spec), training.per_device_train_batch_size
-    draw = torch.Generator().manual_seed(training.seed)
-    for _ in range(PROBE_STEPS):
-        chosen = [rows[index] for index in torch.randint(len(rows), (size,), generator=draw).tolist()]
-        batch = {name: tensor.to(base.device) for name, tensor in collate(chosen).items()}
-        with _precision(base, training.bf16):
-            loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm or torch.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-    return lora.finish(model, base, spec, given)
+def _fall(losses: Sequence[float], quarter: int) -> tuple[float, float]:
+    (start, start_error), (end, end_error) = _mean(losses[:quarter]), _mean(losses[-quarter:])
+    return start - end, math.hypot(start_error, end_error)
 
 
-def _precision(base: BaseModel, bf16: bool) -> Any:
-    return torch.autocast(base.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+def _mean(numbers: Sequence[float]) -> tuple[float, float]:
+    """With its standard error."""
+    return statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
+
+
+def _losses(
+    method: Method,
+    steps: int,
+    base: BaseModel,
+    spec: TaskSpec,
+    given: Given,
+    rows: Sequence[Row],
+    around: Surroundings,
+) -> list[float]:
+    """The loss of each step of a short run of its own, with the whole schedule of the learning rate in it."""
+    losses: list[float] = []
+
+    def hear(progress: Progress) -> None:
+        losses.extend(line.loss for line in progress.log_lines if isinstance(line, Point))
+
+    training = spec.training.model_copy(update={"max_steps": steps})
+    short = spec.model_copy(update={"training": training})
+    model = method.prepare(base, short, given if method.needs_basis(spec) else NOTHING)
+    run = fit(model, base, rows, short, replace(around, report=hear))
+    if run.engine is not None:
+        release(run.engine)
+    return losses
