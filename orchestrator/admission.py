@@ -19,8 +19,9 @@ from configs.task_spec import TaskSpec
 from orchestrator.task_queue import TaskQueue
 from orchestrator.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState, new_task_id
 from subspace_store import Storage
-from subspace_store.adapter import Adapter, adapter_to_bytes, digest
+from subspace_store.adapter import adapter_to_bytes, digest
 from subspace_store.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
+from workers.fitting import check_lengths, check_template, chosen_modules, with_full_names
 from workers.frozen_rows import FrozenTask, freeze
 from workers.orders import BaseLayout
 
@@ -72,19 +73,17 @@ def check_submission(document: Mapping[str, Any], settings: Settings, layout: Ba
         )
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
-    has_rows = spec.method.name != "import" or spec.data.eval_file
-    if has_rows and spec.data.max_length > layout.length_max:
-        raise InvalidInput(
-            f"{spec.data.max_length} tokens are more than the base model's {layout.length_max}", "data.max_length"
-        )
+    check_lengths(spec, layout.length_max)
+    check_template(spec, layout.has_chat_template)
     evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
     if spec.method.name == "import":
         folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
             _allowed_file(str(folder / name), settings, "method.adapter")
-        adapter = adapter_to_bytes(_checked_import(folder, settings, layout))
+        brought = read_peft_folder(folder, settings.base_model.name, layout.sha256)
+        adapter = adapter_to_bytes(with_full_names(brought, layout.module_shapes, str(folder)))
         return Draft(spec, freeze(spec, None, evaluation), adapter, ())
-    _check_targets(spec, layout)
+    chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation)
     return Draft(spec, rows, b"", tuple(_warnings(rows)))
@@ -224,31 +223,3 @@ def _allowed_rows(path: str, settings: Settings, key: str) -> Path:
 def _unseen(path: str, key: str, error: OSError) -> InvalidInput:
     """A folder that the service may not enter, a name that is too long."""
     return InvalidInput(f"cannot look at {path}: {error.strerror}", key, "correct the path or its rights")
-
-
-def _check_targets(spec: TaskSpec, layout: BaseLayout) -> None:
-    for target in spec.lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in layout.module_shapes):
-            known = sorted({name.rpartition(".")[2] for name in layout.module_shapes})
-            raise InvalidInput(
-                f"the base model has no linear layer '{target}'", "lora.target_modules", f"it has: {', '.join(known)}"
-            )
-
-
-def _checked_import(folder: Path, settings: Settings, layout: BaseLayout) -> Adapter:
-    adapter = read_peft_folder(folder, settings.base_model.name, layout.sha256)
-    for name, update in adapter.modules.items():
-        known = {n: s for n, s in layout.module_shapes.items() if n == name or n.endswith(f".{name}")}
-        if not known:
-            raise InvalidInput(
-                f"the adapter changes '{name}', which base model '{settings.base_model.name}' does not have",
-                str(folder),
-                "was it trained on another base model?",
-            )
-        if update.shape not in known.values():
-            raise InvalidInput(
-                f"module '{name}' has shape {update.shape}, the base model's is {next(iter(known.values()))}",
-                str(folder),
-                "was it trained on another base model?",
-            )
-    return adapter

@@ -315,7 +315,7 @@ class Candidate:
             table = score_table(state, version, drift_min)
             decision = judge(table, version, records, self._settings.gate)
             if not decision.passed:  # the rows that made the difference are read for those who are told of it alone
-                paired = _paired_differences(self._storage, table, version)
+                paired = _paired_differences(self._storage, table, version, records)
                 decision = judge(table, version, records, self._settings.gate, paired)
             if decision.passed and state.held is not None:
                 self._errands.log_moved.set()
@@ -428,16 +428,20 @@ class Candidate:
         return self._queue.try_apply(task_ids, event)
 
 
-def _paired_differences(storage: Storage, table: ScoreTable, version: int) -> dict[str, PairedDifference]:
+def _paired_differences(
+    storage: Storage, table: ScoreTable, version: int, records: Mapping[str, TaskRecord]
+) -> dict[str, PairedDifference]:
     """Task id to how its score under a version differs, row by row, from the one that the gate compares it with."""
     found = {}
     for task_id, cell in table.cells[version].items():
-        if cell.measured_at != version:
+        record = records.get(task_id)
+        if cell.measured_at != version or record is None:
             continue
         first = next(table.cells[v][task_id].measured_at for v, score in table.column(task_id) if score == score)
-        before = 0 if table.birth[task_id] == version else first  # 0: with its own adapter, before merging
+        is_new = table.birth[task_id] == version  # then with its own adapter, before merging
+        before = record.local_results_key if is_new else results_key(task_id, first)
         try:
-            early, late = (read_results(storage, results_key(task_id, number)) for number in (before, version))
+            early, late = (read_results(storage, key) for key in (before, results_key(task_id, version)))
         except (NotFound, Corrupt):
             continue  # a score from before results were kept
         if early.comparable(late):

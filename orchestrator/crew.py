@@ -16,7 +16,7 @@ from orchestrator.cluster import Cluster, Flight, MachineLost
 from orchestrator.errands import RETRY_SECONDS, Errand, Errands
 from orchestrator.task_lifecycle import Claimed, Step, next_step
 from orchestrator.task_queue import TaskQueue
-from orchestrator.task_record import TaskRecord, TaskState, results_key, staging_key
+from orchestrator.task_record import TaskRecord, TaskState, local_results, staging_key
 from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Progress, Train
 
 log = logging.getLogger("onebasis.controller")
@@ -204,7 +204,7 @@ def train_order(record: TaskRecord) -> Train:
         train_key=record.train_key,
         eval_key="" if refines else record.eval_key,  # refined, it is scored with its version
         staging_key=staging_key(record.task_id, record.attempt, record.token),
-        results_key=results_key(record.task_id) if record.eval_key and not refines else "",
+        results_key="" if refines else local_results(record),
         refine_version=record.version if refines else 0,
     )
 

@@ -43,6 +43,8 @@ def _is_done_with(record: TaskRecord, key: str) -> bool:
         return trained
     given_up = record.state in (TaskState.REJECTED, TaskState.CANCELLED)
     parked = record.state is TaskState.PARKED
+    if trained and key.startswith(f"results/{record.task_id}/local-") and key != record.local_results_key:
+        return True  # of an attempt that did not count
     if key == record.eval_key or key.startswith("results/"):  # needed while a version may be scored that holds the task
         return given_up or (parked and not record.version)
     # In staging: checkpoints until it is trained, the adapter until no group can fail that has to be merged again.

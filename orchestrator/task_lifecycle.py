@@ -33,7 +33,7 @@ from typing import Any
 
 from configs.errors import Conflict
 from configs.settings import FailureSettings
-from orchestrator.task_record import TaskRecord, TaskState, staging_key
+from orchestrator.task_record import TaskRecord, TaskState, local_results, staging_key
 from workers.orders import Trained
 
 
@@ -253,6 +253,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 record,
                 state=TaskState.MERGING,
                 staging_key=outcome.staging_key or staging_key(record.task_id, record.attempt, record.token),
+                local_results_key=local_results(record),
                 adapter_sha256=outcome.adapter_sha256,
                 adapter_parameters=outcome.adapter_parameters,
                 local_score=_measured(outcome.local_score),

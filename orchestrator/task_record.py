@@ -83,6 +83,8 @@ class TaskRecord(Section):
     train_loss: float | None = None
     steps: int = 0
     staging_key: str = ""
+    local_results_key: str = ""
+    """Of what each evaluation row scored with that attempt's adapter; empty without evaluation rows."""
     adapter_sha256: str = ""
     adapter_parameters: int = 0
     local_score: float | None = None
@@ -129,6 +131,15 @@ def staging_key(task_id: str, attempt: int, token: str) -> str:
     return f"staging/{task_id}/{attempt}-{token}/adapter.safetensors"
 
 
-def results_key(task_id: str, version: int = 0) -> str:
-    """Where is kept what each evaluation row scored under a version, or with the task's own adapter before merging."""
-    return f"results/{task_id}/{version or 'local'}.safetensors"
+def results_key(task_id: str, version: int) -> str:
+    """Where is kept what each evaluation row scored under a version: the same, whoever scored it."""
+    return f"results/{task_id}/{version}.safetensors"
+
+
+def local_results(record: TaskRecord) -> str:
+    """The same with the adapter of the running attempt, before merging; no two attempts share a key.
+
+    Two may run at once, for one that lost its lease may not know it, and their adapters differ. Empty without rows.
+    """
+    name = f"local-{record.attempt}-{record.token}"
+    return f"results/{record.task_id}/{name}.safetensors" if record.eval_key else ""

@@ -16,22 +16,24 @@ from peft import LoraConfig
 from torch import Tensor
 
 from configs.errors import InvalidInput
-from configs.task_spec import Metric, TaskSpec
+from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
 from subspace_store.peft_format import to_peft
+from subspace_store.storage import Storage
 from workers import metrics
 from workers.base_model import BaseModel
 from workers.deepspeed_engine import parted
 from workers.features import IGNORED, collator, encode_prompt, lengths
-from workers.metrics import Measure
+from workers.frozen_rows import StoredRows
+from workers.metrics import GENERATED, Measure
+from workers.orders import Evaluate, Rank, Train
 from workers.peft_model import TASK_TYPES, put_tensors, with_lora
+from workers.results import Results, write_results
 from workers.task_data import CompletionRow, Row
 
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
 TOKENS_PER_BATCH = 8192  # padding counted; with a cache of half a megabyte per token (7B, bfloat16) that is 4 GB
 LOGITS_PER_BATCH = 2**28  # of a language model: 1 GiB in float32
-GENERATED: tuple[Metric, ...] = ("exact_match", "rouge_l")
-"""Metrics that need answers. A token of an answer costs a pass through the model, so nobody else pays for them."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,28 @@ def score_adapter(
         with_update: False leaves ΔW out and keeps the head.
 
     Raises:
-        InvalidInput: The adapter does not fit the base model or the task's labels.
+        InvalidInput: The adapter does not fit the base model or the task's labels; or see `score_rows`.
     """
     with parted(adapted_model(base, adapter, spec, with_update), spec.training.deepspeed) as model:
         return score_rows(model, base, rows, spec, between_batches)
+
+
+def score_and_keep(
+    order: Train | Evaluate,
+    base: BaseModel,
+    adapter: Adapter,
+    rows: StoredRows,
+    storage: Storage,
+    between_batches: Callable[[], None],
+    rank: Rank,
+) -> Score:
+    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one."""
+    score = score_adapter(base, adapter, rows, order.spec, between_batches)
+    if order.results_key and rank.leads:
+        version = order.version if isinstance(order, Evaluate) else 0
+        results = Results(order.task_id, version, order.spec.metric, rows.sha256, score.per_row)
+        write_results(storage, order.results_key, results)
+    return score
 
 
 def score_rows(
@@ -85,7 +105,11 @@ def score_rows(
         between_batches: See `score_adapter`.
 
     Returns:
-        The score by the definitions in `workers/metrics.py`.
+        The score by the definitions in `workers/metrics.py`, a finite number.
+
+    Raises:
+        InvalidInput: The model's output for a row is no number: a broken model has no score rather than a bad one, for
+            that could be as bad as the one before merging and pass. Or the tokenizer makes nothing of the completions.
     """
     model.eval()
     with torch.inference_mode():
@@ -106,14 +130,18 @@ def _predictions(
     collate, regression = collator(base, spec), spec.kind == "sequence_regression"
     expected: list[Any] = [0] * len(rows)
     predicted: list[Any] = [0] * len(rows)
+    broken: list[int] = []
     for chosen in batches_by_length(lengths(base, spec, rows)):
         between_batches()
         batch = collate([rows[index] for index in chosen])
         labels = batch.pop("labels").tolist()
         logits = model(**_on(model.device, batch)).logits
         answers = logits.squeeze(-1) if regression else logits.argmax(dim=-1)
+        numbers = logits.isfinite().all(dim=-1).tolist()
+        broken += [index for index, is_number in zip(chosen, numbers, strict=True) if not is_number]
         for index, label, answer in zip(chosen, labels, answers.tolist(), strict=True):
             expected[index], predicted[index] = label, answer
+    _check_numbers(broken, len(rows), spec)
     if regression:
         return metrics.regression(expected, predicted)
     return metrics.classification(expected, predicted, len(spec.data.label_names))
@@ -134,14 +162,31 @@ def _likelihood(
             scored = labels_T != IGNORED
             sums[index] = _log_probability(logits_TV[scored], labels_T[scored])
             counts[index] = int(scored.sum())
+    _check_numbers([index for index, value in enumerate(sums) if value != value], len(rows), spec)
+    if not any(counts):
+        raise InvalidInput(
+            f"the tokenizer of the base model {base.name!r} makes no token of any evaluation row's completion",
+            "data",
+            "give completions in a script that it knows",
+        )
     return metrics.likelihood(sums, counts)
 
 
 def _log_probability(logits_TV: Tensor, labels_T: Tensor) -> float:
-    """Of all labels together, each at least `metrics.LOG_PROBABILITY_MIN`."""
+    """Of all labels together, each at least `metrics.LOG_PROBABILITY_MIN`; NaN where an output is no number."""
     of_labels_T = logits_TV.float().log_softmax(dim=-1).gather(1, labels_T[:, None])
-    least = metrics.LOG_PROBABILITY_MIN
-    return float(of_labels_T.nan_to_num(nan=least).clamp(min=least).double().sum())
+    return float(of_labels_T.clamp(min=metrics.LOG_PROBABILITY_MIN).double().sum())
+
+
+def _check_numbers(broken: Sequence[int], count: int, spec: TaskSpec) -> None:
+    """Refuse a model that put out NaN or infinity for these rows."""
+    if broken:
+        raise InvalidInput(
+            f"{spec.metric} cannot be computed: for {len(broken)} of {count} evaluation rows, one of them row "
+            f"{min(broken) + 1}, the model's output is no number",
+            "training.learning_rate",
+            "lower it, or set training.bf16 to false; if it came with merging, see what it was merged with",
+        )
 
 
 def generate(

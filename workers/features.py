@@ -15,6 +15,7 @@ import torch
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from workers.base_model import BaseModel
+from workers.fitting import check_template
 from workers.task_data import CompletionRow, ImageRow, Row
 
 Batch = dict[str, Any]
@@ -36,7 +37,7 @@ def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Sequence[Row]], Batch
         return lambda rows: images(base.image_processor, rows)
     tokenizer, length_max = base.tokenizer, spec.data.max_length
     if spec.kind == "causal_lm":
-        check_template(tokenizer, spec)
+        check_template(spec, bool(tokenizer.chat_template))
         return lambda rows: completions(tokenizer, rows, length_max)
     label_type = torch.float32 if spec.kind == "sequence_regression" else torch.int64
     return lambda rows: texts(tokenizer, rows, length_max, label_type)
@@ -94,16 +95,6 @@ def encode_completion(tokenizer: Any, row: CompletionRow, length_max: int) -> tu
 def encode_prompt(tokenizer: Any, row: CompletionRow, length_max: int) -> list[int]:
     """Token ids to generate from, the last `length_max` of them."""
     return _cut_left(tokenizer, _encode(tokenizer, row)[0], length_max)
-
-
-def check_template(tokenizer: Any, spec: TaskSpec) -> None:
-    """Refuse messages that the tokenizer cannot render."""
-    if spec.data.messages_column and not tokenizer.chat_template:
-        raise InvalidInput(
-            f"the tokenizer of the base model {spec.base_model!r} has no chat template to render messages with",
-            "data.messages_column",
-            "give data.prompt_column and data.completion_column, or train on a base model that was made for chat",
-        )
 
 
 def _encode(tokenizer: Any, row: CompletionRow) -> tuple[list[int], list[int]]:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import mmap
+import struct
 import tempfile
 from array import array
 from bisect import bisect_left, bisect_right
@@ -26,6 +27,7 @@ from typing import IO, Any, overload
 from configs.errors import Corrupt, InvalidInput, Unavailable
 from configs.task_spec import Kind, TaskSpec
 from subspace_store.storage import Storage
+from workers.metrics import CORRELATIONS
 from workers.task_data import (
     CompletionRow,
     ImageRow,
@@ -100,7 +102,8 @@ def freeze(spec: TaskSpec, train: Path | None, evaluation: Path | None) -> Froze
         evaluation: The same for evaluation rows.
 
     Raises:
-        InvalidInput: See `rows_in`; or a file or a side of the split has no rows.
+        InvalidInput: See `rows_in`; or a file or a side of the split has no rows; or all evaluation rows have one label
+            and the task's metric is a correlation.
         Unavailable: No space for the temporary files.
 
     Cost:
@@ -131,6 +134,12 @@ def freeze(spec: TaskSpec, train: Path | None, evaluation: Path | None) -> Froze
             _some(trained, str(train), "give at least one row" if not fraction else "lower data.eval_fraction")
             if fraction:
                 _some(evaluated, str(train), "raise data.eval_fraction or give more rows", " for evaluation")
+        if evaluated.count and not evaluated.varies and spec.metric in CORRELATIONS:
+            raise InvalidInput(
+                f"all {evaluated.count} evaluation rows have the same label: {spec.metric} is not defined",
+                str(evaluation or train),
+                "give evaluation rows with several labels, or choose another metric",
+            )
         frozen = FrozenTask(
             trained.finish() if train else None,
             evaluated.finish() if evaluation or fraction else None,
@@ -236,17 +245,26 @@ class _Writer:
         self.count = 0
         self._spec = spec
         self._labels: Counter[Any] = Counter()
+        self._distinct: set[bytes] = set()
         self._digest = hashlib.sha256()
         self._rows: list[tuple[Any, ...]] = []
         self._bytes = 0
         self._out: Any = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether there are two labels that differ."""
+        return len(self._distinct) > 1
 
     def add(self, row: Row, digest: bytes) -> None:
         """Take a row and its `input_digest`."""
         values, size = _values(row)
         label = label_of(row)
         self._digest.update(digest + repr(label).encode())
-        self._labels[label] += 1
+        if isinstance(label, int):
+            self._labels[label] += 1
+        if label is not None and not self.varies:
+            self._distinct.add(struct.pack("f", label))  # in float32, as it will be scored
         self._rows.append(values)
         self._bytes += size
         self.count += 1

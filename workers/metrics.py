@@ -1,5 +1,8 @@
 """Scores from answers: each value by the library that the field uses, and each row's share in it. Pure, on the CPU.
 
+A score is a number, or there is none and an error says why: at admission where the rows decide it (`CORRELATIONS`), in
+evaluation.py where the model's outputs are no numbers. It is never NaN, which means "not measured".
+
 Shares make two versions comparable row by row whatever the metric is. Their mean is the value, exactly, and their
 spread is the value's own: where a value is a mean over rows a share is what the row got (right or not, its ROUGE),
 elsewhere it is the value plus the row's influence on it (the delta method, also called infinitesimal jackknife). So the
@@ -19,11 +22,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.task_spec import Metric
+
 Floats = NDArray[np.float64]
 
+CORRELATIONS: tuple[Metric, ...] = ("matthews_correlation", "pearson", "spearman")
+"""Not defined where all labels are the same, whatever the answers: admission refuses such evaluation rows."""
+GENERATED: tuple[Metric, ...] = ("exact_match", "rouge_l")
+"""Metrics that need answers. A token of an answer costs a pass through the model, so nobody else pays for them."""
 LOG_PROBABILITY_MIN = -100.0
-"""Of one token. float32 tells nothing smaller from 0, and one token must not outweigh all others; outputs that are no
-numbers count as this, so that a broken model has a bad score and not none."""
+"""Of one token. float32 tells nothing smaller from 0, and one token must not outweigh all others."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +76,18 @@ def classification(expected: Sequence[int], predicted: Sequence[int], label_coun
 def regression(expected: Sequence[float], predicted: Sequence[float]) -> dict[str, Measure]:
     """`pearson` and `spearman` correlation, by scipy.
 
+    Args:
+        predicted: Finite; `workers.evaluation` refuses what a model puts out that is no number.
+
     Returns:
-        0 where a correlation is not defined: all answers (or all labels) the same, one row, or an answer that is no
-        number. 0 is also what answers without any relation to the labels get.
+        0 where all answers are the same, as scikit-learn has it (`r_regression(force_finite=True)`): it is what answers
+        without any relation to the labels get. 0 as well where all labels are, or there is one row: of rows that an
+        earlier release admitted.
     """
     from scipy.stats import pearsonr, rankdata, spearmanr
 
     given, said = np.asarray(expected, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    if not np.isfinite(said).all() or np.ptp(given) == 0 or np.ptp(said) == 0:
+    if np.ptp(given) == 0 or np.ptp(said) == 0:
         return {name: Measure(0.0, np.zeros(len(given))) for name in ("pearson", "spearman")}
     return {
         "pearson": Measure(float(pearsonr(given, said).statistic), _pearson_shares(given, said)),

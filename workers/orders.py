@@ -86,6 +86,8 @@ class BaseLayout:
     """Longest input in tokens."""
     kinds: tuple[Kind, ...]
     """The kinds of task that the base model can be adapted to."""
+    has_chat_template: bool = True
+    """Whether its tokenizer can render messages."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from configs.errors import InvalidInput, NotFound, Unavailable
-from configs.task_spec import TaskSpec
+from configs.errors import NotFound, Unavailable
 from subspace_store.adapter import Adapter
 from subspace_store.storage import Storage
 from subspace_store.subspace_store import SubspaceStore
@@ -24,13 +23,13 @@ from subspace_store.version import MAIN
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
 from workers.deepspeed_engine import is_parted, refusals_named, release
-from workers.evaluation import GENERATED, Score, score_adapter
+from workers.evaluation import Score, score_adapter, score_and_keep
+from workers.fitting import check_lengths
 from workers.frozen_rows import open_rows
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
 from workers.orders import ALONE, Progress, Rank, Train, Trained
 from workers.rank_group import RankGroup, joined
-from workers.results import Results, write_results
 from workers.task_data import Row
 from workers.trainer import Asked, Cancelled, OutOfMemory, Preempted, Report, Surroundings, TrainingRun, fit
 from workers.training_state import fits
@@ -73,7 +72,7 @@ def train_task(
         Corrupt: The staged bytes are not what was written.
     """
     started, spec = time.monotonic(), order.spec
-    check_lengths(base, spec)
+    check_lengths(spec, base.length_max)
     report = report if rank.leads else _nobody
     report(Progress(order.token, "loading"))
     with joined(rank, spec.training.deepspeed) as group:
@@ -105,23 +104,6 @@ def train_task(
         resumed_from=run.resumed_from,
         metrics=local.metrics,
     )
-
-
-def check_lengths(base: BaseModel, spec: TaskSpec) -> None:
-    """Refuse inputs longer than the base model has positions for."""
-    if spec.data.max_length > base.length_max:
-        raise InvalidInput(
-            f"{spec.data.max_length} tokens are more than the base model {base.name!r} reads",
-            "data.max_length",
-            f"set it to {base.length_max} or less",
-        )
-    if spec.metric in GENERATED and spec.data.max_new_tokens >= base.length_max:
-        raise InvalidInput(
-            f"an answer of {spec.data.max_new_tokens} tokens leaves no room for its prompt: the base model "
-            f"{base.name!r} has {base.length_max} positions",
-            "data.max_new_tokens",
-            "lower it",
-        )
 
 
 class _Attempt:
@@ -310,11 +292,8 @@ def _scores(
     report(Progress(order.token, "scoring"))
     rows = open_rows(storage, order.eval_key, order.spec)
     stop = stopper(asked)
-    local = score_adapter(base, adapter, rows, order.spec, stop)
+    local = score_and_keep(order, base, adapter, rows, storage, stop, rank)
     alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
-    if order.results_key and rank.leads:
-        results = Results(order.task_id, 0, order.spec.metric, rows.sha256, local.per_row)
-        write_results(storage, order.results_key, results)
     return local, alone.value
 
 

@@ -27,7 +27,8 @@ from subspace_store.storage import Storage, open_storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
 from workers.deepspeed_engine import is_parted
-from workers.evaluation import score_adapter
+from workers.evaluation import score_adapter, score_and_keep
+from workers.fitting import check_lengths
 from workers.frozen_rows import open_rows
 from workers.methods import lora
 from workers.order_book import OrderBook
@@ -45,10 +46,9 @@ from workers.orders import (
     Train,
 )
 from workers.rank_group import NOBODY_ELSE, joined
-from workers.results import Results, write_results
 from workers.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
-from workers.training import check_lengths, stopper, train_task
+from workers.training import stopper, train_task
 
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
@@ -94,7 +94,8 @@ class Worker:
         """
         # Not behind the order under way: a control plane that was restarted waits for this before it asks for that.
         base = self._book.between(self._base_model).result() if self._base is None else self._base
-        return BaseLayout(base.sha256, base.module_shapes(), base.length_max, base.kinds)
+        template = getattr(base.tokenizer, "chat_template", None)
+        return BaseLayout(base.sha256, base.module_shapes(), base.length_max, base.kinds, bool(template))
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
         """Do an order, or wait for the one with the same token.
@@ -235,14 +236,11 @@ def evaluate_version(
     if not parted and not rank.leads:
         return Evaluated(order.token, math.nan, 0, 0.0)
     report(Progress(order.token, "scoring"))
-    check_lengths(base, order.spec)
+    check_lengths(order.spec, base.length_max)
     rows = open_rows(storage, order.eval_key, order.spec)
     adapter = store.adapter(order.task_id, order.version)
     with joined(rank, order.spec.training.deepspeed) if parted else contextlib.nullcontext(NOBODY_ELSE) as group:
-        score = score_adapter(base, adapter, rows, order.spec, stopper(lambda: group.agree(asked())))
-    if order.results_key and rank.leads:
-        results = Results(order.task_id, order.version, order.spec.metric, rows.sha256, score.per_row)
-        write_results(storage, order.results_key, results)
+        score = score_and_keep(order, base, adapter, rows, storage, stopper(lambda: group.agree(asked())), rank)
     return Evaluated(order.token, score.value, score.count, time.monotonic() - started, score.metrics)
 
 

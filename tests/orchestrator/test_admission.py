@@ -188,7 +188,7 @@ def test_a_kind_that_the_base_model_cannot_do_is_answered_with_those_it_can(desk
 
 def test_an_unknown_target_module_is_answered_with_those_of_the_base_model(desk: Desk) -> None:
     text = desk.refuse(desk.document(lora={"target_modules": ["query", "q_proj"]}))
-    assert "lora.target_modules: the base model has no linear layer 'q_proj'" in text
+    assert "lora.target_modules: the base model 'tiny' has no linear layer 'q_proj'" in text
     assert "it has: query, value" in text
 
 
@@ -198,8 +198,31 @@ def test_a_part_of_a_modules_name_is_no_module(desk: Desk) -> None:
 
 def test_more_tokens_than_the_base_model_reads_are_refused(desk: Desk) -> None:
     text = desk.refuse(desk.document(data={"max_length": 65}))
-    assert text == "data.max_length: 65 tokens are more than the base model's 64"
+    assert text == "data.max_length: 65 tokens are more than the base model 'tiny' reads\n  → set it to 64 or less"
     desk.submit(desk.document(data={"max_length": 64}))
+
+
+def talks(**data: Any) -> dict[str, Any]:
+    """What makes a submission one of a language model that is judged by its answers."""
+    return {"kind": "causal_lm", "metric": "exact_match", "data": {"label_names": None} | data}
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(desk: Desk) -> None:
+    write_rows(desk.data / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    write_rows(desk.data / "eval.jsonl.gz", [{"prompt": "c", "completion": "d"}])
+    assert desk.refuse(desk.document(**talks(max_new_tokens=64))).startswith("data.max_new_tokens: an answer of 64 tok")
+    desk.submit(desk.document(**talks(max_new_tokens=63)))
+
+
+def test_messages_that_the_base_model_cannot_render_are_refused(desk: Desk) -> None:
+    turns = {"m": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    write_rows(desk.data / "train.jsonl", [turns])
+    write_rows(desk.data / "eval.jsonl.gz", [turns])
+    document = desk.document(**talks(messages_column="m", max_new_tokens=9))
+    with pytest.raises(InvalidInput, match="base model 'tiny' has no chat template") as caught:
+        check_submission(document, desk.settings, replace(LAYOUT, has_chat_template=False))
+    assert caught.value.where == "data.messages_column"
+    check_submission(document, desk.settings, LAYOUT).close()
 
 
 @pytest.mark.parametrize("key", ["train_file", "eval_file"])
@@ -293,7 +316,7 @@ def test_an_import_of_another_shape_is_refused_with_both_shapes(desk: Desk) -> N
 
     desk.peft(spoil)
     text = desk.refuse(desk.imported())
-    assert "module 'layer.0.query' has shape (13, 10), the base model's is (12, 10)" in text
+    assert "the adapter's 'layer.0.query' has shape (13, 10); the base model's is (12, 10)" in text
 
 
 def test_an_import_of_an_unknown_module_is_refused_with_its_name(desk: Desk) -> None:
@@ -306,7 +329,44 @@ def test_an_import_of_an_unknown_module_is_refused_with_its_name(desk: Desk) -> 
         config["rank_pattern"] = config["alpha_pattern"] = {}
 
     desk.peft(spoil)
-    assert "the adapter changes 'layer.9.query', which base model 'tiny' does not have" in desk.refuse(desk.imported())
+    assert "changes 'layer.9.query', which the base model 'tiny' does not have" in desk.refuse(desk.imported())
+
+
+def spoilt_by_renaming(*names: str) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
+    """The update of the query, under these names instead."""
+
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for part in "AB":
+            tensor = tensors.pop(f"base_model.model.layer.0.query.lora_{part}.weight")
+            for name in names:
+                tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.clone()
+        config["target_modules"] = ["query", "value"]
+
+    return spoil
+
+
+def test_an_import_of_the_bare_backbone_gets_the_full_names(desk: Desk) -> None:
+    desk.peft(spoilt_by_renaming("0.query"))
+    record, _ = desk.submit(desk.imported())
+    taken = adapter_from_bytes(desk.storage.read(record.train_key))
+    assert torch.allclose(
+        taken.modules["layer.0.query"].delta(), adapter(1).modules["layer.0.query"].delta(), atol=1e-5
+    )
+
+
+def test_two_names_of_an_import_that_mean_one_module_are_refused_with_both(desk: Desk) -> None:
+    desk.peft(spoilt_by_renaming("0.query", "layer.0.query"))
+    text = desk.refuse(desk.imported())
+    assert "the adapter changes 'layer.0.query' twice, as '0.query' and as 'layer.0.query'" in text
+
+
+def test_a_name_of_an_import_that_may_mean_two_modules_is_refused_with_both(desk: Desk) -> None:
+    desk.peft(spoilt_by_renaming("query"))
+    layout = replace(LAYOUT, module_shapes=dict(LAYOUT.module_shapes) | {"layer.1.query": (12, 10)})
+    with pytest.raises(
+        InvalidInput, match=r"'query', which may be any of 2 modules, 'layer\.0\.query' and 'layer\.1\.q"
+    ):
+        check_submission(desk.imported(), desk.settings, layout)
 
 
 def test_a_dora_import_is_refused_by_that_name(desk: Desk) -> None:

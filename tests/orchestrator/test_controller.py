@@ -18,7 +18,7 @@ from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
 from orchestrator.task_queue import LOG
 from orchestrator.task_record import TaskState, results_key
 from subspace_store import StagedAdapter, SubspaceStore
-from tests.builders import LAYOUT, adapter, task_record
+from tests.builders import LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Point, Train
@@ -270,17 +270,10 @@ def test_what_made_the_difference_is_told_row_by_row(make_plant: MakePlant) -> N
     plant = make_plant(workers=3, gate={"drift_min": 0}, subspace={"rank_max": 2})
     plant.cluster.score = lambda title, held: 0.8 if title == "red/a" and "blue/b" in held else 0.9
     (old,) = plant.submit("red/a")
-    new = task_record("blue/b")
     # 9 of 10 rows are right at birth, 8 afterwards: differences of −1 and nine times 0, mean −0.1, deviation 0.3162,
     # and 2.262 of its standard errors of 0.1 on either side.
     at_birth = Results(old.task_id, 1, "accuracy", "ab", (1.0,) * 9 + (0.0,))
-    own = Results(new.task_id, 0, "accuracy", "cd", (1.0, 0.0))
-    for results in (
-        at_birth,
-        replace(at_birth, version=2, per_row=(1.0,) * 8 + (0.0,) * 2),
-        own,
-        replace(own, version=2, eval_sha256="of other rows"),  # not to be compared
-    ):
+    for results in (at_birth, replace(at_birth, version=2, per_row=(1.0,) * 8 + (0.0,) * 2)):
         write_results(plant.storage, results_key(results.task_id, results.version), results)
     plant.run()
     plant.submit("blue/b")
@@ -291,16 +284,42 @@ def test_what_made_the_difference_is_told_row_by_row(make_plant: MakePlant) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"), [("ab", " (0.5000 lower on the same 2 rows, 95 % interval"), ("of others", "")]
+)
+def test_a_new_task_is_compared_row_by_row_with_the_adapter_of_the_attempt_that_counts(
+    rows: str, told: str, make_plant: MakePlant
+) -> None:
+    plant = make_plant()
+    plant.cluster.score = lambda title, held: 0.4
+    plant.cluster.hold = lambda order: isinstance(order, Evaluate)
+    (task,) = plant.submit("red/a")
+    plant.run(lambda: plant.merges() == [["red/a"]])
+    own = Results(task.task_id, 0, "accuracy", "ab", (1.0, 1.0))
+    write_results(plant.storage, plant.get("red/a").local_results_key, own)
+    lost = f"results/{task.task_id}/local-1-of-a-lost-lease.safetensors"
+    write_results(plant.storage, lost, replace(own, per_row=(0.0, 0.0)))
+    merged = replace(own, version=1, eval_sha256=rows, per_row=(1.0, 0.0))
+    write_results(plant.storage, results_key(task.task_id, 1), merged)
+    plant.cluster.release()
+    plant.run()
+    reason = plant.get("red/a").reason
+    assert f"a gap above gate.merge_gap_max 0.05{told}" in reason
+    assert ("on the same" in reason) == bool(told)
+
+
 def test_results_go_with_the_evaluation_rows(make_plant: MakePlant) -> None:
     plant = make_plant(workers=3)
     plant.cluster.score = lambda title, held: 0.6 if title == "red/bad" else 0.9
     tasks = plant.submit("red/a", "red/bad")
     for task in tasks:
-        for version in (0, 1):
-            plant.storage.write(results_key(task.task_id, version), b"rows")
+        for name in ("1", "local-1-another", "local-2-another"):
+            plant.storage.write(f"results/{task.task_id}/{name}.safetensors", b"rows")
     plant.run()
+    kept = plant.get("red/a").local_results_key
+    plant.storage.write(kept, b"rows")
     plant.step()
-    assert list(plant.storage.keys("results/")) == [results_key(tasks[0].task_id, v) for v in (1, 0)]
+    assert sorted(plant.storage.keys("results/")) == sorted([results_key(tasks[0].task_id, 1), kept])
 
 
 def test_newcomers_do_not_overtake_the_tasks_of_a_group_that_failed(make_plant: MakePlant) -> None:

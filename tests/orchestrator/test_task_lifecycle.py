@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from configs.errors import Conflict
 from configs.settings import FailureSettings
+from orchestrator.crew import train_order
 from orchestrator.task_lifecycle import (
     CancelRequested,
     Claimed,
@@ -133,6 +134,19 @@ def test_b_what_was_not_measured_is_none_never_zero_or_nan() -> None:
     record = after(training(), TrainingDone(outcome, 1010.0))
     assert (record.local_score, record.base_score, record.train_loss) == (None, None, None)
     assert record.first_step_at is None
+
+
+def test_an_attempt_that_lost_its_lease_cannot_write_over_the_results_of_the_one_that_counts() -> None:
+    again = after(training(), TrainingFailed("tok", "lost", "no answer", 1003.0), Claimed("tok-2", "worker-1", 1004.0))
+    lost, counts = train_order(training()).results_key, train_order(again).results_key
+    assert lost != counts
+    assert after(again, DONE).local_results_key == ""  # told under a token that is no longer the task's
+    assert after(again, TrainingDone(trained("tok-2"), 1010.0)).local_results_key == counts
+
+
+def test_a_task_without_evaluation_rows_keeps_no_results() -> None:
+    record = after(task_record(eval_key=""), CLAIMED)
+    assert train_order(record).results_key == after(record, DONE).local_results_key == ""
 
 
 def test_c_machine_lost_goes_back_to_the_queue() -> None:

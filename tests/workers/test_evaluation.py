@@ -253,15 +253,47 @@ def test_a_prompt_leaves_room_for_the_answer_in_the_models_positions(talker: Bas
     assert seen[0] == 4
 
 
-@pytest.mark.parametrize(("of_pad", "of_others"), [(math.nan, math.nan), (0.0, 1e30)])
-def test_outputs_that_are_no_numbers_or_too_sure_cost_a_hundred_nats_and_no_more(
-    of_pad: float, of_others: float, talker: BaseModel
-) -> None:
+def test_outputs_that_are_too_sure_cost_a_hundred_nats_and_no_more(talker: BaseModel) -> None:
     count = len(talker.tokenizer)
-    model = Says([of_pad] + [of_others] * (count - 1))
-    score = score_rows(model, talker, [question("x", "<pad>")], task("causal_lm"))
-    of_end = -100.0 if math.isnan(of_others) else -math.log(count - 1)
-    assert score.value == pytest.approx((-100.0 + of_end) / 2)
+    score = score_rows(Says([0.0] + [1e30] * (count - 1)), talker, [question("x", "<pad>")], task("causal_lm"))
+    assert score.value == pytest.approx((-100.0 - math.log(count - 1)) / 2)
+
+
+class BrokenAtThree(Says):
+    """Puts out what is no number for texts of three tokens and more, their first and last marks not counted."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> SimpleNamespace:
+        outputs = self.outputs.repeat(len(input_ids), 1)
+        outputs[attention_mask.sum(dim=1) >= 5, -1] = math.nan
+        return SimpleNamespace(logits=outputs)
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "sequence_regression"])
+def test_a_model_whose_output_is_no_number_has_no_score_and_the_rows_are_named(kind: str, tiny: Tiny) -> None:
+    spec = AB if kind == "sequence_classification" else task(kind)
+    rows = [TextRow("x " * words, None, number % 2) for number, words in enumerate([1, 2, 4, 1, 3])]
+    model = BrokenAtThree([0.0, 1.0] if spec is AB else [0.0])
+    with pytest.raises(InvalidInput) as caught:
+        score_rows(model, tiny("bert"), rows, spec)
+    assert f"{spec.metric} cannot be computed: for 2 of 5 evaluation rows, one of them row 3," in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["log_likelihood", "exact_match", "rouge_l"])
+def test_a_language_model_whose_output_is_no_number_has_no_score(metric: str, talker: BaseModel) -> None:
+    model = Says([math.nan] * len(talker.tokenizer))
+    with pytest.raises(InvalidInput, match=f"{metric} cannot be computed: for 1 of 1 evaluation rows"):
+        score_rows(model, talker, [question("x", "<pad>")], task("causal_lm", metric=metric))
+
+
+def test_completions_of_which_the_tokenizer_makes_nothing_have_no_score(
+    talker: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "lengths", lambda base, spec, rows: [1] * len(rows))
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": ids + 1, "labels": ids - 100}
+    monkeypatch.setattr(evaluation, "collator", lambda base, spec: lambda rows: dict(batch))
+    with pytest.raises(InvalidInput, match="makes no token of any evaluation row's completion"):
+        score_rows(Says([0.0] * len(talker.tokenizer)), talker, [question("x", "y")], task("causal_lm"))
 
 
 # What comes with an adapter

@@ -262,6 +262,42 @@ def test_a_share_that_leaves_a_side_empty_is_refused(fraction: float, said: str,
     assert said in str(caught.value)
 
 
+# --- scores that cannot be computed ------------------------------------------------------------------------------
+
+ALIKE = [{"text": f"text {n}", "label": 1} for n in range(3)]
+NUMBERS = [{"text": "a", "label": 1.0}, {"text": "b", "label": 1.0 + 1e-9}]  # the same in float32
+NOT_DEFINED = [
+    ("sequence_regression", "pearson", NUMBERS),
+    ("sequence_regression", "spearman", NUMBERS[:1]),
+    ("sequence_classification", "matthews_correlation", ALIKE),
+    ("image_classification", "matthews_correlation", [{"image": [[n]], "label": "yes"} for n in range(2)]),
+]
+
+
+@pytest.mark.parametrize(("kind", "metric", "rows"), NOT_DEFINED)
+def test_evaluation_rows_of_one_label_are_refused_where_the_metric_is_not_defined(
+    kind: Kind, metric: str, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path, train = written(tmp_path / "e.jsonl", *rows), written(tmp_path / "t.jsonl", *rows)
+    said = f"all {len(rows)} evaluation rows have the same label: {metric} is not defined"
+    with pytest.raises(InvalidInput, match=said) as caught:
+        freeze(spec_of(kind, {"metric": metric}), train, path)
+    assert caught.value.where == str(path)
+    with frozen(spec_of(kind, {"metric": metric}), train, written(path, rows[0], rows[-1] | {"label": 0})) as task:
+        assert task.evaluation
+
+
+def test_other_metrics_are_defined_on_one_label(tmp_path: Path) -> None:
+    path = written(tmp_path / "e.jsonl", *ALIKE)
+    with frozen(SPEC, path, path) as task:
+        assert task.evaluation
+    said = "have the same label: pearson is not defined"
+    lines = written(tmp_path / "r.jsonl", *(line | {"label": 2} for line in LINES))
+    with pytest.raises(InvalidInput, match=said) as caught:
+        freeze(spec_of("sequence_regression", eval_fraction=0.25), lines, None)
+    assert caught.value.where == str(lines)
+
+
 # --- large files -------------------------------------------------------------------------------------------------
 
 MEASURE = """

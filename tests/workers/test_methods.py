@@ -125,6 +125,17 @@ def test_an_adapter_of_the_bare_backbone_gets_the_names_of_the_task_model(
     assert list(adapter.modules) == [f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1)]
 
 
+def test_one_module_under_two_names_is_refused_with_both(tiny: Tiny, peft_folder: Callable[..., str]) -> None:
+    folder = Path(peft_folder(tiny("bert"), target_modules=["query"]))
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {name.replace("model.bert.", "model."): t.clone() for name, t in tensors.items()}, weights)
+    spec = sentiment_task(method={"name": "import", "adapter": str(folder)})
+    name = "encoder.layer.0.attention.self.query"
+    with pytest.raises(InvalidInput, match=f"'bert.{name}' twice, as '(bert.)?{name}' and as '(bert.)?{name}'"):
+        import_adapter.finish(import_adapter.prepare(tiny("bert"), spec), tiny("bert"), spec)
+
+
 def test_an_adapter_of_another_base_model_is_refused_with_the_module_that_does_not_fit(
     tiny: Tiny, peft_folder: Callable[..., str]
 ) -> None:

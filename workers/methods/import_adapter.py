@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes
 from subspace_store.peft_format import read_peft_folder
 from workers.base_model import BaseModel
+from workers.fitting import with_full_names
 from workers.methods import NOTHING, Given
 
 TRAINS = False
@@ -37,36 +37,11 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
 
 
 def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
-    """Give its modules the names they have in this service's task models, and check that they fit.
-
-    An adapter trained on the bare backbone (`encoder.…`) is the same update of the task model (`bert.encoder.…`).
-
-    Raises:
-        InvalidInput: A module that the base model does not have, or with another shape; names it.
-    """
-    shapes = base.module_shapes()
-    modules = {_name_in(base, name): update for name, update in prepared.modules.items()}
-    for name, update in modules.items():
-        if name not in shapes:
-            raise InvalidInput(
-                f"the adapter has the module {name!r}, which the base model {base.name!r} does not have",
-                spec.method.adapter or "",
-                "was it trained on another base model?",
-            )
-        if update.shape != shapes[name]:
-            raise InvalidInput(
-                f"the adapter's {name!r} is {update.shape}; in the base model {base.name!r} it is {shapes[name]}",
-                spec.method.adapter or "",
-                "was it trained on another base model?",
-            )
+    """See `fitting.with_full_names`: of what admission froze, the names are full already."""
+    named = with_full_names(prepared, base.module_shapes(), spec.method.adapter or "")
     info = {
         "label_names": json.dumps(spec.data.label_names),
         "start_of_a": "unknown",
-        "fan_in_fan_out": json.dumps(all(name in base.stores_transposed for name in modules)),
+        "fan_in_fan_out": json.dumps(all(name in base.stores_transposed for name in named.modules)),
     }
-    return replace(prepared, modules=dict(sorted(modules.items())), info=dict(prepared.info) | info)
-
-
-def _name_in(base: BaseModel, name: str) -> str:
-    prefixed = f"{base.prefix}.{name}"
-    return prefixed if name not in base.module_shapes() and prefixed in base.module_shapes() else name
+    return replace(named, info=dict(prepared.info) | info)

@@ -22,6 +22,7 @@ from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, chec
 from subspace_store.merge import ModuleBasis
 from subspace_store.peft_format import PREFIX, check_numbers
 from workers.base_model import BaseModel
+from workers.fitting import chosen_modules
 from workers.methods import NOTHING, Given
 from workers.methods.factors import ADAPTER, factors, lora_layers, spanned
 from workers.peft_model import TASK_TYPES, with_lora
@@ -130,24 +131,8 @@ def _start_inside(model: Any, basis: Mapping[str, ModuleBasis], seed: int) -> No
 
 
 def target_modules(base: BaseModel, lora: LoraSpec) -> tuple[str, ...]:
-    """Full names of the layers to adapt, in the model's order.
-
-    Every name in lora.target_modules must match a linear layer, whole or at its end, as in PEFT.
-    """
-    shapes = base.module_shapes()
-    for target in lora.target_modules:
-        if not any(_matches(name, target) for name in shapes):
-            ends = sorted({name.rpartition(".")[2] for name in shapes})
-            raise InvalidInput(
-                f"the base model {base.name!r} has no linear layer {target!r}",
-                "lora.target_modules",
-                f"it has: {', '.join(ends)}",
-            )
-    return tuple(name for name in shapes if any(_matches(name, target) for target in lora.target_modules))
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    """Full names of the layers to adapt, see `fitting.chosen_modules`."""
+    return chosen_modules(lora.target_modules, base.module_shapes(), base.name)
 
 
 def _stored_transposed(base: BaseModel, adapted: tuple[str, ...]) -> bool:

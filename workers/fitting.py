@@ -1,0 +1,115 @@
+"""What a task asks of its base model, and whether that one has it.
+
+Asked at admission, so that nobody waits in the queue for a refusal, and by the worker again, of which nobody can say
+what base model it will have by then. No model libraries: the control plane knows a `BaseLayout` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from configs.errors import InvalidInput
+from configs.task_spec import TaskSpec
+from subspace_store.adapter import Adapter, ModuleUpdate
+from workers.metrics import GENERATED
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Full name of a linear layer to (N, D)."""
+
+
+def check_lengths(spec: TaskSpec, length_max: int) -> None:
+    """Refuse inputs and answers longer than the base model has positions for. Raises InvalidInput."""
+    if spec.method.name == "import" and not spec.data.eval_file:
+        return  # there is not one row
+    if spec.data.max_length > length_max:
+        raise InvalidInput(
+            f"{spec.data.max_length} tokens are more than the base model {spec.base_model!r} reads",
+            "data.max_length",
+            f"set it to {length_max} or less",
+        )
+    if spec.metric in GENERATED and spec.data.max_new_tokens >= length_max:
+        raise InvalidInput(
+            f"an answer of {spec.data.max_new_tokens} tokens leaves no room for its prompt: the base model "
+            f"{spec.base_model!r} has {length_max} positions",
+            "data.max_new_tokens",
+            "lower it",
+        )
+
+
+def check_template(spec: TaskSpec, has_template: bool) -> None:
+    """Refuse messages that the base model's tokenizer cannot render. Raises InvalidInput."""
+    if spec.data.messages_column and spec.kind == "causal_lm" and not has_template:
+        raise InvalidInput(
+            f"the tokenizer of the base model {spec.base_model!r} has no chat template to render messages with",
+            "data.messages_column",
+            "give data.prompt_column and data.completion_column, or train on a base model that was made for chat",
+        )
+
+
+def chosen_modules(targets: Sequence[str], shapes: Shapes, base_model: str) -> tuple[str, ...]:
+    """Full names of the layers that these names fit, whole or by their end, as in PEFT; in the model's order.
+
+    Raises:
+        InvalidInput: A name fits no linear layer.
+    """
+    for target in targets:
+        if not any(_fits(name, target) for name in shapes):
+            ends = sorted({name.rpartition(".")[2] for name in shapes})
+            raise InvalidInput(
+                f"the base model {base_model!r} has no linear layer {target!r}",
+                "lora.target_modules",
+                f"it has: {', '.join(ends)}",
+            )
+    return tuple(name for name in shapes if any(_fits(name, target) for target in targets))
+
+
+def with_full_names(adapter: Adapter, shapes: Shapes, where: str) -> Adapter:
+    """An adapter that was trained elsewhere, its modules under the names that they have in this service's task models.
+
+    One trained on the bare backbone (`encoder.…`) is the same update of the task model (`bert.encoder.…`).
+
+    Raises:
+        InvalidInput: A module that the base model does not have, or has with another shape; one name that fits several
+            modules, or two that fit the same, of which one update would be lost.
+    """
+    modules: dict[str, ModuleUpdate] = {}
+    came_as: dict[str, str] = {}
+    for name, update in adapter.modules.items():
+        full = _full_name(name, shapes, adapter.base_model, where)
+        if full in came_as:
+            raise InvalidInput(
+                f"the adapter changes '{full}' twice, as '{came_as[full]}' and as '{name}'",
+                where,
+                "keep one of the two in the file: which is meant, nobody can tell",
+            )
+        if update.shape != shapes[full]:
+            raise InvalidInput(
+                f"the adapter's '{name}' has shape {update.shape}; the base model's is {shapes[full]}",
+                where,
+                "was it trained on another base model?",
+            )
+        came_as[full], modules[full] = name, update
+    return replace(adapter, modules=dict(sorted(modules.items())))
+
+
+def _full_name(name: str, shapes: Shapes, base_model: str, where: str) -> str:
+    found: Sequence[str] = [name] if name in shapes else [full for full in shapes if full.endswith(f".{name}")]
+    if not found:
+        raise InvalidInput(
+            f"the adapter changes '{name}', which the base model '{base_model}' does not have",
+            where,
+            "was it trained on another base model?",
+        )
+    if len(found) > 1:
+        raise InvalidInput(
+            f"the adapter changes '{name}', which may be any of {len(found)} modules, '{found[0]}' and '{found[1]}' "
+            "among them",
+            where,
+            "save it again under full names",
+        )
+    return found[0]
+
+
+def _fits(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
