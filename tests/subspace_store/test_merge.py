@@ -260,6 +260,18 @@ def test_a_basis_that_loses_old_directions_says_so_in_the_drift() -> None:
     assert verify(store) == []
 
 
+@pytest.mark.parametrize("variant", ["canonical", "paper"])
+def test_adapters_of_one_span_need_no_new_directions_however_many_merges_rounded_the_basis(variant: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    b, a = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((24, 4), (4, 20)))
+    settings, modules = SubspaceSettings.model_validate({"variant": variant, "rank_fixed": 12}), {}
+    for number in range(100):
+        mix = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
+        adapter = Adapter(BASE, "", {"layer.0.query": canonical_update(b @ mix[0], mix[1] @ a, 1.0)})
+        modules = dict(merge_adapters(modules, {f"t{number}": adapter}, settings).modules)
+    assert modules["layer.0.query"].basis.ranks == (4, 4)
+
+
 @pytest.mark.parametrize("limit", [{"rank_max": 1}, {"rank_fixed": 1}])
 @pytest.mark.parametrize("groups", [["a b"], ["a", "b"], ["zero", "a b"]])
 def test_the_two_sides_of_one_direction_are_not_of_two_tasks(limit: dict[str, int], groups: list[str]) -> None:
