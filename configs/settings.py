@@ -81,8 +81,8 @@ class WorkerSettings(Section):
     count: int = Field(2, ge=1, le=1000)
     cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for each rank; torch uses as many threads."""
-    gpus: float = Field(0, ge=0)
-    """GPUs for each rank."""
+    gpus: float = Field(0, ge=0, le=1)
+    """GPUs for each rank; a part of one only where it is a worker's only rank."""
     ranks: int = Field(1, ge=1, le=1024)
     """Processes that work on one task together: every worker is a gang of this many."""
     placement: Literal["PACK", "SPREAD"] = "PACK"
@@ -90,6 +90,12 @@ class WorkerSettings(Section):
     heartbeat_seconds: float = Field(1.0, gt=0)
     lease_seconds: float = Field(60.0, gt=0)
     """A worker that leaves a question unanswered for this long is replaced."""
+
+    @model_validator(mode="after")
+    def _ranks_have_whole_gpus(self) -> WorkerSettings:
+        if self.ranks > 1 and self.gpus % 1:
+            raise ValueError("the ranks of a gang cannot share a GPU: NCCL refuses it. Set gpus to 0 or 1")
+        return self
 
 
 class RaySettings(Section):
