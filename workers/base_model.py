@@ -90,8 +90,10 @@ class BaseModel:
         self._config = loaded.config
         self._generation_config = getattr(loaded, "generation_config", None)
         self._is_float32 = settings.dtype == "float32" and settings.quantization == "none"
-        self._flags = {flag: getattr(loaded, flag) for flag in QUANTIZED_FLAGS if hasattr(loaded, flag)}
         self._quantized = _quantized_modules(loaded) if settings.quantization != "none" else {}
+        self._flags = {
+            flag: getattr(loaded, flag) for flag in QUANTIZED_FLAGS if self._quantized and hasattr(loaded, flag)
+        }
         parameters = {
             name: parameter.detach()
             for name, parameter in loaded.named_parameters()
@@ -126,6 +128,11 @@ class BaseModel:
             getattr(self.tokenizer, "model_max_length", None),
         )
         return int(min((limit for limit in limits if limit), default=10**9))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its linear layers are bitsandbytes', which all tasks share whole."""
+        return bool(self._quantized)
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(N, D) of every linear layer that may be adapted, by its name in the task model, whatever the kind."""

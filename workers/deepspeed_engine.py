@@ -22,13 +22,14 @@ def deepspeed_process() -> Iterator[None]:
     """Let DeepSpeed use the process group that is there, and leave nothing of it behind.
 
     Without the clearing a second task fails with `Group … is not registered`, and one without DeepSpeed would find
-    accelerate still set up for it. The caller restores the environment.
+    accelerate still set up for it. The caller restores the environment and destroys the process group.
     """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    linear = torch.nn.functional.linear
     if not torch.cuda.is_available():
         # Else it is compiled first, for 32 seconds, and gains little: gradients of adapters are small.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -39,15 +40,21 @@ def deepspeed_process() -> Iterator[None]:
         yield
     finally:
         from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+        from deepspeed.utils import groups
 
+        torch.nn.functional.linear = linear  # stage 3 puts its own in the place of it, for all models
         # At stage 3 these two would keep every task's model for ever.
         parameter_offload.FWD_MODULE_STACK.clear()
         for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
             if hasattr(method, "cache_clear"):
                 method.cache_clear()
-        if deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()
+        groups._release_process_group_references()
         deepspeed.comm.comm.cdb = None
+
+
+REFUSALS = ("DeepSpeed", "train_batch_size", "untested ZeRO", "ZeRORuntimeException", "unsupported mix")
+NOT_BUILT = ("JIT load", "failed to build", "compile CUDA op", "Error building extension", "CUDA version", "CUDA_HOME")
+"""What is said of an optimizer of DeepSpeed's own that is compiled before its first use and could not be."""
 
 
 @contextlib.contextmanager
@@ -55,8 +62,20 @@ def refusals_named(config: dict[str, Any] | None) -> Iterator[None]:
     """What DeepSpeed and transformers find wrong with a configuration is the team's mistake, not a bug of ours."""
     try:
         yield
-    except (ValueError, AssertionError) as error:
-        if config is None or not ("DeepSpeed" in str(error) or "train_batch_size" in str(error)):
+    except InvalidInput:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        if config is None:
+            raise
+        if any(words in said for words in NOT_BUILT):
+            raise InvalidInput(
+                f"DeepSpeed could not compile its own optimizer here: {said[:500]}",
+                "training.deepspeed",
+                "set optimizer.params.torch_adam: true and zero_force_ds_cpu_optimizer: false, which need no compiler; "
+                "or install ninja, a C++ compiler and torch's version of CUDA on every machine with workers",
+            ) from error
+        if not any(words in said for words in REFUSALS):
             raise
         todo = "correct it, or set what it shares with section training to auto"
         raise InvalidInput(f"DeepSpeed refuses the configuration: {error}", "training.deepspeed", todo) from error
@@ -72,30 +91,88 @@ def stage_of(config: dict[str, Any] | None) -> int:
     return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
+def check_config(config: dict[str, Any] | None, bf16: bool, quantized: bool) -> None:
+    """Refuse what DeepSpeed would begin and not end well.
+
+    Raises:
+        InvalidInput: With the setting to change.
+    """
+    if config is None:
+        return
+    if quantized and stage_of(config) == 3:
+        raise InvalidInput(
+            "stage 3 would part quantised weights from their scales, and they belong to all tasks",
+            "training.deepspeed",
+            "set zero_optimization.stage to 2 or less; every GPU holds the whole quantised base model anyway",
+        )
+    if bf16 and stage_of(config) == 0:
+        raise InvalidInput(
+            "stage 0 in bf16 steps from float32 numbers that checkpoints cannot reach",
+            "training.deepspeed",
+            "set zero_optimization.stage to 1, which computes the same, or leave training.deepspeed out",
+        )
+
+
 @contextlib.contextmanager
 def parted(model: Any, config: dict[str, Any] | None) -> Iterator[Any]:
     """A model to score with: its weights parted over the ranks where training parts them, see `is_parted`.
 
     Every rank must then run the same batches: each forward gathers from all.
     """
-    if stage_of(config) < 3 or not torch.distributed.is_initialized():
+    if config is None or stage_of(config) < 3 or not torch.distributed.is_initialized():
         # Weights that wait on the host (base_model.device: cpu) are scored where they are trained.
         yield model.to("cuda") if torch.cuda.is_available() and model.device.type == "cpu" else model
         return
     import deepspeed
 
+    part(model, config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, config=_without_training(config))
+        try:
+            yield engine.module
+        finally:
+            release(engine)
+    finally:
+        let_go(model)
+
+
+def part(model: Any, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Leave this rank its share of every parameter (stage 3), copied from where the parameter lies.
+
+    DeepSpeed by itself moves the whole model to each GPU first, and has rank 0 send each parameter to all. Here a rank
+    reads its slices of the mapped files and nothing else: a machine's ranks read them once together, no GPU has to hold
+    the whole model, and no rank has a copy of its own. All have the same numbers: files of one digest, one seed.
+
+    Args:
+        config: The task's own.
+        dtype: What DeepSpeed computes in, if not each parameter in its own.
+    """
+    import deepspeed
+
+    class Parting(deepspeed.zero.Init):  # type: ignore[misc]
+        def _convert_to_zero_parameters(self, param_list: Any) -> None:
+            for parameter in param_list:
+                if dtype is not None and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+                self._convert_to_deepspeed_param(parameter)
+                parameter.partition()
+                parameter.data = parameter.data.to(self.local_device)  # empty: gathered there from now on
+
+    held = dtype or next(model.parameters()).dtype
+    parting = Parting(model, config_dict_or_path=_without_training(config), dtype=held)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(parting.local_device)
+
+
+def _without_training(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that says how weights are parted."""
     zero = {
         name: value
-        for name, value in (config or {})["zero_optimization"].items()
+        for name, value in config["zero_optimization"].items()
         if name != "offload_optimizer" and value != "auto"
     }
-    engine, *_ = deepspeed.initialize(
-        model=model, config={"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
-    )
-    try:
-        yield engine.module
-    finally:
-        release(engine)
+    return {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
 
 
 def release(engine: Any) -> None:
@@ -106,12 +183,18 @@ def release(engine: Any) -> None:
     """
     engine.destroy()
     optimizer = engine.optimizer
-    for parameter in engine.module.parameters():
-        vars(parameter).clear()
-        parameter.data = torch.empty(0)
+    let_go(engine.module)
     for holder in (getattr(optimizer, "parameter_offload", None), optimizer, engine):
         if holder is not None:
             vars(holder).clear()
+
+
+def let_go(model: Any) -> None:
+    """Empty a task's parameters: those that are trained or were parted. Others may be shared, quantised layers are."""
+    for parameter in model.parameters():
+        if parameter.requires_grad or hasattr(parameter, "ds_id"):
+            vars(parameter).clear()
+            parameter.data = torch.empty(0)
 
 
 def gathered(parameters: list[Any]) -> Any:
@@ -147,6 +230,15 @@ def whole_state_of(optimizer: Any, parameter: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in ({"value": parameter} | moments).items()}
 
 
+def _counted(optimizer: Any, step: float, device: torch.device) -> Any:
+    """A count of steps as the optimizer itself keeps it: DeepSpeed's own in a number, torch's in a tensor, which must
+    lie on the GPU where one kernel reads it (`fused`)."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return int(step)
+    reads_there = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return torch.tensor(step, dtype=torch.float32, device=device if reads_there else "cpu")
+
+
 def steps_taken(optimizer: Any) -> float:
     """How many steps a torch optimizer has taken; Adam's bias correction depends on it."""
     return max((float(state["step"]) for state in optimizer.state.values() if "step" in state), default=0.0)
@@ -161,7 +253,9 @@ def restore_states(engine: Any, states: Mapping[Any, Mapping[str, Tensor]], step
         return
     names = {name for state in states.values() for name in state} - {"value"}
     for flat in flats:
-        base.state[flat] = {"step": torch.tensor(step)} | {name: torch.zeros_like(flat) for name in names}
+        base.state[flat] = {"step": _counted(base, step, flat.device)} | {
+            name: torch.zeros_like(flat) for name in names
+        }
     if engine.zero_optimization_stage() < 3:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for parameter, state in states.items():
@@ -176,7 +270,7 @@ def restore_states_of(optimizer: Any, states: Mapping[Any, Mapping[str, Tensor]]
             parameter.copy_(state["value"])
         moments = {name: tensor.to(parameter.device) for name, tensor in state.items() if name != "value"}
         if moments:
-            optimizer.state[parameter] = {"step": torch.tensor(step)} | moments
+            optimizer.state[parameter] = {"step": _counted(optimizer, step, parameter.device)} | moments
 
 
 def rewrite(parameters: Sequence[Any], change: Callable[[Tensor], Tensor]) -> None:
@@ -220,10 +314,11 @@ def _base_optimizer(engine: Any) -> Any:
 
 def _flat_partitions(engine: Any) -> list[Tensor]:
     """This rank's float32 master copies, one flat tensor a group; none below stage 1."""
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return list(engine.optimizer.single_partition_of_fp32_groups) if stage else []
+    if not engine.zero_optimization_stage():
+        return []
+    # By their names at stage 3, at 1 and 2, and at 1 where gradients are added up in float32.
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return list(next(getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name)))
 
 
 def _moments(engine: Any) -> list[str]:

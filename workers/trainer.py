@@ -6,6 +6,7 @@ It saves, logs and evaluates nothing here. No Ray, no storage.
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 import statistics
@@ -27,7 +28,7 @@ from workers import training_state
 from workers.base_model import BaseModel
 from workers.batches import Batches, Schedule, schedule
 from workers.checkpoint import Checkpoint, in_steps_of
-from workers.deepspeed_engine import release
+from workers.deepspeed_engine import check_config, let_go, part, release, stage_of
 from workers.features import collator
 from workers.machine import machine_figures
 from workers.orders import Point, Progress
@@ -46,6 +47,10 @@ Report = Callable[[Progress], None]
 Asked = Literal["", "cancel", "preempt"]
 ASKED: tuple[Asked, ...] = ("", "preempt", "cancel")
 """The weightier last: a gang does what any of its ranks was asked."""
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""How torch says it: of a GPU (also through NCCL), of a CPU, and of a GPU that has no room left for cuBLAS or cuDNN."""
 
 
 class Cancelled(Exception):
@@ -102,11 +107,14 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
     """Train a prepared PEFT model in place. All ranks of the group must call it.
 
     Raises:
-        InvalidInput: The loss is no longer a number.
+        InvalidInput: The loss is no longer a number. Or this base model, this GPU or DeepSpeed cannot do it so.
         OutOfMemory: With the numbers and the settings to change.
         Cancelled, Preempted: Between two steps.
     """
-    group, begun = around.group, around.checkpoint
+    group, begun, config = around.group, around.checkpoint, spec.training.deepspeed
+    check_config(config, spec.training.bf16, base.is_quantized)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # the task before may have taken more
     plan = schedule(spec.training, len(rows), group.rank, around.halvings)
     if spec.kind == "sequence_regression":
         _start_at_the_mean(model, rows)
@@ -117,22 +125,27 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         if begun.step >= plan.steps:  # what came after its last step was interrupted
             return TrainingRun(begun.step, begun.loss_sum / begun.step, time.time(), begun.step)
     steps = _Steps(plan, spec, around)
-    trainer = _Trainer(
-        model=model,
-        args=training_arguments(spec.training, plan),
-        batches=Batches(plan, rows, collator(base, spec), begun.step if begun else 0),
-        counts_tokens=spec.kind == "causal_lm",
-        callbacks=[steps],
-    )
-    steps.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
     try:
+        if stage_of(config) == 3:
+            part(model, config or {}, torch.bfloat16 if spec.training.bf16 else None)
+        trainer = _Trainer(
+            model=model,
+            args=training_arguments(spec.training, plan),
+            batches=Batches(plan, rows, collator(base, spec), begun.step if begun else 0),
+            counts_tokens=spec.kind == "causal_lm",
+            callbacks=[steps],
+        )
+        steps.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
         _run(trainer, plan)
         if steps.ended:
             raise Cancelled if steps.ended == "cancel" else Preempted
     except BaseException:
-        if hasattr(trainer.model_wrapped, "destroy"):
-            release(trainer.model_wrapped)
+        engine = getattr(steps.trainer, "model_wrapped", None)
+        if hasattr(engine, "destroy"):
+            release(engine)
+        elif stage_of(config) == 3:
+            let_go(model)
         raise
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
     done = begun.step if begun else 0
@@ -155,10 +168,8 @@ def _start_at_the_mean(model: Any, rows: Sequence[Row]) -> None:
 def _run(trainer: Any, plan: Schedule) -> None:
     try:
         trainer.train()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(error, plan) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise _out_of_memory(error, plan) from error
     finally:
@@ -168,6 +179,10 @@ def _run(trainer: Any, plan: Schedule) -> None:
 def training_arguments(training: TrainingSpec, plan: Schedule) -> TrainingArguments:
     """The task's values under their own names, and what is ours to decide: no saving, no reporting, no evaluation."""
     on_gpu = torch.cuda.is_available()
+    if training.bf16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InvalidInput(
+            f"this GPU does not compute in bfloat16: {torch.cuda.get_device_name()}", "training.bf16", "set it to false"
+        )
     values = training.model_dump(exclude={"gradient_checkpointing", "auto_find_batch_size", "save_steps"})
     values |= {
         "max_steps": plan.steps,
@@ -176,19 +191,23 @@ def training_arguments(training: TrainingSpec, plan: Schedule) -> TrainingArgume
     }
     if training.gradient_checkpointing:  # transformers 5 warns of the old name and drops it in 6
         values |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=OUTPUT_DIR,
         **values,
         save_strategy="no",
         eval_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it waits for the GPU in every micro-batch; `_log` looks now and then
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # before every forward; every rank has the same ones, and a basis is large
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else the model is copied to all GPUs that this process sees, each step
+    return arguments
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
@@ -329,8 +348,15 @@ def _every(save_steps: float, steps: int) -> int:
     return max(1, int(save_steps if save_steps >= 1 else save_steps * steps))
 
 
+def free_memory() -> None:
+    """Let go of what a run left in cycles (its trainer has some), and of the GPU memory that torch keeps for reuse."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _memory_bytes() -> float:
-    """Most memory this process has taken: the GPU's, or its own where there is none."""
+    """Most memory taken: of the GPU by this run, or by this process where there is none."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,14 +6,11 @@ adapter out, score it, stage it. Every rank of a gang runs this page; rank 0 alo
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-
-import torch
 
 from configs.errors import NotFound, Unavailable
 from subspace_store.adapter import Adapter
@@ -31,7 +28,17 @@ from workers.methods.factors import describe, trainable_numbers
 from workers.orders import ALONE, Progress, Rank, Train, Trained
 from workers.rank_group import RankGroup, joined
 from workers.task_data import Row
-from workers.trainer import Asked, Cancelled, OutOfMemory, Preempted, Report, Surroundings, TrainingRun, fit
+from workers.trainer import (
+    Asked,
+    Cancelled,
+    OutOfMemory,
+    Preempted,
+    Report,
+    Surroundings,
+    TrainingRun,
+    fit,
+    free_memory,
+)
 from workers.training_state import fits
 
 METHODS: dict[str, Method] = {
@@ -156,9 +163,7 @@ class _Attempt:
                 if self._group.rank.size > 1:
                     raise Preempted(said) from None
             self._say(said)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
 
     def _train_from_here(self, rows: Sequence[Row], halvings: int) -> tuple[Adapter, TrainingRun]:
         spec, group = self._order.spec, self._group
@@ -290,6 +295,7 @@ def _scores(
     if not order.eval_key:
         return Score(math.nan, {}, ()), math.nan
     report(Progress(order.token, "scoring"))
+    free_memory()
     rows = open_rows(storage, order.eval_key, order.spec)
     stop = stopper(asked)
     local = score_and_keep(order, base, adapter, rows, storage, stop, rank)

@@ -145,7 +145,7 @@ def test_so_are_the_adapter_and_its_scores_and_rank_0_alone_stages_it(
 
 
 @in_processes
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2"])  # on a CPU ZeRO-3 sends rank 0's weights to all
+@pytest.mark.parametrize("name", KINDS)
 def test_ranks_of_one_machine_share_the_pages_of_the_base_weights(name: str, gang: Path) -> None:
     assert [told(gang, name, index)["copied_kilobytes"] for index in range(2)] == [0, 0]
 

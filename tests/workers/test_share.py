@@ -242,6 +242,20 @@ def test_under_autocast_the_factor_is_formed_in_float32(tiny: Tiny) -> None:
     assert torch.equal(rounded, factor.exact().float().bfloat16().T)
 
 
+def test_coefficients_in_bfloat16_and_a_basis_in_float32_train_together(tiny: Tiny) -> None:
+    """DeepSpeed's bf16 mode casts parameters and leaves buffers as they are."""
+    base = tiny("bert")
+    model = share.prepare(base, task(1), leased(base, TARGETS["bert"]))
+    train_by_chance(model)
+    factor = next(iter(lora_layers(model).values())).lora_B["default"]
+    for parameter in factor.parameters():
+        parameter.data = parameter.data.bfloat16()
+    answer = factor(torch.eye(3, dtype=torch.bfloat16))
+    assert torch.equal(answer, factor.exact().float().bfloat16().T)
+    answer.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in factor.parameters())
+
+
 def test_a_finished_share_says_where_it_started(tiny: Tiny) -> None:
     base, spec = tiny("bert"), task()
     given = leased(base, TARGETS["bert"])

@@ -22,7 +22,7 @@ from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Point, Progress, Train, Trained
 from workers.task_data import TextRow
-from workers.trainer import Asked, Cancelled, _start_at_the_mean
+from workers.trainer import Asked, Cancelled, OutOfMemory, _start_at_the_mean
 from workers.training import train_task
 
 Tiny = Callable[[str], BaseModel]
@@ -257,6 +257,24 @@ class Meager:
             self.tried.append(rows)
         if model.training and rows > self.rows_max:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+        "NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_runs_out_is_known_by_any_of_its_names(
+    said: str, desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "OutOfMemoryError", lambda _: RuntimeError(said))  # what `Meager` raises
+    monkeypatch.setattr(tiny("bert"), "task_model", Meager(tiny("bert"), 4).task_model)
+    with pytest.raises(OutOfMemory, match="memory ran out with 8 rows at once"):
+        desk.train(tiny("bert"), sentiment_task())
 
 
 def test_out_of_memory_tells_the_numbers_and_the_settings(

@@ -46,7 +46,7 @@ class SpannedFactor(nn.Module):
         super().__init__()
         self.inward = inward
         self.reach = math.sqrt(len(basis_NK) / len(weight_JR))
-        # A buffer, which DeepSpeed neither partitions nor optimises; its bf16 mode rounds it, so the exact one is kept.
+        # A buffer, which DeepSpeed neither partitions nor optimises. The one on the host, as leased, is kept too.
         self.register_buffer("basis_NK", basis_NK.to(device), persistent=False)
         self._exact_NK = basis_NK
         self.columns_NC = _parameter(columns_NC, device) if columns_NC.shape[1] else None
@@ -64,9 +64,13 @@ class SpannedFactor(nn.Module):
         return cls(basis_NK, basis_NK.new_empty(len(basis_NK), 0), weight_KR, inward, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # formed in its own precision, then cast like LoRA's weight
-            factor = self._form(self.basis_NK, self.columns_NC, self.weight)
-        return functional.linear(x, factor)
+        # Formed in the basis' precision, then cast like LoRA's weight. DeepSpeed's bf16 mode rounds parameters and no
+        # buffers, so that the two differ there.
+        exact = self.basis_NK.dtype
+        columns_NC = None if self.columns_NC is None else self.columns_NC.to(exact)
+        with torch.autocast(x.device.type, enabled=False):
+            factor = self._form(self.basis_NK, columns_NC, self.weight.to(exact))
+        return functional.linear(x, factor.to(x.dtype))
 
     def exact(self) -> Tensor:
         """lora_A's or lora_B's weight in float64, of the basis as it was leased."""
