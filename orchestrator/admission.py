@@ -61,6 +61,12 @@ def check_submission(document: Mapping[str, Any], settings: Settings, layout: Ba
             import; names the key, file and row.
     """
     spec = check_document(dict(document), TaskSpec, "task")
+    try:
+        spec.model_dump_json()
+    except ValueError as error:  # JSON and YAML can write half of a character, and no database keeps it
+        raise InvalidInput(
+            f"holds what is no Unicode text: {error}", "task", "write characters, not surrogates"
+        ) from error
     if spec.team not in settings.teams:
         raise InvalidInput(
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"

@@ -179,7 +179,8 @@ def _as_python(batch: Any, path: str, first: int) -> list[dict[str, Any]]:
     except (ValueError, OverflowError) as error:  # no UTF-8, a date before the first: which row, few of them tell
         for index in range(batch.num_rows if batch.num_rows > 1 else 0):
             _as_python(batch.slice(index, 1), path, first + index)
-        raise InvalidInput(f"has a value that cannot be read: {error}", f"{path}, row {first + 1}") from error
+        where = f"{path}, row {first + 1}"
+        raise InvalidInput(f"has a value that cannot be read: {error}", where, "mend it, or drop the row") from error
     return rows
 
 

@@ -21,6 +21,8 @@ from workers.task_data import CompletionRow, ImageRow, Row
 Batch = dict[str, Any]
 IGNORED = -100
 """The label of a token that has no loss, by transformers' convention."""
+ROWS_AT_ONCE = 256
+"""Rows to count the tokens of: a tokenizer takes a hundred bytes for each character, cut or not."""
 
 
 def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Sequence[Row]], Batch]:
@@ -49,7 +51,11 @@ def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
         return [0] * len(rows)
     if spec.kind == "causal_lm":
         return [sum(len(ids) for ids in encode_completion(base.tokenizer, row, spec.data.max_length)) for row in rows]
-    return [len(ids) for ids in _tokenize(base.tokenizer, rows, spec.data.max_length)["input_ids"]]
+    return [
+        len(ids)
+        for start in range(0, len(rows), ROWS_AT_ONCE)
+        for ids in _tokenize(base.tokenizer, rows[start : start + ROWS_AT_ONCE], spec.data.max_length)["input_ids"]
+    ]
 
 
 def texts(tokenizer: Any, rows: Sequence[Any], length_max: int, label_type: torch.dtype) -> Batch:

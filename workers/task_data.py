@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ PIXELS_MAX = 89_478_485
 SIDES_MAX = 200
 """How many times longer a picture may be than it is wide, or the other way round. Many image processors bring the
 shorter side to their size: of 1×80,000,000 pixels they would make 224×17,920,000,000. The number is Qwen2-VL's."""
-TEXT_CHARACTERS_MAX = 2**24
-"""Of one text in any format. No base model reads a tenth of it, and a tokenizer takes a hundred bytes a character."""
+TEXT_CHARACTERS_MAX = 2**22
+"""Of one text in any format: eight times what data.max_length allows, at four characters a token. A tokenizer takes a
+hundred bytes and a microsecond for each, before it cuts."""
 FLOAT32_MAX = 3.4e38
 
 
@@ -257,7 +259,7 @@ def _label(values: Values, data: DataSpec, index_of: Mapping[str, int], where: s
 def _number(values: Values, data: DataSpec, where: str) -> float:
     label = values[data.label_column]
     name = f"column '{data.label_column}'"
-    if not isinstance(label, int | float | str) or isinstance(label, bool):
+    if not isinstance(label, int | float | str | Decimal) or isinstance(label, bool):
         raise InvalidInput(f"{name} must be a number, not {type(label).__name__}", where, "write a number, like 3.5")
     try:
         number = float(label.replace("_", "?") if isinstance(label, str) else label)  # Python reads 1_2 as 12

@@ -168,6 +168,12 @@ def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
 # --- refused -----------------------------------------------------------------------------------------------------
 
 
+def test_half_a_character_in_the_document_is_refused(desk: Desk) -> None:
+    text = desk.refuse(desk.document(data={"label_names": ["no", "yes", "\ud800"]}))
+    assert text.startswith("task: holds what is no Unicode text")
+    text.encode()
+
+
 def test_an_unknown_team_is_answered_with_the_teams_there_are(desk: Desk) -> None:
     text = desk.refuse(desk.document("green/alpha"))
     assert text == "team: there is no team 'green'\n  → teams of this service: blue, red"

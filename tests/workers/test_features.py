@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from tests.workers.tiny_bases import save_vit, talking_tokenizer
 from tests.workers.worker_builders import tiny_settings
+from workers import features
 from workers.base_model import BaseModel, load_base_model
 from workers.features import IGNORED, collator, completions, encode_completion, encode_prompt, lengths
 from workers.task_data import CompletionRow, ImageRow, TextRow
@@ -45,6 +47,21 @@ def talking() -> Any:
 @pytest.fixture(scope="module")
 def chatting() -> Any:
     return talking_tokenizer(chat=True)
+
+
+def test_the_tokens_of_many_rows_are_counted_some_rows_at_a_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "ROWS_AT_ONCE", 3)
+    base, seen = tiny("bert"), list[int]()
+
+    def tokenizer(texts: list[str], pairs: list[str], **options: Any) -> Any:
+        seen.append(len(texts))
+        return base.tokenizer(texts, pairs, **options)
+
+    counting: Any = SimpleNamespace(tokenizer=tokenizer)
+    rows = [TextRow("x " * words, "y", 0) for words in (1, 2, 5, 3, 1, 2, 9)]
+    counts = lengths(counting, spec("sequence_classification", text_pair_column="p"), rows)
+    assert counts == [5, 6, 9, 7, 5, 6, 13]  # the words, y, and three marks
+    assert seen == [3, 3, 1]
 
 
 def test_class_labels_are_whole_numbers_and_what_a_regression_learns_is_not(tiny: Tiny) -> None:

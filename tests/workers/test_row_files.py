@@ -7,6 +7,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,13 @@ def test_a_value_that_is_no_text_or_no_date_is_refused(name: str, texts: list[An
         column = pa.array(texts, pa.timestamp("ms"))
     said = complaint(columnar(tmp_path, name, pa.table({"text": column, "label": [0, 0, 0]})))
     assert ", row 3: has a value that cannot be read" in said or ", rows 1 to 3 of the folder: is not" in said
+
+
+@pytest.mark.parametrize("name", ["folder", "parquet"])
+def test_decimals_as_databases_export_them_are_numbers(name: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "label": pa.array([Decimal("1.50"), Decimal("-2.25")])})
+    rows = list(rows_in(columnar(tmp_path, name, table), spec_of("sequence_regression")))
+    assert rows == [TextRow("a", None, 1.5), TextRow("b", None, -2.25)]
 
 
 @pytest.mark.parametrize("name", ["folder", "parquet"])
