@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 check fix bench bench-store bench-training setup clean lock
+.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -44,6 +44,10 @@ bench-store: $(READY)
 # Parts: see the file, make bench-training BENCH="speed methods". `gpu` measures nothing where there is none.
 bench-training: $(READY)
 	MALLOC_ARENA_MAX=1 $(BIN)/python benchmarks/training.py $(BENCH)
+
+# Ten minutes on two cores: three real services, one after another.
+bench-refinement: $(READY)
+	$(BIN)/python benchmarks/refinement.py
 
 setup: $(READY)
 
