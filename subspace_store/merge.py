@@ -338,8 +338,8 @@ class _Factors:
         return TaskBlock(
             tuple(self.incoming),
             ranks,
-            p_NK.T @ self.left_NC,
-            q_DK.T @ self.right_DC,
+            (self.left_NC.T @ p_NK).T,
+            (self.right_DC.T @ q_DK).T,
             torch.cat([update.sigma_R for update in self.incoming.values()]),
             torch.tensor([self.weights[task] for task in self.incoming], dtype=torch.float64),
             # Of the factors that are projected: in the paper's form they are ΔW to float32 rounding only, and what a
