@@ -368,8 +368,9 @@ def _out_of_memory(error: Exception, plan: Schedule) -> OutOfMemory:
         numbers = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of the GPU are free"
     else:
         numbers = f"this process took {_memory_bytes() / 2**30:.1f} GiB at most"
+    said = (str(error) or type(error).__name__).splitlines()[0]  # Python's own MemoryError says nothing
     return OutOfMemory(
-        f"memory ran out with {plan.rows_per_micro_batch} rows at once; {numbers}: {str(error).splitlines()[0][:300]}",
+        f"memory ran out with {plan.rows_per_micro_batch} rows at once; {numbers}: {said[:300]}",
         "training.per_device_train_batch_size",
         "halve it and double training.gradient_accumulation_steps (training.auto_find_batch_size: true does so by "
         "itself), set training.gradient_checkpointing: true, or lower data.max_length",

@@ -25,7 +25,7 @@ from workers.trainer import OutOfMemory, Surroundings, fit
 TRIAL_STEPS = 24
 STEPS_MIN = 8
 """Fewer say nothing: the rate of learning has hardly risen."""
-BEHIND_MAX = 0.25
+BEHIND_MAX = 0.1
 """So much of LoRA's fall of the loss `share` may lack, a standard error included."""
 
 
@@ -102,14 +102,20 @@ def _losses(
     rows: Sequence[Row],
     around: Surroundings,
 ) -> list[float]:
-    """The loss of each step of a short run of its own, with the whole schedule of the learning rate in it."""
+    """The loss of each of the task's first steps, at its own learning rate, of which the decay is left out."""
     losses: list[float] = []
 
     def hear(progress: Progress) -> None:
         losses.extend(line.loss for line in progress.log_lines if isinstance(line, Point))
 
-    training = spec.training.model_copy(update={"max_steps": steps})
-    short = spec.model_copy(update={"training": training})
+    training = spec.training
+    whole, warmup = schedule(training, len(rows), around.group.rank).steps, training.warmup_steps
+    first = {
+        "max_steps": steps,
+        "warmup_steps": float(warmup if warmup >= 1 else math.ceil(warmup * whole)),
+        "lr_scheduler_type": "constant_with_warmup",
+    }
+    short = spec.model_copy(update={"training": training.model_copy(update=first)})
     model = method.prepare(base, short, given if method.needs_basis(spec) else NOTHING)
     run = fit(model, base, rows, short, replace(around, report=hear))
     if run.engine is not None:
