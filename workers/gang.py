@@ -15,11 +15,12 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from configs.errors import InvalidInput, Unavailable
+from configs.settings import WorkerSettings
 from workers.order_book import OrderBook
 from workers.orders import (
     BaseLayout,
@@ -365,11 +366,32 @@ class _Watch:
         return found
 
 
+def needs(workers: WorkerSettings) -> dict[str, float]:
+    """What one rank needs of its machine, by Ray's names."""
+    every = {"CPU": workers.cpus, "GPU": workers.gpus}
+    return {kind: count for kind, count in every.items() if count}
+
+
+def no_place(workers: WorkerSettings, nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Why a gang finds no place on machines, for people. nodes: what `ray.nodes` says of them."""
+    up = [node for node in nodes if node["Alive"]]
+    room = sum(
+        min(int(node["Resources"].get(kind, 0) // count) for kind, count in needs(workers).items()) for node in up
+    )
+    down = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in up})
+    missing = f" ({', '.join(down[:8])} went away)" if down else ""
+    taken = ", but something else has taken it" if room >= workers.ranks else ""
+    return (
+        f"no place for {workers.ranks} ranks with {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each: the {len(up)} "
+        f"machines that are up{missing} have room for {room}{taken}"
+    )
+
+
 def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
     """One outcome from those of the ranks, given in the order of arrival: the first failure caused the others.
 
     Raises:
-        Unavailable: The first failure was one of the storage or of forming the group.
+        Unavailable: The first failure was one of the storage.
     """
     lead = answers.get(0)
     if isinstance(lead, Trained | Evaluated):

@@ -8,7 +8,7 @@ it. It loads no base model and asks for no CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -16,7 +16,7 @@ from ray.util import get_placement_group, placement_group, remove_placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
-from workers.gang import Call, Gang, NoPlace
+from workers.gang import Call, Gang, NoPlace, needs, no_place
 from workers.orders import Order, Outcome, RankLost
 from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
 
@@ -75,7 +75,7 @@ class RayRanks:
         return self._workers.ranks
 
     def start(self, waits: Callable[[str], None]) -> None:
-        group = self._group()
+        group = places(self._name, self._workers)
         # When a machine is lost, Ray finds its bundles another place by itself. A bundle is free again only when the
         # process that had it is gone, so no two generations of ranks are ever there at once.
         until = time.monotonic() + PLACE_SECONDS
@@ -123,33 +123,14 @@ class RayRanks:
         except ray.exceptions.RayError as error:
             raise RankLost(str(error).split("\n")[0]) from error
 
-    def _group(self) -> Any:
-        try:
-            return get_placement_group(_group_name(self._name))
-        except ValueError:
-            places = [_place(self._workers)] * self.size
-            return placement_group(places, self._workers.placement, name=_group_name(self._name), lifetime="detached")
 
-
-def no_place(workers: WorkerSettings, nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Why a gang finds no place among what `ray.nodes` says of the machines, for people."""
-    up = [node for node in nodes if node["Alive"]]
-    room = sum(
-        min(int(node["Resources"].get(kind, 0) // count) for kind, count in _place(workers).items()) for node in up
-    )
-    down = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in up})
-    missing = f" ({', '.join(down[:8])} went away)" if down else ""
-    taken = ", but something else has taken it" if room >= workers.ranks else ""
-    return (
-        f"no place for {workers.ranks} ranks with {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each: the {len(up)} "
-        f"machines that are up{missing} have room for {room}{taken}"
-    )
-
-
-def _place(workers: WorkerSettings) -> dict[str, float]:
-    """What one rank needs."""
-    needs = {"CPU": workers.cpus, "GPU": workers.gpus}
-    return {kind: count for kind, count in needs.items() if count}
+def places(name: str, workers: WorkerSettings) -> Any:
+    """The placement group of a gang of this name: the one that there is, or a new one, which may have to wait."""
+    try:
+        return get_placement_group(_group_name(name))
+    except ValueError:
+        bundles = [needs(workers)] * workers.ranks
+        return placement_group(bundles, workers.placement, name=_group_name(name), lifetime="detached")
 
 
 def end_ranks(name: str) -> None:

@@ -15,8 +15,7 @@ from configs.errors import InvalidInput, Unavailable
 from configs.settings import WorkerSettings
 from tests.builders import LAYOUT, task_spec, trained
 from workers import gang as gang_module
-from workers.gang import Gang, NoPlace
-from workers.gang_actor import no_place
+from workers.gang import Gang, NoPlace, no_place
 from workers.orders import Evaluate, Evaluated, Failed, Progress, Rank, RankLost, Train, Trained
 
 TRAIN = Train("token", "task", 1, task_spec(), "data/train", "data/eval", "staging/task/1-token/adapter.safetensors")
