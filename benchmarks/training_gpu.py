@@ -2,7 +2,8 @@
 
 Plain PEFT is the bare loop of training_runs.py; `lora`, `share` and `codyra` are our worker's. All share one base model
 in the GPU's memory. Then one merge of an adapter of such a model, with the store's mathematics on the GPU's tensors and
-on the CPU's. Under eight minutes on one H200.
+on the CPU's. Under eight minutes on one H200. Of what the project needs, this part does without Ray, DeepSpeed, MLflow,
+boto3, datasets and the demo's base model.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import training_runs as runs
 from configs.settings import BaseModelSettings, SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merge import merge_adapters
 from workers.base_model import BaseModel
-from workers.weights import resolve_source
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MERGES = 3
@@ -94,7 +95,7 @@ def measure(
 
 def random_base(shape: Shape, device: torch.device) -> BaseModel:
     """A base model as load_base_model makes one, but of random numbers drawn where they stay."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_source(runs.minilm().source))
+    tokenizer = words_tokenizer()
     config = runs.llama_config(tokenizer, **shape.sizes)
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -106,6 +107,14 @@ def random_base(shape: Shape, device: torch.device) -> BaseModel:
     model.config.use_cache = False
     settings = BaseModelSettings(name="random", source="random", weights_sha256="0" * 64, dtype="bfloat16")
     return BaseModel(settings, model, set(), ("causal_lm",), tokenizer, None)
+
+
+def words_tokenizer() -> Any:
+    """A token for each word of the rows."""
+    vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[END]", *runs.WORDS))}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
 
 
 def train(base: BaseModel, shape: Shape) -> list[dict[str, Any]]:
