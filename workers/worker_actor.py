@@ -55,6 +55,9 @@ class WorkerActor(Forwarding):
         # Read when the libraries are imported, so before that.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tasks of many sizes follow here
+        if not ray.get_gpu_ids():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows all GPUs to who asked for none
         os.environ.update(_interface_environment(ray.util.get_node_ip_address()))
         if is_local(base_model.source):
             os.environ["HF_HUB_OFFLINE"] = "1"
