@@ -245,16 +245,13 @@ class _Writer:
         self.count = 0
         self._spec = spec
         self._labels: Counter[Any] = Counter()
-        self._distinct: set[bytes] = set()
+        self.varies = False
+        """Whether there are two labels that differ."""
+        self._first = b""
         self._digest = hashlib.sha256()
         self._rows: list[tuple[Any, ...]] = []
         self._bytes = 0
         self._out: Any = None
-
-    @property
-    def varies(self) -> bool:
-        """Whether there are two labels that differ."""
-        return len(self._distinct) > 1
 
     def add(self, row: Row, digest: bytes) -> None:
         """Take a row and its `input_digest`."""
@@ -263,8 +260,10 @@ class _Writer:
         self._digest.update(digest + repr(label).encode())
         if isinstance(label, int):
             self._labels[label] += 1
-        if label is not None and not self.varies:
-            self._distinct.add(struct.pack("f", label))  # in float32, as it will be scored
+        if not self.varies and label is not None:
+            seen = struct.pack("f", label + 0.0)  # as it will be scored, in float32; and −0.0 is 0.0
+            self._first = self._first or seen
+            self.varies = seen != self._first
         self._rows.append(values)
         self._bytes += size
         self.count += 1

@@ -49,11 +49,11 @@ def read_file(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
     """
     try:
         seen = _state(path)
-        for number, row in enumerate(_reader(path)(path, columns), start=1):
+        rows = _reader(path)(path, columns)
+        for row in rows:
             yield row
-            if number % ROWS_BETWEEN_LOOKS == 0:
-                _check_unchanged(path, seen)
-        _check_unchanged(path, seen)
+            yield from itertools.islice(rows, ROWS_BETWEEN_LOOKS - 1)
+            _check_unchanged(path, seen)
     except OSError as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path in data") from error
 
