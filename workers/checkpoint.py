@@ -1,7 +1,9 @@
 """A training run between two steps, as one safetensors file on the object storage: no pickle on the way in or out.
 
 What is kept is whole per parameter, so another gang, of another size or ZeRO stage, can go on from it; the same gang
-goes on bit for bit. Only trained parameters are in it (adapter and head), never the base model.
+goes on from the same bits, and to the same ones where the machine computes the same way twice: a CPU does, a GPU's
+attention adds up its gradients in no fixed order. Only trained parameters are in it (adapter and head), never the base
+model.
 
 Files lie beside the attempt's adapter, `staging/<task>/<attempt>-<token>/checkpoint-<step>-<digest>.safetensors`. The
 digest in the name says whether a file is what was written: one that is not is passed over for the one before.

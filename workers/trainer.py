@@ -226,6 +226,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> Any:
         return self._batches
 
+    def _prepare_input(self, data: Any) -> Any:
+        if torch.is_tensor(data) and data.is_cpu and self.args.device.type == "cuda":
+            # A plain copy waits until the GPU has done all it was given.
+            data = data.pin_memory().to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         if "attention_mask" in inputs:
             self.tokens += int(inputs["attention_mask"].sum())

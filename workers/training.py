@@ -68,8 +68,9 @@ def train_task(
         rank: This process's place in its gang.
 
     Returns:
-        Where the adapter is and how it scores before merging. The same order, seed and machine give the same bytes,
-        also when the run was interrupted and went on from a checkpoint. Of ranks above 0 only the token counts.
+        Where the adapter is and how it scores before merging. On a CPU the same order, seed and machine give the same
+        bytes, also when the run was interrupted and went on from a checkpoint; on a GPU the same
+        numbers to rounding. Of ranks above 0 only the token counts.
 
     Raises:
         InvalidInput: The rows, the target modules, the adapter to import or the learning rate are wrong; or memory ran
