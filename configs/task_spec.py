@@ -144,8 +144,8 @@ class MethodSpec(Section):
 
     name: Literal["lora", "share", "codyra", "auto", "import"] = "lora"
     """`lora` trains a PEFT LoRA; `share` coefficients in the subspace's basis (and temporary columns beside it);
-    `codyra` a LoRA with gates that choose the rank of each module; `auto` takes `share` when the basis spans such
-    tasks already, else `lora`; `import` takes the PEFT folder in `adapter` as it is."""
+    `codyra` a LoRA with gates that choose the rank of each module; `auto` tries both for a few steps and takes
+    `share` where it learns as fast, else `lora`; `import` takes the PEFT folder in `adapter` as it is."""
     adapter: str | None = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"

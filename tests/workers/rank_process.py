@@ -56,6 +56,7 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
                 "base_score": trained.base_score,
                 "steps": trained.steps,
                 "resumed_from": trained.resumed_from,
+                "method": trained.method,
                 "staging_key": trained.staging_key,
             }
         except Preempted:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from configs.task_spec import TaskSpec
+from subspace_store.local_storage import LocalStorage
 from subspace_store.memory_storage import MemoryStorage
+from subspace_store.storage import Storage
 from subspace_store.subspace_store import SubspaceStore
 from subspace_store.version import StagedAdapter
 from tests.workers.method_builders import leased
 from tests.workers.test_deepspeed_engine import zero
+from tests.workers.test_rank_group import free_port
 from tests.workers.worker_builders import task_of_kind
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, auto, lora
@@ -42,15 +49,20 @@ def rows(answer: str, seed: int = 1) -> Sequence[Row]:
 
 @pytest.fixture(scope="module")
 def given(tiny: Tiny) -> Given:
-    """The basis after the merge of a LoRA that learnt one answer to other questions, started from another A."""
-    base, spec = tiny("llama-lm"), task(seed=7)
+    store, version = merge(tiny("llama-lm"), MemoryStorage("auto"))
+    return Given(version=version, basis=store.basis(version))
+
+
+def merge(base: BaseModel, storage: Storage) -> tuple[SubspaceStore, int]:
+    """Publish a LoRA that learnt one answer to other questions, started from another A."""
+    spec = task(seed=7)
     model = lora.prepare(base, spec)
     fit(model, base, rows(MERGED, seed=2), spec, ALONE)
-    storage = MemoryStorage("auto")
     store = SubspaceStore.open(storage, writer="test", base_model=base.name, base_sha256=base.sha256)
     staged = store.stage("staging/a/1/adapter.safetensors", lora.finish(model, base, spec))
     version = store.merge([StagedAdapter("a", "t/a", staged.key, staged.sha256)], op_key="1", actor="test").number
-    return Given(version=version, basis=store.basis(version))
+    store.publish(version, op_key="2", actor="test")
+    return store, version
 
 
 @pytest.mark.parametrize("seed", [7, 42])  # A starts where the merged one did, and elsewhere
@@ -122,8 +134,35 @@ def test_share_may_lack_a_tenth_of_loras_fall_a_standard_error_included(
 
 def test_where_neither_learns_anything_that_is_more_than_chance_it_is_lora() -> None:
     name, why = auto.verdict([0.69, 0.71] * 4, [0.7, 0.69] * 4)
-    assert (name, why) == ("lora", "auto: lora, because 8 steps taught neither anything: loss 0.7 ± 0.01")
+    assert (name, why) == ("lora", "auto: lora, because 8 steps taught neither more than chance: loss 0.7 ± 0.01")
 
 
 def test_where_only_share_learns_it_is_share() -> None:
     assert auto.verdict([0.69, 0.71] * 4, [0.69, 0.71, 0.65, 0.6, 0.5, 0.45, 0.4, 0.38])[0] == "share"
+
+
+@pytest.mark.acceptance  # two ranks in processes of their own
+@pytest.mark.parametrize("deepspeed", [None, zero(2)], ids=["ddp", "zero2"])
+def test_the_ranks_of_a_gang_try_the_task_out_together(
+    deepspeed: dict[str, Any] | None, tiny: Tiny, tiny_source: Callable[[str], str], tmp_path: Path
+) -> None:
+    storage = LocalStorage(str(tmp_path / "store"))
+    merge(tiny("llama-lm"), storage)
+    lines = [json.dumps({"prompt": row.turns[0][1], "completion": row.completion}) for row in rows(MERGED)]
+    storage.write("data/causal_lm", "\n".join(lines).encode())
+    spec = task(deepspeed=deepspeed, per_device_train_batch_size=2).model_dump(
+        mode="json", include={"kind", "metric", "training", "lora", "method"}
+    )
+    orders = [{"name": "twin", "port": free_port(), "spec": spec | {"data": {"label_names": []}}}]
+    (tmp_path / "orders.json").write_text(json.dumps(orders))
+    command = [sys.executable, "-m", "tests.workers.rank_process"]
+    ranks = [
+        subprocess.Popen([*command, str(index), "2", str(tmp_path), tiny_source("llama-lm")]) for index in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    told = json.loads((tmp_path / "twin-0.json").read_text())
+    assert (told["method"], told["steps"]) == ("share", 4 * auto.STEPS_MIN)
