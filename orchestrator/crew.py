@@ -170,7 +170,10 @@ class Crew:
             if order is None:  # else the order's own flight tells
                 self._is_away(seat, error)
             return
-        if not isinstance(order, Train) or progress.token != order.token or order.again:
+        if not isinstance(order, Train) or progress.token != order.token:
+            return
+        self._queue.append_log(order.task_id, progress.log_lines)
+        if order.again:
             return
         numbers = {
             name: None if value != value else value
@@ -180,7 +183,6 @@ class Crew:
         lease_until = time.time() + self._settings.lease_seconds
         if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
             self._cluster.cancel(seat.name, order.token)
-        self._queue.append_log(order.task_id, progress.log_lines)
 
     def _is_away(self, seat: Seat, error: OnebasisError) -> None:
         log.warning("%s is away: %s", seat.name, error)

@@ -92,7 +92,8 @@ class Errands:
     def woken(self) -> bool:
         """Whether something changed, or what had to wait may be tried now, since the last call."""
         awake = self._awake.is_set()
-        self._awake.clear()
+        if awake:  # else somebody may set it right now, and nobody would have seen it
+            self._awake.clear()
         now = time.time()
         due = [what for what, at in self._not_before.items() if now >= at]
         for what in due:

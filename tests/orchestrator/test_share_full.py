@@ -162,6 +162,8 @@ def test_a_heartbeat_does_not_stop_it_and_it_has_no_lease(full: Plant) -> None:
     before = list(full.cluster.held)
     full.step(5)
     assert full.cluster.held == before  # nobody told it to stop
+    lines = [event.text for event in full.queue.events(full.get("red/old").task_id) if event.kind == LOG]
+    assert "a line of the log" in lines
     assert full.get("red/old").state is TaskState.PUBLISHED
     full.cluster.release()
     full.run()
