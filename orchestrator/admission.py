@@ -21,7 +21,7 @@ from orchestrator.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState
 from subspace_store import Storage
 from subspace_store.adapter import adapter_to_bytes, digest
 from subspace_store.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
-from workers.fitting import check_lengths, check_template, chosen_modules, with_full_names
+from workers.fitting import check_head, check_lengths, check_template, chosen_modules, with_full_names
 from workers.frozen_rows import FrozenTask, freeze
 from workers.orders import BaseLayout
 
@@ -87,6 +87,7 @@ def check_submission(document: Mapping[str, Any], settings: Settings, layout: Ba
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
             _allowed_file(str(folder / name), settings, "method.adapter")
         brought = read_peft_folder(folder, settings.base_model.name, layout.sha256)
+        check_head(brought, evaluation is not None and spec.kind != "causal_lm")
         adapter = adapter_to_bytes(with_full_names(brought, layout.module_shapes, str(folder)))
         return Draft(spec, freeze(spec, None, evaluation), adapter, ())
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)

@@ -24,6 +24,7 @@ from workers import metrics
 from workers.base_model import BaseModel
 from workers.deepspeed_engine import parted
 from workers.features import IGNORED, collator, encode_prompt, lengths
+from workers.fitting import check_head
 from workers.frozen_rows import StoredRows
 from workers.metrics import GENERATED, Measure
 from workers.orders import Evaluate, Rank, Train
@@ -278,11 +279,7 @@ def adapted_model(base: BaseModel, adapter: Adapter, spec: TaskSpec, with_update
 
 
 def _put_head(model: Any, adapter: Adapter, spec: TaskSpec, head_modules: Sequence[str]) -> None:
-    if head_modules and not adapter.head:
-        raise InvalidInput(
-            "the adapter has no head, so it cannot be scored",
-            todo="import an adapter that was saved with its classifier (modules_to_save), or leave out data.eval_file",
-        )
+    check_head(adapter, bool(head_modules))
     parameters = dict(model.named_parameters())
     for name, tensor in adapter.head.items():
         if name not in parameters:

@@ -64,6 +64,15 @@ def chosen_modules(targets: Sequence[str], shapes: Shapes, base_model: str) -> t
     return tuple(name for name in shapes if any(_fits(name, target) for target in targets))
 
 
+def check_head(adapter: Adapter, is_needed: bool) -> None:
+    """Refuse an adapter that cannot be scored: every kind but causal_lm has outputs of its own. Raises InvalidInput."""
+    if is_needed and not adapter.head:
+        raise InvalidInput(
+            "the adapter has no head, so it cannot be scored",
+            todo="import an adapter that was saved with its classifier (modules_to_save), or leave out data.eval_file",
+        )
+
+
 def with_full_names(adapter: Adapter, shapes: Shapes, where: str) -> Adapter:
     """An adapter that was trained elsewhere, its modules under the names that they have in this service's task models.
 

@@ -360,6 +360,12 @@ def test_an_import_of_the_bare_backbone_gets_the_full_names(desk: Desk) -> None:
     )
 
 
+def test_an_import_without_a_head_is_refused_if_it_is_to_be_scored(desk: Desk) -> None:
+    desk.peft(lambda config, tensors: tensors.__delitem__("base_model.model.classifier.weight"))
+    assert "the adapter has no head, so it cannot be scored" in desk.refuse(desk.imported())
+    desk.submit(desk.imported(data={"eval_file": None}))
+
+
 def test_two_names_of_an_import_that_mean_one_module_are_refused_with_both(desk: Desk) -> None:
     desk.peft(spoilt_by_renaming("0.query", "layer.0.query"))
     text = desk.refuse(desk.imported())
