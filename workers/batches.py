@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class Batches:
 
     schedule: Schedule
     rows: Sequence[Row]
-    collate: Callable[[Sequence[Row]], dict[str, Any]]
+    collate: Callable[[Iterable[Row]], dict[str, Any]]
     first_step: int = 0
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for step in range(self.first_step, self.schedule.steps):
             for indices in self.schedule.rows_of(step):
-                yield self.collate([self.rows[index] for index in indices])
+                yield self.collate(self.rows[index] for index in indices)
 
 
 @functools.lru_cache(maxsize=2)  # a step may begin in one pass and end in the next

@@ -134,7 +134,7 @@ def _predictions(
     broken: list[int] = []
     for chosen in batches_by_length(lengths(base, spec, rows)):
         between_batches()
-        batch = collate([rows[index] for index in chosen])
+        batch = collate(rows[index] for index in chosen)
         labels = batch.pop("labels").tolist()
         logits = model(**_on(model.device, batch)).logits
         answers = logits.squeeze(-1) if regression else logits.argmax(dim=-1)
@@ -156,7 +156,7 @@ def _likelihood(
     tokens_max = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // len(base.tokenizer))
     for chosen in batches_by_length(lengths(base, spec, rows), tokens_max):
         between_batches()
-        batch = _on(model.device, collate([rows[index] for index in chosen]))
+        batch = _on(model.device, collate(rows[index] for index in chosen))
         labels_RT = batch.pop("labels")[:, 1:]
         logits_RTV = model(**batch).logits[:, :-1]
         for index, logits_TV, labels_T in zip(chosen, logits_RTV, labels_RT, strict=True):  # one row in float32 at once

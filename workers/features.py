@@ -6,7 +6,7 @@ is made, so the first step does not wait for the whole file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,10 @@ ROWS_AT_ONCE = 256
 """Rows to count the tokens of: a tokenizer takes a hundred bytes for each character, cut or not."""
 
 
-def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Sequence[Row]], Batch]:
+def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Iterable[Row]], Batch]:
     """A function from rows to the keyword arguments of the task's model, `labels` among them, on the CPU.
+
+    It takes rows one by one, so that of photographs only one at a time need be decoded.
 
     Labels: class indices (int64), numbers (float32), or for causal_lm the completion's token ids, and `IGNORED` on the
     prompt and on padding.
@@ -40,9 +42,9 @@ def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Sequence[Row]], Batch
     tokenizer, length_max = base.tokenizer, spec.data.max_length
     if spec.kind == "causal_lm":
         check_template(spec, bool(tokenizer.chat_template))
-        return lambda rows: completions(tokenizer, rows, length_max)
+        return lambda rows: completions(tokenizer, list(rows), length_max)
     label_type = torch.float32 if spec.kind == "sequence_regression" else torch.int64
-    return lambda rows: texts(tokenizer, rows, length_max, label_type)
+    return lambda rows: texts(tokenizer, list(rows), length_max, label_type)
 
 
 def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
@@ -152,11 +154,14 @@ def _cut_left(tokenizer: Any, prompt: list[int], length: int) -> list[int]:
     return [prompt[0], *prompt[len(prompt) - length + 1 :]] if marked else prompt[len(prompt) - length :]
 
 
-def images(processor: Any, rows: Sequence[Any]) -> Batch:
+def images(processor: Any, rows: Iterable[Any]) -> Batch:
     """Pictures as the base model's own processor makes them: resized, rescaled, normalised, channels first, float32."""
-    pictures = [_as_rgb(row) for row in rows]
-    made = processor(images=pictures, input_data_format="channels_last", return_tensors="pt")
-    return {"pixel_values": made["pixel_values"], "labels": torch.tensor([row.label for row in rows])}
+    pixels, labels = [], []
+    for row in rows:
+        made = processor(images=[_as_rgb(row)], input_data_format="channels_last", return_tensors="pt")
+        pixels.append(made["pixel_values"])
+        labels.append(row.label)
+    return {"pixel_values": torch.cat(pixels), "labels": torch.tensor(labels)}
 
 
 def _as_rgb(row: ImageRow) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,24 @@ def test_a_picture_becomes_what_the_base_models_processor_says(tmp_path: Path) -
     # (value / 255 − 0.5) / 0.5, channel by channel
     assert pixels[0].unique().tolist() == [-1.0]
     assert pixels[1].mean(dim=(1, 2)).tolist() == pytest.approx([1.0, -1.0, -0.6])
+
+
+def test_of_a_batch_of_photographs_no_more_than_two_are_in_memory_at_once(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_vit(tmp_path)))
+    pictures: list[weakref.ref[Any]] = []
+    alive = []
+
+    def decoded() -> Iterator[ImageRow]:
+        for label in range(4):
+            row = ImageRow(np.zeros((40, 40, 3), dtype=np.uint8), label)
+            pictures.append(weakref.ref(row.image))
+            alive.append(sum(picture() is not None for picture in pictures))
+            yield row
+            del row
+
+    rows = decoded()
+    assert collator(base, spec("image_classification"))(rows)["labels"].tolist() == [0, 1, 2, 3]
+    assert max(alive) == 2  # the next is decoded while the one before is still held
 
 
 def test_a_picture_of_three_rows_is_not_taken_for_three_channels(tmp_path: Path) -> None:
