@@ -119,10 +119,11 @@ class Candidate:
         """
         if self.alarm or self._errands.writing or not self._errands.may("store"):
             return
+        self._call_off()
         unjudged = [record for record in live if record.state in UNJUDGED]
         if not unjudged:
             self._merge([record for record in live if next_step(record) is Step.MERGE])
-        elif not self._refine(unjudged):
+        elif not self._refine(unjudged, any(next_step(record) is Step.TRAIN for record in live)):
             self._judge(unjudged)
 
     def is_awaited(self, live: Sequence[TaskRecord]) -> bool:
@@ -174,8 +175,18 @@ class Candidate:
 
     # --- refining ---------------------------------------------------------------------------------------------
 
-    def _refine(self, group: Sequence[TaskRecord]) -> bool:
+    def _call_off(self) -> None:
+        """Stop refinements of published tasks for a version that is gone: no lease of theirs ends with it."""
+        for seat in self._crew.seats.values():
+            order = seat.order
+            if isinstance(order, Train) and order.again and order.refine_version != self._store.state.refs[CANDIDATE]:
+                self._crew.tell(seat, "cancel", order.token)
+
+    def _refine(self, group: Sequence[TaskRecord], others_wait: bool) -> bool:
         """Bring the candidate's tasks through their refinement; those of its group that ask for none wait.
+
+        Args:
+            others_wait: Whether tasks wait for a worker to be trained.
 
         Returns:
             Whether the version is not yet to be judged.
@@ -192,7 +203,7 @@ class Candidate:
             self._leftovers.due = True
             return True
         if state.refs[CANDIDATE] == version:
-            return self._refine_in(version, refining)
+            return self._refine_in(version, refining, others_wait)
         if refining and version not in (v.number for v in line):
             self._apply(ids, MergeUndone("a rollback came in between", alone=False))
         elif refining:  # a database that is older than the log
@@ -200,7 +211,7 @@ class Candidate:
             self._apply(tuple(record.task_id for record in refining), refused)
         return bool(refining)
 
-    def _refine_in(self, version: int, refining: Sequence[TaskRecord]) -> bool:
+    def _refine_in(self, version: int, refining: Sequence[TaskRecord], others_wait: bool) -> bool:
         """Give out the refinements that the candidate waits for, and put them into one more version."""
         if self._round.version != version:
             self._round = Round(version, self._moved(version))
@@ -210,7 +221,9 @@ class Candidate:
         if again or len(ready) < len(refining):
             flying = {order.task_id for order in self._crew.orders if isinstance(order, Train) and order.again}
             waiting = [record for record in refining if next_step(record) is Step.REFINE]
-            waiting += [record for record in again if record.task_id not in flying]
+            # A merge may move a thousand tasks: while others wait to be trained, half of the workers are theirs.
+            room = max(1, len(self._crew.seats) // 2) if others_wait else len(self._crew.seats)
+            waiting += [record for record in again if record.task_id not in flying][: max(0, room - len(flying))]
             for record, seat in zip(waiting, self._crew.unclaimed_seats(refining), strict=False):
                 if record.state is TaskState.REFINING:
                     self._crew.claim(seat, record)
@@ -230,28 +243,34 @@ class Candidate:
     def _moved(self, version: int) -> tuple[TaskRecord, ...]:
         """The older tasks that the merge of a version moved enough to be scored again, and whose owners let them be
         refined for it. A version that a refinement made moved nobody."""
-        state = self._store.state
-        drift = state.drift(version)
-        due = evaluations_due(state, version, self._settings.gate.drift_min)
-        moved = {task_id: drift[task_id] for task_id in due if drift.get(task_id)}
+        state, drift_min = self._store.state, self._settings.gate.drift_min
+        tasks, drift, bounds = state.tasks_at(version), state.drift(version), state.error_bounds(version)
+        moved = {
+            task_id: tasks[task_id]
+            for task_id in evaluations_due(state, version, drift_min)
+            # One without rows is always due: it must have gone as far since its coefficients were made.
+            if drift.get(task_id) and bounds[task_id] - tasks[task_id].error_at_birth >= drift_min
+        }
         records = self._records(moved) if moved else {}
-        return tuple(record for record in records.values() if record.spec.method.share_full)
+        return tuple(r for r in records.values() if r.spec.method.share_full and r.task_id not in state.quarantined)
 
     def take_refinement(self, order: Train, outcome: Outcome) -> None:
         """Note what came of an order of `again_order`. Whoever cannot be refined stays as the merge left it."""
         assert not isinstance(outcome, Evaluated)
-        self._queue.append_log(order.task_id, outcome.log_lines)
+        if self._queue.get(order.task_id).again_token != order.token:  # else they were told before a restart
+            self._queue.append_log(order.task_id, outcome.log_lines)
         if order.refine_version != self._round.version:
-            return  # it was judged, or is gone
+            self._leftovers.due = True  # the version was judged, or is gone: what it staged goes as well
+            return
         where = f"version {order.refine_version} (share_full)"
         if isinstance(outcome, Trained):
             title = f"{order.spec.team}/{order.spec.name}"
             staged = StagedAdapter(order.task_id, title, outcome.staging_key, outcome.adapter_sha256)
             self._round.refined[order.task_id] = staged
-            told = RefinedAgain(f"refined again, for {where}", outcome.seconds)
+            told = RefinedAgain(f"refined again, for {where}", order.token, outcome.seconds, time.time())
         else:
             self._round.tries += 1
-            self._round.lost[order.task_id] += 1
+            self._round.lost[order.task_id] += outcome.fault != "preempted"  # the service ended, and found it so
             hopeless = outcome.fault == "input" or self._is_lost_too_often(order.task_id)
             if hopeless:
                 self._round.unrefined.add(order.task_id)

@@ -32,7 +32,7 @@ from orchestrator.task_lifecycle import (
 from orchestrator.task_queue import LOG, TaskQueue
 from orchestrator.task_record import TaskRecord, TaskState
 from subspace_store import Storage, SubspaceStore
-from subspace_store.version import MAIN, SubspaceState
+from subspace_store.version import MAIN
 from workers.orders import BaseLayout, Evaluate, Failed, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
@@ -164,8 +164,9 @@ class Controller:
                 self._errands.log_moved.set()  # an old state must not be acted upon: it would undo what was just merged
                 raise
         live = self._queue.live()
-        self._candidate.advance(live)
+        # First what workers do already: nothing else may be given to them after a restart, it would wait behind that.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
+        self._candidate.advance(live)
         self._train(live)
 
     # --- what landed -------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class Controller:
         now = time.time()
         for record in self._queue.tasks((TaskState.PUBLISHED, TaskState.PARKED)):
             if record.state is TaskState.PUBLISHED and record.task_id not in held:
-                self._apply((record.task_id,), RolledBack(_why_it_vanished(state, record), now))
+                self._apply((record.task_id,), RolledBack(_why_it_vanished(self._store, record), now))
                 self._changed()
             elif record.version and record.task_id in held:
                 birth = held[record.task_id]
@@ -292,11 +293,15 @@ class Controller:
         self._queue.try_apply(task_ids, event)
 
 
-def _why_it_vanished(state: SubspaceState, record: TaskRecord) -> str:
+def _why_it_vanished(store: SubspaceStore, record: TaskRecord) -> str:
+    state = store.state
     main = state.refs[MAIN]
     without = next((v.number for v in state.lineage(main) if record.task_id in v.removed), None)
     if without is not None:
         return f"removed from the subspace: version {without} was made again without it; submit it again to merge it"
+    lost = store.lost_by(record.task_id)
+    if lost is not None and lost.op == "remove":  # the newest task: nothing had to be made again
+        return f"removed from the subspace: main is version {main} again; submit it again to merge it"
     # Its version of birth, unless that one was made on the way to another without a task: no gate let it pass.
     usable = (n for n in state.published if n >= record.version and n not in state.expired)
     back = next((n for n in usable if record.task_id in state.tasks_at(n)), record.version)

@@ -33,6 +33,7 @@ from typing import Any
 
 from configs.errors import Conflict
 from configs.settings import FailureSettings
+from orchestrator.fair_share import decayed_use
 from orchestrator.task_record import TaskRecord, TaskState, local_results, staging_key
 from workers.orders import Trained
 
@@ -97,7 +98,10 @@ class RefinedAgain:
     """A worker trained its coefficients once more, in a later version (`share_full`); or why it could not."""
 
     message: str
+    token: str = ""
+    """Of its order; empty where it could not."""
     seconds: float = 0.0
+    at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -279,8 +283,10 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return _with(record, state=TaskState.EVALUATING, version=event.version, token="", worker="")
         case RefinementRefused() if state is TaskState.REFINING:
             return _unrefined(record, event.message)
+        case RefinedAgain(token=token) if state is TaskState.PUBLISHED and token and token == record.again_token:
+            return record  # a restarted control plane asked once more, and the worker remembered
         case RefinedAgain() if state is TaskState.PUBLISHED:
-            return _with(record, refined_seconds=(record.refined_seconds or 0.0) + event.seconds)
+            return _refined_again(record, event) if event.token else _with(record)
         case MergeRefused() if state is TaskState.MERGING:
             return _end(record, TaskState.PARKED, event.message, event.at)
         case MergeUndone() if state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):
@@ -370,6 +376,17 @@ def _is_to_be_refined(record: TaskRecord) -> bool:
 
 def _unrefined(record: TaskRecord, reason: str) -> TaskRecord:
     return _with(record, state=TaskState.EVALUATING, unrefined=reason, token="", worker="")
+
+
+def _refined_again(record: TaskRecord, event: RefinedAgain) -> TaskRecord:
+    before = decayed_use([record.use] if record.use else [], event.at)
+    return _with(
+        record,
+        refined_seconds=(record.refined_seconds or 0.0) + event.seconds,
+        again_token=event.token,
+        used_seconds=before.get(record.team, 0.0) + event.seconds,
+        used_until=event.at,
+    )
 
 
 def _end(record: TaskRecord, state: TaskState, reason: str, at: float) -> TaskRecord:

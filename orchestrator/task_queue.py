@@ -328,8 +328,7 @@ class _OvertakenError(Exception):
 
 
 def _columns(record: TaskRecord) -> dict[str, Any]:
-    trained = record.claimed_at is not None and record.train_seconds is not None
-    seconds = (record.train_seconds or 0.0) + (record.refined_seconds or 0.0)
+    use = record.use
     return {
         "team": record.team,
         "name": record.name,
@@ -338,8 +337,8 @@ def _columns(record: TaskRecord) -> dict[str, Any]:
         "token": record.token,
         "revision": record.revision,
         "submitted_at": record.submitted_at,
-        "train_seconds": seconds if trained else None,
-        "ended_training_at": (record.claimed_at or 0) + seconds if trained else None,
+        "train_seconds": use.seconds if use else None,
+        "ended_training_at": use.ended_at if use else None,
         "record": record.model_dump_json(),
     }
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from configs.document import Section
 from configs.task_spec import TaskSpec
+from orchestrator.fair_share import Use
 
 
 class TaskState(StrEnum):
@@ -110,6 +111,11 @@ class TaskRecord(Section):
     """Storage key of its adapter after the refinement; empty when there was none."""
     refined_sha256: str = ""
     refined_seconds: float | None = None
+    again_token: str = ""
+    """Order of the last refinement in a later version (`share_full`): told of it twice, it counts once."""
+    used_seconds: float | None = None
+    """After such a refinement: what the task cost its team, earlier seconds worth what they were at `used_until`."""
+    used_until: float = 0.0
     unrefined: str = ""
     """Why it was not refined, though it was to be."""
     ended_at: float | None = None
@@ -118,6 +124,16 @@ class TaskRecord(Section):
     def title(self) -> str:
         """`team/name`, what people call it."""
         return f"{self.team}/{self.name}"
+
+    @property
+    def use(self) -> Use | None:
+        """What it cost its team; None before it was trained."""
+        if self.claimed_at is None or self.train_seconds is None:
+            return None
+        if self.used_seconds is not None:
+            return Use(self.team, self.used_seconds, self.used_until)
+        seconds = self.train_seconds + (self.refined_seconds or 0.0)
+        return Use(self.team, seconds, self.claimed_at + seconds)
 
 
 def new_task_id(now: float | None = None) -> str:

@@ -621,6 +621,19 @@ def test_a_task_of_a_worker_that_is_no_longer_configured_is_given_to_another(mak
     assert sorted(record.lost_machines for record in plant.queue.tasks()) == [0, 1]
 
 
+def test_after_a_restart_a_worker_that_trains_is_not_given_a_scoring_that_would_wait_behind_it(plant: Plant) -> None:
+    plant.cluster.hold = lambda order: isinstance(order, Evaluate) or order.spec.name == "slow"
+    plant.submit("red/slow", "blue/quick")
+    plant.run(lambda: len(plant.cluster.held) == 2)
+    assert plant.get("red/slow").worker == "worker-0"
+    plant.kill()
+    plant.run(lambda: plant.controller.free_workers == 0 < plant.controller.ready_workers)
+    assert plant.controller.describe_workers() == {
+        "worker-0": f"training {plant.get('red/slow').task_id}",
+        "worker-1": f"scoring {plant.get('blue/quick').task_id} at version 1",
+    }
+
+
 def test_a_task_whose_worker_does_not_come_back_after_a_restart_is_given_to_another(make_plant: MakePlant) -> None:
     plant = _with_heartbeats(make_plant, lease_seconds=0.05)
     plant.cluster.hold = lambda order: True
@@ -754,6 +767,17 @@ def _remove(plant: Plant, title: str) -> None:
     ).result()
     plant.controller.wake(log_moved=True)
     plant.step(3)
+
+
+def test_the_newest_task_is_told_that_it_was_removed_and_not_that_main_was_rolled_back(plant: Plant) -> None:
+    for title in ("red/a", "red/b"):
+        plant.submit(title)
+        plant.run()
+    _remove(plant, "red/b")
+    assert plant.states() == {"red/a": "published", "red/b": "parked"}
+    assert plant.get("red/b").reason == (
+        "removed from the subspace: main is version 1 again; submit it again to merge it"
+    )
 
 
 def test_a_removed_task_is_parked_and_told_so_and_the_others_have_their_new_versions_of_birth(plant: Plant) -> None:

@@ -72,6 +72,24 @@ def test_its_time_is_its_team_s_and_its_history_says_what_happened(full: Plant) 
     assert told(full, "red/old") == ["now published · refined again, for version 3 (share_full)"]
     lines = [e.text for e in full.queue.events(full.get("red/old").task_id) if e.kind == LOG]
     assert lines.count("the last line of the log") == 3  # trained, refined, refined again
+    assert [use.seconds for use in full.queue.uses(since=0) if use.team == "red"] == [pytest.approx(6.0, abs=0.01)]
+
+
+def test_what_a_worker_remembers_after_a_restart_is_charged_and_told_once(full: Plant) -> None:
+    full.cluster.hold = lambda order: isinstance(order, Train) and order.task_id != full.get("red/old").task_id
+    full.submit("blue/new", spec={"method": {"refine_epochs": 1}})
+    full.run(lambda: len(full.cluster.held) == 1)
+    full.cluster.release()
+    full.cluster.hold = lambda order: refines(order) and order.task_id != full.get("red/old").task_id
+    full.run(lambda: full.get("red/old").refined_seconds == 4.0)
+    full.kill()
+    full.cluster.release()
+    full.run()
+    assert refined(full) == {2: ["red/old"], 4: ["blue/new", "red/old"]}
+    assert full.get("red/old").refined_seconds == 4.0
+    assert len(told(full, "red/old")) == 1
+    lines = [e.text for e in full.queue.events(full.get("red/old").task_id) if e.kind == LOG]
+    assert lines.count("the last line of the log") == 3
 
 
 def test_only_those_that_allow_it_and_that_were_moved_are_refined_again(make_plant: MakePlant) -> None:
@@ -232,3 +250,69 @@ def test_what_is_published_is_not_refined_for_a_verdict_that_was_not_taken_yet(m
         answers.clear()
     plant.run()
     assert refined(plant) == {2: ["red/old"]}
+
+
+def test_without_rows_it_is_refined_again_only_when_it_moved_as_far_as_would_be_scored_again(
+    make_plant: MakePlant,
+) -> None:
+    plant = make_plant(workers=2, **TIGHT | {"gate": TIGHT["gate"] | {"drift_min": 10.0}})
+    plant.submit("red/old", spec=FULL, eval_key="", eval_count=0)
+    plant.run()
+    plant.submit("blue/new")
+    plant.run()
+    assert 0 < plant.state.drift(3)[plant.get("red/old").task_id] < 10
+    assert refined(plant) == {2: ["red/old"]}
+
+
+def test_a_quarantined_task_is_not_trained_for_a_version_that_would_not_take_it(full: Plant) -> None:
+    full.cluster.store("quarantine", full.get("red/old").task_id, "suspicious", actor="ann").result()
+    full.controller.wake(log_moved=True)
+    full.cluster.trainings.clear()
+    full.submit("blue/new")
+    full.run()
+    assert full.cluster.trainings == ["blue/new"]
+
+
+def test_a_rollback_calls_off_the_refinement_of_a_version_that_is_gone_and_nothing_of_it_stays(full: Plant) -> None:
+    full.cluster.hold = refines
+    full.submit("blue/new")
+    full.run(lambda: len(full.cluster.held) == 1)
+    full.cluster.store("rollback", 0, op_key="r", actor="ann").result()
+    full.controller.wake(log_moved=True)
+    full.run()
+    assert full.cluster.held == []
+    assert full.states() == {"red/old": "parked", "blue/new": "published"}
+    full.step(2)
+    assert list(full.storage.keys("staging/")) == []
+
+
+def test_a_service_that_ends_does_not_use_up_the_tries_of_a_refinement(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=2, failures={"lost_machines_max": 0}, **TIGHT)
+    plant.submit("red/old", spec=FULL)
+    plant.run()
+    plant.cluster.hold = refines
+    plant.submit("blue/new")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    plant.controller._preempt_all()
+    assert plant.cluster.held == []
+    plant.kill()
+    plant.cluster.hold = lambda order: False
+    plant.run()  # the worker remembers that it was preempted, and says so once more
+    assert refined(plant) == {2: ["red/old"], 4: ["red/old"]}
+
+
+def test_newcomers_are_trained_while_many_tasks_are_refined_again(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=2, **TIGHT)
+    plant.submit("red/a", "red/b", "red/c", spec=FULL)
+    plant.run()
+    plant.cluster.hold = refines
+    plant.submit("blue/new")
+    plant.run(lambda: len(plant.cluster.held) == 2)  # nobody else waits: both workers refine
+    plant.submit("blue/late")
+    worker, order, future = plant.cluster._held.pop(0)
+    plant.cluster._do(worker, order, future)
+    plant.run(lambda: plant.get("blue/late").state is TaskState.MERGING)
+    plant.run(lambda: len(plant.cluster.held) == 2)  # and it is the third one's turn
+    plant.cluster.release()
+    plant.run()
+    assert refined(plant)[4] == ["red/a", "red/b", "red/c"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from configs.errors import Conflict
 from configs.settings import FailureSettings
 from orchestrator.crew import train_order
+from orchestrator.fair_share import HALF_LIFE_SECONDS, Use
 from orchestrator.task_lifecycle import (
     CancelRequested,
     Claimed,
@@ -23,6 +24,7 @@ from orchestrator.task_lifecycle import (
     MergeUndone,
     PreemptRequested,
     Refined,
+    RefinedAgain,
     RefinementRefused,
     Restored,
     RolledBack,
@@ -290,6 +292,19 @@ def test_j_merged_again_it_is_merged_as_refined_and_once_is_enough() -> None:
     record = after(trained_again(), Refined(4), MergeUndone("its group failed", alone=True))
     assert (record.staging_key, record.adapter_sha256) == (record.refined_key, "12" * 32)
     assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.EVALUATING
+
+
+def test_a_refinement_again_is_charged_when_it_happens_and_once() -> None:
+    record = after(trained_again(), Refined(4), Judged(True, "fine", 1.0))
+    assert record.use is not None
+    trained = record.use.ended_at
+    again = RefinedAgain("for version 6", "6-again", 3.0, at=trained + HALF_LIFE_SECONDS)
+    record = after(record, again)
+    assert record.use == Use("red", 4.0 / 2 + 3.0, trained + HALF_LIFE_SECONDS)
+    assert record.refined_seconds == 5.0
+    assert advance(record, again, BUDGETS) is record
+    told = after(record, RefinedAgain("not refined again"))
+    assert (told.use, told.refined_seconds) == (record.use, 5.0)
 
 
 @pytest.mark.parametrize("state", [to_refine, refining])
