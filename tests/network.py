@@ -33,6 +33,11 @@ class TwoMachines:
         self._environment = dict(os.environ) | environment
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
+    @property
+    def up(self) -> tuple[str, ...]:
+        """Addresses of the machines that are there."""
+        return tuple(self._processes)
+
     def start_head(self, cpus: int) -> None:
         folder = f"--temp-dir={self._folder}"
         self._start(self.head, ["--head", f"--port={PORT}", "--include-dashboard=false", folder], cpus, [])

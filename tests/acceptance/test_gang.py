@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,10 @@ from workers.orders import Failed, Point, Progress, Train, Trained
 
 GANG = "worker-0"
 STEPS = 12
-LONG = {"max_steps": 300, "save_steps": 10}
+LONG = {"max_steps": 150, "save_steps": 10}
+ROWS = 128
+"""Of a micro-batch that needs some 450 MiB more than an idle rank has; half of it needs 230."""
+MEAGRE = 340 * 2**20
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/deepspeed"
 
 
@@ -38,13 +44,14 @@ class Site:
     cluster: RayCluster
     settings: Settings
     storage: Storage
+    token: Path
 
-    def answer(self, flight: Any, seconds: float = 120) -> Any:
+    def answer(self, flight: Any, seconds: float = 240) -> Any:
         assert self.cluster.landed([flight], seconds), f"no answer within {seconds} s\n{self.machines.log()}"
         return self.cluster.result(flight)
 
     def warm(self) -> None:
-        wait_for(self.cluster, lambda: self.cluster.warm(GANG), 120)
+        wait_for(self.cluster, lambda: self.cluster.warm(GANG), 240)
 
     def progress(self) -> Progress:
         progress: Progress = self.answer(self.cluster.progress(GANG))
@@ -89,6 +96,13 @@ def until(is_true: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
+def ranks_by_machine(group: Any) -> list[int]:
+    """How many places a placement group has on each machine, by the machines' ids."""
+    from ray.util import placement_group_table
+
+    return sorted(Counter(placement_group_table(group)["bundles_to_node_id"].values()).values())
+
+
 def nodes() -> int:
     import ray
 
@@ -97,9 +111,9 @@ def nodes() -> int:
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> BaseModelSettings:
-    """A random Llama of two layers, without dropout."""
+    """A random Llama of two layers, without dropout. Its 30,522 words make the logits of a token large."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from tests.workers.worker_builders import MINILM
     from workers.weights import resolve_source
@@ -109,7 +123,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> BaseModelSettings:
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     small = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 64}
-    LlamaModel(LlamaConfig(num_key_value_heads=2, **sizes, **small)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **small)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tiny_settings(str(folder))
 
@@ -123,25 +137,27 @@ def site(base_model: BaseModelSettings, tmp_path_factory: pytest.TempPathFactory
     storage = open_storage(ours.storage, ours.base_model.name)
     storage.write("data/train", sentiment_rows(16, seed=1))
     storage.write("data/eval", sentiment_rows(10, seed=2))
+    answers = ({"prompt": f"say {n}", "completion": "yes " * (1 + 5 * (n % 2) + n % 3)} for n in range(16))
+    storage.write("data/answers", "\n".join(json.dumps(row) for row in answers).encode())
     before = dict(os.environ)
     try:
         with two_machines(ray_environment(folder / "token")) as machines:
             machines.start_head(cpus=2)
             cluster = joined(ours, machines, folder / "token")
             machines.start_other(cpus=2)
-            until(lambda: nodes() == 2, 60)
+            until(lambda: nodes() == 2, 120)
             cluster.start()
-            site = Site(machines, cluster, ours, storage)
+            site = Site(machines, cluster, ours, storage, folder / "token")
             site.warm()
             yield site
-            cluster.stop(actors=False)
+            site.cluster.stop(actors=False)
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
 def joined(ours: Settings, machines: TwoMachines, token: Path) -> RayCluster:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while True:
         try:
             return RayCluster(ours, machines.address, token)
@@ -150,11 +166,16 @@ def joined(ours: Settings, machines: TwoMachines, token: Path) -> RayCluster:
 
 
 @pytest.fixture(scope="module")
-def alone(site: Site, base_model: BaseModelSettings) -> dict[int, float]:
-    """Step to loss of one process with the same global batch, without DeepSpeed."""
+def worker(site: Site, base_model: BaseModelSettings) -> Any:
+    """One process beside the gang."""
     from workers.worker import Worker
 
-    worker = Worker(base_model, site.settings.storage, site.settings.base_model.name)
+    return Worker(base_model, site.settings.storage, site.settings.base_model.name)
+
+
+@pytest.fixture(scope="module")
+def alone(worker: Any) -> dict[int, float]:
+    """Step to loss of one process with the same global batch, without DeepSpeed."""
     outcome = worker.run(order("alone", per_device_train_batch_size=8))
     assert isinstance(outcome, Trained), outcome
     return losses(outcome.log_lines)
@@ -179,6 +200,44 @@ def test_two_machines_train_along_the_loss_curve_of_one_process(
     assert staged == [outcome.staging_key]
     adapter = adapter_from_bytes(site.storage.read(outcome.staging_key))
     assert adapter.parameter_count == outcome.adapter_parameters
+
+
+def answering(task: str, attempt: int = 1, **training: Any) -> Train:
+    """Two steps of 2 × ROWS answers."""
+    values = {"max_steps": 2, "per_device_train_batch_size": ROWS, "learning_rate": 0.01}
+    changes = {"data": {"label_names": ()}, "training": values | training, "lora": {"target_modules": ("q_proj",)}}
+    spec = sentiment_task(kind="causal_lm", metric="log_likelihood", **changes)
+    return replace(order(task, attempt), spec=spec, train_key="data/answers", eval_key="")
+
+
+@contextlib.contextmanager
+def meagre(site: Site) -> Iterator[None]:
+    """Rank 1 gets MEAGRE more memory than it has, really: it is the kernel that refuses."""
+    site.warm()
+    process = psutil.Process(site.pids()[1])
+    before = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + MEAGRE, before[1]))
+    yield
+    with contextlib.suppress(psutil.NoSuchProcess):  # ended, if rank 0 was still busy with its share
+        process.rlimit(psutil.RLIMIT_AS, before)
+
+
+def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all_or_is_told(site: Site, worker: Any) -> None:
+    with meagre(site):
+        told = site.answer(site.cluster.run(GANG, answering("told")))
+    with meagre(site):
+        halved = site.answer(site.cluster.run(GANG, answering("halved", auto_find_batch_size=True)))
+    again = site.answer(site.cluster.run(GANG, answering("halved", 2, auto_find_batch_size=True)))
+    assert isinstance(told, Failed), told
+    assert isinstance(halved, Failed), halved
+    assert (told.fault, halved.fault) == ("input", "preempted"), (told, halved)
+    assert f"memory ran out with {ROWS} rows at once; this process took" in told.message
+    assert "training.auto_find_batch_size: true" in told.message
+    assert halved.message == f"memory ran out with {ROWS} rows at once: goes on with {ROWS // 2}, accumulated"
+    assert isinstance(again, Trained), again
+    one = worker.run(answering("one", per_device_train_batch_size=ROWS // 2, gradient_accumulation_steps=4))
+    assert losses(again.log_lines) == pytest.approx(losses(one.log_lines), abs=1e-4)
+    assert sorted(losses(again.log_lines)) == [1, 2]
 
 
 def test_a_killed_rank_ends_the_gang_and_the_next_attempt_goes_on_from_the_checkpoint(site: Site) -> None:
@@ -234,3 +293,77 @@ def test_a_gang_whose_supervisor_dies_or_is_replaced_leaves_nothing_behind(site:
     site.cluster.replace(GANG)
     until(lambda: not any(psutil.pid_exists(pid) for pid in old), 20)
     assert groups() == 0
+
+
+@pytest.fixture(scope="module")
+def both(site: Site) -> Site:
+    """The second machine is there, and nothing runs."""
+    if site.machines.other in site.machines.up:
+        site.cluster.replace(GANG)
+    else:  # the tests above have ended both
+        site.machines.start_other(cpus=2)
+        until(lambda: nodes() == 2, 120)
+    return site
+
+
+@pytest.mark.parametrize(
+    ("placement", "ranks", "by_machine"),
+    [("PACK", 2, [2]), ("SPREAD", 2, [1, 1]), ("PACK", 4, [2, 2]), ("SPREAD", 4, [2, 2])],
+)
+def test_ranks_are_packed_or_spread(both: Site, placement: str, ranks: int, by_machine: list[int]) -> None:
+    import ray
+
+    from workers.gang_actor import end_ranks, places
+
+    until(lambda: ray.available_resources().get("CPU") == 4, 30)  # what is being given back is not packed or spread on
+    workers = both.settings.workers.model_copy(update={"placement": placement, "ranks": ranks})
+    group = places(f"{placement}-{ranks}", workers)
+    assert group.wait(30)
+    assert ranks_by_machine(group) == by_machine
+    end_ranks(f"{placement}-{ranks}")
+
+
+@pytest.fixture(scope="module")
+def four(both: Site) -> Site:
+    """The same machines, with a gang of four in the place of the gang of two."""
+    both.cluster.stop(actors=False)
+    workers = both.settings.workers.model_copy(update={"ranks": 4, "placement": "PACK"})
+    both.cluster = joined(both.settings.model_copy(update={"workers": workers}), both.machines, both.token)
+    return both
+
+
+def test_four_ranks_train_along_the_loss_curve_of_one_process(four: Site, alone: dict[int, float]) -> None:
+    from workers.gang_actor import places
+
+    outcome = four.answer(four.cluster.run(GANG, order("four", per_device_train_batch_size=2)))
+    assert isinstance(outcome, Trained), outcome
+    assert losses(outcome.log_lines) == pytest.approx(alone, abs=1e-4)
+    assert ranks_by_machine(places(GANG, four.settings.workers)) == [2, 2]
+    assert str(outcome.log_lines[0]).count("2 on 10.") == 2
+
+
+def test_a_gang_waits_for_a_machine_that_went_away_and_goes_on_when_it_is_back(four: Site) -> None:
+    flight = four.begin(order("returned", **LONG), step=15)
+    four.machines.end(four.machines.other)
+    outcome = four.answer(flight, 60)
+    assert isinstance(outcome, Failed)
+    assert outcome.fault == "lost"
+
+    flight = four.cluster.run(GANG, order("returned", 2, **LONG))
+    said: list[Any] = []
+
+    def waits() -> bool:
+        progress = four.progress()
+        said.extend(progress.log_lines)
+        return progress.phase == "waiting"
+
+    until(waits, 60)
+    assert said == [
+        "waits: no place for 4 ranks with 1 CPUs and 0 GPUs each: the 1 machines that are up "
+        f"({four.machines.other} went away) have room for 2"
+    ]
+    four.machines.start_other(cpus=2)
+    again = four.answer(flight)
+    assert isinstance(again, Trained), again
+    assert again.resumed_from >= 10
+    assert again.steps == LONG["max_steps"]
