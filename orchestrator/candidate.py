@@ -66,6 +66,13 @@ class Round:
     """Task id to the adapter, of those in `again`."""
     unrefined: set[str] = field(default_factory=set)
     """Ids of those in `again` that stay as the merge left them."""
+    read_at: int = -1
+    """Sequence number of the log at which the two below were worked out: with a thousand tasks that takes a third of a
+    second, and every score that comes in is a step."""
+    records: Mapping[str, TaskRecord] = field(default_factory=dict)
+    """Task id to record, of all that the version holds."""
+    due: tuple[str, ...] = ()
+    """Ids of those to be scored."""
     scores: dict[str, TaskScore] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     """Of scoring."""
@@ -244,6 +251,8 @@ class Candidate:
         """The older tasks that the merge of a version moved enough to be scored again, and whose owners let them be
         refined for it. A version that a refinement made moved nobody."""
         state, drift_min = self._store.state, self._settings.gate.drift_min
+        if state.scores.get(version):
+            return ()  # it is judged by them: in one more version its newcomers would pass for tasks of old
         tasks, drift, bounds = state.tasks_at(version), state.drift(version), state.error_bounds(version)
         moved = {
             task_id: tasks[task_id]
@@ -311,13 +320,12 @@ class Candidate:
 
     def _score_or_decide(self, version: int) -> None:
         state, drift_min = self._store.state, self._settings.gate.drift_min
-        records = self._records(state.tasks_at(version))
-        found = self._round.scores
-        due = [
-            task_id
-            for task_id in evaluations_due(state, version, drift_min)
-            if task_id in records and records[task_id].eval_key
-        ]
+        if self._round.read_at != state.seq:
+            known = self._records(state.tasks_at(version))
+            unscored = evaluations_due(state, version, drift_min)
+            self._round.records, self._round.read_at = known, state.seq
+            self._round.due = tuple(task_id for task_id in unscored if task_id in known and known[task_id].eval_key)
+        records, due, found = self._round.records, self._round.due, self._round.scores
         if hopeless := self._why_hopeless(records):
             self._send_verdict(version, False, f"it could not be scored: {hopeless}")
         elif missing := [task_id for task_id in due if task_id not in found]:

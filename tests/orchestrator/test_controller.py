@@ -14,10 +14,11 @@ import pytest
 from configs.errors import Corrupt, NotFound, Unavailable
 from orchestrator import controller
 from orchestrator.candidate import EVALUATION_TRIES
+from orchestrator.score_table import evaluations_due
 from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
 from orchestrator.task_queue import LOG
 from orchestrator.task_record import TaskState, results_key
-from subspace_store import StagedAdapter, SubspaceStore
+from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
@@ -370,6 +371,28 @@ def test_workers_that_are_lost_while_scoring_say_nothing_against_the_version(pla
     plant.submit("red/alpha")
     plant.run()
     assert plant.states() == {"red/alpha": "published"}
+
+
+def test_what_is_to_be_scored_is_worked_out_once_for_all_scores_that_come_in(
+    make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def due(state: SubspaceState, version: int, drift_max: float) -> tuple[str, ...]:
+        calls.append(version)
+        return evaluations_due(state, version, drift_max)
+
+    monkeypatch.setattr("orchestrator.candidate.evaluations_due", due)
+    plant = make_plant(workers=8)
+    plant.cluster.hold = lambda order: isinstance(order, Evaluate)
+    plant.submit(*(f"red/task-{n}" for n in range(8)))
+    plant.run(lambda: len(plant.cluster.held) == 8)
+    while plant.cluster.held:
+        plant.cluster._do(*plant.cluster._held.pop(0))
+        plant.step()
+    plant.run()
+    assert plant.held() == [f"red/task-{n}" for n in range(8)]
+    assert calls.count(1) <= 3  # moved, before the scores are written, after
 
 
 def test_scoring_that_takes_its_worker_down_every_time_ends_and_names_the_task(plant: Plant) -> None:

@@ -316,3 +316,18 @@ def test_newcomers_are_trained_while_many_tasks_are_refined_again(make_plant: Ma
     plant.cluster.release()
     plant.run()
     assert refined(plant)[4] == ["red/a", "red/b", "red/c"]
+
+
+def test_a_version_that_was_scored_before_a_restart_is_judged_by_these_scores(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=2, **TIGHT)
+    plant.submit("red/old", spec=FULL, eval_key="", eval_count=0)
+    plant.run()
+    plant.cluster.training_faults = {"red/old": ["input"]}
+    plant.submit("blue/bad", spec={"gate": {"min_score": 0.99}})
+    plant.run(lambda: 3 in plant.state.scores)
+    plant.kill()
+    for answers in plant.cluster._memory.values():
+        answers.clear()
+    plant.run()
+    assert plant.states() == {"red/old": "published", "blue/bad": "rejected"}
+    assert refined(plant) == {2: ["red/old"]}
