@@ -6,6 +6,7 @@ stand-in with threads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -163,8 +164,9 @@ class RayCluster:
             time.sleep(0.05)
 
     def _kill(self, name: str) -> None:
-        self._ray.kill(self._actor(name), no_restart=True)
-        del self._actors[name]
+        self._actors.pop(name, None)
+        with contextlib.suppress(ValueError):  # it has ended already; made anew to be ended, a gang would leave places
+            self._ray.kill(self._ray.get_actor(name), no_restart=True)
         if name in self._workers and self._settings.workers.ranks > 1:
             from workers.gang_actor import end_ranks
 
