@@ -35,13 +35,16 @@ class Seat:
     """Why its base model cannot be loaded."""
     told: tuple[str, str] = ("", "")
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
+    waits: bool = False
+    """Its order waits for places for the ranks of a gang."""
 
     def __str__(self) -> str:
+        before = "waits for places for its ranks, then " if self.waits else ""
         match self.order:
             case Train(task_id=task_id, refine_version=version):
-                return f"refining {task_id} at version {version}" if version else f"training {task_id}"
+                return before + (f"refining {task_id} at version {version}" if version else f"training {task_id}")
             case Evaluate(task_id=task_id, version=version):
-                return f"scoring {task_id} at version {version}"
+                return f"{before}scoring {task_id} at version {version}"
         return "free" if self.ready else (self.error or "loading the base model")
 
 
@@ -93,7 +96,7 @@ class Crew:
     def give(self, seat: Seat, order: Order) -> None:
         # Sent first: an order that could not be sent must not occupy the seat.
         self._errands.send(Errand("order", seat.name), lambda: self._cluster.run(seat.name, order))
-        seat.order, seat.told = order, ("", "")
+        seat.order, seat.told, seat.waits = order, ("", ""), False
         seat.asked_at = time.time()
 
     def tell(self, seat: Seat, what: str, token: str) -> None:
@@ -170,7 +173,10 @@ class Crew:
             if order is None:  # else the order's own flight tells
                 self._is_away(seat, error)
             return
-        if not isinstance(order, Train) or progress.token != order.token:
+        if order is None or progress.token != order.token:
+            return
+        seat.waits = progress.phase == "waiting"
+        if not isinstance(order, Train):
             return
         self._queue.append_log(order.task_id, progress.log_lines)
         if order.again:

@@ -223,6 +223,9 @@ def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monke
             site.client.call("submit", document=site.document(title), by="ann")
         while "waits for places for its ranks" not in site.client.call("task", reference=titles[1])["why"]:
             time.sleep(0.01)
+        task_id = site.client.call("task", reference=titles[1])["task_id"]
+        doing = site.client.call("status")["workers"].values()
+        assert f"waits for places for its ranks, then training {task_id}" in doing
         with monkeypatch.context() as patch:  # all are being formed anew, and there is no place for any
             patch.setattr(type(controller), "ready_workers", 0)
             patch.setattr(controller, "describe_workers", lambda: dict.fromkeys("ab", "no place for 2 ranks"))
