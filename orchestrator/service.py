@@ -380,6 +380,10 @@ class Service:
         held = self._store.refresh().held
         if held is not None and record.state is TaskState.EVALUATING:
             return f"version {record.version} waits: main is held by {held.actor}: {held.reason or 'no reason given'}"
+        workers = self._controller.describe_workers().values() if self._controller else ()
+        refine = any(text.startswith("refining") and text.endswith(f"at version {record.version}") for text in workers)
+        if refine and record.state is TaskState.EVALUATING:
+            return f"version {record.version} is scored when tasks of it have been refined on their own rows"
         return {
             TaskState.TRAINING: f"{record.worker} is fine-tuning its adapter (attempt {record.attempt})",
             TaskState.MERGING: "its adapter waits for the version before to be judged, then it is merged",

@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import NotFound
 from configs.task_spec import TaskSpec
+from orchestrator.service import Service
 from orchestrator.task_queue import LOG
 from orchestrator.task_record import TaskState
 from subspace_store import SubspaceStore
@@ -179,6 +180,8 @@ def test_a_heartbeat_does_not_stop_it_and_it_has_no_lease(full: Plant) -> None:
         seat.asked_at = 0.0
     before = list(full.cluster.held)
     full.step(5)
+    service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
+    assert service.task("blue/new")["why"] == "version 3 is scored when tasks of it have been refined on their own rows"
     assert full.cluster.held == before  # nobody told it to stop
     lines = [event.text for event in full.queue.events(full.get("red/old").task_id) if event.kind == LOG]
     assert "a line of the log" in lines
