@@ -137,8 +137,9 @@ def version(answer: Json) -> None:
     for name in ("task", "since", "score", "rows", "measured at", "error at birth", "drift since (at most)"):
         table.add_column(name)
     for row in answer["tasks"]:
+        refined = f", refined v{row['made_in']}" if row["made_in"] > row["birth"] else ""
         table.add_row(
-            row["title"], f"v{row['birth']}", _score(row["score"]), str(row["rows"] or "–"),
+            row["title"], f"v{row['birth']}{refined}", _score(row["score"]), str(row["rows"] or "–"),
             f"v{row['measured_at']}" if row["measured_at"] else "–",
             f"{row['error_at_birth']:.4f}", f"{row['drift_bound']:.4f}",
         )  # fmt: skip

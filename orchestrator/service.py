@@ -435,7 +435,8 @@ class Service:
         return {
             "task_id": task_id,
             "title": task.name,
-            "birth": task.version,
+            "birth": table.birth[task_id],
+            "made_in": task.version,  # its coefficients: later than its birth when it was refined since (`share_full`)
             "error_at_birth": task.error_at_birth,
             "drift_bound": state.drift_bound(task_id, task.version, number),
             **self._cell(table, number, task_id),

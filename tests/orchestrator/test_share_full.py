@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import NotFound
 from configs.task_spec import TaskSpec
+from orchestrator import display
 from orchestrator.service import Service
 from orchestrator.task_queue import LOG
 from orchestrator.task_record import TaskState
@@ -334,3 +335,18 @@ def test_a_version_that_was_scored_before_a_restart_is_judged_by_these_scores(ma
     plant.run()
     assert plant.states() == {"red/old": "published", "blue/bad": "rejected"}
     assert refined(plant) == {2: ["red/old"]}
+
+
+def test_its_birth_is_told_the_same_everywhere_and_beside_it_where_it_was_refined(
+    full: Plant, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full.submit("blue/new")
+    full.run()
+    service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
+    version = service.version(4)
+    assert [(t["title"], t["birth"], t["made_in"]) for t in version["tasks"]] == [("red/old", 2, 4), ("blue/new", 4, 3)]
+    assert [t["birth"] for t in service.scores()["tasks"]] == [2, 4]
+    display.version(version)
+    shown = capsys.readouterr().out
+    assert "v2, refined v4" in shown
+    assert "v4, refined" not in shown
