@@ -278,6 +278,8 @@ class Candidate:
             self._round.refined[order.task_id] = staged
             told = RefinedAgain(f"refined again, for {where}", order.token, outcome.seconds, time.time())
         else:
+            if outcome.detail:
+                log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
             self._round.tries += 1
             self._round.lost[order.task_id] += outcome.fault != "preempted"  # the service ended, and found it so
             hopeless = outcome.fault == "input" or self._is_lost_too_often(order.task_id)
@@ -394,7 +396,8 @@ class Candidate:
             return
         why = outcome.message if isinstance(outcome, Failed) else "its score is not a number"
         current.failures.append(f"{order.task_id}: {why}")
-        log.warning("evaluation of %s at version %d failed: %s", order.task_id, order.version, why)
+        detail = outcome.detail if isinstance(outcome, Failed) else ""
+        log.warning("evaluation of %s at version %d failed: %s\n%s", order.task_id, order.version, why, detail)
 
     # --- what the store answered ------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from orchestrator import display
 from orchestrator.service import Service
 from orchestrator.task_queue import LOG
 from orchestrator.task_record import TaskState
-from subspace_store import SubspaceStore
+from subspace_store import SubspaceStore, adapter_to_bytes
 from subspace_store.verify import verify
 from tests.builders import task_document
 from tests.orchestrator.plant import Plant
@@ -156,11 +156,13 @@ def test_one_that_left_the_basis_does_not_keep_the_newcomer_from_its_refinement(
 
 
 @pytest.mark.parametrize("fault", ["lost", "away", "bug", "crash"])
-def test_a_refinement_that_failed_is_tried_again(full: Plant, fault: str) -> None:
+def test_a_refinement_that_failed_is_tried_again(full: Plant, fault: str, caplog: pytest.LogCaptureFixture) -> None:
     full.cluster.training_faults = {"red/old": [fault]}
+    full.cluster.evaluation_faults = {"blue/new": ["bug"] if fault == "bug" else []}
     full.submit("blue/new")
     full.run()
     assert refined(full) == {2: ["red/old"], 4: ["red/old"]}
+    assert caplog.text.count("traceback\nof two lines") == (2 if fault == "bug" else 0)
 
 
 def test_one_that_takes_its_worker_down_every_time_is_given_up_and_scored(full: Plant) -> None:
@@ -350,3 +352,74 @@ def test_its_birth_is_told_the_same_everywhere_and_beside_it_where_it_was_refine
     shown = capsys.readouterr().out
     assert "v2, refined v4" in shown
     assert "v4, refined" not in shown
+
+
+def served(plant: Plant, title: str) -> bytes:
+    """A task as `main` serves it, bit by bit."""
+    return adapter_to_bytes(SubspaceStore.open(plant.storage).adapter(plant.get(title).task_id))
+
+
+@pytest.mark.parametrize("gone", ["red/old", "blue/new", "blue/newer"])
+def test_after_a_removal_records_follow_what_was_made_again(full: Plant, gone: str) -> None:
+    for title in ("blue/new", "blue/newer"):
+        full.submit(title)
+        full.run()
+    full.cluster.store("remove", full.get(gone).task_id, op_key="r", actor="ann", publish=True).result()
+    full.controller.wake(log_moved=True)
+    full.run(lambda: full.get(gone).state is TaskState.PARKED)
+    births = full.state.births(full.state.refs["main"])
+    assert {r.task_id: r.version for r in full.queue.tasks() if r.title != gone} == births
+    full.submit("blue/later")
+    full.run()
+    main = full.state.refs["main"]
+    assert full.get("blue/later").version == main
+    assert refined(full).get(main) == (None if gone == "red/old" else ["red/old"])
+    assert verify(SubspaceStore.open(full.storage)) == []
+
+
+def test_a_rollback_while_it_is_refined_and_forward_again_serves_the_same_numbers(full: Plant) -> None:
+    full.submit("blue/new")
+    full.run()
+    before, main = served(full, "red/old"), full.state.refs["main"]
+    full.cluster.hold = refines
+    full.submit("blue/later")
+    full.run(lambda: len(full.cluster.held) == 1)
+    for version in (2, main):
+        full.cluster.store("rollback", version, op_key=f"to {version}", actor="ann").result()
+    assert served(full, "red/old") == before
+    full.controller.wake(log_moved=True)
+    full.cluster.release()
+    full.run()
+    assert full.states() == {"red/old": "published", "blue/new": "published", "blue/later": "published"}
+    assert list(refined(full).values())[-1] == ["red/old"]
+    assert verify(SubspaceStore.open(full.storage)) == []
+
+
+def test_expired_versions_take_nothing_that_it_needs(full: Plant) -> None:
+    full.submit("blue/new")
+    full.run()
+    before = served(full, "red/old")
+    full.cluster.store("expire", [1, 2, 3], now=0.0, actor="ann", op_key="expire").result()
+    full.cluster.replace_store()  # of a later epoch, which may collect
+    assert full.cluster.store("collect", really=True).result().blobs
+    assert served(full, "red/old") == before
+    full.submit("blue/later")
+    full.run()
+    assert list(refined(full).values())[-1] == ["red/old"]
+
+
+def test_each_of_a_refused_group_is_judged_with_it_refined_for_that_version(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=4, **TIGHT)
+    plant.submit("red/old", spec=FULL)
+    plant.run()
+    plant.cluster.hold = lambda order: True
+    plant.submit("blue/bad", spec={"gate": {"min_score": 0.99}})
+    plant.submit("blue/good")
+    plant.run(lambda: len(plant.cluster.held) == 2)
+    plant.cluster.release()
+    plant.run()
+    assert plant.states() == {"red/old": "published", "blue/bad": "rejected", "blue/good": "published"}
+    assert refined(plant) == {version: ["red/old"] for version in (2, 4, 6, 8)}
+    assert plant.state.rejected.keys() == {4, 6}
+    plant.step(2)
+    assert list(plant.storage.keys("staging/")) == []
