@@ -60,6 +60,9 @@ class Round:
     """What the workers said of the one version so far."""
 
     version: int = 0
+    """0: between two versions."""
+    plain: bool = False
+    """The next version is judged as its merge makes it: the one before was refused for a task refined again."""
     again: tuple[TaskRecord, ...] = ()
     """Older tasks that its merge moved, to be refined first (`share_full`)."""
     refined: dict[str, StagedAdapter] = field(default_factory=dict)
@@ -221,7 +224,7 @@ class Candidate:
     def _refine_in(self, version: int, refining: Sequence[TaskRecord], others_wait: bool) -> bool:
         """Give out the refinements that the candidate waits for, and put them into one more version."""
         if self._round.version != version:
-            self._round = Round(version, self._moved(version))
+            self._round = Round(version, again=() if self._round.plain else self._moved(version))
         done, given_up = self._round.refined, self._round.unrefined
         ready = [record for record in refining if next_step(record) is Step.MERGE_REFINED]
         again = [r for r in self._round.again if r.task_id not in done and r.task_id not in given_up]
@@ -296,6 +299,7 @@ class Candidate:
         version = evaluating[0].version
         state = self._store.state
         ids = tuple(record.task_id for record in evaluating if record.version == version)
+        plain = False
         on_main = any(v.number == version for v in state.lineage(state.refs[MAIN]))
         if on_main or version in state.published:
             self._apply(ids, Judged(True, f"published in version {version}", time.time()))
@@ -303,22 +307,30 @@ class Candidate:
                 # Rolled back before this was seen: to be parked like all that vanish, not to be merged again.
                 self._main_moved()
         elif version in state.rejected:
-            self._refused(ids, state.rejected[version])
+            plain = self._refused(ids, version)
         elif state.refs[CANDIDATE] != version:
             self._apply(ids, MergeUndone("a rollback came in between", alone=False))
         else:
             self._score_or_decide(version)
             return
-        self._round = Round()
+        self._round = Round(plain=plain)
         self._leftovers.due = True
         self._changed()
         self._errands.wake()
 
-    def _refused(self, ids: tuple[str, ...], reason: str) -> None:
+    def _refused(self, ids: tuple[str, ...], version: int) -> bool:
+        """Returns: whether the task is to be judged once more, in a version that nobody is refined again for."""
+        reason = self._store.state.rejected[version]
+        again = [t.name for t in self._store.state.versions[version].refined if t.task_id not in ids]
         if len(ids) > 1:
             self._apply(ids, MergeUndone(f"its group failed the gate: {reason}", alone=True))
+        elif any(name in reason for name in again):
+            # A newcomer does not answer for what an older task made of its own refinement.
+            self._apply(ids, MergeUndone(f"once more, with nobody refined again: {reason}", alone=True))
+            return True
         else:
             self._apply(ids, Judged(False, reason, time.time()))
+        return False
 
     def _score_or_decide(self, version: int) -> None:
         state, drift_min = self._store.state, self._settings.gate.drift_min

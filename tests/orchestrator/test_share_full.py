@@ -423,3 +423,25 @@ def test_each_of_a_refused_group_is_judged_with_it_refined_for_that_version(make
     assert plant.state.rejected.keys() == {4, 6}
     plant.step(2)
     assert list(plant.storage.keys("staging/")) == []
+
+
+def test_a_newcomer_is_not_refused_for_what_an_older_task_made_of_its_refinement(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=2, **TIGHT | {"gate": {"drop_max": 0.5, "merge_gap_max": 1.0}})
+    plant.submit("red/old", spec=FULL)
+    plant.run()
+
+    def score(title: str, held: frozenset[str]) -> float:
+        state = plant.state
+        spoilt = title == "red/old" and "blue/new" in held and state.versions[state.refs["candidate"]].refined
+        return 0.1 if spoilt else 0.9
+
+    plant.cluster.score = score
+    plant.submit("blue/new")
+    plant.run()
+    assert plant.states() == {"red/old": "published", "blue/new": "published"}
+    assert refined(plant) == {2: ["red/old"], 4: ["red/old"]}
+    assert (list(plant.state.rejected), plant.state.refs["main"]) == ([4], 5)
+    plant.cluster.score = lambda title, held: 0.9
+    plant.submit("blue/next")
+    plant.run()
+    assert list(refined(plant).values())[-1] == ["red/old"]  # it was for that one merge
