@@ -175,7 +175,8 @@ class SubspaceStore(Branches):
         The outcome is what a store would hold that never saw the task, if `settings` are what they were. If the
         versions right before the birth have expired, it begins after the newest one that has not. Where an
         adapter as delivered is gone, the task is merged as its coefficients have it now, and the version names it in
-        `approximate`. The versions that hold the removed task stay until they expire.
+        `approximate`. A task that was refined after the birth was trained in a basis that the removed one had helped to
+        make: it is merged as refined. The versions that hold the removed task stay until they expire.
 
         Args:
             publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`
