@@ -54,7 +54,11 @@ class Site:
         wait_for(self.cluster, lambda: self.cluster.warm(GANG), 240)
 
     def progress(self) -> Progress:
-        progress: Progress = self.answer(self.cluster.progress(GANG))
+        """Of an idle gang while it is being formed."""
+        try:
+            progress: Progress = self.answer(self.cluster.progress(GANG))
+        except Unavailable:
+            return Progress()
         return progress
 
     def pids(self) -> list[int]:
@@ -329,6 +333,7 @@ def four(both: Site) -> Site:
     both.cluster.stop(actors=False)
     workers = both.settings.workers.model_copy(update={"ranks": 4, "placement": "PACK"})
     both.cluster = joined(both.settings.model_copy(update={"workers": workers}), both.machines, both.token)
+    both.warm()
     return both
 
 
@@ -350,18 +355,12 @@ def test_a_gang_waits_for_a_machine_that_went_away_and_goes_on_when_it_is_back(f
     assert outcome.fault == "lost"
 
     flight = four.cluster.run(GANG, order("returned", 2, **LONG))
-    said: list[Any] = []
-
-    def waits() -> bool:
-        progress = four.progress()
-        said.extend(progress.log_lines)
-        return progress.phase == "waiting"
-
-    until(waits, 60)
-    assert said == [
+    waits = (
         "waits: no place for 4 ranks with 1 CPUs and 0 GPUs each: the 1 machines that are up "
         f"({four.machines.other} went away) have room for 2"
-    ]
+    )
+    until(lambda: waits in four.progress().log_lines, 60)  # not the first line if Ray has not noticed it yet
+    assert four.progress().phase == "waiting"
     four.machines.start_other(cpus=2)
     again = four.answer(flight)
     assert isinstance(again, Trained), again
