@@ -16,7 +16,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisError
@@ -258,7 +258,7 @@ class Candidate:
             return ()  # it is judged by them: in one more version its newcomers would pass for tasks of old
         tasks, drift, bounds = state.tasks_at(version), state.drift(version), state.error_bounds(version)
         moved = {
-            task_id: tasks[task_id]
+            task_id
             for task_id in evaluations_due(state, version, drift_min)
             # One without rows is always due: it must have gone as far since its coefficients were made.
             if drift.get(task_id) and bounds[task_id] - tasks[task_id].error_at_birth >= drift_min
@@ -461,7 +461,7 @@ class Candidate:
 
     # --- helpers ----------------------------------------------------------------------------------------------
 
-    def _records(self, task_ids: Mapping[str, object]) -> dict[str, TaskRecord]:
+    def _records(self, task_ids: Collection[str]) -> dict[str, TaskRecord]:
         """One query, not one for each task. Missing where the database is younger than the store: not to be scored."""
         return {record.task_id: record for record in self._queue.tasks() if record.task_id in task_ids}
 
