@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configs.settings import StorageSettings
 from subspace_store import Storage, open_storage
-from subspace_store.tensor_file import TensorFile, pack, write_tensors
+from subspace_store.files.tensor_file import TensorFile, pack, write_tensors
 
 SIDES = [4096] * 11 + [11008] * 3  # one layer: q, k, v, o of 4096×4096; gate, up, down of 11008×4096
 LAYERS, K, RANK = 32, 64, 16

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from configs.settings import SubspaceSettings
 from subspace_store import canonical_update
-from subspace_store.merge import ModuleSubspace, empty_module, merge_module, reconstruct
-from subspace_store.variants import relative_error
+from subspace_store.merging.basis import ModuleSubspace, empty_module, reconstruct
+from subspace_store.merging.merge import merge_module
+from subspace_store.merging.variants import relative_error
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 from benchmarks.training_runs import METHODS
 from configs.task_spec import TaskSpec, read_task_spec
 from subspace_store.adapter import Adapter
-from subspace_store.memory_storage import MemoryStorage
+from subspace_store.log.version import StagedAdapter
+from subspace_store.storage.memory import MemoryStorage
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import StagedAdapter
 from workers.base_model import BaseModel
 from workers.evaluation import score_adapter
 from workers.methods import Given, auto
-from workers.task_data import Row, read_rows
+from workers.rows.task_data import Row, read_rows
 from workers.trainer import Surroundings, fit
 
 TASKS = Path(__file__).resolve().parents[1] / "examples/tasks"

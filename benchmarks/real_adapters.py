@@ -18,12 +18,12 @@ from typing import Any
 from configs.settings import SubspaceSettings, read_settings
 from configs.task_spec import DataSpec, LoraSpec, TaskSpec, TrainingSpec, read_task_spec
 from subspace_store import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to_bytes
-from subspace_store.reorder import reorder
-from subspace_store.variants import Variant, merge_all
+from subspace_store.merging.reorder import reorder
+from subspace_store.merging.variants import Variant, merge_all
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
 from workers.methods import lora
-from workers.task_data import Row, read_rows
+from workers.rows.task_data import Row, read_rows
 from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]

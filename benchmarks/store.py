@@ -61,7 +61,7 @@ from subspace_store import (  # noqa: E402
     canonical_update,
     open_storage,
 )
-from subspace_store.merge import merge_adapters  # noqa: E402
+from subspace_store.merging.merge import merge_adapters  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/store.json"
 THREADS = 2

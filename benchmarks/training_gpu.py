@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks import training_runs as runs
 from configs.settings import BaseModelSettings, SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.merge import merge_adapters
+from subspace_store.merging.merge import merge_adapters
 from workers.base_model import BaseModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

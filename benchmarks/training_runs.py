@@ -32,14 +32,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from configs.settings import BaseModelSettings
 from configs.task_spec import TaskSpec
-from subspace_store.merge import ModuleBasis
+from subspace_store.merging.basis import ModuleBasis
 from workers.base_model import BaseModel
 from workers.features import collator
 from workers.methods import Given, codyra, lora, share
 from workers.methods.factors import trainable_numbers
 from workers.peft_model import TASK_TYPES
 from workers.rank_group import NOBODY_ELSE, RankGroup
-from workers.task_data import CompletionRow, Row, TextRow
+from workers.rows.task_data import CompletionRow, Row, TextRow
 from workers.trainer import Surroundings, fit
 from workers.weights import resolve_source, weights_digest
 

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.ray_head import ray_environment
-from subspace_store.adapter import digest
+from subspace_store.digests import digest
 from workers.orders import Order
 
-Flight = Any
+Call = Any
 """Something under way; opaque to the controller."""
 
 
@@ -35,15 +35,15 @@ class Cluster(Protocol):
         """Names of the workers."""
         ...
 
-    def run(self, worker: str, order: Order) -> Flight:
-        """Give an order; the flight's result is an Outcome."""
+    def run(self, worker: str, order: Order) -> Call:
+        """Give an order; the call's result is an Outcome."""
         ...
 
-    def warm(self, worker: str) -> Flight:
+    def warm(self, worker: str) -> Call:
         """Ask a worker to load the base model; the result is its BaseLayout once it is ready."""
         ...
 
-    def progress(self, worker: str) -> Flight:
+    def progress(self, worker: str) -> Call:
         """Ask a worker what it is doing; the result is a Progress."""
         ...
 
@@ -59,7 +59,7 @@ class Cluster(Protocol):
         """End a worker that does not answer; a fresh one takes its name."""
         ...
 
-    def store(self, method: str, *args: Any, **kwargs: Any) -> Flight:
+    def store(self, method: str, *args: Any, **kwargs: Any) -> Call:
         """Call the subspace's one writer."""
         ...
 
@@ -67,12 +67,12 @@ class Cluster(Protocol):
         """End a writer that was fenced; a fresh one acquires the next epoch."""
         ...
 
-    def landed(self, flights: Sequence[Flight], timeout_seconds: float) -> list[Flight]:
+    def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
         """Those that are done, waiting at most so long for the first."""
         ...
 
-    def result(self, flight: Flight) -> Any:
-        """What a landed flight brought. Raises MachineLost, or what was raised on the other side."""
+    def result(self, call: Call) -> Any:
+        """What a landed call brought. Raises MachineLost, or what was raised on the other side."""
         ...
 
 
@@ -111,13 +111,13 @@ class RayCluster:
     def workers(self) -> tuple[str, ...]:
         return tuple(self._workers)
 
-    def run(self, worker: str, order: Order) -> Flight:
+    def run(self, worker: str, order: Order) -> Call:
         return self._actor(worker).run.remote(order)
 
-    def warm(self, worker: str) -> Flight:
+    def warm(self, worker: str) -> Call:
         return self._actor(worker).warm.remote()
 
-    def progress(self, worker: str) -> Flight:
+    def progress(self, worker: str) -> Call:
         return self._actor(worker).progress.remote()
 
     def cancel(self, worker: str, token: str) -> None:
@@ -129,23 +129,23 @@ class RayCluster:
     def replace(self, worker: str) -> None:
         self._end(worker)
 
-    def store(self, method: str, *args: Any, **kwargs: Any) -> Flight:
+    def store(self, method: str, *args: Any, **kwargs: Any) -> Call:
         return getattr(self._actor("store"), method).remote(*args, **kwargs)
 
     def replace_store(self) -> None:
         self._end("store")
 
-    def landed(self, flights: Sequence[Flight], timeout_seconds: float) -> list[Flight]:
-        done, _ = self._ray.wait(list(flights), num_returns=1, timeout=timeout_seconds, fetch_local=False)
+    def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
+        done, _ = self._ray.wait(list(calls), num_returns=1, timeout=timeout_seconds, fetch_local=False)
         if not done:
             return []
-        more, _ = self._ray.wait(list(flights), num_returns=len(flights), timeout=0, fetch_local=False)
+        more, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)
         return list(more)
 
-    def result(self, flight: Flight) -> Any:
+    def result(self, call: Call) -> Any:
         lost = (self._ray.exceptions.RayActorError, self._ray.exceptions.WorkerCrashedError)
         try:
-            return self._ray.get(flight)
+            return self._ray.get(call)
         except lost as error:
             raise MachineLost(str(error).split("\n")[0]) from error
         except self._ray.exceptions.RayTaskError as error:
@@ -212,7 +212,7 @@ def namespace(settings: Settings) -> str:
     return f"onebasis-{settings.base_model.name}-{digest(place.encode())[:12]}"
 
 
-def wait_for(cluster: Cluster, start: Callable[[], Flight], timeout_seconds: float) -> Any:
+def wait_for(cluster: Cluster, start: Callable[[], Call], timeout_seconds: float) -> Any:
     """Make one call to the cluster and wait for its result, again if the machine was lost meanwhile.
 
     Only for calls that may be made twice: the store's carry an op_key.
@@ -222,11 +222,11 @@ def wait_for(cluster: Cluster, start: Callable[[], Flight], timeout_seconds: flo
     """
     until = time.monotonic() + timeout_seconds
     while True:
-        flight = start()
-        if not cluster.landed([flight], max(0.0, until - time.monotonic())):
+        call = start()
+        if not cluster.landed([call], max(0.0, until - time.monotonic())):
             raise Unavailable("no answer in time", todo="try again; asking twice does no harm")
         try:
-            return cluster.result(flight)
+            return cluster.result(call)
         except MachineLost:
             if time.monotonic() > until:
                 raise

@@ -1,7 +1,7 @@
 """The one loop: take what landed, advance the records, give the next orders.
 
-It holds no truth of its own: what it and its parts (`crew.py` the workers, `candidate.py` the version that is being
-made, `errands.py` what is under way) keep in memory is asked for again after a restart.
+It holds no truth of its own: what it and its parts (`pool.py` the workers, `candidate.py` the version that is being
+made, `pending_calls.py` what is under way) keep in memory is asked for again after a restart.
 """
 
 from __future__ import annotations
@@ -14,25 +14,17 @@ from collections.abc import Callable, Sequence
 from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.candidate import Candidate
-from orchestrator.cluster import Cluster, Flight
-from orchestrator.crew import Crew, is_of_a_version, train_order
-from orchestrator.errands import POLL_SECONDS, RETRY_SECONDS, Errand, Errands
-from orchestrator.fair_share import HALF_LIFE_SECONDS, Waiting, decayed_use, running_order
-from orchestrator.leftovers import Leftovers
-from orchestrator.task_lifecycle import (
-    Event,
-    Restored,
-    RolledBack,
-    Step,
-    TrainingDone,
-    TrainingFailed,
-    needs_training_rows,
-    next_step,
-)
-from orchestrator.task_queue import LOG, TaskQueue
-from orchestrator.task_record import TaskRecord, TaskState
+from orchestrator.cluster import Call, Cluster
+from orchestrator.pending_calls import POLL_SECONDS, RETRY_SECONDS, PendingCall, PendingCalls
+from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Waiting, decayed_use, running_order
+from orchestrator.tasks.task_events import Event, Restored, RolledBack, TrainingDone, TrainingFailed
+from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step
+from orchestrator.tasks.task_queue import LOG, TaskQueue
+from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.unused_files import UnusedFiles
+from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
 from subspace_store import Storage, SubspaceStore
-from subspace_store.version import MAIN
+from subspace_store.log.version import MAIN
 from workers.orders import BaseLayout, Evaluate, Failed, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
@@ -63,18 +55,18 @@ class Controller:
         self._store = store
         self._cluster = cluster
         self._changed = changed
-        self._errands = Errands(cluster)
-        self._crew = Crew(cluster, self._errands, queue, settings.workers)
-        self._leftovers = Leftovers(queue, storage)
+        self._pending_calls = PendingCalls(cluster)
+        self._pool = WorkerPool(cluster, self._pending_calls, queue, settings.workers)
+        self._unused_files = UnusedFiles(queue, storage)
         self._candidate = Candidate(
             settings,
             queue,
             storage,
             store,
             cluster,
-            self._errands,
-            self._crew,
-            self._leftovers,
+            self._pending_calls,
+            self._pool,
+            self._unused_files,
             changed,
             self._look_at_main,
         )
@@ -92,24 +84,24 @@ class Controller:
     @property
     def layout(self) -> BaseLayout | None:
         """What the first warm worker said of the base model; None before that."""
-        return self._crew.layout
+        return self._pool.layout
 
     @property
     def ready_workers(self) -> int:
         """Workers whose base model is loaded."""
-        return self._crew.ready
+        return self._pool.ready
 
     @property
     def free_workers(self) -> int:
-        return self._crew.free
+        return self._pool.free
 
     def describe_workers(self) -> dict[str, str]:
         """Worker to what it does, for people."""
-        return {name: str(seat) for name, seat in self._crew.seats.items()}
+        return {name: str(worker) for name, worker in self._pool.workers.items()}
 
     def wake(self, log_moved: bool = False) -> None:
         """Something changed that the loop should look at now; `log_moved`: in the version log too. Thread-safe."""
-        self._errands.wake(log_moved)
+        self._pending_calls.wake(log_moved)
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
@@ -135,33 +127,34 @@ class Controller:
 
         What does not answer in time is still its worker's by the records, and goes on from an older checkpoint.
         """
-        training = [seat for seat in self._crew.seats.values() if isinstance(seat.order, Train)]
-        for seat in training:
-            assert seat.order is not None
-            self._crew.tell(seat, "preempt", seat.order.token)
+        training = [worker for worker in self._pool.workers.values() if isinstance(worker.order, Train)]
+        for worker in training:
+            assert worker.order is not None
+            self._pool.tell(worker, "preempt", worker.order.token)
         until = time.monotonic() + PREEMPT_SECONDS
-        while any(seat.order is not None for seat in training) and time.monotonic() < until:
-            for flight, errand in self._errands.landed(POLL_SECONDS):
-                self._take(flight, errand)
-        log.info("%d of %d that trained were stopped", sum(seat.order is None for seat in training), len(training))
+        while any(worker.order is not None for worker in training) and time.monotonic() < until:
+            for call, pending in self._pending_calls.landed(POLL_SECONDS):
+                self._take(call, pending)
+        log.info("%d of %d that trained were stopped", sum(worker.order is None for worker in training), len(training))
 
     def step(self) -> None:
         """One turn: what landed, who is alive, what is next."""
-        self._leftovers.delete_due()
-        for flight, errand in self._errands.landed():
-            self._take(flight, errand)
-            if errand.kind != "progress":
+        self._unused_files.delete_due()
+        for call, pending in self._pending_calls.landed():
+            self._take(call, pending)
+            if pending.kind != "progress":
                 self.wake()
-        self._crew.listen()
-        if not self._errands.woken():
+        self._pool.listen()
+        if not self._pending_calls.woken():
             return
-        if self._errands.log_moved.is_set():
-            self._errands.log_moved.clear()
+        if self._pending_calls.log_moved.is_set():
+            self._pending_calls.log_moved.clear()
             try:
                 self._store.refresh()
                 self._follow_main()
             except Exception:
-                self._errands.log_moved.set()  # an old state must not be acted upon: it would undo what was just merged
+                # An old state must not be acted upon: it would undo what was just merged.
+                self._pending_calls.log_moved.set()
                 raise
         live = self._queue.live()
         # First what workers do already: nothing else may be given to them after a restart, it would wait behind that.
@@ -171,15 +164,15 @@ class Controller:
 
     # --- what landed -------------------------------------------------------------------------------------------
 
-    def _take(self, flight: Flight, errand: Errand) -> None:
-        match errand.kind:
+    def _take(self, call: Call, pending: PendingCall) -> None:
+        match pending.kind:
             case "warm":
-                self._crew.take_warm(flight, errand)
+                self._pool.take_warm(call, pending)
                 self._changed()
             case "progress":
-                self._crew.take_progress(flight, errand)
+                self._pool.take_progress(call, pending)
             case "order":
-                match self._crew.take_order(flight, errand):
+                match self._pool.take_order(call, pending):
                     case Train(again=True) as order, outcome:
                         self._candidate.take_refinement(order, outcome)
                     case Train() as order, outcome:
@@ -187,7 +180,7 @@ class Controller:
                     case Evaluate() as order, outcome:
                         self._candidate.take_evaluation(order, outcome)
             case _:
-                self._candidate.take(flight, errand)
+                self._candidate.take(call, pending)
 
     def _finish_training(self, order: Train, outcome: Outcome) -> None:
         now = time.time()
@@ -205,33 +198,33 @@ class Controller:
         if not needs_training_rows(record):
             # Strict continual learning: training data is never read again once its task is trained (and refined, if it
             # asks for that) or given up.
-            self._leftovers.delete(order.task_id)
+            self._unused_files.delete(order.task_id)
         self._changed()
 
     # --- what is next ------------------------------------------------------------------------------------------
 
     def _resume(self, training: Sequence[TaskRecord]) -> None:
         """Orders that ran when an earlier control plane died are given again under their token."""
-        busy = {order.token for order in self._crew.orders}
+        busy = {order.token for order in self._pool.orders}
         for record in training:
-            seat = self._crew.seats.get(record.worker)
+            worker = self._pool.workers.get(record.worker)
             if record.token in busy:
-                if seat is not None and (record.cancel_requested or record.preempt_requested):
-                    self._crew.tell(seat, "cancel" if record.cancel_requested else "preempt", record.token)
-            elif seat is None:
+                if worker is not None and (record.cancel_requested or record.preempt_requested):
+                    self._pool.tell(worker, "cancel" if record.cancel_requested else "preempt", record.token)
+            elif worker is None:
                 failed = TrainingFailed(record.token, "lost", f"{record.worker} is no longer there", time.time())
                 self._queue.apply(record.task_id, failed)
                 self.wake()
-            elif seat in self._crew.free_seats():
-                self._crew.give(seat, train_order(record))
-            elif not seat.ready:
+            elif worker in self._pool.free_workers():
+                self._pool.give(worker, train_order(record))
+            elif not worker.ready:
                 self._wait_for_a_lease(record)
 
     def _wait_for_a_lease(self, record: TaskRecord) -> None:
         """A worker that had the task before this control plane began, and is not back: give it one lease."""
         until = max(self._started_at, record.claimed_at or 0.0) + self._settings.workers.lease_seconds
         if time.time() < until:
-            self._errands.not_before(f"lease:{record.token}", until)
+            self._pending_calls.not_before(f"lease:{record.token}", until)
             return
         failed = TrainingFailed(record.token, "lost", f"{record.worker} did not come back", time.time())
         self._queue.apply(record.task_id, failed)
@@ -239,16 +232,16 @@ class Controller:
 
     def _train(self, live: Sequence[TaskRecord]) -> None:
         queued = [record for record in live if next_step(record) is Step.TRAIN]
-        free = self._crew.unclaimed_seats(live)
+        free = self._pool.unclaimed_workers(live)
         if self._candidate.is_awaited(live):
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
-            busy_scoring = any(is_of_a_version(order) for order in self._crew.orders)
+            busy_scoring = any(is_of_a_version(order) for order in self._pool.orders)
             free = free if busy_scoring else free[1:]
         if not queued or not free:
             return
         by_id = {record.task_id: record for record in queued}
-        for seat, task_id in zip(free, self.running_order(live), strict=False):
-            self._crew.claim(seat, by_id[task_id])
+        for worker, task_id in zip(free, self.running_order(live), strict=False):
+            self._pool.claim(worker, by_id[task_id])
 
     def running_order(self, live: Sequence[TaskRecord]) -> tuple[str, ...]:
         """Ids of the queued tasks in the order in which they would start."""

@@ -10,30 +10,37 @@ adapter = store.adapter("t1")
 ```
 """
 
-from subspace_store.adapter import (
-    Adapter,
-    ModuleUpdate,
-    adapter_from_bytes,
-    adapter_to_bytes,
-    canonical_update,
-    check_adapter,
-    digest,
-)
-from subspace_store.branches import RollbackPreview
-from subspace_store.merge import ModuleBasis, ModuleSubspace
-from subspace_store.storage import Storage, open_storage
-from subspace_store.subspace_reader import Footprint, HistoryEntry, SubspaceReader, VersionDiff
-from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import (
-    CANDIDATE,
-    MAIN,
-    BlobRef,
-    MergedTask,
-    StagedAdapter,
-    SubspaceState,
-    TaskScore,
-    Version,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subspace_store.adapter import (
+        Adapter,
+        ModuleUpdate,
+        adapter_from_bytes,
+        adapter_to_bytes,
+        canonical_update,
+        check_adapter,
+    )
+    from subspace_store.digests import digest
+    from subspace_store.log.version import (
+        CANDIDATE,
+        MAIN,
+        BlobRef,
+        MergedTask,
+        StagedAdapter,
+        SubspaceState,
+        TaskScore,
+        Version,
+    )
+    from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+    from subspace_store.refs import RollbackPreview
+    from subspace_store.storage.opening import open_storage
+    from subspace_store.storage.protocol import Storage
+    from subspace_store.subspace_reader import Footprint, HistoryEntry, SubspaceReader, VersionDiff
+    from subspace_store.subspace_store import SubspaceStore
 
 __all__ = [
     "CANDIDATE",
@@ -62,3 +69,38 @@ __all__ = [
     "digest",
     "open_storage",
 ]
+
+_HOMES = {
+    "Adapter": "subspace_store.adapter",
+    "BlobRef": "subspace_store.log.version",
+    "CANDIDATE": "subspace_store.log.version",
+    "Footprint": "subspace_store.subspace_reader",
+    "HistoryEntry": "subspace_store.subspace_reader",
+    "MAIN": "subspace_store.log.version",
+    "MergedTask": "subspace_store.log.version",
+    "ModuleBasis": "subspace_store.merging.basis",
+    "ModuleSubspace": "subspace_store.merging.basis",
+    "ModuleUpdate": "subspace_store.adapter",
+    "RollbackPreview": "subspace_store.refs",
+    "StagedAdapter": "subspace_store.log.version",
+    "Storage": "subspace_store.storage.protocol",
+    "SubspaceReader": "subspace_store.subspace_reader",
+    "SubspaceState": "subspace_store.log.version",
+    "SubspaceStore": "subspace_store.subspace_store",
+    "TaskScore": "subspace_store.log.version",
+    "Version": "subspace_store.log.version",
+    "VersionDiff": "subspace_store.subspace_reader",
+    "adapter_from_bytes": "subspace_store.adapter",
+    "adapter_to_bytes": "subspace_store.adapter",
+    "canonical_update": "subspace_store.adapter",
+    "check_adapter": "subspace_store.adapter",
+    "digest": "subspace_store.digests",
+    "open_storage": "subspace_store.storage.opening",
+}
+"""Which file each name is in. It is imported when somebody asks: most of what reads a log needs no torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

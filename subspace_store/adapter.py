@@ -7,7 +7,6 @@ compares with methods that stack raw B and A does. Axes: N outputs of a module, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -181,11 +180,6 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
     if not head_only:
         check_adapter(adapter)
     return adapter
-
-
-def digest(content: bytes) -> str:
-    """sha256 in hexadecimal: the name of a content wherever one is compared."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def _parts(update: ModuleUpdate) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from configs.errors import Corrupt, NotFound, OnebasisError
-from subspace_store.storage import Storage
+from subspace_store.storage.protocol import Storage
 
 T = TypeVar("T")
 

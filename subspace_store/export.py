@@ -24,12 +24,12 @@ from typing import Any
 from urllib.parse import quote
 
 from configs.errors import Conflict, InvalidInput, NotFound
-from subspace_store import diffusers_format
-from subspace_store.adapter import digest
-from subspace_store.diffusers_format import write_diffusers_file
-from subspace_store.peft_format import export_rank, write_peft_folder
+from subspace_store.digests import digest
+from subspace_store.formats import diffusers
+from subspace_store.formats.diffusers import write_diffusers_file
+from subspace_store.formats.peft import export_rank, write_peft_folder
+from subspace_store.log.version import MAIN, MergedTask
 from subspace_store.subspace_reader import SubspaceReader
-from subspace_store.version import MAIN, MergedTask
 
 FACTS_FILE = "onebasis.json"  # in every exported folder: what it is
 INDEX_FILE = "adapters.json"  # beside the folders: all of them
@@ -139,8 +139,8 @@ def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask,
     partial = folder / f".partial-{secrets.token_hex(8)}"
     try:
         kind = adapter.info.get("format", "peft")
-        if kind == diffusers_format.FORMAT:
-            write_diffusers_file(partial / diffusers_format.WEIGHTS_FILE, adapter)
+        if kind == diffusers.FORMAT:
+            write_diffusers_file(partial / diffusers.WEIGHTS_FILE, adapter)
         else:
             write_peft_folder(partial, adapter, base_source)
         files = {path.name: digest(path.read_bytes()) for path in sorted(partial.iterdir())}

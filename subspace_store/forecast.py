@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.merge import ModuleBasis, ModuleSubspace, Tally, merge_modules
-from subspace_store.subspace_math import orthonormalise, update_energy
-from subspace_store.version import SubspaceState
-from subspace_store.version_tensors import VersionTensors
+from subspace_store.files.version_tensors import VersionTensors
+from subspace_store.log.version import SubspaceState
+from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+from subspace_store.merging.merge import Tally, merge_modules
+from subspace_store.merging.subspace_math import orthonormalise, update_energy
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from configs.errors import InvalidInput
 from configs.settings import SubspaceSettings
-from subspace_store import blobs
 from subspace_store.adapter import Adapter
-from subspace_store.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merge import ModuleBasis, ModuleMerge, ModuleSubspace, Tally, merge_modules, place_in_basis
-from subspace_store.parallel import in_order
-from subspace_store.storage import Storage
-from subspace_store.tensor_file import AT_ONCE, Part
-from subspace_store.version import BlobRef, MergedTask, SubspaceState, Version
-from subspace_store.version_tensors import VersionTensors, moved
+from subspace_store.files import blobs
+from subspace_store.files.tensor_file import Part
+from subspace_store.files.version_tensors import VersionTensors, moved
+from subspace_store.log.version import BlobRef, MergedTask, SubspaceState, Version
+from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
+from subspace_store.merging.merge import ModuleMerge, Tally, merge_modules, place_in_basis
+from subspace_store.parallel import AT_ONCE, in_order
+from subspace_store.storage.protocol import Storage
 
 SNAPSHOT_EVERY = 64
 """Fewest versions of a lineage between two snapshots of all coefficients. It is put off until the transports written

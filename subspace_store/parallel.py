@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
+AT_ONCE = 8
+"""Requests of one reader: reading waits for the storage, not for the processor."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -37,11 +39,13 @@ class _OneBlasThread:
     """While anybody is inside. The number is the whole process's: the last to leave puts back what the first found."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, 1
+        self._lock, self._inside, self._before = threading.Lock(), 0, 0
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._inside:
+            # Where nobody has imported torch nobody multiplies with it: this file must not cost its import.
+            torch = sys.modules.get("torch")
+            if torch is not None and not self._inside:
                 self._before = torch.get_num_threads()
                 torch.set_num_threads(1)
             self._inside += 1
@@ -49,8 +53,9 @@ class _OneBlasThread:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
-            if not self._inside:
-                torch.set_num_threads(self._before)
+            if not self._inside and self._before:
+                sys.modules["torch"].set_num_threads(self._before)
+                self._before = 0
 
 
 _ONE_BLAS_THREAD = _OneBlasThread()

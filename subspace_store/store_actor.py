@@ -16,10 +16,10 @@ from typing import Any
 import ray
 
 from configs.settings import StorageSettings, SubspaceSettings
-from subspace_store.branches import RollbackPreview
-from subspace_store.storage import open_storage
+from subspace_store.log.version import StagedAdapter, TaskScore, Version
+from subspace_store.refs import RollbackPreview
+from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import StagedAdapter, TaskScore, Version
 
 
 @ray.remote

@@ -14,16 +14,18 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from configs.errors import Corrupt, NotFound
-from subspace_store import blobs, version_log
 from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.merge import ModuleBasis, ModuleSubspace, reconstruct_module, threads
+from subspace_store.files import blobs
+from subspace_store.files.version_tensors import VersionTensors
+from subspace_store.log import fold
+from subspace_store.log.retention import tasks_alive
+from subspace_store.log.version import MAIN, MergedTask, SubspaceState
+from subspace_store.log.version_log import VersionLog
+from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, reconstruct_module
+from subspace_store.merging.merge import threads
+from subspace_store.merging.subspace_math import overlap
 from subspace_store.parallel import in_order
-from subspace_store.retention import tasks_alive
-from subspace_store.storage import Storage
-from subspace_store.subspace_math import overlap
-from subspace_store.version import MAIN, MergedTask, SubspaceState
-from subspace_store.version_log import VersionLog
-from subspace_store.version_tensors import VersionTensors
+from subspace_store.storage.protocol import Storage
 
 BYTES_PER_NUMBER = 4
 """Everything is served as float32."""
@@ -324,34 +326,34 @@ class SubspaceReader:
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
 
 
-def _entry(record: version_log.Record) -> HistoryEntry:
+def _entry(record: fold.Record) -> HistoryEntry:
     return HistoryEntry(record.seq, record.time, record.epoch, record.writer, record.actor, record.op, _summary(record))
 
 
-def _summary(record: version_log.Record) -> str:
+def _summary(record: fold.Record) -> str:
     """The record's body in one line."""
     body = record.body
-    if record.op in (version_log.MERGE, version_log.REFINE):
+    if record.op in (fold.MERGE, fold.REFINE):
         brought = body["version"]["added"] or body["version"]["refined"]
         names = ", ".join(task["name"] for task in brought)
         return f"version {body['version']['number']}: {names}"
-    if record.op == version_log.SCORES:
+    if record.op == fold.SCORES:
         return f"version {body['version']}: {len(body['scores'])} scores"
-    if record.op == version_log.REJECT:
+    if record.op == fold.REJECT:
         return f"version {body['version']}: {body['reason']}"
-    if record.op == version_log.ROLLBACK:
+    if record.op == fold.ROLLBACK:
         return f"version {body['from']} → {body['version']}" + (f": {body['reason']}" if body["reason"] else "")
-    if record.op == version_log.ACQUIRE:
+    if record.op == fold.ACQUIRE:
         return f"epoch {record.epoch}"
-    if record.op == version_log.EXPIRE:
+    if record.op == fold.EXPIRE:
         return f"versions {', '.join(map(str, body['versions']))}"
-    if record.op == version_log.PIN and body["until"] is not None:
+    if record.op == fold.PIN and body["until"] is not None:
         until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(body["until"]))
         return f"version {body['version']}: {body['owner']}, until {until} UTC"
-    if record.op == version_log.REMOVE:
+    if record.op == fold.REMOVE:
         why = f": {body['reason']}" if body["reason"] else ""
         return f"{body['task']}: version {body['from']} → {body['version']}{why}"
-    if record.op == version_log.DROP_ADAPTERS:
+    if record.op == fold.DROP_ADAPTERS:
         return f"{len(body['heads'])} adapters"
     about = [f"version {body['version']}"] if "version" in body else []
     return ": ".join(about + [body[key] for key in ("name", "task_id", "owner", "reason") if body.get(key)])

@@ -2,7 +2,7 @@
 
 One writer at a time, any number of readers, on one folder of object storage. What a merge does is in merge.py, what
 makes it durable in version_log.py; here the two meet, in the order things happen. What is done with versions that are
-there, publishing, rolling back, keeping, is in branches.py; reading in subspace_reader.py.
+there, publishing, rolling back, keeping, is in refs.py; reading in subspace_reader.py.
 """
 
 from __future__ import annotations
@@ -13,21 +13,16 @@ from dataclasses import replace
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
-from subspace_store import blobs, retention, version_log
-from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, check_adapter, digest
-from subspace_store.branches import Branches
+from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, check_adapter
+from subspace_store.digests import digest
+from subspace_store.files import blobs
 from subspace_store.forecast import Forecast, forecast
+from subspace_store.log import fold, retention
+from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, StagedAdapter, Version
+from subspace_store.log.version_log import VersionLog
 from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
-from subspace_store.storage import Storage
-from subspace_store.version import (
-    CANDIDATE,
-    MAIN,
-    BlobRef,
-    MergedTask,
-    StagedAdapter,
-    Version,
-)
-from subspace_store.version_log import VersionLog
+from subspace_store.refs import Branches
+from subspace_store.storage.protocol import Storage
 
 FORMAT_NUMBER = 2
 """Of everything below the store's folder. tests/data/stores has a store of each format that is read."""
@@ -110,7 +105,7 @@ class SubspaceStore(Branches):
             arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
             written = write_version(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
-            self._log.commit(version_log.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
+            self._log.commit(fold.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
 
     def refine(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
@@ -144,7 +139,7 @@ class SubspaceStore(Branches):
             arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
             written = write_refinement(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
-            self._log.commit(version_log.REFINE, op_key=op_key, actor=actor, refs=refs, body=body)
+            self._log.commit(fold.REFINE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
 
     def forecast(self, adapters: Mapping[str, Adapter], version: int | None = None) -> Forecast:
@@ -203,7 +198,7 @@ class SubspaceStore(Branches):
                 done = self._remake_without(task, op_key, actor)
                 body = {"version": done, "from": before, "task": task.name, "task_id": task_id, "reason": reason}
                 refs = {CANDIDATE: done, **({MAIN: done} if publish else {})}
-                self._log.commit(version_log.REMOVE, op_key=op_key, actor=actor, refs=refs, body=body)
+                self._log.commit(fold.REMOVE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self.state.versions.get(done)
 
     # One merge, step by step
@@ -229,7 +224,7 @@ class SubspaceStore(Branches):
             removed = (*version.removed, task.task_id)
             written = write_version(replace(self._draft(parent, arrivals), remakes=version.number, removed=removed))
             key = step_key if known is None else ""  # a key names one version, and that one has expired
-            self._log.commit(version_log.MERGE, op_key=key, actor=actor, body={"version": written.version})
+            self._log.commit(fold.MERGE, op_key=key, actor=actor, body={"version": written.version})
             parent = self._committed(written).number
         return parent
 

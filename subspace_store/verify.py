@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from configs.errors import Corrupt, InvalidInput, NotFound
-from subspace_store import blobs, retention
 from subspace_store.adapter import ModuleUpdate, adapter_from_bytes
-from subspace_store.coefficients import Transport
-from subspace_store.merge import ModuleBasis, ModuleSubspace
-from subspace_store.parallel import in_order
-from subspace_store.storage import Storage
-from subspace_store.subspace_math import orthonormalise, update_energy
+from subspace_store.files import blobs
+from subspace_store.files.tensor_file import TensorFile
+from subspace_store.log import retention
+from subspace_store.log.fold import to_plain
+from subspace_store.log.version import BlobRef, Version
+from subspace_store.log.version_log import VersionLog
+from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+from subspace_store.merging.coefficients import Transport
+from subspace_store.merging.subspace_math import orthonormalise, update_energy
+from subspace_store.parallel import AT_ONCE, in_order
+from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.tensor_file import AT_ONCE, TensorFile
-from subspace_store.version import BlobRef, Version
-from subspace_store.version_log import VersionLog, to_plain
 
 ERROR_TOLERANCE = 1e-5
 """Relative errors are stored from float64 and measured from float32 coefficients."""

@@ -12,7 +12,7 @@ import torch
 
 from configs.settings import Settings
 from configs.task_spec import Kind, TaskSpec
-from orchestrator.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store import Adapter, canonical_update
 from workers.orders import BaseLayout, Trained
 

@@ -17,7 +17,7 @@ import torch
 
 from configs.task_spec import TrainingSpec
 from workers.orders import Rank
-from workers.task_data import Row
+from workers.rows.task_data import Row
 
 EPOCH_SEED = 1_000_003  # a prime, so that pass 1 of seed 0 is not pass 0 of seed 1
 

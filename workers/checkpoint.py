@@ -25,8 +25,8 @@ from torch import Tensor
 
 from configs.errors import NotFound
 from configs.task_spec import TaskSpec, TrainingSpec
-from subspace_store.adapter import digest
-from subspace_store.storage import Storage
+from subspace_store.digests import digest
+from subspace_store.storage.protocol import Storage
 
 FORMAT = "onebasis-checkpoint-1"
 KEPT = 2

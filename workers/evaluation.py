@@ -18,19 +18,19 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
-from subspace_store.peft_format import to_peft
-from subspace_store.storage import Storage
+from subspace_store.formats.peft import to_peft
+from subspace_store.storage.protocol import Storage
 from workers import metrics
 from workers.base_model import BaseModel
+from workers.compatibility import check_head
 from workers.deepspeed_engine import parted
 from workers.features import IGNORED, collator, encode_prompt, lengths
-from workers.fitting import check_head
-from workers.frozen_rows import StoredRows
 from workers.metrics import GENERATED, Measure
 from workers.orders import Evaluate, Rank, Train
 from workers.peft_model import TASK_TYPES, put_tensors, with_lora
 from workers.results import Results, write_results
-from workers.task_data import CompletionRow, Row
+from workers.rows.frozen_rows import StoredRows
+from workers.rows.task_data import CompletionRow, Row
 
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
 TOKENS_PER_BATCH = 8192  # padding counted; with a cache of half a megabyte per token (7B, bfloat16) that is 4 GB

@@ -15,8 +15,8 @@ import torch
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from workers.base_model import BaseModel
-from workers.fitting import check_template
-from workers.task_data import CompletionRow, ImageRow, Row
+from workers.compatibility import check_template
+from workers.rows.task_data import CompletionRow, ImageRow, Row
 
 Batch = dict[str, Any]
 IGNORED = -100

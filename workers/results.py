@@ -15,7 +15,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from configs.errors import Corrupt
-from subspace_store.storage import Storage
+from subspace_store.storage.protocol import Storage
 
 FORMAT = "onebasis-results-1"
 

@@ -33,7 +33,7 @@ from workers.features import collator
 from workers.machine import machine_figures
 from workers.orders import Point, Progress
 from workers.rank_group import NOBODY_ELSE, RankGroup
-from workers.task_data import Row, label_of
+from workers.rows.task_data import Row, label_of
 
 OUTPUT_DIR = str(Path(tempfile.gettempdir()) / "onebasis-trainer")
 """The Trainer makes it; nothing is ever written there, so all processes share it."""

@@ -14,20 +14,20 @@ from dataclasses import replace
 
 from configs.errors import NotFound, Unavailable
 from subspace_store.adapter import Adapter
-from subspace_store.storage import Storage
+from subspace_store.log.version import MAIN
+from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import MAIN
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
+from workers.compatibility import check_lengths
 from workers.deepspeed_engine import is_parted, refusals_named, release
 from workers.evaluation import Score, score_adapter, score_and_keep
-from workers.fitting import check_lengths
-from workers.frozen_rows import open_rows
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
 from workers.orders import ALONE, Progress, Rank, Train, Trained
 from workers.rank_group import RankGroup, joined
-from workers.task_data import Row
+from workers.rows.frozen_rows import open_rows
+from workers.rows.task_data import Row
 from workers.trainer import (
     Asked,
     Cancelled,

@@ -22,14 +22,15 @@ import torch
 from configs.errors import InvalidInput, Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
 from configs.task_spec import CLASSIFICATION_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
-from subspace_store.adapter import adapter_to_bytes, digest
-from subspace_store.storage import Storage, open_storage
+from subspace_store.adapter import adapter_to_bytes
+from subspace_store.digests import digest
+from subspace_store.storage.opening import open_storage
+from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_store import SubspaceStore
 from workers.base_model import BaseModel, load_base_model
+from workers.compatibility import check_lengths
 from workers.deepspeed_engine import is_parted
 from workers.evaluation import score_adapter, score_and_keep
-from workers.fitting import check_lengths
-from workers.frozen_rows import open_rows
 from workers.methods import lora
 from workers.order_book import OrderBook
 from workers.orders import (
@@ -46,7 +47,8 @@ from workers.orders import (
     Train,
 )
 from workers.rank_group import NOBODY_ELSE, joined
-from workers.task_data import CompletionRow, ImageRow, Row, TextRow
+from workers.rows.frozen_rows import open_rows
+from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
 from workers.training import stopper, train_task
 
@@ -65,7 +67,7 @@ class Worker:
     Args:
         base_model: What to load.
         storage: Where rows, adapters and versions are.
-        folder: The subspace's name, see `subspace_store.storage.open_storage`.
+        folder: The subspace's name, see `subspace_store.storage.protocol.open_storage`.
         cpus: Threads for torch.
     """
 

@@ -89,7 +89,7 @@ def worker_actor(
 
     Args:
         name: One per worker; the same name finds the same actor from any driver.
-        folder: The subspace's name, see `subspace_store.storage.open_storage`.
+        folder: The subspace's name, see `subspace_store.storage.protocol.open_storage`.
 
     Returns:
         A handle with WorkerActor's methods as remote calls. Ray restarts a lost actor, but never repeats a lost

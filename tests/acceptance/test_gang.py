@@ -46,9 +46,9 @@ class Site:
     storage: Storage
     token: Path
 
-    def answer(self, flight: Any, seconds: float = 240) -> Any:
-        assert self.cluster.landed([flight], seconds), f"no answer within {seconds} s\n{self.machines.log()}"
-        return self.cluster.result(flight)
+    def answer(self, call: Any, seconds: float = 240) -> Any:
+        assert self.cluster.landed([call], seconds), f"no answer within {seconds} s\n{self.machines.log()}"
+        return self.cluster.result(call)
 
     def warm(self) -> None:
         wait_for(self.cluster, lambda: self.cluster.warm(GANG), 240)
@@ -72,10 +72,10 @@ class Site:
         ]
 
     def begin(self, order: Train, step: int) -> Any:
-        """The flight of an order, once its training has done so many steps."""
-        flight = self.cluster.run(GANG, order)
+        """The call of an order, once its training has done so many steps."""
+        call = self.cluster.run(GANG, order)
         until(lambda: self.progress().step >= step, 60)
-        return flight
+        return call
 
 
 def order(task: str, attempt: int = 1, **training: Any) -> Train:
@@ -246,9 +246,9 @@ def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all_or_is_to
 
 def test_a_killed_rank_ends_the_gang_and_the_next_attempt_goes_on_from_the_checkpoint(site: Site) -> None:
     old = site.pids()
-    flight = site.begin(order("killed", **LONG), step=15)
+    call = site.begin(order("killed", **LONG), step=15)
     os.kill(old[1], signal.SIGKILL)
-    outcome = site.answer(flight, 30)
+    outcome = site.answer(call, 30)
     assert isinstance(outcome, Failed)
     assert outcome.fault == "lost"
     assert "rank 1 of 2 on 10." in outcome.message
@@ -264,9 +264,9 @@ def test_a_killed_rank_ends_the_gang_and_the_next_attempt_goes_on_from_the_check
 
 
 def test_a_lost_machine_is_done_without_where_there_is_room(site: Site) -> None:
-    flight = site.begin(order("moved", **LONG), step=15)
+    call = site.begin(order("moved", **LONG), step=15)
     site.machines.end(site.machines.other)
-    outcome = site.answer(flight, 60)
+    outcome = site.answer(call, 60)
     assert isinstance(outcome, Failed)
     assert outcome.fault == "lost"
     assert site.machines.other in outcome.message
@@ -285,10 +285,10 @@ def test_a_gang_whose_supervisor_dies_or_is_replaced_leaves_nothing_behind(site:
         return [group["state"] for group in placement_group_table().values()].count("CREATED")
 
     old = site.pids()
-    flight = site.cluster.run(GANG, order("unsupervised", **LONG))
+    call = site.cluster.run(GANG, order("unsupervised", **LONG))
     os.kill(ray.get(ray.get_actor(GANG).pid.remote()), signal.SIGKILL)
     with pytest.raises(MachineLost):
-        site.answer(flight, 30)
+        site.answer(call, 30)
     until(lambda: not any(psutil.pid_exists(pid) for pid in old), 20)
     site.warm()
     assert groups() == 1
@@ -348,13 +348,13 @@ def test_four_ranks_train_along_the_loss_curve_of_one_process(four: Site, alone:
 
 
 def test_a_gang_waits_for_a_machine_that_went_away_and_goes_on_when_it_is_back(four: Site) -> None:
-    flight = four.begin(order("returned", **LONG), step=15)
+    call = four.begin(order("returned", **LONG), step=15)
     four.machines.end(four.machines.other)
-    outcome = four.answer(flight, 60)
+    outcome = four.answer(call, 60)
     assert isinstance(outcome, Failed)
     assert outcome.fault == "lost"
 
-    flight = four.cluster.run(GANG, order("returned", 2, **LONG))
+    call = four.cluster.run(GANG, order("returned", 2, **LONG))
     waits = (
         "waits: no place for 4 ranks with 1 CPUs and 0 GPUs each: the 1 machines that are up "
         f"({four.machines.other} went away) have room for 2"
@@ -362,7 +362,7 @@ def test_a_gang_waits_for_a_machine_that_went_away_and_goes_on_when_it_is_back(f
     until(lambda: waits in four.progress().log_lines, 60)  # not the first line if Ray has not noticed it yet
     assert four.progress().phase == "waiting"
     four.machines.start_other(cpus=2)
-    again = four.answer(flight)
+    again = four.answer(call)
     assert isinstance(again, Trained), again
     assert again.resumed_from >= 10
     assert again.steps == LONG["max_steps"]

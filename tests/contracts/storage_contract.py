@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 
 from configs.errors import InvalidInput, NotFound, Unavailable
-from subspace_store.storage import Storage
+from subspace_store.storage.protocol import Storage
 
 MIB = 2**20
 

@@ -11,8 +11,8 @@ import pytest
 
 from configs.errors import Conflict, NotFound
 from configs.settings import FailureSettings
-from orchestrator.fair_share import Use
-from orchestrator.task_lifecycle import (
+from orchestrator.scheduling.fair_share import Use
+from orchestrator.tasks.task_events import (
     CancelRequested,
     Claimed,
     Judged,
@@ -21,8 +21,8 @@ from orchestrator.task_lifecycle import (
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.task_queue import LOG, PROGRESS, TaskQueue
-from orchestrator.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_queue import LOG, PROGRESS, TaskQueue
+from orchestrator.tasks.task_record import TaskRecord, TaskState
 from tests.builders import task_record, trained
 from workers.orders import Point
 

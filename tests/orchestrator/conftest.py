@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator import errands
+from orchestrator import pending_calls
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
 
@@ -19,9 +19,9 @@ torch.set_num_threads(1)
 @pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the loop waits before it tries again is real seconds; nothing here takes any."""
-    monkeypatch.setattr(errands, "IDLE_SECONDS", 0.0)
-    monkeypatch.setattr(errands, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(errands.Errands.later, "__defaults__", (0.0,))
+    monkeypatch.setattr(pending_calls, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(pending_calls, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(pending_calls.PendingCalls.later, "__defaults__", (0.0,))
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.controller import Controller
-from orchestrator.task_queue import TaskQueue
-from orchestrator.task_record import TaskRecord
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import TaskRecord
 from subspace_store import SubspaceState, SubspaceStore, open_storage
 from tests.builders import BASE, settings, task_record
 from tests.orchestrator.stand_in_cluster import StandInCluster

@@ -12,9 +12,9 @@ from typing import Any
 import uvicorn
 import yaml
 
-from orchestrator.client import Client
-from orchestrator.server import api
-from orchestrator.service import Service
+from orchestrator.api.client import Client
+from orchestrator.api.server import api
+from orchestrator.api.service import Service
 from tests.builders import rows, task_document, write_rows
 from tests.orchestrator.plant import Plant
 

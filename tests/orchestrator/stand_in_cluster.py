@@ -134,12 +134,12 @@ class StandInCluster:
         self.replaced.append("store")
         self._store = self._open_store()
 
-    def landed(self, flights: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
-        done = wait(flights, timeout_seconds, FIRST_COMPLETED).done
-        return [flight for flight in flights if flight in done]
+    def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
+        done = wait(calls, timeout_seconds, FIRST_COMPLETED).done
+        return [call for call in calls if call in done]
 
-    def result(self, flight: Future[Any]) -> Any:
-        return flight.result(0)
+    def result(self, call: Future[Any]) -> Any:
+        return call.result(0)
 
     # --- what tests do to it ---------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ def _lost(who: str) -> Future[Any]:
 
 
 def _another(future: Future[Any]) -> Future[Any]:
-    """A second flight to the same outcome, as a second remote call is."""
+    """A second call to the same outcome, as a second remote call is."""
     mine: Future[Any] = Future()
 
     def copy(done: Future[Any]) -> None:

@@ -14,10 +14,10 @@ import pytest
 from configs.errors import Corrupt, NotFound, Unavailable
 from orchestrator import controller
 from orchestrator.candidate import EVALUATION_TRIES
-from orchestrator.score_table import evaluations_due
-from orchestrator.task_lifecycle import CancelRequested, PreemptRequested
-from orchestrator.task_queue import LOG
-from orchestrator.task_record import TaskState, results_key
+from orchestrator.judging.score_table import evaluations_due
+from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
+from orchestrator.tasks.task_queue import LOG
+from orchestrator.tasks.task_record import TaskState, results_key
 from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.plant import Plant

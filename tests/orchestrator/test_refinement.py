@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from configs.errors import NotFound
-from orchestrator import display
-from orchestrator.task_lifecycle import PreemptRequested
-from orchestrator.task_record import TaskState
+from orchestrator.commands import display, version_tables
+from orchestrator.tasks.task_events import PreemptRequested
+from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceStore
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
@@ -188,8 +188,8 @@ def test_a_heartbeat_of_a_refinement_is_taken_and_does_not_stop_it(make_plant: M
     plant.cluster.hold = refines
     (task,) = plant.submit("red/alpha", spec=REFINE)
     plant.run(lambda: len(plant.cluster.held) == 1)
-    for seat in plant.controller._crew.seats.values():
-        seat.asked_at = 0.0
+    for worker in plant.controller._pool.workers.values():
+        worker.asked_at = 0.0
     plant.run(lambda: plant.queue.progress(task.task_id).get("step") == 3)
     assert len(plant.cluster.held) == 1
     plant.cluster.release()
@@ -280,8 +280,8 @@ def test_people_see_what_is_refined_and_what_could_not_be(site: Site, capsys: py
         cluster.hold = refines
         task = site.wait_for(title, "published")
         display.task(task)
-    display.versions(site.client.call("versions"))
-    display.diff(site.client.call("diff", old=3, new=4))
+    version_tables.versions(site.client.call("versions"))
+    version_tables.diff(site.client.call("diff", old=3, new=4))
     shown = capsys.readouterr().out
     assert "refined    its coefficients, after merging, in 2.0 s" in shown
     assert "unrefined  fault of kind input" in shown

@@ -8,10 +8,10 @@ import pytest
 
 from configs.errors import NotFound
 from configs.task_spec import TaskSpec
-from orchestrator import display
-from orchestrator.service import Service
-from orchestrator.task_queue import LOG
-from orchestrator.task_record import TaskState
+from orchestrator.api.service import Service
+from orchestrator.commands import version_tables
+from orchestrator.tasks.task_queue import LOG
+from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceStore, adapter_to_bytes
 from subspace_store.verify import verify
 from tests.builders import task_document
@@ -125,7 +125,7 @@ def test_its_rows_are_kept_while_it_lives_and_no_longer(full: Plant) -> None:
     full.cluster.store("rollback", 0, op_key="r", actor="ann").result()
     full.controller.wake(log_moved=True)
     full.run(lambda: full.get("red/old").state is TaskState.PARKED)
-    full.controller._leftovers.delete()
+    full.controller._unused_files.delete()
     assert full.storage.read(old.train_key) == b"training rows"  # main may come back
     rejected = full.submit("red/bad", spec=FULL | {"gate": {"min_score": 0.99}})[0]
     full.run()
@@ -179,8 +179,8 @@ def test_a_heartbeat_does_not_stop_it_and_it_has_no_lease(full: Plant) -> None:
     full.cluster.hold = refines
     full.submit("blue/new")
     full.run(lambda: len(full.cluster.held) == 1)
-    for seat in full.controller._crew.seats.values():
-        seat.asked_at = 0.0
+    for worker in full.controller._pool.workers.values():
+        worker.asked_at = 0.0
     before = list(full.cluster.held)
     full.step(5)
     service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
@@ -199,7 +199,7 @@ def test_its_adapter_is_not_swept_away_while_the_version_waits(full: Plant) -> N
     full.submit("blue/new", spec={"method": {"refine_epochs": 1}})
     full.run(lambda: len(full.cluster.held) == 1 and full.get("red/old").refined_seconds == 4.0)
     staged = [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key]
-    full.controller._leftovers.delete()
+    full.controller._unused_files.delete()
     assert [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key] == staged != []
     full.cluster.release()
     full.run()
@@ -348,7 +348,7 @@ def test_its_birth_is_told_the_same_everywhere_and_beside_it_where_it_was_refine
     version = service.version(4)
     assert [(t["title"], t["birth"], t["made_in"]) for t in version["tasks"]] == [("red/old", 2, 4), ("blue/new", 4, 3)]
     assert [t["birth"] for t in service.scores()["tasks"]] == [2, 4]
-    display.version(version)
+    version_tables.version(version)
     shown = capsys.readouterr().out
     assert "v2, refined v4" in shown
     assert "v4, refined" not in shown

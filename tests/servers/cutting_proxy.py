@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import botocore.retries.standard
 import pytest
 
-from subspace_store import version_log
+from subspace_store.log import version_log
 
 PASS = "passed"
 BEFORE = "cut before the server saw it"

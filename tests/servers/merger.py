@@ -17,7 +17,8 @@ import torch
 
 from configs.errors import OnebasisError, Unavailable
 from configs.settings import StorageSettings
-from subspace_store import SubspaceStore, merge_writer, open_storage, version_log
+from subspace_store import SubspaceStore, merge_writer, open_storage
+from subspace_store.log import version_log
 from tests.servers.merges import merge, open_writer
 from tests.servers.server import CREDENTIALS
 
@@ -26,7 +27,7 @@ EVERY = 8
 ANSWER_SECONDS = 30
 PAUSE_SECONDS = 0.05
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.servers.merger", "subspace_store.s3_storage", "subspace_store.local_storage"])
+_processes.set_forkserver_preload(["tests.servers.merger", "subspace_store.storage.s3", "subspace_store.storage.local"])
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 from configs.errors import Unavailable
 from configs.settings import StorageSettings
 from subspace_store import Adapter, Storage, SubspaceStore, Version, digest, open_storage
+from subspace_store.log.fold import Record
+from subspace_store.log.version_log import VersionLog
 from subspace_store.verify import verify
-from subspace_store.version_log import Record, VersionLog
 from tests.servers.cutting_proxy import OWN, CuttingProxy
 from tests.subspace_store.builders import deltas, fresh_storage, merged, opened, random_adapter, relative_distance
 

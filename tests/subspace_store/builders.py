@@ -14,9 +14,9 @@ from torch import Tensor
 from configs.errors import Unavailable
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore, Version, canonical_update, subspace_store
-from subspace_store.memory_storage import MemoryStorage
 from subspace_store.merge_writer import Draft, Written
-from subspace_store.storage import ObjectStream
+from subspace_store.storage.memory import MemoryStorage
+from subspace_store.storage.protocol import ObjectStream
 
 SHAPES = {"layer.0.query": (24, 20), "layer.0.value": (16, 20)}
 BASE = "tiny-base"

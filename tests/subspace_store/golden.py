@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from subspace_store import SubspaceStore, merge_writer, version_log
-from subspace_store.local_storage import LocalStorage
+from subspace_store import SubspaceStore, merge_writer
+from subspace_store.log import version_log
+from subspace_store.log.version import TaskScore
+from subspace_store.storage.local import LocalStorage
 from subspace_store.subspace_store import FORMAT_NUMBER
-from subspace_store.version import TaskScore
 from tests.subspace_store.builders import (
     SHAPES,
     deltas,

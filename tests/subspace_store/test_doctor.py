@@ -10,10 +10,10 @@ import pytest
 
 from configs.errors import Unavailable
 from subspace_store.doctor import CHECKS, DAMAGED, UNSAFE, Check, examine
-from subspace_store.local_storage import LocalStorage
-from subspace_store.memory_storage import MemoryStorage
-from subspace_store.s3_storage import S3Storage
-from subspace_store.storage import ObjectStream, Storage
+from subspace_store.storage.local import LocalStorage
+from subspace_store.storage.memory import MemoryStorage
+from subspace_store.storage.protocol import ObjectStream, Storage
+from subspace_store.storage.s3 import S3Storage
 from tests.moto_server import CREDENTIALS, free_port, moto_server
 from tests.subspace_store.builders import FaultyStorage, fresh_storage
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore
-from subspace_store.diffusers_format import read_diffusers_file
 from subspace_store.export import export_name, export_tasks
-from subspace_store.peft_format import read_peft_folder
+from subspace_store.formats.diffusers import read_diffusers_file
+from subspace_store.formats.peft import read_peft_folder
 from subspace_store.subspace_reader import SubspaceReader
 from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs.errors import Corrupt, InvalidInput
 from subspace_store import SubspaceStore
-from subspace_store.local_storage import LocalStorage
+from subspace_store.storage.local import LocalStorage
 from subspace_store.subspace_store import FORMAT_NUMBER
 from subspace_store.verify import verify
 from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.errors import Conflict, InvalidInput, OnebasisError
 from subspace_store import CANDIDATE, MAIN, Adapter, SubspaceStore
-from subspace_store.retention import named_by
+from subspace_store.log.retention import named_by
 from tests.subspace_store.builders import (
     deltas,
     fresh_storage,

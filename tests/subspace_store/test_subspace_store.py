@@ -10,8 +10,8 @@ import torch
 
 from configs.errors import LEAVES, Conflict, Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
 from subspace_store import Adapter, ModuleUpdate, StagedAdapter, SubspaceStore, TaskScore, adapter_to_bytes, digest
-from subspace_store.memory_storage import MemoryStorage
 from subspace_store.merge_writer import SNAPSHOT_EVERY
+from subspace_store.storage.memory import MemoryStorage
 from tests.subspace_store.builders import (
     BASE,
     FaultyStorage,

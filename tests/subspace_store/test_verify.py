@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from subspace_store import SubspaceStore, Version, blobs, digest
-from subspace_store.merge import ModuleBasis, Transport
+from subspace_store import SubspaceStore, Version, digest
+from subspace_store.files import blobs
+from subspace_store.log.fold import log_key, to_plain
+from subspace_store.log.version import BlobRef, SubspaceState
+from subspace_store.merging.basis import ModuleBasis
+from subspace_store.merging.merge import Transport
 from subspace_store.verify import verify
-from subspace_store.version import BlobRef, SubspaceState
-from subspace_store.version_log import log_key, to_plain
 from tests.subspace_store.builders import merged, opened, random_adapter
 
 
@@ -41,7 +43,7 @@ def test_nothing_is_found_in_the_papers_form_where_a_projection_loses_nothing() 
 
 def test_snapshots_and_checkpoints_are_checked_too(store: SubspaceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subspace_store.merge_writer.SNAPSHOT_EVERY", 2)
-    monkeypatch.setattr("subspace_store.version_log.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("subspace_store.log.version_log.CHECKPOINT_EVERY", 2)
     merged(store, {"t4": random_adapter(4)})
     assert store.state.versions[4].snapshot is not None
     assert verify(store) == []

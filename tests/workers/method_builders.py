@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from subspace_store.merge import ModuleBasis
+from subspace_store.merging.basis import ModuleBasis
 from workers.base_model import BaseModel
 from workers.methods import Given
 from workers.methods.factors import lora_layers

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from subspace_store.local_storage import LocalStorage
+from subspace_store.storage.local import LocalStorage
 from subspace_store.subspace_store import SubspaceStore
 from tests.workers.worker_builders import mapped_weights, sentiment_task, tiny_settings
 from workers.base_model import load_base_model

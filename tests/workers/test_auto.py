@@ -14,18 +14,18 @@ import pytest
 import torch
 
 from configs.task_spec import TaskSpec
-from subspace_store.local_storage import LocalStorage
-from subspace_store.memory_storage import MemoryStorage
-from subspace_store.storage import Storage
+from subspace_store.log.version import StagedAdapter
+from subspace_store.storage.local import LocalStorage
+from subspace_store.storage.memory import MemoryStorage
+from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import StagedAdapter
 from tests.workers.method_builders import leased
 from tests.workers.test_deepspeed_engine import zero
 from tests.workers.test_rank_group import free_port
 from tests.workers.worker_builders import task_of_kind
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, auto, lora
-from workers.task_data import CompletionRow, Row
+from workers.rows.task_data import CompletionRow, Row
 from workers.trainer import Surroundings, fit
 
 Tiny = Callable[[str], BaseModel]

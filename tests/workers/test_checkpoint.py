@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.task_spec import TrainingSpec
-from subspace_store.memory_storage import MemoryStorage
+from subspace_store.storage.memory import MemoryStorage
 from tests.workers.test_deepspeed_engine import OFFLOAD_BOTH, OFFLOAD_OPTIMIZER, zero
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_task

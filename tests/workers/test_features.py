@@ -19,7 +19,7 @@ from tests.workers.worker_builders import tiny_settings
 from workers import features
 from workers.base_model import BaseModel, load_base_model
 from workers.features import IGNORED, collator, completions, encode_completion, encode_prompt, lengths
-from workers.task_data import CompletionRow, ImageRow, TextRow
+from workers.rows.task_data import CompletionRow, ImageRow, TextRow
 
 Tiny = Callable[[str], BaseModel]
 

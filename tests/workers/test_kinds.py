@@ -13,14 +13,14 @@ import pytest
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import TaskSpec
-from subspace_store.memory_storage import MemoryStorage
+from subspace_store.storage.memory import MemoryStorage
 from subspace_store.subspace_store import SubspaceStore
 from tests.workers.tiny_bases import save_llama, save_vit
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
-from workers.frozen_rows import freeze
 from workers.orders import Train, Trained
 from workers.results import Results, read_results
+from workers.rows.frozen_rows import freeze
 from workers.training import train_task
 
 ALL_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

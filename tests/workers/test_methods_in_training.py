@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from configs.settings import SubspaceSettings
+from subspace_store.log.version import StagedAdapter
 from subspace_store.subspace_store import SubspaceStore
-from subspace_store.version import StagedAdapter
 from tests.workers.test_deepspeed_engine import zero
 from tests.workers.test_share import outside
 from tests.workers.test_training import Desk

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.local_storage import LocalStorage
+from subspace_store.storage.local import LocalStorage
 from tests.workers.test_deepspeed_engine import zero
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_rows, sentiment_task

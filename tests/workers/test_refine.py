@@ -10,7 +10,8 @@ import torch
 
 from configs.errors import InvalidInput
 from configs.settings import SubspaceSettings
-from subspace_store.merge import ModuleSubspace, merge_adapters, reconstruct
+from subspace_store.merging.basis import ModuleSubspace, reconstruct
+from subspace_store.merging.merge import merge_adapters
 from tests.workers.method_builders import logits, train_by_chance
 from tests.workers.test_share import outside
 from tests.workers.worker_builders import sentiment_task

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from configs.errors import Corrupt
-from subspace_store.memory_storage import MemoryStorage
+from subspace_store.storage.memory import MemoryStorage
 from workers.results import Results, read_results, write_results
 
 RESULTS = Results("t-1", 3, "accuracy", "ab" * 32, (1.0, 0.0, 0.25))

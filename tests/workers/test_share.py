@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
-from subspace_store.merge import ModuleBasis
+from subspace_store.merging.basis import ModuleBasis
 from tests.workers.method_builders import ROW, gradients, leased, logits, random_basis, train_by_chance
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel

@@ -14,14 +14,15 @@ import torch
 
 from configs.errors import InvalidInput, Unavailable
 from configs.task_spec import TaskSpec
-from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, digest
-from subspace_store.memory_storage import MemoryStorage
-from subspace_store.peft_format import read_peft_folder
+from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
+from subspace_store.digests import digest
+from subspace_store.formats.peft import read_peft_folder
+from subspace_store.storage.memory import MemoryStorage
 from subspace_store.subspace_store import SubspaceStore
 from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task, task_of_kind
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Point, Progress, Train, Trained
-from workers.task_data import TextRow
+from workers.rows.task_data import TextRow
 from workers.trainer import Asked, Cancelled, OutOfMemory, _start_at_the_mean
 from workers.training import train_task
 

@@ -15,8 +15,8 @@ import torch
 
 from configs.errors import Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
-from subspace_store.memory_storage import MemoryStorage
-from subspace_store.storage import open_storage
+from subspace_store.storage.memory import MemoryStorage
+from subspace_store.storage.opening import open_storage
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
 from workers import worker as worker_module
 from workers.base_model import BaseModel
@@ -263,7 +263,7 @@ def test_a_task_is_scored_under_a_version(worker: Worker) -> None:
 
 
 def _merge(writer: Any, order: Train, trained: Trained) -> int:
-    from subspace_store.version import StagedAdapter
+    from subspace_store.log.version import StagedAdapter
 
     staged = StagedAdapter(order.task_id, "team-a/sentiment", trained.staging_key, trained.adapter_sha256)
     return int(writer.merge([staged], op_key="merge-1", actor="test").number)

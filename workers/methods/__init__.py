@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
-from subspace_store.merge import ModuleBasis
+from subspace_store.merging.basis import ModuleBasis
 from workers.base_model import BaseModel
 
 

@@ -19,7 +19,7 @@ from workers.deepspeed_engine import is_parted, release
 from workers.methods import NOTHING, Given, Method, lora, share
 from workers.methods.factors import spanned
 from workers.orders import Point, Progress
-from workers.task_data import Row
+from workers.rows.task_data import Row
 from workers.trainer import OutOfMemory, Surroundings, fit
 
 TRIAL_STEPS = 24

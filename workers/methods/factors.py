@@ -20,8 +20,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from subspace_store.merge import ModuleBasis
-from subspace_store.peft_format import PREFIX
+from subspace_store.formats.peft import PREFIX
+from subspace_store.merging.basis import ModuleBasis
 
 ADAPTER = "default"
 """PEFT's name for the one adapter in a model."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.peft_format import read_peft_folder
+from subspace_store.formats.peft import read_peft_folder
 from workers.base_model import BaseModel
-from workers.fitting import with_full_names
+from workers.compatibility import with_full_names
 from workers.methods import NOTHING, Given
 
 TRAINS = False
@@ -28,7 +28,7 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
     """Read what was brought: `given.frozen`, or where that is empty the folder in spec.method.adapter.
 
     Raises:
-        InvalidInput: See `subspace_store.peft_format.from_peft`.
+        InvalidInput: See `subspace_store.formats.peft.from_peft`.
         Corrupt: The frozen bytes are no adapter.
     """
     if given.frozen:
@@ -37,7 +37,7 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
 
 
 def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
-    """See `fitting.with_full_names`: of what admission froze, the names are full already."""
+    """See `compatibility.with_full_names`: of what admission froze, the names are full already."""
     named = with_full_names(prepared, base.module_shapes(), spec.method.adapter or "")
     info = {
         "label_names": json.dumps(spec.data.label_names),

@@ -19,10 +19,10 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.task_spec import LoraSpec, TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
-from subspace_store.merge import ModuleBasis
-from subspace_store.peft_format import PREFIX, check_numbers
+from subspace_store.formats.peft import PREFIX, check_numbers
+from subspace_store.merging.basis import ModuleBasis
 from workers.base_model import BaseModel
-from workers.fitting import chosen_modules
+from workers.compatibility import chosen_modules
 from workers.methods import NOTHING, Given
 from workers.methods.factors import ADAPTER, factors, lora_layers, spanned
 from workers.peft_model import TASK_TYPES, with_lora
@@ -131,7 +131,7 @@ def _start_inside(model: Any, basis: Mapping[str, ModuleBasis], seed: int) -> No
 
 
 def target_modules(base: BaseModel, lora: LoraSpec) -> tuple[str, ...]:
-    """Full names of the layers to adapt, see `fitting.chosen_modules`."""
+    """Full names of the layers to adapt, see `compatibility.chosen_modules`."""
     return chosen_modules(lora.target_modules, base.module_shapes(), base.name)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
-from subspace_store.merge import ModuleBasis
+from subspace_store.merging.basis import ModuleBasis
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, lora
 from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers, spanned

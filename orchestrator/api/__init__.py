@@ -1,0 +1,1 @@
+"""What people ask over HTTP, and what answers them."""

@@ -1,0 +1,177 @@
+"""The control plane as a process: `python -m orchestrator.api.server STATE_DIR`. HTTP in front, the loop behind.
+
+It can be killed at any moment: `onebasis up` starts it again, and what it needs to know is in the SQL database,
+the version log and the workers themselves.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from configs.errors import InvalidInput, OnebasisError, Unavailable
+from configs.settings import Settings, read_settings
+from orchestrator.api.routes import ROUTES
+from orchestrator.api.service import Service
+from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
+from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE
+
+log = logging.getLogger("onebasis.server")
+
+LOCK_FILE = "server.lock"
+RAY_SECONDS = 180.0
+
+
+def api(service: Service, token: str) -> FastAPI:
+    """The HTTP API: every public method of the service under its route, behind the bearer token."""
+    app = FastAPI(title="onebasis", description="One shared low-rank subspace for every team's tasks.")
+
+    @app.middleware("http")
+    async def authenticate(request: Request, call_next: Any) -> Any:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not secrets.compare_digest(given.encode(), token.encode()):
+            facts = {"kind": "invalid-input", "what": "missing or wrong token", "where": "authorization"}
+            return JSONResponse(facts | {"todo": f"send the token that {SERVER_FILE} holds"}, status_code=401)
+        return await call_next(request)
+
+    @app.exception_handler(OnebasisError)
+    def report(_: Request, error: OnebasisError) -> JSONResponse:
+        return JSONResponse(error.as_dict(), status_code=error.http_status)
+
+    for name, (verb, path) in ROUTES.items():
+        method = getattr(service, name)
+        if name == "export":
+            app.get(path, response_class=Response)(_as_zip(method))
+        else:
+            app.api_route(path, methods=[verb])(method)
+    return app
+
+
+def _as_zip(export: Any) -> Any:
+    def download(reference: str, version: int | None = None) -> Response:
+        return Response(export(reference, version), media_type="application/zip")
+
+    return download
+
+
+def main(state_dir: Path) -> None:
+    """Run until SIGTERM. Phases of the start are written to the log, which `onebasis up` shows."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "alembic", "mlflow", "botocore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    settings = read_settings(state_dir / SETTINGS_FILE)
+    lock = (state_dir / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Unavailable("another control plane runs on this state folder", str(state_dir)) from None
+    ControlPlane(settings, state_dir).run()
+
+
+class ControlPlane:
+    """The parts of the process, in the order in which they start."""
+
+    def __init__(self, settings: Settings, state_dir: Path) -> None:
+        self._settings = settings
+        self._state_dir = state_dir
+        self._stop = threading.Event()
+        self._started_at = time.time()
+
+    def run(self) -> None:
+        """Start everything, serve, and put everything down in the reverse order."""
+        import uvicorn
+
+        from orchestrator.cluster import RayCluster
+        from orchestrator.controller import PREEMPT_SECONDS, Controller
+        from orchestrator.reports.mlflow_mirror import Mirror
+        from orchestrator.tasks.task_queue import TaskQueue
+        from subspace_store import SubspaceStore, open_storage
+
+        settings = self._settings
+        log.info("opening the task database and the store")
+        queue = TaskQueue(settings.database_url, settings.failures)
+        storage = open_storage(settings.storage, settings.base_model.name)
+        log.info("joining Ray, starting the store actor and %d workers", settings.workers.count)
+        address, token_path = self._ray()
+        cluster = RayCluster(settings, address, token_path)
+        cluster.start()
+        store = SubspaceStore.open(storage, settings=settings.subspace)
+        mirror = Mirror(settings, queue, SubspaceStore.open(storage, settings=settings.subspace))
+        controller = Controller(settings, queue, storage, store, cluster, changed=mirror.wake)
+        service = Service(settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror))
+        loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
+        reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
+        loop.start()
+        reporter.start()
+        listener = socket.create_server((settings.server.host, settings.server.port))
+        token = secrets.token_hex(32)
+        server = uvicorn.Server(uvicorn.Config(api(service, token), log_level="warning", access_log=False))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        self._announce(listener, token)
+        log.info("ready at %s:%d", *listener.getsockname()[:2])
+        server.run(sockets=[listener])
+        log.info("stopping")
+        self._stop.set()
+        loop.join(timeout=PREEMPT_SECONDS + 10)
+        reporter.join(timeout=60)
+        (self._state_dir / SERVER_FILE).unlink(missing_ok=True)
+        cluster.stop(actors=settings.ray.address != "local")
+        queue.close()
+        log.info("stopped")
+
+    def _ray(self) -> tuple[str, Path]:
+        ray = self._settings.ray
+        if ray.address != "local":
+            token_path = Path(ray.auth_token_path or "")
+            if not token_path.is_file():  # a new one would be made there, and the cluster would not know it
+                raise InvalidInput(
+                    f"{ray.auth_token_path!r} is no file, and the cluster at {ray.address} wants its token",
+                    "ray.auth_token_path",
+                    "copy the token file of the cluster's head there (RAY_AUTH_TOKEN_PATH)",
+                )
+            return ray.address, token_path
+        file, until = self._state_dir / ADDRESS_FILE, time.monotonic() + RAY_SECONDS
+        while not file.exists():
+            if time.monotonic() > until:
+                raise Unavailable("the local Ray did not start", str(self._state_dir / "logs/ray.log"))
+            time.sleep(0.05)
+        return json.loads(file.read_text())["address"], self._state_dir / TOKEN_FILE
+
+    def _announce(self, listener: socket.socket, token: str) -> None:
+        host, port = listener.getsockname()[:2]
+        facts = {"url": f"http://{host}:{port}", "token": token, "pid": os.getpid()}
+        new = self._state_dir / f"{SERVER_FILE}.new"
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(facts, file)
+        new.rename(self._state_dir / SERVER_FILE)
+
+    def _health(self, controller: Any, mirror: Any) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "up_seconds": time.time() - self._started_at,
+            "loop_seconds_ago": time.time() - controller.healthy_at,
+            "workers": controller.describe_workers(),
+            "workers_ready": controller.ready_workers,
+            "alarm": controller.alarm,
+            "mlflow_behind": mirror.behind,
+            "mlflow_error": mirror.error,
+        }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

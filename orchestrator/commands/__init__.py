@@ -1,0 +1,1 @@
+"""The command `onebasis`: what is typed, and what is printed."""

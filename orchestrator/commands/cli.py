@@ -1,0 +1,316 @@
+"""The command `onebasis`. Each command calls one method of the service and shows what it returned.
+
+Heavy libraries are imported where they are needed: `onebasis --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from configs.errors import InvalidInput
+from orchestrator.api.client import Client
+from orchestrator.commands import display, version_tables
+from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, command_of, me, new_app, note, show
+
+app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
+command = command_of(app, "interrupted; the service goes on. `onebasis tasks` shows where it is")
+
+Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
+RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Arguments are handed on as they are."""
+WATCH_SECONDS = 0.5
+EXIT_CODES = {"published": 0, "rejected": 6, "parked": 2, "cancelled": 1}
+"""Of `submit --wait`, by the state in which the task ended."""
+
+
+@command
+def up(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Settings (YAML); default: those of the last `up` here, else configs/local.yaml."),
+    ] = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Start the service: Ray, the store, the workers, the control plane. Safe to repeat."""
+    from configs.settings import read_settings
+    from orchestrator.commands import processes
+
+    kept = state_dir / "settings.yaml"
+    chosen = config or (kept if kept.exists() else Path(sys.modules["configs"].__path__[0]) / "local.yaml")
+    settings = read_settings(chosen)
+    if config is None and not kept.exists():
+        settings = read_settings(chosen, root=state_dir.resolve().parent)
+    if Path(settings.state_dir) != state_dir.resolve():
+        raise InvalidInput(
+            f"state_dir is {settings.state_dir}, but this command looks in {state_dir.resolve()}",
+            str(chosen),
+            f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
+        )
+    status = processes.up(settings, note if not as_json else _silent)
+    show(status, display.status, as_json)
+
+
+@command
+def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """End the service. What trains writes a checkpoint and goes on from it at the next `up`."""
+    from orchestrator.commands import processes
+
+    ended = processes.down(state_dir.resolve(), note if not as_json else _silent)
+    show({"was_running": ended}, lambda _: note("down" if ended else "nothing was running"), as_json)
+
+
+@command
+def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Is the service up, what do the workers do, how many tasks are where."""
+    show(Client(state_dir).call("status"), display.status, as_json)
+
+
+@command
+def submit(
+    task: Annotated[Path, typer.Argument(metavar="TASK.yaml", help="Task file; see configs/tasks/.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until the task has ended, and show its progress.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a task. Submitting the same file again is the same task."""
+    from configs.task_spec import read_task_spec
+
+    spec = read_task_spec(task)
+    _submit(spec.model_dump(mode="json"), wait, dry_run, state_dir, as_json)
+
+
+@command
+def import_(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="PEFT folder: adapter_config.json and safetensors.")],
+    team: Annotated[str, typer.Option(help="Team that the task belongs to.")],
+    name: Annotated[str, typer.Option(help="Name of the task.")],
+    base_model: Annotated[str, typer.Option(help="Name of the base model; default: the service's.")] = "",
+    eval_file: Annotated[Path | None, typer.Option(help="Rows to score it on; without them it has no score.")] = None,
+    label_names: Annotated[str, typer.Option(help="Label names in the order of the outputs, comma-separated.")] = "",
+    text_column: Annotated[str, typer.Option(help="Key of the text in each row.")] = "text",
+    text_pair_column: Annotated[str | None, typer.Option(help="Key of the second text, if there is one.")] = None,
+    label_column: Annotated[str, typer.Option(help="Key of the label in each row.")] = "label",
+    max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until the task has ended.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a PEFT adapter that was trained elsewhere as a task."""
+    data = {
+        "eval_file": str(eval_file.resolve()) if eval_file else None,
+        "label_names": [label for label in label_names.split(",") if label],
+        "text_column": text_column,
+        "text_pair_column": text_pair_column,
+        "label_column": label_column,
+        "max_length": max_length,
+    }
+    document = {
+        "team": team,
+        "name": name,
+        "base_model": base_model or Client(state_dir).call("status")["base_model"],
+        "method": {"name": "import", "adapter": str(adapter.resolve())},
+        "data": data,
+    }
+    _submit(document, wait, dry_run, state_dir, as_json)
+
+
+@command
+def tasks(
+    team: Annotated[str | None, typer.Option(help="Only this team's.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only those in this state.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow until every task has ended.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """List tasks with their state, place in the queue and scores."""
+    client = Client(state_dir)
+    if watch and as_json:
+        while any(row["state"] not in EXIT_CODES for row in client.call("tasks", team=team, state=state)):
+            time.sleep(WATCH_SECONDS)
+    elif watch:
+        display.follow(lambda: client.call("tasks", team=team, state=state), WATCH_SECONDS)
+    show(client.call("tasks", team=team, state=state), display.tasks, as_json)
+
+
+@command
+def task(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Show one task: state and why, place, progress, result, events."""
+    show(Client(state_dir).call("task", reference=reference), display.task, as_json)
+
+
+@command
+def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Stop a task that is not part of a version yet."""
+    answer = Client(state_dir).call("cancel", reference=reference, by=me())
+    show(answer, lambda a: note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
+          else f"{a['title']}: {a['state']}"), as_json)  # fmt: skip
+
+
+@command
+def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Take a running task's worker away: it writes a checkpoint, waits in its place, and goes on from there."""
+    answer = Client(state_dir).call("preempt", reference=reference, by=me())
+    show(answer, lambda a: note(f"{a['title']}: {a['state']}" + (", writing a checkpoint" if a["state"] == "training"
+          else "")), as_json)  # fmt: skip
+
+
+@command
+def logs(
+    reference: Reference,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task has ended.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show a task's log: its events and the lines of its training."""
+    client, after, lines = Client(state_dir), 0, []
+    while True:
+        new = client.call("logs", reference=reference, after=after)
+        after = new[-1]["event_id"] if new else after
+        lines += new
+        if not as_json:
+            display.log_lines(new)
+        if not follow or client.call("task", reference=reference)["state"] in EXIT_CODES:
+            break
+        time.sleep(WATCH_SECONDS)
+    if as_json:
+        print(json.dumps(lines))
+
+
+@command
+def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """List the subspace's versions."""
+    show(Client(state_dir).call("versions"), version_tables.versions, as_json)
+
+
+@command
+def version(
+    number: Annotated[int, typer.Argument(metavar="V", help="Version; `onebasis versions` lists them.")],
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show one version: its tasks with scores and drift, ranks, what is stored."""
+    show(Client(state_dir).call("version", number=number), version_tables.version, as_json)
+
+
+@command
+def diff(
+    old: Annotated[int, typer.Argument(metavar="V", help="The version before; 0 is empty.")],
+    new: Annotated[int, typer.Argument(metavar="W", help="The version after.")],
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show what changed between two versions."""
+    show(Client(state_dir).call("diff", old=old, new=new), version_tables.diff, as_json)
+
+
+@command
+def rollback(
+    number: Annotated[int, typer.Argument(metavar="V", help="Version that `main` shall be; 0 is empty.")],
+    preview: Annotated[bool, typer.Option("--preview", help="Only show which tasks vanish or return.")] = False,
+    reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
+    hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
+    key = os.urandom(8).hex()
+    client = Client(state_dir)
+    answer = client.call("rollback", version=number, preview=preview, by=me(), reason=reason, key=key, hold=hold)
+    show(answer, version_tables.rollback, as_json)
+
+
+@command
+def export(
+    reference: Reference,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
+    ],
+    number: Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")] = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InvalidInput("is not empty", str(output), "name a new folder")
+    packed = Client(state_dir).call("export", reference=reference, version=number)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            archive.extractall(output)
+            names = archive.namelist()
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot write there: {error}", str(output), "name a folder that you may write to"
+        ) from error
+    show(
+        {"output": str(output), "files": names},
+        lambda a: note(f"wrote {', '.join(names)} to {output}"),
+        as_json,
+    )
+
+
+@command
+def scores(
+    number: Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")] = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show the score of every task under every version, and what was forgotten."""
+    show(Client(state_dir).call("scores", version=number), version_tables.scores, as_json)
+
+
+@app.command("store", context_settings=RAW, add_help_option=False)
+def store(context: typer.Context) -> None:
+    """The version log and its storage: check, tag, hold, pin, expire, collect. `onebasis store --help` lists it all."""
+    from subspace_store.commands import app as store_cli
+
+    def ask(state_dir: Path, operation: str, arguments: dict[str, Any]) -> Any:
+        document = {"operation": operation, "arguments": arguments}
+        return Client(state_dir).call("change", document=document, by=me())
+
+    token = store_cli.SERVICE.set(ask)
+    try:
+        store_cli.app(context.args, prog_name="onebasis store")
+    finally:
+        store_cli.SERVICE.reset(token)
+
+
+def _submit(document: dict[str, Any], wait: bool, dry_run: bool, state_dir: Path, as_json: bool) -> None:
+    client = Client(state_dir)
+    answer = client.call("submit", document=document, dry_run=dry_run, by=me())
+    if dry_run or not wait:
+        show(answer, display.submitted, as_json)
+        return
+    reference = answer["task_id"]
+    if not as_json:
+        display.submitted(answer)
+        display.follow(lambda: [client.call("task", reference=reference)], WATCH_SECONDS)
+    while (found := client.call("task", reference=reference))["state"] not in EXIT_CODES:
+        time.sleep(WATCH_SECONDS)
+    show(found, display.task, as_json)
+    raise typer.Exit(EXIT_CODES[found["state"]])
+
+
+def _silent(_: str) -> None:
+    """With --json only JSON is printed."""
+
+
+def main() -> None:
+    """Entry point of the command `onebasis`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

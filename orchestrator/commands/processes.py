@@ -1,0 +1,234 @@
+"""Starting and ending the service's own processes on this machine: the Ray head and the control plane.
+
+Only processes that this state folder names are ever ended, and only after a look at what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.errors import Conflict, InvalidInput, Unavailable
+from configs.settings import Settings
+from orchestrator.api.client import Client, server_facts
+from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
+from subspace_store.commands.state_folder import process_of, running_server
+
+START_SECONDS = 180.0
+TRY_AGAIN = "mend what it says, then `onebasis up` again"
+STOP_SECONDS = 150.0
+"""Before the control plane ends, what trains may write a checkpoint, and MLflow be brought up to date once more."""
+
+Say = Callable[[str], None]
+
+
+def up(settings: Settings, say: Say) -> dict[str, Any]:
+    """Start what is not running; safe to repeat, also after a kill -9 of anything.
+
+    Returns:
+        The service's status, with every worker warm.
+
+    Raises:
+        Conflict: It runs with other settings.
+        Unavailable: Something did not start; quotes the end of its log.
+    """
+    state_dir = Path(settings.state_dir)
+    (state_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (state_dir / ".gitignore").write_text("*\n")
+    with _alone(state_dir, say):
+        _start_what_is_missing(settings, state_dir, say)
+    return _wait_for_workers(settings, state_dir, say)
+
+
+@contextlib.contextmanager
+def _alone(state_dir: Path, say: Say) -> Iterator[None]:
+    """One `up` or `down` at a time: two that start at once would start two clusters, and one would never end."""
+    with (state_dir / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("waiting for another `onebasis up` or `down` here to finish")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start_what_is_missing(settings: Settings, state_dir: Path, say: Say) -> None:
+    running = running_server(state_dir)
+    if running is not None and settings.ray.address == "local" and _running_ray(state_dir) is None:
+        say("Ray is gone: starting it and the control plane again")
+        os.kill(running, signal.SIGKILL)  # asked politely it would wait for the cluster that is not there
+        _await_end(running)
+        running = None
+    if running is None:
+        _refuse_taken_port(settings)
+        _end_ray_of_other_settings(settings, state_dir, say)
+    _keep_settings(settings, state_dir, running is not None)
+    if running is None:
+        head = _start_ray(settings, state_dir, say) if settings.ray.address == "local" else None
+        say("starting the control plane")
+        (state_dir / "server.json").unlink(missing_ok=True)
+        # Beside Ray, not after it: its imports take as long as Ray's start, and it waits for Ray's address itself.
+        server = _start(
+            [sys.executable, "-m", "orchestrator.api.server", str(state_dir)], state_dir, "control-plane.log"
+        )
+        if head is not None:
+            _wait(lambda: (state_dir / ADDRESS_FILE).exists(), head, state_dir / "logs/ray.log", "Ray")
+        _wait(
+            lambda: server_facts(state_dir) is not None, server, state_dir / "logs/control-plane.log", "control plane"
+        )
+
+
+def down(state_dir: Path, say: Say) -> bool:
+    """End the control plane and a local Ray. What trains writes a checkpoint first, and goes on from it at the next
+    `up`.
+
+    Returns:
+        False when nothing was running.
+    """
+    if not state_dir.exists():
+        return False
+    with _alone(state_dir, say):
+        return _end_what_runs(state_dir, say)
+
+
+def _end_what_runs(state_dir: Path, say: Say) -> bool:
+    ended = False
+    for name, module, file in (
+        ("control plane", "orchestrator.api.server", "server.json"),
+        ("Ray cluster", "orchestrator.ray_head", ADDRESS_FILE),
+    ):
+        pid = process_of(state_dir / file, module)
+        if pid is not None:
+            say(f"ending the {name}" + ("; what trains writes a checkpoint" if file == "server.json" else ""))
+            _end(pid)
+            ended = True
+        (state_dir / file).unlink(missing_ok=True)
+    return ended
+
+
+def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Popen[bytes] | None:
+    """The starting head; None when one runs."""
+    if _running_ray(state_dir) is not None:
+        return None
+    say("starting Ray on this machine")
+    (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
+    workers = settings.workers
+    cpus = max(os.cpu_count() or 1, math.ceil(workers.count * workers.ranks * workers.cpus))
+    command = [sys.executable, "-m", "orchestrator.ray_head", str(state_dir), str(cpus)]
+    return _start(command, state_dir, "ray.log")
+
+
+def _start(command: list[str], state_dir: Path, log_name: str) -> subprocess.Popen[bytes]:
+    """A process of its own session: Ctrl-C in the terminal that started it does not reach it."""
+    with (state_dir / "logs" / log_name).open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | ray_environment(state_dir / TOKEN_FILE),
+        )
+
+
+def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, name: str) -> None:
+    until = time.monotonic() + START_SECONDS
+    while not ready():
+        if process.poll() is not None or time.monotonic() > until:
+            raise Unavailable(f"the {name} did not start; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
+        time.sleep(0.05)
+
+
+def _end_of(log: Path) -> str:
+    return "\n  ".join(log.read_text(errors="replace").splitlines()[-12:])
+
+
+def _refuse_taken_port(settings: Settings) -> None:
+    host, port = settings.server.host, settings.server.port
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot listen on {host}:{port}: {error.strerror}", "server", "set server.port to another one, or to 0"
+        ) from error
+
+
+def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str, Any]:
+    until = time.monotonic() + START_SECONDS
+    client, said = Client(state_dir), ""
+    while True:
+        status: dict[str, Any] = client.call("status")
+        ready, all_workers = status.get("workers_ready", 0), settings.workers.count
+        if ready == all_workers:
+            return status
+        if not status["running"]:
+            log = state_dir / "logs/control-plane.log"
+            raise Unavailable(f"the control plane ended; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
+        workers = "1 worker" if all_workers == 1 else f"{all_workers} workers"
+        if said != (said := f"loading the base model on {workers} ({ready} warm)"):
+            say(said)
+        broken = [what for what in status.get("workers", {}).values() if "\n" in what or "sha256" in what]
+        if broken or time.monotonic() > until:
+            raise Unavailable(
+                broken[0] if broken else f"{ready} of {all_workers} workers are warm after {START_SECONDS:.0f} s",
+                todo=f"see {state_dir / 'logs/control-plane.log'}; `onebasis down` ends what runs",
+            )
+        time.sleep(0.1)
+
+
+def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> None:
+    """Write the settings beside what they made, so that later commands need no option."""
+    text, file = _as_text(settings), state_dir / "settings.yaml"
+    if is_running and file.read_text() != text:
+        raise Conflict("the service runs with other settings", str(file), "`onebasis down`, then `onebasis up` again")
+    file.write_text(text)
+
+
+def _end_ray_of_other_settings(settings: Settings, state_dir: Path, say: Say) -> None:
+    """A Ray that outlived a killed control plane holds a store and workers with the settings of then."""
+    file, pid = state_dir / "settings.yaml", _running_ray(state_dir)
+    if pid is not None and (not file.exists() or file.read_text() != _as_text(settings)):
+        say("the settings have changed: ending the Ray that was started with the old ones")
+        _end(pid)
+
+
+def _as_text(settings: Settings) -> str:
+    return "# Written by `onebasis up`.\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def _running_ray(state_dir: Path) -> int | None:
+    return process_of(state_dir / ADDRESS_FILE, "orchestrator.ray_head")
+
+
+def _end(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+    _await_end(pid)
+
+
+def _await_end(pid: int) -> None:
+    until = time.monotonic() + STOP_SECONDS
+    while _lives(pid):
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

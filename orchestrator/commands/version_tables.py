@@ -1,0 +1,165 @@
+"""Tables of versions and scores in a terminal, made from the service's answers. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from orchestrator.commands.display import Json, coloured, score_text, size_text
+from subspace_store.commands.terminal import console
+
+
+def versions(answer: Sequence[Json]) -> None:
+    """`onebasis versions`."""
+    if not answer:
+        console.print("no versions yet; the first task that is trained makes one")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("version", "on", "status", "added", "tasks", "rank", "written", "merged in"):
+        table.add_column(name, justify="left" if name in ("status", "added") else "right", no_wrap=name != "added")
+    for row in answer:
+        refs = [f"← {name}" for name in row["refs"] if name == "main" or "main" not in row["refs"]]
+        brought = ", ".join([*row["added"], *(f"{name} refined" for name in row["refined"])])
+        table.add_row(
+            str(row["version"]), str(row["parent"]), " ".join([coloured(row["status"]), *refs]),
+            brought, str(row["task_count"]), str(row["rank_max"]),
+            size_text(row["bytes_written"]), f"{row['merge_seconds']:.2f} s",
+        )  # fmt: skip
+    console.print(table)
+    for row in answer:
+        if row["reason"]:
+            console.print(f"version {row['version']} was rejected: {escape(row['reason'])}", soft_wrap=True)
+        if row["remakes"]:
+            without = escape(", ".join(row["removed"]))
+            console.print(f"version {row['version']} is version {row['remakes']} without {without}", soft_wrap=True)
+
+
+def version(answer: Json) -> None:
+    """`onebasis version`."""
+    versions([answer])
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "since", "score", "rows", "measured at", "error at birth", "drift since (at most)"):
+        table.add_column(name)
+    for row in answer["tasks"]:
+        refined = f", refined v{row['made_in']}" if row["made_in"] > row["birth"] else ""
+        table.add_row(
+            row["title"], f"v{row['birth']}{refined}", score_text(row["score"]), str(row["rows"] or "–"),
+            f"v{row['measured_at']}" if row["measured_at"] else "–",
+            f"{row['error_at_birth']:.4f}", f"{row['drift_bound']:.4f}",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    console.print()
+    _print_figures(answer)
+    _print_footprint(answer["footprint"])
+
+
+def diff(answer: Json) -> None:
+    """`onebasis diff`."""
+    titles = answer["titles"]
+    added, removed = ([item["name"] for item in answer[name]] for name in ("added", "removed"))
+    for name in dict.fromkeys([*added, *removed]):
+        sign = "~" if name in added and name in removed else "+" if name in added else "-"
+        console.print(f"{sign} {name}" + (" (refined, or merged anew)" if sign == "~" else ""))
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "score before", "score after", "drift (at most)"):
+        table.add_column(name)
+    drift = {titles.get(task_id, task_id): value for task_id, value in answer["drift_bound"].items()}
+    for title, (before, after) in sorted(answer["scores"].items()):
+        moved = drift.get(title)
+        table.add_row(title, score_text(before), score_text(after), "–" if moved is None else f"{moved:.5f}")
+    console.print(table)
+
+
+def rollback(answer: Json) -> None:
+    """`onebasis rollback`."""
+    if answer["from_version"] == answer["to_version"]:
+        console.print(f"main is version {answer['to_version']} already")
+    else:
+        verb = "would move" if answer["preview"] else "moved"
+        console.print(f"main {verb} from version {answer['from_version']} to version {answer['to_version']}")
+        for name, words in (("vanishing", "vanishes"), ("returning", "returns")):
+            for title in answer[name]:
+                console.print(f"  {title} {words}")
+        if not answer["vanishing"] and not answer["returning"]:
+            console.print("  no task vanishes or returns")
+        if not answer["preview"]:
+            console.print(f"nothing is lost: `onebasis rollback {answer['from_version']}` undoes this")
+    if answer["held"]:
+        console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
+
+
+def scores(answer: Json) -> None:
+    """`onebasis scores`."""
+    if not answer["versions"]:
+        console.print("no scores yet: main is empty")
+        return
+    table = Table(
+        box=None, pad_edge=False, title=f"Score of each task under each version of main (v{answer['version']})"
+    )
+    table.add_column("")
+    for column in answer["tasks"]:
+        team, _, name = column["title"].partition("/")
+        table.add_column(f"{team}/\n{name}", justify="right")
+    for label, key in (("base", "base"), ("own adapter", "local")):
+        table.add_row(f"[dim]{label}[/dim]", *(f"[dim]{score_text(column[key])}[/dim]" for column in answer["tasks"]))
+    for number, row in zip(answer["versions"], answer["matrix"], strict=True):
+        cells = [
+            "" if number < column["birth"] else _cell(cell, number)
+            for column, cell in zip(answer["tasks"], row, strict=True)
+        ]
+        table.add_row(f"version {number}", *cells)
+    table.add_row("[dim]rows[/dim]", *(f"[dim]{column['rows'] or '–'}[/dim]" for column in answer["tasks"]))
+    console.print(table)
+    carried = any(
+        cell["measured_at"] not in (None, number)
+        for number, row in zip(answer["versions"], answer["matrix"], strict=True)
+        for cell in row
+    )
+    mark = " · ' carried over, the task hardly moved" if carried else ""
+    console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
+    if full := [column["title"] for column in answer["tasks"] if column["share_full"]]:
+        console.print(f"[dim]not strict, may be trained again on their own rows (share_full): {', '.join(full)}[/dim]")
+    console.print()
+    _print_figures(answer["by_version"][-1])
+    _print_footprint(answer["footprint"])
+
+
+def _print_figures(figures: Json) -> None:
+    meanings = {
+        "average_accuracy": "mean score of the tasks",
+        "backward_transfer": "BWT (Lopez-Paz & Ranzato 2017): mean of score now − score at birth",
+        "forgetting": "forgetting (Chaudhry et al. 2018): mean of best earlier score − score now",
+        "merge_gap": "merge gap: mean of own adapter's score − score at birth",
+    }
+    for key, meaning in meanings.items():
+        mean = figures[key]
+        if mean["value"] is None:
+            console.print(f"{'–':>17}  {meaning} (nothing to compare yet)", soft_wrap=True)
+            continue
+        width = f" ±{mean['half_width_95']:.4f}" if mean["half_width_95"] is not None else ""
+        console.print(f"{mean['value']:+.4f}{width:9}  {meaning} (n = {mean['n']} tasks)", soft_wrap=True)
+
+
+def _print_footprint(footprint: Json) -> None:
+    basis, coefficients = footprint["basis_numbers"] * 4, footprint["coefficient_numbers"] * 4
+    heads, separate = footprint["head_numbers"] * 4, footprint["separate_numbers"] * 4
+    together = basis + coefficients
+    console.print()
+    console.print(
+        f"stored (float32, heads of {size_text(heads)} aside): coefficients {size_text(coefficients)} "
+        f"+ basis {size_text(basis)} = {size_text(together)}; as separate LoRAs {size_text(separate)}"
+    )
+    if together:
+        console.print(
+            f"  {separate / coefficients:.1f}× smaller counting coefficients only,"
+            f" {separate / together:.2f}× with the basis, which is paid once"
+        )
+
+
+def _cell(cell: Json, number: int) -> str:
+    if cell["score"] is None:
+        return "–"
+    return score_text(cell["score"]) + ("" if cell["measured_at"] == number else "'")

@@ -1,0 +1,120 @@
+"""May a version become `main`? A pure decision with its reasons.
+
+Scores are compared on the same frozen rows, so a difference is one of predictions, not of samples. How sure one can
+be of it is told beside it and does not decide: a gate that waits for certainty lets small losses through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from configs.settings import GateSettings
+from orchestrator.judging.forgetting import mean
+from orchestrator.judging.score_table import ScoreTable
+from orchestrator.tasks.task_record import TaskRecord
+
+ROUNDING = 1e-9
+"""Scores are quotients of integers: 0.83 − 0.80 must count as 0.03, not as 0.030000000000000027."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The gate's answer."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+    """One sentence with numbers per rule that was broken; empty when passed."""
+
+    @property
+    def summary(self) -> str:
+        return "; ".join(self.reasons) if self.reasons else "every task kept its score"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How two scores on the same rows differ."""
+
+    mean: float
+    """Score after − score before; negative: worse."""
+    low: float
+    high: float
+    """95 % interval of what the difference would be on other rows of the same kind; NaN below two rows."""
+    count: int
+
+    def __str__(self) -> str:
+        word, sign = ("higher", 1) if self.mean > 0 else ("lower", -1)
+        low, high = sorted((sign * self.low + 0.0, sign * self.high + 0.0))  # 0.0 added: −0.0 would be shown as such
+        return f"{abs(self.mean):.4f} {word} on the same {self.count} rows, 95 % interval {low:.4f} to {high:.4f}"
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> PairedDifference:
+    """Compare two scores row by row: the mean of the differences and its Student t interval.
+
+    Args:
+        before, after: Each row's share in the two scores, row i of one being row i of the other (`workers.results`).
+
+    Returns:
+        Rows that both got right, or both wrong, add nothing to the interval's width: it is narrower than that of two
+        independent samples. Where not one row differs it has no width, which few rows do not justify.
+
+    Source:
+        The paired t-test (Student 1908); on right and wrong answers the Wald form of McNemar's comparison.
+    """
+    differences = mean([late - early for early, late in zip(before, after, strict=True)])
+    low, high = (differences.value + sign * differences.half_width for sign in (-1, 1))
+    return PairedDifference(differences.value, low, high, differences.count)
+
+
+def judge(
+    table: ScoreTable,
+    version: int,
+    records: Mapping[str, TaskRecord],
+    settings: GateSettings,
+    paired: Mapping[str, PairedDifference] = MappingProxyType({}),
+) -> Decision:
+    """Judge one version by the scores of all its tasks.
+
+    Args:
+        table: The lineage up to `version`, with every due evaluation in it.
+        records: Task id to record, for local scores, names and the task's own rule.
+        paired: Task id to how its score differs from the one it is compared with (at birth; of a new task: with its own
+            adapter), where both were kept row by row. It is told, and changes no decision.
+    """
+    reasons: list[str] = []
+    for task_id in table.tasks:
+        record = records.get(task_id)
+        score = table.score(version, task_id)
+        if record is None or math.isnan(score):
+            continue  # a task without evaluation rows, or of another life of the database: nothing to compare
+        if table.birth[task_id] == version:
+            reasons += _of_a_new_task(record, score, settings, _told(paired.get(task_id)))
+        else:
+            # Nobody measured it at birth if it was merged again without some task: then its first score since counts.
+            known = [s for v, s in table.column(task_id) if v < version and not math.isnan(s)]
+            birth = known[0] if known else math.nan
+            if birth - score > settings.drop_max + ROUNDING:
+                reasons.append(
+                    f"{record.title} would fall from {birth:.4f} at birth to {score:.4f}, "
+                    f"more than gate.drop_max {settings.drop_max}{_told(paired.get(task_id))}"
+                )
+    return Decision(not reasons, tuple(reasons))
+
+
+def _told(difference: PairedDifference | None) -> str:
+    return f" ({difference})" if difference else ""
+
+
+def _of_a_new_task(record: TaskRecord, score: float, settings: GateSettings, paired: str) -> list[str]:
+    reasons = []
+    if record.local_score is not None and record.local_score - score > settings.merge_gap_max + ROUNDING:
+        reasons.append(
+            f"{record.title} scores {score:.4f} after merging and {record.local_score:.4f} with its own adapter, "
+            f"a gap above gate.merge_gap_max {settings.merge_gap_max}{paired}"
+        )
+    least = record.spec.gate.min_score
+    if least is not None and score < least - ROUNDING:
+        reasons.append(f"{record.title} scores {score:.4f}, below its own gate.min_score {least}")
+    return reasons

@@ -1,0 +1,191 @@
+"""The refinements that the one unjudged version waits for: given out to workers, and put into one more version.
+
+Newcomers that ask for it are refined once, in the basis that they were merged into; older tasks with `share_full`
+beside them, wherever the merge moved them. The version that comes of it has the same basis and their coefficients
+alone replaced; it is that one which is judged.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from configs.errors import OnebasisError
+from configs.settings import Settings
+from orchestrator.cluster import Cluster
+from orchestrator.judging.score_table import evaluations_due
+from orchestrator.pending_calls import PendingCall, PendingCalls
+from orchestrator.tasks.task_events import (
+    Event,
+    MergeUndone,
+    Refined,
+    RefinedAgain,
+    RefinementRefused,
+)
+from orchestrator.tasks.task_lifecycle import Step, next_step
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.unused_files import UnusedFiles
+from orchestrator.verdict import VerdictInProgress
+from orchestrator.worker_pool import WorkerPool, again_order
+from subspace_store import StagedAdapter, SubspaceStore, digest
+from subspace_store.log.version import CANDIDATE
+from workers.orders import Evaluated, Outcome, Train, Trained
+
+log = logging.getLogger("onebasis.controller")
+
+EVALUATION_TRIES = 3
+UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
+HELD_SECONDS = 5.0
+"""While `main` is held the log is read this often: somebody may release it without telling this process."""
+
+
+class Refinement:
+    """Brings the candidate's tasks through their refinement. `verdict` is the candidate's own, seen by both."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        queue: TaskQueue,
+        store: SubspaceStore,
+        cluster: Cluster,
+        pending_calls: PendingCalls,
+        pool: WorkerPool,
+        unused_files: UnusedFiles,
+        verdict: VerdictInProgress,
+    ) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._store = store
+        self._cluster = cluster
+        self._pending_calls = pending_calls
+        self._pool = pool
+        self._unused_files = unused_files
+        self._verdict = verdict
+
+    def call_off(self) -> None:
+        """Stop refinements of published tasks for a version that is gone: no lease of theirs ends with it."""
+        for worker in self._pool.workers.values():
+            order = worker.order
+            if isinstance(order, Train) and order.again and order.refine_version != self._store.state.refs[CANDIDATE]:
+                self._pool.tell(worker, "cancel", order.token)
+
+    def advance(self, group: Sequence[TaskRecord], others_wait: bool) -> bool:
+        """Bring the candidate's tasks through their refinement; those of its group that ask for none wait.
+
+        Args:
+            others_wait: Whether tasks wait for a worker to be trained.
+
+        Returns:
+            Whether the version is not yet to be judged.
+        """
+        refining = [record for record in group if record.state is TaskState.REFINING]
+        state, version = self._store.state, (refining or group)[0].version
+        ids = tuple(record.task_id for record in group if record.version == version)
+        if not refining and (version in state.published or version in state.rejected):
+            return False
+        line = state.lineage(state.refs[CANDIDATE])
+        made = next((v.number for v in line if v.parent == version and v.refined), None)
+        if made is not None:
+            self._apply(ids, Refined(made))
+            self._unused_files.due = True
+            return True
+        if state.refs[CANDIDATE] == version:
+            return self._refine_in(version, refining, others_wait)
+        if refining and version not in (v.number for v in line):
+            self._apply(ids, MergeUndone("a rollback came in between", alone=False))
+        elif refining:  # a database that is older than the log
+            refused = RefinementRefused(f"version {version} went on without it")
+            self._apply(tuple(record.task_id for record in refining), refused)
+        return bool(refining)
+
+    def _refine_in(self, version: int, refining: Sequence[TaskRecord], others_wait: bool) -> bool:
+        """Give out the refinements that the candidate waits for, and put them into one more version."""
+        if self._verdict.version != version:
+            self._verdict.begin(version, again=() if self._verdict.plain else self._moved(version))
+        done, given_up = self._verdict.refined, self._verdict.unrefined
+        ready = [record for record in refining if next_step(record) is Step.MERGE_REFINED]
+        again = [r for r in self._verdict.again if r.task_id not in done and r.task_id not in given_up]
+        if again or len(ready) < len(refining):
+            flying = {order.task_id for order in self._pool.orders if isinstance(order, Train) and order.again}
+            waiting = [record for record in refining if next_step(record) is Step.REFINE]
+            # A merge may move a thousand tasks: while others wait to be trained, half of the workers are theirs.
+            room = max(1, len(self._pool.workers) // 2) if others_wait else len(self._pool.workers)
+            waiting += [record for record in again if record.task_id not in flying][: max(0, room - len(flying))]
+            for record, worker in zip(waiting, self._pool.unclaimed_workers(refining), strict=False):
+                if record.state is TaskState.REFINING:
+                    self._pool.claim(worker, record)
+                else:
+                    self._pool.give(worker, again_order(record, version, self._verdict.tries))
+            return True
+        own = (StagedAdapter(r.task_id, r.title, r.refined_key, r.refined_sha256) for r in ready)
+        staged = [*own, *done.values()]
+        if staged:
+            key = f"refine:{version}:{digest(repr(staged).encode())[:16]}"
+            self._pending_calls.send(
+                PendingCall("refine", task_ids=tuple(adapter.task_id for adapter in staged), version=version),
+                lambda: self._cluster.store("refine", staged, op_key=key, actor="controller"),
+            )
+        return bool(staged)
+
+    def _moved(self, version: int) -> tuple[TaskRecord, ...]:
+        """The older tasks that the merge of a version moved enough to be scored again, and whose owners let them be
+        refined for it. A version that a refinement made moved nobody."""
+        state, drift_min = self._store.state, self._settings.gate.drift_min
+        if state.scores.get(version):
+            return ()  # it is judged by them: in one more version its newcomers would pass for tasks of old
+        tasks, drift, bounds = state.tasks_at(version), state.drift(version), state.error_bounds(version)
+        moved = {
+            task_id
+            for task_id in evaluations_due(state, version, drift_min)
+            # One without rows is always due: it must have gone as far since its coefficients were made.
+            if drift.get(task_id) and bounds[task_id] - tasks[task_id].error_at_birth >= drift_min
+        }
+        records = self._queue.among(moved) if moved else {}
+        return tuple(r for r in records.values() if r.spec.method.share_full and r.task_id not in state.quarantined)
+
+    def take(self, order: Train, outcome: Outcome) -> None:
+        """Note what came of an order of `again_order`. Whoever cannot be refined stays as the merge left it."""
+        assert not isinstance(outcome, Evaluated)
+        if self._queue.get(order.task_id).again_token != order.token:  # else they were told before a restart
+            self._queue.append_log(order.task_id, outcome.log_lines)
+        if order.refine_version != self._verdict.version:
+            self._unused_files.due = True  # the version was judged, or is gone: what it staged goes as well
+            return
+        where = f"version {order.refine_version} (share_full)"
+        if isinstance(outcome, Trained):
+            title = f"{order.spec.team}/{order.spec.name}"
+            staged = StagedAdapter(order.task_id, title, outcome.staging_key, outcome.adapter_sha256)
+            self._verdict.refined[order.task_id] = staged
+            told = RefinedAgain(f"refined again, for {where}", order.token, outcome.seconds, time.time())
+        else:
+            if outcome.detail:
+                log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
+            self._verdict.tries += 1
+            self._verdict.lost[order.task_id] += outcome.fault != "preempted"  # the service ended, and found it so
+            hopeless = outcome.fault == "input" or self._verdict.is_lost_too_often(
+                order.task_id, self._settings.failures
+            )
+            if hopeless:
+                self._verdict.unrefined.add(order.task_id)
+                del self._verdict.lost[order.task_id]
+            told = RefinedAgain(f"{'not' if hopeless else 'not yet'} refined again, for {where}: {outcome.message}")
+        self._apply((order.task_id,), told)
+
+    def refuse(self, pending: PendingCall, error: OnebasisError) -> None:
+        """Its task goes on as it was merged; the store names it, and the others are asked for again without it."""
+        if self._store.refresh().refs[CANDIDATE] != pending.version:
+            return  # the adapters are well, the version is gone
+        culprits = [task_id for task_id in pending.task_ids if f"({task_id})" in error.where] or pending.task_ids
+        for task_id in culprits:
+            if self._verdict.refined.pop(task_id, None) is None:
+                self._apply((task_id,), RefinementRefused(str(error)))
+            else:
+                self._verdict.unrefined.add(task_id)
+                self._apply((task_id,), RefinedAgain(f"not refined again: {error}"))
+        self._unused_files.due = True
+
+    def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:
+        self._pending_calls.wake()
+        return self._queue.try_apply(task_ids, event)

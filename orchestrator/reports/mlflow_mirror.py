@@ -1,0 +1,349 @@
+"""MLflow as a mirror of what happened: one run per task, one for the subspace, its versions in the registry.
+
+A mirror only: everything here is read from the task queue and the version log, so MLflow can be deleted and is
+rebuilt at the next start. It runs in a thread of its own; MLflow being away or slow stops nothing, and the pictures
+in the state folder are drawn all the same. System metrics are those of the worker's machine, as its points tell them:
+MLflow's own monitor would show this process's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.settings import Settings
+from orchestrator.judging.forgetting import forgetting_report
+from orchestrator.judging.score_table import ScoreTable, score_table
+from orchestrator.reports.heat_map import draw_heat_map
+from orchestrator.reports.loss_plot import draw_loss_plot, plot_file
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
+from subspace_store import SubspaceStore
+from subspace_store.log.version import MAIN, SubspaceState
+from workers.orders import Point
+
+log = logging.getLogger("onebasis.mlflow")
+
+RETRY_SECONDS = 10.0
+LIVE_SECONDS = 10.0
+"""While tasks train, their curves are looked at this often."""
+TASK_TAG = "onebasis.task_id"
+SUBSPACE_TAG = "onebasis.subspace"
+DONE_TAG = "onebasis.logged"
+"""On the subspace's run: the newest version in it. On a task's run: its record's revision."""
+Points = dict[tuple[str, int, float], float | None]
+"""(metric, step, Unix time at which it came about) to value. MLflow ignores a point that it has with the same time;
+with the time of logging, every sync would add it once more."""
+BATCH = 1000
+"""Metrics in one call: MLflow's own limit, and 100 times faster than one by one."""
+
+
+class Mirror:
+    """Brings MLflow up to date whenever it is woken."""
+
+    def __init__(self, settings: Settings, queue: TaskQueue, store: SubspaceStore) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._store = store
+        self._awake = threading.Event()
+        self._awake.set()
+        self._client: Any = None
+        self._experiment = ""
+        self._runs: dict[str, str] = {}
+        self._marks: dict[str, str] = {}
+        """Task id to what its run shows: with a thousand tasks, asking MLflow for each would take seconds."""
+        self._drawn: dict[str, str] = {}
+        """Task id to what its loss plot shows."""
+        self._look_at = math.inf
+        """When to look though nobody calls."""
+        self.behind = True
+        """Whether there is something that MLflow does not show yet."""
+        self.error = ""
+        """Why the last try failed, for people."""
+
+    def wake(self) -> None:
+        """There is something new. Safe from any thread; returns at once."""
+        self.behind = True
+        self._awake.set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Mirror until told to stop, and once more then."""
+        last = False
+        while not last:
+            last = stop.is_set()
+            if not last:
+                self._awake.wait(0.5)
+            if not self._awake.is_set() and time.monotonic() < self._look_at:
+                continue
+            self._awake.clear()
+            try:
+                self.sync()
+                self.error = ""
+                self.behind = self._awake.is_set()
+            except Exception as error:  # whatever MLflow or its database raises: the service goes on without
+                self.error = f"{type(error).__name__}: {error}"
+                log.warning("MLflow is behind: %s", self.error)
+                self._awake.set()
+                stop.wait(RETRY_SECONDS)
+
+    def sync(self) -> None:
+        """Bring MLflow to what the queue and the log say now. Running it twice changes nothing."""
+        records = {record.task_id: record for record in self._queue.tasks()}
+        training = any(record.state is TaskState.TRAINING for record in records.values())
+        self._look_at = time.monotonic() + LIVE_SECONDS if training else math.inf
+        for record in records.values():
+            self._draw_loss(record)
+        self._open()
+        state = self._store.refresh()
+        table = score_table(state, state.refs[MAIN], self._settings.gate.drift_min)
+        for record in records.values():
+            self._mirror_task(record, state, table)
+        if table.versions:
+            self._mirror_subspace(state, table, records)
+        elif len(state.published) > 1:
+            self._unpoint_alias(self._settings.base_model.name)
+
+    def _open(self) -> None:
+        if self._client is not None:
+            return
+        import mlflow
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its migrations write a page to the log
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        settings = self._settings.mlflow
+        mlflow.set_tracking_uri(settings.tracking_uri)
+        client = MlflowClient(settings.tracking_uri)
+        found = client.get_experiment_by_name(settings.experiment)
+        self._experiment = (
+            found.experiment_id if found else client.create_experiment(settings.experiment, self._artifact_location())
+        )
+        self._client = client
+
+    def _artifact_location(self) -> str | None:
+        settings = self._settings.mlflow
+        if settings.artifact_location or not settings.tracking_uri.startswith("sqlite"):
+            return settings.artifact_location
+        return (Path(self._settings.state_dir) / "mlflow-artifacts").as_uri()
+
+    def _run(self, tag: str, value: str, name: str) -> str:
+        """The id of the run with this tag; made if there is none."""
+        if value not in self._runs:
+            found = self._client.search_runs([self._experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+            self._runs[value] = (
+                found[0].info.run_id
+                if found
+                else self._client.create_run(self._experiment, tags={tag: value}, run_name=name).info.run_id
+            )
+        return self._runs[value]
+
+    # --- one task ----------------------------------------------------------------------------------------------
+
+    def _mirror_task(self, record: TaskRecord, state: SubspaceState, table: ScoreTable) -> None:
+        rows = [v for v in table.versions if record.task_id in table.cells[v]]
+        mark = f"{self._shown(record)}:{rows[-1] if rows else 0}"
+        if self._marks.get(record.task_id) == mark:
+            return
+        run = self._run(TASK_TAG, record.task_id, record.title)
+        data = self._client.get_run(run).data
+        if data.tags.get(DONE_TAG, "") == mark:
+            self._marks[record.task_id] = mark
+            return
+        self._log_batch(run, {}, params={k: v for k, v in _params(record).items() if k not in data.params})
+        begun = record.submitted_at
+        metrics: Points = {
+            ("base_score", 0, begun): record.base_score,
+            ("local_score", 0, begun): record.local_score,
+            ("train_loss", 0, begun): record.train_loss,
+            ("train_seconds", 0, begun): record.train_seconds,
+        }
+        metrics |= {(f"local.{name}", 0, begun): value for name, value in record.metrics.items()}
+        if record.adapter_parameters:
+            metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
+        made = {version: state.versions[version].created_at for version in rows}
+        metrics |= {("score", version, made[version]): table.score(version, record.task_id) for version in rows}
+        if rows and rows[0] == table.birth[record.task_id] and record.local_score is not None:
+            gap = record.local_score - table.score(rows[0], record.task_id)
+            metrics["merge_gap", rows[0], made[rows[0]]] = gap
+        for point in self._queue.curve(record.task_id):
+            metrics |= _figures(point)
+        if (plot := plot_file(self._settings.state_dir, record)).exists():
+            self._log_plot(run, plot)
+        tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
+        self._log_batch(run, metrics, tags=tags)
+        if record.state not in LIVE:
+            self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
+        self._marks[record.task_id] = mark
+
+    def _shown(self, record: TaskRecord) -> str:
+        """Changes with all that a task's run and plot show of its training."""
+        points = len(self._queue.curve(record.task_id)) if record.state is TaskState.TRAINING else ""
+        return f"{record.revision}:{points}"
+
+    def _draw_loss(self, record: TaskRecord) -> None:
+        path, shown = plot_file(self._settings.state_dir, record), self._shown(record)
+        # What has ended was drawn by the service that saw it end.
+        known = self._drawn.get(record.task_id, shown if record.state not in LIVE and path.exists() else "")
+        if shown != known:
+            points = [point for point in self._queue.curve(record.task_id) if point.method != "refine"]
+            if points:
+                draw_loss_plot(points, record.title, path)
+        self._drawn[record.task_id] = shown
+
+    def _log_plot(self, run: str, plot: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._client.log_artifact(run, shutil.copy(plot, Path(folder) / "loss.png"))
+
+    # --- the subspace ------------------------------------------------------------------------------------------
+
+    def _mirror_subspace(self, state: SubspaceState, table: ScoreTable, records: Mapping[str, TaskRecord]) -> None:
+        name = self._settings.base_model.name
+        run = self._run(SUBSPACE_TAG, name, f"subspace {name}")
+        main = state.refs[MAIN]
+        done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
+        if done == str(main):
+            return
+        logged = int(done or 0)
+        local = {t: r.local_score for t, r in records.items() if r.local_score is not None}
+        registered = self._registered(name)
+        for version in table.versions:
+            # Numbers are never reused, so after a rollback only what is new is written.
+            if version > logged or version not in registered:
+                self._mirror_version(run, state, table, version, local)
+                if version not in registered:
+                    self._register(run, state, version)
+        self._draw(run, state, table)
+        self._point_alias(name, main)
+        self._client.set_tag(run, DONE_TAG, str(main))
+
+    def _mirror_version(
+        self, run: str, state: SubspaceState, table: ScoreTable, number: int, local: Mapping[str, float]
+    ) -> None:
+        version, titles = state.versions[number], {t: task.name for t, task in state.tasks_at(number).items()}
+        report = forgetting_report(table, number, local)
+        values = {f"score.{titles[t]}": table.score(number, t) for t in titles} | {
+            "average_accuracy": report.average_accuracy.value,
+            "backward_transfer": report.backward_transfer.value,
+            "forgetting": report.forgetting.value,
+            "merge_gap": report.merge_gap.value,
+            "tasks": float(len(titles)),
+            "rank_max": float(version.rank_max),
+            "bytes_written": float(version.bytes_written),
+            "merge_seconds": version.merge_seconds,
+        }
+        self._log_batch(run, {(key, number, version.created_at): value for key, value in values.items()})
+
+    def _draw(self, run: str, state: SubspaceState, table: ScoreTable) -> None:
+        titles = {task_id: task.name for task_id, task in state.tasks_at(table.versions[-1]).items()}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "scores.png"
+            draw_heat_map(table, titles, path)
+            self._client.log_artifact(run, str(path))
+        if self._settings.mlflow.tracking_uri.startswith("sqlite"):
+            draw_heat_map(table, titles, Path(self._settings.state_dir) / "scores.png")
+
+    # --- the registry ------------------------------------------------------------------------------------------
+
+    def _registered(self, name: str) -> dict[int, str]:
+        """Our version number to the registry's own, which counts only what was published."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException:
+            self._client.create_registered_model(
+                name, description="Versions of the shared subspace. The tag `onebasis.version` is onebasis's number."
+            )
+            return {}
+        found = self._client.search_model_versions(f"name = '{name}'", max_results=10_000)
+        return {int(v.tags["onebasis.version"]): v.version for v in found if "onebasis.version" in v.tags}
+
+    def _register(self, run: str, state: SubspaceState, number: int) -> None:
+        name, version = self._settings.base_model.name, state.versions[number]
+        titles = sorted(task.name for task in state.tasks_at(number).values())
+        facts = {
+            "onebasis.version": str(number),
+            "onebasis.parent": str(version.parent),
+            "onebasis.basis_sha256": version.basis.sha256,
+            "onebasis.store": self._settings.storage.url,
+        }
+        folder = f"versions/{number}"
+        self._client.log_dict(run, facts | {"tasks": titles, "basis": version.basis.key}, f"{folder}/version.json")
+        source = f"{self._client.get_run(run).info.artifact_uri}/{folder}"
+        self._client.create_model_version(name, source, run, tags=facts, description=f"holds {', '.join(titles)}")
+
+    def _point_alias(self, name: str, main: int) -> None:
+        number = self._registered(name).get(main)
+        if number is not None:
+            self._client.set_registered_model_alias(name, MAIN, number)
+
+    def _unpoint_alias(self, name: str) -> None:
+        """`main` was rolled back to the empty subspace, which is no version of the registry."""
+        run = self._run(SUBSPACE_TAG, name, f"subspace {name}")
+        if self._client.get_run(run).data.tags.get(DONE_TAG, "") != "0":
+            if self._registered(name):
+                self._client.delete_registered_model_alias(name, MAIN)
+            self._client.set_tag(run, DONE_TAG, "0")
+
+    def _log_batch(
+        self,
+        run: str,
+        metrics: Points,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        known = [
+            Metric(key, value, int(at * 1000), step)
+            for (key, step, at), value in metrics.items()
+            if value is not None and value == value  # NaN is not measured: MLflow would draw it as a point
+        ]
+        for start in range(0, len(known), BATCH):
+            self._client.log_batch(run, metrics=known[start : start + BATCH])
+        self._client.log_batch(
+            run,
+            params=[Param(key, value[:500]) for key, value in (params or {}).items()],
+            tags=[RunTag(key, value) for key, value in (tags or {}).items()],
+        )
+
+
+def _figures(point: Point) -> Points:
+    told = ("loss", "learning_rate", "samples_per_second", "tokens_per_second")
+    part = "refine" if point.method == "refine" else "train"
+    values = {f"{part}.{name}": getattr(point, name) for name in told}
+    if point.memory_bytes:
+        values[f"{part}.memory_megabytes"] = point.memory_bytes / 1e6
+    # By MLflow's own names, so that its page shows them as system metrics.
+    values |= {f"system/{name}": value for name, value in point.machine.items()}
+    return {(name, point.step, point.at): value for name, value in values.items()}
+
+
+def _params(record: TaskRecord) -> dict[str, str]:
+    spec = record.spec
+    flat = {
+        "team": spec.team,
+        "base_model": spec.base_model,
+        "metric": spec.metric,
+        "method": spec.method.name,
+        "train_rows": record.train_count,
+        "eval_rows": record.eval_count,
+        "eval_sha256": record.eval_sha256,
+        **{f"training.{key}": value for key, value in spec.training.model_dump().items()},
+        **{f"lora.{key}": value for key, value in spec.lora.model_dump().items()},
+    }
+    if record.train_seconds is not None:  # a run's parameters never change
+        flat |= {
+            "trained.method": record.method,
+            "trained.parameters": record.trainable_parameters,
+            "trained.basis_version": record.basis_version,
+            "trained.resumed_from": record.resumed_from,
+        }
+    return {key: str(value) for key, value in flat.items()}

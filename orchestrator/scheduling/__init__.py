@@ -1,0 +1,1 @@
+"""Which task is next: pure functions, use and waiting tasks are handed in."""

@@ -1,0 +1,1 @@
+"""A task's record, its life, its table in SQL, and the way in."""

@@ -1,0 +1,233 @@
+"""From a task document to a task in the queue: everything that can be wrong is found here, before any worker.
+
+A task's data is copied and frozen under the task's id on the object storage, so that a file that changes later
+changes no score, and workers on other machines can read it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.document import check_document
+from configs.errors import Conflict, InvalidInput
+from configs.settings import Settings
+from configs.task_spec import TaskSpec
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState, new_task_id
+from subspace_store import Storage
+from subspace_store.adapter import adapter_to_bytes
+from subspace_store.digests import digest
+from subspace_store.formats.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
+from workers.compatibility import check_head, check_lengths, check_template, chosen_modules, with_full_names
+from workers.orders import BaseLayout
+from workers.rows.frozen_rows import FrozenTask, freeze
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checked submission, not yet taken in."""
+
+    spec: TaskSpec
+    rows: FrozenTask
+    adapter: bytes
+    """For an import, the adapter in canonical form."""
+    warnings: tuple[str, ...]
+
+    @property
+    def train_count(self) -> int:
+        return self.rows.train.count if self.rows.train else 0
+
+    @property
+    def eval_count(self) -> int:
+        return self.rows.evaluation.count if self.rows.evaluation else 0
+
+    @property
+    def eval_sha256(self) -> str:
+        return self.rows.evaluation.sha256 if self.rows.evaluation else ""
+
+    def close(self) -> None:
+        """Let go of the temporary files."""
+        self.rows.close()
+
+
+def check_submission(document: Mapping[str, Any], settings: Settings, layout: BaseLayout) -> Draft:
+    """Check everything about a submission without keeping anything.
+
+    Raises:
+        InvalidInput: The document, the team, the base model, a path, a row, the target modules or the adapter to
+            import; names the key, file and row.
+    """
+    spec = check_document(dict(document), TaskSpec, "task")
+    try:
+        spec.model_dump_json()
+    except ValueError as error:  # JSON and YAML can write half of a character, and no database keeps it
+        raise InvalidInput(
+            f"holds what is no Unicode text: {error}", "task", "write characters, not surrogates"
+        ) from error
+    if spec.team not in settings.teams:
+        raise InvalidInput(
+            f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
+        )
+    if spec.base_model != settings.base_model.name:
+        raise InvalidInput(
+            f"'{spec.base_model}' is not allowed here",
+            "base_model",
+            f"this service serves '{settings.base_model.name}'",
+        )
+    if spec.kind not in layout.kinds:
+        raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
+    check_lengths(spec, layout.length_max)
+    check_template(spec, layout.has_chat_template)
+    evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
+    if spec.method.name == "import":
+        folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
+            _allowed_file(str(folder / name), settings, "method.adapter")
+        brought = read_peft_folder(folder, settings.base_model.name, layout.sha256)
+        check_head(brought, evaluation is not None and spec.kind != "causal_lm")
+        adapter = adapter_to_bytes(with_full_names(brought, layout.module_shapes, str(folder)))
+        return Draft(spec, freeze(spec, None, evaluation), adapter, ())
+    chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
+    train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
+    rows = freeze(spec, train, evaluation)
+    return Draft(spec, rows, b"", tuple(_warnings(rows)))
+
+
+def _warnings(rows: FrozenTask) -> Iterator[str]:
+    per_label = rows.train.per_label if rows.train else {}
+    if unseen := [name for name, count in per_label.items() if not count]:
+        yield f"{len(unseen)} of {len(per_label)} labels have no training row: {', '.join(unseen)}"
+    if rows.shared_rows:
+        yield f"{rows.shared_rows} training rows are also evaluation rows: the scores flatter the task"
+
+
+def admit(
+    draft: Draft, settings: Settings, queue: TaskQueue, storage: Storage, submitted_by: str
+) -> tuple[TaskRecord, bool]:
+    """Take a checked submission in: freeze its data, then write its row.
+
+    Returns:
+        The task and True; or the task that the same submission made before, and False. After this the task is
+        acknowledged and survives anything.
+
+    Raises:
+        InvalidInput: The team has too many tasks waiting.
+        Conflict: Another task of that name is alive or published; or the client key belongs to another submission.
+    """
+    spec = draft.spec
+    client_key = spec.client_key or _default_key(draft, queue)
+    mine = queue.tasks(team=spec.team)
+    limit = settings.teams[spec.team].queued_max
+    is_full = sum(record.state is TaskState.QUEUED for record in mine) >= limit
+    if is_full and not any(record.client_key == client_key for record in mine):
+        raise InvalidInput(f"team '{spec.team}' has {limit} tasks waiting, its limit", "teams.queued_max", "wait")
+    task_id = new_task_id()
+    rows, folder = draft.rows, f"data/{task_id}"
+    record = TaskRecord(
+        task_id=task_id,
+        team=spec.team,
+        name=spec.name,
+        client_key=client_key,
+        spec=spec,
+        submitted_at=time.time(),
+        submitted_by=submitted_by,
+        train_key=rows.train.key(folder, "train") if rows.train else f"{folder}/adapter.safetensors",
+        train_count=draft.train_count,
+        eval_key=rows.evaluation.key(folder, "eval") if rows.evaluation else "",
+        eval_count=draft.eval_count,
+        eval_sha256=draft.eval_sha256,
+    )
+    if rows.train:
+        rows.train.write(storage, record.train_key)
+    else:
+        storage.write(record.train_key, draft.adapter)
+    if rows.evaluation:
+        rows.evaluation.write(storage, record.eval_key)
+    try:
+        taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)))
+    except Conflict:  # of any other error the outcome is unknown, and then nothing is deleted
+        _delete_data(record, storage)
+        raise
+    if not is_new:
+        _delete_data(record, storage)
+        if _content(taken) != _content(record):
+            raise Conflict(
+                f"client_key '{client_key}' was used for {taken.title} ({taken.task_id}), and this submission differs",
+                record.title,
+                "leave client_key out, or choose a new one for a new task",
+            )
+    return taken, is_new
+
+
+def _content(record: TaskRecord) -> tuple[TaskSpec, str]:
+    """What makes a submission this one: the document, wherever its files lie, and the evaluation rows."""
+    data = record.spec.data.model_copy(update={"train_file": None, "eval_file": None})
+    method = record.spec.method.model_copy(update={"adapter": None})
+    return record.spec.model_copy(update={"data": data, "method": method}), record.eval_sha256
+
+
+def _delete_data(record: TaskRecord, storage: Storage) -> None:
+    for key in (record.train_key, record.eval_key):
+        if key:
+            storage.delete(key)
+
+
+def _default_key(draft: Draft, queue: TaskQueue) -> str:
+    """The same document with the same data is the same task, unless that one ended without a result."""
+    brought = draft.rows.train.sha256 if draft.rows.train else digest(draft.adapter)
+    content = f"{draft.spec.model_dump_json()}{brought}{draft.eval_sha256}".encode()
+    stem = f"auto-{digest(content)[:24]}"
+    ended = [
+        record
+        for record in queue.tasks(ENDED_WITHOUT_RESULT, draft.spec.team)
+        if record.client_key == stem or record.client_key.startswith(f"{stem}.")
+    ]
+    return f"{stem}.{len(ended)}" if ended else stem
+
+
+def _allowed(path: str, settings: Settings, key: str) -> Path:
+    """The real path, links resolved, if it lies below an allowed folder."""
+    try:
+        real = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte
+        raise InvalidInput(f"{path!r} is no path: {error}", key, "correct the path") from error
+    if not any(real.is_relative_to(Path(root).resolve()) for root in settings.data_roots):
+        raise InvalidInput(
+            f"{path} is outside the folders that this service reads",
+            key,
+            f"put it below one of: {', '.join(settings.data_roots)}",
+        )
+    return real
+
+
+def _allowed_file(path: str, settings: Settings, key: str) -> Path:
+    """As `_allowed`. A pipe or a device would be waited for, or read for ever."""
+    real = _allowed(path, settings, key)
+    try:
+        is_plain = real.is_file() or not real.exists()
+    except OSError as error:
+        raise _unseen(path, key, error) from error
+    if not is_plain:
+        raise InvalidInput(f"{path} is not a plain file", key, "name a file")
+    return real
+
+
+def _allowed_rows(path: str, settings: Settings, key: str) -> Path:
+    """As `_allowed_file`, or a folder of such files."""
+    real = _allowed(path, settings, key)
+    try:
+        parts = sorted(real.iterdir()) if real.is_dir() else [real]
+    except OSError as error:
+        raise _unseen(path, key, error) from error
+    for part in parts:
+        _allowed_file(str(part), settings, key)
+    return real
+
+
+def _unseen(path: str, key: str, error: OSError) -> InvalidInput:
+    """A folder that the service may not enter, a name that is too long."""
+    return InvalidInput(f"cannot look at {path}: {error.strerror}", key, "correct the path or its rights")

@@ -1,0 +1,149 @@
+"""What can happen to a task: one frozen record for each kind of event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.orders import Trained
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A worker got the task under a fresh lease."""
+
+    token: str
+    worker: str
+    at: float
+
+
+@dataclass(frozen=True)
+class TrainingDone:
+    """The worker handed over an adapter."""
+
+    outcome: Trained
+    at: float
+
+
+@dataclass(frozen=True)
+class TrainingFailed:
+    """The worker could not. fault: one of `workers.orders.Failed`."""
+
+    token: str
+    fault: str
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class MergeBegun:
+    """The task is part of the merge `merge_key` from now on."""
+
+    merge_key: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The store committed `version` with this task in it."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The store committed `version`: the version that the task was in, with refined coefficients of some tasks."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class RefinementRefused:
+    """The store will not take the refined adapter, or the version went on without it."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RefinedAgain:
+    """A worker trained its coefficients once more, in a later version (`share_full`); or why it could not."""
+
+    message: str
+    token: str = ""
+    """Of its order; empty where it could not."""
+    seconds: float = 0.0
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class MergeRefused:
+    """The store will not take this adapter."""
+
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class MergeUndone:
+    """The version it was merged into is no longer the candidate."""
+
+    message: str
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The gate's decision on the task's version."""
+
+    passed: bool
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """`main` moved behind the task's version."""
+
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Restored:
+    """`main` holds the task again, or since another version: those from some task's on were made again without it."""
+
+    message: str
+    version: int
+    """Of its birth now."""
+
+
+@dataclass(frozen=True)
+class CancelRequested:
+    """Somebody wants it to stop."""
+
+    by: str
+    at: float
+
+
+@dataclass(frozen=True)
+class PreemptRequested:
+    """Somebody wants its worker for something else: it shall write a checkpoint and go back to the queue."""
+
+    by: str
+
+
+Event = (
+    Claimed
+    | TrainingDone
+    | TrainingFailed
+    | MergeBegun
+    | Merged
+    | Refined
+    | RefinementRefused
+    | RefinedAgain
+    | MergeRefused
+    | MergeUndone
+    | Judged
+    | RolledBack
+    | Restored
+    | CancelRequested
+    | PreemptRequested
+)

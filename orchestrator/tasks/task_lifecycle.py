@@ -1,0 +1,275 @@
+"""One page: the whole life of a task, as a pure function of its record and what happened.
+
+```
+             (a)            (b)            (d)            (f)
+   queued ───────▶ training ────▶ merging ────▶ evaluating ────▶ published ◀─(i)─┐
+     ▲  ▲             │           │ ▲ │ ▲        ▲ │  │             │            │
+     │  └─────(c)─────┘           │ │ │ └──(j)───┼─┘  │(g)          └───(h)──▶ parked
+   submitted                   (e)│ │ │(k)    (m)│    ▼
+                                  ▼ │ ▼          │  rejected
+                             parked └─ refining ─┘
+                                  (j)    ↺ (l)
+```
+(a) claimed by a worker. (b) adapter in staging. (c) machine lost or our own bug, budget left; else parked.
+A user's mistake parks at once. Or preempted: that costs no budget, the task keeps its place, and its next attempt goes
+on from the checkpoint. (d) merged into a version on `candidate`. (e) the store refused the adapter.
+(f) the gate let its version pass: `main` moved. (g) the gate did not. (h) `main` was rolled back behind it, or
+made again without it. (i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a
+rollback came in between): merged again. (k) merged, and to be refined: (l) claimed by workers until one has trained its
+coefficients in the version's basis; lost, preempted or stopped by a bug within the budgets of (c), it is claimed again.
+(m) the store made the next version with the refined coefficients, and its whole group moves there, which waited for it
+evaluating. Or it could not be refined: then it goes on as it was merged, and says why. A task is refined once: merged
+again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later versions, and
+stays published meanwhile. Cancelled can be reached until it is part of a merge.
+
+No Ray, no SQL, no torch in this file.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from configs.errors import Conflict
+from configs.settings import FailureSettings
+from orchestrator.scheduling.fair_share import decayed_use
+from orchestrator.tasks.task_events import (
+    CancelRequested,
+    Claimed,
+    Event,
+    Judged,
+    MergeBegun,
+    Merged,
+    MergeRefused,
+    MergeUndone,
+    PreemptRequested,
+    Refined,
+    RefinedAgain,
+    RefinementRefused,
+    Restored,
+    RolledBack,
+    TrainingDone,
+    TrainingFailed,
+)
+from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
+
+
+class Step(StrEnum):
+    """What the control plane owes a task now."""
+
+    TRAIN = "train"
+    AWAIT_ADAPTER = "await adapter"
+    MERGE = "merge"
+    REFINE = "refine"
+    MERGE_REFINED = "merge refined"
+    JUDGE = "judge"
+    NOTHING = "nothing"
+
+
+def next_step(record: TaskRecord) -> Step:
+    """What to do next, read off the record alone: a restart needs no code of its own."""
+    if record.state is TaskState.REFINING:
+        return Step.AWAIT_ADAPTER if record.token else Step.MERGE_REFINED if record.refined_key else Step.REFINE
+    return {
+        TaskState.QUEUED: Step.TRAIN,
+        TaskState.TRAINING: Step.AWAIT_ADAPTER,
+        TaskState.MERGING: Step.MERGE,
+        TaskState.EVALUATING: Step.JUDGE,
+    }.get(record.state, Step.NOTHING)
+
+
+def needs_training_rows(record: TaskRecord) -> bool:
+    """Whether the task will be trained, or refined, on its rows."""
+    waits = record.state is TaskState.MERGING and _is_to_be_refined(record)
+    if record.spec.method.share_full:
+        ended = record.state in (TaskState.REJECTED, TaskState.CANCELLED, TaskState.PARKED)
+        return not ended or bool(record.state is TaskState.PARKED and record.version)
+    return waits or next_step(record) in (Step.TRAIN, Step.AWAIT_ADAPTER, Step.REFINE)
+
+
+def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> TaskRecord:
+    """The record after an event.
+
+    Returns:
+        The new record; `record` itself when a stale worker speaks (its lease token is no longer the task's).
+
+    Raises:
+        Conflict: The event does not belong to the record's state; nothing changes.
+    """
+    state = record.state
+    match event:
+        case Claimed() if state is TaskState.QUEUED:
+            return _with(
+                record,
+                state=TaskState.TRAINING,
+                attempt=record.attempt + 1,
+                token=event.token,
+                worker=event.worker,
+                claimed_at=event.at,
+                first_step_at=None,
+                reason="",
+                preempt_requested=False,
+            )
+        case Claimed() if next_step(record) is Step.REFINE:
+            return _with(record, token=event.token, worker=event.worker, preempt_requested=False)
+        case TrainingDone() | TrainingFailed() if _is_stale(record, event):
+            return record
+        case TrainingDone() if record.cancel_requested:  # it finished before it heard of it
+            return _end(record, TaskState.CANCELLED, "cancelled while it was running", event.at)
+        case TrainingDone(outcome=outcome) if state is TaskState.REFINING:
+            return _with(
+                record,
+                refined_key=outcome.staging_key or staging_key(record.task_id, record.attempt, record.token),
+                refined_sha256=outcome.adapter_sha256,
+                refined_seconds=outcome.seconds,
+                token="",
+                worker="",
+                preempt_requested=False,
+            )
+        case TrainingDone(outcome=outcome):
+            return _with(
+                record,
+                state=TaskState.MERGING,
+                staging_key=outcome.staging_key or staging_key(record.task_id, record.attempt, record.token),
+                local_results_key=local_results(record),
+                adapter_sha256=outcome.adapter_sha256,
+                adapter_parameters=outcome.adapter_parameters,
+                local_score=_measured(outcome.local_score),
+                base_score=_measured(outcome.base_score),
+                metrics={name: value for name, value in outcome.metrics.items() if value == value},
+                method=outcome.method,
+                trainable_parameters=outcome.trainable_parameters,
+                basis_version=outcome.basis_version,
+                resumed_from=outcome.resumed_from,
+                steps=outcome.steps,
+                train_loss=_measured(outcome.train_loss),
+                train_seconds=outcome.seconds,
+                first_step_at=outcome.first_step_at or None,
+            )
+        case TrainingFailed():
+            return _after_failure(record, event, settings)
+        case MergeBegun() if state is TaskState.MERGING:
+            return _with(record, merge_key=event.merge_key)
+        case Merged() if state is TaskState.MERGING:
+            after = TaskState.REFINING if _is_to_be_refined(record) else TaskState.EVALUATING
+            return _with(record, state=after, version=event.version, token="", worker="")
+        case Refined() if state in (TaskState.REFINING, TaskState.EVALUATING):
+            return _with(record, state=TaskState.EVALUATING, version=event.version, token="", worker="")
+        case RefinementRefused() if state is TaskState.REFINING:
+            return _unrefined(record, event.message)
+        case RefinedAgain(token=token) if state is TaskState.PUBLISHED and token and token == record.again_token:
+            return record  # a restarted control plane asked once more, and the worker remembered
+        case RefinedAgain() if state is TaskState.PUBLISHED:
+            return _refined_again(record, event) if event.token else _with(record)
+        case MergeRefused() if state is TaskState.MERGING:
+            return _end(record, TaskState.PARKED, event.message, event.at)
+        case MergeUndone() if state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):
+            return _with(
+                record,
+                state=TaskState.MERGING,
+                merge_key="",
+                merge_alone=record.merge_alone or event.alone,
+                version=0,
+                token="",
+                worker="",
+                staging_key=record.refined_key or record.staging_key,
+                adapter_sha256=record.refined_sha256 or record.adapter_sha256,
+            )
+        case Judged() if state is TaskState.EVALUATING:
+            passed = TaskState.PUBLISHED if event.passed else TaskState.REJECTED
+            return _end(record, passed, event.message, event.at)
+        case RolledBack() if state is TaskState.PUBLISHED:
+            return _end(record, TaskState.PARKED, event.message, event.at)
+        case Restored() if state is TaskState.PUBLISHED or (state is TaskState.PARKED and record.version):
+            return _with(record, state=TaskState.PUBLISHED, reason=event.message, version=event.version)
+        case CancelRequested():
+            return _after_cancel(record, event)
+        case PreemptRequested() if next_step(record) in (Step.TRAIN, Step.REFINE) or record.preempt_requested:
+            return record
+        case PreemptRequested() if next_step(record) is Step.AWAIT_ADAPTER:
+            return _with(record, preempt_requested=True)
+    raise Conflict(
+        f"'{type(event).__name__}' cannot happen to a task that is {state}", record.title, "read the task again"
+    )
+
+
+def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureSettings) -> TaskRecord:
+    """Requeue or give up, by whose fault it was. Each fault has a budget of its own."""
+    refines = record.state is TaskState.REFINING
+    if not refines and (event.fault == "cancelled" or record.cancel_requested):
+        return _end(record, TaskState.CANCELLED, event.message, event.at)
+    lost = record.lost_machines + (event.fault == "lost")
+    bugs = record.own_bugs + (event.fault == "bug")
+    preemptions = record.preemptions + (event.fault == "preempted")
+    counted = _with(
+        record,
+        lost_machines=lost,
+        own_bugs=bugs,
+        preemptions=preemptions,
+        preempt_requested=False,
+        token="",
+        worker="",
+    )
+    reason = ""
+    if event.fault == "input":
+        reason = event.message
+    elif lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
+        reason = f"gave up after {lost} lost machines and {bugs} internal errors; last: {event.message}"
+    if refines:
+        return _unrefined(counted, reason) if reason else _with(counted, reason=event.message)
+    if reason:
+        return _end(counted, TaskState.PARKED, reason, event.at)
+    return _with(counted, state=TaskState.QUEUED, reason=event.message)
+
+
+def _after_cancel(record: TaskRecord, event: CancelRequested) -> TaskRecord:
+    reason = f"cancelled by {event.by}"
+    if record.state is TaskState.TRAINING:
+        return _with(record, cancel_requested=True)
+    if record.state is TaskState.QUEUED or (record.state is TaskState.MERGING and not record.merge_key):
+        return _end(record, TaskState.CANCELLED, reason, event.at)
+    if record.state is TaskState.CANCELLED:
+        return record
+    merged = record.state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING, TaskState.PUBLISHED)
+    raise Conflict(
+        f"is {record.state} and cannot be cancelled",
+        record.title,
+        "it is part of a version: `onebasis rollback V --preview` shows how to undo one" if merged else "",
+    )
+
+
+def _is_stale(record: TaskRecord, event: TrainingDone | TrainingFailed) -> bool:
+    token = event.outcome.token if isinstance(event, TrainingDone) else event.token
+    return next_step(record) is not Step.AWAIT_ADAPTER or token != record.token
+
+
+def _is_to_be_refined(record: TaskRecord) -> bool:
+    """Whether its coefficients are to be trained in the basis that it was merged into: once."""
+    return bool(record.spec.method.refine_epochs) and not (record.refined_key or record.unrefined)
+
+
+def _unrefined(record: TaskRecord, reason: str) -> TaskRecord:
+    return _with(record, state=TaskState.EVALUATING, unrefined=reason, token="", worker="")
+
+
+def _refined_again(record: TaskRecord, event: RefinedAgain) -> TaskRecord:
+    before = decayed_use([record.use] if record.use else [], event.at)
+    return _with(
+        record,
+        refined_seconds=(record.refined_seconds or 0.0) + event.seconds,
+        again_token=event.token,
+        used_seconds=before.get(record.team, 0.0) + event.seconds,
+        used_until=event.at,
+    )
+
+
+def _end(record: TaskRecord, state: TaskState, reason: str, at: float) -> TaskRecord:
+    return _with(record, state=state, reason=reason, ended_at=at)
+
+
+def _measured(value: float) -> float | None:
+    return None if value != value else value  # NaN is the only number unequal to itself
+
+
+def _with(record: TaskRecord, **changes: Any) -> TaskRecord:
+    return record.model_copy(update=changes)

@@ -1,0 +1,50 @@
+"""What is known of the one unjudged version, in memory alone: after a restart it is asked for again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from configs.settings import FailureSettings
+from orchestrator.tasks.task_record import TaskRecord
+from subspace_store import StagedAdapter
+from subspace_store.log.version import TaskScore
+
+
+@dataclass
+class VerdictInProgress:
+    """What the workers said of the one unjudged version so far."""
+
+    version: int = 0
+    """0: between two versions."""
+    plain: bool = False
+    """The next version is judged as its merge makes it: the one before was refused for a task refined again."""
+    again: tuple[TaskRecord, ...] = ()
+    """Older tasks that its merge moved, to be refined first (`share_full`)."""
+    refined: dict[str, StagedAdapter] = field(default_factory=dict)
+    """Task id to the adapter, of those in `again`."""
+    unrefined: set[str] = field(default_factory=set)
+    """Ids of those in `again` that stay as the merge left them."""
+    read_at: int = -1
+    """Sequence number of the log at which the two below were worked out: with a thousand tasks that takes a third of a
+    second, and every score that comes in is a step."""
+    records: Mapping[str, TaskRecord] = field(default_factory=dict)
+    """Task id to record, of all that the version holds."""
+    due: tuple[str, ...] = ()
+    """Ids of those to be scored."""
+    scores: dict[str, TaskScore] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    """Of scoring."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Task id to the machines that were lost while they scored it, or refined it."""
+    tries: int = 0
+    """How many orders brought nothing: the next one needs another token, for a worker remembers its answers."""
+
+    def begin(self, version: int = 0, *, plain: bool = False, again: tuple[TaskRecord, ...] = ()) -> None:
+        """Forget what was said of the version before."""
+        vars(self).update(vars(VerdictInProgress(version, plain, again)))
+
+    def is_lost_too_often(self, task_id: str, settings: FailureSettings) -> bool:
+        """Whether a task lost more machines than its budget pays for."""
+        return self.lost[task_id] > settings.lost_machines_max

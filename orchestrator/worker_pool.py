@@ -1,0 +1,246 @@
+"""The workers: who is warm, who is alive, who does what. Which task comes next is not decided here."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from configs.errors import OnebasisError, Unavailable
+from configs.settings import WorkerSettings
+from configs.task_spec import TaskSpec
+from orchestrator.cluster import Call, Cluster, MachineLost
+from orchestrator.pending_calls import RETRY_SECONDS, PendingCall, PendingCalls
+from orchestrator.tasks.task_events import Claimed
+from orchestrator.tasks.task_lifecycle import Step, next_step
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
+from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Progress, Train
+
+log = logging.getLogger("onebasis.controller")
+
+
+@dataclass
+class WorkerStatus:
+    """A worker as the control plane sees it now."""
+
+    name: str
+    ready: bool = False
+    order: Order | None = None
+    asked_at: float = 0.0
+    """When it was last asked what it does."""
+    error: str = ""
+    """Why its base model cannot be loaded."""
+    told: tuple[str, str] = ("", "")
+    """(`cancel` or `preempt`, token): the last that it was told to stop."""
+    waits: bool = False
+    """Its order waits for places for the ranks of a gang."""
+
+    def __str__(self) -> str:
+        before = "waits for places for its ranks, then " if self.waits else ""
+        match self.order:
+            case Train(task_id=task_id, refine_version=version):
+                return before + (f"refining {task_id} at version {version}" if version else f"training {task_id}")
+            case Evaluate(task_id=task_id, version=version):
+                return f"{before}scoring {task_id} at version {version}"
+        return "free" if self.ready else (self.error or "loading the base model")
+
+
+class WorkerPool:
+    """All workers of the service."""
+
+    def __init__(
+        self, cluster: Cluster, pending_calls: PendingCalls, queue: TaskQueue, settings: WorkerSettings
+    ) -> None:
+        self._cluster = cluster
+        self._pending_calls = pending_calls
+        self._queue = queue
+        self._settings = settings
+        self.workers = {name: WorkerStatus(name) for name in cluster.workers}
+        self.layout: BaseLayout | None = None
+        """What the first warm worker said of the base model; None before that."""
+
+    # --- who is free -------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> int:
+        """Workers whose base model is loaded."""
+        return sum(worker.ready for worker in self.workers.values())
+
+    @property
+    def free(self) -> int:
+        return sum(worker.ready and worker.order is None for worker in self.workers.values())
+
+    @property
+    def orders(self) -> list[Order]:
+        """What is under way."""
+        return [worker.order for worker in self.workers.values() if worker.order is not None]
+
+    def free_workers(self) -> list[WorkerStatus]:
+        free = (worker for worker in self.workers.values() if worker.ready and worker.order is None)
+        return [worker for worker in free if self._pending_calls.may(f"order:{worker.name}")]
+
+    def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
+        """Free ones that no task waits for to be taken up again."""
+        claimed = {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER}
+        return [worker for worker in self.free_workers() if worker.name not in claimed]
+
+    # --- orders ------------------------------------------------------------------------------------------------
+
+    def claim(self, worker: WorkerStatus, record: TaskRecord) -> None:
+        """Give a task to a worker under a fresh lease, unless somebody cancelled it first."""
+        self._pending_calls.wake()
+        if claimed := self._queue.try_apply((record.task_id,), Claimed(secrets.token_hex(8), worker.name, time.time())):
+            self.give(worker, train_order(claimed[0]))
+
+    def give(self, worker: WorkerStatus, order: Order) -> None:
+        # Sent first: an order that could not be sent must not occupy the worker.
+        self._pending_calls.send(PendingCall("order", worker.name), lambda: self._cluster.run(worker.name, order))
+        worker.order, worker.told, worker.waits = order, ("", ""), False
+        worker.asked_at = time.time()
+
+    def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
+        """Tell a worker to stop, once for each time that it got the order. what: `cancel` or `preempt`."""
+        if worker.told != (what, token):
+            worker.told = (what, token)
+            (self._cluster.cancel if what == "cancel" else self._cluster.preempt)(worker.name, token)
+
+    def take_order(self, call: Call, pending: PendingCall) -> tuple[Order, Outcome] | None:
+        """What came of an order; None when it is to be given again."""
+        worker = self.workers[pending.worker]
+        order = worker.order
+        assert order is not None
+        worker.order = None
+        try:
+            outcome: Outcome = self._cluster.result(call)
+        except MachineLost as error:
+            self._is_away(worker, error)
+            outcome = Failed(order.token, "lost", f"{worker.name} was lost: {error.what}")
+        except Unavailable as error:
+            # The worker is well, the storage was away. That is nobody's fault and no budget pays for it: the worker
+            # has forgotten the order, and what is owed is read off the records again in a moment.
+            log.warning("%s: order %s is given again: %s", worker.name, order.token, error)
+            self._pending_calls.later(f"order:{worker.name}")
+            return None
+        except Exception as error:
+            log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
+            outcome = Failed(order.token, "lost", f"{worker.name}: {error}")
+        return order, outcome
+
+    # --- who is alive ------------------------------------------------------------------------------------------
+
+    def take_warm(self, call: Call, pending: PendingCall) -> None:
+        worker = self.workers[pending.worker]
+        try:
+            self.layout = self._cluster.result(call)
+            worker.ready, worker.error = True, ""
+            log.info("%s is warm", worker.name)
+        except MachineLost as error:
+            self._is_away(worker, error)
+        except OnebasisError as error:
+            log.error("%s cannot load the base model: %s", worker.name, error)
+            worker.error = str(error)
+            self._pending_calls.later(f"warm:{worker.name}", 30 * RETRY_SECONDS)
+
+    def listen(self) -> None:
+        """Heartbeats: ask every worker what it does; one that does not answer for a whole lease is replaced.
+
+        The silence is counted from the question. Counted from the last answer, a loop that was itself held up (by a
+        slow storage, a suspended machine) would take its own absence for that of all its workers.
+        """
+        now = time.time()
+        for worker in self.workers.values():
+            if worker.ready and now - worker.asked_at >= self._settings.heartbeat_seconds:
+                if not self._pending_calls.under_way("progress", worker.name):
+                    worker.asked_at = now
+                    self._pending_calls.send(
+                        PendingCall("progress", worker.name), partial(self._cluster.progress, worker.name)
+                    )
+                elif now - worker.asked_at > self._settings.lease_seconds:
+                    log.warning("%s has been silent for %.0f s: replacing it", worker.name, now - worker.asked_at)
+                    self._pending_calls.forget("progress", worker.name)
+                    worker.ready = worker.order is not None
+                    self._cluster.replace(worker.name)
+            asked = self._pending_calls.under_way("warm", worker.name) or not self._pending_calls.may(
+                f"warm:{worker.name}"
+            )
+            if not worker.ready and not asked:
+                self._pending_calls.send(PendingCall("warm", worker.name), partial(self._cluster.warm, worker.name))
+
+    def take_progress(self, call: Call, pending: PendingCall) -> None:
+        """Prolong the lease of what trains, and keep what it tells."""
+        worker = self.workers[pending.worker]
+        order = worker.order
+        try:
+            progress: Progress = self._cluster.result(call)
+        except Unavailable as error:
+            if order is None:  # else the order's own call tells
+                self._is_away(worker, error)
+            return
+        if order is None or progress.token != order.token:
+            return
+        worker.waits = progress.phase == "waiting"
+        if not isinstance(order, Train):
+            return
+        self._queue.append_log(order.task_id, progress.log_lines)
+        if order.again:
+            return
+        numbers = {
+            name: None if value != value else value
+            for name, value in vars(progress).items()
+            if name not in ("token", "log_lines")
+        }
+        lease_until = time.time() + self._settings.lease_seconds
+        if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
+            self._cluster.cancel(worker.name, order.token)
+
+    def _is_away(self, worker: WorkerStatus, error: OnebasisError) -> None:
+        log.warning("%s is away: %s", worker.name, error)
+        worker.ready = False
+        self._pending_calls.later(f"warm:{worker.name}")
+
+
+def is_of_a_version(order: Order) -> bool:
+    """Whether a version waits for it."""
+    return isinstance(order, Evaluate) or order.refine_version > 0
+
+
+def train_order(record: TaskRecord) -> Train:
+    """The order to train a task, or to refine it, under the lease that its record holds."""
+    refines = record.state is TaskState.REFINING
+    return Train(
+        token=record.token,
+        task_id=record.task_id,
+        attempt=record.attempt,
+        spec=_refinement(record.spec) if refines else record.spec,
+        train_key=record.train_key,
+        eval_key="" if refines else record.eval_key,  # refined, it is scored with its version
+        staging_key=staging_key(record.task_id, record.attempt, record.token),
+        results_key="" if refines else local_results(record),
+        refine_version=record.version if refines else 0,
+    )
+
+
+def again_order(record: TaskRecord, version: int, tries: int) -> Train:
+    """The order to refine a published task in a version of others (`share_full`)."""
+    token = f"{version}-{record.task_id}-again-{tries}"
+    return Train(
+        token=token,
+        task_id=record.task_id,
+        attempt=record.attempt,
+        spec=_refinement(record.spec),
+        train_key=record.train_key,
+        eval_key="",
+        staging_key=staging_key(record.task_id, record.attempt, token),
+        refine_version=version,
+        again=True,
+    )
+
+
+def _refinement(spec: TaskSpec) -> TaskSpec:
+    """The same task, trained for `method.refine_epochs`."""
+    length = {"num_train_epochs": spec.method.refine_epochs, "max_steps": -1}
+    return spec.model_copy(update={"training": spec.training.model_copy(update=length)})

@@ -1,0 +1,1 @@
+"""A fault simulation of the store. Imported by the command and the tests alone."""

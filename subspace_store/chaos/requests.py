@@ -1,0 +1,277 @@
+"""What is asked of the store in a fault simulation: new requests, drawn by the seed from what a writer sees.
+
+A request is repeated with its op_key until it is answered, by whichever writer is there; so it holds all that asking
+takes, and whether it is so already by the model. Nothing is asked here, only said how.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import Corrupt, NotFound
+from subspace_store.adapter import Adapter, adapter_to_bytes, canonical_update
+from subspace_store.chaos.model import Model
+from subspace_store.digests import digest
+from subspace_store.log import retention
+from subspace_store.log.version import CANDIDATE, MAIN, StagedAdapter, TaskScore, Version
+from subspace_store.subspace_store import SubspaceStore
+
+BASE = "tiny"
+SHAPES = {"a": (6, 5), "b": (4, 5)}
+"""Tiny modules: a run's time should go into the protocol."""
+ADAPTERS = 12
+"""Different adapters; a task takes one of them."""
+MERGES_MAX = 6
+GROUP_MAX = 3
+ACTOR = "chaos"
+NAMES = ("ann", "bob", "cy")
+"""Tags, and owners of pins: few, so that requests meet."""
+PIN_SECONDS = 600
+"""Longest pin that ends. A storage call takes a second of the simulated clock."""
+
+
+@dataclass
+class Request:
+    """Something that is asked of the store until it is answered."""
+
+    op_key: str
+    ask: Callable[[SubspaceStore], int]
+    """Gives the version that it made or concerned."""
+    holds: Callable[[], bool] = lambda: False
+    """Whether it is so already, by the model: then no record is needed."""
+    uploads_of: tuple[str, ...] = ()
+    """Tasks whose uploads it needs."""
+
+
+class Requests:
+    """Makes requests.
+
+    Args:
+        random: Of the seed.
+        model: Is told what will be merged; knows what is so already.
+        now: The simulated clock.
+    """
+
+    def __init__(self, random: random.Random, model: Model, now: Callable[[], float]) -> None:
+        self._random, self._model, self._now = random, model, now
+        self._merges_left = random.randint(1, MERGES_MAX)
+        self._adapters: dict[str, Adapter] = {}
+        self._numbers: Counter[str] = Counter()
+
+    def kinds(self) -> dict[Callable[[SubspaceStore], Request | None], int]:
+        """What makes a request from what a writer sees, or None if there is nothing to ask for; with weights."""
+        merging = {self._merge: 12} if self._merges_left else {}
+        return merging | {
+            self._merge_again: 4,
+            self._refine: 4,
+            self._judge: 12,
+            self._roll_back: 2,
+            self._score: 1,
+            self._tag: 1,
+            self._pin: 3,
+            self._hold: 2,
+            self._quarantine: 1,
+            self._expire: 6,
+            self._remove: 4,
+            self._drop: 2,
+        }
+
+    def _merge(self, store: SubspaceStore) -> Request:
+        self._merges_left -= 1
+        count = self._random.choices(range(1, GROUP_MAX + 1), (6, 2, 1))[0]
+        adapters = {f"t{self._next('task')}": _adapter(self._random.randrange(ADAPTERS)) for _ in range(count)}
+        self._adapters |= adapters
+        self._model.delivered |= {task: dense(adapter) for task, adapter in adapters.items()}
+        return self._merging(adapters)
+
+    def _merge_again(self, store: SubspaceStore) -> Request | None:
+        """A task that was merged and is not on the candidate any more: it was rejected, rolled back or removed."""
+        held = store.state.tasks_at(store.state.refs[CANDIDATE])
+        tasks = [task for task in self._merged() if task not in held]
+        if not tasks:
+            return None
+        task = self._random.choice(tasks)
+        return self._merging({task: self._adapters[task]})
+
+    def _refine(self, store: SubspaceStore) -> Request | None:
+        """A task of the candidate, turned round: −ΔW lies in the span of its basis as ΔW does."""
+        candidate = store.state.refs[CANDIDATE]
+        tasks = list(store.state.tasks_at(candidate))
+        if not tasks:
+            return None
+        task = self._random.choice(tasks)
+        served = store.adapter(task, candidate)
+        turned = {name: replace(update, u_NR=-update.u_NR) for name, update in served.modules.items()}
+        adapter = replace(served, modules=turned, head={name: -tensor for name, tensor in served.head.items()})
+        self._model.refined[digest(adapter_to_bytes(adapter))] = dense(adapter)
+        request = self._uploading("refine", {task: adapter}, SubspaceStore.refine)
+        self._model.candidates[request.op_key] = candidate
+        return request
+
+    def _merging(self, adapters: Mapping[str, Adapter]) -> Request:
+        request = self._uploading("merge", adapters, SubspaceStore.merge)
+        self._model.asked[request.op_key] = tuple(adapters)
+        return request
+
+    def _uploading(self, kind: str, adapters: Mapping[str, Adapter], ask_for: Callable[..., Version]) -> Request:
+        number = self._next(kind)
+        op_key = f"{kind}-{number}"
+        uploads: dict[str, StagedAdapter] = {}
+
+        def ask(store: SubspaceStore) -> int:
+            for task, adapter in adapters.items():
+                if task not in uploads:
+                    try:
+                        ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
+                    except Corrupt as error:
+                        raise NotFound("another writer was asked too, merged it, and collected the upload") from error
+                    uploads[task] = StagedAdapter(task, f"team/{task}", ref.key, ref.sha256)
+            return ask_for(store, [uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
+
+        return Request(op_key, ask, uploads_of=tuple(adapters))
+
+    def _judge(self, store: SubspaceStore) -> Request | None:
+        candidate = store.state.refs[CANDIDATE]
+        if candidate == store.state.refs[MAIN]:
+            return None
+        if self._random.random() < 0.8:
+            return self._request("publish", candidate, lambda s, **keys: s.publish(candidate, **keys))
+        return self._request("reject", candidate, lambda s, **keys: s.reject(candidate, "chaos", **keys))
+
+    def _roll_back(self, store: SubspaceStore) -> Request | None:
+        allowed = [n for n in store.state.published if n not in {*store.state.expired, store.state.refs[MAIN]}]
+        if not allowed:
+            return None
+        number, hold = self._random.choice(allowed), self._random.random() < 0.2
+        return self._request("rollback", number, lambda s, **keys: s.rollback(number, hold=hold, **keys))
+
+    def _score(self, store: SubspaceStore) -> Request | None:
+        number = store.state.refs[CANDIDATE]
+        if number == 0:
+            return None
+        scores = [TaskScore(task, 0.5, 10) for task in store.state.tasks_at(number)]
+        return self._request("scores", number, lambda s, **keys: s.record_scores(number, scores, **keys))
+
+    def _tag(self, store: SubspaceStore) -> Request:
+        name, number = self._random.choice(NAMES), self._some(store)
+        return self._request(
+            "tag", number, lambda s, **keys: s.tag(name, number, **keys), lambda: self._model.tags.get(name) == number
+        )
+
+    def _pin(self, store: SubspaceStore) -> Request:
+        owner, number = self._random.choice(NAMES), self._some(store)
+        if self._random.random() < 0.4:
+            return self._request(
+                "unpin",
+                number,
+                lambda s, **keys: s.unpin(number, owner, **keys),
+                lambda: (number, owner) not in self._model.pins,
+            )
+        until = self._random.choice([None, self._now() + self._random.randint(1, PIN_SECONDS)])
+        return self._request(
+            "pin",
+            number,
+            lambda s, **keys: s.pin(number, owner, until, **keys),
+            lambda: self._model.pins.get((number, owner), 0) == until,
+        )
+
+    def _hold(self, store: SubspaceStore) -> Request:
+        if self._random.random() < 0.3:
+            return self._request("hold", 0, lambda s, **keys: s.hold("chaos", **keys), lambda: self._model.held)
+        return self._request("release", 0, lambda s, **keys: s.release(**keys), lambda: not self._model.held)
+
+    def _quarantine(self, store: SubspaceStore) -> Request | None:
+        tasks, quarantined = self._merged(), self._model.quarantined
+        if not tasks:
+            return None
+        task = self._random.choice(tasks)
+        if self._random.random() < 0.5:
+            return self._request(
+                "unquarantine", 0, lambda s, **keys: s.unquarantine(task, **keys), lambda: task not in quarantined
+            )
+        return self._request(
+            "quarantine", 0, lambda s, **keys: s.quarantine(task, "chaos", **keys), lambda: task in quarantined
+        )
+
+    def _expire(self, store: SubspaceStore) -> Request | None:
+        """What may go as this writer sees it, or, sometimes, what may not."""
+        now = self._now()
+        dying = retention.expirable(store.state, 1, now)
+        if self._random.random() < 0.2:
+            dying = list(store.state.versions)
+        dying = self._random.sample(dying, self._random.randint(0, min(2, len(dying))))
+        if not dying:
+            return None
+        return self._request(
+            "expire", 0, lambda s, **keys: s.expire(dying, now=now, **keys), lambda: self._model.expired >= {*dying}
+        )
+
+    def _remove(self, store: SubspaceStore) -> Request | None:
+        tasks = list(store.state.tasks_at(store.state.refs[CANDIDATE]))
+        if not tasks:
+            return None
+        task, publish = self._random.choice(tasks), self._random.random() < 0.3
+
+        def ask(store: SubspaceStore, **keys: str) -> int:
+            version = store.remove(task, publish=publish, **keys)
+            return version.number if version else 0
+
+        return self._request("remove", None, ask)
+
+    def _drop(self, store: SubspaceStore) -> Request | None:
+        tasks = list(store.state.tasks_at(store.state.refs[MAIN]))
+        if not tasks:
+            return None
+        task = self._random.choice(tasks)
+        return self._request(
+            "drop", 0, lambda s, **keys: s.drop_adapters([task], **keys), lambda: self._model.is_dropped(task)
+        )
+
+    def _merged(self) -> list[str]:
+        asked, done = self._model.asked, self._model.done
+        return list(dict.fromkeys(task for op_key in asked if op_key in done for task in asked[op_key]))
+
+    def _some(self, store: SubspaceStore) -> int:
+        return self._random.choice([0, *store.state.versions])
+
+    def _request(
+        self, kind: str, version: int | None, ask: Callable[..., Any], holds: Callable[[], bool] = lambda: False
+    ) -> Request:
+        """A request about a version that exists, 0 if it is about none; None if asking tells which it made."""
+        op_key = f"{kind}-{self._next(kind)}"
+
+        def answer(store: SubspaceStore) -> int:
+            made = ask(store, op_key=op_key, actor=ACTOR)
+            return int(made) if version is None else version
+
+        return Request(op_key, answer, holds)
+
+    def _next(self, kind: str) -> int:
+        self._numbers[kind] += 1
+        return self._numbers[kind]
+
+
+def dense(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: update.delta() for name, update in adapter.modules.items()} | dict(adapter.head)
+
+
+@functools.cache
+def _adapter(number: int) -> Adapter:
+    """One of a few random adapters: ranks 1 to 3, most on one module, some on both."""
+    generator = torch.Generator().manual_seed(number)
+    rank = 1 + number % 3
+    modules = {
+        name: canonical_update(
+            torch.randn(n, rank, generator=generator), torch.randn(rank, d, generator=generator), scale=0.5
+        )
+        for name, (n, d) in list(SHAPES.items())[: 1 + (number % 4 == 3)]
+    }
+    return Adapter(BASE, "", modules, {"head": torch.randn(2, generator=generator)}, {})

@@ -1,0 +1,1 @@
+"""The commands `onebasis store …`, also `python -m subspace_store …`."""

@@ -1,0 +1,255 @@
+"""Commands that write to a store's log: names and what they keep, what is given up, a task removed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from itertools import count
+from typing import Annotated
+
+import typer
+
+from configs.errors import Conflict, InvalidInput, NotFound
+from subspace_store.commands.place import (
+    Force,
+    Reference,
+    TaskId,
+    Url,
+    change,
+    command,
+    is_served,
+    place_of,
+    reader_at,
+    service_of,
+    task_id_of,
+    until_text,
+    writer_at,
+)
+from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, me, note, show
+from subspace_store.log.retention import droppable, expirable
+from subspace_store.log.retention import expire as judge_expiry
+from subspace_store.log.version import CANDIDATE
+
+SECONDS_A_DAY = 86400
+
+
+@command
+def tag(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the version is called from now on.")],
+    version: Reference,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Name a version for ever; it never expires then."""
+    place = place_of(store, state_dir)
+    number = reader_at(place).resolve(version)
+    change(place, force, as_json, f"{name} is version {number}", "tag", name=name, version=number)
+
+
+@command
+def hold(
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to everybody who wonders.")],
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Keep `main` where it is: what passes the gate waits until `release`."""
+    change(place_of(store, state_dir), force, as_json, "main is held", "hold", reason=reason)
+
+
+@command
+def release(store: Url = None, force: Force = False, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Let `main` move again after `hold` or `rollback --hold`."""
+    change(place_of(store, state_dir), force, as_json, "main may move", "release")
+
+
+@command
+def quarantine(
+    task: TaskId,
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to whoever tries to merge it.")],
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a task from being merged again. Versions that hold it stay as they are."""
+    place = place_of(store, state_dir)
+    task_id = task_id_of(reader_at(place), task)
+    done = f"task {task_id} will not be merged"
+    change(place, force, as_json, done, "quarantine", task_id=task_id, reason=reason)
+
+
+@command
+def unquarantine(
+    task: TaskId, store: Url = None, force: Force = False, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
+    """Let a quarantined task be merged again."""
+    place = place_of(store, state_dir)
+    task_id = task_id_of(reader_at(place), task)
+    change(place, force, as_json, f"task {task_id} may be merged", "unquarantine", task_id=task_id)
+
+
+@command
+def pin(
+    version: Reference,
+    owner: Annotated[str, typer.Option(help="Who needs it; default: you.")] = "",
+    days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.", min=0, max=36500)] = None,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a version from expiring; again with other --days moves the end."""
+    place = place_of(store, state_dir)
+    number, until = reader_at(place).resolve(version), None if days is None else time.time() + days * SECONDS_A_DAY
+    done = f"version {number} is kept for {owner or me()} " + ("until unpinned" if until is None else until_text(until))
+    change(place, force, as_json, done, "pin", version=number, owner=owner or me(), until=until)
+
+
+@command
+def unpin(
+    version: Reference,
+    owner: Annotated[str, typer.Option(help="Whose pin; default: yours.")] = "",
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Give a pin up."""
+    place = place_of(store, state_dir)
+    number = reader_at(place).resolve(version)
+    done = f"{owner or me()} does not keep version {number}"
+    change(place, force, as_json, done, "unpin", version=number, owner=owner or me())
+
+
+@command
+def expire(
+    versions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VERSION...]", help="These; without any, what --keep-last leaves over."),
+    ] = None,
+    keep_last: Annotated[int | None, typer.Option(help="How many of the newest versions of `main` stay.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Give old and rejected versions up for ever. What a branch, a tag or a pin names stays."""
+    place, now = place_of(store, state_dir), time.time()
+    state = reader_at(place).state
+    if bool(versions) == (keep_last is not None):
+        raise InvalidInput("name the versions, or say with --keep-last how many stay")
+    numbers = expirable(state, keep_last, now) if keep_last is not None else [*map(state.resolve, versions or ())]
+    judged = judge_expiry(state, numbers, now)
+    listed = ", ".join(map(str, numbers))
+    if yes and judged:
+        change(place, force, as_json, f"expired: versions {listed}", "expire", versions=numbers, now=now)
+    else:
+        text = f"would expire: versions {listed} (--yes does it)" if judged else "nothing can expire"
+        show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)
+
+
+@command
+def drop_adapters(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Ids, or team/name; published ones.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be let go.")] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Let go of tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
+    place = place_of(store, state_dir)
+    reader = reader_at(place)
+    task_ids = [task_id_of(reader, task) for task in tasks]
+    found = droppable(reader.state, task_ids)
+    size = sum(task.adapter.size_bytes for task in found.values())
+    what = f"{len(found)} adapters, {size / 1e6:.1f} MB"
+    if yes and found:
+        change(place, force, as_json, f"let go: {what}", "drop_adapters", task_ids=task_ids)
+    else:
+        text = f"would let go of {what} (--yes does it)" if found else "nothing to let go"
+        show({"task_ids": task_ids, "dropped": False}, lambda _: note(text), as_json)
+
+
+@command
+def collect(
+    really: Annotated[bool, typer.Option("--really", help="Delete; otherwise only show what would be.")] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Find objects that no version needs any more, and with --really delete them."""
+    place = place_of(store, state_dir)
+    if really and place.is_served and not (force and place.is_named):
+        raise is_served(place)
+    found = (writer_at(place) if really else reader_at(place)).collect(really=really)
+
+    def as_text(_: object) -> None:
+        for key in found.keys:
+            console.print(key, soft_wrap=True, markup=False)
+        verb = "deleted" if found.deleted else "would delete"
+        end = "" if found.deleted or not found.keys else " (--really does it)"
+        note(f"{verb} {len(found.keys)} objects, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
+        if found.abandoned:
+            note(f"gave up {found.abandoned} writes that were begun and never finished")
+
+    show(asdict(found), as_text, as_json)
+
+
+@command
+def remove(
+    task: TaskId,
+    reason: Annotated[str, typer.Option(help="Kept in the log.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be made again.")] = False,
+    candidate_only: Annotated[
+        bool, typer.Option("--candidate-only", help="Leave `main` where it is; not while a service runs.")
+    ] = False,
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Make every version since a task's birth again without it, and move `main` there. No gate is asked."""
+    place = place_of(store, state_dir)
+    reader = reader_at(place)
+    state, task_id = reader.state, task_id_of(reader, task)
+    held = state.tasks_at(state.refs[CANDIDATE])
+    if task_id not in held:
+        raise NotFound(f"the candidate, version {state.refs[CANDIDATE]}, does not hold {task}", place.storage.url)
+    again = [v for v in state.lineage(state.refs[CANDIDATE]) if v.number >= held[task_id].version]
+    if not yes:
+        text = f"would make {len(again)} versions again, from {again[0].number} on (--yes does it)"
+        show(
+            {"task_id": task_id, "versions": [v.number for v in again], "removed": False}, lambda _: note(text), as_json
+        )
+        return
+    # The same task of the same candidate is the same request: interrupted, the command goes on. A request that was
+    # done, and the task is there again, was rolled back.
+    asked = f"remove {task_id} from {state.refs[CANDIDATE]}"
+    op_key = next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
+    service = service_of(place, force)
+    if service is None:
+        writer_at(place).remove(task_id, op_key=op_key, actor=me(), reason=reason, publish=not candidate_only)
+    elif candidate_only:
+        raise Conflict(
+            "the service rejects a candidate that no task waits for",
+            place.storage.url,
+            "leave --candidate-only out, or end the service with `onebasis down`",
+        )
+    else:
+        service("remove", {"task_id": task_id, "reason": reason, "publish": True, "op_key": op_key})
+    after = reader_at(place).state
+    number = after.op_keys[op_key]
+    remade = [v for v in after.lineage(number) if task_id in v.removed]
+    approximate = [task for version in remade for task in version.approximate]
+    answer = {"task_id": task_id, "version": number, "approximate": approximate, "removed": True}
+    text = f"version {number} is as if {held[task_id].name} had never been merged"
+    if approximate:
+        text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
+    show(answer, lambda _: note(text), as_json)

@@ -1,0 +1,164 @@
+"""Commands that look at a store and change nothing of it: doctor, verify, log, tags, pins, forecast, export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from configs.errors import Corrupt, InvalidInput
+from subspace_store.commands.place import (
+    OnVersion,
+    Url,
+    clock,
+    command,
+    place_of,
+    print_table,
+    reader_at,
+    until_text,
+)
+from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, note, show
+from subspace_store.log.version import CANDIDATE, MAIN
+
+
+@command
+def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Try out whether a folder or bucket keeps the promises that a store needs. Nothing of a store is touched."""
+    from subspace_store.doctor import examine
+
+    checks = examine(place_of(store, state_dir).storage)
+
+    def as_text(_: object) -> None:
+        for check in checks:
+            mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
+            console.print(f"{mark} {check.name}: {escape(check.what)}", soft_wrap=True)
+            if check.todo:
+                console.print(f"     → {escape(check.todo)}", soft_wrap=True)
+
+    show([asdict(check) for check in checks], as_text, as_json)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(InvalidInput.exit_code)  # another place has to be named
+
+
+@command
+def verify(
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and measure every task again.")] = False,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Check that the store holds what its log says: the chain and every object's size, or with --deep everything."""
+    from subspace_store.verify import verify as check
+
+    reader = reader_at(place_of(store, state_dir))
+    findings = check(reader, deep=deep)
+
+    def as_text(_: object) -> None:
+        for finding in findings:
+            console.print(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}", soft_wrap=True)
+        if not findings:
+            console.print(f"{reader.storage.url} is as its log says", soft_wrap=True)
+
+    show([asdict(finding) for finding in findings], as_text, as_json)
+    if findings:
+        raise typer.Exit(Corrupt.exit_code)
+
+
+@command
+def log(
+    last: Annotated[int | None, typer.Option(help="Only so many of the newest records.", min=1)] = None,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show the version log, oldest record first."""
+    entries = reader_at(place_of(store, state_dir)).history()[-last if last else None :]
+
+    def as_text(_: object) -> None:
+        rows = [(str(e.seq), clock(e.time), str(e.epoch), e.op, e.actor, e.summary) for e in entries]
+        print_table(("seq", "time", "epoch", "operation", "by", ""), rows, "the log is empty")
+
+    show([asdict(entry) for entry in entries], as_text, as_json)
+
+
+@command
+def tags(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """List tags and the versions they name."""
+    found = reader_at(place_of(store, state_dir)).state.tags
+
+    def as_text(_: object) -> None:
+        rows = [(name, str(number)) for name, number in sorted(found.items(), key=lambda item: (item[1], item[0]))]
+        print_table(("tag", "version"), rows, "no tags")
+
+    show(dict(found), as_text, as_json)
+
+
+@command
+def pins(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """List pinned versions, for whom, and until when."""
+    state = reader_at(place_of(store, state_dir)).state
+    found = [(number, owner, until) for number, owners in sorted(state.pins.items()) for owner, until in owners.items()]
+
+    def as_text(_: object) -> None:
+        rows = [(str(n), owner, "until unpinned" if until is None else until_text(until)) for n, owner, until in found]
+        print_table(("version", "for", ""), rows, "no pins")
+
+    show([dict(zip(("version", "owner", "until"), row, strict=True)) for row in found], as_text, as_json)
+
+
+@command
+def forecast(
+    adapters: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="PEFT folders or diffusers LoRA files.")],
+    version: OnVersion = CANDIDATE,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what merging adapters would cost every task, without doing it and without data."""
+    from subspace_store.formats.reading import read_adapter
+
+    place = place_of(store, state_dir)
+    reader = reader_at(place)
+    news = {str(path): read_adapter(path, reader.base_model) for path in adapters}
+    found = reader.forecast(news, reader.resolve(version))
+    names = {task.task_id: task.name for task in reader.state.tasks_at(found.parent).values()}
+
+    def as_text(_: object) -> None:
+        arriving = [
+            (name, f"{error:.4f}", f"{found.spanned[name]:.1%}") for name, error in found.error_at_birth.items()
+        ]
+        print_table(("would arrive", "error at birth", "energy in the basis already"), arriving, "")
+        console.print()
+        held = [
+            (names[task], f"{drift:.4f}", f"{found.error_bound[task]:.4f}")
+            for task, drift in sorted(found.drift.items(), key=lambda item: -item[1])
+        ]
+        print_table(("is there", "would drift", "error at most"), held, f"version {found.parent} holds no tasks")
+
+    show(asdict(found), as_text, as_json)
+
+
+@command
+def export(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Made if it is not there.")],
+    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK...]", help="Default: all.")] = None,
+    version: OnVersion = MAIN,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="SOURCE", help="Where servers load the base model from.")
+    ] = None,
+    store: Url = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Write tasks as adapter folders, TEAM+TASK@vN each, as PEFT, vLLM and LoRAX load them."""
+    from subspace_store.export import export_tasks
+
+    place = place_of(store, state_dir)
+    reader = reader_at(place)
+    source = base or (place.settings.base_model.source if place.settings else reader.base_model)
+    found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
+    text = f"{len(found)} adapters in {output}; {output / 'adapters.json'} lists them"
+    show([asdict(one) for one in found], lambda _: note(text), as_json)

@@ -1,0 +1,162 @@
+"""What the commands of a store share: where the store is, who writes to it, the options that they have in common.
+
+What a command writes goes through the service that runs here, if one does; else this process opens the store as its
+writer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
+from configs.settings import Settings, StorageSettings, SubspaceSettings
+from subspace_store.commands.state_folder import running_server, service_settings
+from subspace_store.commands.terminal import command_of, console, me, new_app, note, show
+from subspace_store.storage.opening import open_storage
+from subspace_store.storage.protocol import Storage
+from subspace_store.subspace_store import SubspaceStore
+
+app = new_app("store", "A store of versions: check it, tag, hold, quarantine, pin, expire, collect.")
+command = command_of(app, "interrupted; what was begun can be asked for again")
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URL", help="The folder that FORMAT is in: file:…, s3://…; default: the service's."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="With --store: write although a service does, which has to open it anew then.")
+]
+FixedRank = Annotated[
+    int | None, typer.Option("--rank", help="Exactly so many directions; default: as the store merges.", min=1)
+]
+AtVersion = Annotated[str, typer.Argument(metavar="[VERSION]", help="A branch, a tag or a number.")]
+OnVersion = Annotated[str, typer.Option("--version", metavar="VERSION", help="A branch, a tag or a number.")]
+Reference = Annotated[str, typer.Argument(metavar="VERSION", help="A branch, a tag or a number.")]
+TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or team/name of one that was merged.")]
+
+
+SERVICE: ContextVar[Callable[[Path, str, dict[str, Any]], Any] | None] = ContextVar("service", default=None)
+"""How to have a running service write: state folder, operation, arguments. Set by `onebasis`; this package has no
+client."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the store is, and whose it is."""
+
+    storage: Storage
+    state_dir: Path
+    settings: Settings | None
+    """Of the service here; None where none has run."""
+    is_named: bool
+    """Whether the person gave the address."""
+
+    @property
+    def subspace(self) -> SubspaceSettings:
+        """How merges are done: as the service here does them."""
+        return self.settings.subspace if self.settings else SubspaceSettings()
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a service that runs here writes to this store."""
+        if self.settings is None or running_server(Path(self.settings.state_dir)) is None:
+            return False
+        return open_storage(self.settings.storage, self.settings.base_model.name).url == self.storage.url
+
+
+def place_of(url: str | None, state_dir: Path) -> Place:
+    try:
+        settings = service_settings(state_dir)
+    except Unavailable as error:
+        if url is None:
+            raise Unavailable(error.what, error.where, f"{error.todo}, or name a store with --store URL") from None
+        settings = None
+    if url is None:
+        assert settings is not None
+        return Place(open_storage(settings.storage, settings.base_model.name), state_dir, settings, False)
+    how = settings.storage.model_copy(update={"url": url}) if settings else StorageSettings(url=url)
+    return Place(open_storage(how), state_dir, settings, True)
+
+
+def reader_at(place: Place) -> SubspaceStore:
+    try:
+        place.storage.read("FORMAT")
+    except NotFound:
+        raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
+    return SubspaceStore.open(place.storage, settings=place.subspace)
+
+
+def writer_at(place: Place) -> SubspaceStore:
+    reader = reader_at(place)
+    writer = f"command line of {me()}"
+    return SubspaceStore.open(place.storage, settings=place.subspace, base_model=reader.base_model, writer=writer)
+
+
+def change(place: Place, force: bool, as_json: bool, done: str, operation: str, **arguments: Any) -> None:
+    """Write one record: through the running service, or as the writer."""
+    service = service_of(place, force)
+    if service is None:
+        getattr(writer_at(place), operation)(**arguments, actor=me())
+    else:
+        service(operation, arguments)
+    show({"operation": operation, **arguments}, lambda _: note(done), as_json)
+
+
+def service_of(place: Place, force: bool) -> Callable[[str, dict[str, Any]], Any] | None:
+    """How to have the running service write; None: this process is to write."""
+    if not place.is_served or (force and place.is_named):
+        return None
+    ask = SERVICE.get()
+    if ask is None or place.is_named:
+        raise is_served(place)
+    return partial(ask, place.state_dir)
+
+
+def is_served(place: Place) -> Conflict:
+    return Conflict(
+        "a running service writes to this store",
+        place.storage.url,
+        "end it with `onebasis down`; or take over with --store URL --force, and it opens the store anew",
+    )
+
+
+def task_id_of(reader: SubspaceStore, reference: str) -> str:
+    tasks = {task for version in reader.state.versions.values() for task in version.added}
+    found = sorted({task.task_id for task in tasks if reference in (task.name, task.task_id)})
+    if len(found) > 1:
+        raise InvalidInput(f"{reference} was merged as several tasks", todo=f"name one of {', '.join(found)}")
+    if not found and "/" in reference:
+        raise NotFound(f"no task {reference} was ever merged", reader.storage.url, "name its id")
+    return found[0] if found else reference
+
+
+def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], nothing: str) -> None:
+    if not rows:
+        console.print(nothing)
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, no_wrap=bool(name))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def until_text(at: float) -> str:
+    return f"until {clock(at)}"

@@ -1,0 +1,10 @@
+"""The name of a content wherever one is compared."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def digest(content: bytes) -> str:
+    """sha256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

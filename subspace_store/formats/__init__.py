@@ -1,0 +1,1 @@
+"""Adapters as other programs write and read them. No store here."""

@@ -1,0 +1,190 @@
+"""What each record of the log changes: the state is the fold of the records. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from configs.errors import Corrupt
+from subspace_store.log.version import MAIN, BlobRef, Hold, SubspaceState, TaskScore, Version
+
+ACQUIRE = "acquire"
+
+MERGE = "merge"
+
+REFINE = "refine"
+
+SCORES = "scores"
+
+PUBLISH = "publish"
+
+REJECT = "reject"
+
+ROLLBACK = "rollback"
+
+REMOVE = "remove"
+
+TAG = "tag"
+
+HOLD = "hold"
+
+RELEASE = "release"
+
+QUARANTINE = "quarantine"
+
+UNQUARANTINE = "unquarantine"
+
+PIN = "pin"
+
+UNPIN = "unpin"
+
+EXPIRE = "expire"
+
+DROP_ADAPTERS = "drop-adapters"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One state change, as stored. `refs` are the refs it moves; `body` depends on `op`."""
+
+    seq: int
+    prev_sha256: str
+    write_id: str
+    epoch: int
+    writer: str
+    time: float
+    actor: str
+    op: str
+    op_key: str = ""
+    refs: Mapping[str, int] = field(default_factory=dict)
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+
+_RECORD = TypeAdapter(Record)
+
+_VERSION = TypeAdapter(Version)
+
+_SCORES = TypeAdapter(tuple[TaskScore, ...])
+
+_BLOBS = TypeAdapter(dict[str, BlobRef])
+
+_STATE = TypeAdapter(SubspaceState)
+
+
+def log_key(seq: int) -> str:
+    """Where record `seq` is."""
+    return f"log/{seq:020d}.json"
+
+
+def to_plain(record: Any) -> Any:
+    """A record as values that JSON knows; NaN becomes null."""
+    if isinstance(record, tuple | list) and set(map(type, record)) == {float}:  # a record has one for each task
+        return [None if math.isnan(value) else value for value in record]
+    if isinstance(record, float):
+        return None if math.isnan(record) else record
+    if record is None or isinstance(record, str | int):
+        return record
+    if isinstance(record, list | tuple):
+        return [to_plain(value) for value in record]
+    if isinstance(record, Mapping):
+        return {str(key): to_plain(value) for key, value in record.items()}
+    return {item.name: to_plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
+
+
+def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
+    """The state after one more record. Pure.
+
+    Args:
+        sha256: Of the record's bytes; the next record must name it.
+
+    Raises:
+        Corrupt: The record does not follow from the state.
+    """
+    where = log_key(record.seq)
+    if record.seq != state.seq + 1 or record.prev_sha256 != state.head_sha256:
+        raise Corrupt(
+            f"follows record {record.prev_sha256[:12] or '(none)'}, but record {state.seq} is "
+            f"{state.head_sha256[:12] or '(none)'}: the chain is broken",
+            where,
+            "restore the log from a backup",
+        )
+    if record.epoch != state.epoch + (record.op == ACQUIRE):
+        raise Corrupt(f"{record.op} has epoch {record.epoch} after epoch {state.epoch}", where)
+    changes: dict[str, Any] = {"seq": record.seq, "epoch": record.epoch, "head_sha256": sha256}
+    changes["refs"] = {**state.refs, **record.refs}
+    try:
+        changes |= _changes(state, record, where)
+        concerned = record.body.get("version", 0)
+        if record.op_key:
+            number = concerned["number"] if record.op in (MERGE, REFINE) else concerned
+            changes["op_keys"] = {**state.op_keys, record.op_key: int(number)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Corrupt(f"is no {record.op} of this format: {error!r}", where, "restore it from a backup") from error
+    return dataclasses.replace(state, **changes)
+
+
+def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]:
+    """What an operation changes beside refs. It was allowed when it was written: that is not judged again here."""
+    op, body = record.op, record.body
+    if op in (MERGE, REFINE):
+        version = _checked(_VERSION, body["version"], where)
+        return {"versions": {**state.versions, version.number: version}}
+    if op == SCORES:
+        number = int(body["version"])
+        scores = {score.task_id: score for score in _checked(_SCORES, body["scores"], where)}
+        return {"scores": {**state.scores, number: {**state.scores.get(number, {}), **scores}}}
+    if op == REJECT:
+        return {"rejected": {**state.rejected, int(body["version"]): str(body["reason"])}}
+    if op == PUBLISH:
+        return {"published": tuple(sorted({*state.published, int(body["version"])}))}
+    if op == ROLLBACK:
+        held = Hold(record.actor, str(body["reason"]), record.time) if body.get("hold") else state.held
+        return {"held": held}
+    if op == TAG:
+        return {"tags": {**state.tags, str(body["name"]): int(body["version"])}}
+    if op == HOLD:
+        return {"held": Hold(record.actor, str(body["reason"]), record.time)}
+    if op == RELEASE:
+        return {"held": None}
+    if op == QUARANTINE:
+        return {"quarantined": {**state.quarantined, str(body["task_id"]): str(body["reason"])}}
+    if op == UNQUARANTINE:
+        return {"quarantined": {t: why for t, why in state.quarantined.items() if t != body["task_id"]}}
+    if op == PIN:
+        until = None if body["until"] is None else float(body["until"])
+        mine = {str(body["owner"]): until}
+        return {"pins": {**state.pins, int(body["version"]): {**state.pins.get(int(body["version"]), {}), **mine}}}
+    if op == UNPIN:
+        number = int(body["version"])
+        others = {owner: until for owner, until in state.pins.get(number, {}).items() if owner != body["owner"]}
+        rest = {n: owners for n, owners in state.pins.items() if n != number}
+        return {"pins": {**rest, number: others} if others else rest}
+    if op == EXPIRE:
+        dead = {int(number) for number in body["versions"]}
+        pins = {number: owners for number, owners in state.pins.items() if number not in dead}
+        return {"expired": tuple(sorted({*state.expired, *dead})), "pins": pins}
+    if op == DROP_ADAPTERS:
+        heads = _checked(_BLOBS, body["heads"], where)
+        return {"heads": {**state.heads, **heads}}
+    if op == REMOVE:
+        moved = int(body["version"]) if MAIN in record.refs else 0
+        return {"published": tuple(sorted({*state.published, moved}))}
+    if op == ACQUIRE:
+        return {}
+    raise Corrupt(f"has an operation {op!r} that this code does not know", where, "use a newer onebasis")
+
+
+def _checked(adapter: TypeAdapter[T], plain: Any, where: str) -> T:
+    try:
+        return adapter.validate_python(plain)
+    except ValidationError as error:
+        raise Corrupt(
+            f"is not a record of this format: {error}", where, "restore it, or use a newer onebasis"
+        ) from error

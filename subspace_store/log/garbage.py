@@ -1,0 +1,132 @@
+"""Collecting: deletes what no live version needs. The only code that deletes anything of a subspace.
+
+Why nothing is deleted that anybody will need. Let the collector write with epoch E, and let S be the state it folded
+after it had acquired E.
+
+1. S holds every record of an epoch below E that there will ever be. Acquiring E took a slot. Slots before it are all
+   taken, and are folded in S. A slot after it is only ever taken by a writer that has folded the acquisition, and a
+   writer whose epoch is below the one it has folded stops (version_log.py: `finish_pending`, and `fold` refuses such
+   a record). A record whose outcome was unknown to its writer is in its slot or has lost it; either way S says which.
+2. A version whose record is not in S has an epoch e ≥ E. What it needs was written by that writer, below
+   `blobs/e`, or was needed by its parent (bases taken over unchanged; coefficients, transports, snapshots and adapters
+   of the lineage: that is how `retention.needed` is built), or, if it is made again without a task, by the candidate
+   of then (adapters as delivered). Parent and candidate had not expired when it was written: a merge is made on the
+   candidate, which a branch names, and `SubspaceStore.remove` begins after a version that is alive. Expiring is for
+   ever, so these were alive in S too, or are not in S. By induction a version not in S needs only what live versions
+   of S need, and blobs of epochs ≥ E.
+3. A version in S needs later what it needs in S, or less: it may expire, and a head may take an adapter's place; the
+   head is a new blob, of the epoch of the record that names it. An operation that is asked for again (op_key) is
+   answered and names nothing. No name can return to an expired version (`retention.check_alive`).
+
+So a blob of an epoch below E that no live version of S needs is needed by no later state. The argument has no clock
+in it: a collector that was stalled for a year, and was fenced meanwhile, still deletes only such blobs. It looks
+whether it was fenced before it deletes, because a fenced writer has no business here, not because it must.
+
+What a writer of epoch E or above has written and not yet committed is never touched: its directory says so. A merge
+of this same writer may run in another thread. Writes of epochs below E that were begun and not finished are given up by
+the same right: a fenced writer's stream may fail, because its record would be refused anyway.
+
+What can break: a reader that still reads an expired version finds its blobs gone. It pins what it reads for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from subspace_store.log import retention
+from subspace_store.log.version import SubspaceState
+from subspace_store.log.version_log import VersionLog
+from subspace_store.parallel import AT_ONCE, A, B, in_order
+
+CHECKPOINTS_KEPT = 2
+"""One more than is read: the newest may be damaged. All can be made again from the log."""
+MANY = 256
+"""Requests above which several travel at once; a fault simulation has fewer, and stays one sequence."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was found to be garbage.
+
+    Args:
+        blobs: Below `blobs/`, of epochs before the collector's own.
+        uploads: Below `staging/`.
+        checkpoints: Below `checkpoints/`.
+        size_bytes: Of those whose size the log knows; it does not know what a writer left half done, nor uploads and
+            checkpoints.
+        deleted: False: nothing was deleted, it was only looked.
+        abandoned: Writes of earlier epochs that were begun, never finished, and given up now; looking sees none.
+    """
+
+    blobs: tuple[str, ...]
+    uploads: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    size_bytes: int
+    deleted: bool
+    abandoned: int = 0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.blobs + self.uploads + self.checkpoints
+
+
+def collect(
+    log: VersionLog, *, uploads_in_use: Callable[[], Collection[str]] | None = None, really: bool = False
+) -> Collected:
+    """Find what no live version needs, and delete it if asked to.
+
+    Args:
+        log: Its epoch says which blobs may be touched. Who reads only looks, and sees what the next writer could
+            delete.
+        uploads_in_use: Asked, after uploads were listed, for the ids of tasks whose uploads must stay: all that are
+            not done with. None: uploads stay.
+        really: Delete. Otherwise only look.
+
+    Raises:
+        Conflict: Fenced; or to be deleted, but open for reading.
+        Unavailable: The storage was away; asked again, it goes on where it stopped.
+
+    Cost:
+        Three listings, and to delete one for each earlier epoch and one request for each object.
+    """
+    state = log.refresh()
+    if really or log.writer is not None:
+        log.finish_pending()
+        state = log.state
+    epoch = log.epoch or state.epoch + 1
+    needed = retention.needed(state)
+    blobs = tuple(key for key in log.storage.keys("blobs/") if key not in needed and _epoch(key) < epoch)
+    uploads = _unused_uploads(log, uploads_in_use) if uploads_in_use else ()
+    checkpoints = tuple(log.storage.keys("checkpoints/")[:-CHECKPOINTS_KEPT])
+    sizes = _sizes(state)
+    found = Collected(blobs, uploads, checkpoints, sum(sizes.get(key, 0) for key in blobs), really)
+    if really:
+        log.refresh()
+        log.finish_pending()
+        _all(log.storage.delete, found.keys)
+        begun = _all(log.storage.abandon, [f"blobs/{earlier:010d}/" for earlier in range(1, epoch)])
+        return replace(found, abandoned=sum(begun))
+    return found
+
+
+def _all(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    return list(in_order(function, items, AT_ONCE if len(items) > MANY else 1))
+
+
+def _epoch(key: str) -> float:
+    """Of `blobs/EPOCH/NAME`; what is named otherwise is not ours to delete."""
+    part = key.split("/")[1]
+    return int(part) if part.isdecimal() else float("inf")
+
+
+def _unused_uploads(log: VersionLog, in_use: Callable[[], Collection[str]]) -> tuple[str, ...]:
+    listed = [(key, key.split("/")) for key in log.storage.keys("staging/")]
+    used = {*in_use()}
+    return tuple(key for key, parts in listed if len(parts) > 2 and parts[1] not in used)
+
+
+def _sizes(state: SubspaceState) -> dict[str, int]:
+    refs = [ref for version in state.versions.values() for ref in version.blobs] + [*state.heads.values()]
+    return {ref.key: ref.size_bytes for ref in refs}

@@ -1,0 +1,259 @@
+"""What a subspace must keep, and what may be asked of its names: pure functions of the state.
+
+Each function that is named like an operation judges a request: it gives the `Change` to be written, None if all is
+so already, or raises. Nothing here reads a clock, a blob or the log; garbage.py deletes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.document import NAME_PATTERN
+from configs.errors import Conflict, InvalidInput, NotFound
+from subspace_store.log import fold
+from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version
+
+OPERATIONS = (
+    "tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire", "drop_adapters", "remove",
+)  # fmt: skip
+"""Methods of SubspaceStore that people may ask for at any time. All but `remove` write one record each."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A record to be: its operation and body."""
+
+    op: str
+    body: Mapping[str, Any]
+
+
+def tag(state: SubspaceState, name: str, version: int) -> Change | None:
+    """Name a version for ever."""
+    if not re.fullmatch(NAME_PATTERN, name) or name in state.refs or name.isdecimal():
+        raise InvalidInput(
+            f"{name!r} cannot be a tag",
+            todo="use up to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit; no branch, no number",
+        )
+    check_usable(state, version)
+    if state.tags.get(name, version) != version:
+        raise Conflict(f"tag {name!r} is version {state.tags[name]}, for ever", todo="choose another name")
+    return None if name in state.tags else Change(fold.TAG, {"name": name, "version": version})
+
+
+def hold(state: SubspaceState, reason: str, actor: str) -> Change | None:
+    """Keep `main` where it is."""
+    if state.held is not None and (state.held.actor, state.held.reason) != (actor, reason):
+        raise _held(state)
+    return None if state.held is not None else Change(fold.HOLD, {"reason": reason})
+
+
+def release(state: SubspaceState) -> Change | None:
+    """Let publishing move `main` again."""
+    return None if state.held is None else Change(fold.RELEASE, {})
+
+
+def quarantine(state: SubspaceState, task_id: str, reason: str) -> Change | None:
+    """Keep a task from being merged."""
+    if not task_id or not reason:
+        raise InvalidInput("a quarantine needs a task and a reason")
+    same = state.quarantined.get(task_id) == reason
+    return None if same else Change(fold.QUARANTINE, {"task_id": task_id, "reason": reason})
+
+
+def unquarantine(state: SubspaceState, task_id: str) -> Change | None:
+    """Let a task be merged again."""
+    if task_id not in state.quarantined:
+        return None
+    return Change(fold.UNQUARANTINE, {"task_id": task_id})
+
+
+def pin(state: SubspaceState, version: int, owner: str, until: float | None) -> Change | None:
+    """Keep a version for somebody; again moves the end."""
+    if not owner:
+        raise InvalidInput("a pin needs an owner", todo="say who needs the version")
+    if until is not None and not math.isfinite(until):
+        raise InvalidInput(f"a pin cannot last until {until}", todo="give Unix seconds, or nothing for ever")
+    check_alive(state, version)
+    owners = state.pins.get(version, {})
+    if owner in owners and owners[owner] == until:
+        return None
+    return Change(fold.PIN, {"version": version, "owner": owner, "until": until})
+
+
+def unpin(state: SubspaceState, version: int, owner: str) -> Change | None:
+    """Give a pin up."""
+    if owner not in state.pins.get(version, {}):
+        return None
+    return Change(fold.UNPIN, {"version": version, "owner": owner})
+
+
+def expire(state: SubspaceState, versions: Iterable[int], now: float) -> Change | None:
+    """Give versions up for ever."""
+    dying = sorted({*versions} - {*state.expired})
+    for number in dying:
+        if number == 0:
+            raise InvalidInput("version 0 is the empty subspace: it cannot expire")
+        check_alive(state, number)
+        if names := named_by(state, number, now):
+            raise Conflict(f"version {number} is needed: {', '.join(names)}", todo="expire only what nothing names")
+    return Change(fold.EXPIRE, {"versions": dying, "now": now}) if dying else None
+
+
+def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, MergedTask]:
+    """The delivered adapters of tasks, by the key of their blob; what was let go before and what the gate refused
+    aside.
+
+    Raises:
+        NotFound: A task that no version holds.
+        Conflict: A task that `main` never held.
+    """
+    published = {task for number in state.published for v in state.lineage(number) for task in v.brought}
+    held = tasks_alive(state, but=state.rejected)
+    found: dict[str, MergedTask] = {}
+    for task_id in task_ids:
+        births = [task for task in held if task.task_id == task_id]
+        if not births:
+            raise NotFound(f"no version holds the task {task_id}")
+        if waiting := [task for task in births if task not in published]:
+            raise Conflict(
+                f"version {waiting[0].version} is not published: its adapters may be merged again",
+                f"task {waiting[0].name} ({task_id})",
+                "wait until it is published, or expire the version",
+            )
+        found |= {task.adapter.key: task for task in births if task.adapter.key not in state.heads}
+    return found
+
+
+def drop(heads: Mapping[str, BlobRef]) -> Change | None:
+    """Let go of delivered adapters. `heads`: key of an adapter's blob to the one that keeps its head."""
+    return Change(fold.DROP_ADAPTERS, {"heads": heads}) if heads else None
+
+
+def check_alive(state: SubspaceState, version: int) -> None:
+    """Refuse a version that is not there any more, or never was."""
+    if state.resolve(version) in state.expired:
+        raise InvalidInput(f"version {version} has expired: it is gone for ever", todo="name another version")
+
+
+def check_usable(state: SubspaceState, version: int) -> None:
+    """Refuse a version that is not there any more, never was, or failed the gate."""
+    check_alive(state, version)
+    if version in state.rejected:
+        raise InvalidInput(f"version {version} was rejected: {state.rejected[version]}", todo="name another version")
+
+
+def check_not_held(state: SubspaceState) -> None:
+    """Refuse to publish while `main` is held."""
+    if state.held is not None:
+        raise _held(state)
+
+
+def check_judged(state: SubspaceState) -> None:
+    """Refuse while a candidate waits for its verdict."""
+    if state.refs[CANDIDATE] != state.refs[MAIN]:
+        raise Conflict(
+            f"version {state.refs[CANDIDATE]}, the candidate, is not judged yet",
+            todo="wait until it is, or publish or reject it first",
+        )
+
+
+def check_mergeable(state: SubspaceState, tasks: Mapping[str, str]) -> None:
+    """Refuse a quarantined task. `tasks`: id to name."""
+    for task_id, name in tasks.items():
+        if task_id in state.quarantined:
+            raise InvalidInput(
+                f"is quarantined: {state.quarantined[task_id]}",
+                f"task {name} ({task_id})",
+                "`unquarantine` it first",
+            )
+
+
+def named_by(state: SubspaceState, version: int, now: float) -> list[str]:
+    """What keeps a version from expiring, in words; pins that ended before `now` do not."""
+    names = [f"it is {ref}" for ref, number in state.refs.items() if number == version]
+    names += [f"it is tagged {name}" for name, number in state.tags.items() if number == version]
+    pins = state.pins.get(version, {})
+    return names + [f"{owner} pinned it" for owner, until in pins.items() if until is None or until > now]
+
+
+def expirable(state: SubspaceState, keep_last: int, now: float) -> list[int]:
+    """Versions that may expire: rejected, or older than the newest `keep_last` of `main`'s lineage; and nobody names
+    them.
+
+    Args:
+        keep_last: At least 1.
+        now: Unix seconds, for pins.
+    """
+    if keep_last < 1:
+        raise InvalidInput(f"keep_last is {keep_last}", todo="keep at least one version")
+    kept = state.lineage(state.refs[MAIN])[-keep_last:]
+    oldest = kept[0].number if kept else 0
+    old = (n for n in sorted(state.versions) if n < oldest or n in state.rejected)
+    return [n for n in old if n not in state.expired and not named_by(state, n, now)]
+
+
+def alive(state: SubspaceState) -> list[Version]:
+    """The versions that have not expired, oldest first."""
+    dead = {*state.expired}
+    return [version for number, version in sorted(state.versions.items()) if number not in dead]
+
+
+def tasks_alive(state: SubspaceState, but: Collection[int] = ()) -> set[MergedTask]:
+    """Every task that some live version holds, one for each time it was merged or refined. `but`: versions left
+    aside."""
+    versions = (version for version in alive(state) if version.number not in but)
+    return {task for version in _ancestors(state, versions) for task in version.brought}
+
+
+def needed(state: SubspaceState) -> dict[str, BlobRef]:
+    """All blobs that the live versions need, by key.
+
+    A version needs what its own record names; the bases of modules that it took over unchanged; the coefficients of
+    its tasks, as the nearest snapshot in its lineage with everything after it, or as everything from the first version
+    on; and every task's adapter as delivered, or its head where the adapter was let go.
+    """
+    refs: set[BlobRef | None] = set()
+    for version in alive(state):
+        refs |= {version.basis, version.transport}
+        refs |= {state.versions[number].basis for number in version.basis_versions}
+        refs |= {task.coefficients for task in version.brought}
+        for before in _since_snapshot(state, version):
+            if before.snapshot is not None:
+                refs.add(before.snapshot)
+            else:
+                refs |= {before.transport, *(task.coefficients for task in before.brought)}
+    refs |= {state.heads.get(task.adapter.key, task.adapter) for task in tasks_alive(state)}
+    return {ref.key: ref for ref in refs if ref is not None}
+
+
+def _since_snapshot(state: SubspaceState, version: Version) -> Iterator[Version]:
+    """From a version back to the nearest one with a snapshot, both included."""
+    while True:
+        yield version
+        if version.snapshot is not None or version.parent == 0:
+            return
+        version = state.versions[version.parent]
+
+
+def _ancestors(state: SubspaceState, versions: Iterable[Version]) -> Iterator[Version]:
+    """These versions and all that they were merged on, each once."""
+    seen: set[int] = {0}
+    for version in versions:
+        while version.number not in seen:
+            seen.add(version.number)
+            yield version
+            if version.parent == 0:
+                break
+            version = state.versions[version.parent]
+
+
+def _held(state: SubspaceState) -> Conflict:
+    assert state.held is not None
+    return Conflict(
+        f"main is held by {state.held.actor}: {state.held.reason or 'no reason given'}",
+        todo="`onebasis store release` lets it move again",
+    )

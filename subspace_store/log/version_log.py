@@ -1,0 +1,285 @@
+"""The version log: the only commit point. A record per state change, created once, never overwritten.
+
+Protocol (design.md 4): the next record's slot is taken with create-if-absent. On anything but success the slot is
+read: absent, the same bytes are created again; ours, it was committed after all; a higher epoch, we are fenced and
+stop; the same epoch and not ours, two writers believe in one epoch, which must not be, and we stop with an alarm.
+A write whose outcome stays unknown is kept and finished before the next one. Nothing is ever cleaned up here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from configs.errors import Conflict, Corrupt, NotFound, OnebasisError, Unavailable
+from subspace_store.digests import digest
+from subspace_store.log.fold import _RECORD, _STATE, ACQUIRE, Record, _checked, fold, log_key, to_plain
+from subspace_store.log.version import SubspaceState
+from subspace_store.storage.protocol import Storage
+
+CHECKPOINT_EVERY = 64
+HINT = "log/_hint"
+TRIES = 6
+"""Attempts at one slot; with the waits below about three seconds, then the caller decides."""
+FIRST_WAIT_SECONDS = 0.1
+ACQUIRE_TRIES = 20
+"""Other writers that may take the slot first while we acquire."""
+
+
+def checkpoint_key(seq: int) -> str:
+    """Where the folded state after record `seq` is."""
+    return f"checkpoints/{seq:020d}.json"
+
+
+class VersionLog:
+    """Reads the log, and writes it if opened with a writer's name. Safe for threads of one process.
+
+    Args:
+        storage: Where.
+        writer: Who writes, for people; None only reads.
+        wait: Sleeps between attempts; a test hands in one that does not.
+    """
+
+    def __init__(self, storage: Storage, writer: str | None = None, wait: Callable[[float], None] = time.sleep) -> None:
+        self.storage = storage
+        self.writer = writer
+        self.state = SubspaceState()
+        self.epoch = 0
+        self._wait = wait
+        self._stopped: OnebasisError | None = None
+        self._pending: tuple[Record, bytes] | None = None
+        self._lock = threading.RLock()
+
+    def open(self) -> SubspaceState:
+        """Fold what is there: the newest checkpoint that is whole, then record by record.
+
+        Raises:
+            Corrupt: A broken chain, or a record missing before later ones.
+        """
+        with self._lock:
+            self.state = self._from_checkpoint()
+            self.refresh()
+            later = [key for key in self.storage.keys("log/", after=log_key(self.state.seq)) if key != HINT]
+            self.refresh()  # A record may have been created since; a hole in front of later ones stays.
+            if later and log_key(self.state.seq) < later[0]:
+                raise Corrupt(
+                    f"record {self.state.seq + 1} is missing, but {later[0]} exists",
+                    f"{self.storage.url}/log",
+                    "restore the log from a backup",
+                )
+            return self.state
+
+    def refresh(self) -> SubspaceState:
+        """Fold the records that were added since. One read if there are none."""
+        with self._lock:
+            while (found := self._read(self.state.seq + 1)) is not None:
+                self._fold(*found)
+            return self.state
+
+    def acquire(self, actor: str) -> int:
+        """Take the next epoch. Every older writer finds its next slot taken and stops.
+
+        Raises:
+            Conflict: Other writers kept taking the slot first.
+            Unavailable: The outcome is unknown.
+        """
+        with self._lock:
+            for _ in range(ACQUIRE_TRIES):
+                record, content = self._next(ACQUIRE, actor, self.state.epoch + 1, "", {}, {})
+                winner = self._settle(record, content)
+                self.refresh()
+                if winner.write_id == record.write_id:
+                    self.epoch = record.epoch
+                    if self.state.epoch > self.epoch:
+                        break
+                    return self.epoch
+            raise Conflict("other writers keep opening this subspace", self.storage.url, "stop them, then try again")
+
+    def commit(
+        self,
+        op: str,
+        *,
+        op_key: str,
+        actor: str,
+        refs: Mapping[str, int] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> SubspaceState:
+        """Append one record: when this returns, it is durable and folded.
+
+        Raises:
+            Conflict: Fenced: a newer writer has opened the subspace. This object writes no more.
+            Unavailable: The outcome is unknown; the same record is finished before the next one.
+            Corrupt: Another writer with our epoch: an alarm. This object writes no more.
+        """
+        with self._lock:
+            self.finish_pending()
+            record, content = self._next(op, actor, self.epoch, op_key, refs or {}, body or {})
+            # What this code could not read again must never get a slot.
+            fold(self.state, record, digest(content))
+            self._pending = (record, content)
+            self._finish(record, content)
+            self._checkpoint()
+            return self.state
+
+    def finish_pending(self) -> None:
+        """Find out what became of a write whose outcome was unknown, and finish it.
+
+        Raises: As `commit`; also Conflict when this log was opened for reading.
+        """
+        with self._lock:
+            if self.writer is None or not self.epoch:
+                raise Conflict("this subspace is open for reading", self.storage.url, "open it with a writer's name")
+            if self._stopped is not None:
+                raise type(self._stopped)(*self._stopped.args)
+            if self._pending is not None:
+                self.refresh()
+            if self._pending is not None:
+                self._finish(*self._pending)
+            if self.state.epoch > self.epoch:
+                # Seen while reading: the slots after the newer writer's must not be taken with our epoch.
+                self._stopped = Conflict(
+                    f"a newer writer opened this subspace with epoch {self.state.epoch}, after our {self.epoch}",
+                    self.storage.url,
+                    "read again through the new writer; this one has stopped",
+                )
+                raise self._stopped
+
+    def records(self, newest_first: bool = False) -> Iterator[Record]:
+        """Every record up to the folded one. One read each."""
+        last = self.state.seq
+        for seq in range(last, 0, -1) if newest_first else range(1, last + 1):
+            found = self._read(seq)
+            if found is None:
+                raise Corrupt("the record is gone", f"{self.storage.url}/{log_key(seq)}", "restore it from a backup")
+            yield found[0]
+
+    def _finish(self, record: Record, content: bytes) -> None:
+        winner = self._settle(record, content)
+        if winner.write_id != record.write_id:
+            self._pending = None
+            self._stopped = self._lost(record, winner)
+            raise self._stopped
+        if self.state.seq < record.seq:
+            self._fold(record, digest(content))
+
+    def _lost(self, record: Record, winner: Record) -> OnebasisError:
+        where = f"{self.storage.url}/{log_key(record.seq)}"
+        if winner.epoch > record.epoch:
+            return Conflict(
+                f"writer {winner.writer!r} opened this subspace with epoch {winner.epoch}, after our {record.epoch}",
+                where,
+                "read again through the new writer; this one has stopped",
+            )
+        return Corrupt(
+            f"epoch {winner.epoch} is used by two writers, {winner.writer!r} and {record.writer!r}",
+            where,
+            "stop all writers: the storage may ignore create-if-absent (`If-None-Match: *`); use one that honours it",
+        )
+
+    def _settle(self, record: Record, content: bytes) -> Record:
+        """Try until somebody's record is in the slot; whose, the caller judges."""
+        key, trouble = log_key(record.seq), "the slot is still empty"
+        for attempt in range(TRIES):
+            if attempt:
+                self._wait(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+            try:
+                if self.storage.create(key, content):
+                    return record
+            except Unavailable as error:
+                trouble = error.what
+            try:
+                found = self._read(record.seq)
+            except Unavailable as error:
+                trouble = error.what
+                continue
+            if found is not None:
+                return found[0]
+        raise Unavailable(
+            f"the outcome of {record.op} is unknown after {TRIES} tries: {trouble}",
+            f"{self.storage.url}/{key}",
+            "repeat the same request (same op_key): it is done once, whatever became of this one",
+        )
+
+    def _next(
+        self, op: str, actor: str, epoch: int, op_key: str, refs: Mapping[str, int], body: Mapping[str, Any]
+    ) -> tuple[Record, bytes]:
+        record = Record(
+            seq=self.state.seq + 1,
+            prev_sha256=self.state.head_sha256,
+            write_id=secrets.token_hex(16),
+            epoch=epoch,
+            writer=self.writer or "",
+            time=time.time(),
+            actor=actor,
+            op=op,
+            op_key=op_key,
+            refs=refs,
+            body=to_plain(body),
+        )
+        return record, _to_json(record)
+
+    def _read(self, seq: int) -> tuple[Record, str] | None:
+        key = log_key(seq)
+        try:
+            content = self.storage.read(key)
+        except NotFound:
+            return None
+        where = f"{self.storage.url}/{key}"
+        return _checked(_RECORD, _from_json(content, where), where), digest(content)
+
+    def _fold(self, record: Record, sha256: str) -> None:
+        self.state = fold(self.state, record, sha256)
+        if self._pending is not None and self._pending[0].write_id == record.write_id:
+            self._pending = None
+
+    def _from_checkpoint(self) -> SubspaceState:
+        for seq in self._checkpoints():
+            where = f"{self.storage.url}/{checkpoint_key(seq)}"
+            try:
+                envelope = _from_json(self.storage.read(checkpoint_key(seq)), where)
+                state = _checked(_STATE, envelope["state"], where)
+                record = self.storage.read(log_key(seq))
+            except (NotFound, Corrupt, KeyError, TypeError):
+                continue
+            if envelope.get("sha256") == digest(_to_json(envelope["state"])) and (state.seq, state.head_sha256) == (
+                seq,
+                digest(record),
+            ):
+                return state
+        return SubspaceState()
+
+    def _checkpoints(self) -> Iterator[int]:
+        """Sequence numbers to try, newest first. The hint is advice: it saves listing them."""
+        with contextlib.suppress(NotFound, ValueError):
+            yield int(self.storage.read(HINT))
+        names = [key.removeprefix("checkpoints/").removesuffix(".json") for key in self.storage.keys("checkpoints/")]
+        yield from sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def _checkpoint(self) -> None:
+        """Best effort: a checkpoint can always be made again from the log."""
+        state = self.state
+        if state.seq % CHECKPOINT_EVERY:
+            return
+        folded = _to_json(state)
+        content = b'{"sha256":"%s","state":%s}' % (digest(folded).encode(), folded)
+        try:
+            self.storage.write(checkpoint_key(state.seq), content)
+            self.storage.write(HINT, str(state.seq).encode())
+        except Unavailable:
+            return
+
+
+def _to_json(record: Any) -> bytes:
+    return json.dumps(to_plain(record), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _from_json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise Corrupt(f"is not JSON: {error}", where, "restore it from a backup") from error

@@ -1,0 +1,1 @@
+"""The mathematics of the subspace. Nothing is read or written here."""

@@ -1,0 +1,75 @@
+"""A module's two bases, its tasks in them, and what they say a task's update is.
+
+Axes: N outputs, D inputs, K directions, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspace_store.adapter import ModuleUpdate
+from subspace_store.merging.coefficients import ModuleTasks, TaskBlock
+from subspace_store.merging.subspace_math import (
+    canonical_in_basis,
+    orthonormalise,
+)
+
+
+@dataclass(frozen=True)
+class ModuleBasis:
+    """Two orthonormal bases and the energy of everything merged in each direction, strongest first."""
+
+    p_NK: Tensor
+    """Outputs, float32."""
+    q_DK: Tensor
+    """Inputs, float32."""
+    lam_out_K: Tensor
+    """Squared singular values of the weighted updates, float64."""
+    lam_in_K: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D) of the module's weight."""
+        return int(self.p_NK.shape[0]), int(self.q_DK.shape[0])
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(k_out, k_in)."""
+        return int(self.p_NK.shape[1]), int(self.q_DK.shape[1])
+
+
+@dataclass(frozen=True)
+class ModuleSubspace:
+    """One module of the subspace at one version."""
+
+    basis: ModuleBasis
+    tasks: ModuleTasks
+
+
+def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str, ModuleUpdate]:
+    """One task's update as the subspace holds it, in canonical form, per module it adapts.
+
+    Cost:
+        O((N+D)·K·(K+R)) per module.
+    """
+    updates = {}
+    for name, module in modules.items():
+        one = module.tasks.only((task_id,))
+        if one is not None:
+            updates[name] = reconstruct_module(module.basis, one)
+    return updates
+
+
+def reconstruct_module(basis: ModuleBasis, task: TaskBlock) -> ModuleUpdate:
+    """P·E·Fᵀ·Qᵀ of one task in canonical form."""
+    return canonical_in_basis(orthonormalise(basis.p_NK), orthonormalise(basis.q_DK), task.e_KS, task.f_KS)
+
+
+def empty_module(shape: tuple[int, int]) -> ModuleSubspace:
+    """A module that no adapter has touched yet: no directions, no tasks."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return ModuleSubspace(ModuleBasis(torch.zeros(shape[0], 0), torch.zeros(shape[1], 0), none, none), ModuleTasks())

@@ -1,0 +1,385 @@
+"""Merging adapters into the subspace: a pure step from one state to the next, module by module.
+
+Nothing here reads or writes storage, and the cost hardly depends on how many tasks were merged before (coefficients.py
+says why). Axes: N outputs, D inputs, K directions, S coefficient columns of all tasks side by side, T tasks, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.settings import SubspaceSettings
+from subspace_store.adapter import Adapter, ModuleUpdate
+from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
+from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
+from subspace_store.merging.subspace_math import (
+    SLACK,
+    choose_ranks,
+    extend_basis,
+    kept_energy,
+    orthonormalise,
+    update_energy,
+)
+from subspace_store.parallel import in_order
+
+TIGHTEST = 8
+"""Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
+NOTHING = 1e-6
+"""Share of an update's energy below which nothing is kept of it: Gram matrices in memory are float32."""
+MOST_THREADS = 8
+"""Modules in work at once, whatever the machine: more would hold a good part of a second basis."""
+WIDE = 2**12
+"""Rows of all touched modules above which modules are merged in threads; starting threads costs a millisecond."""
+
+
+@dataclass(frozen=True)
+class ModuleMerge:
+    """What one merge made of one module.
+
+    Args:
+        transport: To the new basis.
+        dropped: To the directions that the new basis lacks.
+        arrivals: The tasks that arrived, in the new basis, as they are to be written.
+        missed_T: ‖ΔW‖² − ‖ΔŴ‖² of each of them.
+        before: The tasks that were there.
+    """
+
+    basis: ModuleBasis
+    transport: Transport
+    dropped: Transport
+    arrivals: TaskBlock
+    missed_T: Tensor
+    before: ModuleTasks
+
+    def settle(self) -> tuple[ModuleTasks, Tensor]:
+        """All tasks in the new basis, and what each that was there lost.
+
+        The only part that costs more with more tasks. The new basis does not wait for it, so a caller may do it while
+        the basis is being written.
+        """
+        moved, lost_T = self.before.truncated(self.transport, self.dropped)
+        return moved.joined(self.arrivals), lost_T
+
+
+class Tally:
+    """Adds up over modules what a merge costs each task. Energies: squared Frobenius norms."""
+
+    def __init__(self) -> None:
+        # Most modules have the same tasks: their sums stay tensors until somebody asks.
+        self._lost: dict[tuple[str, ...], Tensor] = {}
+        self._missed: dict[tuple[str, ...], Tensor] = {}
+        self._delivered: dict[tuple[str, ...], Tensor] = {}
+
+    def add(self, merge: ModuleMerge, lost_T: Tensor) -> None:
+        """A module that the merge touches, and what `settle` says that the tasks before lost."""
+        _add(self._lost, merge.before.task_ids, lost_T)
+        _add(self._delivered, merge.before.task_ids, merge.before.delivered_T)
+        _add(self._missed, merge.arrivals.task_ids, merge.missed_T)
+        _add(self._delivered, merge.arrivals.task_ids, merge.arrivals.delivered_T)
+
+    def add_untouched(self, tasks: ModuleTasks) -> None:
+        """A module that the merge does not touch."""
+        _add(self._lost, tasks.task_ids, torch.zeros_like(tasks.delivered_T))
+        _add(self._delivered, tasks.task_ids, tasks.delivered_T)
+
+    @property
+    def delivered(self) -> dict[str, float]:
+        """Task id to Σ over modules of ‖ΔW‖²_F."""
+        return _by_task(self._delivered)
+
+    @property
+    def drift(self) -> dict[str, float]:
+        """Task id to ‖ΔŴ_before − ΔŴ_after‖_F / ‖ΔW‖_F, for every task that was there before."""
+        return self._relative(self._lost)
+
+    @property
+    def error_at_birth(self) -> dict[str, float]:
+        """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F, for every task that arrived."""
+        return self._relative(self._missed)
+
+    def _relative(self, energies: Mapping[tuple[str, ...], Tensor]) -> dict[str, float]:
+        delivered = self.delivered
+        return {t: math.sqrt(e / delivered[t]) if delivered[t] else 0.0 for t, e in _by_task(energies).items()}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What one merge made, all modules in memory.
+
+    Args:
+        modules: The state after, modules that nobody touched included.
+        transports: For every module that was open before and changed.
+        arrivals: Module name to the coefficients of the tasks that arrived, as they are to be written.
+        tally: What it cost each task.
+    """
+
+    modules: Mapping[str, ModuleSubspace]
+    transports: Mapping[str, Transport]
+    arrivals: Mapping[str, TaskBlock]
+    tally: Tally
+
+
+def merge_adapters(
+    modules: Mapping[str, ModuleSubspace], adapters: Mapping[str, Adapter], settings: SubspaceSettings
+) -> Merge:
+    """Merge adapters that waited together in one step, in memory.
+
+    Args:
+        modules: The subspace before; empty for the first merge.
+        adapters: Task id to adapter, checked, shapes fitting the modules that are open.
+
+    Returns:
+        The subspace after. Every old task's update is the orthogonal projection of what it was, as a full SVD of
+        all reconstructions and the new adapters would leave it, to float32 rounding of the basis.
+
+    Cost:
+        Per touched module O((N+D)·(K+C)² + (K+C)³) for the basis, with C the ranks that arrive, and O(D·K·S) for what
+        the D dropped directions take from the tasks before.
+
+    Source:
+        Share (arXiv:2602.06043) for the subspace; weighted bases instead of all reconstructions after Ross et al.,
+        Incremental learning for robust visual tracking (2008).
+    """
+    tally, after = Tally(), dict(modules)
+    transports: dict[str, Transport] = {}
+    arrivals: dict[str, TaskBlock] = {}
+    for name, merge in merge_modules(modules.get, adapters, settings):
+        tasks, lost_T = merge.settle()
+        tally.add(merge, lost_T)
+        after[name] = ModuleSubspace(merge.basis, tasks)
+        arrivals[name] = merge.arrivals
+        if name in modules:
+            transports[name] = merge.transport
+    for name in modules.keys() - arrivals.keys():
+        tally.add_untouched(modules[name].tasks)
+    return Merge(after, transports, arrivals, tally)
+
+
+def merge_modules(
+    read: Callable[[str], ModuleSubspace | None], adapters: Mapping[str, Adapter], settings: SubspaceSettings
+) -> Iterator[tuple[str, ModuleMerge]]:
+    """The touched modules one after another, by name; a few are in work at once, never all.
+
+    Args:
+        read: The module before, None if it is not open. Called from threads.
+    """
+
+    def merge(name: str) -> ModuleMerge:
+        incoming = {task: adapter.modules[name] for task, adapter in adapters.items() if name in adapter.modules}
+        before = read(name) or empty_module(next(iter(incoming.values())).shape)
+        return merge_module(before, incoming, settings)
+
+    shapes = {name: update.shape for adapter in adapters.values() for name, update in adapter.modules.items()}
+    names = sorted(shapes)
+    yield from zip(names, in_order(merge, names, threads(sum(map(sum, shapes.values())))), strict=True)
+
+
+def threads(rows: int) -> int:
+    """How many modules of so many rows in all (N + D) to work on at once."""
+    return min(os.cpu_count() or 1, MOST_THREADS) if rows > WIDE else 1
+
+
+def merge_module(
+    before: ModuleSubspace, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings
+) -> ModuleMerge:
+    """Merge the updates of one module: see `merge_adapters`."""
+    p_NK, q_DK = orthonormalise(before.basis.p_NK), orthonormalise(before.basis.q_DK)
+    factors = _Factors.of(incoming, settings)
+    out = extend_basis(p_NK, before.basis.lam_out_K, *factors.stack_out())
+    inward = extend_basis(q_DK, before.basis.lam_in_K, *factors.stack_in())
+    to_full = Transport(out.transport_JK, inward.transport_JK)
+    arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
+    if _misses_everybody(before.tasks, to_full, arriving, settings):
+        inward = inward.ordered(_partners(before.tasks, to_full, arriving, settings))
+        to_full = Transport(out.transport_JK, inward.transport_JK)
+        arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
+    k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
+    # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
+    basis = ModuleBasis(
+        out.directions_NJ[:, :k_out].float().contiguous(),
+        inward.directions_NJ[:, :k_in].float().contiguous(),
+        out.energy_J[:k_out].clone(),
+        inward.energy_J[:k_in].clone(),
+    )
+    transport, dropped = to_full.split(k_out, k_in)
+    exact = arriving.first(k_out, k_in)
+    arrivals = exact.rounded()
+    return ModuleMerge(
+        basis=basis,
+        transport=transport,
+        dropped=dropped,
+        arrivals=arrivals,
+        # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
+        missed_T=(exact.delivered_T - exact.kept()).clamp(min=0),
+        before=before.tasks,
+    )
+
+
+def place_in_basis(
+    basis: ModuleBasis, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings
+) -> tuple[TaskBlock, Tensor]:
+    """Write updates of one module in a basis that stays as it is.
+
+    Returns:
+        Their coefficients, as they are to be written, and ‖ΔW − ΔŴ‖²_F of each: what lies outside the basis.
+    """
+    p_NK, q_DK = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
+    factors = _Factors.of(incoming, settings)
+    block = factors.coefficients(p_NK, q_DK)
+    # L·Rᵀ − P·E·(Q·F)ᵀ = L⊥·Rᵀ + P·E·R⊥ᵀ, orthogonal to each other: two sums of squares, so nothing cancels.
+    left_NC, right_DC = factors.left_NC - p_NK @ block.e_KS, factors.right_DC - q_DK @ block.f_KS
+    missed_T = kept_energy(left_NC, factors.right_DC, block.ranks) + kept_energy(block.e_KS, right_DC, block.ranks)
+    return block.rounded(), missed_T
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """L·Rᵀ = ΔW of each update that arrives, side by side: what is stacked is w·L·diag(s) and w·R·diag(s')."""
+
+    incoming: Mapping[str, ModuleUpdate]
+    weights: Mapping[str, float]
+    left_NC: Tensor
+    right_DC: Tensor
+    scale_C: Tensor
+    """By which the stack of the inputs is multiplied beside w: σ in canonical form, 1 in the paper's."""
+    parts: list[int]
+    """How many columns were rounded together: those of an update, whose small ones are the rounding of its large ones;
+    in the paper's form each alone, as it was trained."""
+
+    @classmethod
+    def of(cls, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings) -> _Factors:
+        if settings.variant == "paper":
+            raw = [update.raw() for update in incoming.values()]
+            left_NC, right_DC = torch.cat([b for b, _ in raw], dim=1), torch.cat([a.T for _, a in raw], dim=1)
+            ones_C = torch.ones(left_NC.shape[1], dtype=torch.float64)
+            return cls(incoming, dict.fromkeys(incoming, 1.0), left_NC, right_DC, ones_C, [1] * len(ones_C))
+        updates = incoming.values()
+        return cls(
+            incoming,
+            {task: _weight(update, settings) for task, update in incoming.items()},
+            torch.cat([u.u_NR.double() * u.sigma_R.double() for u in updates], dim=1),
+            torch.cat([u.v_DR.double() for u in updates], dim=1),
+            torch.cat([u.sigma_R.double() for u in updates]),
+            [update.rank for update in updates],
+        )
+
+    def stack_out(self) -> tuple[Tensor, Tensor]:
+        """The columns, and what each is part of in size."""
+        return self._sized(self.left_NC * self._weight_C())
+
+    def stack_in(self) -> tuple[Tensor, Tensor]:
+        return self._sized(self.right_DC * (self._weight_C() * self.scale_C))
+
+    def coefficients(self, p_NK: Tensor, q_DK: Tensor) -> TaskBlock:
+        """E = PᵀL and F = QᵀR of each update, float64."""
+        ranks = tuple(update.rank for update in self.incoming.values())
+        return TaskBlock(
+            tuple(self.incoming),
+            ranks,
+            (self.left_NC.T @ p_NK).T,
+            (self.right_DC.T @ q_DK).T,
+            torch.cat([update.sigma_R for update in self.incoming.values()]),
+            torch.tensor([self.weights[task] for task in self.incoming], dtype=torch.float64),
+            # Of the factors that are projected: in the paper's form they are ΔW to float32 rounding only, and what a
+            # projection misses is the difference of two energies.
+            kept_energy(self.left_NC, self.right_DC, ranks),
+        )
+
+    def _sized(self, stack_NC: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = [part.norm() for part in torch.split(stack_NC, self.parts, dim=1)]
+        return stack_NC, torch.cat([size.expand(count) for size, count in zip(sizes, self.parts, strict=True)])
+
+    def _weight_C(self) -> Tensor:
+        return torch.tensor([self.weights[t] for t, u in self.incoming.items() for _ in range(u.rank)]).double()
+
+
+def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
+    """w of the stack; a zero update has no direction to protect."""
+    energy = update_energy(update)
+    if settings.weighting == "energy" or energy == 0:
+        return 1.0
+    return 1 / math.sqrt(energy)
+
+
+def _misses_everybody(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, settings: SubspaceSettings) -> bool:
+    """Whether the cap leaves nothing of any task.
+
+    Each side chooses its strongest directions alone. Where few are allowed, those of the outputs may be one task's and
+    those of the inputs another's, and no update has a part in both.
+    """
+    cap = settings.rank_fixed or settings.rank_max
+    if cap >= len(arrivals.e_KS) and cap >= len(arrivals.f_KS):
+        return False
+    if bool((arrivals.first(cap, cap).kept() > NOTHING * arrivals.delivered_T).any()):
+        return False
+    kept_T = tasks.kept() - tasks.lost(to_full.split(cap, cap)[1])
+    return not bool((kept_T > NOTHING * tasks.delivered_T).any())
+
+
+def _partners(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, settings: SubspaceSettings) -> Tensor:
+    """An order of the inputs' directions: those first that hold most of what the outputs' leading ones keep."""
+    everyone = TaskBlock.joined([*([tasks.settled.moved(to_full)] if tasks.task_ids else []), arrivals])
+    cap = settings.rank_fixed or settings.rank_max
+    energy_J = torch.zeros(len(everyone.f_KS), dtype=torch.float64)
+    for _, task in everyone.each():
+        energy_J += task.weight_T.square() * (task.e_KS[:cap] @ task.f_KS.T).square().sum(dim=0)
+    return energy_J.argsort(descending=True, stable=True)
+
+
+def _ranks(
+    tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, shape: tuple[int, int], settings: SubspaceSettings
+) -> tuple[int, int]:
+    """How many directions each side keeps: fixed, or what `choose_ranks` says for all tasks.
+
+    Not all of them are asked. The answer for the tightest is the answer for everybody whose promise it keeps; whoever
+    it fails joins those who are asked, until it fails nobody.
+    """
+    most_out, most_in = len(arrivals.e_KS), len(arrivals.f_KS)
+    fixed = settings.rank_max if settings.variant == "paper" else None
+    if (fixed := settings.rank_fixed or fixed) is not None:
+        return min(fixed, most_out), min(fixed, most_in)
+    cap_out, cap_in = min(settings.rank_max, most_out), min(settings.rank_max, most_in)
+    promised_T = settings.energy_ratio_min * tasks.delivered_T
+    kept_T, at_cap_T = tasks.kept(), None
+    asked = set((kept_T - promised_T).argsort()[:TIGHTEST].tolist())
+    while True:
+        old = tasks.only([tasks.task_ids[place] for place in sorted(asked)])
+        everyone = arrivals if old is None else TaskBlock.joined([old.moved(to_full), arrivals])
+        k_out, k_in = choose_ranks(
+            everyone.e_KS,
+            everyone.f_KS,
+            everyone.ranks,
+            everyone.delivered_T,
+            energy_ratio_min=settings.energy_ratio_min,
+            rank_max=settings.rank_max,
+            cost=shape,
+        )
+        if (k_out, k_in) == (cap_out, cap_in) or len(asked) == len(kept_T):
+            return k_out, k_in
+        if at_cap_T is None:
+            at_cap_T = tasks.lost(to_full.split(cap_out, cap_in)[1])
+        lost_T = tasks.lost(to_full.split(k_out, k_in)[1])
+        required_T = torch.minimum(kept_T - at_cap_T, promised_T)
+        failed_T = kept_T - lost_T < required_T - SLACK * tasks.delivered_T
+        failed = set(failed_T.nonzero().flatten().tolist()) - asked
+        if not failed:
+            return k_out, k_in
+        asked |= failed
+
+
+def _add(sums: dict[tuple[str, ...], Tensor], tasks: tuple[str, ...], values_T: Tensor) -> None:
+    sums[tasks] = sums[tasks] + values_T if tasks in sums else values_T
+
+
+def _by_task(sums: Mapping[tuple[str, ...], Tensor]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for tasks, values_T in sums.items():
+        for task, value in zip(tasks, values_T.tolist(), strict=True):
+            found[task] = found.get(task, 0.0) + value
+    return found

@@ -1,0 +1,82 @@
+"""How much it matters in which order adapters arrived: the same adapters merged again in other orders, in memory.
+
+A merge keeps what every earlier merge left, so a task that comes early is projected more often than one that comes
+late. Merged all at once there is no order; that is the reference. Nothing is written, no version is changed.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from configs.settings import SubspaceSettings
+from subspace_store.adapter import Adapter
+from subspace_store.merging.basis import ModuleSubspace, reconstruct
+from subspace_store.merging.merge import merge_adapters
+from subspace_store.merging.variants import merge_all, relative_error
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, median and largest of some errors."""
+
+    low: float
+    median: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(min(values), statistics.median(values), max(values))
+
+
+@dataclass(frozen=True)
+class ReorderReport:
+    """Errors ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F of every task after all merges, for every order tried."""
+
+    given: Mapping[str, float]
+    """Task id to error in the order as given."""
+    others: tuple[Mapping[str, float], ...]
+    """The same for each of the random orders."""
+    at_once: Mapping[str, float]
+    """The same with all adapters merged as one group."""
+
+    def of_task(self, task_id: str) -> Spread:
+        """The task's error over all orders, the given one included."""
+        return Spread.of([errors[task_id] for errors in (self.given, *self.others)])
+
+    @property
+    def of_mean(self) -> Spread:
+        """The mean error of the tasks, over all orders."""
+        return Spread.of([statistics.fmean(errors.values()) for errors in (self.given, *self.others)])
+
+
+def reorder(
+    adapters: Mapping[str, Adapter], settings: SubspaceSettings, orders: int = 10, seed: int = 0
+) -> ReorderReport:
+    """Merge adapters one by one, in the order given and in random ones.
+
+    Args:
+        adapters: Task id to adapter as delivered, first merged first. At least one.
+        settings: How to merge.
+        orders: Random orders to try.
+        seed: The same seed tries the same orders.
+
+    Cost:
+        (orders + 1)·T merges in memory; one state is held at a time.
+    """
+    chance = random.Random(seed)
+    tried = [chance.sample(list(adapters), len(adapters)) for _ in range(orders)]
+    return ReorderReport(
+        given=_one_by_one(adapters, list(adapters), settings),
+        others=tuple(_one_by_one(adapters, order, settings) for order in tried),
+        at_once=merge_all(adapters, settings.variant, settings).error,
+    )
+
+
+def _one_by_one(adapters: Mapping[str, Adapter], order: Sequence[str], settings: SubspaceSettings) -> dict[str, float]:
+    modules: Mapping[str, ModuleSubspace] = {}
+    for task in order:
+        modules = merge_adapters(modules, {task: adapters[task]}, settings).modules
+    return {task: relative_error(adapters[task].modules, reconstruct(modules, task)) for task in adapters}

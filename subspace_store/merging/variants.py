@@ -1,0 +1,158 @@
+"""Other ways to make one thing of many adapters, behind one function, to compare with.
+
+All of them are pure and see every adapter at once, as delivered: nothing here knows versions or storage. None but
+`canonical` and `paper` gives each task an update of its own. Axes: N outputs, D inputs, R rank, C columns of
+several updates side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from configs.settings import SubspaceSettings
+from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update
+from subspace_store.merging.basis import ModuleSubspace, reconstruct
+from subspace_store.merging.merge import merge_adapters
+
+Variant = Literal["canonical", "paper", "mean", "ties", "task_arithmetic", "separate"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+TIES_DENSITY = 0.2
+"""Share of the entries that a task keeps, by magnitude, and a factor of 1 afterwards: Yadav et al., TIES-Merging
+(NeurIPS 2023), for when no validation set is at hand."""
+
+TASK_ARITHMETIC_FACTOR = 0.4
+"""λ of the sum. Ilharco et al., Editing models with task arithmetic (ICLR 2023) tune it and find 0.3 to 0.5 good;
+0.4 is what TIES-Merging quotes as their recommendation without a validation set."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What one variant makes of all adapters."""
+
+    updates: Mapping[str, Mapping[str, ModuleUpdate]]
+    """Task id to module to update. `mean`, `ties` and `task_arithmetic` give every task the same, in every module."""
+    stored_numbers: int
+    """Numbers that serving all tasks needs, heads not counted."""
+    error: Mapping[str, float]
+    """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules; ΔW is zero in a module that the task does not adapt."""
+
+
+def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: SubspaceSettings) -> Merged:
+    """Merge all adapters at once.
+
+    Args:
+        adapters: Task id to adapter; ranks and modules may differ.
+        variant: `canonical` is this store's merge, as one group. `paper` is Share's (arXiv:2602.06043): raw B and A
+            stacked, a fixed number of directions. Not centred, unlike the paper's code: that fits the basis on
+            centred columns and projects uncentred ones without keeping the mean, which loses 35 % of a single
+            adapter. `separate` keeps every LoRA. The others are one adapter for all tasks, of rank
+            `settings.rank_fixed` or else `rank_max`, the mean being over the tasks that adapt a module.
+        settings: `weighting` and `energy_ratio_min` count for `canonical` alone.
+
+    Raises:
+        InvalidInput: `paper`, and an adapter whose factors B and A are not known.
+
+    Cost:
+        `ties` forms each module's ΔW densely, three matrices at a time, and takes its whole SVD. The others never.
+    """
+    if variant == "separate":
+        kept = {task: adapter.modules for task, adapter in adapters.items()}
+        return Merged(kept, sum(a.parameter_count for a in adapters.values()), dict.fromkeys(adapters, 0.0))
+    if variant in ("canonical", "paper"):
+        modules = merge_adapters({}, adapters, settings.model_copy(update={"variant": variant})).modules
+        updates = {task: reconstruct(modules, task) for task in adapters}
+        return Merged(updates, sum(map(_numbers, modules.values())), _errors(adapters, updates))
+    rank = settings.rank_fixed or settings.rank_max
+    common = {
+        name: _leading(ONE_FOR_ALL[variant](list(updates.values())), rank)
+        for name, updates in _by_module(adapters).items()
+    }
+    everyone = dict.fromkeys(adapters, common)
+    return Merged(everyone, sum(u.rank * sum(u.shape) for u in common.values()), _errors(adapters, everyone))
+
+
+def _mean(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
+    return _weighted_sum(updates, [1 / len(updates)] * len(updates))
+
+
+def _task_arithmetic(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
+    return _weighted_sum(updates, [TASK_ARITHMETIC_FACTOR] * len(updates))
+
+
+def _ties(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
+    """Trim, elect signs, disjoint mean, on ΔW: B and A are not unique, so their entries mean nothing apart."""
+    total_ND = sum((_trimmed(update) for update in updates), torch.zeros(updates[0].shape))
+    agreeing_ND, count_ND = torch.zeros_like(total_ND), torch.zeros_like(total_ND)
+    for update in updates:
+        delta_ND = _trimmed(update)
+        agrees_ND = delta_ND * total_ND > 0
+        agreeing_ND += delta_ND * agrees_ND
+        count_ND += agrees_ND
+    u_NR, sigma_R, vt_RD = torch.linalg.svd(agreeing_ND / count_ND.clamp(min=1), full_matrices=False)
+    return ModuleUpdate(u_NR, sigma_R, vt_RD.T)
+
+
+ONE_FOR_ALL: Mapping[str, Callable[[Sequence[ModuleUpdate]], ModuleUpdate]] = {
+    "mean": _mean,
+    "ties": _ties,
+    "task_arithmetic": _task_arithmetic,
+}
+
+
+def _trimmed(update: ModuleUpdate) -> Tensor:
+    """The module's ΔW with its entries of largest magnitude only, float32."""
+    delta_ND = update.delta().float()
+    dropped = delta_ND.numel() - max(1, round(TIES_DENSITY * delta_ND.numel()))
+    if not dropped:
+        return delta_ND
+    threshold = delta_ND.abs().flatten().kthvalue(dropped).values
+    return torch.where(delta_ND.abs() > threshold, delta_ND, 0.0)
+
+
+def _weighted_sum(updates: Sequence[ModuleUpdate], weights: Sequence[float]) -> ModuleUpdate:
+    """Σ w·ΔW from the factors side by side, never dense."""
+    left_NC = torch.cat([w * (u.u_NR.double() * u.sigma_R.double()) for w, u in zip(weights, updates, strict=True)], 1)
+    return canonical_update(left_NC, torch.cat([u.v_DR for u in updates], dim=1).T, 1.0)
+
+
+def _leading(update: ModuleUpdate, rank: int) -> ModuleUpdate:
+    parts = update.u_NR[:, :rank], update.sigma_R[:rank], update.v_DR[:, :rank]
+    return ModuleUpdate(*(part.contiguous() for part in parts))
+
+
+def _by_module(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, ModuleUpdate]]:
+    """Module to task to update, for the tasks that adapt it."""
+    names = sorted({name for adapter in adapters.values() for name in adapter.modules})
+    return {name: {task: a.modules[name] for task, a in adapters.items() if name in a.modules} for name in names}
+
+
+def _numbers(module: ModuleSubspace) -> int:
+    """Both bases, and every task's coefficients in them."""
+    (n, d), (k_out, k_in) = module.basis.shape, module.basis.ranks
+    return n * k_out + d * k_in + sum(module.tasks.ranks) * (k_out + k_in)
+
+
+def _errors(adapters: Mapping[str, Adapter], found: Mapping[str, Mapping[str, ModuleUpdate]]) -> dict[str, float]:
+    return {task: relative_error(adapter.modules, found[task]) for task, adapter in adapters.items()}
+
+
+def relative_error(delivered: Mapping[str, ModuleUpdate], found: Mapping[str, ModuleUpdate]) -> float:
+    """‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules of either; 0 if nothing was delivered.
+
+    Cost:
+        O((N+D)·R²) per module: from the factors, without cancellation.
+    """
+    missed = 0.0
+    for name in sorted(delivered.keys() | found.keys()):
+        pair = [(1.0, delivered.get(name)), (-1.0, found.get(name))]
+        weights, updates = zip(*((w, update) for w, update in pair if update is not None), strict=True)
+        missed += _weighted_sum(updates, weights).energy
+    energy = sum(update.energy for update in delivered.values())
+    return math.sqrt(missed / energy) if energy else 0.0

@@ -1,0 +1,260 @@
+"""The names of versions: scored, published, rejected, rolled back, tagged, held, pinned, given up. One record each.
+
+No version is made here (subspace_store.py makes them), and no tensor is read but the heads of adapters that are let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
+from subspace_store.adapter import adapter_to_bytes
+from subspace_store.files import blobs
+from subspace_store.log import fold, garbage, retention
+from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState, TaskScore
+from subspace_store.subspace_reader import SubspaceReader
+
+
+@dataclass(frozen=True)
+class RollbackPreview:
+    """What moving `main` would do."""
+
+    from_version: int
+    to_version: int
+    vanishing: tuple[MergedTask, ...]
+    """Tasks that `main` holds now and would not hold."""
+    returning: tuple[MergedTask, ...]
+    """Tasks that `main` does not hold now and would hold again."""
+
+
+class Branches(SubspaceReader):
+    """What a writer does with versions that are there. A part of `SubspaceStore`, which is what one opens."""
+
+    def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
+        """Write measured scores of a version; a task's later score replaces its earlier one. NaN is kept.
+
+        Raises:
+            NotFound: No such version, or a task that it does not hold.
+            InvalidInput: An infinite score.
+        """
+        with self._writing():
+            if self._done(op_key) is not None:
+                return
+            held = self.state.tasks_at(self._known(version))
+            for score in scores:
+                if score.task_id not in held:
+                    raise NotFound(f"version {version} holds no task {score.task_id}")
+                if math.isinf(score.score):
+                    raise InvalidInput("a score cannot be infinite", score.task_id, "write NaN if it was not measured")
+            body = {"version": version, "scores": tuple(scores)}
+            self._log.commit(fold.SCORES, op_key=op_key, actor=actor, body=body)
+
+    def publish(self, version: int, *, op_key: str, actor: str) -> None:
+        """Move `main` to the candidate.
+
+        Raises:
+            Conflict: `version` is not the candidate any more, or `main` is held.
+        """
+        with self._writing():
+            if self._done(op_key) is None:
+                self._require_candidate(version)
+                retention.check_not_held(self.state)
+                body = {"version": version}
+                self._log.commit(fold.PUBLISH, op_key=op_key, actor=actor, refs={MAIN: version}, body=body)
+
+    def reject(self, version: int, reason: str, *, op_key: str, actor: str) -> None:
+        """Mark the candidate as rejected and move `candidate` back to `main`. The version stays readable.
+
+        Raises:
+            Conflict: `version` is not the candidate any more, or is published already.
+        """
+        with self._writing():
+            if self._done(op_key) is None:
+                self._require_candidate(version)
+                main = self.state.refs[MAIN]
+                if version == main:
+                    raise Conflict(f"version {version} is published", todo="roll back instead")
+                body = {"version": version, "reason": reason}
+                self._log.commit(fold.REJECT, op_key=op_key, actor=actor, refs={CANDIDATE: main}, body=body)
+
+    def preview_rollback(self, version: int) -> RollbackPreview:
+        """What `rollback` would do; changes nothing.
+
+        Raises:
+            NotFound: No such version. 0 is the empty subspace.
+            InvalidInput: A version that was rejected or has expired, or that no gate has let pass yet.
+        """
+        return _preview(self.state, self.state.refs[MAIN], self._allowed(version))
+
+    def rollback(
+        self, version: int, *, op_key: str, actor: str, reason: str = "", hold: bool = False
+    ) -> RollbackPreview:
+        """Move `main` and `candidate` to a version, backwards or forwards again, in one record.
+
+        Args:
+            hold: Hold `main` there as well, in the same record; see `hold`.
+
+        Cost:
+            One record. Nothing is copied or deleted.
+
+        Raises: As `preview_rollback`.
+        """
+        with self._writing():
+            if self._done(op_key) is not None:
+                return self._rollback_done(op_key)
+            preview = self.preview_rollback(version)
+            body = {"version": version, "from": preview.from_version, "reason": reason, "hold": hold}
+            refs = {MAIN: version, CANDIDATE: version}
+            self._log.commit(fold.ROLLBACK, op_key=op_key, actor=actor, refs=refs, body=body)
+            return preview
+
+    # Names, and what they keep. Each is one record; asked for what is so already, none.
+
+    def tag(self, name: str, version: int, *, actor: str, op_key: str = "") -> None:
+        """Name a version for ever. A tagged version never expires.
+
+        Raises:
+            InvalidInput: A name that a branch or a version has or could have; a rejected or expired version.
+            NotFound: No such version.
+            Conflict: The tag names another version.
+        """
+        self._change(lambda state: retention.tag(state, name, version), actor, op_key)
+
+    def hold(self, reason: str, *, actor: str, op_key: str = "") -> None:
+        """Keep `main` where it is: publishing is refused, merging and rolling back go on.
+
+        Raises:
+            Conflict: Somebody holds it already, or for another reason.
+        """
+        self._change(lambda state: retention.hold(state, reason, actor), actor, op_key)
+
+    def release(self, *, actor: str, op_key: str = "") -> None:
+        """Let publishing move `main` again."""
+        self._change(retention.release, actor, op_key)
+
+    def quarantine(self, task_id: str, reason: str, *, actor: str, op_key: str = "") -> None:
+        """Keep a task from being merged. Versions that hold it stay as they are."""
+        self._change(lambda state: retention.quarantine(state, task_id, reason), actor, op_key)
+
+    def unquarantine(self, task_id: str, *, actor: str, op_key: str = "") -> None:
+        """Let a task be merged again."""
+        self._change(lambda state: retention.unquarantine(state, task_id), actor, op_key)
+
+    def pin(self, version: int, owner: str, until: float | None = None, *, actor: str, op_key: str = "") -> None:
+        """Keep a version from expiring; the same owner again moves the end.
+
+        Args:
+            until: Unix seconds; None: until `unpin`.
+
+        Raises:
+            InvalidInput: An expired version, or no owner.
+            NotFound: No such version.
+        """
+        self._change(lambda state: retention.pin(state, version, owner, until), actor, op_key)
+
+    def unpin(self, version: int, owner: str, *, actor: str, op_key: str = "") -> None:
+        """Give a pin up."""
+        self._change(lambda state: retention.unpin(state, version, owner), actor, op_key)
+
+    def expire(self, versions: Iterable[int], *, now: float, actor: str, op_key: str = "") -> None:
+        """Give versions up for ever; `collect` deletes what only they needed. See `retention.expirable`.
+
+        Args:
+            now: Unix seconds: pins that ended before do not count.
+
+        Raises:
+            Conflict: A branch, a tag or a pin names one of them. None has expired then.
+            NotFound: No such version.
+        """
+        wanted = tuple(versions)
+        self._change(lambda state: retention.expire(state, wanted, now), actor, op_key)
+
+    def drop_adapters(self, task_ids: Collection[str], *, actor: str, op_key: str = "") -> None:
+        """Let go of adapters as they were delivered; heads and what the subspace holds of the tasks stay.
+
+        For ever: `delivered` has nothing to give then, and when another task is removed these are merged again
+        approximately.
+
+        Raises:
+            NotFound: A task that no live version holds.
+            Conflict: A task that is not published yet.
+        """
+        with self._writing():
+            if self._done(op_key) is not None:
+                return
+            heads = {
+                key: blobs.write_blob(
+                    self.storage, self._log.epoch, adapter_to_bytes(replace(self._read_delivered(task), modules={}))
+                )
+                for key, task in retention.droppable(self.state, task_ids).items()
+            }
+            self._change(lambda _: retention.drop(heads), actor, op_key)
+
+    def collect(
+        self, *, uploads_in_use: Callable[[], Collection[str]] | None = None, really: bool = False
+    ) -> garbage.Collected:
+        """Find what no live version needs, and with `really` delete it; see `garbage.collect`.
+
+        Does not wait for a merge that is under way: another thread may call it.
+        """
+        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=really)
+
+    def _change(self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str) -> None:
+        with self._writing():
+            if self._done(op_key) is not None:
+                return
+            change = judge(self.state)
+            if change is not None:
+                self._log.commit(change.op, op_key=op_key, actor=actor, body=change.body)
+            else:
+                # No record will tell us that a newer writer has changed it since: look.
+                self._log.refresh()
+                self._log.finish_pending()
+
+    # Requests
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One request. What is gone for a fenced writer is not damaged: a newer one has collected it."""
+        with self._lock:
+            try:
+                yield
+            except (Corrupt, NotFound):
+                self._log.refresh()
+                self._log.finish_pending()
+                raise
+
+    def _done(self, op_key: str) -> int | None:
+        """The version that this request made or concerned, if it was done; after any unknown outcome is settled."""
+        self._log.finish_pending()
+        return self.state.op_keys.get(op_key) if op_key else None
+
+    def _rollback_done(self, op_key: str) -> RollbackPreview:
+        body = next(record.body for record in self._log.records(newest_first=True) if record.op_key == op_key)
+        return _preview(self.state, int(body.get("from", body["version"])), int(body["version"]))
+
+    def _allowed(self, version: int) -> int:
+        retention.check_usable(self.state, version)
+        if version not in self.state.published:
+            raise InvalidInput(
+                f"version {version} never passed the gate", self.storage.url, "name a version that `main` was before"
+            )
+        return version
+
+    def _require_candidate(self, version: int) -> None:
+        candidate = self.state.refs[CANDIDATE]
+        if self._known(version) != candidate:
+            raise Conflict(f"the candidate is version {candidate}, not {version}", self.storage.url, "judge that one")
+
+
+def _preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:
+    before, after = state.tasks_at(old), state.tasks_at(new)
+    return RollbackPreview(
+        old,
+        new,
+        tuple(merged for task, merged in before.items() if task not in after),
+        tuple(merged for task, merged in after.items() if task not in before),
+    )

@@ -1,0 +1,1 @@
+"""The seam to object storage: one protocol, three kinds."""

@@ -1,0 +1,304 @@
+"""The command `onebasis` as a person or a script uses it, against a service over HTTP."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from configs.errors import InvalidInput
+from orchestrator.commands import display
+from orchestrator.commands.cli import EXIT_CODES, app
+from subspace_store.formats.peft import read_peft_folder, write_peft_folder
+from tests.builders import LAYOUT, adapter
+from tests.orchestrator.site import Site
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+Onebasis = Callable[..., Result]
+
+
+@pytest.fixture
+def onebasis(site: Site, monkeypatch: pytest.MonkeyPatch) -> Onebasis:
+    """Run a command; wide enough that no table breaks a line."""
+    monkeypatch.setenv("ONEBASIS_STATE_DIR", str(site.folder))
+    monkeypatch.setenv("USER", "ann")
+    monkeypatch.setattr(display.console, "width", 200)
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, list(arguments))
+
+    return run
+
+
+def task_file(site: Site, title: str, **changes: Any) -> str:
+    path = site.folder / f"{title.replace('/', '-')}.yaml"
+    path.write_text(yaml.safe_dump(site.document(title, **changes)))
+    return str(path)
+
+
+def test_the_commands_are_these() -> None:
+    running = {"up", "down", "status"}
+    of_tasks = {"submit", "import", "tasks", "task", "cancel", "preempt", "logs"}
+    of_versions = {"versions", "version", "diff", "rollback", "export", "scores"}
+    assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "store"])
+def test_every_command_has_help_with_a_sentence_and_its_options(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Usage: onebasis {command}" in result.output.replace("root", "onebasis")
+    described = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert "." in described.help
+    assert "--json" in result.output
+    assert "--state-dir" in result.output
+    assert all(getattr(option, "help", "x") for option in described.params)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["status"], ["onebasis is up", "base model tiny, main is version 2", "2 published"]),
+        (["tasks"], ["red/alpha", "blue/beta", "published", "v2", "0.9000"]),
+        (["task", "red/alpha"], ["main holds it since version 1", "10 steps in 2.0 s", "Judged"]),
+        (["logs", "red/alpha"], ["submitted", "TrainingDone: now merging"]),
+        (["versions"], ["red/alpha", "blue/beta", "← main"]),
+        (["version", "2"], ["red/alpha", "v1", "0.9000", "as separate LoRAs", "merge gap"]),
+        (["diff", "1", "2"], ["+ blue/beta", "red/alpha"]),
+        (["scores"], ["version 1", "version 2", "0.9000", "BWT", "n = 1 tasks"]),
+        (["rollback", "1", "--preview"], ["main would move from version 2 to version 1", "blue/beta vanishes"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_command_shows_what_the_service_says(onebasis: Onebasis, command: list[str], shown: list[str]) -> None:
+    result = onebasis(*command)
+    assert result.exit_code == 0, result.output
+    for text in shown:
+        assert text in result.output
+    as_json = onebasis(*command, "--json")
+    assert as_json.exit_code == 0
+    assert json.loads(as_json.stdout)
+
+
+def test_json_is_exactly_what_the_service_answered(site: Site, onebasis: Onebasis) -> None:
+    assert json.loads(onebasis("version", "2", "--json").stdout) == site.client.call("version", number=2)
+    assert json.loads(onebasis("tasks", "--team", "blue", "--json").stdout) == site.client.call("tasks", team="blue")
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_version_is_exit_code_3_with_the_next_step_on_stderr(onebasis: Onebasis) -> None:
+    result = onebasis("version", "99")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "error: there is no version 99" in result.stderr
+    assert "→ versions go from 1 to 2" in result.stderr
+
+
+def test_an_error_with_json_is_json_on_stdout(onebasis: Onebasis) -> None:
+    result = onebasis("version", "99", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout) == {
+        "error": {
+            "kind": "not-found",
+            "what": "there is no version 99",
+            "where": "",
+            "todo": "versions go from 1 to 2; `onebasis versions` lists them",
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["task", "red/nobody"], 3),
+        (["tasks", "--state", "asleep"], 2),
+        (["cancel", "red/alpha"], 4),
+        (["submit", "/nowhere.yaml"], 2),
+        (["versions", "--state-dir", "/nowhere"], 5),
+        (["rollback", "99"], 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_script_can_tell_errors_apart_by_the_exit_code(onebasis: Onebasis, command: list[str], code: int) -> None:
+    result = onebasis(*command)
+    assert result.exit_code == code, result.output
+    assert result.stderr.startswith("error: ")
+
+
+def test_a_number_with_brackets_is_shown_as_it_is_and_not_as_colour(onebasis: Onebasis) -> None:
+    assert "[red]x[/red]" in onebasis("task", "[red]x[/red]").stderr
+
+
+# --- submitting --------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: Onebasis) -> None:
+    before = site.client.call("tasks")
+    result = onebasis("submit", "--dry-run", task_file(site, "red/dry"))
+    assert (result.exit_code, result.stdout) == (0, "red/dry is fine: 6 training rows, 1 evaluation rows\n")
+    assert site.client.call("tasks") == before
+
+
+def test_a_dry_run_of_a_wrong_task_names_the_key(site: Site, onebasis: Onebasis) -> None:
+    result = onebasis("submit", "--dry-run", task_file(site, "red/dry", lora={"target_module": ["query"]}))
+    assert result.exit_code == 2
+    assert "unknown key 'lora.target_module' (did you mean 'target_modules'?)" in result.stderr
+
+
+def test_submitting_with_wait_ends_with_the_tasks_own_exit_code(site: Site, onebasis: Onebasis) -> None:
+    site.plant.cluster.training_faults = {"red/wrong": ["input"]}
+    result = onebasis("submit", "--wait", task_file(site, "red/wrong"))
+    assert result.exit_code == EXIT_CODES["parked"] == 2
+    assert "fault of kind input" in result.stdout
+
+
+def test_an_adapter_is_imported_and_exported_again(site: Site, onebasis: Onebasis, tmp_path: Path) -> None:
+    folder = site.folder / "data" / "peft"
+    write_peft_folder(folder, adapter(5), "tiny-source")
+    result = onebasis("import", str(folder), "--team", "blue", "--name", "brought", "--wait", "--json")
+    assert result.exit_code == 0, result.output
+    version = json.loads(result.stdout)["version"]
+    out = tmp_path / "out"
+    result = onebasis("export", "blue/brought", "-o", str(out))
+    assert result.exit_code == 0, result.output
+    taken = read_peft_folder(out, "tiny", LAYOUT.sha256)
+    for name, update in adapter(5).modules.items():
+        assert float((taken.modules[name].delta() - update.delta()).norm() / update.delta().norm()) < 1e-4
+    again = onebasis("export", "blue/brought", "-o", str(out))
+    assert again.exit_code == 2
+    assert "is not empty" in again.stderr
+    assert onebasis("rollback", str(version - 1), "--preview").stdout.count("blue/brought vanishes") == 1
+
+
+# --- up and down, as far as they start nothing -------------------------------------------------------------------
+
+
+def test_up_with_a_state_folder_other_than_the_commands_says_which_option_to_add(site: Site, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["up", "--config", str(site.folder / "settings.yaml"), "--state-dir", str(tmp_path)]
+    )
+    assert result.exit_code == 2
+    assert f"add --state-dir {site.folder}" in result.stderr
+
+
+def test_down_where_nothing_runs_says_so(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["down", "--state-dir", str(tmp_path), "--json"])
+    assert (result.exit_code, json.loads(result.stdout)) == (0, {"was_running": False})
+
+
+def test_export_to_where_nothing_can_be_written_is_told(site: Site) -> None:
+    site.publish("red/alpha")
+    result = CliRunner().invoke(
+        app, ["export", "red/alpha", "-o", "/proc/nowhere", "--state-dir", str(site.folder), "--json"]
+    )
+    assert result.exit_code == 2
+    assert "cannot write there" in json.loads(result.stdout)["error"]["what"]
+
+
+def test_watching_with_json_prints_json_and_nothing_else(site: Site) -> None:
+    site.publish("red/alpha")
+    result = CliRunner().invoke(app, ["tasks", "--watch", "--json", "--state-dir", str(site.folder)])
+    states = {task["title"]: task["state"] for task in json.loads(result.stdout)}
+    assert states["red/alpha"] == "published"
+    assert not set(states.values()) & {"queued", "training", "merging", "evaluating"}
+
+
+# --- the store ---------------------------------------------------------------------------------------------------
+
+
+def test_store_lists_its_own_commands_and_looks_into_the_services_store(onebasis: Onebasis, site: Site) -> None:
+    assert "Usage: onebasis store" in onebasis("store", "--help").output
+    assert "quarantine" in onebasis("store", "--help").output
+    newest = json.loads(onebasis("store", "log", "--json").stdout)[-1]
+    assert newest["seq"] == site.plant.state.seq
+    assert onebasis("store", "tag", "gold", "silver").exit_code == 3
+
+
+def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_release(
+    onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subspace_store.commands.place.running_server", lambda state_dir: 1)  # the site is no process
+    assert "main is held there" in onebasis("rollback", "1", "--hold", "--reason", "worse").stdout
+    assert "main is held by ann" in onebasis("status").stdout
+    assert json.loads(onebasis("status", "--json").stdout)["held"]["reason"] == "worse"
+    epoch, version = site.plant.state.epoch, max(site.plant.state.versions) + 1
+    site.client.call("submit", document=site.document("red/gamma"), by="ann")
+    waiting = site.wait_for("red/gamma", "evaluating")
+    assert f"version {version} waits: main is held by ann: worse" in waiting["why"]
+    until = time.monotonic() + 10
+    while version not in site.plant.state.scores:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert onebasis("store", "release").exit_code == 0
+    site.wait_for("red/gamma", "published")
+    assert site.plant.state.epoch == epoch  # nobody was fenced on the way
+    assert site.plant.state.refs["main"] == version
+    assert "held" not in onebasis("status").stdout
+    again = onebasis("rollback", str(version), "--hold").stdout
+    assert "already" in again
+    assert "main is held there" in again
+    assert onebasis("store", "release").exit_code == 0
+
+
+def test_what_is_no_operation_is_refused_by_the_service(onebasis: Onebasis, site: Site) -> None:
+    for document in (
+        {"operation": "merge", "arguments": {}},
+        {"operation": "tag", "arguments": {"name": "x"}},
+        {"operation": "tag", "arguments": {"name": "x", "version": 1, "actor": "root", "more": 1}},
+        {"operation": "tag"},
+    ):
+        with pytest.raises(InvalidInput, match="no operation with its arguments"):
+            site.client.call("change", document=document)
+    site.client.call("change", document={"operation": "tag", "arguments": {"name": "x", "version": 1}}, by="ann")
+    assert site.plant.state.tags == {"x": 1}
+
+
+def test_a_task_is_removed_through_the_running_service_and_everything_can_still_be_asked(
+    onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subspace_store.commands.place.running_server", lambda state_dir: 1)  # the site is no process
+    for title in ("red/going", "blue/staying"):
+        site.publish(title)
+    before, epoch = site.plant.state.refs["main"], site.plant.state.epoch
+    refused = onebasis("store", "remove", "red/going", "--yes", "--candidate-only")
+    assert (refused.exit_code, "leave --candidate-only out" in refused.stderr) == (4, True)
+    assert site.plant.state.refs["main"] == before
+    done = json.loads(onebasis("store", "remove", "red/going", "--yes", "--reason", "licence", "--json").stdout)
+    main = before + 1
+    assert (done["version"], done["approximate"]) == (main, [])
+    assert site.plant.state.refs == {"candidate": main, "main": main}
+    assert site.plant.state.epoch == epoch  # nobody was fenced on the way
+    assert f"version {main} was made again without it" in site.wait_for("red/going", "parked")["why"]
+    until = time.monotonic() + 10
+    while site.client.call("task", reference="blue/staying")["version"] != main:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    row = json.loads(onebasis("versions", "--json").stdout)[-1]
+    assert (row["remakes"], row["removed"], row["status"]) == (before, ["red/going"], "published")
+    assert f"version {main} is version {before} without red/going" in onebasis("versions").stdout
+    assert f"main holds it since version {main}" in onebasis("task", "blue/staying").stdout
+    for command in (["version", str(main)], ["scores"], ["tasks"], ["diff", str(before), str(main)], ["status"]):
+        shown = onebasis(*command)
+        assert shown.exit_code == 0, shown.output
+    columns = json.loads(onebasis("scores", "--json").stdout)["tasks"]
+    assert {"title": "blue/staying", "birth": main}.items() <= columns[-1].items()
+    assert "red/going" not in [column["title"] for column in columns]
+
+
+def test_a_service_removes_nothing_that_it_would_reject_at_once(onebasis: Onebasis, site: Site) -> None:
+    task_id = site.client.call("task", reference="red/alpha")["task_id"]
+    for wrong in ({}, {"publish": False}, {"publish": True, "op_key": "publish:9"}):
+        with pytest.raises(InvalidInput, match="no operation with its arguments"):
+            site.client.call("change", document={"operation": "remove", "arguments": {"task_id": task_id, **wrong}})

@@ -1,0 +1,113 @@
+"""What a terminal of any width shows of tasks: values of the service in, lines out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from orchestrator.commands import display
+
+TASK: dict[str, Any] = {
+    "task_id": "t0691b2c3ddeadbeef1234", "title": "red/card-orders", "state": "training", "reason": "", "place": None,
+    "worker": "worker-0", "version": None, "local_score": None,
+    "progress": {
+        "phase": "training", "step": 120, "steps": 1500, "loss": 0.5432, "learning_rate": 9.2e-4,
+        "samples_per_second": 35.4, "tokens_per_second": 1320.0, "memory_bytes": 512_000_000, "seconds_left": 3900.0,
+    },
+}  # fmt: skip
+WAITING = TASK | {"title": "red/next", "state": "queued", "place": 1, "worker": "", "progress": {}}
+DONE = TASK | {"title": "blue/done", "state": "published", "version": 3, "local_score": 0.9123, "progress": {}}
+
+
+def lines(rows: list[dict[str, Any]], width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(display.console, "width", width)
+    with display.console.capture() as captured:
+        display.tasks(rows)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_a_wide_terminal_shows_everything_in_one_line_per_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, training, waiting, done = lines([TASK, WAITING, DONE], 200, monkeypatch)
+    assert head.split() == [
+        "id",
+        "task",
+        "state",
+        "step",
+        "loss",
+        "rows/s",
+        "tokens/s",
+        "MB",
+        "left",
+        "score",
+        "version",
+    ]
+    assert training.split() == [
+        "t0691b2c3ddeadbeef1234", "red/card-orders", "training", "120/1500", "0.543", "35", "1,320", "512", "65", "min",
+        "–", "–", "worker-0",
+    ]  # fmt: skip
+    assert waiting.split()[1:] == ["red/next", "queued", "–", "–", "place", "1"]
+    assert done.split()[1:] == ["blue/done", "published", "0.9123", "v3"]
+
+
+def test_80_columns_hold_step_loss_speed_and_end_and_no_line_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = lines([TASK, WAITING, DONE], 80, monkeypatch)
+    assert len(found) == 4
+    assert max(map(len, found)) <= 80
+    assert found[0].split() == ["task", "state", "step", "loss", "tokens/s", "left", "score"]
+    assert found[1].split() == [
+        "red/card-orders",
+        "training",
+        "120/1500",
+        "0.543",
+        "1,320",
+        "65",
+        "min",
+        "–",
+        "worker-0",
+    ]
+
+
+def test_columns_that_nobody_fills_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = lines([DONE], 80, monkeypatch)
+    assert head.split() == ["id", "task", "state", "score", "version"]
+
+
+def test_a_long_reason_breaks_its_own_lines_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    parked = TASK | {"state": "parked", "reason": "the loss is nan at step 3 of 40 " * 3, "progress": {}}
+    found = lines([parked], 80, monkeypatch)
+    assert max(map(len, found)) <= 80
+    assert found[1].startswith("red/card-orders  parked")
+    assert all(line.startswith(" " * 20) for line in found[2:])
+
+
+def test_brackets_in_a_reason_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    parked = TASK | {"state": "parked", "reason": "row [red]3[/red] is bad", "progress": {}}
+    assert "row [red]3[/red] is bad" in lines([parked], 200, monkeypatch)[1]
+
+
+def test_followed_without_a_terminal_each_change_is_one_line_of_at_most_80_columns() -> None:
+    scoring = TASK | {"progress": {"phase": "scoring"}}
+    asked = iter([[TASK], [TASK], [scoring], [DONE | {"task_id": TASK["task_id"], "title": TASK["title"]}]])
+    with display.console.capture() as captured:
+        display.follow(lambda: next(asked), 0.0)
+    found = captured.get().splitlines()
+    assert [line[10:].split() for line in found] == [
+        ["red/card-orders", "training", "120/1500", "·", "loss", "0.543", "·", "65", "min", "left"],
+        ["red/card-orders", "training", "scoring"],
+        ["red/card-orders", "published"],
+    ]
+    assert max(map(len, found)) <= 80
+
+
+def test_a_point_of_the_curves_is_a_line_of_the_log() -> None:
+    point = {"step": 12, "steps": 50, "loss": 0.5, "learning_rate": 0.001, "samples_per_second": 35.4}
+    told = {"at": 0.0, "kind": "progress", "text": json.dumps(point)}
+    of_old = {"at": 0.0, "kind": "progress", "text": '{"step": 5, "loss": 0.5, "learning_rate": 0.001}'}
+    with display.console.capture() as captured:
+        display.log_lines([told, of_old, {"at": 0.0, "kind": "log", "text": "task t1: method lora"}])
+    new, old, line = captured.get().splitlines()
+    assert new.endswith("step 12/50 · loss 0.5000 · learning rate 1.00e-03 · 35.4 rows/s")
+    assert old.endswith("step 5 · loss 0.5000 · learning rate 1.00e-03")
+    assert line.endswith("task t1: method lora")

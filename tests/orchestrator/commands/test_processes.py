@@ -1,0 +1,90 @@
+"""What `up` does before anything runs: whose actors are found again, and whose are not."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InvalidInput
+from configs.settings import RaySettings, ServerSettings
+from orchestrator.api.server import ControlPlane
+from orchestrator.cluster import namespace
+from orchestrator.commands import processes
+from tests.builders import settings
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that looks like the Ray head of this state folder."""
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "orchestrator.ray_head", str(tmp_path)]
+    process = subprocess.Popen(command)
+    (tmp_path / processes.ADDRESS_FILE).write_text(json.dumps({"address": "127.0.0.1:1", "pid": process.pid}))
+    while processes._running_ray(tmp_path) is None:  # a new process has no command line for a moment
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_ray_that_was_started_with_the_same_settings_is_found_again(
+    tmp_path: Path, head: subprocess.Popen[bytes]
+) -> None:
+    same = settings(tmp_path)
+    processes._keep_settings(same, tmp_path, is_running=False)
+    processes._end_ray_of_other_settings(same, tmp_path, lambda _: None)
+    assert head.poll() is None
+
+
+def test_a_ray_that_was_started_with_other_settings_is_ended(tmp_path: Path, head: subprocess.Popen[bytes]) -> None:
+    # Its store actor would go on merging into the old place.
+    processes._keep_settings(settings(tmp_path), tmp_path, is_running=False)
+    other, said = settings(tmp_path, storage={"url": "s3://elsewhere"}), []
+    processes._end_ray_of_other_settings(other, tmp_path, said.append)
+    assert head.wait(5) != 0
+    assert len(said) == 1
+
+
+def test_services_of_one_base_model_with_their_own_storage_have_their_own_actors(tmp_path: Path) -> None:
+    one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"})) for name in "ab")
+    assert one != two
+    assert one == namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}))
+
+
+@pytest.mark.parametrize("token", [None, "no-such-token"])
+def test_a_cluster_whose_token_is_not_there_is_not_joined_and_none_is_made_up(
+    tmp_path: Path, token: str | None
+) -> None:
+    path = None if token is None else str(tmp_path / token)
+    there = settings(tmp_path).model_copy(update={"ray": RaySettings(address="head:6379", auth_token_path=path)})
+    with pytest.raises(InvalidInput, match=r"ray\.auth_token_path"):
+        ControlPlane(there, tmp_path)._ray()
+    assert not (tmp_path / "no-such-token").exists()
+
+
+def test_a_port_that_is_taken_is_named_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        wanted = settings().model_copy(
+            update={"state_dir": str(tmp_path), "server": ServerSettings(host="127.0.0.1", port=port)}
+        )
+        said: list[str] = []
+        with pytest.raises(InvalidInput, match=f"cannot listen on 127.0.0.1:{port}"):
+            processes.up(wanted, said.append)
+    assert said == []
+    assert not list((tmp_path / "logs").iterdir())
+
+
+def test_a_local_ray_has_cpus_for_every_rank_of_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(processes, "_start", lambda command, *_: started.append(command))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    wanted = settings(tmp_path, workers={"count": 3, "ranks": 4, "cpus": 1.2})
+    processes._start_ray(wanted, tmp_path, lambda _: None)
+    assert started[0][-1] == "15"  # 3 × 4 × 1.2 = 14.4, and Ray counts whole ones

@@ -1,0 +1,85 @@
+"""A[version][task], written down by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from orchestrator.judging.score_table import Cell, evaluations_due, score_table
+from tests.orchestrator.tables import state, version
+
+NAN = math.nan
+
+
+def test_rows_are_versions_and_columns_tasks_by_birth() -> None:
+    log = state(
+        [version(1, 0, ["a"]), version(2, 1, ["b", "c"], {"a": 0.5})],
+        {1: {"a": 0.8}, 2: {"a": 0.7, "b": 0.6, "c": 0.5}},
+    )
+    table = score_table(log, 2, drift_max=0.1)
+    assert (table.versions, table.tasks) == ((1, 2), ("a", "b", "c"))
+    assert table.birth == {"a": 1, "b": 2, "c": 2}
+    assert table.cells == {
+        1: {"a": Cell(0.8, 100, 1)},
+        2: {"a": Cell(0.7, 100, 2), "b": Cell(0.6, 100, 2), "c": Cell(0.5, 100, 2)},
+    }
+    assert table.column("a") == [(1, 0.8), (2, 0.7)]
+    assert math.isnan(table.score(1, "b"))
+
+
+def test_a_score_is_carried_until_the_drifts_since_it_was_measured_add_up_to_the_limit() -> None:
+    # Drifts of a: 0.04 at v2, 0.04 at v3 (sum 0.08 < 0.1), 0.04 at v4 (sum 0.12, not below 0.1 any more).
+    log = state(
+        [version(1, 0, ["a"]), *(version(n, n - 1, [f"x{n}"], {"a": 0.04}) for n in (2, 3, 4))], {1: {"a": 0.8}}
+    )
+    table = score_table(log, 4, drift_max=0.1)
+    assert [table.cells[n].get("a") for n in (1, 2, 3, 4)] == [*[Cell(0.8, 100, 1)] * 3, None]
+    assert math.isnan(table.score(4, "a"))
+
+
+def test_measuring_again_starts_the_sum_anew() -> None:
+    # 0.08 at v2, measured there, 0.08 at v3: 0.08 since, below 0.1, though 0.16 since birth.
+    log = state(
+        [version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 0.08}), version(3, 2, ["c"], {"a": 0.08})],
+        {1: {"a": 0.8}, 2: {"a": 0.7}},
+    )
+    assert score_table(log, 3, drift_max=0.1).cells[3]["a"] == Cell(0.7, 100, 2)
+
+
+def test_a_task_that_did_not_move_at_all_keeps_its_score_even_with_limit_zero() -> None:
+    log = state([version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 0.0})], {1: {"a": 0.8}})
+    assert score_table(log, 2, drift_max=0.0).score(2, "a") == 0.8
+    moved = state([version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 1e-12})], {1: {"a": 0.8}})
+    assert math.isnan(score_table(moved, 2, drift_max=0.0).score(2, "a"))
+
+
+def test_a_score_measured_as_nan_is_known_and_stays_nan() -> None:
+    log = state([version(1, 0, ["a"])], {1: {"a": NAN}})
+    assert math.isnan(score_table(log, 1, 0.1).cells[1]["a"].score)
+    assert evaluations_due(log, 1, 0.1) == ()
+
+
+def test_due_are_the_new_tasks_and_those_that_moved_too_far() -> None:
+    log = state([version(1, 0, ["a", "b"]), version(2, 1, ["c"], {"a": 0.2, "b": 0.01})], {1: {"a": 0.8, "b": 0.8}})
+    assert evaluations_due(log, 1, 0.1) == ()
+    assert evaluations_due(log, 2, 0.1) == ("a", "c")
+
+
+def test_after_a_rollback_a_table_follows_its_own_branch_only() -> None:
+    # 1 ── 2 (b)          main was rolled back to 1, then c was merged there
+    #  └── 3 (c)
+    log = state(
+        [version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 9.0}), version(3, 1, ["c"], {"a": 0.01})],
+        {1: {"a": 0.8}, 2: {"a": 0.1, "b": 0.5}, 3: {"c": 0.6}},
+    )
+    table = score_table(log, 3, 0.1)
+    assert (table.versions, table.tasks) == ((1, 3), ("a", "c"))
+    assert table.score(3, "a") == 0.8  # carried from 1; what happened on branch 2 does not count
+    assert math.isnan(table.score(2, "a"))
+
+
+@pytest.mark.parametrize("number", [0])
+def test_the_empty_subspace_has_an_empty_table(number: int) -> None:
+    table = score_table(state([], {}), number, 0.1)
+    assert (table.versions, table.tasks, dict(table.cells)) == ((), (), {})

@@ -1,0 +1,50 @@
+"""The picture of A[version][task]: its size, and that what is born later has no cell before."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from orchestrator.judging.score_table import score_table
+from orchestrator.reports.heat_map import draw_heat_map
+from tests.orchestrator.tables import state, version
+
+
+def drawn(path: Path, count: int) -> tuple[int, int]:
+    """Draw `count` versions of one new task each; (width, height) in pixels, read from the file's own header."""
+    ids = [f"t{n}" for n in range(1, count + 1)]
+    versions = [version(n, n - 1, [f"t{n}"], dict.fromkeys(ids[: n - 1], 1.0)) for n in range(1, count + 1)]
+    scores = {n: {f"t{m}": 0.9 - 0.01 * (n - m) for m in range(1, n + 1)} for n in range(1, count + 1)}
+    draw_heat_map(score_table(state(versions, scores), count, 0.1), {t: f"red/{t}" for t in ids}, path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_picture_grows_with_versions_and_tasks(tmp_path: Path, count: int) -> None:
+    # (2.5 + 1.15·columns) × (1.8 + 0.45·rows) inches at 130 dots each.
+    size = drawn(tmp_path / "scores.png", count)
+    assert size == (int((2.5 + 1.15 * count) * 130), int((1.8 + 0.45 * count) * 130))
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
+
+
+def test_every_score_is_written_into_its_cell_and_a_carried_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), path.write_bytes(b"")))
+    log = state([version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 0.01})], {1: {"a": 0.8}, 2: {"b": 0.6}})
+    draw_heat_map(score_table(log, 2, 0.1), {"a": "red/a", "b": "blue/b"}, tmp_path / "x.png")
+    axes = figures[0].axes[0]
+    assert {(t.get_position(), t.get_text()) for t in axes.texts} == {
+        ((0, 0), "0.800"),
+        ((0, 1), "0.800\n(not measured again)"),
+        ((1, 1), "0.600"),
+    }
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["red/\na", "blue/\nb"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["version 1", "version 2"]

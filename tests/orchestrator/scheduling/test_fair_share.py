@@ -1,0 +1,81 @@
+"""Which waiting task goes next, with the arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.scheduling.fair_share import (
+    CHARGE_SECONDS,
+    HALF_LIFE_SECONDS,
+    Use,
+    Waiting,
+    decayed_use,
+    running_order,
+)
+
+WEEK = HALF_LIFE_SECONDS
+
+
+def waiting(*ids: str, priority: int = 0) -> list[Waiting]:
+    """`red1` is the task 1 of team red, submitted at second 1."""
+    return [Waiting(i, i.rstrip("0123456789"), priority, float(i.lstrip("abcdefghijklmnopqrstuvwxyz"))) for i in ids]
+
+
+def order(tasks: list[Waiting], use: dict[str, float] | None = None, **more: dict[str, float]) -> list[str]:
+    return list(running_order(tasks, use or {}, more.get("running", {}), more.get("weights", {})))  # type: ignore[arg-type]
+
+
+def test_use_halves_every_seven_days() -> None:
+    assert WEEK == 7 * 24 * 3600
+    # 100 s now + 100 s a week ago + 100 s two weeks ago = 100 + 50 + 25
+    uses = [Use("red", 100.0, 10 * WEEK - age * WEEK) for age in (0, 1, 2)]
+    assert decayed_use(uses, now=10 * WEEK) == {"red": pytest.approx(175.0)}
+
+
+def test_use_is_kept_apart_by_team_and_a_clock_that_went_back_counts_it_whole() -> None:
+    uses = [Use("red", 10.0, 50.0), Use("blue", 20.0, 200.0), Use("red", 1.0, 100.0)]
+    assert decayed_use(uses, now=100.0) == {"red": pytest.approx(11.0, rel=1e-4), "blue": 20.0}
+
+
+def test_the_team_that_used_least_goes_first() -> None:
+    # red 100 s, blue 30 s: blue starts, is charged 60 and stands at 90 < 100, starts again (150), then red.
+    tasks = waiting("red1", "red2", "blue3", "blue4", "blue5")
+    assert order(tasks, {"red": 100.0, "blue": 30.0}) == ["blue3", "blue4", "red1", "blue5", "red2"]
+
+
+def test_each_admission_is_charged_so_that_a_hundred_tasks_do_not_all_go_before_another_teams_first() -> None:
+    assert CHARGE_SECONDS == 60.0
+    tasks = waiting(*(f"red{n}" for n in range(1, 5)), "blue5", "blue6")
+    assert order(tasks) == ["red1", "blue5", "red2", "blue6", "red3", "red4"]
+
+
+def test_what_runs_already_is_charged_too() -> None:
+    # red runs two: 120 against 0, so blue's two go first (0, 60), then at 120 = 120 the older first task: red.
+    tasks = waiting("red1", "red2", "blue3", "blue4", "blue5")
+    assert order(tasks, running={"red": 2}) == ["blue3", "blue4", "red1", "blue5", "red2"]
+
+
+def test_a_team_of_twice_the_weight_goes_twice_as_often() -> None:
+    # Loads over weights after each start: red 60/2 = 30, 60, 90, 120; blue 60, 120.
+    tasks = waiting("red1", "red2", "red3", "red4", "blue5", "blue6")
+    # red (0 = 0, older) → 30; blue 0 → 60; red 30 → 60; red (60 = 60, older) → 90; blue 60 → 120; red.
+    assert order(tasks, weights={"red": 2.0, "blue": 1.0}) == ["red1", "blue5", "red2", "red3", "blue6", "red4"]
+
+
+def test_priority_counts_inside_a_team_only() -> None:
+    tasks = [*waiting("red1"), *waiting("red2", priority=5), *waiting("blue3")]
+    # Inside red 2 before 1. Between the teams at equal load the older head: blue's 3 or red's 2: red's.
+    assert order(tasks) == ["red2", "blue3", "red1"]
+
+
+def test_age_decides_at_equal_priority_and_the_id_at_equal_age() -> None:
+    tasks = [Waiting("b", "red", 0, 7.0), Waiting("a", "red", 0, 7.0), Waiting("c", "red", 0, 6.0)]
+    assert order(tasks) == ["c", "a", "b"]
+
+
+def test_a_team_that_is_no_longer_in_the_settings_counts_with_weight_one() -> None:
+    assert order(waiting("red1", "gone2"), weights={"red": 1.0}) == ["red1", "gone2"]
+
+
+def test_nothing_waits() -> None:
+    assert order([], {"red": 5.0}) == []

@@ -1,0 +1,466 @@
+"""Whatever is wrong with a submission is found before it is taken in, by key, file and row; nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.errors import Conflict, InvalidInput
+from configs.settings import Settings
+from orchestrator.tasks.admission import admit, check_submission
+from orchestrator.tasks.task_events import CancelRequested, Claimed, TrainingFailed
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import TaskRecord
+from subspace_store import adapter_from_bytes
+from subspace_store.formats.peft import write_peft_folder
+from subspace_store.storage.memory import MemoryStorage
+from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
+from workers.rows.frozen_rows import open_rows
+from workers.rows.task_data import TextRow
+
+
+class Desk:
+    """Where tasks are submitted: a data folder with good files in it, an empty queue, an empty storage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self.settings: Settings = settings(folder, data_roots=[str(self.data)])
+        self.queue = TaskQueue(self.settings.database_url)
+        self.storage = MemoryStorage(f"desk-{folder}")
+        write_rows(self.data / "train.jsonl", rows(6))
+        write_rows(self.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": i % 2} for i in range(4)])
+
+    def document(self, title: str = "red/alpha", **changes: Any) -> dict[str, Any]:
+        files = {"train_file": str(self.data / "train.jsonl"), "eval_file": str(self.data / "eval.jsonl.gz")}
+        return task_document(title, **{**changes, "data": files | changes.get("data", {})})
+
+    def imported(self, **changes: Any) -> dict[str, Any]:
+        """A submission of the PEFT folder `peft`."""
+        method = {"name": "import", "adapter": str(self.data / "peft")}
+        return self.document(**{"method": method, **changes, "data": {"train_file": None} | changes.get("data", {})})
+
+    def submit(self, document: dict[str, Any]) -> tuple[TaskRecord, bool]:
+        return admit(check_submission(document, self.settings, LAYOUT), self.settings, self.queue, self.storage, "ann")
+
+    def refuse(self, document: dict[str, Any], kind: type[Exception] = InvalidInput) -> str:
+        """The complaint; and nothing is left of the submission."""
+        before = self.queue.tasks(), self.storage.keys("")
+        with pytest.raises(kind) as caught:
+            self.submit(document)
+        assert (self.queue.tasks(), self.storage.keys("")) == before
+        return str(caught.value)
+
+    def peft(self, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None] | None = None) -> Path:
+        """A good PEFT folder, or one that `change(config, tensors)` spoilt."""
+        folder = self.data / "peft"
+        write_peft_folder(folder, adapter(1), "tiny-source")
+        if change:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            tensors = load_file(folder / "adapter_model.safetensors")
+            change(config, tensors)
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            save_file(tensors, folder / "adapter_model.safetensors")
+        return folder
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+# --- taken in ----------------------------------------------------------------------------------------------------
+
+
+def test_a_good_task_is_taken_in_with_its_rows_frozen(desk: Desk) -> None:
+    record, is_new = desk.submit(desk.document())
+    assert is_new
+    assert desk.queue.get(record.task_id) == record
+    assert (record.title, record.train_count, record.eval_count, record.submitted_by) == ("red/alpha", 6, 4, "ann")
+    kept = open_rows(desk.storage, record.train_key, record.spec)
+    assert list(kept) == [TextRow(f"text {i}", None, i % 2) for i in range(6)]
+    kept = open_rows(desk.storage, record.eval_key, record.spec)
+    assert list(kept) == [TextRow(f"other {i}", None, i % 2) for i in range(4)]
+
+
+def test_the_same_rows_in_another_format_are_the_same_task_data(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document())
+    (desk.data / "e.csv").write_text("label,text\n" + "".join(f"{i % 2},other {i}\n" for i in range(4)))
+    other, _ = desk.submit(desk.document("red/beta", data={"eval_file": str(desk.data / "e.csv")}))
+    assert other.eval_sha256 == first.eval_sha256
+    assert (other.eval_key, first.eval_key) == tuple(
+        f"data/{record.task_id}/eval-{first.eval_key.rpartition('-')[2]}" for record in (other, first)
+    )
+
+
+def test_a_share_of_the_training_rows_is_frozen_as_evaluation_rows(desk: Desk) -> None:
+    write_rows(desk.data / "train.jsonl", rows(40))
+    record, _ = desk.submit(desk.document(data={"eval_file": None, "eval_fraction": 0.5}))
+    train = open_rows(desk.storage, record.train_key, record.spec)
+    evaluation = open_rows(desk.storage, record.eval_key, record.spec)
+    assert (len(train), len(evaluation)) == (record.train_count, record.eval_count)
+    assert record.train_count + record.eval_count == 40
+    assert 10 < record.eval_count < 30  # 20 ± 3 standard deviations of 3.2
+    again, is_new = desk.submit(desk.document(data={"eval_file": None, "eval_fraction": 0.5}))
+    assert (again, is_new) == (record, False)
+
+
+def test_a_folder_of_datasets_is_taken_in_if_every_file_of_it_may_be_read(desk: Desk, tmp_path: Path) -> None:
+    folder = desk.data / "saved"
+    folder.mkdir()
+    table = pa.table({"text": ["a", "b"], "label": ["no", "yes"]})
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    record, _ = desk.submit(desk.document(data={"train_file": str(folder)}))
+    assert record.train_count == 2
+    (folder / "data.arrow").rename(tmp_path / "secret.arrow")
+    (folder / "data.arrow").symlink_to(tmp_path / "secret.arrow")
+    assert "data.train_file" in desk.refuse(desk.document("red/beta", data={"train_file": str(folder)}))
+
+
+def test_a_file_that_changes_later_changes_no_evaluation_row(desk: Desk) -> None:
+    record, _ = desk.submit(desk.document())
+    before = desk.storage.read(record.eval_key)
+    write_rows(desk.data / "eval.jsonl.gz", rows(2))
+    assert desk.storage.read(record.eval_key) == before
+
+
+def test_a_good_adapter_is_taken_in_canonical_form(desk: Desk) -> None:
+    desk.peft()
+    record, _ = desk.submit(desk.imported())
+    taken, given = adapter_from_bytes(desk.storage.read(record.train_key)), adapter(1)
+    assert taken.base_sha256 == LAYOUT.sha256
+    for name, update in given.modules.items():
+        assert torch.allclose(taken.modules[name].delta(), update.delta(), atol=1e-5)
+
+
+def test_an_import_without_evaluation_rows_has_none(desk: Desk) -> None:
+    desk.peft()
+    record, _ = desk.submit(desk.imported(data={"eval_file": None}))
+    assert (record.eval_key, record.eval_count, record.eval_sha256) == ("", 0, "")
+
+
+def test_an_import_without_rows_needs_no_length_that_the_base_model_can_read(desk: Desk) -> None:
+    desk.peft()
+    desk.submit(desk.imported(data={"eval_file": None, "max_length": 128}))
+    assert "data.max_length" in desk.refuse(desk.imported(name="with-rows", data={"max_length": 128}))
+
+
+def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
+    write_rows(desk.data / "eval.jsonl.gz", [*rows(2), {"text": "new", "label": "no"}])
+    write_rows(desk.data / "train.jsonl", rows(6, label="no"))
+    draft = check_submission(desk.document(), desk.settings, LAYOUT)
+    assert draft.warnings == (
+        "1 of 2 labels have no training row: yes",
+        "2 training rows are also evaluation rows: the scores flatter the task",
+    )
+
+
+# --- refused -----------------------------------------------------------------------------------------------------
+
+
+def test_half_a_character_in_the_document_is_refused(desk: Desk) -> None:
+    text = desk.refuse(desk.document(data={"label_names": ["no", "yes", "\ud800"]}))
+    assert text.startswith("task: holds what is no Unicode text")
+    text.encode()
+
+
+def test_an_unknown_team_is_answered_with_the_teams_there_are(desk: Desk) -> None:
+    text = desk.refuse(desk.document("green/alpha"))
+    assert text == "team: there is no team 'green'\n  → teams of this service: blue, red"
+
+
+def test_another_base_model_is_answered_with_the_one_that_is_served(desk: Desk) -> None:
+    text = desk.refuse(desk.document(base_model="gpt"))
+    assert "base_model: 'gpt' is not allowed here" in text
+    assert "this service serves 'tiny'" in text
+
+
+def test_a_kind_that_the_base_model_cannot_do_is_answered_with_those_it_can(desk: Desk) -> None:
+    layout = replace(LAYOUT, kinds=("sequence_regression", "causal_lm"))
+    with pytest.raises(InvalidInput, match="no 'sequence_classification'") as caught:
+        check_submission(desk.document(), desk.settings, layout)
+    assert (caught.value.where, caught.value.todo) == ("kind", "it has: sequence_regression, causal_lm")
+
+
+def test_an_unknown_target_module_is_answered_with_those_of_the_base_model(desk: Desk) -> None:
+    text = desk.refuse(desk.document(lora={"target_modules": ["query", "q_proj"]}))
+    assert "lora.target_modules: the base model 'tiny' has no linear layer 'q_proj'" in text
+    assert "it has: query, value" in text
+
+
+def test_a_part_of_a_modules_name_is_no_module(desk: Desk) -> None:
+    assert "'uery'" in desk.refuse(desk.document(lora={"target_modules": ["uery"]}))
+
+
+def test_more_tokens_than_the_base_model_reads_are_refused(desk: Desk) -> None:
+    text = desk.refuse(desk.document(data={"max_length": 65}))
+    assert text == "data.max_length: 65 tokens are more than the base model 'tiny' reads\n  → set it to 64 or less"
+    desk.submit(desk.document(data={"max_length": 64}))
+
+
+def talks(**data: Any) -> dict[str, Any]:
+    """What makes a submission one of a language model that is judged by its answers."""
+    return {"kind": "causal_lm", "metric": "exact_match", "data": {"label_names": None} | data}
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(desk: Desk) -> None:
+    write_rows(desk.data / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    write_rows(desk.data / "eval.jsonl.gz", [{"prompt": "c", "completion": "d"}])
+    assert desk.refuse(desk.document(**talks(max_new_tokens=64))).startswith("data.max_new_tokens: an answer of 64 tok")
+    desk.submit(desk.document(**talks(max_new_tokens=63)))
+
+
+def test_messages_that_the_base_model_cannot_render_are_refused(desk: Desk) -> None:
+    turns = {"m": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    write_rows(desk.data / "train.jsonl", [turns])
+    write_rows(desk.data / "eval.jsonl.gz", [turns])
+    document = desk.document(**talks(messages_column="m", max_new_tokens=9))
+    with pytest.raises(InvalidInput, match="base model 'tiny' has no chat template") as caught:
+        check_submission(document, desk.settings, replace(LAYOUT, has_chat_template=False))
+    assert caught.value.where == "data.messages_column"
+    check_submission(document, desk.settings, LAYOUT).close()
+
+
+@pytest.mark.parametrize("key", ["train_file", "eval_file"])
+def test_a_missing_file_is_named(desk: Desk, key: str) -> None:
+    absent = desk.data / "absent.jsonl"
+    text = desk.refuse(desk.document(data={key: str(absent)}))
+    assert f"{absent}: cannot read the file" in text
+
+
+@pytest.mark.parametrize("key", ["train_file", "eval_file"])
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("{not json", "is not JSON"),
+        ('["a", "list"]', "must be a JSON object, not list"),
+        ({"text": "x", "label": "maybe"}, "label 'maybe' is not one of the 2 labels"),
+        ({"text": "x", "label": 2}, "label 2 is not one of the 2 labels"),
+        ({"text": "x", "label": True}, "must be a label's name or its index, not bool"),
+        ({"text": "  ", "label": "no"}, "column 'text' is empty"),
+        ({"text": 7, "label": "no"}, "column 'text' must be a string, not int"),
+        ({"txt": "x", "label": "no"}, "has no column 'text'; it has 'label', 'txt'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_number(desk: Desk, key: str, row: Any, complaint: str) -> None:
+    path = write_rows(desk.data / "bad.jsonl.gz", [*rows(2), row])
+    text = desk.refuse(desk.document(data={key: str(path)}))
+    assert text.startswith(f"{path}, row 3: ")
+    assert complaint in text
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_a_path_that_the_system_refuses_is_named(desk: Desk, name: str) -> None:
+    said = desk.refuse(desk.document(data={"train_file": str(desk.data / name)}))
+    assert said.startswith("data.train_file: ")
+
+
+def test_a_file_outside_the_allowed_folders_is_refused(desk: Desk, tmp_path: Path) -> None:
+    outside = write_rows(tmp_path / "secret.jsonl", rows(4))
+    for path in (str(outside), str(desk.data / "../secret.jsonl")):
+        text = desk.refuse(desk.document(data={"train_file": path}))
+        assert text.startswith(f"data.train_file: {path} is outside the folders that this service reads")
+        assert str(desk.data) in text
+
+
+def test_a_folder_whose_name_only_begins_like_an_allowed_one_is_refused(desk: Desk, tmp_path: Path) -> None:
+    sibling = write_rows(tmp_path / "data-of-others/train.jsonl", rows(4))
+    assert "is outside" in desk.refuse(desk.document(data={"train_file": str(sibling)}))
+
+
+@pytest.mark.parametrize("key", ["train_file", "eval_file"])
+def test_a_link_that_leads_outside_the_allowed_folders_is_refused(desk: Desk, tmp_path: Path, key: str) -> None:
+    outside = write_rows(tmp_path / "secret.jsonl", rows(4))
+    (desk.data / "link.jsonl").symlink_to(outside)
+    (desk.data / "folder").symlink_to(tmp_path)
+    for path in ("link.jsonl", "folder/secret.jsonl"):
+        assert f"data.{key}" in desk.refuse(desk.document(data={key: str(desk.data / path)}))
+
+
+def test_a_link_inside_an_adapters_folder_that_leads_outside_is_refused(desk: Desk, tmp_path: Path) -> None:
+    weights = desk.peft() / "adapter_model.safetensors"
+    weights.rename(tmp_path / "secret.safetensors")
+    weights.symlink_to(tmp_path / "secret.safetensors")
+    text = desk.refuse(desk.imported())
+    assert "method.adapter" in text
+    assert "is outside the folders that this service reads" in text
+
+
+def test_what_is_no_plain_file_is_not_waited_for(desk: Desk) -> None:
+    os.mkfifo(desk.data / "pipe.jsonl")
+    for path in ("pipe.jsonl", ""):
+        text = desk.refuse(desk.document(data={"train_file": str(desk.data / path)}))
+        assert "data.train_file" in text
+        assert "is not a plain file" in text
+    (desk.data / "pipe.jsonl").unlink()
+    assert "not one of datasets' save_to_disk" in desk.refuse(desk.document(data={"train_file": str(desk.data)}))
+
+
+def test_an_import_with_nan_is_refused_with_the_tensors_name(desk: Desk) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.layer.0.query.lora_A.weight"][0, 0] = torch.nan
+
+    desk.peft(spoil)
+    text = desk.refuse(desk.imported())
+    assert "NaN or infinite values in 'base_model.model.layer.0.query.lora_A.weight'" in text
+
+
+def test_an_import_of_another_shape_is_refused_with_both_shapes(desk: Desk) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        name = "base_model.model.layer.0.query.lora_B.weight"
+        tensors[name] = torch.ones(13, 2)
+
+    desk.peft(spoil)
+    text = desk.refuse(desk.imported())
+    assert "the adapter's 'layer.0.query' has shape (13, 10); the base model's is (12, 10)" in text
+
+
+def test_an_import_of_an_unknown_module_is_refused_with_its_name(desk: Desk) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for part in "AB":
+            tensors[f"base_model.model.layer.9.query.lora_{part}.weight"] = tensors.pop(
+                f"base_model.model.layer.0.query.lora_{part}.weight"
+            )
+        config["target_modules"] = ["query", "value"]
+        config["rank_pattern"] = config["alpha_pattern"] = {}
+
+    desk.peft(spoil)
+    assert "changes 'layer.9.query', which the base model 'tiny' does not have" in desk.refuse(desk.imported())
+
+
+def spoilt_by_renaming(*names: str) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
+    """The update of the query, under these names instead."""
+
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for part in "AB":
+            tensor = tensors.pop(f"base_model.model.layer.0.query.lora_{part}.weight")
+            for name in names:
+                tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.clone()
+        config["target_modules"] = ["query", "value"]
+
+    return spoil
+
+
+def test_an_import_of_the_bare_backbone_gets_the_full_names(desk: Desk) -> None:
+    desk.peft(spoilt_by_renaming("0.query"))
+    record, _ = desk.submit(desk.imported())
+    taken = adapter_from_bytes(desk.storage.read(record.train_key))
+    assert torch.allclose(
+        taken.modules["layer.0.query"].delta(), adapter(1).modules["layer.0.query"].delta(), atol=1e-5
+    )
+
+
+def test_an_import_without_a_head_is_refused_if_it_is_to_be_scored(desk: Desk) -> None:
+    desk.peft(lambda config, tensors: tensors.__delitem__("base_model.model.classifier.weight"))
+    assert "the adapter has no head, so it cannot be scored" in desk.refuse(desk.imported())
+    desk.submit(desk.imported(data={"eval_file": None}))
+
+
+def test_two_names_of_an_import_that_mean_one_module_are_refused_with_both(desk: Desk) -> None:
+    desk.peft(spoilt_by_renaming("0.query", "layer.0.query"))
+    text = desk.refuse(desk.imported())
+    assert "the adapter changes 'layer.0.query' twice, as '0.query' and as 'layer.0.query'" in text
+
+
+def test_a_name_of_an_import_that_may_mean_two_modules_is_refused_with_both(desk: Desk) -> None:
+    desk.peft(spoilt_by_renaming("query"))
+    layout = replace(LAYOUT, module_shapes=dict(LAYOUT.module_shapes) | {"layer.1.query": (12, 10)})
+    with pytest.raises(
+        InvalidInput, match=r"'query', which may be any of 2 modules, 'layer\.0\.query' and 'layer\.1\.q"
+    ):
+        check_submission(desk.imported(), desk.settings, layout)
+
+
+def test_a_dora_import_is_refused_by_that_name(desk: Desk) -> None:
+    desk.peft(lambda config, tensors: config.update(use_dora=True))
+    assert "uses use_dora=True" in desk.refuse(desk.imported())
+
+
+def test_an_import_that_is_a_pickle_is_never_read(desk: Desk) -> None:
+    folder = desk.peft()
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    text = desk.refuse(desk.imported())
+    assert "only adapter_model.bin is there, a pickle" in text
+    assert "safe_serialization=True" in text
+
+
+def test_an_import_of_a_folder_that_is_not_there_is_named(desk: Desk) -> None:
+    assert str(desk.data / "peft/adapter_config.json") in desk.refuse(desk.imported())
+
+
+def test_a_team_with_too_many_waiting_tasks_is_told_its_limit(desk: Desk) -> None:
+    teams = {"red": {"queued_max": 2}, "blue": {}}
+    desk.settings = settings(desk.data.parent, data_roots=[str(desk.data)], teams=teams)
+    desk.submit(desk.document("red/a"))
+    desk.submit(desk.document("red/b"))
+    assert "team 'red' has 2 tasks waiting, its limit" in desk.refuse(desk.document("red/c"))
+    assert desk.submit(desk.document("blue/c"))[1]
+
+
+def test_a_name_that_is_taken_is_refused_and_its_copied_data_is_deleted(desk: Desk) -> None:
+    desk.submit(desk.document())
+    text = desk.refuse(desk.document(training={"seed": 1}), Conflict)
+    assert "red/alpha: task" in text
+    assert "this submission differs from it" in text
+
+
+# --- once --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_submission_twice_is_one_task(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document())
+    keys = desk.storage.keys("")
+    again, is_new = desk.submit(desk.document())
+    assert (again, is_new) == (first, False)
+    assert desk.storage.keys("") == keys
+    assert len(desk.queue.tasks()) == 1
+
+
+def test_the_same_submission_with_a_full_queue_is_still_the_same_task(desk: Desk) -> None:
+    teams = {"red": {"queued_max": 1}, "blue": {}}
+    desk.settings = settings(desk.data.parent, data_roots=[str(desk.data)], teams=teams)
+    first, _ = desk.submit(desk.document())
+    assert desk.submit(desk.document()) == (first, False)
+
+
+def test_other_data_under_the_same_document_is_another_submission(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document(name="one"))
+    write_rows(desk.data / "train.jsonl", rows(5))
+    second, is_new = desk.submit(desk.document(name="two"))
+    assert is_new
+    assert second.client_key != first.client_key
+
+
+def test_a_client_key_of_ones_own_makes_it_one_task_and_is_no_key_to_another(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document(client_key="mine"))
+    again, is_new = desk.submit(desk.document(client_key="mine"))
+    assert (again.task_id, is_new) == (first.task_id, False)
+    kept = desk.storage.keys("data/")
+    with pytest.raises(Conflict, match="client_key 'mine' was used for"):
+        desk.submit(desk.document(client_key="mine", training={"seed": 1}))
+    assert desk.storage.keys("data/") == kept  # nothing of the refused submission is left
+
+
+def test_after_it_was_parked_or_cancelled_it_may_be_submitted_again(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document())
+    desk.queue.apply(first.task_id, Claimed("tok", "w", 1.0))
+    desk.queue.apply(first.task_id, TrainingFailed("tok", "input", "too long", 2.0))
+    second, is_new = desk.submit(desk.document())
+    assert is_new
+    assert second.task_id != first.task_id
+    assert desk.submit(desk.document()) == (second, False)
+    desk.queue.apply(second.task_id, CancelRequested("ann", 3.0))
+    third, is_new = desk.submit(desk.document())
+    assert is_new
+    assert len({first.client_key, second.client_key, third.client_key}) == 3

@@ -1,0 +1,527 @@
+"""Every arrow of the drawing in task_lifecycle.py, and that nothing leaves the drawing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import Conflict
+from configs.settings import FailureSettings
+from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Use
+from orchestrator.tasks.task_events import (
+    CancelRequested,
+    Claimed,
+    Event,
+    Judged,
+    MergeBegun,
+    Merged,
+    MergeRefused,
+    MergeUndone,
+    PreemptRequested,
+    Refined,
+    RefinedAgain,
+    RefinementRefused,
+    Restored,
+    RolledBack,
+    TrainingDone,
+    TrainingFailed,
+)
+from orchestrator.tasks.task_lifecycle import Step, advance, needs_training_rows, next_step
+from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.worker_pool import train_order
+from tests.builders import task_record, trained
+
+BUDGETS = FailureSettings(lost_machines_max=2, own_bugs_max=1)
+
+
+def after(record: TaskRecord, *events: Event) -> TaskRecord:
+    for event in events:
+        record = advance(record, event, BUDGETS)
+    return record
+
+
+CLAIMED = Claimed("tok", "worker-0", 1002.0)
+DONE = TrainingDone(trained("tok"), 1010.0)
+
+
+def queued() -> TaskRecord:
+    return task_record()
+
+
+def training() -> TaskRecord:
+    return after(queued(), CLAIMED)
+
+
+def merging() -> TaskRecord:
+    return after(training(), DONE)
+
+
+def begun() -> TaskRecord:
+    return after(merging(), MergeBegun("merge:1"))
+
+
+def evaluating() -> TaskRecord:
+    return after(begun(), Merged(3))
+
+
+def published() -> TaskRecord:
+    return after(evaluating(), Judged(True, "fine", 1020.0))
+
+
+REFINE = {"method": {"refine_epochs": 1}}
+REFINED = TrainingDone(trained("ref", staging_key="staging/x/ref/adapter.safetensors", adapter_sha256="12" * 32), 9.0)
+
+
+def to_refine() -> TaskRecord:
+    return after(task_record(spec=REFINE), CLAIMED, DONE, MergeBegun("merge:1"), Merged(3))
+
+
+def refining() -> TaskRecord:
+    return after(to_refine(), Claimed("ref", "worker-1", 1012.0))
+
+
+def trained_again() -> TaskRecord:
+    return after(refining(), REFINED)
+
+
+def rejected() -> TaskRecord:
+    return after(evaluating(), Judged(False, "worse", 1020.0))
+
+
+def parked() -> TaskRecord:
+    return after(training(), TrainingFailed("tok", "input", "row 3", 1010.0))
+
+
+def rolled_back() -> TaskRecord:
+    return after(published(), RolledBack("main is version 2", 1030.0))
+
+
+def cancelled() -> TaskRecord:
+    return after(queued(), CancelRequested("ann", 1001.0))
+
+
+ALL = (
+    queued, training, merging, begun, to_refine, refining, trained_again, evaluating, published,
+    rejected, parked, rolled_back, cancelled,
+)  # fmt: skip
+
+
+# --- the arrows --------------------------------------------------------------------------------------------------
+
+
+def test_a_claimed_by_a_worker() -> None:
+    record = training()
+    assert (record.state, record.attempt, record.token, record.worker) == (TaskState.TRAINING, 1, "tok", "worker-0")
+    assert record.claimed_at == 1002.0
+
+
+def test_b_adapter_in_staging() -> None:
+    record = merging()
+    assert record.state is TaskState.MERGING
+    assert record.staging_key == "staging/x/tok/adapter.safetensors"
+    assert (record.local_score, record.base_score, record.train_loss) == (0.9, 0.5, 0.25)
+    assert (record.steps, record.train_seconds, record.first_step_at) == (10, 2.0, 1003.0)
+    assert (record.adapter_sha256, record.adapter_parameters) == ("ef" * 32, 160)
+
+
+def test_b_what_was_not_measured_is_none_never_zero_or_nan() -> None:
+    outcome = trained("tok", math.nan, base_score=math.nan, train_loss=math.nan, first_step_at=0.0)
+    record = after(training(), TrainingDone(outcome, 1010.0))
+    assert (record.local_score, record.base_score, record.train_loss) == (None, None, None)
+    assert record.first_step_at is None
+
+
+def test_an_attempt_that_lost_its_lease_cannot_write_over_the_results_of_the_one_that_counts() -> None:
+    again = after(training(), TrainingFailed("tok", "lost", "no answer", 1003.0), Claimed("tok-2", "worker-1", 1004.0))
+    lost, counts = train_order(training()).results_key, train_order(again).results_key
+    assert lost != counts
+    assert after(again, DONE).local_results_key == ""  # told under a token that is no longer the task's
+    assert after(again, TrainingDone(trained("tok-2"), 1010.0)).local_results_key == counts
+
+
+def test_a_task_without_evaluation_rows_keeps_no_results() -> None:
+    record = after(task_record(eval_key=""), CLAIMED)
+    assert train_order(record).results_key == after(record, DONE).local_results_key == ""
+
+
+def test_c_machine_lost_goes_back_to_the_queue() -> None:
+    record = after(training(), TrainingFailed("tok", "lost", "gone", 1010.0))
+    assert (record.state, record.lost_machines, record.own_bugs, record.token) == (TaskState.QUEUED, 1, 0, "")
+    assert record.reason == "gone"
+    assert after(record, Claimed("tok2", "worker-1", 1011.0)).attempt == 2
+
+
+def test_c_each_fault_has_a_budget_of_its_own() -> None:
+    record = queued()
+    # 2 lost machines and 1 bug are allowed: three failures, and it is still in the queue.
+    for token, fault in (("1", "lost"), ("2", "bug"), ("3", "lost")):
+        record = after(record, Claimed(token, "w", 1.0), TrainingFailed(token, fault, "x", 2.0))
+        assert record.state is TaskState.QUEUED
+    record = after(record, Claimed("4", "w", 3.0), TrainingFailed("4", "lost", "last straw", 4.0))
+    assert record.state is TaskState.PARKED
+    assert record.reason == "gave up after 3 lost machines and 1 internal errors; last: last straw"
+    assert record.ended_at == 4.0
+
+
+def test_c_the_second_bug_parks() -> None:
+    record = after(training(), TrainingFailed("tok", "bug", "x", 1.0), Claimed("2", "w", 2.0))
+    record = after(record, TrainingFailed("2", "bug", "y", 3.0))
+    assert (record.state, record.own_bugs) == (TaskState.PARKED, 2)
+
+
+def test_c_a_users_mistake_parks_at_once() -> None:
+    record = parked()
+    assert (record.state, record.reason, record.lost_machines) == (TaskState.PARKED, "row 3", 0)
+
+
+def test_d_merged_into_a_version() -> None:
+    assert begun().merge_key == "merge:1"
+    assert (evaluating().state, evaluating().version) == (TaskState.EVALUATING, 3)
+
+
+def test_e_refused_by_the_store() -> None:
+    record = after(begun(), MergeRefused("has NaN", 1015.0))
+    assert (record.state, record.reason, record.ended_at) == (TaskState.PARKED, "has NaN", 1015.0)
+
+
+def test_f_the_gate_let_it_pass() -> None:
+    assert (published().state, published().version, published().ended_at) == (TaskState.PUBLISHED, 3, 1020.0)
+
+
+def test_g_the_gate_did_not() -> None:
+    assert (rejected().state, rejected().reason) == (TaskState.REJECTED, "worse")
+
+
+def test_h_main_was_rolled_back_behind_it() -> None:
+    assert (rolled_back().state, rolled_back().reason) == (TaskState.PARKED, "main is version 2")
+    assert rolled_back().version == 3
+
+
+def test_i_main_holds_it_again() -> None:
+    record = after(rolled_back(), Restored("main is version 3", 3))
+    assert (record.state, record.version, record.reason) == (TaskState.PUBLISHED, 3, "main is version 3")
+
+
+def test_i_main_holds_it_in_a_version_that_was_made_again() -> None:
+    record = after(published(), Restored("main is version 7", 6))
+    assert (record.state, record.version, record.ended_at) == (TaskState.PUBLISHED, 6, 1020.0)
+
+
+def test_i_a_task_that_never_was_in_a_version_cannot_be_restored() -> None:
+    with pytest.raises(Conflict):
+        after(parked(), Restored("main is version 3", 3))
+
+
+@pytest.mark.parametrize("state", [begun, evaluating])
+def test_j_its_version_is_gone_and_it_is_merged_again(state: Any) -> None:
+    record = after(state(), MergeUndone("its group failed", alone=True))
+    assert (record.state, record.merge_key, record.version, record.merge_alone) == (TaskState.MERGING, "", 0, True)
+
+
+def test_j_once_alone_always_alone() -> None:
+    record = after(
+        evaluating(), MergeUndone("group", alone=True), MergeBegun("2"), MergeUndone("rollback", alone=False)
+    )
+    assert record.merge_alone is True
+
+
+# --- refining ----------------------------------------------------------------------------------------------------
+
+
+def test_k_merged_and_to_be_refined() -> None:
+    record = to_refine()
+    assert (record.state, record.version, record.token, record.worker) == (TaskState.REFINING, 3, "", "")
+
+
+def test_l_claimed_and_its_coefficients_are_trained() -> None:
+    record = refining()
+    assert (record.state, record.token, record.worker, record.attempt) == (TaskState.REFINING, "ref", "worker-1", 1)
+    record = trained_again()
+    assert (record.state, record.token, record.worker) == (TaskState.REFINING, "", "")
+    assert (record.refined_key, record.refined_sha256) == ("staging/x/ref/adapter.safetensors", "12" * 32)
+    # What was measured before merging stays: the refined task is scored with its version.
+    assert (record.staging_key, record.local_score, record.train_loss) == (merging().staging_key, 0.9, 0.25)
+    assert (record.train_seconds, record.refined_seconds) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("fault", ["lost", "bug", "preempted"])
+def test_l_within_the_budgets_it_is_claimed_again(fault: str) -> None:
+    record = after(refining(), TrainingFailed("ref", fault, "x", 1.0))
+    assert (record.state, record.token, record.unrefined) == (TaskState.REFINING, "", "")
+    assert next_step(record) is Step.REFINE
+    assert (record.lost_machines, record.own_bugs, record.preemptions) == tuple(
+        int(fault == counted) for counted in ("lost", "bug", "preempted")
+    )
+
+
+def test_m_refined_it_is_judged_in_the_version_that_was_made() -> None:
+    record = after(trained_again(), Refined(4))
+    assert (record.state, record.version, record.unrefined) == (TaskState.EVALUATING, 4, "")
+    assert after(evaluating(), Refined(4)).version == 4  # one of its group, which waited
+
+
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        (TrainingFailed("ref", "input", "too few rows", 1.0), "too few rows"),
+        (RefinementRefused("version 3 went on"), "version 3 went on"),
+    ],
+)
+def test_m_not_refined_it_goes_on_as_it_was_merged(event: Event, why: str) -> None:
+    record = after(refining(), event)
+    assert (record.state, record.version, record.unrefined) == (TaskState.EVALUATING, 3, why)
+    assert after(record, Judged(True, "fine", 1.0)).state is TaskState.PUBLISHED
+
+
+def test_m_over_the_budgets_it_goes_on_too() -> None:
+    record = to_refine()
+    for token in "123":
+        record = after(record, Claimed(token, "w", 1.0), TrainingFailed(token, "lost", "gone", 2.0))
+    assert (record.state, record.lost_machines) == (TaskState.EVALUATING, 3)
+    assert record.unrefined == "gave up after 3 lost machines and 0 internal errors; last: gone"
+
+
+def test_j_merged_again_it_is_merged_as_refined_and_once_is_enough() -> None:
+    record = after(trained_again(), Refined(4), MergeUndone("its group failed", alone=True))
+    assert (record.staging_key, record.adapter_sha256) == (record.refined_key, "12" * 32)
+    assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.EVALUATING
+
+
+def test_a_refinement_again_is_charged_when_it_happens_and_once() -> None:
+    record = after(trained_again(), Refined(4), Judged(True, "fine", 1.0))
+    assert record.use is not None
+    trained = record.use.ended_at
+    again = RefinedAgain("for version 6", "6-again", 3.0, at=trained + HALF_LIFE_SECONDS)
+    record = after(record, again)
+    assert record.use == Use("red", 4.0 / 2 + 3.0, trained + HALF_LIFE_SECONDS)
+    assert record.refined_seconds == 5.0
+    assert advance(record, again, BUDGETS) is record
+    told = after(record, RefinedAgain("not refined again"))
+    assert (told.use, told.refined_seconds) == (record.use, 5.0)
+
+
+@pytest.mark.parametrize("state", [to_refine, refining])
+def test_j_not_yet_refined_it_is_refined_where_it_is_merged_again(state: Any) -> None:
+    record = after(state(), MergeUndone("a rollback", alone=False))
+    assert (record.state, record.token, record.version) == (TaskState.MERGING, "", 0)
+    assert advance(record, REFINED, BUDGETS) is record  # the worker did not hear of it
+    assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.REFINING
+
+
+def test_a_record_can_be_read_again_whatever_was_not_measured() -> None:
+    outcome = trained("tok", local_score=math.nan, metrics={"log_likelihood": math.nan, "rouge_l": 0.5})
+    record = after(training(), TrainingDone(outcome, 1010.0))
+    assert (record.local_score, record.metrics) == (None, {"rouge_l": 0.5})
+    assert TaskRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_what_was_not_asked_for_is_not_refined() -> None:
+    assert evaluating().state is TaskState.EVALUATING
+
+
+def test_training_rows_are_needed_until_the_refinement_and_no_longer() -> None:
+    needed = {state.__name__ for state in ALL if needs_training_rows(state())}
+    assert needed == {"queued", "training", "to_refine", "refining"}
+    assert needs_training_rows(after(task_record(spec=REFINE), CLAIMED, DONE))  # merging, refined next
+
+
+# --- preempting --------------------------------------------------------------------------------------------------
+
+PREEMPT = PreemptRequested("ann")
+
+
+def test_a_preempted_task_goes_back_to_its_place_and_no_budget_pays_for_it() -> None:
+    record = training()
+    for number in range(1, 9):  # more often than any budget allows
+        asked = after(record, PREEMPT)
+        assert (asked.state, asked.preempt_requested) == (TaskState.TRAINING, True)
+        record = after(asked, TrainingFailed("tok", "preempted", "at step 3", 1010.0))
+        assert (record.state, record.preemptions, record.preempt_requested) == (TaskState.QUEUED, number, False)
+        assert (record.lost_machines, record.own_bugs, record.token, record.worker) == (0, 0, "", "")
+        assert (record.submitted_at, record.reason) == (1000.0, "at step 3")
+        record = after(record, CLAIMED)
+    assert record.attempt == 9
+
+
+def test_a_worker_that_is_lost_before_it_wrote_the_checkpoint_costs_what_a_lost_machine_costs() -> None:
+    record = after(training(), PREEMPT, TrainingFailed("tok", "lost", "gone", 1010.0))
+    assert (record.lost_machines, record.preemptions, record.preempt_requested) == (1, 0, False)
+
+
+def test_a_task_that_finished_before_it_heard_of_its_preemption_is_merged() -> None:
+    assert after(training(), PREEMPT, DONE).state is TaskState.MERGING
+
+
+def test_a_task_that_was_cancelled_too_does_not_go_on() -> None:
+    record = after(training(), PREEMPT, CANCEL, TrainingFailed("tok", "preempted", "at step 3", 1.0))
+    assert record.state is TaskState.CANCELLED
+
+
+@pytest.mark.parametrize("state", [queued, to_refine, lambda: after(training(), PREEMPT)])
+def test_preempting_what_waits_already_changes_nothing(state: Any) -> None:
+    record = state()
+    assert advance(record, PREEMPT, BUDGETS) is record
+
+
+@pytest.mark.parametrize(
+    "state", [merging, begun, trained_again, evaluating, published, rejected, parked, rolled_back, cancelled]
+)
+def test_what_does_not_run_cannot_be_preempted(state: Any) -> None:
+    with pytest.raises(Conflict, match="'PreemptRequested' cannot happen"):
+        after(state(), PREEMPT)
+
+
+# --- leases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [TrainingDone(trained("old"), 1.0), TrainingFailed("old", "bug", "x", 1.0)])
+def test_a_worker_whose_lease_was_replaced_is_ignored(event: Event) -> None:
+    record = training()
+    assert advance(record, event, BUDGETS) is record
+
+
+@pytest.mark.parametrize("state", [s for s in ALL if s not in (training, refining)])
+def test_a_worker_that_speaks_when_nothing_trains_is_ignored(state: Any) -> None:
+    record = state()
+    # Queued tasks have no token: a report with an empty one must not pass for theirs.
+    for token in (record.token, ""):
+        assert advance(record, TrainingDone(trained(token), 1.0), BUDGETS) is record
+        assert advance(record, TrainingFailed(token, "bug", "x", 1.0), BUDGETS) is record
+
+
+# --- cancelling --------------------------------------------------------------------------------------------------
+
+CANCEL = CancelRequested("ann", 1001.0)
+
+
+@pytest.mark.parametrize("state", [queued, merging])
+def test_cancelled_at_once_before_it_is_part_of_a_merge(state: Any) -> None:
+    record = after(state(), CANCEL)
+    assert (record.state, record.reason, record.ended_at) == (TaskState.CANCELLED, "cancelled by ann", 1001.0)
+
+
+def test_a_training_task_is_cancelled_when_its_worker_stops() -> None:
+    asked = after(training(), CANCEL)
+    assert (asked.state, asked.cancel_requested) == (TaskState.TRAINING, True)
+    assert after(asked, TrainingFailed("tok", "cancelled", "stopped", 1.0)).state is TaskState.CANCELLED
+
+
+@pytest.mark.parametrize("fault", ["lost", "bug", "input"])
+def test_a_cancelled_task_is_not_tried_again_whatever_ends_it(fault: str) -> None:
+    assert after(training(), CANCEL, TrainingFailed("tok", fault, "x", 1.0)).state is TaskState.CANCELLED
+
+
+def test_a_cancelled_task_that_finished_first_is_cancelled_all_the_same() -> None:
+    assert after(training(), CANCEL, DONE).state is TaskState.CANCELLED
+
+
+def test_cancelling_twice_changes_nothing() -> None:
+    record = cancelled()
+    assert advance(record, CANCEL, BUDGETS) is record
+
+
+@pytest.mark.parametrize("state", [begun, to_refine, refining, evaluating, published])
+def test_what_is_part_of_a_version_is_not_cancelled_but_rolled_back(state: Any) -> None:
+    with pytest.raises(
+        Conflict, match=r"red/alpha: is (merging|refining|evaluating|published) and cannot .*\n.*rollback"
+    ):
+        after(state(), CANCEL)
+
+
+@pytest.mark.parametrize("state", [rejected, parked, rolled_back])
+def test_what_has_ended_is_not_cancelled(state: Any) -> None:
+    with pytest.raises(Conflict, match="cannot be cancelled"):
+        after(state(), CANCEL)
+
+
+# --- everything else ---------------------------------------------------------------------------------------------
+
+EVENTS: tuple[Event, ...] = (
+    CLAIMED,
+    MergeBegun("m"),
+    Merged(3),
+    Refined(4),
+    RefinementRefused("x"),
+    MergeRefused("x", 1.0),
+    MergeUndone("x", True),
+    Judged(True, "x", 1.0),
+    RolledBack("x", 1.0),
+    Restored("x", 3),
+)
+LEGAL = {
+    (queued, Claimed),
+    (merging, MergeBegun), (merging, Merged), (merging, MergeRefused), (merging, MergeUndone),
+    (begun, MergeBegun), (begun, Merged), (begun, MergeRefused), (begun, MergeUndone),
+    (to_refine, Claimed), (to_refine, Refined), (to_refine, RefinementRefused), (to_refine, MergeUndone),
+    (refining, Refined), (refining, RefinementRefused), (refining, MergeUndone),
+    (trained_again, Refined), (trained_again, RefinementRefused), (trained_again, MergeUndone),
+    (evaluating, Refined), (evaluating, MergeUndone), (evaluating, Judged),
+    (published, RolledBack), (published, Restored),
+    (rolled_back, Restored),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", ALL, ids=lambda state: state.__name__)
+def test_an_event_that_is_no_arrow_is_a_conflict(state: Any, event: Event) -> None:
+    if (state, type(event)) in LEGAL:
+        assert advance(state(), event, BUDGETS).state in TaskState
+    else:
+        with pytest.raises(Conflict, match=f"'{type(event).__name__}' cannot happen to a task that is"):
+            advance(state(), event, BUDGETS)
+
+
+def test_the_next_step_is_read_off_the_record_alone() -> None:
+    assert [next_step(state()) for state in ALL] == [
+        Step.TRAIN, Step.AWAIT_ADAPTER, Step.MERGE, Step.MERGE,
+        Step.REFINE, Step.AWAIT_ADAPTER, Step.MERGE_REFINED, Step.JUDGE, *[Step.NOTHING] * 5,
+    ]  # fmt: skip
+
+
+tokens = st.sampled_from(["1", "2", ""])
+faults = st.sampled_from(["lost", "bug", "input", "cancelled", "preempted"])
+any_event = st.one_of(
+    st.builds(Claimed, tokens, st.just("w"), st.floats(1, 9)),
+    st.builds(TrainingDone, tokens.map(trained), st.floats(1, 9)),
+    st.builds(TrainingFailed, tokens, faults, st.just("x"), st.floats(1, 9)),
+    st.builds(MergeBegun, st.just("m")),
+    st.builds(Merged, st.integers(1, 5)),
+    st.builds(Refined, st.integers(1, 5)),
+    st.builds(RefinementRefused, st.just("x")),
+    st.builds(MergeRefused, st.just("x"), st.floats(1, 9)),
+    st.builds(MergeUndone, st.just("x"), st.booleans()),
+    st.builds(Judged, st.booleans(), st.just("x"), st.floats(1, 9)),
+    st.builds(RolledBack, st.just("x"), st.floats(1, 9)),
+    st.builds(Restored, st.just("x"), st.integers(1, 5)),
+    st.builds(CancelRequested, st.just("ann"), st.floats(1, 9)),
+    st.builds(PreemptRequested, st.just("ann")),
+)
+ENDED = (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
+
+
+@given(st.lists(any_event, max_size=30), st.booleans())
+def test_whatever_happens_in_whatever_order_a_task_stays_on_the_drawing(events: list[Event], refine: bool) -> None:
+    record = task_record(spec=REFINE if refine else None)
+    for event in events:
+        before = record.model_dump_json()
+        try:
+            record_after = advance(record, event, BUDGETS)
+        except Conflict:
+            assert record.model_dump_json() == before
+            continue
+        assert record.model_dump_json() == before  # frozen: the old record is never changed
+        # What a database gives back is what was put in.
+        assert TaskRecord.model_validate_json(record_after.model_dump_json()) == record_after
+        record = record_after
+        assert record.state in TaskState
+        # A refinement that used a budget up does not end the task: merged again, it is not refined again.
+        assert record.lost_machines <= BUDGETS.lost_machines_max + 1
+        assert record.own_bugs <= BUDGETS.own_bugs_max + 1
+        assert record.state is not TaskState.PUBLISHED or record.version > 0
+        assert record.state is not TaskState.TRAINING or (record.worker and record.attempt > 0)
+        if record.state in (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED):
+            assert record.ended_at is not None

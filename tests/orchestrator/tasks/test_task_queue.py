@@ -1,0 +1,151 @@
+"""The task queue on real databases: a SQLite file, and a Postgres server of its own where one is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine
+
+from configs.errors import Conflict, InvalidInput, Unavailable
+from orchestrator.tasks.task_events import CancelRequested, Claimed
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import TaskState
+from tests.builders import task_record
+from tests.contracts.task_queue_contract import TaskQueueContract
+
+ROOT = Path(__file__).parents[3]
+
+
+class TestSqliteTaskQueue(TaskQueueContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return f"sqlite:///{tmp_path}/tasks.db"
+
+    def test_an_acknowledged_task_outlives_a_killed_process(self, url: str) -> None:
+        program = (
+            "import os, signal, sys\n"
+            "from orchestrator.tasks.task_lifecycle import Claimed\n"
+            "from orchestrator.tasks.task_queue import TaskQueue\n"
+            "from orchestrator.tasks.task_record import TaskRecord\n"
+            f"queue = TaskQueue({url!r})\n"
+            "queue.add(TaskRecord.model_validate_json(sys.argv[1]))\n"
+            "queue.apply('t-red-a', Claimed('tok', 'worker-0', 1.0))\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        command = [sys.executable, "-c", program, task_record("red/a").model_dump_json()]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        queue = TaskQueue(url)
+        assert (queue.get("t-red-a").state, queue.get("t-red-a").token) == (TaskState.TRAINING, "tok")
+        assert [event.kind for event in queue.events("t-red-a")] == ["submitted", "Claimed"]
+        queue.close()
+
+    def test_a_commit_reaches_the_disk_before_it_is_acknowledged(self, queue: TaskQueue) -> None:
+        with queue._engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def _server_programs() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return found[-1].parent if found else None
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """A Postgres server on the loopback, in a folder and on a port of its own; ended by its process id."""
+    programs = _server_programs()
+    if programs is None:
+        pytest.skip("Postgres is not installed: no /usr/lib/postgresql/*/bin/initdb")
+    folder = Path(tempfile.mkdtemp(prefix="onebasis-postgres-"))
+    # Postgres refuses to run as root.
+    who: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+    if who:
+        shutil.chown(folder, "postgres", "postgres")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    data = str(folder / "data")
+    initdb = [str(programs / "initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8"]
+    subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **who)
+    options = {
+        "listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off",
+        "max_connections": 40, "shared_buffers": "16MB", "autovacuum": "off",
+    }  # fmt: skip
+    log = (folder / "log").open("wb")
+    command = [str(programs / "postgres"), "-D", data, *(f"--{key}={value}" for key, value in options.items())]
+    server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **who)
+    url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+    try:
+        _wait_for(url, server, folder / "log")
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)  # "fast shutdown" in Postgres's words
+        server.wait(20)
+        log.close()
+        shutil.rmtree(folder)
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 30
+    while True:
+        try:
+            TaskQueue(url).close()
+            return
+        except Unavailable:
+            if server.poll() is not None or time.monotonic() > until:
+                raise AssertionError(f"Postgres did not start:\n{log.read_text()}") from None
+            time.sleep(0.05)
+
+
+class TestPostgresTaskQueue(TaskQueueContract):
+    @pytest.fixture
+    def url(self, postgres: str) -> str:
+        engine = create_engine(postgres)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE IF EXISTS tasks, events")
+        engine.dispose()
+        return postgres
+
+    def test_a_writer_that_was_overtaken_reads_again(self, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Between our read and our write somebody cancels. Our claim must not bring the task back to life.
+        record = task_record()
+        queue.add(record)
+        read, overtaken = queue._get, []
+
+        def read_then_be_overtaken(connection: Any, task_id: str) -> Any:
+            found = read(connection, task_id)
+            if not overtaken:
+                overtaken.append(True)
+                queue.apply(task_id, CancelRequested("ann", 1.0))
+            return found
+
+        monkeypatch.setattr(queue, "_get", read_then_be_overtaken)
+        with pytest.raises(Conflict, match="'Claimed' cannot happen to a task that is cancelled"):
+            queue.apply(record.task_id, Claimed("tok", "w", 2.0))
+        assert queue.get(record.task_id).state is TaskState.CANCELLED
+
+
+def test_a_database_that_does_not_answer_is_unavailable_and_its_password_is_not_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(Unavailable) as caught:
+        TaskQueue(f"postgresql+psycopg://me:secret-word@127.0.0.1:{port}/x")
+    assert f"me:***@127.0.0.1:{port}" in str(caught.value)
+    assert "secret-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "oracle+nothing://x/y", ""])
+def test_what_is_no_database_url_is_refused_with_two_that_are(url: str) -> None:
+    with pytest.raises(InvalidInput, match=r"(?s)database_url.*sqlite:///FILE or postgresql\+psycopg://"):
+        TaskQueue(url)

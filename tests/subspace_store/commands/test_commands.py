@@ -1,0 +1,386 @@
+"""`onebasis store …` as a person or a script uses it, on a store in a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from configs.settings import SubspaceSettings
+from subspace_store import SubspaceStore
+from subspace_store.commands import terminal
+from subspace_store.commands.app import SERVICE, app
+from subspace_store.commands.state_folder import SERVER_MODULE, running_server
+from subspace_store.formats.peft import write_peft_folder
+from subspace_store.merging.reorder import reorder
+from subspace_store.merging.variants import VARIANTS, merge_all
+from subspace_store.storage.local import LocalStorage
+from tests.builders import settings
+from tests.subspace_store.builders import merged, opened, random_adapter
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SubspaceStore:
+    """Three published versions in a folder."""
+    store = opened(LocalStorage(str(tmp_path / "place")))
+    for number in (1, 2, 3):
+        merged(store, {f"t{number}": random_adapter(number)})
+        store.publish(number, op_key=f"publish {number}", actor="test")
+    return store
+
+
+@pytest.fixture
+def run(store: SubspaceStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Run a command on the store of the fixture, by its address."""
+    monkeypatch.setenv("ONEBASIS_STATE_DIR", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("USER", "ann")
+    monkeypatch.setattr(terminal.console, "width", 200)
+    return lambda *arguments, **options: CliRunner().invoke(
+        app, [*arguments, "--store", store.storage.url], **options, prog_name="store"
+    )
+
+
+def answer(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_one_sentence_and_the_options_that_all_have(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    described = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert "." in described.help
+    assert all(getattr(option, "help", "x") for option in described.params)
+    for option in ("--json",) if command == "chaos" else ("--store", "--state-dir", "--json"):
+        assert option in result.output
+
+
+def test_a_version_is_tagged_by_any_of_its_names_and_the_tag_is_one_from_then_on(
+    run: Command, store: SubspaceStore
+) -> None:
+    assert answer(run("tags", "--json")) == {}
+    assert answer(run("tag", "gold", "main", "--json")) == {"operation": "tag", "name": "gold", "version": 3}
+    assert run("tag", "same", "gold").stderr == "same is version 3\n"
+    assert run("tag", "old", "1").exit_code == 0
+    assert answer(run("tags", "--json")) == {"old": 1, "gold": 3, "same": 3}
+    assert [line.split() for line in run("tags").stdout.splitlines()[1:]] == [
+        ["old", "1"],
+        ["gold", "3"],
+        ["same", "3"],
+    ]
+    assert store.refresh().epoch == 4
+    refused = run("tag", "gold", "2")
+    assert (refused.exit_code, "tag 'gold' is version 3, for ever" in refused.stderr) == (4, True)
+    assert run("tag", "x", "silver").exit_code == 3
+
+
+def test_main_is_held_with_a_reason_and_released(run: Command, store: SubspaceStore) -> None:
+    assert run("hold", "customers complain").exit_code == 0
+    held = store.refresh().held
+    assert held is not None
+    assert (held.actor, held.reason) == ("ann", "customers complain")
+    assert run("release").exit_code == 0
+    assert store.refresh().held is None
+
+
+def test_a_task_is_quarantined_by_id_or_by_the_name_it_was_merged_under(run: Command, store: SubspaceStore) -> None:
+    assert run("quarantine", "team/t2", "poisoned").exit_code == 0
+    assert run("quarantine", "unborn", "poisoned too").exit_code == 0
+    assert store.refresh().quarantined == {"t2": "poisoned", "unborn": "poisoned too"}
+    assert run("unquarantine", "t2").exit_code == 0
+    assert store.refresh().quarantined == {"unborn": "poisoned too"}
+    assert run("quarantine", "team/unborn", "why").exit_code == 3
+
+
+def test_pins_have_an_owner_and_an_end(run: Command, store: SubspaceStore) -> None:
+    answer(run("pin", "1", "--json"))
+    until = answer(run("pin", "2", "--owner", "serving", "--days", "2", "--json"))["until"]
+    listed = answer(run("pins", "--json"))
+    assert listed == [
+        {"version": 1, "owner": "ann", "until": None},
+        {"version": 2, "owner": "serving", "until": until},
+    ]
+    assert until - store.refresh().versions[1].created_at == pytest.approx(2 * 86400, abs=600)
+    assert re.search(r"1 +ann +until unpinned", run("pins").stdout)
+    assert run("unpin", "1").exit_code == 0
+    assert list(store.refresh().pins) == [2]
+    assert {run("pin", "1", "--days", days).exit_code for days in ("nan", "inf", "-1")} == {2}
+
+
+def test_variants_are_compared_on_the_adapters_of_a_version_as_they_were_delivered(
+    run: Command, store: SubspaceStore
+) -> None:
+    adapters = {f"t{number}": random_adapter(number) for number in (1, 2, 3)}
+    found = answer(run("compare", "--rank", "6", "--json"))
+    assert tuple(found) == VARIANTS
+    for variant in VARIANTS:
+        merged = merge_all(adapters, variant, SubspaceSettings(rank_fixed=6))
+        assert found[variant]["error"] == pytest.approx(merged.error)
+        assert found[variant]["mean_error"] == pytest.approx(sum(merged.error.values()) / 3)
+        assert found[variant]["stored_numbers"] == merged.stored_numbers
+    assert list(answer(run("compare", "1", "--json"))["mean"]["error"]) == ["t1"]
+    assert re.search(r"separate +0.0000 +0.0000 +960 *\n", run("compare").stdout)  # 3 tasks · 4 · (24 + 20 + 16 + 20)
+    assert run("compare", "0").exit_code == 2
+
+
+def test_a_variant_that_the_adapters_cannot_be_merged_in_is_named(run: Command, store: SubspaceStore) -> None:
+    adapter = random_adapter(4)
+    bare = {n: replace(u, gauge_out_RR=None, gauge_in_RR=None) for n, u in adapter.modules.items()}
+    merged(store, {"t4": replace(adapter, modules=bare)})
+    result = run("compare", "candidate", "--json")
+    assert set(answer(result)) == set(VARIANTS) - {"paper"}
+    assert "left out: paper: the factors B and A it was trained as are not known" in result.stderr
+
+
+def test_other_merge_orders_are_tried_on_the_adapters_of_a_version(run: Command, store: SubspaceStore) -> None:
+    adapters = {f"t{number}": random_adapter(number) for number in (1, 2, 3)}
+    report = reorder(adapters, SubspaceSettings(rank_fixed=6), orders=4, seed=9)
+    found = answer(run("reorder", "--rank", "6", "--orders", "4", "--seed", "9", "--json"))
+    assert [row["task_id"] for row in found["tasks"]] == list(adapters)
+    for row in found["tasks"]:
+        spread = report.of_task(row["task_id"])
+        assert row["orders"] == pytest.approx({"low": spread.low, "median": spread.median, "high": spread.high})
+        assert row["given"] == pytest.approx(report.given[row["task_id"]])
+        assert row["at_once"] == pytest.approx(report.at_once[row["task_id"]])
+    assert found["mean"]["orders"]["median"] == pytest.approx(report.of_mean.median)
+    assert f"{report.of_mean.high:.4f}" in run("reorder", "--rank", "6", "--orders", "4", "--seed", "9").stdout
+    assert store.refresh().refs["main"] == 3
+
+
+def test_nothing_expires_and_nothing_is_deleted_unless_it_is_said_twice(run: Command, store: SubspaceStore) -> None:
+    everything = store.storage.keys("")
+    assert answer(run("expire", "--keep-last", "1", "--json")) == {"versions": [1, 2], "expired": False}
+    assert "would expire: versions 1, 2 (--yes does it)" in run("expire", "--keep-last", "1").stderr
+    assert answer(run("collect", "--json"))["deleted"] is False
+    assert store.storage.keys("") == everything
+    run("expire", "--keep-last", "1", "--yes")
+    assert store.refresh().expired == (1, 2)
+    would = answer(run("collect", "--json"))
+    assert would["blobs"]
+    assert set(would["blobs"]) < set(store.storage.keys("blobs/"))
+    assert answer(run("collect", "--really", "--json")) == would | {"deleted": True}
+    assert not set(would["blobs"]) & set(store.storage.keys("blobs/"))
+    assert answer(run("verify", "--deep", "--json")) == []
+    assert "nothing can expire" in run("expire", "--keep-last", "1", "--yes").stderr
+
+
+def test_versions_expire_by_name_unless_something_needs_them(run: Command, store: SubspaceStore) -> None:
+    run("pin", "1")
+    needed = run("expire", "1", "2", "--yes")
+    assert (needed.exit_code, "version 1 is needed: ann pinned it" in needed.stderr) == (4, True)
+    run("unpin", "1")
+    assert run("expire", "2", "1").stderr == "would expire: versions 2, 1 (--yes does it)\n"
+    assert run("expire", "1", "2", "--yes").exit_code == 0
+    assert store.refresh().expired == (1, 2)
+    for wrong in ([], ["1", "--keep-last", "1"], ["--keep-last", "0"]):
+        assert run("expire", *wrong).exit_code == 2
+
+
+def test_adapters_are_let_go_of_by_name_and_then_collected(run: Command, store: SubspaceStore) -> None:
+    adapters = [task.adapter for number in (1, 2) for task in store.state.versions[number].added]
+    size = sum(ref.size_bytes for ref in adapters) / 1e6
+    would = run("drop-adapters", "team/t1", "t2")
+    assert would.stderr == f"would let go of 2 adapters, {size:.1f} MB (--yes does it)\n"
+    assert store.refresh().heads == {}
+    assert run("drop-adapters", "team/t1", "t2", "--yes").exit_code == 0
+    assert set(store.refresh().heads) == {ref.key for ref in adapters}
+    assert set(answer(run("collect", "--json"))["blobs"]) == {ref.key for ref in adapters}
+    assert run("drop-adapters", "team/t1", "--yes").stderr == "nothing to let go\n"
+
+
+def test_the_log_is_shown_whole_or_its_end(run: Command) -> None:
+    run("hold", "[red]why[/red]")
+    entries = answer(run("log", "--json"))
+    assert [entry["op"] for entry in entries] == ["acquire", *["merge", "publish"] * 3, "acquire", "hold"]
+    assert answer(run("log", "--last", "2", "--json")) == entries[-2:]
+    assert run("log", "--last", "0").exit_code == 2
+    shown = run("log").stdout
+    assert "version 1: team/t1" in shown
+    assert "[red]why[/red]" in shown
+
+
+def test_verify_finds_a_lost_object_at_once_and_a_changed_one_with_deep(run: Command, store: SubspaceStore) -> None:
+    assert "is as its log says" in run("verify").stdout
+    version = store.state.versions[2]
+    content = store.storage.read(version.basis.key)
+    store.storage.write(version.basis.key, content[:-1] + bytes([content[-1] ^ 1]))
+    assert run("verify").exit_code == 0
+    deep = run("verify", "--deep", "--json")
+    assert deep.exit_code == 7
+    assert version.basis.key in json.loads(deep.stdout)[0]["where"]
+    store.storage.write(version.basis.key, content + b"x")
+    assert run("verify").exit_code == 7
+    store.storage.delete(version.basis.key)
+    lost = run("verify")
+    assert (lost.exit_code, "gone" in lost.stdout) == (7, True)
+
+
+def test_the_doctor_says_what_it_tried(run: Command, store: SubspaceStore) -> None:
+    before = store.storage.keys("")
+    checks = answer(run("doctor", "--json"))
+    assert checks
+    assert all(check["ok"] for check in checks)
+    assert run("doctor").stdout.count("ok") >= len(checks)
+    assert store.storage.keys("") == before
+
+
+def test_reading_commands_fence_nobody(run: Command, store: SubspaceStore) -> None:
+    for command in (["tags"], ["pins"], ["log"], ["verify"], ["collect"], ["expire", "--keep-last", "1"]):
+        assert run(*command).exit_code == 0
+    assert store.refresh().epoch == 1
+
+
+def test_an_address_without_a_store_is_told_and_nothing_is_made_there(tmp_path: Path) -> None:
+    for command in (["tags"], ["hold", "why"], ["collect", "--really"]):
+        result = CliRunner().invoke(app, [*command, "--store", f"file:{tmp_path}/typo", "--state-dir", str(tmp_path)])
+        assert result.exit_code == 3
+        assert "no store is here" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_service_and_an_address_the_command_says_what_to_name(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["tags", "--state-dir", str(tmp_path), "--json"])
+    assert result.exit_code == 5
+    assert "--store URL" in json.loads(result.stdout)["error"]["todo"]
+
+
+# Beside a service
+
+
+@pytest.fixture
+def served(store: SubspaceStore, tmp_path: Path) -> Path:
+    """A state folder whose service writes to the store, as far as anybody can see."""
+    state_dir = tmp_path / "state"
+    state_dir.mkdir()
+    chosen = settings(state_dir, storage={"url": f"file:{tmp_path}"}, base_model=_base("place"))
+    (state_dir / "settings.yaml").write_text(json.dumps(chosen.model_dump(mode="json")))
+    sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()", SERVER_MODULE, str(state_dir)]
+    with subprocess.Popen(sleeper, stdin=subprocess.PIPE) as server:
+        (state_dir / "server.json").write_text(json.dumps({"pid": server.pid}))
+        while running_server(state_dir) is None:  # a new process has no command line for a moment
+            time.sleep(0.01)
+        yield state_dir
+        server.communicate()
+
+
+def _base(name: str) -> dict[str, str]:
+    return {"name": name, "source": "nowhere", "weights_sha256": "0" * 64}
+
+
+def test_while_a_service_writes_a_command_does_not_unless_it_is_forced_by_address(
+    store: SubspaceStore, served: Path
+) -> None:
+    runner = CliRunner()
+    here = ["--state-dir", str(served)]
+    for command in (["hold", "why"], ["collect", "--really"], ["hold", "why", "--force"]):
+        for where in (here, [*here, "--store", store.storage.url]):
+            if "--force" in command and "--store" in where:
+                continue
+            refused = runner.invoke(app, [*command, *where])
+            assert (refused.exit_code, "onebasis down" in refused.stderr) == (4, True), (command, where)
+    assert store.refresh().epoch == 1
+    assert runner.invoke(app, ["tags", *here]).exit_code == 0
+    assert runner.invoke(app, ["hold", "why", *here, "--store", store.storage.url, "--force"]).exit_code == 0
+    assert store.refresh().held is not None
+
+
+def test_what_is_written_through_the_running_service_fences_nobody(
+    store: SubspaceStore, served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    token = SERVICE.set(lambda *request: asked.append(request))
+    monkeypatch.chdir(served.parent)  # the service was started with a full path, a person seldom types one
+    result = CliRunner().invoke(app, ["tag", "gold", "main", "--state-dir", served.name])
+    SERVICE.reset(token)
+    assert result.exit_code == 0
+    assert asked == [(Path(served.name), "tag", {"name": "gold", "version": 3})]
+    assert store.refresh().epoch == 1
+
+
+def test_another_store_than_the_services_is_written_to_beside_it(served: Path, tmp_path: Path) -> None:
+    other = opened(LocalStorage(str(tmp_path / "other")))
+    result = CliRunner().invoke(app, ["hold", "why", "--state-dir", str(served), "--store", other.storage.url])
+    assert result.exit_code == 0
+    assert other.refresh().held is not None
+
+
+def test_the_service_here_is_the_default_once_it_is_down(store: SubspaceStore, served: Path) -> None:
+    (served / "server.json").write_text('{"pid": 0}')
+    assert CliRunner().invoke(app, ["tag", "gold", "2", "--state-dir", str(served)]).exit_code == 0
+    assert store.refresh().tags == {"gold": 2}
+
+
+def test_the_package_itself_is_the_command(
+    store: SubspaceStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["subspace_store", "pins", "--store", store.storage.url, "--json"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("subspace_store", run_name="__main__")  # as `python -m` does
+    assert (end.value.code, json.loads(capsys.readouterr().out)) == (0, [])
+
+
+def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
+    run: Command, store: SubspaceStore, tmp_path: Path
+) -> None:
+    write_peft_folder(tmp_path / "new", random_adapter(9), "tiny")
+    found = answer(run("forecast", str(tmp_path / "new"), "--json"))
+    expected = store.forecast({"x": random_adapter(9)})
+    assert found["parent"] == 3
+    assert list(found["error_at_birth"].values()) == pytest.approx([expected.error_at_birth["x"]], rel=1e-4)
+    assert found["drift"] == pytest.approx(expected.drift, abs=1e-6)
+    text = run("forecast", str(tmp_path / "new")).stdout
+    assert "team/t1" in text
+    assert "energy in the basis already" in text
+    assert "no such folder" in run("forecast", str(tmp_path / "gone")).output
+
+
+def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
+    assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [2, 3], "removed": False}
+    assert store.refresh().refs["main"] == 3
+    done = answer(run("remove", "team/t2", "--yes", "--reason", "licence", "--json"))
+    assert done == {"task_id": "t2", "version": 4, "approximate": [], "removed": True}
+    reader = opened(store.storage, writer=None)
+    assert reader.state.refs == {"candidate": 4, "main": 4}
+    assert list(reader.state.tasks_at(4)) == ["t1", "t3"]
+    assert "team/t2: version 3 → 4: licence" in run("log").stdout
+    assert "does not hold team/t2" in run("remove", "team/t2", "--yes").output
+    opened(store.storage).rollback(3, op_key="back", actor="test")
+    assert answer(run("remove", "team/t2", "--yes", "--json"))["version"] == 5
+    assert list(store.refresh().tasks_at(store.state.refs["main"])) == ["t1", "t3"]
+
+
+def test_removing_tells_of_every_task_that_was_merged_from_its_coefficients(run: Command, store: SubspaceStore) -> None:
+    store.drop_adapters(["t2"], actor="me")
+    done = answer(run("remove", "t1", "--yes", "--json"))
+    assert (done["version"], done["approximate"]) == (5, ["t2"])  # by version 4, on the way
+    opened(store.storage).rollback(3, op_key="back", actor="me")
+    told = run("remove", "t1", "--yes").stderr
+    assert "version 7 is as if team/t1 had never been merged, but approximate" in told
+    assert told.endswith("from their coefficients were t2\n")
+
+
+def test_all_tasks_of_a_version_are_exported_and_listed(run: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = answer(run("export", "-o", str(out), "--base", "hub/base", "--json"))
+    assert [one["name"] for one in found] == ["team+t1@v3", "team+t2@v3", "team+t3@v3"]
+    assert run("export", "team/t1", "-o", str(out), "--version", "2", "--base", "hub/base").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapters.json", "team+t1@v2", "team+t1@v3", "team+t2@v3", "team+t3@v3",
+    ]  # fmt: skip
+    assert len(json.loads((out / "adapters.json").read_text())) == 4

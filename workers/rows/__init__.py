@@ -1,0 +1,1 @@
+"""Files of examples, checked and frozen. No torch here: the control plane imports it."""

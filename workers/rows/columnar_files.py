@@ -1,0 +1,197 @@
+"""Rows of parquet files and of folders that `datasets` saved, a few at a time.
+
+These formats say how much comes next, and a stranger's file may say anything: nothing here takes a row group, a record
+batch or one value for small because such things mostly are. Files are read and not mapped: one that is cut short while
+it is read is then an error, where a mapped one would end the process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from configs.errors import InvalidInput
+from workers.rows.columns import ROW_BYTES_MAX, Columns, Values, check_header, shown, too_large
+
+ROWS_AT_ONCE = 256
+"""Rows that become Python values at once, if they are small."""
+ARROW_BYTES = 4 * ROW_BYTES_MAX
+"""Of the rows of parquet that are decoded at once."""
+PYTHON_BYTES = 2**20
+"""Of the rows that become Python values at once."""
+READ_BYTES = 2**20
+MESSAGE_BYTES_MAX = 2**30
+"""Of one record batch in a folder; `datasets` writes 1,000 rows."""
+
+
+def read_parquet(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
+    """See `row_files.read_file`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # With a buffer it reads page by page, without one a whole column of a row group.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as file:
+            check_header(columns, file.schema_arrow.names, str(path))
+            names = list(columns.values())
+            batches = file.iter_batches(_rows_at_once(path, file.metadata, names), columns=names)
+            yield from _rows(batches, file.schema_arrow, str(path))
+    except (pa.ArrowException, ValueError, IndexError) as error:
+        raise InvalidInput(f"is not a readable parquet file: {error}", str(path), "write it again") from error
+
+
+def _rows_at_once(path: Path, metadata: Any, names: Sequence[str]) -> int:
+    """How many rows to decode: all of them may name the largest value of a column's dictionary, which is there once.
+
+    So two kilobytes can become gigabytes.
+    """
+    largest = 1
+    with open(path, "rb") as file:
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                wanted = any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)
+                if wanted and chunk.has_dictionary_page:
+                    file.seek(chunk.dictionary_page_offset)
+                    largest = max(largest, _page_bytes(file.read(32)))
+    return max(1, min(ROWS_AT_ONCE, ARROW_BYTES // largest))
+
+
+def _page_bytes(head: bytes) -> int:
+    """A page's size when unpacked, which parquet's metadata do not tell and pyarrow does not show.
+
+    It is the second field of the page's head, in Thrift's compact form: 0x15 for "the next field, int32", then a
+    zigzag number of seven bits a byte.
+    """
+    at = value = 0
+    for _ in range(2):
+        if head[at] != 0x15:
+            raise ValueError("a page's head is no such")
+        value = shift = 0
+        while True:
+            at += 1
+            value |= (head[at] & 0x7F) << shift
+            shift += 7
+            if head[at] < 0x80:
+                break
+        at += 1
+    return value >> 1
+
+
+def read_folder(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
+    """See `row_files.read_file`. Without `datasets`: importing it takes a second, and it follows paths."""
+    import pyarrow as pa
+
+    first = 0
+    for name in _files_of(path):
+        where = str(path / name)
+        try:
+            with open(path / name, "rb") as file, pa.ipc.open_stream(pa.PythonFile(_Guarded(file))) as stream:
+                check_header(columns, stream.schema.names, str(path))
+                for batch in stream:
+                    where = f"{path / name}, rows {first + 1} to {first + batch.num_rows} of the folder"
+                    batch.validate(full=True)  # wrong lengths would lead out of the batch
+                    yield from _rows([batch.select(list(columns.values()))], stream.schema, str(path), first)
+                    first += batch.num_rows
+        except (pa.ArrowException, ValueError) as error:
+            raise InvalidInput(f"is not a readable Arrow file: {error}", where, "save it again") from error
+
+
+class _Guarded(io.RawIOBase):
+    """A file of which nobody reads more than one record batch at once: the size is what the file says it is."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MESSAGE_BYTES_MAX:
+            raise ValueError(f"a record batch of {size} bytes, more than {MESSAGE_BYTES_MAX}")
+        return self._file.read(size)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _files_of(folder: Path) -> list[str]:
+    if (splits := folder / "dataset_dict.json").is_file():
+        try:
+            known = shown([str(name) for name in json.loads(splits.read_text())["splits"]])
+        except (ValueError, KeyError, TypeError):
+            known = "?"
+        raise InvalidInput(f"has several splits: {known}", str(folder), "name one of them: FOLDER/SPLIT")
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        names = [str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(
+            f"is a folder, but not one of datasets' save_to_disk ({error})", str(folder), "name a file"
+        ) from error
+    for name in names:
+        if name in ("", ".", "..") or PurePath(name).name != name:
+            raise InvalidInput(f"names a file outside itself: {name!r}", str(folder / "state.json"), "save it again")
+    return names
+
+
+def _rows(batches: Iterable[Any], schema: Any, path: str, first: int = 0) -> Iterator[tuple[str, Values]]:
+    classes = _class_names(schema)
+    for batch in batches:
+        size = batch.nbytes
+        # What counts in `size` may be shared by all rows; of few of them, or one, it says whether it is.
+        if size > ROW_BYTES_MAX:
+            _check_sizes(batch, path, first)
+        step = max(1, min(ROWS_AT_ONCE, batch.num_rows * PYTHON_BYTES // max(1, size)))
+        for start in range(0, batch.num_rows, step):
+            for values in _as_python(batch.slice(start, step), path, first):
+                first += 1
+                for column, names in classes.items():
+                    value = values.get(column)
+                    if isinstance(value, int) and 0 <= value < len(names):
+                        values[column] = names[value]
+                yield f"{path}, row {first}", values
+
+
+def _check_sizes(batch: Any, path: str, first: int) -> None:
+    """Refuse a row that is too large."""
+    for index in range(batch.num_rows):
+        if sum(_value_bytes(column.slice(index, 1)) for column in batch.columns) > ROW_BYTES_MAX:
+            raise too_large(f"{path}, row {first + index + 1}")
+
+
+def _value_bytes(value: Any) -> int:
+    """Of an array of one value; alone, where it points into what others point into as well."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(value.type):
+        value = value.dictionary_decode()
+    if pa.types.is_string_view(value.type) or pa.types.is_binary_view(value.type):
+        value = value.cast(pa.large_binary())
+    return int(value.nbytes)
+
+
+def _as_python(batch: Any, path: str, first: int) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # no UTF-8, a date before the first: which row, few of them tell
+        for index in range(batch.num_rows if batch.num_rows > 1 else 0):
+            _as_python(batch.slice(index, 1), path, first + index)
+        where = f"{path}, row {first + 1}"
+        raise InvalidInput(f"has a value that cannot be read: {error}", where, "mend it, or drop the row") from error
+    return rows
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Columns that `datasets` knows as ClassLabel, with their names: a name means the same in any order of labels."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError):
+        return {}

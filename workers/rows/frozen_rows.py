@@ -1,0 +1,360 @@
+"""A task's rows as they are kept: one form for all formats, read by index from a mapped file.
+
+The form is Arrow's file format, not compressed, because Trainer asks for rows in random order: a row is found in the
+mapped file without decoding others, where parquet decodes a row group and JSON lines all that comes before. It is
+written front to back, so neither side holds a file in memory. Pictures stay encoded if they came so.
+
+What names evaluation rows (`sha256`) is a digest of what the rows say, not of the file: the same rows from .csv and
+.parquet are the same task data. The file's own digest is part of its key, and whoever opens it compares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import mmap
+import struct
+import tempfile
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, overload
+
+from configs.errors import Corrupt, InvalidInput, Unavailable
+from configs.task_spec import Kind, TaskSpec
+from subspace_store.storage.protocol import Storage
+from workers.metrics import CORRELATIONS
+from workers.rows.task_data import (
+    CompletionRow,
+    ImageRow,
+    Row,
+    TextRow,
+    decode_picture,
+    input_digest,
+    label_of,
+    read_rows,
+    rows_in,
+)
+
+SPOOLED_BYTES = 8 * 2**20
+"""Up to here frozen rows wait in memory, above in a temporary file."""
+BATCH_BYTES = 4 * 2**20
+BATCH_ROWS = 4096
+PIECE = 64 * 2**20
+"""Bytes that are asked of the storage at once; rows that fit into one piece are not put into a file."""
+FROZEN_BYTES_MAX = 256 * 2**30
+"""A packed file of megabytes can unpack to what fills the disk."""
+
+
+@dataclass(frozen=True)
+class FrozenRows:
+    """Checked rows on their way to the storage."""
+
+    file: IO[bytes] = field(repr=False)
+    file_sha256: str
+    sha256: str
+    """Of what the rows say, in their order."""
+    count: int
+    per_label: Mapping[str, int]
+    """Label name to rows, in the order of label_names; a label without rows has 0."""
+
+    def key(self, folder: str, name: str) -> str:
+        """Where to keep them."""
+        return f"{folder}/{name}-{self.file_sha256}.arrow"
+
+    def write(self, storage: Storage, key: str) -> None:
+        """Upload them piece by piece."""
+        self.file.seek(0)
+        with storage.stream(key, head_size=0) as out:
+            while piece := self.file.read(PIECE // 16):
+                out.append(piece)
+            out.finish(b"")
+
+
+@dataclass(frozen=True)
+class FrozenTask:
+    """All rows that a task brings. To be closed."""
+
+    train: FrozenRows | None = None
+    evaluation: FrozenRows | None = None
+    shared_rows: int = 0
+    """Training rows that are also evaluation rows, whatever their labels."""
+
+    def close(self) -> None:
+        """Let go of the temporary files."""
+        for rows in (self.train, self.evaluation):
+            if rows:
+                rows.file.close()
+
+
+def freeze(spec: TaskSpec, train: Path | None, evaluation: Path | None) -> FrozenTask:
+    """Check a task's files, and write what they say into temporary files of the one form.
+
+    Args:
+        spec: Without `evaluation`, data.eval_fraction of the training rows is kept for evaluation. Which ones, a digest
+            of each row without its label decides: the same ones in any order and whatever is added, and equal rows on
+            one side. So the share is met only roughly when rows are few.
+        train: File or folder of training rows, if there is one.
+        evaluation: The same for evaluation rows.
+
+    Raises:
+        InvalidInput: See `rows_in`; or a file or a side of the split has no rows; or all evaluation rows have one label
+            and the task's metric is a correlation.
+        Unavailable: No space for the temporary files.
+
+    Cost:
+        About 10 µs for a row of text. Memory for one batch of rows, and 8 bytes for each evaluation row.
+    """
+    import numpy as np
+
+    fraction = 0.0 if evaluation else spec.data.eval_fraction or 0.0
+    evaluated, trained = _Writer(spec), _Writer(spec)
+    shared, seen = 0, array("Q")
+    with contextlib.ExitStack() as undo, _space_needed("the rows"):
+        undo.callback(trained.file.close)
+        undo.callback(evaluated.file.close)
+        if evaluation:
+            for row in rows_in(evaluation, spec):
+                digest = input_digest(row)
+                seen.append(_number(digest))
+                evaluated.add(row, digest)
+            _some(evaluated, str(evaluation), "give at least one row")
+            np.frombuffer(seen, np.uint64).sort()
+        if train:
+            for row in rows_in(train, spec):
+                digest = input_digest(row)
+                number = _number(digest)
+                at = bisect_left(seen, number)
+                shared += at < len(seen) and seen[at] == number
+                (evaluated if number < fraction * 2**64 else trained).add(row, digest)
+            _some(trained, str(train), "give at least one row" if not fraction else "lower data.eval_fraction")
+            if fraction:
+                _some(evaluated, str(train), "raise data.eval_fraction or give more rows", " for evaluation")
+        if evaluated.count and not evaluated.varies and spec.metric in CORRELATIONS:
+            raise InvalidInput(
+                f"all {evaluated.count} evaluation rows have the same label: {spec.metric} is not defined",
+                str(evaluation or train),
+                "give evaluation rows with several labels, or choose another metric",
+            )
+        frozen = FrozenTask(
+            trained.finish() if train else None,
+            evaluated.finish() if evaluation or fraction else None,
+            shared,
+        )
+        undo.pop_all()
+    return frozen
+
+
+def open_rows(storage: Storage, key: str, spec: TaskSpec) -> StoredRows:
+    """Frozen rows, to be asked for by index.
+
+    Args:
+        key: As `FrozenRows.key` made it; or of gzipped JSON lines, as earlier releases kept rows.
+
+    Returns:
+        The rows in their order. Each is made when it is asked for. More than `PIECE` from another machine lies in a
+        temporary file, mapped, that is gone when the rows are.
+
+    Raises:
+        NotFound: Nothing is there.
+        Corrupt: The bytes are not what was written.
+        Unavailable: The storage was away, or there is no space for the temporary file.
+    """
+    where = f"{storage.url}/{key}"
+    if not key.endswith(".arrow"):
+        packed = storage.read(key)
+        batch = _batch([_values(row)[0] for row in read_rows(packed, spec, where)], spec.kind)
+        return StoredRows([batch], spec.kind, hashlib.sha256(packed).hexdigest())
+    import pyarrow as pa
+
+    content, sha256 = _fetched(storage, key, where)
+    if sha256 != key.rpartition("-")[2].removesuffix(".arrow"):
+        raise Corrupt(f"has sha256 {sha256[:12]}…, not what its name says", where, "submit the task again")
+    reader = pa.ipc.open_file(content)
+    return StoredRows([reader.get_batch(number) for number in range(reader.num_record_batches)], spec.kind, sha256)
+
+
+def _fetched(storage: Storage, key: str, where: str) -> tuple[Any, str]:
+    """The object as an Arrow buffer, in memory when it is small, else mapped; and its digest."""
+    import pyarrow as pa
+
+    piece = storage.view(key, 0, PIECE)
+    if isinstance(piece.obj, mmap.mmap):  # a storage that maps its files: the whole takes no memory either
+        piece = storage.view(key)
+    elif len(piece) == PIECE:
+        return _downloaded(storage, key, piece, where)
+    return pa.py_buffer(piece), hashlib.sha256(piece).hexdigest()
+
+
+def _downloaded(storage: Storage, key: str, piece: memoryview, where: str) -> tuple[Any, str]:
+    """As `_fetched`, through a temporary file that has no name any more; `piece` is the first."""
+    import pyarrow as pa
+
+    digest = hashlib.sha256(piece)
+    with _space_needed(where), tempfile.NamedTemporaryFile(prefix="onebasis-rows-") as file:
+        file.write(piece)
+        while len(piece) == PIECE:
+            piece = storage.view(key, file.tell(), PIECE)
+            digest.update(piece)
+            file.write(piece)
+        file.flush()
+        return pa.memory_map(file.name).read_buffer(), digest.hexdigest()
+
+
+class StoredRows(Sequence[Row]):
+    """Frozen rows, made one by one from Arrow batches."""
+
+    def __init__(self, batches: Sequence[Any], kind: Kind, sha256: str) -> None:
+        self.sha256 = sha256
+        """Of the stored file."""
+        self._columns = [batch.columns for batch in batches]
+        self._ends = list(itertools.accumulate(batch.num_rows for batch in batches))
+        makers: dict[Kind, Callable[..., Row]] = {"causal_lm": _completion, "image_classification": _image}
+        self._make = makers.get(kind, TextRow)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        at = range(len(self))[index]  # from the end where negative; IndexError
+        batch = bisect_right(self._ends, at)
+        inside = at - (self._ends[batch - 1] if batch else 0)
+        return self._make(*(column[inside].as_py() for column in self._columns[batch]))
+
+    def __iter__(self) -> Iterator[Row]:
+        for columns in self._columns:
+            for values in zip(*(column.to_pylist() for column in columns), strict=True):
+                yield self._make(*values)
+
+
+class _Writer:
+    """Rows on their way into a temporary file."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self.file: Any = tempfile.SpooledTemporaryFile(SPOOLED_BYTES)  # noqa: SIM115 (FrozenTask.close)
+        self.count = 0
+        self._spec = spec
+        self._labels: Counter[Any] = Counter()
+        self.varies = False
+        """Whether there are two labels that differ."""
+        self._first = b""
+        self._digest = hashlib.sha256()
+        self._rows: list[tuple[Any, ...]] = []
+        self._bytes = 0
+        self._out: Any = None
+
+    def add(self, row: Row, digest: bytes) -> None:
+        """Take a row and its `input_digest`."""
+        values, size = _values(row)
+        label = label_of(row)
+        self._digest.update(digest + repr(label).encode())
+        if isinstance(label, int):
+            self._labels[label] += 1
+        if not self.varies and label is not None:
+            seen = struct.pack("f", label + 0.0)  # as it will be scored, in float32; and −0.0 is 0.0
+            self._first = self._first or seen
+            self.varies = seen != self._first
+        self._rows.append(values)
+        self._bytes += size
+        self.count += 1
+        if self._bytes >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
+            self._flush()
+
+    def finish(self) -> FrozenRows:
+        self._flush()
+        self._out.close()
+        self.file.seek(0)
+        names = self._spec.data.label_names
+        return FrozenRows(
+            self.file,
+            hashlib.file_digest(self.file, "sha256").hexdigest(),
+            self._digest.hexdigest(),
+            self.count,
+            {name: self._labels[index] for index, name in enumerate(names)},
+        )
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        batch = _batch(self._rows, self._spec.kind)
+        self._out = self._out or pa.ipc.new_file(self.file, batch.schema)
+        self._out.write_batch(batch)
+        self._rows, self._bytes = [], 0
+        if self.file.tell() > FROZEN_BYTES_MAX:
+            raise InvalidInput(f"the rows are more than {FROZEN_BYTES_MAX} bytes", "data", "submit fewer rows")
+
+
+def _schema(kind: Kind) -> Any:
+    import pyarrow as pa
+
+    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    columns: dict[Kind, list[tuple[str, Any]]] = {
+        "sequence_classification": [("text", pa.string()), ("text_pair", pa.string()), ("label", pa.int64())],
+        "sequence_regression": [("text", pa.string()), ("text_pair", pa.string()), ("label", pa.float64())],
+        "causal_lm": [("turns", pa.list_(turn)), ("is_chat", pa.bool_())],
+        # An encoded picture has no shape.
+        "image_classification": [("picture", pa.binary()), ("shape", pa.list_(pa.int32())), ("label", pa.int64())],
+    }
+    return pa.schema(columns[kind])
+
+
+def _batch(rows: Sequence[tuple[Any, ...]], kind: Kind) -> Any:
+    import pyarrow as pa
+
+    schema = _schema(kind)
+    columns = zip(*rows, strict=True) if rows else ((),) * len(schema)
+    arrays = [pa.array(column, type_) for column, type_ in zip(columns, schema.types, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _values(row: Row) -> tuple[tuple[Any, ...], int]:
+    """A row as values of the schema's columns, and about how many bytes they take."""
+    match row:
+        case TextRow():
+            return (row.text, row.text_pair, row.label), len(row.text) + len(row.text_pair or "") + 16
+        case CompletionRow():
+            turns = [{"role": role, "content": content} for role, content in row.turns]
+            return (turns, row.is_chat), sum(len(content) + 16 for _, content in row.turns)
+        case ImageRow():
+            content = row.encoded or row.image.tobytes()
+            return (content, [] if row.encoded else list(row.image.shape), row.label), len(content) + 32
+
+
+def _completion(turns: Sequence[Mapping[str, str]], is_chat: bool) -> Row:
+    return CompletionRow(tuple((turn["role"], turn["content"]) for turn in turns), is_chat)
+
+
+def _image(content: bytes, shape: Sequence[int], label: int) -> Row:
+    import numpy as np
+
+    if not shape:
+        return ImageRow(decode_picture(content, "a frozen row"), label, content)
+    return ImageRow(np.frombuffer(content, np.uint8).reshape(shape), label)
+
+
+@contextlib.contextmanager
+def _space_needed(what: str) -> Iterator[None]:
+    """All other refusals of the file system have been named before."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"no temporary file for {what}: {error}", tempfile.gettempdir(), "make space") from error
+
+
+def _some(writer: _Writer, where: str, todo: str, side: str = "") -> None:
+    if not writer.count:
+        raise InvalidInput(f"has no rows{side}", where, todo)
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,347 @@
+"""Rows of every kind of task: what they are, and that each row of a file is one.
+
+Light on purpose (no torch, no transformers, numpy and pictures only for pictures): the control plane checks every
+submission with it. How files are read is row_files.py, how rows are kept frozen_rows.py; tokenising happens batch by
+batch while training, so that the first step does not wait for the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import InvalidInput
+from configs.task_spec import DataSpec, TaskSpec
+from workers.rows.columns import Columns, Values, shown
+from workers.rows.row_files import numbered_lines, read_file, read_json_lines
+
+if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
+
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What is decoded; of the others some start other programs."""
+GRAY_MODES = ("1", "L")
+COLOUR_MODES = ("P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+PIXELS_MAX = 89_478_485
+"""Of one picture, Pillow's own limit: a few kilobytes of PNG unpack to gigabytes."""
+SIDES_MAX = 200
+"""How many times longer a picture may be than it is wide, or the other way round. Many image processors bring the
+shorter side to their size: of 1×80,000,000 pixels they would make 224×17,920,000,000. The number is Qwen2-VL's."""
+TEXT_CHARACTERS_MAX = 2**22
+"""Of one text in any format: eight times what data.max_length allows, at four characters a token. A tokenizer takes a
+hundred bytes and a microsecond for each, before it cuts."""
+FLOAT32_MAX = 3.4e38
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One text, or two, with its label."""
+
+    text: str
+    text_pair: str | None
+    label: int | float
+    """Index into the task's label_names; for sequence_regression a finite number."""
+
+
+Turn = tuple[str, str]
+"""(role, content) of one message; the role is `system`, `user` or `assistant`."""
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """What a language model is given, and what it should answer."""
+
+    turns: tuple[Turn, ...]
+    """The last turn is the assistant's: the completion, on which alone the loss is. At least one comes before."""
+    is_chat: bool
+    """True: the row had messages, and the tokenizer's chat template applies. False: it had a prompt and a completion,
+    the contents of its two turns, to be joined as they are."""
+
+    @property
+    def completion(self) -> str:
+        return self.turns[-1][1]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRow:
+    """One picture with its label."""
+
+    image: NDArray[uint8]
+    """H×W×C, 0 to 255; C is 1 or 3."""
+    label: int
+    """Index into the task's label_names."""
+    encoded: bytes = field(default=b"", repr=False)
+    """The file that the picture was decoded from, if it came as one: kept instead of ten times as many pixels."""
+
+
+Row = TextRow | CompletionRow | ImageRow
+
+
+def rows_in(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    """The rows of a file of any format, each checked; the file is never in memory.
+
+    Raises:
+        InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown. Names
+            the file and the row, counted from 1.
+    """
+    make = _maker(spec)
+    for where, values in read_file(path, columns_of(spec)):
+        yield make(values, where)
+
+
+def read_rows(content: bytes, spec: TaskSpec, where: str = "rows") -> tuple[Row, ...]:
+    """The rows of a file of JSON lines, gzipped or not, that is in memory.
+
+    Raises:
+        InvalidInput: See `rows_in`; or there are none.
+    """
+    make = _maker(spec)
+    lines = numbered_lines(BytesIO(content), where)
+    rows = tuple(make(values, place) for place, values in read_json_lines(lines, where, columns_of(spec)))
+    if not rows:
+        raise InvalidInput("has no rows", where, "give at least one row")
+    return rows
+
+
+def columns_of(spec: TaskSpec) -> Columns:
+    """The columns that rows of the task must have, by the key that names each."""
+    data = spec.data
+    match spec.kind:
+        case "causal_lm" if data.messages_column:
+            keys = ["messages_column"]
+        case "causal_lm":
+            keys = ["prompt_column", "completion_column"]
+        case "image_classification":
+            keys = ["image_column", "label_column"]
+        case _:
+            keys = ["text_column", *(["text_pair_column"] if data.text_pair_column else []), "label_column"]
+    return {key: str(getattr(data, key)) for key in keys}
+
+
+def input_digest(row: Row) -> bytes:
+    """A digest of all of a row but its label, the same for whichever file it came from."""
+    match row:
+        case TextRow():
+            parts = [row.text] if row.text_pair is None else [row.text, row.text_pair]
+        case CompletionRow():
+            parts = [str(row.is_chat), *(part for turn in row.turns for part in turn)]
+        case ImageRow():
+            return hashlib.sha256(str(row.image.shape).encode() + row.image.tobytes()).digest()
+    # The lengths say where each part ends: no two rows have one content.
+    return hashlib.sha256("".join([*(f"{len(part)} " for part in parts), "\n", *parts]).encode()).digest()
+
+
+def label_of(row: Row) -> int | float | None:
+    """The label; None for rows that have none."""
+    return None if isinstance(row, CompletionRow) else row.label
+
+
+def decode_picture(content: bytes, where: str) -> NDArray[uint8]:
+    """The pixels of an encoded picture, H×W×C; C is 1 for gray ones, else 3, without transparency.
+
+    Raises:
+        InvalidInput: Not a picture of a format that is known, damaged, or too large.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(BytesIO(content), formats=PICTURE_FORMATS) as picture:
+            _check_size(picture.width, picture.height, where)
+            if picture.mode not in GRAY_MODES + COLOUR_MODES:
+                raise InvalidInput(
+                    f"is a picture of mode {picture.mode}; pixels must have 8 bits", where, "save it as 8-bit PNG"
+                )
+            upright = ImageOps.exif_transpose(picture)  # cameras store the turn beside the pixels
+            pixels = np.asarray(upright.convert("L" if picture.mode in GRAY_MODES else "RGB"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidInput(f"is too large a picture: {error}", where, "make it smaller") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise InvalidInput(
+            f"is not a picture that can be decoded{reason}", where, f"formats: {', '.join(PICTURE_FORMATS)}"
+        ) from error
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _check_size(width: int, height: int, where: str) -> None:
+    if width * height > PIXELS_MAX:
+        raise InvalidInput(
+            f"is too large a picture: {width}×{height} pixels, more than {PIXELS_MAX}", where, "make it smaller"
+        )
+    if max(width, height) > SIDES_MAX * min(width, height):
+        raise InvalidInput(
+            f"is too long a picture: of {width}×{height} pixels one side is more than {SIDES_MAX} times the other",
+            where,
+            "cut it into parts, or drop the row",
+        )
+
+
+def _maker(spec: TaskSpec) -> Callable[[Values, str], Row]:
+    """What makes a row of checked values of the task's kind."""
+    data = spec.data
+    index_of = {name: index for index, name in enumerate(data.label_names)}
+    match spec.kind:
+        case "causal_lm" if data.messages_column:
+            return lambda values, where: _chat(values, str(data.messages_column), where)
+        case "causal_lm":
+            return lambda values, where: CompletionRow(
+                (
+                    ("user", _text(values, data.prompt_column, where)),
+                    ("assistant", _text(values, data.completion_column, where)),
+                ),
+                is_chat=False,
+            )
+        case "image_classification":
+            return lambda values, where: _picture(values, data, index_of, where)
+        case "sequence_regression":
+            return lambda values, where: TextRow(*_texts(values, data, where), _number(values, data, where))
+        case "sequence_classification":
+            return lambda values, where: TextRow(*_texts(values, data, where), _label(values, data, index_of, where))
+
+
+def _texts(values: Values, data: DataSpec, where: str) -> tuple[str, str | None]:
+    pair = data.text_pair_column
+    return _text(values, data.text_column, where), _text(values, pair, where) if pair else None
+
+
+def _text(values: Values, column: str, where: str) -> str:
+    return _checked_text(values[column], f"column '{column}'", where)
+
+
+def _checked_text(text: Any, name: str, where: str) -> str:
+    if not isinstance(text, str):
+        raise InvalidInput(f"{name} must be a string, not {type(text).__name__}", where, "give a text, or drop the row")
+    if len(text) > TEXT_CHARACTERS_MAX:
+        raise InvalidInput(
+            f"{name} has {len(text)} characters, more than {TEXT_CHARACTERS_MAX}", where, "shorten it, or drop the row"
+        )
+    if not text.strip():
+        raise InvalidInput(f"{name} is empty", where, "drop the row or fill in the text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a character
+            raise InvalidInput(
+                f"{name} is no Unicode text: {error}", where, "write characters, not surrogates"
+            ) from None
+    return text
+
+
+def _label(values: Values, data: DataSpec, index_of: Mapping[str, int], where: str) -> int:
+    """A string is a name, and an index only if it is none: .csv has nothing but strings. `true` is neither."""
+    label = values[data.label_column]
+    if isinstance(label, str) and label in index_of:
+        return index_of[label]
+    if not isinstance(label, int | str) or isinstance(label, bool):
+        raise InvalidInput(
+            f"column '{data.label_column}' must be a label's name or its index, not {type(label).__name__}",
+            where,
+            "write a name of data.label_names, or a whole number",
+        )
+    is_index = isinstance(label, int) or (label.isascii() and label.isdecimal() and len(label) < 10)
+    if is_index and 0 <= int(label) < len(index_of):
+        return int(label)
+    raise InvalidInput(
+        f"label {label!r:.100} is not one of the {len(index_of)} labels",
+        where,
+        f"data.label_names are: {shown(data.label_names)}",
+    )
+
+
+def _number(values: Values, data: DataSpec, where: str) -> float:
+    label = values[data.label_column]
+    name = f"column '{data.label_column}'"
+    if not isinstance(label, int | float | str | Decimal) or isinstance(label, bool):
+        raise InvalidInput(f"{name} must be a number, not {type(label).__name__}", where, "write a number, like 3.5")
+    try:
+        number = float(label.replace("_", "?") if isinstance(label, str) else label)  # Python reads 1_2 as 12
+    except (ValueError, OverflowError):
+        raise InvalidInput(f"{name} must be a number, not {label!r:.100}", where, "write a number, like 3.5") from None
+    if not abs(number) <= FLOAT32_MAX:  # nor NaN
+        raise InvalidInput(f"{name} is {number}", where, "drop the row or give a finite number that float32 holds")
+    return number
+
+
+def _chat(values: Values, column: str, where: str) -> CompletionRow:
+    messages = values[column]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise InvalidInput(
+            f"column '{column}' must be a list of {{role, content}}, not {type(messages).__name__}",
+            where,
+            'write [{"role": "user", "content": …}, {"role": "assistant", "content": …}]',
+        )
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        name = f"message {number} of column '{column}'"
+        if missing := {"role", "content"} - message.keys():
+            raise InvalidInput(f"{name} has no {' and no '.join(sorted(missing))}", where, "write {role, content}")
+        if message["role"] not in ROLES:
+            raise InvalidInput(f"{name} has the role {message['role']!r:.100}", where, f"roles are: {', '.join(ROLES)}")
+        turns.append((message["role"], _checked_text(message["content"], name, where)))
+    if len(turns) < 2 or turns[-1][0] != "assistant":
+        last = f"is the {turns[-1][0]}'s" if len(turns) > 1 else f"is one of {len(turns)}"
+        raise InvalidInput(
+            f"the last message of column '{column}' {last}",
+            where,
+            "it is what the model learns to answer: end with the assistant's, after at least one other",
+        )
+    return CompletionRow(tuple(turns), is_chat=True)
+
+
+def _picture(values: Values, data: DataSpec, index_of: Mapping[str, int], where: str) -> ImageRow:
+    label = _label(values, data, index_of, where)
+    picture, name = values[data.image_column], f"column '{data.image_column}'"
+    if isinstance(picture, dict):  # as `datasets` keeps them
+        if not isinstance(picture.get("bytes"), bytes):
+            raise InvalidInput(
+                f"{name} names a file ({picture.get('path')!r:.200}) and does not hold it",
+                where,
+                "embed the pictures: datasets does so in to_parquet; files that rows name are not opened",
+            )
+        picture = picture["bytes"]
+    if isinstance(picture, bytes):
+        return ImageRow(decode_picture(picture, f"{where}, {name}"), label, picture)
+    return ImageRow(_pixels(picture, name, where), label)
+
+
+def _pixels(picture: Any, name: str, where: str) -> NDArray[uint8]:
+    import numpy as np
+
+    if not isinstance(picture, np.ndarray | list):
+        raise InvalidInput(
+            f"{name} must be pixels or a picture's bytes, not {type(picture).__name__}",
+            where,
+            "embed the pictures; files that rows name are not opened",
+        )
+    try:
+        pixels = np.asarray(picture)
+    except ValueError as error:
+        raise InvalidInput(f"{name} has rows of several lengths", where, "pixels are H×W or H×W×C") from error
+    if (
+        isinstance(picture, list)
+        and pixels.dtype.kind == "i"
+        and pixels.size
+        and 0 <= pixels.min() <= pixels.max() <= 255
+    ):
+        pixels = pixels.astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise InvalidInput(
+            f"{name} must be uint8, whole numbers from 0 to 255, not {pixels.dtype}",
+            where,
+            "do not scale or normalise pixels: the model's own preprocessing does",
+        )
+    shape = pixels.shape if pixels.ndim != 2 else (*pixels.shape, 1)
+    if len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape:
+        raise InvalidInput(
+            f"{name} has shape {pixels.shape}", where, "pixels are H×W, H×W×1 or H×W×3: colours come last"
+        )
+    _check_size(shape[1], shape[0], f"{where}, {name}")
+    return pixels.reshape(shape)
