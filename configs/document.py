@@ -7,11 +7,12 @@ YAML holds values only: `yaml.safe_load`, never Python objects.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import InvalidInput
 
@@ -23,6 +24,37 @@ class Section(BaseModel):
     """A part of a document: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+LINE_MAX = 2000
+"""Characters: a reason is a sentence or two, and the log keeps it for ever."""
+
+
+def _one_line(text: str) -> str:
+    """Refuse what a terminal, a log or a database would take for something else than text."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise ValueError("must be one line of plain text, without control characters or halves of characters")
+    return text
+
+
+Line = Annotated[str, Field(max_length=LINE_MAX), AfterValidator(_one_line)]
+"""A sentence that a person or a program wrote: one line of text."""
+
+
+class Request(Section):
+    """What a program asks: a frozen record whose values are taken as they are, never converted.
+
+    Raises:
+        InvalidInput: When it is made with values of wrong types or with unknown fields; names each.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _told(error, type(self), type(self).__name__) from error
 
 
 T = TypeVar("T", bound=Section)
@@ -75,12 +107,16 @@ def check_document(values: Any, kind: type[T], where: str) -> T:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(mistake, kind) for mistake in error.errors()]
-        raise InvalidInput(
-            "\n  ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines),
-            where,
-            "correct the keys named above; every key is described in configs/",
-        ) from error
+        raise _told(error, kind, where) from error
+
+
+def _told(error: ValidationError, kind: type[Section], where: str) -> InvalidInput:
+    lines = [_describe(mistake, kind) for mistake in error.errors()]
+    return InvalidInput(
+        lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines),
+        where,
+        "correct the keys named above; every key is described in configs/",
+    )
 
 
 def _describe(mistake: Any, kind: type[Section]) -> str:

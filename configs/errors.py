@@ -5,6 +5,7 @@ OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
 ├── NotFound       no such task, version, team for you
 ├── Conflict       someone moved first: read again, then retry at once
+│   └── Fenced     a newer writer opened the subspace: open it anew
 ├── Unavailable    a machine or a network was away: wait, then retry
 ├── Rejected       the result is worse than the rule allows: a person decides
 └── Corrupt        stored bytes are not what was written: stop, touch nothing
@@ -29,6 +30,9 @@ class OnebasisError(Exception):
     """
 
     kind: ClassVar[str] = "error"
+    """The group, by what the caller does next."""
+    code: ClassVar[str] = ""
+    """The class inside its group, for a caller that must tell two apart; empty: the group's own."""
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
 
@@ -44,7 +48,13 @@ class OnebasisError(Exception):
 
     def as_dict(self) -> dict[str, str]:
         """The facts as plain strings, for `--json` and HTTP."""
-        return {"kind": self.kind, "what": self.what, "where": self.where, "todo": self.todo}
+        return {
+            "kind": self.kind,
+            "code": self.code or self.kind,
+            "what": self.what,
+            "where": self.where,
+            "todo": self.todo,
+        }
 
 
 class InvalidInput(OnebasisError):
@@ -71,6 +81,12 @@ class Conflict(OnebasisError):
     http_status = 409
 
 
+class Fenced(Conflict):
+    """A newer writer has opened the subspace: this one writes no more, and has to be opened anew."""
+
+    code = "fenced"
+
+
 class Unavailable(OnebasisError):
     """A machine or a network was away: wait, then retry."""
 
@@ -95,10 +111,11 @@ class Corrupt(OnebasisError):
     http_status = 500
 
 
-LEAVES: tuple[type[OnebasisError], ...] = (InvalidInput, NotFound, Conflict, Unavailable, Rejected, Corrupt)
+LEAVES: tuple[type[OnebasisError], ...] = (InvalidInput, NotFound, Conflict, Fenced, Unavailable, Rejected, Corrupt)
 
 
 def error_from_dict(facts: dict[str, str]) -> OnebasisError:
     """Rebuild an error from `OnebasisError.as_dict`, as a client of the HTTP API does."""
-    leaf = next((leaf for leaf in LEAVES if leaf.kind == facts.get("kind")), OnebasisError)
+    code = facts.get("code", facts.get("kind"))
+    leaf = next((leaf for leaf in LEAVES if (leaf.code or leaf.kind) == code), OnebasisError)
     return leaf(facts.get("what", "unknown error"), facts.get("where", ""), facts.get("todo", ""))

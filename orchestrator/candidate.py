@@ -40,6 +40,7 @@ from orchestrator.verdict import VerdictInProgress
 from orchestrator.worker_pool import WorkerPool
 from subspace_store import StagedAdapter, Storage, SubspaceStore
 from subspace_store.log.version import CANDIDATE, MAIN, TaskScore
+from subspace_store.requests import Merge, Publish, RecordScores, Reject, StoreRequest
 from workers.orders import Evaluate, Evaluated, Failed, Outcome, Train
 from workers.results import read_results
 
@@ -122,10 +123,10 @@ class Candidate:
             begun = f"merge:{secrets.token_hex(8)}"
             if not self._apply(ids, MergeBegun(begun)):
                 return
-        staged = [StagedAdapter(r.task_id, r.title, r.staging_key, r.adapter_sha256) for r in group]
+        staged = tuple(StagedAdapter(r.task_id, r.title, r.staging_key, r.adapter_sha256) for r in group)
         self._pending_calls.send(
             PendingCall("merge", task_ids=ids),
-            lambda: self._cluster.store("merge", staged, op_key=begun, actor="controller"),
+            lambda: self._cluster.write(Merge(adapters=staged, op_key=begun, actor="controller")),
         )
 
     def _drop_orphan(self) -> bool:
@@ -203,12 +204,14 @@ class Candidate:
         elif missing := [task_id for task_id in due if task_id not in found]:
             self._send_evaluations(version, [records[task_id] for task_id in missing])
         elif due:
-            scores = [found[task_id] for task_id in due]
+            scores = tuple(found[task_id] for task_id in due)
             # With what was written before in it: a restart with a lower gate.drift_min asks for more scores.
             key = f"scores:{version}:{len(state.scores.get(version, {}))}"
             self._pending_calls.send(
                 PendingCall("scores", version=version),
-                lambda: self._cluster.store("record_scores", version, scores, op_key=key, actor="controller"),
+                lambda: self._cluster.write(
+                    RecordScores(version=version, scores=scores, op_key=key, actor="controller")
+                ),
             )
         else:
             table = score_table(state, version, drift_min)
@@ -223,15 +226,12 @@ class Candidate:
                 self._send_verdict(version, decision.passed, decision.summary)
 
     def _send_verdict(self, version: int, passed: bool, reason: str) -> None:
-        pending = PendingCall("verdict", version=version)
-        if passed:
-            key = f"publish:{version}"
-            self._pending_calls.send(pending, lambda: self._cluster.store("publish", version, op_key=key, actor="gate"))
-        else:
-            key = f"reject:{version}"
-            self._pending_calls.send(
-                pending, lambda: self._cluster.store("reject", version, reason, op_key=key, actor="gate")
-            )
+        verdict: StoreRequest[None] = (
+            Publish(version=version, op_key=f"publish:{version}", actor="gate")
+            if passed
+            else Reject(version=version, reason=reason, op_key=f"reject:{version}", actor="gate")
+        )
+        self._pending_calls.send(PendingCall("verdict", version=version), lambda: self._cluster.write(verdict))
 
     def _why_hopeless(self, records: Mapping[str, TaskRecord]) -> str:
         """Why the version will never have its scores; empty while it may."""

@@ -17,6 +17,7 @@ from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.ray_head import ray_environment
 from subspace_store.digests import digest
+from subspace_store.requests import StoreRequest
 from workers.orders import Order
 
 Call = Any
@@ -59,8 +60,8 @@ class Cluster(Protocol):
         """End a worker that does not answer; a fresh one takes its name."""
         ...
 
-    def store(self, method: str, *args: Any, **kwargs: Any) -> Call:
-        """Call the subspace's one writer."""
+    def write(self, request: StoreRequest[Any]) -> Call:
+        """Ask the subspace's one writer; the call's result is the request's answer."""
         ...
 
     def replace_store(self) -> None:
@@ -129,8 +130,8 @@ class RayCluster:
     def replace(self, worker: str) -> None:
         self._end(worker)
 
-    def store(self, method: str, *args: Any, **kwargs: Any) -> Call:
-        return getattr(self._actor("store"), method).remote(*args, **kwargs)
+    def write(self, request: StoreRequest[Any]) -> Call:
+        return self._actor("store").do.remote(request)
 
     def replace_store(self) -> None:
         self._end("store")

@@ -31,6 +31,7 @@ from orchestrator.verdict import VerdictInProgress
 from orchestrator.worker_pool import WorkerPool, again_order
 from subspace_store import StagedAdapter, SubspaceStore, digest
 from subspace_store.log.version import CANDIDATE
+from subspace_store.requests import Refine
 from workers.orders import Evaluated, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
@@ -120,12 +121,12 @@ class Refinement:
                     self._pool.give(worker, again_order(record, version, self._verdict.tries))
             return True
         own = (StagedAdapter(r.task_id, r.title, r.refined_key, r.refined_sha256) for r in ready)
-        staged = [*own, *done.values()]
+        staged = (*own, *done.values())
         if staged:
             key = f"refine:{version}:{digest(repr(staged).encode())[:16]}"
             self._pending_calls.send(
                 PendingCall("refine", task_ids=tuple(adapter.task_id for adapter in staged), version=version),
-                lambda: self._cluster.store("refine", staged, op_key=key, actor="controller"),
+                lambda: self._cluster.write(Refine(adapters=staged, op_key=key, actor="controller")),
             )
         return bool(staged)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,8 +66,11 @@ class Branches(SubspaceReader):
                 body = {"version": version}
                 self._log.commit(fold.PUBLISH, op_key=op_key, actor=actor, refs={MAIN: version}, body=body)
 
-    def reject(self, version: int, reason: str, *, op_key: str, actor: str) -> None:
+    def reject(self, version: int, reason: str, *, op_key: str, actor: str, task_ids: Collection[str] = ()) -> None:
         """Mark the candidate as rejected and move `candidate` back to `main`. The version stays readable.
+
+        Args:
+            task_ids: Tasks whose scores broke a rule of the gate.
 
         Raises:
             Conflict: `version` is not the candidate any more, or is published already.
@@ -77,7 +81,7 @@ class Branches(SubspaceReader):
                 main = self.state.refs[MAIN]
                 if version == main:
                     raise Conflict(f"version {version} is published", todo="roll back instead")
-                body = {"version": version, "reason": reason}
+                body = {"version": version, "reason": reason, "task_ids": tuple(task_ids)}
                 self._log.commit(fold.REJECT, op_key=op_key, actor=actor, refs={CANDIDATE: main}, body=body)
 
     def preview_rollback(self, version: int) -> RollbackPreview:
@@ -159,18 +163,15 @@ class Branches(SubspaceReader):
         """Give a pin up."""
         self._change(lambda state: retention.unpin(state, version, owner), actor, op_key)
 
-    def expire(self, versions: Iterable[int], *, now: float, actor: str, op_key: str = "") -> None:
+    def expire(self, versions: Iterable[int], *, actor: str, op_key: str = "") -> None:
         """Give versions up for ever; `collect` deletes what only they needed. See `retention.expirable`.
-
-        Args:
-            now: Unix seconds: pins that ended before do not count.
 
         Raises:
             Conflict: A branch, a tag or a pin names one of them. None has expired then.
             NotFound: No such version.
         """
         wanted = tuple(versions)
-        self._change(lambda state: retention.expire(state, wanted, now), actor, op_key)
+        self._change(lambda state: retention.expire(state, wanted, time.time()), actor, op_key)
 
     def drop_adapters(self, task_ids: Collection[str], *, actor: str, op_key: str = "") -> None:
         """Let go of adapters as they were delivered; heads and what the subspace holds of the tasks stay.

@@ -7,7 +7,6 @@ service is down: reading, exporting and rolling back need no running service.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import math
 import tempfile
@@ -16,9 +15,9 @@ import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
+from configs.errors import Fenced, InvalidInput, NotFound, Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import Cluster, wait_for
 from orchestrator.controller import Controller
@@ -32,8 +31,8 @@ from orchestrator.tasks.task_queue import LOG, PROGRESS, TaskQueue, point_of
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store import Storage, SubspaceStore
 from subspace_store.formats.peft import write_peft_folder
-from subspace_store.log.retention import OPERATIONS
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, Version
+from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 
 STORE_SECONDS = 120.0
 """Longest wait for one call to the store: a merge of a large model may be before it."""
@@ -212,7 +211,7 @@ class Service:
         else:
             op_key = f"rollback:{key or time.time_ns()}"
             actor = by or "somebody"
-            found = self._write("rollback", version, op_key=op_key, actor=actor, reason=reason, hold=hold)
+            found = self._write(Rollback(version=version, op_key=op_key, actor=actor, reason=reason, hold=hold))
             self._written()
         return {
             "preview": preview,
@@ -223,29 +222,18 @@ class Service:
             "returning": [task.name for task in found.returning],
         }
 
-    def change(self, document: Json, by: str = "") -> Json:
-        """Tag, hold, pin, expire … through the store's one writer.
-
-        Args:
-            document: `operation`, a method of SubspaceStore in `retention.OPERATIONS`, and its `arguments`. The same
-                `op_key` among them again is the same request.
-        """
-        operation, arguments = document.get("operation"), document.get("arguments")
-        try:
-            if operation not in OPERATIONS or not isinstance(arguments, dict):
-                raise TypeError(f"operations are {', '.join(OPERATIONS)}")
-            full = {"op_key": f"{operation}:{time.time_ns()}", **arguments, "actor": by or "somebody"}
-            if not str(full["op_key"]).startswith(operation):
-                raise TypeError(f"op_key has to begin with {operation}: it names no other request")
-            if operation == "remove" and not full.get("publish"):
-                raise TypeError("publish has to be true: a candidate that no task waits for is rejected")
-            inspect.signature(getattr(SubspaceStore, operation)).bind(None, **full)
-        except TypeError as error:
-            raise InvalidInput(f"this is no operation with its arguments: {error}", str(operation)) from error
+    def change(self, request: StoreRequest[Any]) -> Json:
+        """Tag, hold, pin, expire … through the store's one writer. The same `op_key` again is the same request."""
+        if isinstance(request, Remove) and not request.publish:
+            raise InvalidInput(
+                "publish has to be true: a candidate that no task waits for is rejected", "remove", "set publish"
+            )
+        if not request.op_key:
+            request = request.model_copy(update={"op_key": f"{request.operation}:{time.time_ns()}"})
         self._store.refresh()
-        self._write(operation, **full)
+        self._write(request)
         self._written()
-        return {"operation": operation, **arguments}
+        return {"operation": request.operation, **request.model_dump(mode="json", exclude={"actor"})}
 
     def export(self, reference: str, version: int | None = None) -> bytes:
         """One task at a version as a zipped PEFT folder; default: what `main` holds."""
@@ -312,16 +300,16 @@ class Service:
             raise Unavailable(f"the service is not running, and {what} needs it", todo="start it with `onebasis up`")
         return self._controller
 
-    def _write(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _write(self, request: StoreRequest[Answer]) -> Answer:
         """A writing call: through the running store actor, or with a writer opened for this one call."""
         cluster = self._cluster
         if cluster is not None:
             try:
-                return wait_for(cluster, lambda: cluster.store(method, *args, **kwargs), STORE_SECONDS)
-            except Conflict:
-                # Fenced by a command that wrote while the service was down: a fresh one opens with the next epoch.
+                return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
+            except Fenced:
+                # By a command that wrote while the service was down: a fresh one opens with the next epoch.
                 cluster.replace_store()
-                return wait_for(cluster, lambda: cluster.store(method, *args, **kwargs), STORE_SECONDS)
+                return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
         base = self._settings.base_model
         writer = SubspaceStore.open(
             self._storage,
@@ -330,7 +318,7 @@ class Service:
             base_sha256=base.weights_sha256,
             writer="command-line",
         )
-        return getattr(writer, method)(*args, **kwargs)
+        return request.on(writer)
 
     def _written(self) -> None:
         self._store.refresh()

@@ -211,7 +211,7 @@ class Requests:
         if not dying:
             return None
         return self._request(
-            "expire", 0, lambda s, **keys: s.expire(dying, now=now, **keys), lambda: self._model.expired >= {*dying}
+            "expire", 0, lambda s, **keys: s.expire(dying, **keys), lambda: self._model.expired >= {*dying}
         )
 
     def _remove(self, store: SubspaceStore) -> Request | None:

@@ -147,7 +147,7 @@ def expire(
     judged = judge_expiry(state, numbers, now)
     listed = ", ".join(map(str, numbers))
     if yes and judged:
-        change(place, force, as_json, f"expired: versions {listed}", "expire", versions=numbers, now=now)
+        change(place, force, as_json, f"expired: versions {listed}", "expire", versions=numbers)
     else:
         text = f"would expire: versions {listed} (--yes does it)" if judged else "nothing can expire"
         show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)

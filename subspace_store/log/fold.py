@@ -141,7 +141,12 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
         scores = {score.task_id: score for score in _checked(_SCORES, body["scores"], where)}
         return {"scores": {**state.scores, number: {**state.scores.get(number, {}), **scores}}}
     if op == REJECT:
-        return {"rejected": {**state.rejected, int(body["version"]): str(body["reason"])}}
+        number = int(body["version"])
+        culprits = tuple(map(str, body.get("task_ids", ())))  # records of before 0.4 have the sentence alone
+        return {
+            "rejected": {**state.rejected, number: str(body["reason"])},
+            "rejected_for": {**state.rejected_for, number: culprits},
+        }
     if op == PUBLISH:
         return {"published": tuple(sorted({*state.published, int(body["version"])}))}
     if op == ROLLBACK:

@@ -166,6 +166,8 @@ class SubspaceState:
     """Versions that `main` was moved to past the gate; the empty one needs none."""
     rejected: Mapping[int, str] = field(default_factory=dict)
     """Version to the reason why the gate did not let it pass."""
+    rejected_for: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Version to the ids of the tasks whose scores broke a rule of the gate; none where no score was the reason."""
     op_keys: Mapping[str, int] = field(default_factory=dict)
     """Operation key to the version it made or concerned (0: none): the answer to the same request again."""
     tags: Mapping[str, int] = field(default_factory=dict)

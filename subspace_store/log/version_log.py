@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from configs.errors import Conflict, Corrupt, NotFound, OnebasisError, Unavailable
+from configs.errors import Conflict, Corrupt, Fenced, NotFound, OnebasisError, Unavailable
 from subspace_store.digests import digest
 from subspace_store.log.fold import _RECORD, _STATE, ACQUIRE, Record, _checked, fold, log_key, to_plain
 from subspace_store.log.version import SubspaceState
@@ -142,7 +142,7 @@ class VersionLog:
                 self._finish(*self._pending)
             if self.state.epoch > self.epoch:
                 # Seen while reading: the slots after the newer writer's must not be taken with our epoch.
-                self._stopped = Conflict(
+                self._stopped = Fenced(
                     f"a newer writer opened this subspace with epoch {self.state.epoch}, after our {self.epoch}",
                     self.storage.url,
                     "read again through the new writer; this one has stopped",
@@ -170,7 +170,7 @@ class VersionLog:
     def _lost(self, record: Record, winner: Record) -> OnebasisError:
         where = f"{self.storage.url}/{log_key(record.seq)}"
         if winner.epoch > record.epoch:
-            return Conflict(
+            return Fenced(
                 f"writer {winner.writer!r} opened this subspace with epoch {winner.epoch}, after our {record.epoch}",
                 where,
                 "read again through the new writer; this one has stopped",

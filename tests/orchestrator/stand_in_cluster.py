@@ -20,6 +20,8 @@ from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
+from subspace_store.log.garbage import Collected
+from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
 from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Point, Progress, Train, Trained
 
@@ -116,8 +118,9 @@ class StandInCluster:
                     self._held.remove((name, order, future))
                     future.set_exception(MachineLost(f"{worker} is gone"))
 
-    def store(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+    def write(self, request: StoreRequest[Any]) -> Future[Any]:
         with self._lock:
+            method = request.operation
             self.store_calls.append(method)
             fault = next((fault for fault in self.store_faults if fault[0] == method), ("", ""))
             if fault[0]:
@@ -125,10 +128,14 @@ class StandInCluster:
             if fault[1] == "before":
                 return _lost("store")
             try:
-                result = getattr(self._store, method)(*args, **kwargs)
+                result = request.on(self._store)
             except Exception as error:
                 return _failed(error)
             return _lost("store") if fault[1] == "after" else _landed(result)
+
+    def collect(self) -> Collected:
+        """What `onebasis store collect --really` does."""
+        return self._store.collect(really=True)
 
     def replace_store(self) -> None:
         self.replaced.append("store")

@@ -19,6 +19,7 @@ from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_queue import LOG
 from orchestrator.tasks.task_record import TaskState, results_key
 from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
+from subspace_store.requests import Hold, Quarantine, Release, Remove, Rollback
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
@@ -41,7 +42,7 @@ def test_a_task_is_trained_merged_scored_and_published(plant: Plant) -> None:
     assert state.refs == {"main": 1, "candidate": 1}
     score = state.scores[1][task.task_id]
     assert (score.score, score.count) == (0.9, 100)
-    assert plant.cluster.store_calls == ["merge", "record_scores", "publish"]
+    assert plant.cluster.store_calls == ["merge", "scores", "publish"]
 
 
 def test_an_import_without_evaluation_rows_is_published_without_a_score(plant: Plant) -> None:
@@ -79,7 +80,7 @@ def test_while_main_is_held_what_passed_waits_unpublished_and_goes_on_after_the_
     plant = make_plant(workers=1)
     plant.submit("red/a")
     plant.run()
-    plant.cluster.store("hold", "audit", actor="ann", op_key="h").result()
+    plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
     plant.controller.wake(log_moved=True)
     plant.submit("red/b")
     plant.run(lambda: plant.get("red/b").state is TaskState.EVALUATING)
@@ -90,7 +91,7 @@ def test_while_main_is_held_what_passed_waits_unpublished_and_goes_on_after_the_
     assert plant.state.refs == {"main": 1, "candidate": 2}
     assert plant.cluster.store_calls.count("publish") == 1
     assert plant.cluster.replaced == []
-    plant.cluster.store("release", actor="ann", op_key="r").result()
+    plant.cluster.write(Release(actor="ann", op_key="release:r")).result()
     plant.controller.wake(log_moved=True)
     plant.run()
     assert plant.states() == {"red/a": "published", "red/b": "published", "red/c": "published"}
@@ -99,17 +100,17 @@ def test_while_main_is_held_what_passed_waits_unpublished_and_goes_on_after_the_
 
 def test_a_release_that_nobody_told_of_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.candidate.HELD_SECONDS", 0.01)
-    plant.cluster.store("hold", "audit", actor="ann", op_key="h").result()
+    plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
     plant.submit("red/a")
     plant.run(lambda: plant.state.scores.get(1) is not None)
     plant.step(3)
-    plant.cluster.store("release", actor="ann", op_key="r").result()
+    plant.cluster.write(Release(actor="ann", op_key="release:r")).result()
     plant.run()
     assert plant.states() == {"red/a": "published"}
 
 
 def test_what_the_gate_refuses_is_refused_while_main_is_held(plant: Plant) -> None:
-    plant.cluster.store("hold", "audit", actor="ann", op_key="h").result()
+    plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
     plant.cluster.score = lambda title, held: 0.1
     plant.submit("red/a")
     plant.run()
@@ -130,7 +131,7 @@ def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: 
     plant.step(5)
     assert plant.states() == {"red/a": "evaluating"}
     assert plant.cluster.store_calls.count("publish") == 1
-    plant.cluster.store("release", actor="ann", op_key="r").result()
+    plant.cluster.write(Release(actor="ann", op_key="release:r")).result()
     plant.controller.wake(log_moved=True)
     plant.run()
     assert plant.states() == {"red/a": "published"}
@@ -139,7 +140,9 @@ def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: 
 def test_a_quarantined_task_is_parked_with_the_reason_and_its_group_goes_on(make_plant: MakePlant) -> None:
     plant = make_plant(workers=2)
     bad, _ = plant.submit("red/bad", "red/good")
-    plant.cluster.store("quarantine", bad.task_id, "poisoned data", actor="ann", op_key="q").result()
+    plant.cluster.write(
+        Quarantine(task_id=bad.task_id, reason="poisoned data", actor="ann", op_key="quarantine:q")
+    ).result()
     plant.run()
     assert plant.states() == {"red/bad": "parked", "red/good": "published"}
     assert "poisoned data" in plant.get("red/bad").reason
@@ -196,7 +199,7 @@ def test_of_a_task_that_ended_only_what_it_may_need_again_is_kept(make_plant: Ma
     plant.cluster.score = lambda title, held: 0.1 if title == "red/forgets" else 0.9
     plant.cluster.training_faults = {"red/wrong": ["input"]}
     bad, *_ = plant.submit("red/refused", "red/good", "red/forgets", "red/wrong")
-    plant.cluster.store("quarantine", bad.task_id, "why", actor="ann", op_key="q").result()
+    plant.cluster.write(Quarantine(task_id=bad.task_id, reason="why", actor="ann", op_key="quarantine:q")).result()
     plant.cluster.hold = lambda order: isinstance(order, Evaluate)
     plant.run(lambda: len(plant.cluster.held) > 0)
     assert files_of(plant, "red/good") == {"eval", "upload"}
@@ -209,7 +212,7 @@ def test_of_a_task_that_ended_only_what_it_may_need_again_is_kept(make_plant: Ma
     assert files_of(plant, "red/good") == {"eval"}
     for title in ("red/refused", "red/forgets", "red/wrong"):
         assert files_of(plant, title) == set()
-    plant.cluster.store("rollback", 0, actor="ann", op_key="b").result()
+    plant.cluster.write(Rollback(version=0, actor="ann", op_key="rollback:b")).result()
     plant.controller.wake(log_moved=True)
     plant.run(lambda: plant.get("red/good").state is TaskState.PARKED)
     plant.kill()
@@ -685,7 +688,7 @@ def _with_heartbeats(make_plant: MakePlant, lease_seconds: float, heartbeat_seco
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("method", ["merge", "record_scores", "publish"])
+@pytest.mark.parametrize("method", ["merge", "scores", "publish"])
 def test_a_store_call_whose_answer_was_lost_is_done_once(plant: Plant, method: str, when: str) -> None:
     plant.cluster.store_faults = [(method, when), (method, when)]
     plant.submit("red/alpha")
@@ -785,8 +788,13 @@ def test_a_rollback_parks_the_tasks_that_vanish_and_rolling_forward_restores_the
 
 
 def _remove(plant: Plant, title: str) -> None:
-    plant.cluster.store(
-        "remove", plant.get(title).task_id, op_key=f"remove {title} {plant.state.seq}", actor="ann", publish=True
+    plant.cluster.write(
+        Remove(
+            task_id=plant.get(title).task_id,
+            op_key=f"remove:remove {title} {plant.state.seq}",
+            actor="ann",
+            publish=True,
+        )
     ).result()
     plant.controller.wake(log_moved=True)
     plant.step(3)
@@ -846,7 +854,7 @@ def test_a_removal_before_the_task_heard_of_its_publication_is_followed(plant: P
     plant.run(lambda: plant.held() == ["red/a", "red/b"])
     assert plant.get("red/b").state is TaskState.EVALUATING
     task_id = plant.get("red/a").task_id
-    plant.cluster.store("remove", task_id, op_key="r", actor="ann", publish=True).result()
+    plant.cluster.write(Remove(task_id=task_id, op_key="remove:r", actor="ann", publish=True)).result()
     plant.kill()
     plant.run()
     plant.step(3)
@@ -901,7 +909,7 @@ def test_a_rollback_between_merge_and_verdict_merges_the_task_again_on_the_new_m
     plant.cluster.hold = lambda order: isinstance(order, Evaluate)
     plant.submit("blue/c")
     plant.run(lambda: len(plant.cluster.held) == 1)
-    plant.cluster.store("rollback", 1, op_key="r", actor="ann").result()
+    plant.cluster.write(Rollback(version=1, op_key="rollback:r", actor="ann")).result()
     plant.cluster.release()
     plant.controller.wake(log_moved=True)
     plant.run()
@@ -917,7 +925,7 @@ def test_a_version_rolled_back_before_its_task_heard_of_its_publication_stays_ro
     plant.submit("red/b")
     plant.run(lambda: plant.held() == ["red/a", "red/b"])
     assert plant.get("red/b").state is TaskState.EVALUATING  # `main` moved, the control plane has not seen it yet
-    plant.cluster.store("rollback", 1, op_key="r", actor="ann").result()
+    plant.cluster.write(Rollback(version=1, op_key="rollback:r", actor="ann")).result()
     plant.kill()
     plant.run()
     plant.step(3)
@@ -945,7 +953,9 @@ def test_a_stricter_gate_after_a_restart_asks_for_the_scores_that_are_missing(ma
 
 
 def _roll(plant: Plant, version: int) -> None:
-    plant.cluster.store("rollback", version, op_key=f"to {version} at {plant.state.seq}", actor="ann").result()
+    plant.cluster.write(
+        Rollback(version=version, op_key=f"rollback:to {version} at {plant.state.seq}", actor="ann")
+    ).result()
     plant.controller.wake(log_moved=True)
     plant.step(2)
 

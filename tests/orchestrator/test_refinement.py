@@ -12,6 +12,7 @@ from orchestrator.commands import display, version_tables
 from orchestrator.tasks.task_events import PreemptRequested
 from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceStore
+from subspace_store.requests import Rollback
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
 from tests.orchestrator.test_controller import Killed, Mortal
@@ -44,7 +45,7 @@ def test_a_task_is_trained_merged_refined_scored_and_published(plant: Plant) -> 
         (2, 1, 0, 1),
     ]
     assert energy(plant, "red/alpha", 2) == pytest.approx(4 * energy(plant, "red/alpha", 1))
-    assert plant.cluster.store_calls == ["merge", "refine", "record_scores", "publish"]
+    assert plant.cluster.store_calls == ["merge", "refine", "scores", "publish"]
     assert plant.cluster.evaluations == [(2, "red/alpha")]  # version 1 is never judged
     assert (task.local_score, state.scores[2][task.task_id].score) == (0.9, 0.9)
     assert (task.train_seconds, task.refined_seconds) == (2.0, 2.0)
@@ -215,7 +216,7 @@ def test_a_rollback_while_it_is_refined_merges_it_again_and_refines_it_there(pla
     plant.cluster.hold = refines
     plant.submit("red/alpha", spec=REFINE)
     plant.run(lambda: len(plant.cluster.held) == 1)
-    plant.cluster.store("rollback", 0, op_key="roll", actor="ann").result()
+    plant.cluster.write(Rollback(version=0, op_key="rollback:roll", actor="ann")).result()
     plant.controller.wake(log_moved=True)
     plant.run(lambda: plant.state.refs["candidate"] == 3)
     plant.cluster.release()
@@ -232,7 +233,7 @@ def test_after_a_rollback_and_forward_again_the_group_has_its_version_of_birth(m
     plant.submit("blue/b")
     plant.run()
     for version, state in ((0, "parked"), (2, "published")):
-        plant.cluster.store("rollback", version, op_key=f"roll-{version}", actor="ann").result()
+        plant.cluster.write(Rollback(version=version, op_key=f"rollback:roll-{version}", actor="ann")).result()
         plant.controller.wake(log_moved=True)
         plant.run(lambda state=state: set(plant.states().values()) == {state})  # type: ignore[misc]
     assert {record.title: record.version for record in plant.queue.tasks()} == {"red/a": 2, "blue/b": 2}

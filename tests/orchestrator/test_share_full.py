@@ -13,6 +13,7 @@ from orchestrator.commands import version_tables
 from orchestrator.tasks.task_queue import LOG
 from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceStore, adapter_to_bytes
+from subspace_store.requests import Expire, Quarantine, Remove, Rollback
 from subspace_store.verify import verify
 from tests.builders import task_document
 from tests.orchestrator.plant import Plant
@@ -122,7 +123,7 @@ def test_its_rows_are_kept_while_it_lives_and_no_longer(full: Plant) -> None:
     old = full.get("red/old")
     full.step(3)
     assert full.storage.read(old.train_key) == b"training rows"
-    full.cluster.store("rollback", 0, op_key="r", actor="ann").result()
+    full.cluster.write(Rollback(version=0, op_key="rollback:r", actor="ann")).result()
     full.controller.wake(log_moved=True)
     full.run(lambda: full.get("red/old").state is TaskState.PARKED)
     full.controller._unused_files.delete()
@@ -271,7 +272,7 @@ def test_without_rows_it_is_refined_again_only_when_it_moved_as_far_as_would_be_
 
 
 def test_a_quarantined_task_is_not_trained_for_a_version_that_would_not_take_it(full: Plant) -> None:
-    full.cluster.store("quarantine", full.get("red/old").task_id, "suspicious", actor="ann").result()
+    full.cluster.write(Quarantine(task_id=full.get("red/old").task_id, reason="suspicious", actor="ann")).result()
     full.controller.wake(log_moved=True)
     full.cluster.trainings.clear()
     full.submit("blue/new")
@@ -283,7 +284,7 @@ def test_a_rollback_calls_off_the_refinement_of_a_version_that_is_gone_and_nothi
     full.cluster.hold = refines
     full.submit("blue/new")
     full.run(lambda: len(full.cluster.held) == 1)
-    full.cluster.store("rollback", 0, op_key="r", actor="ann").result()
+    full.cluster.write(Rollback(version=0, op_key="rollback:r", actor="ann")).result()
     full.controller.wake(log_moved=True)
     full.run()
     assert full.cluster.held == []
@@ -364,7 +365,7 @@ def test_after_a_removal_records_follow_what_was_made_again(full: Plant, gone: s
     for title in ("blue/new", "blue/newer"):
         full.submit(title)
         full.run()
-    full.cluster.store("remove", full.get(gone).task_id, op_key="r", actor="ann", publish=True).result()
+    full.cluster.write(Remove(task_id=full.get(gone).task_id, op_key="remove:r", actor="ann", publish=True)).result()
     full.controller.wake(log_moved=True)
     full.run(lambda: full.get(gone).state is TaskState.PARKED)
     births = full.state.births(full.state.refs["main"])
@@ -385,7 +386,7 @@ def test_a_rollback_while_it_is_refined_and_forward_again_serves_the_same_number
     full.submit("blue/later")
     full.run(lambda: len(full.cluster.held) == 1)
     for version in (2, main):
-        full.cluster.store("rollback", version, op_key=f"to {version}", actor="ann").result()
+        full.cluster.write(Rollback(version=version, op_key=f"rollback:to {version}", actor="ann")).result()
     assert served(full, "red/old") == before
     full.controller.wake(log_moved=True)
     full.cluster.release()
@@ -399,9 +400,9 @@ def test_expired_versions_take_nothing_that_it_needs(full: Plant) -> None:
     full.submit("blue/new")
     full.run()
     before = served(full, "red/old")
-    full.cluster.store("expire", [1, 2, 3], now=0.0, actor="ann", op_key="expire").result()
+    full.cluster.write(Expire(versions=(1, 2, 3), actor="ann", op_key="expire:expire")).result()
     full.cluster.replace_store()  # of a later epoch, which may collect
-    assert full.cluster.store("collect", really=True).result().blobs
+    assert full.cluster.collect().blobs
     assert served(full, "red/old") == before
     full.submit("blue/later")
     full.run()

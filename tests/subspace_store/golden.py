@@ -57,7 +57,7 @@ def write(folder: Path) -> None:
     store.rollback(7, op_key="b2", actor="ann")
     store.release(actor="ann")
     store.drop_adapters(["t1"], actor="ann")
-    store.expire([1, 4], now=1e9, actor="ann")
+    store.expire([1, 4], actor="ann")
     opened(LocalStorage(str(folder / "store")), writer="third", **SETTINGS).collect(really=True)
     (folder / "expected.json").write_text(json.dumps(facts(opened(store.storage, writer=None)), indent=1) + "\n")
 

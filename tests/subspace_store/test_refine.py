@@ -263,7 +263,7 @@ def test_an_expired_refinement_is_not_lost_when_a_later_task_is_removed() -> Non
     refined(store, {"b": adapter})
     merged(store, {"c": random_adapter(1)})
     store = opened(store.storage, writer="next", **SETTINGS)
-    store.expire([2], now=0.0, actor="me")  # version 1, which has b unrefined, is alive
+    store.expire([2], actor="me")  # version 1, which has b unrefined, is alive
     store.collect(really=True)
     assert verify(store) == []
     store.remove("c", op_key="r", actor="me")
@@ -279,7 +279,7 @@ def test_collecting_keeps_what_a_refined_version_reads_of_its_expired_parent() -
     adapter = in_the_basis(store, 7, version=2)
     refined(store, {"c": adapter})
     store = opened(store.storage, writer="next", **SETTINGS)
-    store.expire([1, 2], now=0.0, actor="me")
+    store.expire([1, 2], actor="me")
     before = bits(store, 3, *"abc")
     dead = store.collect(really=True).blobs
     assert store.state.versions[2].added[0].coefficients.key not in dead  # the way to version 3 leads through it

@@ -58,7 +58,7 @@ def test_what_remains_is_as_if_the_task_had_never_been_there(
 @pytest.mark.parametrize(("dead", "begins_after"), [([2], 1), ([1, 2], 0)])
 def test_it_begins_after_a_version_that_is_alive(dead: list[int], begins_after: int) -> None:
     store = opened(grown("a", "b", "c", "d").storage, writer="successor", **SETTINGS)
-    store.expire(dead, now=0.0, actor="me")
+    store.expire(dead, actor="me")
     store.collect(really=True)
     version = store.remove("c", op_key="r", actor="me")
     assert version is not None

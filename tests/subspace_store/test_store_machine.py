@@ -165,9 +165,9 @@ class StoreMachine(RuleBasedStateMachine):
         named = {*self.refs.values(), *self.tags.values(), *self.pins, 0}
         assert (number in named) == bool(number == 0 or named_by(self.store.state, number, now=0))
         if number in named:
-            self.refused(lambda: self.store.expire([number], now=0, **self.asked()))
+            self.refused(lambda: self.store.expire([number], **self.asked()))
         else:
-            self.store.expire([number], now=0, **self.asked())
+            self.store.expire([number], **self.asked())
             self.expired.add(number)
 
     @precondition(lambda self: self.versions[self.refs[CANDIDATE]])

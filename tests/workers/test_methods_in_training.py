@@ -185,7 +185,7 @@ def test_a_run_whose_basis_has_expired_starts_anew_and_keeps_what_it_does_from_t
     staged = StagedAdapter("task-2", "team-a/second", second.staging_key, second.adapter_sha256)
     version = store.merge([staged], op_key="again", actor="test")
     store.publish(version.number, op_key="publish again", actor="test")
-    store.expire([1], now=0.0, actor="test")
+    store.expire([1], actor="test")
     with pytest.raises(Preempted):
         attempt(2, 2)
     resumed = attempt(3, 10**9)

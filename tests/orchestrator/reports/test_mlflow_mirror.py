@@ -14,6 +14,7 @@ from orchestrator import pending_calls
 from orchestrator.reports import mlflow_mirror
 from orchestrator.reports.mlflow_mirror import Mirror
 from subspace_store import SubspaceStore
+from subspace_store.requests import Remove, Rollback
 from tests.orchestrator.plant import Plant
 from workers.machine import machine_figures
 from workers.orders import Point
@@ -66,7 +67,9 @@ class Mirrored:
         return sorted((point.step, point.value) for point in points)
 
     def roll(self, version: int) -> None:
-        self.plant.cluster.store("rollback", version, op_key=f"{self.plant.state.seq}", actor="ann").result()
+        self.plant.cluster.write(
+            Rollback(version=version, op_key=f"rollback:{self.plant.state.seq}", actor="ann")
+        ).result()
         self.plant.controller.wake(log_moved=True)
         self.plant.step(2)
         self.mirror.sync()
@@ -263,7 +266,7 @@ def test_a_sync_with_nothing_new_asks_mlflow_for_no_task(mirrored: Mirrored, mon
 def test_after_a_removal_the_rest_is_shown_where_it_is_now(tmp_path: Path) -> None:
     made = Mirrored(tmp_path)  # a world of its own: the others' goes on
     task_id = made.plant.get("red/a").task_id
-    made.plant.cluster.store("remove", task_id, op_key="r", actor="ann", publish=True).result()
+    made.plant.cluster.write(Remove(task_id=task_id, op_key="remove:r", actor="ann", publish=True)).result()
     made.plant.controller.wake(log_moved=True)
     made.plant.step(3)
     made.mirror.sync()

@@ -230,7 +230,7 @@ def test_the_transport_and_coefficients_of_an_expired_version_go_when_its_snapsh
     first, second, third = (merged(store, {f"t{i}": random_adapter(i)}) for i in range(3))
     store.publish(3, op_key="p", actor="a")
     assert second.snapshot is not None
-    store.expire([1, 2], now=0, actor="a")
+    store.expire([1, 2], actor="a")
     found = opened(store.storage, "next").collect(really=True)
     gone = {second.transport.key, second.added[0].coefficients.key, second.basis.key}
     assert gone | {first.transport.key, first.added[0].coefficients.key, first.basis.key} == {*found.blobs}
@@ -273,7 +273,7 @@ def test_a_reader_of_a_version_that_expired_and_was_collected_is_told_that_it_ex
     merged(store, {"t1": random_adapter(1)})
     store.reject(1, "worse", op_key="r", actor="a")
     reader = opened(store.storage, None)  # knows the version, and not that it expires
-    store.expire([1], now=0, actor="a")
+    store.expire([1], actor="a")
     opened(store.storage, "next").collect(really=True)
     with pytest.raises(NotFound, match="version 1 has expired"):
         read(reader)

@@ -1,0 +1,220 @@
+"""What may be asked of a subspace's one writer: one frozen record for each request.
+
+The same object is what a command hands over, what travels over HTTP and Ray, and what the writer carries out. Who reads
+a request goes to its `on`, and from there to the method of the store. Nothing of a writer's own is in here: the time,
+for instance, is the writer's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from pydantic import Field, model_validator
+
+from configs.document import NAME_PATTERN, Line, Request
+from subspace_store.log.version import StagedAdapter, TaskScore
+
+if TYPE_CHECKING:
+    from subspace_store.log.version import Version
+    from subspace_store.refs import RollbackPreview
+    from subspace_store.subspace_store import SubspaceStore
+
+Answer = TypeVar("Answer")
+
+
+class StoreRequest(Request, Generic[Answer]):
+    """Asked of the writer until it is answered."""
+
+    operation: ClassVar[str]
+    """What it is called, in routes, commands and keys."""
+    actor: Line = "somebody"
+    """Person or part of the service that asks; kept in the log."""
+    op_key: Line = ""
+    """Name of this request, beginning with the operation: asked again under it, it is done once."""
+
+    @model_validator(mode="after")
+    def _key_names_no_other_request(self) -> StoreRequest[Answer]:
+        if self.op_key and not self.op_key.startswith(self.operation):
+            raise ValueError(f"op_key has to begin with {self.operation}: it names no other request")
+        return self
+
+    def on(self, store: SubspaceStore) -> Answer:
+        """Carry it out."""
+        raise NotImplementedError
+
+
+class Merge(StoreRequest["Version"]):
+    """Merge staged adapters into one version on `candidate`."""
+
+    operation = "merge"
+    adapters: tuple[StagedAdapter, ...]
+
+    def on(self, store: SubspaceStore) -> Version:
+        return store.merge(self.adapters, op_key=self.op_key, actor=self.actor)
+
+
+class Refine(StoreRequest["Version"]):
+    """Put refined adapters in the place of tasks that the candidate holds."""
+
+    operation = "refine"
+    adapters: tuple[StagedAdapter, ...]
+
+    def on(self, store: SubspaceStore) -> Version:
+        return store.refine(self.adapters, op_key=self.op_key, actor=self.actor)
+
+
+class RecordScores(StoreRequest[None]):
+    """Write measured scores of a version."""
+
+    operation = "scores"
+    version: int
+    scores: tuple[TaskScore, ...]
+
+    def on(self, store: SubspaceStore) -> None:
+        store.record_scores(self.version, self.scores, op_key=self.op_key, actor=self.actor)
+
+
+class Publish(StoreRequest[None]):
+    """Move `main` to the candidate."""
+
+    operation = "publish"
+    version: int
+
+    def on(self, store: SubspaceStore) -> None:
+        store.publish(self.version, op_key=self.op_key, actor=self.actor)
+
+
+class Reject(StoreRequest[None]):
+    """Mark the candidate as rejected."""
+
+    operation = "reject"
+    version: int
+    reason: str
+    task_ids: tuple[str, ...] = ()
+    """Tasks whose scores broke a rule of the gate."""
+
+    def on(self, store: SubspaceStore) -> None:
+        store.reject(self.version, self.reason, task_ids=self.task_ids, op_key=self.op_key, actor=self.actor)
+
+
+class Rollback(StoreRequest["RollbackPreview"]):
+    """Move `main` and `candidate` to a version, backwards or forwards again."""
+
+    operation = "rollback"
+    version: int
+    reason: Line = ""
+    hold: bool = False
+    """Keep `main` there as well."""
+
+    def on(self, store: SubspaceStore) -> RollbackPreview:
+        return store.rollback(self.version, op_key=self.op_key, actor=self.actor, reason=self.reason, hold=self.hold)
+
+
+class Tag(StoreRequest[None]):
+    """Name a version for ever."""
+
+    operation = "tag"
+    name: str = Field(pattern=NAME_PATTERN)
+    version: int
+
+    def on(self, store: SubspaceStore) -> None:
+        store.tag(self.name, self.version, op_key=self.op_key, actor=self.actor)
+
+
+class Hold(StoreRequest[None]):
+    """Keep `main` where it is."""
+
+    operation = "hold"
+    reason: Line
+
+    def on(self, store: SubspaceStore) -> None:
+        store.hold(self.reason, op_key=self.op_key, actor=self.actor)
+
+
+class Release(StoreRequest[None]):
+    """Let publishing move `main` again."""
+
+    operation = "release"
+
+    def on(self, store: SubspaceStore) -> None:
+        store.release(op_key=self.op_key, actor=self.actor)
+
+
+class Quarantine(StoreRequest[None]):
+    """Keep a task from being merged."""
+
+    operation = "quarantine"
+    task_id: Line
+    reason: Line
+
+    def on(self, store: SubspaceStore) -> None:
+        store.quarantine(self.task_id, self.reason, op_key=self.op_key, actor=self.actor)
+
+
+class Unquarantine(StoreRequest[None]):
+    """Let a task be merged again."""
+
+    operation = "unquarantine"
+    task_id: Line
+
+    def on(self, store: SubspaceStore) -> None:
+        store.unquarantine(self.task_id, op_key=self.op_key, actor=self.actor)
+
+
+class Pin(StoreRequest[None]):
+    """Keep a version from expiring; the same owner again moves the end."""
+
+    operation = "pin"
+    version: int
+    owner: Line
+    until: float | None = None
+    """Unix seconds; None: until it is unpinned."""
+
+    def on(self, store: SubspaceStore) -> None:
+        store.pin(self.version, self.owner, self.until, op_key=self.op_key, actor=self.actor)
+
+
+class Unpin(StoreRequest[None]):
+    """Give a pin up."""
+
+    operation = "unpin"
+    version: int
+    owner: Line
+
+    def on(self, store: SubspaceStore) -> None:
+        store.unpin(self.version, self.owner, op_key=self.op_key, actor=self.actor)
+
+
+class Expire(StoreRequest[None]):
+    """Give versions up for ever."""
+
+    operation = "expire"
+    versions: tuple[int, ...]
+
+    def on(self, store: SubspaceStore) -> None:
+        store.expire(self.versions, op_key=self.op_key, actor=self.actor)
+
+
+class DropAdapters(StoreRequest[None]):
+    """Let go of adapters as they were delivered."""
+
+    operation = "drop-adapters"
+    task_ids: tuple[Line, ...]
+
+    def on(self, store: SubspaceStore) -> None:
+        store.drop_adapters(self.task_ids, op_key=self.op_key, actor=self.actor)
+
+
+class Remove(StoreRequest["Version | None"]):
+    """Make the candidate again without a task."""
+
+    operation = "remove"
+    task_id: Line
+    reason: Line = ""
+    publish: bool = False
+    """Move `main` as well."""
+
+    def on(self, store: SubspaceStore) -> Version | None:
+        return store.remove(
+            self.task_id, op_key=self.op_key, actor=self.actor, reason=self.reason, publish=self.publish
+        )
