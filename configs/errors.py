@@ -11,13 +11,14 @@ OnebasisError
 └── Corrupt        stored bytes are not what was written: stop, touch nothing
 ```
 
-An error carries facts: what is wrong, where, and what to do next. All three are positional and handed on to
+An error carries facts: what is wrong, where, and what to do next. They are positional and handed on to
 `Exception.__init__`, because Ray sends errors between processes by pickle, which rebuilds them from `args`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class OnebasisError(Exception):
@@ -27,6 +28,7 @@ class OnebasisError(Exception):
         what: What was wrong, with the numbers.
         where: The file, key path, task, module or address it is about; empty when `what` says it.
         todo: What the reader can do next; empty when there is nothing to do.
+        facts: What a program reads of it, one for each name in the class's `facts`.
     """
 
     kind: ClassVar[str] = "error"
@@ -36,25 +38,26 @@ class OnebasisError(Exception):
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
 
-    def __init__(self, what: str, where: str = "", todo: str = "") -> None:
-        super().__init__(what, where, todo)
+    facts: ClassVar[tuple[str, ...]] = ()
+    """Names of what a class knows beside the text, in the order in which it is handed over."""
+
+    def __init__(self, what: str, where: str = "", todo: str = "", *facts: Any) -> None:
+        super().__init__(what, where, todo, *facts)
         self.what = what
         self.where = where
         self.todo = todo
+        for name, value in zip(self.facts, facts, strict=True):
+            setattr(self, name, value)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n  → {self.todo}" if self.todo else text
 
-    def as_dict(self) -> dict[str, str]:
-        """The facts as plain strings, for `--json` and HTTP."""
-        return {
-            "kind": self.kind,
-            "code": self.code or self.kind,
-            "what": self.what,
-            "where": self.where,
-            "todo": self.todo,
-        }
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json` and HTTP."""
+        text = {"what": self.what, "where": self.where, "todo": self.todo}
+        known = {name: getattr(self, name) for name in self.facts}
+        return {"kind": self.kind, "code": self.code or self.kind, **text, **known}
 
 
 class InvalidInput(OnebasisError):
@@ -114,8 +117,12 @@ class Corrupt(OnebasisError):
 LEAVES: tuple[type[OnebasisError], ...] = (InvalidInput, NotFound, Conflict, Fenced, Unavailable, Rejected, Corrupt)
 
 
-def error_from_dict(facts: dict[str, str]) -> OnebasisError:
-    """Rebuild an error from `OnebasisError.as_dict`, as a client of the HTTP API does."""
-    code = facts.get("code", facts.get("kind"))
-    leaf = next((leaf for leaf in LEAVES if (leaf.code or leaf.kind) == code), OnebasisError)
-    return leaf(facts.get("what", "unknown error"), facts.get("where", ""), facts.get("todo", ""))
+def error_from_dict(facts: Mapping[str, Any]) -> OnebasisError:
+    """Rebuild an error from `OnebasisError.as_dict`, as a client of the HTTP API does. An unknown code is its kind."""
+    leaf = _leaf(facts.get("code")) or _leaf(facts.get("kind")) or OnebasisError
+    known = (tuple(value) if isinstance(value := facts.get(name), list) else value for name in leaf.facts)
+    return leaf(facts.get("what", "unknown error"), facts.get("where", ""), facts.get("todo", ""), *known)
+
+
+def _leaf(code: Any) -> type[OnebasisError] | None:
+    return next((leaf for leaf in LEAVES if (leaf.code or leaf.kind) == code), None)
