@@ -3,6 +3,7 @@
 ```
 OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
+│   └── RefusedAdapters   some of several cannot be merged: which, it says
 ├── NotFound       no such task, version, team for you
 ├── Conflict       someone moved first: read again, then retry at once
 │   └── Fenced     a newer writer opened the subspace: open it anew
@@ -68,6 +69,14 @@ class InvalidInput(OnebasisError):
     http_status = 422
 
 
+class RefusedAdapters(InvalidInput):
+    """Some of the adapters that were handed over cannot be taken; nothing was written."""
+
+    code = "refused-adapters"
+    facts = ("task_ids",)
+    task_ids: tuple[str, ...]
+
+
 class NotFound(OnebasisError):
     """There is no such task, version, team or key for you."""
 
@@ -114,7 +123,16 @@ class Corrupt(OnebasisError):
     http_status = 500
 
 
-LEAVES: tuple[type[OnebasisError], ...] = (InvalidInput, NotFound, Conflict, Fenced, Unavailable, Rejected, Corrupt)
+LEAVES: tuple[type[OnebasisError], ...] = (
+    InvalidInput,
+    RefusedAdapters,
+    NotFound,
+    Conflict,
+    Fenced,
+    Unavailable,
+    Rejected,
+    Corrupt,
+)
 
 
 def error_from_dict(facts: Mapping[str, Any]) -> OnebasisError:

@@ -121,6 +121,7 @@ def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: 
     publish = plant.cluster._store.publish
 
     def late(*args: Any, **kwargs: Any) -> None:
+        plant.cluster._store.publish = publish  # type: ignore[method-assign]
         plant.cluster._store.hold("audit", actor="ann")
         publish(*args, **kwargs)
 
