@@ -161,7 +161,8 @@ def test_a_body_that_is_no_plain_json_object_is_refused(still: Still, body: byte
 @pytest.mark.parametrize(
     "path", ["/tasks?limit=3.5", "/tasks?limit=0", "/tasks?state=asleep", "/tasks?now=0", "/tasks?limit=1&limit=2",
              "/versions/one", "/versions/-1", "/versions/1e3", f"/versions/{10**30}", "/diff/1/x",
-             "/logs/red/a?after=-1", f"/logs/red/a?after={2**80}", "/tasks/red%00a", "/scores?version=", "/export/red/a?version=main"]
+             "/logs/red/a?after=-1", f"/logs/red/a?after={2**80}", "/tasks/red%00a", "/scores?version=",
+             "/export/red/a?version=main"]
 )  # fmt: skip
 def test_a_wrong_parameter_is_refused_with_its_name(still: Still, path: str) -> None:
     with TestClient(still.app, headers=HEADERS) as client:
