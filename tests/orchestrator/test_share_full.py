@@ -450,3 +450,17 @@ def test_a_newcomer_is_not_refused_for_what_an_older_task_made_of_its_refinement
     plant.submit("blue/next")
     plant.run()
     assert list(refined(plant).values())[-1] == ["red/old"]  # it was for that one merge
+
+
+def test_whose_score_it_was_is_a_fact_and_not_a_word_in_the_reason(make_plant: MakePlant) -> None:
+    # The name of the older task is the beginning of the newcomer's: only red/ab is at fault here.
+    plant = make_plant(workers=2, **TIGHT | {"gate": {"drop_max": 1.0, "merge_gap_max": 0.1}})
+    plant.submit("red/a", spec=FULL)
+    plant.run()
+    plant.cluster.score = lambda title, held: 0.2 if title == "red/ab" else 0.9
+    newcomer = plant.submit("red/ab")[0]
+    plant.run()
+    assert plant.states() == {"red/a": "published", "red/ab": "rejected"}
+    assert refined(plant) == {2: ["red/a"], 4: ["red/a"]}
+    assert dict(plant.state.rejected_for) == {4: (newcomer.task_id,)}
+    assert max(plant.state.versions) == 4  # it is not merged and judged once more

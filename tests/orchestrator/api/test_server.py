@@ -42,11 +42,13 @@ from subspace_store import SubspaceStore
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.requests import (
     Expire,
+    Hold,
     Merge,
     Publish,
     RecordScores,
     Refine,
     Reject,
+    Release,
     Remove,
     Rollback,
     StoreRequest,
@@ -340,6 +342,43 @@ def test_a_state_folder_that_was_moved_does_not_show_what_another_service_holds(
     (tmp_path / "settings.yaml").write_text((site.folder / "settings.yaml").read_text())
     with pytest.raises(Unavailable, match=f"its service belongs in {site.folder}"):
         Client(tmp_path).ask(ListVersions())
+
+
+def test_a_refused_request_neither_ends_the_writer_nor_fences_it(site: Site) -> None:
+    site.client.ask(Tag(name="gold", version=1))
+    site.client.ask(Hold(reason="audit", actor="ann"))
+    replaced, before = list(site.plant.cluster.replaced), site.plant.state
+    for refused in (Tag(name="gold", version=2), Hold(reason="mine", actor="bob"), Expire(versions=(2,))):
+        with pytest.raises(Conflict):
+            site.client.ask(refused)
+    assert site.plant.state == before  # the epoch too
+    assert site.plant.cluster.replaced == replaced
+    site.client.ask(Release(actor="ann"))
+
+
+def test_a_task_does_not_return_while_another_of_its_name_is_alive(site: Site) -> None:
+    main = site.plant.state.refs["main"]
+    site.publish("red/twice")
+    with_it = site.plant.state.refs["main"]
+    old = site.client.ask(ShowTask(reference="red/twice"))["task_id"]
+    site.client.ask(Rollback(version=main))
+    site.wait_for("red/twice", "parked")
+    site.plant.cluster.hold = lambda order: isinstance(order, Train)
+    try:
+        again = Submit(task=TaskSpec.model_validate(site.document("red/twice", priority=1)))
+        new = site.client.ask(again)["task_id"]
+        with pytest.raises(Conflict, match=rf"(?s)red/twice \({new}\).*holds an older task of this name.*cancel {new}"):
+            site.client.ask(Rollback(version=with_it))
+        assert site.plant.state.refs["main"] == main
+        site.client.ask(Cancel(reference=new))
+        site.wait_for("red/twice", "cancelled")
+    finally:
+        site.plant.cluster.release()
+    assert site.client.ask(Rollback(version=with_it))["returning"] == ["red/twice"]
+    until = time.monotonic() + 10
+    while site.client.ask(ShowTask(reference=old))["state"] != "published":
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 # --- without the server ------------------------------------------------------------------------------------------
