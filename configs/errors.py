@@ -6,6 +6,7 @@ OnebasisError
 │   └── RefusedAdapters   some of several cannot be merged: which, it says
 ├── NotFound       no such task, version, team for you
 ├── Conflict       someone moved first: read again, then retry at once
+│   ├── NameTaken  another task of the same name is there
 │   └── Fenced     a newer writer opened the subspace: open it anew
 ├── Unavailable    a machine or a network was away: wait, then retry
 ├── Rejected       the result is worse than the rule allows: a person decides
@@ -93,6 +94,17 @@ class Conflict(OnebasisError):
     http_status = 409
 
 
+class NameTaken(Conflict):
+    """Another task of the same name is there: a name means one task."""
+
+    code = "name-taken"
+    facts = ("task_id", "other_id")
+    task_id: str
+    """The one that was to come."""
+    other_id: str
+    """The one that is there."""
+
+
 class Fenced(Conflict):
     """A newer writer has opened the subspace: this one writes no more, and has to be opened anew."""
 
@@ -128,6 +140,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     RefusedAdapters,
     NotFound,
     Conflict,
+    NameTaken,
     Fenced,
     Unavailable,
     Rejected,

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NotFound, OnebasisError
+from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NameTaken, NotFound, OnebasisError
 from configs.settings import Settings
 from orchestrator.cluster import Call, Cluster
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
@@ -289,6 +289,8 @@ class Candidate:
                     self._refuse_merge(request, error)
                 case Refine(), InvalidInput() | NotFound():
                     self._refinement.refuse(request, error)
+                case Merge(), NameTaken():
+                    self._park_double(request, error)
                 case Merge(), Conflict():
                     # Nothing was written: somebody moved the candidate, or the database is older than the log.
                     log.info("merging is begun anew: %s", error)
@@ -305,6 +307,13 @@ class Candidate:
             if isinstance(request, Merge):
                 self._apply(_tasks(request), Merged(answer.number))
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
+
+    def _park_double(self, request: Merge, error: NameTaken) -> None:
+        """`main` came back to an older task of its name while it was on its way: the others go on without it."""
+        self._unused_files.due = True
+        self._apply((error.task_id,), MergeRefused(str(error), time.time()))
+        others = tuple(task_id for task_id in _tasks(request) if task_id != error.task_id)
+        self._apply(others, MergeUndone(error.what, alone=False))
 
     def _refuse_merge(self, request: Merge, error: OnebasisError) -> None:
         task_ids = _tasks(request)
