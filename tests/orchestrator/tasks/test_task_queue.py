@@ -52,7 +52,7 @@ class TestSqliteTaskQueue(TaskQueueContract):
         queue.close()
 
     def test_a_commit_reaches_the_disk_before_it_is_acknowledged(self, queue: TaskQueue) -> None:
-        with queue._engine.connect() as connection:
+        with queue._database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
 
@@ -113,7 +113,7 @@ class TestPostgresTaskQueue(TaskQueueContract):
     def url(self, postgres: str) -> str:
         engine = create_engine(postgres)
         with engine.begin() as connection:
-            connection.exec_driver_sql("DROP TABLE IF EXISTS tasks, events")
+            connection.exec_driver_sql("DROP TABLE IF EXISTS tasks, events, uses, team_uses, onebasis_schema")
         engine.dispose()
         return postgres
 
@@ -121,7 +121,7 @@ class TestPostgresTaskQueue(TaskQueueContract):
         # Between our read and our write somebody cancels. Our claim must not bring the task back to life.
         record = task_record()
         queue.add(record)
-        read, overtaken = queue._get, []
+        read, overtaken = queue._row, []
 
         def read_then_be_overtaken(connection: Any, task_id: str) -> Any:
             found = read(connection, task_id)
@@ -130,7 +130,7 @@ class TestPostgresTaskQueue(TaskQueueContract):
                 queue.apply(task_id, CancelRequested("ann", 1.0))
             return found
 
-        monkeypatch.setattr(queue, "_get", read_then_be_overtaken)
+        monkeypatch.setattr(queue, "_row", read_then_be_overtaken)
         with pytest.raises(Conflict, match="'Claimed' cannot happen to a task that is cancelled"):
             queue.apply(record.task_id, Claimed("tok", "w", 2.0))
         assert queue.get(record.task_id).state is TaskState.CANCELLED
