@@ -133,13 +133,9 @@ class TaskQueue:
             if queued_max is not None:
                 self._refuse_full_queue(connection, record.team, queued_max)
             try:
-                with connection.begin_nested():
-                    connection.execute(insert(_tasks).values(task_id=record.task_id, **columns_of(record)))
-            except IntegrityError as error:  # the same submission came in on another connection meanwhile
-                known = self._by_client_key(connection, record.team, record.client_key)
-                if known is None:
-                    raise Conflict("the task id is taken", record.task_id, "submit again") from error
-                return known, False
+                connection.execute(insert(_tasks).values(task_id=record.task_id, **columns_of(record)))
+            except IntegrityError as error:  # name and key are free, and nobody else of this team is writing
+                raise Conflict("the task id is taken", record.task_id, "submit again") from error
             self._append(connection, record.task_id, [("submitted", note)], record.submitted_at)
         return record, True
 
