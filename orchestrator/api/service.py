@@ -32,6 +32,7 @@ from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store import Storage, SubspaceStore
+from subspace_store.commands.state_folder import service_identity
 from subspace_store.formats.peft import write_peft_folder
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
 from subspace_store.refs import RollbackPreview
@@ -280,6 +281,7 @@ class Service:
             base_model=base.name,
             base_sha256=base.weights_sha256,
             writer="command-line",
+            service=service_identity(Path(self._settings.state_dir)),
         )
         return request.on(writer)
 
