@@ -129,6 +129,10 @@ class Controller:
         """Something changed that the loop should look at now; `log_moved`: in the version log too. Thread-safe."""
         self._pending_calls.wake(log_moved)
 
+    def forget_files(self, task_id: str) -> None:
+        """A task ended outside the loop: what it needs no more of its files goes in the next step. Thread-safe."""
+        self._unused_files.due((task_id,))
+
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
         while not stop.is_set():

@@ -50,18 +50,18 @@ def is_unused(key: str, record: TaskRecord, held: Held) -> bool:
     if key == record.eval_key:  # needed while a version may be scored that holds the task
         return False
     if key.startswith("results/"):
-        return _is_old_result(key, record, held, trained)
+        return _is_old_result(key, record, held)
     # In staging: checkpoints until it is trained, the adapter until no group can fail that has to be merged again.
     is_merged = parked or record.state is TaskState.PUBLISHED
     return is_merged or (trained and key not in (record.staging_key, record.refined_key))
 
 
-def _is_old_result(key: str, record: TaskRecord, held: Held, trained: bool) -> bool:
+def _is_old_result(key: str, record: TaskRecord, held: Held) -> bool:
     """Of an attempt that did not count, or of a version that has expired; but its scores at birth are those that all
     later ones are compared with, row by row."""
     name = key.rpartition("/")[2]
     if name.startswith("local-"):
-        return trained and key != record.local_results_key
+        return record.state not in (TaskState.QUEUED, TaskState.TRAINING) and key != record.local_results_key
     version = name.removesuffix(".safetensors")
     return version.isdecimal() and int(version) in held.expired and int(version) != record.version
 
@@ -93,9 +93,8 @@ class UnusedFiles:
         """Unix time."""
 
     def due(self, task_ids: Iterable[str]) -> None:
-        """Something happened to these tasks: their files are looked at in the next step."""
-        self._due.update(task_ids, self._put_off)
-        self._put_off.clear()
+        """Something happened to these tasks: their files are looked at in the next step. Thread-safe."""
+        self._due.update(task_ids)
 
     def all_due(self) -> None:
         """Something happened that may concern any task: versions expired, or were made again without one."""
@@ -107,11 +106,16 @@ class UnusedFiles:
         if now >= self._look_at_all:
             self.delete_all(now)
             self._look_at_all = now + LOOK_SECONDS
-            self._due.clear()
+        elif self._due:
+            self._due |= self._put_off
+            self._put_off.clear()
         while self._due:
-            task_id = next(iter(self._due))
-            self.delete(task_id)
-            self._due.discard(task_id)
+            task_id = self._due.pop()
+            try:
+                self.delete(task_id)
+            except Exception:
+                self._due.add(task_id)
+                raise
 
     def delete(self, task_id: str) -> None:
         """Of one task. The files of no other are looked at."""

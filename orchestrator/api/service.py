@@ -124,9 +124,8 @@ class Service:
         controller = self._running("cancel")
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, CancelRequested(request.by, time.time()))
-        if after.state is TaskState.CANCELLED and after.train_key:
-            with contextlib.suppress(Unavailable):  # then the next start of the control plane deletes it
-                self._storage.delete(after.train_key)
+        if after.state is TaskState.CANCELLED:
+            controller.forget_files(after.task_id)
         controller.wake()
         return self._summary(after)
 
