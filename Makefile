@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement setup clean lock
+.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement bench-queue setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -48,6 +48,10 @@ bench-training: $(READY)
 # Ten minutes on two cores: three real services, one after another.
 bench-refinement: $(READY)
 	$(BIN)/python benchmarks/refinement.py
+
+# What 100,000 tasks that ended cost one step of the loop, one submission and one claim: a minute.
+bench-queue: $(READY)
+	$(BIN)/python benchmarks/task_queue.py
 
 setup: $(READY)
 
