@@ -18,8 +18,9 @@ from orchestrator.cluster import Call, Cluster
 from orchestrator.pending_calls import POLL_SECONDS, RETRY_SECONDS, PendingCall, PendingCalls
 from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Waiting, decayed_use, running_order
 from orchestrator.tasks.task_events import Event, Restored, RolledBack, TrainingDone, TrainingFailed
+from orchestrator.tasks.task_history import LOG
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step
-from orchestrator.tasks.task_queue import LOG, TaskQueue
+from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order

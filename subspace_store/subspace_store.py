@@ -18,14 +18,13 @@ from subspace_store.digests import digest
 from subspace_store.files import blobs
 from subspace_store.forecast import Forecast, forecast
 from subspace_store.log import fold, retention
+from subspace_store.log.store_format import FORMAT_NUMBER, check_format
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, StagedAdapter, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
 from subspace_store.refs import Branches
 from subspace_store.storage.protocol import Storage
 
-FORMAT_NUMBER = 2
-"""Of everything below the store's folder. tests/data/stores has a store of each format that is read."""
 DEFAULTS = SubspaceSettings()
 
 Shapes = tuple[tuple[int, int], tuple[int, int]]
@@ -66,7 +65,7 @@ class SubspaceStore(Branches):
         if writer is not None:
             # Losing this race is fine: whose FORMAT it is, is checked next.
             storage.create("FORMAT", json.dumps(mine, sort_keys=True).encode())
-        base = _check_format(storage, base_model, base_sha256)
+        base = check_format(storage, base_model, base_sha256)
         log = VersionLog(storage, writer)
         log.open()
         if writer is not None:
@@ -321,31 +320,3 @@ class SubspaceStore(Branches):
         if done is not None and done not in self.state.versions:
             raise Conflict(f"op_key {op_key!r} names an operation that made no version", todo="choose another")
         return None if done is None else self.state.versions[done]
-
-
-def _check_format(storage: Storage, base_model: str, base_sha256: str) -> tuple[str, str]:
-    """(base model, sha256) of the folder, or the caller's where the folder does not say."""
-    where = f"{storage.url}/FORMAT"
-    try:
-        found = json.loads(storage.read("FORMAT"))
-        number, theirs = int(found["format"]), (str(found["base_model"]), str(found["base_sha256"]))
-    except NotFound:
-        return base_model, base_sha256
-    except (ValueError, KeyError, TypeError) as error:
-        raise Corrupt(f"is no FORMAT of a subspace: {error}", where) from error
-    if number > FORMAT_NUMBER:
-        raise Corrupt(f"has format {number}, this code reads up to {FORMAT_NUMBER}", where, "use a newer onebasis")
-    if number < FORMAT_NUMBER:
-        raise InvalidInput(
-            f"has format {number}, which onebasis 0.1 wrote and this code does not read",
-            where,
-            "export its tasks with the version that wrote it, and import them here; or choose another storage.url",
-        )
-    for what, stored, ours in zip(("name", "sha256"), theirs, (base_model, base_sha256), strict=True):
-        if stored and ours and stored != ours:
-            raise InvalidInput(
-                f"this subspace belongs to the base model with {what} {stored!r}, not {ours!r}",
-                where,
-                "choose another storage.url, or the base model it was made for",
-            )
-    return theirs[0] or base_model, theirs[1] or base_sha256

@@ -19,6 +19,7 @@ from configs.errors import Corrupt, InvalidInput, NotFound
 from subspace_store.adapter import ModuleUpdate, adapter_from_bytes
 from subspace_store.files import blobs
 from subspace_store.files.tensor_file import TensorFile
+from subspace_store.files.version_heads import TRANSPORT
 from subspace_store.log import retention
 from subspace_store.log.fold import to_plain
 from subspace_store.log.version import BlobRef, Version
@@ -116,7 +117,7 @@ def _verify_version(reader: SubspaceStore, version: Version) -> list[Finding]:
     # Nothing to compare it with once the parent has expired.
     parent = None if version.parent in reader.state.expired else version.parent
     before_ranks = reader.ranks(parent) if parent else {}
-    file = None if version.transport is None else TensorFile(reader.storage, version.transport, blobs.TRANSPORT)
+    file = None if version.transport is None else TensorFile(reader.storage, version.transport, TRANSPORT)
     written = {} if file is None else blobs.read_transports(file)
     refined = {task.task_id for task in version.refined}  # they are other adapters now: no drift to be measured
     missed, energy = dict.fromkeys(born, 0.0), defaultdict[str, float](float)

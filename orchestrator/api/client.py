@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import httpx
-
-from configs.errors import OnebasisError, Unavailable, error_from_dict
+from configs.errors import OnebasisError, error_from_dict
 from orchestrator.api.routes import ROUTES
-from subspace_store.commands.state_folder import SERVER_FILE, service_settings
+from subspace_store.commands.state_folder import SERVER_FILE
+
+if TYPE_CHECKING:
+    from orchestrator.api.exchange import Reply
 
 TIMEOUT_SECONDS = 150.0
 SUBMIT_TIMEOUT_SECONDS = 7200.0
@@ -25,9 +26,6 @@ class Client:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
         self._service: Any = None
-        # One for all calls: each new one reads the machine's certificates. No proxy from the environment: the service
-        # is on this machine or this network.
-        self._http = httpx.Client(timeout=TIMEOUT_SECONDS, trust_env=False)
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Call one method.
@@ -37,25 +35,23 @@ class Client:
         """
         server = server_facts(self._state_dir)
         if server is not None:
+            from orchestrator.api.exchange import NobodyListensError
+
             try:
-                return _over_http(self._http, server, method, arguments)
-            except httpx.ConnectError:
+                return _over_http(server, method, arguments)
+            except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-            except httpx.HTTPError as error:
-                raise Unavailable(
-                    f"the service did not answer: {error}", server["url"], "see the log in the state folder"
-                ) from error
         return getattr(self._local(), method)(**arguments)
 
     def _local(self) -> Any:
         if self._service is None:
             from orchestrator.api.service import Service
-            from orchestrator.tasks.task_queue import TaskQueue
-            from subspace_store import open_storage
+            from subspace_store.commands.state_folder import service_settings
+            from subspace_store.storage.opening import open_storage
 
             settings = service_settings(self._state_dir)
             storage = open_storage(settings.storage, settings.base_model.name)
-            self._service = Service(settings, TaskQueue(settings.database_url, settings.failures), storage)
+            self._service = Service(settings, None, storage)
         return self._service
 
 
@@ -67,7 +63,7 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _over_http(http: httpx.Client, server: dict[str, Any], method: str, arguments: dict[str, Any]) -> Any:
+def _over_http(server: dict[str, Any], method: str, arguments: dict[str, Any]) -> Any:
     verb, path = ROUTES[method]
     in_path = set(re.findall(r"{(\w+)", path))
     # Dots too: `..` in a reference would be taken for a way to another route.
@@ -75,22 +71,24 @@ def _over_http(http: httpx.Client, server: dict[str, Any], method: str, argument
     rest = {name: value for name, value in arguments.items() if name not in in_path and value is not None}
     body = next((value for value in rest.values() if isinstance(value, dict)), None)
     query = {name: value for name, value in rest.items() if not isinstance(value, dict)}
-    answer = http.request(
-        verb,
+    from orchestrator.api.exchange import exchange
+
+    answer = exchange(
         server["url"] + url,
-        params=query,
-        json=body,
-        headers={"authorization": f"Bearer {server['token']}"},
-        timeout=SUBMIT_TIMEOUT_SECONDS if method == "submit" else TIMEOUT_SECONDS,
+        verb,
+        query=query,
+        body=body,
+        token=server["token"],
+        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if method == "submit" else TIMEOUT_SECONDS,
     )
     if answer.is_success:
-        return answer.content if answer.headers.get("content-type") == "application/zip" else answer.json()
-    raise _error(answer)
+        return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)
+    raise _error(answer, server["url"] + url)
 
 
-def _error(answer: httpx.Response) -> OnebasisError:
+def _error(answer: Reply, url: str) -> OnebasisError:
     try:
-        facts = answer.json()
+        facts = json.loads(answer.content)
     except ValueError:
         facts = {}
     if "what" in facts:
@@ -98,4 +96,4 @@ def _error(answer: httpx.Response) -> OnebasisError:
     if isinstance(facts.get("detail"), list):  # FastAPI's own check of a path or query parameter
         problems = "; ".join(f"{'.'.join(map(str, p['loc'][1:]))}: {p['msg']}" for p in facts["detail"])
         return error_from_dict({"kind": "invalid-input", "what": problems})
-    return OnebasisError(f"HTTP {answer.status_code} from the service", str(answer.url), "see its log")
+    return OnebasisError(f"HTTP {answer.status} from the service", url, "see its log")

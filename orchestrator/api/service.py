@@ -1,7 +1,8 @@
 """What people can ask and order, each as one method that returns plain JSON values.
 
 The HTTP server exposes these methods, the command line calls them there, or here in its own process when the
-service is down: reading, exporting and rolling back need no running service.
+service is down: reading, exporting and rolling back need no running service. Whoever reads waits for no torch: what
+needs it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ import time
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from configs.errors import Fenced, InvalidInput, NotFound, Unavailable
 from configs.settings import Settings
-from orchestrator.cluster import Cluster, wait_for
-from orchestrator.controller import Controller
 from orchestrator.judging.forgetting import ForgettingReport, Mean, forgetting_report
 from orchestrator.judging.score_table import ScoreTable, score_table
 from orchestrator.reports.loss_plot import plot_file
-from orchestrator.tasks.admission import admit, check_submission
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
+from orchestrator.tasks.task_history import LOG, PROGRESS, point_of
 from orchestrator.tasks.task_lifecycle import Step, next_step
-from orchestrator.tasks.task_queue import LOG, PROGRESS, TaskQueue, point_of
 from orchestrator.tasks.task_record import TaskRecord, TaskState
-from subspace_store import Storage, SubspaceStore
-from subspace_store.formats.peft import write_peft_folder
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, Version
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
+from subspace_store.storage.protocol import Storage
+
+if TYPE_CHECKING:
+    from orchestrator.cluster import Cluster
+    from orchestrator.controller import Controller
+    from orchestrator.tasks.task_queue import TaskQueue
+    from subspace_store.subspace_reader import SubspaceReader
 
 STORE_SECONDS = 120.0
 """Longest wait for one call to the store: a merge of a large model may be before it."""
@@ -44,30 +48,45 @@ class Service:
     """One service as its users see it.
 
     Args:
+        queue: None where there is nobody to share it with: it is opened by the first who asks about tasks, since
+            importing what speaks SQL takes as long as all the rest of a command.
         controller, cluster: None when the service is down; then what needs a worker is refused with the next step.
     """
 
     def __init__(
         self,
         settings: Settings,
-        queue: TaskQueue,
+        queue: TaskQueue | None,
         storage: Storage,
         controller: Controller | None = None,
         cluster: Cluster | None = None,
         health: Callable[[], Json] = dict,
     ) -> None:
         self._settings = settings
-        self._queue = queue
+        self._given_queue = queue
         self._storage = storage
-        self._store = SubspaceStore.open(storage, settings=settings.subspace)
         self._controller = controller
         self._cluster = cluster
         self._health = health
+
+    @cached_property
+    def _store(self) -> SubspaceReader:
+        from subspace_store.subspace_reader import SubspaceReader
+
+        return SubspaceReader.open(self._storage)
+
+    @cached_property
+    def _queue(self) -> TaskQueue:
+        from orchestrator.tasks.task_queue import TaskQueue
+
+        return self._given_queue or TaskQueue(self._settings.database_url, self._settings.failures)
 
     # --- tasks -------------------------------------------------------------------------------------------------
 
     def submit(self, document: Json, dry_run: bool = False, by: str = "") -> Json:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
+        from orchestrator.tasks.admission import admit, check_submission
+
         controller = self._running("submit")
         if controller.layout is None:
             raise Unavailable("the workers are still loading the base model", todo="try again in a few seconds")
@@ -237,6 +256,8 @@ class Service:
 
     def export(self, reference: str, version: int | None = None) -> bytes:
         """One task at a version as a zipped PEFT folder; default: what `main` holds."""
+        from subspace_store.formats.peft import write_peft_folder
+
         state = self._store.refresh()
         number = state.refs[MAIN] if version is None else version
         _check_version(state, number)
@@ -304,12 +325,16 @@ class Service:
         """A writing call: through the running store actor, or with a writer opened for this one call."""
         cluster = self._cluster
         if cluster is not None:
+            from orchestrator.cluster import wait_for
+
             try:
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
             except Fenced:
                 # By a command that wrote while the service was down: a fresh one opens with the next epoch.
                 cluster.replace_store()
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
+        from subspace_store.subspace_store import SubspaceStore
+
         base = self._settings.base_model
         writer = SubspaceStore.open(
             self._storage,

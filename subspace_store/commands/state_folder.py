@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import Unavailable
-from configs.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from configs.settings import Settings
 
 SETTINGS_FILE = "settings.yaml"
 SERVER_FILE = "server.json"
@@ -19,6 +22,8 @@ def service_settings(state_dir: Path) -> Settings:
     Raises:
         Unavailable: No service has run here, or the folder was moved.
     """
+    from configs.settings import read_settings  # not needed by a command that asks a running service
+
     file = state_dir / SETTINGS_FILE
     if not file.exists():
         raise Unavailable(f"no onebasis service has run here ({state_dir})", todo="start one with `onebasis up`")

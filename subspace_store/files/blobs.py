@@ -15,14 +15,11 @@ from torch import Tensor
 from configs.errors import Corrupt, NotFound
 from subspace_store.digests import digest
 from subspace_store.files.tensor_file import Part, TensorFile, blob_key, pack, write_tensors
+from subspace_store.files.version_heads import BASIS, COEFFICIENTS, TRANSPORT, task_layout
 from subspace_store.log.version import BlobRef
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.coefficients import TaskBlock, Transport
 from subspace_store.storage.protocol import Storage
-
-BASIS = "onebasis-basis-2"
-TRANSPORT = "onebasis-transport-2"
-COEFFICIENTS = "onebasis-coefficients-2"
 
 ORTHONORMAL_TOLERANCE = 1e-4
 """Largest entry of |PᵀP − 1| in a stored float32 basis; rounding alone leaves about 1e-7."""
@@ -169,7 +166,7 @@ def write_coefficients(storage: Storage, epoch: int, modules: Mapping[str, TaskB
 def read_coefficients(file: TensorFile, task: str) -> dict[str, TaskBlock]:
     """One task's coefficients per module it adapts. Raises Corrupt."""
     tensors = file.part(task)
-    return _unflat(task, file.info["layouts"][file.info["tasks"][task]], file.info["bases"], tensors)
+    return _unflat(task, task_layout(file.info, task), file.info["bases"], tensors)
 
 
 def read_all_coefficients(file: TensorFile) -> dict[str, TaskBlock]:
@@ -177,7 +174,7 @@ def read_all_coefficients(file: TensorFile) -> dict[str, TaskBlock]:
     info = file.info
     pieces: dict[str, list[TaskBlock]] = {}
     for task, tensors in file.all().items():
-        for name, block in _unflat(task, info["layouts"][info["tasks"][task]], info["bases"], tensors).items():
+        for name, block in _unflat(task, task_layout(info, task), info["bases"], tensors).items():
             pieces.setdefault(name, []).append(block)
     return {name: TaskBlock.joined(blocks) for name, blocks in pieces.items()}
 

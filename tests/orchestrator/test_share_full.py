@@ -10,7 +10,7 @@ from configs.errors import NotFound
 from configs.task_spec import TaskSpec
 from orchestrator.api.service import Service
 from orchestrator.commands import version_tables
-from orchestrator.tasks.task_queue import LOG
+from orchestrator.tasks.task_history import LOG
 from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceStore, adapter_to_bytes
 from subspace_store.requests import Expire, Quarantine, Remove, Rollback

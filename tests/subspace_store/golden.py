@@ -13,9 +13,9 @@ from typing import Any
 
 from subspace_store import SubspaceStore, merge_writer
 from subspace_store.log import version_log
+from subspace_store.log.store_format import FORMAT_NUMBER
 from subspace_store.log.version import TaskScore
 from subspace_store.storage.local import LocalStorage
-from subspace_store.subspace_store import FORMAT_NUMBER
 from tests.subspace_store.builders import (
     SHAPES,
     deltas,

@@ -11,8 +11,8 @@ import pytest
 
 from configs.errors import Corrupt, InvalidInput
 from subspace_store import SubspaceStore
+from subspace_store.log.store_format import FORMAT_NUMBER
 from subspace_store.storage.local import LocalStorage
-from subspace_store.subspace_store import FORMAT_NUMBER
 from subspace_store.verify import verify
 from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter
 from tests.subspace_store.golden import GOLDEN, SETTINGS, facts
