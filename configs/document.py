@@ -7,12 +7,15 @@ YAML holds values only: `yaml.safe_load`, never Python objects.
 from __future__ import annotations
 
 import difflib
+import json
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
+import pydantic_core
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from configs.errors import InvalidInput
 
@@ -41,6 +44,11 @@ Line = Annotated[str, Field(max_length=LINE_MAX), AfterValidator(_one_line)]
 """A sentence that a person or a program wrote: one line of text."""
 
 
+VersionNumber = Annotated[int, Field(ge=0, le=2**53)]
+"""Of a subspace; 0 is the empty one. No larger than what JSON's readers keep exactly."""
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
 class Request(Section):
     """What a program asks: a frozen record whose values are taken as they are, never converted.
 
@@ -54,7 +62,60 @@ class Request(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _told(error, type(self), type(self).__name__) from error
+            raise told(error, type(self), type(self).__name__) from error
+
+    # Read from JSON, a record is not made by way of __init__, which knows Python's types alone.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_http(cls, in_path: Mapping[str, str], query: Mapping[str, str], body: bytes | None) -> Self:
+        """The record that came in over HTTP.
+
+        Args:
+            in_path, query: Strings, read as what the fields are.
+            body: A JSON object with the other fields, or None where the request has none. Its values must have the
+                right types: "1" is no number there.
+
+        Raises:
+            InvalidInput: A value of another type, an unknown field, a field that stands in two places.
+        """
+        where = cls.__name__
+        try:
+            if body is None:
+                return cls.model_validate_strings({**query, **in_path})
+            if query:
+                raise InvalidInput(f"has parameters after the question mark: {', '.join(query)}", where, "use the body")
+            fields = json.loads(body or b"{}", object_pairs_hook=_each_once, parse_constant=_no_number)
+            if not isinstance(fields, dict):
+                raise InvalidInput("the body is not a JSON object", where, "send one")
+            if both := sorted({*fields} & {*in_path}):
+                raise InvalidInput(f"stands in the path and in the body: {', '.join(both)}", where, "say it once")
+            placed = _strings_as_json(cls, in_path)
+            return cls.model_validate_json(pydantic_core.to_json({**fields, **placed}), strict=True)
+        except ValidationError as error:
+            raise told(error, cls, where) from error
+        except (ValueError, RecursionError) as error:  # no JSON, a number without end, half a character
+            raise InvalidInput(f"the body is not JSON: {error}", where, "send a JSON object") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that stands twice is a mistake, not a way to say the second."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _strings_as_json(kind: type[Request], strings: Mapping[str, str]) -> dict[str, Any]:
+    """What stands in a path, as the types that the record's fields have."""
+    known = {name: kind.model_fields[name] for name in strings}
+    reader = create_model("InPath", **{name: (field.annotation, field) for name, field in known.items()})  # type: ignore[call-overload]
+    return dict(reader.model_validate_strings(dict(strings)).model_dump())
 
 
 T = TypeVar("T", bound=Section)
@@ -107,10 +168,11 @@ def check_document(values: Any, kind: type[T], where: str) -> T:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _told(error, kind, where) from error
+        raise told(error, kind, where) from error
 
 
-def _told(error: ValidationError, kind: type[Section], where: str) -> InvalidInput:
+def told(error: ValidationError, kind: type[Section], where: str) -> InvalidInput:
+    """Every mistake, each with its key path."""
     lines = [_describe(mistake, kind) for mistake in error.errors()]
     return InvalidInput(
         lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines),

@@ -3,8 +3,10 @@
 ```
 OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
+│   └── RefusedAdapters   some of several cannot be merged: which, it says
 ├── NotFound       no such task, version, team for you
 ├── Conflict       someone moved first: read again, then retry at once
+│   ├── NameTaken  another task of the same name is there
 │   └── Fenced     a newer writer opened the subspace: open it anew
 ├── Unavailable    a machine or a network was away: wait, then retry
 ├── Rejected       the result is worse than the rule allows: a person decides
@@ -68,6 +70,14 @@ class InvalidInput(OnebasisError):
     http_status = 422
 
 
+class RefusedAdapters(InvalidInput):
+    """Some of the adapters that were handed over cannot be taken; nothing was written."""
+
+    code = "refused-adapters"
+    facts = ("task_ids",)
+    task_ids: tuple[str, ...]
+
+
 class NotFound(OnebasisError):
     """There is no such task, version, team or key for you."""
 
@@ -82,6 +92,17 @@ class Conflict(OnebasisError):
     kind = "conflict"
     exit_code = 4
     http_status = 409
+
+
+class NameTaken(Conflict):
+    """Another task of the same name is there: a name means one task."""
+
+    code = "name-taken"
+    facts = ("task_id", "other_id")
+    task_id: str
+    """The one that was to come."""
+    other_id: str
+    """The one that is there."""
 
 
 class Fenced(Conflict):
@@ -114,7 +135,17 @@ class Corrupt(OnebasisError):
     http_status = 500
 
 
-LEAVES: tuple[type[OnebasisError], ...] = (InvalidInput, NotFound, Conflict, Fenced, Unavailable, Rejected, Corrupt)
+LEAVES: tuple[type[OnebasisError], ...] = (
+    InvalidInput,
+    RefusedAdapters,
+    NotFound,
+    Conflict,
+    NameTaken,
+    Fenced,
+    Unavailable,
+    Rejected,
+    Corrupt,
+)
 
 
 def error_from_dict(facts: Mapping[str, Any]) -> OnebasisError:

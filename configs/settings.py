@@ -7,13 +7,11 @@ chain, a Postgres password from its own file or environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.document import NAME_PATTERN, Section, read_document
-
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+from configs.document import Name, Section, read_document
 
 
 class BaseModelSettings(Section):

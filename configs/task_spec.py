@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.document import NAME_PATTERN, Section, check_document, read_yaml
+from configs.document import NAME_PATTERN, Name, Section, check_document, read_yaml
 from configs.errors import InvalidInput
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Kind = Literal["sequence_classification", "sequence_regression", "causal_lm", "image_classification"]
 Metric = Literal[
     "accuracy",
@@ -173,6 +172,11 @@ class GateSpec(Section):
     """The task's own score right after its merge must reach this."""
 
 
+def _first_metric(values: dict[str, Any]) -> Metric:
+    """values: The fields before it; without `kind` where that one is wrong."""
+    return METRICS[values["kind"]][0] if "kind" in values else _CLASSIFICATION[0]
+
+
 class TaskSpec(Section):
     """One task file."""
 
@@ -181,7 +185,7 @@ class TaskSpec(Section):
     base_model: str
     """Name of the base model in the settings of the service."""
     kind: Kind = "sequence_classification"
-    metric: Metric = "accuracy"
+    metric: Metric = Field(default_factory=_first_metric)
     """What a version is judged by; the kind's other metrics are reported beside it. Default: the kind's first."""
     data: DataSpec
     training: TrainingSpec = TrainingSpec()
@@ -193,13 +197,13 @@ class TaskSpec(Section):
     client_key: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     """Submitting again with the same key is the same task. Default: a digest of this document and its data."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_metric(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "metric" not in values:
-            kind = values.get("kind", "sequence_classification")
-            return values | {"metric": METRICS.get(kind, _CLASSIFICATION)[0]}
-        return values
+    @model_validator(mode="after")
+    def _is_text(self) -> TaskSpec:
+        try:
+            self.model_dump_json()
+        except ValueError as error:  # YAML can write half of a character, and no database keeps it
+            raise ValueError(f"holds what is no Unicode text: {error}; write characters, not surrogates") from error
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TaskSpec:

@@ -16,13 +16,14 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from configs.errors import Conflict, Corrupt, InvalidInput, NotFound, OnebasisError
+from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NameTaken, NotFound, OnebasisError
 from configs.settings import Settings
 from orchestrator.cluster import Call, Cluster
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
-from orchestrator.pending_calls import PendingCall, PendingCalls
+from orchestrator.pending_calls import PendingCalls
 from orchestrator.refinement import Refinement
 from orchestrator.tasks.task_events import (
     Event,
@@ -36,11 +37,11 @@ from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState, results_key
 from orchestrator.unused_files import UnusedFiles
-from orchestrator.verdict import VerdictInProgress
+from orchestrator.verdict import ScoringFailure, VerdictInProgress
 from orchestrator.worker_pool import WorkerPool
 from subspace_store import StagedAdapter, Storage, SubspaceStore
 from subspace_store.log.version import CANDIDATE, MAIN, TaskScore
-from subspace_store.requests import Merge, Publish, RecordScores, Reject, StoreRequest
+from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from workers.orders import Evaluate, Evaluated, Failed, Outcome, Train
 from workers.results import read_results
 
@@ -107,7 +108,7 @@ class Candidate:
     def is_awaited(self, live: Sequence[TaskRecord]) -> bool:
         """Whether a version is about to be scored, so that a worker should be free for it."""
         unjudged = any(record.state in UNJUDGED for record in live)
-        return (unjudged or self._pending_calls.under_way("merge")) and self._store.state.held is None
+        return (unjudged or isinstance(self._pending_calls.writing, Merge)) and self._store.state.held is None
 
     # --- merging ----------------------------------------------------------------------------------------------
 
@@ -124,17 +125,14 @@ class Candidate:
             if not self._apply(ids, MergeBegun(begun)):
                 return
         staged = tuple(StagedAdapter(r.task_id, r.title, r.staging_key, r.adapter_sha256) for r in group)
-        self._pending_calls.send(
-            PendingCall("merge", task_ids=ids),
-            lambda: self._cluster.write(Merge(adapters=staged, op_key=begun, actor="controller")),
-        )
+        self._pending_calls.write(Merge(adapters=staged, op_key=begun, actor="controller"))
 
     def _drop_orphan(self) -> bool:
         """Whether a candidate that no task waits for (a lost database) had to be refused first."""
         refs = self._store.state.refs
         orphan = refs[CANDIDATE] != refs[MAIN]
         if orphan:
-            self._send_verdict(refs[CANDIDATE], False, "no task waits for it")
+            self._reject(refs[CANDIDATE], "no task waits for it", ())
         return orphan
 
     def _know_again(self, group: Sequence[TaskRecord]) -> bool:
@@ -180,10 +178,11 @@ class Candidate:
     def _refused(self, ids: tuple[str, ...], version: int) -> bool:
         """Returns: whether the task is to be judged once more, in a version that nobody is refined again for."""
         reason = self._store.state.rejected[version]
-        again = [t.name for t in self._store.state.versions[version].refined if t.task_id not in ids]
+        again = {t.task_id for t in self._store.state.versions[version].refined} - {*ids}
+        culprits = self._store.state.rejected_for.get(version, ())
         if len(ids) > 1:
             self._apply(ids, MergeUndone(f"its group failed the gate: {reason}", alone=True))
-        elif any(name in reason for name in again):
+        elif again.intersection(culprits):
             # A newcomer does not answer for what an older task made of its own refinement.
             self._apply(ids, MergeUndone(f"once more, with nobody refined again: {reason}", alone=True))
             return True
@@ -200,19 +199,14 @@ class Candidate:
             self._verdict.due = tuple(task_id for task_id in unscored if task_id in known and known[task_id].eval_key)
         records, due, found = self._verdict.records, self._verdict.due, self._verdict.scores
         if hopeless := self._why_hopeless(records):
-            self._send_verdict(version, False, f"it could not be scored: {hopeless}")
+            self._reject(version, f"it could not be scored: {hopeless.text}", (hopeless.task_id,))
         elif missing := [task_id for task_id in due if task_id not in found]:
             self._send_evaluations(version, [records[task_id] for task_id in missing])
         elif due:
             scores = tuple(found[task_id] for task_id in due)
             # With what was written before in it: a restart with a lower gate.drift_min asks for more scores.
             key = f"scores:{version}:{len(state.scores.get(version, {}))}"
-            self._pending_calls.send(
-                PendingCall("scores", version=version),
-                lambda: self._cluster.write(
-                    RecordScores(version=version, scores=scores, op_key=key, actor="controller")
-                ),
-            )
+            self._pending_calls.write(RecordScores(version=version, scores=scores, op_key=key, actor="controller"))
         else:
             table = score_table(state, version, drift_min)
             decision = judge(table, version, records, self._settings.gate)
@@ -222,32 +216,26 @@ class Candidate:
             if decision.passed and state.held is not None:
                 self._pending_calls.log_moved.set()
                 self._pending_calls.later("held", HELD_SECONDS)
+            elif decision.passed:
+                self._pending_calls.write(Publish(version=version, op_key=f"publish:{version}", actor="gate"))
             else:
-                self._send_verdict(version, decision.passed, decision.summary)
+                self._reject(version, decision.summary, tuple(rule.task_id for rule in decision.broken))
 
-    def _send_verdict(self, version: int, passed: bool, reason: str) -> None:
-        verdict: StoreRequest[None] = (
-            Publish(version=version, op_key=f"publish:{version}", actor="gate")
-            if passed
-            else Reject(version=version, reason=reason, op_key=f"reject:{version}", actor="gate")
-        )
-        self._pending_calls.send(PendingCall("verdict", version=version), lambda: self._cluster.write(verdict))
+    def _reject(self, version: int, reason: str, culprits: tuple[str, ...]) -> None:
+        """culprits: Ids of the tasks whose scores, or whose lack of one, is the reason."""
+        rejection = Reject(version=version, reason=reason, task_ids=culprits, op_key=f"reject:{version}", actor="gate")
+        self._pending_calls.write(rejection)
 
-    def _why_hopeless(self, records: Mapping[str, TaskRecord]) -> str:
-        """Why the version will never have its scores; empty while it may."""
+    def _why_hopeless(self, records: Mapping[str, TaskRecord]) -> ScoringFailure | None:
+        """Why the version will never have its scores; None while it may."""
         if len(self._verdict.failures) >= EVALUATION_TRIES:
             return self._verdict.failures[-1]
-        worst = next(
-            (
-                task_id
-                for task_id in self._verdict.lost
-                if self._verdict.is_lost_too_often(task_id, self._settings.failures)
-            ),
-            None,
-        )
-        if worst is None:
-            return ""
-        return f"{records[worst].title}: {self._verdict.lost[worst]} workers were lost while they scored it"
+        lost = self._verdict.lost
+        for task_id, count in lost.items():
+            if self._verdict.is_lost_too_often(task_id, self._settings.failures):
+                text = f"{records[task_id].title}: {count} workers were lost while they scored it"
+                return ScoringFailure(task_id, text)
+        return None
 
     def _send_evaluations(self, version: int, missing: Sequence[TaskRecord]) -> None:
         flying = {o.task_id for o in self._pool.orders if isinstance(o, Evaluate) and o.version == version}
@@ -275,14 +263,14 @@ class Candidate:
             log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
             return
         why = outcome.message if isinstance(outcome, Failed) else "its score is not a number"
-        current.failures.append(f"{order.task_id}: {why}")
+        current.failures.append(ScoringFailure(order.task_id, f"{order.task_id}: {why}"))
         detail = outcome.detail if isinstance(outcome, Failed) else ""
         log.warning("evaluation of %s at version %d failed: %s\n%s", order.task_id, order.version, why, detail)
 
     # --- what the store answered ------------------------------------------------------------------------------
 
-    def take(self, call: Call, pending: PendingCall) -> None:
-        """Take what a call of the store brought."""
+    def take(self, call: Call, request: StoreRequest[Any]) -> None:
+        """Take what the store's writer answered."""
         self._pending_calls.wake(log_moved=True)
         try:
             answer = self._cluster.result(call)
@@ -290,35 +278,59 @@ class Candidate:
             # Stored bytes are not what was written: nothing is written any more until a person has looked.
             self.alarm = str(error)
             log.critical("the store is damaged, nothing will be merged or published: %s", error)
-        except Conflict as error:
-            # Another writer took over (a rollback from outside, a second service): ours must open anew.
-            log.warning("the store refused '%s': %s", pending.kind, error)
+        except Fenced as error:
+            # Another writer took over (a rollback from outside): ours must open anew.
+            log.warning("'%s' was fenced: %s", request.operation, error)
             self._cluster.replace_store()
             self._pending_calls.later("store")
         except Exception as error:
-            refuse = {"merge": self._refuse_merge, "refine": self._refinement.refuse}.get(pending.kind)
-            if refuse and isinstance(error, InvalidInput | NotFound):
-                refuse(pending, error)
-                return
-            # Nobody knows whether it is in: the same operation key is asked again and answers either way.
-            log.warning("the outcome of '%s' is unknown, asking again: %s", pending.kind, error)
-            self._pending_calls.later("store")
+            match request, error:
+                case Merge(), InvalidInput() | NotFound():
+                    self._refuse_merge(request, error)
+                case Refine(), InvalidInput() | NotFound():
+                    self._refinement.refuse(request, error)
+                case Merge(), NameTaken():
+                    self._park_double(request, error)
+                case Merge(), Conflict():
+                    # Nothing was written: somebody moved the candidate, or the database is older than the log.
+                    log.info("merging is begun anew: %s", error)
+                    self._apply(_tasks(request), MergeUndone(error.what, alone=False))
+                    self._pending_calls.later("store")
+                case _, Conflict():
+                    log.info("'%s' is out of date, the log is read again: %s", request.operation, error)
+                    self._pending_calls.later("store")
+                case _:
+                    # Nobody knows whether it is in: the same operation key is asked again and answers either way.
+                    log.warning("the outcome of '%s' is unknown, asking again: %s", request.operation, error)
+                    self._pending_calls.later("store")
         else:
-            if pending.kind == "merge":
-                self._apply(pending.task_ids, Merged(answer.number))
-                log.info("version %d: merged %s", answer.number, ", ".join(pending.task_ids))
+            if isinstance(request, Merge):
+                self._apply(_tasks(request), Merged(answer.number))
+                log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
 
-    def _refuse_merge(self, pending: PendingCall, error: OnebasisError) -> None:
-        message, alone = str(error), len(pending.task_ids) == 1
+    def _park_double(self, request: Merge, error: NameTaken) -> None:
+        """`main` came back to an older task of its name while it was on its way: the others go on without it."""
         self._unused_files.due = True
+        self._apply((error.task_id,), MergeRefused(str(error), time.time()))
+        others = tuple(task_id for task_id in _tasks(request) if task_id != error.task_id)
+        self._apply(others, MergeUndone(error.what, alone=False))
+
+    def _refuse_merge(self, request: Merge, error: OnebasisError) -> None:
+        task_ids = _tasks(request)
+        self._unused_files.due = True
+        message, alone = str(error), len(task_ids) == 1
         refused = MergeRefused(message, time.time()) if alone else MergeUndone(message, alone=True)
-        self._apply(pending.task_ids, refused)
+        self._apply(task_ids, refused)
 
     # --- helpers ----------------------------------------------------------------------------------------------
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:
         self._pending_calls.wake()
         return self._queue.try_apply(task_ids, event)
+
+
+def _tasks(request: Merge) -> tuple[str, ...]:
+    return tuple(staged.task_id for staged in request.adapters)
 
 
 def _paired_differences(

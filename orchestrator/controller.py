@@ -11,11 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from configs.errors import Unavailable
+from configs.errors import OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.candidate import Candidate
 from orchestrator.cluster import Call, Cluster
-from orchestrator.pending_calls import POLL_SECONDS, RETRY_SECONDS, PendingCall, PendingCalls
+from orchestrator.pending_calls import (
+    POLL_SECONDS,
+    RETRY_SECONDS,
+    Asking,
+    Ordered,
+    PendingCall,
+    PendingCalls,
+    Warming,
+    Writing,
+)
 from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Waiting, decayed_use, running_order
 from orchestrator.tasks.task_events import Event, Restored, RolledBack, TrainingDone, TrainingFailed
 from orchestrator.tasks.task_history import LOG
@@ -100,6 +109,15 @@ class Controller:
         """Worker to what it does, for people."""
         return {name: str(worker) for name, worker in self._pool.workers.items()}
 
+    def is_refining(self, version: int) -> bool:
+        """Whether workers refine tasks in a version."""
+        return any(isinstance(order, Train) and order.refine_version == version for order in self._pool.orders)
+
+    @property
+    def load_errors(self) -> dict[str, OnebasisError]:
+        """Worker to why it cannot load the base model."""
+        return {name: worker.error for name, worker in self._pool.workers.items() if worker.error is not None}
+
     def wake(self, log_moved: bool = False) -> None:
         """Something changed that the loop should look at now; `log_moved`: in the version log too. Thread-safe."""
         self._pending_calls.wake(log_moved)
@@ -143,7 +161,7 @@ class Controller:
         self._unused_files.delete_due()
         for call, pending in self._pending_calls.landed():
             self._take(call, pending)
-            if pending.kind != "progress":
+            if not isinstance(pending, Asking):
                 self.wake()
         self._pool.listen()
         if not self._pending_calls.woken():
@@ -166,13 +184,13 @@ class Controller:
     # --- what landed -------------------------------------------------------------------------------------------
 
     def _take(self, call: Call, pending: PendingCall) -> None:
-        match pending.kind:
-            case "warm":
+        match pending:
+            case Warming():
                 self._pool.take_warm(call, pending)
                 self._changed()
-            case "progress":
+            case Asking():
                 self._pool.take_progress(call, pending)
-            case "order":
+            case Ordered():
                 match self._pool.take_order(call, pending):
                     case Train(again=True) as order, outcome:
                         self._candidate.take_refinement(order, outcome)
@@ -180,8 +198,8 @@ class Controller:
                         self._finish_training(order, outcome)
                     case Evaluate() as order, outcome:
                         self._candidate.take_evaluation(order, outcome)
-            case _:
-                self._candidate.take(call, pending)
+            case Writing(request):
+                self._candidate.take(call, request)
 
     def _finish_training(self, order: Train, outcome: Outcome) -> None:
         now = time.time()

@@ -1,6 +1,6 @@
 """What the control plane has under way on the cluster, what has to wait for a moment, and what wakes the loop.
 
-Nothing here is decided and nothing is lost with it: whoever sent an pending asks for it again after a restart.
+Nothing here is decided and nothing is lost with it: each call is made again after a restart.
 """
 
 from __future__ import annotations
@@ -9,30 +9,50 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.cluster import Call, Cluster
+from subspace_store.requests import StoreRequest
 
 POLL_SECONDS = 0.02
-"""Longest wait for something to land before the queue is looked at: keeps submit-to-start short."""
+"""Longest wait for a call to come back before the queue is looked at: keeps submit-to-start short."""
 IDLE_SECONDS = 0.2
 RETRY_SECONDS = 1.0
-WRITES = ("merge", "refine", "scores", "verdict")
-"""PendingCalls to the store: one at a time."""
 
 
 @dataclass(frozen=True)
-class PendingCall:
-    """What a call was sent for."""
+class Warming:
+    """A worker was asked to load the base model."""
 
-    kind: str
-    """`warm`, `order`, `progress`, or one of `WRITES`."""
-    worker: str = ""
-    task_ids: tuple[str, ...] = ()
-    version: int = 0
+    worker: str
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A worker was asked what it does."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A worker was given an order."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Writing:
+    """The store's writer was asked for something; one at a time."""
+
+    request: StoreRequest[Any]
+
+
+PendingCall = Warming | Asking | Ordered | Writing
 
 
 class PendingCalls:
-    """Sends, and tells what landed. `wake` may be called from any thread, everything else from the loop's alone."""
+    """Makes calls, and tells which came back. `wake` may be called from any thread, everything else from the loop's."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -45,8 +65,12 @@ class PendingCalls:
     def send(self, pending: PendingCall, start: Callable[[], Call]) -> None:
         self._calls[start()] = pending
 
+    def write(self, request: StoreRequest[Any]) -> None:
+        """Ask the store's writer."""
+        self.send(Writing(request), lambda: self._cluster.write(request))
+
     def landed(self, wait_seconds: float | None = None) -> Iterator[tuple[Call, PendingCall]]:
-        """Those that are done, each no longer under way once it is taken.
+        """Those that came back, each no longer under way once it is taken.
 
         Args:
             wait_seconds: Longest wait for the first. Default: a moment, and none when something woke the loop.
@@ -60,16 +84,17 @@ class PendingCalls:
             if pending := self._calls.pop(call, None):
                 yield call, pending
 
-    def under_way(self, kind: str, worker: str = "") -> bool:
-        return any(e.kind == kind and worker in ("", e.worker) for e in self._calls.values())
+    def under_way(self, pending: PendingCall) -> bool:
+        return pending in self._calls.values()
 
-    def forget(self, kind: str, worker: str) -> None:
+    def forget(self, pending: PendingCall) -> None:
         """Take no notice of what it brings."""
-        self._calls = {f: e for f, e in self._calls.items() if (e.kind, e.worker) != (kind, worker)}
+        self._calls = {call: other for call, other in self._calls.items() if other != pending}
 
     @property
-    def writing(self) -> bool:
-        return any(self.under_way(kind) for kind in WRITES)
+    def writing(self) -> StoreRequest[Any] | None:
+        """What the store's writer was asked for, until it answers."""
+        return next((pending.request for pending in self._calls.values() if isinstance(pending, Writing)), None)
 
     # --- when to look again ------------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ import logging
 import time
 from collections.abc import Sequence
 
-from configs.errors import OnebasisError
+from configs.errors import OnebasisError, RefusedAdapters
 from configs.settings import Settings
 from orchestrator.cluster import Cluster
 from orchestrator.judging.score_table import evaluations_due
-from orchestrator.pending_calls import PendingCall, PendingCalls
+from orchestrator.pending_calls import PendingCalls
 from orchestrator.tasks.task_events import (
     Event,
     MergeUndone,
@@ -124,10 +124,7 @@ class Refinement:
         staged = (*own, *done.values())
         if staged:
             key = f"refine:{version}:{digest(repr(staged).encode())[:16]}"
-            self._pending_calls.send(
-                PendingCall("refine", task_ids=tuple(adapter.task_id for adapter in staged), version=version),
-                lambda: self._cluster.write(Refine(adapters=staged, op_key=key, actor="controller")),
-            )
+            self._pending_calls.write(Refine(adapters=staged, op_key=key, actor="controller"))
         return bool(staged)
 
     def _moved(self, version: int) -> tuple[TaskRecord, ...]:
@@ -174,11 +171,13 @@ class Refinement:
             told = RefinedAgain(f"{'not' if hopeless else 'not yet'} refined again, for {where}: {outcome.message}")
         self._apply((order.task_id,), told)
 
-    def refuse(self, pending: PendingCall, error: OnebasisError) -> None:
+    def refuse(self, request: Refine, error: OnebasisError) -> None:
         """Its task goes on as it was merged; the store names it, and the others are asked for again without it."""
-        if self._store.refresh().refs[CANDIDATE] != pending.version:
+        asked = tuple(staged.task_id for staged in request.adapters)
+        held = self._store.refresh().refs[CANDIDATE]
+        if held != self._verdict.version:
             return  # the adapters are well, the version is gone
-        culprits = [task_id for task_id in pending.task_ids if f"({task_id})" in error.where] or pending.task_ids
+        culprits = error.task_ids if isinstance(error, RefusedAdapters) else asked
         for task_id in culprits:
             if self._verdict.refined.pop(task_id, None) is None:
                 self._apply((task_id,), RefinementRefused(str(error)))

@@ -12,6 +12,14 @@ from subspace_store import StagedAdapter
 from subspace_store.log.version import TaskScore
 
 
+@dataclass(frozen=True)
+class ScoringFailure:
+    """Why a task has no score."""
+
+    task_id: str
+    text: str
+
+
 @dataclass
 class VerdictInProgress:
     """What the workers said of the one unjudged version so far."""
@@ -34,8 +42,7 @@ class VerdictInProgress:
     due: tuple[str, ...] = ()
     """Ids of those to be scored."""
     scores: dict[str, TaskScore] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    """Of scoring."""
+    failures: list[ScoringFailure] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
     """Task id to the machines that were lost while they scored it, or refined it."""
     tries: int = 0

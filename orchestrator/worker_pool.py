@@ -13,7 +13,7 @@ from configs.errors import OnebasisError, Unavailable
 from configs.settings import WorkerSettings
 from configs.task_spec import TaskSpec
 from orchestrator.cluster import Call, Cluster, MachineLost
-from orchestrator.pending_calls import RETRY_SECONDS, PendingCall, PendingCalls
+from orchestrator.pending_calls import RETRY_SECONDS, Asking, Ordered, PendingCalls, Warming
 from orchestrator.tasks.task_events import Claimed
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
@@ -32,7 +32,7 @@ class WorkerStatus:
     order: Order | None = None
     asked_at: float = 0.0
     """When it was last asked what it does."""
-    error: str = ""
+    error: OnebasisError | None = None
     """Why its base model cannot be loaded."""
     told: tuple[str, str] = ("", "")
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
@@ -46,7 +46,7 @@ class WorkerStatus:
                 return before + (f"refining {task_id} at version {version}" if version else f"training {task_id}")
             case Evaluate(task_id=task_id, version=version):
                 return f"{before}scoring {task_id} at version {version}"
-        return "free" if self.ready else (self.error or "loading the base model")
+        return "free" if self.ready else str(self.error or "loading the base model")
 
 
 class WorkerPool:
@@ -98,7 +98,7 @@ class WorkerPool:
 
     def give(self, worker: WorkerStatus, order: Order) -> None:
         # Sent first: an order that could not be sent must not occupy the worker.
-        self._pending_calls.send(PendingCall("order", worker.name), lambda: self._cluster.run(worker.name, order))
+        self._pending_calls.send(Ordered(worker.name), lambda: self._cluster.run(worker.name, order))
         worker.order, worker.told, worker.waits = order, ("", ""), False
         worker.asked_at = time.time()
 
@@ -108,7 +108,7 @@ class WorkerPool:
             worker.told = (what, token)
             (self._cluster.cancel if what == "cancel" else self._cluster.preempt)(worker.name, token)
 
-    def take_order(self, call: Call, pending: PendingCall) -> tuple[Order, Outcome] | None:
+    def take_order(self, call: Call, pending: Ordered) -> tuple[Order, Outcome] | None:
         """What came of an order; None when it is to be given again."""
         worker = self.workers[pending.worker]
         order = worker.order
@@ -132,17 +132,17 @@ class WorkerPool:
 
     # --- who is alive ------------------------------------------------------------------------------------------
 
-    def take_warm(self, call: Call, pending: PendingCall) -> None:
+    def take_warm(self, call: Call, pending: Warming) -> None:
         worker = self.workers[pending.worker]
         try:
             self.layout = self._cluster.result(call)
-            worker.ready, worker.error = True, ""
+            worker.ready, worker.error = True, None
             log.info("%s is warm", worker.name)
         except MachineLost as error:
             self._is_away(worker, error)
         except OnebasisError as error:
             log.error("%s cannot load the base model: %s", worker.name, error)
-            worker.error = str(error)
+            worker.error = error
             self._pending_calls.later(f"warm:{worker.name}", 30 * RETRY_SECONDS)
 
     def listen(self) -> None:
@@ -153,24 +153,21 @@ class WorkerPool:
         """
         now = time.time()
         for worker in self.workers.values():
+            asking, warming = Asking(worker.name), Warming(worker.name)
             if worker.ready and now - worker.asked_at >= self._settings.heartbeat_seconds:
-                if not self._pending_calls.under_way("progress", worker.name):
+                if not self._pending_calls.under_way(asking):
                     worker.asked_at = now
-                    self._pending_calls.send(
-                        PendingCall("progress", worker.name), partial(self._cluster.progress, worker.name)
-                    )
+                    self._pending_calls.send(asking, partial(self._cluster.progress, worker.name))
                 elif now - worker.asked_at > self._settings.lease_seconds:
                     log.warning("%s has been silent for %.0f s: replacing it", worker.name, now - worker.asked_at)
-                    self._pending_calls.forget("progress", worker.name)
+                    self._pending_calls.forget(asking)
                     worker.ready = worker.order is not None
                     self._cluster.replace(worker.name)
-            asked = self._pending_calls.under_way("warm", worker.name) or not self._pending_calls.may(
-                f"warm:{worker.name}"
-            )
+            asked = self._pending_calls.under_way(warming) or not self._pending_calls.may(f"warm:{worker.name}")
             if not worker.ready and not asked:
-                self._pending_calls.send(PendingCall("warm", worker.name), partial(self._cluster.warm, worker.name))
+                self._pending_calls.send(warming, partial(self._cluster.warm, worker.name))
 
-    def take_progress(self, call: Call, pending: PendingCall) -> None:
+    def take_progress(self, call: Call, pending: Asking) -> None:
         """Prolong the lease of what trains, and keep what it tells."""
         worker = self.workers[pending.worker]
         order = worker.order

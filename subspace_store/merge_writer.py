@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.errors import InvalidInput
+from configs.errors import RefusedAdapters
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter
 from subspace_store.files import blobs
@@ -175,7 +175,7 @@ def write_refinement(draft: Draft) -> Written:
         A version with the parent's basis and, of all other tasks, the parent's coefficients: not a bit of them moves.
 
     Raises:
-        InvalidInput: An adapter with more than `OUTSIDE_MAX` outside the span of the parent's basis.
+        RefusedAdapters: Those with more than `OUTSIDE_MAX` outside the span of the parent's basis.
 
     Cost:
         Reads the bases of the modules that the arrivals adapt; writes the arrivals and their coefficients.
@@ -183,14 +183,14 @@ def write_refinement(draft: Draft) -> Written:
     started = time.perf_counter()
     modules, delivered, missed = _placed(draft)
     errors = {task: (missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in delivered.items()}
-    for arrival in draft.arrivals:
-        if errors[arrival.task_id] > OUTSIDE_MAX:
-            raise InvalidInput(
-                f"has {errors[arrival.task_id]:.1e} of its norm outside the basis of version {draft.parent}, more than "
-                f"{OUTSIDE_MAX:.0e}",
-                f"task {arrival.name} ({arrival.task_id})",
-                "refine it in the basis of the version that is the candidate",
-            )
+    if outside := [task for task, error in errors.items() if error > OUTSIDE_MAX]:
+        shares = ", ".join(f"{errors[task]:.1e}" for task in outside)
+        raise RefusedAdapters(
+            f"has {shares} of its norm outside the basis of version {draft.parent}, more than {OUTSIDE_MAX:.0e}",
+            _who(draft.arrivals, outside),
+            "refine it in the basis of the version that is the candidate",
+            tuple(outside),
+        )
     seconds = time.perf_counter() - started
     coefficients = blobs.write_coefficients(draft.storage, draft.epoch, modules)
     adapters = [draft.keep(arrival) for arrival in draft.arrivals]
@@ -222,7 +222,8 @@ def _placed(draft: Draft) -> tuple[dict[str, TaskBlock], dict[str, float], dict[
     for name in sorted({name for arrival in arrivals for name in arrival.adapter.modules}):
         incoming = {a.task_id: a.adapter.modules[name] for a in arrivals if name in a.adapter.modules}
         if name not in tensors.homes(parent):
-            raise InvalidInput(f"adapts {name}, which version {parent} has no basis for", _who(arrivals, incoming))
+            what = f"adapts {name}, which version {parent} has no basis for"
+            raise RefusedAdapters(what, _who(arrivals, incoming), "", tuple(incoming))
         block, missed_T = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings)
         modules[name] = block
         for task, energy, outside in zip(incoming, block.delivered_T.tolist(), missed_T.tolist(), strict=True):

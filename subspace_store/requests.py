@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from pydantic import Field, model_validator
 
-from configs.document import NAME_PATTERN, Line, Request
+from configs.document import NAME_PATTERN, Line, Request, VersionNumber
 from subspace_store.log.version import StagedAdapter, TaskScore
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class RecordScores(StoreRequest[None]):
     """Write measured scores of a version."""
 
     operation = "scores"
-    version: int
+    version: VersionNumber
     scores: tuple[TaskScore, ...]
 
     def on(self, store: SubspaceStore) -> None:
@@ -78,7 +78,7 @@ class Publish(StoreRequest[None]):
     """Move `main` to the candidate."""
 
     operation = "publish"
-    version: int
+    version: VersionNumber
 
     def on(self, store: SubspaceStore) -> None:
         store.publish(self.version, op_key=self.op_key, actor=self.actor)
@@ -88,7 +88,7 @@ class Reject(StoreRequest[None]):
     """Mark the candidate as rejected."""
 
     operation = "reject"
-    version: int
+    version: VersionNumber
     reason: str
     task_ids: tuple[str, ...] = ()
     """Tasks whose scores broke a rule of the gate."""
@@ -101,7 +101,7 @@ class Rollback(StoreRequest["RollbackPreview"]):
     """Move `main` and `candidate` to a version, backwards or forwards again."""
 
     operation = "rollback"
-    version: int
+    version: VersionNumber
     reason: Line = ""
     hold: bool = False
     """Keep `main` there as well."""
@@ -115,7 +115,7 @@ class Tag(StoreRequest[None]):
 
     operation = "tag"
     name: str = Field(pattern=NAME_PATTERN)
-    version: int
+    version: VersionNumber
 
     def on(self, store: SubspaceStore) -> None:
         store.tag(self.name, self.version, op_key=self.op_key, actor=self.actor)
@@ -165,7 +165,7 @@ class Pin(StoreRequest[None]):
     """Keep a version from expiring; the same owner again moves the end."""
 
     operation = "pin"
-    version: int
+    version: VersionNumber
     owner: Line
     until: float | None = None
     """Unix seconds; None: until it is unpinned."""
@@ -178,7 +178,7 @@ class Unpin(StoreRequest[None]):
     """Give a pin up."""
 
     operation = "unpin"
-    version: int
+    version: VersionNumber
     owner: Line
 
     def on(self, store: SubspaceStore) -> None:
@@ -189,7 +189,7 @@ class Expire(StoreRequest[None]):
     """Give versions up for ever."""
 
     operation = "expire"
-    versions: tuple[int, ...]
+    versions: tuple[VersionNumber, ...]
 
     def on(self, store: SubspaceStore) -> None:
         store.expire(self.versions, op_key=self.op_key, actor=self.actor)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
+from configs.errors import Conflict, Corrupt, InvalidInput, NameTaken, NotFound, RefusedAdapters
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, check_adapter
 from subspace_store.digests import digest
@@ -94,6 +94,7 @@ class SubspaceStore(Branches):
             InvalidInput: An adapter that cannot be merged here; names the task. Nothing was written.
             NotFound: An upload that is not there.
             Conflict: A task that the candidate holds already; or this writer is fenced.
+            NameTaken: The candidate holds another task of an adapter's name.
             Unavailable: The outcome is unknown; ask again with the same op_key.
         """
         with self._writing():
@@ -252,11 +253,20 @@ class SubspaceStore(Branches):
         self._refuse_twice(adapters)
         retention.check_mergeable(self.state, {staged.task_id: staged.name for staged in adapters})
         held = self.state.tasks_at(parent)
+        names = {task.name: task_id for task_id, task in held.items()}
         for staged in adapters:
+            who = f"task {staged.name} ({staged.task_id})"
             if staged.task_id in held:
-                raise Conflict(
-                    f"was merged as version {held[staged.task_id].version}", f"task {staged.name} ({staged.task_id})"
+                raise Conflict(f"was merged as version {held[staged.task_id].version}", who)
+            if staged.name in names:
+                raise NameTaken(
+                    f"version {parent} holds another task of this name, {names[staged.name]}",
+                    who,
+                    f"submit it under another name, or `onebasis store remove {names[staged.name]}` first",
+                    staged.task_id,
+                    names[staged.name],
                 )
+            names[staged.name] = staged.task_id
 
     @staticmethod
     def _refuse_twice(adapters: Sequence[StagedAdapter]) -> None:
@@ -265,7 +275,8 @@ class SubspaceStore(Branches):
         ids = [staged.task_id for staged in adapters]
         for staged in adapters:
             if ids.count(staged.task_id) > 1:
-                raise InvalidInput("is named twice in one merge", f"task {staged.name} ({staged.task_id})")
+                who = f"task {staged.name} ({staged.task_id})"
+                raise RefusedAdapters("is named twice in one merge", who, "", (staged.task_id,))
 
     def _arrival(self, staged: StagedAdapter, shapes: Mapping[str, Shapes]) -> Arrival:
         """One upload, checked. Every complaint names the task."""
@@ -283,7 +294,7 @@ class SubspaceStore(Branches):
             raise NotFound(f"the upload {staged.key} is not there", who, "train the task again") from error
         except (InvalidInput, Corrupt) as error:
             inside = f"{error.where}: {error.what}" if error.where else error.what
-            raise InvalidInput(inside, who, error.todo) from error
+            raise RefusedAdapters(inside, who, error.todo, (staged.task_id,)) from error
         return Arrival(staged.task_id, staged.name, adapter, content)
 
     def _check(self, adapter: Adapter, shapes: Mapping[str, Shapes]) -> None:

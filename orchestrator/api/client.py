@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
 from configs.errors import OnebasisError, error_from_dict
-from orchestrator.api.routes import ROUTES
+from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
+from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE
+from subspace_store.requests import StoreRequest
 
 if TYPE_CHECKING:
     from orchestrator.api.exchange import Reply
+    from orchestrator.api.service import Service
 
 TIMEOUT_SECONDS = 150.0
 SUBMIT_TIMEOUT_SECONDS = 7200.0
@@ -21,14 +24,18 @@ SUBMIT_TIMEOUT_SECONDS = 7200.0
 
 
 class Client:
-    """Calls methods of the service by name; `call("task", reference="team/name")`."""
+    """Asks a service: the running one, or in this process what needs none that runs."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
-        self._service: Any = None
+        self._service: Service | None = None
 
-    def call(self, method: str, **arguments: Any) -> Any:
-        """Call one method.
+    @overload
+    def ask(self, request: ServiceRequest[Answer]) -> Answer: ...
+    @overload
+    def ask(self, request: StoreRequest[Any]) -> Json: ...
+    def ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+        """Ask, and wait for the answer.
 
         Raises:
             OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile.
@@ -38,12 +45,12 @@ class Client:
             from orchestrator.api.exchange import NobodyListensError
 
             try:
-                return _over_http(server, method, arguments)
+                return _over_http(server, request)
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-        return getattr(self._local(), method)(**arguments)
+        return self._local().answer(request)
 
-    def _local(self) -> Any:
+    def _local(self) -> Service:
         if self._service is None:
             from orchestrator.api.service import Service
             from subspace_store.commands.state_folder import service_settings
@@ -63,23 +70,21 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _over_http(server: dict[str, Any], method: str, arguments: dict[str, Any]) -> Any:
-    verb, path = ROUTES[method]
-    in_path = set(re.findall(r"{(\w+)", path))
+def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+    route = route_of(request)
+    fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
+    in_path = {name: str(fields.pop(name)) for name in route.in_path}
     # Dots too: `..` in a reference would be taken for a way to another route.
-    url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(str(arguments[found.group(1)])).replace(".", "%2E"), path)
-    rest = {name: value for name, value in arguments.items() if name not in in_path and value is not None}
-    body = next((value for value in rest.values() if isinstance(value, dict)), None)
-    query = {name: value for name, value in rest.items() if not isinstance(value, dict)}
+    url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
     from orchestrator.api.exchange import exchange
 
     answer = exchange(
         server["url"] + url,
-        verb,
-        query=query,
-        body=body,
+        route.verb,
+        query=fields if route.verb == "GET" else None,
+        body=fields if route.verb == "POST" else None,
         token=server["token"],
-        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if method == "submit" else TIMEOUT_SECONDS,
+        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
     )
     if answer.is_success:
         return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)
@@ -93,7 +98,4 @@ def _error(answer: Reply, url: str) -> OnebasisError:
         facts = {}
     if "what" in facts:
         return error_from_dict(facts)
-    if isinstance(facts.get("detail"), list):  # FastAPI's own check of a path or query parameter
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'][1:]))}: {p['msg']}" for p in facts["detail"])
-        return error_from_dict({"kind": "invalid-input", "what": problems})
     return OnebasisError(f"HTTP {answer.status} from the service", url, "see its log")

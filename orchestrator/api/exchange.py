@@ -65,8 +65,9 @@ def exchange(
     content = None
     if body is not None:
         content, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+    written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in (query or {}).items()}
     try:
-        connection.request(verb, f"{place.path}?{urlencode(query)}" if query else place.path, content, headers)
+        connection.request(verb, f"{place.path}?{urlencode(written)}" if written else place.path, content, headers)
         reply = connection.getresponse()
         return Reply(reply.status, reply.headers.get_content_type(), reply.read())
     except (OSError, HTTPException) as error:

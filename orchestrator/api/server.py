@@ -16,15 +16,21 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
-from configs.errors import InvalidInput, OnebasisError, Unavailable
+from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
 from configs.settings import Settings, read_settings
-from orchestrator.api.routes import ROUTES
+from orchestrator.api.requests import Export
+from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE
@@ -35,36 +41,118 @@ LOCK_FILE = "server.lock"
 RAY_SECONDS = 180.0
 
 
+BODY_BYTES_MAX = 16 * 2**20
+"""Of a request. A task document is some kilobytes: rows come in files, not in bodies."""
+
+
 def api(service: Service, token: str) -> FastAPI:
-    """The HTTP API: every public method of the service under its route, behind the bearer token."""
+    """The HTTP API: every route of the table, behind the bearer token."""
     app = FastAPI(title="onebasis", description="One shared low-rank subspace for every team's tasks.")
 
     @app.middleware("http")
     async def authenticate(request: Request, call_next: Any) -> Any:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not secrets.compare_digest(given.encode(), token.encode()):
-            facts = {"kind": "invalid-input", "what": "missing or wrong token", "where": "authorization"}
-            return JSONResponse(facts | {"todo": f"send the token that {SERVER_FILE} holds"}, status_code=401)
+            todo = f"send the token that {SERVER_FILE} holds"
+            facts = InvalidInput("missing or wrong token", "authorization", todo).as_dict()
+            return JSONResponse(facts, status_code=401)
         return await call_next(request)
 
     @app.exception_handler(OnebasisError)
     def report(_: Request, error: OnebasisError) -> JSONResponse:
         return JSONResponse(error.as_dict(), status_code=error.http_status)
 
-    for name, (verb, path) in ROUTES.items():
-        method = getattr(service, name)
-        if name == "export":
-            app.get(path, response_class=Response)(_as_zip(method))
-        else:
-            app.api_route(path, methods=[verb])(method)
+    @app.exception_handler(HTTPException)
+    def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        what = f"there is no {request.method} {request.url.path}"
+        told = NotFound(what, todo="/openapi.json lists what there is")
+        return JSONResponse(told.as_dict(), status_code=error.status_code)
+
+    @app.exception_handler(Exception)
+    def confess(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        told = OnebasisError(f"internal error: {type(error).__name__}", todo="its log, control-plane.log, has the rest")
+        return JSONResponse(told.as_dict(), status_code=told.http_status)
+
+    for route in ROUTES:
+        app.add_api_route(
+            route.path,
+            _endpoint(service, route),
+            methods=[route.verb],
+            name=route.name,
+            description=route.record.__doc__,
+            response_class=Response if route.record is Export else JSONResponse,
+            openapi_extra=_described(route),
+        )
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     return app
 
 
-def _as_zip(export: Any) -> Any:
-    def download(reference: str, version: int | None = None) -> Response:
-        return Response(export(reference, version), media_type="application/zip")
+def _endpoint(service: Service, route: Route) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        names = [name for name, _ in request.query_params.multi_items()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InvalidInput(f"given more than once: {', '.join(twice)}", route.name, "say it once")
+        asked = read_request(route, request.path_params, dict(request.query_params), await _body(request))
+        answer = await run_in_threadpool(service.answer, asked)
+        if isinstance(answer, bytes):
+            return Response(answer, media_type="application/zip")
+        return JSONResponse(answer)
 
-    return download
+    return answer
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_BYTES_MAX:
+            raise InvalidInput(f"the body is longer than {BODY_BYTES_MAX} bytes", todo="put rows into files")
+    return bytes(body)
+
+
+def _described(route: Route) -> dict[str, Any]:
+    """What OpenAPI says of a route's parameters and body: its record's own schema."""
+    schema = route.record.model_json_schema(ref_template="#/components/schemas/{model}")
+    fields, required = schema.get("properties", {}), schema.get("required", [])
+    placed = [{"name": name, "in": "path", "required": True, "schema": fields[name]} for name in route.in_path]
+    rest = {name: field for name, field in fields.items() if name not in route.in_path}
+    facts: dict[str, Any] = {"x-role": str(route.role), "parameters": placed}
+    if route.verb == "GET":
+        facts["parameters"] += [
+            {"name": name, "in": "query", "required": name in required, "schema": field} for name, field in rest.items()
+        ]
+        return facts
+    needed = [name for name in required if name in rest]
+    body = {"type": "object", "properties": rest, "additionalProperties": False, "required": needed}
+    return facts | {"requestBody": {"required": bool(needed), "content": {"application/json": {"schema": body}}}}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version="1", description=app.description, routes=app.routes)
+        schemas = made.setdefault("components", {}).setdefault("schemas", {})
+        for route in ROUTES:
+            whole = route.record.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= whole.get("$defs", {})
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"] |= _REFUSALS
+        app.openapi_schema = made
+    return app.openapi_schema
+
+
+_REFUSALS = {
+    str(status): {"description": words}
+    for status, words in (
+        (401, "missing or wrong token"),
+        (404, "there is no such thing"),
+        (409, "somebody moved first, or a rule of the service forbids it"),
+        (422, "the input is wrong"),
+        (500, "stored bytes are damaged, or an internal error"),
+        (503, "something that is needed is away: wait, then ask again"),
+    )
+}
 
 
 def main(state_dir: Path) -> None:
@@ -167,6 +255,7 @@ class ControlPlane:
             "loop_seconds_ago": time.time() - controller.healthy_at,
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
+            "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},
             "alarm": controller.alarm,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,

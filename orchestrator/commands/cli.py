@@ -16,10 +16,31 @@ from typing import Annotated, Any
 
 import typer
 
+from configs.document import check_document
 from configs.errors import InvalidInput
+from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
+from orchestrator.api.requests import (
+    PAGE,
+    PAGE_MAX,
+    Cancel,
+    Diff,
+    Export,
+    ListTasks,
+    ListVersions,
+    Preempt,
+    PreviewRollback,
+    ReadLog,
+    ShowScores,
+    ShowTask,
+    ShowVersion,
+    Status,
+    Submit,
+)
 from orchestrator.commands import display, version_tables
+from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, command_of, me, new_app, note, show
+from subspace_store.requests import Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
 command = command_of(app, "interrupted; the service goes on. `onebasis tasks` shows where it is")
@@ -72,7 +93,7 @@ def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 @command
 def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Is the service up, what do the workers do, how many tasks are where."""
-    show(Client(state_dir).call("status"), display.status, as_json)
+    show(Client(state_dir).ask(Status()), display.status, as_json)
 
 
 @command
@@ -84,10 +105,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a task. Submitting the same file again is the same task."""
-    from configs.task_spec import read_task_spec
-
-    spec = read_task_spec(task)
-    _submit(spec.model_dump(mode="json"), wait, dry_run, state_dir, as_json)
+    _submit(read_task_spec(task), wait, dry_run, state_dir, as_json)
 
 
 @command
@@ -119,41 +137,44 @@ def import_(
     document = {
         "team": team,
         "name": name,
-        "base_model": base_model or Client(state_dir).call("status")["base_model"],
+        "base_model": base_model or Client(state_dir).ask(Status())["base_model"],
         "method": {"name": "import", "adapter": str(adapter.resolve())},
         "data": data,
     }
-    _submit(document, wait, dry_run, state_dir, as_json)
+    _submit(check_document(document, TaskSpec, "task"), wait, dry_run, state_dir, as_json)
 
 
 @command
 def tasks(
     team: Annotated[str | None, typer.Option(help="Only this team's.")] = None,
     state: Annotated[str | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="How many, the newest ones.", min=1, max=PAGE_MAX)] = PAGE,
+    before: Annotated[str, typer.Option(metavar="ID", help="Only those older than this task: the page before.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Follow until every task has ended.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
+    asked = ListTasks(team=team, state=_state(state), before=before, limit=limit)
     if watch and as_json:
-        while any(row["state"] not in EXIT_CODES for row in client.call("tasks", team=team, state=state)):
+        while any(row["state"] not in EXIT_CODES for row in client.ask(asked)):
             time.sleep(WATCH_SECONDS)
     elif watch:
-        display.follow(lambda: client.call("tasks", team=team, state=state), WATCH_SECONDS)
-    show(client.call("tasks", team=team, state=state), display.tasks, as_json)
+        display.follow(lambda: client.ask(asked), WATCH_SECONDS)
+    show(client.ask(asked), display.tasks, as_json)
 
 
 @command
 def task(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Show one task: state and why, place, progress, result, events."""
-    show(Client(state_dir).call("task", reference=reference), display.task, as_json)
+    show(Client(state_dir).ask(ShowTask(reference=reference)), display.task, as_json)
 
 
 @command
 def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Stop a task that is not part of a version yet."""
-    answer = Client(state_dir).call("cancel", reference=reference, by=me())
+    answer = Client(state_dir).ask(Cancel(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
           else f"{a['title']}: {a['state']}"), as_json)  # fmt: skip
 
@@ -161,7 +182,7 @@ def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJso
 @command
 def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Take a running task's worker away: it writes a checkpoint, waits in its place, and goes on from there."""
-    answer = Client(state_dir).call("preempt", reference=reference, by=me())
+    answer = Client(state_dir).ask(Preempt(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}" + (", writing a checkpoint" if a["state"] == "training"
           else "")), as_json)  # fmt: skip
 
@@ -176,12 +197,12 @@ def logs(
     """Show a task's log: its events and the lines of its training."""
     client, after, lines = Client(state_dir), 0, []
     while True:
-        new = client.call("logs", reference=reference, after=after)
+        new = client.ask(ReadLog(reference=reference, after=after))
         after = new[-1]["event_id"] if new else after
         lines += new
         if not as_json:
             display.log_lines(new)
-        if not follow or client.call("task", reference=reference)["state"] in EXIT_CODES:
+        if not follow or client.ask(ShowTask(reference=reference))["state"] in EXIT_CODES:
             break
         time.sleep(WATCH_SECONDS)
     if as_json:
@@ -191,7 +212,7 @@ def logs(
 @command
 def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """List the subspace's versions."""
-    show(Client(state_dir).call("versions"), version_tables.versions, as_json)
+    show(Client(state_dir).ask(ListVersions()), version_tables.versions, as_json)
 
 
 @command
@@ -201,7 +222,7 @@ def version(
     as_json: AsJson = False,
 ) -> None:
     """Show one version: its tasks with scores and drift, ranks, what is stored."""
-    show(Client(state_dir).call("version", number=number), version_tables.version, as_json)
+    show(Client(state_dir).ask(ShowVersion(version=number)), version_tables.version, as_json)
 
 
 @command
@@ -212,7 +233,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show what changed between two versions."""
-    show(Client(state_dir).call("diff", old=old, new=new), version_tables.diff, as_json)
+    show(Client(state_dir).ask(Diff(old=old, new=new)), version_tables.diff, as_json)
 
 
 @command
@@ -225,9 +246,12 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
-    key = os.urandom(8).hex()
     client = Client(state_dir)
-    answer = client.call("rollback", version=number, preview=preview, by=me(), reason=reason, key=key, hold=hold)
+    if preview:
+        answer = client.ask(PreviewRollback(version=number))
+    else:
+        key = f"rollback:{os.urandom(8).hex()}"
+        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=key, actor=me()))
     show(answer, version_tables.rollback, as_json)
 
 
@@ -244,7 +268,7 @@ def export(
     """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
-    packed = Client(state_dir).call("export", reference=reference, version=number)
+    packed = Client(state_dir).ask(Export(reference=reference, version=number))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -268,7 +292,7 @@ def scores(
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
-    show(Client(state_dir).call("scores", version=number), version_tables.scores, as_json)
+    show(Client(state_dir).ask(ShowScores(version=number)), version_tables.scores, as_json)
 
 
 @app.command("store", context_settings=RAW, add_help_option=False)
@@ -276,9 +300,8 @@ def store(context: typer.Context) -> None:
     """The version log and its storage: check, tag, hold, pin, expire, collect. `onebasis store --help` lists it all."""
     from subspace_store.commands import app as store_cli
 
-    def ask(state_dir: Path, operation: str, arguments: dict[str, Any]) -> Any:
-        document = {"operation": operation, "arguments": arguments}
-        return Client(state_dir).call("change", document=document, by=me())
+    def ask(state_dir: Path, request: StoreRequest[Any]) -> dict[str, Any]:
+        return Client(state_dir).ask(request)
 
     token = store_cli.SERVICE.set(ask)
     try:
@@ -287,20 +310,26 @@ def store(context: typer.Context) -> None:
         store_cli.SERVICE.reset(token)
 
 
-def _submit(document: dict[str, Any], wait: bool, dry_run: bool, state_dir: Path, as_json: bool) -> None:
+def _submit(task: TaskSpec, wait: bool, dry_run: bool, state_dir: Path, as_json: bool) -> None:
     client = Client(state_dir)
-    answer = client.call("submit", document=document, dry_run=dry_run, by=me())
+    answer = client.ask(Submit(task=task, dry_run=dry_run, by=me()))
     if dry_run or not wait:
         show(answer, display.submitted, as_json)
         return
     reference = answer["task_id"]
     if not as_json:
         display.submitted(answer)
-        display.follow(lambda: [client.call("task", reference=reference)], WATCH_SECONDS)
-    while (found := client.call("task", reference=reference))["state"] not in EXIT_CODES:
+        display.follow(lambda: [client.ask(ShowTask(reference=reference))], WATCH_SECONDS)
+    while (found := client.ask(ShowTask(reference=reference)))["state"] not in EXIT_CODES:
         time.sleep(WATCH_SECONDS)
     show(found, display.task, as_json)
     raise typer.Exit(EXIT_CODES[found["state"]])
+
+
+def _state(name: str | None) -> TaskState | None:
+    if name is not None and name not in list(TaskState):
+        raise InvalidInput(f"there is no state '{name}'", "state", f"states: {', '.join(TaskState)}")
+    return TaskState(name) if name else None
 
 
 def _silent(_: str) -> None:

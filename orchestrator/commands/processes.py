@@ -20,9 +20,10 @@ from typing import Any
 
 import yaml
 
-from configs.errors import Conflict, InvalidInput, Unavailable
+from configs.errors import Conflict, InvalidInput, Unavailable, error_from_dict
 from configs.settings import Settings
 from orchestrator.api.client import Client, server_facts
+from orchestrator.api.requests import Status
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
 from subspace_store.commands.state_folder import process_of, running_server
 
@@ -169,7 +170,7 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
     until = time.monotonic() + START_SECONDS
     client, said = Client(state_dir), ""
     while True:
-        status: dict[str, Any] = client.call("status")
+        status: dict[str, Any] = client.ask(Status())
         ready, all_workers = status.get("workers_ready", 0), settings.workers.count
         if ready == all_workers:
             return status
@@ -179,10 +180,10 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         workers = "1 worker" if all_workers == 1 else f"{all_workers} workers"
         if said != (said := f"loading the base model on {workers} ({ready} warm)"):
             say(said)
-        broken = [what for what in status.get("workers", {}).values() if "\n" in what or "sha256" in what]
+        broken = [error_from_dict(error) for error in status.get("load_errors", {}).values()]
         if broken or time.monotonic() > until:
             raise Unavailable(
-                broken[0] if broken else f"{ready} of {all_workers} workers are warm after {START_SECONDS:.0f} s",
+                str(broken[0]) if broken else f"{ready} of {all_workers} workers are warm after {START_SECONDS:.0f} s",
                 todo=f"see {state_dir / 'logs/control-plane.log'}; `onebasis down` ends what runs",
             )
         time.sleep(0.1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
 
 from configs.settings import GateSettings
@@ -18,19 +19,6 @@ from orchestrator.tasks.task_record import TaskRecord
 
 ROUNDING = 1e-9
 """Scores are quotients of integers: 0.83 − 0.80 must count as 0.03, not as 0.030000000000000027."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The gate's answer."""
-
-    passed: bool
-    reasons: tuple[str, ...]
-    """One sentence with numbers per rule that was broken; empty when passed."""
-
-    @property
-    def summary(self) -> str:
-        return "; ".join(self.reasons) if self.reasons else "every task kept its score"
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,62 @@ class PairedDifference:
         word, sign = ("higher", 1) if self.mean > 0 else ("lower", -1)
         low, high = sorted((sign * self.low + 0.0, sign * self.high + 0.0))  # 0.0 added: −0.0 would be shown as such
         return f"{abs(self.mean):.4f} {word} on the same {self.count} rows, 95 % interval {low:.4f} to {high:.4f}"
+
+
+class Rule(StrEnum):
+    """What the gate asks of a task's score."""
+
+    DROP = "drop"
+    """An earlier task may lose at most `gate.drop_max` against its score at birth."""
+    MERGE_GAP = "merge-gap"
+    """A new task may lose at most `gate.merge_gap_max` against its own adapter."""
+    MIN_SCORE = "min-score"
+    """A new task reaches its own `gate.min_score`."""
+
+
+@dataclass(frozen=True)
+class BrokenRule:
+    """One rule that the score of one task broke."""
+
+    task_id: str
+    title: str
+    """`team/task`, for people."""
+    rule: Rule
+    score: float
+    """Under the version that is judged."""
+    against: float
+    """What it is compared with: at birth, with its own adapter, or the least score itself."""
+    limit: float
+    """The rule's number."""
+    paired: PairedDifference | None = None
+    """The comparison row by row, where both were kept."""
+
+    def __str__(self) -> str:
+        told = f" ({self.paired})" if self.paired else ""
+        if self.rule is Rule.DROP:
+            fall = f"would fall from {self.against:.4f} at birth to {self.score:.4f}"
+            return f"{self.title} {fall}, more than gate.drop_max {self.limit}{told}"
+        if self.rule is Rule.MERGE_GAP:
+            gap = f"scores {self.score:.4f} after merging and {self.against:.4f} with its own adapter"
+            return f"{self.title} {gap}, a gap above gate.merge_gap_max {self.limit}{told}"
+        return f"{self.title} scores {self.score:.4f}, below its own gate.min_score {self.limit}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The gate's answer."""
+
+    broken: tuple[BrokenRule, ...]
+    """Empty when passed."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.broken
+
+    @property
+    def summary(self) -> str:
+        """For people: a sentence with numbers for each rule that was broken."""
+        return "; ".join(map(str, self.broken)) if self.broken else "every task kept its score"
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> PairedDifference:
@@ -83,38 +127,30 @@ def judge(
         paired: Task id to how its score differs from the one it is compared with (at birth; of a new task: with its own
             adapter), where both were kept row by row. It is told, and changes no decision.
     """
-    reasons: list[str] = []
+    broken: list[BrokenRule] = []
     for task_id in table.tasks:
         record = records.get(task_id)
         score = table.score(version, task_id)
         if record is None or math.isnan(score):
             continue  # a task without evaluation rows, or of another life of the database: nothing to compare
         if table.birth[task_id] == version:
-            reasons += _of_a_new_task(record, score, settings, _told(paired.get(task_id)))
+            broken += _of_a_new_task(record, score, settings, paired.get(task_id))
         else:
             # Nobody measured it at birth if it was merged again without some task: then its first score since counts.
             known = [s for v, s in table.column(task_id) if v < version and not math.isnan(s)]
-            birth = known[0] if known else math.nan
-            if birth - score > settings.drop_max + ROUNDING:
-                reasons.append(
-                    f"{record.title} would fall from {birth:.4f} at birth to {score:.4f}, "
-                    f"more than gate.drop_max {settings.drop_max}{_told(paired.get(task_id))}"
-                )
-    return Decision(not reasons, tuple(reasons))
+            birth, limit = known[0] if known else math.nan, settings.drop_max
+            if birth - score > limit + ROUNDING:
+                broken.append(BrokenRule(task_id, record.title, Rule.DROP, score, birth, limit, paired.get(task_id)))
+    return Decision(tuple(broken))
 
 
-def _told(difference: PairedDifference | None) -> str:
-    return f" ({difference})" if difference else ""
-
-
-def _of_a_new_task(record: TaskRecord, score: float, settings: GateSettings, paired: str) -> list[str]:
-    reasons = []
-    if record.local_score is not None and record.local_score - score > settings.merge_gap_max + ROUNDING:
-        reasons.append(
-            f"{record.title} scores {score:.4f} after merging and {record.local_score:.4f} with its own adapter, "
-            f"a gap above gate.merge_gap_max {settings.merge_gap_max}{paired}"
-        )
-    least = record.spec.gate.min_score
+def _of_a_new_task(
+    record: TaskRecord, score: float, settings: GateSettings, paired: PairedDifference | None
+) -> list[BrokenRule]:
+    broken = []
+    own, limit, least = record.local_score, settings.merge_gap_max, record.spec.gate.min_score
+    if own is not None and own - score > limit + ROUNDING:
+        broken.append(BrokenRule(record.task_id, record.title, Rule.MERGE_GAP, score, own, limit, paired))
     if least is not None and score < least - ROUNDING:
-        reasons.append(f"{record.title} scores {score:.4f}, below its own gate.min_score {least}")
-    return reasons
+        broken.append(BrokenRule(record.task_id, record.title, Rule.MIN_SCORE, score, least, least))
+    return broken

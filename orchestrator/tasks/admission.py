@@ -7,12 +7,10 @@ changes no score, and workers on other machines can read it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from configs.document import check_document
 from configs.errors import Conflict, InvalidInput
 from configs.settings import Settings
 from configs.task_spec import TaskSpec
@@ -54,20 +52,13 @@ class Draft:
         self.rows.close()
 
 
-def check_submission(document: Mapping[str, Any], settings: Settings, layout: BaseLayout) -> Draft:
+def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
     """Check everything about a submission without keeping anything.
 
     Raises:
-        InvalidInput: The document, the team, the base model, a path, a row, the target modules or the adapter to
+        InvalidInput: The team, the base model, a path, a row, the target modules or the adapter to
             import; names the key, file and row.
     """
-    spec = check_document(dict(document), TaskSpec, "task")
-    try:
-        spec.model_dump_json()
-    except ValueError as error:  # JSON and YAML can write half of a character, and no database keeps it
-        raise InvalidInput(
-            f"holds what is no Unicode text: {error}", "task", "write characters, not surrogates"
-        ) from error
     if spec.team not in settings.teams:
         raise InvalidInput(
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"

@@ -29,6 +29,18 @@ from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, consol
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE
+from subspace_store.requests import (
+    DropAdapters,
+    Expire,
+    Hold,
+    Pin,
+    Quarantine,
+    Release,
+    Remove,
+    Tag,
+    Unpin,
+    Unquarantine,
+)
 
 SECONDS_A_DAY = 86400
 
@@ -45,7 +57,7 @@ def tag(
     """Name a version for ever; it never expires then."""
     place = place_of(store, state_dir)
     number = reader_at(place).resolve(version)
-    change(place, force, as_json, f"{name} is version {number}", "tag", name=name, version=number)
+    change(place, force, as_json, f"{name} is version {number}", Tag(name=name, version=number, actor=me()))
 
 
 @command
@@ -57,13 +69,13 @@ def hold(
     as_json: AsJson = False,
 ) -> None:
     """Keep `main` where it is: what passes the gate waits until `release`."""
-    change(place_of(store, state_dir), force, as_json, "main is held", "hold", reason=reason)
+    change(place_of(store, state_dir), force, as_json, "main is held", Hold(reason=reason, actor=me()))
 
 
 @command
 def release(store: Url = None, force: Force = False, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Let `main` move again after `hold` or `rollback --hold`."""
-    change(place_of(store, state_dir), force, as_json, "main may move", "release")
+    change(place_of(store, state_dir), force, as_json, "main may move", Release(actor=me()))
 
 
 @command
@@ -79,7 +91,7 @@ def quarantine(
     place = place_of(store, state_dir)
     task_id = task_id_of(reader_at(place), task)
     done = f"task {task_id} will not be merged"
-    change(place, force, as_json, done, "quarantine", task_id=task_id, reason=reason)
+    change(place, force, as_json, done, Quarantine(task_id=task_id, reason=reason, actor=me()))
 
 
 @command
@@ -89,7 +101,7 @@ def unquarantine(
     """Let a quarantined task be merged again."""
     place = place_of(store, state_dir)
     task_id = task_id_of(reader_at(place), task)
-    change(place, force, as_json, f"task {task_id} may be merged", "unquarantine", task_id=task_id)
+    change(place, force, as_json, f"task {task_id} may be merged", Unquarantine(task_id=task_id, actor=me()))
 
 
 @command
@@ -106,7 +118,7 @@ def pin(
     place = place_of(store, state_dir)
     number, until = reader_at(place).resolve(version), None if days is None else time.time() + days * SECONDS_A_DAY
     done = f"version {number} is kept for {owner or me()} " + ("until unpinned" if until is None else until_text(until))
-    change(place, force, as_json, done, "pin", version=number, owner=owner or me(), until=until)
+    change(place, force, as_json, done, Pin(version=number, owner=owner or me(), until=until, actor=me()))
 
 
 @command
@@ -122,7 +134,7 @@ def unpin(
     place = place_of(store, state_dir)
     number = reader_at(place).resolve(version)
     done = f"{owner or me()} does not keep version {number}"
-    change(place, force, as_json, done, "unpin", version=number, owner=owner or me())
+    change(place, force, as_json, done, Unpin(version=number, owner=owner or me(), actor=me()))
 
 
 @command
@@ -147,7 +159,7 @@ def expire(
     judged = judge_expiry(state, numbers, now)
     listed = ", ".join(map(str, numbers))
     if yes and judged:
-        change(place, force, as_json, f"expired: versions {listed}", "expire", versions=numbers)
+        change(place, force, as_json, f"expired: versions {listed}", Expire(versions=tuple(numbers), actor=me()))
     else:
         text = f"would expire: versions {listed} (--yes does it)" if judged else "nothing can expire"
         show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)
@@ -170,7 +182,7 @@ def drop_adapters(
     size = sum(task.adapter.size_bytes for task in found.values())
     what = f"{len(found)} adapters, {size / 1e6:.1f} MB"
     if yes and found:
-        change(place, force, as_json, f"let go: {what}", "drop_adapters", task_ids=task_ids)
+        change(place, force, as_json, f"let go: {what}", DropAdapters(task_ids=tuple(task_ids), actor=me()))
     else:
         text = f"would let go of {what} (--yes does it)" if found else "nothing to let go"
         show({"task_ids": task_ids, "dropped": False}, lambda _: note(text), as_json)
@@ -233,9 +245,10 @@ def remove(
     # done, and the task is there again, was rolled back.
     asked = f"remove {task_id} from {state.refs[CANDIDATE]}"
     op_key = next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
+    request = Remove(task_id=task_id, reason=reason, publish=not candidate_only, op_key=op_key, actor=me())
     service = service_of(place, force)
     if service is None:
-        writer_at(place).remove(task_id, op_key=op_key, actor=me(), reason=reason, publish=not candidate_only)
+        request.on(writer_at(place))
     elif candidate_only:
         raise Conflict(
             "the service rejects a candidate that no task waits for",
@@ -243,7 +256,7 @@ def remove(
             "leave --candidate-only out, or end the service with `onebasis down`",
         )
     else:
-        service("remove", {"task_id": task_id, "reason": reason, "publish": True, "op_key": op_key})
+        service(request)
     after = reader_at(place).state
     number = after.op_keys[op_key]
     remade = [v for v in after.lineage(number) if task_id in v.removed]

@@ -22,6 +22,7 @@ from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from subspace_store.commands.state_folder import running_server, service_settings
 from subspace_store.commands.terminal import command_of, console, me, new_app, note, show
+from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_store import SubspaceStore
@@ -47,9 +48,8 @@ Reference = Annotated[str, typer.Argument(metavar="VERSION", help="A branch, a t
 TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or team/name of one that was merged.")]
 
 
-SERVICE: ContextVar[Callable[[Path, str, dict[str, Any]], Any] | None] = ContextVar("service", default=None)
-"""How to have a running service write: state folder, operation, arguments. Set by `onebasis`; this package has no
-client."""
+SERVICE: ContextVar[Callable[[Path, StoreRequest[Any]], Any] | None] = ContextVar("service", default=None)
+"""How to have a running service write: state folder and request. Set by `onebasis`; this package has no client."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,18 @@ def writer_at(place: Place) -> SubspaceStore:
     return SubspaceStore.open(place.storage, settings=place.subspace, base_model=reader.base_model, writer=writer)
 
 
-def change(place: Place, force: bool, as_json: bool, done: str, operation: str, **arguments: Any) -> None:
+def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRequest[Any]) -> None:
     """Write one record: through the running service, or as the writer."""
     service = service_of(place, force)
     if service is None:
-        getattr(writer_at(place), operation)(**arguments, actor=me())
+        request.on(writer_at(place))
     else:
-        service(operation, arguments)
-    show({"operation": operation, **arguments}, lambda _: note(done), as_json)
+        service(request)
+    facts = request.model_dump(mode="json", exclude={"actor", "op_key"})
+    show({"operation": request.operation, **facts}, lambda _: note(done), as_json)
 
 
-def service_of(place: Place, force: bool) -> Callable[[str, dict[str, Any]], Any] | None:
+def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:
     """How to have the running service write; None: this process is to write."""
     if not place.is_served or (force and place.is_named):
         return None

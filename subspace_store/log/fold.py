@@ -133,10 +133,8 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     if op == REJECT:
         number = int(body["version"])
         culprits = tuple(map(str, body.get("task_ids", ())))  # records of before 0.4 have the sentence alone
-        return {
-            "rejected": {**state.rejected, number: str(body["reason"])},
-            "rejected_for": {**state.rejected_for, number: culprits},
-        }
+        rejected = {"rejected": {**state.rejected, number: str(body["reason"])}}
+        return rejected | ({"rejected_for": {**state.rejected_for, number: culprits}} if culprits else {})
     if op == PUBLISH:
         return {"published": tuple(sorted({*state.published, int(body["version"])}))}
     if op == ROLLBACK:

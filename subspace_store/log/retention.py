@@ -13,14 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.document import NAME_PATTERN
-from configs.errors import Conflict, InvalidInput, NotFound
+from configs.errors import Conflict, InvalidInput, NotFound, RefusedAdapters
 from subspace_store.log import fold
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version
-
-OPERATIONS = (
-    "tag", "hold", "release", "quarantine", "unquarantine", "pin", "unpin", "expire", "drop_adapters", "remove",
-)  # fmt: skip
-"""Methods of SubspaceStore that people may ask for at any time. All but `remove` write one record each."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +158,13 @@ def check_judged(state: SubspaceState) -> None:
 
 def check_mergeable(state: SubspaceState, tasks: Mapping[str, str]) -> None:
     """Refuse a quarantined task. `tasks`: id to name."""
-    for task_id, name in tasks.items():
-        if task_id in state.quarantined:
-            raise InvalidInput(
-                f"is quarantined: {state.quarantined[task_id]}",
-                f"task {name} ({task_id})",
-                "`unquarantine` it first",
-            )
+    if refused := [task_id for task_id in tasks if task_id in state.quarantined]:
+        raise RefusedAdapters(
+            "is quarantined: " + "; ".join(state.quarantined[task_id] for task_id in refused),
+            ", ".join(f"task {tasks[task_id]} ({task_id})" for task_id in refused),
+            "`unquarantine` it first",
+            tuple(refused),
+        )
 
 
 def named_by(state: SubspaceState, version: int, now: float) -> list[str]:

@@ -12,7 +12,9 @@ from typing import Any
 import uvicorn
 import yaml
 
+from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
+from orchestrator.api.requests import ShowTask, Submit
 from orchestrator.api.server import api
 from orchestrator.api.service import Service
 from tests.builders import rows, task_document, write_rows
@@ -65,12 +67,12 @@ class Site:
 
     def publish(self, title: str) -> dict[str, Any]:
         """Submit a task and wait until main holds it."""
-        self.client.call("submit", document=self.document(title), by="ann")
+        self.client.ask(Submit(task=TaskSpec.model_validate(self.document(title)), by="ann"))
         return self.wait_for(title, "published")
 
     def wait_for(self, title: str, state: str, attempt: int = 0) -> dict[str, Any]:
         until = time.monotonic() + 10
-        while (task := self.client.call("task", reference=title))["state"] != state or task["attempt"] < attempt:
+        while (task := self.client.ask(ShowTask(reference=title)))["state"] != state or task["attempt"] < attempt:
             assert time.monotonic() < until, task
             time.sleep(0.01)
         return dict(task)

@@ -121,6 +121,7 @@ def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: 
     publish = plant.cluster._store.publish
 
     def late(*args: Any, **kwargs: Any) -> None:
+        plant.cluster._store.publish = publish  # type: ignore[method-assign]
         plant.cluster._store.hold("audit", actor="ann")
         publish(*args, **kwargs)
 
@@ -131,6 +132,7 @@ def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: 
     plant.step(5)
     assert plant.states() == {"red/a": "evaluating"}
     assert plant.cluster.store_calls.count("publish") == 1
+    assert (plant.cluster.replaced, plant.state.epoch) == ([], 1)  # refused is not fenced: the writer goes on
     plant.cluster.write(Release(actor="ann", op_key="release:r")).result()
     plant.controller.wake(log_moved=True)
     plant.run()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from configs.errors import NotFound
+from configs.task_spec import TaskSpec
+from orchestrator.api.requests import Diff, ListVersions, Submit
 from orchestrator.commands import display, version_tables
 from orchestrator.tasks.task_events import PreemptRequested
 from orchestrator.tasks.task_record import TaskState
@@ -271,7 +273,9 @@ def test_people_see_what_is_refined_and_what_could_not_be(site: Site, capsys: py
     cluster.hold = refines
     cluster.training_faults = {"red/two": ["", "input"]}
     for title in ("red/one", "red/two"):
-        site.client.call("submit", document=site.document(title, method={"refine_epochs": 2}), by="ann")
+        site.client.ask(
+            Submit(task=TaskSpec.model_validate(site.document(title, method={"refine_epochs": 2})), by="ann")
+        )
         while not cluster.held:
             time.sleep(0.01)
         task = site.wait_for(title, "refining")
@@ -281,8 +285,8 @@ def test_people_see_what_is_refined_and_what_could_not_be(site: Site, capsys: py
         cluster.hold = refines
         task = site.wait_for(title, "published")
         display.task(task)
-    version_tables.versions(site.client.call("versions"))
-    version_tables.diff(site.client.call("diff", old=3, new=4))
+    version_tables.versions(site.client.ask(ListVersions()))
+    version_tables.diff(site.client.ask(Diff(old=3, new=4)))
     shown = capsys.readouterr().out
     assert "refined    its coefficients, after merging, in 2.0 s" in shown
     assert "unrefined  fault of kind input" in shown

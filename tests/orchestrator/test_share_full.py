@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import NotFound
 from configs.task_spec import TaskSpec
+from orchestrator.api.requests import ShowScores, ShowTask, ShowVersion
 from orchestrator.api.service import Service
 from orchestrator.commands import version_tables
 from orchestrator.tasks.task_history import LOG
@@ -185,7 +186,10 @@ def test_a_heartbeat_does_not_stop_it_and_it_has_no_lease(full: Plant) -> None:
     before = list(full.cluster.held)
     full.step(5)
     service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
-    assert service.task("blue/new")["why"] == "version 3 is scored when tasks of it have been refined on their own rows"
+    assert (
+        service.task(ShowTask(reference="blue/new"))["why"]
+        == "version 3 is scored when tasks of it have been refined on their own rows"
+    )
     assert full.cluster.held == before  # nobody told it to stop
     lines = [event.text for event in full.queue.events(full.get("red/old").task_id) if event.kind == LOG]
     assert "a line of the log" in lines
@@ -346,9 +350,9 @@ def test_its_birth_is_told_the_same_everywhere_and_beside_it_where_it_was_refine
     full.submit("blue/new")
     full.run()
     service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
-    version = service.version(4)
+    version = service.version(ShowVersion(version=4))
     assert [(t["title"], t["birth"], t["made_in"]) for t in version["tasks"]] == [("red/old", 2, 4), ("blue/new", 4, 3)]
-    assert [t["birth"] for t in service.scores()["tasks"]] == [2, 4]
+    assert [t["birth"] for t in service.scores(ShowScores())["tasks"]] == [2, 4]
     version_tables.version(version)
     shown = capsys.readouterr().out
     assert "v2, refined v4" in shown
@@ -446,3 +450,17 @@ def test_a_newcomer_is_not_refused_for_what_an_older_task_made_of_its_refinement
     plant.submit("blue/next")
     plant.run()
     assert list(refined(plant).values())[-1] == ["red/old"]  # it was for that one merge
+
+
+def test_whose_score_it_was_is_a_fact_and_not_a_word_in_the_reason(make_plant: MakePlant) -> None:
+    # The name of the older task is the beginning of the newcomer's: only red/ab is at fault here.
+    plant = make_plant(workers=2, **TIGHT | {"gate": {"drop_max": 1.0, "merge_gap_max": 0.1}})
+    plant.submit("red/a", spec=FULL)
+    plant.run()
+    plant.cluster.score = lambda title, held: 0.2 if title == "red/ab" else 0.9
+    newcomer = plant.submit("red/ab")[0]
+    plant.run()
+    assert plant.states() == {"red/a": "published", "red/ab": "rejected"}
+    assert refined(plant) == {2: ["red/a"], 4: ["red/a"]}
+    assert dict(plant.state.rejected_for) == {4: (newcomer.task_id,)}
+    assert max(plant.state.versions) == 4  # it is not merged and judged once more

@@ -1,14 +1,13 @@
 """The store from outside: what a worker, the control plane and a person see."""
 
 import math
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 
-from configs.errors import LEAVES, Conflict, Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.errors import Conflict, Corrupt, InvalidInput, NameTaken, NotFound, Unavailable
 from subspace_store import Adapter, ModuleUpdate, StagedAdapter, SubspaceStore, TaskScore, adapter_to_bytes, digest
 from subspace_store.merge_writer import SNAPSHOT_EVERY
 from subspace_store.storage.memory import MemoryStorage
@@ -471,11 +470,20 @@ def test_the_drift_in_the_log_covers_many_merges() -> None:
 # Errors
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_every_error_survives_the_way_through_ray(leaf: type[OnebasisError]) -> None:
-    error = pickle.loads(pickle.dumps(leaf("what", "where", "todo")))
-    assert type(error) is leaf
-    assert error.as_dict() == {"kind": leaf.kind, "what": "what", "where": "where", "todo": "todo"}
+def test_a_name_means_one_task_in_every_version() -> None:
+    store = opened()
+    merged(store, {"old": random_adapter(1)})
+    refs = {task: store.stage(f"staging/{task}/1/adapter.safetensors", random_adapter(2)) for task in ("new", "third")}
+    seq = store.state.seq
+    held = store.state.tasks_at(1)["old"].name
+    with pytest.raises(NameTaken, match="version 1 holds another task of this name") as caught:
+        store.merge([StagedAdapter("new", held, refs["new"].key, refs["new"].sha256)], op_key="again", actor="test")
+    assert (caught.value.task_id, caught.value.other_id) == ("new", "old")
+    both = [StagedAdapter(task, "team/twin", ref.key, ref.sha256) for task, ref in refs.items()]
+    with pytest.raises(NameTaken) as caught:
+        store.merge(both, op_key="both", actor="test")
+    assert (caught.value.task_id, caught.value.other_id) == ("third", "new")
+    assert store.state.seq == seq
 
 
 def test_an_outage_while_merging_is_unavailable_and_leaves_the_store_usable() -> None:

@@ -18,11 +18,43 @@ import torch
 import yaml
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
+from orchestrator.api.requests import (
+    Cancel,
+    Diff,
+    Export,
+    ListTasks,
+    ListVersions,
+    Preempt,
+    PreviewRollback,
+    ReadLog,
+    ServiceRequest,
+    ShowScores,
+    ShowTask,
+    ShowVersion,
+    Status,
+    Submit,
+)
 from orchestrator.api.routes import ROUTES
+from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceStore
 from subspace_store.formats.peft import read_peft_folder
-from tests.builders import LAYOUT
+from subspace_store.requests import (
+    Expire,
+    Hold,
+    Merge,
+    Publish,
+    RecordScores,
+    Refine,
+    Reject,
+    Release,
+    Remove,
+    Rollback,
+    StoreRequest,
+    Tag,
+)
+from tests.builders import LAYOUT, task_document
 from tests.orchestrator.site import TOKEN, Site
 from workers.orders import Train
 
@@ -32,18 +64,19 @@ from workers.orders import Train
 @pytest.mark.parametrize("header", [{}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN[:-1]}])
 def test_nobody_gets_anything_without_the_token(site: Site, header: dict[str, str]) -> None:
     with httpx.Client(base_url=site.url, headers=header, trust_env=False) as stranger:
-        for verb, path in [*ROUTES.values(), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing")]:
+        routes = [(route.verb, route.path) for route in ROUTES]
+        for verb, path in [*routes, ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing")]:
             answer = stranger.request(verb, path.replace("{reference:path}", "x"))
             assert answer.status_code == 401, path
             assert answer.json()["what"] == "missing or wrong token"
-    assert site.client.call("status")["tasks"] == {"published": 2}
+    assert site.client.ask(Status())["tasks"] == {"published": 2}
 
 
 # --- every route -------------------------------------------------------------------------------------------------
 
 
 def test_status_tells_what_is_where(site: Site) -> None:
-    answer = site.client.call("status")
+    answer = site.client.ask(Status())
     assert (answer["running"], answer["base_model"], answer["main"], answer["candidate"]) == (True, "tiny", 2, 2)
     assert answer["tasks"] == {"published": 2}
     assert answer["storage"] == site.plant.storage.url
@@ -51,7 +84,7 @@ def test_status_tells_what_is_where(site: Site) -> None:
 
 
 def test_a_dry_run_tells_what_would_be_taken_in_and_takes_nothing(site: Site) -> None:
-    answer = site.client.call("submit", document=site.document("red/dry"), dry_run=True, by="ann")
+    answer = site.client.ask(Submit(task=TaskSpec.model_validate(site.document("red/dry")), dry_run=True, by="ann"))
     assert answer == {
         "accepted": False,
         "dry_run": True,
@@ -60,44 +93,44 @@ def test_a_dry_run_tells_what_would_be_taken_in_and_takes_nothing(site: Site) ->
         "eval_rows": 1,
         "warnings": [],
     }
-    assert len(site.client.call("tasks")) == 2
+    assert len(site.client.ask(ListTasks())) == 2
 
 
 def test_the_same_submission_again_is_the_same_task(site: Site) -> None:
-    answer = site.client.call("submit", document=site.document("red/alpha"), by="ann")
+    answer = site.client.ask(Submit(task=TaskSpec.model_validate(site.document("red/alpha")), by="ann"))
     assert (answer["accepted"], answer["is_new"], answer["state"]) == (True, False, "published")
-    assert len(site.client.call("tasks")) == 2
+    assert len(site.client.ask(ListTasks())) == 2
 
 
 def test_tasks_are_listed_and_chosen(site: Site) -> None:
-    assert [(t["title"], t["state"], t["version"]) for t in site.client.call("tasks")] == [
+    assert [(t["title"], t["state"], t["version"]) for t in site.client.ask(ListTasks())] == [
         ("red/alpha", "published", 1),
         ("blue/beta", "published", 2),
     ]
-    assert [t["title"] for t in site.client.call("tasks", team="blue")] == ["blue/beta"]
-    assert site.client.call("tasks", state="parked") == []
+    assert [t["title"] for t in site.client.ask(ListTasks(team="blue"))] == ["blue/beta"]
+    assert site.client.ask(ListTasks(state=TaskState("parked"))) == []
 
 
 def test_one_task_is_shown_with_why_and_its_history(site: Site) -> None:
-    task = site.client.call("task", reference="red/alpha")
+    task = site.client.ask(ShowTask(reference="red/alpha"))
     assert (task["local_score"], task["base_score"], task["eval_rows"]) == (0.9, 0.5, 1)
     assert task["why"] == "main holds it since version 1"
     assert task["spec"]["team"] == "red"
     assert (task["training"]["steps"], task["training"]["loss"], task["training"]["seconds"]) == (10, 0.25, 2.0)
     kinds = [event["kind"] for event in task["events"]]
     assert kinds == ["submitted", "Claimed", "TrainingDone", "MergeBegun", "Merged", "Judged"]
-    assert site.client.call("task", reference=task["task_id"][:12])["title"] == "red/alpha"
+    assert site.client.ask(ShowTask(reference=task["task_id"][:12]))["title"] == "red/alpha"
     assert site.plant.queue.get(task["task_id"]).submitted_by == "ann"
 
 
 def test_logs_go_on_after_an_event(site: Site) -> None:
-    lines = site.client.call("logs", reference="red/alpha")
+    lines = site.client.ask(ReadLog(reference="red/alpha"))
     assert lines[0]["text"] == "submitted"
-    assert site.client.call("logs", reference="red/alpha", after=lines[1]["event_id"]) == lines[2:]
+    assert site.client.ask(ReadLog(reference="red/alpha", after=lines[1]["event_id"])) == lines[2:]
 
 
 def test_versions_are_listed_with_their_branches(site: Site) -> None:
-    one, two = site.client.call("versions")
+    one, two = site.client.ask(ListVersions())
     assert (one["version"], one["parent"], one["added"], one["refs"]) == (1, 0, ["red/alpha"], [])
     assert (two["version"], two["parent"], two["added"], two["task_count"]) == (2, 1, ["blue/beta"], 2)
     assert (one["status"], two["status"], sorted(two["refs"])) == ("published", "published", ["candidate", "main"])
@@ -106,7 +139,7 @@ def test_versions_are_listed_with_their_branches(site: Site) -> None:
 
 
 def test_one_version_is_shown_with_scores_ranks_and_what_it_takes(site: Site) -> None:
-    version = site.client.call("version", number=2)
+    version = site.client.ask(ShowVersion(version=2))
     assert [(t["title"], t["birth"], t["score"]) for t in version["tasks"]] == [
         ("red/alpha", 1, 0.9),
         ("blue/beta", 2, 0.9),
@@ -121,7 +154,7 @@ def test_one_version_is_shown_with_scores_ranks_and_what_it_takes(site: Site) ->
 
 
 def test_a_diff_tells_what_came_and_how_far_the_rest_moved(site: Site) -> None:
-    diff = site.client.call("diff", old=1, new=2)
+    diff = site.client.ask(Diff(old=1, new=2))
     assert [task["name"] for task in diff["added"]] == ["blue/beta"]
     assert diff["removed"] == []
     assert diff["ranks"]["layer.0.query"] == [[2, 2], [4, 4]]
@@ -131,7 +164,7 @@ def test_a_diff_tells_what_came_and_how_far_the_rest_moved(site: Site) -> None:
 
 
 def test_scores_are_a_matrix_of_versions_and_tasks(site: Site) -> None:
-    scores = site.client.call("scores")
+    scores = site.client.ask(ShowScores())
     assert (scores["version"], scores["versions"]) == (2, [1, 2])
     assert [(t["title"], t["birth"], t["local"], t["base"], t["rows"]) for t in scores["tasks"]] == [
         ("red/alpha", 1, 0.9, 0.5, 1),
@@ -139,18 +172,18 @@ def test_scores_are_a_matrix_of_versions_and_tasks(site: Site) -> None:
     ]
     assert [[cell["score"] for cell in row] for row in scores["matrix"]] == [[0.9, None], [0.9, 0.9]]
     assert scores["by_version"][0]["forgetting"] == {"value": None, "n": 0, "half_width_95": None}
-    assert site.client.call("scores", version=1)["versions"] == [1]
-    assert site.client.call("scores", version=0)["tasks"] == []
+    assert site.client.ask(ShowScores(version=1))["versions"] == [1]
+    assert site.client.ask(ShowScores(version=0))["tasks"] == []
 
 
 def test_an_export_is_the_two_files_that_peft_reads(site: Site, tmp_path: Path) -> None:
-    packed = site.client.call("export", reference="red/alpha", version=2)
+    packed = site.client.ask(Export(reference="red/alpha", version=2))
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         assert archive.namelist() == ["adapter_config.json", "adapter_model.safetensors"]
         archive.extractall(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-source"
     again = read_peft_folder(tmp_path, "tiny", LAYOUT.sha256)
-    task_id = site.client.call("task", reference="red/alpha")["task_id"]
+    task_id = site.client.ask(ShowTask(reference="red/alpha"))["task_id"]
     stored = SubspaceStore.open(site.plant.storage).adapter(task_id, 2)
     for name, update in stored.modules.items():
         assert torch.allclose(again.modules[name].delta(), update.delta(), atol=1e-5)
@@ -159,7 +192,7 @@ def test_an_export_is_the_two_files_that_peft_reads(site: Site, tmp_path: Path) 
 
 def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
     before = site.plant.state
-    answer = site.client.call("rollback", version=1, preview=True, by="ann")
+    answer = site.client.ask(PreviewRollback(version=1))
     assert answer == {
         "preview": True,
         "held": False,
@@ -169,19 +202,19 @@ def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
         "returning": [],
     }
     assert site.plant.state == before
-    assert site.client.call("status")["tasks"] == {"published": 2}
+    assert site.client.ask(Status())["tasks"] == {"published": 2}
 
 
 def test_a_rollback_moves_main_and_back_and_the_tasks_follow(site: Site) -> None:
-    answer = site.client.call("rollback", version=1, by="ann", reason="try", key="one")
+    answer = site.client.ask(Rollback(version=1, reason="try", actor="ann", op_key="rollback:one"))
     assert (answer["preview"], answer["vanishing"]) == (False, ["blue/beta"])
     assert site.wait_for("blue/beta", "parked")["reason"].startswith("main was rolled back to version 1")
-    assert [v["status"] for v in site.client.call("versions")] == ["published", "rolled back"]
+    assert [v["status"] for v in site.client.ask(ListVersions())] == ["published", "rolled back"]
     # The same key again is the same rollback: it answers as before and writes nothing.
     seq = site.plant.state.seq
-    assert site.client.call("rollback", version=1, by="ann", reason="try", key="one") == answer
+    assert site.client.ask(Rollback(version=1, reason="try", actor="ann", op_key="rollback:one")) == answer
     assert site.plant.state.seq == seq
-    assert site.client.call("rollback", version=2, by="ann", key="two")["returning"] == ["blue/beta"]
+    assert site.client.ask(Rollback(version=2, actor="ann", op_key="rollback:two"))["returning"] == ["blue/beta"]
     site.wait_for("blue/beta", "published")
 
 
@@ -190,16 +223,16 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
     cluster.hold = lambda order: isinstance(order, Train)
     try:
         for name in ("one", "two", "three"):
-            site.client.call("submit", document=site.document(f"red/{name}"), by="ann")
+            site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
         site.wait_for("red/two", "training")
-        waiting = site.client.call("task", reference="red/three")
+        waiting = site.client.ask(ShowTask(reference="red/three"))
         assert (waiting["state"], waiting["place"]) == ("queued", 1)
         assert waiting["why"] == "place 1: 0 before it, 0 workers free"
-        assert site.client.call("cancel", reference="red/three", by="ann")["state"] == "cancelled"
+        assert site.client.ask(Cancel(reference="red/three", by="ann"))["state"] == "cancelled"
         with pytest.raises(NotFound):  # never trained, never read again
             site.plant.storage.read(site.plant.get("red/three").train_key)
         for name in ("one", "two"):
-            assert site.client.call("cancel", reference=f"red/{name}", by="ann")["state"] == "training"
+            assert site.client.ask(Cancel(reference=f"red/{name}", by="ann"))["state"] == "training"
             site.wait_for(f"red/{name}", "cancelled")
     finally:
         cluster.release()
@@ -220,18 +253,18 @@ def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monke
     try:
         titles = [f"red/waits-{number}" for number in range(3)]
         for title in titles:
-            site.client.call("submit", document=site.document(title), by="ann")
-        while "waits for places for its ranks" not in site.client.call("task", reference=titles[1])["why"]:
+            site.client.ask(Submit(task=TaskSpec.model_validate(site.document(title)), by="ann"))
+        while "waits for places for its ranks" not in site.client.ask(ShowTask(reference=titles[1]))["why"]:
             time.sleep(0.01)
-        task_id = site.client.call("task", reference=titles[1])["task_id"]
-        doing = site.client.call("status")["workers"].values()
+        task_id = site.client.ask(ShowTask(reference=titles[1]))["task_id"]
+        doing = site.client.ask(Status())["workers"].values()
         assert f"waits for places for its ranks, then training {task_id}" in doing
         with monkeypatch.context() as patch:  # all are being formed anew, and there is no place for any
             patch.setattr(type(controller), "ready_workers", 0)
             patch.setattr(controller, "describe_workers", lambda: dict.fromkeys("ab", "no place for 2 ranks"))
-            assert site.client.call("task", reference=titles[2])["why"] == "no worker is ready: no place for 2 ranks"
+            assert site.client.ask(ShowTask(reference=titles[2]))["why"] == "no worker is ready: no place for 2 ranks"
         for title in titles:
-            site.client.call("cancel", reference=title, by="ann")
+            site.client.ask(Cancel(reference=title, by="ann"))
             site.wait_for(title, "cancelled")
     finally:
         cluster.release()
@@ -242,15 +275,15 @@ def test_a_preempted_task_waits_in_its_place_and_asking_again_changes_nothing(si
     cluster.hold = lambda order: isinstance(order, Train)
     try:
         for name in ("four", "five", "six"):
-            site.client.call("submit", document=site.document(f"red/{name}"), by="ann")
+            site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
         site.wait_for("red/five", "training")
-        assert site.client.call("preempt", reference="red/four", by="ann")["state"] == "training"
+        assert site.client.ask(Preempt(reference="red/four", by="ann"))["state"] == "training"
         task = site.wait_for("red/four", "training", attempt=2)  # the oldest is the next again
         assert task["training"]["preemptions"] == 1
         assert "now queued · fault preempted · preempted at step 3" in [event["text"] for event in task["events"]]
-        assert site.client.call("preempt", reference="red/six", by="ann")["state"] == "queued"  # it waits anyway
+        assert site.client.ask(Preempt(reference="red/six", by="ann"))["state"] == "queued"  # it waits anyway
         for name in ("six", "five", "four"):
-            site.client.call("cancel", reference=f"red/{name}", by="ann")
+            site.client.ask(Cancel(reference=f"red/{name}", by="ann"))
             site.wait_for(f"red/{name}", "cancelled")
     finally:
         cluster.release()
@@ -258,48 +291,94 @@ def test_a_preempted_task_waits_in_its_place_and_asking_again_changes_nothing(si
 
 # --- errors ------------------------------------------------------------------------------------------------------
 
-WRONG: list[tuple[str, dict[str, Any], type[OnebasisError]]] = [
-    ("version", {"number": 99}, NotFound),
-    ("diff", {"old": 1, "new": 99}, NotFound),
-    ("rollback", {"version": 99, "preview": True}, NotFound),
-    ("scores", {"version": 99}, NotFound),
-    ("task", {"reference": "red/nobody"}, NotFound),
-    ("task", {"reference": "no?such#task %41"}, NotFound),
-    ("task", {"reference": "../status"}, NotFound),
-    ("cancel", {"reference": "../rollback/0"}, NotFound),
-    ("export", {"reference": "red/nobody"}, NotFound),
-    ("tasks", {"state": "asleep"}, InvalidInput),
-    ("submit", {"document": {"team": "red", "nam": "x"}}, InvalidInput),
-    ("cancel", {"reference": "red/alpha", "by": "ann"}, Conflict),
-    ("preempt", {"reference": "red/alpha", "by": "ann"}, Conflict),
+WRONG: list[tuple[ServiceRequest[Any] | StoreRequest[Any], type[OnebasisError]]] = [
+    (ShowVersion(version=99), NotFound),
+    (Diff(old=1, new=99), NotFound),
+    (PreviewRollback(version=99), NotFound),
+    (Rollback(version=99), NotFound),
+    (ShowScores(version=99), NotFound),
+    (ShowTask(reference="red/nobody"), NotFound),
+    (ShowTask(reference="no?such#task %41"), NotFound),
+    (ShowTask(reference="../status"), NotFound),
+    (Cancel(reference="../rollback/0"), NotFound),
+    (Export(reference="red/nobody"), NotFound),
+    (Submit(task=TaskSpec.model_validate(task_document("green/x"))), InvalidInput),
+    (Cancel(reference="red/alpha", by="ann"), Conflict),
+    (Preempt(reference="red/alpha", by="ann"), Conflict),
+    (Tag(name="x", version=99), NotFound),
+    (Expire(versions=(2,)), Conflict),
+    (Remove(task_id="red/alpha"), InvalidInput),
 ]
 
 
-@pytest.mark.parametrize(("method", "arguments", "leaf"), WRONG, ids=lambda value: str(value)[:40])
-def test_an_error_comes_over_http_as_the_same_leaf_with_the_same_text(
-    site: Site, method: str, arguments: dict[str, Any], leaf: type[OnebasisError]
+@pytest.mark.parametrize(("request_", "leaf"), WRONG, ids=lambda value: str(value)[:40])
+def test_an_error_comes_over_http_as_the_same_class_with_the_same_text(
+    site: Site, request_: ServiceRequest[Any] | StoreRequest[Any], leaf: type[OnebasisError]
 ) -> None:
     with pytest.raises(leaf) as here:
-        getattr(site.service, method)(**arguments)
+        site.service.answer(request_)
     with pytest.raises(leaf) as there:
-        site.client.call(method, **arguments)
+        site.client.ask(request_)
     assert str(there.value) == str(here.value)
+    assert type(there.value) is type(here.value)
 
 
-def test_a_wrong_kind_of_parameter_is_named(site: Site) -> None:
-    with pytest.raises(InvalidInput, match="number: Input should be a valid integer"):
-        site.client.call("version", number="two")
+def test_every_request_of_the_store_and_the_service_has_one_route_or_is_the_loops_own() -> None:
+    asked = {kind for base in (ServiceRequest, StoreRequest) for kind in _leaves(base)}
+    loops_own = {Merge, Refine, RecordScores, Publish, Reject}
+    assert {route.record for route in ROUTES} == asked - loops_own
+    assert len({(route.verb, route.path) for route in ROUTES}) == len({route.name for route in ROUTES}) == len(ROUTES)
 
 
-def test_every_method_that_has_a_route_is_a_method_of_the_service(site: Site) -> None:
-    assert all(callable(getattr(site.service, name)) for name in ROUTES)
+def _leaves(kind: type[Any]) -> set[type[Any]]:
+    """The records themselves: between them and their base pydantic puts one class for each kind of answer."""
+    if not kind.__subclasses__() and kind.__pydantic_generic_metadata__["origin"] is None:
+        return {kind}
+    return {leaf for sub in kind.__subclasses__() for leaf in _leaves(sub)}
 
 
 def test_a_state_folder_that_was_moved_does_not_show_what_another_service_holds(site: Site, tmp_path: Path) -> None:
     # Its settings name the database and the store by their full paths, where a newer service may be by now.
     (tmp_path / "settings.yaml").write_text((site.folder / "settings.yaml").read_text())
     with pytest.raises(Unavailable, match=f"its service belongs in {site.folder}"):
-        Client(tmp_path).call("versions")
+        Client(tmp_path).ask(ListVersions())
+
+
+def test_a_refused_request_neither_ends_the_writer_nor_fences_it(site: Site) -> None:
+    site.client.ask(Tag(name="gold", version=1))
+    site.client.ask(Hold(reason="audit", actor="ann"))
+    replaced, before = list(site.plant.cluster.replaced), site.plant.state
+    for refused in (Tag(name="gold", version=2), Hold(reason="mine", actor="bob"), Expire(versions=(2,))):
+        with pytest.raises(Conflict):
+            site.client.ask(refused)
+    assert site.plant.state == before  # the epoch too
+    assert site.plant.cluster.replaced == replaced
+    site.client.ask(Release(actor="ann"))
+
+
+def test_a_task_does_not_return_while_another_of_its_name_is_alive(site: Site) -> None:
+    main = site.plant.state.refs["main"]
+    site.publish("red/twice")
+    with_it = site.plant.state.refs["main"]
+    old = site.client.ask(ShowTask(reference="red/twice"))["task_id"]
+    site.client.ask(Rollback(version=main))
+    site.wait_for("red/twice", "parked")
+    site.plant.cluster.hold = lambda order: isinstance(order, Train)
+    try:
+        again = Submit(task=TaskSpec.model_validate(site.document("red/twice", priority=1)))
+        new = site.client.ask(again)["task_id"]
+        with pytest.raises(Conflict, match=rf"(?s)red/twice \({new}\).*holds an older task of this name.*cancel {new}"):
+            site.client.ask(Rollback(version=with_it))
+        assert site.plant.state.refs["main"] == main
+        site.client.ask(Cancel(reference=new))
+        site.wait_for("red/twice", "cancelled")
+    finally:
+        site.plant.cluster.release()
+    assert site.client.ask(Rollback(version=with_it))["returning"] == ["red/twice"]
+    until = time.monotonic() + 10
+    while site.client.ask(ShowTask(reference=old))["state"] != "published":
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 # --- without the server ------------------------------------------------------------------------------------------
@@ -317,21 +396,22 @@ def offline(site: Site, tmp_path: Path) -> Client:
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments"),
+    "request_",
     [
-        ("versions", {}),
-        ("version", {"number": 2}),
-        ("diff", {"old": 1, "new": 2}),
-        ("scores", {}),
-        ("logs", {"reference": "red/alpha"}),
-        ("rollback", {"version": 1, "preview": True}),
-        ("export", {"reference": "blue/beta"}),
+        ListVersions(),
+        ShowVersion(version=2),
+        Diff(old=1, new=2),
+        ShowScores(),
+        ReadLog(reference="red/alpha"),
+        PreviewRollback(version=1),
+        Export(reference="blue/beta"),
     ],
+    ids=lambda request: type(request).__name__,
 )
 def test_reading_gives_the_same_with_the_server_gone(
-    site: Site, offline: Client, method: str, arguments: dict[str, Any]
+    site: Site, offline: Client, request_: ServiceRequest[Any]
 ) -> None:
-    assert _without_dates(offline.call(method, **arguments)) == _without_dates(site.client.call(method, **arguments))
+    assert _without_dates(offline.ask(request_)) == _without_dates(site.client.ask(request_))
 
 
 def _without_dates(answer: Any) -> Any:
@@ -343,28 +423,34 @@ def _without_dates(answer: Any) -> Any:
 
 
 def test_the_status_says_that_it_does_not_run(offline: Client) -> None:
-    assert offline.call("status")["running"] is False
+    assert offline.ask(Status())["running"] is False
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments"), [("submit", {"document": {}}), ("cancel", {"reference": "red/alpha"})]
+    ("request_", "what"),
+    [
+        (Submit(task=TaskSpec.model_validate(task_document("red/x"))), "submit"),
+        (Cancel(reference="red/alpha"), "cancel"),
+        (Preempt(reference="red/alpha"), "preempt"),
+    ],
+    ids=lambda value: str(value)[:20],
 )
 def test_what_needs_the_service_is_refused_with_the_next_step(
-    offline: Client, method: str, arguments: dict[str, Any]
+    offline: Client, request_: ServiceRequest[Any], what: str
 ) -> None:
-    with pytest.raises(Unavailable, match=f"(?s)the service is not running, and {method} needs it.*onebasis up"):
-        offline.call(method, **arguments)
+    with pytest.raises(Unavailable, match=f"(?s)the service is not running, and {what} needs it.*onebasis up"):
+        offline.ask(request_)
 
 
 def test_a_folder_in_which_nothing_ever_ran_says_so(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"(?s)no onebasis service has run here.*onebasis up"):
-        Client(tmp_path).call("versions")
+        Client(tmp_path).ask(ListVersions())
 
 
 def test_a_rollback_without_the_server_is_followed_by_the_service(site: Site, offline: Client) -> None:
     # The writer that the command line opens fences the service's own, which opens anew at its next write.
-    assert offline.call("rollback", version=1, by="ann", key="off-1")["vanishing"] == ["blue/beta"]
-    assert site.client.call("status")["main"] == 1
+    assert offline.ask(Rollback(version=1, actor="ann", op_key="rollback:off-1"))["vanishing"] == ["blue/beta"]
+    assert site.client.ask(Status())["main"] == 1
     site.plant.controller.wake(log_moved=True)  # as a start of the service does
     site.wait_for("blue/beta", "parked")
     site.publish("red/gamma")
@@ -374,9 +460,9 @@ def test_a_rollback_without_the_server_is_followed_by_the_service(site: Site, of
 
 def test_a_rollback_by_the_service_after_one_without_it_is_done(site: Site, offline: Client) -> None:
     site.plant.cluster.replaced.clear()
-    newest = site.client.call("status")["main"]
-    offline.call("rollback", version=1, by="ann", key="off-2")
+    newest = site.client.ask(Status())["main"]
+    offline.ask(Rollback(version=1, actor="ann", op_key="rollback:off-2"))
     # The service's own writer is fenced now and has not noticed.
-    assert site.client.call("rollback", version=newest, by="ann", key="on-2")["to_version"] == newest
-    assert site.client.call("status")["main"] == newest
+    assert site.client.ask(Rollback(version=newest, actor="ann", op_key="rollback:on-2"))["to_version"] == newest
+    assert site.client.ask(Status())["main"] == newest
     assert site.plant.cluster.replaced == ["store"]

@@ -15,9 +15,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from configs.errors import InvalidInput
+from configs.task_spec import TaskSpec
+from orchestrator.api.requests import ListTasks, ShowTask, ShowVersion, Submit
 from orchestrator.commands import display
 from orchestrator.commands.cli import EXIT_CODES, app
 from subspace_store.formats.peft import read_peft_folder, write_peft_folder
+from subspace_store.requests import Remove
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.site import Site
 
@@ -92,8 +95,8 @@ def test_a_command_shows_what_the_service_says(onebasis: Onebasis, command: list
 
 
 def test_json_is_exactly_what_the_service_answered(site: Site, onebasis: Onebasis) -> None:
-    assert json.loads(onebasis("version", "2", "--json").stdout) == site.client.call("version", number=2)
-    assert json.loads(onebasis("tasks", "--team", "blue", "--json").stdout) == site.client.call("tasks", team="blue")
+    assert json.loads(onebasis("version", "2", "--json").stdout) == site.client.ask(ShowVersion(version=2))
+    assert json.loads(onebasis("tasks", "--team", "blue", "--json").stdout) == site.client.ask(ListTasks(team="blue"))
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
@@ -112,6 +115,7 @@ def test_an_error_with_json_is_json_on_stdout(onebasis: Onebasis) -> None:
     assert json.loads(result.stdout) == {
         "error": {
             "kind": "not-found",
+            "code": "not-found",
             "what": "there is no version 99",
             "where": "",
             "todo": "versions go from 1 to 2; `onebasis versions` lists them",
@@ -145,10 +149,10 @@ def test_a_number_with_brackets_is_shown_as_it_is_and_not_as_colour(onebasis: On
 
 
 def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: Onebasis) -> None:
-    before = site.client.call("tasks")
+    before = site.client.ask(ListTasks())
     result = onebasis("submit", "--dry-run", task_file(site, "red/dry"))
     assert (result.exit_code, result.stdout) == (0, "red/dry is fine: 6 training rows, 1 evaluation rows\n")
-    assert site.client.call("tasks") == before
+    assert site.client.ask(ListTasks()) == before
 
 
 def test_a_dry_run_of_a_wrong_task_names_the_key(site: Site, onebasis: Onebasis) -> None:
@@ -234,7 +238,7 @@ def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_relea
     assert "main is held by ann" in onebasis("status").stdout
     assert json.loads(onebasis("status", "--json").stdout)["held"]["reason"] == "worse"
     epoch, version = site.plant.state.epoch, max(site.plant.state.versions) + 1
-    site.client.call("submit", document=site.document("red/gamma"), by="ann")
+    site.client.ask(Submit(task=TaskSpec.model_validate(site.document("red/gamma")), by="ann"))
     waiting = site.wait_for("red/gamma", "evaluating")
     assert f"version {version} waits: main is held by ann: worse" in waiting["why"]
     until = time.monotonic() + 10
@@ -250,19 +254,6 @@ def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_relea
     assert "already" in again
     assert "main is held there" in again
     assert onebasis("store", "release").exit_code == 0
-
-
-def test_what_is_no_operation_is_refused_by_the_service(onebasis: Onebasis, site: Site) -> None:
-    for document in (
-        {"operation": "merge", "arguments": {}},
-        {"operation": "tag", "arguments": {"name": "x"}},
-        {"operation": "tag", "arguments": {"name": "x", "version": 1, "actor": "root", "more": 1}},
-        {"operation": "tag"},
-    ):
-        with pytest.raises(InvalidInput, match="no operation with its arguments"):
-            site.client.call("change", document=document)
-    site.client.call("change", document={"operation": "tag", "arguments": {"name": "x", "version": 1}}, by="ann")
-    assert site.plant.state.tags == {"x": 1}
 
 
 def test_a_task_is_removed_through_the_running_service_and_everything_can_still_be_asked(
@@ -282,7 +273,7 @@ def test_a_task_is_removed_through_the_running_service_and_everything_can_still_
     assert site.plant.state.epoch == epoch  # nobody was fenced on the way
     assert f"version {main} was made again without it" in site.wait_for("red/going", "parked")["why"]
     until = time.monotonic() + 10
-    while site.client.call("task", reference="blue/staying")["version"] != main:
+    while site.client.ask(ShowTask(reference="blue/staying"))["version"] != main:
         assert time.monotonic() < until
         time.sleep(0.01)
     row = json.loads(onebasis("versions", "--json").stdout)[-1]
@@ -297,8 +288,9 @@ def test_a_task_is_removed_through_the_running_service_and_everything_can_still_
     assert "red/going" not in [column["title"] for column in columns]
 
 
-def test_a_service_removes_nothing_that_it_would_reject_at_once(onebasis: Onebasis, site: Site) -> None:
-    task_id = site.client.call("task", reference="red/alpha")["task_id"]
-    for wrong in ({}, {"publish": False}, {"publish": True, "op_key": "publish:9"}):
-        with pytest.raises(InvalidInput, match="no operation with its arguments"):
-            site.client.call("change", document={"operation": "remove", "arguments": {"task_id": task_id, **wrong}})
+def test_a_service_removes_nothing_that_it_would_reject_at_once(site: Site) -> None:
+    task_id = site.client.ask(ShowTask(reference="red/alpha"))["task_id"]
+    with pytest.raises(InvalidInput, match="publish has to be true"):
+        site.client.ask(Remove(task_id=task_id))
+    with pytest.raises(InvalidInput, match="op_key has to begin with remove"):
+        Remove(task_id=task_id, publish=True, op_key="publish:9")

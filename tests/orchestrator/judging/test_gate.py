@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from configs.settings import GateSettings
-from orchestrator.judging.gate import Decision, PairedDifference, judge, paired_difference
+from orchestrator.judging.gate import Decision, PairedDifference, Rule, judge, paired_difference
 from orchestrator.judging.score_table import score_table
 from orchestrator.tasks.task_record import TaskRecord
 from tests.builders import task_record
@@ -48,7 +48,7 @@ def test_an_earlier_task_may_lose_drop_max_and_not_a_row_more(birth: float, now:
     decision = decided(birth, now)
     assert decision.passed is passed
     if not passed:
-        assert decision.reasons == (
+        assert tuple(map(str, decision.broken)) == (
             f"red/a would fall from {birth:.4f} at birth to {now:.4f}, more than gate.drop_max 0.03",
         )
 
@@ -72,7 +72,7 @@ def test_a_new_task_must_reach_its_own_min_score(min_score: float | None, passed
     decision = decided(0.8, 0.8, 0.9, record("b", None, min_score))
     assert decision.passed is passed
     if not passed:
-        assert decision.reasons == ("red/b scores 0.9000, below its own gate.min_score 0.91",)
+        assert tuple(map(str, decision.broken)) == ("red/b scores 0.9000, below its own gate.min_score 0.91",)
 
 
 def test_min_score_is_asked_of_a_task_at_birth_only() -> None:
@@ -82,8 +82,12 @@ def test_min_score_is_asked_of_a_task_at_birth_only() -> None:
 
 def test_every_broken_rule_is_told() -> None:
     decision = decided(0.9, 0.8, 0.5, record("b", 0.9, 0.8))
-    assert len(decision.reasons) == 3
-    assert decision.summary == "; ".join(decision.reasons)
+    assert [(rule.task_id, rule.rule, rule.score, rule.against, rule.limit) for rule in decision.broken] == [
+        ("a", Rule.DROP, 0.8, 0.9, 0.03),
+        ("b", Rule.MERGE_GAP, 0.5, 0.9, 0.05),
+        ("b", Rule.MIN_SCORE, 0.5, 0.8, 0.8),
+    ]
+    assert decision.summary == "; ".join(map(str, decision.broken))
 
 
 def test_the_drop_is_measured_from_birth_so_that_small_losses_do_not_add_up_unseen() -> None:
@@ -105,7 +109,7 @@ def test_what_was_not_measured_breaks_no_rule(birth: float, now: float) -> None:
 def test_a_version_whose_tasks_the_database_does_not_know_passes_with_a_sentence() -> None:
     log = state([version(1, 0, ["a"])], {1: {"a": 0.1}})
     decision = judge(score_table(log, 1, 0.1), 1, {}, GATE)
-    assert decision == Decision(True, ())
+    assert decision == Decision(())
     assert decision.summary == "every task kept its score"
 
 
@@ -140,6 +144,6 @@ def test_reasons_tell_how_sure_the_drop_is_and_the_decision_does_not_wait_for_it
     sure, unsure = PairedDifference(-0.06, -0.08, -0.04, 400), PairedDifference(-0.06, -0.14, 0.02, 20)
     for difference in (sure, unsure):
         decision = decided(0.86, 0.80, 0.9, record("b", 0.96), paired={"a": difference, "b": difference})
-        assert len(decision.reasons) == 2
-        assert all(reason.endswith(f"({difference})") for reason in decision.reasons)
+        assert len(decision.broken) == 2
+        assert all(str(rule).endswith(f"({difference})") for rule in decision.broken)
     assert decided(0.82, 0.80, paired={"a": sure}).passed

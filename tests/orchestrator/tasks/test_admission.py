@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from configs.document import check_document
 from configs.errors import Conflict, InvalidInput
 from configs.settings import Settings
+from configs.task_spec import TaskSpec
 from orchestrator.tasks.admission import admit, check_submission
 from orchestrator.tasks.task_events import CancelRequested, Claimed, TrainingFailed
 from orchestrator.tasks.task_queue import TaskQueue
@@ -49,7 +51,13 @@ class Desk:
         return self.document(**{"method": method, **changes, "data": {"train_file": None} | changes.get("data", {})})
 
     def submit(self, document: dict[str, Any]) -> tuple[TaskRecord, bool]:
-        return admit(check_submission(document, self.settings, LAYOUT), self.settings, self.queue, self.storage, "ann")
+        return admit(
+            check_submission(check_document(document, TaskSpec, "task"), self.settings, LAYOUT),
+            self.settings,
+            self.queue,
+            self.storage,
+            "ann",
+        )
 
     def refuse(self, document: dict[str, Any], kind: type[Exception] = InvalidInput) -> str:
         """The complaint; and nothing is left of the submission."""
@@ -158,7 +166,7 @@ def test_an_import_without_rows_needs_no_length_that_the_base_model_can_read(des
 def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
     write_rows(desk.data / "eval.jsonl.gz", [*rows(2), {"text": "new", "label": "no"}])
     write_rows(desk.data / "train.jsonl", rows(6, label="no"))
-    draft = check_submission(desk.document(), desk.settings, LAYOUT)
+    draft = check_submission(check_document(desk.document(), TaskSpec, "task"), desk.settings, LAYOUT)
     assert draft.warnings == (
         "1 of 2 labels have no training row: yes",
         "2 training rows are also evaluation rows: the scores flatter the task",
@@ -170,7 +178,7 @@ def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
 
 def test_half_a_character_in_the_document_is_refused(desk: Desk) -> None:
     text = desk.refuse(desk.document(data={"label_names": ["no", "yes", "\ud800"]}))
-    assert text.startswith("task: holds what is no Unicode text")
+    assert text.startswith("task: (document): holds what is no Unicode text")
     text.encode()
 
 
@@ -188,7 +196,7 @@ def test_another_base_model_is_answered_with_the_one_that_is_served(desk: Desk) 
 def test_a_kind_that_the_base_model_cannot_do_is_answered_with_those_it_can(desk: Desk) -> None:
     layout = replace(LAYOUT, kinds=("sequence_regression", "causal_lm"))
     with pytest.raises(InvalidInput, match="no 'sequence_classification'") as caught:
-        check_submission(desk.document(), desk.settings, layout)
+        check_submission(check_document(desk.document(), TaskSpec, "task"), desk.settings, layout)
     assert (caught.value.where, caught.value.todo) == ("kind", "it has: sequence_regression, causal_lm")
 
 
@@ -226,9 +234,11 @@ def test_messages_that_the_base_model_cannot_render_are_refused(desk: Desk) -> N
     write_rows(desk.data / "eval.jsonl.gz", [turns])
     document = desk.document(**talks(messages_column="m", max_new_tokens=9))
     with pytest.raises(InvalidInput, match="base model 'tiny' has no chat template") as caught:
-        check_submission(document, desk.settings, replace(LAYOUT, has_chat_template=False))
+        check_submission(
+            check_document(document, TaskSpec, "task"), desk.settings, replace(LAYOUT, has_chat_template=False)
+        )
     assert caught.value.where == "data.messages_column"
-    check_submission(document, desk.settings, LAYOUT).close()
+    check_submission(check_document(document, TaskSpec, "task"), desk.settings, LAYOUT).close()
 
 
 @pytest.mark.parametrize("key", ["train_file", "eval_file"])
@@ -378,7 +388,7 @@ def test_a_name_of_an_import_that_may_mean_two_modules_is_refused_with_both(desk
     with pytest.raises(
         InvalidInput, match=r"'query', which may be any of 2 modules, 'layer\.0\.query' and 'layer\.1\.q"
     ):
-        check_submission(desk.imported(), desk.settings, layout)
+        check_submission(check_document(desk.imported(), TaskSpec, "task"), desk.settings, layout)
 
 
 def test_a_dora_import_is_refused_by_that_name(desk: Desk) -> None:

@@ -23,9 +23,11 @@ from subspace_store import SubspaceStore
 from subspace_store.commands import terminal
 from subspace_store.commands.app import SERVICE, app
 from subspace_store.commands.state_folder import SERVER_MODULE, running_server
+from subspace_store.commands.terminal import me
 from subspace_store.formats.peft import write_peft_folder
 from subspace_store.merging.reorder import reorder
 from subspace_store.merging.variants import VARIANTS, merge_all
+from subspace_store.requests import Tag
 from subspace_store.storage.local import LocalStorage
 from tests.builders import settings
 from tests.subspace_store.builders import merged, opened, random_adapter
@@ -309,7 +311,7 @@ def test_what_is_written_through_the_running_service_fences_nobody(
     result = CliRunner().invoke(app, ["tag", "gold", "main", "--state-dir", served.name])
     SERVICE.reset(token)
     assert result.exit_code == 0
-    assert asked == [(Path(served.name), "tag", {"name": "gold", "version": 3})]
+    assert asked == [(Path(served.name), Tag(name="gold", version=3, actor=me()))]
     assert store.refresh().epoch == 1
 
 

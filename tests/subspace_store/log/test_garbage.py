@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -59,7 +60,7 @@ def blobs_of(store: SubspaceStore) -> set[str]:
 
 def expire_old(store: SubspaceStore, keep_last: int) -> list[int]:
     old = expirable(store.state, keep_last, now=0.0)
-    store.expire(old, now=0.0, actor="test")
+    store.expire(old, actor="test")
     return old
 
 
@@ -128,7 +129,7 @@ def test_versions_that_share_a_past_with_an_expired_one_keep_it() -> None:
     merged(store, {"other": random_adapter(20)})
     store.publish(6, op_key="publish 6", actor="test")
     before = contents(store.storage)
-    store.expire([1, 2, 4], now=0.0, actor="test")
+    store.expire([1, 2, 4], actor="test")
     store.collect(really=True)
     assert contents(store.storage) == {key: value for key, value in before.items() if key[0] in (3, 5, 6)}
     assert verify(store) == []
@@ -146,12 +147,13 @@ def test_the_log_is_never_touched() -> None:
 def test_a_reader_that_holds_a_pinned_version_keeps_reading() -> None:
     store = successor(grown())
     reader = opened(store.storage, writer=None)
-    store.pin(2, "reader", 100.0, actor="test")
-    store.expire([n for n in range(1, 8) if n != 2], now=99.0, actor="test")
+    store.pin(2, "reader", time.time() + 3600, actor="test")
+    store.expire([n for n in range(1, 8) if n != 2], actor="test")
     before = contents(store.storage)[2, "t1"]
     store.collect(really=True)
     assert adapter_to_bytes(reader.adapter("t1", 2)) == before
-    store.expire([2], now=100.0, actor="test")
+    store.pin(2, "reader", time.time() - 1, actor="test")
+    store.expire([2], actor="test")
     store.collect(really=True)
     with pytest.raises(NotFound, match="version 2 has expired"):
         opened(store.storage, writer=None).adapter("t1", 2)
@@ -303,7 +305,7 @@ def test_a_collector_that_was_stalled_and_fenced_before_its_deletes_still_delete
         newer.rollback(7, op_key="back", actor="test")
         merged(newer, {"new": random_adapter(30)})
         newer.publish(9, op_key="publish 9", actor="test")
-        newer.expire([8], now=0.0, actor="test")
+        newer.expire([8], actor="test")
         newer.collect(really=True)
         half_merged(storage.inner)
         before.update(contents(storage.inner))
@@ -355,7 +357,7 @@ def test_whatever_is_done_in_whatever_order_live_versions_never_change(seed: int
             store.rollback(dice.choice(usable), op_key=f"b{step}", actor="test")
         elif act == "expire":
             free = [v.number for v in alive(state) if v.number not in state.refs.values()]
-            store.expire(dice.sample(free, len(free) // 2), now=0.0, actor="test")
+            store.expire(dice.sample(free, len(free) // 2), actor="test")
         elif act == "collect":
             store.collect(really=True)
         elif act == "reopen":
@@ -434,7 +436,7 @@ def test_an_adapter_is_let_go_once_and_after_another_task_was_removed_its_approx
     assert made is not None
     assert [version.approximate for version in store.state.lineage(made.number)] == [("t2",), ("t3",), ()]
     store.publish(made.number, op_key="p", actor="test")
-    store.expire([1, 2, 3, 4], now=0.0, actor="test")
+    store.expire([1, 2, 3, 4], actor="test")
     store = successor(store)
     store.collect(really=True)
     assert verify(store) == []
@@ -469,6 +471,6 @@ def test_what_no_live_version_holds_is_not_delivered_any_more() -> None:
     store = grown(count=2)
     store.rollback(1, op_key="back", actor="test")
     assert store.delivered("t2")
-    store.expire([2], now=0.0, actor="test")
+    store.expire([2], actor="test")
     with pytest.raises(NotFound, match="no version holds the task t2"):
         store.delivered("t2")

@@ -1,12 +1,10 @@
 """Tags, holds, quarantine, pins and expiry: who may name what, and what a name keeps."""
 
-from inspect import signature
-
 import pytest
 
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store import SubspaceReader, SubspaceStore
-from subspace_store.log.retention import OPERATIONS, expirable, named_by
+from subspace_store.log.retention import expirable, named_by
 from tests.subspace_store.builders import merged, opened, random_adapter
 
 
@@ -69,7 +67,7 @@ def test_only_a_version_that_can_be_used_is_tagged(store: SubspaceStore) -> None
         store.tag("x", 4, actor="ann")
     with pytest.raises(NotFound, match="no version 5"):
         store.tag("x", 5, actor="ann")
-    store.expire([1], now=0.0, actor="ann")
+    store.expire([1], actor="ann")
     with pytest.raises(InvalidInput, match="version 1 has expired"):
         store.tag("x", 1, actor="ann")
 
@@ -164,15 +162,23 @@ def test_a_quarantine_has_a_reason_and_is_written_once(store: SubspaceStore) -> 
 # Pins
 
 
-def test_a_pin_keeps_a_version_until_its_time_and_again_moves_it(store: SubspaceStore) -> None:
+def test_a_pin_keeps_a_version_until_its_time_and_again_moves_it(
+    store: SubspaceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clock(shows: float) -> None:
+        monkeypatch.setattr("subspace_store.refs.time.time", lambda: shows)
+
+    clock(99.0)  # the writer's own: nobody tells it the time
     store.pin(1, "serving", 100.0, actor="ann")
     with pytest.raises(Conflict, match="version 1 is needed: serving pinned it"):
-        store.expire([1], now=99.0, actor="ann")
+        store.expire([1], actor="ann")
     store.pin(1, "serving", 200.0, actor="ann")
+    clock(150.0)
     with pytest.raises(Conflict, match="serving pinned it"):
-        again(store).expire([1], now=150.0, actor="ann")
+        again(store).expire([1], actor="ann")
     successor = again(store)
-    successor.expire([1], now=200.0, actor="ann")
+    clock(200.0)
+    successor.expire([1], actor="ann")
     assert (successor.state.expired, successor.state.pins) == ((1,), {})
 
 
@@ -203,17 +209,17 @@ def test_what_a_branch_or_a_tag_names_does_not_expire_and_nothing_of_the_request
     store.tag("gold", 2, actor="ann")
     for number, name in ((2, "tagged gold"), (3, "it is main"), (4, "it is candidate")):
         with pytest.raises(Conflict, match=f"version {number} is needed: .*{name}"):
-            store.expire([1, number], now=0.0, actor="ann")
+            store.expire([1, number], actor="ann")
     with pytest.raises(InvalidInput, match="version 0"):
-        store.expire([0], now=0.0, actor="ann")
+        store.expire([0], actor="ann")
     with pytest.raises(NotFound, match="no version 9"):
-        store.expire([1, 9], now=0.0, actor="ann")
+        store.expire([1, 9], actor="ann")
     assert store.state.expired == ()
 
 
 def test_an_expired_version_is_dead_for_ever(store: SubspaceStore) -> None:
-    store.expire([2, 1], now=0.0, actor="ann")
-    store.expire([1], now=0.0, actor="ann")
+    store.expire([2, 1], actor="ann")
+    store.expire([1], actor="ann")
     assert last_op(store) == ("expire", "versions 1, 2")
     successor = again(store)
     assert successor.state.expired == (1, 2)
@@ -243,7 +249,7 @@ def test_what_may_expire_is_older_than_what_is_kept_or_rejected_and_has_no_name(
     assert expirable(store.state, keep_last=100, now=100.0) == [7]
     with pytest.raises(InvalidInput, match="at least one"):
         expirable(store.state, keep_last=0, now=0.0)
-    store.expire(expirable(store.state, 2, 100.0), now=100.0, actor="ann")
+    store.expire(expirable(store.state, 2, 100.0), actor="ann")
     assert expirable(store.state, keep_last=2, now=100.0) == []
 
 
@@ -274,12 +280,3 @@ def test_history_tells_every_operation_in_words(store: SubspaceStore) -> None:
         ("pin", "version 1: audit"),
         ("unpin", "version 1: audit"),
     ]
-
-
-def test_the_store_actor_forwards_every_operation_with_its_arguments() -> None:
-    from subspace_store.store_actor import StoreActor
-
-    forwarded = StoreActor.__ray_metadata__.modified_class
-    for operation in (*OPERATIONS, "rollback"):
-        mine, theirs = (signature(getattr(owner, operation)).parameters for owner in (forwarded, SubspaceStore))
-        assert mine.keys() - {"_ray_trace_ctx"} == theirs.keys(), operation

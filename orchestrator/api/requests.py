@@ -1,0 +1,167 @@
+"""What people may ask of a service: one frozen record for each request.
+
+The same object is what a command makes, what travels over HTTP, and what the service is handed. Who reads a request
+goes to its `on`, and from there to the method of the service. What is asked of the store's writer alone is in
+`subspace_store/requests.py`; routes.py lists both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+from pydantic import Field
+
+from configs.document import Line, Name, Request, VersionNumber
+from configs.task_spec import TaskSpec
+from orchestrator.tasks.task_record import TaskState
+
+if TYPE_CHECKING:
+    from orchestrator.api.service import Service
+
+Json = dict[str, Any]
+Answer = TypeVar("Answer")
+
+PAGE = 200
+"""Tasks that are listed unless more are asked for."""
+PAGE_MAX = 10_000
+
+Reference = Annotated[Line, Field(min_length=1)]
+"""An id, the beginning of one, or team/name."""
+EventNumber = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class ServiceRequest(Request, Generic[Answer]):
+    """Asked of the service, running or not."""
+
+    def on(self, service: Service) -> Answer:
+        """Carry it out."""
+        raise NotImplementedError
+
+
+class Status(ServiceRequest[Json]):
+    """Whether the service is up, what its workers do, how many tasks are in which state."""
+
+    def on(self, service: Service) -> Json:
+        return service.status()
+
+
+class Submit(ServiceRequest[Json]):
+    """Take a task in. The same submission again is the same task."""
+
+    task: TaskSpec
+    dry_run: bool = False
+    """Check everything, take nothing in."""
+    by: Line = "somebody"
+    """Person who submits."""
+
+    def on(self, service: Service) -> Json:
+        return service.submit(self)
+
+
+class ListTasks(ServiceRequest[list[Json]]):
+    """The newest tasks, oldest first."""
+
+    team: Name | None = None
+    state: TaskState | None = None
+    before: Line = ""
+    """Id of a task: only those that are older. Empty: from the newest on."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
+    """Tasks in the answer, at most."""
+
+    def on(self, service: Service) -> list[Json]:
+        return service.tasks(self)
+
+
+class ShowTask(ServiceRequest[Json]):
+    """One task: state, place in the queue, progress, result, events."""
+
+    reference: Reference
+
+    def on(self, service: Service) -> Json:
+        return service.task(self)
+
+
+class Cancel(ServiceRequest[Json]):
+    """Stop a task that is not part of a version yet."""
+
+    reference: Reference
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.cancel(self)
+
+
+class Preempt(ServiceRequest[Json]):
+    """Have a running task write a checkpoint and go back to the queue."""
+
+    reference: Reference
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.preempt(self)
+
+
+class ReadLog(ServiceRequest[list[Json]]):
+    """A task's history after an event."""
+
+    reference: Reference
+    after: EventNumber = 0
+
+    def on(self, service: Service) -> list[Json]:
+        return service.logs(self)
+
+
+class ListVersions(ServiceRequest[list[Json]]):
+    """All versions, oldest first."""
+
+    def on(self, service: Service) -> list[Json]:
+        return service.versions()
+
+
+class ShowVersion(ServiceRequest[Json]):
+    """One version: tasks, scores, ranks, drift, what is stored."""
+
+    version: VersionNumber
+
+    def on(self, service: Service) -> Json:
+        return service.version(self)
+
+
+class Diff(ServiceRequest[Json]):
+    """What lies between two versions."""
+
+    old: VersionNumber
+    new: VersionNumber
+
+    def on(self, service: Service) -> Json:
+        return service.diff(self)
+
+
+class PreviewRollback(ServiceRequest[Json]):
+    """What moving `main` to a version would do. Changes nothing."""
+
+    version: VersionNumber
+
+    def on(self, service: Service) -> Json:
+        return service.preview_rollback(self)
+
+
+class Export(ServiceRequest[bytes]):
+    """One task at a version as a zipped PEFT folder."""
+
+    reference: Reference
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+
+    def on(self, service: Service) -> bytes:
+        return service.export(self)
+
+
+class ShowScores(ServiceRequest[Json]):
+    """The matrix A[version][task] of the lineage that ends in a version, and its means."""
+
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+
+    def on(self, service: Service) -> Json:
+        return service.scores(self)

@@ -1,0 +1,197 @@
+"""What the service answers, as plain JSON: made of records, the log's state and score tables. Decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.judging.forgetting import ForgettingReport, Mean
+from orchestrator.judging.score_table import ScoreTable
+from orchestrator.tasks.task_history import LOG, PROGRESS, TaskEvent, point_of
+from orchestrator.tasks.task_lifecycle import Step, next_step
+from orchestrator.tasks.task_record import TaskRecord
+from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, Version
+from subspace_store.subspace_reader import RollbackPreview
+
+Json = dict[str, Any]
+
+
+def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, Any]) -> Json:
+    """A row of `onebasis tasks`.
+
+    Args:
+        place: In the queue, from 1; None where it does not wait.
+        progress: What its worker said last; empty where none has it.
+    """
+    return {
+        "task_id": record.task_id,
+        "title": record.title,
+        "team": record.team,
+        "name": record.name,
+        "state": str(record.state),
+        "reason": record.reason,
+        "place": place,
+        "submitted_at": record.submitted_at,
+        "attempt": record.attempt,
+        "worker": record.worker if is_at_work(record) else "",
+        "version": record.version or None,
+        "metric": record.spec.metric,
+        "eval_rows": record.eval_count,
+        "base_score": record.base_score,
+        "local_score": record.local_score,
+        "progress": dict(progress),
+    }
+
+
+def is_at_work(record: TaskRecord) -> bool:
+    """Whether a worker has an order for it."""
+    return next_step(record) is Step.AWAIT_ADAPTER
+
+
+def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -> Json:
+    """What `onebasis task` shows beside the summary and why."""
+    points = [point_of(event) for event in history if event.kind == PROGRESS]
+    return {
+        "spec": record.spec.model_dump(mode="json"),
+        "train_rows": record.train_count,
+        "eval_sha256": record.eval_sha256,
+        "adapter": {
+            "staging_key": record.staging_key,
+            "sha256": record.adapter_sha256,
+            "parameters": record.adapter_parameters,
+        },
+        "training": {
+            "steps": record.steps,
+            "loss": record.train_loss,
+            "seconds": record.train_seconds,
+            "submit_to_first_step_seconds": _between(record.submitted_at, record.first_step_at),
+            "claim_to_first_step_seconds": _between(record.claimed_at, record.first_step_at),
+            "lost_machines": record.lost_machines,
+            "own_bugs": record.own_bugs,
+            "preemptions": record.preemptions,
+            "refined_seconds": record.refined_seconds,
+            "unrefined": record.unrefined,
+            "share_full": record.spec.method.share_full,
+            "method": record.method,
+            "trainable_parameters": record.trainable_parameters,
+            "basis_version": record.basis_version,
+            "resumed_from": record.resumed_from,
+            "last_point": plain(asdict(points[-1])) if points else None,
+            "plot": str(plot) if plot.exists() else None,
+        },
+        "metrics": dict(record.metrics),
+        "events": [asdict(event) for event in history if event.kind not in (LOG, PROGRESS)],
+    }
+
+
+def version_summary(state: SubspaceState, version: Version) -> Json:
+    """A row of `onebasis versions`."""
+    names = [name for name, number in state.refs.items() if number == version.number]
+    on_main = any(v.number == version.number for v in state.lineage(state.refs[MAIN]))
+    status = (
+        "expired" if version.number in state.expired else
+        "rejected" if version.number in state.rejected else "published" if on_main else
+        "candidate" if CANDIDATE in names else "rolled back"
+    )  # fmt: skip
+    return {
+        "version": version.number,
+        "parent": version.parent,
+        "status": status,
+        "refs": names,
+        "reason": state.rejected.get(version.number, ""),
+        "created_at": version.created_at,
+        "added": [task.name for task in version.added],
+        "refined": [task.name for task in version.refined],
+        "remakes": version.remakes,
+        "removed": _names(state, version.removed),
+        "task_count": len(state.tasks_at(version.number)),
+        "rank_max": version.rank_max,
+        "bytes_written": version.bytes_written,
+        "merge_seconds": version.merge_seconds,
+    }
+
+
+def task_in_version(state: SubspaceState, table: ScoreTable, number: int, task_id: str) -> Json:
+    """A task as a version holds it."""
+    task = state.tasks_at(number)[task_id]
+    return {
+        "task_id": task_id,
+        "title": task.name,
+        "birth": table.birth[task_id],
+        "made_in": task.version,  # its coefficients: later than its birth when it was refined since (`share_full`)
+        "error_at_birth": task.error_at_birth,
+        "drift_bound": state.drift_bound(task_id, task.version, number),
+        **cell(table, number, task_id),
+    }
+
+
+def score_column(task_id: str, title: str, birth: int, record: TaskRecord | None) -> Json:
+    """A task's column of `onebasis scores`. record: None where the database does not know the task."""
+    return {
+        "task_id": task_id,
+        "title": title,
+        "birth": birth,
+        "metric": record.spec.metric if record else None,
+        "rows": record.eval_count if record else None,
+        "base": record.base_score if record else None,
+        "local": record.local_score if record else None,
+        "share_full": record is not None and record.spec.method.share_full,
+    }
+
+
+def cell(table: ScoreTable, version: int, task_id: str) -> Json:
+    """A[version][task] and where it was measured."""
+    found = table.cells.get(version, {}).get(task_id)
+    if found is None:
+        return {"score": None, "measured_at": None, "rows": None}
+    return {"score": number_or_none(found.score), "measured_at": found.measured_at, "rows": found.count}
+
+
+def rollback(found: RollbackPreview, preview: bool, held: bool) -> Json:
+    """What a rollback did, or would do."""
+    return {
+        "preview": preview,
+        "held": held,
+        "from_version": found.from_version,
+        "to_version": found.to_version,
+        "vanishing": [task.name for task in found.vanishing],
+        "returning": [task.name for task in found.returning],
+    }
+
+
+def describe_report(report: ForgettingReport) -> Json:
+    """The means of a report with their n and interval, NaN as None."""
+    return {
+        name: {"value": number_or_none(m.value), "n": m.count, "half_width_95": number_or_none(m.half_width)}
+        for name, m in vars(report).items()
+        if isinstance(m, Mean)
+    }
+
+
+def number_or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def plain(value: Any) -> Any:
+    """Records of records as JSON: tuples as lists, NaN as None, keys as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return number_or_none(value) if isinstance(value, float) else value
+
+
+def _names(state: SubspaceState, task_ids: Collection[str]) -> list[str]:
+    """What people call tasks that any version added."""
+    if not task_ids:
+        return []
+    names = {task.task_id: task.name for version in state.versions.values() for task in version.added}
+    return [names[task_id] for task_id in task_ids]
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start

@@ -1,0 +1,59 @@
+"""Why a task is where it is, in one sentence for people."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from orchestrator.tasks.task_lifecycle import Step, next_step
+from orchestrator.tasks.task_record import TaskRecord, TaskState
+from subspace_store.log.version import Hold
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the sentence is made of beside the record."""
+
+    is_running: bool
+    """Whether there is a control plane."""
+    place: int | None = None
+    """In the queue, from 1."""
+    free_workers: int = 0
+    idle_causes: Collection[str] = ()
+    """What the workers do, where none of them is ready."""
+    phase: str = ""
+    """What the worker that has the task said last."""
+    held: Hold | None = None
+    """Who keeps `main` where it is."""
+    is_version_refined: bool = False
+    """Whether workers refine tasks for the task's version."""
+
+
+def why(record: TaskRecord, around: Surroundings) -> str:
+    """One sentence on why the task is where it is."""
+    if record.state is TaskState.QUEUED:
+        return _why_queued(record, around)
+    if next_step(record) is Step.AWAIT_ADAPTER and around.phase == "waiting":
+        return f"{record.worker} waits for places for its ranks; the task's log says for what"
+    if record.state is TaskState.EVALUATING and around.held is not None:
+        reason = around.held.reason or "no reason given"
+        return f"version {record.version} waits: main is held by {around.held.actor}: {reason}"
+    if record.state is TaskState.EVALUATING and around.is_version_refined:
+        return f"version {record.version} is scored when tasks of it have been refined on their own rows"
+    return {
+        TaskState.TRAINING: f"{record.worker} is fine-tuning its adapter (attempt {record.attempt})",
+        TaskState.MERGING: "its adapter waits for the version before to be judged, then it is merged",
+        TaskState.REFINING: f"its coefficients in version {record.version} are trained on its own rows",
+        TaskState.EVALUATING: f"version {record.version} is being scored on every task it could have changed",
+        TaskState.PUBLISHED: f"main holds it since version {record.version}",
+    }.get(record.state, record.reason)
+
+
+def _why_queued(record: TaskRecord, around: Surroundings) -> str:
+    if not around.is_running:
+        return "the service is not running; `onebasis up` starts it"
+    if around.idle_causes:
+        return f"no worker is ready: {'; '.join(sorted(set(around.idle_causes)))}"
+    ahead = f"{around.place - 1} before it" if around.place else "its turn is coming"
+    note = f"; last attempt: {record.reason}" if record.reason else ""
+    return f"place {around.place}: {ahead}, {around.free_workers} workers free{note}"
