@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement setup clean lock
+.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement bench-commands setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -48,6 +48,10 @@ bench-training: $(READY)
 # Ten minutes on two cores: three real services, one after another.
 bench-refinement: $(READY)
 	$(BIN)/python benchmarks/refinement.py
+
+# A minute: what a command that only reads costs, with the service up and down.
+bench-commands: $(READY)
+	$(BIN)/python benchmarks/commands.py $(BENCH)
 
 setup: $(READY)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from orchestrator.judging.forgetting import ForgettingReport, Mean
 from orchestrator.judging.score_table import ScoreTable
+from orchestrator.tasks.task_history import LOG, PROGRESS, TaskEvent, point_of
 from orchestrator.tasks.task_lifecycle import Step, next_step
-from orchestrator.tasks.task_queue import LOG, PROGRESS, TaskEvent, point_of
 from orchestrator.tasks.task_record import TaskRecord
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, Version
-from subspace_store.refs import RollbackPreview
+from subspace_store.subspace_reader import RollbackPreview
 
 Json = dict[str, Any]
 

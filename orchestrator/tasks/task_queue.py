@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -38,6 +37,7 @@ from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.settings import FailureSettings
 from orchestrator.scheduling.fair_share import Use
 from orchestrator.tasks.task_events import Event, RefinementRefused, TrainingDone, TrainingFailed
+from orchestrator.tasks.task_history import LOG, PROGRESS, TaskEvent, point_of
 from orchestrator.tasks.task_lifecycle import advance
 from orchestrator.tasks.task_record import AT_WORK, ENDED_WITHOUT_RESULT, LIVE, TaskRecord, TaskState
 from workers.orders import LogLine, Point, Trained
@@ -77,26 +77,6 @@ _events = Table(
     Column("text", Text, nullable=False),
     Index("events_by_task", "task_id", "event_id"),
 )
-
-LOG = "log"
-"""Kind of the events that are lines of a task's training log."""
-PROGRESS = "progress"
-"""Kind of the events that are points of a task's curves, as JSON."""
-
-
-@dataclass(frozen=True)
-class TaskEvent:
-    """One line of a task's history."""
-
-    event_id: int
-    at: float
-    kind: str
-    text: str
-
-
-def point_of(event: TaskEvent) -> Point:
-    """The point that an event of kind `progress` keeps; rows of old know neither their time nor any speed."""
-    return Point(**{"at": event.at} | json.loads(event.text))
 
 
 class TaskQueue:

@@ -21,7 +21,8 @@ from orchestrator.tasks.task_events import (
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.tasks.task_queue import LOG, PROGRESS, TaskQueue
+from orchestrator.tasks.task_history import LOG, PROGRESS
+from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from tests.builders import task_record, trained
 from workers.orders import Point
