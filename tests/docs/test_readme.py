@@ -40,6 +40,22 @@ def test_the_first_lines_of_code_are_the_two_commands_that_a_newcomer_needs() ->
         assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE)
 
 
+def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
+    from tests.servers.server import KNOWN
+
+    recipe = re.search(r"^test:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert recipe is not None
+    run = set(re.findall(r"ONEBASIS_S3_SERVERS=(\w+) \$\(BIN\)/pytest", recipe[1]))
+    told = " ".join(line for line in recipe[1].splitlines() if line.startswith("\t@echo")).lower()
+    assert {name for name in KNOWN if name in told} == set(KNOWN) - run
+    assert "make test-s3" in told
+    # Every test has its turn: by marker, those of the other pytest lines are the rest.
+    assert re.findall(r'pytest -m "?([\w ]+)', recipe[1]) == ["not acceptance and not s3", "acceptance", "s3 tests"]
+    listed = [line for line in README.splitlines() if line.startswith("$ make test ")]
+    assert all(name in listed[0].lower() for name in set(KNOWN) - run)
+    assert "make test-s3" in listed[0]
+
+
 def test_the_readme_lists_every_command_and_no_other() -> None:
     from orchestrator.commands.cli import app
 
