@@ -7,7 +7,8 @@ OnebasisError
 ├── NotFound       no such task, version, team for you
 ├── Conflict       someone moved first: read again, then retry at once
 │   ├── NameTaken  another task of the same name is there
-│   └── Fenced     a newer writer opened the subspace: open it anew
+│   ├── Fenced     a newer writer opened the subspace: open it anew
+│   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 ├── Rejected       the result is worse than the rule allows: a person decides
 └── Corrupt        stored bytes are not what was written: stop, touch nothing
@@ -111,6 +112,18 @@ class Fenced(Conflict):
     code = "fenced"
 
 
+class OwnedByAnother(Conflict):
+    """The store belongs to another service, which alone may write to it: a person decides whose it is."""
+
+    code = "owned-by-another"
+    facts = ("service_id", "name", "since")
+    service_id: str
+    name: str
+    """Where that service runs."""
+    since: float
+    """Unix seconds."""
+
+
 class Unavailable(OnebasisError):
     """A machine or a network was away: wait, then retry."""
 
@@ -142,6 +155,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     Conflict,
     NameTaken,
     Fenced,
+    OwnedByAnother,
     Unavailable,
     Rejected,
     Corrupt,

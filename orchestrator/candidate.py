@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NameTaken, NotFound, OnebasisError
+from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NameTaken, NotFound, OnebasisError, OwnedByAnother
 from configs.settings import Settings
 from orchestrator.cluster import Call, Cluster
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
@@ -89,6 +89,8 @@ class Candidate:
         self._refinement = Refinement(settings, queue, store, cluster, pending_calls, pool, unused_files, self._verdict)
         self.alarm = ""
         """Why nothing is merged or published any more; empty while all is well."""
+        self.is_ousted = False
+        """Whether the store is another service's by now: nothing is begun any more."""
 
     def advance(self, live: Sequence[TaskRecord]) -> None:
         """Begin what is next.
@@ -276,8 +278,10 @@ class Candidate:
             answer = self._cluster.result(call)
         except Corrupt as error:
             # Stored bytes are not what was written: nothing is written any more until a person has looked.
-            self.alarm = str(error)
+            self.alarm = f"the store is damaged, nothing is merged or published: {error}"
             log.critical("the store is damaged, nothing will be merged or published: %s", error)
+        except OwnedByAnother as error:
+            self.oust(error)
         except Fenced as error:
             # Another writer took over (a rollback from outside): ours must open anew.
             log.warning("'%s' was fenced: %s", request.operation, error)
@@ -307,6 +311,13 @@ class Candidate:
             if isinstance(request, Merge):
                 self._apply(_tasks(request), Merged(answer.number))
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
+
+    def oust(self, error: OwnedByAnother) -> None:
+        """Another service has taken the store over, deliberately: this one stops."""
+        if not self.is_ousted:
+            log.critical("this service stops: %s", error)
+        self.alarm, self.is_ousted = f"this service has stopped: {error}", True
+        self._changed()
 
     def _park_double(self, request: Merge, error: NameTaken) -> None:
         """`main` came back to an older task of its name while it was on its way: the others go on without it."""

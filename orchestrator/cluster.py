@@ -17,6 +17,7 @@ from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.ray_head import ray_environment
 from subspace_store.digests import digest
+from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from workers.orders import Order
 
@@ -80,14 +81,15 @@ class Cluster(Protocol):
 class RayCluster:
     """Detached named actors: one writer of the subspace, `workers.count` workers or gangs. They outlive us."""
 
-    def __init__(self, settings: Settings, address: str, token_path: Path) -> None:
-        """Join a running Ray cluster. Actors are started by `start`."""
+    def __init__(self, settings: Settings, address: str, token_path: Path, service: Identity) -> None:
+        """Join a running Ray cluster on behalf of a service. Actors are started by `start`."""
         os.environ.update(ray_environment(token_path))
         import ray
 
         self._ray = ray
         self._settings = settings
-        self._namespace = namespace(settings)
+        self._service = service
+        self._namespace = namespace(settings, service)
         try:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
         except Exception as error:
@@ -100,6 +102,17 @@ class RayCluster:
         self._actor("store")
         for name in self._workers:
             self._actor(name)
+
+    def release_store(self, timeout_seconds: float) -> None:
+        """Have the writer give the store up, so that another service may have it.
+
+        Raises:
+            Unavailable: No answer in time: the store stays this service's.
+        """
+        call = self._actor("store").release.remote()
+        if not self.landed([call], timeout_seconds):
+            raise Unavailable("the store was not released in time", todo="it stays this service's")
+        self.result(call)
 
     def stop(self, actors: bool) -> None:
         """Leave the cluster; with `actors`, end the store and the workers too."""
@@ -188,8 +201,8 @@ class RayCluster:
                     settings.storage,
                     settings.base_model.name,
                     settings.subspace,
-                    base_model=settings.base_model.name,
-                    base_sha256=settings.base_model.weights_sha256,
+                    settings.base_model,
+                    self._service,
                     namespace=self._namespace,
                 )
             else:
@@ -204,12 +217,13 @@ class RayCluster:
         return self._actors[name]
 
 
-def namespace(settings: Settings) -> str:
+def namespace(settings: Settings, service: Identity) -> str:
     """Ray's namespace of a service's actors.
 
-    With the storage in it: two services of one base model on one Ray cluster must not find each other's store.
+    With the service and its storage in it: two services on one Ray cluster must not find each other's actors.
     """
-    place = f"{settings.storage.endpoint_url or ''} {settings.storage.url} {settings.base_model.name}"
+    storage = settings.storage
+    place = f"{storage.endpoint_url or ''} {storage.url} {settings.base_model.name} {service.service_id}"
     return f"onebasis-{settings.base_model.name}-{digest(place.encode())[:12]}"
 
 

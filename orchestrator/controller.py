@@ -34,7 +34,8 @@ from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
 from subspace_store import Storage, SubspaceStore
-from subspace_store.log.version import MAIN
+from subspace_store.log.version import MAIN, Identity
+from subspace_store.log.version_log import owned_by_another
 from workers.orders import BaseLayout, Evaluate, Failed, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
@@ -53,17 +54,20 @@ class Controller:
         storage: Storage,
         store: SubspaceStore,
         cluster: Cluster,
+        service: Identity | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             store: A reader; writing goes through the cluster's store actor.
+            service: This one; None where the store is nobody's.
             changed: Called when there is something new to report.
         """
         self._settings = settings
         self._queue = queue
         self._store = store
         self._cluster = cluster
+        self._service = service
         self._changed = changed
         self._pending_calls = PendingCalls(cluster)
         self._pool = WorkerPool(cluster, self._pending_calls, queue, settings.workers)
@@ -170,16 +174,31 @@ class Controller:
             self._pending_calls.log_moved.clear()
             try:
                 self._store.refresh()
+                self._look_at_the_owner()
                 self._follow_main()
             except Exception:
                 # An old state must not be acted upon: it would undo what was just merged.
                 self._pending_calls.log_moved.set()
                 raise
+        if self._candidate.is_ousted:
+            self._stop_work()
+            return
         live = self._queue.live()
         # First what workers do already: nothing else may be given to them after a restart, it would wait behind that.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
         self._candidate.advance(live)
         self._train(live)
+
+    def _look_at_the_owner(self) -> None:
+        owner = self._store.state.owner
+        if self._service is not None and owner is not None and owner.service_id != self._service.service_id:
+            self._candidate.oust(owned_by_another(owner, self._store.storage.url))
+
+    def _stop_work(self) -> None:
+        """The store is another service's: what trains writes a checkpoint, and nothing is begun."""
+        for worker in self._pool.workers.values():
+            if isinstance(worker.order, Train):
+                self._pool.tell(worker, "preempt", worker.order.token)
 
     # --- what landed -------------------------------------------------------------------------------------------
 

@@ -8,13 +8,16 @@ the process before. Ray never repeats a call by itself: a caller who got no answ
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from typing import Any
 
 import ray
 
-from configs.settings import StorageSettings, SubspaceSettings
+from configs.errors import OnebasisError
+from configs.settings import BaseModelSettings, StorageSettings, SubspaceSettings
+from subspace_store.log.version import Identity
 from subspace_store.requests import Answer, StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_store import SubspaceStore
@@ -22,27 +25,43 @@ from subspace_store.subspace_store import SubspaceStore
 
 @ray.remote
 class StoreActor:
-    """Opens one subspace for writing and forwards to it. Arguments as in `store_actor`."""
+    """Opens one subspace for writing and carries requests out. Arguments as in `store_actor`."""
 
     def __init__(
         self,
         storage: StorageSettings,
         folder: str,
         subspace: SubspaceSettings,
-        base_model: str = "",
-        base_sha256: str = "",
+        base: BaseModelSettings,
+        service: Identity,
     ) -> None:
-        self._store = SubspaceStore.open(
-            open_storage(storage, folder),
-            settings=subspace,
-            base_model=base_model,
-            base_sha256=base_sha256,
-            writer=f"actor {socket.gethostname()}:{os.getpid()}",
-        )
+        self._storage, self._folder, self._subspace, self._base = storage, folder, subspace, base
+        self._service = service
+        self._store: SubspaceStore | None = None
+        # What is wrong is raised, as itself, by the first request: of an actor whose constructor fails nobody is told.
+        with contextlib.suppress(OnebasisError):
+            self._opened()
 
     def do(self, request: StoreRequest[Answer]) -> Answer:
         """Carry a request out."""
-        return request.on(self._store)
+        return request.on(self._opened())
+
+    def release(self) -> None:
+        """The service ends: the store is anybody's."""
+        self._opened().release_ownership(self._service, actor=self._service.name)
+
+    def _opened(self) -> SubspaceStore:
+        if self._store is None:
+            self._store = SubspaceStore.open(
+                open_storage(self._storage, self._folder),
+                settings=self._subspace,
+                base_model=self._base.name,
+                base_sha256=self._base.weights_sha256,
+                writer=f"actor {socket.gethostname()}:{os.getpid()}",
+                service=self._service,
+                claim=True,
+            )
+        return self._store
 
 
 def store_actor(
@@ -50,8 +69,8 @@ def store_actor(
     storage: StorageSettings,
     folder: str,
     subspace: SubspaceSettings,
-    base_model: str = "",
-    base_sha256: str = "",
+    base: BaseModelSettings,
+    service: Identity,
     **options: Any,
 ) -> Any:
     """The running store actor of this name, or a new one.
@@ -59,11 +78,11 @@ def store_actor(
     Args:
         name: Ray's name for it; one per subspace.
         storage, folder: As for `open_storage`.
-        subspace, base_model, base_sha256: As for `SubspaceStore.open`.
+        subspace, base, service: As for `SubspaceStore.open`; the store belongs to the service then.
         options: More of Ray's actor options, such as `namespace`.
 
     Returns:
-        Ray's handle. An error of the constructor (a folder of another base model) arrives with the first call.
+        Ray's handle. What kept it from opening (a folder of another base model, another service's) is raised by `do`.
     """
     return StoreActor.options(  # type: ignore[attr-defined]
         name=name,
@@ -73,4 +92,4 @@ def store_actor(
         max_task_retries=0,
         num_cpus=0,
         **options,
-    ).remote(storage, folder, subspace, base_model, base_sha256)
+    ).remote(storage, folder, subspace, base, service)

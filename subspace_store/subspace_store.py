@@ -19,7 +19,7 @@ from subspace_store.files import blobs
 from subspace_store.forecast import Forecast, forecast
 from subspace_store.log import fold, retention
 from subspace_store.log.store_format import FORMAT_NUMBER, check_format
-from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, StagedAdapter, Version
+from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, Identity, MergedTask, StagedAdapter, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
 from subspace_store.refs import Branches
@@ -48,6 +48,9 @@ class SubspaceStore(Branches):
         base_model: str = "",
         base_sha256: str = "",
         writer: str | None = None,
+        service: Identity | None = None,
+        claim: bool = False,
+        force: bool = False,
     ) -> SubspaceStore:
         """Open a subspace.
 
@@ -56,9 +59,13 @@ class SubspaceStore(Branches):
             settings: How merges are done from now on; versions that exist do not change.
             base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
             writer: Who writes. Every older writer is fenced. None reads only and never writes anything.
+            service: The service on whose behalf it writes.
+            claim: The store belongs to that service from now on, until it is released.
+            force: Write although the store belongs to another service.
 
         Raises:
             InvalidInput: The folder belongs to another base model.
+            OwnedByAnother: The folder belongs to another service.
             Corrupt: A newer format, or a log that is not whole.
         """
         mine = {"format": FORMAT_NUMBER, "base_model": base_model, "base_sha256": base_sha256}
@@ -69,10 +76,15 @@ class SubspaceStore(Branches):
         log = VersionLog(storage, writer)
         log.open()
         if writer is not None:
-            log.acquire(actor=writer)
+            log.acquire(writer, service, claim=claim, force=force)
         return cls(storage, log, settings, base)
 
     # Writing
+
+    def release_ownership(self, service: Identity, *, actor: str) -> None:
+        """Give the store up: any service may open it from now on. See `VersionLog.release`."""
+        with self._lock:
+            self._log.release(actor, service)
 
     def stage(self, key: str, adapter: Adapter) -> BlobRef:
         """Upload an adapter for a later merge. Outside the log: readers may, and it expires.

@@ -33,12 +33,14 @@ from orchestrator.api.requests import Export
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
-from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE
+from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, service_identity
 
 log = logging.getLogger("onebasis.server")
 
 LOCK_FILE = "server.lock"
 RAY_SECONDS = 180.0
+RELEASE_SECONDS = 30.0
+"""One record: a merge that is under way goes before it."""
 
 
 BODY_BYTES_MAX = 16 * 2**20
@@ -194,19 +196,20 @@ class ControlPlane:
         storage = open_storage(settings.storage, settings.base_model.name)
         log.info("joining Ray, starting the store actor and %d workers", settings.workers.count)
         address, token_path = self._ray()
-        cluster = RayCluster(settings, address, token_path)
+        service = service_identity(self._state_dir)
+        cluster = RayCluster(settings, address, token_path, service)
         cluster.start()
         store = SubspaceStore.open(storage, settings=settings.subspace)
         mirror = Mirror(settings, queue, SubspaceStore.open(storage, settings=settings.subspace))
-        controller = Controller(settings, queue, storage, store, cluster, changed=mirror.wake)
-        service = Service(settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror))
+        controller = Controller(settings, queue, storage, store, cluster, service, changed=mirror.wake)
+        answers = Service(settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror))
         loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
         reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
         loop.start()
         reporter.start()
         listener = socket.create_server((settings.server.host, settings.server.port))
         token = secrets.token_hex(32)
-        server = uvicorn.Server(uvicorn.Config(api(service, token), log_level="warning", access_log=False))
+        server = uvicorn.Server(uvicorn.Config(api(answers, token), log_level="warning", access_log=False))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
@@ -218,6 +221,10 @@ class ControlPlane:
         loop.join(timeout=PREEMPT_SECONDS + 10)
         reporter.join(timeout=60)
         (self._state_dir / SERVER_FILE).unlink(missing_ok=True)
+        try:
+            cluster.release_store(RELEASE_SECONDS)
+        except OnebasisError as error:
+            log.warning("the store stays this service's: %s", error)
         cluster.stop(actors=settings.ray.address != "local")
         queue.close()
         log.info("stopped")

@@ -294,6 +294,7 @@ class Service:
                 # By a command that wrote while the service was down: a fresh one opens with the next epoch.
                 cluster.replace_store()
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
+        from subspace_store.commands.state_folder import service_identity
         from subspace_store.subspace_store import SubspaceStore
 
         base = self._settings.base_model
@@ -303,6 +304,7 @@ class Service:
             base_model=base.name,
             base_sha256=base.weights_sha256,
             writer="command-line",
+            service=service_identity(Path(self._settings.state_dir)),
         )
         return request.on(writer)
 

@@ -59,6 +59,10 @@ def up(
         Path | None,
         typer.Option(help="Settings (YAML); default: those of the last `up` here, else configs/local.yaml."),
     ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Make the store this service's, though it is another's, which stops then."),
+    ] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -77,7 +81,7 @@ def up(
             str(chosen),
             f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
         )
-    status = processes.up(settings, note if not as_json else _silent)
+    status = processes.up(settings, note if not as_json else _silent, take_over)
     show(status, display.status, as_json)
 
 

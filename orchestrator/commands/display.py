@@ -49,7 +49,7 @@ def status(answer: Json) -> None:
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {worker} {escape(what)}", soft_wrap=True)
     if answer.get("alarm"):
-        console.print(f"  [red]ALARM[/red] the store is damaged: {escape(answer['alarm'])}", soft_wrap=True)
+        console.print(f"  [red]ALARM[/red] {escape(answer['alarm'])}", soft_wrap=True)
     if answer.get("mlflow_error"):
         console.print(f"  [yellow]MLflow is behind:[/yellow] {escape(answer['mlflow_error'])}")
 

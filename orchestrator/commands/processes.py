@@ -25,7 +25,9 @@ from configs.settings import Settings
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Status
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
-from subspace_store.commands.state_folder import process_of, running_server
+from subspace_store.commands.state_folder import process_of, running_server, service_identity
+from subspace_store.log.version_log import VersionLog, owned_by_another
+from subspace_store.storage.opening import open_storage
 
 START_SECONDS = 180.0
 TRY_AGAIN = "mend what it says, then `onebasis up` again"
@@ -35,22 +37,43 @@ STOP_SECONDS = 150.0
 Say = Callable[[str], None]
 
 
-def up(settings: Settings, say: Say) -> dict[str, Any]:
+def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
     """Start what is not running; safe to repeat, also after a kill -9 of anything.
+
+    Args:
+        take_over: Make the store this service's, whoever's it is: the other service stops.
 
     Returns:
         The service's status, with every worker warm.
 
     Raises:
         Conflict: It runs with other settings.
+        OwnedByAnother: The store belongs to another service.
         Unavailable: Something did not start; quotes the end of its log.
     """
     state_dir = Path(settings.state_dir)
     (state_dir / "logs").mkdir(parents=True, exist_ok=True)
     (state_dir / ".gitignore").write_text("*\n")
     with _alone(state_dir, say):
+        if running_server(state_dir) is None:
+            _own_the_store(settings, state_dir, take_over, say)
         _start_what_is_missing(settings, state_dir, say)
     return _wait_for_workers(settings, state_dir, say)
+
+
+def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:
+    """Refuse a store of another service before anything is started; or take it over."""
+    storage = open_storage(settings.storage, settings.base_model.name)
+    log = VersionLog(storage)
+    owner, service = log.open().owner, service_identity(state_dir)
+    if owner is None or owner.service_id == service.service_id:
+        return
+    if not take_over:
+        raise owned_by_another(owner, storage.url)
+    say(f"taking the store over from {owner.name}, which stops at its next write")
+    writer = VersionLog(storage, f"up of {service.name}")
+    writer.open()
+    writer.acquire(service.name, service, claim=True, force=True)
 
 
 @contextlib.contextmanager

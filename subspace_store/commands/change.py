@@ -200,7 +200,7 @@ def collect(
     place = place_of(store, state_dir)
     if really and place.is_served and not (force and place.is_named):
         raise is_served(place)
-    found = (writer_at(place) if really else reader_at(place)).collect(really=really)
+    found = (writer_at(place, force) if really else reader_at(place)).collect(really=really)
 
     def as_text(_: object) -> None:
         for key in found.keys:
@@ -248,7 +248,7 @@ def remove(
     request = Remove(task_id=task_id, reason=reason, publish=not candidate_only, op_key=op_key, actor=me())
     service = service_of(place, force)
     if service is None:
-        request.on(writer_at(place))
+        request.on(writer_at(place, force))
     elif candidate_only:
         raise Conflict(
             "the service rejects a candidate that no task waits for",

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.settings import Settings, StorageSettings, SubspaceSettings
-from subspace_store.commands.state_folder import running_server, service_settings
+from subspace_store.commands.state_folder import running_server, service_identity, service_settings
 from subspace_store.commands.terminal import command_of, console, me, new_app, note, show
 from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
@@ -98,17 +98,28 @@ def reader_at(place: Place) -> SubspaceStore:
     return SubspaceStore.open(place.storage, settings=place.subspace)
 
 
-def writer_at(place: Place) -> SubspaceStore:
+def writer_at(place: Place, force: bool = False) -> SubspaceStore:
+    """A writer for this command. It writes on behalf of the service here, and changes nothing of whose the store is.
+
+    Args:
+        force: Write although another service owns the store.
+    """
     reader = reader_at(place)
-    writer = f"command line of {me()}"
-    return SubspaceStore.open(place.storage, settings=place.subspace, base_model=reader.base_model, writer=writer)
+    return SubspaceStore.open(
+        place.storage,
+        settings=place.subspace,
+        base_model=reader.base_model,
+        writer=f"command line of {me()}",
+        service=service_identity(Path(place.settings.state_dir)) if place.settings else None,
+        force=force and place.is_named,
+    )
 
 
 def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRequest[Any]) -> None:
     """Write one record: through the running service, or as the writer."""
     service = service_of(place, force)
     if service is None:
-        request.on(writer_at(place))
+        request.on(writer_at(place, force))
     else:
         service(request)
     facts = request.model_dump(mode="json", exclude={"actor", "op_key"})

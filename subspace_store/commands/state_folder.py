@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +14,11 @@ from configs.errors import Unavailable
 
 if TYPE_CHECKING:
     from configs.settings import Settings
+    from subspace_store.log.version import Identity
 
 SETTINGS_FILE = "settings.yaml"
 SERVER_FILE = "server.json"
+SERVICE_FILE = "service_id"
 SERVER_MODULE = "orchestrator.api.server"
 
 
@@ -36,6 +42,24 @@ def service_settings(state_dir: Path) -> Settings:
             "move it back to look at it",
         )
     return settings
+
+
+def service_identity(state_dir: Path) -> Identity:
+    """Which service this folder belongs to: a random id that is made once, and where it runs.
+
+    The folder is the service: a copy of it is the same service, and must not run beside it.
+    """
+    from subspace_store.log.version import Identity
+
+    file = state_dir / SERVICE_FILE
+    if not file.exists():
+        new = state_dir / f"{SERVICE_FILE}.{os.getpid()}"
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as made:
+            made.write(secrets.token_hex(16))
+        with contextlib.suppress(FileExistsError):  # two commands at once: one id is the service's
+            os.link(new, file)
+        new.unlink()
+    return Identity(file.read_text(), f"{socket.gethostname()}:{state_dir.resolve()}")
 
 
 def running_server(state_dir: Path) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import Corrupt
-from subspace_store.log.version import MAIN, BlobRef, Hold, SubspaceState, TaskScore, Version
+from subspace_store.log.version import MAIN, BlobRef, Hold, Identity, Owner, SubspaceState, TaskScore, Version
 
 ACQUIRE = "acquire"
 
@@ -170,7 +170,12 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
         moved = int(body["version"]) if MAIN in record.refs else 0
         return {"published": tuple(sorted({*state.published, moved}))}
     if op == ACQUIRE:
-        return {}
+        if "owner" not in body:  # by a writer that leaves the owner as it is, or before 0.4
+            return {}
+        claimed = body["owner"] and Identity(str(body["owner"]["service_id"]), str(body["owner"]["name"]))
+        same = claimed and state.owner and claimed.service_id == state.owner.service_id
+        since = state.owner.since if same and state.owner else record.time
+        return {"owner": Owner(claimed.service_id, claimed.name, since) if claimed else None}
     raise Corrupt(f"has an operation {op!r} that this code does not know", where, "use a newer onebasis")
 
 

@@ -70,6 +70,27 @@ class StagedAdapter:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """A service, told apart from all others that might write to the same store."""
+
+    service_id: str
+    """Random, kept in the service's state folder."""
+    name: str
+    """Where it runs, for people."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The service that a store belongs to: nobody else may write there."""
+
+    service_id: str
+    name: str
+    """Where it runs, for people."""
+    since: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True)
 class Version:
     """One state of the subspace.
 
@@ -180,6 +201,8 @@ class SubspaceState:
     """Version to who needs it, and until when (Unix seconds; None: for ever)."""
     expired: tuple[int, ...] = ()
     """Versions that are dead for ever: nothing may name them again, and their blobs may be gone."""
+    owner: Owner | None = None
+    """None: nobody's, whoever opens it may write."""
     heads: Mapping[str, BlobRef] = field(default_factory=dict)
     """Key of a delivered adapter that was let go to the object that keeps its head and facts."""
 

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from configs.errors import Conflict, Corrupt, Fenced, NotFound, OnebasisError, Unavailable
+from configs.errors import Conflict, Corrupt, Fenced, NotFound, OnebasisError, OwnedByAnother, Unavailable
 from subspace_store.digests import digest
 from subspace_store.log.fold import ACQUIRE, Record, checked, fold, log_key, to_plain
-from subspace_store.log.version import SubspaceState
+from subspace_store.log.version import Identity, Owner, SubspaceState
 from subspace_store.storage.protocol import Storage
 
 CHECKPOINT_EVERY = 64
@@ -34,6 +34,20 @@ ACQUIRE_TRIES = 20
 def checkpoint_key(seq: int) -> str:
     """Where the folded state after record `seq` is."""
     return f"checkpoints/{seq:020d}.json"
+
+
+def owned_by_another(owner: Owner, where: str) -> OwnedByAnother:
+    """What to tell whoever wants to write to a store of another service."""
+    since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(owner.since))
+    return OwnedByAnother(
+        f"this store belongs to the service {owner.name} since {since} UTC",
+        where,
+        "end that service with `onebasis down`; or, if it is gone for good, take the store over with `onebasis up "
+        "--take-over`: the other stops then",
+        owner.service_id,
+        owner.name,
+        owner.since,
+    )
 
 
 class VersionLog:
@@ -81,16 +95,37 @@ class VersionLog:
                 self._fold(*found)
             return self.state
 
-    def acquire(self, actor: str) -> int:
+    def acquire(self, actor: str, service: Identity | None = None, *, claim: bool = False, force: bool = False) -> int:
         """Take the next epoch. Every older writer finds its next slot taken and stops.
 
+        Args:
+            service: On whose behalf this writer writes.
+            claim: The store belongs to `service` from now on. Else its owner stays.
+            force: Write although another service owns the store.
+
         Raises:
+            OwnedByAnother: The store belongs to another service.
             Conflict: Other writers kept taking the slot first.
             Unavailable: The outcome is unknown.
         """
+        return self._acquire(actor, service, {"owner": service} if claim else {}, force)
+
+    def release(self, actor: str, service: Identity) -> None:
+        """Give the store up, so that any service may have it; nothing, where it belongs to another by now.
+
+        This writer goes on under the next epoch.
+        """
+        with self._lock:
+            owner = self.refresh().owner
+            if owner is not None and owner.service_id == service.service_id:
+                self._acquire(actor, service, {"owner": None}, force=False)
+
+    def _acquire(self, actor: str, service: Identity | None, body: Mapping[str, Any], force: bool) -> int:
         with self._lock:
             for _ in range(ACQUIRE_TRIES):
-                record, content = self._next(ACQUIRE, actor, self.state.epoch + 1, "", {}, {})
+                if not force:
+                    self._refuse_owned(service)
+                record, content = self._next(ACQUIRE, actor, self.state.epoch + 1, "", {}, body)
                 winner = self._settle(record, content)
                 self.refresh()
                 if winner.write_id == record.write_id:
@@ -99,6 +134,11 @@ class VersionLog:
                         break
                     return self.epoch
             raise Conflict("other writers keep opening this subspace", self.storage.url, "stop them, then try again")
+
+    def _refuse_owned(self, service: Identity | None) -> None:
+        owner = self.state.owner
+        if owner is not None and (service is None or service.service_id != owner.service_id):
+            raise owned_by_another(owner, self.storage.url)
 
     def commit(
         self,

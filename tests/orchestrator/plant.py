@@ -12,10 +12,11 @@ from orchestrator.controller import Controller
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord
 from subspace_store import SubspaceState, SubspaceStore, open_storage
+from subspace_store.log.version import Identity
 from tests.builders import BASE, settings, task_record
 from tests.orchestrator.stand_in_cluster import StandInCluster
 
-_places = itertools.count()
+_places, _services = itertools.count(), itertools.count()
 ENDED = ("published", "rejected", "parked", "cancelled")
 
 
@@ -31,7 +32,8 @@ class Plant:
         self.settings = settings(folder, **{"storage": {"url": f"memory:plant-{next(_places)}"}} | changes)
         self.queue = self._open_queue()
         self.storage = open_storage(self.settings.storage, BASE)
-        self.cluster = StandInCluster(self.settings, self.storage, workers)
+        self.service = Identity(f"service-{next(_services)}", "here:/folder")
+        self.cluster = StandInCluster(self.settings, self.storage, workers, self.service)
         self.wrap: Callable[[str, Any], Any] = lambda name, part: part
         self._controller: Controller | None = None
         self._ages = itertools.count()
@@ -41,7 +43,7 @@ class Plant:
         if self._controller is None:
             queue, storage, cluster = (self.wrap(name, getattr(self, name)) for name in ("queue", "storage", "cluster"))
             store = SubspaceStore.open(storage, settings=self.settings.subspace)
-            self._controller = Controller(self.settings, queue, storage, store, cluster)
+            self._controller = Controller(self.settings, queue, storage, store, cluster, self.service)
         return self._controller
 
     def kill(self) -> None:

@@ -21,6 +21,7 @@ from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
 from subspace_store.log.garbage import Collected
+from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
 from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Point, Progress, Train, Trained
@@ -36,12 +37,13 @@ class StandInCluster:
         storage: Where the store and the workers read and write.
     """
 
-    def __init__(self, settings: Settings, storage: Storage, workers: int = 2) -> None:
+    def __init__(self, settings: Settings, storage: Storage, workers: int = 2, service: Identity | None = None) -> None:
+        self._service = service
         self._settings = settings
         self._storage = storage
         self._memory: dict[str, dict[str, Future[Any]]] = {f"worker-{n}": {} for n in range(workers)}
         self._lock = threading.RLock()
-        self._store = self._open_store()
+        self._store: SubspaceStore | None = self._open_store()
         self.local: Callable[[str], float] = lambda title: 0.9
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
@@ -128,6 +130,7 @@ class StandInCluster:
             if fault[1] == "before":
                 return _lost("store")
             try:
+                self._store = self._store or self._open_store()
                 result = request.on(self._store)
             except Exception as error:
                 return _failed(error)
@@ -135,11 +138,12 @@ class StandInCluster:
 
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
+        assert self._store is not None
         return self._store.collect(really=True)
 
     def replace_store(self) -> None:
         self.replaced.append("store")
-        self._store = self._open_store()
+        self._store = None
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
         done = wait(calls, timeout_seconds, FIRST_COMPLETED).done
@@ -227,6 +231,8 @@ class StandInCluster:
             base_model=base.name,
             base_sha256=base.weights_sha256,
             writer="stand-in",
+            service=self._service,
+            claim=self._service is not None,
         )
 
 

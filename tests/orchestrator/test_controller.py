@@ -19,6 +19,7 @@ from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_history import LOG
 from orchestrator.tasks.task_record import TaskState, results_key
 from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
+from subspace_store.log.version import Identity
 from subspace_store.requests import Hold, Quarantine, Release, Remove, Rollback
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.plant import Plant
@@ -714,7 +715,7 @@ def test_a_rejection_whose_answer_was_lost_is_done_once(plant: Plant, when: str)
 
 def test_a_fenced_writer_is_replaced_and_the_task_is_merged_once(plant: Plant) -> None:
     plant.run(lambda: plant.controller.ready_workers == 2)
-    SubspaceStore.open(plant.storage, base_model="tiny", writer="somebody else")
+    SubspaceStore.open(plant.storage, base_model="tiny", writer="somebody else", service=plant.service)
     plant.submit("red/alpha")
     plant.run()
     assert plant.cluster.replaced == ["store"]
@@ -887,7 +888,7 @@ def test_a_rollback_while_the_control_plane_was_down_is_followed_when_it_starts(
     for title in ("red/a", "red/b"):
         plant.submit(title)
         plant.run()
-    writer = SubspaceStore.open(plant.storage, base_model="tiny", writer="command line")
+    writer = SubspaceStore.open(plant.storage, base_model="tiny", writer="command line", service=plant.service)
     writer.rollback(1, op_key="r", actor="ann")
     plant.kill()
     plant.run(lambda: plant.states() == {"red/a": "published", "red/b": "parked"})
@@ -1054,3 +1055,50 @@ def test_a_control_plane_that_dies_before_any_call_inside_a_step_changes_no_resu
         except (AssertionError, pytest.fail.Exception) as error:
             raise AssertionError(f"died before call {call}") from error
     assert call > 15  # two tasks need at least that many calls
+
+
+# --- whose store it is -------------------------------------------------------------------------------------------
+
+
+def _taken_over(plant: Plant) -> None:
+    SubspaceStore.open(plant.storage, writer="other", service=Identity("other", "there"), claim=True, force=True)
+
+
+def test_a_service_whose_store_was_taken_over_stops_and_says_who_has_it(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=1)
+    plant.submit("red/old")
+    plant.run()
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    plant.submit("red/a", "red/b")
+    plant.run(lambda: plant.states()["red/a"] == "training")
+    _taken_over(plant)
+    before = plant.state
+    plant.controller.wake(log_moved=True)
+    plant.step(6)
+    assert plant.states() == {"red/old": "published", "red/a": "queued", "red/b": "queued"}  # with a checkpoint
+    assert "belongs to the service there" in plant.controller.alarm
+    assert "onebasis up --take-over" in plant.controller.alarm
+    assert plant.state == before
+
+
+def test_a_service_that_finds_out_when_it_writes_stops_as_well(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=1)
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    plant.submit("red/a")
+    plant.run(lambda: plant.states()["red/a"] == "training")
+    _taken_over(plant)
+    before = plant.state
+    plant.cluster.release()
+    plant.run(lambda: bool(plant.controller.alarm))
+    plant.step(5)
+    assert (plant.states(), plant.state) == ({"red/a": "merging"}, before)
+
+
+def test_a_command_of_the_same_service_fences_its_writer_which_opens_anew(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    SubspaceStore.open(plant.storage, writer="command line", service=plant.service)
+    plant.submit("red/a")
+    plant.run()
+    assert plant.states() == {"red/a": "published"}
+    assert plant.controller.alarm == ""
+    assert plant.cluster.replaced == ["store"]

@@ -389,6 +389,7 @@ def offline(site: Site, tmp_path: Path) -> Client:
     """A client of the same state whose server was killed and left its address behind."""
     settings = site.plant.settings.model_copy(update={"state_dir": str(tmp_path)})
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    (tmp_path / "service_id").write_text(site.plant.service.service_id)
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     (tmp_path / "server.json").write_text(json.dumps({"url": f"http://127.0.0.1:{port}", "token": TOKEN, "pid": 1}))

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import InvalidInput
+from configs.errors import Fenced, InvalidInput, OwnedByAnother
 from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
 from orchestrator.commands import processes
+from subspace_store.log.version import Identity
+from subspace_store.log.version_log import VersionLog
+from subspace_store.storage.opening import open_storage
 from tests.builders import settings
 
 
@@ -52,9 +55,11 @@ def test_a_ray_that_was_started_with_other_settings_is_ended(tmp_path: Path, hea
 
 
 def test_services_of_one_base_model_with_their_own_storage_have_their_own_actors(tmp_path: Path) -> None:
-    one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"})) for name in "ab")
+    mine = Identity("one", "here")
+    one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"}), mine) for name in "ab")
     assert one != two
-    assert one == namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}))
+    assert one == namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}), mine)
+    assert one != namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}), Identity("two", "there"))
 
 
 @pytest.mark.parametrize("token", [None, "no-such-token"])
@@ -88,3 +93,28 @@ def test_a_local_ray_has_cpus_for_every_rank_of_every_worker(tmp_path: Path, mon
     wanted = settings(tmp_path, workers={"count": 3, "ranks": 4, "cpus": 1.2})
     processes._start_ray(wanted, tmp_path, lambda _: None)
     assert started[0][-1] == "15"  # 3 × 4 × 1.2 = 14.4, and Ray counts whole ones
+
+
+def test_a_store_of_another_service_is_refused_before_anything_starts_and_taken_over_deliberately(
+    tmp_path: Path,
+) -> None:
+    mine = settings(tmp_path, storage={"url": f"file:{tmp_path}/place"}).model_copy(
+        update={"state_dir": str(tmp_path / "mine")}
+    )
+    (tmp_path / "mine").mkdir()
+    storage = open_storage(mine.storage, mine.base_model.name)
+    theirs = VersionLog(storage, "theirs")
+    theirs.open()
+    theirs.acquire("theirs", Identity("theirs", "there:/folder"), claim=True)
+    said: list[str] = []
+    with pytest.raises(OwnedByAnother, match=r"(?s)belongs to the service there:/folder.*onebasis up --take-over"):
+        processes.up(mine, said.append)
+    assert (said, list((tmp_path / "mine").glob("*.json"))) == ([], [])
+    processes._own_the_store(mine, tmp_path / "mine", True, said.append)
+    assert len(said) == 1
+    owner = VersionLog(storage).open().owner
+    assert owner is not None
+    assert owner.service_id == (tmp_path / "mine/service_id").read_text()
+    processes._own_the_store(mine, tmp_path / "mine", False, said.append)  # from now on it is this one's
+    with pytest.raises(Fenced):
+        theirs.commit("hold", op_key="", actor="theirs", body={"reason": "x"})

@@ -40,7 +40,7 @@ def test_no_promise_is_broken_and_the_runs_meet_every_fault() -> None:
         assert run.violation is None, told(run)
         counts += run.counts
     assert all(counts[kind] > 2 for kind in FAULTS), counts
-    for what in ("merge acknowledged", "fenced, told by Conflict", "collections", "blobs collected", "versions read"):
+    for what in ("merge acknowledged", "fenced, told by Fenced", "collections", "blobs collected", "versions read"):
         assert counts[what] > SEEDS // 2, counts
     for what in ("publish", "reject", "rollback", "refine", "tag", "pin", "unpin", "hold", "release", "quarantine"):
         assert counts[f"{what} acknowledged"] > 2, counts

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from configs.errors import Conflict, Corrupt, NotFound, Unavailable
+from configs.errors import Conflict, Corrupt, Fenced, NotFound, OwnedByAnother, Unavailable
 from subspace_store import SubspaceState, TaskScore, digest
 from subspace_store.log.fold import (
     DROP_ADAPTERS,
@@ -26,7 +26,7 @@ from subspace_store.log.fold import (
     log_key,
     to_plain,
 )
-from subspace_store.log.version import BlobRef, Version
+from subspace_store.log.version import BlobRef, Identity, Version
 from subspace_store.log.version_log import HINT, TRIES, VersionLog, checkpoint_key
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.protocol import Storage
@@ -433,3 +433,88 @@ def test_an_operation_without_what_it_needs_is_corrupt_and_gets_no_slot(body: di
     assert log.state.seq == 1
     with pytest.raises(Corrupt, match="operation 'dance' that this code does not know"):
         log.commit("dance", op_key="k", actor="a")
+
+
+# Whose store it is
+
+MINE, THEIRS = Identity("mine", "here:/mine"), Identity("theirs", "there:/theirs")
+
+
+def owned(storage: Storage, service: Identity | None, **how: bool) -> VersionLog:
+    log = VersionLog(storage, "writer", wait=no_wait)
+    log.open()
+    log.acquire("writer", service, **how)
+    return log
+
+
+def test_a_store_that_a_service_claimed_refuses_all_others_until_it_is_released() -> None:
+    storage = fresh_storage()
+    mine = owned(storage, MINE, claim=True)
+    for other in (THEIRS, None):
+        with pytest.raises(OwnedByAnother, match="belongs to the service here:/mine") as caught:
+            owned(storage, other, claim=other is not None)
+        assert (caught.value.service_id, caught.value.name) == ("mine", "here:/mine")
+    add_version(mine)  # nobody was fenced by those who were refused
+    mine.release("me", MINE)
+    assert reading(storage).owner is None
+    add_version(mine)  # and the writer that released it goes on
+    theirs = owned(storage, THEIRS, claim=True)
+    assert theirs.state.owner is not None
+    assert theirs.state.owner.service_id == "theirs"
+    with pytest.raises(Fenced):
+        add_version(mine)
+
+
+def test_the_same_service_opens_again_and_owns_the_store_since_it_first_did() -> None:
+    storage = fresh_storage()
+    first = owned(storage, MINE, claim=True).state.owner
+    again = owned(storage, MINE, claim=True).state.owner
+    assert first is not None
+    assert again == first
+
+
+def test_a_writer_that_claims_nothing_leaves_the_owner_as_it_is() -> None:
+    storage = fresh_storage()
+    assert owned(storage, MINE).state.owner is None
+    owner = owned(storage, MINE, claim=True).state.owner
+    assert owned(storage, MINE).state.owner == owner  # a command of the same service
+    assert owned(storage, None, force=True).state.owner == owner  # a command elsewhere, with --force
+
+
+def test_a_takeover_is_deliberate_and_the_old_service_cannot_come_back_by_itself() -> None:
+    storage = fresh_storage()
+    mine = owned(storage, MINE, claim=True)
+    owned(storage, THEIRS, claim=True, force=True)
+    with pytest.raises(Fenced):
+        add_version(mine)
+    with pytest.raises(OwnedByAnother, match="there:/theirs"):
+        owned(storage, MINE, claim=True)
+    mine.release("me", MINE)  # it ends: what is another's by now is not given up
+    owner = reading(storage).owner
+    assert owner is not None
+    assert owner.service_id == "theirs"
+
+
+def test_of_two_services_that_open_an_empty_store_at_once_one_has_it() -> None:
+    storage = fresh_storage()
+    one, two = (VersionLog(storage, name, wait=no_wait) for name in ("one", "two"))
+    one.open(), two.open()  # both see that it is nobody's
+    one.acquire("one", MINE, claim=True)
+    with pytest.raises(OwnedByAnother):
+        two.acquire("two", THEIRS, claim=True)
+    add_version(one)
+    assert [record.epoch for record in one.records()] == [1, 1]
+
+
+def test_a_log_from_before_there_were_owners_is_nobodys_and_its_checkpoints_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = fresh_storage()
+    monkeypatch.setattr("subspace_store.log.version_log.CHECKPOINT_EVERY", 2)
+    add_version(writing(storage))
+    plain = json.loads(storage.read(checkpoint_key(2)))["state"]
+    del plain["owner"], plain["rejected_for"]
+    folded = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
+    storage.write(checkpoint_key(2), b'{"sha256":"%s","state":%s}' % (digest(folded).encode(), folded))
+    assert reading(storage).owner is None
+    assert max(reading(storage).versions) == 1
