@@ -29,7 +29,6 @@ from orchestrator.judging.score_table import ScoreTable, score_table
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import TaskRecord, TaskState
-from subspace_store.commands.state_folder import service_identity
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
@@ -301,6 +300,7 @@ class Service:
             except OwnedByAnother:
                 self._written()  # the loop is to see it as well
                 raise
+        from subspace_store.commands.state_folder import service_identity
         from subspace_store.subspace_store import SubspaceStore
 
         base = self._settings.base_model

@@ -75,7 +75,7 @@ def up(
     settings = read_settings(chosen)
     if config is None and not kept.exists():
         settings = read_settings(chosen, root=state_dir.resolve().parent)
-    if Path(settings.state_dir) != state_dir.resolve():
+    if Path(settings.state_dir).resolve() != state_dir.resolve():
         raise InvalidInput(
             f"state_dir is {settings.state_dir}, but this command looks in {state_dir.resolve()}",
             str(chosen),

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
+from configs.places import storage as storage_place
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
@@ -87,6 +88,7 @@ def place_of(url: str | None, state_dir: Path) -> Place:
     if url is None:
         assert settings is not None
         return Place(open_storage(settings.storage, settings.base_model.name), state_dir, settings, False)
+    url = storage_place(url, Path.cwd())
     how = settings.storage.model_copy(update={"url": url}) if settings else StorageSettings(url=url)
     return Place(open_storage(how), state_dir, settings, True)
 

@@ -34,7 +34,7 @@ def service_settings(state_dir: Path) -> Settings:
     if not file.exists():
         raise Unavailable(f"no onebasis service has run here ({state_dir})", todo="start one with `onebasis up`")
     settings = read_settings(file)
-    if Path(settings.state_dir) != state_dir.resolve():
+    if Path(settings.state_dir).resolve() != state_dir.resolve():
         # Its database and store are named by their full paths: another service's may be there by now.
         raise Unavailable(
             f"this folder was moved: its service belongs in {settings.state_dir}",

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.errors import OnebasisError
+from configs.places import home
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 StateDir = Annotated[
@@ -54,7 +55,7 @@ def command_of(app: typer.Typer, interrupted: str) -> Callable[[Callable[..., No
         @functools.wraps(function)
         def run(*args: Any, **options: Any) -> None:
             try:
-                function(*args, **options)
+                function(*args, **{name: _with_home(value) for name, value in options.items()})
             except OnebasisError as problem:
                 if options.get("as_json"):
                     print(json.dumps({"error": problem.as_dict()}))
@@ -71,6 +72,13 @@ def command_of(app: typer.Typer, interrupted: str) -> Callable[[Callable[..., No
         return run
 
     return register
+
+
+def _with_home(value: Any) -> Any:
+    """Paths with `~`, which no shell expands in --option=~/path or in the environment."""
+    if isinstance(value, Path):
+        return home(str(value))
+    return [_with_home(item) for item in value] if isinstance(value, list) else value
 
 
 def show(answer: Any, as_text: Callable[[Any], None], as_json: bool) -> None:

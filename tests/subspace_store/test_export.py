@@ -149,6 +149,33 @@ def test_what_vllm_is_given_is_exactly_what_it_takes(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "some/base"
 
 
+def test_every_export_says_which_programs_load_it_and_why_others_do_not(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    headed, bare = export_tasks(reader, tmp_path, base_source="some/base")
+    assert headed.loads_in == ("peft",)
+    assert "vLLM refuses" in headed.refused_by["vllm"]
+    assert "LoRAX leaves out" in headed.refused_by["lorax"]
+    assert bare.loads_in == ("peft", "vllm", "lorax")
+    for entry in json.loads((tmp_path / "adapters.json").read_text()):
+        one = headed if entry["task"] == headed.task else bare
+        written = json.loads((tmp_path / one.name / "onebasis.json").read_text())
+        for facts in (entry, written):
+            assert facts["loads_in"] == list(one.loads_in)
+            assert facts["refused_by"] == one.refused_by
+            assert facts["vllm_max_lora_rank"] == (8 if one is bare else None)  # rank 3, and the numbers it may be
+
+
+def test_a_folder_that_onebasis_03_exported_is_known_and_listed_with_who_loads_it(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    first = export_tasks(reader, tmp_path, base_source="base")
+    for one in first:
+        file = tmp_path / one.name / "onebasis.json"
+        new = ("loads_in", "refused_by", "vllm_max_lora_rank")
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+    assert export_tasks(reader, tmp_path, base_source="base") == first
+    assert all(entry["refused_by"] for entry in json.loads((tmp_path / "adapters.json").read_text()))
+
+
 def test_modules_of_mixed_ranks_go_out_with_one_rank_and_scale_one_as_servers_assume(tmp_path: Path) -> None:
     _, reader = two_versions()
     export_tasks(reader, tmp_path, tasks=["bare"], base_source="base")
@@ -171,6 +198,7 @@ def test_an_adapter_that_came_from_diffusers_goes_out_as_its_file(tmp_path: Path
     read = read_diffusers_file(tmp_path / exported.name, "tiny-base", "")
     for name, update in store.adapter("style", 1).modules.items():
         assert torch.allclose(read.modules[name].delta(), update.delta(), atol=1e-6)
+    assert exported.loads_in == ("diffusers",)
     assert json.loads((tmp_path / "adapters.json").read_text())[0]["vllm"] is None
 
 
