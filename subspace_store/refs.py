@@ -19,7 +19,7 @@ from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, TaskScore
 from subspace_store.subspace_reader import RollbackPreview, SubspaceReader, rollback_preview
 
 
-class Branches(SubspaceReader):
+class Refs(SubspaceReader):
     """What a writer does with versions that are there. A part of `SubspaceStore`, which is what one opens."""
 
     def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
@@ -173,14 +173,12 @@ class Branches(SubspaceReader):
             }
             self._change(lambda _: retention.drop(heads), actor, op_key)
 
-    def collect(
-        self, *, uploads_in_use: Callable[[], Collection[str]] | None = None, really: bool = False
-    ) -> garbage.Collected:
-        """Find what no live version needs, and with `really` delete it; see `garbage.collect`.
+    def collect(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
+        """Delete what no live version needs; see `garbage.collect`. `collectable` only tells.
 
         Does not wait for a merge that is under way: another thread may call it.
         """
-        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=really)
+        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=True)
 
     def _change(self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str) -> None:
         with self._writing():

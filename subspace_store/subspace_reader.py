@@ -11,17 +11,18 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from configs.errors import Corrupt, InvalidInput, NotFound
+from configs.settings import SubspaceSettings
 from subspace_store.files.version_heads import VersionHeads
-from subspace_store.log import fold, retention
+from subspace_store.log import fold, garbage, retention
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.store_format import check_format
-from subspace_store.log.version import MAIN, MergedTask, SubspaceState
+from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.overlap import overlap
 from subspace_store.parallel import in_order
@@ -30,7 +31,12 @@ from subspace_store.storage.protocol import Storage
 if TYPE_CHECKING:
     from subspace_store.adapter import Adapter
     from subspace_store.files.version_tensors import VersionTensors
+    from subspace_store.forecast import Forecast
     from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+"""((N, D), (k_out, k_in)) of a module."""
+DEFAULTS = SubspaceSettings()
 
 BYTES_PER_NUMBER = 4
 """Everything is served as float32."""
@@ -130,26 +136,36 @@ class HistoryEntry:
 
 
 class SubspaceReader:
-    """What can be asked of a subspace. `SubspaceStore.open` without a writer gives one that cannot write."""
+    """What can be asked of a subspace without writing. `SubspaceStore` is the one that writes."""
 
-    def __init__(self, storage: Storage, log: VersionLog) -> None:
+    def __init__(
+        self, storage: Storage, log: VersionLog, base: tuple[str, str], settings: SubspaceSettings = DEFAULTS
+    ) -> None:
         self.storage = storage
         self._log = log
+        self.base_model, self.base_sha256 = base
+        self.settings = settings
         self._heads = VersionHeads(storage, lambda: log.state)
         self._lock = threading.RLock()
 
     @classmethod
-    def open(cls, storage: Storage) -> SubspaceReader:
+    def open(
+        cls, storage: Storage, *, settings: SubspaceSettings = DEFAULTS, base_model: str = "", base_sha256: str = ""
+    ) -> SubspaceReader:
         """Open a subspace to read it: nothing is ever written, not even where the folder is empty.
 
+        Args:
+            settings: How merges are done, for `forecast`.
+            base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
+
         Raises:
-            InvalidInput: A format that is read no more.
+            InvalidInput: The folder belongs to another base model, or has a format that is read no more.
             Corrupt: A newer format, or a log that is not whole.
         """
-        check_format(storage)
+        base = check_format(storage, base_model, base_sha256)
         log = VersionLog(storage)
         log.open()
-        return cls(storage, log)
+        return SubspaceReader(storage, log, base, settings)
 
     @cached_property
     def _tensors(self) -> VersionTensors:
@@ -285,6 +301,32 @@ class SubspaceReader:
         """
         return rollback_preview(self.state, self.state.refs[MAIN], self._allowed(version))
 
+    def collectable(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
+        """What no live version needs; deletes nothing. See `garbage.collect`."""
+        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=False)
+
+    def forecast(self, adapters: Mapping[str, Adapter], version: int | None = None) -> Forecast:
+        """What merging adapters would cost each task, before doing it and without data. Changes nothing.
+
+        Args:
+            adapters: Any id but those of the version's tasks to adapter.
+            version: To merge onto; default the candidate.
+
+        Raises:
+            InvalidInput: An adapter that could not be merged here, or an id that is taken.
+        """
+        from subspace_store.adapter import check_adapter
+        from subspace_store.forecast import forecast
+
+        parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
+        with self._reading(parent):
+            for id_, adapter in adapters.items():
+                if id_ in self.state.tasks_at(parent):
+                    raise InvalidInput("is a task that this version holds already", id_, "choose another id")
+                check_adapter(adapter)
+                self._check(adapter, self._tensors.shapes(parent))
+            return forecast(self._tensors, self.state, parent, adapters, self.settings)
+
     def footprint(self, version: int | None = None) -> Footprint:
         """Numbers that serving a version needs, beside separate LoRAs of the same tasks. Reads no tensors."""
         with self._reading(version) as number:
@@ -319,6 +361,27 @@ class SubspaceReader:
         return None
 
     # Looking things up
+
+    def _check(self, adapter: Adapter, shapes: Mapping[str, Shapes]) -> None:
+        """That an adapter can be merged here."""
+        self._check_base(adapter)
+        for name, update in adapter.modules.items():
+            if name in shapes and shapes[name][0] != update.shape:
+                raise InvalidInput(f"has shape {update.shape}, the subspace has {shapes[name][0]}", name)
+        if self.settings.variant == "paper":
+            for update in adapter.modules.values():
+                update.raw()
+
+    def _check_base(self, adapter: Adapter) -> None:
+        for what, theirs, ours in (
+            ("base model", adapter.base_model, self.base_model),
+            ("base model's sha256", adapter.base_sha256, self.base_sha256),
+        ):
+            # A name is always known to an adapter; a digest may be unknown to either.
+            if ours and theirs != ours and (theirs or what == "base model"):
+                raise InvalidInput(
+                    f"the {what} is {theirs!r}, this subspace has {ours!r}", todo="train on this subspace's base model"
+                )
 
     @contextlib.contextmanager
     def _reading(self, version: int | None) -> Iterator[int]:

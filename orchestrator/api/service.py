@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from configs.document import Request
-from configs.errors import Conflict, Fenced, InvalidInput, NotFound, Unavailable
+from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.api import requests, views
 from orchestrator.api.requests import Json, ServiceRequest
@@ -280,6 +280,8 @@ class Service:
     def _running(self, what: str) -> Controller:
         if self._controller is None:
             raise Unavailable(f"the service is not running, and {what} needs it", todo="start it with `onebasis up`")
+        if self._controller.ousted_by is not None:
+            raise self._controller.ousted_by
         return self._controller
 
     def _write(self, request: StoreRequest[Answer]) -> Answer:
@@ -293,7 +295,11 @@ class Service:
             except Fenced:
                 # By a command that wrote while the service was down: a fresh one opens with the next epoch.
                 cluster.replace_store()
+            try:
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
+            except OwnedByAnother:
+                self._written()  # the loop is to see it as well
+                raise
         from subspace_store.commands.state_folder import service_identity
         from subspace_store.subspace_store import SubspaceStore
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import Corrupt, NotFound
+from configs.errors import Corrupt, InvalidInput, NotFound
+from subspace_store.adapter import Adapter, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.files.tensor_file import Part, TensorFile, blob_key, pack, write_tensors
 from subspace_store.files.version_heads import BASIS, COEFFICIENTS, TRANSPORT, task_layout
@@ -35,6 +36,20 @@ def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
         Corrupt: The storage gave back other bytes than it took.
     """
     return write_content(storage, blob_key(epoch), content)
+
+
+def stage(storage: Storage, key: str, adapter: Adapter) -> BlobRef:
+    """Upload an adapter for a later merge. Outside the log: whoever trains may, and it expires.
+
+    Args:
+        key: Below `staging/`, with the task and the attempt in it.
+
+    Raises:
+        InvalidInput: A key anywhere else.
+    """
+    if not key.startswith("staging/"):
+        raise InvalidInput("an upload belongs below staging/", key, "use staging/TASK/ATTEMPT/adapter.safetensors")
+    return write_content(storage, key, adapter_to_bytes(adapter))
 
 
 def write_content(storage: Storage, key: str, content: bytes) -> BlobRef:

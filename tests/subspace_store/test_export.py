@@ -19,7 +19,7 @@ from subspace_store.export import export_name, export_tasks
 from subspace_store.formats.diffusers import read_diffusers_file
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.subspace_reader import SubspaceReader
-from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter, reading
 
 
 def headless(adapter: Adapter, **info: str) -> Adapter:
@@ -35,7 +35,7 @@ def two_versions() -> tuple[Storage, SubspaceReader]:
     mixed = {name: (wide if "value" in name else other).modules[name] for name in other.modules}
     merged(store, {"bare": headless(dataclasses.replace(other, modules=mixed))})
     store.publish(2, op_key="publish", actor="test")
-    return storage, opened(storage, writer=None)
+    return storage, reading(storage)
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -222,7 +222,7 @@ def test_a_folder_that_a_killed_export_left_is_neither_used_nor_listed(tmp_path:
 
 def test_exports_at_the_same_time_agree(tmp_path: Path) -> None:
     storage, _ = two_versions()
-    readers = [opened(storage, writer=None) for _ in range(4)]
+    readers = [reading(storage) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda reader: export_tasks(reader, tmp_path, base_source="base"), readers))
     assert answers[0] == answers[1] == answers[2] == answers[3]
