@@ -6,15 +6,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement bench-queue setup clean lock
+.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement bench-commands bench-queue setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
 
-# The unit tests first: they need no Ray and fail within a minute.
+# The unit tests first: they need no Ray and fail within a minute. Then real services, then a real S3 server that any
+# machine can have (ministack, from PyPI). What is left out is said at the end.
 test: $(READY)
 	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m acceptance
+	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
+	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
+	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
+	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
 
 # Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
 # PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.
@@ -48,6 +53,10 @@ bench-training: $(READY)
 # Ten minutes on two cores: three real services, one after another.
 bench-refinement: $(READY)
 	$(BIN)/python benchmarks/refinement.py
+
+# A minute: what a command that only reads costs, with the service up and down.
+bench-commands: $(READY)
+	$(BIN)/python benchmarks/commands.py $(BENCH)
 
 # What 100,000 tasks that ended cost one step of the loop, one submission and one claim: a minute.
 bench-queue: $(READY)

@@ -138,6 +138,7 @@ def latency() -> dict[str, Any]:
         folder = Path(name)
         settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
         settings["gate"] = {"drop_max": 1.0, "merge_gap_max": 1.0}
+        settings["data_roots"] = [str(ROOT / "examples")]
         (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
         started = time.perf_counter()
         onebasis(folder, "up", "--config", "settings.yaml")

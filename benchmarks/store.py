@@ -56,6 +56,7 @@ from subspace_store import (  # noqa: E402
     ModuleUpdate,
     StagedAdapter,
     Storage,
+    SubspaceReader,
     SubspaceStore,
     Version,
     canonical_update,
@@ -441,7 +442,7 @@ def loads(place: StorageSettings) -> Row:
     opening, loading = [], []
     for _ in range(LOADS):
         started = time.perf_counter()
-        reader = SubspaceStore.open(open_storage(place), base_model="bench")
+        reader = SubspaceReader.open(open_storage(place), base_model="bench")
         opened = time.perf_counter()
         reader.adapter("t0", max(reader.state.versions))
         opening.append(opened - started)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic_core
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from configs.errors import InvalidInput
@@ -121,17 +120,6 @@ def _strings_as_json(kind: type[Request], strings: Mapping[str, str]) -> dict[st
 T = TypeVar("T", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values only; and a key that is written twice is a mistake, not a way to say the second."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_document(path: Path, kind: type[T]) -> T:
     """Read and check one YAML file.
 
@@ -151,8 +139,22 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path") from error
+    import yaml  # not needed by who only asks a running service
+
+    class Loader(yaml.SafeLoader):
+        """Plain values only; and a key that is written twice is a mistake, not a way to say the second."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", node.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise InvalidInput(f"is not valid YAML: {error}", str(path), "fix the syntax at that line") from error
 

@@ -7,11 +7,13 @@ chain, a Postgres password from its own file or environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from configs import places
 from configs.document import Name, Section, read_document
+from configs.places import Located
 
 
 class BaseModelSettings(Section):
@@ -19,7 +21,7 @@ class BaseModelSettings(Section):
 
     name: Name
     """What task files call it."""
-    source: str
+    source: Annotated[str, Located(places.model)]
     """A folder, a hub id, or `package:NAME/FOLDER` for weights inside an installed Python package."""
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of `model.safetensors` (with shards: of their digests' text, in the order of their names). A worker
@@ -36,7 +38,7 @@ class BaseModelSettings(Section):
 class StorageSettings(Section):
     """Where versions live. The log is the truth about them."""
 
-    url: str = "file:.onebasis/store"
+    url: Annotated[str, Located(places.storage)] = "file:.onebasis/store"
     """`file:FOLDER`, `s3://BUCKET/PREFIX` or, in tests, `memory:NAME`."""
     endpoint_url: str | None = None
     """Address of an S3 server that is not AWS."""
@@ -101,7 +103,7 @@ class RaySettings(Section):
 
     address: str = "local"
     """`local` starts one on this machine's loopback; else HOST:PORT of a running head."""
-    auth_token_path: str | None = None
+    auth_token_path: Annotated[str | None, Located(places.absolute)] = None
     """Token file of a running cluster. A local one gets a token of its own."""
 
 
@@ -135,8 +137,8 @@ class FailureSettings(Section):
 class MlflowSettings(Section):
     """The mirror that people look at."""
 
-    tracking_uri: str = "sqlite:///.onebasis/mlflow.db"
-    artifact_location: str | None = None
+    tracking_uri: Annotated[str, Located(places.database_or_folder)] = "sqlite:///.onebasis/mlflow.db"
+    artifact_location: Annotated[str | None, Located(places.unless_address)] = None
     """Where plots go; default: beside a local database."""
     experiment: str = "onebasis"
 
@@ -152,13 +154,14 @@ class ServerSettings(Section):
 class Settings(Section):
     """One service: one base model, one subspace, its teams and its machines."""
 
-    state_dir: str = ".onebasis"
-    """Folder for the service's own files (database, logs, addresses), relative to where the command runs."""
+    state_dir: Annotated[str, Located(places.absolute)] = ".onebasis"
+    """Folder for the service's own files (database, logs, addresses). As every relative path here it starts from where
+    `onebasis up` runs; `~` is the home folder."""
     base_model: BaseModelSettings
     teams: dict[Name, TeamSettings] = Field(min_length=1)
-    data_roots: tuple[str, ...] = ("/",)
-    """Folders from which task files may name data and adapters."""
-    database_url: str = "sqlite:///.onebasis/tasks.db"
+    data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)
+    """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
+    database_url: Annotated[str, Located(places.database)] = "sqlite:///.onebasis/tasks.db"
     storage: StorageSettings = StorageSettings()
     subspace: SubspaceSettings = SubspaceSettings()
     workers: WorkerSettings = WorkerSettings()
@@ -178,37 +181,4 @@ def read_settings(path: Path, root: Path | None = None) -> Settings:
     Raises:
         InvalidInput: Missing file, bad YAML, unknown key (with its path and the nearest right one) or value.
     """
-    settings = read_document(path, Settings)
-    root = (root or Path.cwd()).resolve()
-    storage, mlflow = settings.storage, settings.mlflow
-    url = f"file:{root / storage.url.removeprefix('file:')}" if storage.url.startswith("file:") else storage.url
-    source, token, plots = settings.base_model.source, settings.ray.auth_token_path, mlflow.artifact_location
-    if not source.startswith("package:") and (is_local(source) or (root / source).is_dir()):
-        source = str(root / Path(source).expanduser())
-    return settings.model_copy(
-        update={
-            "state_dir": str(root / settings.state_dir),
-            "base_model": settings.base_model.model_copy(update={"source": source}),
-            "ray": settings.ray.model_copy(update={"auth_token_path": str(root / token) if token else None}),
-            "data_roots": tuple(str(root / folder) for folder in settings.data_roots),
-            "database_url": _located(settings.database_url, root),
-            "storage": storage.model_copy(update={"url": url}),
-            "mlflow": mlflow.model_copy(
-                update={
-                    "tracking_uri": _located(mlflow.tracking_uri, root),
-                    "artifact_location": plots if plots is None or ":" in plots else str(root / plots),
-                }
-            ),
-        }
-    )
-
-
-def _located(url: str, root: Path) -> str:
-    """A SQLite URL with an absolute path; any other URL as it is."""
-    start = "sqlite:///"
-    return f"{start}{root / url.removeprefix(start)}" if url.startswith(start) else url
-
-
-def is_local(source: str) -> bool:
-    """Whether a base model's source needs no hub."""
-    return source.startswith(("package:", "/", ".", "~")) or Path(source).is_dir()
+    return places.located(read_document(path, Settings), (root or Path.cwd()).resolve())

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from configs.document import NAME_PATTERN, Name, Section, check_document, read_yaml
 from configs.errors import InvalidInput
+from configs.places import Located, located, real
 
 Kind = Literal["sequence_classification", "sequence_regression", "causal_lm", "image_classification"]
 Metric = Literal[
@@ -44,10 +45,10 @@ _WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|
 class DataSpec(Section):
     """Examples in files; they are copied and frozen at submission."""
 
-    train_file: str | None = None
+    train_file: Annotated[str | None, Located(real)] = None
     """Training rows, relative to the task file: .jsonl, .csv or .tsv, each also .gz; .parquet; .npz (images); or a
     folder written by `datasets.Dataset.save_to_disk`. Frozen in one form, gone when the task is trained."""
-    eval_file: str | None = None
+    eval_file: Annotated[str | None, Located(real)] = None
     """Evaluation rows, kept while the task lives: every later version is scored on exactly these rows."""
     eval_fraction: float | None = Field(None, gt=0, lt=1)
     """Instead of eval_file: about this share of the training rows is kept for evaluation and not trained on. Which, a
@@ -145,7 +146,7 @@ class MethodSpec(Section):
     """`lora` trains a PEFT LoRA; `share` coefficients in the subspace's basis (and temporary columns beside it);
     `codyra` a LoRA with gates that choose the rank of each module; `auto` tries both for a few steps and takes
     `share` where it learns as fast, else `lora`; `import` takes the PEFT folder in `adapter` as it is."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, Located(real)] = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"
     """For `lora`: where A starts. `basis`: inside the span of the subspace's basis, which merges with less error."""
@@ -251,17 +252,8 @@ def read_task_spec(path: Path) -> TaskSpec:
     values = read_yaml(path)
     training = values.get("training") if isinstance(values, dict) else None
     if isinstance(training, dict) and isinstance(training.get("deepspeed"), str):
-        training["deepspeed"] = _read_json(folder / training["deepspeed"])
-    spec = check_document(values, TaskSpec, str(path))
-    data = {
-        key: str((folder / value).resolve())
-        for key in ("train_file", "eval_file")
-        if (value := getattr(spec.data, key))
-    }
-    method = {"adapter": str((folder / spec.method.adapter).resolve())} if spec.method.adapter else {}
-    return spec.model_copy(
-        update={"data": spec.data.model_copy(update=data), "method": spec.method.model_copy(update=method)}
-    )
+        training["deepspeed"] = _read_json(Path(real(training["deepspeed"], folder)))
+    return located(check_document(values, TaskSpec, str(path)), folder)
 
 
 def _read_json(path: Path) -> Any:

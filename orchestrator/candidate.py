@@ -39,7 +39,7 @@ from orchestrator.tasks.task_record import TaskRecord, TaskState, results_key
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.verdict import ScoringFailure, VerdictInProgress
 from orchestrator.worker_pool import WorkerPool
-from subspace_store import StagedAdapter, Storage, SubspaceStore
+from subspace_store import StagedAdapter, Storage, SubspaceReader
 from subspace_store.log.version import CANDIDATE, MAIN, TaskScore
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from workers.orders import Evaluate, Evaluated, Failed, Outcome, Train
@@ -61,7 +61,7 @@ class Candidate:
         settings: Settings,
         queue: TaskQueue,
         storage: Storage,
-        store: SubspaceStore,
+        store: SubspaceReader,
         cluster: Cluster,
         pending_calls: PendingCalls,
         pool: WorkerPool,
@@ -89,8 +89,8 @@ class Candidate:
         self._refinement = Refinement(settings, queue, store, cluster, pending_calls, pool, unused_files, self._verdict)
         self.alarm = ""
         """Why nothing is merged or published any more; empty while all is well."""
-        self.is_ousted = False
-        """Whether the store is another service's by now: nothing is begun any more."""
+        self.ousted_by: OwnedByAnother | None = None
+        """Who has the store by now: nothing is begun any more."""
 
     def advance(self, live: Sequence[TaskRecord], others_wait: bool) -> None:
         """Begin what is next.
@@ -316,9 +316,9 @@ class Candidate:
 
     def oust(self, error: OwnedByAnother) -> None:
         """Another service has taken the store over, deliberately: this one stops."""
-        if not self.is_ousted:
+        if self.ousted_by is None:
             log.critical("this service stops: %s", error)
-        self.alarm, self.is_ousted = f"this service has stopped: {error}", True
+        self.alarm, self.ousted_by = f"this service has stopped: {error}", error
         self._changed()
 
     def _park_double(self, request: Merge, error: NameTaken) -> None:

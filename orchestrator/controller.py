@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from configs.errors import OnebasisError, Unavailable
+from configs.errors import OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.candidate import Candidate
 from orchestrator.cluster import Call, Cluster
@@ -33,7 +33,7 @@ from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
 from orchestrator.unused_files import Held, UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
-from subspace_store import Storage, SubspaceStore
+from subspace_store import Storage, SubspaceReader
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.version import MAIN, Identity
 from subspace_store.log.version_log import owned_by_another
@@ -53,7 +53,7 @@ class Controller:
         settings: Settings,
         queue: TaskQueue,
         storage: Storage,
-        store: SubspaceStore,
+        store: SubspaceReader,
         cluster: Cluster,
         service: Identity | None = None,
         changed: Callable[[], None] = lambda: None,
@@ -97,6 +97,11 @@ class Controller:
     def alarm(self) -> str:
         """Why nothing is merged or published any more; empty while all is well."""
         return self._candidate.alarm
+
+    @property
+    def ousted_by(self) -> OwnedByAnother | None:
+        """Who has the store by now, where this service has stopped for it."""
+        return self._candidate.ousted_by
 
     @property
     def layout(self) -> BaseLayout | None:
@@ -169,7 +174,7 @@ class Controller:
 
     def step(self) -> None:
         """One turn: what landed, who is alive, what is next."""
-        if self._main_followed >= 0 and not self._candidate.is_ousted:
+        if self._main_followed >= 0 and self._candidate.ousted_by is None:
             # Not before the log was read: files that another service's tasks need are none of ours to delete.
             self._unused_files.delete_due()
         for call, pending in self._pending_calls.landed():
@@ -191,7 +196,7 @@ class Controller:
                 # An old state must not be acted upon: it would undo what was just merged.
                 self._pending_calls.log_moved.set()
                 raise
-        if self._candidate.is_ousted:
+        if self._candidate.ousted_by is not None:
             self._stop_work()
             return
         live = self._queue.in_flight()
@@ -352,7 +357,7 @@ class Controller:
         self._queue.try_apply(task_ids, event)
 
 
-def _why_it_vanished(store: SubspaceStore, record: TaskRecord) -> str:
+def _why_it_vanished(store: SubspaceReader, record: TaskRecord) -> str:
     state = store.state
     main = state.refs[MAIN]
     without = next((v.number for v in state.lineage(main) if record.task_id in v.removed), None)

@@ -29,7 +29,7 @@ from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.verdict import VerdictInProgress
 from orchestrator.worker_pool import WorkerPool, again_order
-from subspace_store import StagedAdapter, SubspaceStore, digest
+from subspace_store import StagedAdapter, SubspaceReader, digest
 from subspace_store.log.version import CANDIDATE
 from subspace_store.requests import Refine
 from workers.orders import Evaluated, Outcome, Train, Trained
@@ -49,7 +49,7 @@ class Refinement:
         self,
         settings: Settings,
         queue: TaskQueue,
-        store: SubspaceStore,
+        store: SubspaceReader,
         cluster: Cluster,
         pending_calls: PendingCalls,
         pool: WorkerPool,

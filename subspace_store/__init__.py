@@ -36,10 +36,9 @@ if TYPE_CHECKING:
         Version,
     )
     from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
-    from subspace_store.refs import RollbackPreview
     from subspace_store.storage.opening import open_storage
     from subspace_store.storage.protocol import Storage
-    from subspace_store.subspace_reader import Footprint, HistoryEntry, SubspaceReader, VersionDiff
+    from subspace_store.subspace_reader import Footprint, HistoryEntry, RollbackPreview, SubspaceReader, VersionDiff
     from subspace_store.subspace_store import SubspaceStore
 
 __all__ = [
@@ -81,7 +80,7 @@ _HOMES = {
     "ModuleBasis": "subspace_store.merging.basis",
     "ModuleSubspace": "subspace_store.merging.basis",
     "ModuleUpdate": "subspace_store.adapter",
-    "RollbackPreview": "subspace_store.refs",
+    "RollbackPreview": "subspace_store.subspace_reader",
     "StagedAdapter": "subspace_store.log.version",
     "Storage": "subspace_store.storage.protocol",
     "SubspaceReader": "subspace_store.subspace_reader",

@@ -1,14 +1,12 @@
-"""Tasks of a version as folders that PEFT, vLLM, LoRAX and diffusers load.
+"""Tasks of a version as folders that PEFT loads and, where they can, vLLM and LoRAX; or as files of diffusers.
 
 One folder per task and version, `<team>+<task>@v<N>`, and beside them `adapters.json`, the list of all of them. A name
 never comes to mean other content: a folder that is there is left alone if it is this task of this version, and refused
 if not. Folders appear whole (a killed export leaves at most a `.partial-…`, which may be deleted). Nothing is read
 from the network here, and no model is loaded.
 
-What the servers take (by their documentation and sources, 2026): both load a PEFT folder from its path. vLLM wants
-`--max-lora-rank` of at least the rank and refuses `modules_to_save`: a task with a head of its own is for PEFT alone.
-LoRAX applies a kind of layer only where every layer of the model has it. Both take one alpha/r for all modules, which
-is why every export has one rank and scale 1.
+Who loads which is in loaders.py, and with every export: a task with a head of its own, as every classifier has, is for
+PEFT alone. Servers take one alpha/r for all modules, which is why every export has one rank and scale 1.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store.digests import digest
 from subspace_store.formats import diffusers
 from subspace_store.formats.diffusers import write_diffusers_file
+from subspace_store.formats.loaders import LOADERS, refusals, vllm_max_rank
 from subspace_store.formats.peft import export_rank, write_peft_folder
 from subspace_store.log.version import MAIN, MergedTask
 from subspace_store.subspace_reader import SubspaceReader
@@ -47,8 +46,9 @@ class Exported:
         sources: sha256 of the adapter as delivered and of the version's basis: what the content follows from.
         format: `peft` or `diffusers`.
         rank: Of every module.
-        has_head: Whether it brings a head of its own, which vLLM refuses.
+        has_head: Whether it brings a head of its own.
         files: File to its sha256.
+        refused_by: Loader to why it does not load this, or not all of it: see loaders.py.
     """
 
     name: str
@@ -61,6 +61,33 @@ class Exported:
     rank: int
     has_head: bool
     files: dict[str, str]
+    refused_by: dict[str, str]
+
+    @property
+    def loads_in(self) -> tuple[str, ...]:
+        """The programs that load it, if they know the base model."""
+        return tuple(loader for loader in LOADERS if loader not in self.refused_by)
+
+    def as_facts(self) -> dict[str, Any]:
+        """As plain values, for `onebasis.json`, `adapters.json` and `--json`."""
+        return asdict(self) | {"loads_in": list(self.loads_in), "vllm_max_lora_rank": self._vllm_rank}
+
+    @property
+    def _vllm_rank(self) -> int | None:
+        return vllm_max_rank(self.rank) if "vllm" in self.loads_in else None
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Exported:
+        """What `as_facts` wrote, or onebasis 0.3, which did not know yet who refuses what.
+
+        Raises:
+            TypeError, KeyError: It did not.
+        """
+        values = {name: value for name, value in facts.items() if name not in ("loads_in", "vllm_max_lora_rank")}
+        if "refused_by" not in values:
+            kind, rank, has_head = values["format"], values["rank"], values["has_head"]
+            values["refused_by"] = refusals(kind, rank=rank, has_head=has_head, modules=())
+        return cls(**values | {"sources": tuple(values["sources"])})
 
 
 def export_name(task: str, version: int) -> str:
@@ -82,9 +109,10 @@ def export_tasks(
 ) -> list[Exported]:
     """Write tasks as a version holds them, and bring `adapters.json` up to date.
 
-    An entry of `adapters.json` is the task's `Exported`, its `path`, and `vllm`: the value that vLLM's `--lora-modules`
-    takes as JSON, or null where vLLM would refuse the adapter. An adapter that came from diffusers goes out as
-    diffusers' file, all others as PEFT folders.
+    An entry of `adapters.json` is the task's `Exported`, its `path`, `loads_in` and `refused_by` (which programs load
+    it, and why others do not), `vllm`: the value that vLLM's `--lora-modules` takes as JSON, and `vllm_max_lora_rank`,
+    the smallest `--max-lora-rank` for it; both null where vLLM refuses the adapter. An adapter that came from diffusers
+    goes out as diffusers' file, all others as PEFT folders.
 
     Args:
         folder: Made if absent.
@@ -145,10 +173,21 @@ def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask,
             write_peft_folder(partial, adapter, base_source)
         files = {path.name: digest(path.read_bytes()) for path in sorted(partial.iterdir())}
         rank = export_rank(adapter.modules.values())
+        has_head = bool(adapter.head)
         exported = Exported(
-            name, task.task_id, task.name, number, base_source, sources, kind, rank, bool(adapter.head), files
+            name=name,
+            task_id=task.task_id,
+            task=task.name,
+            version=number,
+            base_model=base_source,
+            sources=sources,
+            format=kind,
+            rank=rank,
+            has_head=has_head,
+            files=files,
+            refused_by=refusals(kind, rank=rank, has_head=has_head, modules=adapter.modules),
         )
-        (partial / FACTS_FILE).write_text(_json(asdict(exported)), encoding="utf-8")
+        (partial / FACTS_FILE).write_text(_json(exported.as_facts()), encoding="utf-8")
         _flush(*partial.iterdir(), partial)
         try:
             partial.rename(folder / name)
@@ -168,7 +207,7 @@ def _already_there(place: Path, known: dict[str, Any]) -> Exported:
         facts = json.loads((place / FACTS_FILE).read_text(encoding="utf-8"))
         is_same = {key: facts[key] for key in known} == known
         is_whole = all(digest((place / file).read_bytes()) == sha256 for file, sha256 in facts["files"].items())
-        exported = Exported(**facts | {"sources": tuple(facts["sources"])})
+        exported = Exported.from_facts(facts)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         is_same = is_whole = False
     if not (is_same and is_whole):
@@ -182,13 +221,12 @@ def _write_index(folder: Path) -> None:
     entries = []
     for path in sorted(folder.glob(f"[!.]*/{FACTS_FILE}")):
         try:
-            exported = Exported(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            exported = Exported.from_facts(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError):
             continue  # edited by somebody: what it holds is not known any more
         place = {"path": str(path.parent.resolve())}
         served = {"name": exported.name, **place, "base_model_name": exported.base_model}
-        is_served = exported.format == "peft" and not exported.has_head
-        entries.append(asdict(exported) | place | {"vllm": served if is_served else None})
+        entries.append(exported.as_facts() | place | {"vllm": served if "vllm" in exported.loads_in else None})
     temporary = folder / f".partial-{secrets.token_hex(8)}"
     temporary.write_text(_json(entries), encoding="utf-8")
     temporary.replace(folder / INDEX_FILE)

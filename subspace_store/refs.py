@@ -9,29 +9,17 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log import fold, garbage, retention
-from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState, TaskScore
-from subspace_store.subspace_reader import SubspaceReader
+from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, TaskScore
+from subspace_store.subspace_reader import RollbackPreview, SubspaceReader, rollback_preview
 
 
-@dataclass(frozen=True)
-class RollbackPreview:
-    """What moving `main` would do."""
-
-    from_version: int
-    to_version: int
-    vanishing: tuple[MergedTask, ...]
-    """Tasks that `main` holds now and would not hold."""
-    returning: tuple[MergedTask, ...]
-    """Tasks that `main` does not hold now and would hold again."""
-
-
-class Branches(SubspaceReader):
+class Refs(SubspaceReader):
     """What a writer does with versions that are there. A part of `SubspaceStore`, which is what one opens."""
 
     def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
@@ -83,15 +71,6 @@ class Branches(SubspaceReader):
                     raise Conflict(f"version {version} is published", todo="roll back instead")
                 body = {"version": version, "reason": reason, "task_ids": tuple(task_ids)}
                 self._log.commit(fold.REJECT, op_key=op_key, actor=actor, refs={CANDIDATE: main}, body=body)
-
-    def preview_rollback(self, version: int) -> RollbackPreview:
-        """What `rollback` would do; changes nothing.
-
-        Raises:
-            NotFound: No such version. 0 is the empty subspace.
-            InvalidInput: A version that was rejected or has expired, or that no gate has let pass yet.
-        """
-        return _preview(self.state, self.state.refs[MAIN], self._allowed(version))
 
     def rollback(
         self, version: int, *, op_key: str, actor: str, reason: str = "", hold: bool = False
@@ -194,14 +173,12 @@ class Branches(SubspaceReader):
             }
             self._change(lambda _: retention.drop(heads), actor, op_key)
 
-    def collect(
-        self, *, uploads_in_use: Callable[[], Collection[str]] | None = None, really: bool = False
-    ) -> garbage.Collected:
-        """Find what no live version needs, and with `really` delete it; see `garbage.collect`.
+    def collect(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
+        """Delete what no live version needs; see `garbage.collect`. `collectable` only tells.
 
         Does not wait for a merge that is under way: another thread may call it.
         """
-        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=really)
+        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=True)
 
     def _change(self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str) -> None:
         with self._writing():
@@ -235,27 +212,9 @@ class Branches(SubspaceReader):
 
     def _rollback_done(self, op_key: str) -> RollbackPreview:
         body = next(record.body for record in self._log.records(newest_first=True) if record.op_key == op_key)
-        return _preview(self.state, int(body.get("from", body["version"])), int(body["version"]))
-
-    def _allowed(self, version: int) -> int:
-        retention.check_usable(self.state, version)
-        if version not in self.state.published:
-            raise InvalidInput(
-                f"version {version} never passed the gate", self.storage.url, "name a version that `main` was before"
-            )
-        return version
+        return rollback_preview(self.state, int(body.get("from", body["version"])), int(body["version"]))
 
     def _require_candidate(self, version: int) -> None:
         candidate = self.state.refs[CANDIDATE]
         if self._known(version) != candidate:
             raise Conflict(f"the candidate is version {candidate}, not {version}", self.storage.url, "judge that one")
-
-
-def _preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:
-    before, after = state.tasks_at(old), state.tasks_at(new)
-    return RollbackPreview(
-        old,
-        new,
-        tuple(merged for task, merged in before.items() if task not in after),
-        tuple(merged for task, merged in after.items() if task not in before),
-    )

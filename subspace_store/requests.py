@@ -16,7 +16,7 @@ from subspace_store.log.version import StagedAdapter, TaskScore
 
 if TYPE_CHECKING:
     from subspace_store.log.version import Version
-    from subspace_store.refs import RollbackPreview
+    from subspace_store.subspace_reader import RollbackPreview
     from subspace_store.subspace_store import SubspaceStore
 
 Answer = TypeVar("Answer")

@@ -1,7 +1,8 @@
 """Reading a subspace: any version's bases, coefficients and tasks. Needs no Ray and no permission to write.
 
 A reader resolves a branch to a version once and then reads that version, which never changes, while the writer goes
-on. Nothing here writes to storage.
+on. Nothing here writes to storage. Torch is imported by what multiplies tensors and nothing else: its import takes
+seconds, and listing versions, their ranks and their tasks needs none.
 """
 
 from __future__ import annotations
@@ -10,22 +11,32 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from configs.errors import Corrupt, NotFound
-from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.files import blobs
-from subspace_store.files.version_tensors import VersionTensors
-from subspace_store.log import fold
+from configs.errors import Corrupt, InvalidInput, NotFound
+from configs.settings import SubspaceSettings
+from subspace_store.files.version_heads import VersionHeads
+from subspace_store.log import fold, garbage, retention
 from subspace_store.log.retention import tasks_alive
-from subspace_store.log.version import MAIN, MergedTask, SubspaceState
+from subspace_store.log.store_format import check_format
+from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState
 from subspace_store.log.version_log import VersionLog
-from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, reconstruct_module
-from subspace_store.merging.merge import threads
-from subspace_store.merging.subspace_math import overlap
+from subspace_store.merging.overlap import overlap
 from subspace_store.parallel import in_order
 from subspace_store.storage.protocol import Storage
+
+if TYPE_CHECKING:
+    from subspace_store.adapter import Adapter
+    from subspace_store.files.version_tensors import VersionTensors
+    from subspace_store.forecast import Forecast
+    from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+"""((N, D), (k_out, k_in)) of a module."""
+DEFAULTS = SubspaceSettings()
 
 BYTES_PER_NUMBER = 4
 """Everything is served as float32."""
@@ -100,6 +111,18 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class RollbackPreview:
+    """What moving `main` would do."""
+
+    from_version: int
+    to_version: int
+    vanishing: tuple[MergedTask, ...]
+    """Tasks that `main` holds now and would not hold."""
+    returning: tuple[MergedTask, ...]
+    """Tasks that `main` does not hold now and would hold again."""
+
+
+@dataclass(frozen=True)
 class HistoryEntry:
     """One line of the log, for people."""
 
@@ -113,13 +136,42 @@ class HistoryEntry:
 
 
 class SubspaceReader:
-    """What can be asked of a subspace. `SubspaceStore.open` without a writer gives one that cannot write."""
+    """What can be asked of a subspace without writing. `SubspaceStore` is the one that writes."""
 
-    def __init__(self, storage: Storage, log: VersionLog) -> None:
+    def __init__(
+        self, storage: Storage, log: VersionLog, base: tuple[str, str], settings: SubspaceSettings = DEFAULTS
+    ) -> None:
         self.storage = storage
         self._log = log
-        self._tensors = VersionTensors(storage, lambda: log.state)
+        self.base_model, self.base_sha256 = base
+        self.settings = settings
+        self._heads = VersionHeads(storage, lambda: log.state)
         self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls, storage: Storage, *, settings: SubspaceSettings = DEFAULTS, base_model: str = "", base_sha256: str = ""
+    ) -> SubspaceReader:
+        """Open a subspace to read it: nothing is ever written, not even where the folder is empty.
+
+        Args:
+            settings: How merges are done, for `forecast`.
+            base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
+
+        Raises:
+            InvalidInput: The folder belongs to another base model, or has a format that is read no more.
+            Corrupt: A newer format, or a log that is not whole.
+        """
+        base = check_format(storage, base_model, base_sha256)
+        log = VersionLog(storage)
+        log.open()
+        return SubspaceReader(storage, log, base, settings)
+
+    @cached_property
+    def _tensors(self) -> VersionTensors:
+        from subspace_store.files.version_tensors import VersionTensors
+
+        return VersionTensors(self._heads)
 
     @property
     def state(self) -> SubspaceState:
@@ -152,6 +204,10 @@ class SubspaceReader:
             Reads the bases of these modules, the task's own coefficients and the transports since they were written;
             no other task's.
         """
+        from subspace_store.adapter import Adapter
+        from subspace_store.merging.basis import reconstruct_module
+        from subspace_store.merging.merge import threads
+
         with self._reading(version) as number:
             task = self._find(task_id, number)
             kept = self._read_head(task)
@@ -161,7 +217,7 @@ class SubspaceReader:
             names = sorted(blocks)
             if modules is None:
                 self._tensors.remember_basis(number)
-            rows = sum(sum(shape) for name, (shape, _) in self._tensors.shapes(number).items() if name in blocks)
+            rows = sum(sum(shape) for name, (shape, _) in self._heads.shapes(number).items() if name in blocks)
             updates = in_order(
                 lambda name: reconstruct_module(self._tensors.module_basis(number, name), blocks[name]),
                 names,
@@ -183,7 +239,7 @@ class SubspaceReader:
     def ranks(self, version: int | None = None) -> dict[str, tuple[int, int]]:
         """(k_out, k_in) per module at a version, default `main`. Reads no tensors."""
         with self._reading(version) as number:
-            return {name: ranks for name, (_, ranks) in self._tensors.shapes(number).items()}
+            return {name: ranks for name, (_, ranks) in self._heads.shapes(number).items()}
 
     def basis(self, version: int | None = None) -> dict[str, ModuleBasis]:
         """P, Q and λ per module at a version, default `main`; nothing at version 0."""
@@ -197,12 +253,14 @@ class SubspaceReader:
             NotFound: The version has no such module.
         """
         with self._reading(version) as number:
-            if name not in self._tensors.homes(number):
+            if name not in self._heads.homes(number):
                 raise NotFound(f"version {number} has no module {name}", self.storage.url)
             return self._tensors.module(number, name)
 
     def subspace(self, version: int | None = None) -> dict[str, ModuleSubspace]:
         """Everything at a version, default `main`: bases and all tasks' coefficients, per module."""
+        from subspace_store.merging.basis import ModuleSubspace
+
         with self._reading(version) as number:
             tasks = self._tensors.tasks(number)
             return {name: ModuleSubspace(basis, tasks[name]) for name, basis in self._tensors.basis(number).items()}
@@ -234,16 +292,51 @@ class SubspaceReader:
             },
         )
 
+    def preview_rollback(self, version: int) -> RollbackPreview:
+        """What `rollback` would do; changes nothing.
+
+        Raises:
+            NotFound: No such version. 0 is the empty subspace.
+            InvalidInput: A version that was rejected or has expired, or that no gate has let pass yet.
+        """
+        return rollback_preview(self.state, self.state.refs[MAIN], self._allowed(version))
+
+    def collectable(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
+        """What no live version needs; deletes nothing. See `garbage.collect`."""
+        return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=False)
+
+    def forecast(self, adapters: Mapping[str, Adapter], version: int | None = None) -> Forecast:
+        """What merging adapters would cost each task, before doing it and without data. Changes nothing.
+
+        Args:
+            adapters: Any id but those of the version's tasks to adapter.
+            version: To merge onto; default the candidate.
+
+        Raises:
+            InvalidInput: An adapter that could not be merged here, or an id that is taken.
+        """
+        from subspace_store.adapter import check_adapter
+        from subspace_store.forecast import forecast
+
+        parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
+        with self._reading(parent):
+            for id_, adapter in adapters.items():
+                if id_ in self.state.tasks_at(parent):
+                    raise InvalidInput("is a task that this version holds already", id_, "choose another id")
+                check_adapter(adapter)
+                self._check(adapter, self._tensors.shapes(parent))
+            return forecast(self._tensors, self.state, parent, adapters, self.settings)
+
     def footprint(self, version: int | None = None) -> Footprint:
-        """Numbers that serving a version needs, beside separate LoRAs of the same tasks."""
+        """Numbers that serving a version needs, beside separate LoRAs of the same tasks. Reads no tensors."""
         with self._reading(version) as number:
-            merged, tasks = self.state.tasks_at(number).values(), self._tensors.tasks(number)
-            shapes = self._tensors.shapes(number)
+            merged, columns = self.state.tasks_at(number).values(), self._heads.columns(number)
+            shapes = self._heads.shapes(number)
         return Footprint(
             number,
             len(merged),
             basis_numbers=sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in shapes.values()),
-            coefficient_numbers=sum(sum(shapes[name][1]) * sum(one.ranks) for name, one in tasks.items()),
+            coefficient_numbers=sum(sum(shapes[name][1]) * count for name, count in columns.items()),
             head_numbers=sum(task.head_count for task in merged),
             separate_numbers=sum(task.parameter_count for task in merged),
         )
@@ -269,6 +362,27 @@ class SubspaceReader:
 
     # Looking things up
 
+    def _check(self, adapter: Adapter, shapes: Mapping[str, Shapes]) -> None:
+        """That an adapter can be merged here."""
+        self._check_base(adapter)
+        for name, update in adapter.modules.items():
+            if name in shapes and shapes[name][0] != update.shape:
+                raise InvalidInput(f"has shape {update.shape}, the subspace has {shapes[name][0]}", name)
+        if self.settings.variant == "paper":
+            for update in adapter.modules.values():
+                update.raw()
+
+    def _check_base(self, adapter: Adapter) -> None:
+        for what, theirs, ours in (
+            ("base model", adapter.base_model, self.base_model),
+            ("base model's sha256", adapter.base_sha256, self.base_sha256),
+        ):
+            # A name is always known to an adapter; a digest may be unknown to either.
+            if ours and theirs != ours and (theirs or what == "base model"):
+                raise InvalidInput(
+                    f"the {what} is {theirs!r}, this subspace has {ours!r}", todo="train on this subspace's base model"
+                )
+
     @contextlib.contextmanager
     def _reading(self, version: int | None) -> Iterator[int]:
         """The version to read. What is gone of one that has expired meanwhile is not damaged."""
@@ -284,8 +398,8 @@ class SubspaceReader:
         return self.state.refs[MAIN] if version is None else self._known(version)
 
     def _overlap(self, old: int, new: int, module: str) -> tuple[float, float]:
-        before, after = (self._tensors.module_basis(number, module) for number in (old, new))
-        return overlap(before.p_NK, after.p_NK), overlap(before.q_DK, after.q_DK)
+        before, after = (self._heads.basis_arrays(number, module) for number in (old, new))
+        return overlap(before["p"], after["p"]), overlap(before["q"], after["q"])
 
     def _known(self, version: int) -> int:
         if version and version not in self.state.versions:
@@ -296,6 +410,14 @@ class SubspaceReader:
             raise NotFound(f"version {version} has expired", self.storage.url, "pin what you need for long")
         return version
 
+    def _allowed(self, version: int) -> int:
+        retention.check_usable(self.state, version)
+        if version not in self.state.published:
+            raise InvalidInput(
+                f"version {version} never passed the gate", self.storage.url, "name a version that `main` was before"
+            )
+        return version
+
     def _find(self, task_id: str, number: int) -> MergedTask:
         tasks = self.state.tasks_at(number)
         if task_id not in tasks:
@@ -303,6 +425,9 @@ class SubspaceReader:
         return tasks[task_id]
 
     def _read_delivered(self, task: MergedTask) -> Adapter:
+        from subspace_store.adapter import adapter_from_bytes
+        from subspace_store.files import blobs
+
         key = task.adapter.key
         if key not in self.state.heads:
             try:
@@ -319,11 +444,25 @@ class SubspaceReader:
 
     def _read_head(self, task: MergedTask) -> Adapter:
         """A task's head and facts, with or without its modules."""
+        from subspace_store.adapter import adapter_from_bytes
+        from subspace_store.files import blobs
+
         try:
             return self._read_delivered(task)
         except NotFound:
             head = self.state.heads[task.adapter.key]
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
+
+
+def rollback_preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:
+    """What lies between two versions that `main` may be."""
+    before, after = state.tasks_at(old), state.tasks_at(new)
+    return RollbackPreview(
+        old,
+        new,
+        tuple(merged for task, merged in before.items() if task not in after),
+        tuple(merged for task, merged in after.items() if task not in before),
+    )
 
 
 def _entry(record: fold.Record) -> HistoryEntry:

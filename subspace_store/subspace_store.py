@@ -13,53 +13,42 @@ from dataclasses import replace
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NameTaken, NotFound, RefusedAdapters
 from configs.settings import SubspaceSettings
-from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes, check_adapter
+from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.files import blobs
-from subspace_store.forecast import Forecast, forecast
 from subspace_store.log import fold, retention
+from subspace_store.log.store_format import FORMAT_NUMBER, check_format
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, Identity, MergedTask, StagedAdapter, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
-from subspace_store.refs import Branches
+from subspace_store.refs import Refs
 from subspace_store.storage.protocol import Storage
-
-FORMAT_NUMBER = 2
-"""Of everything below the store's folder. tests/data/stores has a store of each format that is read."""
-DEFAULTS = SubspaceSettings()
-
-Shapes = tuple[tuple[int, int], tuple[int, int]]
-"""((N, D), (k_out, k_in)) of a module."""
+from subspace_store.subspace_reader import DEFAULTS, Shapes
 
 
-class SubspaceStore(Branches):
-    """The versions of one base model's subspace, read and written. Make one with `open`."""
-
-    def __init__(self, storage: Storage, log: VersionLog, settings: SubspaceSettings, base: tuple[str, str]) -> None:
-        super().__init__(storage, log)
-        self.settings = settings
-        self.base_model, self.base_sha256 = base
+class SubspaceStore(Refs):
+    """The one writer of a base model's subspace, which it reads as well. Make one with `open`."""
 
     @classmethod
-    def open(
+    def open(  # type: ignore[override]  # nobody writes without saying who
         cls,
         storage: Storage,
         *,
+        writer: str,
         settings: SubspaceSettings = DEFAULTS,
         base_model: str = "",
         base_sha256: str = "",
-        writer: str | None = None,
         service: Identity | None = None,
         claim: bool = False,
         force: bool = False,
     ) -> SubspaceStore:
-        """Open a subspace.
+        """Open a subspace to write it; `SubspaceReader.open` reads one.
 
         Args:
             storage: Its folder; an empty one is an empty subspace.
+            writer: Who writes. Every older writer is fenced.
             settings: How merges are done from now on; versions that exist do not change.
             base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
-            writer: Who writes. Every older writer is fenced. None reads only and never writes anything.
             service: The service on whose behalf it writes.
             claim: The store belongs to that service from now on, until it is released.
             force: Write although the store belongs to another service.
@@ -70,15 +59,13 @@ class SubspaceStore(Branches):
             Corrupt: A newer format, or a log that is not whole.
         """
         mine = {"format": FORMAT_NUMBER, "base_model": base_model, "base_sha256": base_sha256}
-        if writer is not None:
-            # Losing this race is fine: whose FORMAT it is, is checked next.
-            storage.create("FORMAT", json.dumps(mine, sort_keys=True).encode())
-        base = _check_format(storage, base_model, base_sha256)
+        # Losing this race is fine: whose FORMAT it is, is checked next.
+        storage.create("FORMAT", json.dumps(mine, sort_keys=True).encode())
+        base = check_format(storage, base_model, base_sha256)
         log = VersionLog(storage, writer)
         log.open()
-        if writer is not None:
-            log.acquire(writer, service, claim=claim, force=force)
-        return cls(storage, log, settings, base)
+        log.acquire(writer, service, claim=claim, force=force)
+        return cls(storage, log, base, settings)
 
     # Writing
 
@@ -88,14 +75,8 @@ class SubspaceStore(Branches):
             self._log.release(actor, service)
 
     def stage(self, key: str, adapter: Adapter) -> BlobRef:
-        """Upload an adapter for a later merge. Outside the log: readers may, and it expires.
-
-        Args:
-            key: Below `staging/`, with the task and the attempt in it.
-        """
-        if not key.startswith("staging/"):
-            raise InvalidInput("an upload belongs below staging/", key, "use staging/TASK/ATTEMPT/adapter.safetensors")
-        return blobs.write_content(self.storage, key, adapter_to_bytes(adapter))
+        """Upload an adapter for a later merge; see `blobs.stage`."""
+        return blobs.stage(self.storage, key, adapter)
 
     def merge(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
         """Merge staged adapters in one step into one version on `candidate`.
@@ -154,25 +135,6 @@ class SubspaceStore(Branches):
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
             self._log.commit(fold.REFINE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
-
-    def forecast(self, adapters: Mapping[str, Adapter], version: int | None = None) -> Forecast:
-        """What merging adapters would cost each task, before doing it and without data. Changes nothing.
-
-        Args:
-            adapters: Any id but those of the version's tasks to adapter.
-            version: To merge onto; default the candidate.
-
-        Raises:
-            InvalidInput: An adapter that could not be merged here, or an id that is taken.
-        """
-        parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
-        with self._reading(parent):
-            for id_, adapter in adapters.items():
-                if id_ in self.state.tasks_at(parent):
-                    raise InvalidInput("is a task that this version holds already", id_, "choose another id")
-                check_adapter(adapter)
-                self._check(adapter, self._tensors.shapes(parent))
-            return forecast(self._tensors, self.state, parent, adapters, self.settings)
 
     def remove(
         self, task_id: str, *, op_key: str, actor: str, reason: str = "", publish: bool = False
@@ -310,27 +272,6 @@ class SubspaceStore(Branches):
             raise RefusedAdapters(inside, who, error.todo, (staged.task_id,)) from error
         return Arrival(staged.task_id, staged.name, adapter, content)
 
-    def _check(self, adapter: Adapter, shapes: Mapping[str, Shapes]) -> None:
-        """That an adapter can be merged here."""
-        self._check_base(adapter)
-        for name, update in adapter.modules.items():
-            if name in shapes and shapes[name][0] != update.shape:
-                raise InvalidInput(f"has shape {update.shape}, the subspace has {shapes[name][0]}", name)
-        if self.settings.variant == "paper":
-            for update in adapter.modules.values():
-                update.raw()
-
-    def _check_base(self, adapter: Adapter) -> None:
-        for what, theirs, ours in (
-            ("base model", adapter.base_model, self.base_model),
-            ("base model's sha256", adapter.base_sha256, self.base_sha256),
-        ):
-            # A name is always known to an adapter; a digest may be unknown to either.
-            if ours and theirs != ours and (theirs or what == "base model"):
-                raise InvalidInput(
-                    f"the {what} is {theirs!r}, this subspace has {ours!r}", todo="train on this subspace's base model"
-                )
-
     def _draft(self, parent: int, arrivals: Sequence[Arrival]) -> Draft:
         return Draft(self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings)
 
@@ -344,31 +285,3 @@ class SubspaceStore(Branches):
         if done is not None and done not in self.state.versions:
             raise Conflict(f"op_key {op_key!r} names an operation that made no version", todo="choose another")
         return None if done is None else self.state.versions[done]
-
-
-def _check_format(storage: Storage, base_model: str, base_sha256: str) -> tuple[str, str]:
-    """(base model, sha256) of the folder, or the caller's where the folder does not say."""
-    where = f"{storage.url}/FORMAT"
-    try:
-        found = json.loads(storage.read("FORMAT"))
-        number, theirs = int(found["format"]), (str(found["base_model"]), str(found["base_sha256"]))
-    except NotFound:
-        return base_model, base_sha256
-    except (ValueError, KeyError, TypeError) as error:
-        raise Corrupt(f"is no FORMAT of a subspace: {error}", where) from error
-    if number > FORMAT_NUMBER:
-        raise Corrupt(f"has format {number}, this code reads up to {FORMAT_NUMBER}", where, "use a newer onebasis")
-    if number < FORMAT_NUMBER:
-        raise InvalidInput(
-            f"has format {number}, which onebasis 0.1 wrote and this code does not read",
-            where,
-            "export its tasks with the version that wrote it, and import them here; or choose another storage.url",
-        )
-    for what, stored, ours in zip(("name", "sha256"), theirs, (base_model, base_sha256), strict=True):
-        if stored and ours and stored != ours:
-            raise InvalidInput(
-                f"this subspace belongs to the base model with {what} {stored!r}, not {ours!r}",
-                where,
-                "choose another storage.url, or the base model it was made for",
-            )
-    return theirs[0] or base_model, theirs[1] or base_sha256

@@ -19,6 +19,7 @@ from configs.errors import Corrupt, InvalidInput, NotFound
 from subspace_store.adapter import ModuleUpdate, adapter_from_bytes
 from subspace_store.files import blobs
 from subspace_store.files.tensor_file import TensorFile
+from subspace_store.files.version_heads import TRANSPORT
 from subspace_store.log import retention
 from subspace_store.log.fold import to_plain
 from subspace_store.log.version import BlobRef, Version
@@ -28,7 +29,7 @@ from subspace_store.merging.coefficients import Transport
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
-from subspace_store.subspace_store import SubspaceStore
+from subspace_store.subspace_reader import SubspaceReader
 
 ERROR_TOLERANCE = 1e-5
 """Relative errors are stored from float64 and measured from float32 coefficients."""
@@ -45,7 +46,7 @@ class Finding:
     what: str
 
 
-def verify(store: SubspaceStore, deep: bool = True) -> list[Finding]:
+def verify(store: SubspaceReader, deep: bool = True) -> list[Finding]:
     """Check a subspace as a new reader finds it. An empty list means that everything is as written.
 
     Args:
@@ -59,7 +60,7 @@ def verify(store: SubspaceStore, deep: bool = True) -> list[Finding]:
     findings = _guarded(store.storage.url, lambda: _verify_log(store.storage))
     if findings:
         return findings
-    reader = SubspaceStore.open(store.storage)
+    reader = SubspaceReader.open(store.storage)
     needed, checked = retention.needed(reader.state), set()
     if not deep:
         found = in_order(partial(_verify_size, reader.storage), list(needed.values()), AT_ONCE)
@@ -102,7 +103,7 @@ def _verify_blob(storage: Storage, ref: BlobRef) -> list[Finding]:
     return []
 
 
-def _verify_version(reader: SubspaceStore, version: Version) -> list[Finding]:
+def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
     """Everything about one version that can be measured again, one module at a time."""
     where = f"version {version.number}"
     ranks = reader.ranks(version.number)
@@ -116,7 +117,7 @@ def _verify_version(reader: SubspaceStore, version: Version) -> list[Finding]:
     # Nothing to compare it with once the parent has expired.
     parent = None if version.parent in reader.state.expired else version.parent
     before_ranks = reader.ranks(parent) if parent else {}
-    file = None if version.transport is None else TensorFile(reader.storage, version.transport, blobs.TRANSPORT)
+    file = None if version.transport is None else TensorFile(reader.storage, version.transport, TRANSPORT)
     written = {} if file is None else blobs.read_transports(file)
     refined = {task.task_id for task in version.refined}  # they are other adapters now: no drift to be measured
     missed, energy = dict.fromkeys(born, 0.0), defaultdict[str, float](float)

@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from configs.errors import NotFound, Unavailable
 from subspace_store.adapter import Adapter
+from subspace_store.files import blobs
 from subspace_store.log.version import MAIN
 from subspace_store.storage.protocol import Storage
-from subspace_store.subspace_store import SubspaceStore
+from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
 from workers.compatibility import check_lengths
@@ -54,7 +55,7 @@ def train_task(
     order: Train,
     base: BaseModel,
     storage: Storage,
-    store: SubspaceStore,
+    store: SubspaceReader,
     report: Report,
     asked: Callable[[], Asked],
     rank: Rank = ALONE,
@@ -93,7 +94,7 @@ def train_task(
     if not is_parted(spec):
         local, alone = _scores(order, adapter, base, storage, report, asked, rank)
     report(Progress(order.token, "saving", run.steps, run.steps, run.train_loss, first_step_at=run.first_step_at))
-    staged = store.stage(order.staging_key, adapter)
+    staged = blobs.stage(storage, order.staging_key, adapter)
     return Trained(
         order.token,
         order.staging_key,
@@ -122,7 +123,7 @@ class _Attempt:
         order: Train,
         base: BaseModel,
         storage: Storage,
-        store: SubspaceStore,
+        store: SubspaceReader,
         report: Report,
         asked: Callable[[], Asked],
         group: RankGroup,

@@ -23,7 +23,8 @@ import torch
 import transformers
 
 from configs.errors import InvalidInput, Unavailable
-from configs.settings import BaseModelSettings, is_local
+from configs.places import is_local
+from configs.settings import BaseModelSettings
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -26,7 +26,7 @@ from subspace_store.adapter import adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
-from subspace_store.subspace_store import SubspaceStore
+from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel, load_base_model
 from workers.compatibility import check_lengths
 from workers.deepspeed_engine import is_parted
@@ -76,7 +76,7 @@ class Worker:
         torch.set_num_threads(max(1, int(cpus)))
         self._settings = base_model
         self._storage: Storage = open_storage(storage, folder)
-        self._store: SubspaceStore | None = None
+        self._store: SubspaceReader | None = None
         self._base: BaseModel | None = None
         self._book = OrderBook()
         self._lock = threading.Lock()
@@ -193,10 +193,10 @@ class Worker:
         store.refresh()
         return evaluate_version(order, base, self._storage, store, self._report, asked, rank)
 
-    def _opened_store(self) -> SubspaceStore:
+    def _opened_store(self) -> SubspaceReader:
         """A reader. Opened here and not in the constructor: an actor that cannot be made is harder to wait for."""
         if self._store is None:
-            self._store = SubspaceStore.open(self._storage)
+            self._store = SubspaceReader.open(self._storage)
         return self._store
 
     def _loaded_base_model(self) -> BaseModel:
@@ -227,7 +227,7 @@ def evaluate_version(
     order: Evaluate,
     base: BaseModel,
     storage: Storage,
-    store: SubspaceStore,
+    store: SubspaceReader,
     report: Callable[[Progress], None],
     asked: Callable[[], Asked],
     rank: Rank = ALONE,

@@ -13,7 +13,8 @@ import psutil
 import ray
 import ray.util
 
-from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings, is_local
+from configs.places import is_local
+from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
 from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
 
 NAMESPACE = "onebasis"

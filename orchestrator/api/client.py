@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-import httpx
-
-from configs.errors import OnebasisError, Unavailable, error_from_dict
+from configs.errors import OnebasisError, error_from_dict
 from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
 from orchestrator.api.routes import route_of
-from subspace_store.commands.state_folder import SERVER_FILE, service_settings
+from subspace_store.commands.state_folder import SERVER_FILE
 from subspace_store.requests import StoreRequest
 
 if TYPE_CHECKING:
+    from orchestrator.api.exchange import Reply
     from orchestrator.api.service import Service
 
 TIMEOUT_SECONDS = 150.0
@@ -30,9 +29,6 @@ class Client:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
         self._service: Service | None = None
-        # One for all calls: each new one reads the machine's certificates. No proxy from the environment: the service
-        # is on this machine or this network.
-        self._http = httpx.Client(timeout=TIMEOUT_SECONDS, trust_env=False)
 
     @overload
     def ask(self, request: ServiceRequest[Answer]) -> Answer: ...
@@ -46,25 +42,23 @@ class Client:
         """
         server = server_facts(self._state_dir)
         if server is not None:
+            from orchestrator.api.exchange import NobodyListensError
+
             try:
-                return _over_http(self._http, server, request)
-            except httpx.ConnectError:
+                return _over_http(server, request)
+            except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-            except httpx.HTTPError as error:
-                raise Unavailable(
-                    f"the service did not answer: {error}", server["url"], "see the log in the state folder"
-                ) from error
         return self._local().answer(request)
 
     def _local(self) -> Service:
         if self._service is None:
             from orchestrator.api.service import Service
-            from orchestrator.tasks.task_queue import TaskQueue
-            from subspace_store import open_storage
+            from subspace_store.commands.state_folder import service_settings
+            from subspace_store.storage.opening import open_storage
 
             settings = service_settings(self._state_dir)
             storage = open_storage(settings.storage, settings.base_model.name)
-            self._service = Service(settings, TaskQueue(settings.database_url, settings.failures), storage)
+            self._service = Service(settings, None, storage)
         return self._service
 
 
@@ -76,30 +70,32 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _over_http(http: httpx.Client, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
     route = route_of(request)
     fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
     in_path = {name: str(fields.pop(name)) for name in route.in_path}
     # Dots too: `..` in a reference would be taken for a way to another route.
     url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
-    answer = http.request(
-        route.verb,
+    from orchestrator.api.exchange import exchange
+
+    answer = exchange(
         server["url"] + url,
-        params=fields if route.verb == "GET" else None,
-        json=fields if route.verb == "POST" else None,
-        headers={"authorization": f"Bearer {server['token']}"},
-        timeout=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
+        route.verb,
+        query=fields if route.verb == "GET" else None,
+        body=fields if route.verb == "POST" else None,
+        token=server["token"],
+        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
     )
     if answer.is_success:
-        return answer.content if answer.headers.get("content-type") == "application/zip" else answer.json()
-    raise _error(answer)
+        return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)
+    raise _error(answer, server["url"] + url)
 
 
-def _error(answer: httpx.Response) -> OnebasisError:
+def _error(answer: Reply, url: str) -> OnebasisError:
     try:
-        facts = answer.json()
+        facts = json.loads(answer.content)
     except ValueError:
         facts = {}
     if "what" in facts:
         return error_from_dict(facts)
-    return OnebasisError(f"HTTP {answer.status_code} from the service", str(answer.url), "see its log")
+    return OnebasisError(f"HTTP {answer.status} from the service", url, "see its log")

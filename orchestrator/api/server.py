@@ -33,6 +33,7 @@ from orchestrator.api.requests import Export
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
+from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, service_identity
 
 log = logging.getLogger("onebasis.server")
@@ -188,7 +189,7 @@ class ControlPlane:
         from orchestrator.controller import PREEMPT_SECONDS, Controller
         from orchestrator.reports.mlflow_mirror import Mirror
         from orchestrator.tasks.task_queue import TaskQueue
-        from subspace_store import SubspaceStore, open_storage
+        from subspace_store import open_storage
 
         settings = self._settings
         log.info("opening the task database and the store")
@@ -199,8 +200,8 @@ class ControlPlane:
         service = service_identity(self._state_dir)
         cluster = RayCluster(settings, address, token_path, service)
         cluster.start()
-        store = SubspaceStore.open(storage, settings=settings.subspace)
-        mirror = Mirror(settings, queue, SubspaceStore.open(storage, settings=settings.subspace))
+        store = SubspaceReader.open(storage, settings=settings.subspace)
+        mirror = Mirror(settings, queue, SubspaceReader.open(storage, settings=settings.subspace))
         controller = Controller(settings, queue, storage, store, cluster, service, changed=mirror.wake)
         answers = Service(settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror))
         loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)

@@ -1,7 +1,8 @@
 """What people can ask and order, each as one method that is handed a request and returns plain JSON values.
 
 The HTTP server hands requests over, and so does the command line, or here in its own process when the service is down:
-reading, exporting and rolling back need no running service.
+reading, exporting and rolling back need no running service. Who reads waits for no torch: what needs it is imported
+where it is used.
 """
 
 from __future__ import annotations
@@ -13,30 +14,30 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from configs.document import Request
-from configs.errors import Conflict, Fenced, InvalidInput, NotFound, Unavailable
+from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.api import requests, views
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, why
-from orchestrator.cluster import Cluster, wait_for
-from orchestrator.controller import Controller
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, score_table
 from orchestrator.reports.loss_plot import plot_file
-from orchestrator.tasks.admission import admit, check_submission
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
-from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
-from subspace_store import Storage, SubspaceStore
-from subspace_store.commands.state_folder import service_identity
-from subspace_store.formats.peft import write_peft_folder
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
-from subspace_store.refs import RollbackPreview
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
+from subspace_store.storage.protocol import Storage
+
+if TYPE_CHECKING:
+    from orchestrator.cluster import Cluster
+    from orchestrator.controller import Controller
+    from orchestrator.tasks.task_queue import TaskQueue
+    from subspace_store.subspace_reader import RollbackPreview, SubspaceReader
 
 Asked = TypeVar("Asked", bound=StoreRequest[Any])
 
@@ -48,25 +49,38 @@ class Service:
     """One service as its users see it.
 
     Args:
+        queue: None where there is nobody to share it with: it is opened by the first who asks about tasks, since
+            importing what speaks SQL takes as long as all the rest of a command.
         controller, cluster: None when the service is down; then what needs a worker is refused with the next step.
     """
 
     def __init__(
         self,
         settings: Settings,
-        queue: TaskQueue,
+        queue: TaskQueue | None,
         storage: Storage,
         controller: Controller | None = None,
         cluster: Cluster | None = None,
         health: Callable[[], Json] = dict,
     ) -> None:
         self._settings = settings
-        self._queue = queue
+        self._given_queue = queue
         self._storage = storage
-        self._store = SubspaceStore.open(storage, settings=settings.subspace)
         self._controller = controller
         self._cluster = cluster
         self._health = health
+
+    @cached_property
+    def _store(self) -> SubspaceReader:
+        from subspace_store.subspace_reader import SubspaceReader
+
+        return SubspaceReader.open(self._storage)
+
+    @cached_property
+    def _queue(self) -> TaskQueue:
+        from orchestrator.tasks.task_queue import TaskQueue
+
+        return self._given_queue or TaskQueue(self._settings.database_url, self._settings.failures)
 
     def answer(self, request: Request) -> Any:
         """Carry out a request of any kind."""
@@ -83,6 +97,8 @@ class Service:
 
     def submit(self, request: requests.Submit) -> Json:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
+        from orchestrator.tasks.admission import admit, check_submission
+
         controller = self._running("submit")
         if controller.layout is None:
             raise Unavailable("the workers are still loading the base model", todo="try again in a few seconds")
@@ -212,6 +228,8 @@ class Service:
 
     def export(self, request: requests.Export) -> bytes:
         """One task at a version as a zipped PEFT folder; default: what `main` holds."""
+        from subspace_store.formats.peft import write_peft_folder
+
         state = self._store.refresh()
         number = state.refs[MAIN] if request.version is None else request.version
         _check_version(state, number)
@@ -261,18 +279,29 @@ class Service:
     def _running(self, what: str) -> Controller:
         if self._controller is None:
             raise Unavailable(f"the service is not running, and {what} needs it", todo="start it with `onebasis up`")
+        if self._controller.ousted_by is not None:
+            raise self._controller.ousted_by
         return self._controller
 
     def _write(self, request: StoreRequest[Answer]) -> Answer:
         """A writing call: through the running store actor, or with a writer opened for this one call."""
         cluster = self._cluster
         if cluster is not None:
+            from orchestrator.cluster import wait_for
+
             try:
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
             except Fenced:
                 # By a command that wrote while the service was down: a fresh one opens with the next epoch.
                 cluster.replace_store()
+            try:
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
+            except OwnedByAnother:
+                self._written()  # the loop is to see it as well
+                raise
+        from subspace_store.commands.state_folder import service_identity
+        from subspace_store.subspace_store import SubspaceStore
+
         base = self._settings.base_model
         writer = SubspaceStore.open(
             self._storage,

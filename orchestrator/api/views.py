@@ -14,7 +14,7 @@ from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import TaskRecord
 from orchestrator.tasks.task_rows import LOG, PROGRESS, TaskEvent, points_of
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, Version
-from subspace_store.refs import RollbackPreview
+from subspace_store.subspace_reader import RollbackPreview
 
 Json = dict[str, Any]
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import InvalidInput
+from configs.errors import Exit, InvalidInput
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -39,18 +39,30 @@ from orchestrator.api.requests import (
 )
 from orchestrator.commands import display, version_tables
 from orchestrator.tasks.task_record import TaskState
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, command_of, me, new_app, note, show
+from subspace_store.commands.terminal import (
+    EXIT_CODES,
+    STATE_DIR,
+    AsJson,
+    StateDir,
+    command_of,
+    me,
+    new_app,
+    note,
+    show,
+)
 from subspace_store.requests import Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
-command = command_of(app, "interrupted; the service goes on. `onebasis tasks` shows where it is")
+INTERRUPTED = "interrupted; the service goes on. `onebasis tasks` shows where it is"
+command = command_of(app, INTERRUPTED)
+waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
 WATCH_SECONDS = 0.5
-EXIT_CODES = {"published": 0, "rejected": 6, "parked": 2, "cancelled": 1}
-"""Of `submit --wait`, by the state in which the task ended."""
+ENDS = {"published": Exit.DONE, "rejected": Exit.REJECTED, "parked": Exit.PARKED, "cancelled": Exit.CANCELLED}
+"""Exit codes of `submit --wait`, by the state in which the task ended."""
 
 
 @command
@@ -75,7 +87,7 @@ def up(
     settings = read_settings(chosen)
     if config is None and not kept.exists():
         settings = read_settings(chosen, root=state_dir.resolve().parent)
-    if Path(settings.state_dir) != state_dir.resolve():
+    if Path(settings.state_dir).resolve() != state_dir.resolve():
         raise InvalidInput(
             f"state_dir is {settings.state_dir}, but this command looks in {state_dir.resolve()}",
             str(chosen),
@@ -100,7 +112,7 @@ def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     show(Client(state_dir).ask(Status()), display.status, as_json)
 
 
-@command
+@waiting_command
 def submit(
     task: Annotated[Path, typer.Argument(metavar="TASK.yaml", help="Task file; see configs/tasks/.")],
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the task has ended, and show its progress.")] = False,
@@ -112,7 +124,7 @@ def submit(
     _submit(read_task_spec(task), wait, dry_run, state_dir, as_json)
 
 
-@command
+@waiting_command
 def import_(
     adapter: Annotated[Path, typer.Argument(metavar="DIR", help="PEFT folder: adapter_config.json and safetensors.")],
     team: Annotated[str, typer.Option(help="Team that the task belongs to.")],
@@ -162,7 +174,7 @@ def tasks(
     client = Client(state_dir)
     asked = ListTasks(team=team, state=_state(state), before=before, limit=limit)
     if watch and as_json:
-        while any(row["state"] not in EXIT_CODES for row in client.ask(asked)):
+        while any(row["state"] not in ENDS for row in client.ask(asked)):
             time.sleep(WATCH_SECONDS)
     elif watch:
         display.follow(lambda: client.ask(asked), WATCH_SECONDS)
@@ -206,7 +218,7 @@ def logs(
         lines += new
         if not as_json:
             display.log_lines(new)
-        if not follow or client.ask(ShowTask(reference=reference))["state"] in EXIT_CODES:
+        if not follow or client.ask(ShowTask(reference=reference))["state"] in ENDS:
             break
         time.sleep(WATCH_SECONDS)
     if as_json:
@@ -324,10 +336,10 @@ def _submit(task: TaskSpec, wait: bool, dry_run: bool, state_dir: Path, as_json:
     if not as_json:
         display.submitted(answer)
         display.follow(lambda: [client.ask(ShowTask(reference=reference))], WATCH_SECONDS)
-    while (found := client.ask(ShowTask(reference=reference)))["state"] not in EXIT_CODES:
+    while (found := client.ask(ShowTask(reference=reference)))["state"] not in ENDS:
         time.sleep(WATCH_SECONDS)
     show(found, display.task, as_json)
-    raise typer.Exit(EXIT_CODES[found["state"]])
+    raise typer.Exit(ENDS[found["state"]])
 
 
 def _state(name: str | None) -> TaskState | None:

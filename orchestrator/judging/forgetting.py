@@ -10,9 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit  # the t quantile; scipy.stats has it too, and takes two seconds to import
-
 from orchestrator.judging.score_table import ScoreTable
+from orchestrator.judging.student_t import quantile_975
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ def mean(values: Sequence[float]) -> Mean:
     if len(known) < 2:
         return Mean(average, len(known), math.nan)
     variance = math.fsum((value - average) ** 2 for value in known) / (len(known) - 1)
-    factor = float(stdtrit(len(known) - 1, 0.975))
-    return Mean(average, len(known), factor * math.sqrt(variance / len(known)))
+    return Mean(average, len(known), quantile_975(len(known) - 1) * math.sqrt(variance / len(known)))
 
 
 def _best_before(table: ScoreTable, version: int, task_id: str) -> float:

@@ -25,7 +25,7 @@ from orchestrator.reports.heat_map import draw_heat_map
 from orchestrator.reports.loss_plot import draw_loss_plot, plot_file
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
-from subspace_store import SubspaceStore
+from subspace_store import SubspaceReader
 from subspace_store.log.version import MAIN, SubspaceState
 from workers.orders import Point
 
@@ -48,7 +48,7 @@ BATCH = 1000
 class Mirror:
     """Brings MLflow up to date whenever it is woken."""
 
-    def __init__(self, settings: Settings, queue: TaskQueue, store: SubspaceStore) -> None:
+    def __init__(self, settings: Settings, queue: TaskQueue, store: SubspaceReader) -> None:
         self._settings = settings
         self._queue = queue
         self._store = store

@@ -212,7 +212,8 @@ def _allowed(path: str, settings: Settings, key: str) -> Path:
         raise InvalidInput(
             f"{path} is outside the folders that this service reads",
             key,
-            f"put it below one of: {', '.join(settings.data_roots)}",
+            f"put it below one of: {', '.join(settings.data_roots)}; or add its folder to `data_roots:` in a settings"
+            " file, then `onebasis down` and `onebasis up --config FILE`",
         )
     return real
 

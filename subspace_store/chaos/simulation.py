@@ -37,6 +37,7 @@ from subspace_store.chaos.storage import ChaosStorage
 from subspace_store.chaos.world import FAULTS, Crash, Machine, Violation, World
 from subspace_store.digests import digest
 from subspace_store.log.version import MAIN, SubspaceState
+from subspace_store.subspace_reader import SubspaceReader
 from subspace_store.subspace_store import SubspaceStore
 
 EXACT = SubspaceSettings(rank_fixed=max(max(shape) for shape in SHAPES.values()))
@@ -166,7 +167,7 @@ class _Simulation:
             self.actions_left -= 1
             name = self._process_name(machine)
             try:
-                process = _Process(name, self._opened(name, writer=name))
+                process = _Process(name, self._opened(name))
                 self.world.counts["opened for writing"] += 1
                 self.open[machine] = process
                 self._serve(process)
@@ -195,7 +196,7 @@ class _Simulation:
             self._rest(machine)
             name = self._process_name(machine)
             try:
-                reader = self._opened(name, writer=None)
+                reader = self._opened_to_read(name)
                 while self.writing and self.random.random() < 0.7:
                     reader.refresh()
                     self.model.observed(*_view(reader.state))
@@ -219,11 +220,11 @@ class _Simulation:
 
     def _finish(self) -> None:
         """Nothing fails any more: do what was left undone, collect, and read everything."""
-        last = _Process("last", self._opened("last", writer="last"))
+        last = _Process("last", self._opened("last"))
         while self.waiting:
             self._ask(last, self.waiting[0])
-        last.store.collect(uploads_in_use=tuple, really=True)
-        reader = self._opened("end", writer=None)
+        last.store.collect(uploads_in_use=tuple)
+        reader = self._opened_to_read("end")
         self.model.observed(*_view(reader.state))
         for number in self.model.alive():
             self.model.read(number, _updates(reader, number))
@@ -280,13 +281,11 @@ class _Simulation:
         return self.model.owner != name
 
     def _collect(self, store: SubspaceStore) -> None:
-        found = store.collect(
-            uploads_in_use=lambda: {task for request in self.waiting for task in request.uploads_of}, really=True
-        )
+        found = store.collect(uploads_in_use=lambda: {task for request in self.waiting for task in request.uploads_of})
         self.world.counts["collections"] += 1
         self.world.counts["blobs collected"] += len(found.blobs)
 
-    def _look(self, store: SubspaceStore) -> None:
+    def _look(self, store: SubspaceReader) -> None:
         """Read one version whole."""
         number = self.random.choice([*store.state.versions, store.state.refs[MAIN]])
         if number == 0:
@@ -301,9 +300,12 @@ class _Simulation:
             self.model.read(number, updates)
             self.world.counts["versions read"] += 1
 
-    def _opened(self, name: str, writer: str | None) -> SubspaceStore:
+    def _opened(self, name: str) -> SubspaceStore:
         storage = ChaosStorage(self.world, name)
-        return SubspaceStore.open(storage, settings=EXACT, base_model=BASE, writer=writer)
+        return SubspaceStore.open(storage, settings=EXACT, base_model=BASE, writer=name)
+
+    def _opened_to_read(self, name: str) -> SubspaceReader:
+        return SubspaceReader.open(ChaosStorage(self.world, name), settings=EXACT, base_model=BASE)
 
     def _rest(self, machine: Machine, steps: int = REST_STEPS) -> None:
         machine.sleeps_until = self.world.step + self.random.randint(1, steps)
@@ -328,6 +330,6 @@ def _view(state: SubspaceState) -> tuple[int, Mapping[str, object]]:
     }
 
 
-def _updates(store: SubspaceStore, number: int) -> dict[str, dict[str, Tensor]]:
+def _updates(store: SubspaceReader, number: int) -> dict[str, dict[str, Tensor]]:
     """Every task of a version: dense updates and head."""
     return {task: dense(store.adapter(task, number)) for task in store.state.tasks_at(number)}

@@ -200,7 +200,7 @@ def collect(
     place = place_of(store, state_dir)
     if really and place.is_served and not (force and place.is_named):
         raise is_served(place)
-    found = (writer_at(place, force) if really else reader_at(place)).collect(really=really)
+    found = writer_at(place, force).collect() if really else reader_at(place).collectable()
 
     def as_text(_: object) -> None:
         for key in found.keys:

@@ -153,12 +153,21 @@ def export(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Write tasks as adapter folders, TEAM+TASK@vN each, as PEFT, vLLM and LoRAX load them."""
+    """Write tasks as adapter folders for PEFT, TEAM+TASK@vN each, and tell which of them vLLM and LoRAX load: those
+    without a head of their own."""
     from subspace_store.export import export_tasks
 
     place = place_of(store, state_dir)
     reader = reader_at(place)
     source = base or (place.settings.base_model.source if place.settings else reader.base_model)
     found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
-    text = f"{len(found)} adapters in {output}; {output / 'adapters.json'} lists them"
-    show([asdict(one) for one in found], lambda _: note(text), as_json)
+
+    def as_text(_: object) -> None:
+        note(f"{len(found)} adapters in {output}; {output / 'adapters.json'} lists them")
+        # A file for diffusers was a LoRA of diffusers, and nobody expects a language model's server to load it.
+        reasons = [(loader, why) for one in found if one.format == "peft" for loader, why in one.refused_by.items()]
+        for loader, why in dict.fromkeys(reason for reason in reasons if reason[0] != "diffusers"):
+            refused = [one.task for one in found if one.refused_by.get(loader) == why]
+            note(f"not for {loader}: {', '.join(refused)}: {why}")
+
+    show([one.as_facts() for one in found], as_text, as_json)

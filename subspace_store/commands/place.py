@@ -19,7 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
+from configs.places import storage as storage_place
 from configs.settings import Settings, StorageSettings, SubspaceSettings
+from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
 from subspace_store.commands.terminal import command_of, console, me, new_app, note, show
 from subspace_store.requests import StoreRequest
@@ -86,16 +88,17 @@ def place_of(url: str | None, state_dir: Path) -> Place:
     if url is None:
         assert settings is not None
         return Place(open_storage(settings.storage, settings.base_model.name), state_dir, settings, False)
+    url = storage_place(url, Path.cwd())
     how = settings.storage.model_copy(update={"url": url}) if settings else StorageSettings(url=url)
     return Place(open_storage(how), state_dir, settings, True)
 
 
-def reader_at(place: Place) -> SubspaceStore:
+def reader_at(place: Place) -> SubspaceReader:
     try:
         place.storage.read("FORMAT")
     except NotFound:
         raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
-    return SubspaceStore.open(place.storage, settings=place.subspace)
+    return SubspaceReader.open(place.storage, settings=place.subspace)
 
 
 def writer_at(place: Place, force: bool = False) -> SubspaceStore:
@@ -144,7 +147,7 @@ def is_served(place: Place) -> Conflict:
     )
 
 
-def task_id_of(reader: SubspaceStore, reference: str) -> str:
+def task_id_of(reader: SubspaceReader, reference: str) -> str:
     tasks = {task for version in reader.state.versions.values() for task in version.added}
     found = sorted({task.task_id for task in tasks if reference in (task.name, task.task_id)})
     if len(found) > 1:

@@ -8,10 +8,13 @@ import os
 import secrets
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import Unavailable
-from configs.settings import Settings, read_settings
-from subspace_store.log.version import Identity
+
+if TYPE_CHECKING:
+    from configs.settings import Settings
+    from subspace_store.log.version import Identity
 
 SETTINGS_FILE = "settings.yaml"
 SERVER_FILE = "server.json"
@@ -25,11 +28,13 @@ def service_settings(state_dir: Path) -> Settings:
     Raises:
         Unavailable: No service has run here, or the folder was moved.
     """
+    from configs.settings import read_settings  # not needed by a command that asks a running service
+
     file = state_dir / SETTINGS_FILE
     if not file.exists():
         raise Unavailable(f"no onebasis service has run here ({state_dir})", todo="start one with `onebasis up`")
     settings = read_settings(file)
-    if Path(settings.state_dir) != state_dir.resolve():
+    if Path(settings.state_dir).resolve() != state_dir.resolve():
         # Its database and store are named by their full paths: another service's may be there by now.
         raise Unavailable(
             f"this folder was moved: its service belongs in {settings.state_dir}",
@@ -44,6 +49,8 @@ def service_identity(state_dir: Path) -> Identity:
 
     The folder is the service: a copy of it is the same service, and must not run beside it.
     """
+    from subspace_store.log.version import Identity
+
     file = state_dir / SERVICE_FILE
     if not file.exists():
         new = state_dir / f"{SERVICE_FILE}.{os.getpid()}"

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import Corrupt, NotFound
+from configs.errors import Corrupt, InvalidInput, NotFound
+from subspace_store.adapter import Adapter, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.files.tensor_file import Part, TensorFile, blob_key, pack, write_tensors
+from subspace_store.files.version_heads import BASIS, COEFFICIENTS, TRANSPORT, task_layout
 from subspace_store.log.version import BlobRef
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.coefficients import TaskBlock, Transport
 from subspace_store.storage.protocol import Storage
-
-BASIS = "onebasis-basis-2"
-TRANSPORT = "onebasis-transport-2"
-COEFFICIENTS = "onebasis-coefficients-2"
 
 ORTHONORMAL_TOLERANCE = 1e-4
 """Largest entry of |PᵀP − 1| in a stored float32 basis; rounding alone leaves about 1e-7."""
@@ -38,6 +36,20 @@ def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
         Corrupt: The storage gave back other bytes than it took.
     """
     return write_content(storage, blob_key(epoch), content)
+
+
+def stage(storage: Storage, key: str, adapter: Adapter) -> BlobRef:
+    """Upload an adapter for a later merge. Outside the log: whoever trains may, and it expires.
+
+    Args:
+        key: Below `staging/`, with the task and the attempt in it.
+
+    Raises:
+        InvalidInput: A key anywhere else.
+    """
+    if not key.startswith("staging/"):
+        raise InvalidInput("an upload belongs below staging/", key, "use staging/TASK/ATTEMPT/adapter.safetensors")
+    return write_content(storage, key, adapter_to_bytes(adapter))
 
 
 def write_content(storage: Storage, key: str, content: bytes) -> BlobRef:
@@ -169,7 +181,7 @@ def write_coefficients(storage: Storage, epoch: int, modules: Mapping[str, TaskB
 def read_coefficients(file: TensorFile, task: str) -> dict[str, TaskBlock]:
     """One task's coefficients per module it adapts. Raises Corrupt."""
     tensors = file.part(task)
-    return _unflat(task, file.info["layouts"][file.info["tasks"][task]], file.info["bases"], tensors)
+    return _unflat(task, task_layout(file.info, task), file.info["bases"], tensors)
 
 
 def read_all_coefficients(file: TensorFile) -> dict[str, TaskBlock]:
@@ -177,7 +189,7 @@ def read_all_coefficients(file: TensorFile) -> dict[str, TaskBlock]:
     info = file.info
     pieces: dict[str, list[TaskBlock]] = {}
     for task, tensors in file.all().items():
-        for name, block in _unflat(task, info["layouts"][info["tasks"][task]], info["bases"], tensors).items():
+        for name, block in _unflat(task, task_layout(info, task), info["bases"], tensors).items():
             pieces.setdefault(name, []).append(block)
     return {name: TaskBlock.joined(blocks) for name, blocks in pieces.items()}
 

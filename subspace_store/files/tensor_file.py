@@ -3,6 +3,8 @@
 A file is a safetensors file that any reader of that format opens. Its head also names the sha256 of every part, and
 the record in the log names the sha256 of the head: so a part that was fetched alone can be checked alone, and neither
 writing nor reading needs the whole file in memory. A name is never used twice, so a file needs no lock.
+
+What a head says is read without torch, and without numpy: both are imported where numbers are.
 """
 
 from __future__ import annotations
@@ -15,20 +17,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs.errors import Corrupt, NotFound
 from subspace_store.log.version import BlobRef
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
 T = TypeVar("T")
 
-TYPES = {torch.float64: "F64", torch.float32: "F32"}
+TYPES = {"float64": "F64", "float32": "F32"}
+"""What numpy calls a type to what safetensors does."""
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
+ITEM_BYTES = {"F64": 8, "F32": 4}
 WIDEST = 10**15
 """Stands for numbers in the head that are not known yet: no offset or length is longer."""
 
@@ -49,9 +54,9 @@ class Part:
 
 def pack(name: str, tensors: Mapping[str, Tensor]) -> Part:
     """Tensors as bytes; hashed here, so that the caller may do it in threads. Float64 and float32 only."""
-    owned = [(key, tensor.contiguous()) for key, tensor in tensors.items()]
-    content = b"".join(tensor.numpy().tobytes() for _, tensor in owned)
-    layout = tuple((key, TYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in owned)
+    arrays = [(key, tensor.contiguous().numpy()) for key, tensor in tensors.items()]
+    content = b"".join(array.tobytes() for _, array in arrays)
+    layout = tuple((key, TYPES[array.dtype.name], tuple(array.shape)) for key, array in arrays)
     return Part(name, layout, content, hashlib.sha256(content).hexdigest())
 
 
@@ -146,12 +151,18 @@ class TensorFile:
         Raises:
             Corrupt: The bytes are not those that were written.
         """
+        import torch
+
+        return {tensor: torch.from_numpy(array) for tensor, array in self.arrays(name).items()}
+
+    def arrays(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
+        """As `part`, for a reader that multiplies a little and does without torch."""
+        import numpy as np
+
         content, start = self._checked(name)
-        # Copied: memory of its own is aligned, and outlives the file.
+        # Copied: memory of its own is aligned, can be written to, and outlives the file.
         return {
-            tensor: torch.frombuffer(bytearray(content[a - start : b - start]), dtype=DTYPES[dtype]).reshape(shape)
-            if b > a
-            else torch.zeros(shape, dtype=DTYPES[dtype])
+            tensor: np.frombuffer(bytearray(content[a - start : b - start]), DTYPES[dtype]).reshape(shape)
             for tensor, (dtype, shape, (a, b)) in self._layout[name].items()
         }
 
@@ -232,7 +243,7 @@ def _head(
     names: dict[str, Any] = {"__metadata__": {"onebasis": json.dumps(ours, separators=(",", ":"))}}
     for name, layout, _ in parts:
         for tensor, dtype, shape in layout:
-            end = offset + math.prod(shape) * DTYPES[dtype].itemsize if offset < WIDEST else offset
+            end = offset + math.prod(shape) * ITEM_BYTES[dtype] if offset < WIDEST else offset
             names[f"{name}/{tensor}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
     text = json.dumps(names, separators=(",", ":")).encode()

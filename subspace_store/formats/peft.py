@@ -151,8 +151,8 @@ def from_peft(
 def to_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Write an adapter in PEFT's form with scale 1 and one rank: B = U·diag(σ), A = Vᵀ, alpha = r.
 
-    Modules of a smaller rank are filled up with zeros. PEFT could say their ranks in patterns, but servers read none:
-    vLLM would take the same alpha/r for all modules, and LoRAX stacks the layers of a model in one tensor.
+    Modules of a smaller rank are filled up with zeros. PEFT could say their ranks in patterns, but servers read none
+    (loaders.py).
 
     Returns:
         The configuration (a plain dict for `peft.LoraConfig` or JSON) and the tensors under PEFT's names.

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -67,17 +68,6 @@ class Record:
     body: Mapping[str, Any] = field(default_factory=dict)
 
 
-_RECORD = TypeAdapter(Record)
-
-_VERSION = TypeAdapter(Version)
-
-_SCORES = TypeAdapter(tuple[TaskScore, ...])
-
-_BLOBS = TypeAdapter(dict[str, BlobRef])
-
-_STATE = TypeAdapter(SubspaceState)
-
-
 def log_key(seq: int) -> str:
     """Where record `seq` is."""
     return f"log/{seq:020d}.json"
@@ -134,11 +124,11 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     """What an operation changes beside refs. It was allowed when it was written: that is not judged again here."""
     op, body = record.op, record.body
     if op in (MERGE, REFINE):
-        version = _checked(_VERSION, body["version"], where)
+        version = checked(Version, body["version"], where)
         return {"versions": {**state.versions, version.number: version}}
     if op == SCORES:
         number = int(body["version"])
-        scores = {score.task_id: score for score in _checked(_SCORES, body["scores"], where)}
+        scores = {score.task_id: score for score in checked(tuple[TaskScore, ...], body["scores"], where)}
         return {"scores": {**state.scores, number: {**state.scores.get(number, {}), **scores}}}
     if op == REJECT:
         number = int(body["version"])
@@ -174,7 +164,7 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
         pins = {number: owners for number, owners in state.pins.items() if number not in dead}
         return {"expired": tuple(sorted({*state.expired, *dead})), "pins": pins}
     if op == DROP_ADAPTERS:
-        heads = _checked(_BLOBS, body["heads"], where)
+        heads = checked(dict[str, BlobRef], body["heads"], where)
         return {"heads": {**state.heads, **heads}}
     if op == REMOVE:
         moved = int(body["version"]) if MAIN in record.refs else 0
@@ -189,9 +179,17 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     raise Corrupt(f"has an operation {op!r} that this code does not know", where, "use a newer onebasis")
 
 
-def _checked(adapter: TypeAdapter[T], plain: Any, where: str) -> T:
+@cache
+def _reader(kind: Any) -> TypeAdapter[Any]:
+    """Made when the first record of a kind is read: a command that reads few kinds starts sooner."""
+    return TypeAdapter(kind)
+
+
+def checked(kind: type[T], plain: Any, where: str) -> T:
+    """Plain values as what they must be. Raises Corrupt."""
     try:
-        return adapter.validate_python(plain)
+        found: T = _reader(cast(Any, kind)).validate_python(plain)
+        return found
     except ValidationError as error:
         raise Corrupt(
             f"is not a record of this format: {error}", where, "restore it, or use a newer onebasis"

@@ -18,7 +18,7 @@ from typing import Any
 
 from configs.errors import Conflict, Corrupt, Fenced, NotFound, OnebasisError, OwnedByAnother, Unavailable
 from subspace_store.digests import digest
-from subspace_store.log.fold import _RECORD, _STATE, ACQUIRE, Record, _checked, fold, log_key, to_plain
+from subspace_store.log.fold import ACQUIRE, Record, checked, fold, log_key, to_plain
 from subspace_store.log.version import Identity, Owner, SubspaceState
 from subspace_store.storage.protocol import Storage
 
@@ -270,7 +270,7 @@ class VersionLog:
         except NotFound:
             return None
         where = f"{self.storage.url}/{key}"
-        return _checked(_RECORD, _from_json(content, where), where), digest(content)
+        return checked(Record, _from_json(content, where), where), digest(content)
 
     def _fold(self, record: Record, sha256: str) -> None:
         self.state = fold(self.state, record, sha256)
@@ -282,7 +282,7 @@ class VersionLog:
             where = f"{self.storage.url}/{checkpoint_key(seq)}"
             try:
                 envelope = _from_json(self.storage.read(checkpoint_key(seq)), where)
-                state = _checked(_STATE, envelope["state"], where)
+                state = checked(SubspaceState, envelope["state"], where)
                 record = self.storage.read(log_key(seq))
             except (NotFound, Corrupt, KeyError, TypeError):
                 continue

@@ -182,12 +182,6 @@ def canonical_in_basis(p_NK: Tensor, q_DK: Tensor, e_KR: Tensor, f_KR: Tensor) -
     return ModuleUpdate(u_NR.float().contiguous(), sigma_R.float().contiguous(), v_DR.float().contiguous())
 
 
-def overlap(old_basis_NK: Tensor, new_basis_NJ: Tensor) -> float:
-    """‖P'ᵀP‖²_F / K: the share of the old directions that the new basis still spans; 1 for an empty old basis."""
-    count = old_basis_NK.shape[1]
-    return float((new_basis_NJ.double().T @ old_basis_NK.double()).square().sum()) / count if count else 1.0
-
-
 def _kept_tables(
     e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int], delivered_T: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:

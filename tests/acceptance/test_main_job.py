@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from subspace_store import SubspaceStore, open_storage
+from subspace_store import SubspaceReader, SubspaceStore, open_storage
 from tests.acceptance.conftest import ONEBASIS, ROOT, Site
 
 pytestmark = pytest.mark.timeout(900)
@@ -35,7 +35,7 @@ def store(demo: Site) -> SubspaceStore:
     settings = yaml.safe_load((demo.folder / ".onebasis/settings.yaml").read_text())
     from configs.settings import StorageSettings
 
-    return SubspaceStore.open(open_storage(StorageSettings(**settings["storage"]), "minilm"))
+    return SubspaceReader.open(open_storage(StorageSettings(**settings["storage"]), "minilm"))
 
 
 def test_six_tasks_of_three_teams_are_published(demo: Site) -> None:

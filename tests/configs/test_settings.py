@@ -73,6 +73,11 @@ def test_relative_paths_start_where_the_command_runs(tmp_path: Path, monkeypatch
     assert read_settings(path).state_dir == f"{tmp_path}/elsewhere/.onebasis"
 
 
+def test_data_is_taken_from_the_folder_where_the_service_was_started_unless_it_says_otherwise(tmp_path: Path) -> None:
+    assert read_settings(written(tmp_path), root=tmp_path / "here").data_roots == (f"{tmp_path}/here",)
+    assert read_settings(written(tmp_path, data_roots=["/"]), root=tmp_path / "here").data_roots == ("/",)
+
+
 def test_absolute_paths_and_addresses_of_servers_stay(tmp_path: Path) -> None:
     path = written(
         tmp_path,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from configs.errors import Exit
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,12 +43,34 @@ def test_the_first_lines_of_code_are_the_two_commands_that_a_newcomer_needs() ->
         assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE)
 
 
+def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
+    from tests.servers.server import KNOWN
+
+    recipe = re.search(r"^test:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert recipe is not None
+    run = set(re.findall(r"ONEBASIS_S3_SERVERS=(\w+) \$\(BIN\)/pytest", recipe[1]))
+    told = " ".join(line for line in recipe[1].splitlines() if line.startswith("\t@echo")).lower()
+    assert {name for name in KNOWN if name in told} == set(KNOWN) - run
+    assert "make test-s3" in told
+    # Every test has its turn: by marker, those of the other pytest lines are the rest.
+    assert re.findall(r'pytest -m "?([\w ]+)', recipe[1]) == ["not acceptance and not s3", "acceptance", "s3 tests"]
+    listed = [line for line in README.splitlines() if line.startswith("$ make test ")]
+    assert all(name in listed[0].lower() for name in set(KNOWN) - run)
+    assert "make test-s3" in listed[0]
+
+
 def test_the_readme_lists_every_command_and_no_other() -> None:
     from orchestrator.commands.cli import app
 
     listed = re.search(r"All of them: (.*?)\. ", README, flags=re.DOTALL)
     assert listed is not None
     assert sorted(re.findall(r"`(\w+)`", listed[1])) == sorted(str(c.name) for c in app.registered_commands)
+
+
+def test_the_readme_lists_every_exit_code_and_no_other() -> None:
+    listed = re.search(r"Exit codes: (.*?)\.\n", README, flags=re.DOTALL)
+    assert listed is not None
+    assert re.findall(r"\d+", listed[1]) == [str(int(code)) for code in Exit]
 
 
 def test_the_map_names_every_module_by_its_whole_path_and_no_other() -> None:
@@ -72,7 +97,7 @@ def test_nothing_in_the_project_names_this_machine_or_a_registry() -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
 def test_the_commands_and_the_code_of_the_readme_run_as_they_stand(tmp_path: Path) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     onebasis = str(Path(sys.executable).with_name("onebasis"))
     typed = [shlex.split(command) for command in commands() if command.startswith("onebasis ")]
     assert typed[0] == ["onebasis", "up"]

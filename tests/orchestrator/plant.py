@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.controller import Controller
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord
-from subspace_store import SubspaceState, SubspaceStore, open_storage
+from subspace_store import SubspaceReader, SubspaceState, open_storage
 from subspace_store.log.version import Identity
 from tests.builders import BASE, settings, task_record
 from tests.orchestrator.stand_in_cluster import StandInCluster
@@ -42,7 +42,7 @@ class Plant:
     def controller(self) -> Controller:
         if self._controller is None:
             queue, storage, cluster = (self.wrap(name, getattr(self, name)) for name in ("queue", "storage", "cluster"))
-            store = SubspaceStore.open(storage, settings=self.settings.subspace)
+            store = SubspaceReader.open(storage, settings=self.settings.subspace)
             self._controller = Controller(self.settings, queue, storage, store, cluster, self.service)
         return self._controller
 
@@ -99,7 +99,7 @@ class Plant:
     @property
     def state(self) -> SubspaceState:
         """What the version log says."""
-        return SubspaceStore.open(self.storage).state
+        return SubspaceReader.open(self.storage).state
 
     def held(self, ref: str = "main") -> list[str]:
         """Titles that a branch holds, sorted, doubles and all."""

@@ -26,9 +26,9 @@ TOKEN = "the-token"
 class Site:
     """Everything that `onebasis up` starts, in this process and without Ray and MLflow."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder
-        self.plant = Plant(folder)
+        self.plant = Plant(folder, **changes)
         self._stop = threading.Event()
         controller = self.plant.controller
         self._loop = threading.Thread(target=controller.run, args=(self._stop,))

@@ -19,7 +19,7 @@ import torch
 from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import MachineLost
-from subspace_store import Adapter, Storage, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
+from subspace_store import Adapter, Storage, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
 from subspace_store.log.garbage import Collected
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
@@ -138,8 +138,8 @@ class StandInCluster:
 
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
-        assert self._store is not None
-        return self._store.collect(really=True)
+        self._store = self._store or self._open_store()
+        return self._store.collect()
 
     def replace_store(self) -> None:
         self.replaced.append("store")
@@ -195,7 +195,7 @@ class StandInCluster:
         content = self._storage.read(order.train_key)  # NotFound if it was deleted too early
         if order.refine_version:
             # Twice what the version serves: in the span of its basis, whatever that is.
-            served = SubspaceStore.open(self._storage).adapter(order.task_id, order.refine_version)
+            served = SubspaceReader.open(self._storage).adapter(order.task_id, order.refine_version)
             twice = {name: replace(update, sigma_R=2 * update.sigma_R) for name, update in served.modules.items()}
             made = replace(served, modules=twice)
             if fault == "outside":
@@ -216,7 +216,7 @@ class StandInCluster:
         )  # fmt: skip
 
     def _evaluate(self, order: Evaluate) -> Outcome:
-        reader = SubspaceStore.open(self._storage)
+        reader = SubspaceReader.open(self._storage)
         reader.adapter(order.task_id, order.version)  # NotFound if the version does not hold it
         self._storage.read(order.eval_key)
         title = f"{order.spec.team}/{order.spec.name}"

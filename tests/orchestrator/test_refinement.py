@@ -13,7 +13,7 @@ from orchestrator.api.requests import Diff, ListVersions, Submit
 from orchestrator.commands import display, version_tables
 from orchestrator.tasks.task_events import PreemptRequested
 from orchestrator.tasks.task_record import TaskState
-from subspace_store import SubspaceStore
+from subspace_store import SubspaceReader
 from subspace_store.requests import Rollback
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
@@ -30,7 +30,7 @@ def refines(order: Order) -> bool:
 
 def energy(plant: Plant, title: str, version: int) -> float:
     """‖ΔW‖² of a task as a version serves it. The stand-in's refinement makes it four times what it was."""
-    reader = SubspaceStore.open(plant.storage)
+    reader = SubspaceReader.open(plant.storage)
     served = reader.adapter(plant.get(title).task_id, version)
     return sum(update.energy for update in served.modules.values())
 

@@ -14,7 +14,7 @@ from orchestrator.api.service import Service
 from orchestrator.commands import version_tables
 from orchestrator.tasks.task_record import TaskState
 from orchestrator.tasks.task_rows import LOG
-from subspace_store import SubspaceStore, adapter_to_bytes
+from subspace_store import SubspaceReader, adapter_to_bytes
 from subspace_store.requests import Expire, Quarantine, Remove, Rollback
 from subspace_store.verify import verify
 from tests.builders import task_document
@@ -65,7 +65,7 @@ def test_a_task_that_a_later_merge_moves_is_refined_again_and_scored_in_that_ver
     assert (again.task_id, again.refine_version, again.again, again.eval_key) == (old.task_id, 3, True, "")
     assert (again.spec.training.num_train_epochs, again.train_key) == (1, old.train_key)
     assert full.state.births(4) == {old.task_id: 2, new.task_id: 4}  # forgetting is told against the first score
-    assert verify(SubspaceStore.open(full.storage)) == []
+    assert verify(SubspaceReader.open(full.storage)) == []
 
 
 def test_its_time_is_its_team_s_and_its_history_says_what_happened(full: Plant) -> None:
@@ -369,7 +369,7 @@ def test_its_birth_is_told_the_same_everywhere_and_beside_it_where_it_was_refine
 
 def served(plant: Plant, title: str) -> bytes:
     """A task as `main` serves it, bit by bit."""
-    return adapter_to_bytes(SubspaceStore.open(plant.storage).adapter(plant.get(title).task_id))
+    return adapter_to_bytes(SubspaceReader.open(plant.storage).adapter(plant.get(title).task_id))
 
 
 @pytest.mark.parametrize("gone", ["red/old", "blue/new", "blue/newer"])
@@ -387,7 +387,7 @@ def test_after_a_removal_records_follow_what_was_made_again(full: Plant, gone: s
     main = full.state.refs["main"]
     assert full.get("blue/later").version == main
     assert refined(full).get(main) == (None if gone == "red/old" else ["red/old"])
-    assert verify(SubspaceStore.open(full.storage)) == []
+    assert verify(SubspaceReader.open(full.storage)) == []
 
 
 def test_a_rollback_while_it_is_refined_and_forward_again_serves_the_same_numbers(full: Plant) -> None:
@@ -405,7 +405,7 @@ def test_a_rollback_while_it_is_refined_and_forward_again_serves_the_same_number
     full.run()
     assert full.states() == {"red/old": "published", "blue/new": "published", "blue/later": "published"}
     assert list(refined(full).values())[-1] == ["red/old"]
-    assert verify(SubspaceStore.open(full.storage)) == []
+    assert verify(SubspaceReader.open(full.storage)) == []
 
 
 def test_expired_versions_take_nothing_that_it_needs(full: Plant) -> None:

@@ -17,7 +17,15 @@ from subspace_store.log.fold import Record
 from subspace_store.log.version_log import VersionLog
 from subspace_store.verify import verify
 from tests.servers.cutting_proxy import OWN, CuttingProxy
-from tests.subspace_store.builders import deltas, fresh_storage, merged, opened, random_adapter, relative_distance
+from tests.subspace_store.builders import (
+    deltas,
+    fresh_storage,
+    merged,
+    opened,
+    random_adapter,
+    reading,
+    relative_distance,
+)
 
 RANK_MAX = 12
 """Below the full rank of the test's modules: later merges truncate, so their order and number leave a trace."""
@@ -84,7 +92,7 @@ def prove(storage: Storage, heard: Mapping[int, int]) -> None:
     Args:
         heard: Merge to the version that was acknowledged. One more may be in the log: the last, unheard.
     """
-    reader = opened(storage, writer=None)
+    reader = reading(storage)
     made = {record.op_key: record.body["version"]["number"] for record in records(storage) if record.op == "merge"}
     assert {op_key(number): version for number, version in heard.items()}.items() <= made.items()
     # Merges were asked for in order, so merge n is version n + 1, and nothing is there twice.

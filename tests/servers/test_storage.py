@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from configs.errors import Conflict, Unavailable
-from subspace_store import Storage, SubspaceStore, open_storage
+from subspace_store import Storage, SubspaceReader, SubspaceStore, open_storage
 from subspace_store.verify import verify
 from tests.contracts.storage_contract import StorageContract
 from tests.servers.merges import adapters, merge, open_writer
 from tests.servers.server import Server
-from tests.subspace_store.builders import deltas, opened, relative_distance
+from tests.subspace_store.builders import deltas, relative_distance
 
 pytestmark = pytest.mark.s3
 
@@ -30,7 +30,7 @@ def test_a_subspace_is_merged_judged_rolled_back_and_read_on_a_server(server: Se
     store.rollback(1, op_key="back", actor="test")
     assert merge(store, 4).parent == 1
 
-    reader = opened(open_storage(place), writer=None)
+    reader = SubspaceReader.open(open_storage(place))
     assert reader.state == store.state
     assert reader.state.refs == {"candidate": 5, "main": 1}
     assert verify(reader) == []

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from configs.errors import Unavailable
 from configs.settings import SubspaceSettings
-from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore, Version, canonical_update, subspace_store
+from subspace_store import (
+    Adapter,
+    StagedAdapter,
+    Storage,
+    SubspaceReader,
+    SubspaceStore,
+    Version,
+    canonical_update,
+    subspace_store,
+)
 from subspace_store.merge_writer import Draft, Written
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.protocol import ObjectStream
@@ -96,7 +105,12 @@ def crash_at_merge(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[Non
             yield
 
 
-def opened(storage: Storage | None = None, writer: str | None = "writer", **settings: object) -> SubspaceStore:
+def reading(storage: Storage, **settings: object) -> SubspaceReader:
+    """A reader of the store on this storage."""
+    return SubspaceReader.open(storage, settings=SubspaceSettings(**settings), base_model=BASE)  # type: ignore[arg-type]
+
+
+def opened(storage: Storage | None = None, writer: str = "writer", **settings: object) -> SubspaceStore:
     """A store on this storage, or on a new place in memory."""
     where = fresh_storage() if storage is None else storage
     return SubspaceStore.open(where, settings=SubspaceSettings(**settings), base_model=BASE, writer=writer)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from typing import Any
 
 from subspace_store import SubspaceStore, merge_writer
 from subspace_store.log import version_log
+from subspace_store.log.store_format import FORMAT_NUMBER
 from subspace_store.log.version import TaskScore
 from subspace_store.storage.local import LocalStorage
-from subspace_store.subspace_store import FORMAT_NUMBER
 from tests.subspace_store.builders import (
     SHAPES,
     deltas,
@@ -23,6 +23,7 @@ from tests.subspace_store.builders import (
     merged,
     opened,
     random_adapter,
+    reading,
     refined,
 )
 
@@ -58,8 +59,8 @@ def write(folder: Path) -> None:
     store.release(actor="ann")
     store.drop_adapters(["t1"], actor="ann")
     store.expire([1, 4], actor="ann")
-    opened(LocalStorage(str(folder / "store")), writer="third", **SETTINGS).collect(really=True)
-    (folder / "expected.json").write_text(json.dumps(facts(opened(store.storage, writer=None)), indent=1) + "\n")
+    opened(LocalStorage(str(folder / "store")), writer="third", **SETTINGS).collect()
+    (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
 
 
 def write_refined(folder: Path) -> None:
@@ -73,7 +74,7 @@ def write_refined(folder: Path) -> None:
         version = merged(store, {f"later-{number}": random_adapter(10 + number)})
         store.publish(version.number, op_key=f"p{number}", actor="gate")
     store.remove("later-2", op_key="r", actor="ann", reason="licence", publish=True)
-    (folder / "expected.json").write_text(json.dumps(facts(opened(store.storage, writer=None)), indent=1) + "\n")
+    (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
 
 
 def facts(reader: SubspaceStore) -> dict[str, Any]:

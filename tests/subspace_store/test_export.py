@@ -19,7 +19,7 @@ from subspace_store.export import export_name, export_tasks
 from subspace_store.formats.diffusers import read_diffusers_file
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.subspace_reader import SubspaceReader
-from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter, reading
 
 
 def headless(adapter: Adapter, **info: str) -> Adapter:
@@ -35,7 +35,7 @@ def two_versions() -> tuple[Storage, SubspaceReader]:
     mixed = {name: (wide if "value" in name else other).modules[name] for name in other.modules}
     merged(store, {"bare": headless(dataclasses.replace(other, modules=mixed))})
     store.publish(2, op_key="publish", actor="test")
-    return storage, opened(storage, writer=None)
+    return storage, reading(storage)
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -149,6 +149,33 @@ def test_what_vllm_is_given_is_exactly_what_it_takes(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "some/base"
 
 
+def test_every_export_says_which_programs_load_it_and_why_others_do_not(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    headed, bare = export_tasks(reader, tmp_path, base_source="some/base")
+    assert headed.loads_in == ("peft",)
+    assert "vLLM refuses" in headed.refused_by["vllm"]
+    assert "LoRAX leaves out" in headed.refused_by["lorax"]
+    assert bare.loads_in == ("peft", "vllm", "lorax")
+    for entry in json.loads((tmp_path / "adapters.json").read_text()):
+        one = headed if entry["task"] == headed.task else bare
+        written = json.loads((tmp_path / one.name / "onebasis.json").read_text())
+        for facts in (entry, written):
+            assert facts["loads_in"] == list(one.loads_in)
+            assert facts["refused_by"] == one.refused_by
+            assert facts["vllm_max_lora_rank"] == (8 if one is bare else None)  # rank 3, and the numbers it may be
+
+
+def test_a_folder_that_onebasis_03_exported_is_known_and_listed_with_who_loads_it(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    first = export_tasks(reader, tmp_path, base_source="base")
+    for one in first:
+        file = tmp_path / one.name / "onebasis.json"
+        new = ("loads_in", "refused_by", "vllm_max_lora_rank")
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+    assert export_tasks(reader, tmp_path, base_source="base") == first
+    assert all(entry["refused_by"] for entry in json.loads((tmp_path / "adapters.json").read_text()))
+
+
 def test_modules_of_mixed_ranks_go_out_with_one_rank_and_scale_one_as_servers_assume(tmp_path: Path) -> None:
     _, reader = two_versions()
     export_tasks(reader, tmp_path, tasks=["bare"], base_source="base")
@@ -171,6 +198,7 @@ def test_an_adapter_that_came_from_diffusers_goes_out_as_its_file(tmp_path: Path
     read = read_diffusers_file(tmp_path / exported.name, "tiny-base", "")
     for name, update in store.adapter("style", 1).modules.items():
         assert torch.allclose(read.modules[name].delta(), update.delta(), atol=1e-6)
+    assert exported.loads_in == ("diffusers",)
     assert json.loads((tmp_path / "adapters.json").read_text())[0]["vllm"] is None
 
 
@@ -194,7 +222,7 @@ def test_a_folder_that_a_killed_export_left_is_neither_used_nor_listed(tmp_path:
 
 def test_exports_at_the_same_time_agree(tmp_path: Path) -> None:
     storage, _ = two_versions()
-    readers = [opened(storage, writer=None) for _ in range(4)]
+    readers = [reading(storage) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda reader: export_tasks(reader, tmp_path, base_source="base"), readers))
     assert answers[0] == answers[1] == answers[2] == answers[3]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from configs.errors import Corrupt, InvalidInput
-from subspace_store import SubspaceStore
+from subspace_store import SubspaceReader
+from subspace_store.log.store_format import FORMAT_NUMBER
 from subspace_store.storage.local import LocalStorage
-from subspace_store.subspace_store import FORMAT_NUMBER
 from subspace_store.verify import verify
-from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter, reading
 from tests.subspace_store.golden import GOLDEN, SETTINGS, facts
 
 FORMATS = sorted(GOLDEN.iterdir())
@@ -38,7 +38,7 @@ def same(found: Any, expected: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize("folder", FORMATS, ids=lambda folder: folder.name)
 def test_a_store_of_this_format_says_what_it_said_when_it_was_written(folder: Path) -> None:
-    reader = SubspaceStore.open(LocalStorage(str(folder / "store")))
+    reader = SubspaceReader.open(LocalStorage(str(folder / "store")))
     same(json.loads(json.dumps(facts(reader))), json.loads((folder / "expected.json").read_text()))
     assert verify(reader, deep=True) == []
 
@@ -51,7 +51,7 @@ def test_a_store_of_this_format_goes_on(folder: Path, tmp_path: Path) -> None:
     version = merged(store, {"later": random_adapter(70)})
     store.publish(version.number, op_key="later", actor="me")
     assert set(store.state.tasks_at(version.number)) == {*before, "later"}
-    assert verify(opened(store.storage, writer=None), deep=True) == []
+    assert verify(reading(store.storage), deep=True) == []
 
 
 def test_there_is_a_golden_store_of_the_format_that_this_code_writes() -> None:
@@ -65,4 +65,4 @@ def test_formats_that_this_code_does_not_read_are_refused_by_number(
     storage = fresh_storage()
     storage.write("FORMAT", json.dumps({"format": number, "base_model": "b", "base_sha256": ""}).encode())
     with pytest.raises(error, match=text):
-        SubspaceStore.open(storage)
+        SubspaceReader.open(storage)

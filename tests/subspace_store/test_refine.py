@@ -29,6 +29,7 @@ from tests.subspace_store.builders import (
     merged,
     opened,
     random_adapter,
+    reading,
     refined,
     relative_distance,
 )
@@ -46,7 +47,7 @@ def grown(*groups: str) -> SubspaceStore:
 
 
 def bits(store: SubspaceStore, version: int, *tasks: str) -> list[Tensor]:
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     return [delta for task in tasks for delta in deltas(reader.adapter(task, version)).values()]
 
 
@@ -61,7 +62,7 @@ def test_a_refined_task_is_what_was_handed_over_and_no_other_task_moves_by_a_bit
     version = refined(store, {"c": adapter})
     assert (version.number, version.parent, store.state.refs[CANDIDATE]) == (4, 3, 4)
     assert identical(bits(store, 4, "a", "b", "d", "e"), before)
-    for reader in (store, opened(store.storage, writer=None)):
+    for reader in (store, reading(store.storage)):
         served = reader.adapter("c", 4)
         assert relative_distance(deltas(served), deltas(adapter), deltas(adapter)) < 1e-6
         assert torch.equal(served.head["classifier.weight"], adapter.head["classifier.weight"])
@@ -109,7 +110,7 @@ def test_what_is_merged_later_finds_the_refined_coefficients() -> None:
     bound = store.state.error_bounds(6)["b"]
     moved = relative_distance(deltas(store.adapter("b", 6)), deltas(adapter), deltas(adapter))
     assert 0 < moved <= bound + 1e-6
-    assert verify(opened(store.storage, writer=None)) == []  # drifts of the writer's memory are those of the files
+    assert verify(reading(store.storage)) == []  # drifts of the writer's memory are those of the files
     again = opened(store.storage, writer="next", **SETTINGS)
     assert identical(bits(store, 6, *"abcdef"), [d for t in "abcdef" for d in deltas(again.adapter(t, 6)).values()])
 
@@ -201,7 +202,7 @@ def test_a_writer_that_dies_between_its_files_and_its_record_leaves_a_store_that
     assert refined(again, {"b": adapter}).number == 2
     assert identical(bits(again, 2, "a"), old)
     assert verify(again) == []
-    again.collect(really=True)
+    again.collect()
     assert again.collect().blobs == ()
     assert verify(again) == []
 
@@ -264,7 +265,7 @@ def test_an_expired_refinement_is_not_lost_when_a_later_task_is_removed() -> Non
     merged(store, {"c": random_adapter(1)})
     store = opened(store.storage, writer="next", **SETTINGS)
     store.expire([2], actor="me")  # version 1, which has b unrefined, is alive
-    store.collect(really=True)
+    store.collect()
     assert verify(store) == []
     store.remove("c", op_key="r", actor="me")
     now = store.state.refs[CANDIDATE]
@@ -281,7 +282,7 @@ def test_collecting_keeps_what_a_refined_version_reads_of_its_expired_parent() -
     store = opened(store.storage, writer="next", **SETTINGS)
     store.expire([1, 2], actor="me")
     before = bits(store, 3, *"abc")
-    dead = store.collect(really=True).blobs
+    dead = store.collect().blobs
     assert store.state.versions[2].added[0].coefficients.key not in dead  # the way to version 3 leads through it
     assert store.state.versions[3].basis.key not in dead
     assert identical(bits(store, 3, *"abc"), before)

@@ -59,7 +59,7 @@ def test_what_remains_is_as_if_the_task_had_never_been_there(
 def test_it_begins_after_a_version_that_is_alive(dead: list[int], begins_after: int) -> None:
     store = opened(grown("a", "b", "c", "d").storage, writer="successor", **SETTINGS)
     store.expire(dead, actor="me")
-    store.collect(really=True)
+    store.collect()
     version = store.remove("c", op_key="r", actor="me")
     assert version is not None
     assert store.state.lineage(version.number)[begins_after].remakes == begins_after + 1

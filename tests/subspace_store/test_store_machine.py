@@ -21,6 +21,7 @@ from tests.subspace_store.builders import (
     merged,
     opened,
     random_adapter,
+    reading,
     refined,
     relative_distance,
 )
@@ -204,7 +205,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def collect(self) -> None:
-        found = self.store.collect(really=True, uploads_in_use=tuple)
+        found = self.store.collect(uploads_in_use=tuple)
         assert found.deleted
         assert not self.storage.keys("staging/")
 
@@ -230,7 +231,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_version_that_lives_is_what_it_was_to_a_new_reader(self) -> None:
-        reader = opened(self.storage, None)
+        reader = reading(self.storage)
         for number in self.versions.keys() - self.expired:
             for task, updates in held(reader, number).items():
                 for name, delta in updates.items():

@@ -8,8 +8,18 @@ import pytest
 import torch
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NameTaken, NotFound, Unavailable
-from subspace_store import Adapter, ModuleUpdate, StagedAdapter, SubspaceStore, TaskScore, adapter_to_bytes, digest
+from subspace_store import (
+    Adapter,
+    ModuleUpdate,
+    StagedAdapter,
+    SubspaceReader,
+    SubspaceStore,
+    TaskScore,
+    adapter_to_bytes,
+    digest,
+)
 from subspace_store.merge_writer import SNAPSHOT_EVERY
+from subspace_store.refs import Refs
 from subspace_store.storage.memory import MemoryStorage
 from tests.subspace_store.builders import (
     BASE,
@@ -19,6 +29,7 @@ from tests.subspace_store.builders import (
     merged,
     opened,
     random_adapter,
+    reading,
     relative_distance,
     staged,
 )
@@ -38,7 +49,7 @@ def three_published() -> SubspaceStore:
 
 def test_a_reader_of_an_empty_folder_sees_an_empty_subspace_and_writes_nothing() -> None:
     storage = fresh_storage()
-    reader = opened(storage, writer=None)
+    reader = reading(storage)
     assert reader.state.versions == {}
     assert reader.basis() == {}
     assert reader.footprint().total_numbers == 0
@@ -49,15 +60,21 @@ def test_a_reader_of_an_empty_folder_sees_an_empty_subspace_and_writes_nothing()
 def test_reading_and_previewing_write_nothing() -> None:
     store = three_published()
     before = store.storage.keys("")
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     reader.adapter("a")
     reader.diff(1, 3)
     reader.footprint(2)
     reader.history()
     reader.preview_rollback(1)
+    reader.collectable()
+    reader.forecast({"new": random_adapter(9)})
     assert store.storage.keys("") == before
-    with pytest.raises(Conflict, match="open for reading"):
-        reader.publish(3, op_key="x", actor="test")
+
+
+def test_a_reader_has_nothing_that_writes() -> None:
+    writes = {name for kind in (Refs, SubspaceStore) for name in vars(kind) if not name.startswith("_")}
+    assert {"merge", "refine", "remove", "publish", "rollback", "expire", "collect", "stage", "tag"} < writes
+    assert {name for name in dir(reading(fresh_storage())) if name in writes} == {"open"}
 
 
 def test_a_folder_of_another_base_model_is_refused_with_both_names() -> None:
@@ -68,8 +85,8 @@ def test_a_folder_of_another_base_model_is_refused_with_both_names() -> None:
             SubspaceStore.open(storage, base_model="llama", writer=writer)
         with pytest.raises(InvalidInput, match="'aa', not 'bb'"):
             SubspaceStore.open(storage, base_model="minilm", base_sha256="bb", writer=writer)
-    assert SubspaceStore.open(storage).base_model == "minilm"
-    assert SubspaceStore.open(storage).state.epoch == 1
+    assert SubspaceReader.open(storage).base_model == "minilm"
+    assert SubspaceReader.open(storage).state.epoch == 1
 
 
 def test_one_adapter_merged_and_published_is_served_with_its_head() -> None:
@@ -220,7 +237,7 @@ def test_a_merge_whose_reply_was_lost_is_merged_once() -> None:
     store = opened(FaultyStorage(storage, faults_at_records(None, "after")))
     version = merged(store, {"a": random_adapter(1)}, op_key="k")
     assert merged(store, {"a": random_adapter(1)}, op_key="k") == version
-    assert opened(storage, writer=None).state.versions == {1: version}
+    assert reading(storage).state.versions == {1: version}
 
 
 def test_a_crash_between_blobs_and_record_changes_nothing_and_the_retry_merges() -> None:
@@ -236,7 +253,7 @@ def test_a_crash_between_blobs_and_record_changes_nothing_and_the_retry_merges()
     with pytest.raises(Crash):
         merged(store, {"a": random_adapter(1)}, op_key="k")
     assert len(storage.keys("blobs/")) == 4
-    assert opened(storage, writer=None).state.versions == {}
+    assert reading(storage).state.versions == {}
     assert merged(opened(storage, writer="restarted"), {"a": random_adapter(1)}, op_key="k").number == 1
 
 
@@ -269,10 +286,10 @@ def test_a_damaged_blob_is_named_when_it_is_read() -> None:
     ref = store.state.versions[2].transport
     store.storage.write(ref.key, store.storage.read(ref.key)[:-1] + b"\x00")
     with pytest.raises(Corrupt, match=ref.key):
-        opened(store.storage, writer=None).adapter("a")
+        reading(store.storage).adapter("a")
     store.storage.delete(ref.key)
     with pytest.raises(Corrupt, match="is gone"):
-        opened(store.storage, writer=None).adapter("a")
+        reading(store.storage).adapter("a")
 
 
 # Judging
@@ -310,7 +327,7 @@ def test_scores_are_kept_per_version_the_later_one_counts_and_nan_survives() -> 
     store = three_published()
     store.record_scores(3, [TaskScore("a", 0.9, 100), TaskScore("b", math.nan, 0)], op_key="s1", actor="test")
     store.record_scores(3, [TaskScore("a", 0.8, 100)], op_key="s2", actor="test")
-    scores = opened(store.storage, writer=None).state.scores
+    scores = reading(store.storage).state.scores
     assert set(scores) == {3}
     assert scores[3]["a"].score == 0.8
     assert math.isnan(scores[3]["b"].score)
@@ -355,7 +372,7 @@ def test_main_cannot_be_moved_to_a_version_that_no_gate_has_let_pass() -> None:
 
 def test_a_reader_follows_the_writer_record_by_record() -> None:
     store = opened()
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     for number, task in enumerate("abc", 1):
         merged(store, {task: random_adapter(number)})
         store.publish(number, op_key=f"p{number}", actor="test")
@@ -370,7 +387,7 @@ def test_any_version_can_be_read_in_any_order() -> None:
     merged(store, {"d": random_adapter(4), "e": random_adapter(5)})
     expected = {n: {t: adapter_to_bytes(store.adapter(t, n)) for t in store.state.tasks_at(n)} for n in (1, 2, 3, 4)}
     for order in ((4, 1, 3, 2, 4), (1, 2, 3, 4), (2, 4, 1)):
-        reader = opened(store.storage, writer=None)
+        reader = reading(store.storage)
         for number in order:
             found = {task: adapter_to_bytes(reader.adapter(task, number)) for task in expected[number]}
             assert found == expected[number]
@@ -453,7 +470,7 @@ def test_a_snapshot_spares_the_versions_before_it_and_changes_no_bit(monkeypatch
     assert [v.number for v in store.state.versions.values() if v.snapshot] == [4]
     for number in (1, 2, 3):
         store.storage.delete(store.state.versions[number].transport.key)
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     assert adapter_to_bytes(reader.adapter("t1", 6)) == adapter_to_bytes(store.adapter("t1", 6))
     assert SNAPSHOT_EVERY == 64
 

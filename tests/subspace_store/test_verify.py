@@ -14,7 +14,7 @@ from subspace_store.log.version import BlobRef, SubspaceState
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.merge import Transport
 from subspace_store.verify import verify
-from tests.subspace_store.builders import merged, opened, random_adapter
+from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter, reading
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_nothing_is_found_where_all_is_well(store: SubspaceStore) -> None:
     store.rollback(1, op_key="back", actor="test")
     merged(store, {"t2": random_adapter(5), "t9": random_adapter(9)}, op_key="branch")
     assert verify(store) == []
-    assert verify(opened(writer=None)) == []
+    assert verify(reading(fresh_storage())) == []
 
 
 def test_nothing_is_found_in_the_papers_form_where_a_projection_loses_nothing() -> None:
@@ -117,4 +117,4 @@ def test_wrong_ranks_are_found(store: SubspaceStore) -> None:
 
 
 def test_an_empty_state_has_nothing_to_verify() -> None:
-    assert opened(writer=None).state == SubspaceState()
+    assert reading(fresh_storage()).state == SubspaceState()

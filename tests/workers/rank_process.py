@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from subspace_store import SubspaceReader
 from subspace_store.storage.local import LocalStorage
-from subspace_store.subspace_store import SubspaceStore
 from tests.workers.worker_builders import mapped_weights, sentiment_task, tiny_settings
 from workers.base_model import load_base_model
 from workers.orders import Point, Progress, Rank, Train
@@ -29,7 +29,7 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
     torch.set_num_threads(1)
     base = load_base_model(tiny_settings(source))
     storage = LocalStorage(str(folder / "store"))
-    store = SubspaceStore.open(storage)
+    store = SubspaceReader.open(storage)
     for wanted in json.loads((folder / "orders.json").read_text()):
         name, steps_until_preempted = wanted["name"], wanted.get("preempt_at", 0)
         points: list[Point] = []

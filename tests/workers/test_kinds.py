@@ -13,8 +13,8 @@ import pytest
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import TaskSpec
+from subspace_store import SubspaceReader
 from subspace_store.storage.memory import MemoryStorage
-from subspace_store.subspace_store import SubspaceStore
 from tests.workers.tiny_bases import save_llama, save_vit
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
@@ -40,7 +40,7 @@ def trained(base: BaseModel, file: Path, **sections: Any) -> tuple[Trained, Resu
         rows.write(storage, keys[-1])
     frozen.close()
     order = Train("token", "task-1", 1, spec, *keys, "staging/task-1/1-token/adapter.safetensors", "results/local")
-    done = train_task(order, base, storage, SubspaceStore.open(storage), lambda progress: None, lambda: "")
+    done = train_task(order, base, storage, SubspaceReader.open(storage), lambda progress: None, lambda: "")
     return done, read_results(storage, "results/local")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from configs.settings import SubspaceSettings
+from subspace_store import SubspaceReader
 from subspace_store.log.version import StagedAdapter
 from subspace_store.subspace_store import SubspaceStore
 from tests.workers.test_deepspeed_engine import zero
@@ -198,8 +199,8 @@ def test_a_refinement_stays_in_the_span_of_its_version(
 ) -> None:
     trained = train(desk, tiny("bert"), "codyra", deepspeed, refine_version=1)
     assert (trained.method, trained.basis_version) == ("refine", 1)
-    basis = SubspaceStore.open(desk.storage).basis(1)
-    served = SubspaceStore.open(desk.storage).adapter("task-1", 1)
+    basis = SubspaceReader.open(desk.storage).basis(1)
+    served = SubspaceReader.open(desk.storage).adapter("task-1", 1)
     refined = desk.staged(trained)
     for name, update in refined.modules.items():
         assert outside(update.delta(), basis[name]) < 1e-6

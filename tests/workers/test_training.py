@@ -14,11 +14,11 @@ import torch
 
 from configs.errors import InvalidInput, Unavailable
 from configs.task_spec import TaskSpec
+from subspace_store import SubspaceReader
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.storage.memory import MemoryStorage
-from subspace_store.subspace_store import SubspaceStore
 from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task, task_of_kind
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Point, Progress, Train, Trained
@@ -47,7 +47,7 @@ class Desk:
         return replace(order, **changes)
 
     def train(self, base: BaseModel, spec: TaskSpec, **changes: Any) -> Trained:
-        store = SubspaceStore.open(self.storage)
+        store = SubspaceReader.open(self.storage)
         return train_task(self.order(spec, **changes), base, self.storage, store, self.heartbeats.append, self._asked)
 
     def staged(self, trained: Trained) -> Adapter:

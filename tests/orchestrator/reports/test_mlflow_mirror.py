@@ -14,7 +14,7 @@ from orchestrator import pending_calls
 from orchestrator.reports import mlflow_mirror
 from orchestrator.reports.mlflow_mirror import Mirror
 from orchestrator.tasks import task_queue
-from subspace_store import SubspaceStore
+from subspace_store import SubspaceReader
 from subspace_store.requests import Remove, Rollback
 from tests.orchestrator.plant import Plant
 from workers.machine import machine_figures
@@ -49,7 +49,7 @@ class Mirrored:
 
     def fresh_mirror(self) -> Mirror:
         """As after a restart of the service."""
-        return Mirror(self.plant.settings, self.plant.queue, SubspaceStore.open(self.plant.storage))
+        return Mirror(self.plant.settings, self.plant.queue, SubspaceReader.open(self.plant.storage))
 
     @property
     def client(self) -> Any:
@@ -168,7 +168,7 @@ def test_curves_and_plot_grow_while_a_task_trains_and_though_mlflow_is_away(
     plant.cluster.hold = lambda order: True
     (task,) = plant.submit("red/a")
     plant.run(lambda: plant.states()["red/a"] == "training")
-    mirror = Mirror(plant.settings, plant.queue, SubspaceStore.open(plant.storage))
+    mirror = Mirror(plant.settings, plant.queue, SubspaceReader.open(plant.storage))
     drawn: list[list[Point]] = []
     monkeypatch.setattr(mlflow_mirror, "draw_loss_plot", lambda points, title, path: drawn.append(points))
     with monkeypatch.context() as patch:

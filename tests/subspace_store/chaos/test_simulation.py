@@ -20,7 +20,7 @@ from subspace_store.digests import digest
 from subspace_store.log import garbage, retention, version_log
 from subspace_store.log.fold import Record, log_key
 from subspace_store.log.version_log import VersionLog, _to_json
-from tests.subspace_store.builders import FaultyStorage, fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import FaultyStorage, fresh_storage, merged, opened, random_adapter, reading
 
 SEEDS = 120
 """Here; the command runs as many as one likes."""
@@ -219,7 +219,7 @@ def test_a_writer_that_was_fenced_does_not_say_that_something_is_so_already() ->
     opened(storage, "new").hold("checking", actor="new")
     with pytest.raises(Conflict, match="newer writer"):
         old.release(actor="old")  # for all it knows nothing is held
-    assert opened(storage, None).state.held is not None
+    assert reading(storage).state.held is not None
 
 
 def test_the_transport_and_coefficients_of_an_expired_version_go_when_its_snapshot_has_them(
@@ -231,22 +231,22 @@ def test_the_transport_and_coefficients_of_an_expired_version_go_when_its_snapsh
     store.publish(3, op_key="p", actor="a")
     assert second.snapshot is not None
     store.expire([1, 2], actor="a")
-    found = opened(store.storage, "next").collect(really=True)
+    found = opened(store.storage, "next").collect()
     gone = {second.transport.key, second.added[0].coefficients.key, second.basis.key}
     assert gone | {first.transport.key, first.added[0].coefficients.key, first.basis.key} == {*found.blobs}
-    assert opened(store.storage, None).adapter("t0", third.number).modules
+    assert reading(store.storage).adapter("t0", third.number).modules
 
 
 def test_a_reader_goes_on_when_an_adapter_was_let_go_and_collected_meanwhile() -> None:
     store = opened()
     merged(store, {"t1": random_adapter(1)})
     store.publish(1, op_key="p", actor="a")
-    reader = opened(store.storage, None)
+    reader = reading(store.storage)
     store.drop_adapters(["t1"], actor="a")
-    assert opened(store.storage, "next").collect(really=True).blobs == (store.state.versions[1].added[0].adapter.key,)
+    assert opened(store.storage, "next").collect().blobs == (store.state.versions[1].added[0].adapter.key,)
     assert reader.adapter("t1").head["classifier.weight"].equal(random_adapter(1).head["classifier.weight"])
     with pytest.raises(NotFound, match="was let go"):
-        opened(store.storage, None).delivered("t1")
+        reading(store.storage).delivered("t1")
 
 
 def test_a_fenced_writer_whose_half_done_merge_was_collected_is_told_that_it_is_fenced() -> None:
@@ -255,7 +255,7 @@ def test_a_fenced_writer_whose_half_done_merge_was_collected_is_told_that_it_is_
 
         def view(self, key: str, start: int = 0, size: int | None = None) -> memoryview:
             if self.inner.keys("blobs/"):
-                opened(self.inner, "new").collect(really=True)
+                opened(self.inner, "new").collect()
             return super().view(key, start, size)
 
     store = opened(Meanwhile(fresh_storage(), lambda key: None), "old")
@@ -272,8 +272,8 @@ def test_a_reader_of_a_version_that_expired_and_was_collected_is_told_that_it_ex
     store = opened()
     merged(store, {"t1": random_adapter(1)})
     store.reject(1, "worse", op_key="r", actor="a")
-    reader = opened(store.storage, None)  # knows the version, and not that it expires
+    reader = reading(store.storage)  # knows the version, and not that it expires
     store.expire([1], actor="a")
-    opened(store.storage, "next").collect(really=True)
+    opened(store.storage, "next").collect()
     with pytest.raises(NotFound, match="version 1 has expired"):
         read(reader)

@@ -30,7 +30,7 @@ from subspace_store.merging.variants import VARIANTS, merge_all
 from subspace_store.requests import Tag
 from subspace_store.storage.local import LocalStorage
 from tests.builders import settings
-from tests.subspace_store.builders import merged, opened, random_adapter
+from tests.subspace_store.builders import merged, opened, random_adapter, reading
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 Command = Callable[..., Result]
@@ -357,7 +357,7 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     assert store.refresh().refs["main"] == 3
     done = answer(run("remove", "team/t2", "--yes", "--reason", "licence", "--json"))
     assert done == {"task_id": "t2", "version": 4, "approximate": [], "removed": True}
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     assert reader.state.refs == {"candidate": 4, "main": 4}
     assert list(reader.state.tasks_at(4)) == ["t1", "t3"]
     assert "team/t2: version 3 → 4: licence" in run("log").stdout

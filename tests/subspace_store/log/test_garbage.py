@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import Conflict, NotFound, Unavailable
+from configs.errors import Conflict, Fenced, NotFound, Unavailable
 from subspace_store import Storage, SubspaceStore, Version, adapter_to_bytes
 from subspace_store.log.garbage import Collected
 from subspace_store.log.retention import alive, expirable, needed
@@ -18,7 +18,7 @@ from subspace_store.log.version_log import HINT, TRIES, checkpoint_key
 from subspace_store.storage.local import TEMPORARY, LocalStorage
 from subspace_store.storage.protocol import ObjectStream
 from subspace_store.verify import verify
-from tests.subspace_store.builders import SHAPES, FaultyStorage, fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import SHAPES, FaultyStorage, fresh_storage, merged, opened, random_adapter, reading
 
 Contents = dict[tuple[int, str], bytes]
 
@@ -40,7 +40,7 @@ def grown(storage: Storage | None = None, count: int = 8) -> SubspaceStore:
 
 def contents(storage: Storage) -> Contents:
     """(version, task) to the served adapter, bit for bit, of all that is alive; read by a reader of its own."""
-    reader = opened(storage, writer=None)
+    reader = reading(storage)
     state = reader.state
     return {
         (version.number, task): adapter_to_bytes(reader.adapter(task, version.number))
@@ -73,7 +73,7 @@ def test_after_expiring_and_collecting_every_live_version_is_bit_for_bit_what_it
     before, had = contents(store.storage), blobs_of(store)
     dead = expire_old(store, keep_last)
     assert len(dead) == 8 - keep_last
-    found = store.collect(really=True)
+    found = store.collect()
     assert set(found.blobs) == had - blobs_of(store) != set()
     assert blobs_of(store) == set(needed(store.state))
     left = {key: content for key, content in before.items() if key[0] not in dead}
@@ -85,26 +85,26 @@ def test_after_expiring_and_collecting_every_live_version_is_bit_for_bit_what_it
 
 def test_without_expired_versions_there_is_no_garbage() -> None:
     store = successor(grown())
-    assert store.collect(really=True) == Collected((), (), (), 0, True)
+    assert store.collect() == Collected((), (), (), 0, True)
 
 
 def test_looking_deletes_nothing_and_finds_what_deleting_deletes() -> None:
     store = successor(grown())
     expire_old(store, keep_last=1)
     everything = store.storage.keys("")
-    looked = store.collect()
+    looked = store.collectable()
     assert store.storage.keys("") == everything
-    deleted = store.collect(really=True)
+    deleted = store.collect()
     assert (looked.deleted, deleted.deleted) == (False, True)
     assert looked.keys == deleted.keys != ()
     assert looked.size_bytes == deleted.size_bytes
-    assert store.collect(really=True).keys == ()
+    assert store.collect().keys == ()
 
 
 def test_the_size_is_that_of_the_objects() -> None:
     store = successor(grown())
     expire_old(store, keep_last=1)
-    looked = store.collect()
+    looked = store.collectable()
     assert looked.size_bytes == sum(len(store.storage.read(key)) for key in looked.blobs)
 
 
@@ -113,7 +113,7 @@ def test_what_lies_before_a_snapshot_is_not_needed_to_read_what_comes_after_it()
     snapshot = max(v.number for v in store.state.versions.values() if v.snapshot is not None)
     assert 1 < snapshot < 20
     expire_old(store, keep_last=1)
-    store.collect(really=True)
+    store.collect()
     there = blobs_of(store)
     assert [v.number for v in alive_or_not(store) if v.transport.key in there] == [*range(snapshot + 1, 21)]
     assert [v.number for v in alive_or_not(store) if v.added[0].coefficients.key in there] == [*range(snapshot + 1, 21)]
@@ -130,7 +130,7 @@ def test_versions_that_share_a_past_with_an_expired_one_keep_it() -> None:
     store.publish(6, op_key="publish 6", actor="test")
     before = contents(store.storage)
     store.expire([1, 2, 4], actor="test")
-    store.collect(really=True)
+    store.collect()
     assert contents(store.storage) == {key: value for key, value in before.items() if key[0] in (3, 5, 6)}
     assert verify(store) == []
 
@@ -140,23 +140,23 @@ def test_the_log_is_never_touched() -> None:
     log = {key: store.storage.read(key) for key in store.storage.keys("log/")}
     expire_old(store, keep_last=1)
     log |= {key: store.storage.read(key) for key in store.storage.keys("log/")}
-    store.collect(really=True)
+    store.collect()
     assert {key: store.storage.read(key) for key in store.storage.keys("log/")} == log
 
 
 def test_a_reader_that_holds_a_pinned_version_keeps_reading() -> None:
     store = successor(grown())
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     store.pin(2, "reader", time.time() + 3600, actor="test")
     store.expire([n for n in range(1, 8) if n != 2], actor="test")
     before = contents(store.storage)[2, "t1"]
-    store.collect(really=True)
+    store.collect()
     assert adapter_to_bytes(reader.adapter("t1", 2)) == before
     store.pin(2, "reader", time.time() - 1, actor="test")
     store.expire([2], actor="test")
-    store.collect(really=True)
+    store.collect()
     with pytest.raises(NotFound, match="version 2 has expired"):
-        opened(store.storage, writer=None).adapter("t1", 2)
+        reading(store.storage).adapter("t1", 2)
 
 
 READS: dict[str, Callable[[SubspaceStore], object]] = {
@@ -173,9 +173,9 @@ READS: dict[str, Callable[[SubspaceStore], object]] = {
 @pytest.mark.parametrize("read", READS)
 def test_a_reader_that_did_not_see_its_version_expire_is_told_so_and_of_no_damage(read: str) -> None:
     store = successor(grown())
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     expire_old(store, keep_last=1)
-    store.collect(really=True)
+    store.collect()
     with pytest.raises(NotFound, match="version 1 has expired"):
         READS[read](reader)
 
@@ -203,10 +203,10 @@ def test_the_blobs_of_a_merge_that_never_was_go_with_the_next_epoch_and_not_with
     unlucky, half = half_merged(storage)
     assert half
     unlucky._log._pending = None  # as if its process had forgotten: nobody will commit this merge any more
-    assert unlucky.collect(really=True).blobs == ()
+    assert unlucky.collect().blobs == ()
     assert half <= blobs_of(unlucky)
     store = opened(storage, writer="next")
-    assert set(store.collect(really=True).blobs) == half
+    assert set(store.collect().blobs) == half
     assert verify(store) == []
 
 
@@ -217,11 +217,11 @@ def test_what_a_killed_writer_had_begun_to_write_goes_with_the_next_epoch_and_no
     killed.__enter__().append(bytes(100))
     begun = [*tmp_path.rglob(f"{TEMPORARY}*")]
     assert len(begun) == 1
-    assert store.collect(really=True).abandoned == 0
+    assert store.collect().abandoned == 0
     successor = opened(storage, writer="next")
-    assert successor.collect().abandoned == 0
+    assert successor.collectable().abandoned == 0
     assert begun[0].exists()
-    assert successor.collect(really=True).abandoned == 1
+    assert successor.collect().abandoned == 1
     assert not begun[0].exists()
     assert verify(successor) == []
 
@@ -239,7 +239,7 @@ def test_many_deletes_travel_together_and_all_arrive(monkeypatch: pytest.MonkeyP
         delete(key)
 
     monkeypatch.setattr(store.storage, "delete", meeting)
-    assert len(store.collect(really=True).keys) > 3
+    assert len(store.collect().keys) > 3
     assert blobs_of(store) == set(needed(store.state))
 
 
@@ -247,21 +247,20 @@ def test_a_merge_of_unknown_outcome_is_settled_before_anything_is_judged() -> No
     storage = fresh_storage()
     grown(storage, count=2)
     unlucky, half = half_merged(storage)
-    unlucky.collect(really=True)
+    unlucky.collect()
     assert 3 in unlucky.state.versions
     store = opened(storage, writer="next")
-    assert store.collect(really=True).blobs == ()
+    assert store.collect().blobs == ()
     assert half <= blobs_of(store)
 
 
-def test_a_fenced_writer_and_a_reader_collect_nothing() -> None:
+def test_a_fenced_writer_collects_nothing() -> None:
     store = successor(grown())
     expire_old(store, keep_last=1)
     everything = store.storage.keys("blobs/")
     opened(store.storage, writer="newer")
-    for one, why in ((store, "epoch 3"), (opened(store.storage, writer=None), "open for reading")):
-        with pytest.raises(Conflict, match=why):
-            one.collect(really=True)
+    with pytest.raises(Fenced, match="epoch 3"):
+        store.collect()
     assert store.storage.keys("blobs/") == everything
 
 
@@ -306,15 +305,15 @@ def test_a_collector_that_was_stalled_and_fenced_before_its_deletes_still_delete
         merged(newer, {"new": random_adapter(30)})
         newer.publish(9, op_key="publish 9", actor="test")
         newer.expire([8], actor="test")
-        newer.collect(really=True)
+        newer.collect()
         half_merged(storage.inner)
         before.update(contents(storage.inner))
 
     storage.before_delete = meanwhile
-    store.collect(really=True)
+    store.collect()
     assert {number for number, _ in before} == {7, 9}
     assert contents(storage.inner) == before
-    assert verify(opened(storage.inner, writer=None)) == []
+    assert verify(reading(storage.inner)) == []
 
 
 def test_collecting_in_another_thread_spares_the_blobs_of_a_merge_under_way_and_does_not_wait_for_it() -> None:
@@ -324,7 +323,7 @@ def test_collecting_in_another_thread_spares_the_blobs_of_a_merge_under_way_and_
     found: list[Collected] = []
 
     def meanwhile() -> None:
-        collector = threading.Thread(target=lambda: found.append(store.collect(really=True)))
+        collector = threading.Thread(target=lambda: found.append(store.collect()))
         collector.start()
         collector.join(30)
 
@@ -359,7 +358,7 @@ def test_whatever_is_done_in_whatever_order_live_versions_never_change(seed: int
             free = [v.number for v in alive(state) if v.number not in state.refs.values()]
             store.expire(dice.sample(free, len(free) // 2), actor="test")
         elif act == "collect":
-            store.collect(really=True)
+            store.collect()
         elif act == "reopen":
             store = opened(storage, writer=f"writer {step}", energy_ratio_min=0.8)
         now = contents(storage)
@@ -375,7 +374,7 @@ def test_uploads_go_unless_they_are_in_use_and_stay_if_nobody_was_asked() -> Non
     store = grown(count=3)
     uploads = {f"staging/t{n}/1/adapter.safetensors" for n in (1, 2, 3)}
     assert set(store.storage.keys("staging/")) == uploads
-    assert store.collect(really=True).uploads == ()
+    assert store.collect().uploads == ()
     asked_after: list[int] = []
 
     def in_use() -> list[str]:
@@ -383,7 +382,7 @@ def test_uploads_go_unless_they_are_in_use_and_stay_if_nobody_was_asked() -> Non
         asked_after.append(len(store.storage.keys("staging/")))
         return ["t2"]
 
-    found = store.collect(uploads_in_use=in_use, really=True)
+    found = store.collect(uploads_in_use=in_use)
     assert asked_after == [4]
     assert set(found.uploads) == uploads - {"staging/t2/1/adapter.safetensors"}
     assert store.storage.keys("staging/") == [
@@ -397,10 +396,10 @@ def test_of_the_checkpoints_the_newest_two_stay_and_a_reader_opens_as_before(mon
     store = grown()
     state = store.state
     assert store.storage.keys("checkpoints/") == [checkpoint_key(seq) for seq in (4, 8, 12, 16)]
-    found = store.collect(really=True)
+    found = store.collect()
     assert found.checkpoints == (checkpoint_key(4), checkpoint_key(8))
     store.storage.write(HINT, b"4")
-    assert opened(store.storage, writer=None).state == state
+    assert reading(store.storage).state == state
 
 
 # Adapters as delivered
@@ -412,11 +411,11 @@ def test_an_adapter_that_was_let_go_leaves_its_head_and_what_the_subspace_holds(
     wanted = store.state.versions[2].added[0].adapter.key
     store.drop_adapters(["t2"], actor="test")
     assert store.history()[-1].summary == "1 adapters"
-    found = store.collect(really=True)
+    found = store.collect()
     assert found.blobs == (wanted,)
     assert found.size_bytes == store.state.versions[2].added[0].adapter.size_bytes
     assert contents(store.storage) == before
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     served = reader.adapter("t2")
     assert (served.info, list(served.head)) == (facts.info, list(facts.head))
     with pytest.raises(NotFound, match=r"task team/t2 \(t2\): its adapter as delivered was let go"):
@@ -438,7 +437,7 @@ def test_an_adapter_is_let_go_once_and_after_another_task_was_removed_its_approx
     store.publish(made.number, op_key="p", actor="test")
     store.expire([1, 2, 3, 4], actor="test")
     store = successor(store)
-    store.collect(really=True)
+    store.collect()
     assert verify(store) == []
     assert list(store.delivered("t2").head) == ["classifier.weight"]
 
@@ -448,7 +447,7 @@ def test_an_adapter_without_a_head_is_let_go_too() -> None:
     merged(store, {"bare": replace(random_adapter(1), head={})})
     store.publish(1, op_key="p", actor="test")
     store.drop_adapters(["bare"], actor="test")
-    assert opened(store.storage, writer=None).adapter("bare").head == {}
+    assert reading(store.storage).adapter("bare").head == {}
 
 
 def test_what_is_not_published_keeps_its_adapter_and_what_was_rejected_stands_in_nobodys_way() -> None:

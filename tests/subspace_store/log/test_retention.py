@@ -5,7 +5,7 @@ import pytest
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store import SubspaceReader, SubspaceStore
 from subspace_store.log.retention import expirable, named_by
-from tests.subspace_store.builders import merged, opened, random_adapter
+from tests.subspace_store.builders import merged, opened, random_adapter, reading
 
 
 def published(count: int) -> SubspaceStore:
@@ -38,7 +38,7 @@ def last_op(store: SubspaceReader) -> tuple[str, str]:
 def test_a_branch_a_tag_and_a_number_name_a_version(store: SubspaceStore) -> None:
     store.tag("before-summer", 2, actor="ann")
     assert last_op(store) == ("tag", "version 2: before-summer")
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     assert [reader.resolve(ref) for ref in ("main", "candidate", "before-summer", "1", 1, "0")] == [3, 3, 2, 1, 1, 0]
     for unknown in ("after-summer", "4", 4, -1, "-1", ""):
         with pytest.raises(NotFound, match="there is no version"):

@@ -22,6 +22,7 @@ from tests.subspace_store.builders import (
     merged,
     opened,
     random_adapter,
+    reading,
     relative_distance,
 )
 
@@ -84,7 +85,7 @@ def test_every_old_task_is_what_a_full_svd_of_all_reconstructions_leaves(
         for name in {name for adapter in round_.values() for name in adapter.modules}:
             incoming = {task: adapter.modules[name] for task, adapter in round_.items() if name in adapter.modules}
             reference.setdefault(name, FullSvd(weighting)).merge(incoming, store.basis(version.number)[name].ranks)
-        reader = opened(storage, writer=None)  # old coefficients come through storage and the transports
+        reader = reading(storage)  # old coefficients come through storage and the transports
         for task, original in delivered.items():
             expected = {name: reference[name].delta(task) for name in original}
             found = deltas(reader.adapter(task, version.number))
@@ -101,7 +102,7 @@ def test_reopening_between_merges_changes_no_bit() -> None:
     for round_ in ROUNDS:
         merged(store, round_)
         merged(opened(reopened), round_)
-    other = opened(reopened, writer=None)
+    other = reading(reopened)
     for task in other.state.tasks_at(6):
         one, two = store.adapter(task, 6), other.adapter(task, 6)
         for name, update in one.modules.items():
@@ -230,7 +231,7 @@ def test_a_task_of_any_size_is_kept_while_there_is_room(size: float, groups: lis
     for group in groups:
         merged(store, {task: adapters[task] for task in group.split()})
     newest = store.state.refs[CANDIDATE]
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     for task in store.state.tasks_at(newest):
         original = deltas(adapters[task])
         assert relative_distance(deltas(reader.adapter(task, newest)), original, original) <= 0.02**0.5 + 1e-6
@@ -306,7 +307,7 @@ def test_an_update_of_nothing_merges_first_last_and_alone(rank: int) -> None:
     version = merged(store, {"later": zero_adapter(rank)})
     assert version.added[0].error_at_birth == 0.0
     assert store.state.drift(3)["zero"] == 0.0
-    reader = opened(store.storage, writer=None)
+    reader = reading(store.storage)
     for task in ("zero", "later"):
         assert float(deltas(reader.adapter(task, 3))["layer.0.query"].norm()) == 0.0
     original = deltas(random_adapter(1))

@@ -15,7 +15,6 @@ from subspace_store.merging.subspace_math import (
     extend_basis,
     kept_energy,
     orthonormalise,
-    overlap,
     update_energy,
 )
 
@@ -128,10 +127,3 @@ def test_the_canonical_form_is_the_same_update(k_out: int, k_in: int, rank: int)
     assert update.rank == min(k_out, k_in, rank)
     assert torch.allclose(update.delta(), p @ e @ f.T @ q.T, atol=1e-5)
     assert bool((update.sigma_R.diff() <= 0).all())
-
-
-def test_overlap_counts_the_share_of_old_directions_that_stay() -> None:
-    basis = orthonormal(10, 4)
-    assert overlap(basis, basis) == pytest.approx(1)
-    assert overlap(basis, basis[:, :1]) == pytest.approx(1 / 4)
-    assert overlap(basis[:, :0], basis) == 1

@@ -24,7 +24,7 @@ from subspace_store import open_storage
 from subspace_store.storage.s3 import ALONE, CUT_TRIES, PART, THREADS, S3Storage
 from tests.contracts.storage_contract import StorageContract
 from tests.moto_server import CREDENTIALS, free_port, moto_server
-from tests.subspace_store.builders import deltas, merged, opened, random_adapter
+from tests.subspace_store.builders import deltas, merged, opened, random_adapter, reading
 
 LOADER = botocore.session.create_loader()
 _prefixes = itertools.count()
@@ -67,7 +67,7 @@ def test_a_subspace_lives_in_a_bucket(storage: S3Storage, endpoint: str) -> None
     store = opened(storage)
     store.publish(merged(store, {"a": adapter}).number, op_key="p", actor="test")
     settings = StorageSettings(url=storage.url, endpoint_url=endpoint)
-    found = deltas(opened(open_storage(settings), writer=None).adapter("a"))
+    found = deltas(reading(open_storage(settings)).adapter("a"))
     assert all((found[name] - delta).norm() < 1e-5 for name, delta in deltas(adapter).items())
 
 

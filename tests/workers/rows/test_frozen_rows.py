@@ -22,10 +22,10 @@ from PIL import Image
 
 from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from configs.task_spec import Kind, TaskSpec
+from subspace_store import SubspaceReader
 from subspace_store.storage.local import LocalStorage
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.protocol import Storage
-from subspace_store.subspace_store import SubspaceStore
 from tests.workers.data_builders import spec_of, written
 from workers.base_model import BaseModel
 from workers.orders import Train
@@ -409,7 +409,7 @@ def test_a_task_of_every_kind_is_trained_and_scored_on_its_frozen_rows(
         task.train.write(storage, keys[0])
         task.evaluation.write(storage, keys[1])
     order = Train("token", "t-1", 1, spec, keys[0], keys[1], "staging/t-1/1/adapter.safetensors")
-    trained = train_task(order, base, storage, SubspaceStore.open(storage), lambda progress: None, lambda: "")
+    trained = train_task(order, base, storage, SubspaceReader.open(storage), lambda progress: None, lambda: "")
     assert (trained.steps, trained.score_count) == (3, task.evaluation.count)
     assert math.isfinite(trained.local_score)
     assert trained.local_score == trained.metrics[spec.metric]

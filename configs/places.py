@@ -1,0 +1,117 @@
+"""Files and folders that a person names: made absolute where they are read, `~` included.
+
+A field that names a place says so in its type, `Annotated[str, Located(absolute)]`, and `located` finds it there.
+Nothing is to be remembered when a field is added, and tests/configs/test_places.py finds one that was forgotten.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configs.document import Section
+from configs.errors import InvalidInput
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Marks a field that names a place, or several.
+
+    Args:
+        absolute: Its value and the folder that relative paths start from, to the value to work with.
+    """
+
+    absolute: Callable[[str, Path], str]
+
+
+def home(path: str) -> Path:
+    """A path whose `~` is the home of whoever runs this, and `~ann` that of ann.
+
+    Raises:
+        InvalidInput: Nobody of that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        todo = "write ./ in front of it if the name of the file begins with ~"
+        raise InvalidInput("there is no home folder of that user", path, todo) from error
+
+
+def absolute(path: str, root: Path) -> str:
+    """A path from anywhere. Links stay links: what they point to may change."""
+    return str(root / home(path))
+
+
+def real(path: str, root: Path) -> str:
+    """A path from anywhere, links resolved."""
+    try:
+        return str((root / home(path)).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte
+        raise InvalidInput(f"is no path: {error}", path, "correct the path") from error
+
+
+def database(url: str, root: Path) -> str:
+    """The URL of an SQLite file with an absolute path; any other URL as it is."""
+    found = re.match(r"(sqlite(?:\+\w+)?:///)(?!:memory:)(.+)", url, re.DOTALL)
+    return f"{found[1]}{absolute(found[2], root)}" if found else url
+
+
+def storage(url: str, root: Path) -> str:
+    """`file:FOLDER` with an absolute path; any other address as it is."""
+    found = re.match(r"file:(?://(?=[/~]))?(.*)", url, re.DOTALL)
+    return f"file:{absolute(found[1], root)}" if found and found[1] else url
+
+
+def database_or_folder(address: str, root: Path) -> str:
+    """MLflow's tracking address: a database, a server, or a folder."""
+    if re.match(r"[a-z][a-z0-9+.-]+:", address):
+        return storage(database(address, root), root)
+    return address if address in ("", "databricks") else absolute(address, root)
+
+
+def unless_address(place: str, root: Path) -> str:
+    """A folder; an address (`s3://…`) as it is."""
+    return place if ":" in place else absolute(place, root)
+
+
+def model(source: str, root: Path) -> str:
+    """A base model's folder; a hub id or `package:…` as it is."""
+    if source.startswith("package:") or not (is_local(source) or (root / source).is_dir()):
+        return source
+    return absolute(source, root)
+
+
+def is_local(source: str) -> bool:
+    """Whether a base model's source needs no hub."""
+    return source.startswith(("package:", "/", ".", "~")) or Path(source).is_dir()
+
+
+def located(section: S, root: Path) -> S:
+    """The same section with all its places absolute, those of inner sections too.
+
+    Args:
+        root: Folder that relative paths start from.
+
+    Raises:
+        InvalidInput: A home folder of nobody.
+    """
+    changes = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        mark = next((mark for mark in field.metadata if isinstance(mark, Located)), None)
+        if mark is not None:
+            changes[name] = _each(value, mark, root)
+        elif isinstance(value, Section):
+            changes[name] = located(value, root)
+    return section.model_copy(update=changes)
+
+
+def _each(value: Any, mark: Located, root: Path) -> Any:
+    if isinstance(value, str):
+        return mark.absolute(value, root)
+    return tuple(_each(item, mark, root) for item in value) if isinstance(value, tuple) else value

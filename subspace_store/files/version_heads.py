@@ -1,0 +1,158 @@
+"""What the heads of a version's files say: which modules are open, their shapes and ranks. No tensor is read.
+
+A version's basis file has the modules that its merge touched; for the others its head names the version that has them.
+Without torch: whoever lists versions waits for no import.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from subspace_store.files.tensor_file import TensorFile
+from subspace_store.log.version import BlobRef, SubspaceState, Version
+from subspace_store.parallel import AT_ONCE, in_order
+from subspace_store.storage.protocol import Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BASIS = "onebasis-basis-2"
+TRANSPORT = "onebasis-transport-2"
+COEFFICIENTS = "onebasis-coefficients-2"
+"""Kinds of tensor files."""
+
+FILES = 256
+"""Opened files; each holds its head, and its content below a megabyte."""
+
+V = TypeVar("V")
+
+
+class VersionHeads:
+    """Reads the heads of versions of one subspace. Safe for threads.
+
+    Args:
+        state: Gives the state to look versions up in; versions never change, so any later one will do.
+    """
+
+    def __init__(self, storage: Storage, state: Callable[[], SubspaceState]) -> None:
+        self.storage = storage
+        self._state = state
+        self._files: Recent[TensorFile] = Recent(FILES)
+        self._lock = threading.RLock()
+
+    def lineage(self, number: int) -> tuple[Version, ...]:
+        """From the first version to this one."""
+        return self._state().lineage(number)
+
+    def basis_key(self, number: int) -> str:
+        """The object with a version's basis. A refined version has its parent's: in memory it is the same one."""
+        return self._state().versions[number].basis.key if number else ""
+
+    def homes(self, number: int) -> dict[str, int]:
+        """Every open module to the version whose file has its basis. One small read."""
+        if not number:
+            return {}
+        file = self.basis_file(number)
+        return dict(sorted({**dict.fromkeys(file.parts, number), **file.info["elsewhere"]}.items()))
+
+    def shapes(self, number: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+        """Every open module to ((N, D), (k_out, k_in))."""
+        found = {}
+        for name, home in self.homes(number).items():
+            shapes = self.basis_file(home).shapes(name)
+            (n, k_out), (d, k_in) = shapes["p"], shapes["q"]
+            found[name] = (n, d), (k_out, k_in)
+        return found
+
+    def columns(self, number: int) -> dict[str, int]:
+        """Every module that a task adapts to Σ over its tasks of their rank there: a merge changes no task's rank.
+
+        Cost:
+            The heads of the coefficients' files since the last snapshot.
+        """
+        with self._lock:
+            line = self.lineage(number)
+            start = max((index for index, version in enumerate(line) if version.snapshot is not None), default=-1)
+            snapshot = line[start].snapshot if start >= 0 else None
+            ranks = _ranks(self.file(snapshot, COEFFICIENTS)) if snapshot is not None else {}
+            self.fetch(line[start + 1 :], transports=False)
+            for version in line[start + 1 :]:
+                for ref in coefficient_files(version):
+                    ranks |= _ranks(self.file(ref, COEFFICIENTS))
+        columns: dict[str, int] = {}
+        for layout in ranks.values():
+            for name, rank in layout:
+                columns[name] = columns.get(name, 0) + rank
+        return columns
+
+    def basis_arrays(self, number: int, module: str) -> dict[str, np.ndarray[Any, Any]]:
+        """P and Q of one module (`p`, `q`, float32), for a reader without torch. Their digest is checked."""
+        return self.basis_file(self.homes(number)[module]).arrays(module)
+
+    def basis_file(self, number: int) -> TensorFile:
+        """The file that a version wrote its basis to, or that it shares with its parent."""
+        return self.file(self._state().versions[number].basis, BASIS)
+
+    def file(self, ref: BlobRef, kind: str) -> TensorFile:
+        """A file by the name in the log; it stays open for the next who asks."""
+        with self._lock:
+            known = self._files.get(ref.key)
+            return self._files.keep(ref.key, TensorFile(self.storage, ref, kind)) if known is None else known
+
+    def fetch(self, versions: Collection[Version], *, transports: bool = True, coefficients: bool = True) -> None:
+        """Open the files of several versions at once, where waiting for each in turn would add up."""
+        wanted: dict[str, tuple[BlobRef, str]] = {}
+        if transports:
+            wanted |= {v.transport.key: (v.transport, TRANSPORT) for v in versions if v.transport is not None}
+        if coefficients:
+            wanted |= {ref.key: (ref, COEFFICIENTS) for v in versions for ref in coefficient_files(v)}
+        with self._lock:
+            missing = [item for key, item in wanted.items() if self._files.get(key) is None]
+            threads = AT_ONCE if len(missing) >= AT_ONCE else 1
+            for file in in_order(lambda item: TensorFile(self.storage, *item), missing, threads):
+                self._files.keep(file.ref.key, file)
+
+
+def coefficient_files(version: Version) -> list[BlobRef]:
+    """The files with the coefficients of the tasks that a version brought; several tasks share one."""
+    return list(dict.fromkeys(task.coefficients for task in version.brought))
+
+
+def task_layout(info: Mapping[str, Any], task: str) -> list[tuple[str, int]]:
+    """(module, rank) of a task, in the order of its numbers, by what the head of a coefficients' file says."""
+    return [(name, rank) for name, rank in info["layouts"][info["tasks"][task]]]
+
+
+def _ranks(file: TensorFile) -> dict[str, list[tuple[str, int]]]:
+    return {task: task_layout(file.info, task) for task in file.info["tasks"]}
+
+
+class Recent(Generic[V]):
+    """The most recently used values up to a total size; the newest stays whatever its size."""
+
+    def __init__(self, limit: int, size: Callable[[V], int] = lambda value: 1) -> None:
+        self._limit, self._size = limit, size
+        self._values: OrderedDict[int | str, tuple[V, int]] = OrderedDict()
+        self._total = 0
+
+    def get(self, key: int | str) -> V | None:
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def keep(self, key: int | str, value: V) -> V:
+        self.pop(key)
+        self._values[key] = (value, self._size(value))
+        self._total += self._values[key][1]
+        while self._total > self._limit and len(self._values) > 1:
+            self.pop(next(iter(self._values)))
+        return value
+
+    def pop(self, key: int | str) -> V | None:
+        value, size = self._values.pop(key, (None, 0))
+        self._total -= size
+        return value
