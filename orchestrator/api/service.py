@@ -119,7 +119,7 @@ class Service:
     def tasks(self, request: requests.ListTasks) -> list[Json]:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
-        records = self._queue.tasks(states, request.team)
+        records = self._queue.page(states, request.team, request.before, request.limit)
         places = self._places() if any(record.state is TaskState.QUEUED for record in records) else {}
         return [self._summary(record, places.get(record.task_id)) for record in records]
 
@@ -271,6 +271,7 @@ class Service:
             "candidate": state.refs[CANDIDATE],
             "held": asdict(state.held) if state.held else None,
             "tasks": self._queue.counts(),
+            "unreadable_tasks": [str(told) for told in self._queue.unreadable()],
             **self._health(),
         }
 
