@@ -10,8 +10,10 @@ OnebasisError
 │   ├── Fenced     a newer writer opened the subspace: open it anew
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
+│   └── QueueFull  a team has as many tasks waiting as it may
 ├── Rejected       the result is worse than the rule allows: a person decides
 └── Corrupt        stored bytes are not what was written: stop, touch nothing
+    └── UnreadableTask  a task's row says what this release cannot read; all other tasks go on
 ```
 
 An error carries facts: what is wrong, where, and what to do next. They are positional and handed on to
@@ -157,6 +159,15 @@ class Unavailable(OnebasisError):
     http_status = 503
 
 
+class QueueFull(Unavailable):
+    """A team has as many tasks waiting as it may. `limit`: how many those are."""
+
+    code = "queue-full"
+    facts = ("team", "limit")
+    team: str
+    limit: int
+
+
 class Rejected(OnebasisError):
     """The result is worse than the rule allows: a person decides."""
 
@@ -173,6 +184,14 @@ class Corrupt(OnebasisError):
     http_status = 500
 
 
+class UnreadableTask(Corrupt):
+    """A task's row in the database says what this release cannot read."""
+
+    code = "unreadable-task"
+    facts = ("task_id",)
+    task_id: str
+
+
 LEAVES: tuple[type[OnebasisError], ...] = (
     InvalidInput,
     RefusedAdapters,
@@ -182,8 +201,10 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     Fenced,
     OwnedByAnother,
     Unavailable,
+    QueueFull,
     Rejected,
     Corrupt,
+    UnreadableTask,
 )
 
 

@@ -140,9 +140,8 @@ class Service:
         controller = self._running("cancel")
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, CancelRequested(request.by, time.time()))
-        if after.state is TaskState.CANCELLED and after.train_key:
-            with contextlib.suppress(Unavailable):  # then the next start of the control plane deletes it
-                self._storage.delete(after.train_key)
+        if after.state is TaskState.CANCELLED:
+            controller.forget_files(after.task_id)
         controller.wake()
         return self._summary(after)
 
@@ -322,8 +321,9 @@ class Service:
     def _refuse_doubles(self, found: RollbackPreview) -> None:
         """A name means one task: none may return while another of its name is alive."""
         returning = {task.name: task.task_id for task in found.returning}
-        for record in self._queue.live():
-            if returning.get(record.title, record.task_id) != record.task_id:
+        for record in self._queue.living_of_names(returning).values():
+            # What is published vanishes with this very rollback, unless it is what returns.
+            if record.state is not TaskState.PUBLISHED and record.task_id != returning[record.title]:
                 raise Conflict(
                     f"version {found.to_version} holds an older task of this name, and the new one is {record.state}",
                     f"{record.title} ({record.task_id})",
@@ -334,7 +334,7 @@ class Service:
         """Task id to place in the queue, from 1."""
         if self._controller is None:
             return {}
-        return {task_id: place for place, task_id in enumerate(self._controller.running_order(self._queue.live()), 1)}
+        return self._controller.places()
 
     def _summary(self, record: TaskRecord, place: int | None = None) -> Json:
         progress = self._queue.progress(record.task_id) if views.is_at_work(record) else {}
