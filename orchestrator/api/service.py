@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from configs.document import Request
+from configs.document import Request, without_password
 from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.api import requests, views
@@ -266,7 +266,7 @@ class Service:
             "running": self._controller is not None,
             "base_model": self._settings.base_model.name,
             "storage": self._storage.url,
-            "mlflow": self._settings.mlflow.tracking_uri,
+            "mlflow": without_password(self._settings.mlflow.tracking_uri),
             "main": state.refs[MAIN],
             "candidate": state.refs[CANDIDATE],
             "held": asdict(state.held) if state.held else None,

@@ -51,6 +51,8 @@ AnyRow = Row[*tuple[Any, ...]]
 
 IDS_AT_ONCE = 500
 """Ids in one question: SQLite takes 32,766 values at most, and the longer ones are not faster."""
+EVENTS_AT_ONCE = 1000
+"""More events than are ever being written at the same moment."""
 EVENT_ID_MAX = 2**63 - 1
 
 
@@ -234,6 +236,27 @@ class TaskQueue:
                 rows = connection.execute(select(*_RECORD).where(_tasks.c.task_id.in_(ids)))
                 found.update({row.task_id: record for row in rows if (record := self._try_read(row))})
         return found
+
+    def changes(self, after: int) -> tuple[list[TaskRecord], int]:
+        """The tasks to which something happened since an earlier answer, some of them perhaps told before.
+
+        Args:
+            after: What the answer before said; 0: all tasks.
+
+        Returns:
+            The tasks, and the `after` of the next question.
+
+        Cost:
+            As many rows as there were events since, and a thousand.
+        """
+        newest = select(func.max(_events.c.event_id))
+        # Two that write at once may be kept in another order than their events are numbered.
+        since = _events.c.event_id > max(0, after - EVENTS_AT_ONCE)
+        chosen = select(_events.c.task_id).where(since, _events.c.kind.not_in((LOG, PROGRESS))).distinct()
+        with self._database.reading() as connection:
+            last = int(connection.execute(newest).scalar() or 0)
+            ids = connection.execute(chosen).scalars().all() if after else []
+        return (list(self.among(ids).values()) if after else self.tasks()), max(after, last)
 
     def known(self, task_ids: Collection[str]) -> set[str]:
         """Those of these ids that have a row, one that can be read or not."""

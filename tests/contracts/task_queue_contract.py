@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 from configs.errors import Conflict, InvalidInput, NameTaken, NotFound, QueueFull, UnreadableTask
 from configs.settings import FailureSettings
 from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Use, Waiting
-from orchestrator.tasks import tables
+from orchestrator.tasks import tables, task_queue
 from orchestrator.tasks.task_events import (
     CancelRequested,
     Claimed,
@@ -310,6 +310,23 @@ class TaskQueueContract:
         assert queue.page((TaskState.CANCELLED,)) == [queue.get(newest[-1].task_id)]
         with pytest.raises(NotFound):
             queue.page(before="t-nobody")
+
+    def test_whoever_follows_the_tasks_is_told_of_those_that_changed(
+        self, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(task_queue, "EVENTS_AT_ONCE", 0)
+        assert queue.changes(0) == ([], 0)
+        one, two = task_record("red/one"), task_record("red/two")
+        for record in (one, two):
+            queue.add(record)
+        told, after = queue.changes(0)
+        assert told == [one, two]
+        assert queue.changes(after) == ([], after)
+        claimed = queue.apply(two.task_id, Claimed("tok", "w", 1.0))
+        told, later = queue.changes(after)
+        assert told == [claimed]
+        queue.append_log(one.task_id, ["a line", Point(1.0, 5, 0.5, 0.1)])
+        assert queue.changes(later)[0] == []  # lines of a log change no record
 
     def test_many_ids_are_asked_for_at_once(self, queue: TaskQueue) -> None:
         record = task_record()
