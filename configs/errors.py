@@ -12,8 +12,10 @@ OnebasisError
 │   ├── Fenced     a newer writer opened the subspace: open it anew
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
+│   └── QueueFull  a team has as many tasks waiting as it may
 ├── Rejected       the result is worse than the rule allows: a person decides
 └── Corrupt        stored bytes are not what was written: stop, touch nothing
+    └── UnreadableTask  a task's row says what this release cannot read; all other tasks go on
 ```
 
 An error carries facts: what is wrong, where, and what to do next. They are positional and handed on to
@@ -23,7 +25,32 @@ An error carries facts: what is wrong, where, and what to do next. They are posi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import IntEnum
 from typing import Any, ClassVar
+
+
+class Exit(IntEnum):
+    """What a command's exit code says: one for each group of errors, and for each end of a task that was waited for."""
+
+    DONE = 0, "done; the task that was waited for is published"
+    INTERNAL = 1, "an error inside onebasis"
+    INPUT = 2, "wrong usage or input: correct it"
+    NOT_FOUND = 3, "no such task, version or name"
+    CONFLICT = 4, "somebody else came first, or it is taken: look again"
+    UNAVAILABLE = 5, "a machine or a network is away: try again later"
+    REJECTED = 6, "the gate rejected the task"
+    CORRUPT = 7, "stored bytes are not what was written: stop"
+    PARKED = 8, "the task is parked: a person decides"
+    CANCELLED = 9, "the task was cancelled"
+    INTERRUPTED = 130, "interrupted with Ctrl-C"
+
+    meaning: str
+
+    def __new__(cls, number: int, meaning: str) -> Exit:
+        code = int.__new__(cls, number)
+        code._value_ = number
+        code.meaning = meaning
+        return code
 
 
 class OnebasisError(Exception):
@@ -40,7 +67,7 @@ class OnebasisError(Exception):
     """The group, by what the caller does next."""
     code: ClassVar[str] = ""
     """The class inside its group, for a caller that must tell two apart; empty: the group's own."""
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[Exit] = Exit.INTERNAL
     http_status: ClassVar[int] = 500
 
     facts: ClassVar[tuple[str, ...]] = ()
@@ -69,7 +96,7 @@ class InvalidInput(OnebasisError):
     """The input is wrong: fix it and submit again. Never retried by a machine."""
 
     kind = "invalid-input"
-    exit_code = 2
+    exit_code = Exit.INPUT
     http_status = 422
 
 
@@ -85,7 +112,7 @@ class NotFound(OnebasisError):
     """There is no such task, version, team or key for you."""
 
     kind = "not-found"
-    exit_code = 3
+    exit_code = Exit.NOT_FOUND
     http_status = 404
 
 
@@ -101,7 +128,7 @@ class Conflict(OnebasisError):
     """Someone moved first: read again, then retry at once."""
 
     kind = "conflict"
-    exit_code = 4
+    exit_code = Exit.CONFLICT
     http_status = 409
 
 
@@ -148,15 +175,24 @@ class Unavailable(OnebasisError):
     """A machine or a network was away: wait, then retry."""
 
     kind = "unavailable"
-    exit_code = 5
+    exit_code = Exit.UNAVAILABLE
     http_status = 503
+
+
+class QueueFull(Unavailable):
+    """A team has as many tasks waiting as it may. `limit`: how many those are."""
+
+    code = "queue-full"
+    facts = ("team", "limit")
+    team: str
+    limit: int
 
 
 class Rejected(OnebasisError):
     """The result is worse than the rule allows: a person decides."""
 
     kind = "rejected"
-    exit_code = 6
+    exit_code = Exit.REJECTED
     http_status = 409
 
 
@@ -164,8 +200,16 @@ class Corrupt(OnebasisError):
     """Stored bytes are not what was written: stop, touch nothing."""
 
     kind = "corrupt"
-    exit_code = 7
+    exit_code = Exit.CORRUPT
     http_status = 500
+
+
+class UnreadableTask(Corrupt):
+    """A task's row in the database says what this release cannot read."""
+
+    code = "unreadable-task"
+    facts = ("task_id",)
+    task_id: str
 
 
 LEAVES: tuple[type[OnebasisError], ...] = (
@@ -179,8 +223,10 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     Fenced,
     OwnedByAnother,
     Unavailable,
+    QueueFull,
     Rejected,
     Corrupt,
+    UnreadableTask,
 )
 
 

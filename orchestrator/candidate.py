@@ -93,11 +93,12 @@ class Candidate:
         self.ousted_by: OwnedByAnother | None = None
         """Who has the store by now: nothing is begun any more."""
 
-    def advance(self, live: Sequence[TaskRecord]) -> None:
+    def advance(self, live: Sequence[TaskRecord], others_wait: bool) -> None:
         """Begin what is next.
 
         Args:
-            live: The tasks that have not ended.
+            live: The tasks that have not ended and do not wait for a worker.
+            others_wait: Whether tasks wait for a worker to be trained.
         """
         if self.alarm or self._pending_calls.writing or not self._pending_calls.may("store"):
             return
@@ -105,7 +106,7 @@ class Candidate:
         unjudged = [record for record in live if record.state in UNJUDGED]
         if not unjudged:
             self._merge([record for record in live if next_step(record) is Step.MERGE])
-        elif not self._refinement.advance(unjudged, any(next_step(record) is Step.TRAIN for record in live)):
+        elif not self._refinement.advance(unjudged, others_wait):
             self._judge(unjudged)
 
     def is_awaited(self, live: Sequence[TaskRecord]) -> bool:
@@ -173,8 +174,9 @@ class Candidate:
         else:
             self._score_or_decide(version)
             return
+        refined = state.versions[version].refined if version in state.versions else ()
+        self._unused_files.due((*ids, *(task.task_id for task in refined)))
         self._verdict.begin(plain=plain)
-        self._unused_files.due = True
         self._changed()
         self._pending_calls.wake()
 
@@ -325,14 +327,14 @@ class Candidate:
 
     def _park_double(self, request: Merge, error: NameTaken) -> None:
         """`main` came back to an older task of its name while it was on its way: the others go on without it."""
-        self._unused_files.due = True
+        self._unused_files.due((error.task_id,))
         self._apply((error.task_id,), MergeRefused(str(error), time.time()))
         others = tuple(task_id for task_id in _tasks(request) if task_id != error.task_id)
         self._apply(others, MergeUndone(error.what, alone=False))
 
     def _refuse_merge(self, request: Merge, error: OnebasisError) -> None:
         task_ids = _tasks(request)
-        self._unused_files.due = True
+        self._unused_files.due(task_ids)
         message, alone = str(error), len(task_ids) == 1
         refused = MergeRefused(message, time.time()) if alone else MergeUndone(message, alone=True)
         self._apply(task_ids, refused)

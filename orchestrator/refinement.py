@@ -90,7 +90,7 @@ class Refinement:
         made = next((v.number for v in line if v.parent == version and v.refined), None)
         if made is not None:
             self._apply(ids, Refined(made))
-            self._unused_files.due = True
+            self._unused_files.due(ids)
             return True
         if state.refs[CANDIDATE] == version:
             return self._refine_in(version, refining, others_wait)
@@ -116,7 +116,7 @@ class Refinement:
             waiting += [record for record in again if record.task_id not in flying][: max(0, room - len(flying))]
             for record, worker in zip(waiting, self._pool.unclaimed_workers(refining), strict=False):
                 if record.state is TaskState.REFINING:
-                    self._pool.claim(worker, record)
+                    self._pool.claim(worker, record.task_id)
                 else:
                     self._pool.give(worker, again_order(record, version, self._verdict.tries))
             return True
@@ -149,7 +149,7 @@ class Refinement:
         if self._queue.get(order.task_id).again_token != order.token:  # else they were told before a restart
             self._queue.append_log(order.task_id, outcome.log_lines)
         if order.refine_version != self._verdict.version:
-            self._unused_files.due = True  # the version was judged, or is gone: what it staged goes as well
+            self._unused_files.due((order.task_id,))  # the version was judged, or is gone: what it staged goes as well
             return
         where = f"version {order.refine_version} (share_full)"
         if isinstance(outcome, Trained):
@@ -184,7 +184,7 @@ class Refinement:
             else:
                 self._verdict.unrefined.add(task_id)
                 self._apply((task_id,), RefinedAgain(f"not refined again: {error}"))
-        self._unused_files.due = True
+        self._unused_files.due(asked)
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:
         self._pending_calls.wake()

@@ -1,56 +1,143 @@
-"""The files of tasks that are needed no more: rows, staged adapters, checkpoints, results of single rows."""
+"""The files of tasks that are needed no more: rows, staged adapters, checkpoints, results of single rows.
+
+Which go is one pure function, `is_unused`. What it cannot know from a task's record, what the versions still hold,
+is handed in, so that nothing here reads the log.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
 from orchestrator.tasks.task_lifecycle import needs_training_rows
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState, born_at
 from subspace_store import Storage
 
-
-class UnusedFiles:
-    """Deletes them: of one task when it has just been trained, of all when tasks may have ended unseen."""
-
-    def __init__(self, queue: TaskQueue, storage: Storage) -> None:
-        self._queue = queue
-        self._storage = storage
-        self.due = True
-        """Some task ended, or control plane or storage were away."""
-
-    def delete_due(self) -> None:
-        if self.due:
-            self.delete()
-            self.due = False
-
-    def delete(self, task_id: str = "") -> None:
-        """Of one task, or of all."""
-        of = f"{task_id}/" if task_id else ""
-        files = [key for place in ("data", "staging", "results") for key in self._storage.keys(f"{place}/{of}")]
-        records = {record.task_id: record for record in self._queue.tasks()}
-        unjudged = any(record.state in (TaskState.REFINING, TaskState.EVALUATING) for record in records.values())
-        for key in files:
-            record = records.get(key.split("/")[1])  # those of tasks that nobody knows stay
-            if record is None or (unjudged and record.spec.method.share_full):
-                continue  # it may be in work, to be refined again
-            if _is_done_with(record, key):
-                self._storage.delete(key)
+PLACES = ("data", "staging", "results")
+"""Folders of the storage in which each task has one of its own, named by its id."""
+SUBMISSION_SECONDS = 3600.0
+"""No submission takes so long between its id and its row: older files of an id without a row are nobody's."""
+LOOK_SECONDS = 3600.0
+"""All files are looked at this often, for those of submissions that broke off."""
 
 
-def _is_done_with(record: TaskRecord, key: str) -> bool:
-    """Whether a task will never need one of its files again."""
+@dataclass(frozen=True)
+class Held:
+    """What the versions still hold."""
+
+    task_ids: Collection[str] = ()
+    """Tasks that a version holds that has not expired."""
+    expired: Collection[int] = ()
+    """Versions that have."""
+
+
+def is_unused(key: str, record: TaskRecord, held: Held) -> bool:
+    """Whether a task will never need one of its files again.
+
+    Args:
+        key: `data/<task>/…`, `staging/<task>/…` or `results/<task>/…`.
+    """
+    given_up = record.state in (TaskState.REJECTED, TaskState.CANCELLED)
+    parked = record.state is TaskState.PARKED
+    is_held = record.task_id in held.task_ids
+    if given_up or (parked and not (record.version and is_held)):
+        return True  # nothing can bring it back: no version that is left holds it
     trained = not needs_training_rows(record)
     if key == record.train_key:
         return trained
-    given_up = record.state in (TaskState.REJECTED, TaskState.CANCELLED)
-    parked = record.state is TaskState.PARKED
-    if trained and key.startswith(f"results/{record.task_id}/local-") and key != record.local_results_key:
-        return True  # of an attempt that did not count
-    if key == record.eval_key or key.startswith("results/"):  # needed while a version may be scored that holds the task
-        return given_up or (parked and not record.version)
+    if key == record.eval_key:  # needed while a version may be scored that holds the task
+        return False
+    if key.startswith("results/"):
+        return _is_old_result(key, record, held)
     # In staging: checkpoints until it is trained, the adapter until no group can fail that has to be merged again.
-    return (
-        given_up
-        or parked
-        or record.state is TaskState.PUBLISHED
-        or (trained and key not in (record.staging_key, record.refined_key))
-    )
+    is_merged = parked or record.state is TaskState.PUBLISHED
+    return is_merged or (trained and key not in (record.staging_key, record.refined_key))
+
+
+def _is_old_result(key: str, record: TaskRecord, held: Held) -> bool:
+    """Of an attempt that did not count, or of a version that has expired; but its scores at birth are those that all
+    later ones are compared with, row by row."""
+    name = key.rpartition("/")[2]
+    if name.startswith("local-"):
+        return record.state not in (TaskState.QUEUED, TaskState.TRAINING) and key != record.local_results_key
+    version = name.removesuffix(".safetensors")
+    return version.isdecimal() and int(version) in held.expired and int(version) != record.version
+
+
+def is_nobodys(task_id: str, now: float) -> bool:
+    """Whether files of a task that is in no database and in no version may go: no submission of it is under way.
+
+    The age is that of the id. What is not named by one of our ids is somebody else's, and stays.
+    """
+    born = born_at(task_id)
+    return born is not None and now - born > SUBMISSION_SECONDS
+
+
+class UnusedFiles:
+    """Deletes them: of the tasks to which something happened, and now and then of all.
+
+    Args:
+        held: What the versions hold now.
+    """
+
+    def __init__(self, queue: TaskQueue, storage: Storage, held: Callable[[], Held]) -> None:
+        self._queue = queue
+        self._storage = storage
+        self._held = held
+        self._due: set[str] = set()
+        self._put_off: set[str] = set()
+        """Tasks that the version that is being made may refine again: looked at when it is judged."""
+        self._look_at_all = 0.0
+        """Unix time."""
+
+    def due(self, task_ids: Iterable[str]) -> None:
+        """Something happened to these tasks: their files are looked at in the next step. Thread-safe."""
+        self._due.update(task_ids)
+
+    def all_due(self) -> None:
+        """Something happened that may concern any task: versions expired, or were made again without one."""
+        self._look_at_all = 0.0
+
+    def delete_due(self) -> None:
+        """Delete what is due. When the storage is away, it is due again."""
+        now = time.time()
+        if now >= self._look_at_all:
+            self.delete_all(now)
+            self._look_at_all = now + LOOK_SECONDS
+        elif self._due:
+            self._due |= self._put_off
+            self._put_off.clear()
+        while self._due:
+            task_id = self._due.pop()
+            try:
+                self.delete(task_id)
+            except Exception:
+                self._due.add(task_id)
+                raise
+
+    def delete(self, task_id: str) -> None:
+        """Of one task. The files of no other are looked at."""
+        self._delete([key for place in PLACES for key in self._storage.keys(f"{place}/{task_id}/")], time.time())
+
+    def delete_all(self, now: float) -> None:
+        """Of all tasks."""
+        self._delete([key for place in PLACES for key in self._storage.keys(f"{place}/")], now)
+
+    def _delete(self, keys: Collection[str], now: float) -> None:
+        if not keys:
+            return
+        held, by_task = self._held(), {key: key.split("/")[1] for key in keys}
+        ids = set(by_task.values())
+        records, known = self._queue.among(ids), self._queue.known(ids)
+        unjudged = self._queue.is_anyone_unjudged()
+        for key, task_id in by_task.items():
+            record = records.get(task_id)
+            if record is None:  # a row that cannot be read keeps its files
+                if task_id not in known and task_id not in held.task_ids and is_nobodys(task_id, now):
+                    self._storage.delete(key)
+            elif unjudged and record.spec.method.share_full and record.state not in ENDED_WITHOUT_RESULT:
+                self._put_off.add(task_id)  # it may be in work, to be refined again
+            elif is_unused(key, record, held):
+                self._storage.delete(key)

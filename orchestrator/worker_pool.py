@@ -14,6 +14,7 @@ from configs.settings import WorkerSettings
 from configs.task_spec import TaskSpec
 from orchestrator.cluster import Call, Cluster, MachineLost
 from orchestrator.pending_calls import RETRY_SECONDS, Asking, Ordered, PendingCalls, Warming
+from orchestrator.scheduling.fair_share import Running, Use
 from orchestrator.tasks.task_events import Claimed
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
@@ -30,6 +31,8 @@ class WorkerStatus:
     name: str
     ready: bool = False
     order: Order | None = None
+    given_at: float = 0.0
+    """When it got its order."""
     asked_at: float = 0.0
     """When it was last asked what it does."""
     error: OnebasisError | None = None
@@ -90,17 +93,26 @@ class WorkerPool:
 
     # --- orders ------------------------------------------------------------------------------------------------
 
-    def claim(self, worker: WorkerStatus, record: TaskRecord) -> None:
+    def claim(self, worker: WorkerStatus, task_id: str) -> None:
         """Give a task to a worker under a fresh lease, unless somebody cancelled it first."""
         self._pending_calls.wake()
-        if claimed := self._queue.try_apply((record.task_id,), Claimed(secrets.token_hex(8), worker.name, time.time())):
+        if claimed := self._queue.try_apply((task_id,), Claimed(secrets.token_hex(8), worker.name, time.time())):
             self.give(worker, train_order(claimed[0]))
 
     def give(self, worker: WorkerStatus, order: Order) -> None:
         # Sent first: an order that could not be sent must not occupy the worker.
         self._pending_calls.send(Ordered(worker.name), lambda: self._cluster.run(worker.name, order))
         worker.order, worker.told, worker.waits = order, ("", ""), False
-        worker.asked_at = time.time()
+        worker.asked_at = worker.given_at = time.time()
+
+    def running(self, live: Sequence[TaskRecord]) -> list[Running]:
+        """What fair share charges for while it runs: the attempts of tasks, and what is done for versions."""
+        attempts = (record for record in live if next_step(record) is Step.AWAIT_ADAPTER)
+        for_versions = (worker for worker in self.workers.values() if worker.order and not has_lease(worker.order))
+        return [
+            *(Running(r.team, r.order_at or r.claimed_at or time.time()) for r in attempts),
+            *(Running(w.order.spec.team, w.given_at, least_seconds=0.0) for w in for_versions if w.order),
+        ]
 
     def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
         """Tell a worker to stop, once for each time that it got the order. what: `cancel` or `preempt`."""
@@ -124,11 +136,20 @@ class WorkerPool:
             # has forgotten the order, and what is owed is read off the records again in a moment.
             log.warning("%s: order %s is given again: %s", worker.name, order.token, error)
             self._pending_calls.later(f"order:{worker.name}")
+            if not worker.waits:
+                self._charge(order, "away", f"{order.token}@{worker.given_at:.3f}", time.time() - worker.given_at)
             return None
         except Exception as error:
             log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
             outcome = Failed(order.token, "lost", f"{worker.name}: {error}")
+        if not has_lease(order):  # else what it cost is written with what it led to
+            seconds = outcome.worker_seconds
+            what = "score" if isinstance(order, Evaluate) else "refine again"
+            self._charge(order, what, order.token, time.time() - worker.given_at if seconds is None else seconds)
         return order, outcome
+
+    def _charge(self, order: Order, what: str, token: str, seconds: float) -> None:
+        self._queue.charge(order.task_id, token, what, Use(order.spec.team, seconds, time.time()))
 
     # --- who is alive ------------------------------------------------------------------------------------------
 
@@ -198,6 +219,11 @@ class WorkerPool:
         log.warning("%s is away: %s", worker.name, error)
         worker.ready = False
         self._pending_calls.later(f"warm:{worker.name}")
+
+
+def has_lease(order: Order) -> bool:
+    """Whether it is an attempt in a task's life, with a lease of its own; else it is done for a version's sake."""
+    return isinstance(order, Train) and not order.again
 
 
 def is_of_a_version(order: Order) -> bool:

@@ -194,7 +194,8 @@ class Gang:
             if stop is None:
                 raise
             fault = "cancelled" if stop == "cancel" else "preempted"
-            return Failed(order.token, fault, f"{fault} while it waited")  # given again, it would not hear of it
+            # Given again, it would not hear of it. It had no place yet, so it used nobody's time.
+            return Failed(order.token, fault, f"{fault} while it waited", worker_seconds=0.0)
         finally:
             with self._lock:
                 self._token = ""

@@ -147,6 +147,8 @@ class Trained:
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All metrics of the kind for the adapter before merging, by name; the task's own is `local_score`."""
+    worker_seconds: float | None = field(default=None, compare=False)
+    """How long the order had the worker, loading, scoring and saving included. None: the worker cannot say."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class Evaluated:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All metrics of the kind, by name; the task's own is `score`."""
+    worker_seconds: float | None = field(default=None, compare=False)
+    """As in `Trained`."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,8 @@ class Failed:
     """Traceback, for `bug`."""
     log_lines: tuple[LogLine, ...] = ()
     """Lines that no heartbeat has fetched."""
+    worker_seconds: float | None = field(default=None, compare=False)
+    """As in `Trained`; of what was lost, nobody can say."""
 
 
 Outcome = Trained | Evaluated | Failed

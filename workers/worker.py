@@ -150,6 +150,7 @@ class Worker:
     def _outcome(self, order: Order, rank: Rank) -> Outcome:
         """In the work thread: do the order and turn what goes wrong into an outcome."""
         outcome: Outcome
+        started = time.monotonic()
         try:
             outcome = self._do(order, rank)
         except Cancelled:
@@ -174,7 +175,10 @@ class Worker:
             self._report(Progress())
             with self._lock:
                 self._wanted.pop(order.token, None)
-        return outcome if isinstance(outcome, Evaluated) else replace(outcome, log_lines=lines)
+        seconds = time.monotonic() - started
+        if isinstance(outcome, Evaluated):
+            return replace(outcome, worker_seconds=seconds)
+        return replace(outcome, worker_seconds=seconds, log_lines=lines)
 
     def _do(self, order: Order, rank: Rank) -> Outcome:
         def asked() -> Asked:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from configs.document import Request
+from configs.document import Request, without_password
 from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.api import requests, views
@@ -119,7 +119,7 @@ class Service:
     def tasks(self, request: requests.ListTasks) -> list[Json]:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
-        records = self._queue.tasks(states, request.team)
+        records = self._queue.page(states, request.team, request.before, request.limit)
         places = self._places() if any(record.state is TaskState.QUEUED for record in records) else {}
         return [self._summary(record, places.get(record.task_id)) for record in records]
 
@@ -140,9 +140,8 @@ class Service:
         controller = self._running("cancel")
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, CancelRequested(request.by, time.time()))
-        if after.state is TaskState.CANCELLED and after.train_key:
-            with contextlib.suppress(Unavailable):  # then the next start of the control plane deletes it
-                self._storage.delete(after.train_key)
+        if after.state is TaskState.CANCELLED:
+            controller.forget_files(after.task_id)
         controller.wake()
         return self._summary(after)
 
@@ -267,11 +266,12 @@ class Service:
             "running": self._controller is not None,
             "base_model": self._settings.base_model.name,
             "storage": self._storage.url,
-            "mlflow": self._settings.mlflow.tracking_uri,
+            "mlflow": without_password(self._settings.mlflow.tracking_uri),
             "main": state.refs[MAIN],
             "candidate": state.refs[CANDIDATE],
             "held": asdict(state.held) if state.held else None,
             "tasks": self._queue.counts(),
+            "unreadable_tasks": [str(told) for told in self._queue.unreadable()],
             **self._health(),
         }
 
@@ -322,8 +322,9 @@ class Service:
     def _refuse_doubles(self, found: RollbackPreview) -> None:
         """A name means one task: none may return while another of its name is alive."""
         returning = {task.name: task.task_id for task in found.returning}
-        for record in self._queue.live():
-            if returning.get(record.title, record.task_id) != record.task_id:
+        for record in self._queue.living_of_names(returning).values():
+            # What is published vanishes with this very rollback, unless it is what returns.
+            if record.state is not TaskState.PUBLISHED and record.task_id != returning[record.title]:
                 raise Conflict(
                     f"version {found.to_version} holds an older task of this name, and the new one is {record.state}",
                     f"{record.title} ({record.task_id})",
@@ -334,7 +335,7 @@ class Service:
         """Task id to place in the queue, from 1."""
         if self._controller is None:
             return {}
-        return {task_id: place for place, task_id in enumerate(self._controller.running_order(self._queue.live()), 1)}
+        return self._controller.places()
 
     def _summary(self, record: TaskRecord, place: int | None = None) -> Json:
         progress = self._queue.progress(record.task_id) if views.is_at_work(record) else {}

@@ -10,9 +10,9 @@ from typing import Any
 
 from orchestrator.judging.forgetting import ForgettingReport, Mean
 from orchestrator.judging.score_table import ScoreTable
-from orchestrator.tasks.task_history import LOG, PROGRESS, TaskEvent, point_of
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import TaskRecord
+from orchestrator.tasks.task_rows import LOG, PROGRESS, TaskEvent, points_of
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, Version
 from subspace_store.subspace_reader import RollbackPreview
 
@@ -53,7 +53,7 @@ def is_at_work(record: TaskRecord) -> bool:
 
 def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -> Json:
     """What `onebasis task` shows beside the summary and why."""
-    points = [point_of(event) for event in history if event.kind == PROGRESS]
+    points = points_of(history)
     return {
         "spec": record.spec.model_dump(mode="json"),
         "train_rows": record.train_count,

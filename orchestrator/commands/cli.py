@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import InvalidInput
+from configs.errors import Exit, InvalidInput
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -39,18 +39,30 @@ from orchestrator.api.requests import (
 )
 from orchestrator.commands import display, version_tables
 from orchestrator.tasks.task_record import TaskState
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, command_of, me, new_app, note, show
+from subspace_store.commands.terminal import (
+    EXIT_CODES,
+    STATE_DIR,
+    AsJson,
+    StateDir,
+    command_of,
+    me,
+    new_app,
+    note,
+    show,
+)
 from subspace_store.requests import Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
-command = command_of(app, "interrupted; the service goes on. `onebasis tasks` shows where it is")
+INTERRUPTED = "interrupted; the service goes on. `onebasis tasks` shows where it is"
+command = command_of(app, INTERRUPTED)
+waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
 WATCH_SECONDS = 0.5
-EXIT_CODES = {"published": 0, "rejected": 6, "parked": 2, "cancelled": 1}
-"""Of `submit --wait`, by the state in which the task ended."""
+ENDS = {"published": Exit.DONE, "rejected": Exit.REJECTED, "parked": Exit.PARKED, "cancelled": Exit.CANCELLED}
+"""Exit codes of `submit --wait`, by the state in which the task ended."""
 
 
 @command
@@ -100,7 +112,7 @@ def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     show(Client(state_dir).ask(Status()), display.status, as_json)
 
 
-@command
+@waiting_command
 def submit(
     task: Annotated[Path, typer.Argument(metavar="TASK.yaml", help="Task file; see configs/tasks/.")],
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the task has ended, and show its progress.")] = False,
@@ -112,7 +124,7 @@ def submit(
     _submit(read_task_spec(task), wait, dry_run, state_dir, as_json)
 
 
-@command
+@waiting_command
 def import_(
     adapter: Annotated[Path, typer.Argument(metavar="DIR", help="PEFT folder: adapter_config.json and safetensors.")],
     team: Annotated[str, typer.Option(help="Team that the task belongs to.")],
@@ -154,7 +166,7 @@ def tasks(
     state: Annotated[str | None, typer.Option(help="Only those in this state.")] = None,
     limit: Annotated[int, typer.Option(help="How many, the newest ones.", min=1, max=PAGE_MAX)] = PAGE,
     before: Annotated[str, typer.Option(metavar="ID", help="Only those older than this task: the page before.")] = "",
-    watch: Annotated[bool, typer.Option("--watch", help="Follow until every task has ended.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow until every task that is listed has ended.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -162,11 +174,14 @@ def tasks(
     client = Client(state_dir)
     asked = ListTasks(team=team, state=_state(state), before=before, limit=limit)
     if watch and as_json:
-        while any(row["state"] not in EXIT_CODES for row in client.ask(asked)):
+        while any(row["state"] not in ENDS for row in client.ask(asked)):
             time.sleep(WATCH_SECONDS)
     elif watch:
         display.follow(lambda: client.ask(asked), WATCH_SECONDS)
-    show(client.ask(asked), display.tasks, as_json)
+    rows = client.ask(asked)
+    show(rows, display.tasks, as_json)
+    if len(rows) == limit:
+        note(f"the newest {limit} tasks; `--before {rows[0]['task_id']}` lists older ones, `--limit` more at once")
 
 
 @command
@@ -206,7 +221,7 @@ def logs(
         lines += new
         if not as_json:
             display.log_lines(new)
-        if not follow or client.ask(ShowTask(reference=reference))["state"] in EXIT_CODES:
+        if not follow or client.ask(ShowTask(reference=reference))["state"] in ENDS:
             break
         time.sleep(WATCH_SECONDS)
     if as_json:
@@ -324,10 +339,10 @@ def _submit(task: TaskSpec, wait: bool, dry_run: bool, state_dir: Path, as_json:
     if not as_json:
         display.submitted(answer)
         display.follow(lambda: [client.ask(ShowTask(reference=reference))], WATCH_SECONDS)
-    while (found := client.ask(ShowTask(reference=reference)))["state"] not in EXIT_CODES:
+    while (found := client.ask(ShowTask(reference=reference)))["state"] not in ENDS:
         time.sleep(WATCH_SECONDS)
     show(found, display.task, as_json)
-    raise typer.Exit(EXIT_CODES[found["state"]])
+    raise typer.Exit(ENDS[found["state"]])
 
 
 def _state(name: str | None) -> TaskState | None:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.document import without_password
 from configs.settings import Settings
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, score_table
@@ -61,6 +62,8 @@ class Mirror:
         """Task id to what its run shows: with a thousand tasks, asking MLflow for each would take seconds."""
         self._drawn: dict[str, str] = {}
         """Task id to what its loss plot shows."""
+        self._seen = 0
+        """What the queue said that it had told: see `TaskQueue.changes`."""
         self._look_at = math.inf
         """When to look though nobody calls."""
         self.behind = True
@@ -88,27 +91,31 @@ class Mirror:
                 self.error = ""
                 self.behind = self._awake.is_set()
             except Exception as error:  # whatever MLflow or its database raises: the service goes on without
-                self.error = f"{type(error).__name__}: {error}"
+                self.error = without_password(f"{type(error).__name__}: {error}")
                 log.warning("MLflow is behind: %s", self.error)
                 self._awake.set()
                 stop.wait(RETRY_SECONDS)
 
     def sync(self) -> None:
         """Bring MLflow to what the queue and the log say now. Running it twice changes nothing."""
-        records = {record.task_id: record for record in self._queue.tasks()}
-        training = any(record.state is TaskState.TRAINING for record in records.values())
+        changed, following = self._queue.changes(self._seen)
+        live = self._queue.in_flight()
+        training = any(record.state is TaskState.TRAINING for record in live)
         self._look_at = time.monotonic() + LIVE_SECONDS if training else math.inf
+        records = {record.task_id: record for record in (*changed, *live)}
         for record in records.values():
             self._draw_loss(record)
         self._open()
         state = self._store.refresh()
         table = score_table(state, state.refs[MAIN], self._settings.gate.drift_min)
-        for record in records.values():
+        held = self._queue.among(table.tasks)  # each new version may have new scores of them
+        for record in (records | held).values():
             self._mirror_task(record, state, table)
         if table.versions:
-            self._mirror_subspace(state, table, records)
+            self._mirror_subspace(state, table, held)
         elif len(state.published) > 1:
             self._unpoint_alias(self._settings.base_model.name)
+        self._seen = following  # not before all is there: what failed is read again
 
     def _open(self) -> None:
         if self._client is not None:

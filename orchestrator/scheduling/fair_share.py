@@ -1,19 +1,21 @@
 """Which waiting task goes next. Pure: everything it needs comes in, one ordered list goes out.
 
 Between teams: least used first, where use is worker-seconds decayed with a half-life of seven days, divided by
-the team's weight; whoever is running or was just admitted is charged at once, so that one team's hundred tasks do
-not all start before the next team's first. Inside a team: priority, then age.
+the team's weight; what runs is charged while it runs, and what was just given out at once, so that one team's hundred
+tasks do not all start before the next team's first. Inside a team: priority, then age.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 HALF_LIFE_SECONDS = 7 * 24 * 3600.0
 """Long enough that a week of heavy use counts next week; the default of the schedulers people know (Slurm)."""
 CHARGE_SECONDS = 60.0
-"""Charged at admission until the true cost is known: of the order of one short task."""
+"""Charged at the start until the true cost is known: of the order of one short task."""
 
 
 @dataclass(frozen=True)
@@ -28,54 +30,99 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Use:
-    """Worker-seconds that a team has used, and when they ended."""
+    """Worker-seconds that one order used, and when it ended."""
 
     team: str
     seconds: float
     ended_at: float
 
 
-def decayed_use(uses: Iterable[Use], now: float) -> dict[str, float]:
-    """Worker-seconds per team, halved for every seven days since."""
+@dataclass(frozen=True)
+class Running:
+    """An order that a worker has now."""
+
+    team: str
+    since: float
+    least_seconds: float = CHARGE_SECONDS
+    """Charged from the first moment on; then the time it has run, once that is more."""
+
+
+@dataclass(frozen=True)
+class DecayedSum:
+    """Worker-seconds of a team, each halved for every seven days from its end to `at`.
+
+    One number stands for all uses so far: the same decay works on all of them alike.
+    """
+
+    seconds: float = 0.0
+    at: float = 0.0
+
+    def at_time(self, now: float) -> float:
+        """What it is worth at a time; a clock that went back counts it whole."""
+        return float(self.seconds * 0.5 ** (max(0.0, now - self.at) / HALF_LIFE_SECONDS))
+
+    def plus(self, use: Use) -> DecayedSum:
+        """With one use more. In any order of the uses the sum is the same."""
+        newest = max(self.at, use.ended_at)
+        return DecayedSum(self.at_time(newest) + DecayedSum(use.seconds, use.ended_at).at_time(newest), newest)
+
+
+def running_seconds(running: Iterable[Running], now: float) -> dict[str, float]:
+    """Worker-seconds per team of the orders that have not ended: a task of ten hours weighs before it is done."""
     total: dict[str, float] = {}
-    for use in uses:
-        age = max(0.0, now - use.ended_at)
-        total[use.team] = total.get(use.team, 0.0) + use.seconds * 0.5 ** (age / HALF_LIFE_SECONDS)
+    for order in running:
+        total[order.team] = total.get(order.team, 0.0) + max(order.least_seconds, now - order.since)
     return total
 
 
 def running_order(
-    waiting: Sequence[Waiting],
+    waiting: Iterable[Waiting],
     use_seconds: Mapping[str, float],
-    running: Mapping[str, int],
+    running: Mapping[str, float],
     weights: Mapping[str, float],
+    limit: int | None = None,
 ) -> tuple[str, ...]:
     """The order in which waiting tasks would start if nothing else arrived.
 
     Args:
         waiting: In any order.
         use_seconds: Decayed use per team.
-        running: Tasks that run now, per team; each is charged.
+        running: Worker-seconds per team of what runs now, see `running_seconds`.
         weights: Share per team; a team without one counts 1.
+        limit: How many are asked for; default: all. Then the first `limit` of each team's line are enough of `waiting`.
 
     Returns:
         Task ids, next first. A task's index + 1 is its place in the queue.
 
     Cost:
-        O(n·teams) after sorting.
+        O(n·log n) for the n in `waiting`.
     """
     lines: dict[str, list[Waiting]] = {}
     for task in sorted(waiting, key=lambda t: (-t.priority, t.submitted_at, t.task_id)):
         lines.setdefault(task.team, []).append(task)
-    load = {t: use_seconds.get(t, 0.0) + CHARGE_SECONDS * running.get(t, 0) for t in lines}
-    order: list[str] = []
-    heads = dict.fromkeys(lines, 0)
-    while heads:
+    return tuple(itertools.islice(_merged(lines, use_seconds, running, weights), limit))
+
+
+def _merged(
+    lines: Mapping[str, list[Waiting]],
+    use_seconds: Mapping[str, float],
+    running: Mapping[str, float],
+    weights: Mapping[str, float],
+) -> Iterator[str]:
+    """The teams' lines as one: each time the team with the least load gives its next."""
+    load = {team: use_seconds.get(team, 0.0) + running.get(team, 0.0) for team in lines}
+
+    def entry(team: str, place: int) -> tuple[float, float, str, int]:
         # Equal load: the team whose first task has waited longest.
-        team = min(heads, key=lambda t: (load[t] / weights.get(t, 1.0), lines[t][heads[t]].submitted_at, t))
-        order.append(lines[team][heads[team]].task_id)
+        return load[team] / weights.get(team, 1.0), lines[team][place].submitted_at, team, place
+
+    heads = [entry(team, 0) for team in lines]
+    heapq.heapify(heads)
+    while heads:
+        _, _, team, place = heads[0]
+        yield lines[team][place].task_id
         load[team] += CHARGE_SECONDS
-        heads[team] += 1
-        if heads[team] == len(lines[team]):
-            del heads[team]
-    return tuple(order)
+        if place + 1 < len(lines[team]):
+            heapq.heapreplace(heads, entry(team, place + 1))
+        else:
+            heapq.heappop(heads)

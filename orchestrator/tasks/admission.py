@@ -6,16 +6,18 @@ changes no score, and workers on other machines can read it.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from configs.errors import Conflict, InvalidInput
+from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.settings import Settings
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState, new_task_id
+from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.digests import digest
@@ -23,6 +25,8 @@ from subspace_store.formats.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft_fol
 from workers.compatibility import check_head, check_lengths, check_template, chosen_modules, with_full_names
 from workers.orders import BaseLayout
 from workers.rows.frozen_rows import FrozenTask, freeze
+
+_PLACES: Any = {"client_key": True, "data": {"train_file", "eval_file"}, "method": {"adapter"}}
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,31 @@ class Draft:
     def eval_sha256(self) -> str:
         return self.rows.evaluation.sha256 if self.rows.evaluation else ""
 
+    @property
+    def content_sha256(self) -> str:
+        """What makes it the same submission as another: see `content_sha256`."""
+        brought = self.rows.train.sha256 if self.rows.train else digest(self.adapter)
+        return content_sha256(self.spec, brought, self.eval_sha256)
+
     def close(self) -> None:
         """Let go of the temporary files."""
         self.rows.close()
+
+
+def content_sha256(spec: TaskSpec, brought_sha256: str, eval_sha256: str) -> str:
+    """The one definition of "the same submission": the document and what its files say, wherever these lie.
+
+    Args:
+        brought_sha256: Of what the training rows say, or of the adapter in canonical form.
+        eval_sha256: Of what the evaluation rows say; empty without any.
+    """
+    return digest(f"{_document(spec)}\n{brought_sha256}\n{eval_sha256}".encode())
+
+
+def _document(spec: TaskSpec) -> str:
+    """A task document without the places of its files, and without the key that its owner may have given it."""
+    # Without defaults, so that a key that a later release adds changes no document of before.
+    return json.dumps(spec.model_dump(mode="json", exclude=_PLACES, exclude_defaults=True), sort_keys=True)
 
 
 def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
@@ -106,16 +132,21 @@ def admit(
         acknowledged and survives anything.
 
     Raises:
-        InvalidInput: The team has too many tasks waiting.
-        Conflict: Another task of that name is alive or published; or the client key belongs to another submission.
+        QueueFull: The team has as many tasks waiting as it may.
+        NameTaken: Another task of that name is alive or published.
+        Conflict: The client key belongs to another submission.
     """
-    spec = draft.spec
-    client_key = spec.client_key or _default_key(draft, queue)
-    mine = queue.tasks(team=spec.team)
+    spec, content = draft.spec, draft.content_sha256
+    if spec.client_key:
+        client_key, known = spec.client_key, queue.by_client_key(spec.team, spec.client_key)
+    else:
+        before = queue.same_content(spec.team, content)
+        # One that ended without a result may be submitted again, and its key belongs to it for ever.
+        client_key, known = f"auto-{content[:24]}{f'.{before.count}' if before.count else ''}", before.alive
+    if known is not None:
+        return _same(known, draft, client_key), False
     limit = settings.teams[spec.team].queued_max
-    is_full = sum(record.state is TaskState.QUEUED for record in mine) >= limit
-    if is_full and not any(record.client_key == client_key for record in mine):
-        raise InvalidInput(f"team '{spec.team}' has {limit} tasks waiting, its limit", "teams.queued_max", "wait")
+    queue.check_room(spec.team, limit)
     task_id = new_task_id()
     rows, folder = draft.rows, f"data/{task_id}"
     record = TaskRecord(
@@ -131,6 +162,7 @@ def admit(
         eval_key=rows.evaluation.key(folder, "eval") if rows.evaluation else "",
         eval_count=draft.eval_count,
         eval_sha256=draft.eval_sha256,
+        content_sha256=content,
     )
     if rows.train:
         rows.train.write(storage, record.train_key)
@@ -139,45 +171,35 @@ def admit(
     if rows.evaluation:
         rows.evaluation.write(storage, record.eval_key)
     try:
-        taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)))
-    except Conflict:  # of any other error the outcome is unknown, and then nothing is deleted
+        taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)), limit)
+    except (Conflict, QueueFull):  # of any other error the outcome is unknown, and then nothing is deleted
         _delete_data(record, storage)
         raise
     if not is_new:
         _delete_data(record, storage)
-        if _content(taken) != _content(record):
-            raise Conflict(
-                f"client_key '{client_key}' was used for {taken.title} ({taken.task_id}), and this submission differs",
-                record.title,
-                "leave client_key out, or choose a new one for a new task",
-            )
+        return _same(taken, draft, client_key), False
     return taken, is_new
 
 
-def _content(record: TaskRecord) -> tuple[TaskSpec, str]:
-    """What makes a submission this one: the document, wherever its files lie, and the evaluation rows."""
-    data = record.spec.data.model_copy(update={"train_file": None, "eval_file": None})
-    method = record.spec.method.model_copy(update={"adapter": None})
-    return record.spec.model_copy(update={"data": data, "method": method}), record.eval_sha256
+def _same(known: TaskRecord, draft: Draft, client_key: str) -> TaskRecord:
+    """The task that has this client key, if it came from the same submission. Raises Conflict."""
+    if known.content_sha256:
+        same = known.content_sha256 == draft.content_sha256
+    else:  # release 0.3 kept no digest of the training rows
+        same = (_document(known.spec), known.eval_sha256) == (_document(draft.spec), draft.eval_sha256)
+    if not same:
+        raise Conflict(
+            f"client_key '{client_key}' was used for {known.title} ({known.task_id}), and this submission differs",
+            f"{draft.spec.team}/{draft.spec.name}",
+            "leave client_key out, or choose a new one for a new task",
+        )
+    return known
 
 
 def _delete_data(record: TaskRecord, storage: Storage) -> None:
     for key in (record.train_key, record.eval_key):
         if key:
             storage.delete(key)
-
-
-def _default_key(draft: Draft, queue: TaskQueue) -> str:
-    """The same document with the same data is the same task, unless that one ended without a result."""
-    brought = draft.rows.train.sha256 if draft.rows.train else digest(draft.adapter)
-    content = f"{draft.spec.model_dump_json()}{brought}{draft.eval_sha256}".encode()
-    stem = f"auto-{digest(content)[:24]}"
-    ended = [
-        record
-        for record in queue.tasks(ENDED_WITHOUT_RESULT, draft.spec.team)
-        if record.client_key == stem or record.client_key.startswith(f"{stem}.")
-    ]
-    return f"{stem}.{len(ended)}" if ended else stem
 
 
 def _allowed(path: str, settings: Settings, key: str) -> Path:

@@ -32,6 +32,8 @@ class TrainingFailed:
     fault: str
     message: str
     at: float
+    seconds: float | None = None
+    """Worker-seconds of the attempt; None: nobody can say, and the time since its start counts."""
 
 
 @dataclass(frozen=True)

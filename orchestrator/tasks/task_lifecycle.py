@@ -32,7 +32,7 @@ from typing import Any
 
 from configs.errors import Conflict
 from configs.settings import FailureSettings
-from orchestrator.scheduling.fair_share import decayed_use
+from orchestrator.scheduling.fair_share import Use
 from orchestrator.tasks.task_events import (
     CancelRequested,
     Claimed,
@@ -106,12 +106,13 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 token=event.token,
                 worker=event.worker,
                 claimed_at=event.at,
+                order_at=event.at,
                 first_step_at=None,
                 reason="",
                 preempt_requested=False,
             )
         case Claimed() if next_step(record) is Step.REFINE:
-            return _with(record, token=event.token, worker=event.worker, preempt_requested=False)
+            return _with(record, token=event.token, worker=event.worker, order_at=event.at, preempt_requested=False)
         case TrainingDone() | TrainingFailed() if _is_stale(record, event):
             return record
         case TrainingDone() if record.cancel_requested:  # it finished before it heard of it
@@ -193,6 +194,22 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
     )
 
 
+def used_by(record: TaskRecord, event: Event, heard_until: float | None = None) -> Use | None:
+    """What the attempt that ends with an event cost the task's team, however it ended; None: it ends none.
+
+    Args:
+        record: The task before the event.
+        heard_until: When its worker's last lease ended. A worker that was lost while nobody looked used no more.
+    """
+    if not isinstance(event, TrainingDone | TrainingFailed) or _is_stale(record, event):
+        return None
+    seconds = event.outcome.worker_seconds if isinstance(event, TrainingDone) else event.seconds
+    # Release 0.3 did not note when a refinement began.
+    started = next(at for at in (record.order_at, record.claimed_at, event.at) if at is not None)
+    ended = event.at if heard_until is None else min(event.at, max(started, heard_until))
+    return Use(record.team, max(0.0, ended - started) if seconds is None else seconds, ended)
+
+
 def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureSettings) -> TaskRecord:
     """Requeue or give up, by whose fault it was. Each fault has a budget of its own."""
     refines = record.state is TaskState.REFINING
@@ -253,14 +270,8 @@ def _unrefined(record: TaskRecord, reason: str) -> TaskRecord:
 
 
 def _refined_again(record: TaskRecord, event: RefinedAgain) -> TaskRecord:
-    before = decayed_use([record.use] if record.use else [], event.at)
-    return _with(
-        record,
-        refined_seconds=(record.refined_seconds or 0.0) + event.seconds,
-        again_token=event.token,
-        used_seconds=before.get(record.team, 0.0) + event.seconds,
-        used_until=event.at,
-    )
+    refined = (record.refined_seconds or 0.0) + event.seconds
+    return _with(record, refined_seconds=refined, again_token=event.token)
 
 
 def _end(record: TaskRecord, state: TaskState, reason: str, at: float) -> TaskRecord:

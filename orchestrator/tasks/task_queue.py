@@ -1,8 +1,10 @@
-"""The tasks in a SQL database: the only place that writes one, and all SQL there is.
+"""The tasks in a SQL database: the only place that reads and writes them.
 
 SQLite in WAL mode by default, Postgres by URL. A record is read, advanced by the pure function of
-task_lifecycle.py and written back under its revision, together with the event, in one transaction; a writer that
-was overtaken reads again. Events are only ever appended.
+task_lifecycle.py and written back under its revision, together with the event and what it cost its team, in one
+transaction; a writer that was overtaken reads again. Events are only ever appended.
+
+Nothing here costs more because many tasks ended long ago, but `tasks` without a limit and `counts`.
 """
 
 from __future__ import annotations
@@ -10,130 +12,165 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    create_engine,
-    func,
-    insert,
-    select,
-    update,
-)
-from sqlalchemy import event as sqlalchemy_event
-from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy import BigInteger, Row, Select, and_, func, insert, literal, or_, select, update
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
-from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
+from configs.errors import Conflict, NameTaken, NotFound, QueueFull, UnreadableTask
 from configs.settings import FailureSettings
-from orchestrator.scheduling.fair_share import Use
-from orchestrator.tasks.task_events import Event, RefinementRefused, TrainingDone, TrainingFailed
-from orchestrator.tasks.task_history import LOG, PROGRESS, TaskEvent, point_of
-from orchestrator.tasks.task_lifecycle import advance
-from orchestrator.tasks.task_record import AT_WORK, ENDED_WITHOUT_RESULT, LIVE, TaskRecord, TaskState
-from workers.orders import LogLine, Point, Trained
+from orchestrator.scheduling.fair_share import DecayedSum, Use, Waiting
+from orchestrator.tasks import tables
+from orchestrator.tasks.database import Database
+from orchestrator.tasks.task_events import Claimed, Event, Restored
+from orchestrator.tasks.task_lifecycle import advance, used_by
+from orchestrator.tasks.task_record import AT_WORK, ENDED_WITHOUT_RESULT, IN_FLIGHT, TaskRecord, TaskState
+from orchestrator.tasks.task_rows import (
+    LOG,
+    PROGRESS,
+    TaskEvent,
+    columns_of,
+    narrate,
+    point_text,
+    points_of,
+    record_of,
+)
+from workers.orders import LogLine, Point
 
 log = logging.getLogger("onebasis.controller")
 
-_metadata = MetaData()
+_tasks, _events, _uses, _team_uses = tables.tasks, tables.events, tables.uses, tables.team_uses
+_RECORD = (_tasks.c.task_id, _tasks.c.team, _tasks.c.name, _tasks.c.record)
+_ENDED = [str(state) for state in ENDED_WITHOUT_RESULT]
+_QUEUED = str(TaskState.QUEUED)
 
-_tasks = Table(
-    "tasks",
-    _metadata,
-    Column("task_id", String(40), primary_key=True),
-    Column("team", String(63), nullable=False),
-    Column("name", String(63), nullable=False),
-    Column("client_key", String(120), nullable=False),
-    Column("state", String(20), nullable=False),
-    Column("token", String(40), nullable=False, default=""),
-    Column("revision", Integer, nullable=False),
-    Column("submitted_at", Float, nullable=False),
-    Column("train_seconds", Float),
-    Column("ended_training_at", Float),
-    Column("lease_until", Float),
-    Column("progress", Text),
-    Column("record", Text, nullable=False),
-    UniqueConstraint("team", "client_key"),
-    Index("tasks_by_state", "state"),
-    Index("tasks_by_name", "team", "name"),
-)
+AnyRow = Row[*tuple[Any, ...]]
 
-_events = Table(
-    "events",
-    _metadata,
-    Column("event_id", Integer, primary_key=True, autoincrement=True),
-    Column("task_id", String(40), nullable=False),
-    Column("at", Float, nullable=False),
-    Column("kind", String(40), nullable=False),
-    Column("text", Text, nullable=False),
-    Index("events_by_task", "task_id", "event_id"),
-)
+IDS_AT_ONCE = 500
+"""Ids in one question: SQLite takes 32,766 values at most, and the longer ones are not faster."""
+EVENTS_AT_ONCE = 1000
+"""More events than are ever being written at the same moment."""
+EVENT_ID_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one order cost a task's team."""
+
+    task_id: str
+    token: str
+    team: str
+    what: str
+    """`train`, `refine`, `refine again`, `score` or `away`: the worker was well, but the storage was not."""
+    seconds: float
+    ended_at: float
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a published task, or one that `main` may bring back, is in the lineage."""
+
+    task_id: str
+    state: TaskState
+    version: int
+
+
+@dataclass(frozen=True)
+class SameContent:
+    """What a team has submitted before that is the same by content."""
+
+    alive: TaskRecord | None
+    """The one that has not ended without a result."""
+    count: int
+    """All of them, whatever became of them."""
+
+
+def _chosen(states: Iterable[TaskState], team: str | None) -> Select[Any]:
+    chosen = select(*_RECORD)
+    if wanted := [str(state) for state in states]:
+        chosen = chosen.where(_tasks.c.state.in_(wanted))
+    return chosen if team is None else chosen.where(_tasks.c.team == team)
 
 
 class TaskQueue:
-    """The table of tasks and the table of their events. Safe for several threads."""
+    """The table of tasks and the table of their events. Safe for several threads.
+
+    Every method raises Unavailable when the database is away, locked, full or forbidden: nothing is half done then.
+    """
 
     def __init__(self, database_url: str, failures: FailureSettings | None = None) -> None:
-        """Open, and create the tables if they are not there.
+        """Open; see `Database`.
 
         Raises:
-            InvalidInput: No such database driver, or not a URL.
+            InvalidInput: No such database driver, or not a URL; or a newer release has written to it.
             Unavailable: The database does not answer.
         """
         self._failures = failures or FailureSettings()
-        self._engine = _engine(database_url)
-        try:
-            _metadata.create_all(self._engine)
-        except SQLAlchemyError as error:
-            raise Unavailable(
-                f"the task database does not answer: {error}", _safe(database_url), "check database_url"
-            ) from error
+        self._database = Database(database_url)
+        self._unreadable: dict[str, UnreadableTask] = {}
 
     def close(self) -> None:
         """Give the connections back."""
-        self._engine.dispose()
+        self._database.close()
 
-    def add(self, record: TaskRecord, note: str = "submitted") -> tuple[TaskRecord, bool]:
+    # --- taking in ---------------------------------------------------------------------------------------------
+
+    def add(
+        self, record: TaskRecord, note: str = "submitted", queued_max: int | None = None
+    ) -> tuple[TaskRecord, bool]:
         """Take a task in, once per team and client key.
+
+        Args:
+            queued_max: Most tasks that the team may have waiting, this one included; default: any number.
 
         Returns:
             The task and True; or, if this client key is known, the task of old and False.
 
         Raises:
-            Conflict: Another task of that name is alive or published.
+            NameTaken: Another task of that name is alive or published.
+            QueueFull: The team has `queued_max` tasks waiting.
         """
-        with self._engine.begin() as connection:
-            if self._engine.dialect.name == "postgresql":
-                # Two submissions of a team, one after the other: each must see the other's name. SQLite's one writer
-                # at a time is that already.
-                connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(record.team))))
+        with self._database.writing() as connection:
+            self._lock_team(connection, record.team)
             known = self._by_client_key(connection, record.team, record.client_key)
             if known is not None:
                 return known, False
             self._refuse_taken_name(connection, record)
+            if queued_max is not None:
+                self._refuse_full_queue(connection, record.team, queued_max)
             try:
-                with connection.begin_nested():
-                    connection.execute(insert(_tasks).values(task_id=record.task_id, **_columns(record)))
-            except IntegrityError as error:  # the same submission came in on another connection meanwhile
-                known = self._by_client_key(connection, record.team, record.client_key)
-                if known is None:
-                    raise Conflict("the task id is taken", record.task_id, "submit again") from error
-                return known, False
+                connection.execute(insert(_tasks).values(task_id=record.task_id, **columns_of(record)))
+            except IntegrityError as error:  # name and key are free, and nobody else of this team is writing
+                raise Conflict("the task id is taken", record.task_id, "submit again") from error
             self._append(connection, record.task_id, [("submitted", note)], record.submitted_at)
         return record, True
 
+    def by_client_key(self, team: str, client_key: str) -> TaskRecord | None:
+        """The task of a team that was submitted with this key."""
+        with self._database.reading() as connection:
+            return self._by_client_key(connection, team, client_key)
+
+    def same_content(self, team: str, content_sha256: str) -> SameContent:
+        """What a team has submitted before under the same `TaskRecord.content_sha256`."""
+        same = (_tasks.c.team == team, _tasks.c.content_sha256 == content_sha256)
+        with self._database.reading() as connection:
+            count = connection.execute(select(func.count()).where(*same)).scalar_one()
+            alive = connection.execute(select(*_RECORD).where(*same, _tasks.c.state.not_in(_ENDED))).first()
+        return SameContent(self._read(alive) if alive else None, count)
+
+    def check_room(self, team: str, queued_max: int) -> None:
+        """Refuse what `add` will refuse, before anything is uploaded. Raises QueueFull."""
+        with self._database.reading() as connection:
+            self._refuse_full_queue(connection, team, queued_max)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
     def get(self, task_id: str) -> TaskRecord:
-        """One task by its id. Raises NotFound."""
-        with self._engine.connect() as connection:
+        """One task by its id. Raises NotFound, UnreadableTask."""
+        with self._database.reading() as connection:
             return self._get(connection, task_id)
 
     def find(self, reference: str) -> TaskRecord:
@@ -141,43 +178,169 @@ class TaskQueue:
 
         Raises:
             NotFound: None, or several ids that begin like this.
+            UnreadableTask: This release cannot read it.
         """
         team, slash, name = reference.partition("/")
-        chosen = select(_tasks.c.record).order_by(_tasks.c.submitted_at.desc()).limit(2)
+        chosen = select(_tasks.c.task_id)
         if slash:
-            chosen = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
+            named = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
+            chosen = named.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(1)
         else:
-            chosen = chosen.where(_tasks.c.task_id.startswith(reference, autoescape=True))
-        with self._engine.connect() as connection:
-            rows = connection.execute(chosen).scalars().all()
-        if not rows or not reference or (len(rows) > 1 and not slash):
-            problem = "several tasks begin like this" if len(rows) > 1 else "there is no such task"
-            raise NotFound(problem, repr(reference), "`onebasis tasks` lists ids and names")
-        return TaskRecord.model_validate_json(rows[0])
+            chosen = chosen.where(_tasks.c.task_id.startswith(reference, autoescape=True)).limit(2)
+        with self._database.reading() as connection:
+            found = connection.execute(chosen).scalars().all()
+            if len(found) > 1 and reference in found:
+                found = [reference]  # another id begins with the whole of this one
+            if not reference or len(found) != 1:
+                problem = "several tasks begin like this" if len(found) > 1 else "there is no such task"
+                raise NotFound(problem, repr(reference), "`onebasis tasks` lists ids and names")
+            return self._get(connection, found[0])
 
     def tasks(self, states: Iterable[TaskState] = (), team: str | None = None) -> list[TaskRecord]:
-        """Tasks by age, all or those in some states or of one team."""
-        chosen = select(_tasks.c.record).order_by(_tasks.c.submitted_at, _tasks.c.task_id)
-        if wanted := [str(state) for state in states]:
-            chosen = chosen.where(_tasks.c.state.in_(wanted))
-        if team is not None:
-            chosen = chosen.where(_tasks.c.team == team)
-        with self._engine.connect() as connection:
-            return [TaskRecord.model_validate_json(row) for row in connection.execute(chosen).scalars()]
+        """Tasks by age, all or those in some states or of one team. What cannot be read is left out: `unreadable`."""
+        return self._records(_chosen(states, team).order_by(_tasks.c.submitted_at, _tasks.c.task_id))
+
+    def page(
+        self, states: Iterable[TaskState] = (), team: str | None = None, before: str = "", limit: int = 200
+    ) -> list[TaskRecord]:
+        """The newest tasks, or the newest of those that are older than one, by age.
+
+        Args:
+            before: Id of the oldest task of the page that was shown before.
+            limit: Most rows to look at. Where one cannot be read, a page has fewer tasks.
+
+        Raises:
+            NotFound: There is no task `before`.
+        """
+        chosen = _chosen(states, team).order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(limit)
+        if before:
+            with self._database.reading() as connection:
+                at = connection.execute(select(_tasks.c.submitted_at).where(_tasks.c.task_id == before)).scalar()
+            if at is None:
+                raise NotFound("there is no such task", before, "begin again with the newest")
+            older = and_(_tasks.c.submitted_at == at, _tasks.c.task_id < before)
+            # The first condition says nothing new; with it the database starts in the middle of an index.
+            chosen = chosen.where(_tasks.c.submitted_at <= at, or_(_tasks.c.submitted_at < at, older))
+        return self._records(chosen)[::-1]
+
+    def _records(self, chosen: Select[Any]) -> list[TaskRecord]:
+        with self._database.reading() as connection:
+            return [record for row in connection.execute(chosen) if (record := self._try_read(row)) is not None]
 
     def among(self, task_ids: Collection[str]) -> dict[str, TaskRecord]:
-        """Id to record, of those of these ids that the database knows: it may be younger than the store."""
-        return {record.task_id: record for record in self.tasks() if record.task_id in task_ids}
+        """Id to record, of those of these ids that the database knows and can read. It may be younger than the
+        store."""
+        found = {}
+        with self._database.reading() as connection:
+            for ids in _batches(task_ids):
+                rows = connection.execute(select(*_RECORD).where(_tasks.c.task_id.in_(ids)))
+                found.update({row.task_id: record for row in rows if (record := self._try_read(row))})
+        return found
+
+    def changes(self, after: int) -> tuple[list[TaskRecord], int]:
+        """The tasks to which something happened since an earlier answer, some of them perhaps told before.
+
+        Args:
+            after: What the answer before said; 0: all tasks.
+
+        Returns:
+            The tasks, and the `after` of the next question.
+
+        Cost:
+            As many rows as there were events since, and a thousand.
+        """
+        newest = select(func.max(_events.c.event_id))
+        # Two that write at once may be kept in another order than their events are numbered.
+        since = _events.c.event_id > max(0, after - EVENTS_AT_ONCE)
+        chosen = select(_events.c.task_id).where(since, _events.c.kind.not_in((LOG, PROGRESS))).distinct()
+        with self._database.reading() as connection:
+            last = int(connection.execute(newest).scalar() or 0)
+            ids = connection.execute(chosen).scalars().all() if after else []
+        return (list(self.among(ids).values()) if after else self.tasks()), max(after, last)
+
+    def known(self, task_ids: Collection[str]) -> set[str]:
+        """Those of these ids that have a row, one that can be read or not."""
+        found: set[str] = set()
+        with self._database.reading() as connection:
+            for ids in _batches(task_ids):
+                found.update(connection.execute(select(_tasks.c.task_id).where(_tasks.c.task_id.in_(ids))).scalars())
+        return found
 
     def counts(self) -> dict[str, int]:
-        """State to number of tasks, without reading the tasks; a state without any is left out."""
+        """State to number of tasks, from an index alone; a state without any is left out."""
         chosen = select(_tasks.c.state, func.count()).group_by(_tasks.c.state).order_by(_tasks.c.state)
-        with self._engine.connect() as connection:
-            return dict(connection.execute(chosen).all())
+        with self._database.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(chosen)}
 
-    def live(self) -> list[TaskRecord]:
-        """Tasks that are owed something."""
-        return self.tasks(LIVE)
+    def unreadable(self) -> tuple[UnreadableTask, ...]:
+        """Rows that this process met and could not read. They are left out of every list, and nothing is done for
+        them; each says what to do."""
+        return tuple(self._unreadable.values())
+
+    # --- what the loop asks ------------------------------------------------------------------------------------
+
+    def in_flight(self) -> list[TaskRecord]:
+        """Tasks that are owed something and do not wait for a worker to train them, by age: as many as are at work."""
+        return self.tasks(IN_FLIGHT)
+
+    def is_anyone_waiting(self) -> bool:
+        """Whether a task waits for a worker to train it."""
+        with self._database.reading() as connection:
+            return connection.execute(select(literal(1)).where(_tasks.c.state == _QUEUED).limit(1)).first() is not None
+
+    def waiting(self, limit: int | None = None) -> list[Waiting]:
+        """The tasks that wait for a worker, without their records.
+
+        Args:
+            limit: The first so many of each team's line; default: all.
+
+        Cost:
+            One read of an index for each team, as long as what it brings.
+        """
+        line = (
+            select(_tasks.c.task_id, _tasks.c.team, -_tasks.c.priority, _tasks.c.submitted_at)
+            .where(_tasks.c.state == _QUEUED)
+            .order_by(_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.task_id)
+        )
+        aside = {*self._unreadable}
+        with self._database.reading() as connection:
+            if limit is None:
+                rows = list(connection.execute(line))
+            else:
+                teams = connection.execute(_teams_that_wait()).scalars().all()
+                rows = [
+                    row
+                    for team in teams
+                    for row in connection.execute(line.where(_tasks.c.team == team).limit(limit + len(aside)))
+                ]
+        return [Waiting(*row) for row in rows if row.task_id not in aside]
+
+    def placed(self) -> list[Placed]:
+        """The published tasks, and the parked ones that are in a version, without their records."""
+        columns = (_tasks.c.task_id, _tasks.c.state, _tasks.c.version)
+        published = select(*columns).where(_tasks.c.state == str(TaskState.PUBLISHED))
+        parked = select(*columns).where(_tasks.c.state == str(TaskState.PARKED), _tasks.c.version > 0)
+        with self._database.reading() as connection:
+            rows = [*connection.execute(published), *connection.execute(parked)]
+        return [Placed(task_id, TaskState(state), version) for task_id, state, version in rows]
+
+    def is_anyone_unjudged(self) -> bool:
+        """Whether a version is being refined or scored."""
+        chosen = select(literal(1)).where(_tasks.c.state.in_([str(TaskState.REFINING), str(TaskState.EVALUATING)]))
+        with self._database.reading() as connection:
+            return connection.execute(chosen.limit(1)).first() is not None
+
+    def living_of_names(self, titles: Collection[str]) -> dict[str, TaskRecord]:
+        """Which of these names (`team/name`) are taken: name to the task that is alive or published."""
+        found = {}
+        with self._database.reading() as connection:
+            for title in titles:
+                team, _, name = title.partition("/")
+                if taken := self._alive(connection, team, name):
+                    found[title] = self._get(connection, taken.task_id)
+        return found
+
+    # --- advancing ---------------------------------------------------------------------------------------------
 
     def apply(self, task_id: str, event: Event) -> TaskRecord:
         """Advance one task by one event and append the event, in one transaction.
@@ -187,6 +350,8 @@ class TaskQueue:
 
         Raises:
             NotFound, Conflict: No such task; or the event does not belong to its state.
+            NameTaken: `main` holds it again, and its name meanwhile belongs to another that is alive.
+            UnreadableTask: This release cannot read it.
         """
         return self.apply_all([task_id], event)[0]
 
@@ -194,7 +359,7 @@ class TaskQueue:
         """Advance several tasks by the same event: all of them or none."""
         while True:
             try:
-                with self._engine.begin() as connection:
+                with self._database.writing() as connection:
                     return [self._apply(connection, task_id, event) for task_id in task_ids]
             except _OvertakenError:
                 continue
@@ -203,7 +368,7 @@ class TaskQueue:
         """As `apply_all`; nothing when somebody (a cancel) came first: then the records are to be read again."""
         try:
             return self.apply_all(task_ids, event)
-        except Conflict as error:
+        except (Conflict, UnreadableTask) as error:
             log.info("read again: %s", error)
             return []
 
@@ -214,64 +379,118 @@ class TaskQueue:
             .where(_tasks.c.task_id == task_id, _tasks.c.token == token, _tasks.c.state.in_(AT_WORK))
             .values(lease_until=lease_until, progress=json.dumps(progress))
         )
-        with self._engine.begin() as connection:
+        with self._database.writing() as connection:
             return connection.execute(renewed).rowcount == 1
 
     def progress(self, task_id: str) -> dict[str, Any]:
-        """The last heartbeat's progress; empty before the first."""
-        with self._engine.connect() as connection:
+        """The last heartbeat's progress; empty before the first of an attempt."""
+        with self._database.reading() as connection:
             row = connection.execute(select(_tasks.c.progress).where(_tasks.c.task_id == task_id)).scalar()
-        return dict(json.loads(row)) if row else {}
+        try:
+            found = json.loads(row) if row else {}
+        except ValueError:
+            return {}
+        return dict(found) if isinstance(found, dict) else {}
+
+    # --- history -----------------------------------------------------------------------------------------------
 
     def append(self, task_id: str, lines: Iterable[tuple[str, str]]) -> None:
         """Add (kind, text) lines to a task's history."""
         if found := list(lines):
-            with self._engine.begin() as connection:
+            with self._database.writing() as connection:
                 self._append(connection, task_id, found, time.time())
 
     def append_log(self, task_id: str, lines: Iterable[LogLine]) -> None:
         """Add what a worker told of a task's training. It thins the points itself: fifty for each attempt."""
         self.append(
-            task_id, [(PROGRESS, _point_text(line)) if isinstance(line, Point) else (LOG, line) for line in lines]
+            task_id, [(PROGRESS, point_text(line)) if isinstance(line, Point) else (LOG, line) for line in lines]
         )
 
     def curve(self, task_id: str) -> list[Point]:
         """The points of a task's curves, of all its attempts, oldest first."""
-        return [point_of(event) for event in self.events(task_id) if event.kind == PROGRESS]
+        return points_of(self.events(task_id))
 
     def events(self, task_id: str, after: int = 0) -> list[TaskEvent]:
         """A task's history after an event id, oldest first."""
         chosen = (
             select(_events.c.event_id, _events.c.at, _events.c.kind, _events.c.text)
-            .where(_events.c.task_id == task_id, _events.c.event_id > after)
+            .where(
+                _events.c.task_id == task_id, _events.c.event_id > literal(min(max(after, 0), EVENT_ID_MAX), BigInteger)
+            )
             .order_by(_events.c.event_id)
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [TaskEvent(*row) for row in connection.execute(chosen)]
 
-    def uses(self, since: float) -> list[Use]:
-        """Worker-seconds spent per team after a time, for fair share."""
-        chosen = select(_tasks.c.team, _tasks.c.train_seconds, _tasks.c.ended_training_at).where(
-            _tasks.c.train_seconds.is_not(None), _tasks.c.ended_training_at > since
-        )
-        with self._engine.connect() as connection:
-            return [Use(*row) for row in connection.execute(chosen)]
+    # --- what was used -----------------------------------------------------------------------------------------
+
+    def charge(self, task_id: str, token: str, what: str, use: Use) -> None:
+        """Add what an order cost that is no step in a task's life (scoring it, refining it again), once per token."""
+        with self._database.writing() as connection:
+            self._charge(connection, Spent(task_id, token, use.team, what, use.seconds, use.ended_at))
+
+    def use_of_teams(self, now: float) -> dict[str, float]:
+        """Worker-seconds per team, halved for every seven days since each was used.
+
+        Cost:
+            One row for each team.
+        """
+        chosen = select(_team_uses.c.team, _team_uses.c.seconds, _team_uses.c.at)
+        with self._database.reading() as connection:
+            return {team: DecayedSum(seconds, at).at_time(now) for team, seconds, at in connection.execute(chosen)}
+
+    def spent(self, task_id: str) -> list[Spent]:
+        """What a task's orders cost its team, oldest first."""
+        columns = (getattr(_uses.c, field.name) for field in fields(Spent))
+        chosen = select(*columns).where(_uses.c.task_id == task_id).order_by(_uses.c.ended_at, _uses.c.token)
+        with self._database.reading() as connection:
+            return [Spent(*row) for row in connection.execute(chosen)]
+
+    # --- helpers -----------------------------------------------------------------------------------------------
 
     def _apply(self, connection: Connection, task_id: str, event: Event) -> TaskRecord:
-        record = self._get(connection, task_id)
+        row = self._row(connection, task_id)
+        record = self._read(row, task_id)
         after = advance(record, event, self._failures)
         if after is record:
             return record
+        if isinstance(event, Restored) and record.state is TaskState.PARKED:
+            self._lock_team(connection, record.team)
+            self._refuse_taken_name(connection, record)
         after = after.model_copy(update={"revision": record.revision + 1})
+        assert row is not None
+        values = columns_of(after, row.record)
+        if isinstance(event, Claimed):  # what an earlier attempt told is not this one's
+            values |= {"lease_until": None, "progress": None}
         written = connection.execute(
-            update(_tasks)
-            .where(_tasks.c.task_id == task_id, _tasks.c.revision == record.revision)
-            .values(**_columns(after))
+            update(_tasks).where(_tasks.c.task_id == task_id, _tasks.c.revision == record.revision).values(**values)
         )
         if written.rowcount != 1:
             raise _OvertakenError
-        self._append(connection, task_id, [(type(event).__name__, _narrate(after, event))], time.time())
+        self._append(connection, task_id, [(type(event).__name__, narrate(after, event))], time.time())
+        if use := used_by(record, event, row.lease_until):
+            what = "refine" if record.state is TaskState.REFINING else "train"
+            self._charge(connection, Spent(task_id, record.token, use.team, what, use.seconds, use.ended_at))
         return after
+
+    def _charge(self, connection: Connection, spent: Spent) -> None:
+        team = _team_uses.c.team == spent.team
+        # Locked on Postgres, so that of two that charge at once each sees the other's; SQLite has one writer anyway.
+        mine = select(_team_uses.c.seconds, _team_uses.c.at).where(team).with_for_update()
+        before = connection.execute(mine).first()
+        if before is None:
+            self._lock_team(connection, spent.team)
+            before = connection.execute(mine).first()
+        told = select(literal(1)).where(_uses.c.task_id == spent.task_id, _uses.c.token == spent.token)
+        if connection.execute(told).first() is not None:
+            return
+        connection.execute(insert(_uses).values(**vars(spent)))
+        total = DecayedSum(*before) if before else DecayedSum()
+        total = total.plus(Use(spent.team, spent.seconds, spent.ended_at))
+        if before is None:
+            connection.execute(insert(_team_uses).values(team=spent.team, seconds=total.seconds, at=total.at))
+        else:
+            connection.execute(update(_team_uses).where(team).values(seconds=total.seconds, at=total.at))
 
     def _append(self, connection: Connection, task_id: str, lines: Iterable[tuple[str, str]], at: float) -> None:
         rows = [{"task_id": task_id, "at": at, "kind": kind, "text": text} for kind, text in lines]
@@ -279,115 +498,102 @@ class TaskQueue:
             connection.execute(insert(_events), rows)
 
     def _get(self, connection: Connection, task_id: str) -> TaskRecord:
-        row = connection.execute(select(_tasks.c.record).where(_tasks.c.task_id == task_id)).scalar()
-        if row is None:
-            raise NotFound("there is no such task", task_id, "`onebasis tasks` lists them")
-        return TaskRecord.model_validate_json(row)
+        return self._read(self._row(connection, task_id), task_id)
+
+    def _row(self, connection: Connection, task_id: str) -> AnyRow | None:
+        return connection.execute(select(*_RECORD, _tasks.c.lease_until).where(_tasks.c.task_id == task_id)).first()
 
     def _by_client_key(self, connection: Connection, team: str, client_key: str) -> TaskRecord | None:
         row = connection.execute(
-            select(_tasks.c.record).where(_tasks.c.team == team, _tasks.c.client_key == client_key)
-        ).scalar()
-        return TaskRecord.model_validate_json(row) if row else None
+            select(*_RECORD).where(_tasks.c.team == team, _tasks.c.client_key == client_key)
+        ).first()
+        return self._read(row) if row else None
+
+    def _lock_team(self, connection: Connection, team: str) -> None:
+        """Two of one team, one after the other: each must see the other's. SQLite's one writer at a time is that
+        already."""
+        if self._database.is_postgres:
+            connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(team))))
+
+    def _alive(self, connection: Connection, team: str, name: str) -> AnyRow | None:
+        """Names are never reused while their task lives: a score called team/name must mean one task."""
+        named = (_tasks.c.team == team, _tasks.c.name == name, _tasks.c.state.not_in(_ENDED))
+        return connection.execute(
+            select(_tasks.c.task_id, _tasks.c.state, _tasks.c.content_sha256).where(*named)
+        ).first()
 
     def _refuse_taken_name(self, connection: Connection, record: TaskRecord) -> None:
-        """Names are never reused while their task lives: a score called team/name must mean one task."""
-        free = [str(state) for state in ENDED_WITHOUT_RESULT]
-        taken = connection.execute(
-            select(_tasks.c.task_id, _tasks.c.state).where(
-                _tasks.c.team == record.team, _tasks.c.name == record.name, _tasks.c.state.not_in(free)
+        taken = self._alive(connection, record.team, record.name)
+        if taken is None:
+            return
+        same = bool(record.content_sha256) and taken.content_sha256 == record.content_sha256
+        if record.version:
+            what, todo = "so it cannot come back", "cancel or remove that task first"
+        elif same:
+            what, todo = (
+                "and is this very submission, under another client_key",
+                "leave client_key out to get that task",
             )
-        ).first()
-        if taken is not None:
-            raise Conflict(
-                f"task {taken.task_id} of that name is {taken.state}, and this submission differs from it",
-                record.title,
-                "choose another name"
-                if taken.state == TaskState.PUBLISHED
-                else "choose another name, or cancel the old task first",
+        elif taken.content_sha256 and record.content_sha256:
+            what, todo = "and this submission differs from it", "choose another name"
+        else:
+            what, todo = "and nobody knows whether it is the same submission", "choose another name"
+        if taken.state != TaskState.PUBLISHED and not same and not record.version:
+            todo += ", or cancel the old task first"
+        raise NameTaken(
+            f"task {taken.task_id} of that name is {taken.state}, {what}",
+            record.title,
+            todo,
+            record.task_id,
+            taken.task_id,
+        )
+
+    def _refuse_full_queue(self, connection: Connection, team: str, queued_max: int) -> None:
+        mine = select(literal(1)).where(_tasks.c.state == _QUEUED, _tasks.c.team == team).limit(queued_max)
+        if connection.execute(select(func.count()).select_from(mine.subquery())).scalar_one() >= queued_max:
+            raise QueueFull(
+                f"team '{team}' has {queued_max} tasks waiting, its limit",
+                "teams.queued_max",
+                "wait until some of them have begun, then submit again",
+                team,
+                queued_max,
             )
+
+    def _read(self, row: AnyRow | None, task_id: str = "") -> TaskRecord:
+        """A row as a record; what cannot be read is remembered for `unreadable`. Raises NotFound, UnreadableTask."""
+        if row is None:
+            raise NotFound("there is no such task", task_id, "`onebasis tasks` lists them")
+        try:
+            record = record_of(row.task_id, f"{row.team}/{row.name}", row.record)
+        except UnreadableTask as error:
+            if row.task_id not in self._unreadable:
+                log.error("%s", error)
+            self._unreadable[row.task_id] = error
+            raise
+        self._unreadable.pop(record.task_id, None)
+        return record
+
+    def _try_read(self, row: AnyRow) -> TaskRecord | None:
+        try:
+            return self._read(row)
+        except UnreadableTask:
+            return None
 
 
 class _OvertakenError(Exception):
     """Another writer changed the record between our read and our write."""
 
 
-def _columns(record: TaskRecord) -> dict[str, Any]:
-    use = record.use
-    return {
-        "team": record.team,
-        "name": record.name,
-        "client_key": record.client_key,
-        "state": str(record.state),
-        "token": record.token,
-        "revision": record.revision,
-        "submitted_at": record.submitted_at,
-        "train_seconds": use.seconds if use else None,
-        "ended_training_at": use.ended_at if use else None,
-        "record": record.model_dump_json(),
-    }
+def _teams_that_wait() -> Select[Any]:
+    """Teams with a waiting task: from one to the next through the index, not through all its rows."""
+    waits = _tasks.c.state == _QUEUED
+    first = select(func.min(_tasks.c.team).label("team")).where(waits).cte("teams", recursive=True)
+    following = select(func.min(_tasks.c.team)).where(waits, _tasks.c.team > first.c.team).scalar_subquery()
+    teams = first.union_all(select(following).where(first.c.team.is_not(None)))
+    return select(teams.c.team).where(teams.c.team.is_not(None))
 
 
-def _narrate(record: TaskRecord, event: Event) -> str:
-    """One line for people: what happened and what it led to."""
-    facts = [
-        f"{name} {getattr(event, name)}"
-        for name in ("worker", "fault", "version", "merge_key", "by")
-        if hasattr(event, name)
-    ]
-    message = getattr(event, "message", "")
-    if isinstance(event, TrainingDone):
-        facts += _trained(event.outcome)
-    if isinstance(event, TrainingFailed | RefinementRefused) and record.unrefined:
-        message = f"goes on as it was merged: {record.unrefined}"
-    return " · ".join([f"now {record.state}", *facts, *([message] if message else [])])
-
-
-def _trained(outcome: Trained) -> list[str]:
-    """How the adapter came about: what `auto` chose, how much was trained, from which step it went on."""
-    facts = {
-        f"method {outcome.method}": outcome.method,
-        f"in the basis of version {outcome.basis_version}": outcome.basis_version,
-        f"{outcome.trainable_parameters:,} numbers trained": outcome.trainable_parameters,
-        f"went on from step {outcome.resumed_from}": outcome.resumed_from,
-        f"own adapter scores {outcome.local_score:.4f}": outcome.local_score == outcome.local_score,
-    }
-    return [text for text, known in facts.items() if known]
-
-
-def _point_text(point: Point) -> str:
-    return json.dumps({name: value for name, value in vars(point).items() if value == value})  # no NaN in JSON
-
-
-def _engine(database_url: str) -> Engine:
-    try:
-        url = make_url(database_url)
-        engine = create_engine(url, pool_pre_ping=True)
-    except (SQLAlchemyError, ModuleNotFoundError) as error:
-        raise InvalidInput(
-            f"is not a usable database URL: {error}",
-            "database_url",
-            "use sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME",
-        ) from error
-    if url.get_backend_name() == "sqlite":
-        sqlalchemy_event.listen(engine, "connect", _prepare_sqlite)
-        sqlalchemy_event.listen(engine, "begin", _begin_immediate)
-    return engine
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN is deferred: two readers that both write dead-lock
-    connection.execute("PRAGMA busy_timeout = 30000")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
-
-
-def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _safe(database_url: str) -> str:
-    try:
-        return make_url(database_url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "database_url"
+def _batches(task_ids: Collection[str]) -> Iterator[list[str]]:
+    ids = sorted(task_ids)
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        yield ids[start : start + IDS_AT_ONCE]

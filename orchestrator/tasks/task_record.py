@@ -5,6 +5,7 @@ No Ray, no torch, no SQL here: a restarted control plane loads these records and
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from pydantic import Field
 
 from configs.document import Section
 from configs.task_spec import TaskSpec
-from orchestrator.scheduling.fair_share import Use
 
 
 class TaskState(StrEnum):
@@ -33,6 +33,9 @@ class TaskState(StrEnum):
 
 LIVE = (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING)
 """States in which the control plane still owes the task something."""
+
+IN_FLIGHT = (TaskState.TRAINING, TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING)
+"""Those of them in which it no longer waits for its first order."""
 
 AT_WORK = (TaskState.TRAINING, TaskState.REFINING)
 """States in which a worker may have an order for the task's adapter."""
@@ -59,6 +62,8 @@ class TaskRecord(Section):
     """Storage key of the frozen evaluation rows; empty when an import brought none."""
     eval_count: int = 0
     eval_sha256: str = ""
+    content_sha256: str = ""
+    """What makes the submission this one, see `admission.content_sha256`; empty in records of release 0.3."""
 
     state: TaskState = TaskState.QUEUED
     revision: int = 0
@@ -72,6 +77,9 @@ class TaskRecord(Section):
     """Lease of the running attempt: a report that names another one is stale."""
     worker: str = ""
     claimed_at: float | None = None
+    """When a worker last got it to train."""
+    order_at: float | None = None
+    """When a worker last got an order for it: to train it, or to refine it."""
     lost_machines: int = 0
     own_bugs: int = 0
     preemptions: int = 0
@@ -113,9 +121,6 @@ class TaskRecord(Section):
     refined_seconds: float | None = None
     again_token: str = ""
     """Order of the last refinement in a later version (`share_full`): told of it twice, it counts once."""
-    used_seconds: float | None = None
-    """After such a refinement: what the task cost its team, earlier seconds worth what they were at `used_until`."""
-    used_until: float = 0.0
     unrefined: str = ""
     """Why it was not refined, though it was to be."""
     ended_at: float | None = None
@@ -125,21 +130,17 @@ class TaskRecord(Section):
         """`team/name`, what people call it."""
         return f"{self.team}/{self.name}"
 
-    @property
-    def use(self) -> Use | None:
-        """What it cost its team; None before it was trained."""
-        if self.claimed_at is None or self.train_seconds is None:
-            return None
-        if self.used_seconds is not None:
-            return Use(self.team, self.used_seconds, self.used_until)
-        seconds = self.train_seconds + (self.refined_seconds or 0.0)
-        return Use(self.team, seconds, self.claimed_at + seconds)
-
 
 def new_task_id(now: float | None = None) -> str:
     """An id that sorts by time and is unique without a counter: ids outlive a lost database in the version log."""
     # 48 bits: of a thousand tasks in one second no two may write to the same keys of the storage.
     return f"t{int(now if now is not None else time.time()):09x}{secrets.token_hex(6)}"
+
+
+def born_at(task_id: str) -> float | None:
+    """Unix time at which `new_task_id` made an id, to the second; None: something else made it."""
+    found = re.fullmatch("t([0-9a-f]{9})[0-9a-f]{12}", task_id)
+    return float(int(found[1], 16)) if found else None
 
 
 def staging_key(task_id: str, attempt: int, token: str) -> str:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from configs.errors import OnebasisError
+from configs.errors import Exit, OnebasisError
 from configs.places import home
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -31,11 +31,16 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True, highlight=False)
 
 
+EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"{code:5}  {code.meaning}" for code in Exit)
+"""The end of a help text; \\b keeps its lines apart."""
+
+
 def new_app(name: str, help: str) -> typer.Typer:
-    """A group of commands."""
+    """A group of commands. Its help ends with the exit codes."""
     return typer.Typer(
         name=name,
         help=help,
+        epilog=EXIT_CODES,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -43,12 +48,15 @@ def new_app(name: str, help: str) -> typer.Typer:
     )
 
 
-def command_of(app: typer.Typer, interrupted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command_of(
+    app: typer.Typer, interrupted: str, epilog: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that registers commands by the names of their functions; our errors become a message, or JSON, and
     an exit code that a script can tell apart.
 
     Args:
         interrupted: What to say after Ctrl-C.
+        epilog: The end of these commands' help.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -64,11 +72,11 @@ def command_of(app: typer.Typer, interrupted: str) -> Callable[[Callable[..., No
                 raise typer.Exit(problem.exit_code) from None
             except KeyboardInterrupt:
                 note(interrupted)
-                raise typer.Exit(130) from None
+                raise typer.Exit(Exit.INTERRUPTED) from None
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-        app.command(name=function.__name__.strip("_").replace("_", "-"))(run)
+        app.command(name=function.__name__.strip("_").replace("_", "-"), epilog=epilog)(run)
         return run
 
     return register

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
 
 import pytest
+from sqlalchemy import select, update
 
-from configs.errors import Conflict, NotFound
+from configs.errors import Conflict, InvalidInput, NameTaken, NotFound, QueueFull, UnreadableTask
 from configs.settings import FailureSettings
-from orchestrator.scheduling.fair_share import Use
+from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Use, Waiting
+from orchestrator.tasks import tables, task_queue
 from orchestrator.tasks.task_events import (
     CancelRequested,
     Claimed,
     Judged,
     MergeBegun,
     Merged,
+    Restored,
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.tasks.task_history import LOG, PROGRESS
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_rows import LOG, PROGRESS
 from tests.builders import task_record, trained
 from workers.orders import Point
 
@@ -41,6 +45,25 @@ def at_once(count: int, act: Callable[[int], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
+
+
+def stored_text(queue: TaskQueue, task_id: str) -> str:
+    with queue._database.reading() as connection:
+        chosen = select(tables.tasks.c.record).where(tables.tasks.c.task_id == task_id)
+        return str(connection.execute(chosen).scalar_one())
+
+
+def write_text(queue: TaskQueue, task_id: str, text: str) -> None:
+    """Put something else where a record was."""
+    with queue._database.writing() as connection:
+        connection.execute(update(tables.tasks).where(tables.tasks.c.task_id == task_id).values(record=text))
+
+
+def rewrite(queue: TaskQueue, task_id: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a stored record as another release would have written it."""
+    stored = json.loads(stored_text(queue, task_id))
+    change(stored)
+    write_text(queue, task_id, json.dumps(stored))
 
 
 class TaskQueueContract:
@@ -214,7 +237,6 @@ class TaskQueueContract:
         assert queue.tasks(team="red") == [done, young]
         assert queue.tasks((TaskState.PUBLISHED, TaskState.PARKED)) == [done]
         assert queue.tasks((TaskState.QUEUED,), team="blue") == [old]
-        assert queue.live() == [old, young]
 
     def test_tasks_are_counted_by_state(self, queue: TaskQueue) -> None:
         assert queue.counts() == {}
@@ -270,13 +292,247 @@ class TaskQueueContract:
         assert new == told
         assert "tokens" not in queue.events(record.task_id)[-1].text  # not measured is left out: JSON knows no NaN
 
-    def test_use_is_what_was_trained_since(self, queue: TaskQueue) -> None:
+    # --- pages ---
+
+    def test_pages_follow_each_other_by_age_and_lose_nothing_while_tasks_change(self, queue: TaskQueue) -> None:
+        records = [task_record(f"red/{n}", task_id=f"t-{9 - n}", submitted_at=10.0 + n // 3) for n in range(9)]
+        for record in records:
+            queue.add(record)
+        expected = [record.task_id for record in sorted(records, key=lambda r: (r.submitted_at, r.task_id))]
+        newest = queue.page(limit=4)
+        queue.apply(newest[-1].task_id, CancelRequested("ann", 1.0))
+        middle = queue.page(before=newest[0].task_id, limit=4)
+        oldest = queue.page(before=middle[0].task_id, limit=4)
+        assert [record.task_id for record in (*oldest, *middle, *newest)] == expected
+        assert (len(middle), len(oldest)) == (4, 1)
+        assert queue.page(team="red", before=expected[1], limit=3) == oldest
+        assert queue.page(before=expected[0]) == []
+        assert queue.page((TaskState.CANCELLED,)) == [queue.get(newest[-1].task_id)]
+        with pytest.raises(NotFound):
+            queue.page(before="t-nobody")
+
+    def test_whoever_follows_the_tasks_is_told_of_those_that_changed(
+        self, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(task_queue, "EVENTS_AT_ONCE", 0)
+        assert queue.changes(0) == ([], 0)
+        one, two = task_record("red/one"), task_record("red/two")
+        for record in (one, two):
+            queue.add(record)
+        told, after = queue.changes(0)
+        assert told == [one, two]
+        assert queue.changes(after) == ([], after)
+        claimed = queue.apply(two.task_id, Claimed("tok", "w", 1.0))
+        told, later = queue.changes(after)
+        assert told == [claimed]
+        queue.append_log(one.task_id, ["a line", Point(1.0, 5, 0.5, 0.1)])
+        assert queue.changes(later)[0] == []  # lines of a log change no record
+
+    def test_many_ids_are_asked_for_at_once(self, queue: TaskQueue) -> None:
         record = task_record()
         queue.add(record)
-        queue.apply(record.task_id, Claimed("tok", "w", 100.0))
-        queue.apply(record.task_id, TrainingDone(trained("tok", seconds=7.0), 108.0))
-        assert queue.uses(since=106.0) == [Use("red", 7.0, 107.0)]  # claimed at 100 + 7 s
-        assert queue.uses(since=107.0) == []
+        ids = [record.task_id, *(f"t-{n}" for n in range(40_000))]  # more than SQLite takes in one statement
+        assert queue.among(ids) == {record.task_id: record}
+        assert queue.known(ids) == {record.task_id}
+        assert queue.among([]) == {}
+
+    # --- what the loop asks ---
+
+    def test_waiting_tasks_come_without_their_records_and_each_teams_line_in_its_order(self, queue: TaskQueue) -> None:
+        assert queue.waiting() == queue.waiting(limit=3) == []
+        assert not queue.is_anyone_waiting()
+        for team in ("red", "blue", "a-team"):
+            for n in range(4):
+                queue.add(task_record(f"{team}/{n}", submitted_at=10.0 + n, spec={"priority": 5 if n == 2 else -n}))
+        queue.apply("t-blue-0", Claimed("tok", "w", 1.0))
+        assert queue.is_anyone_waiting()
+        line = {team: [w for w in queue.waiting() if w.team == team] for team in ("red", "blue", "a-team")}
+        assert line["red"] == [
+            Waiting("t-red-2", "red", 5, 12.0),
+            Waiting("t-red-0", "red", 0, 10.0),
+            Waiting("t-red-1", "red", -1, 11.0),
+            Waiting("t-red-3", "red", -3, 13.0),
+        ]
+        assert [w.task_id for w in line["blue"]] == ["t-blue-2", "t-blue-1", "t-blue-3"]
+        heads = queue.waiting(limit=2)
+        assert len(heads) == 6
+        assert all([w for w in heads if w.team == team] == tasks[:2] for team, tasks in line.items())
+        assert [record.task_id for record in queue.in_flight()] == ["t-blue-0"]
+
+    def test_the_places_of_tasks_that_main_may_hold_come_without_their_records(self, queue: TaskQueue) -> None:
+        for n, state in enumerate(("published", "parked", "parked", "rejected", "evaluating")):
+            queue.add(task_record(f"red/{n}", state=TaskState(state), version=0 if n == 2 else n + 1))
+        assert sorted((at.task_id, at.version) for at in queue.placed()) == [("t-red-0", 1), ("t-red-1", 2)]
+        assert queue.is_anyone_unjudged()
+        queue.apply("t-red-4", Judged(True, "", 1.0))
+        assert not queue.is_anyone_unjudged()
+        assert ("t-red-4", TaskState.PUBLISHED, 5) in [(at.task_id, at.state, at.version) for at in queue.placed()]
+
+    # --- names that can return ---
+
+    def test_a_name_that_was_submitted_again_is_told_to_whoever_wants_to_roll_back(self, queue: TaskQueue) -> None:
+        parked = task_record("red/a", task_id="t-old", state=TaskState.PARKED, version=3)
+        queue.add(parked)
+        assert queue.living_of_names(["red/a", "red/b"]) == {}
+        new = task_record("red/a", task_id="t-new")
+        assert queue.add(new)[1]
+        assert queue.living_of_names(["red/a", "red/b"]) == {"red/a": new}
+
+    def test_of_two_tasks_of_one_name_the_older_does_not_come_back_while_the_newer_lives(
+        self, queue: TaskQueue
+    ) -> None:
+        queue.add(task_record("red/a", task_id="t-old", state=TaskState.PARKED, version=3))
+        queue.add(task_record("red/a", task_id="t-new"))
+        back = Restored("main holds it since version 3", 3)
+        with pytest.raises(NameTaken) as caught:
+            queue.apply("t-old", back)
+        assert (caught.value.task_id, caught.value.other_id) == ("t-old", "t-new")
+        assert queue.try_apply(["t-old"], back) == []
+        assert queue.get("t-old").state is TaskState.PARKED
+        queue.apply("t-new", CancelRequested("ann", 1.0))
+        assert queue.apply("t-old", back).state is TaskState.PUBLISHED
+
+    # --- a full queue ---
+
+    def test_a_full_queue_is_told_with_the_team_and_its_limit_and_takes_the_same_submission_again(
+        self, queue: TaskQueue
+    ) -> None:
+        first = task_record("red/a", client_key="k")
+        assert queue.add(first, queued_max=1)[1]
+        with pytest.raises(QueueFull) as caught:
+            queue.add(task_record("red/b"), queued_max=1)
+        assert (caught.value.team, caught.value.limit) == ("red", 1)
+        with pytest.raises(QueueFull):
+            queue.check_room("red", 1)
+        assert queue.add(task_record("red/a", task_id="t-2", client_key="k"), queued_max=1) == (first, False)
+        queue.check_room("blue", 1)
+        queue.apply(first.task_id, Claimed("tok", "w", 1.0))
+        assert queue.add(task_record("red/b"), queued_max=1)[1]
+
+    def test_of_eight_that_want_the_last_place_at_once_one_gets_it(self, queue: TaskQueue) -> None:
+        found = at_once(8, lambda n: queue.add(task_record(f"red/{n}"), queued_max=1))
+        assert sum(isinstance(answer, QueueFull) for answer in found) == 7
+        assert len(queue.tasks()) == 1
+
+    # --- what was used ---
+
+    def test_ten_hours_that_were_cancelled_cost_ten_hours(self, queue: TaskQueue) -> None:
+        queue.add(task_record())
+        queue.apply("t-red-alpha", Claimed("tok", "w", 0.0))
+        queue.apply("t-red-alpha", CancelRequested("ann", 36_000.0))
+        queue.apply("t-red-alpha", TrainingFailed("tok", "cancelled", "stopped", 36_000.0, seconds=35_990.0))
+        assert queue.use_of_teams(36_000.0) == {"red": 35_990.0}
+
+    def test_every_attempt_costs_its_own_time_and_none_is_counted_twice(self, queue: TaskQueue) -> None:
+        queue.add(task_record(spec={"method": {"refine_epochs": 1}}))
+        steps = [
+            Claimed("one", "w", 0.0),
+            TrainingFailed("one", "lost", "gone", 100.0),  # nobody can say: 100 s until it was noticed
+            Claimed("two", "w", 200.0),
+            TrainingFailed("two", "preempted", "at step 3", 250.0, seconds=40.0),
+            Claimed("three", "w", 300.0),
+            TrainingDone(trained("three", worker_seconds=7.0), 308.0),
+            Merged(1),
+            Claimed("four", "w", 400.0),
+            TrainingDone(trained("four", worker_seconds=3.0), 404.0),
+        ]
+        for event in steps:
+            queue.apply("t-red-alpha", event)
+            if isinstance(event, TrainingDone | TrainingFailed):
+                queue.apply("t-red-alpha", event)  # a restarted control plane hears of it again
+        for _ in range(2):
+            queue.charge("t-red-alpha", "2-t-red-alpha-0", "score", Use("red", 1.5, 410.0))
+        assert [(spent.what, spent.seconds, spent.ended_at) for spent in queue.spent("t-red-alpha")] == [
+            ("train", 100.0, 100.0),
+            ("train", 40.0, 250.0),
+            ("train", 7.0, 308.0),
+            ("refine", 3.0, 404.0),
+            ("score", 1.5, 410.0),
+        ]
+        assert queue.use_of_teams(410.0) == {"red": pytest.approx(151.5, rel=1e-3)}
+        assert queue.use_of_teams(410.0 + HALF_LIFE_SECONDS) == {"red": pytest.approx(151.5 / 2, rel=1e-3)}
+
+    def test_a_lost_machine_costs_no_more_than_the_lease_that_it_last_asked_for(self, queue: TaskQueue) -> None:
+        queue.add(task_record())
+        queue.apply("t-red-alpha", Claimed("one", "w", 0.0))
+        queue.heartbeat("t-red-alpha", "one", 90.0, {"step": 1})
+        queue.apply("t-red-alpha", TrainingFailed("one", "lost", "the service was down for days", 200_000.0))
+        queue.apply("t-red-alpha", Claimed("two", "w", 200_100.0))
+        assert queue.progress("t-red-alpha") == {}  # what the first attempt told is not the second's
+        queue.apply("t-red-alpha", TrainingFailed("two", "lost", "before its first heartbeat", 200_130.0))
+        assert [spent.seconds for spent in queue.spent("t-red-alpha")] == [90.0, 30.0]
+
+    def test_of_eight_that_charge_at_once_all_count(self, queue: TaskQueue) -> None:
+        for turn in range(3):
+            found = at_once(8, lambda n, turn=turn: queue.charge("t", f"{turn}-{n % 4}", "score", Use("red", 1.0, 5.0)))
+            assert found == [None] * 8
+        assert queue.use_of_teams(5.0) == {"red": 12.0}  # four tokens each time, each told twice
+        assert len(queue.spent("t")) == 12
+
+    # --- what other releases wrote ---
+
+    def test_fields_of_another_release_are_left_aside_and_kept_when_the_row_is_written_back(
+        self, queue: TaskQueue
+    ) -> None:
+        record = task_record()
+        queue.add(record)
+
+        def newer(stored: dict[str, Any]) -> None:
+            stored |= {"mood": "fine"}
+            stored["spec"]["lora"]["alpha_of_tomorrow"] = [1, 2]
+            del stored["lost_machines"], stored["spec"]["priority"]
+
+        rewrite(queue, record.task_id, newer)
+        assert queue.get(record.task_id) == record
+        assert queue.tasks() == [record]
+        queue.apply(record.task_id, Claimed("tok", "w", 1.0))
+        stored = json.loads(stored_text(queue, record.task_id))
+        assert (stored["mood"], stored["spec"]["lora"]["alpha_of_tomorrow"]) == ("fine", [1, 2])
+        assert (stored["state"], stored["token"]) == ("training", "tok")
+        assert queue.unreadable() == ()
+
+    @pytest.mark.parametrize("text", ["", "nonsense", "{}", "[]", '{"state": "asleep"}', "asleep", "[" * 5000])
+    def test_a_row_that_cannot_be_read_is_named_and_stops_nothing_else(self, queue: TaskQueue, text: str) -> None:
+        for name in "abc":
+            queue.add(task_record(f"red/{name}"))
+        if text == "asleep":
+            rewrite(queue, "t-red-b", lambda stored: stored.update(state="asleep"))
+        else:
+            write_text(queue, "t-red-b", text)
+        assert [record.name for record in queue.tasks()] == ["a", "c"]
+        assert [record.name for record in queue.page(limit=2)] == ["c"]
+        assert set(queue.among(["t-red-a", "t-red-b"])) == {"t-red-a"}
+        assert [told.task_id for told in queue.unreadable()] == ["t-red-b"]
+        assert "task red/b (t-red-b): its row in the task database cannot be read" in str(queue.unreadable()[0])
+        for ask in (queue.get, queue.find, lambda task_id: queue.apply(task_id, Claimed("tok", "w", 1.0))):
+            with pytest.raises(UnreadableTask, match="t-red-b"):
+                ask("t-red-b")
+        assert queue.try_apply(["t-red-b"], Claimed("tok", "w", 1.0)) == []
+        assert [w.task_id for w in queue.waiting(limit=2)] == ["t-red-a", "t-red-c"]
+        assert queue.counts() == {"queued": 3}
+        write_text(queue, "t-red-b", task_record("red/b").model_dump_json())  # restored from a backup
+        assert len(queue.tasks()) == 3
+        assert queue.unreadable() == ()
+
+    def test_points_of_another_release_are_read_as_far_as_they_can_be(self, queue: TaskQueue) -> None:
+        queue.add(task_record())
+        told = '{"at": 1.0, "step": 5, "loss": 0.5, "learning_rate": 0.1, "of_tomorrow": 3}'
+        queue.append("t-red-alpha", [(PROGRESS, told), (PROGRESS, "nonsense"), (PROGRESS, "[]"), (PROGRESS, "{}")])
+        assert queue.curve("t-red-alpha") == [Point(1.0, 5, 0.5, 0.1)]
+
+    @pytest.mark.parametrize("after", [-1, 2**63, 2**200, -(2**200)])
+    def test_a_history_may_be_asked_for_after_any_number(self, queue: TaskQueue, after: int) -> None:
+        queue.add(task_record())
+        assert len(queue.events("t-red-alpha", after)) == (1 if after < 0 else 0)
+
+    @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
+    def test_what_no_database_can_hold_is_refused_or_not_found(self, queue: TaskQueue, value: str) -> None:
+        with pytest.raises((InvalidInput, NotFound)):
+            queue.find(value)
+        with pytest.raises((InvalidInput, NotFound)):
+            queue.get(value)
+        with pytest.raises((InvalidInput, NotFound)):
+            queue.page(before=value)
 
     def test_what_was_written_is_there_when_it_is_opened_again(self, queue: TaskQueue, url: str) -> None:
         record = task_record()

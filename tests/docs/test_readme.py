@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import Exit
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
@@ -63,6 +65,12 @@ def test_the_readme_lists_every_command_and_no_other() -> None:
     listed = re.search(r"All of them: (.*?)\. ", README, flags=re.DOTALL)
     assert listed is not None
     assert sorted(re.findall(r"`(\w+)`", listed[1])) == sorted(str(c.name) for c in app.registered_commands)
+
+
+def test_the_readme_lists_every_exit_code_and_no_other() -> None:
+    listed = re.search(r"Exit codes: (.*?)\.\n", README, flags=re.DOTALL)
+    assert listed is not None
+    assert re.findall(r"\d+", listed[1]) == [str(int(code)) for code in Exit]
 
 
 def test_the_map_names_every_module_by_its_whole_path_and_no_other() -> None:

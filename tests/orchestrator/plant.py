@@ -54,7 +54,9 @@ class Plant:
 
     def _open_queue(self) -> TaskQueue:
         queue = TaskQueue(self.settings.database_url, self.settings.failures)
-        with queue._engine.connect() as connection:  # the one connection of the pool: a disk's fsync tests nothing here
+        with (
+            queue._database.engine.connect() as connection
+        ):  # the one connection of the pool: a disk's fsync tests nothing here
             connection.exec_driver_sql("COMMIT")
             connection.exec_driver_sql("PRAGMA synchronous = OFF")
             connection.exec_driver_sql("BEGIN")

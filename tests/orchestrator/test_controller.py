@@ -16,8 +16,8 @@ from orchestrator import controller
 from orchestrator.candidate import EVALUATION_TRIES
 from orchestrator.judging.score_table import evaluations_due
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
-from orchestrator.tasks.task_history import LOG
 from orchestrator.tasks.task_record import TaskState, results_key
+from orchestrator.tasks.task_rows import LOG
 from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
 from subspace_store.log.version import Identity
 from subspace_store.requests import Hold, Quarantine, Release, Remove, Rollback

@@ -51,7 +51,11 @@ def test_a_task_is_trained_merged_refined_scored_and_published(plant: Plant) -> 
     assert plant.cluster.evaluations == [(2, "red/alpha")]  # version 1 is never judged
     assert (task.local_score, state.scores[2][task.task_id].score) == (0.9, 0.9)
     assert (task.train_seconds, task.refined_seconds) == (2.0, 2.0)
-    assert [use.seconds for use in plant.queue.uses(since=0)] == [4.0]  # both are the team's share
+    assert [(spent.what, spent.seconds) for spent in plant.queue.spent(task.task_id)] == [
+        ("train", 2.5),
+        ("refine", 2.5),
+        ("score", 0.5),
+    ]  # all of it is the team's
     training, refinement, evaluation = orders
     assert isinstance(training, Train)
     assert isinstance(refinement, Train)
@@ -258,7 +262,7 @@ def test_a_database_that_was_restored_from_before_the_refinement_finds_it_in_the
     plant.cluster.release()
     plant.run()
     plant.kill()
-    with plant.queue._engine.begin() as connection:
+    with plant.queue._database.writing() as connection:
         connection.exec_driver_sql(
             "UPDATE tasks SET state = ?, record = ?, revision = ?",
             (str(old.state), old.model_dump_json(), old.revision),

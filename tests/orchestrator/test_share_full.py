@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +12,8 @@ from configs.task_spec import TaskSpec
 from orchestrator.api.requests import ShowScores, ShowTask, ShowVersion
 from orchestrator.api.service import Service
 from orchestrator.commands import version_tables
-from orchestrator.tasks.task_history import LOG
 from orchestrator.tasks.task_record import TaskState
+from orchestrator.tasks.task_rows import LOG
 from subspace_store import SubspaceReader, adapter_to_bytes
 from subspace_store.requests import Expire, Quarantine, Remove, Rollback
 from subspace_store.verify import verify
@@ -76,7 +77,14 @@ def test_its_time_is_its_team_s_and_its_history_says_what_happened(full: Plant) 
     assert told(full, "red/old") == ["now published · refined again, for version 3 (share_full)"]
     lines = [e.text for e in full.queue.events(full.get("red/old").task_id) if e.kind == LOG]
     assert lines.count("the last line of the log") == 3  # trained, refined, refined again
-    assert [use.seconds for use in full.queue.uses(since=0) if use.team == "red"] == [pytest.approx(6.0, abs=0.01)]
+    spent = full.queue.spent(full.get("red/old").task_id)
+    assert [(one.what, one.seconds) for one in spent] == [
+        ("train", 2.5),
+        ("refine", 2.5),
+        ("score", 0.5),
+        ("refine again", 2.5),
+        ("score", 0.5),
+    ]  # in version 2, then in 4
 
 
 def test_what_a_worker_remembers_after_a_restart_is_charged_and_told_once(full: Plant) -> None:
@@ -127,7 +135,7 @@ def test_its_rows_are_kept_while_it_lives_and_no_longer(full: Plant) -> None:
     full.cluster.write(Rollback(version=0, op_key="rollback:r", actor="ann")).result()
     full.controller.wake(log_moved=True)
     full.run(lambda: full.get("red/old").state is TaskState.PARKED)
-    full.controller._unused_files.delete()
+    full.controller._unused_files.delete_all(time.time())
     assert full.storage.read(old.train_key) == b"training rows"  # main may come back
     rejected = full.submit("red/bad", spec=FULL | {"gate": {"min_score": 0.99}})[0]
     full.run()
@@ -204,7 +212,7 @@ def test_its_adapter_is_not_swept_away_while_the_version_waits(full: Plant) -> N
     full.submit("blue/new", spec={"method": {"refine_epochs": 1}})
     full.run(lambda: len(full.cluster.held) == 1 and full.get("red/old").refined_seconds == 4.0)
     staged = [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key]
-    full.controller._unused_files.delete()
+    full.controller._unused_files.delete_all(time.time())
     assert [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key] == staged != []
     full.cluster.release()
     full.run()

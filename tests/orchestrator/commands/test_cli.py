@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,11 @@ from click.testing import Result
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from configs.errors import InvalidInput
+from configs.errors import LEAVES, Exit, InvalidInput, OnebasisError
 from configs.task_spec import TaskSpec
 from orchestrator.api.requests import ListTasks, ShowTask, ShowVersion, Submit
 from orchestrator.commands import display
-from orchestrator.commands.cli import EXIT_CODES, app
+from orchestrator.commands.cli import ENDS, app
 from subspace_store.formats.peft import read_peft_folder, write_peft_folder
 from subspace_store.requests import Remove
 from tests.builders import LAYOUT, adapter
@@ -164,8 +165,21 @@ def test_a_dry_run_of_a_wrong_task_names_the_key(site: Site, onebasis: Onebasis)
 def test_submitting_with_wait_ends_with_the_tasks_own_exit_code(site: Site, onebasis: Onebasis) -> None:
     site.plant.cluster.training_faults = {"red/wrong": ["input"]}
     result = onebasis("submit", "--wait", task_file(site, "red/wrong"))
-    assert result.exit_code == EXIT_CODES["parked"] == 2
+    assert result.exit_code == ENDS["parked"] == 8
     assert "fault of kind input" in result.stdout
+
+
+def test_every_end_of_a_task_has_an_exit_code_that_no_error_has_but_rejected() -> None:
+    assert set(ENDS) == set(display.ENDED)
+    assert len(set(ENDS.values())) == len(ENDS)
+    assert {ENDS["parked"], ENDS["cancelled"]} & {leaf.exit_code for leaf in (OnebasisError, *LEAVES)} == set()
+
+
+@pytest.mark.parametrize("command", [[], ["submit"], ["import"]])
+def test_the_help_lists_every_exit_code_and_what_it_means(command: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*command, "--help"]).output
+    listed = re.findall(r"^ +(\d+)  (\S.*)$", shown[shown.index("Exit codes:") :], flags=re.MULTILINE)
+    assert listed == [(str(int(code)), code.meaning) for code in Exit]
 
 
 def test_an_adapter_is_imported_and_exported_again(site: Site, onebasis: Onebasis, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from orchestrator import pending_calls
 from orchestrator.reports import mlflow_mirror
 from orchestrator.reports.mlflow_mirror import Mirror
+from orchestrator.tasks import task_queue
 from subspace_store import SubspaceReader
 from subspace_store.requests import Remove, Rollback
 from tests.orchestrator.plant import Plant
@@ -313,3 +314,28 @@ def test_mlflow_being_away_is_told_and_tried_again(mirrored: Mirrored, monkeypat
     assert len(calls) >= 2
     assert mirror.error == "ConnectionError: no route to mlflow"
     assert mirror.behind
+
+
+def test_what_ended_long_ago_is_not_read_again_and_a_row_that_cannot_be_read_stops_nothing(
+    mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_queue, "EVENTS_AT_ONCE", 0)
+    mirror = mirrored.fresh_mirror()
+    mirror.sync()
+    read: list[str] = []
+    whole = task_queue.record_of
+
+    def noted(task_id: str, title: str, text: str) -> Any:
+        read.append(title)
+        return whole(task_id, title, text)
+
+    monkeypatch.setattr(task_queue, "record_of", noted)
+    (late,) = mirrored.plant.submit("red/late")
+    mirror.sync()
+    held = {"red/a", "blue/b"} & set(mirrored.plant.held())
+    assert set(read) == {"red/late", *held}
+    assert "red/late" in mirrored.runs()
+    with mirrored.plant.queue._database.writing() as connection:
+        connection.exec_driver_sql("UPDATE tasks SET record = 'of tomorrow' WHERE task_id = 't-red-late'")
+    mirrored.fresh_mirror().sync()
+    assert [told.task_id for told in mirrored.plant.queue.unreadable()] == [late.task_id]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from orchestrator.scheduling.fair_share import (
     CHARGE_SECONDS,
     HALF_LIFE_SECONDS,
+    DecayedSum,
+    Running,
     Use,
     Waiting,
-    decayed_use,
     running_order,
+    running_seconds,
 )
 
 WEEK = HALF_LIFE_SECONDS
@@ -21,6 +25,14 @@ def waiting(*ids: str, priority: int = 0) -> list[Waiting]:
     return [Waiting(i, i.rstrip("0123456789"), priority, float(i.lstrip("abcdefghijklmnopqrstuvwxyz"))) for i in ids]
 
 
+def total(seconds: float, *ends: float) -> DecayedSum:
+    """Uses of one team, of the same length, that ended then."""
+    found = DecayedSum()
+    for end in ends:
+        found = found.plus(Use("red", seconds, end))
+    return found
+
+
 def order(tasks: list[Waiting], use: dict[str, float] | None = None, **more: dict[str, float]) -> list[str]:
     return list(running_order(tasks, use or {}, more.get("running", {}), more.get("weights", {})))  # type: ignore[arg-type]
 
@@ -28,13 +40,27 @@ def order(tasks: list[Waiting], use: dict[str, float] | None = None, **more: dic
 def test_use_halves_every_seven_days() -> None:
     assert WEEK == 7 * 24 * 3600
     # 100 s now + 100 s a week ago + 100 s two weeks ago = 100 + 50 + 25
-    uses = [Use("red", 100.0, 10 * WEEK - age * WEEK) for age in (0, 1, 2)]
-    assert decayed_use(uses, now=10 * WEEK) == {"red": pytest.approx(175.0)}
+    assert total(100.0, *(10 * WEEK - age * WEEK for age in (0, 1, 2))).at_time(10 * WEEK) == pytest.approx(175.0)
 
 
-def test_use_is_kept_apart_by_team_and_a_clock_that_went_back_counts_it_whole() -> None:
-    uses = [Use("red", 10.0, 50.0), Use("blue", 20.0, 200.0), Use("red", 1.0, 100.0)]
-    assert decayed_use(uses, now=100.0) == {"red": pytest.approx(11.0, rel=1e-4), "blue": 20.0}
+def test_a_sum_is_the_same_in_whatever_order_its_uses_come_in_and_whenever_it_is_asked() -> None:
+    ends = [3 * WEEK, WEEK, 2.5 * WEEK, 0.25 * WEEK]
+    direct = sum(7.0 * 0.5 ** ((4 * WEEK - end) / WEEK) for end in ends)
+    for order_of_ends in itertools.permutations(ends):
+        assert total(7.0, *order_of_ends).at_time(4 * WEEK) == pytest.approx(direct)
+
+
+def test_a_clock_that_went_back_counts_use_whole() -> None:
+    assert total(20.0, 200.0).at_time(100.0) == 20.0
+
+
+def test_what_runs_weighs_as_long_as_it_has_run_and_at_least_a_short_task() -> None:
+    hours = 10 * 3600.0
+    running = [Running("red", 0.0), Running("blue", hours - 5.0), Running("blue", hours - 5.0, least_seconds=0.0)]
+    assert running_seconds(running, now=hours) == {"red": hours, "blue": CHARGE_SECONDS + 5.0}
+    # Ten hours that are not over: blue's four start before red's second.
+    tasks = waiting("red1", "blue2", "blue3", "blue4", "blue5")
+    assert order(tasks, running=running_seconds(running, hours))[-1] == "red1"
 
 
 def test_the_team_that_used_least_goes_first() -> None:
@@ -52,7 +78,7 @@ def test_each_admission_is_charged_so_that_a_hundred_tasks_do_not_all_go_before_
 def test_what_runs_already_is_charged_too() -> None:
     # red runs two: 120 against 0, so blue's two go first (0, 60), then at 120 = 120 the older first task: red.
     tasks = waiting("red1", "red2", "blue3", "blue4", "blue5")
-    assert order(tasks, running={"red": 2}) == ["blue3", "blue4", "red1", "blue5", "red2"]
+    assert order(tasks, running={"red": 2 * CHARGE_SECONDS}) == ["blue3", "blue4", "red1", "blue5", "red2"]
 
 
 def test_a_team_of_twice_the_weight_goes_twice_as_often() -> None:
@@ -75,6 +101,19 @@ def test_age_decides_at_equal_priority_and_the_id_at_equal_age() -> None:
 
 def test_a_team_that_is_no_longer_in_the_settings_counts_with_weight_one() -> None:
     assert order(waiting("red1", "gone2"), weights={"red": 1.0}) == ["red1", "gone2"]
+
+
+def test_the_first_few_are_the_same_when_only_the_head_of_each_line_is_known() -> None:
+    teams = {"red": 50.0, "blue": 0.0, "green": 500.0}
+    tasks = [Waiting(f"{team}{n:03d}", team, n % 3, float(n)) for team in teams for n in range(200)]
+    everything = running_order(tasks, teams, {"blue": 90.0}, {"red": 2.0})
+    assert sorted(everything) == sorted(task.task_id for task in tasks)
+    heads = [
+        task
+        for team in teams
+        for task in sorted((t for t in tasks if t.team == team), key=lambda t: (-t.priority, t.submitted_at))[:7]
+    ]
+    assert running_order(heads, teams, {"blue": 90.0}, {"red": 2.0}, limit=7) == everything[:7]
 
 
 def test_nothing_waits() -> None:

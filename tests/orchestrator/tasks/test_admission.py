@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.document import check_document
-from configs.errors import Conflict, InvalidInput
+from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
 from configs.settings import Settings
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.admission import admit, check_submission
@@ -414,7 +415,9 @@ def test_a_team_with_too_many_waiting_tasks_is_told_its_limit(desk: Desk) -> Non
     desk.settings = settings(desk.data.parent, data_roots=[str(desk.data)], teams=teams)
     desk.submit(desk.document("red/a"))
     desk.submit(desk.document("red/b"))
-    assert "team 'red' has 2 tasks waiting, its limit" in desk.refuse(desk.document("red/c"))
+    text = desk.refuse(desk.document("red/c"), QueueFull)
+    assert "team 'red' has 2 tasks waiting, its limit" in text
+    assert "wait until some of them have begun" in text
     assert desk.submit(desk.document("blue/c"))[1]
 
 
@@ -442,6 +445,64 @@ def test_the_same_submission_with_a_full_queue_is_still_the_same_task(desk: Desk
     desk.settings = settings(desk.data.parent, data_roots=[str(desk.data)], teams=teams)
     first, _ = desk.submit(desk.document())
     assert desk.submit(desk.document()) == (first, False)
+
+
+def moved(desk: Desk, document: dict[str, Any], *, csv: bool) -> dict[str, Any]:
+    """The same document with the same rows in files of other names, in another folder, of another format perhaps."""
+    data = dict(document["data"])
+    for key, name in (("train_file", "train.jsonl"), ("eval_file", "eval.jsonl.gz")):
+        packed = (desk.data / name).read_bytes()
+        lines = (gzip.decompress(packed) if name.endswith("gz") else packed).decode().splitlines()
+        examples = [json.loads(line) for line in lines]
+        if csv:
+            path = desk.data / "elsewhere" / f"{key}.csv"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("label,text\n" + "".join(f"{e['label']},{e['text']}\n" for e in examples))
+        else:
+            path = write_rows(desk.data / "elsewhere" / f"{key}-copy.jsonl", examples)
+        data[key] = str(path)
+    return document | {"data": data}
+
+
+@pytest.mark.parametrize("csv", [False, True])
+@pytest.mark.parametrize("key", [{}, {"client_key": "mine"}])
+def test_the_same_rows_in_other_files_elsewhere_are_the_same_submission(
+    desk: Desk, csv: bool, key: dict[str, str]
+) -> None:
+    first, _ = desk.submit(desk.document(**key))
+    kept = desk.storage.keys("")
+    assert desk.submit(moved(desk, desk.document(**key), csv=csv)) == (first, False)
+    assert desk.storage.keys("") == kept
+
+
+def test_the_same_adapter_in_another_folder_is_the_same_submission(desk: Desk) -> None:
+    folder = desk.peft()
+    first, _ = desk.submit(desk.imported())
+    folder.rename(desk.data / "copied")
+    assert desk.submit(desk.imported(method={"name": "import", "adapter": str(desk.data / "copied")})) == (first, False)
+
+
+def test_what_is_written_out_in_a_document_and_what_is_left_to_its_default_is_the_same(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document())
+    assert desk.submit(desk.document(metric="accuracy", training={"seed": 42}, priority=0)) == (first, False)
+
+
+def test_other_training_rows_under_the_same_client_key_are_refused(desk: Desk) -> None:
+    desk.submit(desk.document(client_key="mine"))
+    write_rows(desk.data / "train.jsonl", rows(5))
+    assert "client_key 'mine' was used for red/alpha" in desk.refuse(desk.document(client_key="mine"), Conflict)
+
+
+def test_the_same_content_under_another_client_key_is_another_task_unless_the_name_is_taken(desk: Desk) -> None:
+    first, _ = desk.submit(desk.document(client_key="one"))
+    text = desk.refuse(desk.document(client_key="two"), NameTaken)
+    assert "is queued, and is this very submission, under another client_key" in text
+    assert "differs" not in text
+    assert desk.submit(desk.document()) == (first, False)  # no key of its own: the content says which it is
+    desk.queue.apply(first.task_id, CancelRequested("ann", 3.0))
+    second, is_new = desk.submit(desk.document(client_key="two"))
+    assert is_new
+    assert second.content_sha256 == first.content_sha256
 
 
 def test_other_data_under_the_same_document_is_another_submission(desk: Desk) -> None:

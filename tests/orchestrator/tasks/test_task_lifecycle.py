@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs.errors import Conflict
 from configs.settings import FailureSettings
-from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Use
+from orchestrator.scheduling.fair_share import Use
 from orchestrator.tasks.task_events import (
     CancelRequested,
     Claimed,
@@ -30,7 +31,7 @@ from orchestrator.tasks.task_events import (
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.tasks.task_lifecycle import Step, advance, needs_training_rows, next_step
+from orchestrator.tasks.task_lifecycle import Step, advance, needs_training_rows, next_step, used_by
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.worker_pool import train_order
 from tests.builders import task_record, trained
@@ -291,17 +292,44 @@ def test_j_merged_again_it_is_merged_as_refined_and_once_is_enough() -> None:
     assert after(record, MergeBegun("2"), Merged(5)).state is TaskState.EVALUATING
 
 
-def test_a_refinement_again_is_charged_when_it_happens_and_once() -> None:
+def test_a_refinement_again_is_told_of_once() -> None:
     record = after(trained_again(), Refined(4), Judged(True, "fine", 1.0))
-    assert record.use is not None
-    trained = record.use.ended_at
-    again = RefinedAgain("for version 6", "6-again", 3.0, at=trained + HALF_LIFE_SECONDS)
+    again = RefinedAgain("for version 6", "6-again", 3.0, at=1100.0)
     record = after(record, again)
-    assert record.use == Use("red", 4.0 / 2 + 3.0, trained + HALF_LIFE_SECONDS)
     assert record.refined_seconds == 5.0
     assert advance(record, again, BUDGETS) is record
-    told = after(record, RefinedAgain("not refined again"))
-    assert (told.use, told.refined_seconds) == (record.use, 5.0)
+    assert after(record, RefinedAgain("not refined again")).refined_seconds == 5.0
+
+
+HOURS = 36_000.0
+"""Ten hours; the tasks of these tests are claimed at second 1002."""
+
+
+@pytest.mark.parametrize("fault", ["cancelled", "preempted", "lost", "input", "bug"])
+def test_an_attempt_is_its_teams_however_it_ended(fault: str) -> None:
+    told = TrainingFailed("tok", fault, "x", 1002.0 + HOURS, seconds=HOURS - 2.0)
+    assert used_by(training(), told) == Use("red", HOURS - 2.0, 1002.0 + HOURS)
+    # Of a machine that is gone nobody can say: from its start until that was noticed.
+    assert used_by(training(), replace(told, seconds=None)) == Use("red", HOURS, 1002.0 + HOURS)
+
+
+def test_a_machine_that_was_lost_while_nobody_looked_used_no_more_than_its_lease() -> None:
+    lost = TrainingFailed("tok", "lost", "x", 1002.0 + HOURS)
+    assert used_by(training(), lost, heard_until=1062.0) == Use("red", 60.0, 1062.0)
+    assert used_by(training(), lost, heard_until=2 * HOURS) == Use("red", HOURS, 1002.0 + HOURS)
+
+
+def test_a_refinement_is_an_attempt_from_its_own_start_on() -> None:
+    lost = TrainingFailed("ref", "lost", "x", 5000.0)
+    begun = after(to_refine(), Claimed("ref", "worker-1", 4000.0))
+    assert used_by(begun, lost) == Use("red", 1000.0, 5000.0)
+    assert used_by(begun, TrainingDone(trained("ref", worker_seconds=7.5), 5000.0)) == Use("red", 7.5, 5000.0)
+
+
+def test_what_ends_no_attempt_costs_nothing() -> None:
+    for event in (TrainingFailed("old", "bug", "x", 1.0), TrainingDone(trained("old"), 1.0), CANCEL, PREEMPT):
+        assert used_by(training(), event) is None
+    assert used_by(merging(), TrainingDone(trained("tok"), 1.0)) is None  # told a second time
 
 
 @pytest.mark.parametrize("state", [to_refine, refining])

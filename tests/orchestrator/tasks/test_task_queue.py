@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -15,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 
 from configs.errors import Conflict, InvalidInput, Unavailable
+from orchestrator.tasks import database
 from orchestrator.tasks.task_events import CancelRequested, Claimed
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskState
 from tests.builders import task_record
-from tests.contracts.task_queue_contract import TaskQueueContract
+from tests.contracts.task_queue_contract import TaskQueueContract, at_once
+from tests.orchestrator.tasks.golden import GOLDEN, facts, unpacked
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,7 +56,7 @@ class TestSqliteTaskQueue(TaskQueueContract):
         queue.close()
 
     def test_a_commit_reaches_the_disk_before_it_is_acknowledged(self, queue: TaskQueue) -> None:
-        with queue._engine.connect() as connection:
+        with queue._database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
 
@@ -113,7 +117,7 @@ class TestPostgresTaskQueue(TaskQueueContract):
     def url(self, postgres: str) -> str:
         engine = create_engine(postgres)
         with engine.begin() as connection:
-            connection.exec_driver_sql("DROP TABLE IF EXISTS tasks, events")
+            connection.exec_driver_sql("DROP TABLE IF EXISTS tasks, events, uses, team_uses, onebasis_schema")
         engine.dispose()
         return postgres
 
@@ -121,7 +125,7 @@ class TestPostgresTaskQueue(TaskQueueContract):
         # Between our read and our write somebody cancels. Our claim must not bring the task back to life.
         record = task_record()
         queue.add(record)
-        read, overtaken = queue._get, []
+        read, overtaken = queue._row, []
 
         def read_then_be_overtaken(connection: Any, task_id: str) -> Any:
             found = read(connection, task_id)
@@ -130,10 +134,86 @@ class TestPostgresTaskQueue(TaskQueueContract):
                 queue.apply(task_id, CancelRequested("ann", 1.0))
             return found
 
-        monkeypatch.setattr(queue, "_get", read_then_be_overtaken)
+        monkeypatch.setattr(queue, "_row", read_then_be_overtaken)
         with pytest.raises(Conflict, match="'Claimed' cannot happen to a task that is cancelled"):
             queue.apply(record.task_id, Claimed("tok", "w", 2.0))
         assert queue.get(record.task_id).state is TaskState.CANCELLED
+
+    def test_a_lock_that_another_program_holds_is_unavailable_after_a_bounded_wait(
+        self, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(database, "WAIT_SECONDS", 1.0)
+        queue, engine = TaskQueue(url), create_engine(url)
+        queue.add(task_record())
+        with engine.connect() as other:
+            other.exec_driver_sql("LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE")
+            started = time.monotonic()
+            with pytest.raises(Unavailable) as caught:
+                queue.apply("t-red-alpha", CancelRequested("ann", 1.0))
+            assert 0.5 < time.monotonic() - started < 3.0
+        assert "find that program and end its transaction" in caught.value.todo
+        assert queue.get("t-red-alpha").state is TaskState.QUEUED
+        queue.close()
+        engine.dispose()
+
+    def test_a_server_that_ends_a_connection_is_unavailable_and_the_next_question_connects_anew(
+        self, queue: TaskQueue
+    ) -> None:
+        def end(connection: Any) -> None:
+            number = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+            other = create_engine(queue._database.engine.url)
+            with other.connect() as killer:
+                killer.exec_driver_sql(f"SELECT pg_terminate_backend({number})")
+            other.dispose()
+
+        queue.add(task_record())
+        read, ended = queue._row, []
+
+        def read_after_the_end(connection: Any, task_id: str) -> Any:
+            if not ended:
+                ended.append(True)
+                end(connection)
+            return read(connection, task_id)
+
+        queue._row = read_after_the_end  # type: ignore[method-assign]
+        with pytest.raises(Unavailable, match="the task database does not answer"):
+            queue.apply("t-red-alpha", CancelRequested("ann", 1.0))
+        assert queue.apply("t-red-alpha", CancelRequested("ann", 1.0)).state is TaskState.CANCELLED
+
+    def test_queues_that_are_opened_at_once_make_the_tables_once(self, url: str) -> None:
+        found = at_once(6, lambda _: TaskQueue(url))
+        assert [queue.tasks() for queue in found] == [[]] * 6
+        for queue in found:
+            queue.close()
+
+    def test_the_tables_of_release_0_3_become_those_of_this_one(self, url: str, tmp_path: Path) -> None:
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE TABLE tasks (task_id VARCHAR(40) PRIMARY KEY, team VARCHAR(63) NOT NULL,"
+                " name VARCHAR(63) NOT NULL,"
+                " client_key VARCHAR(120) NOT NULL, state VARCHAR(20) NOT NULL, token VARCHAR(40) NOT NULL,"
+                " revision INTEGER NOT NULL, submitted_at FLOAT NOT NULL, train_seconds FLOAT, ended_training_at FLOAT,"
+                " lease_until FLOAT, progress TEXT, record TEXT NOT NULL, UNIQUE (team, client_key))"
+            )
+            connection.exec_driver_sql("CREATE INDEX tasks_by_state ON tasks (state)")
+            connection.exec_driver_sql("CREATE INDEX tasks_by_name ON tasks (team, name)")
+            connection.exec_driver_sql(
+                "CREATE TABLE events (event_id SERIAL PRIMARY KEY, task_id VARCHAR(40) NOT NULL, at FLOAT NOT NULL,"
+                " kind VARCHAR(40) NOT NULL, text TEXT NOT NULL)"
+            )
+            connection.exec_driver_sql("CREATE INDEX events_by_task ON events (task_id, event_id)")
+            with sqlite3.connect(unpacked("release-0.3", tmp_path).removeprefix("sqlite:///")) as old:
+                for table in ("tasks", "events"):
+                    names = [row[1] for row in old.execute(f"PRAGMA table_info({table})")]
+                    rows = [dict(zip(names, row, strict=True)) for row in old.execute(f"SELECT * FROM {table}")]
+                    values = ", ".join(f":{name}" for name in names)
+                    connection.execute(text(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({values})"), rows)
+        engine.dispose()
+        queue = TaskQueue(url)
+        assert facts(queue) == json.loads((GOLDEN / "release-0.3.json").read_text())
+        assert queue.use_of_teams(1400.0)["red"] == pytest.approx(200.0, rel=1e-3)
+        queue.close()
 
 
 def test_a_database_that_does_not_answer_is_unavailable_and_its_password_is_not_told() -> None:

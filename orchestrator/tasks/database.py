@@ -1,0 +1,191 @@
+"""The connection to the task database: what is a read, what is a write, and what a driver's error means.
+
+Every statement of the task queue runs inside `reading` or `writing`, so that this is the one place where an error of
+SQLAlchemy or of a driver becomes one of ours. On SQLite a read takes no lock and waits for nobody (WAL mode); a write
+takes the write lock at its beginning, because two that read first and then write would dead-lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import create_engine, event, inspect, select
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
+
+from configs.errors import Corrupt, InvalidInput, OnebasisError, Unavailable
+from orchestrator.tasks.tables import HEAD, schema, tasks
+
+WAIT_SECONDS = 5.0
+"""Longest wait for a lock that another program holds, and for a server: a person at the command line waits as long."""
+MIGRATE_WAIT_SECONDS = 60.0
+"""The same where the other program may be bringing the tables up to date: a second for 30,000 tasks."""
+_MIGRATION_LOCK = 7_065_213
+"""Postgres's advisory lock for changing the tables: any number that nobody else uses."""
+
+
+class Database:
+    """One task database, its tables those of this release."""
+
+    def __init__(self, url: str) -> None:
+        """Open; make the tables, or bring older ones up to date, if they are not those of this release.
+
+        Raises:
+            InvalidInput: No such database driver, or not a URL; or a newer release has written to it.
+            Unavailable: The database does not answer, or another program holds it.
+            Corrupt: It is no database, or a damaged one.
+        """
+        self._where = _safe(url)
+        self.engine = _engine(url)
+        self._writer = self.engine.execution_options(writes=True)
+        try:
+            with self.reading() as connection:
+                known = _revision(connection)
+            if known != HEAD:
+                self._migrate()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_postgres(self) -> bool:
+        return self.engine.dialect.name == "postgresql"
+
+    def close(self) -> None:
+        """Give the connections back."""
+        with contextlib.suppress(SQLAlchemyError):
+            self.engine.dispose()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that only reads: one state of the database, and no lock.
+
+        Raises:
+            Unavailable, Corrupt, InvalidInput: See `_told`; so does `writing`.
+        """
+        with self._told(), self.engine.connect() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that writes: all of it is kept when the block ends, or nothing."""
+        with self._told(), self._writer.begin() as connection:
+            yield connection
+
+    def _migrate(self) -> None:
+        """One process at a time: whoever waited for the lock finds everything done."""
+        patient = self.engine.execution_options(writes=True, wait_seconds=MIGRATE_WAIT_SECONDS)
+        with self._told(), patient.begin() as connection:
+            if self.is_postgres:
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{MIGRATE_WAIT_SECONDS:.0f}s'")
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+            known = _revision(connection)
+            if known != HEAD:
+                # Imported here: it costs 0.2 s, and most processes find the tables as they are to be.
+                from orchestrator.tasks.migrations import migrate
+
+                migrate(connection, known)
+        self.engine.dispose()  # SQLite: the connection is a patient one for ever
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the driver as ours, with what to do.
+
+        Raises:
+            Unavailable: The database was away, locked, full or not allowed; nothing of the transaction is kept.
+            Corrupt: What it has stored is damaged.
+            InvalidInput: It cannot hold such a value.
+        """
+        try:
+            yield
+        except (DataError, OverflowError, UnicodeEncodeError) as error:
+            raise InvalidInput(
+                f"holds what the task database cannot keep: {_first_line(error)}", "task", "change the value"
+            ) from error
+        except SQLAlchemyError as error:
+            raise _as_ours(error, self._where) from error
+
+
+def _as_ours(error: SQLAlchemyError, where: str) -> OnebasisError:
+    """What an error of the database means to whoever meets it."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    sqlite = getattr(cause, "sqlite_errorname", "") or ""
+    state = getattr(cause, "sqlstate", "") or ""
+    if sqlite.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or state.startswith("XX"):
+        return Corrupt(
+            f"the task database is damaged: {_first_line(error)}", where, "stop, and restore it from a backup"
+        )
+    todo = "try again; if it stays so, check database_url and that the database runs"
+    if sqlite.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in ("55P03", "57014", "40P01"):
+        todo = "another program holds it: try again, or find that program and end its transaction"
+    elif sqlite.startswith("SQLITE_FULL") or state.startswith("53"):
+        todo = "make space on its disk (or in its limits), then try again"
+    elif sqlite.startswith(("SQLITE_READONLY", "SQLITE_PERM", "SQLITE_CANTOPEN", "SQLITE_AUTH")) or state == "42501":
+        todo = "let this user read and write it (a SQLite file: its folder too), then try again"
+    elif sqlite.startswith("SQLITE_IOERR"):
+        todo = "look at its disk, then try again"
+    return Unavailable(f"the task database does not answer: {_first_line(error)}", where, todo)
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return next(iter(str(cause).splitlines()), type(cause).__name__)
+
+
+def _revision(connection: Connection) -> str | None:
+    """Revision of the tables; None: there are none. Release 0.3 had no table of it: its tables are the first."""
+    present = inspect(connection).get_table_names()
+    if schema.name in present:
+        return connection.execute(select(schema.c.version_num)).scalar()
+    return "0001" if tasks.name in present else None
+
+
+def _engine(database_url: str) -> Engine:
+    try:
+        url = make_url(database_url)
+        engine = create_engine(url, pool_pre_ping=True, connect_args=_connect_args(url))
+    except (SQLAlchemyError, ModuleNotFoundError) as error:
+        raise InvalidInput(
+            f"is not a usable database URL: {error}",
+            "database_url",
+            "use sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME",
+        ) from error
+    if url.get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    else:
+        event.listen(engine, "connect", _prepare_postgres)
+    return engine
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": WAIT_SECONDS}
+    return {} if "connect_timeout" in url.query else {"connect_timeout": int(WAIT_SECONDS)}
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN is deferred, see `_begin_sqlite`
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
+
+
+def _prepare_postgres(connection: Any, _: Any) -> None:
+    connection.execute(f"SET lock_timeout = '{WAIT_SECONDS:.0f}s'")
+    connection.commit()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    options = connection.get_execution_options()
+    if "wait_seconds" in options:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {1000 * options['wait_seconds']:.0f}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
+
+
+def _safe(database_url: str) -> str:
+    try:
+        return make_url(database_url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "database_url"

@@ -1,0 +1,80 @@
+"""The tables of the task database as this release has them. How older ones become these: migrations/.
+
+A task's truth is the JSON in `tasks.record`. The other columns of that table are copies of single fields, written with
+it, so that the database can choose and order rows without reading their records.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+
+HEAD = "0002"
+"""Revision of these tables: that of the newest file in migrations/versions/."""
+
+metadata = MetaData()
+
+schema = Table(
+    "onebasis_schema",  # not Alembic's usual name: MLflow, which also uses it, may share the database
+    metadata,
+    Column("version_num", String(32), primary_key=True),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("task_id", String(40), primary_key=True),
+    Column("team", String(63), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("client_key", String(120), nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("token", String(40), nullable=False, default=""),
+    Column("revision", Integer, nullable=False),
+    Column("submitted_at", Float, nullable=False),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("version", Integer, nullable=False, server_default="0"),
+    Column("content_sha256", String(64), nullable=False, server_default=""),
+    Column("lease_until", Float),
+    Column("progress", Text),
+    Column("record", Text, nullable=False),
+    UniqueConstraint("team", "client_key"),
+    Index("tasks_by_name", "team", "name"),
+    Index("tasks_by_content", "team", "content_sha256"),
+    Index("tasks_by_age", "submitted_at", "task_id"),
+    Index("tasks_by_team", "team", "submitted_at", "task_id"),
+    Index("tasks_by_state", "state", "submitted_at", "task_id"),
+    Index("tasks_by_version", "state", "version", "task_id"),
+    Index("tasks_in_line", "state", "team", "priority", "submitted_at", "task_id"),
+)
+"""`priority` is kept negative, as `-spec.priority`: so a team's line is one index read forwards."""
+
+events = Table(
+    "events",
+    metadata,
+    Column("event_id", Integer, primary_key=True, autoincrement=True),
+    Column("task_id", String(40), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("text", Text, nullable=False),
+    Index("events_by_task", "task_id", "event_id"),
+)
+
+uses = Table(
+    "uses",
+    metadata,
+    Column("task_id", String(40), primary_key=True),
+    Column("token", String(120), primary_key=True),
+    Column("team", String(63), nullable=False),
+    Column("what", String(20), nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("ended_at", Float, nullable=False),
+)
+"""Worker-seconds, one row for each order that a worker had. `token` is the order's: told twice, it counts once."""
+
+team_uses = Table(
+    "team_uses",
+    metadata,
+    Column("team", String(63), primary_key=True),
+    Column("seconds", Float, nullable=False),
+    Column("at", Float, nullable=False),
+)
+"""The same summed by team, decayed to `at`, so that nobody has to add up all rows."""

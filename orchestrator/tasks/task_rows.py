@@ -1,0 +1,125 @@
+"""A task's record and its events as rows of the tables, and back: tolerant of what other releases wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs.errors import UnreadableTask
+from orchestrator.tasks.task_events import Event, RefinementRefused, TrainingDone, TrainingFailed
+from orchestrator.tasks.task_record import TaskRecord
+from workers.orders import Point, Trained
+
+LOG = "log"
+"""Kind of the events that are lines of a task's training log."""
+PROGRESS = "progress"
+"""Kind of the events that are points of a task's curves, as JSON."""
+
+
+@dataclass(frozen=True)
+class TaskEvent:
+    """One line of a task's history."""
+
+    event_id: int
+    at: float
+    kind: str
+    text: str
+
+
+def points_of(events: Iterable[TaskEvent]) -> list[Point]:
+    """The points that events of kind `progress` keep. Rows of old know neither their time nor any speed; what a newer
+    release added is left out, and so is a row that nobody can read."""
+    return [point for event in events if event.kind == PROGRESS and (point := _point(event))]
+
+
+def record_of(task_id: str, title: str, text: str) -> TaskRecord:
+    """A stored record. Fields that this release does not know are left aside, those that are missing have their
+    defaults.
+
+    Raises:
+        UnreadableTask: A value that this release does not know, or no record at all.
+    """
+    try:
+        return TaskRecord.model_validate_json(text, extra="ignore")
+    except (ValidationError, RecursionError) as error:
+        raise UnreadableTask(
+            f"its row in the task database cannot be read: {_mistake_in(error)}",
+            f"task {title} ({task_id})",
+            "if a newer onebasis wrote it, use that one, else restore it from a backup; all other tasks go on",
+            task_id,
+        ) from error
+
+
+def columns_of(record: TaskRecord, before: str = "") -> dict[str, Any]:
+    """A record as a row. `before`: the stored record that it follows, whose fields of other releases are kept."""
+    text = record.model_dump_json()
+    if before:
+        old, new = json.loads(before), json.loads(text)
+        others = {name: value for name, value in old.items() if name not in TaskRecord.model_fields}
+        if others or old["spec"] != new["spec"]:  # the document never changes: kept as it came
+            text = json.dumps(others | new | {"spec": old["spec"]})
+    return {
+        "team": record.team,
+        "name": record.name,
+        "client_key": record.client_key,
+        "state": str(record.state),
+        "token": record.token,
+        "revision": record.revision,
+        "submitted_at": record.submitted_at,
+        "priority": -record.spec.priority,
+        "version": record.version,
+        "content_sha256": record.content_sha256,
+        "record": text,
+    }
+
+
+def _mistake_in(error: Exception) -> str:
+    """The first thing that is wrong with a record, in one line."""
+    if not isinstance(error, ValidationError):
+        return type(error).__name__
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(str(part) for part in first["loc"]) + f": {first['msg']}"
+
+
+def _point(event: TaskEvent) -> Point | None:
+    names = {field.name for field in fields(Point)}
+    try:
+        told = json.loads(event.text)
+        return Point(**{"at": event.at} | {name: value for name, value in told.items() if name in names})
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def narrate(record: TaskRecord, event: Event) -> str:
+    """One line for people: what happened and what it led to."""
+    facts = [
+        f"{name} {getattr(event, name)}"
+        for name in ("worker", "fault", "version", "merge_key", "by")
+        if hasattr(event, name)
+    ]
+    message = getattr(event, "message", "")
+    if isinstance(event, TrainingDone):
+        facts += _trained(event.outcome)
+    if isinstance(event, TrainingFailed | RefinementRefused) and record.unrefined:
+        message = f"goes on as it was merged: {record.unrefined}"
+    return " · ".join([f"now {record.state}", *facts, *([message] if message else [])])
+
+
+def _trained(outcome: Trained) -> list[str]:
+    """How the adapter came about: what `auto` chose, how much was trained, from which step it went on."""
+    facts = {
+        f"method {outcome.method}": outcome.method,
+        f"in the basis of version {outcome.basis_version}": outcome.basis_version,
+        f"{outcome.trainable_parameters:,} numbers trained": outcome.trainable_parameters,
+        f"went on from step {outcome.resumed_from}": outcome.resumed_from,
+        f"own adapter scores {outcome.local_score:.4f}": outcome.local_score == outcome.local_score,
+    }
+    return [text for text, known in facts.items() if known]
+
+
+def point_text(point: Point) -> str:
+    return json.dumps({name: value for name, value in vars(point).items() if value == value})  # no NaN in JSON
