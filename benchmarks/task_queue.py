@@ -172,7 +172,7 @@ class Rig:
         return seconds
 
     def page(self) -> Took:
-        return timed(lambda: self.queue.page((), None, self._middle, 100))
+        return timed(lambda: self.queue.page(before=self._middle, limit=100))
 
 
 def timed(work: Callable[[], Any]) -> Took:

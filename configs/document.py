@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,7 +157,20 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise InvalidInput(f"is not valid YAML: {error}", str(path), "fix the syntax at that line") from error
+        raise InvalidInput(f"is not valid YAML: {_problem(error)}", str(path), "fix the syntax at that line") from None
+
+
+def without_password(text: str) -> str:
+    """The same text without the password of any URL in it: for everything that is shown or logged."""
+    return re.sub(r"(?<=://)([^\s:/@]*):[^\s]*@", r"\1:***@", text)
+
+
+def _problem(error: Any) -> str:
+    """What YAML says and where, without the line itself, which may hold a password."""
+    parts = [str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    if (mark := getattr(error, "problem_mark", None)) is not None:
+        parts.append(f"line {mark.line + 1}, column {mark.column + 1}")
+    return ", ".join(parts) or str(error)
 
 
 def check_document(values: Any, kind: type[T], where: str) -> T:
@@ -184,14 +198,15 @@ def told(error: ValidationError, kind: type[Section], where: str) -> InvalidInpu
 
 
 def _describe(mistake: Any, kind: type[Section]) -> str:
-    path = ".".join(str(part) for part in mistake["loc"]) or "(document)"
+    path = without_password(".".join(str(part) for part in mistake["loc"])) or "(document)"
     if mistake["type"] == "extra_forbidden":
         known = _keys_at(kind, mistake["loc"][:-1])
         near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key '{path}' ({hint})"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return f"{path}: {message} (got {mistake['input']!r:.80})"
+    message, got = mistake["msg"].removeprefix("Value error, "), mistake["input"]
+    # A whole section is not shown: it may hold a password.
+    return f"{path}: {message}" + ("" if isinstance(got, dict) else f" (got {without_password(repr(got)):.80})")
 
 
 def _keys_at(kind: type[Section], location: tuple[Any, ...]) -> list[str]:

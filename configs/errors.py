@@ -5,8 +5,10 @@ OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
 │   └── RefusedAdapters   some of several cannot be merged: which, it says
 ├── NotFound       no such task, version, team for you
+│   └── MissingAdapters   some of several are not there: which, it says
 ├── Conflict       someone moved first: read again, then retry at once
 │   ├── NameTaken  another task of the same name is there
+│   ├── Held       somebody keeps `main` where it is: it says who
 │   ├── Fenced     a newer writer opened the subspace: open it anew
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
@@ -114,6 +116,14 @@ class NotFound(OnebasisError):
     http_status = 404
 
 
+class MissingAdapters(NotFound):
+    """Some of the adapters that were handed over, or their tasks, are not there; nothing was written."""
+
+    code = "missing-adapters"
+    facts = ("task_ids",)
+    task_ids: tuple[str, ...]
+
+
 class Conflict(OnebasisError):
     """Someone moved first: read again, then retry at once."""
 
@@ -131,6 +141,16 @@ class NameTaken(Conflict):
     """The one that was to come."""
     other_id: str
     """The one that is there."""
+
+
+class Held(Conflict):
+    """Somebody keeps `main` where it is."""
+
+    code = "held"
+    facts = ("actor", "reason")
+    actor: str
+    reason: str
+    """Empty: none was given."""
 
 
 class Fenced(Conflict):
@@ -196,8 +216,10 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     InvalidInput,
     RefusedAdapters,
     NotFound,
+    MissingAdapters,
     Conflict,
     NameTaken,
+    Held,
     Fenced,
     OwnedByAnother,
     Unavailable,

@@ -42,6 +42,7 @@ from orchestrator.worker_pool import WorkerPool
 from subspace_store import StagedAdapter, Storage, SubspaceReader
 from subspace_store.log.version import CANDIDATE, MAIN, TaskScore
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
+from subspace_store.strict import as_text
 from workers.orders import Evaluate, Evaluated, Failed, Outcome, Train
 from workers.results import read_results
 
@@ -227,7 +228,10 @@ class Candidate:
 
     def _reject(self, version: int, reason: str, culprits: tuple[str, ...]) -> None:
         """culprits: Ids of the tasks whose scores, or whose lack of one, is the reason."""
-        rejection = Reject(version=version, reason=reason, task_ids=culprits, op_key=f"reject:{version}", actor="gate")
+        # What a worker said of a failure may hold anything, and what cannot be written would be tried for ever.
+        rejection = Reject(
+            version=version, reason=as_text(reason), task_ids=culprits, op_key=f"reject:{version}", actor="gate"
+        )
         self._pending_calls.write(rejection)
 
     def _why_hopeless(self, records: Mapping[str, TaskRecord]) -> ScoringFailure | None:

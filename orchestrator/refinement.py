@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from configs.errors import OnebasisError, RefusedAdapters
+from configs.errors import MissingAdapters, OnebasisError, RefusedAdapters
 from configs.settings import Settings
 from orchestrator.cluster import Cluster
 from orchestrator.judging.score_table import evaluations_due
@@ -177,7 +177,7 @@ class Refinement:
         held = self._store.refresh().refs[CANDIDATE]
         if held != self._verdict.version:
             return  # the adapters are well, the version is gone
-        culprits = error.task_ids if isinstance(error, RefusedAdapters) else asked
+        culprits = error.task_ids if isinstance(error, RefusedAdapters | MissingAdapters) else asked
         for task_id in culprits:
             if self._verdict.refined.pop(task_id, None) is None:
                 self._apply((task_id,), RefinementRefused(str(error)))

@@ -24,6 +24,11 @@ FORMAT = "onebasis-adapter-1"
 LARGEST = 1e8
 """No number of an update may be larger: later merges multiply four of them in float32, where 3e38 is the end."""
 
+UNIT_TOLERANCE = 1e-2
+"""Of the length of a singular vector. Float32 rounding leaves 1e-6; what is far off would merge as something else."""
+NAME_MAX = 500
+"""Characters of a module's or parameter's name."""
+
 
 @dataclass(frozen=True)
 class ModuleUpdate:
@@ -118,15 +123,18 @@ def check_adapter(adapter: Adapter) -> None:
     """Refuse what cannot be merged.
 
     Raises:
-        InvalidInput: No modules, shapes that do not fit, other than float32, NaN, infinity or numbers above `LARGEST`;
-            names the module or parameter.
+        InvalidInput: No modules, names that no file could hold, shapes that do not fit, other than float32, NaN,
+            infinity or numbers above `LARGEST`, what is no thin SVD; names the module or parameter.
     """
+    _check_writable(adapter)
     if not adapter.modules:
         raise InvalidInput("the adapter has no modules", todo="train it with at least one target module")
     for name, update in adapter.modules.items():
         ranks = (update.u_NR.shape[1:], update.sigma_R.shape, update.v_DR.shape[1:])
         if update.u_NR.ndim != 2 or update.v_DR.ndim != 2 or len(set(ranks)) != 1:
             raise InvalidInput(f"U, σ and V do not fit together: ranks {[tuple(r) for r in ranks]}", name)
+        if 0 in update.shape:
+            raise InvalidInput(f"has shape {update.shape}: a weight without numbers", name, "leave the module out")
         gauges = [None if gauge is None else tuple(gauge.shape) for gauge in (update.gauge_out_RR, update.gauge_in_RR)]
         if gauges not in ([None, None], [(update.rank, update.rank)] * 2):
             raise InvalidInput(
@@ -140,10 +148,23 @@ def check_adapter(adapter: Adapter) -> None:
             raise InvalidInput(f"is {tensor.dtype}, an update is torch.float32", name, "convert it")
         if name in tensors and bool((tensor.abs() > LARGEST).any()):
             raise InvalidInput(f"has values above {LARGEST:.0e}", name, "train again, with a lower learning rate")
+    for name, update in adapter.modules.items():
+        if bool((update.sigma_R < 0).any()):
+            raise InvalidInput("has negative singular values", name, "make it with `canonical_update`")
+        for factor in (update.u_NR, update.v_DR):
+            # Directions of no weight may be anything; those of others carry none of it.
+            lengths_R = torch.linalg.vector_norm(factor.double(), dim=0)[update.sigma_R > 0]
+            if bool(((lengths_R - 1).abs() > UNIT_TOLERANCE).any()):
+                raise InvalidInput("has singular vectors not of length 1", name, "make it with `canonical_update`")
 
 
 def adapter_to_bytes(adapter: Adapter) -> bytes:
-    """Serialise as safetensors; the same adapter gives the same bytes."""
+    """Serialise as safetensors; the same adapter gives the same bytes.
+
+    Raises:
+        InvalidInput: A name that no file could hold, or a tensor that is not dense.
+    """
+    _check_writable(adapter)
     tensors = {f"module/{n}/{part}": t for n, u in sorted(adapter.modules.items()) for part, t in _parts(u).items()}
     tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in sorted(adapter.head.items())}
     header = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
@@ -169,17 +190,33 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
         tensors = load_safetensors(content)
         size = int.from_bytes(content[:8], "little")
         header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["onebasis"])
+        found, base_model, base_sha256 = header["format"], str(header["base_model"]), str(header["base_sha256"])
+        info = {str(name): str(value) for name, value in header["info"].items()}
         names = sorted({key.split("/")[1] for key in tensors if key.startswith("module/")})
         modules = {n: _from_parts(tensors, f"module/{n}/") for n in names}
-    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise Corrupt(f"is not an adapter file: {error}", where) from error
-    if header.get("format") != FORMAT:
-        raise Corrupt(f"has format {header.get('format')!r}, this code reads {FORMAT!r}", where)
+    if found != FORMAT:
+        raise Corrupt(f"has format {found!r}, this code reads {FORMAT!r}", where)
     head = {key.removeprefix("head/"): tensor for key, tensor in tensors.items() if key.startswith("head/")}
-    adapter = Adapter(header["base_model"], header["base_sha256"], modules, head, header["info"])
+    adapter = Adapter(base_model, base_sha256, modules, head, info)
     if not head_only:
         check_adapter(adapter)
     return adapter
+
+
+def _check_writable(adapter: Adapter) -> None:
+    """That it can be written, and be read again as the same."""
+    for name in (*adapter.modules, *adapter.head):
+        if not name or not name.isprintable() or len(name) > NAME_MAX or (name in adapter.modules and "/" in name):
+            raise InvalidInput(
+                f"{name[:80]!r} cannot be the name of a module or parameter",
+                todo=f"use up to {NAME_MAX} printable characters, for a module without '/'",
+            )
+    tensors = {f"{n}.{part}": t for n, u in adapter.modules.items() for part, t in _parts(u).items()}
+    for name, tensor in {**tensors, **adapter.head}.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
+            raise InvalidInput("is not a dense tensor of real numbers that are there", name, "convert it")
 
 
 def _parts(update: ModuleUpdate) -> dict[str, Tensor]:

@@ -8,26 +8,32 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
+from configs.document import Line, VersionNumber
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log import fold, garbage, retention
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, TaskScore
+from subspace_store.strict import Moment, TaskId, Text, strict
 from subspace_store.subspace_reader import RollbackPreview, SubspaceReader, rollback_preview
+
+COUNT_MAX = 2**53
+"""Rows that a score is measured on: no more than JSON's readers keep exactly."""
 
 
 class Refs(SubspaceReader):
     """What a writer does with versions that are there. A part of `SubspaceStore`, which is what one opens."""
 
-    def record_scores(self, version: int, scores: Sequence[TaskScore], *, op_key: str, actor: str) -> None:
+    @strict
+    def record_scores(self, version: VersionNumber, scores: Sequence[TaskScore], *, op_key: Line, actor: Line) -> None:
         """Write measured scores of a version; a task's later score replaces its earlier one. NaN is kept.
 
         Raises:
             NotFound: No such version, or a task that it does not hold.
-            InvalidInput: An infinite score.
+            InvalidInput: An infinite score, or fewer rows than none.
         """
         with self._writing():
             if self._done(op_key) is not None:
@@ -38,10 +44,13 @@ class Refs(SubspaceReader):
                     raise NotFound(f"version {version} holds no task {score.task_id}")
                 if math.isinf(score.score):
                     raise InvalidInput("a score cannot be infinite", score.task_id, "write NaN if it was not measured")
+                if not 0 <= score.count <= COUNT_MAX:
+                    raise InvalidInput(f"measured on {score.count:.3g} rows", score.task_id, "give how many there were")
             body = {"version": version, "scores": tuple(scores)}
             self._log.commit(fold.SCORES, op_key=op_key, actor=actor, body=body)
 
-    def publish(self, version: int, *, op_key: str, actor: str) -> None:
+    @strict
+    def publish(self, version: VersionNumber, *, op_key: Line, actor: Line) -> None:
         """Move `main` to the candidate.
 
         Raises:
@@ -54,7 +63,10 @@ class Refs(SubspaceReader):
                 body = {"version": version}
                 self._log.commit(fold.PUBLISH, op_key=op_key, actor=actor, refs={MAIN: version}, body=body)
 
-    def reject(self, version: int, reason: str, *, op_key: str, actor: str, task_ids: Collection[str] = ()) -> None:
+    @strict
+    def reject(
+        self, version: VersionNumber, reason: Text, *, op_key: Line, actor: Line, task_ids: Sequence[TaskId] = ()
+    ) -> None:
         """Mark the candidate as rejected and move `candidate` back to `main`. The version stays readable.
 
         Args:
@@ -72,8 +84,9 @@ class Refs(SubspaceReader):
                 body = {"version": version, "reason": reason, "task_ids": tuple(task_ids)}
                 self._log.commit(fold.REJECT, op_key=op_key, actor=actor, refs={CANDIDATE: main}, body=body)
 
+    @strict
     def rollback(
-        self, version: int, *, op_key: str, actor: str, reason: str = "", hold: bool = False
+        self, version: VersionNumber, *, op_key: Line, actor: Line, reason: Line = "", hold: bool = False
     ) -> RollbackPreview:
         """Move `main` and `candidate` to a version, backwards or forwards again, in one record.
 
@@ -96,7 +109,8 @@ class Refs(SubspaceReader):
 
     # Names, and what they keep. Each is one record; asked for what is so already, none.
 
-    def tag(self, name: str, version: int, *, actor: str, op_key: str = "") -> None:
+    @strict
+    def tag(self, name: Line, version: VersionNumber, *, actor: Line, op_key: Line = "") -> None:
         """Name a version for ever. A tagged version never expires.
 
         Raises:
@@ -106,7 +120,8 @@ class Refs(SubspaceReader):
         """
         self._change(lambda state: retention.tag(state, name, version), actor, op_key)
 
-    def hold(self, reason: str, *, actor: str, op_key: str = "") -> None:
+    @strict
+    def hold(self, reason: Line, *, actor: Line, op_key: Line = "") -> None:
         """Keep `main` where it is: publishing is refused, merging and rolling back go on.
 
         Raises:
@@ -114,19 +129,25 @@ class Refs(SubspaceReader):
         """
         self._change(lambda state: retention.hold(state, reason, actor), actor, op_key)
 
-    def release(self, *, actor: str, op_key: str = "") -> None:
+    @strict
+    def release(self, *, actor: Line, op_key: Line = "") -> None:
         """Let publishing move `main` again."""
         self._change(retention.release, actor, op_key)
 
-    def quarantine(self, task_id: str, reason: str, *, actor: str, op_key: str = "") -> None:
+    @strict
+    def quarantine(self, task_id: Line, reason: Line, *, actor: Line, op_key: Line = "") -> None:
         """Keep a task from being merged. Versions that hold it stay as they are."""
         self._change(lambda state: retention.quarantine(state, task_id, reason), actor, op_key)
 
-    def unquarantine(self, task_id: str, *, actor: str, op_key: str = "") -> None:
+    @strict
+    def unquarantine(self, task_id: Line, *, actor: Line, op_key: Line = "") -> None:
         """Let a task be merged again."""
         self._change(lambda state: retention.unquarantine(state, task_id), actor, op_key)
 
-    def pin(self, version: int, owner: str, until: float | None = None, *, actor: str, op_key: str = "") -> None:
+    @strict
+    def pin(
+        self, version: VersionNumber, owner: Line, until: Moment | None = None, *, actor: Line, op_key: Line = ""
+    ) -> None:
         """Keep a version from expiring; the same owner again moves the end.
 
         Args:
@@ -138,21 +159,23 @@ class Refs(SubspaceReader):
         """
         self._change(lambda state: retention.pin(state, version, owner, until), actor, op_key)
 
-    def unpin(self, version: int, owner: str, *, actor: str, op_key: str = "") -> None:
+    @strict
+    def unpin(self, version: VersionNumber, owner: Line, *, actor: Line, op_key: Line = "") -> None:
         """Give a pin up."""
         self._change(lambda state: retention.unpin(state, version, owner), actor, op_key)
 
-    def expire(self, versions: Iterable[int], *, actor: str, op_key: str = "") -> None:
+    @strict
+    def expire(self, versions: Sequence[VersionNumber], *, actor: Line, op_key: Line = "") -> None:
         """Give versions up for ever; `collect` deletes what only they needed. See `retention.expirable`.
 
         Raises:
             Conflict: A branch, a tag or a pin names one of them. None has expired then.
             NotFound: No such version.
         """
-        wanted = tuple(versions)
-        self._change(lambda state: retention.expire(state, wanted, time.time()), actor, op_key)
+        self._change(lambda state: retention.expire(state, versions, time.time()), actor, op_key)
 
-    def drop_adapters(self, task_ids: Collection[str], *, actor: str, op_key: str = "") -> None:
+    @strict
+    def drop_adapters(self, task_ids: Sequence[TaskId], *, actor: Line, op_key: Line = "") -> None:
         """Let go of adapters as they were delivered; heads and what the subspace holds of the tasks stay.
 
         For ever: `delivered` has nothing to give then, and when another task is removed these are merged again
@@ -173,6 +196,7 @@ class Refs(SubspaceReader):
             }
             self._change(lambda _: retention.drop(heads), actor, op_key)
 
+    @strict
     def collect(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
         """Delete what no live version needs; see `garbage.collect`. `collectable` only tells.
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from configs.document import NAME_PATTERN, Line, Request, VersionNumber
 from subspace_store.log.version import StagedAdapter, TaskScore
+from subspace_store.strict import Moment, TaskId, Text
 
 if TYPE_CHECKING:
     from subspace_store.log.version import Version
@@ -89,8 +90,8 @@ class Reject(StoreRequest[None]):
 
     operation = "reject"
     version: VersionNumber
-    reason: str
-    task_ids: tuple[str, ...] = ()
+    reason: Text
+    task_ids: tuple[TaskId, ...] = ()
     """Tasks whose scores broke a rule of the gate."""
 
     def on(self, store: SubspaceStore) -> None:
@@ -167,7 +168,7 @@ class Pin(StoreRequest[None]):
     operation = "pin"
     version: VersionNumber
     owner: Line
-    until: float | None = None
+    until: Moment | None = None
     """Unix seconds; None: until it is unpinned."""
 
     def on(self, store: SubspaceStore) -> None:
@@ -199,7 +200,7 @@ class DropAdapters(StoreRequest[None]):
     """Let go of adapters as they were delivered."""
 
     operation = "drop-adapters"
-    task_ids: tuple[Line, ...]
+    task_ids: tuple[TaskId, ...]
 
     def on(self, store: SubspaceStore) -> None:
         store.drop_adapters(self.task_ids, op_key=self.op_key, actor=self.actor)

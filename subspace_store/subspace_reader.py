@@ -11,11 +11,12 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from configs.document import Line, VersionNumber
 from configs.errors import Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
 from subspace_store.files.version_heads import VersionHeads
@@ -27,6 +28,7 @@ from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.overlap import overlap
 from subspace_store.parallel import in_order
 from subspace_store.storage.protocol import Storage
+from subspace_store.strict import LATEST, strict
 
 if TYPE_CHECKING:
     from subspace_store.adapter import Adapter
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from subspace_store.forecast import Forecast
     from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 
-Shapes = tuple[tuple[int, int], tuple[int, int]]
-"""((N, D), (k_out, k_in)) of a module."""
 DEFAULTS = SubspaceSettings()
 
 BYTES_PER_NUMBER = 4
@@ -149,8 +149,9 @@ class SubspaceReader:
         self._lock = threading.RLock()
 
     @classmethod
+    @strict
     def open(
-        cls, storage: Storage, *, settings: SubspaceSettings = DEFAULTS, base_model: str = "", base_sha256: str = ""
+        cls, storage: Storage, *, settings: SubspaceSettings = DEFAULTS, base_model: Line = "", base_sha256: Line = ""
     ) -> SubspaceReader:
         """Open a subspace to read it: nothing is ever written, not even where the folder is empty.
 
@@ -178,7 +179,8 @@ class SubspaceReader:
         """What the log said when it was last read."""
         return self._log.state
 
-    def resolve(self, ref: str | int) -> int:
+    @strict
+    def resolve(self, ref: Line | int) -> int:
         """The version that a branch, a tag or a number names now: take it once, then read that version.
 
         Raises:
@@ -186,11 +188,15 @@ class SubspaceReader:
         """
         return self.state.resolve(ref)
 
+    @strict
     def refresh(self) -> SubspaceState:
         """Read what was added to the log since. One small read if nothing was."""
         return self._log.refresh()
 
-    def adapter(self, task_id: str, version: int | None = None, modules: Collection[str] | None = None) -> Adapter:
+    @strict
+    def adapter(
+        self, task_id: Line, version: VersionNumber | None = None, modules: Sequence[str] | None = None
+    ) -> Adapter:
         """A task as a version holds it: P·E·Fᵀ·Qᵀ per module in canonical form, with its own head.
 
         Args:
@@ -225,7 +231,8 @@ class SubspaceReader:
             )
         return Adapter(kept.base_model, kept.base_sha256, dict(zip(names, updates, strict=True)), kept.head, kept.info)
 
-    def delivered(self, task_id: str) -> Adapter:
+    @strict
+    def delivered(self, task_id: Line) -> Adapter:
         """A task's adapter as it was handed over; the newest, if it was merged more than once.
 
         Raises:
@@ -236,17 +243,20 @@ class SubspaceReader:
             raise NotFound(f"no version holds the task {task_id}", self.storage.url)
         return self._read_delivered(max(births, key=lambda task: task.version))
 
-    def ranks(self, version: int | None = None) -> dict[str, tuple[int, int]]:
+    @strict
+    def ranks(self, version: VersionNumber | None = None) -> dict[str, tuple[int, int]]:
         """(k_out, k_in) per module at a version, default `main`. Reads no tensors."""
         with self._reading(version) as number:
             return {name: ranks for name, (_, ranks) in self._heads.shapes(number).items()}
 
-    def basis(self, version: int | None = None) -> dict[str, ModuleBasis]:
+    @strict
+    def basis(self, version: VersionNumber | None = None) -> dict[str, ModuleBasis]:
         """P, Q and λ per module at a version, default `main`; nothing at version 0."""
         with self._reading(version) as number:
             return self._tensors.basis(number)
 
-    def module(self, name: str, version: int | None = None) -> ModuleSubspace:
+    @strict
+    def module(self, name: str, version: VersionNumber | None = None) -> ModuleSubspace:
         """One module at a version, default `main`: its bases, and all tasks' coefficients in it.
 
         Raises:
@@ -257,7 +267,8 @@ class SubspaceReader:
                 raise NotFound(f"version {number} has no module {name}", self.storage.url)
             return self._tensors.module(number, name)
 
-    def subspace(self, version: int | None = None) -> dict[str, ModuleSubspace]:
+    @strict
+    def subspace(self, version: VersionNumber | None = None) -> dict[str, ModuleSubspace]:
         """Everything at a version, default `main`: bases and all tasks' coefficients, per module."""
         from subspace_store.merging.basis import ModuleSubspace
 
@@ -265,7 +276,8 @@ class SubspaceReader:
             tasks = self._tensors.tasks(number)
             return {name: ModuleSubspace(basis, tasks[name]) for name, basis in self._tensors.basis(number).items()}
 
-    def diff(self, old: int, new: int) -> VersionDiff:
+    @strict
+    def diff(self, old: VersionNumber, new: VersionNumber) -> VersionDiff:
         """What lies between two versions; see `VersionDiff`."""
         state = self.state
         old_tasks, new_tasks = (state.tasks_at(self._known(number)) for number in (old, new))
@@ -292,7 +304,8 @@ class SubspaceReader:
             },
         )
 
-    def preview_rollback(self, version: int) -> RollbackPreview:
+    @strict
+    def preview_rollback(self, version: VersionNumber) -> RollbackPreview:
         """What `rollback` would do; changes nothing.
 
         Raises:
@@ -301,15 +314,17 @@ class SubspaceReader:
         """
         return rollback_preview(self.state, self.state.refs[MAIN], self._allowed(version))
 
+    @strict
     def collectable(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
         """What no live version needs; deletes nothing. See `garbage.collect`."""
         return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=False)
 
-    def forecast(self, adapters: Mapping[str, Adapter], version: int | None = None) -> Forecast:
+    @strict
+    def forecast(self, adapters: Mapping[str, Adapter], version: VersionNumber | None = None) -> Forecast:
         """What merging adapters would cost each task, before doing it and without data. Changes nothing.
 
         Args:
-            adapters: Any id but those of the version's tasks to adapter.
+            adapters: Any id but those of the version's tasks to adapter; at least one.
             version: To merge onto; default the candidate.
 
         Raises:
@@ -318,16 +333,21 @@ class SubspaceReader:
         from subspace_store.adapter import check_adapter
         from subspace_store.forecast import forecast
 
+        if not adapters:
+            raise InvalidInput("a forecast needs at least one adapter")
         parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
         with self._reading(parent):
+            shapes = {name: shape for name, (shape, _) in self._heads.shapes(parent).items()}
             for id_, adapter in adapters.items():
                 if id_ in self.state.tasks_at(parent):
                     raise InvalidInput("is a task that this version holds already", id_, "choose another id")
                 check_adapter(adapter)
-                self._check(adapter, self._tensors.shapes(parent))
+                self._check(adapter, shapes)
+                shapes |= {name: update.shape for name, update in adapter.modules.items()}
             return forecast(self._tensors, self.state, parent, adapters, self.settings)
 
-    def footprint(self, version: int | None = None) -> Footprint:
+    @strict
+    def footprint(self, version: VersionNumber | None = None) -> Footprint:
         """Numbers that serving a version needs, beside separate LoRAs of the same tasks. Reads no tensors."""
         with self._reading(version) as number:
             merged, columns = self.state.tasks_at(number).values(), self._heads.columns(number)
@@ -341,11 +361,13 @@ class SubspaceReader:
             separate_numbers=sum(task.parameter_count for task in merged),
         )
 
+    @strict
     def history(self) -> list[HistoryEntry]:
         """The log for people, oldest first. Reads every record."""
         return [_entry(record) for record in self._log.records()]
 
-    def lost_by(self, task_id: str) -> HistoryEntry | None:
+    @strict
+    def lost_by(self, task_id: Line) -> HistoryEntry | None:
         """The record with which `main` lost a task that it does not hold: a `rollback`, or its `remove`. None if it
         never held it.
 
@@ -362,12 +384,12 @@ class SubspaceReader:
 
     # Looking things up
 
-    def _check(self, adapter: Adapter, shapes: Mapping[str, Shapes]) -> None:
-        """That an adapter can be merged here."""
+    def _check(self, adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """That an adapter can be merged here. `shapes`: (N, D) of each module that is open, or will be by then."""
         self._check_base(adapter)
         for name, update in adapter.modules.items():
-            if name in shapes and shapes[name][0] != update.shape:
-                raise InvalidInput(f"has shape {update.shape}, the subspace has {shapes[name][0]}", name)
+            if shapes.get(name, update.shape) != update.shape:
+                raise InvalidInput(f"has shape {update.shape}, the subspace has {shapes[name]}", name)
         if self.settings.variant == "paper":
             for update in adapter.modules.values():
                 update.raw()
@@ -487,7 +509,7 @@ def _summary(record: fold.Record) -> str:
     if record.op == fold.EXPIRE:
         return f"versions {', '.join(map(str, body['versions']))}"
     if record.op == fold.PIN and body["until"] is not None:
-        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(body["until"]))
+        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(max(0.0, min(body["until"], LATEST))))
         return f"version {body['version']}: {body['owner']}, until {until} UTC"
     if record.op == fold.REMOVE:
         why = f": {body['reason']}" if body["reason"] else ""

@@ -8,10 +8,11 @@ there, publishing, rolling back, keeping, is in refs.py; reading in subspace_rea
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from configs.errors import Conflict, Corrupt, InvalidInput, NameTaken, NotFound, RefusedAdapters
+from configs.document import Line
+from configs.errors import Conflict, Corrupt, InvalidInput, MissingAdapters, NameTaken, NotFound, RefusedAdapters
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.digests import digest
@@ -23,21 +24,23 @@ from subspace_store.log.version_log import VersionLog
 from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
 from subspace_store.refs import Refs
 from subspace_store.storage.protocol import Storage
-from subspace_store.subspace_reader import DEFAULTS, Shapes
+from subspace_store.strict import TaskId, strict
+from subspace_store.subspace_reader import DEFAULTS
 
 
 class SubspaceStore(Refs):
     """The one writer of a base model's subspace, which it reads as well. Make one with `open`."""
 
     @classmethod
+    @strict
     def open(  # type: ignore[override]  # nobody writes without saying who
         cls,
         storage: Storage,
         *,
-        writer: str,
+        writer: Line,
         settings: SubspaceSettings = DEFAULTS,
-        base_model: str = "",
-        base_sha256: str = "",
+        base_model: Line = "",
+        base_sha256: Line = "",
         service: Identity | None = None,
         claim: bool = False,
         force: bool = False,
@@ -69,24 +72,27 @@ class SubspaceStore(Refs):
 
     # Writing
 
-    def release_ownership(self, service: Identity, *, actor: str) -> None:
+    @strict
+    def release_ownership(self, service: Identity, *, actor: Line) -> None:
         """Give the store up: any service may open it from now on. See `VersionLog.release`."""
         with self._lock:
             self._log.release(actor, service)
 
-    def stage(self, key: str, adapter: Adapter) -> BlobRef:
+    @strict
+    def stage(self, key: Line, adapter: Adapter) -> BlobRef:
         """Upload an adapter for a later merge; see `blobs.stage`."""
         return blobs.stage(self.storage, key, adapter)
 
-    def merge(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
+    @strict
+    def merge(self, adapters: Sequence[StagedAdapter], *, op_key: Line, actor: Line) -> Version:
         """Merge staged adapters in one step into one version on `candidate`.
 
         Args:
             op_key: Names this request: asked again, it answers with the version it made.
 
         Raises:
-            InvalidInput: An adapter that cannot be merged here; names the task. Nothing was written.
-            NotFound: An upload that is not there.
+            RefusedAdapters: Those that cannot be merged here. Nothing was written.
+            MissingAdapters: Those whose uploads are not there.
             Conflict: A task that the candidate holds already; or this writer is fenced.
             NameTaken: The candidate holds another task of an adapter's name.
             Unavailable: The outcome is unknown; ask again with the same op_key.
@@ -96,13 +102,14 @@ class SubspaceStore(Refs):
                 return known
             parent = self.state.refs[CANDIDATE]
             self._refuse_doubles(adapters, parent)
-            arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
+            arrivals = self._arrivals(adapters, parent)
             written = write_version(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
             self._log.commit(fold.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
 
-    def refine(self, adapters: Sequence[StagedAdapter], *, op_key: str, actor: str) -> Version:
+    @strict
+    def refine(self, adapters: Sequence[StagedAdapter], *, op_key: Line, actor: Line) -> Version:
         """Put refined adapters in the place of tasks that the candidate holds, as one version on `candidate`.
 
         Its basis is the candidate's and no other task moves, not by a bit. From it on a refined adapter is the task's
@@ -113,9 +120,8 @@ class SubspaceStore(Refs):
             op_key: Names this request: asked again, it answers with the version it made.
 
         Raises:
-            InvalidInput: An adapter that is not in that span, or cannot be served here; names the task. Nothing was
-                written.
-            NotFound: A task that the candidate does not hold, or an upload that is not there.
+            RefusedAdapters: Those that are not in that span, or cannot be served here. Nothing was written.
+            MissingAdapters: Those whose tasks the candidate does not hold, or whose uploads are not there.
             Conflict: This writer is fenced.
             Unavailable: The outcome is unknown; ask again with the same op_key.
 
@@ -127,17 +133,17 @@ class SubspaceStore(Refs):
                 return known
             parent = self.state.refs[CANDIDATE]
             self._refuse_twice(adapters)
-            for staged in adapters:
-                self._find(staged.task_id, parent)
+            self._refuse_strangers(adapters, parent)
             retention.check_mergeable(self.state, {staged.task_id: staged.name for staged in adapters})
-            arrivals = [self._arrival(staged, self._tensors.shapes(parent)) for staged in adapters]
+            arrivals = self._arrivals(adapters, parent)
             written = write_refinement(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
             self._log.commit(fold.REFINE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
 
+    @strict
     def remove(
-        self, task_id: str, *, op_key: str, actor: str, reason: str = "", publish: bool = False
+        self, task_id: TaskId, *, op_key: Line, actor: Line, reason: Line = "", publish: bool = False
     ) -> Version | None:
         """Make the candidate again without a task: every version from the task's birth on, one after another, from
         the adapters as they were delivered and in the groups they were merged in.
@@ -248,14 +254,50 @@ class SubspaceStore(Refs):
         if not adapters:
             raise InvalidInput("a merge needs at least one adapter")
         ids = [staged.task_id for staged in adapters]
-        for staged in adapters:
-            if ids.count(staged.task_id) > 1:
-                who = f"task {staged.name} ({staged.task_id})"
-                raise RefusedAdapters("is named twice in one merge", who, "", (staged.task_id,))
+        if twice := {staged.task_id: staged for staged in adapters if ids.count(staged.task_id) > 1}:
+            raise RefusedAdapters("is named twice in one merge", _who(twice.values()), "", tuple(twice))
 
-    def _arrival(self, staged: StagedAdapter, shapes: Mapping[str, Shapes]) -> Arrival:
-        """One upload, checked. Every complaint names the task."""
-        who = f"task {staged.name} ({staged.task_id})"
+    def _refuse_strangers(self, adapters: Sequence[StagedAdapter], parent: int) -> None:
+        """Refuse what would not take the place of a task of this name."""
+        held = self.state.tasks_at(parent)
+        if missing := [staged for staged in adapters if staged.task_id not in held]:
+            what, ids = f"version {parent} does not hold it", tuple(staged.task_id for staged in missing)
+            raise MissingAdapters(what, _who(missing), "", ids)
+        if renamed := [staged for staged in adapters if staged.name != held[staged.task_id].name]:
+            what = "is called otherwise: " + ", ".join(held[staged.task_id].name for staged in renamed)
+            raise RefusedAdapters(what, _who(renamed), "", tuple(staged.task_id for staged in renamed))
+
+    def _arrivals(self, adapters: Sequence[StagedAdapter], parent: int) -> list[Arrival]:
+        """The uploads, checked. Whoever is refused, the others are looked at as well: all are told of at once."""
+        shapes = {name: shape for name, (shape, _) in self._tensors.shapes(parent).items()}
+        arrivals: list[Arrival] = []
+        refusals: dict[str, InvalidInput] = {}
+        missing: list[StagedAdapter] = []
+        for staged in adapters:
+            try:
+                arrivals.append(arrival := self._arrival(staged, shapes))
+            except NotFound:
+                missing.append(staged)
+            except InvalidInput as error:
+                refusals[staged.task_id] = error
+            else:
+                # What it opens, the others of its merge have to fit.
+                shapes |= {name: update.shape for name, update in arrival.adapter.modules.items()}
+        if refusals:
+            raise _refused([staged for staged in adapters if staged.task_id in refusals], refusals)
+        if missing:
+            keys = ", ".join(staged.key for staged in missing)
+            ids = tuple(staged.task_id for staged in missing)
+            raise MissingAdapters(f"the upload {keys} is not there", _who(missing), "train the task again", ids)
+        return arrivals
+
+    def _arrival(self, staged: StagedAdapter, shapes: Mapping[str, tuple[int, int]]) -> Arrival:
+        """One upload, checked.
+
+        Raises:
+            NotFound: It is not there.
+            InvalidInput: It cannot be merged here; says where in it and why.
+        """
         try:
             content = self.storage.read(staged.key)
             if digest(content) != staged.sha256:
@@ -265,11 +307,8 @@ class SubspaceStore(Refs):
                 )
             adapter = adapter_from_bytes(content, staged.key)
             self._check(adapter, shapes)
-        except NotFound as error:
-            raise NotFound(f"the upload {staged.key} is not there", who, "train the task again") from error
-        except (InvalidInput, Corrupt) as error:
-            inside = f"{error.where}: {error.what}" if error.where else error.what
-            raise RefusedAdapters(inside, who, error.todo, (staged.task_id,)) from error
+        except Corrupt as error:  # an upload is no part of the subspace: nothing of that is damaged
+            raise InvalidInput(error.what, error.where, error.todo or "upload the adapter again") from error
         return Arrival(staged.task_id, staged.name, adapter, content)
 
     def _draft(self, parent: int, arrivals: Sequence[Arrival]) -> Draft:
@@ -285,3 +324,18 @@ class SubspaceStore(Refs):
         if done is not None and done not in self.state.versions:
             raise Conflict(f"op_key {op_key!r} names an operation that made no version", todo="choose another")
         return None if done is None else self.state.versions[done]
+
+
+def _who(adapters: Iterable[StagedAdapter]) -> str:
+    return ", ".join(f"task {staged.name} ({staged.task_id})" for staged in adapters)
+
+
+def _refused(adapters: Sequence[StagedAdapter], why: Mapping[str, InvalidInput]) -> RefusedAdapters:
+    """why: Task id to what is wrong with its adapter."""
+    whats = [f"{error.where}: {error.what}" if error.where else error.what for error in why.values()]
+    if len(adapters) == 1:
+        (error,) = why.values()
+        return RefusedAdapters(whats[0], _who(adapters), error.todo, tuple(why))
+    lines = [f"\n  {_who([staged])}: {what}" for staged, what in zip(adapters, whats, strict=True)]
+    todo = "; ".join(dict.fromkeys(error.todo for error in why.values() if error.todo))
+    return RefusedAdapters(f"{len(adapters)} adapters cannot be merged:{''.join(lines)}", "", todo, tuple(why))

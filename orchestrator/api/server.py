@@ -34,7 +34,7 @@ from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from subspace_store import SubspaceReader
-from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, service_identity
+from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, open_private, service_identity
 
 log = logging.getLogger("onebasis.server")
 
@@ -164,7 +164,7 @@ def main(state_dir: Path) -> None:
     for noisy in ("httpx", "alembic", "mlflow", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     settings = read_settings(state_dir / SETTINGS_FILE)
-    lock = (state_dir / LOCK_FILE).open("w")
+    lock = open_private(state_dir / LOCK_FILE, "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -252,7 +252,7 @@ class ControlPlane:
         host, port = listener.getsockname()[:2]
         facts = {"url": f"http://{host}:{port}", "token": token, "pid": os.getpid()}
         new = self._state_dir / f"{SERVER_FILE}.new"
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with open_private(new, "w") as file:
             json.dump(facts, file)
         new.rename(self._state_dir / SERVER_FILE)
 

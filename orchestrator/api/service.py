@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from configs.document import Request
+from configs.document import Request, without_password
 from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.api import requests, views
@@ -119,7 +119,7 @@ class Service:
     def tasks(self, request: requests.ListTasks) -> list[Json]:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
-        records = self._queue.tasks(states, request.team)
+        records = self._queue.page(states, request.team, request.before, request.limit)
         places = self._places() if any(record.state is TaskState.QUEUED for record in records) else {}
         return [self._summary(record, places.get(record.task_id)) for record in records]
 
@@ -268,11 +268,12 @@ class Service:
             "running": self._controller is not None,
             "base_model": self._settings.base_model.name,
             "storage": self._storage.url,
-            "mlflow": self._settings.mlflow.tracking_uri,
+            "mlflow": without_password(self._settings.mlflow.tracking_uri),
             "main": state.refs[MAIN],
             "candidate": state.refs[CANDIDATE],
             "held": asdict(state.held) if state.held else None,
             "tasks": self._queue.counts(),
+            "unreadable_tasks": [str(told) for told in self._queue.unreadable()],
             **self._health(),
         }
 

@@ -166,7 +166,7 @@ def tasks(
     state: Annotated[str | None, typer.Option(help="Only those in this state.")] = None,
     limit: Annotated[int, typer.Option(help="How many, the newest ones.", min=1, max=PAGE_MAX)] = PAGE,
     before: Annotated[str, typer.Option(metavar="ID", help="Only those older than this task: the page before.")] = "",
-    watch: Annotated[bool, typer.Option("--watch", help="Follow until every task has ended.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow until every task that is listed has ended.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -178,7 +178,10 @@ def tasks(
             time.sleep(WATCH_SECONDS)
     elif watch:
         display.follow(lambda: client.ask(asked), WATCH_SECONDS)
-    show(client.ask(asked), display.tasks, as_json)
+    rows = client.ask(asked)
+    show(rows, display.tasks, as_json)
+    if len(rows) == limit:
+        note(f"the newest {limit} tasks; `--before {rows[0]['task_id']}` lists older ones, `--limit` more at once")
 
 
 @command

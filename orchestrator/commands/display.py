@@ -50,6 +50,8 @@ def status(answer: Json) -> None:
         console.print(f"  {worker} {escape(what)}", soft_wrap=True)
     if answer.get("alarm"):
         console.print(f"  [red]ALARM[/red] {escape(answer['alarm'])}", soft_wrap=True)
+    for told in answer.get("unreadable_tasks", ()):
+        console.print(f"  [red]ALARM[/red] {escape(told)}", soft_wrap=True)
     if answer.get("mlflow_error"):
         console.print(f"  [yellow]MLflow is behind:[/yellow] {escape(answer['mlflow_error'])}")
 

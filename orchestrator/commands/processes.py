@@ -25,7 +25,13 @@ from configs.settings import Settings
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Status
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
-from subspace_store.commands.state_folder import process_of, running_server, service_identity
+from subspace_store.commands.state_folder import (
+    make_private,
+    open_private,
+    process_of,
+    running_server,
+    service_identity,
+)
 from subspace_store.log.version_log import VersionLog, owned_by_another
 from subspace_store.storage.opening import open_storage
 
@@ -52,13 +58,24 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
         Unavailable: Something did not start; quotes the end of its log.
     """
     state_dir = Path(settings.state_dir)
-    (state_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (state_dir / ".gitignore").write_text("*\n")
+    _prepare(settings, state_dir)
     with _alone(state_dir, say):
         if running_server(state_dir) is None:
             _own_the_store(settings, state_dir, take_over, say)
         _start_what_is_missing(settings, state_dir, say)
     return _wait_for_workers(settings, state_dir, say)
+
+
+def _prepare(settings: Settings, state_dir: Path) -> None:
+    """Make what the service writes to, for its owner alone: settings, databases and logs may tell a password."""
+    for folder in (state_dir, state_dir / "logs"):
+        make_private(folder)
+    with open_private(state_dir / ".gitignore", "w") as file:
+        file.write("*\n")
+    for url in (settings.database_url, settings.mlflow.tracking_uri):
+        database = Path(url.partition(":///")[2].partition("?")[0])
+        if url.startswith("sqlite") and database.parent.is_dir():
+            open_private(database, "a").close()  # SQLite gives its other files the rights of this one
 
 
 def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:
@@ -79,7 +96,7 @@ def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Sa
 @contextlib.contextmanager
 def _alone(state_dir: Path, say: Say) -> Iterator[None]:
     """One `up` or `down` at a time: two that start at once would start two clusters, and one would never end."""
-    with (state_dir / "up.lock").open("w") as lock:
+    with open_private(state_dir / "up.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -104,9 +121,8 @@ def _start_what_is_missing(settings: Settings, state_dir: Path, say: Say) -> Non
         say("starting the control plane")
         (state_dir / "server.json").unlink(missing_ok=True)
         # Beside Ray, not after it: its imports take as long as Ray's start, and it waits for Ray's address itself.
-        server = _start(
-            [sys.executable, "-m", "orchestrator.api.server", str(state_dir)], state_dir, "control-plane.log"
-        )
+        command = [sys.executable, "-m", "orchestrator.api.server", str(state_dir)]
+        server = _start(command, state_dir, "control-plane.log", _umask(settings))
         if head is not None:
             _wait(lambda: (state_dir / ADDRESS_FILE).exists(), head, state_dir / "logs/ray.log", "Ray")
         _wait(
@@ -151,18 +167,27 @@ def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Pope
     workers = settings.workers
     cpus = max(os.cpu_count() or 1, math.ceil(workers.count * workers.ranks * workers.cpus))
     command = [sys.executable, "-m", "orchestrator.ray_head", str(state_dir), str(cpus)]
-    return _start(command, state_dir, "ray.log")
+    return _start(command, state_dir, "ray.log", _umask(settings))
 
 
-def _start(command: list[str], state_dir: Path, log_name: str) -> subprocess.Popen[bytes]:
+def _umask(settings: Settings) -> int:
+    """What others may not do with the service's files: anything. But a store in a folder of its own is for whom the
+    person lets read it, as their umask (-1) says."""
+    kind, _, folder = settings.storage.url.partition(":")
+    is_elsewhere = kind == "file" and not Path(folder).is_relative_to(settings.state_dir)
+    return -1 if is_elsewhere else 0o077
+
+
+def _start(command: list[str], state_dir: Path, log_name: str, umask: int) -> subprocess.Popen[bytes]:
     """A process of its own session: Ctrl-C in the terminal that started it does not reach it."""
-    with (state_dir / "logs" / log_name).open("ab") as log:
+    with open_private(state_dir / "logs" / log_name, "a") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
+            umask=umask,
             env=os.environ | ray_environment(state_dir / TOKEN_FILE),
         )
 
@@ -217,7 +242,8 @@ def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> Non
     text, file = _as_text(settings), state_dir / "settings.yaml"
     if is_running and file.read_text() != text:
         raise Conflict("the service runs with other settings", str(file), "`onebasis down`, then `onebasis up` again")
-    file.write_text(text)
+    with open_private(file, "w") as kept:
+        kept.write(text)
 
 
 def _end_ray_of_other_settings(settings: Settings, state_dir: Path, say: Say) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.document import without_password
 from configs.settings import Settings
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, score_table
@@ -90,7 +91,7 @@ class Mirror:
                 self.error = ""
                 self.behind = self._awake.is_set()
             except Exception as error:  # whatever MLflow or its database raises: the service goes on without
-                self.error = f"{type(error).__name__}: {error}"
+                self.error = without_password(f"{type(error).__name__}: {error}")
                 log.warning("MLflow is behind: %s", self.error)
                 self._awake.set()
                 stop.wait(RETRY_SECONDS)

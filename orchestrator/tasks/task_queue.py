@@ -88,6 +88,13 @@ class SameContent:
     """All of them, whatever became of them."""
 
 
+def _chosen(states: Iterable[TaskState], team: str | None) -> Select[Any]:
+    chosen = select(*_RECORD)
+    if wanted := [str(state) for state in states]:
+        chosen = chosen.where(_tasks.c.state.in_(wanted))
+    return chosen if team is None else chosen.where(_tasks.c.team == team)
+
+
 class TaskQueue:
     """The table of tasks and the table of their events. Safe for several threads.
 
@@ -189,49 +196,36 @@ class TaskQueue:
                 raise NotFound(problem, repr(reference), "`onebasis tasks` lists ids and names")
             return self._get(connection, found[0])
 
-    def tasks(
-        self,
-        states: Iterable[TaskState] = (),
-        team: str | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-    ) -> list[TaskRecord]:
-        """Tasks by age, all or those in some states or of one team. What cannot be read is left out: `unreadable`.
-
-        Args:
-            after: Id of the last task of the page before: those that are younger.
-            limit: Most rows to look at; default: all. Where one cannot be read, a page has fewer tasks.
-
-        Raises:
-            NotFound: There is no task `after`.
-        """
-        return [record for _, record in self._page(states, team, after, limit) if record is not None]
+    def tasks(self, states: Iterable[TaskState] = (), team: str | None = None) -> list[TaskRecord]:
+        """Tasks by age, all or those in some states or of one team. What cannot be read is left out: `unreadable`."""
+        return self._records(_chosen(states, team).order_by(_tasks.c.submitted_at, _tasks.c.task_id))
 
     def page(
-        self, states: Iterable[TaskState], team: str | None, after: str | None, limit: int
-    ) -> tuple[list[TaskRecord], str | None]:
-        """As `tasks`; and the `after` of the next page, None when this was the last."""
-        rows = self._page(states, team, after, limit + 1)
-        following = rows[limit - 1][0] if len(rows) > limit else None
-        return [record for _, record in rows[:limit] if record is not None], following
+        self, states: Iterable[TaskState] = (), team: str | None = None, before: str = "", limit: int = 200
+    ) -> list[TaskRecord]:
+        """The newest tasks, or the newest of those that are older than one, by age.
 
-    def _page(
-        self, states: Iterable[TaskState], team: str | None, after: str | None, limit: int | None
-    ) -> list[tuple[str, TaskRecord | None]]:
-        chosen = select(*_RECORD).order_by(_tasks.c.submitted_at, _tasks.c.task_id).limit(limit)
-        if wanted := [str(state) for state in states]:
-            chosen = chosen.where(_tasks.c.state.in_(wanted))
-        if team is not None:
-            chosen = chosen.where(_tasks.c.team == team)
+        Args:
+            before: Id of the oldest task of the page that was shown before.
+            limit: Most rows to look at. Where one cannot be read, a page has fewer tasks.
+
+        Raises:
+            NotFound: There is no task `before`.
+        """
+        chosen = _chosen(states, team).order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(limit)
+        if before:
+            with self._database.reading() as connection:
+                at = connection.execute(select(_tasks.c.submitted_at).where(_tasks.c.task_id == before)).scalar()
+            if at is None:
+                raise NotFound("there is no such task", before, "begin again with the newest")
+            older = and_(_tasks.c.submitted_at == at, _tasks.c.task_id < before)
+            # The first condition says nothing new; with it the database starts in the middle of an index.
+            chosen = chosen.where(_tasks.c.submitted_at <= at, or_(_tasks.c.submitted_at < at, older))
+        return self._records(chosen)[::-1]
+
+    def _records(self, chosen: Select[Any]) -> list[TaskRecord]:
         with self._database.reading() as connection:
-            if after is not None:
-                at = connection.execute(select(_tasks.c.submitted_at).where(_tasks.c.task_id == after)).scalar()
-                if at is None:
-                    raise NotFound("there is no such task", after, "begin again with the first page")
-                younger = and_(_tasks.c.submitted_at == at, _tasks.c.task_id > after)
-                # The first condition says nothing new; with it the database starts in the middle of an index.
-                chosen = chosen.where(_tasks.c.submitted_at >= at, or_(_tasks.c.submitted_at > at, younger))
-            return [(row.task_id, self._try_read(row)) for row in connection.execute(chosen)]
+            return [record for row in connection.execute(chosen) if (record := self._try_read(row)) is not None]
 
     def among(self, task_ids: Collection[str]) -> dict[str, TaskRecord]:
         """Id to record, of those of these ids that the database knows and can read. It may be younger than the

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from configs.errors import Unavailable
 
@@ -44,6 +44,23 @@ def service_settings(state_dir: Path) -> Settings:
     return settings
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder that its owner alone may enter, and take from everybody else what older releases gave them."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (folder, *folder.iterdir()):
+        with contextlib.suppress(OSError):  # of another user, or gone since
+            if path is folder or (path.is_file() and not path.is_symlink()):
+                path.chmod(path.stat().st_mode & 0o7700)
+
+
+def open_private(file: Path, mode: Literal["a", "w"]) -> TextIO:
+    """Open a file that its owner alone may read, to write to it or to add to it."""
+    how = os.O_APPEND if mode == "a" else os.O_TRUNC
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | how, 0o600)
+    os.fchmod(handle, 0o600)  # it may be there, from an older release
+    return os.fdopen(handle, mode, encoding="utf-8")
+
+
 def service_identity(state_dir: Path) -> Identity:
     """Which service this folder belongs to: a random id that is made once, and where it runs.
 
@@ -54,7 +71,7 @@ def service_identity(state_dir: Path) -> Identity:
     file = state_dir / SERVICE_FILE
     if not file.exists():
         new = state_dir / f"{SERVICE_FILE}.{os.getpid()}"
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as made:
+        with open_private(new, "w") as made:
             made.write(secrets.token_hex(16))
         with contextlib.suppress(FileExistsError):  # two commands at once: one id is the service's
             os.link(new, file)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.document import Line
 from configs.errors import Corrupt, InvalidInput, NotFound
 from subspace_store.adapter import Adapter, adapter_to_bytes
 from subspace_store.digests import digest
@@ -21,6 +22,7 @@ from subspace_store.log.version import BlobRef
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.coefficients import TaskBlock, Transport
 from subspace_store.storage.protocol import Storage
+from subspace_store.strict import strict
 
 ORTHONORMAL_TOLERANCE = 1e-4
 """Largest entry of |PᵀP − 1| in a stored float32 basis; rounding alone leaves about 1e-7."""
@@ -38,14 +40,15 @@ def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
     return write_content(storage, blob_key(epoch), content)
 
 
-def stage(storage: Storage, key: str, adapter: Adapter) -> BlobRef:
+@strict
+def stage(storage: Storage, key: Line, adapter: Adapter) -> BlobRef:
     """Upload an adapter for a later merge. Outside the log: whoever trains may, and it expires.
 
     Args:
         key: Below `staging/`, with the task and the attempt in it.
 
     Raises:
-        InvalidInput: A key anywhere else.
+        InvalidInput: A key anywhere else, or an adapter that no file could hold.
     """
     if not key.startswith("staging/"):
         raise InvalidInput("an upload belongs below staging/", key, "use staging/TASK/ATTEMPT/adapter.safetensors")

@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from configs.errors import InvalidInput
 from subspace_store.log import retention
 from subspace_store.log.version import SubspaceState
 from subspace_store.log.version_log import VersionLog
@@ -86,6 +87,7 @@ def collect(
 
     Raises:
         Conflict: Fenced; or to be deleted, but open for reading.
+        InvalidInput: `uploads_in_use` gave no ids: nothing was deleted.
         Unavailable: The storage was away; asked again, it goes on where it stopped.
 
     Cost:
@@ -123,7 +125,12 @@ def _epoch(key: str) -> float:
 
 def _unused_uploads(log: VersionLog, in_use: Callable[[], Collection[str]]) -> tuple[str, ...]:
     listed = [(key, key.split("/")) for key in log.storage.keys("staging/")]
-    used = {*in_use()}
+    found = in_use()
+    if isinstance(found, str) or not isinstance(found, Collection):
+        raise InvalidInput(
+            f"uploads_in_use gave {type(found).__name__}", todo="give the ids of all tasks whose uploads must stay"
+        )
+    used = {*found}
     return tuple(key for key, parts in listed if len(parts) > 2 and parts[1] not in used)
 
 

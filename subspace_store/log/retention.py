@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.document import NAME_PATTERN
-from configs.errors import Conflict, InvalidInput, NotFound, RefusedAdapters
+from configs.errors import Conflict, Held, InvalidInput, NotFound, RefusedAdapters
 from subspace_store.log import fold
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version
 
@@ -246,9 +246,8 @@ def _ancestors(state: SubspaceState, versions: Iterable[Version]) -> Iterator[Ve
             version = state.versions[version.parent]
 
 
-def _held(state: SubspaceState) -> Conflict:
+def _held(state: SubspaceState) -> Held:
     assert state.held is not None
-    return Conflict(
-        f"main is held by {state.held.actor}: {state.held.reason or 'no reason given'}",
-        todo="`onebasis store release` lets it move again",
-    )
+    by, reason = state.held.actor, state.held.reason
+    what = f"main is held by {by}: {reason or 'no reason given'}"
+    return Held(what, "", "`onebasis store release` lets it move again", by, reason)

@@ -13,10 +13,14 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from configs.document import Line
 from configs.errors import NotFound
+from subspace_store.strict import TaskId
 
 CANDIDATE = "candidate"
 MAIN = "main"
+DIGITS_MAX = 15
+"""Of a version's number, as a person types it."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,12 @@ class MergedTask:
 class StagedAdapter:
     """An adapter that a worker uploaded, waiting for its merge."""
 
-    task_id: str
-    name: str
+    task_id: TaskId
+    name: TaskId
     """`team/task`, for people."""
-    key: str
+    key: Line
     """Where `SubspaceStore.stage` put it, or the caller's own key given to it."""
-    sha256: str
+    sha256: Line
 
 
 @dataclass(frozen=True)
@@ -212,11 +216,12 @@ class SubspaceState:
         Raises:
             NotFound: Nothing of this name.
         """
-        names = {**self.tags, **self.refs}
-        number = names[ref] if ref in names else int(ref) if str(ref).isdecimal() else -1
+        names, text = {**self.tags, **self.refs}, str(ref)
+        is_number = text.isascii() and text.isdecimal() and len(text) <= DIGITS_MAX
+        number = names[text] if text in names else int(text) if is_number else -1
         if number != 0 and number not in self.versions:
             newest = max(self.versions, default=0)
-            raise NotFound(f"there is no version {ref!r}", todo=f"name 0 to {newest}, or one of {', '.join(names)}")
+            raise NotFound(f"there is no version {ref!r:.80}", todo=f"name 0 to {newest}, or one of {', '.join(names)}")
         return number
 
     def lineage(self, number: int) -> tuple[Version, ...]:

@@ -16,7 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from configs.errors import Conflict, Corrupt, Fenced, NotFound, OnebasisError, OwnedByAnother, Unavailable
+from configs.errors import (
+    Conflict,
+    Corrupt,
+    Fenced,
+    InvalidInput,
+    NotFound,
+    OnebasisError,
+    OwnedByAnother,
+    Unavailable,
+)
 from subspace_store.digests import digest
 from subspace_store.log.fold import ACQUIRE, Record, checked, fold, log_key, to_plain
 from subspace_store.log.version import Identity, Owner, SubspaceState
@@ -154,13 +163,18 @@ class VersionLog:
         Raises:
             Conflict: Fenced: a newer writer has opened the subspace. This object writes no more.
             Unavailable: The outcome is unknown; the same record is finished before the next one.
+            InvalidInput: A body that no reader could fold.
             Corrupt: Another writer with our epoch: an alarm. This object writes no more.
         """
         with self._lock:
             self.finish_pending()
             record, content = self._next(op, actor, self.epoch, op_key, refs or {}, body or {})
-            # What this code could not read again must never get a slot.
-            fold(self.state, record, digest(content))
+            try:
+                # What this code could not read again must never get a slot.
+                fold(self.state, record, digest(content))
+            except Corrupt as error:
+                # Nothing stored is damaged: it is what was to be written.
+                raise InvalidInput(f"cannot be written: {error.what}", op, "nothing was written; correct it") from error
             self._pending = (record, content)
             self._finish(record, content)
             self._checkpoint()
@@ -169,11 +183,11 @@ class VersionLog:
     def finish_pending(self) -> None:
         """Find out what became of a write whose outcome was unknown, and finish it.
 
-        Raises: As `commit`; also Conflict when this log was opened for reading.
+        Raises: As `commit`; also InvalidInput when this log was opened for reading.
         """
         with self._lock:
             if self.writer is None or not self.epoch:
-                raise Conflict("this subspace is open for reading", self.storage.url, "open it with a writer's name")
+                raise InvalidInput("this log is open for reading", self.storage.url, "open it with a writer's name")
             if self._stopped is not None:
                 raise type(self._stopped)(*self._stopped.args)
             if self._pending is not None:

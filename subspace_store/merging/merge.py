@@ -32,6 +32,8 @@ TIGHTEST = 8
 """Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
 NOTHING = 1e-6
 """Share of an update's energy below which nothing is kept of it: Gram matrices in memory are float32."""
+SMALLEST_NORM = torch.finfo(torch.float32).tiny
+"""Of an update that is more than rounding: the weight of a smaller one would not be a float32."""
 MOST_THREADS = 8
 """Modules in work at once, whatever the machine: more would hold a good part of a second basis."""
 WIDE = 2**12
@@ -300,9 +302,9 @@ class _Factors:
 
 
 def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
-    """w of the stack; a zero update has no direction to protect."""
+    """w of the stack; an update that is zero, to float32's normal numbers, has no direction to protect."""
     energy = update_energy(update)
-    if settings.weighting == "energy" or energy == 0:
+    if settings.weighting == "energy" or energy < SMALLEST_NORM**2:
         return 1.0
     return 1 / math.sqrt(energy)
 

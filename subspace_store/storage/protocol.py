@@ -10,6 +10,11 @@ from typing import Protocol, runtime_checkable
 
 from configs.errors import InvalidInput
 
+KEY_BYTES_MAX = 900
+"""S3 takes 1024, of which some are the prefix's."""
+PART_BYTES_MAX = 255
+"""Between two slashes: a file's name."""
+
 
 class ObjectStream(Protocol):
     """An object that is being written from front to back, except for its head, which comes last."""
@@ -110,10 +115,16 @@ def check_key(key: str) -> str:
     """The key itself.
 
     Raises:
-        InvalidInput: Empty, absolute, or with an empty, `.` or `..` part: it would leave the store's root.
+        InvalidInput: Empty, absolute, or with an empty, `.` or `..` part: it would leave the store's root. Or a name
+            that some storage could not give to an object: unprintable, or too long.
     """
-    if not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise InvalidInput(f"is not a storage key: {key!r}", todo="use relative parts separated by single slashes")
+    parts = key.split("/")
+    is_name = key.isprintable() and "\\" not in key and len(key.encode()) <= KEY_BYTES_MAX
+    if not is_name or any(part in ("", ".", "..") or len(part.encode()) > PART_BYTES_MAX for part in parts):
+        raise InvalidInput(
+            f"is not a storage key: {key!r:.80}",
+            todo=f"use relative parts of up to {PART_BYTES_MAX} bytes, separated by single slashes",
+        )
     return key
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from configs.document import without_password
 from configs.errors import InvalidInput
 from configs.settings import Settings, read_settings
 from tests.builders import SHA256
@@ -144,3 +145,33 @@ def test_ranks_of_a_gang_do_not_share_a_gpu(tmp_path: Path) -> None:
     assert read_settings(written(tmp_path, workers={"gpus": 1, "ranks": 4})).workers.ranks == 4
     with pytest.raises(InvalidInput, match="cannot share a GPU"):
         read_settings(written(tmp_path, workers={"gpus": 0.5, "ranks": 4}))
+
+
+SECRET = "postgresql+psycopg://onebasis:se/cr@t@db.internal/tasks"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"database_url: {SECRET}\n",  # what is missing is missing in the whole document
+        f"database_url: [{SECRET}]\nteams: {{red: {{}}}}\n",
+        f"mlflow: {{tracking_uri: 1, artifact_location: 2}}\ndatabase_url: {SECRET}\n",
+        f"database_url: {SECRET} : wrong\n",
+        f"database_url: {SECRET}\n  teams: [\n",
+        f"{SECRET}: x\n",
+    ],
+)
+def test_no_mistake_in_a_settings_file_shows_a_password(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(InvalidInput) as caught:
+        read_settings(tmp_path / "settings.yaml")
+    assert "se/cr" not in str(caught.value)
+    assert "cr@t" not in str(caught.value)
+
+
+def test_a_url_is_shown_without_its_password_and_otherwise_as_it_is() -> None:
+    assert (
+        without_password(f"cannot open {SECRET}.") == "cannot open postgresql+psycopg://onebasis:***@db.internal/tasks."
+    )
+    for plain in ("http://host:5000/a", "s3://bucket/prefix", "sqlite:////home/a.db", "u@host", "postgresql://u@h/d"):
+        assert without_password(plain) == plain

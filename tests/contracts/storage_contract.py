@@ -94,9 +94,13 @@ class StorageContract:
         assert storage.create("staging/t/1", b"again") is True
 
     @pytest.mark.parametrize(
-        "key", ["", "/etc/passwd", "../other", "log/../../other", "log//1", "log/.", "a\\b", "a\0b"]
+        "key",
+        [
+            *("", "/etc/passwd", "../other", "log/../../other", "log//1", "log/.", "a\\b", "a\0b"),
+            *("a\nb", "\ud800", "x" * 256, "é" * 128, "a/" * 460 + "a"),
+        ],
     )
-    def test_a_key_cannot_leave_the_root(self, storage: Storage, key: str) -> None:
+    def test_a_key_cannot_leave_the_root_or_be_what_no_file_is_called(self, storage: Storage, key: str) -> None:
         for act in (
             storage.read,
             storage.view,

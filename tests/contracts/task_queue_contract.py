@@ -299,16 +299,17 @@ class TaskQueueContract:
         for record in records:
             queue.add(record)
         expected = [record.task_id for record in sorted(records, key=lambda r: (r.submitted_at, r.task_id))]
-        first, following = queue.page((), None, None, 4)
-        queue.apply(first[0].task_id, CancelRequested("ann", 1.0))
-        second, last = queue.page((), None, following, 4)
-        third, end = queue.page((), None, last, 4)
-        assert [record.task_id for record in (*first, *second, *third)] == expected
-        assert (following, last, end) == (expected[3], expected[7], None)
-        assert queue.tasks(team="red", after=expected[6], limit=1) == second[3:]
-        assert queue.tasks((TaskState.CANCELLED,), after=None, limit=5) == [queue.get(first[0].task_id)]
+        newest = queue.page(limit=4)
+        queue.apply(newest[-1].task_id, CancelRequested("ann", 1.0))
+        middle = queue.page(before=newest[0].task_id, limit=4)
+        oldest = queue.page(before=middle[0].task_id, limit=4)
+        assert [record.task_id for record in (*oldest, *middle, *newest)] == expected
+        assert (len(middle), len(oldest)) == (4, 1)
+        assert queue.page(team="red", before=expected[1], limit=3) == oldest
+        assert queue.page(before=expected[0]) == []
+        assert queue.page((TaskState.CANCELLED,)) == [queue.get(newest[-1].task_id)]
         with pytest.raises(NotFound):
-            queue.tasks(after="t-nobody")
+            queue.page(before="t-nobody")
 
     def test_whoever_follows_the_tasks_is_told_of_those_that_changed(
         self, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
@@ -499,7 +500,7 @@ class TaskQueueContract:
         else:
             write_text(queue, "t-red-b", text)
         assert [record.name for record in queue.tasks()] == ["a", "c"]
-        assert [record.name for record in queue.page((), None, None, 2)[0]] == ["a"]
+        assert [record.name for record in queue.page(limit=2)] == ["c"]
         assert set(queue.among(["t-red-a", "t-red-b"])) == {"t-red-a"}
         assert [told.task_id for told in queue.unreadable()] == ["t-red-b"]
         assert "task red/b (t-red-b): its row in the task database cannot be read" in str(queue.unreadable()[0])
@@ -531,7 +532,7 @@ class TaskQueueContract:
         with pytest.raises((InvalidInput, NotFound)):
             queue.get(value)
         with pytest.raises((InvalidInput, NotFound)):
-            queue.tasks(after=value)
+            queue.page(before=value)
 
     def test_what_was_written_is_there_when_it_is_opened_again(self, queue: TaskQueue, url: str) -> None:
         record = task_record()

@@ -151,7 +151,7 @@ def test_only_a_task_that_the_candidate_holds_is_refined_and_each_once() -> None
     store = grown("ab", "c")
     store.rollback(0, op_key="r", actor="me")
     adapter = in_the_basis(store, 7, version=1)
-    with pytest.raises(NotFound, match="version 0 holds no task a"):
+    with pytest.raises(NotFound, match="version 0 does not hold it"):
         refined(store, {"a": adapter})
     store = grown("a")
     ref = store.stage("staging/a/1/adapter.safetensors", adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
 from orchestrator.commands import processes
+from orchestrator.tasks.task_queue import TaskQueue
+from subspace_store.commands.state_folder import service_identity
 from subspace_store.log.version import Identity
 from subspace_store.log.version_log import VersionLog
 from subspace_store.storage.opening import open_storage
-from tests.builders import settings
+from tests.builders import settings, task_record
 
 
 @pytest.fixture
@@ -118,3 +121,48 @@ def test_a_store_of_another_service_is_refused_before_anything_starts_and_taken_
     processes._own_the_store(mine, tmp_path / "mine", False, said.append)  # from now on it is this one's
     with pytest.raises(Fenced):
         theirs.commit("hold", op_key="", actor="theirs", body={"reason": "x"})
+
+
+def opened_to_others(folder: Path) -> list[str]:
+    """What anybody but the owner may read or enter, below a folder and itself."""
+    paths = [folder, *folder.rglob("*")]
+    return [str(path.relative_to(folder)) for path in paths if path.lstat().st_mode & 0o077]
+
+
+@pytest.mark.parametrize("old_mode", [None, 0o644])
+def test_everything_below_the_state_folder_is_its_owners_alone(tmp_path: Path, old_mode: int | None) -> None:
+    previous = os.umask(0o022)
+    try:
+        folder = tmp_path / "state"
+        secret = settings(folder, mlflow={"tracking_uri": f"sqlite:///{folder}/mlflow.db"})
+        if old_mode is not None:  # what an older release left
+            (folder / "logs").mkdir(parents=True)
+            for name in ("settings.yaml", "tasks.db", "mlflow.db", "up.lock", "logs/control-plane.log", "ray.json"):
+                (folder / name).touch(old_mode)
+        processes._prepare(secret, folder)
+        with processes._alone(folder, lambda _: None):
+            processes._keep_settings(secret, folder, is_running=False)
+        service_identity(folder)
+        queue = TaskQueue(secret.database_url)
+        queue.add(task_record())
+        code = "import sys, pathlib; (pathlib.Path(sys.argv[1]) / 'made-by-the-service').touch(); print('said')"
+        command = [sys.executable, "-c", code, str(folder)]
+        assert processes._start(command, folder, "control-plane.log", processes._umask(secret)).wait() == 0
+        plane = ControlPlane(secret, folder)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            plane._announce(listener, "token")
+        written = {path.name for path in folder.rglob("*")}
+        queue.close()
+    finally:
+        os.umask(previous)
+    assert written >= {
+        "settings.yaml", "service_id", "server.json", "up.lock", "tasks.db", "mlflow.db", "control-plane.log",
+        "ray_token", "made-by-the-service",
+    }  # fmt: skip
+    assert opened_to_others(folder) == []
+
+
+def test_a_store_in_a_folder_of_its_own_is_for_whom_the_umask_lets_in(tmp_path: Path) -> None:
+    assert processes._umask(settings(tmp_path)) == 0o077
+    assert processes._umask(settings(tmp_path, storage={"url": "s3://bucket/here"})) == 0o077
+    assert processes._umask(settings(tmp_path, storage={"url": "file:/shared/store"})) == -1

@@ -27,7 +27,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "get": lambda q: q.get(KNOWN),
     "find": lambda q: q.find("red/alpha"),
     "tasks": lambda q: q.tasks(),
-    "page": lambda q: q.page((), None, None, 5),
+    "page": lambda q: q.page(limit=5),
     "among": lambda q: q.among([KNOWN]),
     "changes": lambda q: q.changes(1),
     "known": lambda q: q.known([KNOWN]),

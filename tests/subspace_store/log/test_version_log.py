@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from configs.errors import Conflict, Corrupt, Fenced, NotFound, OwnedByAnother, Unavailable
+from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
 from subspace_store import SubspaceState, TaskScore, digest
 from subspace_store.log.fold import (
     DROP_ADAPTERS,
@@ -92,7 +92,7 @@ def test_a_score_that_was_not_measured_stays_nan() -> None:
 def test_a_record_that_could_not_be_read_again_gets_no_slot() -> None:
     log = writing(fresh_storage())
     version = Version(1, 0, 1.0, (), REF, REF, drift=(math.nan,))
-    with pytest.raises(Corrupt):
+    with pytest.raises(InvalidInput, match="cannot be written"):
         log.commit(MERGE, op_key="k", actor="a", body={"version": version})
     assert log.storage.keys("log/") == [log_key(1)]
     assert add_version(log).seq == 2
@@ -123,7 +123,7 @@ def test_a_fenced_writer_that_read_the_newer_records_is_fenced_all_the_same() ->
 def test_a_reader_cannot_commit() -> None:
     log = VersionLog(fresh_storage())
     log.open()
-    with pytest.raises(Conflict, match="open for reading"):
+    with pytest.raises(InvalidInput, match="open for reading"):
         add_version(log)
     assert log.storage.keys("") == []
 
@@ -426,12 +426,12 @@ def to_json(plain: object) -> bytes:
 
 
 @pytest.mark.parametrize("body", [{}, {"version": "three", "name": "x"}, {"version": 1}])
-def test_an_operation_without_what_it_needs_is_corrupt_and_gets_no_slot(body: dict[str, object]) -> None:
+def test_an_operation_without_what_it_needs_is_wrong_input_and_gets_no_slot(body: dict[str, object]) -> None:
     log = writing(fresh_storage())
-    with pytest.raises(Corrupt, match="is no tag of this format"):
+    with pytest.raises(InvalidInput, match="is no tag of this format"):
         log.commit(TAG, op_key="k", actor="a", body=body)
     assert log.state.seq == 1
-    with pytest.raises(Corrupt, match="operation 'dance' that this code does not know"):
+    with pytest.raises(InvalidInput, match="operation 'dance' that this code does not know"):
         log.commit("dance", op_key="k", actor="a")
 
 
