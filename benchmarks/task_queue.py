@@ -83,7 +83,6 @@ class Rig:
         while len(self.cluster.held) < WORKERS:
             self.controller.step()
         self._turn = 0
-        self._middle = self.queue.tasks(limit=(waiting + ended) // 2)[-1].task_id
         write_rows(folder / "train.jsonl", rows(4))
         write_rows(folder / "eval.jsonl", rows(4, label="no"))
 
@@ -95,6 +94,8 @@ class Rig:
                 page = range(start, min(start + 2000, total))
                 found = [self._row(n, n >= ended, now - total + n) for n in page]
                 connection.execute(insert(tables.tasks), found)
+                if total // 2 in page:
+                    self._middle = found[total // 2 - start]["task_id"]
                 connection.execute(
                     insert(tables.events),
                     [
