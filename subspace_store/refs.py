@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from configs.document import Line, VersionNumber
-from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
+from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NotFound
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log import fold, garbage, retention
@@ -220,13 +220,18 @@ class Refs(SubspaceReader):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """One request. What is gone for a fenced writer is not damaged: a newer one has collected it."""
+        """One request.
+
+        A refusal is judged by what this writer has folded. Where a newer one has written since, it is not worth
+        anything: what is gone may have been collected, what is taken may be free. Then `Fenced` is the answer.
+        """
         with self._lock:
             try:
                 yield
-            except (Corrupt, NotFound):
-                self._log.refresh()
-                self._log.finish_pending()
+            except (InvalidInput, NotFound, Conflict, Corrupt) as refusal:
+                if not isinstance(refusal, Fenced):
+                    self._log.refresh()
+                    self._log.finish_pending()
                 raise
 
     def _done(self, op_key: str) -> int | None:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from configs.errors import Conflict, Corrupt, InvalidInput, NameTaken, NotFound, Unavailable
+from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NameTaken, NotFound, Unavailable
 from subspace_store import (
     Adapter,
     ModuleUpdate,
@@ -486,6 +486,23 @@ def test_the_drift_in_the_log_covers_many_merges() -> None:
 
 
 # Errors
+
+
+def test_a_fenced_writer_refuses_nothing_by_an_old_state_but_says_that_it_is_fenced() -> None:
+    store = three_published()
+    ref = store.stage("staging/c/2/adapter.safetensors", random_adapter(3))
+    newer = opened(store.storage, "newer")
+    newer.rollback(2, op_key="back", actor="test")  # c is free again, and `store` has not heard of it
+    newer.tag("gold", 1, actor="test")
+    again = [StagedAdapter("c", "team/c", ref.key, ref.sha256)]
+    for refused in (
+        lambda: store.merge(again, op_key="again", actor="test"),
+        lambda: store.publish(2, op_key="publish again", actor="test"),
+        lambda: store.rollback(9, op_key="forward", actor="test"),
+        lambda: store.expire([3], actor="test"),
+    ):
+        with pytest.raises(Fenced):
+            refused()
 
 
 def test_a_name_means_one_task_in_every_version() -> None:
