@@ -44,7 +44,7 @@ from orchestrator.tasks.task_events import Claimed, TrainingFailed  # noqa: E402
 from orchestrator.tasks.task_queue import TaskQueue  # noqa: E402
 from orchestrator.tasks.task_record import TaskState, new_task_id  # noqa: E402
 from orchestrator.tasks.task_rows import columns_of  # noqa: E402
-from subspace_store import SubspaceStore, open_storage  # noqa: E402
+from subspace_store import SubspaceReader, open_storage  # noqa: E402
 from tests.builders import BASE, LAYOUT, rows, settings, task_record, task_spec, write_rows  # noqa: E402
 from tests.orchestrator.stand_in_cluster import StandInCluster  # noqa: E402
 from workers.orders import Train  # noqa: E402
@@ -79,7 +79,7 @@ class Rig:
         self.cluster = StandInCluster(self.settings, storage, WORKERS)
         self.cluster.hold = lambda order: True
         self.storage = storage
-        self.controller = Controller(self.settings, self.queue, storage, SubspaceStore.open(storage), self.cluster)
+        self.controller = Controller(self.settings, self.queue, storage, SubspaceReader.open(storage), self.cluster)
         while len(self.cluster.held) < WORKERS:
             self.controller.step()
         self._turn = 0

@@ -6,11 +6,13 @@ Nothing is to be remembered when a field is added, and tests/configs/test_places
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from configs.document import Section
 from configs.errors import InvalidInput
@@ -89,6 +91,41 @@ def model(source: str, root: Path) -> str:
 def is_local(source: str) -> bool:
     """Whether a base model's source needs no hub."""
     return source.startswith(("package:", "/", ".", "~")) or Path(source).is_dir()
+
+
+OpenFile = Callable[[Path], BinaryIO]
+"""How a file is opened to be read. Whoever may not read all files hands this on to the last `open`: a name that was
+checked can mean another file a moment later."""
+
+
+def open_anywhere(path: Path) -> BinaryIO:
+    """Open any file. Raises OSError."""
+    return path.open("rb")
+
+
+def open_below(path: Path, roots: Iterable[Path]) -> BinaryIO:
+    """Open a plain file below some folders, whatever somebody does to its name, or to a folder's, meanwhile.
+
+    What is checked is what was opened, by its descriptor, not its name; nothing else is opened to be read.
+
+    Raises:
+        OutsideError: It lies, links resolved, in none of these folders, or is a folder, a pipe, a device.
+        OSError: It cannot be opened.
+    """
+    # O_PATH finds it and opens nothing: a pipe would be waited for, a device may act on being opened.
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        found = f"/proc/self/fd/{handle}"
+        real = Path(os.readlink(found))
+        if not any(real.is_relative_to(root.resolve()) for root in roots) or not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OutsideError(str(path))
+        return open(found, "rb")
+    finally:
+        os.close(handle)
+
+
+class OutsideError(Exception):
+    """What a name means now is no plain file below the allowed folders."""
 
 
 def located(section: S, root: Path) -> S:

@@ -140,6 +140,8 @@ class Service:
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, CancelRequested(request.by, time.time()))
         if after.state is TaskState.CANCELLED:
+            with contextlib.suppress(Unavailable):  # then the loop does it, which deletes all else as well
+                self._storage.delete(after.train_key)
             controller.forget_files(after.task_id)
         controller.wake()
         return self._summary(after)

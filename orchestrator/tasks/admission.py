@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from configs.errors import Conflict, InvalidInput, QueueFull
+from configs.places import OpenFile, OutsideError, open_below
 from configs.settings import Settings
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_queue import TaskQueue
@@ -81,6 +82,8 @@ def _document(spec: TaskSpec) -> str:
 def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
     """Check everything about a submission without keeping anything.
 
+    No file outside `data_roots` is read, whatever becomes of names meanwhile.
+
     Raises:
         InvalidInput: The team, the base model, a path, a row, the target modules or the adapter to
             import; names the key, file and row.
@@ -104,13 +107,13 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
             _allowed_file(str(folder / name), settings, "method.adapter")
-        brought = read_peft_folder(folder, settings.base_model.name, layout.sha256)
+        brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
         check_head(brought, evaluation is not None and spec.kind != "causal_lm")
         adapter = adapter_to_bytes(with_full_names(brought, layout.module_shapes, str(folder)))
-        return Draft(spec, freeze(spec, None, evaluation), adapter, ())
+        return Draft(spec, freeze(spec, None, evaluation, _opener(settings, "data.eval_file")), adapter, ())
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
-    rows = freeze(spec, train, evaluation)
+    rows = freeze(spec, train, evaluation, _opener(settings, "data"))
     return Draft(spec, rows, b"", tuple(_warnings(rows)))
 
 
@@ -200,6 +203,22 @@ def _delete_data(record: TaskRecord, storage: Storage) -> None:
     for key in (record.train_key, record.eval_key):
         if key:
             storage.delete(key)
+
+
+def _opener(settings: Settings, key: str) -> OpenFile:
+    """What opens a task's files. A name that was found to lie below an allowed folder may be made to lead elsewhere
+    before it is opened, so what was opened is looked at again."""
+    roots = [Path(root) for root in settings.data_roots]
+
+    def open_allowed(path: Path) -> BinaryIO:
+        try:
+            return open_below(path, roots)
+        except OutsideError as error:
+            raise InvalidInput(
+                f"{path} was changed, while it was read, into what this service does not read", key, "submit it again"
+            ) from error
+
+    return open_allowed
 
 
 def _allowed(path: str, settings: Settings, key: str) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.errors import InvalidInput
+from configs.places import OpenFile, open_anywhere
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
 
 CONFIG_FILE = "adapter_config.json"
@@ -55,12 +57,13 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def read_peft_folder(folder: Path, base_model: str, base_sha256: str) -> Adapter:
+def read_peft_folder(folder: Path, base_model: str, base_sha256: str, open_file: OpenFile = open_anywhere) -> Adapter:
     """Read an adapter that PEFT saved.
 
     Args:
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
         base_model, base_sha256: The base model it is taken to belong to; the folder cannot prove it.
+        open_file: Opens every file that is read.
 
     Raises:
         InvalidInput: A file is missing or broken, or see `from_peft`.
@@ -72,21 +75,24 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str) -> Adapter
             str(folder),
             "save it again with PeftModel.save_pretrained(..., safe_serialization=True)",
         )
-    config = _read_config(folder / CONFIG_FILE)
-    tensors, _ = read_weights(weights_file, "name a folder saved by PEFT")
+    config = _read_config(folder / CONFIG_FILE, open_file)
+    tensors, _ = read_weights(weights_file, "name a folder saved by PEFT", open_file)
     return from_peft(config, tensors, base_model, base_sha256, str(folder))
 
 
-def read_weights(file: Path, todo: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(
+    file: Path, todo: str, open_file: OpenFile = open_anywhere
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a stranger's safetensors file, and the facts in its header.
 
     Raises:
         InvalidInput: Missing, too large or no such file; with this `todo` where it cannot be read.
     """
     try:
-        if file.stat().st_size > WEIGHTS_BYTES_MAX:
-            raise InvalidInput(f"is larger than {WEIGHTS_BYTES_MAX} bytes", str(file))
-        content = file.read_bytes()
+        with open_file(file) as opened:
+            if os.fstat(opened.fileno()).st_size > WEIGHTS_BYTES_MAX:
+                raise InvalidInput(f"is larger than {WEIGHTS_BYTES_MAX} bytes", str(file))
+            content = opened.read()
         tensors = load_safetensors(content)
     except OSError as error:
         raise InvalidInput(f"cannot read the file: {error}", str(file), todo) from error
@@ -197,9 +203,10 @@ def _head_modules(adapter: Adapter) -> list[str]:
     return sorted({head if (head := name.partition(".")[0]) in CLASSIFIER_HEADS else name for name in modules})
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, open_file: OpenFile) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            config = json.load(file)
     except OSError as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "name a folder saved by PEFT") from error
     except (ValueError, RecursionError) as error:

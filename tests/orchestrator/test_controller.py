@@ -223,6 +223,21 @@ def test_of_a_task_that_ended_only_what_it_may_need_again_is_kept(make_plant: Ma
     assert files_of(plant, "red/good") == {"eval"}  # it may come back, and be scored again
 
 
+def test_of_two_lives_of_a_name_the_older_comes_back_where_the_newer_goes(plant: Plant) -> None:
+    (old,) = plant.submit("red/a")
+    plant.run()
+    plant.cluster.write(Rollback(version=0, actor="ann", op_key="rollback:1")).result()
+    plant.controller.wake(log_moved=True)
+    plant.run(lambda: plant.queue.get(old.task_id).state is TaskState.PARKED)
+    (new,) = plant.submit("red/a", task_id="t-a-new")  # older in the order of the rows' ids: it is not looked at first
+    plant.run(lambda: plant.queue.get(new.task_id).state is TaskState.PUBLISHED)
+    plant.cluster.write(Rollback(version=1, actor="ann", op_key="rollback:2")).result()
+    plant.controller.wake(log_moved=True)
+    plant.run(lambda: plant.queue.get(old.task_id).state is TaskState.PUBLISHED)
+    assert plant.queue.get(new.task_id).state is TaskState.PARKED
+    assert plant.held() == ["red/a"]
+
+
 def test_files_that_were_left_by_a_task_that_ended_go_at_the_next_start_and_those_of_strangers_stay(
     plant: Plant,
 ) -> None:

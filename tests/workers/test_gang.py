@@ -385,6 +385,7 @@ def test_an_order_that_waits_for_places_can_be_stopped(ranks: StandInRanks, stop
         outcome = order.result(10)
     assert isinstance(outcome, Failed)
     assert (outcome.fault, outcome.message) == (fault, f"{fault} while it waited")
+    assert outcome.worker_seconds == 0.0  # it had no place yet
 
 
 def test_no_rank_begins_before_all_have_loaded_the_base_model(ranks: StandInRanks) -> None:

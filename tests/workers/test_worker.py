@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import Unavailable
+from configs.errors import InvalidInput, Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.opening import open_storage
@@ -23,6 +23,7 @@ from workers.base_model import BaseModel
 from workers.order_book import OUTCOMES_KEPT
 from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
 from workers.results import read_results
+from workers.trainer import Cancelled, Preempted
 from workers.worker import Worker
 
 STORAGE = StorageSettings(url="memory:worker-tests")
@@ -194,6 +195,21 @@ def test_a_running_order_can_be_cancelled_between_two_steps(worker: Worker) -> N
     assert outcome.fault == "cancelled"
     assert not worker.cancel("stopped")
     assert not worker.cancel("never given")
+
+
+def test_every_outcome_says_how_long_the_order_had_the_worker(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*_: Any) -> Any:
+        time.sleep(0.05)
+        raise fault
+
+    monkeypatch.setattr("workers.worker.train_task", slowly)
+    for fault in (InvalidInput("of the user"), RuntimeError("of ours"), Cancelled(), Preempted()):
+        outcome = worker.run(train(f"one that ends with {type(fault).__name__}"))
+        assert outcome.worker_seconds is not None
+        assert 0.05 <= outcome.worker_seconds < 5.0
+    scored = worker.run(Evaluate("how long", "task-1", 1, sentiment_task(), "data/eval"))
+    assert isinstance(scored, Evaluated | Failed)
+    assert scored.worker_seconds is not None
 
 
 def test_an_order_that_waits_can_be_cancelled_before_it_begins(worker: Worker, gate: Gate) -> None:

@@ -11,9 +11,10 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 from configs.errors import InvalidInput
+from configs.places import OpenFile
 from workers.rows.columns import ROW_BYTES_MAX, Columns, Values, check_header, shown, too_large
 
 ROWS_AT_ONCE = 256
@@ -27,35 +28,38 @@ MESSAGE_BYTES_MAX = 2**30
 """Of one record batch in a folder; `datasets` writes 1,000 rows."""
 
 
-def read_parquet(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
+def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
     """See `row_files.read_file`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # With a buffer it reads page by page, without one a whole column of a row group.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as file:
+        # It opens the file itself, without Python between, by the descriptor of the one that was opened.
+        with (
+            open_file(path) as opened,
+            pq.ParquetFile(f"/proc/self/fd/{opened.fileno()}", pre_buffer=False, buffer_size=READ_BYTES) as file,
+        ):
             check_header(columns, file.schema_arrow.names, str(path))
             names = list(columns.values())
-            batches = file.iter_batches(_rows_at_once(path, file.metadata, names), columns=names)
+            batches = file.iter_batches(_rows_at_once(opened, file.metadata, names), columns=names)
             yield from _rows(batches, file.schema_arrow, str(path))
     except (pa.ArrowException, ValueError, IndexError) as error:
         raise InvalidInput(f"is not a readable parquet file: {error}", str(path), "write it again") from error
 
 
-def _rows_at_once(path: Path, metadata: Any, names: Sequence[str]) -> int:
+def _rows_at_once(file: BinaryIO, metadata: Any, names: Sequence[str]) -> int:
     """How many rows to decode: all of them may name the largest value of a column's dictionary, which is there once.
 
     So two kilobytes can become gigabytes.
     """
     largest = 1
-    with open(path, "rb") as file:
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for chunk in map(group.column, range(group.num_columns)):
-                wanted = any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)
-                if wanted and chunk.has_dictionary_page:
-                    file.seek(chunk.dictionary_page_offset)
-                    largest = max(largest, _page_bytes(file.read(32)))
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            wanted = any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)
+            if wanted and chunk.has_dictionary_page:
+                file.seek(chunk.dictionary_page_offset)
+                largest = max(largest, _page_bytes(file.read(32)))
     return max(1, min(ROWS_AT_ONCE, ARROW_BYTES // largest))
 
 
@@ -80,15 +84,15 @@ def _page_bytes(head: bytes) -> int:
     return value >> 1
 
 
-def read_folder(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
+def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
     """See `row_files.read_file`. Without `datasets`: importing it takes a second, and it follows paths."""
     import pyarrow as pa
 
     first = 0
-    for name in _files_of(path):
+    for name in _files_of(path, open_file):
         where = str(path / name)
         try:
-            with open(path / name, "rb") as file, pa.ipc.open_stream(pa.PythonFile(_Guarded(file))) as stream:
+            with open_file(path / name) as file, pa.ipc.open_stream(pa.PythonFile(_Guarded(file))) as stream:
                 check_header(columns, stream.schema.names, str(path))
                 for batch in stream:
                     where = f"{path / name}, rows {first + 1} to {first + batch.num_rows} of the folder"
@@ -102,7 +106,7 @@ def read_folder(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
 class _Guarded(io.RawIOBase):
     """A file of which nobody reads more than one record batch at once: the size is what the file says it is."""
 
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     def readable(self) -> bool:
@@ -117,15 +121,17 @@ class _Guarded(io.RawIOBase):
         return self._file.tell()
 
 
-def _files_of(folder: Path) -> list[str]:
+def _files_of(folder: Path, open_file: OpenFile) -> list[str]:
     if (splits := folder / "dataset_dict.json").is_file():
         try:
-            known = shown([str(name) for name in json.loads(splits.read_text())["splits"]])
+            with open_file(splits) as file:
+                known = shown([str(name) for name in json.load(file)["splits"]])
         except (ValueError, KeyError, TypeError):
             known = "?"
         raise InvalidInput(f"has several splits: {known}", str(folder), "name one of them: FOLDER/SPLIT")
     try:
-        state = json.loads((folder / "state.json").read_text())
+        with open_file(folder / "state.json") as file:
+            state = json.load(file)
         names = [str(file["filename"]) for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInput(

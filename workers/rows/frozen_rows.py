@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 from configs.errors import Corrupt, InvalidInput, Unavailable
+from configs.places import OpenFile, open_anywhere
 from configs.task_spec import Kind, TaskSpec
 from subspace_store.storage.protocol import Storage
 from workers.metrics import CORRELATIONS
@@ -91,7 +92,9 @@ class FrozenTask:
                 rows.file.close()
 
 
-def freeze(spec: TaskSpec, train: Path | None, evaluation: Path | None) -> FrozenTask:
+def freeze(
+    spec: TaskSpec, train: Path | None, evaluation: Path | None, open_file: OpenFile = open_anywhere
+) -> FrozenTask:
     """Check a task's files, and write what they say into temporary files of the one form.
 
     Args:
@@ -100,6 +103,7 @@ def freeze(spec: TaskSpec, train: Path | None, evaluation: Path | None) -> Froze
             one side. So the share is met only roughly when rows are few.
         train: File or folder of training rows, if there is one.
         evaluation: The same for evaluation rows.
+        open_file: Opens every file that is read.
 
     Raises:
         InvalidInput: See `rows_in`; or a file or a side of the split has no rows; or all evaluation rows have one label
@@ -118,14 +122,14 @@ def freeze(spec: TaskSpec, train: Path | None, evaluation: Path | None) -> Froze
         undo.callback(trained.file.close)
         undo.callback(evaluated.file.close)
         if evaluation:
-            for row in rows_in(evaluation, spec):
+            for row in rows_in(evaluation, spec, open_file):
                 digest = input_digest(row)
                 seen.append(_number(digest))
                 evaluated.add(row, digest)
             _some(evaluated, str(evaluation), "give at least one row")
             np.frombuffer(seen, np.uint64).sort()
         if train:
-            for row in rows_in(train, spec):
+            for row in rows_in(train, spec, open_file):
                 digest = input_digest(row)
                 number = _number(digest)
                 at = bisect_left(seen, number)

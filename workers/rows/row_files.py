@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
 from configs.errors import InvalidInput
+from configs.places import OpenFile, open_anywhere
 from workers.rows.columnar_files import read_folder, read_parquet
 from workers.rows.columns import ROW_BYTES_MAX, Columns, Values, check_columns, check_header, too_large
 
@@ -33,12 +34,13 @@ UNZIPPABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImple
 """What zipfile raises on damaged or locked archives."""
 
 
-def read_file(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
+def read_file(path: Path, columns: Columns, open_file: OpenFile = open_anywhere) -> Iterator[tuple[str, Values]]:
     """Read a file, or a folder of `datasets`, row by row.
 
     Args:
         path: .jsonl, .csv or .tsv, each also .gz; .parquet; .npz; or a folder written by `Dataset.save_to_disk`.
         columns: What the rows must have. Other columns may be there, and may be left out of the values.
+        open_file: Opens every file that is read.
 
     Returns:
         (file and row, counted from 1; the row's values), in the order of the file.
@@ -49,7 +51,7 @@ def read_file(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
     """
     try:
         seen = _state(path)
-        rows = _reader(path)(path, columns)
+        rows = _reader(path)(path, columns, open_file)
         for row in rows:
             yield row
             yield from itertools.islice(rows, ROWS_BETWEEN_LOOKS - 1)
@@ -123,7 +125,7 @@ def _lines(file: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
             raise InvalidInput(f"is not UTF-8: {error}", where, "save the file as UTF-8") from error
 
 
-def _reader(path: Path) -> Callable[[Path, Columns], Iterator[tuple[str, Values]]]:
+def _reader(path: Path) -> Callable[[Path, Columns, OpenFile], Iterator[tuple[str, Values]]]:
     if path.is_dir():
         return read_folder
     readers = {
@@ -150,22 +152,22 @@ def _reader(path: Path) -> Callable[[Path, Columns], Iterator[tuple[str, Values]
 # Text
 
 
-def _read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
-    with open(path, "rb") as file:
+def _read_jsonl(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+    with open_file(path) as file:
         yield from read_json_lines(numbered_lines(file, str(path)), str(path), columns)
 
 
-def _read_csv(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
-    return _read_separated(path, columns, ",")
+def _read_csv(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+    return _read_separated(path, columns, open_file, ",")
 
 
-def _read_tsv(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
-    return _read_separated(path, columns, "\t")
+def _read_tsv(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+    return _read_separated(path, columns, open_file, "\t")
 
 
-def _read_separated(path: Path, columns: Columns, delimiter: str) -> Iterator[tuple[str, Values]]:
+def _read_separated(path: Path, columns: Columns, open_file: OpenFile, delimiter: str) -> Iterator[tuple[str, Values]]:
     csv.field_size_limit(FIELD_CHARACTERS_MAX)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         lines = (line for _, line in numbered_lines(file, str(path)))
         # Strict: a quote that is not closed, or text after one, would else join rows without a word.
         cells = _CountedLines(csv.reader(lines, delimiter=delimiter, strict=True), str(path))
@@ -211,9 +213,9 @@ class _CountedLines:
 # Arrays
 
 
-def _read_npz(path: Path, columns: Columns) -> Iterator[tuple[str, Values]]:
+def _read_npz(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             check_header(columns, names, str(path))
             arrays = [_Array(archive, column, str(path)) for column in columns.values()]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InvalidInput
+from configs.places import OpenFile, open_anywhere
 from configs.task_spec import DataSpec, TaskSpec
 from workers.rows.columns import Columns, Values, shown
 from workers.rows.row_files import numbered_lines, read_file, read_json_lines
@@ -84,7 +85,7 @@ class ImageRow:
 Row = TextRow | CompletionRow | ImageRow
 
 
-def rows_in(path: Path, spec: TaskSpec) -> Iterator[Row]:
+def rows_in(path: Path, spec: TaskSpec, open_file: OpenFile = open_anywhere) -> Iterator[Row]:
     """The rows of a file of any format, each checked; the file is never in memory.
 
     Raises:
@@ -92,7 +93,7 @@ def rows_in(path: Path, spec: TaskSpec) -> Iterator[Row]:
             the file and the row, counted from 1.
     """
     make = _maker(spec)
-    for where, values in read_file(path, columns_of(spec)):
+    for where, values in read_file(path, columns_of(spec), open_file):
         yield make(values, where)
 
 

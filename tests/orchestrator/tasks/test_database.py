@@ -29,6 +29,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "tasks": lambda q: q.tasks(),
     "page": lambda q: q.page(limit=5),
     "among": lambda q: q.among([KNOWN]),
+    "changes": lambda q: q.changes(1),
     "known": lambda q: q.known([KNOWN]),
     "counts": lambda q: q.counts(),
     "in_flight": lambda q: q.in_flight(),
