@@ -7,7 +7,8 @@ for instance, is the writer's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+import secrets
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -38,6 +39,10 @@ class StoreRequest(Request, Generic[Answer]):
         if self.op_key and not self.op_key.startswith(self.operation):
             raise ValueError(f"op_key has to begin with {self.operation}: it names no other request")
         return self
+
+    def named(self) -> Self:
+        """The same request under a key, so that it can be asked again until it is answered."""
+        return self if self.op_key else self.model_copy(update={"op_key": f"{self.operation}:{secrets.token_hex(8)}"})
 
     def on(self, store: SubspaceStore) -> Answer:
         """Carry it out."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from configs.document import Request, without_password
 from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from orchestrator.tasks.task_queue import TaskQueue
     from subspace_store.subspace_reader import RollbackPreview, SubspaceReader
 
-Asked = TypeVar("Asked", bound=StoreRequest[Any])
 
 STORE_SECONDS = 120.0
 """Longest wait for one call to the store: a merge of a large model may be before it."""
@@ -209,7 +208,7 @@ class Service:
         """Move `main` to a version. The same op_key again is the same rollback."""
         state = self._store.refresh()
         _check_version(state, request.version, lowest=0)
-        request = _named(request)
+        request = request.named()
         if request.op_key not in state.op_keys:
             self._refuse_doubles(self._store.preview_rollback(request.version))
         found = self._write(request)
@@ -222,7 +221,7 @@ class Service:
             raise InvalidInput(
                 "publish has to be true: a candidate that no task waits for is rejected", "remove", "set publish"
             )
-        request = _named(request)
+        request = request.named()
         self._store.refresh()
         self._write(request)
         self._written()
@@ -386,11 +385,6 @@ class Service:
             names = ", ".join(task.name for task in held.values()) or "no tasks"
             raise NotFound(f"version {version} has no task '{reference}'", todo=f"it holds: {names}")
         return found[0]
-
-
-def _named(request: Asked) -> Asked:
-    """The same request under a key, so that it can be repeated to the store until it is answered."""
-    return request if request.op_key else request.model_copy(update={"op_key": f"{request.operation}:{time.time_ns()}"})
 
 
 def _check_version(state: SubspaceState, number: int, lowest: int = 1) -> None:

@@ -12,6 +12,7 @@ import typer
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store.commands.place import (
     Force,
+    OpKey,
     Reference,
     TaskId,
     Url,
@@ -20,9 +21,9 @@ from subspace_store.commands.place import (
     is_served,
     place_of,
     reader_at,
-    service_of,
     task_id_of,
     until_text,
+    write,
     writer_at,
 )
 from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, me, note, show
@@ -51,13 +52,16 @@ def tag(
     version: Reference,
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Name a version for ever; it never expires then."""
     place = place_of(store, state_dir)
     number = reader_at(place).resolve(version)
-    change(place, force, as_json, f"{name} is version {number}", Tag(name=name, version=number, actor=me()))
+    change(
+        place, force, as_json, f"{name} is version {number}", Tag(name=name, version=number, op_key=op_key, actor=me())
+    )
 
 
 @command
@@ -65,17 +69,24 @@ def hold(
     reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to everybody who wonders.")],
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Keep `main` where it is: what passes the gate waits until `release`."""
-    change(place_of(store, state_dir), force, as_json, "main is held", Hold(reason=reason, actor=me()))
+    change(place_of(store, state_dir), force, as_json, "main is held", Hold(reason=reason, op_key=op_key, actor=me()))
 
 
 @command
-def release(store: Url = None, force: Force = False, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+def release(
+    store: Url = None,
+    force: Force = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
     """Let `main` move again after `hold` or `rollback --hold`."""
-    change(place_of(store, state_dir), force, as_json, "main may move", Release(actor=me()))
+    change(place_of(store, state_dir), force, as_json, "main may move", Release(op_key=op_key, actor=me()))
 
 
 @command
@@ -84,6 +95,7 @@ def quarantine(
     reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to whoever tries to merge it.")],
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -91,17 +103,24 @@ def quarantine(
     place = place_of(store, state_dir)
     task_id = task_id_of(reader_at(place), task)
     done = f"task {task_id} will not be merged"
-    change(place, force, as_json, done, Quarantine(task_id=task_id, reason=reason, actor=me()))
+    change(place, force, as_json, done, Quarantine(task_id=task_id, reason=reason, op_key=op_key, actor=me()))
 
 
 @command
 def unquarantine(
-    task: TaskId, store: Url = None, force: Force = False, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+    task: TaskId,
+    store: Url = None,
+    force: Force = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
 ) -> None:
     """Let a quarantined task be merged again."""
     place = place_of(store, state_dir)
     task_id = task_id_of(reader_at(place), task)
-    change(place, force, as_json, f"task {task_id} may be merged", Unquarantine(task_id=task_id, actor=me()))
+    change(
+        place, force, as_json, f"task {task_id} may be merged", Unquarantine(task_id=task_id, op_key=op_key, actor=me())
+    )
 
 
 @command
@@ -111,6 +130,7 @@ def pin(
     days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.", min=0, max=36500)] = None,
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +138,9 @@ def pin(
     place = place_of(store, state_dir)
     number, until = reader_at(place).resolve(version), None if days is None else time.time() + days * SECONDS_A_DAY
     done = f"version {number} is kept for {owner or me()} " + ("until unpinned" if until is None else until_text(until))
-    change(place, force, as_json, done, Pin(version=number, owner=owner or me(), until=until, actor=me()))
+    change(
+        place, force, as_json, done, Pin(version=number, owner=owner or me(), until=until, op_key=op_key, actor=me())
+    )
 
 
 @command
@@ -127,6 +149,7 @@ def unpin(
     owner: Annotated[str, typer.Option(help="Whose pin; default: yours.")] = "",
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -134,7 +157,7 @@ def unpin(
     place = place_of(store, state_dir)
     number = reader_at(place).resolve(version)
     done = f"{owner or me()} does not keep version {number}"
-    change(place, force, as_json, done, Unpin(version=number, owner=owner or me(), actor=me()))
+    change(place, force, as_json, done, Unpin(version=number, owner=owner or me(), op_key=op_key, actor=me()))
 
 
 @command
@@ -147,6 +170,7 @@ def expire(
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -159,7 +183,13 @@ def expire(
     judged = judge_expiry(state, numbers, now)
     listed = ", ".join(map(str, numbers))
     if yes and judged:
-        change(place, force, as_json, f"expired: versions {listed}", Expire(versions=tuple(numbers), actor=me()))
+        change(
+            place,
+            force,
+            as_json,
+            f"expired: versions {listed}",
+            Expire(versions=tuple(numbers), op_key=op_key, actor=me()),
+        )
     else:
         text = f"would expire: versions {listed} (--yes does it)" if judged else "nothing can expire"
         show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)
@@ -171,6 +201,7 @@ def drop_adapters(
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be let go.")] = False,
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -182,7 +213,9 @@ def drop_adapters(
     size = sum(task.adapter.size_bytes for task in found.values())
     what = f"{len(found)} adapters, {size / 1e6:.1f} MB"
     if yes and found:
-        change(place, force, as_json, f"let go: {what}", DropAdapters(task_ids=tuple(task_ids), actor=me()))
+        change(
+            place, force, as_json, f"let go: {what}", DropAdapters(task_ids=tuple(task_ids), op_key=op_key, actor=me())
+        )
     else:
         text = f"would let go of {what} (--yes does it)" if found else "nothing to let go"
         show({"task_ids": task_ids, "dropped": False}, lambda _: note(text), as_json)
@@ -224,6 +257,7 @@ def remove(
     ] = False,
     store: Url = None,
     force: Force = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -231,38 +265,34 @@ def remove(
     place = place_of(store, state_dir)
     reader = reader_at(place)
     state, task_id = reader.state, task_id_of(reader, task)
-    held = state.tasks_at(state.refs[CANDIDATE])
-    if task_id not in held:
-        raise NotFound(f"the candidate, version {state.refs[CANDIDATE]}, does not hold {task}", place.storage.url)
-    again = [v for v in state.lineage(state.refs[CANDIDATE]) if v.number >= held[task_id].version]
-    if not yes:
-        text = f"would make {len(again)} versions again, from {again[0].number} on (--yes does it)"
-        show(
-            {"task_id": task_id, "versions": [v.number for v in again], "removed": False}, lambda _: note(text), as_json
-        )
-        return
-    # The same task of the same candidate is the same request: interrupted, the command goes on. A request that was
-    # done, and the task is there again, was rolled back.
-    asked = f"remove {task_id} from {state.refs[CANDIDATE]}"
-    op_key = next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
-    request = Remove(task_id=task_id, reason=reason, publish=not candidate_only, op_key=op_key, actor=me())
-    service = service_of(place, force)
-    if service is None:
-        request.on(writer_at(place, force))
-    elif candidate_only:
+    candidate = state.refs[CANDIDATE]
+    held = state.tasks_at(candidate)
+    if op_key not in state.op_keys:
+        if task_id not in held:
+            raise NotFound(f"the candidate, version {candidate}, does not hold {task}", place.storage.url)
+        again = [v.number for v in state.lineage(candidate) if v.number >= held[task_id].version]
+        if not yes:
+            text = f"would make {len(again)} versions again, from {again[0]} on (--yes does it)"
+            show({"task_id": task_id, "versions": again, "removed": False}, lambda _: note(text), as_json)
+            return
+        # The same task of the same candidate is the same request: interrupted, the command goes on. A request that was
+        # done, and the task is there again, was rolled back.
+        asked = f"remove {task_id} from {candidate}"
+        op_key = op_key or next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
+    if candidate_only and place.is_served and not (force and place.is_named):
         raise Conflict(
             "the service rejects a candidate that no task waits for",
             place.storage.url,
             "leave --candidate-only out, or end the service with `onebasis down`",
         )
-    else:
-        service(request)
+    request = Remove(task_id=task_id, reason=reason, publish=not candidate_only, op_key=op_key, actor=me())
+    write(place, force, request)
     after = reader_at(place).state
     number = after.op_keys[op_key]
     remade = [v for v in after.lineage(number) if task_id in v.removed]
     approximate = [task for version in remade for task in version.approximate]
-    answer = {"task_id": task_id, "version": number, "approximate": approximate, "removed": True}
-    text = f"version {number} is as if {held[task_id].name} had never been merged"
+    answer = {"task_id": task_id, "version": number, "approximate": approximate, "removed": True, "op_key": op_key}
+    text = f"version {number} is as if {task} had never been merged"
     if approximate:
         text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
     show(answer, lambda _: note(text), as_json)

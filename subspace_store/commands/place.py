@@ -6,6 +6,7 @@ writer.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -40,6 +41,12 @@ Url = Annotated[
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="With --store: write although a service does, which has to open it anew then.")
+]
+OpKey = Annotated[
+    str,
+    typer.Option(
+        "--op-key", metavar="KEY", help="Begins with the command's name. Asked again under it, it is done once."
+    ),
 ]
 FixedRank = Annotated[
     int | None, typer.Option("--rank", help="Exactly so many directions; default: as the store merges.", min=1)
@@ -119,14 +126,28 @@ def writer_at(place: Place, force: bool = False) -> SubspaceStore:
 
 
 def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRequest[Any]) -> None:
-    """Write one record: through the running service, or as the writer."""
-    service = service_of(place, force)
-    if service is None:
-        request.on(writer_at(place, force))
-    else:
-        service(request)
-    facts = request.model_dump(mode="json", exclude={"actor", "op_key"})
+    """Write one record, through the running service or as the writer, and tell under which key."""
+    request = request.named()
+    write(place, force, request)
+    facts = request.model_dump(mode="json", exclude={"actor"})
     show({"operation": request.operation, **facts}, lambda _: note(done), as_json)
+
+
+def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
+    """Carry a request out: through the running service, or as the writer.
+
+    Raises:
+        Unavailable: Nobody knows whether it was done; says under which key to ask again.
+    """
+    service = service_of(place, force)
+    try:
+        if service is None:
+            request.on(writer_at(place, force))
+        else:
+            service(request)
+    except Unavailable as error:
+        again = f"ask again with --op-key {shlex.quote(request.op_key)}: whatever became of this, it is done once"
+        raise Unavailable(error.what, error.where, again) from error
 
 
 def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:

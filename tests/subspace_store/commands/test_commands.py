@@ -18,6 +18,7 @@ from click.testing import Result
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from configs.errors import Unavailable
 from configs.settings import SubspaceSettings
 from subspace_store import SubspaceStore
 from subspace_store.commands import terminal
@@ -77,7 +78,9 @@ def test_a_version_is_tagged_by_any_of_its_names_and_the_tag_is_one_from_then_on
     run: Command, store: SubspaceStore
 ) -> None:
     assert answer(run("tags", "--json")) == {}
-    assert answer(run("tag", "gold", "main", "--json")) == {"operation": "tag", "name": "gold", "version": 3}
+    told = answer(run("tag", "gold", "main", "--json"))
+    assert told == {"operation": "tag", "name": "gold", "version": 3, "op_key": told["op_key"]}
+    assert told["op_key"] in store.refresh().op_keys
     assert run("tag", "same", "gold").stderr == "same is version 3\n"
     assert run("tag", "old", "1").exit_code == 0
     assert answer(run("tags", "--json")) == {"old": 1, "gold": 3, "same": 3}
@@ -262,6 +265,76 @@ def test_without_a_service_and_an_address_the_command_says_what_to_name(tmp_path
     assert "--store URL" in json.loads(result.stdout)["error"]["todo"]
 
 
+WRITES = {
+    "tag": ["gold", "2"],
+    "hold": ["why"],
+    "release": [],
+    "quarantine": ["t1", "poisoned"],
+    "unquarantine": ["t1"],
+    "pin": ["2", "--owner", "me"],
+    "unpin": ["2", "--owner", "me"],
+    "expire": ["1", "--yes"],
+    "drop-adapters": ["t1", "--yes"],
+    "remove": ["t1", "--yes"],
+}
+"""A command to arguments with which it writes a record."""
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_a_command_that_is_asked_again_under_its_key_is_done_once(
+    run: Command, store: SubspaceStore, command: str
+) -> None:
+    if command == "release":
+        store.hold("audit", actor="ann")
+    elif command == "unquarantine":
+        store.quarantine("t1", "why", actor="ann")
+    elif command == "unpin":
+        store.pin(2, "me", actor="ann")
+    first = answer(run(command, *WRITES[command], "--op-key", f"{command} of monday", "--json"))
+    assert first["op_key"] == f"{command} of monday"
+    store.refresh()
+    done = [entry.op for entry in store.history()]
+    again = run(command, *WRITES[command], "--op-key", f"{command} of monday")
+    assert again.exit_code == 0
+    store.refresh()
+    assert [entry.op for entry in store.history() if entry.op != "acquire"] == [op for op in done if op != "acquire"]
+
+
+def test_a_key_begins_with_what_it_is_a_key_of(run: Command, store: SubspaceStore) -> None:
+    refused = run("tag", "gold", "2", "--op-key", "release of monday")
+    assert (refused.exit_code, "op_key has to begin with tag" in refused.stderr) == (2, True)
+    assert store.refresh().tags == {}
+
+
+def test_every_command_that_writes_takes_a_key() -> None:
+    with_key = {
+        name
+        for name, described in get_command(app).commands.items()  # type: ignore[attr-defined]
+        if any("--op-key" in option.opts for option in described.params)
+    }
+    assert with_key == WRITES.keys()
+    assert with_key | {"collect"} == {
+        name
+        for name, described in get_command(app).commands.items()  # type: ignore[attr-defined]
+        if any("--force" in option.opts for option in described.params)
+    }
+
+
+def test_when_nobody_knows_whether_it_was_done_the_key_to_ask_again_is_told(
+    run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: object, *args: object, **keys: object) -> None:
+        raise Unavailable("the storage is away", "somewhere")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SubspaceStore, "hold", away)
+        result = run("hold", "why", "--json")
+    error = json.loads(result.stdout)["error"]
+    (key,) = re.findall(r"--op-key (hold:[0-9a-f]+):", error["todo"])
+    assert (result.exit_code, error["what"]) == (5, "the storage is away")
+    assert answer(run("hold", "why", "--op-key", key, "--json"))["op_key"] == key
+
+
 # Beside a service
 
 
@@ -305,13 +378,17 @@ def test_while_a_service_writes_a_command_does_not_unless_it_is_forced_by_addres
 def test_what_is_written_through_the_running_service_fences_nobody(
     store: SubspaceStore, served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[object, ...]] = []
+    asked: list[tuple[Any, ...]] = []
     token = SERVICE.set(lambda *request: asked.append(request))
     monkeypatch.chdir(served.parent)  # the service was started with a full path, a person seldom types one
     result = CliRunner().invoke(app, ["tag", "gold", "main", "--state-dir", served.name])
     SERVICE.reset(token)
     assert result.exit_code == 0
-    assert asked == [(Path(served.name), Tag(name="gold", version=3, actor=me()))]
+    ((state_dir, request),) = asked
+    assert (state_dir, request) == (
+        Path(served.name),
+        Tag(name="gold", version=3, op_key=request.op_key, actor=me()),
+    )
     assert store.refresh().epoch == 1
 
 
@@ -356,7 +433,8 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [2, 3], "removed": False}
     assert store.refresh().refs["main"] == 3
     done = answer(run("remove", "team/t2", "--yes", "--reason", "licence", "--json"))
-    assert done == {"task_id": "t2", "version": 4, "approximate": [], "removed": True}
+    key = "remove t2 from 3, time 1"
+    assert done == {"task_id": "t2", "version": 4, "approximate": [], "removed": True, "op_key": key}
     reader = reading(store.storage)
     assert reader.state.refs == {"candidate": 4, "main": 4}
     assert list(reader.state.tasks_at(4)) == ["t1", "t3"]
@@ -373,7 +451,7 @@ def test_removing_tells_of_every_task_that_was_merged_from_its_coefficients(run:
     assert (done["version"], done["approximate"]) == (5, ["t2"])  # by version 4, on the way
     opened(store.storage).rollback(3, op_key="back", actor="me")
     told = run("remove", "t1", "--yes").stderr
-    assert "version 7 is as if team/t1 had never been merged, but approximate" in told
+    assert "version 7 is as if t1 had never been merged, but approximate" in told
     assert told.endswith("from their coefficients were t2\n")
 
 
