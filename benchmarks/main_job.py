@@ -62,7 +62,9 @@ def merging() -> dict[str, Any]:
             blob = store.stage(f"staging/{task_id}.safetensors", adapters[task_id])
             started = time.perf_counter()
             version = store.merge(
-                [StagedAdapter(task_id, f"bench/{task_id}", blob.key, blob.sha256)], op_key=task_id, actor="bench"
+                [StagedAdapter(task_id=task_id, name=f"bench/{task_id}", key=blob.key, sha256=blob.sha256)],
+                op_key=task_id,
+                actor="bench",
             )
             seconds = time.perf_counter() - started
             started = time.perf_counter()

@@ -71,7 +71,7 @@ def _merged(base: BaseModel, adapters: Sequence[Adapter], place: str) -> Given:
     version = 0
     for number, adapter in enumerate(adapters):
         staged = store.stage(f"staging/{number}/1/adapter.safetensors", adapter)
-        arrival = StagedAdapter(str(number), f"bench/{number}", staged.key, staged.sha256)
+        arrival = StagedAdapter(task_id=str(number), name=f"bench/{number}", key=staged.key, sha256=staged.sha256)
         version = store.merge([arrival], op_key=str(number), actor="bench").number
     return Given(version=version, basis=store.basis(version))
 

@@ -347,7 +347,9 @@ def large_merge(arguments: argparse.Namespace) -> Row:
     key, sha256, adapter_gb = json.loads((Path(arguments.scratch) / "one.json").read_text())
     store = open_store(f"file:{arguments.scratch}", SubspaceSettings(rank_max=LARGE_K))
     started = time.perf_counter()
-    version = store.merge([StagedAdapter("one", "bench/one", key, sha256)], op_key="one", actor="bench")
+    version = store.merge(
+        [StagedAdapter(task_id="one", name="bench/one", key=key, sha256=sha256)], op_key="one", actor="bench"
+    )
     return {
         "commit_seconds": time.perf_counter() - started,
         "mathematics_seconds": version.merge_seconds,
@@ -477,7 +479,7 @@ def open_store(place: str | StorageSettings, settings: SubspaceSettings) -> Subs
 
 def upload(store: SubspaceStore, task: str, adapter: Adapter) -> StagedAdapter:
     ref = store.stage(f"staging/{task}.safetensors", adapter)
-    return StagedAdapter(task, f"bench/{task}", ref.key, ref.sha256)
+    return StagedAdapter(task_id=task, name=f"bench/{task}", key=ref.key, sha256=ref.sha256)
 
 
 def commit(store: SubspaceStore, task: str, adapter: Adapter) -> tuple[float, Version]:

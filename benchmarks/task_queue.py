@@ -113,7 +113,8 @@ class Rig:
                     ],
                 )
         for team in range(TEAMS):
-            self.queue.charge("filled", f"{team}", "train", Use(f"team-{team}", 1.0, now))
+            use = Use(team=f"team-{team}", seconds=1.0, ended_at=now)
+            self.queue.charge("filled", use, token=f"{team}", what="train")
 
     def _row(self, number: int, waits: bool, at: float) -> dict[str, Any]:
         task_id = new_task_id(at)
@@ -166,10 +167,15 @@ class Rig:
         def claim() -> None:
             now = time.time()
             order = running_order(self.queue.waiting(limit=1), self.queue.use_of_teams(now), {}, {}, limit=1)
-            found.append(self.queue.apply(order[0], Claimed("bench", "worker-x", now)).task_id)
+            found.append(self.queue.apply(order[0], Claimed(token="bench", worker="worker-x", at=now)).task_id)
 
         seconds = timed(claim)
-        self.queue.apply(found[0], TrainingFailed("bench", "preempted", "the benchmark goes on", time.time(), 0.0))
+        self.queue.apply(
+            found[0],
+            TrainingFailed(
+                token="bench", fault="preempted", message="the benchmark goes on", at=time.time(), seconds=0.0
+            ),
+        )
         return seconds
 
     def page(self) -> Took:

@@ -149,7 +149,17 @@ def start_once() -> Row:
         for number in range(ORDERS):
             given = time.time()
             key = f"staging/t{number}/1-x/adapter.safetensors"
-            trained = worker.run(Train(f"token{number}", f"t{number}", 1, spec, "train", "", key))
+            trained = worker.run(
+                Train(
+                    token=f"token{number}",
+                    task_id=f"t{number}",
+                    attempt=1,
+                    spec=spec,
+                    train_key="train",
+                    eval_key="",
+                    staging_key=key,
+                )
+            )
             assert isinstance(trained, Trained), trained
             orders.append(trained.first_step_at - given)
     return {"imports": imported - begun, "loading": warm - imported, "orders": orders}

@@ -35,7 +35,7 @@ def main(order: dict[str, Any]) -> None:
     make = training_runs.completion_rows if spec.kind == "causal_lm" else training_runs.text_rows
     basis = training_runs.random_basis(base, spec.lora.target_modules, order["k"]) if order["k"] else {}
     case = training_runs.Case(base, spec, make(order["rows"]), basis)
-    rank = Rank(order["index"], order["size"], "127.0.0.1", order["port"])
+    rank = Rank(index=order["index"], size=order["size"], master_address="127.0.0.1", master_port=order["port"])
     if rank.leads:
         listen(rank.master_address, rank.master_port)
     with joined(rank, spec.training.deepspeed) as group:

@@ -128,7 +128,9 @@ class Candidate:
             begun = f"merge:{secrets.token_hex(8)}"
             if not self._apply(ids, MergeBegun(begun)):
                 return
-        staged = tuple(StagedAdapter(r.task_id, r.title, r.staging_key, r.adapter_sha256) for r in group)
+        staged = tuple(
+            StagedAdapter(task_id=r.task_id, name=r.title, key=r.staging_key, sha256=r.adapter_sha256) for r in group
+        )
         self._pending_calls.write(Merge(adapters=staged, op_key=begun, actor="controller"))
 
     def _drop_orphan(self) -> bool:
@@ -251,7 +253,17 @@ class Candidate:
         for worker, record in zip(self._pool.free_workers(), waiting, strict=False):
             token = f"{version}-{record.task_id}-{self._verdict.tries}"
             results = results_key(record.task_id, version)
-            self._pool.give(worker, Evaluate(token, record.task_id, version, record.spec, record.eval_key, results))
+            self._pool.give(
+                worker,
+                Evaluate(
+                    token=token,
+                    task_id=record.task_id,
+                    version=version,
+                    spec=record.spec,
+                    eval_key=record.eval_key,
+                    results_key=results,
+                ),
+            )
 
     def take_refinement(self, order: Train, outcome: Outcome) -> None:
         """Note what came of an order to refine a published task again."""
@@ -263,7 +275,7 @@ class Candidate:
         if order.version != current.version:
             return  # it was judged, or is gone
         if isinstance(outcome, Evaluated) and math.isfinite(outcome.score):
-            current.scores[order.task_id] = TaskScore(order.task_id, outcome.score, outcome.count)
+            current.scores[order.task_id] = TaskScore(task_id=order.task_id, score=outcome.score, count=outcome.count)
             return
         current.tries += 1
         if isinstance(outcome, Failed) and outcome.fault == "lost":

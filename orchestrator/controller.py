@@ -244,7 +244,9 @@ class Controller:
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
         else:
-            event = TrainingFailed(order.token, outcome.fault, outcome.message, now, outcome.worker_seconds)
+            event = TrainingFailed(
+                token=order.token, fault=outcome.fault, message=outcome.message, at=now, seconds=outcome.worker_seconds
+            )
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
                 self._queue.append(order.task_id, [(LOG, line) for line in outcome.detail.splitlines()])
@@ -266,7 +268,9 @@ class Controller:
                 if worker is not None and (record.cancel_requested or record.preempt_requested):
                     self._pool.tell(worker, "cancel" if record.cancel_requested else "preempt", record.token)
             elif worker is None:
-                failed = TrainingFailed(record.token, "lost", f"{record.worker} is no longer there", time.time())
+                failed = TrainingFailed(
+                    token=record.token, fault="lost", message=f"{record.worker} is no longer there", at=time.time()
+                )
                 self._queue.apply(record.task_id, failed)
                 self.wake()
             elif worker in self._pool.free_workers():
@@ -282,7 +286,9 @@ class Controller:
         if time.time() < until:
             self._pending_calls.not_before(f"lease:{record.token}", until)
             return
-        failed = TrainingFailed(record.token, "lost", f"{record.worker} did not come back", time.time())
+        failed = TrainingFailed(
+            token=record.token, fault="lost", message=f"{record.worker} did not come back", at=time.time()
+        )
         self._queue.apply(record.task_id, failed)
         self.wake()
 

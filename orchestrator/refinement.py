@@ -120,7 +120,9 @@ class Refinement:
                 else:
                     self._pool.give(worker, again_order(record, version, self._verdict.tries))
             return True
-        own = (StagedAdapter(r.task_id, r.title, r.refined_key, r.refined_sha256) for r in ready)
+        own = (
+            StagedAdapter(task_id=r.task_id, name=r.title, key=r.refined_key, sha256=r.refined_sha256) for r in ready
+        )
         staged = (*own, *done.values())
         if staged:
             key = f"refine:{version}:{digest(repr(staged).encode())[:16]}"
@@ -154,9 +156,13 @@ class Refinement:
         where = f"version {order.refine_version} (share_full)"
         if isinstance(outcome, Trained):
             title = f"{order.spec.team}/{order.spec.name}"
-            staged = StagedAdapter(order.task_id, title, outcome.staging_key, outcome.adapter_sha256)
+            staged = StagedAdapter(
+                task_id=order.task_id, name=title, key=outcome.staging_key, sha256=outcome.adapter_sha256
+            )
             self._verdict.refined[order.task_id] = staged
-            told = RefinedAgain(f"refined again, for {where}", order.token, outcome.seconds, time.time())
+            told = RefinedAgain(
+                message=f"refined again, for {where}", token=order.token, seconds=outcome.seconds, at=time.time()
+            )
         else:
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
@@ -168,7 +174,9 @@ class Refinement:
             if hopeless:
                 self._verdict.unrefined.add(order.task_id)
                 del self._verdict.lost[order.task_id]
-            told = RefinedAgain(f"{'not' if hopeless else 'not yet'} refined again, for {where}: {outcome.message}")
+            told = RefinedAgain(
+                message=f"{'not' if hopeless else 'not yet'} refined again, for {where}: {outcome.message}"
+            )
         self._apply((order.task_id,), told)
 
     def refuse(self, request: Refine, error: OnebasisError) -> None:
@@ -183,7 +191,7 @@ class Refinement:
                 self._apply((task_id,), RefinementRefused(str(error)))
             else:
                 self._verdict.unrefined.add(task_id)
-                self._apply((task_id,), RefinedAgain(f"not refined again: {error}"))
+                self._apply((task_id,), RefinedAgain(message=f"not refined again: {error}"))
         self._unused_files.due(asked)
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:

@@ -96,7 +96,9 @@ class WorkerPool:
     def claim(self, worker: WorkerStatus, task_id: str) -> None:
         """Give a task to a worker under a fresh lease, unless somebody cancelled it first."""
         self._pending_calls.wake()
-        if claimed := self._queue.try_apply((task_id,), Claimed(secrets.token_hex(8), worker.name, time.time())):
+        if claimed := self._queue.try_apply(
+            (task_id,), Claimed(token=secrets.token_hex(8), worker=worker.name, at=time.time())
+        ):
             self.give(worker, train_order(claimed[0]))
 
     def give(self, worker: WorkerStatus, order: Order) -> None:
@@ -130,7 +132,7 @@ class WorkerPool:
             outcome: Outcome = self._cluster.result(call)
         except MachineLost as error:
             self._is_away(worker, error)
-            outcome = Failed(order.token, "lost", f"{worker.name} was lost: {error.what}")
+            outcome = Failed(token=order.token, fault="lost", message=f"{worker.name} was lost: {error.what}")
         except Unavailable as error:
             # The worker is well, the storage was away. That is nobody's fault and no budget pays for it: the worker
             # has forgotten the order, and what is owed is read off the records again in a moment.
@@ -141,7 +143,7 @@ class WorkerPool:
             return None
         except Exception as error:
             log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
-            outcome = Failed(order.token, "lost", f"{worker.name}: {error}")
+            outcome = Failed(token=order.token, fault="lost", message=f"{worker.name}: {error}")
         if not has_lease(order):  # else what it cost is written with what it led to
             seconds = outcome.worker_seconds
             what = "score" if isinstance(order, Evaluate) else "refine again"
@@ -149,7 +151,8 @@ class WorkerPool:
         return order, outcome
 
     def _charge(self, order: Order, what: str, token: str, seconds: float) -> None:
-        self._queue.charge(order.task_id, token, what, Use(order.spec.team, seconds, time.time()))
+        use = Use(team=order.spec.team, seconds=seconds, ended_at=time.time())
+        self._queue.charge(order.task_id, use, token=token, what=what)
 
     # --- who is alive ------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ unless the storage is on one.
 ```python
 store = SubspaceStore.open(open_storage(StorageSettings(url="file:store")), base_model="minilm", writer="me")
 upload = store.stage("staging/t1/1/adapter.safetensors", adapter)
-version = store.merge([StagedAdapter("t1", "team/task", upload.key, upload.sha256)], op_key="t1", actor="me")
+staged = StagedAdapter(task_id="t1", name="team/task", key=upload.key, sha256=upload.sha256)
+version = store.merge([staged], op_key="t1", actor="me")
 store.publish(version.number, op_key="publish-1", actor="me")
 adapter = store.adapter("t1")
 ```

@@ -17,7 +17,7 @@ from subspace_store.merging.merge import Tally, merge_modules
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What a merge onto a version would do. Errors and drifts are relative to ‖ΔW‖_F, as in a `Version`."""
 
@@ -72,12 +72,12 @@ def forecast(
     drift = tally.drift
     energy = {id_: sum(update_energy(update) for update in a.modules.values()) for id_, a in adapters.items()}
     return Forecast(
-        parent,
-        tally.error_at_birth,
-        {id_: min(1.0, share / energy[id_]) if energy[id_] else 1.0 for id_, share in spanned.items()},
-        drift,
-        {id_: bound + drift[id_] for id_, bound in state.error_bounds(parent).items()},
-        ranks,
+        parent=parent,
+        error_at_birth=tally.error_at_birth,
+        spanned={id_: min(1.0, share / energy[id_]) if energy[id_] else 1.0 for id_, share in spanned.items()},
+        drift=drift,
+        error_bound={id_: bound + drift[id_] for id_, bound in state.error_bounds(parent).items()},
+        ranks=ranks,
     )
 
 

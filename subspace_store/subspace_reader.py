@@ -42,7 +42,7 @@ BYTES_PER_NUMBER = 4
 """Everything is served as float32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VersionDiff:
     """What lies between two versions.
 
@@ -110,7 +110,7 @@ class Footprint:
         return self.separate_numbers / self.coefficient_numbers if self.coefficient_numbers else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RollbackPreview:
     """What moving `main` would do."""
 
@@ -122,7 +122,7 @@ class RollbackPreview:
     """Tasks that `main` does not hold now and would hold again."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HistoryEntry:
     """One line of the log, for people."""
 
@@ -288,10 +288,10 @@ class SubspaceReader:
         same = {task for task, merged in old_tasks.items() if new_tasks.get(task) == merged}
         common = max({v.number for v in state.lineage(old)} & {v.number for v in state.lineage(new)}, default=0)
         return VersionDiff(
-            old,
-            new,
-            tuple(merged for task, merged in new_tasks.items() if task not in same),
-            tuple(merged for task, merged in old_tasks.items() if task not in same),
+            old=old,
+            new=new,
+            added=tuple(merged for task, merged in new_tasks.items() if task not in same),
+            removed=tuple(merged for task, merged in old_tasks.items() if task not in same),
             ranks={
                 name: (old_ranks.get(name, (0, 0)), new_ranks.get(name, (0, 0)))
                 for name in sorted({*old_ranks, *new_ranks})
@@ -480,15 +480,23 @@ def rollback_preview(state: SubspaceState, old: int, new: int) -> RollbackPrevie
     """What lies between two versions that `main` may be."""
     before, after = state.tasks_at(old), state.tasks_at(new)
     return RollbackPreview(
-        old,
-        new,
-        tuple(merged for task, merged in before.items() if task not in after),
-        tuple(merged for task, merged in after.items() if task not in before),
+        from_version=old,
+        to_version=new,
+        vanishing=tuple(merged for task, merged in before.items() if task not in after),
+        returning=tuple(merged for task, merged in after.items() if task not in before),
     )
 
 
 def _entry(record: fold.Record) -> HistoryEntry:
-    return HistoryEntry(record.seq, record.time, record.epoch, record.writer, record.actor, record.op, _summary(record))
+    return HistoryEntry(
+        seq=record.seq,
+        time=record.time,
+        epoch=record.epoch,
+        writer=record.writer,
+        actor=record.actor,
+        op=record.op,
+        summary=_summary(record),
+    )
 
 
 def _summary(record: fold.Record) -> str:

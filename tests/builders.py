@@ -19,7 +19,7 @@ from workers.orders import BaseLayout, Trained
 BASE = "tiny"
 SHA256 = "ab" * 32
 SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10)}
-LAYOUT = BaseLayout(SHA256, SHAPES, length_max=64, kinds=get_args(Kind))
+LAYOUT = BaseLayout(sha256=SHA256, module_shapes=SHAPES, length_max=64, kinds=get_args(Kind))
 LABELS = ("no", "yes")
 TEAMS = ("red", "blue")
 

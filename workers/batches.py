@@ -22,7 +22,7 @@ from workers.rows.task_data import Row
 EPOCH_SEED = 1_000_003  # a prime, so that pass 1 of seed 0 is not pass 0 of seed 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How a run is cut into steps and micro-batches."""
 
@@ -66,7 +66,14 @@ def schedule(training: TrainingSpec, row_count: int, rank: Rank, halvings: int =
     steps = (
         training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * row_count / per_step)
     )
-    return Schedule(row_count, max(1, steps), size, accumulation, rank, training.seed)
+    return Schedule(
+        row_count=row_count,
+        steps=max(1, steps),
+        rows_per_micro_batch=size,
+        accumulation=accumulation,
+        rank=rank,
+        seed=training.seed,
+    )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{64})\.safetensors$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Everything that the next step depends on."""
 

@@ -87,7 +87,13 @@ def score_and_keep(
     score = score_adapter(base, adapter, rows, order.spec, between_batches)
     if order.results_key and rank.leads:
         version = order.version if isinstance(order, Evaluate) else 0
-        results = Results(order.task_id, version, order.spec.metric, rows.sha256, score.per_row)
+        results = Results(
+            task_id=order.task_id,
+            version=version,
+            metric=order.spec.metric,
+            eval_sha256=rows.sha256,
+            per_row=score.per_row,
+        )
         write_results(storage, order.results_key, results)
     return score
 

@@ -181,10 +181,10 @@ class Gang:
 
     def _outcome(self, order: Order) -> Outcome:
         with self._lock:
-            self._token, self._progress, self._lines = order.token, Progress(order.token, "loading"), []
+            self._token, self._progress, self._lines = order.token, Progress(token=order.token, phase="loading"), []
         try:
             places = self._placed()
-            self._progress = Progress(order.token, "loading")
+            self._progress = Progress(token=order.token, phase="loading")
             self._loaded()  # each may take its time; once they have the order, they do not wait long for each other
             where = ", ".join(f"{count} on {node}" for node, count in Counter(self._nodes).items())
             self._lines.append(f"{self._ranks.size} ranks: {where}")
@@ -195,7 +195,7 @@ class Gang:
                 raise
             fault = "cancelled" if stop == "cancel" else "preempted"
             # Given again, it would not hear of it. It had no place yet, so it used nobody's time.
-            return Failed(order.token, fault, f"{fault} while it waited", worker_seconds=0.0)
+            return Failed(token=order.token, fault=fault, message=f"{fault} while it waited", worker_seconds=0.0)
         finally:
             with self._lock:
                 self._token = ""
@@ -206,7 +206,10 @@ class Gang:
     def _supervised(self, order: Order, address: str, port: int) -> Outcome:
         size = self._ranks.size
         answers = self._answers(
-            {self._ranks.call(i, "run", order, Rank(i, size, address, port)): i for i in range(size)}
+            {
+                self._ranks.call(i, "run", order, Rank(index=i, size=size, master_address=address, master_port=port)): i
+                for i in range(size)
+            }
         )
         if len(answers) < size or any(isinstance(answer, RankLost) for answer in answers.values()):
             self._disband()
@@ -406,10 +409,10 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
                 return replace(failure, log_lines=lines)
     for failure in failures:
         if isinstance(failure, RankLost):
-            return Failed(token, "lost", str(failure), log_lines=lines)
+            return Failed(token=token, fault="lost", message=str(failure), log_lines=lines)
     first = failures[0]
     if isinstance(first, Failed):
         return replace(first, log_lines=lines)
     if isinstance(first, Unavailable):
         raise first
-    return Failed(token, "bug", f"{type(first).__name__}: {first}", log_lines=lines)
+    return Failed(token=token, fault="bug", message=f"{type(first).__name__}: {first}", log_lines=lines)

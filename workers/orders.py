@@ -13,7 +13,7 @@ from configs.errors import Unavailable
 from configs.task_spec import Kind, TaskSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rank:
     """Which process of a gang this is. All ranks of a gang get the same order, each with its own rank."""
 
@@ -36,7 +36,7 @@ class RankLost(Unavailable):
     """A rank's process or machine is gone, does not answer, or does not reach the other ranks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Turn a task into an adapter in staging, and score it before merging."""
 
@@ -59,7 +59,7 @@ class Train:
     """A refinement for the version's sake, of a task that is published (`share_full`): no lease stands for it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Score one task under one version."""
 
@@ -75,7 +75,7 @@ class Evaluate:
 Order = Train | Evaluate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseLayout:
     """What a warm worker knows of its base model; the control plane checks submissions against it."""
 
@@ -90,7 +90,7 @@ class BaseLayout:
     """Whether its tokenizer can render messages."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """What training told at one step: a line of its log, and a point of its curves."""
 
@@ -116,7 +116,7 @@ class Point:
 LogLine = str | Point
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained:
     """The adapter is in staging."""
 
@@ -151,7 +151,7 @@ class Trained:
     """How long the order had the worker, loading, scoring and saving included. None: the worker cannot say."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """A[version][task]."""
 
@@ -165,7 +165,7 @@ class Evaluated:
     """As in `Trained`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Failed:
     """The order could not be done; whose fault decides what happens next."""
 
@@ -185,7 +185,7 @@ class Failed:
 Outcome = Trained | Evaluated | Failed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a worker is doing now; a heartbeat."""
 

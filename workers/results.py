@@ -20,7 +20,7 @@ from subspace_store.storage.protocol import Storage
 FORMAT = "onebasis-results-1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """One score, row by row."""
 

@@ -89,7 +89,7 @@ class Surroundings:
     """How often the micro-batch was halved because memory ran out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """What the optimisation steps left behind beside the weights."""
 
@@ -123,7 +123,12 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         around = replace(around, checkpoint=begun)
         training_state.put_values(model, begun)
         if begun.step >= plan.steps:  # what came after its last step was interrupted
-            return TrainingRun(begun.step, begun.loss_sum / begun.step, time.time(), begun.step)
+            return TrainingRun(
+                steps=begun.step,
+                train_loss=begun.loss_sum / begun.step,
+                first_step_at=time.time(),
+                resumed_from=begun.step,
+            )
     steps = _Steps(plan, spec, around)
     try:
         if stage_of(config) == 3:
@@ -149,7 +154,13 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         raise
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
     done = begun.step if begun else 0
-    return TrainingRun(plan.steps, steps.loss_sum / plan.steps, steps.first_step_at, done, engine)
+    return TrainingRun(
+        steps=plan.steps,
+        train_loss=steps.loss_sum / plan.steps,
+        first_step_at=steps.first_step_at,
+        resumed_from=done,
+        engine=engine,
+    )
 
 
 def _start_at_the_mean(model: Any, rows: Sequence[Row]) -> None:
@@ -253,7 +264,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self._begun_at = around.checkpoint.step if around.checkpoint else 0
         self.loss_sum = around.checkpoint.loss_sum if around.checkpoint else 0.0
         self._logged_at = self._begun_at
-        self._progress = Progress(around.token, "training", self._begun_at, plan.steps)
+        self._progress = Progress(token=around.token, phase="training", step=self._begun_at, steps=plan.steps)
         self._save_every = _every(spec.training.save_steps, plan.steps)
         self._saved_at = time.monotonic()
         self._log_every = max(1, plan.steps // LOG_LINES_PER_TASK)
@@ -325,24 +336,30 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         )
         now = self._progress
         point = Point(
-            time.time(),
-            step,
-            mean,
-            rate,
-            now.steps,
-            now.samples_per_second,
-            now.tokens_per_second,
-            now.memory_bytes,
-            self._begun_at,
-            self._around.method,
-            machine_figures(),
+            at=time.time(),
+            step=step,
+            loss=mean,
+            learning_rate=rate,
+            steps=now.steps,
+            samples_per_second=now.samples_per_second,
+            tokens_per_second=now.tokens_per_second,
+            memory_bytes=now.memory_bytes,
+            resumed_from=self._begun_at,
+            method=self._around.method,
+            machine=machine_figures(),
         )
         self._around.report(replace(now, log_lines=(point,)))
 
     def _save(self, step: int) -> None:
         around = self._around
         taken = training_state.take(
-            self.trainer, around.group, step, around.run, around.method, around.basis_version, self.loss_sum
+            self.trainer,
+            around.group,
+            step=step,
+            run=around.run,
+            method=around.method,
+            basis_version=around.basis_version,
+            loss_sum=self.loss_sum,
         )
         if around.group.rank.leads and around.save:
             around.save(taken)

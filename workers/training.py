@@ -83,30 +83,51 @@ def train_task(
     started, spec = time.monotonic(), order.spec
     check_lengths(spec, base.length_max)
     report = report if rank.leads else _nobody
-    report(Progress(order.token, "loading"))
+    report(Progress(token=order.token, phase="loading"))
     with joined(rank, spec.training.deepspeed) as group:
         attempt = _Attempt(order, base, storage, store, report, asked, group)
         adapter, run = attempt.train()
         if is_parted(spec):
             local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank)
     if not rank.leads:
-        return Trained(order.token, "", "", 0, 0, math.nan, math.nan, run.steps, math.nan, 0.0, run.first_step_at)
+        return Trained(
+            token=order.token,
+            staging_key="",
+            adapter_sha256="",
+            adapter_parameters=0,
+            score_count=0,
+            local_score=math.nan,
+            base_score=math.nan,
+            steps=run.steps,
+            train_loss=math.nan,
+            seconds=0.0,
+            first_step_at=run.first_step_at,
+        )
     if not is_parted(spec):
         local, alone = _scores(order, adapter, base, storage, report, asked, rank)
-    report(Progress(order.token, "saving", run.steps, run.steps, run.train_loss, first_step_at=run.first_step_at))
+    report(
+        Progress(
+            token=order.token,
+            phase="saving",
+            step=run.steps,
+            steps=run.steps,
+            loss=run.train_loss,
+            first_step_at=run.first_step_at,
+        )
+    )
     staged = blobs.stage(storage, order.staging_key, adapter)
     return Trained(
-        order.token,
-        order.staging_key,
-        staged.sha256,
-        adapter.parameter_count,
-        local.count,
-        local.value,
-        alone,
-        run.steps,
-        run.train_loss,
-        time.monotonic() - started,
-        run.first_step_at,
+        token=order.token,
+        staging_key=order.staging_key,
+        adapter_sha256=staged.sha256,
+        adapter_parameters=adapter.parameter_count,
+        score_count=local.count,
+        local_score=local.value,
+        base_score=alone,
+        steps=run.steps,
+        train_loss=run.train_loss,
+        seconds=time.monotonic() - started,
+        first_step_at=run.first_step_at,
         method=attempt.method_name,
         trainable_parameters=attempt.trained_numbers,
         basis_version=attempt.version,
@@ -256,7 +277,7 @@ class _Attempt:
         return name, main if METHODS[name].needs_basis(spec) else 0
 
     def _say(self, line: str) -> None:
-        self._report(Progress(self._order.token, "loading", log_lines=(line,)))
+        self._report(Progress(token=self._order.token, phase="loading", log_lines=(line,)))
 
 
 class _Saver:
@@ -296,7 +317,7 @@ def _scores(
     """What the adapter scores before merging, and what the base model does under its head; NaN without rows."""
     if not order.eval_key:
         return Score(math.nan, {}, ()), math.nan
-    report(Progress(order.token, "scoring"))
+    report(Progress(token=order.token, phase="scoring"))
     free_memory()
     rows = open_rows(storage, order.eval_key, order.spec)
     stop = stopper(asked)

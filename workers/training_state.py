@@ -18,7 +18,7 @@ from workers.rank_group import RankGroup
 
 
 def take(
-    trainer: Any, group: RankGroup, step: int, run: str, method: str, basis_version: int, loss_sum: float
+    trainer: Any, group: RankGroup, *, step: int, run: str, method: str, basis_version: int, loss_sum: float
 ) -> Checkpoint:
     """The state after a step. Every rank must call it; every rank gets the same."""
     base = _torch_optimizer(trainer)

@@ -97,7 +97,13 @@ class Worker:
         # Not behind the order under way: a control plane that was restarted waits for this before it asks for that.
         base = self._book.between(self._base_model).result() if self._base is None else self._base
         template = getattr(base.tokenizer, "chat_template", None)
-        return BaseLayout(base.sha256, base.module_shapes(), base.length_max, base.kinds, bool(template))
+        return BaseLayout(
+            sha256=base.sha256,
+            module_shapes=base.module_shapes(),
+            length_max=base.length_max,
+            kinds=base.kinds,
+            has_chat_template=bool(template),
+        )
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
         """Do an order, or wait for the one with the same token.
@@ -154,21 +160,25 @@ class Worker:
         try:
             outcome = self._do(order, rank)
         except Cancelled:
-            outcome = Failed(order.token, "cancelled", "cancelled while it was running")
+            outcome = Failed(token=order.token, fault="cancelled", message="cancelled while it was running")
         except Preempted as error:
-            outcome = Failed(order.token, "preempted", str(error) or "its worker was wanted for something else")
+            outcome = Failed(
+                token=order.token, fault="preempted", message=str(error) or "its worker was wanted for something else"
+            )
         except InvalidInput as error:
-            outcome = Failed(order.token, "input", str(error))
+            outcome = Failed(token=order.token, fault="input", message=str(error))
         except Unavailable:
             raise
         except torch.OutOfMemoryError as error:  # while scoring; `fit` words its own
             told = InvalidInput(
                 f"memory ran out while scoring: {str(error).splitlines()[0][:300]}", "data.max_length", "lower it"
             )
-            outcome = Failed(order.token, "input", str(told))
+            outcome = Failed(token=order.token, fault="input", message=str(told))
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            outcome = Failed(order.token, "bug", message, "".join(traceback.format_exception(error)))
+            outcome = Failed(
+                token=order.token, fault="bug", message=message, detail="".join(traceback.format_exception(error))
+            )
         finally:
             # The lines that are left go with the outcome: a later heartbeat would give them to the next task.
             lines = self.progress().log_lines
@@ -186,7 +196,7 @@ class Worker:
 
         if wanted := asked():
             raise Cancelled if wanted == "cancel" else Preempted
-        self._report(Progress(order.token, "loading"))
+        self._report(Progress(token=order.token, phase="loading"))
         base, store = self._loaded_base_model(), self._opened_store()
         if isinstance(order, Train):
             return train_task(order, base, self._storage, store, self._report, asked, rank)
@@ -240,14 +250,20 @@ def evaluate_version(
     """
     started, parted = time.monotonic(), is_parted(order.spec)
     if not parted and not rank.leads:
-        return Evaluated(order.token, math.nan, 0, 0.0)
-    report(Progress(order.token, "scoring"))
+        return Evaluated(token=order.token, score=math.nan, count=0, seconds=0.0)
+    report(Progress(token=order.token, phase="scoring"))
     check_lengths(order.spec, base.length_max)
     rows = open_rows(storage, order.eval_key, order.spec)
     adapter = store.adapter(order.task_id, order.version)
     with joined(rank, order.spec.training.deepspeed) if parted else contextlib.nullcontext(NOBODY_ELSE) as group:
         score = score_and_keep(order, base, adapter, rows, storage, stopper(lambda: group.agree(asked())), rank)
-    return Evaluated(order.token, score.value, score.count, time.monotonic() - started, score.metrics)
+    return Evaluated(
+        token=order.token,
+        score=score.value,
+        count=score.count,
+        seconds=time.monotonic() - started,
+        metrics=score.metrics,
+    )
 
 
 def _rehearse(base: BaseModel) -> None:

@@ -21,7 +21,7 @@ ROUNDING = 1e-9
 """Scores are quotients of integers: 0.83 − 0.80 must count as 0.03, not as 0.030000000000000027."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedDifference:
     """How two scores on the same rows differ."""
 
@@ -49,7 +49,7 @@ class Rule(StrEnum):
     """A new task reaches its own `gate.min_score`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BrokenRule:
     """One rule that the score of one task broke."""
 
@@ -109,7 +109,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Paired
     """
     differences = mean([late - early for early, late in zip(before, after, strict=True)])
     low, high = (differences.value + sign * differences.half_width for sign in (-1, 1))
-    return PairedDifference(differences.value, low, high, differences.count)
+    return PairedDifference(mean=differences.value, low=low, high=high, count=differences.count)
 
 
 def judge(
@@ -140,7 +140,17 @@ def judge(
             known = [s for v, s in table.column(task_id) if v < version and not math.isnan(s)]
             birth, limit = known[0] if known else math.nan, settings.drop_max
             if birth - score > limit + ROUNDING:
-                broken.append(BrokenRule(task_id, record.title, Rule.DROP, score, birth, limit, paired.get(task_id)))
+                broken.append(
+                    BrokenRule(
+                        task_id=task_id,
+                        title=record.title,
+                        rule=Rule.DROP,
+                        score=score,
+                        against=birth,
+                        limit=limit,
+                        paired=paired.get(task_id),
+                    )
+                )
     return Decision(tuple(broken))
 
 
@@ -150,7 +160,21 @@ def _of_a_new_task(
     broken = []
     own, limit, least = record.local_score, settings.merge_gap_max, record.spec.gate.min_score
     if own is not None and own - score > limit + ROUNDING:
-        broken.append(BrokenRule(record.task_id, record.title, Rule.MERGE_GAP, score, own, limit, paired))
+        broken.append(
+            BrokenRule(
+                task_id=record.task_id,
+                title=record.title,
+                rule=Rule.MERGE_GAP,
+                score=score,
+                against=own,
+                limit=limit,
+                paired=paired,
+            )
+        )
     if least is not None and score < least - ROUNDING:
-        broken.append(BrokenRule(record.task_id, record.title, Rule.MIN_SCORE, score, least, least))
+        broken.append(
+            BrokenRule(
+                task_id=record.task_id, title=record.title, rule=Rule.MIN_SCORE, score=score, against=least, limit=least
+            )
+        )
     return broken

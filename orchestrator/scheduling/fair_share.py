@@ -18,7 +18,7 @@ CHARGE_SECONDS = 60.0
 """Charged at the start until the true cost is known: of the order of one short task."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Waiting:
     """A task that waits for a worker."""
 
@@ -28,7 +28,7 @@ class Waiting:
     submitted_at: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Use:
     """Worker-seconds that one order used, and when it ended."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from workers.orders import Trained
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claimed:
     """A worker got the task under a fresh lease."""
 
@@ -24,7 +24,7 @@ class TrainingDone:
     at: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingFailed:
     """The worker could not. fault: one of `workers.orders.Failed`."""
 
@@ -64,7 +64,7 @@ class RefinementRefused:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefinedAgain:
     """A worker trained its coefficients once more, in a later version (`share_full`); or why it could not."""
 

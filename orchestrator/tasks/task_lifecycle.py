@@ -207,7 +207,7 @@ def used_by(record: TaskRecord, event: Event, heard_until: float | None = None) 
     # Release 0.3 did not note when a refinement began.
     started = next(at for at in (record.order_at, record.claimed_at, event.at) if at is not None)
     ended = event.at if heard_until is None else min(event.at, max(started, heard_until))
-    return Use(record.team, max(0.0, ended - started) if seconds is None else seconds, ended)
+    return Use(team=record.team, seconds=max(0.0, ended - started) if seconds is None else seconds, ended_at=ended)
 
 
 def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureSettings) -> TaskRecord:

@@ -56,7 +56,7 @@ EVENTS_AT_ONCE = 1000
 EVENT_ID_MAX = 2**63 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spent:
     """What one order cost a task's team."""
 
@@ -313,7 +313,11 @@ class TaskQueue:
                     for team in teams
                     for row in connection.execute(line.where(_tasks.c.team == team).limit(limit + len(aside)))
                 ]
-        return [Waiting(*row) for row in rows if row.task_id not in aside]
+        return [
+            Waiting(task_id=task_id, team=team, priority=priority, submitted_at=submitted_at)
+            for task_id, team, priority, submitted_at in rows
+            if task_id not in aside
+        ]
 
     def placed(self) -> list[Placed]:
         """The published tasks, and the parked ones that are in a version, without their records."""
@@ -424,10 +428,15 @@ class TaskQueue:
 
     # --- what was used -----------------------------------------------------------------------------------------
 
-    def charge(self, task_id: str, token: str, what: str, use: Use) -> None:
+    def charge(self, task_id: str, use: Use, *, token: str, what: str) -> None:
         """Add what an order cost that is no step in a task's life (scoring it, refining it again), once per token."""
         with self._database.writing() as connection:
-            self._charge(connection, Spent(task_id, token, use.team, what, use.seconds, use.ended_at))
+            self._charge(
+                connection,
+                Spent(
+                    task_id=task_id, token=token, team=use.team, what=what, seconds=use.seconds, ended_at=use.ended_at
+                ),
+            )
 
     def use_of_teams(self, now: float) -> dict[str, float]:
         """Worker-seconds per team, halved for every seven days since each was used.
@@ -444,7 +453,7 @@ class TaskQueue:
         columns = (getattr(_uses.c, field.name) for field in fields(Spent))
         chosen = select(*columns).where(_uses.c.task_id == task_id).order_by(_uses.c.ended_at, _uses.c.token)
         with self._database.reading() as connection:
-            return [Spent(*row) for row in connection.execute(chosen)]
+            return [Spent(**row._mapping) for row in connection.execute(chosen)]
 
     # --- helpers -----------------------------------------------------------------------------------------------
 
@@ -470,7 +479,17 @@ class TaskQueue:
         self._append(connection, task_id, [(type(event).__name__, narrate(after, event))], time.time())
         if use := used_by(record, event, row.lease_until):
             what = "refine" if record.state is TaskState.REFINING else "train"
-            self._charge(connection, Spent(task_id, record.token, use.team, what, use.seconds, use.ended_at))
+            self._charge(
+                connection,
+                Spent(
+                    task_id=task_id,
+                    token=record.token,
+                    team=use.team,
+                    what=what,
+                    seconds=use.seconds,
+                    ended_at=use.ended_at,
+                ),
+            )
         return after
 
     def _charge(self, connection: Connection, spent: Spent) -> None:
@@ -486,7 +505,7 @@ class TaskQueue:
             return
         connection.execute(insert(_uses).values(**vars(spent)))
         total = DecayedSum(*before) if before else DecayedSum()
-        total = total.plus(Use(spent.team, spent.seconds, spent.ended_at))
+        total = total.plus(Use(team=spent.team, seconds=spent.seconds, ended_at=spent.ended_at))
         if before is None:
             connection.execute(insert(_team_uses).values(team=spent.team, seconds=total.seconds, at=total.at))
         else:

@@ -133,7 +133,7 @@ class Requests:
                         ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
                     except Corrupt as error:
                         raise NotFound("another writer was asked too, merged it, and collected the upload") from error
-                    uploads[task] = StagedAdapter(task, f"team/{task}", ref.key, ref.sha256)
+                    uploads[task] = StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256)
             return ask_for(store, [uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
 
         return Request(op_key, ask, uploads_of=tuple(adapters))
@@ -157,7 +157,7 @@ class Requests:
         number = store.state.refs[CANDIDATE]
         if number == 0:
             return None
-        scores = [TaskScore(task, 0.5, 10) for task in store.state.tasks_at(number)]
+        scores = [TaskScore(task_id=task, score=0.5, count=10) for task in store.state.tasks_at(number)]
         return self._request("scores", number, lambda s, **keys: s.record_scores(number, scores, **keys))
 
     def _tag(self, store: SubspaceStore) -> Request:

@@ -57,7 +57,7 @@ def stage(storage: Storage, key: Line, adapter: Adapter) -> BlobRef:
 
 def write_content(storage: Storage, key: str, content: bytes) -> BlobRef:
     """Write bytes under a name of the caller's, read them back and compare. Raises as `write_blob`."""
-    ref = BlobRef(key, len(content), digest(content))
+    ref = BlobRef(key=key, size_bytes=len(content), sha256=digest(content))
     storage.write(key, content)
     read_blob(storage, ref)
     return ref

@@ -104,7 +104,7 @@ def write_tensors(
             body_size += len(part.content)
         head = _head(kind, info, written, 0, room)
         out.finish(head)
-    ref = BlobRef(key, room + body_size, hashlib.sha256(head).hexdigest(), room)
+    ref = BlobRef(key=key, size_bytes=room + body_size, sha256=hashlib.sha256(head).hexdigest(), head_bytes=room)
     TensorFile(storage, ref, kind).check()
     return ref
 

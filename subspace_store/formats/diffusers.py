@@ -73,7 +73,8 @@ def read_diffusers_file(path: Path, base_model: str, base_sha256: str) -> Adapte
     if file.suffix in (".bin", ".pt", ".ckpt") or (not file.is_file() and (path / PICKLE_FILE).is_file()):
         raise InvalidInput("is a pickle, which can run code and is never read", str(path), _SAVE_AGAIN)
     tensors, header = read_weights(file, "name a file saved by diffusers")
-    return from_diffusers(tensors, _configurations(header, str(path)), base_model, base_sha256, str(path))
+    found = _configurations(header, str(path))
+    return from_diffusers(tensors, found, base_model=base_model, base_sha256=base_sha256, where=str(path))
 
 
 def write_diffusers_file(file: Path, adapter: Adapter) -> None:
@@ -86,6 +87,7 @@ def write_diffusers_file(file: Path, adapter: Adapter) -> None:
 def from_diffusers(
     tensors: Mapping[str, Tensor],
     configurations: Mapping[str, Mapping[str, Any]],
+    *,
     base_model: str,
     base_sha256: str,
     where: str = "adapter",

@@ -77,7 +77,7 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str, open_file:
         )
     config = _read_config(folder / CONFIG_FILE, open_file)
     tensors, _ = read_weights(weights_file, "name a folder saved by PEFT", open_file)
-    return from_peft(config, tensors, base_model, base_sha256, str(folder))
+    return from_peft(config, tensors, base_model=base_model, base_sha256=base_sha256, where=str(folder))
 
 
 def read_weights(
@@ -119,6 +119,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_source: str) -> None:
 def from_peft(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    *,
     base_model: str,
     base_sha256: str,
     where: str = "adapter",

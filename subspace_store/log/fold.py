@@ -138,12 +138,14 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     if op == PUBLISH:
         return {"published": tuple(sorted({*state.published, int(body["version"])}))}
     if op == ROLLBACK:
-        held = Hold(record.actor, str(body["reason"]), record.time) if body.get("hold") else state.held
+        held = (
+            Hold(actor=record.actor, reason=str(body["reason"]), time=record.time) if body.get("hold") else state.held
+        )
         return {"held": held}
     if op == TAG:
         return {"tags": {**state.tags, str(body["name"]): int(body["version"])}}
     if op == HOLD:
-        return {"held": Hold(record.actor, str(body["reason"]), record.time)}
+        return {"held": Hold(actor=record.actor, reason=str(body["reason"]), time=record.time)}
     if op == RELEASE:
         return {"held": None}
     if op == QUARANTINE:
@@ -175,7 +177,7 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
         claimed = body["owner"] and Identity(str(body["owner"]["service_id"]), str(body["owner"]["name"]))
         same = claimed and state.owner and claimed.service_id == state.owner.service_id
         since = state.owner.since if same and state.owner else record.time
-        return {"owner": Owner(claimed.service_id, claimed.name, since) if claimed else None}
+        return {"owner": Owner(service_id=claimed.service_id, name=claimed.name, since=since) if claimed else None}
     raise Corrupt(f"has an operation {op!r} that this code does not know", where, "use a newer onebasis")
 
 

@@ -46,7 +46,7 @@ MANY = 256
 """Requests above which several travel at once; a fault simulation has fewer, and stays one sequence."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Collected:
     """What was found to be garbage.
 
@@ -103,7 +103,13 @@ def collect(
     uploads = _unused_uploads(log, uploads_in_use) if uploads_in_use else ()
     checkpoints = tuple(log.storage.keys("checkpoints/")[:-CHECKPOINTS_KEPT])
     sizes = _sizes(state)
-    found = Collected(blobs, uploads, checkpoints, sum(sizes.get(key, 0) for key in blobs), really)
+    found = Collected(
+        blobs=blobs,
+        uploads=uploads,
+        checkpoints=checkpoints,
+        size_bytes=sum(sizes.get(key, 0) for key in blobs),
+        deleted=really,
+    )
     if really:
         log.refresh()
         log.finish_pending()

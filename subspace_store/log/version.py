@@ -23,7 +23,7 @@ DIGITS_MAX = 15
 """Of a version's number, as a person types it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlobRef:
     """An immutable object: where it is, how long, and what it must hash to."""
 
@@ -35,7 +35,7 @@ class BlobRef:
     """Length of a tensor file's head; 0 for other content."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergedTask:
     """A task as one version brought it. Written once, in the record of that version: of its birth, or of its
     refinement."""
@@ -61,7 +61,7 @@ class MergedTask:
     """Numbers in its head."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StagedAdapter:
     """An adapter that a worker uploaded, waiting for its merge."""
 
@@ -83,7 +83,7 @@ class Identity:
     """Where it runs, for people."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Owner:
     """The service that a store belongs to: nobody else may write there."""
 
@@ -94,7 +94,7 @@ class Owner:
     """Unix seconds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Version:
     """One state of the subspace.
 
@@ -156,7 +156,7 @@ def _nan_if_null(value: object) -> object:
     return math.nan if value is None else value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """A measured score: A[version][task]."""
 
@@ -167,7 +167,7 @@ class TaskScore:
     """Evaluation rows it was measured on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hold:
     """Why `main` stands still, although versions pass the gate."""
 

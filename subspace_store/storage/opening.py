@@ -35,11 +35,11 @@ def open_storage(settings: StorageSettings, folder: str = "") -> Storage:
 
         return S3Storage(
             url,
-            settings.endpoint_url,
-            settings.region,
-            settings.path_style,
-            settings.sse,
-            settings.sse_kms_key_id,
+            endpoint_url=settings.endpoint_url,
+            region=settings.region,
+            path_style=settings.path_style,
+            sse=settings.sse,
+            sse_kms_key_id=settings.sse_kms_key_id,
         )
     raise InvalidInput(
         f"storage of kind {kind!r} is not known", url, "write file:FOLDER, s3://BUCKET/PREFIX or memory:NAME"

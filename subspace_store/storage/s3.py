@@ -61,6 +61,7 @@ class S3Storage:
     def __init__(
         self,
         url: str,
+        *,
         endpoint_url: str | None = None,
         region: str | None = None,
         path_style: bool | None = None,

@@ -84,7 +84,13 @@ def order(task: str, attempt: int = 1, **training: Any) -> Train:
     spec = sentiment_task(training=values | training, lora={"target_modules": ("q_proj", "v_proj")})
     token = f"{task}-{attempt}"
     return Train(
-        token, task, attempt, spec, "data/train", "data/eval", f"staging/{task}/{attempt}-{token}/adapter.safetensors"
+        token=token,
+        task_id=task,
+        attempt=attempt,
+        spec=spec,
+        train_key="data/train",
+        eval_key="data/eval",
+        staging_key=f"staging/{task}/{attempt}-{token}/adapter.safetensors",
     )
 
 

@@ -134,7 +134,7 @@ class TaskQueueContract:
         for turn in range(4):
             record = task_record(f"red/c-{turn}")
             queue.add(record)
-            claims = [Claimed(f"tok-{n}", f"worker-{n}", 1.0) for n in range(8)]
+            claims = [Claimed(token=f"tok-{n}", worker=f"worker-{n}", at=1.0) for n in range(8)]
             found = at_once(8, lambda n, r=record, c=claims: queue.apply(r.task_id, c[n]))
             winners = [answer for answer in found if isinstance(answer, TaskRecord)]
             assert len(winners) == 1
@@ -146,7 +146,7 @@ class TaskQueueContract:
     def test_every_write_counts_the_revision_and_appends_its_event(self, queue: TaskQueue) -> None:
         record = task_record()
         queue.add(record)
-        queue.apply(record.task_id, Claimed("tok", "worker-0", 1.0))
+        queue.apply(record.task_id, Claimed(token="tok", worker="worker-0", at=1.0))
         after = queue.apply(record.task_id, TrainingDone(trained("tok"), 2.0))
         assert (after.revision, after.state) == (2, TaskState.MERGING)
         assert queue.get(record.task_id) == after
@@ -159,14 +159,14 @@ class TaskQueueContract:
     def test_the_history_tells_how_an_adapter_came_about_and_why_it_was_not_refined(self, queue: TaskQueue) -> None:
         record = task_record(spec={"method": {"name": "auto", "refine_epochs": 1}})
         queue.add(record)
-        queue.apply(record.task_id, Claimed("tok", "worker-0", 1.0))
+        queue.apply(record.task_id, Claimed(token="tok", worker="worker-0", at=1.0))
         how = {"method": "share", "basis_version": 3, "trainable_parameters": 12288, "resumed_from": 500}
         queue.apply(record.task_id, TrainingDone(trained("tok", **how), 2.0))
         queue.apply(record.task_id, Merged(4))
         assert not queue.heartbeat(record.task_id, "tok", 100.0, {})  # the lease of the training
-        queue.apply(record.task_id, Claimed("ref", "worker-1", 3.0))
+        queue.apply(record.task_id, Claimed(token="ref", worker="worker-1", at=3.0))
         assert queue.heartbeat(record.task_id, "ref", 100.0, {"step": 7})
-        queue.apply(record.task_id, TrainingFailed("ref", "input", "too few rows", 4.0))
+        queue.apply(record.task_id, TrainingFailed(token="ref", fault="input", message="too few rows", at=4.0))
         assert [event.text for event in queue.events(record.task_id)][2:] == [
             "now merging · method share · in the basis of version 3 · 12,288 numbers trained · went on from step 500 · "
             "own adapter scores 0.9000",
@@ -178,9 +178,9 @@ class TaskQueueContract:
     def test_a_stale_worker_changes_nothing_and_leaves_no_event(self, queue: TaskQueue) -> None:
         record = task_record()
         queue.add(record)
-        before = queue.apply(record.task_id, Claimed("new", "worker-0", 1.0))
+        before = queue.apply(record.task_id, Claimed(token="new", worker="worker-0", at=1.0))
         assert queue.apply(record.task_id, TrainingDone(trained("old"), 2.0)) == before
-        assert queue.apply(record.task_id, TrainingFailed("old", "bug", "x", 2.0)) == before
+        assert queue.apply(record.task_id, TrainingFailed(token="old", fault="bug", message="x", at=2.0)) == before
         assert len(queue.events(record.task_id)) == 2
 
     def test_several_advance_together_or_not_at_all(self, queue: TaskQueue) -> None:
@@ -201,8 +201,8 @@ class TaskQueueContract:
         record = task_record()
         queue.add(record)
         for token in "123":  # two lost machines are allowed here, the third parks
-            queue.apply(record.task_id, Claimed(token, "w", 1.0))
-            record = queue.apply(record.task_id, TrainingFailed(token, "lost", "gone", 2.0))
+            queue.apply(record.task_id, Claimed(token=token, worker="w", at=1.0))
+            record = queue.apply(record.task_id, TrainingFailed(token=token, fault="lost", message="gone", at=2.0))
         assert (record.state, record.lost_machines) == (TaskState.PARKED, 3)
 
     # --- heartbeats ---
@@ -211,7 +211,7 @@ class TaskQueueContract:
         record = task_record()
         queue.add(record)
         assert queue.progress(record.task_id) == {}
-        queue.apply(record.task_id, Claimed("tok", "worker-0", 1.0))
+        queue.apply(record.task_id, Claimed(token="tok", worker="worker-0", at=1.0))
         assert queue.heartbeat(record.task_id, "tok", 61.0, {"step": 3, "loss": None}) is True
         assert queue.progress(record.task_id) == {"step": 3, "loss": None}
 
@@ -219,7 +219,7 @@ class TaskQueueContract:
         record = task_record()
         queue.add(record)
         assert queue.heartbeat(record.task_id, "", 61.0, {"step": 1}) is False  # it is not training
-        queue.apply(record.task_id, Claimed("new", "worker-0", 1.0))
+        queue.apply(record.task_id, Claimed(token="new", worker="worker-0", at=1.0))
         assert queue.heartbeat(record.task_id, "old", 61.0, {"step": 9}) is False
         assert queue.progress(record.task_id) == {}
         queue.apply(record.task_id, TrainingDone(trained("new"), 2.0))
@@ -284,7 +284,17 @@ class TaskQueueContract:
         record = task_record()
         queue.add(record)
         queue.append(record.task_id, [(PROGRESS, '{"step": 5, "loss": 0.5, "learning_rate": 0.001}')])  # a row of old
-        told = Point(7.0, 10, 0.25, 0.002, 20, 30.0, memory_bytes=4, resumed_from=5, machine={"cpu": 90.0})
+        told = Point(
+            at=7.0,
+            step=10,
+            loss=0.25,
+            learning_rate=0.002,
+            steps=20,
+            samples_per_second=30.0,
+            memory_bytes=4,
+            resumed_from=5,
+            machine={"cpu": 90.0},
+        )
         queue.append_log(record.task_id, ["a line", told])
         old, new = queue.curve(record.task_id)
         assert (old.step, old.loss, old.learning_rate, old.steps) == (5, 0.5, 0.001, 0)
@@ -322,10 +332,10 @@ class TaskQueueContract:
         told, after = queue.changes(0)
         assert told == [one, two]
         assert queue.changes(after) == ([], after)
-        claimed = queue.apply(two.task_id, Claimed("tok", "w", 1.0))
+        claimed = queue.apply(two.task_id, Claimed(token="tok", worker="w", at=1.0))
         told, later = queue.changes(after)
         assert told == [claimed]
-        queue.append_log(one.task_id, ["a line", Point(1.0, 5, 0.5, 0.1)])
+        queue.append_log(one.task_id, ["a line", Point(at=1.0, step=5, loss=0.5, learning_rate=0.1)])
         assert queue.changes(later)[0] == []  # lines of a log change no record
 
     def test_many_ids_are_asked_for_at_once(self, queue: TaskQueue) -> None:
@@ -344,14 +354,14 @@ class TaskQueueContract:
         for team in ("red", "blue", "a-team"):
             for n in range(4):
                 queue.add(task_record(f"{team}/{n}", submitted_at=10.0 + n, spec={"priority": 5 if n == 2 else -n}))
-        queue.apply("t-blue-0", Claimed("tok", "w", 1.0))
+        queue.apply("t-blue-0", Claimed(token="tok", worker="w", at=1.0))
         assert queue.is_anyone_waiting()
         line = {team: [w for w in queue.waiting() if w.team == team] for team in ("red", "blue", "a-team")}
         assert line["red"] == [
-            Waiting("t-red-2", "red", 5, 12.0),
-            Waiting("t-red-0", "red", 0, 10.0),
-            Waiting("t-red-1", "red", -1, 11.0),
-            Waiting("t-red-3", "red", -3, 13.0),
+            Waiting(task_id="t-red-2", team="red", priority=5, submitted_at=12.0),
+            Waiting(task_id="t-red-0", team="red", priority=0, submitted_at=10.0),
+            Waiting(task_id="t-red-1", team="red", priority=-1, submitted_at=11.0),
+            Waiting(task_id="t-red-3", team="red", priority=-3, submitted_at=13.0),
         ]
         assert [w.task_id for w in line["blue"]] == ["t-blue-2", "t-blue-1", "t-blue-3"]
         heads = queue.waiting(limit=2)
@@ -406,7 +416,7 @@ class TaskQueueContract:
             queue.check_room("red", 1)
         assert queue.add(task_record("red/a", task_id="t-2", client_key="k"), queued_max=1) == (first, False)
         queue.check_room("blue", 1)
-        queue.apply(first.task_id, Claimed("tok", "w", 1.0))
+        queue.apply(first.task_id, Claimed(token="tok", worker="w", at=1.0))
         assert queue.add(task_record("red/b"), queued_max=1)[1]
 
     def test_of_eight_that_want_the_last_place_at_once_one_gets_it(self, queue: TaskQueue) -> None:
@@ -418,22 +428,27 @@ class TaskQueueContract:
 
     def test_ten_hours_that_were_cancelled_cost_ten_hours(self, queue: TaskQueue) -> None:
         queue.add(task_record())
-        queue.apply("t-red-alpha", Claimed("tok", "w", 0.0))
+        queue.apply("t-red-alpha", Claimed(token="tok", worker="w", at=0.0))
         queue.apply("t-red-alpha", CancelRequested("ann", 36_000.0))
-        queue.apply("t-red-alpha", TrainingFailed("tok", "cancelled", "stopped", 36_000.0, seconds=35_990.0))
+        queue.apply(
+            "t-red-alpha",
+            TrainingFailed(token="tok", fault="cancelled", message="stopped", at=36_000.0, seconds=35_990.0),
+        )
         assert queue.use_of_teams(36_000.0) == {"red": 35_990.0}
 
     def test_every_attempt_costs_its_own_time_and_none_is_counted_twice(self, queue: TaskQueue) -> None:
         queue.add(task_record(spec={"method": {"refine_epochs": 1}}))
         steps = [
-            Claimed("one", "w", 0.0),
-            TrainingFailed("one", "lost", "gone", 100.0),  # nobody can say: 100 s until it was noticed
-            Claimed("two", "w", 200.0),
-            TrainingFailed("two", "preempted", "at step 3", 250.0, seconds=40.0),
-            Claimed("three", "w", 300.0),
+            Claimed(token="one", worker="w", at=0.0),
+            TrainingFailed(
+                token="one", fault="lost", message="gone", at=100.0
+            ),  # nobody can say: 100 s until it was noticed
+            Claimed(token="two", worker="w", at=200.0),
+            TrainingFailed(token="two", fault="preempted", message="at step 3", at=250.0, seconds=40.0),
+            Claimed(token="three", worker="w", at=300.0),
             TrainingDone(trained("three", worker_seconds=7.0), 308.0),
             Merged(1),
-            Claimed("four", "w", 400.0),
+            Claimed(token="four", worker="w", at=400.0),
             TrainingDone(trained("four", worker_seconds=3.0), 404.0),
         ]
         for event in steps:
@@ -441,7 +456,9 @@ class TaskQueueContract:
             if isinstance(event, TrainingDone | TrainingFailed):
                 queue.apply("t-red-alpha", event)  # a restarted control plane hears of it again
         for _ in range(2):
-            queue.charge("t-red-alpha", "2-t-red-alpha-0", "score", Use("red", 1.5, 410.0))
+            queue.charge(
+                "t-red-alpha", Use(team="red", seconds=1.5, ended_at=410.0), token="2-t-red-alpha-0", what="score"
+            )
         assert [(spent.what, spent.seconds, spent.ended_at) for spent in queue.spent("t-red-alpha")] == [
             ("train", 100.0, 100.0),
             ("train", 40.0, 250.0),
@@ -454,17 +471,27 @@ class TaskQueueContract:
 
     def test_a_lost_machine_costs_no_more_than_the_lease_that_it_last_asked_for(self, queue: TaskQueue) -> None:
         queue.add(task_record())
-        queue.apply("t-red-alpha", Claimed("one", "w", 0.0))
+        queue.apply("t-red-alpha", Claimed(token="one", worker="w", at=0.0))
         queue.heartbeat("t-red-alpha", "one", 90.0, {"step": 1})
-        queue.apply("t-red-alpha", TrainingFailed("one", "lost", "the service was down for days", 200_000.0))
-        queue.apply("t-red-alpha", Claimed("two", "w", 200_100.0))
+        queue.apply(
+            "t-red-alpha",
+            TrainingFailed(token="one", fault="lost", message="the service was down for days", at=200_000.0),
+        )
+        queue.apply("t-red-alpha", Claimed(token="two", worker="w", at=200_100.0))
         assert queue.progress("t-red-alpha") == {}  # what the first attempt told is not the second's
-        queue.apply("t-red-alpha", TrainingFailed("two", "lost", "before its first heartbeat", 200_130.0))
+        queue.apply(
+            "t-red-alpha", TrainingFailed(token="two", fault="lost", message="before its first heartbeat", at=200_130.0)
+        )
         assert [spent.seconds for spent in queue.spent("t-red-alpha")] == [90.0, 30.0]
 
     def test_of_eight_that_charge_at_once_all_count(self, queue: TaskQueue) -> None:
         for turn in range(3):
-            found = at_once(8, lambda n, turn=turn: queue.charge("t", f"{turn}-{n % 4}", "score", Use("red", 1.0, 5.0)))
+            found = at_once(
+                8,
+                lambda n, turn=turn: queue.charge(
+                    "t", Use(team="red", seconds=1.0, ended_at=5.0), token=f"{turn}-{n % 4}", what="score"
+                ),
+            )
             assert found == [None] * 8
         assert queue.use_of_teams(5.0) == {"red": 12.0}  # four tokens each time, each told twice
         assert len(queue.spent("t")) == 12
@@ -485,7 +512,7 @@ class TaskQueueContract:
         rewrite(queue, record.task_id, newer)
         assert queue.get(record.task_id) == record
         assert queue.tasks() == [record]
-        queue.apply(record.task_id, Claimed("tok", "w", 1.0))
+        queue.apply(record.task_id, Claimed(token="tok", worker="w", at=1.0))
         stored = json.loads(stored_text(queue, record.task_id))
         assert (stored["mood"], stored["spec"]["lora"]["alpha_of_tomorrow"]) == ("fine", [1, 2])
         assert (stored["state"], stored["token"]) == ("training", "tok")
@@ -504,10 +531,14 @@ class TaskQueueContract:
         assert set(queue.among(["t-red-a", "t-red-b"])) == {"t-red-a"}
         assert [told.task_id for told in queue.unreadable()] == ["t-red-b"]
         assert "task red/b (t-red-b): its row in the task database cannot be read" in str(queue.unreadable()[0])
-        for ask in (queue.get, queue.find, lambda task_id: queue.apply(task_id, Claimed("tok", "w", 1.0))):
+        for ask in (
+            queue.get,
+            queue.find,
+            lambda task_id: queue.apply(task_id, Claimed(token="tok", worker="w", at=1.0)),
+        ):
             with pytest.raises(UnreadableTask, match="t-red-b"):
                 ask("t-red-b")
-        assert queue.try_apply(["t-red-b"], Claimed("tok", "w", 1.0)) == []
+        assert queue.try_apply(["t-red-b"], Claimed(token="tok", worker="w", at=1.0)) == []
         assert [w.task_id for w in queue.waiting(limit=2)] == ["t-red-a", "t-red-c"]
         assert queue.counts() == {"queued": 3}
         write_text(queue, "t-red-b", task_record("red/b").model_dump_json())  # restored from a backup
@@ -518,7 +549,7 @@ class TaskQueueContract:
         queue.add(task_record())
         told = '{"at": 1.0, "step": 5, "loss": 0.5, "learning_rate": 0.1, "of_tomorrow": 3}'
         queue.append("t-red-alpha", [(PROGRESS, told), (PROGRESS, "nonsense"), (PROGRESS, "[]"), (PROGRESS, "{}")])
-        assert queue.curve("t-red-alpha") == [Point(1.0, 5, 0.5, 0.1)]
+        assert queue.curve("t-red-alpha") == [Point(at=1.0, step=5, loss=0.5, learning_rate=0.1)]
 
     @pytest.mark.parametrize("after", [-1, 2**63, 2**200, -(2**200)])
     def test_a_history_may_be_asked_for_after_any_number(self, queue: TaskQueue, after: int) -> None:
@@ -537,7 +568,7 @@ class TaskQueueContract:
     def test_what_was_written_is_there_when_it_is_opened_again(self, queue: TaskQueue, url: str) -> None:
         record = task_record()
         queue.add(record)
-        record = queue.apply(record.task_id, Claimed("tok", "w", 1.0))
+        record = queue.apply(record.task_id, Claimed(token="tok", worker="w", at=1.0))
         queue.close()
         again = TaskQueue(url)
         assert again.get(record.task_id) == record

@@ -93,8 +93,12 @@ class StandInCluster:
         held = next((order for name, order, _ in self._held if name == worker), None)
         if held is None:
             return _landed(Progress())
-        lines = ("a line of the log", Point(1007.0, 3, 0.5, 0.001, steps=10))
-        return _landed(Progress(held.token, "training", 3, 10, loss=0.5, learning_rate=0.001, log_lines=lines))
+        lines = ("a line of the log", Point(at=1007.0, step=3, loss=0.5, learning_rate=0.001, steps=10))
+        return _landed(
+            Progress(
+                token=held.token, phase="training", step=3, steps=10, loss=0.5, learning_rate=0.001, log_lines=lines
+            )
+        )
 
     def cancel(self, worker: str, token: str) -> None:
         self._stop(worker, token, "cancelled", "cancelled while it was running")
@@ -108,7 +112,7 @@ class StandInCluster:
                 self._held.remove((name, order, future))
                 if fault == "preempted" and isinstance(order, Train):
                     self._storage.write(order.staging_key.replace("adapter.safetensors", "step-3/state"), b"checkpoint")
-                future.set_result(Failed(token, fault, message))
+                future.set_result(Failed(token=token, fault=fault, message=message))
 
     def replace(self, worker: str) -> None:
         with self._lock:
@@ -185,9 +189,13 @@ class StandInCluster:
         elif fault == "crash":
             future.set_exception(RuntimeError("outside the worker's own handling"))
         elif fault == "rank lost":  # as a gang answers, which remembers it
-            future.set_result(Failed(order.token, "lost", "rank 1 of 2 was lost"))
+            future.set_result(Failed(token=order.token, fault="lost", message="rank 1 of 2 was lost"))
         elif fault in ("input", "bug"):
-            future.set_result(Failed(order.token, fault, f"fault of kind {fault}", "traceback\nof two lines"))
+            future.set_result(
+                Failed(
+                    token=order.token, fault=fault, message=f"fault of kind {fault}", detail="traceback\nof two lines"
+                )
+            )
         else:
             future.set_result(self._train(order, title, fault) if isinstance(order, Train) else self._evaluate(order))
 
@@ -210,10 +218,23 @@ class StandInCluster:
         self._storage.write(order.staging_key, packed)
         score = self.local(title) if order.eval_key else float("nan")
         return Trained(
-            order.token, order.staging_key, digest(packed), made.parameter_count,
-            RowCount if order.eval_key else 0, score, 0.5, 10, 0.25, 2.0, 0.0, ("the last line of the log",),
-            method=order.spec.method.name, trainable_parameters=96, metrics={"f1_macro": 0.75}, worker_seconds=2.5,
-        )  # fmt: skip
+            token=order.token,
+            staging_key=order.staging_key,
+            adapter_sha256=digest(packed),
+            adapter_parameters=made.parameter_count,
+            score_count=RowCount if order.eval_key else 0,
+            local_score=score,
+            base_score=0.5,
+            steps=10,
+            train_loss=0.25,
+            seconds=2.0,
+            first_step_at=0.0,
+            log_lines=("the last line of the log",),
+            method=order.spec.method.name,
+            trainable_parameters=96,
+            metrics={"f1_macro": 0.75},
+            worker_seconds=2.5,
+        )
 
     def _evaluate(self, order: Evaluate) -> Outcome:
         reader = SubspaceReader.open(self._storage)
@@ -221,7 +242,9 @@ class StandInCluster:
         self._storage.read(order.eval_key)
         title = f"{order.spec.team}/{order.spec.name}"
         held = frozenset(task.name for task in reader.state.tasks_at(order.version).values())
-        return Evaluated(order.token, self.score(title, held), RowCount, 0.1, worker_seconds=0.5)
+        return Evaluated(
+            token=order.token, score=self.score(title, held), count=RowCount, seconds=0.1, worker_seconds=0.5
+        )
 
     def _open_store(self) -> SubspaceStore:
         base = self._settings.base_model

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from subspace_store import BlobRef, MergedTask, SubspaceState, TaskScore, Version
 
-BLOB = BlobRef("blobs/x", 1, "00" * 32)
+BLOB = BlobRef(key="blobs/x", size_bytes=1, sha256="00" * 32)
 
 
 Drifts = tuple[Version, Mapping[str, float]]
@@ -15,8 +15,29 @@ Drifts = tuple[Version, Mapping[str, float]]
 
 def version(number: int, parent: int, added: Sequence[str], drift: Mapping[str, float] | None = None) -> Drifts:
     """A version that brought some tasks, and by how much it moved others."""
-    tasks = tuple(MergedTask(t, f"red/{t}", number, BLOB, BLOB, 1.0, 2, 0.01) for t in added)
-    return Version(number, parent, 1000.0 + number, tasks, BLOB, BLOB, module_count=1, rank_max=2), drift or {}
+    tasks = tuple(
+        MergedTask(
+            task_id=t,
+            name=f"red/{t}",
+            version=number,
+            adapter=BLOB,
+            coefficients=BLOB,
+            delivered_energy=1.0,
+            rank_total=2,
+            error_at_birth=0.01,
+        )
+        for t in added
+    )
+    return Version(
+        number=number,
+        parent=parent,
+        created_at=1000.0 + number,
+        added=tasks,
+        basis=BLOB,
+        transport=BLOB,
+        module_count=1,
+        rank_max=2,
+    ), drift or {}
 
 
 def state(
@@ -28,6 +49,9 @@ def state(
     moved = {v.number: tuple(drift.get(task, 0.0) for task in bare.tasks_at(v.parent)) for v, drift in versions}
     return SubspaceState(
         versions={number: replace(v, drift=moved[number]) for number, v in bare.versions.items()},
-        scores={n: {t: TaskScore(t, score, 100) for t, score in row.items()} for n, row in scores.items()},
+        scores={
+            n: {t: TaskScore(task_id=t, score=score, count=100) for t, score in row.items()}
+            for n, row in scores.items()
+        },
         refs={"main": newest if main is None else main, "candidate": newest if main is None else main},
     )

@@ -99,6 +99,8 @@ def test_time_that_a_worker_lost_because_the_storage_was_away_is_charged_too(pla
 def test_a_task_whose_worker_was_lost_twice_has_paid_for_both(plant: Plant) -> None:
     (task,) = plant.submit("red/alpha")
     for number, token in enumerate("ab"):
-        plant.queue.apply(task.task_id, Claimed(token, "w", 100.0 * number))
-        plant.queue.apply(task.task_id, TrainingFailed(token, "lost", "gone", 100.0 * number + 30.0))
+        plant.queue.apply(task.task_id, Claimed(token=token, worker="w", at=100.0 * number))
+        plant.queue.apply(
+            task.task_id, TrainingFailed(token=token, fault="lost", message="gone", at=100.0 * number + 30.0)
+        )
     assert spent(plant, "red/alpha") == [("train", 30.0), ("train", 30.0)]

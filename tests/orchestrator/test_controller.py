@@ -294,7 +294,7 @@ def test_what_made_the_difference_is_told_row_by_row(make_plant: MakePlant) -> N
     (old,) = plant.submit("red/a")
     # 9 of 10 rows are right at birth, 8 afterwards: differences of −1 and nine times 0, mean −0.1, deviation 0.3162,
     # and 2.262 of its standard errors of 0.1 on either side.
-    at_birth = Results(old.task_id, 1, "accuracy", "ab", (1.0,) * 9 + (0.0,))
+    at_birth = Results(task_id=old.task_id, version=1, metric="accuracy", eval_sha256="ab", per_row=(1.0,) * 9 + (0.0,))
     for results in (at_birth, replace(at_birth, version=2, per_row=(1.0,) * 8 + (0.0,) * 2)):
         write_results(plant.storage, results_key(results.task_id, results.version), results)
     plant.run()
@@ -317,7 +317,7 @@ def test_a_new_task_is_compared_row_by_row_with_the_adapter_of_the_attempt_that_
     plant.cluster.hold = lambda order: isinstance(order, Evaluate)
     (task,) = plant.submit("red/a")
     plant.run(lambda: plant.merges() == [["red/a"]])
-    own = Results(task.task_id, 0, "accuracy", "ab", (1.0, 1.0))
+    own = Results(task_id=task.task_id, version=0, metric="accuracy", eval_sha256="ab", per_row=(1.0, 1.0))
     write_results(plant.storage, plant.get("red/a").local_results_key, own)
     lost = f"results/{task.task_id}/local-1-of-a-lost-lease.safetensors"
     write_results(plant.storage, lost, replace(own, per_row=(0.0, 0.0)))
@@ -625,7 +625,7 @@ def test_a_heartbeat_brings_progress_log_lines_and_a_point_of_the_loss_curve(mak
     assert progress["samples_per_second"] is None  # NaN was not measured
     lines = plant.queue.events(task.task_id)
     assert "a line of the log" in [line.text for line in lines if line.kind == LOG]
-    assert Point(1007.0, 3, 0.5, 0.001, steps=10) in plant.queue.curve(task.task_id)
+    assert Point(at=1007.0, step=3, loss=0.5, learning_rate=0.001, steps=10) in plant.queue.curve(task.task_id)
 
 
 def test_a_worker_that_is_silent_for_a_lease_is_replaced_and_its_task_trained_again(make_plant: MakePlant) -> None:
@@ -776,7 +776,11 @@ def test_a_task_that_a_restored_database_has_forgotten_to_be_merged_is_not_merge
 def test_a_candidate_that_no_task_waits_for_is_dropped_before_the_next_merge(plant: Plant) -> None:
     store = plant.cluster._store
     ref = store.stage("staging/orphan/1/adapter.safetensors", adapter(7))
-    store.merge([StagedAdapter("orphan", "red/orphan", ref.key, ref.sha256)], op_key="lost", actor="test")
+    store.merge(
+        [StagedAdapter(task_id="orphan", name="red/orphan", key=ref.key, sha256=ref.sha256)],
+        op_key="lost",
+        actor="test",
+    )
     plant.submit("red/alpha")
     plant.run()
     assert plant.states() == {"red/alpha": "published"}

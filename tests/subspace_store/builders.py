@@ -53,7 +53,7 @@ def random_adapter(
 def staged(store: SubspaceStore, task_id: str, adapter: Adapter) -> StagedAdapter:
     """Upload an adapter."""
     ref = store.stage(f"staging/{task_id}/1/adapter.safetensors", adapter)
-    return StagedAdapter(task_id, f"team/{task_id}", ref.key, ref.sha256)
+    return StagedAdapter(task_id=task_id, name=f"team/{task_id}", key=ref.key, sha256=ref.sha256)
 
 
 def merged(store: SubspaceStore, adapters: Mapping[str, Adapter], op_key: str = "") -> Version:
@@ -81,7 +81,7 @@ def refined(store: SubspaceStore, adapters: dict[str, Adapter], op_key: str = "r
     uploads = []
     for task, adapter in adapters.items():
         ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
-        uploads.append(StagedAdapter(task, f"team/{task}", ref.key, ref.sha256))
+        uploads.append(StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256))
     return store.refine(uploads, op_key=op_key, actor="test")
 
 

@@ -38,7 +38,12 @@ def write(folder: Path) -> None:
     store = opened(LocalStorage(str(folder / "store")), writer="first", **SETTINGS)
     for number in (1, 2):
         merged(store, {f"t{number}": random_adapter(number)})
-        store.record_scores(number, [TaskScore(f"t{number}", 0.5 + number / 10, 100)], op_key=f"s{number}", actor="eve")
+        store.record_scores(
+            number,
+            [TaskScore(task_id=f"t{number}", score=0.5 + number / 10, count=100)],
+            op_key=f"s{number}",
+            actor="eve",
+        )
         store.publish(number, op_key=f"p{number}", actor="eve")
     merged(
         store, {"wide": random_adapter(3, rank=2, shapes={**SHAPES, "layer.1.new": (9, 7)}), "t4": random_adapter(4)}

@@ -243,7 +243,11 @@ def test_two_tasks_of_one_name_are_told_apart_by_their_ids(tmp_path: Path, monke
     monkeypatch.setattr(store, "_refuse_doubles", lambda *_: None)  # stores of before 0.4 may hold such
     for task_id in ("one", "two"):
         ref = store.stage(f"staging/{task_id}/1/adapter.safetensors", random_adapter(len(task_id)))
-        store.merge([StagedAdapter(task_id, "team/same", ref.key, ref.sha256)], op_key=task_id, actor="test")
+        store.merge(
+            [StagedAdapter(task_id=task_id, name="team/same", key=ref.key, sha256=ref.sha256)],
+            op_key=task_id,
+            actor="test",
+        )
     with pytest.raises(InvalidInput, match="several tasks named team/same"):
         export_tasks(store, tmp_path, version=2, base_source="base")
     (exported,) = export_tasks(store, tmp_path, version=2, tasks=["two"], base_source="base")

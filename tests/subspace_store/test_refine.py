@@ -156,7 +156,9 @@ def test_only_a_task_that_the_candidate_holds_is_refined_and_each_once() -> None
     store = grown("a")
     ref = store.stage("staging/a/1/adapter.safetensors", adapter)
     with pytest.raises(InvalidInput, match="named twice"):
-        store.refine([StagedAdapter("a", "team/a", ref.key, ref.sha256)] * 2, op_key="k", actor="test")
+        store.refine(
+            [StagedAdapter(task_id="a", name="team/a", key=ref.key, sha256=ref.sha256)] * 2, op_key="k", actor="test"
+        )
     store.quarantine("a", "its data is wrong", actor="ann")
     with pytest.raises(InvalidInput, match="its data is wrong"):
         refined(store, {"a": in_the_basis(store, 7, version=1)})
@@ -298,7 +300,7 @@ def test_a_task_is_born_in_the_version_that_was_the_first_to_be_judged_however_o
     store = grown("a", "bc")
     refined(store, {"b": in_the_basis(store, 7, version=2)})
     assert store.state.births(3) == {"a": 1, "b": 3, "c": 3}  # c came in version 2, which nobody scored
-    store.record_scores(3, [TaskScore(task, 0.5, 10) for task in "abc"], op_key="s", actor="gate")
+    store.record_scores(3, [TaskScore(task_id=task, score=0.5, count=10) for task in "abc"], op_key="s", actor="gate")
     refined(store, {"c": in_the_basis(store, 8, version=3)}, "later")
     assert store.state.births(4) == {"a": 1, "b": 3, "c": 3}
 

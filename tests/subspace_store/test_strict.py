@@ -230,9 +230,11 @@ def test_no_argument_of_any_method_may_be_just_anything(
         lambda store: store.hold("why", actor="me", op_key="\ud800"),
         lambda store: store.quarantine("", "why", actor="me"),
         lambda store: store.reject(4, "worse", op_key="k", actor="me", task_ids="t4"),
-        lambda store: store.record_scores(4, [TaskScore("t4", float("inf"), 3)], op_key="k", actor="me"),
-        lambda store: store.record_scores(4, [TaskScore("t4", 0.5, -1)], op_key="k", actor="me"),
-        lambda store: store.record_scores(4, [TaskScore("t4", "0.5", 3)], op_key="k", actor="me"),
+        lambda store: store.record_scores(
+            4, [TaskScore(task_id="t4", score=float("inf"), count=3)], op_key="k", actor="me"
+        ),
+        lambda store: store.record_scores(4, [TaskScore(task_id="t4", score=0.5, count=-1)], op_key="k", actor="me"),
+        lambda store: store.record_scores(4, [TaskScore(task_id="t4", score="0.5", count=3)], op_key="k", actor="me"),
         lambda store: store.merge([replace(UPLOADS[1], key=1)], op_key="k", actor="me"),
         lambda store: store.merge(UPLOADS[1], op_key="k", actor="me"),
         lambda store: store.collect(uploads_in_use=lambda: "t1"),

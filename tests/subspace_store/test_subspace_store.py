@@ -130,7 +130,7 @@ def test_requests_about_versions_repeat_without_a_second_record() -> None:
     store = opened()
     merged(store, {"a": random_adapter(1)})
     for _ in range(2):
-        store.record_scores(1, [TaskScore("a", 0.5, 10)], op_key="s", actor="test")
+        store.record_scores(1, [TaskScore(task_id="a", score=0.5, count=10)], op_key="s", actor="test")
         store.publish(1, op_key="p", actor="test")
     merged(store, {"b": random_adapter(2)})
     for _ in range(2):
@@ -208,7 +208,11 @@ def test_uploads_that_are_not_what_was_announced_are_refused() -> None:
         store.merge([replace(upload, sha256="0" * 64)], op_key="k", actor="test")
     store.storage.write("staging/junk", b"no tensors")
     with pytest.raises(InvalidInput, match="is not an adapter file"):
-        store.merge([StagedAdapter("a", "team/a", "staging/junk", digest(b"no tensors"))], op_key="k", actor="test")
+        store.merge(
+            [StagedAdapter(task_id="a", name="team/a", key="staging/junk", sha256=digest(b"no tensors"))],
+            op_key="k",
+            actor="test",
+        )
     with pytest.raises(InvalidInput, match="named twice"):
         store.merge([upload, upload], op_key="k", actor="test")
     with pytest.raises(InvalidInput, match="at least one"):
@@ -326,16 +330,21 @@ def test_only_the_candidate_is_judged() -> None:
 
 def test_scores_are_kept_per_version_the_later_one_counts_and_nan_survives() -> None:
     store = three_published()
-    store.record_scores(3, [TaskScore("a", 0.9, 100), TaskScore("b", math.nan, 0)], op_key="s1", actor="test")
-    store.record_scores(3, [TaskScore("a", 0.8, 100)], op_key="s2", actor="test")
+    store.record_scores(
+        3,
+        [TaskScore(task_id="a", score=0.9, count=100), TaskScore(task_id="b", score=math.nan, count=0)],
+        op_key="s1",
+        actor="test",
+    )
+    store.record_scores(3, [TaskScore(task_id="a", score=0.8, count=100)], op_key="s2", actor="test")
     scores = reading(store.storage).state.scores
     assert set(scores) == {3}
     assert scores[3]["a"].score == 0.8
     assert math.isnan(scores[3]["b"].score)
     with pytest.raises(NotFound, match="version 1 holds no task b"):
-        store.record_scores(1, [TaskScore("b", 0.5, 1)], op_key="s3", actor="test")
+        store.record_scores(1, [TaskScore(task_id="b", score=0.5, count=1)], op_key="s3", actor="test")
     with pytest.raises(InvalidInput, match="cannot be infinite"):
-        store.record_scores(1, [TaskScore("a", math.inf, 1)], op_key="s3", actor="test")
+        store.record_scores(1, [TaskScore(task_id="a", score=math.inf, count=1)], op_key="s3", actor="test")
 
 
 def test_rolling_back_is_one_record_that_copies_nothing_and_forward_again_is_the_same_call() -> None:
@@ -512,9 +521,13 @@ def test_a_name_means_one_task_in_every_version() -> None:
     seq = store.state.seq
     held = store.state.tasks_at(1)["old"].name
     with pytest.raises(NameTaken, match="version 1 holds another task of this name") as caught:
-        store.merge([StagedAdapter("new", held, refs["new"].key, refs["new"].sha256)], op_key="again", actor="test")
+        store.merge(
+            [StagedAdapter(task_id="new", name=held, key=refs["new"].key, sha256=refs["new"].sha256)],
+            op_key="again",
+            actor="test",
+        )
     assert (caught.value.task_id, caught.value.other_id) == ("new", "old")
-    both = [StagedAdapter(task, "team/twin", ref.key, ref.sha256) for task, ref in refs.items()]
+    both = [StagedAdapter(task_id=task, name="team/twin", key=ref.key, sha256=ref.sha256) for task, ref in refs.items()]
     with pytest.raises(NameTaken) as caught:
         store.merge(both, op_key="both", actor="test")
     assert (caught.value.task_id, caught.value.other_id) == ("third", "new")

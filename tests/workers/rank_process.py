@@ -45,8 +45,16 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
         task = wanted.get("task", name)
         spec = sentiment_task(**wanted["spec"])
         key = f"staging/{task}/1-{name}/adapter.safetensors"
-        order = Train(name, task, 1, spec, f"data/{spec.kind}", f"data/{spec.kind}", key)
-        rank = Rank(index, size, "127.0.0.1", wanted["port"])
+        order = Train(
+            token=name,
+            task_id=task,
+            attempt=1,
+            spec=spec,
+            train_key=f"data/{spec.kind}",
+            eval_key=f"data/{spec.kind}",
+            staging_key=key,
+        )
+        rank = Rank(index=index, size=size, master_address="127.0.0.1", master_port=wanted["port"])
         if rank.leads:
             listen(rank.master_address, rank.master_port)
         try:

@@ -60,7 +60,9 @@ def merge(base: BaseModel, storage: Storage) -> tuple[SubspaceStore, int]:
     fit(model, base, rows(MERGED, seed=2), spec, ALONE)
     store = SubspaceStore.open(storage, writer="test", base_model=base.name, base_sha256=base.sha256)
     staged = store.stage("staging/a/1/adapter.safetensors", lora.finish(model, base, spec))
-    version = store.merge([StagedAdapter("a", "t/a", staged.key, staged.sha256)], op_key="1", actor="test").number
+    version = store.merge(
+        [StagedAdapter(task_id="a", name="t/a", key=staged.key, sha256=staged.sha256)], op_key="1", actor="test"
+    ).number
     store.publish(version, op_key="2", actor="test")
     return store, version
 

@@ -39,7 +39,17 @@ def checkpoint(step: int, run: str = RUN) -> Checkpoint:
     torch.manual_seed(step)
     parameters = {"lora_A.weight": {"value": torch.randn(2, 3), "exp_avg": torch.randn(2, 3)}}
     generators = ({"cpu": torch.get_rng_state()}, {"cpu": torch.get_rng_state() + 1})
-    return Checkpoint(step, run, "lora", 7, 1.5, float(step), {"last_epoch": step}, parameters, generators)
+    return Checkpoint(
+        step=step,
+        run=run,
+        method="lora",
+        basis_version=7,
+        loss_sum=1.5,
+        optimizer_step=float(step),
+        scheduler={"last_epoch": step},
+        parameters=parameters,
+        generators=generators,
+    )
 
 
 def test_what_is_written_comes_back_bit_for_bit() -> None:

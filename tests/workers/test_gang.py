@@ -18,7 +18,15 @@ from workers import gang as gang_module
 from workers.gang import Gang, NoPlace, no_place
 from workers.orders import Evaluate, Evaluated, Failed, Progress, Rank, RankLost, Train, Trained
 
-TRAIN = Train("token", "task", 1, task_spec(), "data/train", "data/eval", "staging/task/1-token/adapter.safetensors")
+TRAIN = Train(
+    token="token",
+    task_id="task",
+    attempt=1,
+    spec=task_spec(),
+    train_key="data/train",
+    eval_key="data/eval",
+    staging_key="staging/task/1-token/adapter.safetensors",
+)
 
 
 @dataclass
@@ -97,7 +105,9 @@ class StandInRanks:
         return {
             "meeting_place": (f"10.0.0.{index + 1}", 5000 + index),
             "warm": replace(LAYOUT, sha256=rank.sha256),
-            "progress": Progress("token", "training", 3, 10, loss=0.5, log_lines=(f"a line of rank {index}",)),
+            "progress": Progress(
+                token="token", phase="training", step=3, steps=10, loss=0.5, log_lines=(f"a line of rank {index}",)
+            ),
             "pid": 100 * len(self.generations) + index,
         }.get(method)
 
@@ -157,8 +167,8 @@ def test_every_rank_gets_the_order_with_its_own_rank_and_the_place_of_rank_0(gan
         rank.order.set_result(trained("token", steps=7))
     assert isinstance(run.outcome, Trained)
     assert [orders(rank) for rank in ranks.now] == [
-        [("run", TRAIN, Rank(0, 2, "10.0.0.1", 5000))],
-        [("run", TRAIN, Rank(1, 2, "10.0.0.1", 5000))],
+        [("run", TRAIN, Rank(index=0, size=2, master_address="10.0.0.1", master_port=5000))],
+        [("run", TRAIN, Rank(index=1, size=2, master_address="10.0.0.1", master_port=5000))],
     ]
 
 
@@ -180,10 +190,10 @@ def test_the_outcome_is_rank_0s_and_its_log_begins_with_where_the_ranks_are(gang
 
 
 def test_a_score_is_rank_0s_too(gang: Gang, ranks: StandInRanks) -> None:
-    run = Run(gang, ranks, Evaluate("token", "task", 3, task_spec(), "data/eval"))
-    ranks.now[1].order.set_result(Evaluated("token", 0.0, 0, 0.0))
-    ranks.now[0].order.set_result(Evaluated("token", 0.75, 100, 1.0))
-    assert run.outcome == Evaluated("token", 0.75, 100, 1.0)
+    run = Run(gang, ranks, Evaluate(token="token", task_id="task", version=3, spec=task_spec(), eval_key="data/eval"))
+    ranks.now[1].order.set_result(Evaluated(token="token", score=0.0, count=0, seconds=0.0))
+    ranks.now[0].order.set_result(Evaluated(token="token", score=0.75, count=100, seconds=1.0))
+    assert run.outcome == Evaluated(token="token", score=0.75, count=100, seconds=1.0)
 
 
 @pytest.mark.usefixtures("short_grace")
@@ -203,7 +213,7 @@ def test_a_lost_rank_ends_all_and_the_next_order_finds_new_ones(gang: Gang, rank
 
 def test_what_rank_0_says_of_the_broken_connection_is_not_taken_for_a_bug(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
-    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: connection closed by peer"))
+    ranks.now[0].order.set_result(Failed(token="token", fault="bug", message="RuntimeError: connection closed by peer"))
     ranks.now[1].die()
     assert run.outcome.fault == "lost"
 
@@ -213,7 +223,7 @@ def test_a_rank_that_is_silent_when_another_failed_counts_as_lost(gang: Gang, ra
     run = Run(gang, ranks)
     old = ranks.now
     old[1].silent = True  # its machine was cut off: no process died, as far as anybody can see
-    old[0].order.set_result(Failed("token", "bug", "RuntimeError: timed out"))
+    old[0].order.set_result(Failed(token="token", fault="bug", message="RuntimeError: timed out"))
     assert run.outcome.fault == "lost"
     assert "rank 1 of 2" in run.outcome.message
     assert all(rank.dead for rank in old)
@@ -234,8 +244,8 @@ def test_what_a_rank_says_of_the_task_outweighs_what_the_others_make_of_its_end(
 ) -> None:
     run = Run(gang, ranks)
     closed = "RuntimeError: connection closed by peer"
-    ranks.now[0].order.set_result(Failed("token", "bug", closed, log_lines=("a line of rank 0",)))
-    ranks.now[1].order.set_result(Failed("token", fault, "row 17 has no text"))
+    ranks.now[0].order.set_result(Failed(token="token", fault="bug", message=closed, log_lines=("a line of rank 0",)))
+    ranks.now[1].order.set_result(Failed(token="token", fault=fault, message="row 17 has no text"))
     assert (run.outcome.fault, run.outcome.message) == (fault, "row 17 has no text")
     assert run.outcome.log_lines == ("2 ranks: 1 on 10.0.0.1, 1 on 10.0.0.2", "a line of rank 0")
     assert len(ranks.generations) == 1  # all have answered: nobody is stuck, nobody is ended
@@ -245,18 +255,20 @@ def test_what_a_rank_says_of_the_task_outweighs_what_the_others_make_of_its_end(
 def test_a_rank_that_hangs_after_anothers_bug_is_ended(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
     old = ranks.now
-    old[1].order.set_result(Failed("token", "bug", "ZeroDivisionError: of our making", "traceback"))
+    old[1].order.set_result(
+        Failed(token="token", fault="bug", message="ZeroDivisionError: of our making", detail="traceback")
+    )
     assert (run.outcome.fault, run.outcome.detail) == ("bug", "traceback")
     assert old[0].dead
 
 
 def test_of_two_bugs_the_first_is_told_for_it_caused_the_other(gang: Gang, ranks: StandInRanks) -> None:
     run = Run(gang, ranks)
-    ranks.now[1].order.set_result(Failed("token", "bug", "ZeroDivisionError: of our making"))
+    ranks.now[1].order.set_result(Failed(token="token", fault="bug", message="ZeroDivisionError: of our making"))
     seen = len(ranks.now[0].asked)
     while len(ranks.now[0].asked) < seen + 3:  # by then the first has been taken note of
         time.sleep(0.001)
-    ranks.now[0].order.set_result(Failed("token", "bug", "RuntimeError: connection closed by peer"))
+    ranks.now[0].order.set_result(Failed(token="token", fault="bug", message="RuntimeError: connection closed by peer"))
     assert run.outcome.message == "ZeroDivisionError: of our making"
 
 
@@ -321,7 +333,7 @@ def test_all_ranks_are_told_to_stop(gang: Gang, ranks: StandInRanks, stop: str) 
     for rank in ranks.now:
         assert rank.stopped.wait(5)
         assert (stop, "token") in rank.asked
-        rank.order.set_result(Failed("token", "cancelled", "cancelled while it was running"))
+        rank.order.set_result(Failed(token="token", fault="cancelled", message="cancelled while it was running"))
     assert run.outcome.fault == "cancelled"
     assert getattr(gang, stop)("token") is False
 
@@ -340,7 +352,7 @@ def test_an_order_that_waits_behind_another_can_be_stopped_too(gang: Gang, ranks
     for rank in now:
         assert rank.stopped.wait(5)
         assert ("cancel", "second") in rank.asked
-        rank.order.set_result(Failed("second", "cancelled", "cancelled before it began"))
+        rank.order.set_result(Failed(token="second", fault="cancelled", message="cancelled before it began"))
     assert second.outcome.fault == "cancelled"
 
 

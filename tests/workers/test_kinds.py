@@ -39,7 +39,16 @@ def trained(base: BaseModel, file: Path, **sections: Any) -> tuple[Trained, Resu
         keys.append(rows.key("data", name))
         rows.write(storage, keys[-1])
     frozen.close()
-    order = Train("token", "task-1", 1, spec, *keys, "staging/task-1/1-token/adapter.safetensors", "results/local")
+    order = Train(
+        token="token",
+        task_id="task-1",
+        attempt=1,
+        spec=spec,
+        train_key=keys[0],
+        eval_key=keys[1],
+        staging_key="staging/task-1/1-token/adapter.safetensors",
+        results_key="results/local",
+    )
     done = train_task(order, base, storage, SubspaceReader.open(storage), lambda progress: None, lambda: "")
     return done, read_results(storage, "results/local")
 

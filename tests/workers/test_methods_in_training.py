@@ -46,7 +46,7 @@ def desk(request: pytest.FixtureRequest, tiny: Tiny) -> Desk:
         base_model=base.name,
         base_sha256=base.sha256,
     )
-    first = StagedAdapter("task-1", "team-a/first", trained.staging_key, trained.adapter_sha256)
+    first = StagedAdapter(task_id="task-1", name="team-a/first", key=trained.staging_key, sha256=trained.adapter_sha256)
     version = store.merge([first], op_key="merge", actor="test")
     store.publish(version.number, op_key="publish", actor="test")
     desk.heartbeats.clear()
@@ -183,7 +183,7 @@ def test_a_run_whose_basis_has_expired_starts_anew_and_keeps_what_it_does_from_t
         attempt(1, 4)
     second = desk.train(tiny("bert"), sentiment_task(lora={"r": 4}), staging_key="staging/task-2/1-a/adapter")
     store = SubspaceStore.open(desk.storage, settings=SubspaceSettings(), writer="test")
-    staged = StagedAdapter("task-2", "team-a/second", second.staging_key, second.adapter_sha256)
+    staged = StagedAdapter(task_id="task-2", name="team-a/second", key=second.staging_key, sha256=second.adapter_sha256)
     version = store.merge([staged], op_key="again", actor="test")
     store.publish(version.number, op_key="publish again", actor="test")
     store.expire([1], actor="test")

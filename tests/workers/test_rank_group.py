@@ -187,7 +187,7 @@ def test_ranks_that_do_not_meet_are_lost_with_the_place_and_what_to_check(monkey
     monkeypatch.setattr(rank_group, "JOIN", timedelta(seconds=0.3))
     before, port = dict(os.environ), listen("127.0.0.1")
     lost = pytest.raises(RankLost, match="could not join the others within 0")
-    with lost as caught, joined(Rank(0, 2, "127.0.0.1", port), None):
+    with lost as caught, joined(Rank(index=0, size=2, master_address="127.0.0.1", master_port=port), None):
         pass
     assert caught.value.where == f"127.0.0.1:{port}"
     assert "firewall" in caught.value.todo
@@ -208,12 +208,15 @@ def test_a_rank_that_failed_says_so_although_nobody_answers_its_goodbye(monkeypa
     monkeypatch.setattr(rank_group, "LEAVE_SECONDS", 0.1)
     with monkeypatch.context() as patch:
         patch.setattr(dist, "destroy_process_group", others.wait)
-        with pytest.raises(ZeroDivisionError), joined(Rank(0, 2), None):
+        with pytest.raises(ZeroDivisionError), joined(Rank(index=0, size=2), None):
             raise ZeroDivisionError("on this rank alone")
         assert dist.is_initialized()
         others.set()
     monkeypatch.undo()
     port = listen("127.0.0.1")
-    with pytest.raises(RankLost, match="twice"), joined(Rank(0, 2, "127.0.0.1", port), None):
+    with (
+        pytest.raises(RankLost, match="twice"),
+        joined(Rank(index=0, size=2, master_address="127.0.0.1", master_port=port), None),
+    ):
         pass  # should it get another order before it is ended
     assert not dist.is_initialized()

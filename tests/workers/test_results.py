@@ -12,7 +12,7 @@ from configs.errors import Corrupt
 from subspace_store.storage.memory import MemoryStorage
 from workers.results import Results, read_results, write_results
 
-RESULTS = Results("t-1", 3, "accuracy", "ab" * 32, (1.0, 0.0, 0.25))
+RESULTS = Results(task_id="t-1", version=3, metric="accuracy", eval_sha256="ab" * 32, per_row=(1.0, 0.0, 0.25))
 
 
 def test_results_come_back_as_they_were_written_and_the_same_ones_are_the_same_bytes() -> None:

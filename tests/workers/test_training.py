@@ -42,7 +42,13 @@ class Desk:
 
     def order(self, spec: TaskSpec, **changes: Any) -> Train:
         order = Train(
-            "token", "task-1", 1, spec, "data/train", "data/eval", "staging/task-1/1-token/adapter.safetensors"
+            token="token",
+            task_id="task-1",
+            attempt=1,
+            spec=spec,
+            train_key="data/train",
+            eval_key="data/eval",
+            staging_key="staging/task-1/1-token/adapter.safetensors",
         )
         return replace(order, **changes)
 

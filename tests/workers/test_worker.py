@@ -50,7 +50,13 @@ def worker(settings: BaseModelSettings) -> Worker:
 def train(token: str, **changes: Any) -> Train:
     spec = sentiment_task(**changes)
     return Train(
-        token, f"task-{token}", 1, spec, "data/train", "data/eval", f"staging/task-{token}/1/adapter.safetensors"
+        token=token,
+        task_id=f"task-{token}",
+        attempt=1,
+        spec=spec,
+        train_key="data/train",
+        eval_key="data/eval",
+        staging_key=f"staging/task-{token}/1/adapter.safetensors",
     )
 
 
@@ -64,7 +70,19 @@ class Gate:
         self.orders += 1
         self.began.set()
         assert self.opened.wait(10)
-        return Trained(order.token, order.staging_key, "", 0, 0, 0.0, 0.0, self.orders, 0.0, 0.0, 0.0)
+        return Trained(
+            token=order.token,
+            staging_key=order.staging_key,
+            adapter_sha256="",
+            adapter_parameters=0,
+            score_count=0,
+            local_score=0.0,
+            base_score=0.0,
+            steps=self.orders,
+            train_loss=0.0,
+            seconds=0.0,
+            first_step_at=0.0,
+        )
 
 
 @pytest.fixture
@@ -164,7 +182,9 @@ def test_memory_that_runs_out_while_scoring_is_told_with_the_setting_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(worker_module, "evaluate_version", meager)
-    outcome = worker.run(Evaluate("score", "task-1", 1, sentiment_task(), "data/eval"))
+    outcome = worker.run(
+        Evaluate(token="score", task_id="task-1", version=1, spec=sentiment_task(), eval_key="data/eval")
+    )
     assert isinstance(outcome, Failed)
     assert outcome.fault == "input"
     assert "data.max_length: memory ran out while scoring: CUDA out of memory" in outcome.message
@@ -207,7 +227,9 @@ def test_every_outcome_says_how_long_the_order_had_the_worker(worker: Worker, mo
         outcome = worker.run(train(f"one that ends with {type(fault).__name__}"))
         assert outcome.worker_seconds is not None
         assert 0.05 <= outcome.worker_seconds < 5.0
-    scored = worker.run(Evaluate("how long", "task-1", 1, sentiment_task(), "data/eval"))
+    scored = worker.run(
+        Evaluate(token="how long", task_id="task-1", version=1, spec=sentiment_task(), eval_key="data/eval")
+    )
     assert isinstance(scored, Evaluated | Failed)
     assert scored.worker_seconds is not None
 
@@ -220,7 +242,9 @@ def test_an_order_that_waits_can_be_cancelled_before_it_begins(worker: Worker, g
         while not worker.cancel("waiting"):
             time.sleep(0.01)
         gate.opened.set()
-        assert waiting.result(10) == Failed("waiting", "cancelled", "cancelled while it was running")
+        assert waiting.result(10) == Failed(
+            token="waiting", fault="cancelled", message="cancelled while it was running"
+        )
     assert gate.orders == 1
 
 
@@ -262,7 +286,14 @@ def test_a_task_is_scored_under_a_version(worker: Worker) -> None:
     assert isinstance(trained, Trained)
     writer = SubspaceStore.open(storage, base_model="tiny", writer="test")
     version = _merge(writer, order, trained)
-    evaluate = Evaluate("scored", order.task_id, version, order.spec, "data/eval", "results/merged/1")
+    evaluate = Evaluate(
+        token="scored",
+        task_id=order.task_id,
+        version=version,
+        spec=order.spec,
+        eval_key="data/eval",
+        results_key="results/merged/1",
+    )
     outcome = worker.run(evaluate)
     # One task in an empty subspace: nothing is lost but rounding.
     assert isinstance(outcome, Evaluated)
@@ -281,7 +312,9 @@ def test_a_task_is_scored_under_a_version(worker: Worker) -> None:
 def _merge(writer: Any, order: Train, trained: Trained) -> int:
     from subspace_store.log.version import StagedAdapter
 
-    staged = StagedAdapter(order.task_id, "team-a/sentiment", trained.staging_key, trained.adapter_sha256)
+    staged = StagedAdapter(
+        task_id=order.task_id, name="team-a/sentiment", key=trained.staging_key, sha256=trained.adapter_sha256
+    )
     return int(writer.merge([staged], op_key="merge-1", actor="test").number)
 
 

@@ -141,7 +141,10 @@ def test_what_is_not_row_by_row_is_not_compared() -> None:
 
 
 def test_reasons_tell_how_sure_the_drop_is_and_the_decision_does_not_wait_for_it() -> None:
-    sure, unsure = PairedDifference(-0.06, -0.08, -0.04, 400), PairedDifference(-0.06, -0.14, 0.02, 20)
+    sure, unsure = (
+        PairedDifference(mean=-0.06, low=-0.08, high=-0.04, count=400),
+        PairedDifference(mean=-0.06, low=-0.14, high=0.02, count=20),
+    )
     for difference in (sure, unsure):
         decision = decided(0.86, 0.80, 0.9, record("b", 0.96), paired={"a": difference, "b": difference})
         assert len(decision.broken) == 2

@@ -13,7 +13,10 @@ from workers.orders import Point
 
 
 def points(*steps: int, resumed_from: int = 0) -> list[Point]:
-    return [Point(0.0, step, 1 / step, 1e-3, 100, resumed_from=resumed_from) for step in steps]
+    return [
+        Point(at=0.0, step=step, loss=1 / step, learning_rate=1e-3, steps=100, resumed_from=resumed_from)
+        for step in steps
+    ]
 
 
 def steps(found: list[tuple[list[Point], list[Point]]]) -> list[tuple[list[int], list[int]]]:

@@ -25,10 +25,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 
 POINTS = (
-    Point(2000.0, 5, 0.75, 0.002, 10),
-    Point(2001.0, 10, 0.25, 0.001, 10, 80.0, 900.0, 512_000_000, machine={"cpu_utilization_percentage": 75.0}),
+    Point(at=2000.0, step=5, loss=0.75, learning_rate=0.002, steps=10),
+    Point(
+        at=2001.0,
+        step=10,
+        loss=0.25,
+        learning_rate=0.001,
+        steps=10,
+        samples_per_second=80.0,
+        tokens_per_second=900.0,
+        memory_bytes=512_000_000,
+        machine={"cpu_utilization_percentage": 75.0},
+    ),
 )
-REFINED = Point(2002.0, 1, 0.2, 0.001, 10, method="refine")
+REFINED = Point(at=2002.0, step=1, loss=0.2, learning_rate=0.001, steps=10, method="refine")
 
 
 class Mirrored:

@@ -22,14 +22,22 @@ WEEK = HALF_LIFE_SECONDS
 
 def waiting(*ids: str, priority: int = 0) -> list[Waiting]:
     """`red1` is the task 1 of team red, submitted at second 1."""
-    return [Waiting(i, i.rstrip("0123456789"), priority, float(i.lstrip("abcdefghijklmnopqrstuvwxyz"))) for i in ids]
+    return [
+        Waiting(
+            task_id=i,
+            team=i.rstrip("0123456789"),
+            priority=priority,
+            submitted_at=float(i.lstrip("abcdefghijklmnopqrstuvwxyz")),
+        )
+        for i in ids
+    ]
 
 
 def total(seconds: float, *ends: float) -> DecayedSum:
     """Uses of one team, of the same length, that ended then."""
     found = DecayedSum()
     for end in ends:
-        found = found.plus(Use("red", seconds, end))
+        found = found.plus(Use(team="red", seconds=seconds, ended_at=end))
     return found
 
 
@@ -95,7 +103,11 @@ def test_priority_counts_inside_a_team_only() -> None:
 
 
 def test_age_decides_at_equal_priority_and_the_id_at_equal_age() -> None:
-    tasks = [Waiting("b", "red", 0, 7.0), Waiting("a", "red", 0, 7.0), Waiting("c", "red", 0, 6.0)]
+    tasks = [
+        Waiting(task_id="b", team="red", priority=0, submitted_at=7.0),
+        Waiting(task_id="a", team="red", priority=0, submitted_at=7.0),
+        Waiting(task_id="c", team="red", priority=0, submitted_at=6.0),
+    ]
     assert order(tasks) == ["c", "a", "b"]
 
 
@@ -105,7 +117,11 @@ def test_a_team_that_is_no_longer_in_the_settings_counts_with_weight_one() -> No
 
 def test_the_first_few_are_the_same_when_only_the_head_of_each_line_is_known() -> None:
     teams = {"red": 50.0, "blue": 0.0, "green": 500.0}
-    tasks = [Waiting(f"{team}{n:03d}", team, n % 3, float(n)) for team in teams for n in range(200)]
+    tasks = [
+        Waiting(task_id=f"{team}{n:03d}", team=team, priority=n % 3, submitted_at=float(n))
+        for team in teams
+        for n in range(200)
+    ]
     everything = running_order(tasks, teams, {"blue": 90.0}, {"red": 2.0})
     assert sorted(everything) == sorted(task.task_id for task in tasks)
     heads = [

@@ -32,7 +32,7 @@ REFINE = {"method": {"refine_epochs": 1}}
 
 def lives() -> dict[str, tuple[TaskRecord, list[Any]]]:
     """Title to a task and what happens to it: every state, and every number that a record can hold."""
-    claimed = events.Claimed("tok", "worker-0", 1010.0)
+    claimed = events.Claimed(token="tok", worker="worker-0", at=1010.0)
     done = events.TrainingDone(trained("tok", seconds=100.0, metrics={"f1_macro": 0.5}), 1120.0)
     refined = events.TrainingDone(trained("ref", seconds=20.0), 1200.0)
     merged = [claimed, done, events.MergeBegun("merge:1"), events.Merged(3)]
@@ -40,23 +40,26 @@ def lives() -> dict[str, tuple[TaskRecord, list[Any]]]:
     found = {
         "red/queued": [],
         "red/urgent": [],
-        "red/again": [claimed, events.TrainingFailed("tok", "lost", "worker-0 was lost", 1020.0)],
+        "red/again": [
+            claimed,
+            events.TrainingFailed(token="tok", fault="lost", message="worker-0 was lost", at=1020.0),
+        ],
         "red/training": [claimed],
         "blue/merging": [claimed, done],
-        "blue/refining": [*merged, events.Claimed("ref", "worker-1", 1150.0)],
+        "blue/refining": [*merged, events.Claimed(token="ref", worker="worker-1", at=1150.0)],
         "blue/evaluating": merged,
         "blue/published": [*merged, passed],
         "blue/refined": [
             *merged,
-            events.Claimed("ref", "worker-1", 1150.0),
+            events.Claimed(token="ref", worker="worker-1", at=1150.0),
             refined,
             events.Refined(4),
             passed,
-            events.RefinedAgain("refined again", "6-again", 30.0, 1400.0),
+            events.RefinedAgain(message="refined again", token="6-again", seconds=30.0, at=1400.0),
         ],
         "red/rejected": [*merged, events.Judged(False, "worse", 1300.0)],
         "red/rolled-back": [*merged, passed, events.RolledBack("main is version 2", 1350.0)],
-        "red/parked": [claimed, events.TrainingFailed("tok", "input", "row 3", 1030.0)],
+        "red/parked": [claimed, events.TrainingFailed(token="tok", fault="input", message="row 3", at=1030.0)],
         "red/cancelled": [events.CancelRequested("ann", 1005.0)],
     }
     tasks = {}
@@ -78,7 +81,9 @@ def write(name: str) -> None:
             for step in steps:
                 queue.apply(record.task_id, step)
         queue.heartbeat("t-red-training", "tok", 1070.0, {"step": 3, "loss": 0.5})
-        queue.append_log("t-red-training", ["a line", Point(1015.0, 3, 0.5, 0.001, machine={"cpu": 50.0})])
+        queue.append_log(
+            "t-red-training", ["a line", Point(at=1015.0, step=3, loss=0.5, learning_rate=0.001, machine={"cpu": 50.0})]
+        )
         (GOLDEN / f"{name}.json").write_text(json.dumps(facts(queue), indent=1) + "\n")
         queue.close()
         (GOLDEN / f"{name}.db.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))

@@ -525,8 +525,8 @@ def test_a_client_key_of_ones_own_makes_it_one_task_and_is_no_key_to_another(des
 
 def test_after_it_was_parked_or_cancelled_it_may_be_submitted_again(desk: Desk) -> None:
     first, _ = desk.submit(desk.document())
-    desk.queue.apply(first.task_id, Claimed("tok", "w", 1.0))
-    desk.queue.apply(first.task_id, TrainingFailed("tok", "input", "too long", 2.0))
+    desk.queue.apply(first.task_id, Claimed(token="tok", worker="w", at=1.0))
+    desk.queue.apply(first.task_id, TrainingFailed(token="tok", fault="input", message="too long", at=2.0))
     second, is_new = desk.submit(desk.document())
     assert is_new
     assert second.task_id != first.task_id

@@ -52,7 +52,7 @@ WRITES: dict[str, Callable[[TaskQueue], Any]] = {
     "heartbeat": lambda q: q.heartbeat(KNOWN, "tok", 9.0, {"step": 1}),
     "append": lambda q: q.append(KNOWN, [("log", "a line")]),
     "append_log": lambda q: q.append_log(KNOWN, ["a line"]),
-    "charge": lambda q: q.charge(KNOWN, "t", "score", Use("red", 1.0, 2.0)),
+    "charge": lambda q: q.charge(KNOWN, Use(team="red", seconds=1.0, ended_at=2.0), token="t", what="score"),
 }
 every_read = pytest.mark.parametrize("read", READS.values(), ids=READS)
 every_write = pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
@@ -74,7 +74,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def queue(file: Path) -> Iterator[TaskQueue]:
     queue = TaskQueue(f"sqlite:///{file}")
     queue.add(task_record())
-    queue.apply(KNOWN, Claimed("tok", "worker-0", 1.0))
+    queue.apply(KNOWN, Claimed(token="tok", worker="worker-0", at=1.0))
     yield queue
     queue.close()
 

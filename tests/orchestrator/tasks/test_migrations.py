@@ -58,7 +58,7 @@ def test_a_database_of_an_earlier_release_is_gone_on_with(release: str, tmp_path
         "t-red-rolled-back": 3,
     }
     for event in (
-        Claimed("new", "worker-0", 2000.0),
+        Claimed(token="new", worker="worker-0", at=2000.0),
         TrainingDone(trained("new", worker_seconds=50.0), 2100.0),
         MergeBegun("m"),
         Merged(9),

@@ -45,7 +45,7 @@ def after(record: TaskRecord, *events: Event) -> TaskRecord:
     return record
 
 
-CLAIMED = Claimed("tok", "worker-0", 1002.0)
+CLAIMED = Claimed(token="tok", worker="worker-0", at=1002.0)
 DONE = TrainingDone(trained("tok"), 1010.0)
 
 
@@ -82,7 +82,7 @@ def to_refine() -> TaskRecord:
 
 
 def refining() -> TaskRecord:
-    return after(to_refine(), Claimed("ref", "worker-1", 1012.0))
+    return after(to_refine(), Claimed(token="ref", worker="worker-1", at=1012.0))
 
 
 def trained_again() -> TaskRecord:
@@ -94,7 +94,7 @@ def rejected() -> TaskRecord:
 
 
 def parked() -> TaskRecord:
-    return after(training(), TrainingFailed("tok", "input", "row 3", 1010.0))
+    return after(training(), TrainingFailed(token="tok", fault="input", message="row 3", at=1010.0))
 
 
 def rolled_back() -> TaskRecord:
@@ -137,7 +137,11 @@ def test_b_what_was_not_measured_is_none_never_zero_or_nan() -> None:
 
 
 def test_an_attempt_that_lost_its_lease_cannot_write_over_the_results_of_the_one_that_counts() -> None:
-    again = after(training(), TrainingFailed("tok", "lost", "no answer", 1003.0), Claimed("tok-2", "worker-1", 1004.0))
+    again = after(
+        training(),
+        TrainingFailed(token="tok", fault="lost", message="no answer", at=1003.0),
+        Claimed(token="tok-2", worker="worker-1", at=1004.0),
+    )
     lost, counts = train_order(training()).results_key, train_order(again).results_key
     assert lost != counts
     assert after(again, DONE).local_results_key == ""  # told under a token that is no longer the task's
@@ -150,27 +154,39 @@ def test_a_task_without_evaluation_rows_keeps_no_results() -> None:
 
 
 def test_c_machine_lost_goes_back_to_the_queue() -> None:
-    record = after(training(), TrainingFailed("tok", "lost", "gone", 1010.0))
+    record = after(training(), TrainingFailed(token="tok", fault="lost", message="gone", at=1010.0))
     assert (record.state, record.lost_machines, record.own_bugs, record.token) == (TaskState.QUEUED, 1, 0, "")
     assert record.reason == "gone"
-    assert after(record, Claimed("tok2", "worker-1", 1011.0)).attempt == 2
+    assert after(record, Claimed(token="tok2", worker="worker-1", at=1011.0)).attempt == 2
 
 
 def test_c_each_fault_has_a_budget_of_its_own() -> None:
     record = queued()
     # 2 lost machines and 1 bug are allowed: three failures, and it is still in the queue.
     for token, fault in (("1", "lost"), ("2", "bug"), ("3", "lost")):
-        record = after(record, Claimed(token, "w", 1.0), TrainingFailed(token, fault, "x", 2.0))
+        record = after(
+            record,
+            Claimed(token=token, worker="w", at=1.0),
+            TrainingFailed(token=token, fault=fault, message="x", at=2.0),
+        )
         assert record.state is TaskState.QUEUED
-    record = after(record, Claimed("4", "w", 3.0), TrainingFailed("4", "lost", "last straw", 4.0))
+    record = after(
+        record,
+        Claimed(token="4", worker="w", at=3.0),
+        TrainingFailed(token="4", fault="lost", message="last straw", at=4.0),
+    )
     assert record.state is TaskState.PARKED
     assert record.reason == "gave up after 3 lost machines and 1 internal errors; last: last straw"
     assert record.ended_at == 4.0
 
 
 def test_c_the_second_bug_parks() -> None:
-    record = after(training(), TrainingFailed("tok", "bug", "x", 1.0), Claimed("2", "w", 2.0))
-    record = after(record, TrainingFailed("2", "bug", "y", 3.0))
+    record = after(
+        training(),
+        TrainingFailed(token="tok", fault="bug", message="x", at=1.0),
+        Claimed(token="2", worker="w", at=2.0),
+    )
+    record = after(record, TrainingFailed(token="2", fault="bug", message="y", at=3.0))
     assert (record.state, record.own_bugs) == (TaskState.PARKED, 2)
 
 
@@ -251,7 +267,7 @@ def test_l_claimed_and_its_coefficients_are_trained() -> None:
 
 @pytest.mark.parametrize("fault", ["lost", "bug", "preempted"])
 def test_l_within_the_budgets_it_is_claimed_again(fault: str) -> None:
-    record = after(refining(), TrainingFailed("ref", fault, "x", 1.0))
+    record = after(refining(), TrainingFailed(token="ref", fault=fault, message="x", at=1.0))
     assert (record.state, record.token, record.unrefined) == (TaskState.REFINING, "", "")
     assert next_step(record) is Step.REFINE
     assert (record.lost_machines, record.own_bugs, record.preemptions) == tuple(
@@ -268,7 +284,7 @@ def test_m_refined_it_is_judged_in_the_version_that_was_made() -> None:
 @pytest.mark.parametrize(
     ("event", "why"),
     [
-        (TrainingFailed("ref", "input", "too few rows", 1.0), "too few rows"),
+        (TrainingFailed(token="ref", fault="input", message="too few rows", at=1.0), "too few rows"),
         (RefinementRefused("version 3 went on"), "version 3 went on"),
     ],
 )
@@ -281,7 +297,11 @@ def test_m_not_refined_it_goes_on_as_it_was_merged(event: Event, why: str) -> No
 def test_m_over_the_budgets_it_goes_on_too() -> None:
     record = to_refine()
     for token in "123":
-        record = after(record, Claimed(token, "w", 1.0), TrainingFailed(token, "lost", "gone", 2.0))
+        record = after(
+            record,
+            Claimed(token=token, worker="w", at=1.0),
+            TrainingFailed(token=token, fault="lost", message="gone", at=2.0),
+        )
     assert (record.state, record.lost_machines) == (TaskState.EVALUATING, 3)
     assert record.unrefined == "gave up after 3 lost machines and 0 internal errors; last: gone"
 
@@ -294,11 +314,11 @@ def test_j_merged_again_it_is_merged_as_refined_and_once_is_enough() -> None:
 
 def test_a_refinement_again_is_told_of_once() -> None:
     record = after(trained_again(), Refined(4), Judged(True, "fine", 1.0))
-    again = RefinedAgain("for version 6", "6-again", 3.0, at=1100.0)
+    again = RefinedAgain(message="for version 6", token="6-again", seconds=3.0, at=1100.0)
     record = after(record, again)
     assert record.refined_seconds == 5.0
     assert advance(record, again, BUDGETS) is record
-    assert after(record, RefinedAgain("not refined again")).refined_seconds == 5.0
+    assert after(record, RefinedAgain(message="not refined again")).refined_seconds == 5.0
 
 
 HOURS = 36_000.0
@@ -307,27 +327,34 @@ HOURS = 36_000.0
 
 @pytest.mark.parametrize("fault", ["cancelled", "preempted", "lost", "input", "bug"])
 def test_an_attempt_is_its_teams_however_it_ended(fault: str) -> None:
-    told = TrainingFailed("tok", fault, "x", 1002.0 + HOURS, seconds=HOURS - 2.0)
-    assert used_by(training(), told) == Use("red", HOURS - 2.0, 1002.0 + HOURS)
+    told = TrainingFailed(token="tok", fault=fault, message="x", at=1002.0 + HOURS, seconds=HOURS - 2.0)
+    assert used_by(training(), told) == Use(team="red", seconds=HOURS - 2.0, ended_at=1002.0 + HOURS)
     # Of a machine that is gone nobody can say: from its start until that was noticed.
-    assert used_by(training(), replace(told, seconds=None)) == Use("red", HOURS, 1002.0 + HOURS)
+    assert used_by(training(), replace(told, seconds=None)) == Use(team="red", seconds=HOURS, ended_at=1002.0 + HOURS)
 
 
 def test_a_machine_that_was_lost_while_nobody_looked_used_no_more_than_its_lease() -> None:
-    lost = TrainingFailed("tok", "lost", "x", 1002.0 + HOURS)
-    assert used_by(training(), lost, heard_until=1062.0) == Use("red", 60.0, 1062.0)
-    assert used_by(training(), lost, heard_until=2 * HOURS) == Use("red", HOURS, 1002.0 + HOURS)
+    lost = TrainingFailed(token="tok", fault="lost", message="x", at=1002.0 + HOURS)
+    assert used_by(training(), lost, heard_until=1062.0) == Use(team="red", seconds=60.0, ended_at=1062.0)
+    assert used_by(training(), lost, heard_until=2 * HOURS) == Use(team="red", seconds=HOURS, ended_at=1002.0 + HOURS)
 
 
 def test_a_refinement_is_an_attempt_from_its_own_start_on() -> None:
-    lost = TrainingFailed("ref", "lost", "x", 5000.0)
-    begun = after(to_refine(), Claimed("ref", "worker-1", 4000.0))
-    assert used_by(begun, lost) == Use("red", 1000.0, 5000.0)
-    assert used_by(begun, TrainingDone(trained("ref", worker_seconds=7.5), 5000.0)) == Use("red", 7.5, 5000.0)
+    lost = TrainingFailed(token="ref", fault="lost", message="x", at=5000.0)
+    begun = after(to_refine(), Claimed(token="ref", worker="worker-1", at=4000.0))
+    assert used_by(begun, lost) == Use(team="red", seconds=1000.0, ended_at=5000.0)
+    assert used_by(begun, TrainingDone(trained("ref", worker_seconds=7.5), 5000.0)) == Use(
+        team="red", seconds=7.5, ended_at=5000.0
+    )
 
 
 def test_what_ends_no_attempt_costs_nothing() -> None:
-    for event in (TrainingFailed("old", "bug", "x", 1.0), TrainingDone(trained("old"), 1.0), CANCEL, PREEMPT):
+    for event in (
+        TrainingFailed(token="old", fault="bug", message="x", at=1.0),
+        TrainingDone(trained("old"), 1.0),
+        CANCEL,
+        PREEMPT,
+    ):
         assert used_by(training(), event) is None
     assert used_by(merging(), TrainingDone(trained("tok"), 1.0)) is None  # told a second time
 
@@ -367,7 +394,7 @@ def test_a_preempted_task_goes_back_to_its_place_and_no_budget_pays_for_it() -> 
     for number in range(1, 9):  # more often than any budget allows
         asked = after(record, PREEMPT)
         assert (asked.state, asked.preempt_requested) == (TaskState.TRAINING, True)
-        record = after(asked, TrainingFailed("tok", "preempted", "at step 3", 1010.0))
+        record = after(asked, TrainingFailed(token="tok", fault="preempted", message="at step 3", at=1010.0))
         assert (record.state, record.preemptions, record.preempt_requested) == (TaskState.QUEUED, number, False)
         assert (record.lost_machines, record.own_bugs, record.token, record.worker) == (0, 0, "", "")
         assert (record.submitted_at, record.reason) == (1000.0, "at step 3")
@@ -376,7 +403,7 @@ def test_a_preempted_task_goes_back_to_its_place_and_no_budget_pays_for_it() -> 
 
 
 def test_a_worker_that_is_lost_before_it_wrote_the_checkpoint_costs_what_a_lost_machine_costs() -> None:
-    record = after(training(), PREEMPT, TrainingFailed("tok", "lost", "gone", 1010.0))
+    record = after(training(), PREEMPT, TrainingFailed(token="tok", fault="lost", message="gone", at=1010.0))
     assert (record.lost_machines, record.preemptions, record.preempt_requested) == (1, 0, False)
 
 
@@ -385,7 +412,9 @@ def test_a_task_that_finished_before_it_heard_of_its_preemption_is_merged() -> N
 
 
 def test_a_task_that_was_cancelled_too_does_not_go_on() -> None:
-    record = after(training(), PREEMPT, CANCEL, TrainingFailed("tok", "preempted", "at step 3", 1.0))
+    record = after(
+        training(), PREEMPT, CANCEL, TrainingFailed(token="tok", fault="preempted", message="at step 3", at=1.0)
+    )
     assert record.state is TaskState.CANCELLED
 
 
@@ -406,7 +435,9 @@ def test_what_does_not_run_cannot_be_preempted(state: Any) -> None:
 # --- leases ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("event", [TrainingDone(trained("old"), 1.0), TrainingFailed("old", "bug", "x", 1.0)])
+@pytest.mark.parametrize(
+    "event", [TrainingDone(trained("old"), 1.0), TrainingFailed(token="old", fault="bug", message="x", at=1.0)]
+)
 def test_a_worker_whose_lease_was_replaced_is_ignored(event: Event) -> None:
     record = training()
     assert advance(record, event, BUDGETS) is record
@@ -418,7 +449,7 @@ def test_a_worker_that_speaks_when_nothing_trains_is_ignored(state: Any) -> None
     # Queued tasks have no token: a report with an empty one must not pass for theirs.
     for token in (record.token, ""):
         assert advance(record, TrainingDone(trained(token), 1.0), BUDGETS) is record
-        assert advance(record, TrainingFailed(token, "bug", "x", 1.0), BUDGETS) is record
+        assert advance(record, TrainingFailed(token=token, fault="bug", message="x", at=1.0), BUDGETS) is record
 
 
 # --- cancelling --------------------------------------------------------------------------------------------------
@@ -435,12 +466,18 @@ def test_cancelled_at_once_before_it_is_part_of_a_merge(state: Any) -> None:
 def test_a_training_task_is_cancelled_when_its_worker_stops() -> None:
     asked = after(training(), CANCEL)
     assert (asked.state, asked.cancel_requested) == (TaskState.TRAINING, True)
-    assert after(asked, TrainingFailed("tok", "cancelled", "stopped", 1.0)).state is TaskState.CANCELLED
+    assert (
+        after(asked, TrainingFailed(token="tok", fault="cancelled", message="stopped", at=1.0)).state
+        is TaskState.CANCELLED
+    )
 
 
 @pytest.mark.parametrize("fault", ["lost", "bug", "input"])
 def test_a_cancelled_task_is_not_tried_again_whatever_ends_it(fault: str) -> None:
-    assert after(training(), CANCEL, TrainingFailed("tok", fault, "x", 1.0)).state is TaskState.CANCELLED
+    assert (
+        after(training(), CANCEL, TrainingFailed(token="tok", fault=fault, message="x", at=1.0)).state
+        is TaskState.CANCELLED
+    )
 
 
 def test_a_cancelled_task_that_finished_first_is_cancelled_all_the_same() -> None:

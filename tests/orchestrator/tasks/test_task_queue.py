@@ -136,7 +136,7 @@ class TestPostgresTaskQueue(TaskQueueContract):
 
         monkeypatch.setattr(queue, "_row", read_then_be_overtaken)
         with pytest.raises(Conflict, match="'Claimed' cannot happen to a task that is cancelled"):
-            queue.apply(record.task_id, Claimed("tok", "w", 2.0))
+            queue.apply(record.task_id, Claimed(token="tok", worker="w", at=2.0))
         assert queue.get(record.task_id).state is TaskState.CANCELLED
 
     def test_a_lock_that_another_program_holds_is_unavailable_after_a_bounded_wait(

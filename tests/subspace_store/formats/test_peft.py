@@ -128,7 +128,9 @@ def test_an_adapter_that_goes_in_and_out_again_gives_the_same_logits(
 @pytest.mark.parametrize(("architecture", "options"), CASES)
 def test_the_update_of_every_module_is_what_peft_itself_would_add(architecture: str, options: dict[str, Any]) -> None:
     model = trained(architecture, **options)
-    adapter = from_peft(model.peft_config["default"].to_dict(), get_peft_model_state_dict(model), "base", "")
+    adapter = from_peft(
+        model.peft_config["default"].to_dict(), get_peft_model_state_dict(model), base_model="base", base_sha256=""
+    )
 
     layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
     assert set(adapter.modules) == set(layers)

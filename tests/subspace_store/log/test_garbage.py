@@ -85,7 +85,7 @@ def test_after_expiring_and_collecting_every_live_version_is_bit_for_bit_what_it
 
 def test_without_expired_versions_there_is_no_garbage() -> None:
     store = successor(grown())
-    assert store.collect() == Collected((), (), (), 0, True)
+    assert store.collect() == Collected(blobs=(), uploads=(), checkpoints=(), size_bytes=0, deleted=True)
 
 
 def test_looking_deletes_nothing_and_finds_what_deleting_deletes() -> None:

@@ -32,7 +32,7 @@ from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.protocol import Storage
 from tests.subspace_store.builders import FaultyStorage, fresh_storage
 
-REF = BlobRef("blobs/0/x", 1, "00")
+REF = BlobRef(key="blobs/0/x", size_bytes=1, sha256="00")
 
 
 def no_wait(seconds: float) -> None:
@@ -53,7 +53,15 @@ def reading(storage: Storage) -> SubspaceState:
 def add_version(log: VersionLog, op_key: str = "") -> SubspaceState:
     """A merge without tensors."""
     number = max(log.state.versions, default=0) + 1
-    version = Version(number, log.state.refs["candidate"], 1.5, (), REF, REF, rank_max=3)
+    version = Version(
+        number=number,
+        parent=log.state.refs["candidate"],
+        created_at=1.5,
+        added=(),
+        basis=REF,
+        transport=REF,
+        rank_max=3,
+    )
     return log.commit(MERGE, op_key=op_key, actor="a", refs={"candidate": number}, body={"version": version})
 
 
@@ -80,7 +88,7 @@ def test_a_score_that_was_not_measured_stays_nan() -> None:
     storage = fresh_storage()
     log = writing(storage)
     add_version(log)
-    scores = (TaskScore("t", math.nan, 0), TaskScore("u", 0.5, 10))
+    scores = (TaskScore(task_id="t", score=math.nan, count=0), TaskScore(task_id="u", score=0.5, count=10))
     log.commit(SCORES, op_key="s", actor="a", body={"version": 1, "scores": scores})
     assert b"null" in storage.read(log_key(3))
     assert b"NaN" not in storage.read(log_key(3))
@@ -91,7 +99,7 @@ def test_a_score_that_was_not_measured_stays_nan() -> None:
 
 def test_a_record_that_could_not_be_read_again_gets_no_slot() -> None:
     log = writing(fresh_storage())
-    version = Version(1, 0, 1.0, (), REF, REF, drift=(math.nan,))
+    version = Version(number=1, parent=0, created_at=1.0, added=(), basis=REF, transport=REF, drift=(math.nan,))
     with pytest.raises(InvalidInput, match="cannot be written"):
         log.commit(MERGE, op_key="k", actor="a", body={"version": version})
     assert log.storage.keys("log/") == [log_key(1)]

@@ -408,7 +408,15 @@ def test_a_task_of_every_kind_is_trained_and_scored_on_its_frozen_rows(
         keys = [task.train.key("data/t-1", "train"), task.evaluation.key("data/t-1", "eval")]
         task.train.write(storage, keys[0])
         task.evaluation.write(storage, keys[1])
-    order = Train("token", "t-1", 1, spec, keys[0], keys[1], "staging/t-1/1/adapter.safetensors")
+    order = Train(
+        token="token",
+        task_id="t-1",
+        attempt=1,
+        spec=spec,
+        train_key=keys[0],
+        eval_key=keys[1],
+        staging_key="staging/t-1/1/adapter.safetensors",
+    )
     trained = train_task(order, base, storage, SubspaceReader.open(storage), lambda progress: None, lambda: "")
     assert (trained.steps, trained.score_count) == (3, task.evaluation.count)
     assert math.isfinite(trained.local_score)
