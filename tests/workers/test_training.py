@@ -241,7 +241,7 @@ def test_minilm_learns_sentiment_from_sixty_rows(request: pytest.FixtureRequest)
     trained = desk.train(base, spec)
     assert trained.local_score >= 0.9
     assert trained.local_score > trained.base_score
-    assert trained.first_step_at - given < 2  # 0.1 to 0.4 s on an idle core
+    assert trained.first_step_at >= given  # how soon: `make bench-training`
 
 
 class Meager:
