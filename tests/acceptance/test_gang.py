@@ -22,6 +22,7 @@ from configs.settings import BaseModelSettings, Settings
 from orchestrator.cluster import MachineLost, RayCluster, wait_for
 from orchestrator.ray_head import ray_environment
 from subspace_store import Storage, adapter_from_bytes, open_storage
+from subspace_store.log.version import Identity
 from tests.builders import settings
 from tests.network import TwoMachines, two_machines, why_not
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
@@ -170,7 +171,7 @@ def joined(ours: Settings, machines: TwoMachines, token: Path) -> RayCluster:
     end = time.monotonic() + 180
     while True:
         try:
-            return RayCluster(ours, machines.address, token)
+            return RayCluster(ours, machines.address, token, Identity("gang", "here"))
         except Unavailable:
             assert time.monotonic() < end, machines.log()
 
