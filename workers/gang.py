@@ -75,9 +75,21 @@ class Ranks(Protocol):
         """Kill all of them; returns when they are dead. `leave`: give up their places too."""
         ...
 
-    def call(self, index: int, method: str, *args: Any) -> Call:
-        """Ask one of them; see WorkerActor for the methods."""
+    def warm(self, index: int) -> Call:
+        """Have one load the base model; see WorkerActor for what each call brings."""
         ...
+
+    def meeting_place(self, index: int) -> Call: ...
+
+    def run(self, index: int, order: Order, rank: Rank) -> Call: ...
+
+    def progress(self, index: int) -> Call: ...
+
+    def pid(self, index: int) -> Call: ...
+
+    def cancel(self, index: int, token: str) -> Call: ...
+
+    def preempt(self, index: int, token: str) -> Call: ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
         """All that are done, waiting at most so long for the first."""
@@ -150,10 +162,10 @@ class Gang:
         if not token:
             if not self._nodes:
                 raise Unavailable("the gang is being formed")
-            progress: Progress = self._all("progress")[0]
+            progress: Progress = self._all(self._ranks.progress)[0]
             return progress
         if self._nodes:
-            call = self._ranks.call(0, "progress")
+            call = self._ranks.progress(0)
             if self._ranks.landed([call], self._lease_seconds / 2):
                 with contextlib.suppress(RankLost):  # whoever waits for the order says so
                     self._note(token, self._ranks.result(call))
@@ -175,7 +187,7 @@ class Gang:
 
     def pids(self) -> list[tuple[str, int]]:
         """Each rank's machine and its process id there, for people and for tests that kill one."""
-        return list(zip(self._nodes, self._all("pid"), strict=True))
+        return list(zip(self._nodes, self._all(self._ranks.pid), strict=True))
 
     # --- an order ------------------------------------------------------------------------------------------------
 
@@ -207,7 +219,7 @@ class Gang:
         size = self._ranks.size
         answers = self._answers(
             {
-                self._ranks.call(i, "run", order, Rank(index=i, size=size, master_address=address, master_port=port)): i
+                self._ranks.run(i, order, Rank(index=i, size=size, master_address=address, master_port=port)): i
                 for i in range(size)
             }
         )
@@ -232,7 +244,8 @@ class Gang:
                     calls = {call: other for call, other in calls.items() if other != index}
                 stop = self._stops.get(self._token)
                 for index in calls.values() if stop else ():
-                    self._ranks.call(index, str(stop), self._token)
+                    tell = self._ranks.cancel if stop == "cancel" else self._ranks.preempt
+                    tell(index, self._token)
             if 0 in answers or any(isinstance(answer, Failed | Exception) for answer in answers.values()):
                 until = min(until, time.monotonic() + GRACE_SECONDS)
         return {index: self._named(index, answer) for index, answer in answers.items()}
@@ -271,7 +284,7 @@ class Gang:
         return self._loaded()
 
     def _loaded(self) -> BaseLayout:
-        layouts: list[BaseLayout] = self._all("warm")
+        layouts: list[BaseLayout] = self._all(self._ranks.warm)
         if len({layout.sha256 for layout in layouts}) > 1:
             raise InvalidInput("the ranks loaded different weights", ", ".join(self._nodes), "make the sources equal")
         self._layout = layouts[0]
@@ -314,7 +327,7 @@ class Gang:
             raise Unavailable("no longer wanted")
 
     def _met(self, starting: bool = False) -> list[tuple[str, int]]:
-        places = self._all("meeting_place", starting)
+        places = self._all(self._ranks.meeting_place, starting)
         self._nodes = tuple(address for address, _ in places)
         return places
 
@@ -322,13 +335,13 @@ class Gang:
         self._nodes = ()
         self._ranks.end(leave)
 
-    def _all(self, method: str, starting: bool = False) -> list[Any]:
-        """What every rank answers, by rank. It may take its time as long as the rank is there.
+    def _all(self, ask: Callable[[int], Call], starting: bool = False) -> list[Any]:
+        """What every rank answers, by rank, when each is asked. It may take its time as long as the rank is there.
 
         Raises:
             RankLost: One is gone or silent; else what was raised on the other side.
         """
-        calls = {self._ranks.call(index, method): index for index in range(self._ranks.size)}
+        calls = {ask(index): index for index in range(self._ranks.size)}
         answers: dict[int, Any] = {}
         watch = _Watch(self._ranks)
         silence = START_SECONDS if starting else self._lease_seconds
@@ -364,7 +377,7 @@ class _Watch:
         for index in indices:
             call, asked_at = self._asked.get(index, (None, now))
             if call is None or call in answered:
-                self._asked[index] = (self._ranks.call(index, "pid"), now)
+                self._asked[index] = (self._ranks.pid(index), now)
             elif now - asked_at > limit_seconds:
                 found.append(index)
         return found

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
 from workers.gang import Call, Gang, NoPlace, needs, no_place
-from workers.orders import Order, Outcome, RankLost
+from workers.orders import Order, Outcome, Rank, RankLost
 from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
 
 HEAD = "node:__internal_head__"
@@ -104,10 +104,31 @@ class RayRanks:
         if leave:
             end_ranks(self._name)
 
-    def call(self, index: int, method: str, *args: Any) -> Call:
+    def warm(self, index: int) -> Call:
+        return self._actor(index).warm.remote()
+
+    def meeting_place(self, index: int) -> Call:
+        return self._actor(index).meeting_place.remote()
+
+    def run(self, index: int, order: Order, rank: Rank) -> Call:
+        return self._actor(index).run.remote(order, rank)
+
+    def progress(self, index: int) -> Call:
+        return self._actor(index).progress.remote()
+
+    def pid(self, index: int) -> Call:
+        return self._actor(index).pid.remote()
+
+    def cancel(self, index: int, token: str) -> Call:
+        return self._actor(index).cancel.remote(token)
+
+    def preempt(self, index: int, token: str) -> Call:
+        return self._actor(index).preempt.remote(token)
+
+    def _actor(self, index: int) -> Any:
         if not self._actors:
             raise RankLost("it was ended")
-        return getattr(self._actors[index], method).remote(*args)
+        return self._actors[index]
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
         done, others = ray.wait(list(calls), num_returns=1, timeout=max(0.0, timeout_seconds))

@@ -16,7 +16,7 @@ from configs.settings import WorkerSettings
 from tests.builders import LAYOUT, task_spec, trained
 from workers import gang as gang_module
 from workers.gang import Gang, NoPlace, no_place
-from workers.orders import Evaluate, Evaluated, Failed, Progress, Rank, RankLost, Train, Trained
+from workers.orders import Evaluate, Evaluated, Failed, Order, Progress, Rank, RankLost, Train, Trained
 
 TRAIN = Train(
     token="token",
@@ -78,7 +78,28 @@ class StandInRanks:
         for rank in self.now if self.generations else ():
             rank.die()
 
-    def call(self, index: int, method: str, *args: Any) -> Future[Any]:
+    def warm(self, index: int) -> Future[Any]:
+        return self._call(index, "warm")
+
+    def meeting_place(self, index: int) -> Future[Any]:
+        return self._call(index, "meeting_place")
+
+    def run(self, index: int, order: Order, rank: Rank) -> Future[Any]:
+        return self._call(index, "run", order, rank)
+
+    def progress(self, index: int) -> Future[Any]:
+        return self._call(index, "progress")
+
+    def pid(self, index: int) -> Future[Any]:
+        return self._call(index, "pid")
+
+    def cancel(self, index: int, token: str) -> Future[Any]:
+        return self._call(index, "cancel", token)
+
+    def preempt(self, index: int, token: str) -> Future[Any]:
+        return self._call(index, "preempt", token)
+
+    def _call(self, index: int, method: str, *args: Any) -> Future[Any]:
         rank = self.now[index]
         rank.asked.append((method, *args))
         call = rank.order if method == "run" else Future()
