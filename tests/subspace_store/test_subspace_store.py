@@ -503,7 +503,7 @@ def test_a_fenced_writer_refuses_nothing_by_an_old_state_but_says_that_it_is_fen
     newer = opened(store.storage, "newer")
     newer.rollback(2, op_key="back", actor="test")  # c is free again, and `store` has not heard of it
     newer.tag("gold", 1, actor="test")
-    again = [StagedAdapter("c", "team/c", ref.key, ref.sha256)]
+    again = [StagedAdapter(task_id="c", name="team/c", key=ref.key, sha256=ref.sha256)]
     for refused in (
         lambda: store.merge(again, op_key="again", actor="test"),
         lambda: store.publish(2, op_key="publish again", actor="test"),

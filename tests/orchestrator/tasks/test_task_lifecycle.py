@@ -550,9 +550,9 @@ def test_the_next_step_is_read_off_the_record_alone() -> None:
 tokens = st.sampled_from(["1", "2", ""])
 faults = st.sampled_from(["lost", "bug", "input", "cancelled", "preempted"])
 any_event = st.one_of(
-    st.builds(Claimed, tokens, st.just("w"), st.floats(1, 9)),
+    st.builds(Claimed, token=tokens, worker=st.just("w"), at=st.floats(1, 9)),
     st.builds(TrainingDone, tokens.map(trained), st.floats(1, 9)),
-    st.builds(TrainingFailed, tokens, faults, st.just("x"), st.floats(1, 9)),
+    st.builds(TrainingFailed, token=tokens, fault=faults, message=st.just("x"), at=st.floats(1, 9)),
     st.builds(MergeBegun, st.just("m")),
     st.builds(Merged, st.integers(1, 5)),
     st.builds(Refined, st.integers(1, 5)),
