@@ -46,13 +46,43 @@ def make_plant(tmp_path: Path, _no_waiting: None) -> Iterator[Callable[..., Plan
         plant.queue.close()
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A service that listens, with red/alpha in version 1 and blue/beta in version 2 of main."""
-    site = Site(tmp_path_factory.mktemp("site"))
+def _published(folder: Path) -> Site:
+    site = Site(folder)
     try:
         for title in ("red/alpha", "blue/beta"):
             site.publish(title)
-        yield site
-    finally:
+    except BaseException:
         site.close()
+        raise
+    return site
+
+
+@pytest.fixture(scope="module")
+def _shared_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Site]]:
+    """The file's own, made by the first test that asks."""
+    made: list[Site] = []
+    yield made
+    for site in made:
+        site.close()
+
+
+@pytest.fixture
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _shared_site: list[Site]
+) -> Iterator[Site]:
+    """A service that listens, with red/alpha in version 1 and blue/beta in version 2 of main.
+
+    The tests of a file share one and leave it as it was, in whatever order they run; a test that is marked `changes`
+    gets one of its own.
+    """
+    if request.node.get_closest_marker("changes"):
+        own = _published(tmp_path_factory.mktemp("site"))
+        yield own
+        own.close()
+        return
+    if not _shared_site:
+        _shared_site.append(_published(tmp_path_factory.mktemp("site")))
+    (shared,) = _shared_site
+    before = shared.facts()
+    yield shared
+    assert shared.facts() == before, "the test changed the service that it shares: mark it with `changes`"

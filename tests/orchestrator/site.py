@@ -59,6 +59,12 @@ class Site:
         self._loop.join(10)
         self.plant.queue.close()
 
+    def facts(self) -> tuple[Any, ...]:
+        """Whatever of it a test could change for the next one."""
+        plant = self.plant
+        stood_in = (plant.cluster.hold, plant.cluster.local, plant.cluster.score, list(plant.cluster.replaced))
+        return plant.state, {task.task_id: task for task in plant.queue.tasks()}, *stood_in
+
     def document(self, title: str, **changes: Any) -> dict[str, Any]:
         """A task document whose files are there."""
         train = write_rows(self.folder / "data" / "train.jsonl", rows(6))

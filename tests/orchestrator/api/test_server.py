@@ -205,6 +205,7 @@ def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
     assert site.client.ask(Status())["tasks"] == {"published": 2}
 
 
+@pytest.mark.changes
 def test_a_rollback_moves_main_and_back_and_the_tasks_follow(site: Site) -> None:
     answer = site.client.ask(Rollback(version=1, reason="try", actor="ann", op_key="rollback:one"))
     assert (answer["preview"], answer["vanishing"]) == (False, ["blue/beta"])
@@ -218,6 +219,7 @@ def test_a_rollback_moves_main_and_back_and_the_tasks_follow(site: Site) -> None
     site.wait_for("blue/beta", "published")
 
 
+@pytest.mark.changes
 def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Site) -> None:
     cluster = site.plant.cluster
     cluster.hold = lambda order: isinstance(order, Train)
@@ -240,6 +242,7 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
         cluster.release()
 
 
+@pytest.mark.changes
 def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, controller = site.plant.cluster, site.plant.controller
     cluster.hold = lambda order: isinstance(order, Train)
@@ -272,6 +275,7 @@ def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monke
         cluster.release()
 
 
+@pytest.mark.changes
 def test_a_preempted_task_waits_in_its_place_and_asking_again_changes_nothing(site: Site) -> None:
     cluster = site.plant.cluster
     cluster.hold = lambda order: isinstance(order, Train)
@@ -346,6 +350,7 @@ def test_a_state_folder_that_was_moved_does_not_show_what_another_service_holds(
         Client(tmp_path).ask(ListVersions())
 
 
+@pytest.mark.changes
 def test_a_refused_request_neither_ends_the_writer_nor_fences_it(site: Site) -> None:
     site.client.ask(Tag(name="gold", version=1))
     site.client.ask(Hold(reason="audit", actor="ann"))
@@ -358,6 +363,7 @@ def test_a_refused_request_neither_ends_the_writer_nor_fences_it(site: Site) -> 
     site.client.ask(Release(actor="ann"))
 
 
+@pytest.mark.changes
 def test_a_task_does_not_return_while_another_of_its_name_is_alive(site: Site) -> None:
     main = site.plant.state.refs["main"]
     site.publish("red/twice")
@@ -450,6 +456,7 @@ def test_a_folder_in_which_nothing_ever_ran_says_so(tmp_path: Path) -> None:
         Client(tmp_path).ask(ListVersions())
 
 
+@pytest.mark.changes
 def test_a_rollback_without_the_server_is_followed_by_the_service(site: Site, offline: Client) -> None:
     # The writer that the command line opens fences the service's own, which opens anew at its next write.
     held = site.plant.held()
@@ -464,6 +471,7 @@ def test_a_rollback_without_the_server_is_followed_by_the_service(site: Site, of
     assert site.plant.cluster.replaced == ["store"]
 
 
+@pytest.mark.changes
 def test_a_rollback_by_the_service_after_one_without_it_is_done(site: Site, offline: Client) -> None:
     site.plant.cluster.replaced.clear()
     newest = site.client.ask(Status())["main"]

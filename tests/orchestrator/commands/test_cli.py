@@ -162,6 +162,7 @@ def test_a_dry_run_of_a_wrong_task_names_the_key(site: Site, onebasis: Onebasis)
     assert "unknown key 'lora.target_module' (did you mean 'target_modules'?)" in result.stderr
 
 
+@pytest.mark.changes
 def test_submitting_with_wait_ends_with_the_tasks_own_exit_code(site: Site, onebasis: Onebasis) -> None:
     site.plant.cluster.training_faults = {"red/wrong": ["input"]}
     result = onebasis("submit", "--wait", task_file(site, "red/wrong"))
@@ -182,6 +183,7 @@ def test_the_help_lists_every_exit_code_and_what_it_means(command: list[str]) ->
     assert listed == [(str(int(code)), code.meaning) for code in Exit]
 
 
+@pytest.mark.changes
 def test_an_adapter_is_imported_and_exported_again(site: Site, onebasis: Onebasis, tmp_path: Path) -> None:
     folder = site.folder / "data" / "peft"
     write_peft_folder(folder, adapter(5), "tiny-source")
@@ -236,6 +238,7 @@ def test_watching_with_json_prints_json_and_nothing_else(site: Site) -> None:
 # --- the store ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.changes
 def test_store_lists_its_own_commands_and_looks_into_the_services_store(onebasis: Onebasis, site: Site) -> None:
     assert "Usage: onebasis store" in onebasis("store", "--help").output
     assert "quarantine" in onebasis("store", "--help").output
@@ -244,6 +247,7 @@ def test_store_lists_its_own_commands_and_looks_into_the_services_store(onebasis
     assert onebasis("store", "tag", "gold", "silver").exit_code == 3
 
 
+@pytest.mark.changes
 def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_release(
     onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +274,7 @@ def test_main_is_held_after_a_rollback_what_passes_waits_and_goes_on_after_relea
     assert onebasis("store", "release").exit_code == 0
 
 
+@pytest.mark.changes
 def test_a_task_is_removed_through_the_running_service_and_everything_can_still_be_asked(
     onebasis: Onebasis, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

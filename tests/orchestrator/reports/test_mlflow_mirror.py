@@ -85,6 +85,10 @@ class Mirrored:
         self.plant.step(2)
         self.mirror.sync()
 
+    def facts(self) -> tuple[Any, ...]:
+        """Whatever of it a test could change for the next one."""
+        return self.plant.settings, self.plant.state, self.plant.states()
+
     def alias(self) -> int:
         """onebasis's number of the version that the registry calls main."""
         return int(self.client.get_model_version_by_alias("tiny", "main").tags["onebasis.version"])
@@ -113,13 +117,35 @@ def _score(title: str, held: frozenset[str]) -> float:
 
 
 @pytest.fixture(scope="module")
-def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirrored]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pending_calls, "IDLE_SECONDS", 0.0)
-        patch.setattr(pending_calls, "POLL_SECONDS", 0.0)
-        made = Mirrored(tmp_path_factory.mktemp("mlflow"))
-        yield made
-        made.plant.queue.close()
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Mirrored]]:
+    """The file's own, made by the first test that asks."""
+    made: list[Mirrored] = []
+    yield made
+    for mirrored in made:
+        mirrored.plant.queue.close()
+
+
+@pytest.fixture
+def mirrored(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    _shared: list[Mirrored],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Mirrored]:
+    """The tests share one and leave it as it was; a test that is marked `changes` gets one of its own."""
+    monkeypatch.setattr(pending_calls, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(pending_calls, "POLL_SECONDS", 0.0)
+    if request.node.get_closest_marker("changes"):
+        own = Mirrored(tmp_path_factory.mktemp("mlflow"))
+        yield own
+        own.plant.queue.close()
+        return
+    if not _shared:
+        _shared.append(Mirrored(tmp_path_factory.mktemp("mlflow")))
+    (shared,) = _shared
+    before = shared.facts()
+    yield shared
+    assert shared.facts() == before, "the test changed the plant that it shares: mark it with `changes`"
 
 
 def test_every_task_is_a_run_with_its_parameters_and_scores(mirrored: Mirrored) -> None:
@@ -239,6 +265,7 @@ def test_a_second_sync_changes_nothing(mirrored: Mirrored) -> None:
     assert mirrored.everything() == before
 
 
+@pytest.mark.changes
 def test_the_alias_follows_a_rollback_and_back_without_a_point_twice(mirrored: Mirrored) -> None:
     mirrored.roll(1)
     assert mirrored.alias() == 1
@@ -251,6 +278,7 @@ def test_the_alias_follows_a_rollback_and_back_without_a_point_twice(mirrored: M
     assert mirrored.history("blue/b", "local_score") == [(0, 0.9)]
 
 
+@pytest.mark.changes
 def test_after_a_rollback_to_nothing_no_version_is_called_main(mirrored: Mirrored) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -296,6 +324,7 @@ def test_after_a_removal_the_rest_is_shown_where_it_is_now(tmp_path: Path) -> No
     made.plant.queue.close()
 
 
+@pytest.mark.changes
 def test_a_deleted_database_is_rebuilt_the_same(mirrored: Mirrored) -> None:
     before = mirrored.everything()
     settings = mirrored.plant.settings
@@ -326,6 +355,7 @@ def test_mlflow_being_away_is_told_and_tried_again(mirrored: Mirrored, monkeypat
     assert mirror.behind
 
 
+@pytest.mark.changes
 def test_what_ended_long_ago_is_not_read_again_and_a_row_that_cannot_be_read_stops_nothing(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
