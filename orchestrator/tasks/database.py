@@ -146,12 +146,11 @@ def _engine(database_url: str) -> Engine:
     try:
         url = make_url(database_url)
         engine = create_engine(url, pool_pre_ping=True, connect_args=_connect_args(url))
-    except (SQLAlchemyError, ModuleNotFoundError) as error:
-        raise InvalidInput(
-            f"is not a usable database URL: {error}",
-            "database_url",
-            "use sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME",
-        ) from error
+    except (SQLAlchemyError, ModuleNotFoundError, ValueError) as error:
+        # Of a URL that cannot be taken apart (a port that is none) the error quotes a part, which may be the password.
+        what = "is not a usable database URL" + ("" if isinstance(error, ValueError) else f": {error}")
+        todo = "use sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME, other signs in a password as %XX"
+        raise InvalidInput(what, "database_url", todo) from None
     if url.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -187,5 +186,5 @@ def _begin_sqlite(connection: Connection) -> None:
 def _safe(database_url: str) -> str:
     try:
         return make_url(database_url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
+    except (SQLAlchemyError, ValueError):
         return "database_url"

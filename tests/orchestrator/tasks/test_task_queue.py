@@ -216,6 +216,13 @@ class TestPostgresTaskQueue(TaskQueueContract):
         queue.close()
 
 
+@pytest.mark.parametrize("url", ["postgresql://u:se/cr@t:x@h/db", "postgresql://u:secret@h:secret/db", "u:secret@h/db"])
+def test_a_url_that_cannot_be_taken_apart_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(InvalidInput, match="database_url") as caught:
+        TaskQueue(url)
+    assert "cr" not in str(caught.value).replace("postgresql+psycopg", "")
+
+
 def test_a_database_that_does_not_answer_is_unavailable_and_its_password_is_not_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
