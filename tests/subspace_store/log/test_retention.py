@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs.errors import Conflict, InvalidInput, NotFound
+from configs.errors import Conflict, InvalidInput, NotFound, RefusedAdapters
 from subspace_store import SubspaceReader, SubspaceStore
 from subspace_store.log.retention import expirable, named_by
 from tests.subspace_store.builders import merged, opened, random_adapter, reading
@@ -139,9 +139,10 @@ def test_a_request_with_an_op_key_is_done_once_whatever_happened_since(store: Su
 
 def test_a_quarantined_task_is_not_merged_until_it_is_let_go(store: SubspaceStore) -> None:
     store.quarantine("t4", "poisoned data", actor="ann")
-    for one in (store, again(store)):
-        with pytest.raises(InvalidInput, match=r"(?s)task team/t4 \(t4\): is quarantined: poisoned data"):
-            merged(one, {"t5": random_adapter(5), "t4": random_adapter(4)})
+    for opened_anew in (lambda: store, lambda: again(store)):
+        with pytest.raises(RefusedAdapters, match=r"(?s)task team/t4 \(t4\): is quarantined: poisoned data") as caught:
+            merged(opened_anew(), {"t5": random_adapter(5), "t4": random_adapter(4)})
+        assert caught.value.task_ids == ("t4",)
     successor = again(store)
     assert 4 not in successor.state.versions
     successor.unquarantine("t4", actor="ann")
