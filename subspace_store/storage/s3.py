@@ -7,6 +7,7 @@ holds an address; the connection is made at first use and left behind when the o
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -78,12 +79,21 @@ class S3Storage:
         self.addressing_style = styles[path_style]
         encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
         self.encryption = {name: value for name, value in encryption.items() if value}
-        self._settings = (url, endpoint_url, region, path_style, sse, sse_kms_key_id)
+        # What makes one like it in another process.
+        self._again = functools.partial(
+            type(self),
+            url,
+            endpoint_url=endpoint_url,
+            region=region,
+            path_style=path_style,
+            sse=sse,
+            sse_kms_key_id=sse_kms_key_id,
+        )
         self._connection: Any = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[S3Storage], tuple[Any, ...]]:
-        return S3Storage, self._settings
+    def __reduce__(self) -> tuple[functools.partial[S3Storage], tuple[()]]:
+        return self._again, ()
 
     @property
     def url(self) -> str:

@@ -80,7 +80,7 @@ class Plant:
         for _ in range(times):
             self.controller.step()
 
-    def run(self, until: Callable[[], bool] | None = None, limit_seconds: float = 10.0) -> None:
+    def run(self, until: Callable[[], bool] | None = None, limit_seconds: float = 60.0) -> None:
         """Step until something is so; default: until every task has ended."""
         done = until or (lambda: all(record.state in ENDED for record in self.queue.tasks()))
         stop_at = time.monotonic() + limit_seconds

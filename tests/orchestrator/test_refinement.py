@@ -272,6 +272,7 @@ def test_a_database_that_was_restored_from_before_the_refinement_finds_it_in_the
     assert (after.state, after.version, sorted(plant.state.versions)) == (TaskState.PUBLISHED, 2, [1, 2])
 
 
+@pytest.mark.changes
 def test_people_see_what_is_refined_and_what_could_not_be(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = site.plant.cluster
     cluster.hold = refines

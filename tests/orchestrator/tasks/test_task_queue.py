@@ -44,7 +44,7 @@ class TestSqliteTaskQueue(TaskQueueContract):
             "from orchestrator.tasks.task_record import TaskRecord\n"
             f"queue = TaskQueue({url!r})\n"
             "queue.add(TaskRecord.model_validate_json(sys.argv[1]))\n"
-            "queue.apply('t-red-a', Claimed('tok', 'worker-0', 1.0))\n"
+            "queue.apply('t-red-a', Claimed(token='tok', worker='worker-0', at=1.0))\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )
         command = [sys.executable, "-c", program, task_record("red/a").model_dump_json()]

@@ -210,7 +210,7 @@ def test_a_large_object_is_read_in_parts_of_one_object(storage: S3Storage) -> No
                 self.write(key, new)
             return answer
 
-    assert ReplacedMeanwhile(storage.url, storage.endpoint_url).read("blobs/1") == new
+    assert ReplacedMeanwhile(storage.url, endpoint_url=storage.endpoint_url).read("blobs/1") == new
 
 
 class CutAnswers(BaseHTTPRequestHandler):
