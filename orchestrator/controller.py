@@ -207,7 +207,7 @@ class Controller:
 
     def _look_at_the_owner(self) -> None:
         owner = self._store.state.owner
-        if self._service is not None and owner is not None and owner.service_id != self._service.service_id:
+        if self._service is not None and owner is not None and owner.is_another_than(self._service):
             self._candidate.oust(owned_by_another(owner, self._store.storage.url))
 
     def _stop_work(self) -> None:

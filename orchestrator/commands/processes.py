@@ -83,7 +83,7 @@ def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Sa
     storage = open_storage(settings.storage, settings.base_model.name)
     log = VersionLog(storage)
     owner, service = log.open().owner, service_identity(state_dir)
-    if owner is None or owner.service_id == service.service_id:
+    if owner is None or not owner.is_another_than(service):
         return
     if not take_over:
         raise owned_by_another(owner, storage.url)

@@ -93,6 +93,10 @@ class Owner:
     since: float
     """Unix seconds."""
 
+    def is_another_than(self, service: Identity | None) -> bool:
+        """Whether `service` is not the owner; None is no service, so never the owner."""
+        return service is None or service.service_id != self.service_id
+
 
 @dataclass(frozen=True, kw_only=True)
 class Version:

@@ -146,7 +146,7 @@ class VersionLog:
 
     def _refuse_owned(self, service: Identity | None) -> None:
         owner = self.state.owner
-        if owner is not None and (service is None or service.service_id != owner.service_id):
+        if owner is not None and owner.is_another_than(service):
             raise owned_by_another(owner, self.storage.url)
 
     def commit(
