@@ -12,7 +12,9 @@ OnebasisError
 │   ├── Fenced     a newer writer opened the subspace: open it anew
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
-│   └── QueueFull  a team has as many tasks waiting as it may
+│   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── StoreFull  the storage has no space left: nothing of the request was written
+│   └── StoreReadOnly   the storage lets nobody write: nothing of the request was written
 ├── Rejected       the result is worse than the rule allows: a person decides
 └── Corrupt        stored bytes are not what was written: stop, touch nothing
     └── UnreadableTask  a task's row says what this release cannot read; all other tasks go on
@@ -188,6 +190,18 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class StoreFull(Unavailable):
+    """The storage has no space left; what was asked for has failed, and is not done later."""
+
+    code = "store-full"
+
+
+class StoreReadOnly(Unavailable):
+    """The storage may be read and not written; what was asked for has failed, and is not done later."""
+
+    code = "store-read-only"
+
+
 class Rejected(OnebasisError):
     """The result is worse than the rule allows: a person decides."""
 
@@ -224,6 +238,8 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    StoreFull,
+    StoreReadOnly,
     Rejected,
     Corrupt,
     UnreadableTask,
