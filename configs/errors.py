@@ -13,6 +13,8 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── DatabaseAway   the task database does not answer: nothing of the request was kept
+│   ├── ControlPlaneSilent   the control plane runs and does not answer: `onebasis up` restarts it
 │   ├── StoreFull  the storage has no space left: nothing of the request was written
 │   └── StoreReadOnly   the storage lets nobody write: nothing of the request was written
 ├── Rejected       the result is worse than the rule allows: a person decides
@@ -190,6 +192,20 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class DatabaseAway(Unavailable):
+    """The task database does not answer, is locked, full or read-only; nothing of the request was kept."""
+
+    code = "database-away"
+
+
+class ControlPlaneSilent(Unavailable):
+    """The control plane's process is there and does not answer. `pid`: its process id."""
+
+    code = "control-plane-silent"
+    facts = ("pid",)
+    pid: int
+
+
 class StoreFull(Unavailable):
     """The storage has no space left; what was asked for has failed, and is not done later."""
 
@@ -238,6 +254,8 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    DatabaseAway,
+    ControlPlaneSilent,
     StoreFull,
     StoreReadOnly,
     Rejected,

@@ -48,7 +48,17 @@ class Writing:
     request: StoreRequest[Any]
 
 
-PendingCall = Warming | Asking | Ordered | Writing
+@dataclass(frozen=True)
+class Opening:
+    """The store's writer was asked to open the store."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The store's writer was asked for a sign of life."""
+
+
+PendingCall = Warming | Asking | Ordered | Writing | Opening | Sign
 
 
 class PendingCalls:

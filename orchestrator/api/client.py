@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
@@ -26,8 +27,10 @@ SUBMIT_TIMEOUT_SECONDS = 7200.0
 class Client:
     """Asks a service: the running one, or in this process what needs none that runs."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, say: Callable[[str], None] | None = None) -> None:
+        """say: Takes a line for people when an answer takes long; default: the terminal's stderr."""
         self._state_dir = state_dir
+        self._say = say or _note
         self._service: Service | None = None
 
     @overload
@@ -38,17 +41,21 @@ class Client:
         """Ask, and wait for the answer.
 
         Raises:
-            OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile.
+            OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile;
+                ControlPlaneSilent when its process is there and answers nothing.
         """
+        from orchestrator.api.waiting import Waiting, telling
+
         server = server_facts(self._state_dir)
         if server is not None:
             from orchestrator.api.exchange import NobodyListensError
 
             try:
-                return _over_http(server, request)
+                return _over_http(server, request, Waiting(self._state_dir, server, self._say))
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-        return self._local().answer(request)
+        with telling("reading the store and the task database, without a service", self._say):
+            return self._local().answer(request)
 
     def _local(self) -> Service:
         if self._service is None:
@@ -70,7 +77,15 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+def _note(line: str) -> None:
+    from subspace_store.commands.terminal import note
+
+    note(line)
+
+
+def _over_http(
+    server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any], waiting: Callable[[float], None]
+) -> Any:
     route = route_of(request)
     fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
     in_path = {name: str(fields.pop(name)) for name in route.in_path}
@@ -85,6 +100,7 @@ def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreReque
         body=fields if route.verb == "POST" else None,
         token=server["token"],
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
+        waiting=waiting,
     )
     if answer.is_success:
         return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)

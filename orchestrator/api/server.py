@@ -33,6 +33,7 @@ from orchestrator.api.requests import Export
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
+from orchestrator.signs_of_life import ray_trouble
 from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, open_private, service_identity
 
@@ -189,6 +190,7 @@ class ControlPlane:
         from orchestrator.controller import PREEMPT_SECONDS, Controller
         from orchestrator.reports.mlflow_mirror import Mirror
         from orchestrator.tasks.task_queue import TaskQueue
+        from orchestrator.watch import Pulse, Watch
         from subspace_store import open_storage
 
         settings = self._settings
@@ -205,6 +207,12 @@ class ControlPlane:
         controller = Controller(settings, queue, storage, store, cluster, service, changed=mirror.wake)
         answers = Service(settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror))
         loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
+        is_local = settings.ray.address == "local"
+        gcs = Pulse(cluster.probe)
+        trouble = partial(ray_trouble, self._state_dir) if is_local else str
+        watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
+        for name, run in (("watch", watch.run), ("gcs", gcs.run)):
+            threading.Thread(target=run, args=(self._stop,), name=name, daemon=True).start()
         reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
         loop.start()
         reporter.start()
@@ -264,7 +272,6 @@ class ControlPlane:
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
             "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},
-            "alarm": controller.alarm,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,
         }

@@ -33,8 +33,15 @@ NOTE_WIDTH = 24
 def status(answer: Json) -> None:
     """`onebasis status` and the end of `onebasis up`."""
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
-    counted = ", ".join(f"{count} {name}" for name, count in answer["tasks"].items()) or "none yet"
-    console.print(f"onebasis is {state}: base model {answer['base_model']}, main is version {answer['main']}")
+    alarms, counts = answer.get("alarms", ()), answer["tasks"]
+    if alarms:
+        state += f", [red]with {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}[/red]"
+    counted = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
+    main = "unknown" if answer["main"] is None else f"version {answer['main']}"
+    console.print(f"onebasis is {state}: base model {answer['base_model']}, main is {main}")
+    for alarm in alarms:
+        since = _duration(time.time() - alarm["since"])
+        console.print(f"  [red]ALARM[/red] {escape(alarm['text'])}, for {since}", soft_wrap=True)
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
         reason = escape(held["reason"] or "no reason given")
@@ -43,17 +50,11 @@ def status(answer: Json) -> None:
             " (`onebasis store release` lets it move)",
             soft_wrap=True,
         )
-    console.print(f"  tasks    {counted}")
+    console.print(f"  tasks    {counted if counts is not None else 'unknown'}")
     console.print(f"  store    {escape(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {escape(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {worker} {escape(what)}", soft_wrap=True)
-    if answer.get("alarm"):
-        console.print(f"  [red]ALARM[/red] {escape(answer['alarm'])}", soft_wrap=True)
-    for told in answer.get("unreadable_tasks", ()):
-        console.print(f"  [red]ALARM[/red] {escape(told)}", soft_wrap=True)
-    if answer.get("mlflow_error"):
-        console.print(f"  [yellow]MLflow is behind:[/yellow] {escape(answer['mlflow_error'])}")
 
 
 def submitted(answer: Json) -> None:

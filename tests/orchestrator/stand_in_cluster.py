@@ -140,6 +140,17 @@ class StandInCluster:
                 return _failed(error)
             return _lost("store") if fault[1] == "after" else _landed(result)
 
+    def open_store(self) -> Future[Any]:
+        with self._lock:
+            try:
+                self._store = self._store or self._open_store()
+            except Exception as error:
+                return _failed(error)
+            return _landed(None)
+
+    def store_sign(self) -> Future[Any]:
+        return Future() if "store" in self.silent else _landed(1)
+
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
         self._store = self._store or self._open_store()
@@ -147,6 +158,7 @@ class StandInCluster:
 
     def replace_store(self) -> None:
         self.replaced.append("store")
+        self.silent.discard("store")
         self._store = None
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
