@@ -137,6 +137,11 @@ class Controller:
             return dict.fromkeys(self._pool.workers, "out of reach: Ray does not work")
         return {name: str(worker) for name, worker in self._pool.workers.items()}
 
+    @property
+    def heard_at(self) -> float:
+        """Unix time since which every worker and the store's writer have given a sign of life; 0 before the first."""
+        return min(self._writer.heard_at, *(worker.heard_at for worker in self._pool.workers.values()))
+
     def is_refining(self, version: int) -> bool:
         """Whether workers refine tasks in a version."""
         return any(isinstance(order, Train) and order.refine_version == version for order in self._pool.orders)

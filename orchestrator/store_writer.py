@@ -49,6 +49,8 @@ class StoreWriter:
         self._is_open = False
         self._is_there = False
         """Whether the process has answered since it was made."""
+        self.heard_at = 0.0
+        """Unix time of its last answer."""
         self._asked_at = 0.0
         """Unix time of the last question."""
 
@@ -84,7 +86,7 @@ class StoreWriter:
                 log.warning("the store's writer is away: %s", error.what)
             self._is_open, self._is_there = False, False
             return
-        self._is_there = True
+        self._is_there, self.heard_at = True, time.time()
         self._alarms.end(AlarmCode.STORE_SILENT, ABOUT)
 
     def take_opening(self, call: Call) -> None:

@@ -54,6 +54,10 @@ class WorkerStatus:
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
     waits: bool = False
     """Its order waits for places for the ranks of a gang."""
+    heard_at: float = 0.0
+    """Unix time of its last answer."""
+    is_silent: bool = False
+    """It has left a question unanswered for longer than `SILENT_SECONDS`."""
     loads_since: float = 0.0
     """Unix time at which it was first asked to load the base model, since it was last ready."""
     ends: int = 0
@@ -61,13 +65,15 @@ class WorkerStatus:
 
     def __str__(self) -> str:
         before = "waits for places for its ranks, then " if self.waits else ""
+        if self.is_silent:
+            before = "does not answer; last seen "
         match self.order:
             case Train(task_id=task_id, refine_version=version):
                 return before + (f"refining {task_id} at version {version}" if version else f"training {task_id}")
             case Evaluate(task_id=task_id, version=version):
                 return f"{before}scoring {task_id} at version {version}"
         if self.ready:
-            return "free"
+            return f"{before}free"
         if self.error is not None:
             return f"cannot load the base model: {self.error.what}"
         return f"loading the base model for {time.time() - self.loads_since:.0f} s" if self.loads_since else "starting"
@@ -203,6 +209,7 @@ class WorkerPool:
             self._cannot_load(worker, InvalidInput(what, "base_model", "the worker's log has the rest"))
         else:
             worker.ready, worker.error, worker.loads_since, worker.ends = True, None, 0.0, 0
+            worker.heard_at, worker.is_silent = time.time(), False
             self._alarms.end_all(worker.name, AlarmCode.LOAD_FAILED, AlarmCode.WORKER_SLOW, AlarmCode.WORKER_SILENT)
             log.info("%s is warm", worker.name)
 
@@ -247,6 +254,7 @@ class WorkerPool:
         if worker.ready and silence > min(SILENT_SECONDS, limit):
             what = f"{worker.name} does not answer, and counts as lost {limit:.0f} s after it was asked"
             self._alarms.ring(AlarmCode.WORKER_SILENT, worker.name, what)
+            worker.is_silent = True
         if silence > limit:
             log.warning("%s has been silent for %.0f s: replacing it", worker.name, silence)
             self._pending_calls.forget(asking)
@@ -285,6 +293,7 @@ class WorkerPool:
 
     def _hear(self, worker: WorkerStatus, trouble: OnebasisError | None) -> None:
         """It answered: what it says keeps it from going on is an alarm."""
+        worker.heard_at, worker.is_silent = time.time(), False
         if isinstance(trouble, RankLost):
             self._alarms.ring(AlarmCode.WORKER_SILENT, worker.name, f"{worker.name}: {trouble.what}")
             return
@@ -295,7 +304,7 @@ class WorkerPool:
     def _is_away(self, worker: WorkerStatus, error: OnebasisError) -> None:
         if worker.ready:
             log.warning("%s is away: %s", worker.name, error)
-        worker.ready = False
+        worker.ready, worker.is_silent = False, False
         worker.loads_since = worker.loads_since or time.time()
         self._pending_calls.later(f"warm:{worker.name}")
 

@@ -269,6 +269,7 @@ class ControlPlane:
             "pid": os.getpid(),
             "up_seconds": time.time() - self._started_at,
             "loop_seconds_ago": time.time() - controller.healthy_at,
+            "heard_seconds_ago": time.time() - controller.heard_at,
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
             "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},

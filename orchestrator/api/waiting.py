@@ -21,8 +21,8 @@ LOOK_SECONDS = 3.0
 """Of waiting until somebody looks whether the control plane is alive, and again."""
 HEALTH_SECONDS = 4.0
 """A control plane answers this in milliseconds, and in a second where the machine is crowded."""
-TELL_SECONDS = 30.0
-"""People are told again that it takes longer."""
+TELL_SECONDS = 8.0
+"""People are told this often that it takes longer."""
 RESTART = "`onebasis up` restarts it; nothing that was acknowledged is lost"
 
 
@@ -51,7 +51,7 @@ class Waiting:
         from orchestrator.api.exchange import NobodyListensError, exchange
         from orchestrator.signs_of_life import Life, life_of
 
-        pid = running_server(self._state_dir)
+        pid = running_server(self._state_dir.resolve())
         if pid is not None and life_of(pid) is Life.STOPPED:
             raise ControlPlaneSilent(
                 f"the control plane (pid {pid}) does not answer: it {Life.STOPPED}", "", RESTART, pid

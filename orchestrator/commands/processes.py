@@ -26,7 +26,7 @@ from configs.settings import Settings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Health, Status
-from orchestrator.api.waiting import telling
+from orchestrator.api.waiting import TELL_SECONDS, telling
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
 from orchestrator.signs_of_life import Life, end_now, life_of, ray_processes, ray_trouble, stopped, title_of
 from subspace_store.commands.state_folder import (
@@ -71,14 +71,13 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
     started: list[subprocess.Popen[bytes]] = []
     try:
         with _alone(state_dir, say):
-            mended = _end_what_stands_still(settings, state_dir, say)
+            _end_what_stands_still(settings, state_dir, say)
             if running_server(state_dir) is None:
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
-            _start_what_is_missing(settings, state_dir, say, started)
-        # What was ended is not missed at once: the control plane asks its workers every so often.
-        settled_at = time.monotonic() + (2 * settings.workers.heartbeat_seconds + 2.0 if mended else 0.0)
-        return _wait_for_workers(settings, state_dir, say, settled_at)
+            with telling("starting Ray and the control plane", say):
+                _start_what_is_missing(settings, state_dir, say, started)
+        return _wait_for_workers(settings, state_dir, say)
     except BaseException:
         if started:
             say("it did not come up: ending what was started")
@@ -86,27 +85,22 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
         raise
 
 
-def _end_what_stands_still(settings: Settings, state_dir: Path, say: Say) -> bool:
-    """End each process that gives no sign of life, so that it is made anew. Returns whether there was one."""
-    mended = False
+def _end_what_stands_still(settings: Settings, state_dir: Path, say: Say) -> None:
+    """End each process that gives no sign of life, so that it is made anew."""
     server = running_server(state_dir)
     if server is not None and (what := _silence(state_dir, server)):
         say(f"{what}: ending it")
         _kill_server(server)
-        mended = True
     if settings.ray.address != "local":
-        return mended  # its machines are somebody else's; the control plane replaces its own actors
+        return  # its machines are somebody else's; the control plane replaces its own actors
     if (state_dir / ADDRESS_FILE).exists() and (trouble := ray_trouble(state_dir)):
         say(f"Ray does not work: {trouble}. Ending what is left of it; tasks go on from their checkpoints")
         if (server := running_server(state_dir)) is not None:
             _kill_server(server)  # asked politely it would wait for the cluster that is not there
         _end_ray(state_dir)
-        return True
     for process in stopped(ray_processes(state_dir)):
         say(f"{title_of(process)} (pid {process.pid}) {Life.STOPPED}: ending it, another takes its place")
         end_now([process])
-        mended = True
-    return mended
 
 
 def _silence(state_dir: Path, server: int) -> str:
@@ -306,28 +300,29 @@ def _refuse_taken_port(settings: Settings) -> None:
         ) from error
 
 
-def _wait_for_workers(settings: Settings, state_dir: Path, say: Say, settled_at: float = 0.0) -> dict[str, Any]:
-    """The status once every worker is warm and none of the service's processes is missed.
-
-    Args:
-        settled_at: Monotonic time before which an answer may be older than what was ended.
-    """
-    until = time.monotonic() + START_SECONDS
+def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str, Any]:
+    """The status once every worker is warm, and each process has given a sign of life since now."""
+    began = time.monotonic()
+    until, said_at = began + START_SECONDS, began
     client, said, told = Client(state_dir, say), "", set[str]()
     while True:
         health: dict[str, Any] = client.ask(Health())
         ready, all_workers = health.get("workers_ready", 0), settings.workers.count
         alarms = health["alarms"]
         unfinished = [alarm["text"] for alarm in alarms if alarm["code"] in UNFINISHED]
-        if ready == all_workers and not unfinished and time.monotonic() > settled_at:
+        heard = health.get("heard_seconds_ago", 0.0) <= time.monotonic() - began
+        if ready == all_workers and heard and not unfinished:
             status: dict[str, Any] = client.ask(Status())
             return status
         log = state_dir / "logs/control-plane.log"
         if not health["running"]:
             raise Unavailable(f"the control plane ended; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
         workers = "1 worker" if all_workers == 1 else f"{all_workers} workers"
-        if said != (said := f"loading the base model on {workers} ({ready} warm)") and ready < all_workers:
-            say(said)
+        line = f"loading the base model on {workers} ({ready} warm)" if ready < all_workers else "asking every process"
+        now = time.monotonic()
+        if (line != said and ready < all_workers) or now - said_at > TELL_SECONDS:
+            say(line if line != said else f"still {line}, for {now - began:.0f} s")
+            said, said_at = line, now
         for alarm in alarms:
             if alarm["text"] not in told:
                 told.add(alarm["text"])

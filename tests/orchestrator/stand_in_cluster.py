@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import Unavailable
+from configs.errors import OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
@@ -24,7 +24,7 @@ from subspace_store.log.garbage import Collected
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
-from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Point, Progress, Train, Trained
+from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Phase, Point, Progress, Train, Trained
 
 RowCount = 100
 """Evaluation rows that every score pretends to be measured on."""
@@ -57,6 +57,8 @@ class StandInCluster:
         """(method, `before` or `after`): the next such call's answer is lost, before or after it was done."""
         self.hold: Callable[[Order], bool] = lambda order: False
         """Which orders stay under way until `release`."""
+        self.trouble: OnebasisError | None = None
+        """What keeps the workers from going on, as they say it in each heartbeat."""
         self.silent: set[str] = set()
         """Workers that do not answer when asked what they do."""
         self.trainings: list[str] = []
@@ -96,7 +98,14 @@ class StandInCluster:
         lines = ("a line of the log", Point(at=1007.0, step=3, loss=0.5, learning_rate=0.001, steps=10))
         return _landed(
             Progress(
-                token=held.token, phase="training", step=3, steps=10, loss=0.5, learning_rate=0.001, log_lines=lines
+                token=held.token,
+                phase=Phase.TRAINING,
+                trouble=self.trouble,
+                step=3,
+                steps=10,
+                loss=0.5,
+                learning_rate=0.001,
+                log_lines=lines,
             )
         )
 
