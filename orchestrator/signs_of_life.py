@@ -81,7 +81,8 @@ def ray_processes(state_dir: Path) -> list[psutil.Process]:
 
 def children() -> list[psutil.Process]:
     """Those that this process has started."""
-    return psutil.Process().children()
+    found: list[psutil.Process] = psutil.Process().children()
+    return found
 
 
 def _is_ours(command: list[str]) -> bool:

@@ -30,7 +30,7 @@ from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, score_table
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
@@ -142,6 +142,7 @@ class Service:
             **self._summary(record, place),
             "why": why(record, self._surroundings(record, place)),
             "result": self._result(record),
+            "alarms": [alarm.as_dict() for alarm in self._alarms] if record.state in LIVE else [],
             **views.task_details(record, self._queue.events(record.task_id), plot),
         }
 

@@ -39,9 +39,7 @@ def status(answer: Json) -> None:
     counted = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
     main = "unknown" if answer["main"] is None else f"version {answer['main']}"
     console.print(f"onebasis is {state}: base model {answer['base_model']}, main is {main}")
-    for alarm in alarms:
-        since = _duration(time.time() - alarm["since"])
-        console.print(f"  [red]ALARM[/red] {escape(alarm['text'])}, for {since}", soft_wrap=True)
+    _print_alarms(alarms)
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
         reason = escape(held["reason"] or "no reason given")
@@ -55,6 +53,12 @@ def status(answer: Json) -> None:
     console.print(f"  mlflow   {escape(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {worker} {escape(what)}", soft_wrap=True)
+
+
+def _print_alarms(alarms: Sequence[Json]) -> None:
+    for alarm in alarms:
+        since = _duration(time.time() - alarm["since"])
+        console.print(f"  [red]ALARM[/red] {escape(alarm['text'])}, for {since}", soft_wrap=True)
 
 
 def submitted(answer: Json) -> None:
@@ -79,6 +83,7 @@ def task(answer: Json) -> None:
     """`onebasis task`."""
     console.print(f"[bold]{answer['title']}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {escape(answer['why'])}", soft_wrap=True)
+    _print_alarms(answer.get("alarms", ()))
     if answer["progress"]:
         console.print(f"  progress   {_progress(answer)}")
     if answer["local_score"] is not None:

@@ -97,7 +97,7 @@ def _end_what_stands_still(settings: Settings, state_dir: Path, say: Say) -> Non
         say(f"Ray does not work: {trouble}. Ending what is left of it; tasks go on from their checkpoints")
         if (server := running_server(state_dir)) is not None:
             _kill_server(server)  # asked politely it would wait for the cluster that is not there
-        _end_ray(state_dir)
+        _end_ray(state_dir, 0.0)
     for process in stopped(ray_processes(state_dir)):
         say(f"{title_of(process)} (pid {process.pid}) {Life.STOPPED}: ending it, another takes its place")
         end_now([process])
@@ -122,10 +122,14 @@ def _kill_server(pid: int) -> None:
     _await_end(pid)
 
 
-def _end_ray(state_dir: Path) -> None:
-    """The head, and whatever has its token and outlived it: processes that stand still, or lost their parent."""
+def _end_ray(state_dir: Path, patience_seconds: float = QUICK_SECONDS) -> None:
+    """The head, and whatever has its token and outlived it: processes that stand still, or lost their parent.
+
+    Args:
+        patience_seconds: How long the head may take to end in order. Without a raylet or a GCS it would wait for them.
+    """
     if (head := _running_ray(state_dir)) is not None:
-        _end(head, QUICK_SECONDS)
+        _end(head, patience_seconds)
     end_now(ray_processes(state_dir))
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
 
@@ -238,7 +242,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
     (state_dir / "server.json").unlink(missing_ok=True)
     if _running_ray(state_dir) is not None or ray_processes(state_dir):
         say("ending the Ray cluster")
-        _end_ray(state_dir)
+        _end_ray(state_dir, 0.0 if ray_trouble(state_dir) else QUICK_SECONDS)
         ended = True
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
     return ended
@@ -361,8 +365,9 @@ def _running_ray(state_dir: Path) -> int | None:
 
 
 def _end(pid: int, patience_seconds: float) -> None:
+    politely = patience_seconds > 0 and life_of(pid) is Life.RUNS
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM if life_of(pid) is Life.RUNS else signal.SIGKILL)
+        os.kill(pid, signal.SIGTERM if politely else signal.SIGKILL)
     _await_end(pid, patience_seconds)
 
 

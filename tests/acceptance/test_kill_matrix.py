@@ -202,3 +202,21 @@ def test_an_up_that_fails_leaves_nothing_running(tmp_path: Path) -> None:
     left = [p.info for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
     assert left == []
     assert not (tmp_path / ".onebasis/ray.json").exists()
+
+
+def test_an_up_that_is_interrupted_leaves_nothing_running(tmp_path: Path) -> None:
+    starting = subprocess.Popen([ONEBASIS, "up"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert starting.stdout is not None
+    said = b""
+    while b"starting the control plane" not in said:
+        said += starting.stdout.readline()
+    until = time.monotonic() + 60
+    while not (tmp_path / ".onebasis/ray.json").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    starting.send_signal(signal.SIGINT)
+    said += starting.communicate()[0]
+    assert starting.returncode == 130
+    assert b"ending what was started" in said
+    left = [p.info for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
+    assert left == []
