@@ -3,7 +3,9 @@
 ```
 OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
-│   └── RefusedAdapters   some of several cannot be merged: which, it says
+│   ├── RefusedAdapters   some of several cannot be merged: which, it says
+│   ├── TooLarge   a document or a body has more bytes than one may have
+│   └── TooSlow    checking what was submitted takes longer than it may
 ├── NotFound       no such task, version, team for you
 │   └── MissingAdapters   some of several are not there: which, it says
 ├── Conflict       someone moved first: read again, then retry at once
@@ -108,6 +110,23 @@ class RefusedAdapters(InvalidInput):
     code = "refused-adapters"
     facts = ("task_ids",)
     task_ids: tuple[str, ...]
+
+
+class TooLarge(InvalidInput):
+    """A document or the body of a request has more bytes than `limit`; it was not read."""
+
+    code = "too-large"
+    http_status = 413
+    facts = ("limit",)
+    limit: int
+
+
+class TooSlow(InvalidInput):
+    """Checking a submission took longer than `limit` seconds and was ended; nothing was taken in."""
+
+    code = "too-slow"
+    facts = ("limit",)
+    limit: float
 
 
 class NotFound(OnebasisError):
@@ -229,6 +248,8 @@ class UnreadableTask(Corrupt):
 LEAVES: tuple[type[OnebasisError], ...] = (
     InvalidInput,
     RefusedAdapters,
+    TooLarge,
+    TooSlow,
     NotFound,
     MissingAdapters,
     Conflict,

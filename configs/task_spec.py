@@ -6,7 +6,6 @@ values only: no code, no pickles, no dataset scripts.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.document import NAME_PATTERN, Name, Section, check_document, read_yaml
+from configs.document import NAME_PATTERN, Name, Section, check_document, read_json
 from configs.errors import InvalidInput
+from configs.limits import read_bytes
 from configs.places import Located, located, real
+from configs.yaml_file import read_yaml
 
 Kind = Literal["sequence_classification", "sequence_regression", "causal_lm", "image_classification"]
 Metric = Literal[
@@ -254,15 +255,16 @@ def read_task_spec(path: Path) -> TaskSpec:
         InvalidInput: See `configs.document.read_document`.
     """
     folder = path.resolve().parent
-    values = read_yaml(path)
+    file = read_yaml(path)
+    values = file.values
     training = values.get("training") if isinstance(values, dict) else None
     if isinstance(training, dict) and isinstance(training.get("deepspeed"), str):
         training["deepspeed"] = _read_json(Path(real(training["deepspeed"], folder)))
-    return located(check_document(values, TaskSpec, str(path)), folder)
+    return located(check_document(values, TaskSpec, str(path), file.words), folder)
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot read {path}: {error}", "training.deepspeed", "name a JSON file") from error
+        return read_json(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path} is not JSON: {error}", "training.deepspeed", "name a JSON file") from error
