@@ -277,7 +277,8 @@ def _ours(text: str) -> Reading:
     import yaml
 
     node = yaml.ScalarNode(_TAG + "str", text)
-    kind = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False)).removeprefix(_TAG)
+    tag: str = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    kind = tag.removeprefix(_TAG)
     if kind in ("null", "bool", "int", "float") and len(text) <= _DIGITS_MAX:
         constructor = yaml.constructor.SafeConstructor()
         read = getattr(constructor, f"construct_yaml_{kind}")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-from configs.errors import OnebasisError, error_from_dict
+from configs.errors import OnebasisError, TooLarge, error_from_dict
+from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE
@@ -78,11 +79,14 @@ def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreReque
     url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
     from orchestrator.api.exchange import exchange
 
+    content = json.dumps(fields).encode() if route.verb == "POST" else None
+    if content is not None and len(content) > BYTES_MAX:  # a server that refuses it may hang up before it is heard
+        raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
     answer = exchange(
         server["url"] + url,
         route.verb,
         query=fields if route.verb == "GET" else None,
-        body=fields if route.verb == "POST" else None,
+        body=content,
         token=server["token"],
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
     )

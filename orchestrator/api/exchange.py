@@ -6,7 +6,6 @@ network, without TLS, proxies or redirects.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -38,7 +37,7 @@ def exchange(
     verb: str,
     *,
     query: Mapping[str, Any] | None = None,
-    body: Any = None,
+    body: bytes | None = None,
     token: str = "",
     timeout_seconds: float,
 ) -> Reply:
@@ -47,7 +46,7 @@ def exchange(
     Args:
         url: Of the route, `http://HOST:PORT/PATH`, quoted.
         query: Written after the path.
-        body: Sent as JSON, unless it is None.
+        body: JSON; None: the request has none.
         token: Of the bearer.
         timeout_seconds: For each wait of the connection.
 
@@ -62,12 +61,11 @@ def exchange(
     except OSError as error:
         raise NobodyListensError from error
     headers = {"Authorization": f"Bearer {token}"}
-    content = None
     if body is not None:
-        content, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        headers["Content-Type"] = "application/json"
     written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in (query or {}).items()}
     try:
-        connection.request(verb, f"{place.path}?{urlencode(written)}" if written else place.path, content, headers)
+        connection.request(verb, f"{place.path}?{urlencode(written)}" if written else place.path, body, headers)
         reply = connection.getresponse()
         return Reply(reply.status, reply.headers.get_content_type(), reply.read())
     except (OSError, HTTPException) as error:

@@ -34,11 +34,16 @@ from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
+    from configs.task_spec import TaskSpec
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
+    from orchestrator.tasks.admission import Draft
     from orchestrator.tasks.task_queue import TaskQueue
     from subspace_store.subspace_reader import RollbackPreview, SubspaceReader
+    from workers.orders import BaseLayout
 
+Check = Callable[["TaskSpec", Settings, "BaseLayout"], "Draft"]
+"""`check_submission`, in whichever process."""
 
 STORE_SECONDS = 120.0
 """Longest wait for one call to the store: a merge of a large model may be before it."""
@@ -51,6 +56,7 @@ class Service:
         queue: None where there is nobody to share it with: it is opened by the first who asks about tasks, since
             importing what speaks SQL takes as long as all the rest of a command.
         controller, cluster: None when the service is down; then what needs a worker is refused with the next step.
+        check: How a submission is checked; default: in the thread that asks, which nothing can end.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class Service:
         controller: Controller | None = None,
         cluster: Cluster | None = None,
         health: Callable[[], Json] = dict,
+        check: Check | None = None,
     ) -> None:
         self._settings = settings
         self._given_queue = queue
@@ -68,6 +75,7 @@ class Service:
         self._controller = controller
         self._cluster = cluster
         self._health = health
+        self._check = check
 
     @cached_property
     def _store(self) -> SubspaceReader:
@@ -98,10 +106,11 @@ class Service:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
         from orchestrator.tasks.admission import admit, check_submission
 
+        check = self._check or check_submission
         controller = self._running("submit")
         if controller.layout is None:
             raise Unavailable("the workers are still loading the base model", todo="try again in a few seconds")
-        with contextlib.closing(check_submission(request.task, self._settings, controller.layout)) as draft:
+        with contextlib.closing(check(request.task, self._settings, controller.layout)) as draft:
             if request.dry_run:
                 return {
                     "accepted": False,
