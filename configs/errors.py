@@ -15,6 +15,7 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── NoSignOfLife   the control plane is there and does not answer: it is stopped, or hangs
 │   ├── StoreFull  the storage has no space left: nothing of the request was written
 │   └── StoreReadOnly   the storage lets nobody write: nothing of the request was written
 ├── Rejected       the result is worse than the rule allows: a person decides
@@ -209,6 +210,12 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class NoSignOfLife(Unavailable):
+    """The control plane's process is there and answers nothing at all: it is stopped, or hangs."""
+
+    code = "no-sign-of-life"
+
+
 class StoreFull(Unavailable):
     """The storage has no space left; what was asked for has failed, and is not done later."""
 
@@ -259,6 +266,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    NoSignOfLife,
     StoreFull,
     StoreReadOnly,
     Rejected,

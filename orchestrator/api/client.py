@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
@@ -27,8 +28,10 @@ SUBMIT_TIMEOUT_SECONDS = 7200.0
 class Client:
     """Asks a service: the running one, or in this process what needs none that runs."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, waiting: Callable[[float], None] | None = None) -> None:
+        """waiting: Told every few seconds how long a request has taken, while the service is alive."""
         self._state_dir = state_dir
+        self._waiting = waiting
         self._service: Service | None = None
 
     @overload
@@ -46,7 +49,7 @@ class Client:
             from orchestrator.api.exchange import NobodyListensError
 
             try:
-                return _over_http(server, request)
+                return _over_http(server, request, self._waiting)
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
         return self._local().answer(request)
@@ -71,7 +74,11 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+def _over_http(
+    server: dict[str, Any],
+    request: ServiceRequest[Any] | StoreRequest[Any],
+    waiting: Callable[[float], None] | None,
+) -> Any:
     route = route_of(request)
     fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
     in_path = {name: str(fields.pop(name)) for name in route.in_path}
@@ -89,6 +96,7 @@ def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreReque
         body=content,
         token=server["token"],
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
+        waiting=waiting,
     )
     if answer.is_success:
         return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)

@@ -34,6 +34,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
 from configs.limits import BYTES_MAX, short
 from configs.settings import Settings, read_settings
+from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.api.requests import Export, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
@@ -101,6 +102,10 @@ def api(service: Service, token: str) -> FastAPI:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         told = OnebasisError(f"internal error: {type(error).__name__}", todo="its log, control-plane.log, has the rest")
         return AsciiJson(told.as_dict(), status_code=told.http_status)
+
+    @app.get(ALIVE_PATH, include_in_schema=False)
+    async def alive() -> AsciiJson:
+        return AsciiJson({"pid": os.getpid()})
 
     submissions, writes = CapacityLimiter(SUBMISSIONS_AT_ONCE), CapacityLimiter(WRITES_AT_ONCE)
     for route in ROUTES:
