@@ -19,11 +19,14 @@ from subspace_store.subspace_reader import RollbackPreview
 Json = dict[str, Any]
 
 
-def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, Any]) -> Json:
+def task_summary(
+    record: TaskRecord, place: int | None, starts_in_seconds: float | None, progress: Mapping[str, Any]
+) -> Json:
     """A row of `onebasis tasks`.
 
     Args:
         place: In the queue, from 1; None where it does not wait.
+        starts_in_seconds: An estimate; None where it does not wait, or nobody can say.
         progress: What its worker said last; empty where none has it.
     """
     return {
@@ -34,6 +37,7 @@ def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, A
         "state": str(record.state),
         "reason": record.reason,
         "place": place,
+        "starts_in_seconds": starts_in_seconds,
         "submitted_at": record.submitted_at,
         "attempt": record.attempt,
         "worker": record.worker if is_at_work(record) else "",
