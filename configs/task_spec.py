@@ -53,6 +53,9 @@ class DataSpec(Section):
     eval_fraction: float | None = Field(None, gt=0, lt=1)
     """Instead of eval_file: about this share of the training rows is kept for evaluation and not trained on. Which, a
     digest of each row without its label says: the same rows when others are added, equal ones on one side."""
+    eval_is_train: bool = False
+    """Permission to evaluate on the rows that were trained on. Without it such an eval_file is refused: the score would
+    say how well the rows were memorised, and nothing about new ones."""
     text_column: str = "text"
     """Key, or column, of the text in each row. Other columns are not read."""
     text_pair_column: str | None = None
@@ -214,6 +217,8 @@ class TaskSpec(Section):
         needs_labels = self.kind in CLASSIFICATION_KINDS
         if data.eval_file and data.eval_fraction:
             raise ValueError("data.eval_file and data.eval_fraction exclude each other")
+        if data.eval_is_train and not (data.train_file and data.eval_file):
+            raise ValueError("data.eval_is_train is about data.train_file and data.eval_file: it needs both")
         if method.share_full and not method.refine_epochs:
             raise ValueError("method.share_full needs method.refine_epochs, how long to train each time")
         if method.name == "import":
