@@ -19,7 +19,7 @@ from PIL import Image
 
 from configs.errors import InvalidInput
 from tests.workers.data_builders import spec_of, written
-from workers.rows import columnar_files, columns, row_files
+from workers.rows import array_files, columnar_files, columns, row_files, table_files, text_lines
 from workers.rows.row_files import read_file
 from workers.rows.task_data import ImageRow, TextRow, rows_in
 
@@ -40,9 +40,11 @@ def complaint(path: Path, columns: dict[str, str] = TEXT) -> str:
 
 
 def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a row were too large above 1,000 bytes."""
-    for module in (columns, row_files, columnar_files):
+    """As if a row were too large above 1,000 bytes, or characters."""
+    for module in (columns, array_files, columnar_files):
         monkeypatch.setattr(module, "ROW_BYTES_MAX", 1000)
+    for reader in (text_lines, table_files):
+        monkeypatch.setattr(reader, "LINE_CHARACTERS_MAX", 1000)
 
 
 def as_folder(path: Path, *batches: pa.RecordBatch) -> Path:
@@ -145,10 +147,12 @@ def test_a_csv_that_is_not_one_is_refused_with_its_line(content: str, said: str 
 def test_a_quote_that_is_never_closed_does_not_take_in_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "FIELD_CHARACTERS_MAX", 1000)
+    small_rows(monkeypatch)
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"x\t1\n' + "y\t0\n" * 1000)
-    assert ", line 2: is not readable from here on: field larger than field limit (1000)" in complaint(path)
+    said = complaint(path)
+    assert said.startswith(", line 2: a row of more than 1000 characters begins here")
+    assert "is a double quote opened there and never closed?" in said
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_a_quote_that_is_never_closed_does_not_take_in_the_whole_file(
         ("a.csv.gz", b"\x1f\x8b\x09\x00garbage", ": is not a complete gzip file"),
         ("a.parquet", b"PAR1 garbage PAR1", ": is not a readable parquet file"),
         ("a.parquet.gz", b"", ": .parquet files are packed inside"),
-        ("a.npz", b"PK garbage", ": is not a readable .npz file"),
+        ("a.npz", b"PK\3\4 garbage", ": is not a readable .npz file"),
         ("a.json", b"[]", ": '.json' is not a format of rows"),
         ("a", b"", ": '' is not a format of rows"),
     ],
@@ -183,7 +187,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(
     path = tmp_path / "a.jsonl"
     content = b'{"text": "x", "label": 0}\n' + b"\0" * 5000
     path.write_bytes(gzip.compress(content) if packed else content)
-    assert complaint(path).startswith(", line 2: is a row of more than 1000 bytes")
+    assert complaint(path).startswith(", line 2: is a row of more than 1000 characters")
 
 
 def test_a_key_that_a_json_object_has_twice_is_refused_and_not_chosen_from(tmp_path: Path) -> None:
@@ -423,7 +427,7 @@ def test_a_damaged_file_in_a_folder_is_refused_and_crashes_nothing(saved: Path, 
 def test_arrays_are_read_along_their_first_axis(
     save: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "ARRAY_BYTES", 20)  # three pictures at once
+    monkeypatch.setattr(array_files, "ARRAY_BYTES", 20)  # three pictures at once
     images = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3)
     save(tmp_path / "a.npz", image=images, label=np.arange(10), other=np.array([{}], dtype=object))
     rows = values(tmp_path / "a.npz", ARRAYS)
