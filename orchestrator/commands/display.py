@@ -91,6 +91,8 @@ def task(answer: Json) -> None:
             f"  in main    {score_text(result['score_under_main'])} now (version {result['main']}) · "
             f"{score_text(result['score_at_birth'])} at birth (version {result['version']})"
         )
+    for warning in answer["warnings"]:
+        console.print(f"  [yellow]warning[/yellow]    {escape(warning)}", soft_wrap=True)
     _print_training(answer["training"])
     for event in answer["events"]:
         console.print(f"  {_clock(event['at'])}  {event['kind']:16} {escape(event['text'])}", soft_wrap=True)

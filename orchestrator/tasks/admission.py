@@ -182,6 +182,7 @@ def admit(
         eval_sha256=draft.eval_sha256,
         constant_score=rows.evaluation.constant_score if rows.evaluation else None,
         content_sha256=content,
+        warnings=draft.warnings,
     )
     if rows.train:
         rows.train.write(storage, record.train_key)

@@ -70,6 +70,8 @@ class TaskRecord(Section):
     """Score of always giving the evaluation rows' most frequent label; None where there is no such score."""
     content_sha256: str = ""
     """What makes the submission this one, see `admission.content_sha256`; empty in records of release 0.3."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on what was doubtful at submission, and on what training made doubtful."""
 
     state: TaskState = TaskState.QUEUED
     revision: int = 0
