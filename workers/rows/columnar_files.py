@@ -210,7 +210,9 @@ def _check_types(schema: Any, names: Sequence[str], path: str) -> None:
         inner = kind.value_type if types.is_dictionary(kind) else kind
         if types.is_temporal(inner) or types.is_map(inner) or types.is_union(inner):
             raise InvalidInput(
-                f"column {shown([name])} is of type {inner}", path, "write it as text, or as a number, and save it again"
+                f"column {shown([name])} is of type {inner}",
+                path,
+                "write it as text, or as a number, and save it again",
             )
 
 

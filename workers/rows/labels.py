@@ -160,7 +160,7 @@ def _said(value: str | int | float | Decimal) -> str:
         return str(value)
     if isinstance(value, float | Decimal):
         # By way of its shortest text: 0.1 is not 0.1000000000000000055511151231257827.
-        return _number(f"{Decimal(repr(value)) if isinstance(value, float) else value:f}")
+        return _number(f"{Decimal(repr(float(value))) if isinstance(value, float) else value:f}")
     text = value.strip()
     if not text.isascii():
         return unicodedata.normalize("NFC", text)

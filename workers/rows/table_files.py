@@ -65,15 +65,15 @@ class _Table:
             self._reader = csv.reader([])
             return
         separator = _separator(first, columns, promised)
-        # "text, label": there the space belongs to the separator.
-        is_spaced = any(name.startswith(" ") for name in _fields(first, separator)[1:])
+        fields = _fields(first, separator)
+        if first.lstrip().startswith(("{", "[")) and not _has(columns, _stripped(fields, columns)):
+            raise InvalidInput("is not what its name says: it holds JSON", path, "name a file of JSON lines .jsonl")
+        is_spaced = any(name.startswith(" ") for name in fields[1:])  # "text, label": the separator's space
         self._lines, self._line = itertools.chain([(number, first)], lines), number - 1
         # Strict: a quote that is not closed, or text after one, would else join rows without a word.
         self._reader = csv.reader(self._texts(), delimiter=separator, strict=True, skipinitialspace=is_spaced)
         number, names = next(self)
         self.names = _stripped(names, columns)
-        if first.lstrip().startswith(("{", "[")) and not set(columns.values()) <= {*self.names}:
-            raise InvalidInput("is not what its name says: it holds JSON", path, "name a file of JSON lines .jsonl")
         check_header(columns, self.names, f"{path}, line {number} (the names of the columns)")
 
     def __iter__(self) -> _Table:
@@ -115,7 +115,7 @@ def _separator(first: str, columns: Columns, promised: str) -> str:
     """The separator with which the first line names the columns. If none does, the one that parts it most: the
     refusal then shows the names as a person reads them."""
     candidates = (promised, *SEPARATORS)
-    named = (each for each in candidates if set(columns.values()) <= {*_stripped(_fields(first, each), columns)})
+    named = (each for each in candidates if _has(columns, _stripped(_fields(first, each), columns)))
     return next(named, max(candidates, key=lambda each: len(_fields(first, each))))
 
 
@@ -125,7 +125,11 @@ def _fields(line: str, separator: str) -> list[str]:
 
 def _stripped(names: Sequence[str], columns: Columns) -> Sequence[str]:
     """The names of a table's columns, without white space around them where only so the task's are among them."""
-    return names if set(columns.values()) <= {*names} else [name.strip() for name in names]
+    return names if _has(columns, names) else [name.strip() for name in names]
+
+
+def _has(columns: Columns, names: Sequence[str]) -> bool:
+    return set(columns.values()) <= {*names}
 
 
 def _uneven(row: Sequence[str], names: Sequence[str], where: str) -> InvalidInput:
