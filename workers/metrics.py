@@ -27,11 +27,12 @@ from configs.task_spec import Metric
 Floats = NDArray[np.float64]
 
 CORRELATIONS: tuple[Metric, ...] = ("matthews_correlation", "pearson", "spearman")
-"""Metrics that are not defined where all labels are the same, whatever the answers: admission refuses such evaluation rows."""
+"""Metrics that are not defined where all labels are the same, whatever the answers: admission refuses such rows."""
 GENERATED: tuple[Metric, ...] = ("exact_match", "rouge_l")
 """Metrics that need answers. A token of an answer costs a pass through the model, so nobody else pays for them."""
 LOG_PROBABILITY_MIN = -100.0
-"""Least logarithm of one token's probability. float32 tells nothing smaller from 0, and one token must not outweigh all others."""
+"""Least logarithm of one token's probability. float32 tells nothing smaller from 0, and one token must not outweigh all
+others."""
 
 
 @dataclass(frozen=True)

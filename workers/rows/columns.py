@@ -19,8 +19,9 @@ ROWS_FREE = 100_000
 differ, and cannot be packed so small. Checking a row takes about 10 µs, and 42 kB of parquet could hold ten million."""
 UNPACKED_BYTES_FREE = 2**26
 UNPACKED_RATIO_MAX = 200
-"""A packed file may unpack to `UNPACKED_BYTES_FREE`, and to so many times its size beyond. Tables of examples are packed
-to a third or a tenth, with one long prompt in every row to a fiftieth; a kilobyte can hold a megabyte of nothing."""
+"""A packed file may unpack to `UNPACKED_BYTES_FREE`, and to so many times its size beyond. Tables of examples can be
+packed to a third or a tenth, with one long prompt in every row to a fiftieth; a kilobyte can hold a megabyte of
+nothing."""
 COLUMNS_MAX = 10_000
 SHOWN_NAMES = 20
 SHOWN_CHARACTERS = 100

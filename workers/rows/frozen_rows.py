@@ -53,8 +53,8 @@ PIECE = 64 * 2**20
 FROZEN_BYTES_MAX = 256 * 2**30
 """Most bytes of frozen rows, whatever they came from: the disk is everybody's."""
 SHARED_RATIO_MAX = 0.5
-"""Share of the evaluation rows that may be training rows too, unless data.eval_is_train asks for it. Short texts recur by
-chance (in intent data a few percent): fewer are a warning."""
+"""Share of the evaluation rows that may not be training rows too, unless data.eval_is_train asks for it. Short texts
+recur by chance (in intent data a few percent): fewer are a warning."""
 
 
 @dataclass(frozen=True)

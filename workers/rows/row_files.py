@@ -1,7 +1,7 @@
 """Files of examples in the formats that people have them: every row as plain values, one after another.
 
-What the values mean is not decided here (labels.py, task_data.py). Nothing here holds a file in memory, runs code that a
-file brings (no pickles, no dataset scripts) or asks the network.
+What the values mean is not decided here (labels.py, task_data.py). Nothing here holds a file in memory, runs code that
+a file brings (no pickles, no dataset scripts) or asks the network.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ SIDES_MAX = 200
 """Most times that a picture may be longer than it is wide, or the other way round. Many image processors bring the
 shorter side to their size: of 1×80,000,000 pixels they would make 224×17,920,000,000. The number is Qwen2-VL's."""
 TEXT_CHARACTERS_MAX = 2**22
-"""Most characters of one text in any format: eight times what data.max_length allows, at four characters a token. A tokenizer takes a
-hundred bytes and a microsecond for each, before it cuts."""
+"""Most characters of one text in any format: eight times what data.max_length allows, at four characters a token. A
+tokenizer takes a hundred bytes and a microsecond for each, before it cuts."""
 MESSAGES_MAX = 4096
 """Most messages of one chat."""
 FLOAT32_MAX = 3.4e38

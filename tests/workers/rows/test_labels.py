@@ -80,7 +80,7 @@ def test_a_value_means_one_label_whatever_its_type(names: Sequence[str], values:
         (WORDS, float("inf"), "label inf is not one of the 2 labels"),
         (WORDS, [1], "must hold a label's name or its index, not list"),
         (WORDS, b"good", "must hold a label's name or its index, not bytes"),
-        *((WORDS, value, "column 'label' has no label in it") for value in (None, "", "  ", float("nan"), Decimal("NaN"))),
+        *((WORDS, value, "'label' has no label in it") for value in (None, "", "  ", float("nan"), Decimal("NaN"))),
         *((WORDS, value, f"has no label in it (it says '{value}')") for value in ("NaN", "null", "NA", "<NA>")),
     ],
 )  # fmt: skip

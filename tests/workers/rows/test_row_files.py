@@ -424,10 +424,11 @@ def test_dates_are_no_text_and_no_label_and_inside_messages_do_no_harm(date: str
     fields = [pa.array(["user"] * 3), pa.array(["x"] * 3), DATES[date]]
     messages = pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays(fields, ["role", "content", "at"]))
     path = columnar(tmp_path, name, pa.table({"messages": messages}))
-    try:
-        assert len(values(path, {"messages_column": "messages"})) == 3
-    except InvalidInput as error:
-        assert "has a value that cannot be read" in error.what
+    chats = {"messages_column": "messages"}
+    if date == "in nanoseconds":
+        assert len(values(path, chats)) == 3
+    else:
+        assert "has a value that cannot be read" in complaint(path, chats)
 
 
 @pytest.mark.parametrize("name", ["folder", "parquet"])
