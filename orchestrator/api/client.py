@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-from configs.errors import OnebasisError, error_from_dict
+from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dict
+from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE
@@ -28,7 +29,7 @@ class Client:
     """Asks a service: the running one, or in this process what needs none that runs."""
 
     def __init__(self, state_dir: Path, say: Callable[[str], None] | None = None) -> None:
-        """say: Takes a line for people when an answer takes long; default: the terminal's stderr."""
+        """say: Takes a line for people while an answer takes long; default: the terminal's stderr."""
         self._state_dir = state_dir
         self._say = say or _note
         self._service: Service | None = None
@@ -41,19 +42,21 @@ class Client:
         """Ask, and wait for the answer.
 
         Raises:
-            OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile;
-                ControlPlaneSilent when its process is there and answers nothing.
+            OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile, NoSignOfLife
+                when its process is there and answers nothing.
         """
-        from orchestrator.api.waiting import Waiting, telling
+        from orchestrator.api.waiting import Waiting, named, telling
 
         server = server_facts(self._state_dir)
         if server is not None:
             from orchestrator.api.exchange import NobodyListensError
 
             try:
-                return _over_http(server, request, Waiting(self._state_dir, server, self._say))
+                return _over_http(server, request, Waiting(server, self._say))
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
+            except NoSignOfLife as error:
+                raise named(error, self._state_dir) from error
         with telling("reading the store and the task database, without a service", self._say):
             return self._local().answer(request)
 
@@ -84,7 +87,9 @@ def _note(line: str) -> None:
 
 
 def _over_http(
-    server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any], waiting: Callable[[float], None]
+    server: dict[str, Any],
+    request: ServiceRequest[Any] | StoreRequest[Any],
+    waiting: Callable[[float], None],
 ) -> Any:
     route = route_of(request)
     fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
@@ -93,11 +98,14 @@ def _over_http(
     url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
     from orchestrator.api.exchange import exchange
 
+    content = json.dumps(fields).encode() if route.verb == "POST" else None
+    if content is not None and len(content) > BYTES_MAX:  # a server that refuses it may hang up before it is heard
+        raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
     answer = exchange(
         server["url"] + url,
         route.verb,
         query=fields if route.verb == "GET" else None,
-        body=fields if route.verb == "POST" else None,
+        body=content,
         token=server["token"],
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
         waiting=waiting,

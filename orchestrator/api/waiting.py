@@ -1,7 +1,4 @@
-"""What a command does while it waits: nobody looks at a silent terminal for longer than ten seconds.
-
-A control plane that stands still is told of, with its process id; one that is at work says what is wrong, if anything.
-"""
+"""What a command says while it waits: nobody looks at a silent terminal for longer than ten seconds."""
 
 from __future__ import annotations
 
@@ -12,68 +9,57 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ControlPlaneSilent, Unavailable
+from configs.errors import NoSignOfLife, Unavailable
 from subspace_store.commands.state_folder import running_server
 
 Say = Callable[[str], None]
 
-LOOK_SECONDS = 3.0
-"""Of waiting until somebody looks whether the control plane is alive, and again."""
-HEALTH_SECONDS = 4.0
-"""A control plane answers this in milliseconds, and in a second where the machine is crowded."""
+FIRST_SECONDS = 6.0
 TELL_SECONDS = 8.0
 """People are told this often that it takes longer."""
-RESTART = "`onebasis up` restarts it; nothing that was acknowledged is lost"
+HEALTH_SECONDS = 4.0
 
 
 class Waiting:
-    """Called again and again while a reply is waited for.
+    """Called again and again with the seconds so far, while the control plane is alive and does not reply.
 
     Args:
         server: What the control plane announced of itself.
         say: Takes a line for people.
     """
 
-    def __init__(self, state_dir: Path, server: dict[str, Any], say: Say) -> None:
-        self._state_dir = state_dir
+    def __init__(self, server: dict[str, Any], say: Say) -> None:
         self._server = server
         self._say = say
-        self._unanswered = 0
-        self._told_at = 0.0
         self._told: tuple[str, ...] = ()
 
     def __call__(self, seconds: float) -> None:
-        """seconds: How long the reply has been waited for.
+        alarms = self._alarms()
+        self._say(f"waiting for the control plane's answer for {seconds:.0f} s; it is alive")
+        for alarm in alarms if alarms != self._told else ():
+            self._say(f"ALARM {alarm}")
+        self._told = alarms
 
-        Raises:
-            ControlPlaneSilent: The control plane stands still, or answers nothing at all.
-        """
+    def _alarms(self) -> tuple[str, ...]:
         from orchestrator.api.exchange import NobodyListensError, exchange
-        from orchestrator.signs_of_life import Life, life_of
 
-        pid = running_server(self._state_dir.resolve())
-        if pid is not None and life_of(pid) is Life.STOPPED:
-            raise ControlPlaneSilent(
-                f"the control plane (pid {pid}) does not answer: it {Life.STOPPED}", "", RESTART, pid
-            )
-        pid = self._server["pid"] if pid is None else pid
         try:
             url, token = self._server["url"], self._server["token"]
             reply = exchange(f"{url}/health", "GET", token=token, timeout_seconds=HEALTH_SECONDS)
-            alarms = tuple(alarm["text"] for alarm in json.loads(reply.content).get("alarms", ()))
+            return tuple(alarm["text"] for alarm in json.loads(reply.content).get("alarms", ()))
         except (NobodyListensError, Unavailable, ValueError):
-            self._unanswered += 1
-            if self._unanswered > 1:
-                what = f"the control plane (pid {pid}) answers nothing for {seconds + HEALTH_SECONDS:.0f} s"
-                raise ControlPlaneSilent(what, "", RESTART, pid) from None
-            self._say(f"the control plane (pid {pid}) does not answer; waiting for it a little longer")
-            return
-        self._unanswered = 0
-        if alarms != self._told or seconds - self._told_at >= (TELL_SECONDS if self._told_at else 2 * LOOK_SECONDS - 1):
-            self._told, self._told_at = alarms, seconds
-            self._say(f"waiting for the control plane's answer for {seconds:.0f} s; it is alive")
-            for alarm in alarms:
-                self._say(f"ALARM {alarm}")
+            return self._told
+
+
+def named(error: NoSignOfLife, state_dir: Path) -> NoSignOfLife:
+    """The error with the process that it is about, and whether that one stands still."""
+    from orchestrator.signs_of_life import Life, life_of
+
+    pid = running_server(state_dir.resolve())
+    if pid is None:
+        return error
+    what = f"it {Life.STOPPED}" if life_of(pid) is Life.STOPPED else "it hangs"
+    return NoSignOfLife(f"the control plane (pid {pid}) does not answer: {what}", error.where, error.todo)
 
 
 @contextlib.contextmanager
@@ -82,7 +68,7 @@ def telling(what: str, say: Say) -> Iterator[None]:
     done = threading.Event()
 
     def tell() -> None:
-        waited = 2 * LOOK_SECONDS
+        waited = FIRST_SECONDS
         if done.wait(waited):
             return
         say(f"still {what}, for {waited:.0f} s")

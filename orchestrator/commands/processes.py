@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from configs.errors import Conflict, ControlPlaneSilent, InvalidInput, Unavailable, error_from_dict
+from configs.errors import Conflict, InvalidInput, NoSignOfLife, Unavailable, error_from_dict
 from configs.settings import Settings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api.client import Client, server_facts
@@ -107,7 +107,7 @@ def _silence(state_dir: Path, server: int) -> str:
     """Why a running control plane has to be ended; empty if it answers."""
     try:
         Client(state_dir, lambda _: None).ask(Health())
-    except ControlPlaneSilent as error:
+    except NoSignOfLife as error:
         return error.what
     except Unavailable as error:
         if running_server(state_dir) == server:
