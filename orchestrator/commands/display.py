@@ -50,6 +50,14 @@ def status(answer: Json) -> None:
         console.print(f"  {worker} {escape(what)}", soft_wrap=True)
     if answer.get("alarm"):
         console.print(f"  [red]ALARM[/red] {escape(answer['alarm'])}", soft_wrap=True)
+    for doubt in answer.get("in_doubt", ()):
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(doubt["at"]))
+        what, key = f"{doubt['operation']} by {doubt['actor']} since {since}", escape(doubt["op_key"])
+        console.print(
+            f"  [yellow]IN DOUBT[/yellow] {escape(what)}: nobody knows whether it was done. Ask again with "
+            f"--op-key {key}, or `onebasis store withdraw {key}`",
+            soft_wrap=True,
+        )
     for told in answer.get("unreadable_tasks", ()):
         console.print(f"  [red]ALARM[/red] {escape(told)}", soft_wrap=True)
     if answer.get("mlflow_error"):

@@ -25,6 +25,14 @@ StateDir = Annotated[
     Path, typer.Option("--state-dir", envvar="ONEBASIS_STATE_DIR", help="Folder of the service's own files.")
 ]
 STATE_DIR = Path(".onebasis")
+OpKey = Annotated[
+    str,
+    typer.Option(
+        "--op-key",
+        metavar="KEY",
+        help="Names this request; begins with the command's name. Asked again under it, it is done once.",
+    ),
+]
 
 # A pipe or a log file has no width: tables there are as wide as they need.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

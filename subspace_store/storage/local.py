@@ -7,17 +7,21 @@ durable once its folder is flushed too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from configs.errors import NotFound, Unavailable
+from configs.errors import NotFound, NotWritten, StoreFull, StoreReadOnly, Unavailable
 from subspace_store.storage.protocol import check_head, check_key
 
 TEMPORARY = ".writing-"
 """Temporary files start with this; no listing shows them."""
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class LocalStorage:
@@ -82,15 +86,16 @@ class LocalStorage:
             try:
                 # A hard link is refused if the name is taken; rename would replace it.
                 os.link(out.temporary, path)
-                return True
+                is_new = True
             except FileExistsError:
-                return False
+                is_new = False
             except OSError as error:
-                raise _unavailable(error, path) from error
-            finally:
-                # Also for the loser: what it reads now must not be gone after a crash.
-                with _refusals_named(path):
-                    _flush_folder(path.parent)
+                raise _not_written(error, path) from error
+            # Also for the loser: what it reads now must not be gone after a crash. What fails here is no `NotWritten`,
+            # because the name is there.
+            with _refusals_named(path, _unavailable):
+                _flush_folder(path.parent)
+        return is_new
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
         return sorted(key for key in self._files(prefix) if key > after and not _is_temporary(key))
@@ -150,6 +155,7 @@ class _FileStream:
         self.flush(head)
         with _refusals_named(self.path):
             os.replace(self.temporary, self.path)
+        with _refusals_named(self.path, _unavailable):
             _flush_folder(self.path.parent)
 
     def close(self) -> None:
@@ -165,11 +171,12 @@ def _is_temporary(key: str) -> bool:
 
 
 @contextlib.contextmanager
-def _refusals_named(path: Path) -> Iterator[None]:
+def _refusals_named(path: Path, told: Callable[[OSError, Path], Unavailable] | None = None) -> Iterator[None]:
+    """told: Our error for one of the file system's; default: `_not_written`, for all that comes before a name."""
     try:
         yield
     except OSError as error:
-        raise _unavailable(error, path) from error
+        raise (told or _not_written)(error, path) from error
 
 
 def _make_folder(folder: Path) -> None:
@@ -186,6 +193,16 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _not_written(error: OSError, path: Path) -> Unavailable:
+    """Of a write that has not given the object its name: what is known to have failed is told as failed."""
+    what = f"the file system refused: {error.strerror or error}"
+    if error.errno in FULL:
+        return StoreFull(what, str(path), "make space on that disk (or in the quota), then ask again")
+    if error.errno in READ_ONLY:
+        return StoreReadOnly(what, str(path), "let this user write there, or mount it for writing; then ask again")
+    return NotWritten(what, str(path), "check the disk, then ask again")
 
 
 def _unavailable(error: OSError, path: Path) -> Unavailable:

@@ -34,7 +34,8 @@ class ObjectStream(Protocol):
 
 @runtime_checkable
 class Storage(Protocol):
-    """Bytes by key. Every method may raise `Unavailable`; then the outcome of a write is unknown."""
+    """Bytes by key. Every method may raise `Unavailable`; then the outcome of a write is unknown, unless it is
+    `NotWritten`: then the object is what it was, and will be."""
 
     @property
     def url(self) -> str:

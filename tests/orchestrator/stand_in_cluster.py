@@ -21,6 +21,7 @@ from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
 from subspace_store.log.garbage import Collected
+from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
@@ -43,7 +44,7 @@ class StandInCluster:
         self._storage = storage
         self._memory: dict[str, dict[str, Future[Any]]] = {f"worker-{n}": {} for n in range(workers)}
         self._lock = threading.RLock()
-        self._store: SubspaceStore | None = self._open_store()
+        self._store: SubspaceStore | None = None if read_format(storage) is None else self._open_store()
         self.local: Callable[[str], float] = lambda title: 0.9
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
@@ -139,6 +140,15 @@ class StandInCluster:
             except Exception as error:
                 return _failed(error)
             return _lost("store") if fault[1] == "after" else _landed(result)
+
+    def open_store(self, base_sha256: str) -> Future[Any]:
+        assert base_sha256 == LAYOUT.sha256
+        with self._lock:
+            try:
+                self._store = self._store or self._open_store()
+            except Exception as error:
+                return _failed(error)
+            return _landed(None)
 
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
