@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from configs.errors import OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
@@ -142,6 +143,10 @@ class Controller:
     def forget_files(self, task_id: str) -> None:
         """A task ended outside the loop: what it needs no more of its files goes in the next step. Thread-safe."""
         self._unused_files.due((task_id,))
+
+    def submission(self, task_id: str) -> AbstractContextManager[None]:
+        """While it lasts, files of a task may be there that has no row yet. Thread-safe."""
+        return self._unused_files.submission(task_id)
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""

@@ -113,7 +113,7 @@ class Service:
                     "eval_rows": draft.eval_count,
                     "warnings": list(draft.warnings),
                 }
-            record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by)
+            record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by, controller.submission)
         controller.wake()
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record)}
 

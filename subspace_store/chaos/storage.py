@@ -69,8 +69,8 @@ class ChaosStorage:
     def delete(self, key: str) -> None:
         self._change(f"delete {key}", lambda: self.world.delete(key))
 
-    def abandon(self, prefix: str) -> int:
-        return self.world.disk.abandon(prefix)  # the disk never holds a part of an object
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
+        return self.world.disk.abandon(prefix, idle_seconds)  # the disk never holds a part of an object
 
     def stream(self, key: str, head_size: int) -> AbstractContextManager[ObjectStream]:
         return contextlib.nullcontext(_ChaosStream(self, key, head_size))

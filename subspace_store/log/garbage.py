@@ -42,6 +42,9 @@ from subspace_store.log.version_log import VersionLog
 from subspace_store.parallel import AT_ONCE, A, B, in_order
 from subspace_store.storage.create_rule import SCRATCH, is_old_scratch
 
+IDLE_SECONDS = 3600.0
+"""A write that was begun anywhere and has not grown for so long is given up. Should its writer be there after all, it
+is told that the write failed."""
 CHECKPOINTS_KEPT = 2
 """One more than is read: the newest may be damaged. All can be made again from the log."""
 MANY = 256
@@ -60,7 +63,8 @@ class Collected:
         size_bytes: Of those whose size the log knows; it does not know what a writer left half done, nor uploads and
             checkpoints.
         deleted: False: nothing was deleted, it was only looked.
-        abandoned: Writes of earlier epochs that were begun, never finished, and given up now; looking sees none.
+        abandoned: Writes that were begun and never finished, of earlier epochs or idle for an hour, and given up now;
+            looking sees none.
     """
 
     blobs: tuple[str, ...]
@@ -95,7 +99,7 @@ def collect(
         Unavailable: The storage was away; asked again, it goes on where it stopped.
 
     Cost:
-        Four listings, and to delete one for each earlier epoch and one request for each object.
+        Four listings, and to delete one for each earlier epoch, one more, and one request for each object.
     """
     state = log.refresh()
     if really or log.writer is not None:
@@ -123,7 +127,8 @@ def collect(
         log.settle()
         _all(log.storage.delete, found.keys)
         begun = _all(log.storage.abandon, [f"blobs/{earlier:010d}/" for earlier in range(1, epoch)])
-        return replace(found, abandoned=sum(begun))
+        idle = log.storage.abandon("", IDLE_SECONDS)
+        return replace(found, abandoned=sum(begun) + idle)
     return found
 
 

@@ -11,14 +11,19 @@ import errno
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from configs.errors import NotFound, NotWritten, StoreFull, StoreReadOnly, Unavailable
 from subspace_store.storage.protocol import check_head, check_key
 
 TEMPORARY = ".writing-"
 """Temporary files start with this; no listing shows them."""
+
+FOLDER_TRIES = 100
+"""Others that may remove an empty folder just before something is written into it."""
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
@@ -108,21 +113,50 @@ class LocalStorage:
             return
         except OSError as error:
             raise _unavailable(error, path) from error
+        self._remove_empty(path.parent)
 
-    def abandon(self, prefix: str) -> int:
-        begun = [key for key in self._files(prefix) if _is_temporary(key)]
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
+        now = time.time()
+        begun = [key for key in self._files(prefix) if _is_temporary(key) and self._age(key, now) >= idle_seconds]
         for key in begun:
             self.delete(key)
+        # Of a process that was killed between making a folder and writing into it.
+        for folder in self._empty_folders(prefix):
+            if self._age(folder, now) >= idle_seconds:
+                self._remove_empty(self.folder / folder)
         return len(begun)
 
+    def _age(self, key: str, now: float) -> float:
+        """Seconds since a file or folder was written to; none for one that is gone."""
+        try:
+            return now - (self.folder / key).stat().st_mtime
+        except OSError:
+            return -1.0
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Remove a folder and those around it that hold nothing, but never the store's own. Who is about to write there
+        makes them again (`_FileStream`)."""
+        with contextlib.suppress(OSError):
+            while folder != self.folder and folder.is_relative_to(self.folder):
+                folder.rmdir()
+                folder = folder.parent
+
     def _files(self, prefix: str) -> Iterator[str]:
-        # Only the folder that the prefix names in full is walked.
+        for folder, _, names in self._walk(prefix):
+            yield from (key for name in names if (key := f"{folder}{name}").startswith(prefix))
+
+    def _empty_folders(self, prefix: str) -> list[str]:
+        found = [folder for folder, inner, names in self._walk(prefix) if folder and not inner and not names]
+        return [folder for folder in found if folder.startswith(prefix)]
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Each folder, with a slash at its end but for the store's own, and what is in it. Only the folder that the
+        prefix names in full is walked."""
         parent = prefix.rpartition("/")[0]
         start = self._path(parent) if parent else self.folder
-        for folder, _, names in os.walk(start):
+        for folder, inner, names in os.walk(start, onerror=_refuse_unreadable):
             base = Path(folder).relative_to(self.folder).as_posix()
-            keys = (name if base == "." else f"{base}/{name}" for name in names)
-            yield from (key for key in keys if key.startswith(prefix))
+            yield "" if base == "." else f"{base}/", inner, names
 
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
@@ -135,9 +169,15 @@ class _FileStream:
         self.path, self.head_size = path, head_size
         self.temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         with _refusals_named(path):
-            _make_folder(path.parent)
-            self.file = open(self.temporary, "xb")  # noqa: SIM115 (`close` closes it)
+            self.file = self._opened()
             self.file.seek(head_size)
+
+    def _opened(self) -> BinaryIO:
+        for _ in range(FOLDER_TRIES):
+            _make_folder(self.path.parent)
+            with contextlib.suppress(FileNotFoundError):  # it was empty, and somebody removed it
+                return open(self.temporary, "xb")
+        raise FileNotFoundError(errno.ENOENT, "the folder is removed again and again")
 
     def append(self, content: bytes | memoryview) -> None:
         with _refusals_named(self.path):
@@ -183,8 +223,15 @@ def _make_folder(folder: Path) -> None:
     """Like mkdir -p, and every new name in a parent is flushed."""
     if not folder.exists():
         _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _flush_folder(folder.parent)
+        with contextlib.suppress(FileNotFoundError):  # the parent was removed meanwhile; the caller tries again
+            folder.mkdir(exist_ok=True)
+            _flush_folder(folder.parent)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder that is gone holds nothing; one that cannot be read may hold anything."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise _unavailable(error, Path(error.filename)) from error
 
 
 def _flush_folder(folder: Path) -> None:

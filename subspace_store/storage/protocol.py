@@ -102,9 +102,12 @@ class Storage(Protocol):
         """Delete; absent is fine."""
         ...
 
-    def abandon(self, prefix: str) -> int:
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
         """Give up writes below a prefix that were begun and never finished (a killed process leaves them); whoever is
         still writing one fails.
+
+        Args:
+            idle_seconds: Only those to which nothing was added for so long.
 
         Returns:
             How many. Objects that are whole stay.

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -167,7 +167,7 @@ class S3Storage:
         with self._refusals(key):
             self._client().delete_object(Bucket=self.bucket, Key=self._name(key))
 
-    def abandon(self, prefix: str) -> int:
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
         where = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         with self._refusals(prefix):
             pages = list(self._client().get_paginator("list_multipart_uploads").paginate(**where))
@@ -175,6 +175,7 @@ class S3Storage:
                 raise _cut(self._address(prefix))
             # Asked again here: what a server lists that knows no prefix may be another store's.
             uploads = [u for page in pages for u in page.get("Uploads", []) if u["Key"].startswith(where["Prefix"])]
+            uploads = [u for u in uploads if not idle_seconds or self._idle_seconds(u) >= idle_seconds]
             for upload in uploads:
                 try:
                     self._client().abort_multipart_upload(
@@ -184,6 +185,15 @@ class S3Storage:
                     if _code(error) != "NoSuchUpload":  # its writer ended it meanwhile
                         raise
         return len(uploads)
+
+    def _idle_seconds(self, upload: Mapping[str, Any]) -> float:
+        """For how long nothing was added to an upload, by the server's clock and this machine's."""
+        where = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        times = [upload["Initiated"]]
+        with contextlib.suppress(ClientError):  # its writer ended it meanwhile
+            pages = self._client().get_paginator("list_parts").paginate(**where)
+            times += [part["LastModified"] for page in pages for part in page.get("Parts", [])]
+        return time.time() - max(at.timestamp() for at in times)
 
     def _fetch(self, key: str, start: int, size: int | None) -> bytes | bytearray:
         """Part of an object: by one request if it is small, else by several at once that all see the same object."""

@@ -253,12 +253,10 @@ def test_an_acquisition_that_lands_late_is_known_as_ones_own(next_key: str) -> N
     log = writing(Slow(storage, in_turn()))
     for key, error in (("k", OutcomeUnknown), ("k2", NotWritten)):  # the second sends an acquisition
         with pytest.raises(error):
-            log.settle(key)
-            add_version(log, key)
+            request(log, key)
     assert json.loads(sent[-1])["op"] == "acquire"
     assert storage.create(log_key(2), sent[-1])
-    log.settle(next_key)
-    add_version(log, next_key)
+    request(log, next_key)
     assert (log.epoch, reading(storage).op_keys) == (2, {next_key: 1})
 
 
