@@ -154,7 +154,7 @@ def rollback(found: RollbackPreview, preview: bool, held: bool, op_key: str | No
     """What a rollback did, or would do."""
     return {
         "preview": preview,
-        "op_key": op_key,
+        **({"op_key": op_key} if op_key else {}),
         "held": held,
         "from_version": found.from_version,
         "to_version": found.to_version,
