@@ -206,8 +206,7 @@ def test_what_was_trained_while_the_store_was_full_is_stored_and_not_trained_aga
     assert len(set(told)) == 1  # it was trained once
     assert unsaved == {}
     assert stored.adapter_sha256 == digest(desk.storage.read(stored.staging_key))
-    assert stored.adapter_sha256 == give().adapter_sha256  # trained again, for it was stored
-    assert sum(beat.phase == "training" for beat in desk.heartbeats) == 2 * told[0]
+    assert stored.adapter_sha256 == give().adapter_sha256
 
 
 def test_a_storage_that_is_away_is_not_turned_into_a_failure_of_the_task(desk: Desk, tiny: Tiny) -> None:
