@@ -14,7 +14,16 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from configs.errors import Corrupt, DatabaseAway, OnebasisError, OwnedByAnother, StoreFull, StoreReadOnly, Unavailable
+from configs.errors import (
+    Corrupt,
+    DatabaseAway,
+    NotWritten,
+    OnebasisError,
+    OwnedByAnother,
+    StoreFull,
+    StoreReadOnly,
+    Unavailable,
+)
 
 log = logging.getLogger("onebasis.alarms")
 
@@ -29,7 +38,8 @@ class AlarmCode(StrEnum):
     STORE_FULL = "store-full"
     STORE_READ_ONLY = "store-read-only"
     STORE_AWAY = "store-away"
-    STORE_REFUSED = "store-refused"
+    NOT_WRITTEN = "not-written"
+    STORE_UNUSABLE = "unusable-store"
     STORE_SILENT = "store-writer-silent"
     RAY_DOWN = "ray-down"
     WORKER_SILENT = "worker-silent"
@@ -48,7 +58,8 @@ NEXT_STEP: dict[AlarmCode, str] = {
     AlarmCode.STORE_FULL: "make space there; what waits for it goes on by itself",
     AlarmCode.STORE_READ_ONLY: "let this user write there; what waits for it goes on by itself",
     AlarmCode.STORE_AWAY: "check the address and the network; what waits for it goes on by itself",
-    AlarmCode.STORE_REFUSED: "correct what it says, then `onebasis down` and `onebasis up`",
+    AlarmCode.NOT_WRITTEN: "look at what the storage says; what waits for it goes on by itself",
+    AlarmCode.STORE_UNUSABLE: "correct what it says, then `onebasis down` and `onebasis up`",
     AlarmCode.STORE_SILENT: "it is replaced by itself when its lease ends, and by `onebasis up` at once",
     AlarmCode.RAY_DOWN: "`onebasis up` starts it again; tasks go on from their checkpoints",
     AlarmCode.WORKER_SILENT: "it is replaced by itself when its lease ends, and by `onebasis up` at once",
@@ -132,7 +143,13 @@ class Alarms:
         return any(alarm.code is code for alarm in self)
 
 
-WRITE_CODES = (AlarmCode.STORE_FULL, AlarmCode.STORE_READ_ONLY, AlarmCode.STORE_AWAY, AlarmCode.STORE_REFUSED)
+WRITE_CODES = (
+    AlarmCode.STORE_FULL,
+    AlarmCode.STORE_READ_ONLY,
+    AlarmCode.NOT_WRITTEN,
+    AlarmCode.STORE_AWAY,
+    AlarmCode.STORE_UNUSABLE,
+)
 """What may keep a write from the store; a write that went through ends them."""
 
 
@@ -145,13 +162,15 @@ def code_of(error: OnebasisError) -> AlarmCode:
             return AlarmCode.STORE_FULL
         case StoreReadOnly():
             return AlarmCode.STORE_READ_ONLY
+        case NotWritten():
+            return AlarmCode.NOT_WRITTEN
         case DatabaseAway():
             return AlarmCode.DATABASE_AWAY
         case Corrupt():
             return AlarmCode.STORE_DAMAGED
         case Unavailable():
             return AlarmCode.STORE_AWAY
-    return AlarmCode.STORE_REFUSED
+    return AlarmCode.STORE_UNUSABLE
 
 
 def _sentence(error: OnebasisError) -> str:

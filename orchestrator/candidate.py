@@ -25,11 +25,11 @@ from configs.errors import (
     InvalidInput,
     NameTaken,
     NotFound,
+    NotWritten,
     OnebasisError,
     OwnedByAnother,
-    StoreFull,
-    StoreReadOnly,
     Unavailable,
+    UnusableStore,
 )
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
@@ -107,8 +107,8 @@ class Candidate:
         self._alarms = alarms
         self._verdict = VerdictInProgress()
         self._refinement = Refinement(settings, queue, store, cluster, pending_calls, pool, unused_files, self._verdict)
-        self.is_damaged = False
-        """The store holds other bytes than were written: nothing is merged or published any more."""
+        self._is_stopped = False
+        """What only a person can end keeps the store from being written: nothing is merged or published any more."""
         self.ousted_by: OwnedByAnother | None = None
         """Who has the store by now: nothing is begun any more."""
 
@@ -120,7 +120,7 @@ class Candidate:
             others_wait: Whether tasks wait for a worker to be trained.
         """
         if (
-            self.is_damaged
+            self._is_stopped
             or self.ousted_by is not None
             or self._pending_calls.writing
             or not self._pending_calls.may("store")
@@ -318,7 +318,7 @@ class Candidate:
         self._pending_calls.wake(log_moved=True)
         try:
             answer = self._cluster.result(call)
-        except (Corrupt, OwnedByAnother) as error:
+        except (Corrupt, UnusableStore, OwnedByAnother) as error:
             self.stop(error)
         except Fenced as error:
             # Another writer took over (a rollback from outside): ours must open anew.
@@ -341,7 +341,7 @@ class Candidate:
                 case _, Conflict():
                     log.info("'%s' is out of date, the log is read again: %s", request.operation, error)
                     self._pending_calls.later("store")
-                case _, StoreFull() | StoreReadOnly():
+                case _, NotWritten():
                     # Nothing was written, and no task answers for it: the same is asked for again until there is space.
                     self._alarms.ring_for(error, WRITING)
                     self._pending_calls.later("store", FULL_SECONDS)
@@ -368,14 +368,19 @@ class Candidate:
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
 
     def stop(self, error: OnebasisError) -> None:
-        """What only a person can end: stored bytes are not what was written, or another service has the store."""
+        """What only a person can end: stored bytes are not what was written, the store is another service's, or it is
+        no store for this one. No task answers for it. Other errors are not for here."""
+        if not isinstance(error, Corrupt | UnusableStore | OwnedByAnother):
+            return
+        self._is_stopped = True
         if isinstance(error, Corrupt):
-            self.is_damaged = True
             what = f"the store is damaged, nothing is merged or published: {error.where}: {error.what}"
             self._alarms.ring(AlarmCode.STORE_DAMAGED, "store", what)
         elif isinstance(error, OwnedByAnother):
             self.ousted_by = error
             self._alarms.ring(AlarmCode.OUSTED, "store", f"this service has stopped: {error.what}", error.todo)
+        else:
+            self._alarms.ring_for(error, WRITING)
         self._changed()
 
     def _park_double(self, request: Merge, error: NameTaken) -> None:

@@ -69,8 +69,8 @@ class Cluster(Protocol):
         """Ask the subspace's one writer; the call's result is the request's answer."""
         ...
 
-    def open_store(self) -> Call:
-        """Have the writer open the subspace; the call's result is None, or why it cannot."""
+    def open_store(self, base_sha256: str) -> Call:
+        """Have the writer open the store, or make it: a worker has loaded the base model, and these are its weights."""
         ...
 
     def store_sign(self) -> Call:
@@ -163,8 +163,8 @@ class RayCluster:
     def write(self, request: StoreRequest[Any]) -> Call:
         return self._actor("store").do.remote(request)
 
-    def open_store(self) -> Call:
-        return self._actor("store").opened.remote()
+    def open_store(self, base_sha256: str) -> Call:
+        return self._actor("store").open.remote(base_sha256)
 
     def store_sign(self) -> Call:
         return self._actor("store").pid.remote()

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from configs.errors import OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
@@ -138,6 +139,16 @@ class Controller:
         return {name: str(worker) for name, worker in self._pool.workers.items()}
 
     @property
+    def store_is_open(self) -> bool:
+        """Whether the writer has opened the store for the base model that the workers have loaded."""
+        return self._writer.is_open
+
+    @property
+    def store_error(self) -> OnebasisError | None:
+        """Why the writer cannot open the store."""
+        return self._writer.error
+
+    @property
     def heard_at(self) -> float:
         """Unix time since which every worker and the store's writer have given a sign of life; 0 before the first."""
         return min(self._writer.heard_at, *(worker.heard_at for worker in self._pool.workers.values()))
@@ -158,6 +169,10 @@ class Controller:
     def forget_files(self, task_id: str) -> None:
         """A task ended outside the loop: what it needs no more of its files goes in the next step. Thread-safe."""
         self._unused_files.due((task_id,))
+
+    def submission(self, task_id: str) -> AbstractContextManager[None]:
+        """While it lasts, files of a task may be there that has no row yet. Thread-safe."""
+        return self._unused_files.submission(task_id)
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
@@ -216,7 +231,7 @@ class Controller:
                 self.wake()
         self._pool.listen()
         if self._candidate.ousted_by is None:
-            self._writer.listen()
+            self._writer.listen(self._pool.layout)
         if not self._pending_calls.woken():
             return False
         if self._pending_calls.log_moved.is_set():

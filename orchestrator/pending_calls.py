@@ -42,6 +42,11 @@ class Ordered:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """The store's writer was asked to open the store, or to make it."""
+
+
+@dataclass(frozen=True)
 class Writing:
     """The store's writer was asked for something; one at a time."""
 
@@ -49,16 +54,11 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Opening:
-    """The store's writer was asked to open the store."""
-
-
-@dataclass(frozen=True)
 class Sign:
     """The store's writer was asked for a sign of life."""
 
 
-PendingCall = Warming | Asking | Ordered | Writing | Opening | Sign
+PendingCall = Warming | Asking | Ordered | Opening | Writing | Sign
 
 
 class PendingCalls:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from configs.errors import Fenced, OnebasisError
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster, MachineLost
 from orchestrator.pending_calls import Opening, PendingCalls, Sign
+from workers.orders import BaseLayout
 
 log = logging.getLogger("onebasis.controller")
 
@@ -46,7 +48,10 @@ class StoreWriter:
         self._alarms = alarms
         self._lease_seconds = lease_seconds
         self._refused = refused
-        self._is_open = False
+        self.is_open = False
+        """Whether it has opened the store for the base model that the workers have loaded."""
+        self.error: OnebasisError | None = None
+        """Why it cannot open the store."""
         self._is_there = False
         """Whether the process has answered since it was made."""
         self.heard_at = 0.0
@@ -54,11 +59,16 @@ class StoreWriter:
         self._asked_at = 0.0
         """Unix time of the last question."""
 
-    def listen(self) -> None:
-        """Have it open the store if it has not, and ask it for a sign of life."""
+    def listen(self, layout: BaseLayout | None) -> None:
+        """Have it open the store, or make it, if it has not; and ask it for a sign of life.
+
+        Args:
+            layout: Of the base model that the first worker has loaded and checked; a store is made for these weights
+                alone. None before that.
+        """
         calls, now = self._pending_calls, time.time()
-        if not (self._is_open or calls.under_way(Opening())) and calls.may("open"):
-            calls.send(Opening(), self._cluster.open_store)
+        if layout and not (self.is_open or calls.under_way(Opening())) and calls.may("open"):
+            calls.send(Opening(), partial(self._cluster.open_store, layout.sha256))
         if not calls.under_way(Sign()):
             if now - self._asked_at >= ASK_SECONDS:
                 self._asked_at = now
@@ -74,7 +84,7 @@ class StoreWriter:
             log.warning("the store's writer has been silent for %.0f s: replacing it", silence)
             calls.forget(Sign())
             calls.forget(Opening())
-            self._is_open, self._is_there, self._asked_at = False, False, now
+            self.is_open, self._is_there, self._asked_at = False, False, now
             self._cluster.replace_store()
 
     def take_sign(self, call: Call) -> None:
@@ -84,7 +94,7 @@ class StoreWriter:
         except MachineLost as error:
             if self._is_there:
                 log.warning("the store's writer is away: %s", error.what)
-            self._is_open, self._is_there = False, False
+            self.is_open, self._is_there = False, False
             return
         self._is_there, self.heard_at = True, time.time()
         self._alarms.end(AlarmCode.STORE_SILENT, ABOUT)
@@ -100,9 +110,11 @@ class StoreWriter:
             self._cluster.replace_store()
             self._pending_calls.later("open")
         except OnebasisError as error:
-            self._refused(error)
+            self.error = error
             self._alarms.ring_for(error, "opening the store")
+            self._refused(error)
             self._pending_calls.later("open", RETRY_SECONDS)
         else:
-            self._is_open = True
+            self.is_open, self.error = True, None
+            self._pending_calls.wake(log_moved=True)
             self._alarms.end_all("opening the store", *WRITE_CODES)

@@ -53,6 +53,14 @@ def status(answer: Json) -> None:
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {worker} {shown(what)}", soft_wrap=True)
+    for doubt in answer.get("in_doubt", ()):
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(doubt["at"]))
+        what, key = f"{doubt['operation']} by {doubt['actor']} since {since}", shown(doubt["op_key"])
+        console.print(
+            f"  [yellow]IN DOUBT[/yellow] {shown(what)}: nobody knows whether it was done. Ask again with "
+            f"--op-key {key}, or `onebasis store withdraw {key}`",
+            soft_wrap=True,
+        )
 
 
 def _print_alarms(alarms: Sequence[Json]) -> None:

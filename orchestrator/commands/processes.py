@@ -36,6 +36,7 @@ from subspace_store.commands.state_folder import (
     running_server,
     service_identity,
 )
+from subspace_store.log.store_format import check_place
 from subspace_store.log.version_log import VersionLog, owned_by_another
 from subspace_store.storage.opening import open_storage
 
@@ -63,6 +64,7 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
 
     Raises:
         Conflict: It runs with other settings.
+        UnusableStore: The store belongs to another base model, or lies where two writers overwrite each other.
         OwnedByAnother: The store belongs to another service.
         Unavailable: Something did not start; quotes the end of its log.
     """
@@ -159,8 +161,10 @@ def _prepare(settings: Settings, state_dir: Path) -> None:
 
 
 def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:
-    """Refuse a store of another service before anything is started; or take it over."""
+    """Refuse a place that cannot hold this service's store, and a store of another service, before anything is started;
+    or take that over."""
     storage = open_storage(settings.storage, settings.base_model.name)
+    check_place(storage, settings.base_model.name, settings.base_model.weights_sha256)
     log = VersionLog(storage)
     owner, service = log.open().owner, service_identity(state_dir)
     if owner is None or not owner.is_another_than(service):
@@ -315,7 +319,12 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         alarms = health["alarms"]
         unfinished = [alarm["text"] for alarm in alarms if alarm["code"] in UNFINISHED]
         heard = health.get("heard_seconds_ago", 0.0) <= time.monotonic() - began
-        if ready == all_workers and heard and not unfinished:
+        store_error = error_from_dict(health["store_error"]) if health.get("store_error") else None
+        if store_error is not None and not isinstance(store_error, Unavailable):
+            raise store_error
+        # A store that is full or away is waited for by the service, and told of by its status.
+        is_open = health.get("store_is_open", True) or store_error is not None
+        if ready == all_workers and is_open and heard and not unfinished:
             status: dict[str, Any] = client.ask(Status())
             return status
         log = state_dir / "logs/control-plane.log"

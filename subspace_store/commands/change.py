@@ -12,7 +12,6 @@ import typer
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store.commands.place import (
     Force,
-    OpKey,
     Reference,
     TaskId,
     Url,
@@ -26,7 +25,7 @@ from subspace_store.commands.place import (
     write,
     writer_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, counted, me, note, show
+from subspace_store.commands.terminal import STATE_DIR, AsJson, OpKey, StateDir, console, counted, me, note, show
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE
@@ -41,6 +40,7 @@ from subspace_store.requests import (
     Tag,
     Unpin,
     Unquarantine,
+    Withdraw,
 )
 
 SECONDS_A_DAY = 86400
@@ -219,6 +219,21 @@ def drop_adapters(
     else:
         text = f"would let go of {what} (--yes does it)" if found else "nothing to let go"
         show({"task_ids": task_ids, "dropped": False}, lambda _: note(text), as_json)
+
+
+@command
+def withdraw(
+    request: Annotated[str, typer.Argument(metavar="KEY", help="The op_key that the message named.")],
+    store: Url = None,
+    force: Force = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Make sure that a request whose outcome is unknown is not done any more; says so if it was done."""
+    place = place_of(store, state_dir)
+    done = f"{request} was not done, and will not be unless somebody asks for it again"
+    change(place, force, as_json, done, Withdraw(request_key=request, op_key=op_key, actor=me()))
 
 
 @command

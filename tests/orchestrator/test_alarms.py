@@ -55,6 +55,6 @@ def test_an_error_of_the_store_or_the_database_is_one_alarm() -> None:
         Unavailable("no route"): AlarmCode.STORE_AWAY,
         Corrupt("another sha256"): AlarmCode.STORE_DAMAGED,
         OwnedByAnother("taken", "", "", "id", "there", 0.0): AlarmCode.OUSTED,
-        InvalidInput("no such bucket"): AlarmCode.STORE_REFUSED,
+        InvalidInput("no such bucket"): AlarmCode.STORE_UNUSABLE,
     }
     assert {error: code_of(error) for error in errors} == errors
