@@ -119,12 +119,7 @@ class Candidate:
             live: The tasks that have not ended and do not wait for a worker.
             others_wait: Whether tasks wait for a worker to be trained.
         """
-        if (
-            self._is_stopped
-            or self.ousted_by is not None
-            or self._pending_calls.writing
-            or not self._pending_calls.may("store")
-        ):
+        if self._is_stopped or self._pending_calls.writing or not self._pending_calls.may("store"):
             return
         self._refinement.call_off()
         unjudged = [record for record in live if record.state in UNJUDGED]

@@ -707,7 +707,7 @@ def test_a_worker_whose_process_ends_while_it_loads_is_told_of_and_made_anew(
 def test_a_worker_that_loads_says_for_how_long_and_one_that_never_answers_is_replaced(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant = _asks_at_every_step(plant)
+    plant, loads = _asks_at_every_step(plant), plant.cluster.warm
     with monkeypatch.context() as patch:
         patch.setattr(plant.cluster, "warm", lambda worker: Future())
         plant.step(2)
@@ -718,8 +718,9 @@ def test_a_worker_that_loads_says_for_how_long_and_one_that_never_answers_is_rep
         assert plant.cluster.replaced == []
         patch.setattr(worker_pool, "WARM_SILENT_SECONDS", 0.01)
         plant.cluster.silent = {"worker-1"}
+        patch.setattr(plant.cluster, "warm", loads)  # the process that takes its place
         plant.run(lambda: plant.cluster.replaced == ["worker-1"], 5)
-    plant.run(lambda: plant.controller.ready_workers == 1, 5)
+        plant.run(lambda: plant.controller.ready_workers == 1, 5)
     assert "worker-1" not in alarms_of(plant)
 
 
