@@ -6,6 +6,7 @@ Only /proc is read (through psutil), so nothing here can hang on a process that 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterable
 from enum import StrEnum
@@ -68,25 +69,31 @@ def title_of(process: psutil.Process) -> str:
 
 
 def ray_processes(state_dir: Path) -> list[psutil.Process]:
-    """Processes of the Ray of a state folder: those that were given its token. The head and the control plane, which
-    have it too, are Python modules of ours and are not among them; what has lost its parent is.
+    """Ray's own processes that were given the token of a state folder: raylet, GCS, agents, workers; also those that
+    have lost their parent.
+
+    What a person starts from a shell with the same token is none of them: a program of Ray's package, or a process that
+    Ray has given a title, is asked for too.
     """
     wanted, found = str((state_dir / TOKEN_FILE).resolve()), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(TOKEN_VARIABLE) == wanted and not _is_ours(process.cmdline()):
+            if process.environ().get(TOKEN_VARIABLE) == wanted and _is_rays(process.cmdline()):
                 found.append(process)
     return found
+
+
+def _is_rays(command: list[str]) -> bool:
+    spec = importlib.util.find_spec("ray")  # found, not imported: that takes a second
+    package = f"{(spec.submodule_search_locations or [''])[0]}/" if spec else ""
+    titled = bool(command) and command[0].startswith("ray::")
+    return titled or (bool(package) and any(argument.startswith(package) for argument in command[:4]))
 
 
 def children() -> list[psutil.Process]:
     """Those that this process has started."""
     found: list[psutil.Process] = psutil.Process().children()
     return found
-
-
-def _is_ours(command: list[str]) -> bool:
-    return "orchestrator.api.server" in command or MODULE in command
 
 
 def stopped(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

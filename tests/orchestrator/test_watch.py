@@ -93,8 +93,9 @@ def test_a_question_that_is_never_answered_is_seen_from_another_thread(monkeypat
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that looks like this folder's Ray head, with a child as its raylet, both with the folder's token."""
-    raylet = "import time; time.sleep(60)"
-    code = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {raylet!r}]); print(c.pid); c.wait()"
+    code = (
+        "import subprocess; c = subprocess.Popen(['ray::IDLE', '60'], executable='/bin/sleep'); print(c.pid); c.wait()"
+    )
     environment = os.environ | {TOKEN_VARIABLE: str((tmp_path / "ray_token").resolve())}
     command = [sys.executable, "-u", "-c", code, MODULE, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
@@ -146,6 +147,12 @@ def test_what_lost_its_parent_and_stands_still_is_found_by_its_token_and_ended(
     head.wait()
     while life_of(raylet) is not Life.STOPPED:
         time.sleep(0.01)
+    somebodys = subprocess.Popen(  # an editor, from a shell that exported the token to ask this Ray something
+        ["/bin/sleep", "60"], env=os.environ | {TOKEN_VARIABLE: str((tmp_path / "ray_token").resolve())}
+    )
     assert [process.pid for process in stopped(ray_processes(tmp_path))] == [raylet]
     end_now(ray_processes(tmp_path))
     assert life_of(raylet) is Life.GONE
+    assert life_of(somebodys.pid) is Life.RUNS
+    somebodys.kill()
+    somebodys.wait()
