@@ -117,8 +117,10 @@ class Alarms:
             log.error("ALARM %s (%s)", alarm, about)
 
     def ring_for(self, error: OnebasisError, about: str) -> None:
-        """Ring for an error that a part of the service met with the store or the database."""
-        self.ring(code_of(error), about, f"{about}: {_sentence(error)}", error.todo)
+        """Ring for an error that a part of the service met with the store or the database, and which it tries again."""
+        code = code_of(error)
+        # The error's own next step is for whoever asks once, and has to ask again.
+        self.ring(code, about, f"{about}: {_sentence(error)}", "" if code in TRIED_AGAIN else error.todo)
 
     def end(self, code: AlarmCode, about: str) -> None:
         """It is over, if it rang."""
@@ -151,6 +153,9 @@ WRITE_CODES = (
     AlarmCode.STORE_UNUSABLE,
 )
 """What may keep a write from the store; a write that went through ends them."""
+
+
+TRIED_AGAIN = frozenset({AlarmCode.STORE_FULL, AlarmCode.STORE_READ_ONLY, AlarmCode.NOT_WRITTEN, AlarmCode.STORE_AWAY})
 
 
 def code_of(error: OnebasisError) -> AlarmCode:
