@@ -34,7 +34,7 @@ def status(answer: Json) -> None:
     """`onebasis status` and the end of `onebasis up`."""
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
     counted = ", ".join(f"{count} {name}" for name, count in answer["tasks"].items()) or "none yet"
-    console.print(f"onebasis is {state}: base model {answer['base_model']}, main is version {answer['main']}")
+    console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is version {answer['main']}")
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
         reason = shown(held["reason"] or "no reason given")
@@ -47,7 +47,7 @@ def status(answer: Json) -> None:
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
-        console.print(f"  {worker} {shown(what)}", soft_wrap=True)
+        console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
     if answer.get("alarm"):
         console.print(f"  [red]ALARM[/red] {shown(answer['alarm'])}", soft_wrap=True)
     for told in answer.get("unreadable_tasks", ()):
@@ -61,13 +61,23 @@ def submitted(answer: Json) -> None:
     for warning in answer["warnings"]:
         errors.print(f"[yellow]warning:[/yellow] {shown(warning)}")
     if answer.get("dry_run"):
+        known = "" if answer["is_new"] else " (known already)"
         console.print(
-            f"{answer['title']} is fine: {counted(answer['train_rows'], 'training row')},"
+            f"{shown(answer['title'])} is fine{known}: {counted(answer['train_rows'], 'training row')},"
             f" {counted(answer['eval_rows'], 'evaluation row')}"
         )
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
-    console.print(f"{answer['title']} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+    console.print(f"{shown(answer['title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+
+
+def submitted_file(result: Json) -> None:
+    """One file of `onebasis submit` with several."""
+    if (error := result.get("error")) is None:
+        submitted(result)
+        return
+    where = "" if error["where"] == result["file"] else f"{result['file']}: "
+    errors.print(f"[red]error:[/red] {shown(where)}{shown(error['text'])}", soft_wrap=True)
 
 
 def tasks(answer: Sequence[Json]) -> None:
