@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -97,6 +98,14 @@ def test_a_hundred_thousand_unknown_keys_are_refused_soon_and_shortly(site: Site
         assert status == 422
         assert len(told["what"]) < 8000
         assert time.monotonic() - started < 10
+
+
+def test_a_files_name_that_is_no_text_can_be_told(site: Site) -> None:
+    folder = site.folder / "data" / "saved"
+    folder.mkdir()
+    os.mkfifo(os.fsencode(folder) + b"/a\xff")
+    with pytest.raises(InvalidInput, match=r"a\udcff is not a plain file"):
+        site.client.ask(Submit(task=task_spec(data={"train_file": str(folder)}), by="ann"))
 
 
 # --- slowness ----------------------------------------------------------------------------------------------------
