@@ -130,7 +130,7 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
     trained, evaluated = (side.per_label if side else {} for side in (rows.train, rows.evaluation))
     if unseen := [name for name, count in trained.items() if not count]:
         yield f"{len(unseen)} of {len(trained)} labels have no training row: {shown(unseen)}"
-    if evaluated and rows.evaluation and max(evaluated.values()) == rows.evaluation.count:
+    if evaluated and rows.evaluation and 1 < rows.evaluation.count == max(evaluated.values()):
         yield f"all {rows.evaluation.count} evaluation rows have the same label: always giving it is right each time"
     both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
     if doubt := two_readings(both):
