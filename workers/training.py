@@ -136,6 +136,7 @@ def train_task(
         basis_version=attempt.version,
         resumed_from=run.resumed_from,
         metrics=local.metrics,
+        warnings=local.warnings,
     )
 
 

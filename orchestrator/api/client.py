@@ -85,9 +85,10 @@ class Client:
 def server_facts(state_dir: Path) -> dict[str, Any] | None:
     """Address, token and process id of the running control plane; None when none announced itself."""
     try:
-        return dict(json.loads((state_dir / SERVER_FILE).read_text()))
-    except (OSError, ValueError):
+        facts = json.loads((state_dir / SERVER_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return facts if isinstance(facts, dict) and {"url", "token"} <= facts.keys() else None
 
 
 def _note(line: str) -> None:

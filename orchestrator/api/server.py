@@ -33,6 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
 from configs.limits import BYTES_MAX, short
+from configs.plain_text import escaped
 from configs.settings import Settings, read_settings
 from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.api.requests import Export, Submit
@@ -248,9 +249,18 @@ _REFUSALS = {
 }
 
 
+class _PlainFormatter(logging.Formatter):
+    """Lines that may be shown on a terminal, whatever a worker or a library said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
 def main(state_dir: Path) -> None:
     """Run until SIGTERM. Phases of the start are written to the log, which `onebasis up` shows."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "alembic", "mlflow", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     settings = read_settings(state_dir / SETTINGS_FILE)

@@ -131,7 +131,7 @@ class Service:
 
     def submit(self, request: requests.Submit) -> Json:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
-        from orchestrator.tasks.admission import admit, check_submission
+        from orchestrator.tasks.admission import admit, check_submission, would_admit
 
         check = self._check or check_submission
         controller = self._running("submit")
@@ -140,9 +140,11 @@ class Service:
             raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
         with contextlib.closing(check(request.task, self._settings, controller.layout)) as draft:
             if request.dry_run:
+                _, is_new = would_admit(draft, self._settings, self._queue, request.by)
                 return {
                     "accepted": False,
                     "dry_run": True,
+                    "is_new": is_new,
                     "title": f"{draft.spec.team}/{draft.spec.name}",
                     "train_rows": draft.train_count,
                     "eval_rows": draft.eval_count,

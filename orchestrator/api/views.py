@@ -62,7 +62,6 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
     return {
         "spec": record.spec.model_dump(mode="json"),
         "train_rows": record.train_count,
-        "warnings": list(record.warnings),
         "eval_sha256": record.eval_sha256,
         "adapter": {
             "staging_key": record.staging_key,

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import Exit, InvalidInput
+from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -34,9 +34,9 @@ from orchestrator.api.requests import (
     ShowTask,
     ShowVersion,
     Status,
-    Submit,
 )
-from orchestrator.commands import display, version_tables
+from orchestrator.commands import display, submission, version_tables
+from orchestrator.commands.submission import ENDS, WATCH_SECONDS
 from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.terminal import (
     EXIT_CODES,
@@ -61,9 +61,6 @@ waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
-WATCH_SECONDS = 0.5
-ENDS = {"published": Exit.DONE, "rejected": Exit.REJECTED, "parked": Exit.PARKED, "cancelled": Exit.CANCELLED}
-"""Exit codes of `submit --wait`, by the state in which the task ended."""
 
 
 @starting_command
@@ -115,14 +112,25 @@ def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 
 @waiting_command
 def submit(
-    task: Annotated[Path, typer.Argument(metavar="TASK.yaml", help="Task file; see configs/tasks/.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until the task has ended, and show its progress.")] = False,
+    tasks: Annotated[
+        list[Path], typer.Argument(metavar="TASK.yaml...", help="Task files, or folders of them; see configs/tasks/.")
+    ],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Stay until the tasks have ended, and show their progress.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a task. Submitting the same file again is the same task."""
-    _submit(read_task_spec(task), wait, dry_run, state_dir, as_json)
+    """Submit tasks. Submitting the same file again is the same task.
+
+    Of several files, or a folder, all are checked before the first is submitted: if one is wrong, none is. The exit
+    code is the highest of theirs, and --json prints a list.
+    """
+    client, files = _client(state_dir), submission.task_files(tasks)
+    if files == tasks and len(files) == 1:
+        raise typer.Exit(submission.submit(client, read_task_spec(files[0]), wait, dry_run, as_json))
+    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json))
 
 
 @waiting_command
@@ -158,7 +166,8 @@ def import_(
         "method": {"name": "import", "adapter": str(adapter.resolve())},
         "data": data,
     }
-    _submit(check_document(document, TaskSpec, "task"), wait, dry_run, state_dir, as_json)
+    spec = check_document(document, TaskSpec, "task")
+    raise typer.Exit(submission.submit(_client(state_dir), spec, wait, dry_run, as_json))
 
 
 @command
@@ -328,22 +337,6 @@ def store(context: typer.Context) -> None:
         store_cli.app(context.args, prog_name="onebasis store")
     finally:
         store_cli.SERVICE.reset(token)
-
-
-def _submit(task: TaskSpec, wait: bool, dry_run: bool, state_dir: Path, as_json: bool) -> None:
-    client = _client(state_dir)
-    answer = client.ask(Submit(task=task, dry_run=dry_run, by=me()))
-    if dry_run or not wait:
-        show(answer, display.submitted, as_json)
-        return
-    reference = answer["task_id"]
-    if not as_json:
-        display.submitted(answer)
-        display.follow(lambda: [client.ask(ShowTask(reference=reference))], WATCH_SECONDS)
-    while (found := client.ask(ShowTask(reference=reference)))["state"] not in ENDS:
-        time.sleep(WATCH_SECONDS)
-    show(found, display.task, as_json)
-    raise typer.Exit(ENDS[found["state"]])
 
 
 def _client(state_dir: Path) -> Client:

@@ -38,7 +38,7 @@ def status(answer: Json) -> None:
         state += f", [red]with {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}[/red]"
     counted = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
     main = "unknown" if answer["main"] is None else f"version {answer['main']}"
-    console.print(f"onebasis is {state}: base model {answer['base_model']}, main is {main}")
+    console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is {main}")
     _print_alarms(alarms)
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
@@ -52,7 +52,7 @@ def status(answer: Json) -> None:
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
-        console.print(f"  {worker} {shown(what)}", soft_wrap=True)
+        console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
     for doubt in answer.get("in_doubt", ()):
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(doubt["at"]))
         what, key = f"{doubt['operation']} by {doubt['actor']} since {since}", shown(doubt["op_key"])
@@ -74,13 +74,23 @@ def submitted(answer: Json) -> None:
     for warning in answer["warnings"]:
         errors.print(f"[yellow]warning:[/yellow] {shown(warning)}")
     if answer.get("dry_run"):
+        known = "" if answer["is_new"] else " (known already)"
         console.print(
-            f"{answer['title']} is fine: {counted(answer['train_rows'], 'training row')},"
+            f"{shown(answer['title'])} is fine{known}: {counted(answer['train_rows'], 'training row')},"
             f" {counted(answer['eval_rows'], 'evaluation row')}"
         )
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
-    console.print(f"{answer['title']} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+    console.print(f"{shown(answer['title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+
+
+def submitted_file(result: Json) -> None:
+    """One file of `onebasis submit` with several."""
+    if (error := result.get("error")) is None:
+        submitted(result)
+        return
+    where = "" if error["where"] == result["file"] else f"{result['file']}: "
+    errors.print(f"[red]error:[/red] {shown(where)}{shown(error['text'])}", soft_wrap=True)
 
 
 def tasks(answer: Sequence[Json]) -> None:

@@ -268,6 +268,13 @@ def test_the_training_file_as_evaluation_file_is_refused_unless_asked_for(desk: 
     assert record.warnings == ("6 of 6 evaluation rows are also training rows: the scores flatter the task",)
 
 
+def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": "yes"} for i in range(4)])
+    record, _ = desk.submit(desk.document())
+    assert record.warnings == ("all 4 evaluation rows have the same label: always giving it is right each time",)
+    assert record.constant_score == 1
+
+
 def test_numbers_as_labels_mean_the_names_in_every_format_and_what_else_they_could_mean_is_told(desk: Desk) -> None:
     numbers = {"label_names": ["1", "0"]}
     write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": i % 2} for i in range(6)])
