@@ -430,7 +430,9 @@ def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
 
 
 def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
-    assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [2, 3], "removed": False}
+    assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [3], "removed": False}
+    assert "would go back to version 1 and make 1 version again: 3 " in run("remove", "team/t2").stderr
+    assert "would go back to version 2 and make none again " in run("remove", "team/t3").stderr
     assert store.refresh().refs["main"] == 3
     done = answer(run("remove", "team/t2", "--yes", "--reason", "licence", "--json"))
     key = "remove t2 from 3, time 1"
