@@ -227,14 +227,13 @@ def withdraw(
     request: Annotated[str, typer.Argument(metavar="KEY", help="The op_key that the message named.")],
     store: Url = None,
     force: Force = False,
-    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Make sure that a request whose outcome is unknown is not done any more; says so if it was done."""
     place = place_of(store, state_dir)
     done = f"{request} was not done, and will not be unless somebody asks for it again"
-    change(place, force, as_json, done, Withdraw(request_key=request, op_key=op_key, actor=me()))
+    change(place, force, as_json, done, Withdraw(request_key=request, actor=me()))
 
 
 @command

@@ -313,7 +313,7 @@ def test_every_command_that_writes_takes_a_key() -> None:
         if any("--op-key" in option.opts for option in described.params)
     }
     assert with_key == WRITES.keys()
-    assert with_key | {"collect"} == {
+    assert with_key | {"collect", "withdraw"} == {  # these two may be repeated as they are
         name
         for name, described in get_command(app).commands.items()  # type: ignore[attr-defined]
         if any("--force" in option.opts for option in described.params)
@@ -331,8 +331,18 @@ def test_when_nobody_knows_whether_it_was_done_the_key_to_ask_again_is_told(
         result = run("hold", "why", "--json")
     error = json.loads(result.stdout)["error"]
     (key,) = re.findall(r"--op-key (hold:[0-9a-f]+):", error["todo"])
-    assert (result.exit_code, error["what"]) == (5, "the storage is away")
+    assert (result.exit_code, error["code"], error["op_key"]) == (5, "outcome-unknown", key)
+    assert error["what"] == "the outcome of hold is unknown: the storage is away"
     assert answer(run("hold", "why", "--op-key", key, "--json"))["op_key"] == key
+
+
+def test_a_request_is_withdrawn_or_said_to_be_done(run: Command, store: SubspaceStore) -> None:
+    assert run("tag", "gold", "2", "--op-key", "tag of monday").exit_code == 0
+    done = run("withdraw", "tag of monday")
+    assert (done.exit_code, "'tag of monday' was done, it made or concerns version 2" in done.stderr) == (4, True)
+    assert run("withdraw", "tag of tuesday").stderr == (
+        "tag of tuesday was not done, and will not be unless somebody asks for it again\n"
+    )
 
 
 # Beside a service
