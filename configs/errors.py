@@ -4,6 +4,8 @@
 OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
 │   ├── RefusedAdapters   some of several cannot be merged: which, it says
+│   ├── TooLarge   a document or a body has more bytes than one may have
+│   ├── TooSlow    checking what was submitted takes longer than it may
 │   └── UnusableStore     no store of this service can be at this address
 │       ├── OtherBaseModel   the store there belongs to another base model
 │       └── UnsafeStorage    the server lets two writers overwrite each other
@@ -16,6 +18,7 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── NoSignOfLife   the control plane is there and does not answer: it is stopped, or hangs
 │   ├── OutcomeUnknown  nobody knows whether a request was done: its key is in the error
 │   └── NotWritten      the storage refused the write: the request has failed, and is not done later
 │       ├── StoreFull      the storage has no space left
@@ -133,6 +136,23 @@ class UnsafeStorage(UnusableStore):
     code = "unsafe-storage"
 
 
+class TooLarge(InvalidInput):
+    """A document or the body of a request has more bytes than `limit`; it was not read."""
+
+    code = "too-large"
+    http_status = 413
+    facts = ("limit",)
+    limit: int
+
+
+class TooSlow(InvalidInput):
+    """Checking a submission took longer than `limit` seconds and was ended; nothing was taken in."""
+
+    code = "too-slow"
+    facts = ("limit",)
+    limit: float
+
+
 class NotFound(OnebasisError):
     """There is no such task, version, team or key for you."""
 
@@ -213,6 +233,12 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class NoSignOfLife(Unavailable):
+    """The control plane's process is there and answers nothing at all: it is stopped, or hangs."""
+
+    code = "no-sign-of-life"
+
+
 class OutcomeUnknown(Unavailable):
     """The request was sent and not answered: it was done, or not. Asked again under the same key, it is done once."""
 
@@ -269,6 +295,8 @@ class UnreadableTask(Corrupt):
 LEAVES: tuple[type[OnebasisError], ...] = (
     InvalidInput,
     RefusedAdapters,
+    TooLarge,
+    TooSlow,
     UnusableStore,
     OtherBaseModel,
     UnsafeStorage,
@@ -281,6 +309,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    NoSignOfLife,
     OutcomeUnknown,
     NotWritten,
     StoreFull,

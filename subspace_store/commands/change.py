@@ -25,7 +25,7 @@ from subspace_store.commands.place import (
     write,
     writer_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, OpKey, StateDir, console, me, note, show
+from subspace_store.commands.terminal import STATE_DIR, AsJson, OpKey, StateDir, console, counted, me, note, show
 from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
@@ -182,17 +182,17 @@ def expire(
         raise InvalidInput("name the versions, or say with --keep-last how many stay")
     numbers = expirable(state, keep_last, now) if keep_last is not None else [*map(state.resolve, versions or ())]
     judged = judge_expiry(state, numbers, now)
-    listed = ", ".join(map(str, numbers))
+    named = f"version{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
     if yes and judged:
         change(
             place,
             force,
             as_json,
-            f"expired: versions {listed}",
+            f"expired: {named}",
             Expire(versions=tuple(numbers), op_key=op_key, actor=me()),
         )
     else:
-        text = f"would expire: versions {listed} (--yes does it)" if judged else "nothing can expire"
+        text = f"would expire: {named} (--yes does it)" if judged else "nothing can expire"
         show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)
 
 
@@ -212,7 +212,7 @@ def drop_adapters(
     task_ids = [task_id_of(reader, task) for task in tasks]
     found = droppable(reader.state, task_ids)
     size = sum(task.adapter.size_bytes for task in found.values())
-    what = f"{len(found)} adapters, {size / 1e6:.1f} MB"
+    what = f"{counted(len(found), 'adapter')}, {size / 1e6:.1f} MB"
     if yes and found:
         change(
             place, force, as_json, f"let go: {what}", DropAdapters(task_ids=tuple(task_ids), op_key=op_key, actor=me())
@@ -255,9 +255,9 @@ def collect(
             console.print(key, soft_wrap=True, markup=False)
         verb = "deleted" if found.deleted else "would delete"
         end = "" if found.deleted or not found.keys else " (--really does it)"
-        note(f"{verb} {len(found.keys)} objects, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
+        note(f"{verb} {counted(len(found.keys), 'object')}, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
         if found.abandoned:
-            note(f"gave up {found.abandoned} writes that were begun and never finished")
+            note(f"gave up {counted(found.abandoned, 'unfinished write')}")
 
     show(asdict(found), as_text, as_json)
 
@@ -288,8 +288,11 @@ def remove(
         if not yes:
             again = [remake.version.number for remake in remakes(state, task_id, candidate)]
             last = start_of_remakes(state, task_id, candidate)
-            many = "1 version" if len(again) == 1 else f"{len(again)} versions"
-            what = f"make {many} again: {', '.join(map(str, again))}" if again else "make none again"
+            what = (
+                f"make {counted(len(again), 'version')} again: {', '.join(map(str, again))}"
+                if again
+                else "make none again"
+            )
             text = f"would go back to version {last} and {what} (--yes does it)"
             show({"task_id": task_id, "versions": again, "removed": False}, lambda _: note(text), as_json)
             return
