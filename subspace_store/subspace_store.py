@@ -26,7 +26,7 @@ from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.files import blobs
-from subspace_store.log import fold, retention
+from subspace_store.log import fold, removal, retention
 from subspace_store.log.store_format import make_store
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, Identity, MergedTask, StagedAdapter, Version
 from subspace_store.log.version_log import VersionLog
@@ -196,15 +196,11 @@ class SubspaceStore(Refs):
     def _remake_without(self, task: MergedTask, op_key: str, actor: str) -> int:
         """The newest of the versions made again, each with a record of its own that no branch names yet."""
         candidate = self.state.refs[CANDIDATE]
-        line, newest = self.state.lineage(candidate), self.state.tasks_at(candidate)
-        start = parent = self._start_of_remake(task.task_id, line)
-        for version in line:
-            if version.number <= start:
-                continue
-            others = [old.task_id for old in version.added if old.task_id != task.task_id]
+        newest = self.state.tasks_at(candidate)
+        parent = removal.start_of_remakes(self.state, task.task_id, candidate)
+        for remake in removal.remakes(self.state, task.task_id, candidate):
+            version, others = remake.version, remake.task_ids
             arrivals = [self._again(newest[id_], candidate) for id_ in others]
-            if not arrivals:
-                continue
             refined = [f" {newest[id_].version}" for id_ in others if newest[id_].version != version.number]
             step_key = f"{op_key} {version.number}{''.join(refined)}"
             known = self._done(step_key)
@@ -221,20 +217,6 @@ class SubspaceStore(Refs):
                 raise NotWritten(what, error.where, "ask again under the same key: it goes on from there") from error
             parent = self._committed(written).number
         return parent
-
-    def _start_of_remake(self, task_id: str, line: Sequence[Version]) -> int:
-        """The version that is right before all that must be made again without a task."""
-        births = {task.task_id: version.number for version in line for task in version.added}
-        first = births[task_id]
-        while True:
-            # Not onto an expired version: what it was may be gone, or about to be deleted (garbage.py).
-            alive = (v.number for v in line if v.number < first and v.number not in self.state.expired)
-            start = max(alive, default=0)
-            # A refinement in a basis that will not be again: its task is merged anew, as it is now.
-            older = [births[t.task_id] for v in line if v.number > start for t in v.refined]
-            if not older or min(older) > start:
-                return start
-            first = min(older)
 
     def _again(self, task: MergedTask, candidate: int) -> Arrival:
         """A task that was merged before: as it was delivered, or else as the candidate has it."""

@@ -20,7 +20,7 @@ COLOURS = {
     "queued": "cyan", "training": "yellow", "merging": "yellow", "refining": "yellow",
     "evaluating": "yellow", "published": "green",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
-    "expired": "dim",
+    "removed": "dim", "expired": "dim",
 }  # fmt: skip
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")

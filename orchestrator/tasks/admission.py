@@ -150,7 +150,7 @@ def admit(
     queue: TaskQueue,
     storage: Storage,
     submitted_by: str,
-    under_way: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
+    under_way: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> tuple[TaskRecord, bool]:
     """Take a checked submission in: freeze its data, then write its row.
 

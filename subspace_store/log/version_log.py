@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 import shlex
 import threading
@@ -36,6 +37,7 @@ from subspace_store.digests import digest
 from subspace_store.log.fold import ACQUIRE, Record, checked, fold, log_key, to_plain
 from subspace_store.log.version import Identity, Owner, SubspaceState
 from subspace_store.storage.protocol import Storage
+from subspace_store.strict import TEXT_MAX, as_escaped_text
 
 CHECKPOINT_EVERY = 64
 HINT = "log/_hint"
@@ -412,6 +414,24 @@ def _to_json(record: Any) -> bytes:
 
 def _from_json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
-    except ValueError as error:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"is not JSON: {error}", where, "restore it from a backup") from error
+    return _as_text(values) if len(content) > TEXT_MAX or _SUSPICIOUS.search(content) else values
+
+
+_SUSPICIOUS = re.compile(rb"\\(u00[01]|u007[fF]|u00[89]|u[dD][89a-fA-F]|[bfr])")
+"""What may be a control character or half of a character in JSON that `_to_json` wrote."""
+
+
+def _as_text(values: Any) -> Any:
+    """The same values; what is no text in their strings is escaped, what is too long is cut.
+
+    Releases before 0.4 took any string as a reason or a name, and the log keeps it: it must not reach a terminal, nor
+    keep HTTP from answering.
+    """
+    if isinstance(values, dict):
+        return {as_escaped_text(key): _as_text(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_as_text(value) for value in values]
+    return as_escaped_text(values) if isinstance(values, str) else values

@@ -193,7 +193,7 @@ class S3Storage:
         with contextlib.suppress(ClientError):  # its writer ended it meanwhile
             pages = self._client().get_paginator("list_parts").paginate(**where)
             times += [part["LastModified"] for page in pages for part in page.get("Parts", [])]
-        return time.time() - max(at.timestamp() for at in times)
+        return time.time() - max(float(at.timestamp()) for at in times)
 
     def _fetch(self, key: str, start: int, size: int | None) -> bytes | bytearray:
         """Part of an object: by one request if it is small, else by several at once that all see the same object."""

@@ -636,3 +636,33 @@ def test_a_log_from_before_there_were_owners_is_nobodys_and_its_checkpoints_are_
     storage.write(checkpoint_key(2), b'{"sha256":"%s","state":%s}' % (digest(folded).encode(), folded))
     assert reading(storage).owner is None
     assert max(reading(storage).versions) == 1
+
+
+EVIL = "\x1b[31mred\x07 half \ud800 \x9b end"
+
+
+def test_a_log_with_reasons_of_before_they_were_checked_is_read_and_shows_them_as_plain_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = fresh_storage()
+    log = writing(storage)
+    add_version(log)
+    log.commit(HOLD, op_key="h", actor=EVIL, body={"reason": EVIL + "x" * 5_000_000})
+    log.commit(QUARANTINE, op_key="q", actor="ann", body={"task_id": "bad", "reason": EVIL})
+    monkeypatch.setattr("subspace_store.log.version_log.CHECKPOINT_EVERY", log.state.seq + 1)
+    log.commit(TAG, op_key="t", actor="ann", body={"name": "gold", "version": 1})
+    storage_without = MemoryStorage(fresh_storage().name)
+    for key in storage.keys("log/0"):
+        storage_without.write(key, storage.read(key))
+    for place in (storage, storage_without):  # from the checkpoint, and from the records
+        state = reading(place)
+        assert state.held is not None
+        assert state.held.actor == r"\x1b[31mred\x07 half \ud800 \x9b end"
+        assert state.held.reason.startswith(r"\x1b[31mred\x07 half \ud800 \x9b endxxx")
+        assert len(state.held.reason) < 300_000
+        assert state.quarantined == {"bad": r"\x1b[31mred\x07 half \ud800 \x9b end"}
+        json.dumps(to_plain(state), ensure_ascii=False).encode()  # as HTTP sends it
+    assert [record.seq for record in opened_log(storage).records()] == [1, 2, 3, 4, 5]
+    again = writing(storage, "again")  # the chain is what it was
+    add_version(again)
+    assert reading(storage).tags == {"gold": 1}
