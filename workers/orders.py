@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from configs.errors import Unavailable
 from configs.task_spec import Kind, TaskSpec
+from workers.heads import HeadLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,10 @@ class BaseLayout:
     """Longest input in tokens."""
     kinds: tuple[Kind, ...]
     """The kinds of task that the base model can be adapted to."""
+    heads: Mapping[Kind, HeadLayout] = field(default_factory=dict)
+    """What a task of each kind has beside the shared layers."""
+    called: tuple[str, ...] = ()
+    """Names by which the checkpoint itself says it is known; often none."""
     has_chat_template: bool = True
     """Whether its tokenizer can render messages."""
 

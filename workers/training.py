@@ -22,6 +22,7 @@ from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
 from workers.compatibility import check_lengths
 from workers.deepspeed_engine import is_parted, refusals_named, release
+from workers.heads import told
 from workers.evaluation import Score, score_adapter, score_and_keep
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
@@ -198,6 +199,8 @@ class _Attempt:
             return self._train_from_here(rows, halvings)
         self.trained_numbers = sum(trainable_numbers(prepared).values())
         self._say(describe(prepared, self.method_name, spec.lora.r))
+        if head := told(self._base.heads[spec.kind], spec):
+            self._say(head)
         saver = _Saver(self._storage, self._folder, self._say)
         around = Surroundings(
             self._order.token,
