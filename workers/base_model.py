@@ -12,7 +12,6 @@ backbone is kept. A causal language model has no head: its output layer belongs 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig
 from transformers.modeling_utils import set_zero3_state
 from transformers.pytorch_utils import Conv1D
 
@@ -36,8 +27,9 @@ from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import Kind, TaskSpec
 from subspace_store.adapter import Adapter
-from workers.architecture import head_layout, inside, linear_shapes, owner, position_offset, usable_positions
+from workers.architecture import head_layout, inside, linear_shapes, owner, usable_positions
 from workers.heads import HeadLayout, check_head, kept_outputs
+from workers.model_folder import AUTO_CLASSES, called_of, image_processor_of, kinds_of, settle_padding, tokenizer_of
 from workers.weights import (
     Loaded,
     check_quantization,
@@ -49,14 +41,6 @@ from workers.weights import (
     weights_digest,
 )
 
-AUTO_CLASSES: dict[Kind, Any] = {
-    "sequence_classification": AutoModelForSequenceClassification,
-    "sequence_regression": AutoModelForSequenceClassification,
-    "image_classification": AutoModelForImageClassification,
-    "causal_lm": AutoModelForCausalLM,  # last: it has all the parameters that the others share
-}
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
-IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 # By what transformers, PEFT and accelerate know a model with quantised layers.
 QUANTIZED_FLAGS = (
     "is_quantized",
@@ -311,8 +295,8 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
         )
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer, image_processor = _tokenizer(folder), _image_processor(folder)
-    kinds = _kinds(config, tokenizer, image_processor, str(folder))
+        tokenizer, image_processor = tokenizer_of(folder), image_processor_of(folder)
+    kinds = kinds_of(config, tokenizer, image_processor, str(folder))
     loaded = load_checkpoint(folder, AUTO_CLASSES[kinds[-1]], settings, device)
     backbone = f"{loaded.model.base_model_prefix}."
     if kinds[-1] == "causal_lm" and any(not name.startswith(backbone) for name in loaded.missing):
@@ -320,35 +304,13 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
         if not kinds:
             raise InvalidInput("weights lack the output layer", str(folder), "save the whole causal language model")
     if tokenizer is not None:
-        _settle_padding(tokenizer, loaded.model, str(folder))
+        settle_padding(tokenizer, loaded.model, str(folder))
     loaded.model.config.use_cache = False
     loaded.model.config.tie_word_embeddings = bool(loaded.model.all_tied_weights_keys)  # as loaded, whatever it said
     found, label_names = _found_heads(folder, config, kinds, loaded)
     return BaseModel(
-        settings, loaded, found, label_names, kinds, tokenizer, image_processor, _called(folder, settings)
+        settings, loaded, found, label_names, kinds, tokenizer, image_processor, called_of(folder, settings)
     )
-
-
-def _settle_padding(tokenizer: Any, model: Any, where: str) -> None:
-    """Have the model take for padding what the tokenizer pads with. Raises InvalidInput if it has no row for that."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise InvalidInput("the tokenizer has neither a padding token nor an end token", where, "give it a pad_token")
-    rows = model.get_input_embeddings().weight.shape[0]
-    said = tokenizer("one two")["input_ids"]
-    for token in (tokenizer.pad_token_id, *said):
-        if token >= rows:
-            what = "padding token" if token == tokenizer.pad_token_id else "token"
-            raise InvalidInput(
-                f"the tokenizer's {what} {tokenizer.convert_ids_to_tokens(token)!r} has the number {token}, and the "
-                f"model's embeddings have {rows} rows, 0 to {rows - 1}",
-                where,
-                "name a pad_token in tokenizer_config.json that the model has (often its eos_token), or save the model "
-                "again after model.resize_token_embeddings(len(tokenizer))",
-            )
-    if position_offset(model) is None:  # else positions are counted from behind the checkpoint's own padding token
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _found_heads(
@@ -370,47 +332,6 @@ def _found_heads(
         if made.__name__ in (config.architectures or ()):
             names[made] = labels
     return found, names
-
-
-def _called(folder: Path, settings: BaseModelSettings) -> tuple[str, ...]:
-    """Names by which the model may be known elsewhere: what people load it as, what its configuration says."""
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
-    return tuple(dict.fromkeys(name for name in (settings.name, settings.source, said) if name))
-
-
-def _kinds(config: Any, tokenizer: Any, image_processor: Any, where: str) -> tuple[Kind, ...]:
-    """The kinds that the architecture and what lies beside the weights allow, `causal_lm` last.
-
-    transformers lists BERT and its relatives among the causal language models too: they can be built as decoders. As
-    they were trained they see what they would have to predict.
-    """
-    sees_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    kinds = tuple(
-        kind
-        for kind, auto_class in AUTO_CLASSES.items()
-        if type(config) in auto_class._model_mapping
-        and (image_processor if kind == "image_classification" else tokenizer) is not None
-        and not (kind == "causal_lm" and sees_ahead)
-    )
-    if not kinds:
-        raise InvalidInput(
-            f"a {config.model_type} model with {'a' if tokenizer else 'no'} tokenizer and "
-            f"{'an' if image_processor else 'no'} image processor beside it is good for no kind of task",
-            where,
-            f"kinds are: {', '.join(AUTO_CLASSES)}; save the tokenizer or the image processor into the folder as well",
-        )
-    return kinds
-
-
-def _tokenizer(folder: Path) -> Any:
-    has_one = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
-
-
-def _image_processor(folder: Path) -> Any:
-    """On PIL and numpy: without torchvision, and the same pixels on every machine."""
-    has_one = (folder / IMAGE_PROCESSOR_FILE).is_file()
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil") if has_one else None
 
 
 def _quantized_modules(loaded: Any) -> dict[str, nn.Module]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
@@ -18,6 +17,9 @@ from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.formats.peft import TRAINED_ON, TRAINED_ON_SHA256
 from workers.heads import HeadLayout
 from workers.metrics import GENERATED
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, int]]
 """Full name of a linear layer to (N, D)."""

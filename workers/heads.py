@@ -92,7 +92,7 @@ def check_head(adapter: Adapter, spec: TaskSpec, layout: HeadLayout, is_scored: 
     if absent := sorted(layout.missing - adapter.head.keys()):
         if not adapter.head:
             raise InvalidInput(
-                f"the adapter has no head, so it cannot be scored: the base model's checkpoint has no {_listed(absent)}",
+                f"the adapter has no head, so it cannot be scored: the base model's checkpoint lacks {_listed(absent)}",
                 todo="import an adapter that was saved with its classifier (modules_to_save), or leave out "
                 "data.eval_file",
             )
@@ -105,9 +105,7 @@ def check_head(adapter: Adapter, spec: TaskSpec, layout: HeadLayout, is_scored: 
     _check_labels(adapter, spec, layout)
 
 
-def _check_parameter(
-    name: str, shape: tuple[int, ...], adapter: Adapter, spec: TaskSpec, layout: HeadLayout
-) -> None:
+def _check_parameter(name: str, shape: tuple[int, ...], adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
     if name in layout.shared:  # its tensor is shared by all tasks, and large
         raise InvalidInput(
             f"the adapter brings its own weights for a layer that belongs to the base model {adapter.base_model!r}",
@@ -143,10 +141,8 @@ def _check_labels(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
     count = OUTPUT_COUNTS.get(spec.kind, len(spec.data.label_names))
     if not said or not count:
         return
-    if spec.kind in OUTPUT_COUNTS or _are_unknown(said):
-        is_right = len(said) == count
-    else:
-        is_right = said == spec.data.label_names
+    only_counted = spec.kind in OUTPUT_COUNTS or _are_unknown(said)
+    is_right = len(said) == count if only_counted else said == spec.data.label_names
     if not is_right:
         raise InvalidInput(
             f"{of} are {list(said)!r:.300}; data.label_names are {list(spec.data.label_names)!r:.300}",

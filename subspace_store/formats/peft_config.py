@@ -178,7 +178,9 @@ def _compile(pattern: str, key: str, where: str) -> Any:
     except (re.error, re2.error, ValueError, RecursionError, OverflowError) as error:
         said = error.args[0].decode(errors="replace") if error.args and isinstance(error.args[0], bytes) else str(error)
         raise InvalidInput(
-            f"has a pattern in {key} that cannot be read: {pattern[:80]!r}: {said}", where, "use the modules' full names"
+            f"has a pattern in {key} that cannot be read: {pattern[:80]!r}: {said}",
+            where,
+            "use the modules' full names",
         ) from error
 
 

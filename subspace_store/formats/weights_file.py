@@ -75,14 +75,14 @@ def weights_with_facts(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) 
     header = json.loads(content[_LENGTH_BYTES:end]) | {"__metadata__": {"format": "pt", **facts}}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text + content[end:]
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text + bytes(content[end:])
 
 
 def _header(text: bytes, file: Path) -> tuple[dict[str, str], bytes]:
     """The facts in a header, and the header as it was read."""
     try:
         header: Any = json.loads(text)
-        names = [name for name in header.keys() if name != "__metadata__"]
+        names = header.keys() - {"__metadata__"}
         facts = header.get("__metadata__") or {}
         known = {str(name): value for name, value in facts.items() if isinstance(value, str)}
     except (ValueError, RecursionError, AttributeError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,9 @@ NAMED = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     """Without transformers' report of what a checkpoint lacks: these tests are about it."""
     caplog.set_level(logging.ERROR, logger="transformers")
-    yield
 
 
 @dataclass
@@ -139,9 +137,6 @@ def test_our_training_starts_from_the_heads_parts_in_the_checkpoint_and_its_expo
     assert torch.allclose(logits(family, adapted_model(made.base, adapter, spec)), trained, atol=1e-4)
     write_peft_folder(tmp_path / "out", adapter, made.source)
     assert torch.allclose(logits(family, reloaded(family, made.source, 3, tmp_path / "out")), trained, atol=1e-4)
-    assert torch.allclose(
-        logits(family, made.base.task_model(spec, seed=5)), logits(family, made.base.task_model(spec, seed=5))
-    )
 
 
 @pytest.mark.parametrize("family", ["modernbert", "distilbert", "roberta", "bert"])

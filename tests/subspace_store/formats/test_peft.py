@@ -360,7 +360,9 @@ def test_patterns_are_refused_where_there_are_too_many_to_try(tmp_path: Path) ->
 
 def from_peft_of(folder: Path, modules: int) -> Path:
     """The folder with the first module's tensors under so many names."""
-    pair = {part: load_file(folder / "adapter_model.safetensors")[key_of(folder, part)] for part in ("lora_A", "lora_B")}
+    pair = {
+        part: load_file(folder / "adapter_model.safetensors")[key_of(folder, part)] for part in ("lora_A", "lora_B")
+    }
     file = folder / "adapter_model.safetensors"
     save_file(
         {
@@ -561,5 +563,5 @@ def test_labels_in_a_header_that_name_no_output_are_refused(labels: str, tmp_pat
     folder = saved(trained("bert", target_modules=["query"]), tmp_path)
     file = folder / "adapter_model.safetensors"
     save_file(load_file(file), file, {"format": "pt", "id2label": labels})
-    with pytest.raises(InvalidInput, match="id2label in the header of adapter_model.safetensors that gives no label"):
+    with pytest.raises(InvalidInput, match=r"id2label in the header of adapter_model\.safetensors that gives no label"):
         read_peft_folder(folder, "base", "")
