@@ -20,7 +20,7 @@ from workers.orders import BaseLayout, Trained
 BASE = "tiny"
 SHA256 = "ab" * 32
 SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10)}
-CLASSIFIER = frozenset({"classifier.weight"})
+CLASSIFIER = ("classifier.weight",)
 LAYOUT = BaseLayout(
     sha256=SHA256,
     module_shapes=SHAPES,
@@ -34,7 +34,7 @@ LAYOUT = BaseLayout(
             trained=("classifier",),
         )
         if kind != "causal_lm"
-        else HeadLayout(shapes={}, shared=frozenset({"lm_head.weight"}))
+        else HeadLayout(shapes={}, shared=("lm_head.weight",))
         for kind in get_args(Kind)
     },
 )

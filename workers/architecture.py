@@ -39,9 +39,9 @@ def head_layout(
     shared = _shared_layers(shell, kind)
     return HeadLayout(
         shapes={name: shape for name, shape in shapes.items() if name not in shared},
-        shared=frozenset(shared),
-        outputs=frozenset(outputs),
-        missing=frozenset(missing),
+        shared=tuple(sorted(shared)),
+        outputs=tuple(sorted(outputs)),
+        missing=tuple(sorted(missing)),
         trained=_trained(shell, outputs | missing, kind),
         label_names=label_names,
     )

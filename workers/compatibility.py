@@ -95,7 +95,7 @@ def with_full_names(adapter: Adapter, shapes: Shapes, head: HeadLayout, where: s
                 "was it trained on another base model?",
             )
         modules[full] = update
-    known = head.shapes.keys() | head.shared
+    known = {*head.shapes, *head.shared}
     parameters: dict[str, Tensor] = {}
     for name, tensor in adapter.head.items():
         found = [name] if name in known else [full for full in known if full.endswith(f".{name}")]

@@ -29,11 +29,11 @@ class HeadLayout:
 
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of each parameter that an adapter may bring whole: all but those in `shared`. For one output."""
-    shared: frozenset[str] = frozenset()
+    shared: tuple[str, ...] = ()
     """Names of embeddings and of a language model's output layer, which always belong to the base model."""
-    outputs: frozenset[str] = frozenset()
+    outputs: tuple[str, ...] = ()
     """Names of the parameters that have one row for each output."""
-    missing: frozenset[str] = frozenset()
+    missing: tuple[str, ...] = ()
     """Names of the parameters that the checkpoint lacks."""
     trained: tuple[str, ...] = ()
     """Modules that are trained with the task: the output layers, PEFT's `classifier` and `score`, what is missing."""
@@ -61,7 +61,7 @@ def told(layout: HeadLayout, spec: TaskSpec) -> str:
     """Where the parts of the head come from when a task is trained, for its log; empty without a head."""
     kept = kept_outputs(layout, spec) is not None
     drawn = {name for name in layout.missing if name in layout.shapes}
-    drawn |= layout.outputs if not kept else set()
+    drawn |= set() if kept else {*layout.outputs}
     starts = sorted({name.rpartition(".")[0] for name in drawn})
     trained = [module for module in layout.trained if not all(_inside(name, module, drawn) for name in layout.shapes)]
     parts = [f"{', '.join(starts)} drawn from the seed"] if starts else []
@@ -89,7 +89,7 @@ def check_head(adapter: Adapter, spec: TaskSpec, layout: HeadLayout, is_scored: 
         return
     for name, tensor in adapter.head.items():
         _check_parameter(name, tuple(tensor.shape), adapter, spec, layout)
-    if absent := sorted(layout.missing - adapter.head.keys()):
+    if absent := sorted({*layout.missing} - adapter.head.keys()):
         if not adapter.head:
             raise InvalidInput(
                 f"the adapter has no head, so it cannot be scored: the base model's checkpoint lacks {_listed(absent)}",
@@ -136,7 +136,7 @@ def _check_labels(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
     """Compare the task's labels with those that the adapter or, where it has no output layer, the checkpoint names."""
     said = tuple(json.loads(adapter.info.get("label_names") or "[]"))
     of = "the adapter's outputs"
-    if layout.outputs and not layout.outputs & adapter.head.keys():
+    if layout.outputs and not {*layout.outputs} & adapter.head.keys():
         said, of = layout.label_names, "the adapter has no output layer, and the checkpoint's outputs"
     count = OUTPUT_COUNTS.get(spec.kind, len(spec.data.label_names))
     if not said or not count:

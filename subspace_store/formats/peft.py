@@ -238,13 +238,14 @@ def _sort_tensors(
             continue
         check_numbers(key, tensor, where)
         name = key.removeprefix(PREFIX)
-        if match := _FACTOR.fullmatch(name):
+        saved = _SAVED_MODULE.fullmatch(name)
+        if saved is None and (match := _FACTOR.fullmatch(name)):
             pair = pairs.setdefault(match[1], {})
             if match[2] in pair:
                 raise InvalidInput(f"has lora_{match[2]} of {match[1]!r} twice, under two names", where, "keep one")
             pair[match[2]] = tensor
             continue
-        if saved := _SAVED_MODULE.fullmatch(name):
+        if saved:
             name = f"{saved[1]}.{saved[2].removeprefix(f'{adapter_name}.')}"
         if saved or names.saves(name):
             head[name] = tensor.float()
@@ -258,7 +259,8 @@ def _sort_tensors(
 
 def _adapter_name(tensors: Mapping[str, Tensor], where: str) -> str:
     """The adapter's own name, where the names of tensors have it in them; empty: they do not."""
-    found = {match[3] or "" for key in tensors if (match := _FACTOR.fullmatch(key))}
+    factors = (_FACTOR.fullmatch(key) for key in tensors if not _SAVED_MODULE.fullmatch(key))
+    found = {match[3] or "" for match in factors if match}
     if len(found) > 1:
         called = ", ".join(repr(name) if name else "one without a name" for name in sorted(found))
         raise InvalidInput(

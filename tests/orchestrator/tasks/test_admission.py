@@ -397,7 +397,7 @@ def test_an_import_with_a_part_of_a_head_is_refused_with_what_is_missing_whether
     desk: Desk,
 ) -> None:
     desk.peft()
-    head = replace(LAYOUT.heads["sequence_classification"], missing=frozenset({"classifier.weight", "pooler.weight"}))
+    head = replace(LAYOUT.heads["sequence_classification"], missing=("classifier.weight", "pooler.weight"))
     layout = replace(LAYOUT, heads={"sequence_classification": head})
     for changes in ({}, {"data": {"eval_file": None}}):
         with pytest.raises(InvalidInput, match=r"head is not whole: neither .* has pooler\.weight"):
