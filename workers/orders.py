@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from configs.errors import Unavailable
 from configs.task_spec import Kind, TaskSpec
+from workers.chat_template import ChatTemplate
 from workers.heads import HeadLayout
 
 
@@ -91,8 +92,8 @@ class BaseLayout:
     """What a task of each kind has beside the shared layers."""
     called: tuple[str, ...] = ()
     """Names by which the checkpoint itself says it is known; often none."""
-    has_chat_template: bool = True
-    """Whether its tokenizer can render messages."""
+    chat_template: ChatTemplate | None = None
+    """How its tokenizer renders messages; None where it cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,8 @@ class Trained:
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All metrics of the kind for the adapter before merging, by name; the task's own is `local_score`."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on what makes the scores doubtful, for the owner of the task."""
     worker_seconds: float | None = field(default=None, compare=False)
     """How long the order had the worker, loading, scoring and saving included. None: the worker cannot say."""
 

@@ -19,11 +19,14 @@ from subspace_store.subspace_reader import RollbackPreview
 Json = dict[str, Any]
 
 
-def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, Any]) -> Json:
+def task_summary(
+    record: TaskRecord, place: int | None, starts_in_seconds: float | None, progress: Mapping[str, Any]
+) -> Json:
     """A row of `onebasis tasks`.
 
     Args:
         place: In the queue, from 1; None where it does not wait.
+        starts_in_seconds: An estimate; None where it does not wait, or nobody can say.
         progress: What its worker said last; empty where none has it.
     """
     return {
@@ -34,6 +37,7 @@ def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, A
         "state": str(record.state),
         "reason": record.reason,
         "place": place,
+        "starts_in_seconds": starts_in_seconds,
         "submitted_at": record.submitted_at,
         "attempt": record.attempt,
         "worker": record.worker if is_at_work(record) else "",
@@ -42,6 +46,7 @@ def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, A
         "eval_rows": record.eval_count,
         "base_score": record.base_score,
         "local_score": record.local_score,
+        "doubt": record.doubt(record.local_score),
         "progress": dict(progress),
     }
 
@@ -57,6 +62,7 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
     return {
         "spec": record.spec.model_dump(mode="json"),
         "train_rows": record.train_count,
+        "warnings": list(record.warnings),
         "eval_sha256": record.eval_sha256,
         "adapter": {
             "staging_key": record.staging_key,
@@ -85,6 +91,16 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
         "metrics": dict(record.metrics),
         "events": [asdict(event) for event in history if event.kind not in (LOG, PROGRESS)],
     }
+
+
+def warnings(record: TaskRecord, result: Mapping[str, Any] | None) -> list[str]:
+    """What is doubtful about a task, with what is so about its score under `main`.
+
+    Args:
+        result: The score, as the service's answer has it; None where no version holds the task.
+    """
+    doubt = record.doubt(result["score_under_main"]) if result else ""
+    return [*record.warnings, *([f"in main: {doubt}"] if doubt else [])]
 
 
 def version_summary(state: SubspaceState, version: Version) -> Json:
