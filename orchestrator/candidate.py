@@ -18,7 +18,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NameTaken, NotFound, OnebasisError, OwnedByAnother
+from configs.errors import (
+    Conflict,
+    Corrupt,
+    Fenced,
+    InvalidInput,
+    NameTaken,
+    NotFound,
+    NotWritten,
+    OnebasisError,
+    OwnedByAnother,
+    UnusableStore,
+)
 from configs.settings import Settings
 from orchestrator.cluster import Call, Cluster
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
@@ -298,6 +309,10 @@ class Candidate:
             # Stored bytes are not what was written: nothing is written any more until a person has looked.
             self.alarm = f"the store is damaged, nothing is merged or published: {error}"
             log.critical("the store is damaged, nothing will be merged or published: %s", error)
+        except UnusableStore as error:
+            # No fault of the tasks that were to be merged: it is for whoever wrote the settings.
+            self.alarm = f"the store cannot be written to, nothing is merged or published: {error}"
+            log.critical("the store cannot be written to: %s", error)
         except OwnedByAnother as error:
             self.oust(error)
         except Fenced as error:
@@ -320,6 +335,9 @@ class Candidate:
                     self._pending_calls.later("store")
                 case _, Conflict():
                     log.info("'%s' is out of date, the log is read again: %s", request.operation, error)
+                    self._pending_calls.later("store")
+                case _, NotWritten():
+                    log.warning("'%s' has failed, it is asked for again: %s", request.operation, error)
                     self._pending_calls.later("store")
                 case _:
                     # Nobody knows whether it is in: the same operation key is asked again and answers either way.

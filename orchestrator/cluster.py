@@ -65,6 +65,10 @@ class Cluster(Protocol):
         """Ask the subspace's one writer; the call's result is the request's answer."""
         ...
 
+    def open_store(self, base_sha256: str) -> Call:
+        """Have the writer open the store, or make it: a worker has loaded the base model, and these are its weights."""
+        ...
+
     def replace_store(self) -> None:
         """End a writer that was fenced; a fresh one acquires the next epoch."""
         ...
@@ -145,6 +149,9 @@ class RayCluster:
 
     def write(self, request: StoreRequest[Any]) -> Call:
         return self._actor("store").do.remote(request)
+
+    def open_store(self, base_sha256: str) -> Call:
+        return self._actor("store").open.remote(base_sha256)
 
     def replace_store(self) -> None:
         self._end("store")

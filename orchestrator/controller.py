@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from configs.errors import OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
@@ -19,6 +20,7 @@ from orchestrator.pending_calls import (
     POLL_SECONDS,
     RETRY_SECONDS,
     Asking,
+    Opening,
     Ordered,
     PendingCall,
     PendingCalls,
@@ -87,6 +89,10 @@ class Controller:
             changed,
             self._look_at_main,
         )
+        self.store_is_open = False
+        """Whether the writer has opened the store for the base model that the workers have loaded."""
+        self.store_error: OnebasisError | None = None
+        """Why the writer cannot open the store."""
         self._started_at = time.time()
         self._main_followed = -1
         self.wake(log_moved=True)
@@ -138,6 +144,10 @@ class Controller:
         """A task ended outside the loop: what it needs no more of its files goes in the next step. Thread-safe."""
         self._unused_files.due((task_id,))
 
+    def submission(self, task_id: str) -> AbstractContextManager[None]:
+        """While it lasts, files of a task may be there that has no row yet. Thread-safe."""
+        return self._unused_files.submission(task_id)
+
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
         while not stop.is_set():
@@ -182,6 +192,7 @@ class Controller:
             if not isinstance(pending, Asking):
                 self.wake()
         self._pool.listen()
+        self._open_store()
         if not self._pending_calls.woken():
             return
         if self._pending_calls.log_moved.is_set():
@@ -204,6 +215,31 @@ class Controller:
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
         self._candidate.advance(live, self._queue.is_anyone_waiting())
         self._train(live)
+
+    def _open_store(self) -> None:
+        """Once the first worker has loaded the base model and checked its weights: a store is made for these alone."""
+        layout = self._pool.layout
+        if self.store_is_open or layout is None or self._candidate.ousted_by is not None:
+            return
+        if self._pending_calls.may("open") and not self._pending_calls.under_way(Opening()):
+            self._pending_calls.send(Opening(), lambda: self._cluster.open_store(layout.sha256))
+
+    def _take_opened(self, call: Call) -> None:
+        try:
+            self._cluster.result(call)
+        except OwnedByAnother as error:
+            self._candidate.oust(error)
+        except Unavailable as error:
+            log.warning("the store cannot be opened now: %s", error)
+            self.store_error = error
+            self._pending_calls.later("open")
+        except OnebasisError as error:
+            log.critical("the store cannot be opened: %s", error)
+            self.store_error = error
+            self._pending_calls.later("open", 30 * RETRY_SECONDS)
+        else:
+            self.store_is_open, self.store_error = True, None
+            self.wake(log_moved=True)
 
     def _look_at_the_owner(self) -> None:
         owner = self._store.state.owner
@@ -233,6 +269,8 @@ class Controller:
                         self._finish_training(order, outcome)
                     case Evaluate() as order, outcome:
                         self._candidate.take_evaluation(order, outcome)
+            case Opening():
+                self._take_opened(call)
             case Writing(request):
                 self._candidate.take(call, request)
 

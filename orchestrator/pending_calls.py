@@ -42,13 +42,18 @@ class Ordered:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """The store's writer was asked to open the store, or to make it."""
+
+
+@dataclass(frozen=True)
 class Writing:
     """The store's writer was asked for something; one at a time."""
 
     request: StoreRequest[Any]
 
 
-PendingCall = Warming | Asking | Ordered | Writing
+PendingCall = Warming | Asking | Ordered | Opening | Writing
 
 
 class PendingCalls:

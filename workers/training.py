@@ -61,6 +61,7 @@ def train_task(
     report: Report,
     asked: Callable[[], Asked],
     rank: Rank = ALONE,
+    unsaved: dict[str, Attempt] | None = None,
 ) -> Trained:
     """Do the order.
 
@@ -69,6 +70,8 @@ def train_task(
         report: Takes heartbeats: in every step, and with a point of the loss curve now and then.
         asked: What the control plane wants between steps and between batches.
         rank: This process's place in its gang.
+        unsaved: Token to the attempt whose outcome could not be stored, kept from call to call: given again, its order
+            is not trained again. Of a process that is alone: the others of a gang would train.
 
     Returns:
         Where the adapter is and how it scores before merging. On a CPU the same order, seed and machine give the same
@@ -79,10 +82,11 @@ def train_task(
         InvalidInput: The rows, the target modules, the adapter to import or the learning rate are wrong; or memory ran
             out.
         Unavailable: The storage was away; the order may be given again.
+        NotWritten: It is full or refuses writes.
         Cancelled, Preempted: Asked for in between; at a preemption a checkpoint was written.
         Corrupt: The staged bytes are not what was written.
     """
-    started, spec = time.monotonic(), order.spec
+    spec = order.spec
     check_lengths(spec, base.length_max)
     report = report if rank.leads else _nobody
     report(Progress(token=order.token, phase="loading"))
@@ -91,8 +95,11 @@ def train_task(
         report(Progress(token=order.token, phase="loading", log_lines=(line,)))
 
     with joined(rank, spec.training.deepspeed) as group, watched(say, stopper(asked)):
-        attempt = _Attempt(order, base, storage, store, report, asked, group)
+        kept = unsaved if unsaved is not None and rank.size == 1 else {}
+        attempt = kept.get(order.token) or Attempt(order, base, storage, store, report, asked, group)
+        kept.clear()
         adapter, run = attempt.train()
+        kept[order.token] = attempt
         if is_parted(spec):
             local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank)
     if not rank.leads:
@@ -122,6 +129,7 @@ def train_task(
         )
     )
     staged = blobs.stage(storage, order.staging_key, adapter)
+    kept.clear()
     return Trained(
         token=order.token,
         staging_key=order.staging_key,
@@ -132,7 +140,7 @@ def train_task(
         base_score=alone,
         steps=run.steps,
         train_loss=run.train_loss,
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - attempt.begun_at,
         first_step_at=run.first_step_at,
         method=attempt.method_name,
         trainable_parameters=attempt.trained_numbers,
@@ -143,7 +151,7 @@ def train_task(
     )
 
 
-class _Attempt:
+class Attempt:
     """One try at a training order: the parts of `train_task` that share what it is about."""
 
     def __init__(
@@ -167,9 +175,16 @@ class _Attempt:
         self.version = 0
         """Whose basis was leased."""
         self.trained_numbers = 0
+        self._outcome: tuple[Adapter, TrainingRun] | None = None
+        self.begun_at = time.monotonic()
 
     def train(self) -> tuple[Adapter, TrainingRun]:
-        """Prepare, train and read the adapter out; from a checkpoint where there is one."""
+        """Prepare, train and read the adapter out; from a checkpoint where there is one. The second time, the same."""
+        if self._outcome is None:
+            self._outcome = self._trained()
+        return self._outcome
+
+    def _trained(self) -> tuple[Adapter, TrainingRun]:
         order, spec = self._order, self._order.spec
         method = METHODS.get(spec.method.name)  # None for `auto`, which trains
         if method is not None and not method.TRAINS:

@@ -51,7 +51,7 @@ from workers.rank_group import NOBODY_ELSE, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
-from workers.training import stopper, train_task
+from workers.training import Attempt, stopper, train_task
 
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
@@ -83,6 +83,8 @@ class Worker:
         self._lock = threading.Lock()
         self._wanted: dict[str, Asked] = {}
         """Token to what the control plane asked for."""
+        self._unsaved: dict[str, Attempt] = {}
+        """Token to the attempt whose adapter could not be stored yet."""
         self._progress = Progress()
         self._log_lines: list[LogLine] = []
 
@@ -201,7 +203,7 @@ class Worker:
         self._report(Progress(token=order.token, phase="loading"))
         base, store = self._loaded_base_model(), self._opened_store()
         if isinstance(order, Train):
-            return train_task(order, base, self._storage, store, self._report, asked, rank)
+            return train_task(order, base, self._storage, store, self._report, asked, rank, self._unsaved)
         store.refresh()
         return evaluate_version(order, base, self._storage, store, self._report, asked, rank)
 

@@ -41,9 +41,19 @@ class Client:
     def ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         """Ask, and wait for the answer.
 
+        A request to the store gets a key if it has none.
+
         Raises:
             OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile.
+            OutcomeUnknown: Of a request to the store, when nobody knows whether it was done; with its key.
         """
+        if isinstance(request, StoreRequest):
+            request = request.named()
+            with request.told_with_its_key():
+                return self._ask(request)
+        return self._ask(request)
+
+    def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         server = server_facts(self._state_dir)
         if server is not None:
             from orchestrator.api.exchange import NobodyListensError

@@ -65,6 +65,7 @@ ROUTES: tuple[Route, ...] = (
     Route("expire", "POST", "/store/expire", Role.MAINTAINER, store.Expire),
     Route("drop-adapters", "POST", "/store/drop-adapters", Role.MAINTAINER, store.DropAdapters),
     Route("remove", "POST", "/store/remove", Role.MAINTAINER, store.Remove),
+    Route("withdraw", "POST", "/store/withdraw", Role.MAINTAINER, store.Withdraw),
 )
 
 _BY_RECORD = {route.record: route for route in ROUTES}

@@ -367,6 +367,8 @@ class ControlPlane:
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
             "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},
+            "store_is_open": controller.store_is_open,
+            "store_error": controller.store_error.as_dict() if controller.store_error else None,
             "alarm": controller.alarm,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from configs.document import Request, without_password
-from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OnebasisError, OwnedByAnother, Unavailable
+from configs.errors import (
+    Conflict,
+    Fenced,
+    InvalidInput,
+    NotFound,
+    OnebasisError,
+    OutcomeUnknown,
+    OwnedByAnother,
+    Unavailable,
+)
 from configs.settings import Settings
 from orchestrator.api import requests, views
 from orchestrator.api.requests import Json, ServiceRequest
@@ -31,7 +40,7 @@ from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
-from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
+from subspace_store.requests import Answer, Remove, Rollback, StoreRequest, Withdraw
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -78,6 +87,8 @@ class Service:
         self._controller = controller
         self._cluster = cluster
         self._health = health
+        self._in_doubt: dict[str, Json] = {}
+        """op_key to a request of a person whose outcome is unknown."""
         self._check = check
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
@@ -127,7 +138,7 @@ class Service:
                     "eval_rows": draft.eval_count,
                     "warnings": list(draft.warnings),
                 }
-            record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by)
+            record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by, controller.submission)
         controller.wake()
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record)}
 
@@ -238,7 +249,7 @@ class Service:
             self._refuse_doubles(self._store.preview_rollback(request.version))
         found = self._write(request)
         self._written()
-        return views.rollback(found, preview=False, held=request.hold)
+        return views.rollback(found, preview=False, held=request.hold, op_key=request.op_key)
 
     def change(self, request: StoreRequest[Any]) -> Json:
         """Tag, hold, pin, expire … through the store's one writer. The same op_key again is the same request."""
@@ -297,6 +308,7 @@ class Service:
             "candidate": state.refs[CANDIDATE],
             "held": asdict(state.held) if state.held else None,
             "tasks": self._queue.counts(),
+            "in_doubt": self._requests_in_doubt(state),
             "unreadable_tasks": [str(told) for told in self._queue.unreadable()],
             **self._health(),
         }
@@ -311,7 +323,27 @@ class Service:
         return self._controller
 
     def _write(self, request: StoreRequest[Answer]) -> Answer:
-        """A writing call: through the running store actor, or with a writer opened for this one call."""
+        """A writing call. What leaves its outcome unknown is kept, to be shown, until the log tells."""
+        try:
+            with request.told_with_its_key():
+                answer = self._write_once(request)
+        except OutcomeUnknown as error:
+            about = {"operation": request.operation, "actor": request.actor, "at": time.time(), "what": error.what}
+            self._in_doubt[request.op_key] = {"op_key": request.op_key, "seq": error.seq, **about}
+            raise
+        if isinstance(request, Withdraw):
+            self._in_doubt.pop(request.request_key, None)
+        return answer
+
+    def _requests_in_doubt(self, state: SubspaceState) -> list[Json]:
+        """Requests of unknown outcome: none that the log has by now, and none whose record can no longer come."""
+        for op_key, about in list(self._in_doubt.items()):
+            if op_key in state.op_keys or 0 < about["seq"] <= state.seq:
+                self._in_doubt.pop(op_key, None)
+        return list(self._in_doubt.values())
+
+    def _write_once(self, request: StoreRequest[Answer]) -> Answer:
+        """Through the running store actor, or with a writer opened for this one call."""
         cluster = self._cluster
         if cluster is not None:
             from orchestrator.cluster import wait_for
@@ -327,8 +359,11 @@ class Service:
                 self._written()  # the loop is to see it as well
                 raise
         from subspace_store.commands.state_folder import service_identity
+        from subspace_store.log.store_format import read_format
         from subspace_store.subspace_store import SubspaceStore
 
+        if read_format(self._storage) is None:
+            raise NotFound("there is no store yet", self._storage.url, "the first `onebasis up` makes it")
         base = self._settings.base_model
         writer = SubspaceStore.open(
             self._storage,

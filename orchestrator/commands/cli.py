@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import time
 import zipfile
@@ -43,6 +42,7 @@ from subspace_store.commands.terminal import (
     EXIT_CODES,
     STATE_DIR,
     AsJson,
+    OpKey,
     StateDir,
     command_of,
     me,
@@ -270,6 +270,7 @@ def rollback(
     preview: Annotated[bool, typer.Option("--preview", help="Only show which tasks vanish or return.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
     hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -278,8 +279,7 @@ def rollback(
     if preview:
         answer = client.ask(PreviewRollback(version=number))
     else:
-        key = f"rollback:{os.urandom(8).hex()}"
-        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=key, actor=me()))
+        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=op_key, actor=me()))
     show(answer, version_tables.rollback, as_json)
 
 

@@ -20,7 +20,7 @@ COLOURS = {
     "queued": "cyan", "training": "yellow", "merging": "yellow", "refining": "yellow",
     "evaluating": "yellow", "published": "green",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
-    "expired": "dim",
+    "removed": "dim", "expired": "dim",
 }  # fmt: skip
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
@@ -50,6 +50,14 @@ def status(answer: Json) -> None:
         console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
     if answer.get("alarm"):
         console.print(f"  [red]ALARM[/red] {shown(answer['alarm'])}", soft_wrap=True)
+    for doubt in answer.get("in_doubt", ()):
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(doubt["at"]))
+        what, key = f"{doubt['operation']} by {doubt['actor']} since {since}", shown(doubt["op_key"])
+        console.print(
+            f"  [yellow]IN DOUBT[/yellow] {shown(what)}: nobody knows whether it was done. Ask again with "
+            f"--op-key {key}, or `onebasis store withdraw {key}`",
+            soft_wrap=True,
+        )
     for told in answer.get("unreadable_tasks", ()):
         console.print(f"  [red]ALARM[/red] {shown(told)}", soft_wrap=True)
     if answer.get("mlflow_error"):

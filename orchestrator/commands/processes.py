@@ -32,6 +32,7 @@ from subspace_store.commands.state_folder import (
     running_server,
     service_identity,
 )
+from subspace_store.log.store_format import check_place
 from subspace_store.log.version_log import VersionLog, owned_by_another
 from subspace_store.storage.opening import open_storage
 
@@ -54,6 +55,7 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
 
     Raises:
         Conflict: It runs with other settings.
+        UnusableStore: The store belongs to another base model, or lies where two writers overwrite each other.
         OwnedByAnother: The store belongs to another service.
         Unavailable: Something did not start; quotes the end of its log.
     """
@@ -79,8 +81,10 @@ def _prepare(settings: Settings, state_dir: Path) -> None:
 
 
 def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:
-    """Refuse a store of another service before anything is started; or take it over."""
+    """Refuse a place that cannot hold this service's store, and a store of another service, before anything is started;
+    or take that over."""
     storage = open_storage(settings.storage, settings.base_model.name)
+    check_place(storage, settings.base_model.name, settings.base_model.weights_sha256)
     log = VersionLog(storage)
     owner, service = log.open().owner, service_identity(state_dir)
     if owner is None or not owner.is_another_than(service):
@@ -220,7 +224,9 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
     while True:
         status: dict[str, Any] = client.ask(Status())
         ready, all_workers = status.get("workers_ready", 0), settings.workers.count
-        if ready == all_workers:
+        if status.get("store_error"):
+            raise error_from_dict(status["store_error"])
+        if ready == all_workers and status.get("store_is_open", True):
             return status
         if not status["running"]:
             log = state_dir / "logs/control-plane.log"

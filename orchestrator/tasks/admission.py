@@ -6,9 +6,11 @@ changes no score, and workers on other machines can read it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -145,9 +147,17 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
 
 
 def admit(
-    draft: Draft, settings: Settings, queue: TaskQueue, storage: Storage, submitted_by: str
+    draft: Draft,
+    settings: Settings,
+    queue: TaskQueue,
+    storage: Storage,
+    submitted_by: str,
+    under_way: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> tuple[TaskRecord, bool]:
     """Take a checked submission in: freeze its data, then write its row.
+
+    Args:
+        under_way: Is told the id, and lasts from before its first file until it has a row or has none for good.
 
     Returns:
         The task and True; or the task that the same submission made before, and False. After this the task is
@@ -162,21 +172,21 @@ def admit(
     if not is_new:
         return record, False
     rows, limit = draft.rows, settings.teams[record.team].queued_max
-    if rows.train:
-        rows.train.write(storage, record.train_key)
-    else:
-        storage.write(record.train_key, draft.adapter)
-    if rows.evaluation:
-        rows.evaluation.write(storage, record.eval_key)
-    try:
-        taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)), limit)
-    except (Conflict, QueueFull):  # of any other error the outcome is unknown, and then nothing is deleted
-        _delete_data(record, storage)
-        raise
-    if not is_new:
-        _delete_data(record, storage)
-        return _same(taken, draft, record.client_key), False
-    return taken, is_new
+    with under_way(record.task_id):
+        if rows.train:
+            rows.train.write(storage, record.train_key)
+        else:
+            storage.write(record.train_key, draft.adapter)
+        if rows.evaluation:
+            rows.evaluation.write(storage, record.eval_key)
+        try:
+            taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)), limit)
+        except (Conflict, QueueFull):  # of any other error the outcome is unknown, and then nothing is deleted
+            _delete_data(record, storage)
+            raise
+        if not is_new:
+            _delete_data(record, storage)
+    return (taken, True) if is_new else (_same(taken, draft, record.client_key), False)
 
 
 def would_admit(draft: Draft, settings: Settings, queue: TaskQueue, submitted_by: str) -> tuple[TaskRecord, bool]:

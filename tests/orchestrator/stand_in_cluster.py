@@ -7,6 +7,7 @@ outlives the control plane that uses it, and an order given twice under one toke
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 
-from configs.errors import Unavailable
+from configs.errors import NotWritten, OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
 from subspace_store.log.garbage import Collected
+from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
@@ -43,7 +45,11 @@ class StandInCluster:
         self._storage = storage
         self._memory: dict[str, dict[str, Future[Any]]] = {f"worker-{n}": {} for n in range(workers)}
         self._lock = threading.RLock()
-        self._store: SubspaceStore | None = self._open_store()
+        self._store: SubspaceStore | None = None
+        with contextlib.suppress(OnebasisError):  # as the actor's constructor
+            self._opened()
+        self.load_error: Exception | None = None
+        """Why no worker can load the base model."""
         self.local: Callable[[str], float] = lambda title: 0.9
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
@@ -85,7 +91,7 @@ class StandInCluster:
             return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
-        return _landed(LAYOUT)
+        return _landed(LAYOUT) if self.load_error is None else _failed(self.load_error)
 
     def progress(self, worker: str) -> Future[Any]:
         if worker in self.silent:
@@ -134,16 +140,23 @@ class StandInCluster:
             if fault[1] == "before":
                 return _lost("store")
             try:
-                self._store = self._store or self._open_store()
-                result = request.on(self._store)
+                result = request.on(self._opened())
             except Exception as error:
                 return _failed(error)
             return _lost("store") if fault[1] == "after" else _landed(result)
 
+    def open_store(self, base_sha256: str) -> Future[Any]:
+        assert base_sha256 == LAYOUT.sha256
+        with self._lock:
+            try:
+                self._store = self._store or self._open_store()
+            except Exception as error:
+                return _failed(error)
+            return _landed(None)
+
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
-        self._store = self._store or self._open_store()
-        return self._store.collect()
+        return self._opened().collect()
 
     def replace_store(self) -> None:
         self.replaced.append("store")
@@ -245,6 +258,14 @@ class StandInCluster:
         return Evaluated(
             token=order.token, score=self.score(title, held), count=RowCount, seconds=0.1, worker_seconds=0.5
         )
+
+    def _opened(self) -> SubspaceStore:
+        """As the actor does: a store that is not there yet is made by `open_store` alone."""
+        if self._store is None:
+            if read_format(self._storage) is None:
+                raise NotWritten("there is no store yet")
+            self._store = self._open_store()
+        return self._store
 
     def _open_store(self) -> SubspaceStore:
         base = self._settings.base_model

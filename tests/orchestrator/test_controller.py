@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import Corrupt, NotFound, Unavailable
+from configs.errors import Corrupt, InvalidInput, NotFound, NotWritten, OtherBaseModel, Unavailable
 from orchestrator import controller
 from orchestrator.candidate import EVALUATION_TRIES
 from orchestrator.judging.score_table import evaluations_due
@@ -21,7 +22,7 @@ from orchestrator.tasks.task_rows import LOG
 from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
 from subspace_store.log.version import Identity
 from subspace_store.requests import Hold, Quarantine, Release, Remove, Rollback
-from tests.builders import LAYOUT, adapter
+from tests.builders import BASE, LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Point, Train
@@ -119,14 +120,15 @@ def test_what_the_gate_refuses_is_refused_while_main_is_held(plant: Plant) -> No
 
 
 def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: Plant) -> None:
-    publish = plant.cluster._store.publish
+    store = plant.open_store()
+    publish = store.publish
 
     def late(*args: Any, **kwargs: Any) -> None:
-        plant.cluster._store.publish = publish  # type: ignore[method-assign]
-        plant.cluster._store.hold("audit", actor="ann")
+        store.publish = publish  # type: ignore[method-assign]
+        store.hold("audit", actor="ann")
         publish(*args, **kwargs)
 
-    plant.cluster._store.publish = late  # type: ignore[method-assign]
+    store.publish = late  # type: ignore[method-assign]
     plant.submit("red/a")
     plant.run(lambda: "publish" in plant.cluster.store_calls)
     plant.run(lambda: plant.controller._store.state.held is not None)
@@ -774,7 +776,7 @@ def test_a_task_that_a_restored_database_has_forgotten_to_be_merged_is_not_merge
 
 
 def test_a_candidate_that_no_task_waits_for_is_dropped_before_the_next_merge(plant: Plant) -> None:
-    store = plant.cluster._store
+    store = plant.open_store()
     ref = store.stage("staging/orphan/1/adapter.safetensors", adapter(7))
     store.merge(
         [StagedAdapter(task_id="orphan", name="red/orphan", key=ref.key, sha256=ref.sha256)],
@@ -1115,9 +1117,44 @@ def test_a_service_that_finds_out_when_it_writes_stops_as_well(make_plant: MakeP
 
 def test_a_command_of_the_same_service_fences_its_writer_which_opens_anew(make_plant: MakePlant) -> None:
     plant = make_plant()
+    plant.open_store()
     SubspaceStore.open(plant.storage, writer="command line", service=plant.service)
     plant.submit("red/a")
     plant.run()
     assert plant.states() == {"red/a": "published"}
     assert plant.controller.alarm == ""
     assert plant.cluster.replaced == ["store"]
+
+
+# --- which base model a store belongs to ---------------------------------------------------------------------------
+
+
+def test_a_store_is_made_only_when_a_worker_has_loaded_the_base_model(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    wrong_weights = InvalidInput("weights have another sha256", "base_model")
+    plant.cluster.load_error = wrong_weights
+    plant.submit("red/a")
+    plant.step(5)
+    assert plant.controller.load_errors == {"worker-0": wrong_weights, "worker-1": wrong_weights}
+    assert [key for key in plant.storage.keys("") if not key.startswith("data/")] == []
+    with pytest.raises(NotWritten, match="no store yet"):
+        plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
+    plant.cluster.load_error = None  # the settings are corrected
+    plant.kill()
+    plant.run()
+    assert plant.states() == {"red/a": "published"}
+    assert json.loads(plant.storage.read("FORMAT"))["base_sha256"] == LAYOUT.sha256
+
+
+def test_a_store_of_other_weights_is_told_of_and_no_task_is_refused_for_it(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    format_2 = {"format": 2, "base_model": BASE, "base_sha256": 64 * "0"}
+    plant.storage.write("FORMAT", json.dumps(format_2).encode())
+    plant.submit("red/a")
+    plant.run(lambda: bool(plant.controller.alarm))
+    assert isinstance(plant.controller.store_error, OtherBaseModel)
+    assert "correct base_model.weights_sha256" in str(plant.controller.store_error)
+    plant.step(5)
+    assert plant.states() == {"red/a": "merging"}
+    assert not plant.controller.store_is_open
+    assert plant.storage.keys("log/") == []
