@@ -18,6 +18,7 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── DatabaseAway   the task database does not answer: nothing of the request was kept
 │   ├── NoSignOfLife   the control plane is there and does not answer: it is stopped, or hangs
 │   ├── OutcomeUnknown  nobody knows whether a request was done: its key is in the error
 │   └── NotWritten      the storage refused the write: the request has failed, and is not done later
@@ -118,6 +119,23 @@ class RefusedAdapters(InvalidInput):
     task_ids: tuple[str, ...]
 
 
+class TooLarge(InvalidInput):
+    """A document or the body of a request has more bytes than `limit`; it was not read."""
+
+    code = "too-large"
+    http_status = 413
+    facts = ("limit",)
+    limit: int
+
+
+class TooSlow(InvalidInput):
+    """Checking a submission took longer than `limit` seconds and was ended; nothing was taken in."""
+
+    code = "too-slow"
+    facts = ("limit",)
+    limit: float
+
+
 class UnusableStore(InvalidInput):
     """What is at the store's address cannot be a store of this service: a person chooses another address or setting."""
 
@@ -134,23 +152,6 @@ class UnsafeStorage(UnusableStore):
     """The server does not keep the rule that one of two writers is refused: a store there would lose versions."""
 
     code = "unsafe-storage"
-
-
-class TooLarge(InvalidInput):
-    """A document or the body of a request has more bytes than `limit`; it was not read."""
-
-    code = "too-large"
-    http_status = 413
-    facts = ("limit",)
-    limit: int
-
-
-class TooSlow(InvalidInput):
-    """Checking a submission took longer than `limit` seconds and was ended; nothing was taken in."""
-
-    code = "too-slow"
-    facts = ("limit",)
-    limit: float
 
 
 class NotFound(OnebasisError):
@@ -233,6 +234,12 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class DatabaseAway(Unavailable):
+    """The task database does not answer, is locked, full or read-only; nothing of the request was kept."""
+
+    code = "database-away"
+
+
 class NoSignOfLife(Unavailable):
     """The control plane's process is there and answers nothing at all: it is stopped, or hangs."""
 
@@ -309,6 +316,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    DatabaseAway,
     NoSignOfLife,
     OutcomeUnknown,
     NotWritten,

@@ -53,7 +53,12 @@ class Writing:
     request: StoreRequest[Any]
 
 
-PendingCall = Warming | Asking | Ordered | Opening | Writing
+@dataclass(frozen=True)
+class Sign:
+    """The store's writer was asked for a sign of life."""
+
+
+PendingCall = Warming | Asking | Ordered | Opening | Writing | Sign
 
 
 class PendingCalls:

@@ -27,7 +27,7 @@ from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_store import SubspaceStore
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"signs": 1})
 class StoreActor:
     """Opens one subspace for writing and carries requests out. Arguments as in `store_actor`."""
 
@@ -57,6 +57,11 @@ class StoreActor:
     def do(self, request: StoreRequest[Answer]) -> Answer:
         """Carry a request out."""
         return request.on(self._opened())
+
+    @ray.method(concurrency_group="signs")  # type: ignore[untyped-decorator]
+    def pid(self) -> int:
+        """Process id, as a sign of life: answered beside a request that is under way."""
+        return os.getpid()
 
     def release(self) -> None:
         """The service ends: the store is anybody's."""

@@ -83,8 +83,13 @@ def score_and_keep(
     storage: Storage,
     between_batches: Callable[[], None],
     rank: Rank,
+    keep: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Score:
-    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one."""
+    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one.
+
+    Args:
+        keep: Calls what it is given, which writes; see `workers/patience.py`.
+    """
     score = score_adapter(base, adapter, rows, order.spec, between_batches)
     if order.results_key and rank.leads:
         version = order.version if isinstance(order, Evaluate) else 0
@@ -95,7 +100,7 @@ def score_and_keep(
             eval_sha256=rows.sha256,
             per_row=score.per_row,
         )
-        write_results(storage, order.results_key, results)
+        keep(lambda: write_results(storage, order.results_key, results))
     return score
 
 

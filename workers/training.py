@@ -27,7 +27,8 @@ from workers.evaluation import Score, score_adapter, score_and_keep
 from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
-from workers.orders import ALONE, Progress, Rank, Train, Trained
+from workers.orders import ALONE, Phase, Progress, Rank, Train, Trained
+from workers.patience import Patience
 from workers.rank_group import RankGroup, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import Row
@@ -61,7 +62,6 @@ def train_task(
     report: Report,
     asked: Callable[[], Asked],
     rank: Rank = ALONE,
-    unsaved: dict[str, Attempt] | None = None,
 ) -> Trained:
     """Do the order.
 
@@ -70,8 +70,6 @@ def train_task(
         report: Takes heartbeats: in every step, and with a point of the loss curve now and then.
         asked: What the control plane wants between steps and between batches.
         rank: This process's place in its gang.
-        unsaved: Token to the attempt whose outcome could not be stored, kept from call to call: given again, its order
-            is not trained again. Of a process that is alone: the others of a gang would train.
 
     Returns:
         Where the adapter is and how it scores before merging. On a CPU the same order, seed and machine give the same
@@ -81,27 +79,25 @@ def train_task(
     Raises:
         InvalidInput: The rows, the target modules, the adapter to import or the learning rate are wrong; or memory ran
             out.
-        Unavailable: The storage was away; the order may be given again.
-        NotWritten: It is full or refuses writes.
+        Unavailable: The storage was away when something was read; the order may be given again. What is finished waits
+            for a storage that does not take it.
         Cancelled, Preempted: Asked for in between; at a preemption a checkpoint was written.
         Corrupt: The staged bytes are not what was written.
     """
-    spec = order.spec
+    started, spec = time.monotonic(), order.spec
     check_lengths(spec, base.length_max)
     report = report if rank.leads else _nobody
-    report(Progress(token=order.token, phase="loading"))
+    keep = Patience(order.token, report, asked)
+    report(Progress(token=order.token, phase=Phase.LOADING))
 
     def say(line: str) -> None:
-        report(Progress(token=order.token, phase="loading", log_lines=(line,)))
+        report(Progress(token=order.token, phase=Phase.LOADING, log_lines=(line,)))
 
     with joined(rank, spec.training.deepspeed) as group, watched(say, stopper(asked)):
-        kept = unsaved if unsaved is not None and rank.size == 1 else {}
-        attempt = kept.get(order.token) or Attempt(order, base, storage, store, report, asked, group)
-        kept.clear()
+        attempt = _Attempt(order, base, storage, store, report, asked, group)
         adapter, run = attempt.train()
-        kept[order.token] = attempt
         if is_parted(spec):
-            local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank)
+            local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank, keep)
     if not rank.leads:
         return Trained(
             token=order.token,
@@ -117,19 +113,18 @@ def train_task(
             first_step_at=run.first_step_at,
         )
     if not is_parted(spec):
-        local, alone = _scores(order, adapter, base, storage, report, asked, rank)
+        local, alone = _scores(order, adapter, base, storage, report, asked, rank, keep)
     report(
         Progress(
             token=order.token,
-            phase="saving",
+            phase=Phase.SAVING,
             step=run.steps,
             steps=run.steps,
             loss=run.train_loss,
             first_step_at=run.first_step_at,
         )
     )
-    staged = blobs.stage(storage, order.staging_key, adapter)
-    kept.clear()
+    staged = keep(lambda: blobs.stage(storage, order.staging_key, adapter))
     return Trained(
         token=order.token,
         staging_key=order.staging_key,
@@ -140,7 +135,7 @@ def train_task(
         base_score=alone,
         steps=run.steps,
         train_loss=run.train_loss,
-        seconds=time.monotonic() - attempt.begun_at,
+        seconds=time.monotonic() - started,
         first_step_at=run.first_step_at,
         method=attempt.method_name,
         trainable_parameters=attempt.trained_numbers,
@@ -151,7 +146,7 @@ def train_task(
     )
 
 
-class Attempt:
+class _Attempt:
     """One try at a training order: the parts of `train_task` that share what it is about."""
 
     def __init__(
@@ -175,16 +170,9 @@ class Attempt:
         self.version = 0
         """Whose basis was leased."""
         self.trained_numbers = 0
-        self._outcome: tuple[Adapter, TrainingRun] | None = None
-        self.begun_at = time.monotonic()
 
     def train(self) -> tuple[Adapter, TrainingRun]:
-        """Prepare, train and read the adapter out; from a checkpoint where there is one. The second time, the same."""
-        if self._outcome is None:
-            self._outcome = self._trained()
-        return self._outcome
-
-    def _trained(self) -> tuple[Adapter, TrainingRun]:
+        """Prepare, train and read the adapter out; from a checkpoint where there is one."""
         order, spec = self._order, self._order.spec
         method = METHODS.get(spec.method.name)  # None for `auto`, which trains
         if method is not None and not method.TRAINS:
@@ -301,7 +289,7 @@ class Attempt:
         return name, main if METHODS[name].needs_basis(spec) else 0
 
     def _say(self, line: str) -> None:
-        self._report(Progress(token=self._order.token, phase="loading", log_lines=(line,)))
+        self._report(Progress(token=self._order.token, phase=Phase.LOADING, log_lines=(line,)))
 
 
 class _Saver:
@@ -337,15 +325,16 @@ def _scores(
     report: Report,
     asked: Callable[[], Asked],
     rank: Rank,
+    keep: Patience,
 ) -> tuple[Score, float]:
     """What the adapter scores before merging, and what the base model does under its head; NaN without rows."""
     if not order.eval_key:
         return Score(math.nan, {}, ()), math.nan
-    report(Progress(token=order.token, phase="scoring"))
+    report(Progress(token=order.token, phase=Phase.SCORING))
     free_memory()
     rows = open_rows(storage, order.eval_key, order.spec)
     stop = stopper(asked)
-    local = score_and_keep(order, base, adapter, rows, storage, stop, rank)
+    local = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
     alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
     return local, alone.value
 

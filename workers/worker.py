@@ -43,15 +43,17 @@ from workers.orders import (
     LogLine,
     Order,
     Outcome,
+    Phase,
     Progress,
     Rank,
     Train,
 )
+from workers.patience import Patience
 from workers.rank_group import NOBODY_ELSE, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
-from workers.training import Attempt, stopper, train_task
+from workers.training import stopper, train_task
 
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
@@ -83,8 +85,6 @@ class Worker:
         self._lock = threading.Lock()
         self._wanted: dict[str, Asked] = {}
         """Token to what the control plane asked for."""
-        self._unsaved: dict[str, Attempt] = {}
-        """Token to the attempt whose adapter could not be stored yet."""
         self._progress = Progress()
         self._log_lines: list[LogLine] = []
 
@@ -200,10 +200,10 @@ class Worker:
 
         if wanted := asked():
             raise Cancelled if wanted == "cancel" else Preempted
-        self._report(Progress(token=order.token, phase="loading"))
+        self._report(Progress(token=order.token, phase=Phase.LOADING))
         base, store = self._loaded_base_model(), self._opened_store()
         if isinstance(order, Train):
-            return train_task(order, base, self._storage, store, self._report, asked, rank, self._unsaved)
+            return train_task(order, base, self._storage, store, self._report, asked, rank)
         store.refresh()
         return evaluate_version(order, base, self._storage, store, self._report, asked, rank)
 
@@ -255,12 +255,14 @@ def evaluate_version(
     started, parted = time.monotonic(), is_parted(order.spec)
     if not parted and not rank.leads:
         return Evaluated(token=order.token, score=math.nan, count=0, seconds=0.0)
-    report(Progress(token=order.token, phase="scoring"))
+    report(Progress(token=order.token, phase=Phase.SCORING))
     check_lengths(order.spec, base.length_max)
     rows = open_rows(storage, order.eval_key, order.spec)
     adapter = store.adapter(order.task_id, order.version)
     with joined(rank, order.spec.training.deepspeed) if parted else contextlib.nullcontext(NOBODY_ELSE) as group:
-        score = score_and_keep(order, base, adapter, rows, storage, stopper(lambda: group.agree(asked())), rank)
+        stop = stopper(lambda: group.agree(asked()))
+        keep = Patience(order.token, report, asked)
+        score = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
     return Evaluated(
         token=order.token,
         score=score.value,

@@ -42,6 +42,7 @@ class Route:
 
 ROUTES: tuple[Route, ...] = (
     Route("status", "GET", "/status", Role.VIEWER, requests.Status),
+    Route("health", "GET", "/health", Role.VIEWER, requests.Health),
     Route("submit", "POST", "/tasks", Role.SUBMITTER, requests.Submit),
     Route("tasks", "GET", "/tasks", Role.VIEWER, requests.ListTasks),
     Route("task", "GET", "/tasks/{reference:path}", Role.VIEWER, requests.ShowTask),

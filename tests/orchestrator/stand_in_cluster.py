@@ -26,7 +26,7 @@ from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
-from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Point, Progress, Train, Trained
+from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Phase, Point, Progress, Train, Trained
 
 RowCount = 100
 """Evaluation rows that every score pretends to be measured on."""
@@ -63,6 +63,8 @@ class StandInCluster:
         """(method, `before` or `after`): the next such call's answer is lost, before or after it was done."""
         self.hold: Callable[[Order], bool] = lambda order: False
         """Which orders stay under way until `release`."""
+        self.trouble: OnebasisError | None = None
+        """What keeps the workers from going on, as they say it in each heartbeat."""
         self.silent: set[str] = set()
         """Workers that do not answer when asked what they do."""
         self.trainings: list[str] = []
@@ -102,7 +104,14 @@ class StandInCluster:
         lines = ("a line of the log", Point(at=1007.0, step=3, loss=0.5, learning_rate=0.001, steps=10))
         return _landed(
             Progress(
-                token=held.token, phase="training", step=3, steps=10, loss=0.5, learning_rate=0.001, log_lines=lines
+                token=held.token,
+                phase=Phase.TRAINING,
+                trouble=self.trouble,
+                step=3,
+                steps=10,
+                loss=0.5,
+                learning_rate=0.001,
+                log_lines=lines,
             )
         )
 
@@ -154,12 +163,16 @@ class StandInCluster:
                 return _failed(error)
             return _landed(None)
 
+    def store_sign(self) -> Future[Any]:
+        return Future() if "store" in self.silent else _landed(1)
+
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
         return self._opened().collect()
 
     def replace_store(self) -> None:
         self.replaced.append("store")
+        self.silent.discard("store")
         self._store = None
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import InvalidInput, StoreFull, Unavailable
+from configs.errors import InvalidInput, Unavailable
 from configs.task_spec import TaskSpec
 from subspace_store import SubspaceReader
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
@@ -174,39 +174,6 @@ def test_a_cancelled_order_stops_after_the_step_and_stages_nothing(desk: Desk, t
         desk.train(tiny("bert"), sentiment_task(training={"max_steps": 50}))
     assert max(beat.step for beat in desk.heartbeats) == 2
     assert not desk.storage.keys("staging/")
-
-
-@pytest.mark.parametrize("place", ["results/", "staging/"])
-def test_what_was_trained_while_the_store_was_full_is_stored_and_not_trained_again(
-    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    write, unsaved, is_full = desk.storage.write, {}, True
-
-    def full(key: str, content: bytes) -> None:
-        if is_full and key.startswith(place):
-            raise StoreFull("no space left", key)
-        write(key, content)
-
-    def give() -> Trained:
-        order = desk.order(sentiment_task(), results_key="results/task-1/local.safetensors")
-        store = SubspaceReader.open(desk.storage)
-        return train_task(
-            order, tiny("bert"), desk.storage, store, desk.heartbeats.append, desk._asked, unsaved=unsaved
-        )
-
-    monkeypatch.setattr(desk.storage, "write", full)
-    told = []
-    for _ in range(2):
-        with pytest.raises(StoreFull):
-            give()
-        told.append(sum(beat.phase == "training" for beat in desk.heartbeats))
-    is_full = False
-    stored = give()
-    told.append(sum(beat.phase == "training" for beat in desk.heartbeats))
-    assert len(set(told)) == 1  # it was trained once
-    assert unsaved == {}
-    assert stored.adapter_sha256 == digest(desk.storage.read(stored.staging_key))
-    assert stored.adapter_sha256 == give().adapter_sha256
 
 
 def test_a_storage_that_is_away_is_not_turned_into_a_failure_of_the_task(desk: Desk, tiny: Tiny) -> None:
