@@ -13,6 +13,7 @@ from enum import StrEnum
 from configs.errors import OnebasisError, Unavailable
 from configs.task_spec import Kind, TaskSpec
 from workers.chat_template import ChatTemplate
+from workers.heads import HeadLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,10 @@ class BaseLayout:
     """Longest input in tokens."""
     kinds: tuple[Kind, ...]
     """The kinds of task that the base model can be adapted to."""
+    heads: Mapping[Kind, HeadLayout] = field(default_factory=dict)
+    """What a task of each kind has beside the shared layers."""
+    called: tuple[str, ...] = ()
+    """Names by which the checkpoint itself says it is known; often none."""
     chat_template: ChatTemplate | None = None
     """How its tokenizer renders messages; None where it cannot."""
 

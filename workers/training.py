@@ -21,8 +21,10 @@ from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
 from workers.compatibility import check_lengths
+from workers.compiled_ops import watched
 from workers.deepspeed_engine import is_parted, refusals_named, release
 from workers.evaluation import Score, score_adapter, score_and_keep
+from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
 from workers.orders import ALONE, Phase, Progress, Rank, Train, Trained
@@ -87,7 +89,11 @@ def train_task(
     report = report if rank.leads else _nobody
     keep = Patience(order.token, report, asked)
     report(Progress(token=order.token, phase=Phase.LOADING))
-    with joined(rank, spec.training.deepspeed) as group:
+
+    def say(line: str) -> None:
+        report(Progress(token=order.token, phase=Phase.LOADING, log_lines=(line,)))
+
+    with joined(rank, spec.training.deepspeed) as group, watched(say, stopper(asked)):
         attempt = _Attempt(order, base, storage, store, report, asked, group)
         adapter, run = attempt.train()
         if is_parted(spec):
@@ -202,6 +208,8 @@ class _Attempt:
             return self._train_from_here(rows, halvings)
         self.trained_numbers = sum(trainable_numbers(prepared).values())
         self._say(describe(prepared, self.method_name, spec.lora.r))
+        if head := told(self._base.heads[spec.kind], spec):
+            self._say(head)
         saver = _Saver(self._storage, self._folder, self._say)
         around = Surroundings(
             self._order.token,

@@ -104,6 +104,8 @@ class Worker:
             module_shapes=base.module_shapes(),
             length_max=base.length_max,
             kinds=base.kinds,
+            heads=base.heads,
+            called=base.called,
             chat_template=template_of(base.tokenizer),
         )
 

@@ -25,7 +25,8 @@ from subspace_store import Storage
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.formats.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
-from workers.compatibility import check_head, check_lengths, check_template, chosen_modules, with_full_names
+from workers.compatibility import check_lengths, check_template, chosen_modules, trained_elsewhere, with_full_names
+from workers.heads import check_head
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
 from workers.rows.frozen_rows import FrozenTask, freeze
@@ -114,10 +115,11 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
             _allowed_file(str(folder / name), settings, "method.adapter")
         brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
-        check_head(brought, evaluation is not None and spec.kind != "causal_lm")
-        adapter = adapter_to_bytes(with_full_names(brought, layout.module_shapes, str(folder)))
+        named = with_full_names(brought, layout.module_shapes, layout.heads[spec.kind], str(folder))
+        check_head(named, spec, layout.heads[spec.kind], is_scored=evaluation is not None)
+        doubt = trained_elsewhere(named, layout.called or (settings.base_model.source,))
         rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
-        return Draft(spec, rows, adapter, tuple(_warnings(rows)))
+        return Draft(spec, rows, adapter_to_bytes(named), (*filter(None, [doubt]), *_warnings(rows)))
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
