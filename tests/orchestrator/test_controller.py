@@ -104,6 +104,7 @@ def test_while_main_is_held_what_passed_waits_unpublished_and_goes_on_after_the_
 
 def test_a_release_that_nobody_told_of_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.candidate.HELD_SECONDS", 0.01)
+    plant.open_store()
     plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
     plant.submit("red/a")
     plant.run(lambda: plant.state.scores.get(1) is not None)
@@ -114,6 +115,7 @@ def test_a_release_that_nobody_told_of_is_noticed(plant: Plant, monkeypatch: pyt
 
 
 def test_what_the_gate_refuses_is_refused_while_main_is_held(plant: Plant) -> None:
+    plant.open_store()
     plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
     plant.cluster.score = lambda title, held: 0.1
     plant.submit("red/a")
@@ -147,6 +149,7 @@ def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: 
 def test_a_quarantined_task_is_parked_with_the_reason_and_its_group_goes_on(make_plant: MakePlant) -> None:
     plant = make_plant(workers=2)
     bad, _ = plant.submit("red/bad", "red/good")
+    plant.open_store()
     plant.cluster.write(
         Quarantine(task_id=bad.task_id, reason="poisoned data", actor="ann", op_key="quarantine:q")
     ).result()
@@ -206,6 +209,7 @@ def test_of_a_task_that_ended_only_what_it_may_need_again_is_kept(make_plant: Ma
     plant.cluster.score = lambda title, held: 0.1 if title == "red/forgets" else 0.9
     plant.cluster.training_faults = {"red/wrong": ["input"]}
     bad, *_ = plant.submit("red/refused", "red/good", "red/forgets", "red/wrong")
+    plant.open_store()
     plant.cluster.write(Quarantine(task_id=bad.task_id, reason="why", actor="ann", op_key="quarantine:q")).result()
     plant.cluster.hold = lambda order: isinstance(order, Evaluate)
     plant.run(lambda: len(plant.cluster.held) > 0)
