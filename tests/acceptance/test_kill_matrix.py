@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -216,7 +217,13 @@ def test_an_up_that_fails_leaves_nothing_running(tmp_path: Path) -> None:
 
 
 def test_an_up_that_is_interrupted_leaves_nothing_running(tmp_path: Path) -> None:
-    starting = subprocess.Popen([ONEBASIS, "up"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    starting = subprocess.Popen(
+        [ONEBASIS, "up"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+    )
     assert starting.stdout is not None
     said = b""
     while b"starting the control plane" not in said:
@@ -226,7 +233,7 @@ def test_an_up_that_is_interrupted_leaves_nothing_running(tmp_path: Path) -> Non
         assert time.monotonic() < until
         time.sleep(0.05)
     starting.send_signal(signal.SIGINT)
-    said += starting.communicate()[0]
+    said += starting.communicate(timeout=120)[0]
     assert starting.returncode == 130
     assert b"ending what was started" in said
     left = [p.info for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
