@@ -146,8 +146,8 @@ class TaskRecord(Section):
         is_number = self.spec.kind == "sequence_regression"
         answer = "the same number" if is_number else "the most frequent label of the evaluation rows"
         return (
-            f"{self.spec.metric} {score:.4f} is no better than always giving {answer}, which scores {constant:.4f}: look "
-            "at the labels, the learning rate and the number of steps"
+            f"{self.spec.metric} {score:.4f} is no better than always giving {answer}, which scores {constant:.4f}: "
+            "look at the labels, the learning rate and the number of steps"
         )
 
 
