@@ -8,7 +8,7 @@ model, so that their difference is what merging cost and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from subspace_store.formats.peft import to_peft
 from subspace_store.storage.protocol import Storage
 from workers import metrics
 from workers.base_model import BaseModel
-from workers.compatibility import check_head
 from workers.deepspeed_engine import parted
 from workers.features import IGNORED, collator, encode_prompt, lengths
 from workers.metrics import GENERATED, Measure
@@ -84,8 +83,13 @@ def score_and_keep(
     storage: Storage,
     between_batches: Callable[[], None],
     rank: Rank,
+    keep: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Score:
-    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one."""
+    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one.
+
+    Args:
+        keep: Calls what it is given, which writes; see `workers/patience.py`.
+    """
     score = score_adapter(base, adapter, rows, order.spec, between_batches)
     if order.results_key and rank.leads:
         version = order.version if isinstance(order, Evaluate) else 0
@@ -96,7 +100,7 @@ def score_and_keep(
             eval_sha256=rows.sha256,
             per_row=score.per_row,
         )
-        write_results(storage, order.results_key, results)
+        keep(lambda: write_results(storage, order.results_key, results))
     return score
 
 
@@ -297,35 +301,13 @@ def adapted_model(base: BaseModel, adapter: Adapter, spec: TaskSpec, with_update
         with_update: False leaves ΔW out and keeps the head: the base model's score under the task's own head.
 
     Raises:
-        InvalidInput: The head or a module does not fit the base model or the labels; names it.
+        InvalidInput: A module does not fit the base model, or see `heads.check_head`; names it.
     """
-    model = base.task_model(spec)
-    _put_head(model, adapter, spec, base.head_modules(spec.kind))
+    model = base.task_model(spec, adapter=adapter)
     if not with_update:
         return model
-    config, tensors = to_peft(adapter)
-    model = with_lora(model, LoraConfig(**config | {"task_type": TASK_TYPES[spec.kind]}))
+    config, tensors = to_peft(replace(adapter, head={}))  # the head is in the model: PEFT need not copy it
+    task_type = TASK_TYPES[spec.kind] if spec.kind == "causal_lm" else None  # SEQ_CLS would save a head all the same
+    model = with_lora(model, LoraConfig(**config | {"task_type": task_type}))
     put_tensors(model, tensors)
     return model
-
-
-def _put_head(model: Any, adapter: Adapter, spec: TaskSpec, head_modules: Sequence[str]) -> None:
-    check_head(adapter, bool(head_modules))
-    parameters = dict(model.named_parameters())
-    for name, tensor in adapter.head.items():
-        if name not in parameters:
-            raise InvalidInput("the base model has no such parameter for the adapter's head", name)
-        if not name.startswith(tuple(f"{module}." for module in head_modules)):
-            raise InvalidInput(  # its tensor is shared by all tasks: to write into it would change the base model
-                f"the adapter brings its own weights for a layer that belongs to the base model {adapter.base_model!r}",
-                name,
-                "train it without this layer in modules_to_save; adapt it with LoRA instead",
-            )
-        if parameters[name].shape != tensor.shape:
-            raise InvalidInput(
-                f"the adapter's head has shape {tuple(tensor.shape)}; for {len(spec.data.label_names) or 1} outputs "
-                f"the base model needs {tuple(parameters[name].shape)}",
-                name,
-                "data.label_names must list the labels the adapter was trained with, in that order",
-            )
-        parameters[name].data.copy_(tensor)
