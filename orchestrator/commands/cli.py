@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import time
 import zipfile
@@ -43,6 +42,7 @@ from subspace_store.commands.terminal import (
     EXIT_CODES,
     STATE_DIR,
     AsJson,
+    OpKey,
     StateDir,
     command_of,
     me,
@@ -55,6 +55,7 @@ from subspace_store.requests import Rollback, StoreRequest
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
 INTERRUPTED = "interrupted; the service goes on. `onebasis tasks` shows where it is"
 command = command_of(app, INTERRUPTED)
+starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
@@ -62,7 +63,7 @@ RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
 
 
-@command
+@starting_command
 def up(
     config: Annotated[
         Path | None,
@@ -94,7 +95,7 @@ def up(
     show(status, display.status, as_json)
 
 
-@command
+@starting_command
 def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """End the service. What trains writes a checkpoint and goes on from it at the next `up`."""
     from orchestrator.commands import processes
@@ -270,6 +271,7 @@ def rollback(
     preview: Annotated[bool, typer.Option("--preview", help="Only show which tasks vanish or return.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
     hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -278,8 +280,7 @@ def rollback(
     if preview:
         answer = client.ask(PreviewRollback(version=number))
     else:
-        key = f"rollback:{os.urandom(8).hex()}"
-        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=key, actor=me()))
+        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=op_key, actor=me()))
     show(answer, version_tables.rollback, as_json)
 
 

@@ -209,6 +209,8 @@ class SubspaceState:
     """Version to who needs it, and until when (Unix seconds; None: for ever)."""
     expired: tuple[int, ...] = ()
     """Versions that are dead for ever: nothing may name them again, and their blobs may be gone."""
+    replaced: Mapping[int, int] = field(default_factory=dict)
+    """Version with a task that was removed to the version that is as if that task had never been merged."""
     owner: Owner | None = None
     """None: nobody's, whoever opens it may write."""
     heads: Mapping[str, BlobRef] = field(default_factory=dict)
