@@ -1,8 +1,8 @@
 """What may be asked of a subspace's one writer: one frozen record for each request.
 
-The same object is what a command hands over, what travels over HTTP and Ray, and what the writer carries out. Who reads
-a request goes to its `on`, and from there to the method of the store. Nothing of a writer's own is in here: the time,
-for instance, is the writer's.
+The same object is what a command hands over, what travels over HTTP and Ray, and what the writer carries out. A
+request's `on` names the method of the store that does it. Nothing of a writer's own is in here: the time, for instance,
+is the writer's.
 """
 
 from __future__ import annotations

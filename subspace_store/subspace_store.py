@@ -58,7 +58,7 @@ class SubspaceStore(Refs):
 
         Args:
             storage: Its folder; an empty one is an empty subspace.
-            writer: Who writes. Every older writer is fenced.
+            writer: Name of the writing process, for people. Every older writer is fenced.
             settings: How merges are done from now on; versions that exist do not change.
             base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
             service: The service on whose behalf it writes.
@@ -263,7 +263,7 @@ class SubspaceStore(Refs):
             raise RefusedAdapters(what, _who(renamed), "", tuple(staged.task_id for staged in renamed))
 
     def _arrivals(self, adapters: Sequence[StagedAdapter], parent: int) -> list[Arrival]:
-        """The uploads, checked. Whoever is refused, the others are looked at as well: all are told of at once."""
+        """The uploads, checked. All are looked at, so that those that are refused are told of at once."""
         shapes = {name: shape for name, (shape, _) in self._tensors.shapes(parent).items()}
         arrivals: list[Arrival] = []
         refusals: dict[str, InvalidInput] = {}

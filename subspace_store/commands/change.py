@@ -67,7 +67,7 @@ def tag(
 
 @command
 def hold(
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to everybody who wonders.")],
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Why; `onebasis status` shows it.")],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -93,7 +93,7 @@ def release(
 @command
 def quarantine(
     task: TaskId,
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to whoever tries to merge it.")],
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Why; shown when somebody tries to merge it.")],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -127,7 +127,7 @@ def unquarantine(
 @command
 def pin(
     version: Reference,
-    owner: Annotated[str, typer.Option(help="Who needs it; default: you.")] = "",
+    owner: Annotated[str, typer.Option(help="Person or program that needs it; default: you.")] = "",
     days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.", min=0, max=36500)] = None,
     store: Url = None,
     force: Force = False,

@@ -87,8 +87,8 @@ def collect(
     """Find what no live version needs, and delete it if asked to.
 
     Args:
-        log: Its epoch says which blobs may be touched. Who reads only looks, and sees what the next writer could
-            delete.
+        log: Its epoch says which blobs may be touched. With one that is open for reading nothing is
+            deleted: it tells what the next writer could delete.
         uploads_in_use: Asked, after uploads were listed, for the ids of tasks whose uploads must stay: all that are
             not done with. None: uploads stay.
         really: Delete. Otherwise only look.

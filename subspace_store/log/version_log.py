@@ -54,7 +54,7 @@ def checkpoint_key(seq: int) -> str:
 
 
 def owned_by_another(owner: Owner, where: str) -> OwnedByAnother:
-    """What to tell whoever wants to write to a store of another service."""
+    """The error for a program that wants to write to a store of another service."""
     since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(owner.since))
     return OwnedByAnother(
         f"this store belongs to the service {owner.name} since {since} UTC",
@@ -68,7 +68,7 @@ def owned_by_another(owner: Owner, where: str) -> OwnedByAnother:
 
 
 def outcome_unknown(what: str, op_key: str, where: str, seq: int = 0) -> OutcomeUnknown:
-    """What to tell whoever asked for something and got no answer.
+    """The error for a request that was sent and not answered.
 
     Args:
         what: The trouble.
@@ -85,7 +85,7 @@ class VersionLog:
 
     Args:
         storage: Where.
-        writer: Who writes, for people; None only reads.
+        writer: Name of the writing process, for people; None: the log is only read.
         wait: Sleeps between attempts; a test hands in one that does not.
     """
 

@@ -134,8 +134,8 @@ class LocalStorage:
             return -1.0
 
     def _remove_empty(self, folder: Path) -> None:
-        """Remove a folder and those around it that hold nothing, but never the store's own. Who is about to write there
-        makes them again (`_FileStream`)."""
+        """Remove a folder and those around it that hold nothing, but never the store's own. A write that is about to
+        begin there makes them again (`_FileStream`)."""
         with contextlib.suppress(OSError):
             while folder != self.folder and folder.is_relative_to(self.folder):
                 folder.rmdir()

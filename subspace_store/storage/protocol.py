@@ -103,8 +103,8 @@ class Storage(Protocol):
         ...
 
     def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
-        """Give up writes below a prefix that were begun and never finished (a killed process leaves them); whoever is
-        still writing one fails.
+        """Give up writes below a prefix that were begun and never finished (a killed process leaves them); a process
+        that is still writing one is told that it failed.
 
         Args:
             idle_seconds: Only those to which nothing was added for so long.
