@@ -22,7 +22,7 @@ from torch import Tensor
 
 from configs.errors import InvalidInput
 from subspace_store.adapter import Adapter, canonical_update, check_adapter
-from subspace_store.formats.peft import check_numbers, check_pair, export_rank, padded_factors
+from subspace_store.formats.peft import check_pair, check_saved, export_rank, padded_factors
 from subspace_store.formats.peft_config import Scaling, check_config
 from subspace_store.formats.weights_file import read_weights
 
@@ -99,7 +99,7 @@ def from_diffusers(
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
         _check_name(key, where)
-        check_numbers(key, tensor, where)
+        check_saved(key, tensor, where)
         if match := _FACTOR.fullmatch(key):
             pairs.setdefault(match[1], {})["A" if match[2] == "A" or match[3] == "down" else "B"] = tensor
         elif key.endswith(".alpha") and tensor.numel() == 1:

@@ -236,7 +236,7 @@ def _sort_tensors(
     for key, tensor in tensors.items():
         if _UNUSED in key:
             continue
-        check_numbers(key, tensor, where)
+        check_saved(key, tensor, where)
         name = key.removeprefix(PREFIX)
         saved = _SAVED_MODULE.fullmatch(name)
         if saved is None and (match := _FACTOR.fullmatch(name)):
@@ -283,9 +283,16 @@ def _check_prefix(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def check_numbers(key: str, tensor: Tensor, where: str) -> None:
-    """Refuse whole numbers, NaN, infinity and tensors without numbers. Raises InvalidInput with the tensor's name."""
+    """Refuse whole numbers, NaN and infinity. Raises InvalidInput with the tensor's name."""
     if not tensor.is_floating_point():
         raise InvalidInput(f"has the tensor {key!r} of type {tensor.dtype}; only real numbers are read", where)
+    if not bool(torch.isfinite(tensor).all()):
+        raise InvalidInput(f"has NaN or infinite values in {key!r}", where, "train it with a lower learning rate")
+
+
+def check_saved(key: str, tensor: Tensor, where: str) -> None:
+    """As `check_numbers`, of a stranger's file; and refuse what was saved without its numbers."""
+    check_numbers(key, tensor, where)
     if not tensor.numel():
         raise InvalidInput(
             f"has no numbers in {key!r}, of shape {tuple(tensor.shape)}: it was saved from ZeRO-3 without gathering",
@@ -293,8 +300,6 @@ def check_numbers(key: str, tensor: Tensor, where: str) -> None:
             "save it again inside deepspeed.zero.GatheredParameters(model.parameters()), or train with "
             "stage3_gather_16bit_weights_on_model_save: true",
         )
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidInput(f"has NaN or infinite values in {key!r}", where, "train it with a lower learning rate")
 
 
 def _why_not(name: str) -> tuple[str, str]:
