@@ -83,6 +83,11 @@ class OnebasisError(Exception):
         for name, value in zip(self.facts, facts, strict=True):
             setattr(self, name, value)
 
+    @property
+    def row(self) -> str:
+        """The code under which docs/trouble.md says what to do: the class's own, else the group's."""
+        return self.code or self.kind
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n  → {self.todo}" if self.todo else text
@@ -91,7 +96,7 @@ class OnebasisError(Exception):
         """As plain values, for `--json` and HTTP."""
         text = {"what": self.what, "where": self.where, "todo": self.todo}
         known = {name: getattr(self, name) for name in self.facts}
-        return {"kind": self.kind, "code": self.code or self.kind, **text, **known}
+        return {"kind": self.kind, "code": self.row, **text, **known}
 
 
 class InvalidInput(OnebasisError):
@@ -244,6 +249,11 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     Corrupt,
     UnreadableTask,
 )
+
+
+def row_of(code: str) -> str:
+    """Where the book of trouble tells what a code means and what to do: of an error, an alarm, a task's reason."""
+    return f"docs/trouble.md#{code}"
 
 
 def error_from_dict(facts: Mapping[str, Any]) -> OnebasisError:

@@ -33,6 +33,7 @@ def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, A
         "name": record.name,
         "state": str(record.state),
         "reason": record.reason,
+        "trouble": list(record.trouble),
         "place": place,
         "submitted_at": record.submitted_at,
         "attempt": record.attempt,

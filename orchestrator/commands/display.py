@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from configs.errors import row_of
 from subspace_store.commands.terminal import console, errors
 
 Json = dict[str, Any]
@@ -43,6 +44,7 @@ def status(answer: Json) -> None:
             " (`onebasis store release` lets it move)",
             soft_wrap=True,
         )
+        _print_rows("held")
     console.print(f"  tasks    {counted}")
     console.print(f"  store    {escape(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {escape(answer['mlflow'])}", soft_wrap=True)
@@ -78,6 +80,7 @@ def task(answer: Json) -> None:
     """`onebasis task`."""
     console.print(f"[bold]{answer['title']}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {escape(answer['why'])}", soft_wrap=True)
+    _print_rows(*answer["trouble"])
     if answer["progress"]:
         console.print(f"  progress   {_progress(answer)}")
     if answer["local_score"] is not None:
@@ -213,6 +216,7 @@ def _print_training(training: Json) -> None:
         console.print("  share-full its rows are kept, to refine it again when a merge moves it: not strict")
     if training["unrefined"]:
         console.print(f"  unrefined  {escape(training['unrefined'])}", soft_wrap=True)
+        _print_rows("unrefined")
     if (last := training["last_point"]) is not None:
         console.print(f"  last told  {_point(last)}", soft_wrap=True)
     if training["plot"]:
@@ -250,6 +254,12 @@ def _duration(seconds: float) -> str:
 def _share(row: Json) -> float:
     progress = row.get("progress") or {}
     return progress["step"] / progress["steps"] if progress.get("steps") else 0.0
+
+
+def _print_rows(*codes: str) -> None:
+    """Where to read what a trouble means and what to do."""
+    if codes:
+        console.print(f"  [dim]see {escape(', '.join(map(row_of, codes)))}[/dim]", soft_wrap=True)
 
 
 def coloured(state: str) -> str:

@@ -1,16 +1,16 @@
 """What must hold in the fault simulation: a plain-Python model that reads the raw records as they reach the disk.
 
-It shares no code with the store. It is told of every effect on the disk and of every answer that the store gave, and
-raises Violation at the first that breaks a promise:
+It shares no code with the store. It is told of every effect on the disk and of every answer of the store, and raises
+Violation at the first one that breaks a promise:
 
 * acknowledged: a request that was answered stands in the log once, with that version and those tasks;
-* immutable: no record and no blob is ever written over; a version reads the same to everybody, for ever, and its tasks
-  are those that were delivered, or refined since;
+* immutable: no record and no blob is ever overwritten; every reader reads the same of a version, for ever, and its
+  tasks are those that were delivered, or refined since;
 * fenced: only the writer that took the newest epoch adds records, and each follows from the state before it;
-* reachable: what a version that lives needs is there whenever it lives;
-* collected: after a last collection nothing else is;
-* no false alarm: nobody is told that the store is damaged, for nothing here damages it (chaos.py lets `Corrupt` pass as
-  a violation).
+* reachable: all objects that a live version needs are there as long as it lives;
+* collected: after a last collection there are no other objects;
+* no false alarm: the store never reports damage, since nothing here damages it (simulation.py turns `Corrupt` into a
+  violation).
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Model:
         self.candidates: dict[str, int] = {}
         """op_key of every refinement that was asked for to the candidate that it was made on."""
         self.expected: dict[int, dict[str, Mapping[str, Tensor]]] = {0: {}}
-        """Version to its tasks, each to what it must be there."""
+        """Version to task id to the updates that it must hold of the task."""
         self.acknowledged: dict[str, int] = {}
         self.seen: dict[int, Updates] = {}
         self.states = [self._state()]
-        """By sequence number."""
+        """State of the log after each sequence number."""
 
     # Effects on the disk
 
@@ -132,7 +132,7 @@ class Model:
                     self._must(same, f"immutable: task {task} is not what it was in version {version}")
 
     def finished(self) -> None:
-        """All that was asked for was asked for until it was answered, and a last collection is over."""
+        """Every request was repeated until it was answered, and a last collection is over."""
         for op_key, version in self.acknowledged.items():
             self._must(self.done[op_key] == version, f"acknowledged: {op_key} is {self.done[op_key]} now")
         present = self.present()
@@ -148,7 +148,7 @@ class Model:
         return [number for number in self.versions if number not in self.expired]
 
     def lineage(self, number: int) -> list[Plain]:
-        """From a version down to the first."""
+        """The versions from this one down to the first."""
         line = []
         while number:
             line.append(self.versions[number])
@@ -234,7 +234,7 @@ class Model:
         return {"candidate": body["version"]} if op == "remove" else {}
 
     def _state(self) -> dict[str, object]:
-        """What anybody who folds the log up to here must have."""
+        """The state that every reader must have that has folded the log up to here."""
         return {
             "refs": dict(self.refs),
             "published": {*self.published},

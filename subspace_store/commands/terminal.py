@@ -1,6 +1,6 @@
 """What all commands share: where they print, how they end, the options that each of them has.
 
-Which commands there are is in orchestrator/cli.py and subspace_store/cli.py.
+The commands themselves are in orchestrator/commands/cli.py and subspace_store/commands/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from configs.errors import Exit, OnebasisError
+from configs.errors import Exit, OnebasisError, row_of
 from configs.places import home
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -103,8 +103,9 @@ def note(text: str) -> None:
 
 
 def error(problem: OnebasisError) -> None:
-    """What was wrong, where, and what to do."""
+    """What was wrong, where, what to do, and where to read more."""
     errors.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+    errors.print(f"  [dim]see {row_of(problem.row)}[/dim]", soft_wrap=True)
 
 
 def me() -> str:
