@@ -122,7 +122,14 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 preempt_requested=False,
             )
         case Claimed() if next_step(record) is Step.REFINE:
-            return _with(record, token=event.token, worker=event.worker, order_at=event.at, preempt_requested=False)
+            return _with(
+                record,
+                token=event.token,
+                worker=event.worker,
+                order_at=event.at,
+                reason_codes=(),
+                preempt_requested=False,
+            )
         case TrainingDone() | TrainingFailed() if _is_stale(record, event):
             return record
         case TrainingDone() if record.cancel_requested:  # it finished before it heard of it
@@ -277,7 +284,7 @@ def _is_to_be_refined(record: TaskRecord) -> bool:
 
 
 def _unrefined(record: TaskRecord, reason: str) -> TaskRecord:
-    return _with(record, state=TaskState.EVALUATING, unrefined=reason, token="", worker="")
+    return _with(record, state=TaskState.EVALUATING, unrefined=reason, reason_codes=(), token="", worker="")
 
 
 def _refined_again(record: TaskRecord, event: RefinedAgain) -> TaskRecord:

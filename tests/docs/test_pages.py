@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import yaml
 from typer.main import get_command
@@ -18,7 +17,7 @@ from configs.settings import Settings, read_settings
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.commands import display, version_tables
 from orchestrator.commands.cli import app
-from subspace_store.commands import app as store_app
+from subspace_store.commands.app import app as store_app
 from tests.docs.pages import BOOK, DOCS, NOT_RUN, README, ROOT, Block, anchors, blocks, links, tracked
 
 PAGES = (README, *DOCS)
@@ -80,14 +79,14 @@ def parse(arguments: list[str]) -> None:
     group: Any = get_command(store_app if arguments[0] == "store" else app)
     name, *rest = arguments[1:] if arguments[0] == "store" else arguments
     command = group.commands.get(name)
-    assert isinstance(command, click.Command), f"no command {name}"
+    assert command is not None, f"no command {name}"
     command.make_context(name, rest)
 
 
 def test_a_page_that_names_a_command_that_is_not_there_would_be_found() -> None:
-    with pytest.raises(click.UsageError):
+    with pytest.raises(Exception, match="No such option"):
         parse(["rollback", "0", "--no-such-option"])
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="no command"):
         parse(["store", "no-such-command"])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import Exit, OnebasisError, StoreFull, row_of
-from orchestrator import alarms
+from orchestrator.alarms import AlarmCode
 from orchestrator.commands import display
 from orchestrator.judging.gate import Rule
 from orchestrator.tasks.task_events import Reason
@@ -46,7 +46,7 @@ def codes() -> set[str]:
     """Every code that a message, an alarm or a task can name."""
     of_errors = {leaf.code or leaf.kind for leaf in leaves() if leaf.__module__.split(".")[0] != "tests"}
     of_tasks = {*map(str, Reason), *map(str, Rule), *map(str, ENDED_WITHOUT_RESULT)}
-    return of_errors | of_tasks | {*map(str, alarms.Code)} | {"held"}
+    return of_errors | of_tasks | {*map(str, AlarmCode)} | {"held"}
 
 
 def test_every_code_has_a_row_and_every_row_a_code() -> None:
