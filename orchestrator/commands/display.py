@@ -259,7 +259,7 @@ def _share(row: Json) -> float:
 def _print_rows(*codes: str) -> None:
     """Where to read what a trouble means and what to do."""
     if codes:
-        console.print(f"  [dim]see {escape(', '.join(map(row_of, codes)))}[/dim]", soft_wrap=True)
+        console.print(f"  see {', '.join(map(row_of, codes))}", style="dim", markup=False, soft_wrap=True)
 
 
 def coloured(state: str) -> str:

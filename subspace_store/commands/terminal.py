@@ -1,6 +1,6 @@
 """What all commands share: where they print, how they end, the options that each of them has.
 
-The commands themselves are in orchestrator/commands/cli.py and subspace_store/commands/.
+Which commands there are is in orchestrator/cli.py and subspace_store/cli.py.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def note(text: str) -> None:
 def error(problem: OnebasisError) -> None:
     """What was wrong, where, what to do, and where to read more."""
     errors.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
-    errors.print(f"  [dim]see {row_of(problem.row)}[/dim]", soft_wrap=True)
+    errors.print(f"  see {row_of(problem.row)}", style="dim", markup=False, soft_wrap=True)
 
 
 def me() -> str:

@@ -95,7 +95,7 @@ def task_answer() -> dict[str, object]:
     }  # fmt: skip
     return {
         "title": "red/alpha", "task_id": "t1", "progress": {}, "local_score": None, "metrics": {}, "metric": "accuracy",
-        "result": None, "training": training, "events": [],
+        "result": None, "training": training, "events": [], "warnings": [], "alarms": [],
     }  # fmt: skip
 
 
