@@ -45,7 +45,7 @@ class _OneBlasThread:
 
     def __enter__(self) -> None:
         with self._lock:
-            # Where nobody has imported torch nobody multiplies with it: this file must not cost its import.
+            # If torch was not imported, nothing multiplies with it: this file must not import it.
             torch = sys.modules.get("torch")
             if torch is not None and not self._inside:
                 self._before = torch.get_num_threads()

@@ -74,7 +74,7 @@ class Tally:
     """Sums over all modules what a merge costs each task. Energies are squared Frobenius norms."""
 
     def __init__(self) -> None:
-        # Most modules have the same tasks: their sums stay tensors until somebody asks.
+        # Most modules have the same tasks: their sums stay tensors until they are needed.
         self._lost: dict[tuple[str, ...], Tensor] = {}
         self._missed: dict[tuple[str, ...], Tensor] = {}
         self._delivered: dict[tuple[str, ...], Tensor] = {}
@@ -289,8 +289,8 @@ class _Factors:
             (self.right_DC.T @ q_DK).T,
             torch.cat([update.sigma_R for update in self.incoming.values()]),
             torch.tensor([self.weights[task] for task in self.incoming], dtype=torch.float64),
-            # Of the factors that are projected: in the paper's form they are ΔW to float32 rounding only, and what a
-            # projection misses is the difference of two energies.
+            # The energy of the factors that are projected: in the paper's form they equal ΔW only to float32 rounding,
+            # and the loss of a projection is the difference of two energies.
             kept_energy(self.left_NC, self.right_DC, ranks),
         )
 

@@ -93,7 +93,7 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C:
     # Once more: a column that lies almost inside the span leaves a residual that is mostly rounding.
     again_KC = basis_NK.T @ residual_NC
     projected_KC, residual_NC = projected_KC + again_KC, residual_NC - basis_NK @ again_KC
-    # At its own size each: no update hides what a smaller one adds.
+    # Each relative to its own size, so that a large update does not hide what a small one adds.
     size_C = torch.where(size_C > 0, size_C, torch.ones_like(size_C))
     fresh_NC, triangle_CC = torch.linalg.qr(residual_NC / size_C)
     fresh_CF, share_F, _ = torch.linalg.svd(triangle_CC, full_matrices=False)
