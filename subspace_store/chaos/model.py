@@ -1,16 +1,16 @@
 """What must hold in the fault simulation: a plain-Python model that reads the raw records as they reach the disk.
 
-It shares no code with the store. It is told of every effect on the disk and of every answer of the store, and raises
-Violation at the first one that breaks a promise:
+It shares no code with the store. It is told of every effect on the disk and of every answer that the store gave, and
+raises Violation at the first that breaks a promise:
 
 * acknowledged: a request that was answered stands in the log once, with that version and those tasks;
-* immutable: no record and no blob is ever overwritten; every reader reads the same of a version, for ever, and its
-  tasks are those that were delivered, or refined since;
+* immutable: no record and no blob is ever written over; a version reads the same to everybody, for ever, and its tasks
+  are those that were delivered, or refined since;
 * fenced: only the writer that took the newest epoch adds records, and each follows from the state before it;
-* reachable: all objects that a live version needs are there as long as it lives;
-* collected: after a last collection there are no other objects;
-* no false alarm: the store never reports damage, since nothing here damages it (simulation.py turns `Corrupt` into a
-  violation).
+* reachable: what a version that lives needs is there whenever it lives;
+* collected: after a last collection nothing else is;
+* no false alarm: nobody is told that the store is damaged, for nothing here damages it (chaos.py lets `Corrupt` pass as
+  a violation).
 """
 
 from __future__ import annotations
