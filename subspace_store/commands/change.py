@@ -66,7 +66,9 @@ def tag(
 
 @command
 def hold(
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to everybody who wonders.")],
+    reason: Annotated[
+        str, typer.Argument(metavar="REASON", help="Shown in `status`, and with requests that wait for it.")
+    ],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -92,7 +94,7 @@ def release(
 @command
 def quarantine(
     task: TaskId,
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to whoever tries to merge it.")],
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown when somebody tries to merge the task.")],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -126,15 +128,17 @@ def unquarantine(
 @command
 def pin(
     version: Reference,
-    owner: Annotated[str, typer.Option(help="Who needs it; default: you.")] = "",
-    days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.", min=0, max=36500)] = None,
+    owner: Annotated[str, typer.Option(help="Owner of the pin; default: you.")] = "",
+    days: Annotated[
+        float | None, typer.Option(help="Days until it ends; default: until `unpin`.", min=0, max=36500)
+    ] = None,
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Keep a version from expiring; again with other --days moves the end."""
+    """Keep a version from expiring. A second pin of the same owner moves the end."""
     place = place_of(store, state_dir)
     number, until = reader_at(place).resolve(version), None if days is None else time.time() + days * SECONDS_A_DAY
     done = f"version {number} is kept for {owner or me()} " + ("until unpinned" if until is None else until_text(until))
@@ -146,7 +150,7 @@ def pin(
 @command
 def unpin(
     version: Reference,
-    owner: Annotated[str, typer.Option(help="Whose pin; default: yours.")] = "",
+    owner: Annotated[str, typer.Option(help="Owner of the pin; default: you.")] = "",
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -164,9 +168,9 @@ def unpin(
 def expire(
     versions: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VERSION...]", help="These; without any, what --keep-last leaves over."),
+        typer.Argument(metavar="[VERSION...]", help="Versions; without any, those that --keep-last does not keep."),
     ] = None,
-    keep_last: Annotated[int | None, typer.Option(help="How many of the newest versions of `main` stay.")] = None,
+    keep_last: Annotated[int | None, typer.Option(help="Number of `main`'s newest versions to keep.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
     store: Url = None,
     force: Force = False,
@@ -205,7 +209,7 @@ def drop_adapters(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Let go of tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
+    """Give up tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
     place = place_of(store, state_dir)
     reader = reader_at(place)
     task_ids = [task_id_of(reader, task) for task in tasks]
@@ -261,7 +265,7 @@ def remove(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Make every version since a task's birth again without it, and move `main` there. No gate is asked."""
+    """Make every version since a task's birth again without it, and move `main` there. The gate does not judge it."""
     place = place_of(store, state_dir)
     reader = reader_at(place)
     state, task_id = reader.state, task_id_of(reader, task)
