@@ -1,7 +1,7 @@
-"""Reading a YAML document that a person wrote into a frozen, checked record.
+"""Making a frozen, checked record of a document that a person wrote, or of a request.
 
-Every mistake is reported at once, each with the path of its key and, for a misspelt key, the nearest right one.
-YAML holds values only: `yaml.safe_load`, never Python objects.
+Every mistake is reported at once, each with the path of its key and, for a misspelt key, the nearest right one. How
+YAML becomes values is in configs/yaml_file.py, what any document may hold in configs/limits.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic_core
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from configs.errors import InvalidInput
+from configs.limits import check_values, key_path, short
+from configs.yaml_file import Word, Words, read_yaml
 
 # A name of a team, task, tag: safe in a path, a URL, a metric name and a shell.
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -30,6 +34,13 @@ class Section(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, defer_build=True
     )
 
+
+MISTAKES_MAX = 20
+"""Mistakes that are told of one document: who has more mends these first."""
+KEY_LENGTH_MAX = 60
+"""Characters of a key that may be a misspelt one: comparing takes the square of them."""
+MESSAGE_MAX = 500
+"""Characters of one mistake's message: a rule's own words may quote a long value."""
 
 LINE_MAX = 2000
 """Characters: a reason is a sentence or two, and the log keeps it for ever."""
@@ -83,11 +94,13 @@ class Request(Section):
         """
         where = cls.__name__
         try:
+            check_values({**query, **in_path}, where)
             if body is None:
                 return cls.model_validate_strings({**query, **in_path})
             if query:
                 raise InvalidInput(f"has parameters after the question mark: {', '.join(query)}", where, "use the body")
-            fields = json.loads(body or b"{}", object_pairs_hook=_each_once, parse_constant=_no_number)
+            fields = read_json(body or b"{}")
+            check_values(fields, where)
             if not isinstance(fields, dict):
                 raise InvalidInput("the body is not a JSON object", where, "send one")
             if both := sorted({*fields} & {*in_path}):
@@ -97,15 +110,27 @@ class Request(Section):
         except ValidationError as error:
             raise told(error, cls, where) from error
         except (ValueError, RecursionError) as error:  # no JSON, a number without end, half a character
-            raise InvalidInput(f"the body is not JSON: {error}", where, "send a JSON object") from error
+            raise InvalidInput(
+                f"the body is not JSON: {short(str(error))[1:-1]}", where, "send a JSON object"
+            ) from error
+
+
+def read_json(content: bytes) -> Any:
+    """The values in a JSON document. A key that stands twice, a number without end or with thousands of digits is a
+    mistake.
+
+    Raises:
+        ValueError, RecursionError: It is no JSON, or deeper than Python reads.
+    """
+    return json.loads(content, object_pairs_hook=_each_once, parse_constant=_no_number)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that stands twice is a mistake, not a way to say the second."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {short(key)} stands twice")
+        found[key] = value
     return found
 
 
@@ -129,37 +154,8 @@ def read_document(path: Path, kind: type[T]) -> T:
     Raises:
         InvalidInput: The file is missing, is no YAML mapping, or breaks the schema; names every key path.
     """
-    return check_document(read_yaml(path), kind, str(path))
-
-
-def read_yaml(path: Path) -> Any:
-    """The values in a YAML file, unchecked.
-
-    Raises:
-        InvalidInput: The file is missing or not YAML.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path") from error
-    import yaml  # not needed by who only asks a running service
-
-    class Loader(yaml.SafeLoader):
-        """Plain values only; and a key that is written twice is a mistake, not a way to say the second."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands twice", node.start_mark
-                    )
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"is not valid YAML: {_problem(error)}", str(path), "fix the syntax at that line") from None
+    file = read_yaml(path)
+    return check_document(file.values, kind, str(path), file.words)
 
 
 def without_password(text: str) -> str:
@@ -167,48 +163,76 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)([^\s:/@]*):[^\s]*@", r"\1:***@", text)
 
 
-def _problem(error: Any) -> str:
-    """What YAML says and where, without the line itself, which may hold a password."""
-    parts = [str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
-    if (mark := getattr(error, "problem_mark", None)) is not None:
-        parts.append(f"line {mark.line + 1}, column {mark.column + 1}")
-    return ", ".join(parts) or str(error)
+def check_document(values: Any, kind: type[T], where: str, words: Words = MappingProxyType({})) -> T:
+    """Check values against a schema.
 
-
-def check_document(values: Any, kind: type[T], where: str) -> T:
-    """Check values that were read elsewhere (an HTTP body) against a schema.
+    Args:
+        words: What of them was written in YAML without quotes.
 
     Raises:
-        InvalidInput: With one line per mistake.
+        InvalidInput: With one line per mistake; a word that can be read in two ways is one, where they differ in what
+            they would do.
     """
+    check_values(values, where)
     if not isinstance(values, dict):
         raise InvalidInput(f"must be a mapping of keys to values, not {type(values).__name__}", where)
     try:
-        return kind.model_validate(values)
+        made = kind.model_validate(values)
     except ValidationError as error:
-        raise told(error, kind, where) from error
+        raise told(error, kind, where, words) from error
+    unclear = [f"{key_path(path)}: {word}" for path, word in words.items() if _is_unclear(word, made, path)]
+    if unclear:
+        raise InvalidInput(_listed(unclear), where, "say which is meant")
+    return made
 
 
-def told(error: ValidationError, kind: type[Section], where: str) -> InvalidInput:
-    """Every mistake, each with its key path."""
-    lines = [_describe(mistake, kind) for mistake in error.errors()]
-    return InvalidInput(
-        lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines),
-        where,
-        "correct the keys named above; every key is described in configs/",
-    )
+def _is_unclear(word: Word, made: Section, path: tuple[Any, ...]) -> bool:
+    """Whether other programs would make another value of the word at its place in the document."""
+    value: Any = made
+    for part in path:
+        if isinstance(value, Section):
+            names = {field.alias or name: name for name, field in type(value).model_fields.items()}
+            value = getattr(value, names.get(part, ""), None)
+        elif isinstance(value, Mapping):
+            value = value.get(part)
+        else:
+            value = value[part] if isinstance(value, list | tuple) and part < len(value) else None
+    if isinstance(value, str):
+        return not word.is_clear
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return value != (float(word.text) if word.other.kind == "text" else word.other.value)
+        except ValueError:  # to the others it is no number
+            return True
+    return False
 
 
-def _describe(mistake: Any, kind: type[Section]) -> str:
-    path = without_password(".".join(str(part) for part in mistake["loc"])) or "(document)"
+def told(error: ValidationError, kind: type[Section], where: str, words: Words = MappingProxyType({})) -> InvalidInput:
+    """Every mistake, each with its key path, up to so many that a person reads."""
+    lines = [_describe(mistake, kind, words) for mistake in islice(error.errors(include_url=False), MISTAKES_MAX)]
+    if (more := error.error_count() - len(lines)) > 0:
+        lines.append(f"and {more:,} more")
+    return InvalidInput(_listed(lines), where, "correct the keys named above; every key is described in configs/")
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _describe(mistake: Any, kind: type[Section], words: Words) -> str:
+    path = without_password(key_path(mistake["loc"]))
     if mistake["type"] == "extra_forbidden":
-        known = _keys_at(kind, mistake["loc"][:-1])
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+        known, key = _keys_at(kind, mistake["loc"][:-1]), str(mistake["loc"][-1])
+        near = difflib.get_close_matches(key, known, n=1) if len(key) <= KEY_LENGTH_MAX else []
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key '{path}' ({hint})"
+    if mistake["type"] == "string_type" and (word := words.get(mistake["loc"])) is not None:
+        return f"{path}: {word}"
     message, got = mistake["msg"].removeprefix("Value error, "), mistake["input"]
     # A whole section is not shown: it may hold a password.
-    return f"{path}: {message}" + ("" if isinstance(got, dict) else f" (got {without_password(repr(got)):.80})")
+    return f"{path}: {message[:MESSAGE_MAX]}" + (
+        "" if isinstance(got, dict) else f" (got {without_password(short(got))})"
+    )
 
 
 def _keys_at(kind: type[Section], location: tuple[Any, ...]) -> list[str]:

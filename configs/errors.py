@@ -3,7 +3,9 @@
 ```
 OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
-│   └── RefusedAdapters   some of several cannot be merged: which, it says
+│   ├── RefusedAdapters   some of several cannot be merged: which, it says
+│   ├── TooLarge   a document or a body has more bytes than one may have
+│   └── TooSlow    checking what was submitted takes longer than it may
 ├── NotFound       no such task, version, team for you
 │   └── MissingAdapters   some of several are not there: which, it says
 ├── Conflict       someone moved first: read again, then retry at once
@@ -13,6 +15,7 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── NoSignOfLife   the control plane is there and does not answer: it is stopped, or hangs
 │   ├── StoreFull  the storage has no space left: nothing of the request was written
 │   └── StoreReadOnly   the storage lets nobody write: nothing of the request was written
 ├── Rejected       the result is worse than the rule allows: a person decides
@@ -115,6 +118,23 @@ class RefusedAdapters(InvalidInput):
     task_ids: tuple[str, ...]
 
 
+class TooLarge(InvalidInput):
+    """A document or the body of a request has more bytes than `limit`; it was not read."""
+
+    code = "too-large"
+    http_status = 413
+    facts = ("limit",)
+    limit: int
+
+
+class TooSlow(InvalidInput):
+    """Checking a submission took longer than `limit` seconds and was ended; nothing was taken in."""
+
+    code = "too-slow"
+    facts = ("limit",)
+    limit: float
+
+
 class NotFound(OnebasisError):
     """There is no such task, version, team or key for you."""
 
@@ -195,6 +215,12 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class NoSignOfLife(Unavailable):
+    """The control plane's process is there and answers nothing at all: it is stopped, or hangs."""
+
+    code = "no-sign-of-life"
+
+
 class StoreFull(Unavailable):
     """The storage has no space left; what was asked for has failed, and is not done later."""
 
@@ -234,6 +260,8 @@ class UnreadableTask(Corrupt):
 LEAVES: tuple[type[OnebasisError], ...] = (
     InvalidInput,
     RefusedAdapters,
+    TooLarge,
+    TooSlow,
     NotFound,
     MissingAdapters,
     Conflict,
@@ -243,6 +271,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    NoSignOfLife,
     StoreFull,
     StoreReadOnly,
     Rejected,

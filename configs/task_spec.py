@@ -6,7 +6,6 @@ values only: no code, no pickles, no dataset scripts.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.document import NAME_PATTERN, Name, Section, check_document, read_yaml
+from configs.document import NAME_PATTERN, Name, Section, check_document, read_json
 from configs.errors import InvalidInput
+from configs.limits import read_bytes
 from configs.places import Located, located, real
+from configs.yaml_file import read_yaml
 
 Kind = Literal["sequence_classification", "sequence_regression", "causal_lm", "image_classification"]
 Metric = Literal[
@@ -53,6 +54,9 @@ class DataSpec(Section):
     eval_fraction: float | None = Field(None, gt=0, lt=1)
     """Instead of eval_file: about this share of the training rows is kept for evaluation and not trained on. Which, a
     digest of each row without its label says: the same rows when others are added, equal ones on one side."""
+    eval_is_train: bool = False
+    """Permission to evaluate on the rows that were trained on. Without it such an eval_file is refused: the score would
+    say how well the rows were memorised, and nothing about new ones."""
     text_column: str = "text"
     """Key, or column, of the text in each row. Other columns are not read."""
     text_pair_column: str | None = None
@@ -214,6 +218,8 @@ class TaskSpec(Section):
         needs_labels = self.kind in CLASSIFICATION_KINDS
         if data.eval_file and data.eval_fraction:
             raise ValueError("data.eval_file and data.eval_fraction exclude each other")
+        if data.eval_is_train and not (data.train_file and data.eval_file):
+            raise ValueError("data.eval_is_train is about data.train_file and data.eval_file: it needs both")
         if method.share_full and not method.refine_epochs:
             raise ValueError("method.share_full needs method.refine_epochs, how long to train each time")
         if method.name == "import":
@@ -249,15 +255,16 @@ def read_task_spec(path: Path) -> TaskSpec:
         InvalidInput: See `configs.document.read_document`.
     """
     folder = path.resolve().parent
-    values = read_yaml(path)
+    file = read_yaml(path)
+    values = file.values
     training = values.get("training") if isinstance(values, dict) else None
     if isinstance(training, dict) and isinstance(training.get("deepspeed"), str):
         training["deepspeed"] = _read_json(Path(real(training["deepspeed"], folder)))
-    return located(check_document(values, TaskSpec, str(path)), folder)
+    return located(check_document(values, TaskSpec, str(path), file.words), folder)
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot read {path}: {error}", "training.deepspeed", "name a JSON file") from error
+        return read_json(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path} is not JSON: {error}", "training.deepspeed", "name a JSON file") from error

@@ -147,6 +147,8 @@ class Trained:
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All metrics of the kind for the adapter before merging, by name; the task's own is `local_score`."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on what makes the scores doubtful, for the owner of the task."""
     worker_seconds: float | None = field(default=None, compare=False)
     """How long the order had the worker, loading, scoring and saving included. None: the worker cannot say."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-from configs.errors import OnebasisError, error_from_dict
+from configs.errors import OnebasisError, TooLarge, error_from_dict
+from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE
@@ -26,8 +28,10 @@ SUBMIT_TIMEOUT_SECONDS = 7200.0
 class Client:
     """Asks a service: the running one, or in this process what needs none that runs."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, waiting: Callable[[float], None] | None = None) -> None:
+        """waiting: Told every few seconds how long a request has taken, while the service is alive."""
         self._state_dir = state_dir
+        self._waiting = waiting
         self._service: Service | None = None
 
     @overload
@@ -45,7 +49,7 @@ class Client:
             from orchestrator.api.exchange import NobodyListensError
 
             try:
-                return _over_http(server, request)
+                return _over_http(server, request, self._waiting)
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
         return self._local().answer(request)
@@ -70,7 +74,11 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+def _over_http(
+    server: dict[str, Any],
+    request: ServiceRequest[Any] | StoreRequest[Any],
+    waiting: Callable[[float], None] | None,
+) -> Any:
     route = route_of(request)
     fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
     in_path = {name: str(fields.pop(name)) for name in route.in_path}
@@ -78,13 +86,17 @@ def _over_http(server: dict[str, Any], request: ServiceRequest[Any] | StoreReque
     url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
     from orchestrator.api.exchange import exchange
 
+    content = json.dumps(fields).encode() if route.verb == "POST" else None
+    if content is not None and len(content) > BYTES_MAX:  # a server that refuses it may hang up before it is heard
+        raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
     answer = exchange(
         server["url"] + url,
         route.verb,
         query=fields if route.verb == "GET" else None,
-        body=fields if route.verb == "POST" else None,
+        body=content,
         token=server["token"],
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
+        waiting=waiting,
     )
     if answer.is_success:
         return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)

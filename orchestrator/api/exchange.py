@@ -6,14 +6,21 @@ network, without TLS, proxies or redirects.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import select
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from configs.errors import Unavailable
+from configs.errors import NoSignOfLife, Unavailable
+
+ALIVE_PATH = "/alive"
+"""Route that the server answers without doing anything."""
+SIGN_SECONDS = 4.0
+"""Longest silence before a server is asked whether it is alive, and longest wait for that answer: a person is told
+within 10 s."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +45,90 @@ def exchange(
     verb: str,
     *,
     query: Mapping[str, Any] | None = None,
-    body: Any = None,
+    body: bytes | None = None,
     token: str = "",
     timeout_seconds: float,
+    waiting: Callable[[float], None] | None = None,
 ) -> Reply:
-    """Ask once, and wait for the reply.
+    """Ask once, and wait for the reply as long as the server is alive.
 
     Args:
         url: Of the route, `http://HOST:PORT/PATH`, quoted.
         query: Written after the path.
-        body: Sent as JSON, unless it is None.
+        body: JSON; None: the request has none.
         token: Of the bearer.
-        timeout_seconds: For each wait of the connection.
+        timeout_seconds: Longest wait for the reply.
+        waiting: Told every few seconds how long it has been, while the server is alive and does not reply.
 
     Raises:
         NobodyListensError: The server is not there.
-        Unavailable: It was, and did not answer.
+        NoSignOfLife: It is there, stopped or hanging. Said within 2 · SIGN_SECONDS.
+        Unavailable: It went away before it replied, or the time was over.
     """
     place = urlsplit(url)
-    connection = HTTPConnection(place.hostname or "", place.port, timeout=timeout_seconds)
+    connection = HTTPConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS)
     try:
         connection.connect()
+    except TimeoutError as error:  # what listens takes no more connections
+        raise _no_sign(url) from error
     except OSError as error:
         raise NobodyListensError from error
     headers = {"Authorization": f"Bearer {token}"}
-    content = None
     if body is not None:
-        content, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        headers["Content-Type"] = "application/json"
     written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in (query or {}).items()}
     try:
-        connection.request(verb, f"{place.path}?{urlencode(written)}" if written else place.path, content, headers)
+        connection.request(verb, f"{place.path}?{urlencode(written)}" if written else place.path, body, headers)
+        _await_reply(connection, url, token, timeout_seconds, waiting)
         reply = connection.getresponse()
         return Reply(reply.status, reply.headers.get_content_type(), reply.read())
+    except TimeoutError as error:  # while it was sent, or in the middle of the reply
+        raise _no_sign(url) from error
     except (OSError, HTTPException) as error:
         what = f"{type(error).__name__}: {error}".rstrip(": ")
         raise Unavailable(f"the service did not answer: {what}", url, "see the log in the state folder") from error
     finally:
         connection.close()
+
+
+def _await_reply(
+    connection: HTTPConnection,
+    url: str,
+    token: str,
+    timeout_seconds: float,
+    waiting: Callable[[float], None] | None,
+) -> None:
+    """Return when the reply begins."""
+    started = time.monotonic()
+    while not select.select([connection.sock], [], [], SIGN_SECONDS)[0]:
+        waited = time.monotonic() - started
+        if not _is_alive(url, token):
+            raise _no_sign(url)
+        if waited > timeout_seconds:
+            raise Unavailable(
+                f"the service is alive and has not answered for {waited:.0f} s", url, "look at `onebasis status`"
+            )
+        if waiting is not None:
+            waiting(waited)
+
+
+def _is_alive(url: str, token: str) -> bool:
+    """Whether the server answers anything at all, soon."""
+    place = urlsplit(url)
+    connection = HTTPConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS)
+    try:
+        connection.request("GET", ALIVE_PATH, headers={"Authorization": f"Bearer {token}"})
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _no_sign(url: str) -> NoSignOfLife:
+    place = urlsplit(url)
+    return NoSignOfLife(
+        f"the control plane has given no sign of life for {SIGN_SECONDS:.0f} s: it is stopped, or hangs",
+        f"{place.scheme}://{place.netloc}",
+        "`onebasis up` mends it; what trains goes on",
+    )

@@ -6,6 +6,7 @@ the version log and the workers themselves.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import logging
@@ -21,15 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
+from configs.limits import BYTES_MAX, short
 from configs.settings import Settings, read_settings
-from orchestrator.api.requests import Export
+from orchestrator.api.exchange import ALIVE_PATH
+from orchestrator.api.requests import Export, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
@@ -40,12 +46,30 @@ log = logging.getLogger("onebasis.server")
 
 LOCK_FILE = "server.lock"
 RAY_SECONDS = 180.0
+STOP_SECONDS = 10
+"""Longest wait at the end for requests that are not answered yet."""
 RELEASE_SECONDS = 30.0
 """One record: a merge that is under way goes before it."""
 
 
-BODY_BYTES_MAX = 16 * 2**20
-"""Of a request. A task document is some kilobytes: rows come in files, not in bodies."""
+HEAD_SECONDS = 10.0
+"""Longest wait for the head of a request: a connection that says nothing is closed, so that others find a place."""
+BODY_SECONDS = 60.0
+"""Longest wait for a body."""
+SUBMISSIONS_AT_ONCE = 4
+"""Submissions that are checked at the same time; others wait. Each is a process that reads files."""
+WRITES_AT_ONCE = 16
+"""Other requests that write, at the same time: each may wait for a merge. Those that read have threads of their own, so
+that `status` answers whatever else is asked for."""
+CONNECTIONS_MAX = 500
+"""Connections at the same time; more are answered with 503. Below the 1,024 files that a process may open."""
+
+
+class AsciiJson(JSONResponse):
+    """An answer all in ASCII: a file's name may hold what no UTF-8 can say (half of a character), as \\udc80."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def api(service: Service, token: str) -> FastAPI:
@@ -58,60 +82,124 @@ def api(service: Service, token: str) -> FastAPI:
         if not secrets.compare_digest(given.encode(), token.encode()):
             todo = f"send the token that {SERVER_FILE} holds"
             facts = InvalidInput("missing or wrong token", "authorization", todo).as_dict()
-            return JSONResponse(facts, status_code=401)
+            return AsciiJson(facts, status_code=401)
         return await call_next(request)
 
     @app.exception_handler(OnebasisError)
-    def report(_: Request, error: OnebasisError) -> JSONResponse:
-        return JSONResponse(error.as_dict(), status_code=error.http_status)
+    def report(_: Request, error: OnebasisError) -> AsciiJson:
+        # What is left of a body that is too long is not read, so nothing else can come by this connection.
+        headers = {"connection": "close"} if isinstance(error, TooLarge) else None
+        return AsciiJson(error.as_dict(), error.http_status, headers)
 
     @app.exception_handler(HTTPException)
-    def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        what = f"there is no {request.method} {request.url.path}"
+    def no_route(request: Request, error: HTTPException) -> AsciiJson:
+        what = f"there is no {request.method} {short(request.url.path)[1:-1]}"
         told = NotFound(what, todo="/openapi.json lists what there is")
-        return JSONResponse(told.as_dict(), status_code=error.status_code)
+        return AsciiJson(told.as_dict(), status_code=error.status_code)
 
     @app.exception_handler(Exception)
-    def confess(request: Request, error: Exception) -> JSONResponse:
+    def confess(request: Request, error: Exception) -> AsciiJson:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         told = OnebasisError(f"internal error: {type(error).__name__}", todo="its log, control-plane.log, has the rest")
-        return JSONResponse(told.as_dict(), status_code=told.http_status)
+        return AsciiJson(told.as_dict(), status_code=told.http_status)
 
+    @app.get(ALIVE_PATH, include_in_schema=False)
+    async def alive() -> AsciiJson:
+        return AsciiJson({"pid": os.getpid()})
+
+    submissions, writes = CapacityLimiter(SUBMISSIONS_AT_ONCE), CapacityLimiter(WRITES_AT_ONCE)
     for route in ROUTES:
+        threads = submissions if route.record is Submit else writes if route.verb == "POST" else None
         app.add_api_route(
             route.path,
-            _endpoint(service, route),
+            _endpoint(service, route, threads),
             methods=[route.verb],
             name=route.name,
             description=route.record.__doc__,
-            response_class=Response if route.record is Export else JSONResponse,
+            response_class=Response if route.record is Export else AsciiJson,
             openapi_extra=_described(route),
         )
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     return app
 
 
-def _endpoint(service: Service, route: Route) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(
+    service: Service, route: Route, threads: CapacityLimiter | None
+) -> Callable[[Request], Awaitable[Response]]:
+    """What answers on a route. threads: Which its requests may use; None: those that reading has."""
+
     async def answer(request: Request) -> Response:
         names = [name for name, _ in request.query_params.multi_items()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InvalidInput(f"given more than once: {', '.join(twice)}", route.name, "say it once")
-        asked = read_request(route, request.path_params, dict(request.query_params), await _body(request))
-        answer = await run_in_threadpool(service.answer, asked)
-        if isinstance(answer, bytes):
-            return Response(answer, media_type="application/zip")
-        return JSONResponse(answer)
+            raise InvalidInput(f"given more than once: {', '.join(map(short, twice))}", route.name, "say it once")
+        query, body = dict(request.query_params), await _body(request)
+
+        def work() -> Response:  # reading and writing JSON too: it takes a second for the largest
+            asked = read_request(route, request.path_params, query, body)
+            answer = service.answer(asked)
+            if isinstance(answer, bytes):
+                return Response(answer, media_type="application/zip")
+            return AsciiJson(answer)
+
+        return await to_thread.run_sync(work, limiter=threads)
 
     return answer
 
 
 async def _body(request: Request) -> bytes:
+    """The body, if it comes soon and is not too long; one that says that it is longer is not read."""
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and (len(said) > 15 or int(said) > BYTES_MAX):
+        raise _too_large()
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            raise InvalidInput(f"the body is longer than {BODY_BYTES_MAX} bytes", todo="put rows into files")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BYTES_MAX:
+                    raise _too_large()
+    except TimeoutError:
+        raise Unavailable(f"the body did not come within {BODY_SECONDS:.0f} s", todo="send it at once") from None
+    except ClientDisconnect:
+        raise Unavailable("the connection was closed before the body had come") from None
     return bytes(body)
+
+
+def _too_large() -> TooLarge:
+    return TooLarge(f"the body has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which waits for the head of a request for ever, with a limit."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self.loop.call_later(HEAD_SECONDS, self._close_without_head, self.cycle)
+
+    def _close_without_head(self, last: object) -> None:
+        """last: The request that was the connection's last when the wait began; None: it had none."""
+        if self.cycle is last and not self.transport.is_closing():
+            self.transport.close()
+
+
+def http_server(app: FastAPI) -> Any:
+    """uvicorn around the API, with limits for connections that are slow or many."""
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=CONNECTIONS_MAX,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    return uvicorn.Server(config)
 
 
 def _described(route: Route) -> dict[str, Any]:
@@ -151,6 +239,7 @@ _REFUSALS = {
         (401, "missing or wrong token"),
         (404, "there is no such thing"),
         (409, "somebody moved first, or a rule of the service forbids it"),
+        (413, "the body is too long"),
         (422, "the input is wrong"),
         (500, "stored bytes are damaged, or an internal error"),
         (503, "something that is needed is away: wait, then ask again"),
@@ -183,11 +272,10 @@ class ControlPlane:
 
     def run(self) -> None:
         """Start everything, serve, and put everything down in the reverse order."""
-        import uvicorn
-
         from orchestrator.cluster import RayCluster
         from orchestrator.controller import PREEMPT_SECONDS, Controller
         from orchestrator.reports.mlflow_mirror import Mirror
+        from orchestrator.tasks.checking import Checker
         from orchestrator.tasks.task_queue import TaskQueue
         from subspace_store import open_storage
 
@@ -203,21 +291,26 @@ class ControlPlane:
         store = SubspaceReader.open(storage, settings=settings.subspace)
         mirror = Mirror(settings, queue, SubspaceReader.open(storage, settings=settings.subspace))
         controller = Controller(settings, queue, storage, store, cluster, service, changed=mirror.wake)
-        answers = Service(settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror))
+        checker = Checker()
+        answers = Service(
+            settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror), checker.check
+        )
         loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
         reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
         loop.start()
         reporter.start()
         listener = socket.create_server((settings.server.host, settings.server.port))
         token = secrets.token_hex(32)
-        server = uvicorn.Server(uvicorn.Config(api(answers, token), log_level="warning", access_log=False))
+        server = http_server(api(answers, token))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        server.install_signal_handlers = lambda: None
         self._announce(listener, token)
         log.info("ready at %s:%d", *listener.getsockname()[:2])
+        checker.start()
         server.run(sockets=[listener])
         log.info("stopping")
+        checker.close()
         self._stop.set()
         loop.join(timeout=PREEMPT_SECONDS + 10)
         reporter.join(timeout=60)

@@ -12,21 +12,22 @@ import io
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from configs.document import Request, without_password
-from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
+from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.api import requests, views
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, why
 from orchestrator.judging.forgetting import forgetting_report
-from orchestrator.judging.score_table import ScoreTable, score_table
+from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
 from orchestrator.reports.loss_plot import plot_file
+from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
@@ -34,12 +35,19 @@ from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
+    from configs.task_spec import TaskSpec
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
+    from orchestrator.tasks.admission import Draft
     from orchestrator.tasks.task_queue import TaskQueue
     from subspace_store.subspace_reader import RollbackPreview, SubspaceReader
+    from workers.orders import BaseLayout
 
+Check = Callable[["TaskSpec", Settings, "BaseLayout"], "Draft"]
+"""`check_submission`, in whichever process."""
 
+PACE_TASKS = 50
+"""Tasks, the newest that ended, from which the pace of the next ones is estimated."""
 STORE_SECONDS = 120.0
 """Longest wait for one call to the store: a merge of a large model may be before it."""
 
@@ -51,6 +59,7 @@ class Service:
         queue: None where there is nobody to share it with: it is opened by the first who asks about tasks, since
             importing what speaks SQL takes as long as all the rest of a command.
         controller, cluster: None when the service is down; then what needs a worker is refused with the next step.
+        check: How a submission is checked; default: in the thread that asks, which nothing can end.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class Service:
         controller: Controller | None = None,
         cluster: Cluster | None = None,
         health: Callable[[], Json] = dict,
+        check: Check | None = None,
     ) -> None:
         self._settings = settings
         self._given_queue = queue
@@ -68,6 +78,9 @@ class Service:
         self._controller = controller
         self._cluster = cluster
         self._health = health
+        self._check = check
+        self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
+        """Sequence number of the log, and the scores under `main` then."""
 
     @cached_property
     def _store(self) -> SubspaceReader:
@@ -98,10 +111,11 @@ class Service:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
         from orchestrator.tasks.admission import admit, check_submission
 
+        check = self._check or check_submission
         controller = self._running("submit")
         if controller.layout is None:
             raise Unavailable("the workers are still loading the base model", todo="try again in a few seconds")
-        with contextlib.closing(check_submission(request.task, self._settings, controller.layout)) as draft:
+        with contextlib.closing(check(request.task, self._settings, controller.layout)) as draft:
             if request.dry_run:
                 return {
                     "accepted": False,
@@ -119,17 +133,25 @@ class Service:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
         records = self._queue.page(states, request.team, request.before, request.limit)
-        places = self._places() if any(record.state is TaskState.QUEUED for record in records) else {}
-        return [self._summary(record, places.get(record.task_id)) for record in records]
+        is_any_queued = any(record.state is TaskState.QUEUED for record in records)
+        places = self._places() if is_any_queued else {}
+        starts = self._starts() if is_any_queued else None
+        scores, problem = self._main_scores(records)
+        return [
+            self._summary(record, places.get(record.task_id), starts)
+            | {"main_score": scores.get(record.task_id), "main_score_problem": problem}
+            for record in records
+        ]
 
     def task(self, request: requests.ShowTask) -> Json:
         """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
         record = self._queue.find(request.reference)
         place = self._places().get(record.task_id) if record.state is TaskState.QUEUED else None
+        starts = self._starts() if place is not None else None
         plot = plot_file(self._settings.state_dir, record)
         return {
-            **self._summary(record, place),
-            "why": why(record, self._surroundings(record, place)),
+            **self._summary(record, place, starts),
+            "why": why(record, self._surroundings(record, place, starts)),
             "result": self._result(record),
             **views.task_details(record, self._queue.events(record.task_id), plot),
         }
@@ -338,15 +360,47 @@ class Service:
             return {}
         return self._controller.places()
 
-    def _summary(self, record: TaskRecord, place: int | None = None) -> Json:
+    def _summary(self, record: TaskRecord, place: int | None = None, starts: Starts | None = None) -> Json:
         progress = self._queue.progress(record.task_id) if views.is_at_work(record) else {}
-        return views.task_summary(record, place, progress)
+        return views.task_summary(record, place, starts.of(place) if starts else None, progress)
 
-    def _surroundings(self, record: TaskRecord, place: int | None) -> Surroundings:
+    def _starts(self) -> Starts | None:
+        """When waiting tasks would start; None where no worker is ready."""
+        controller = self._controller
+        if controller is None or not controller.ready_workers:
+            return None
+        ended = self._queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS)
+        pace = pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
+        now = time.time()
+        left = []
+        for record in self._queue.in_flight():
+            if views.is_at_work(record):
+                told = self._queue.progress(record.task_id).get("seconds_left")
+                usual = (pace.seconds if pace else 0.0) - (now - (record.order_at or record.claimed_at or now))
+                left.append(float(told) if told is not None else usual)
+        return Starts(pace, tuple(left), controller.free_workers)
+
+    def _main_scores(self, records: Sequence[TaskRecord]) -> tuple[Mapping[str, float | None], str]:
+        """Task id to the score under `main` now, of the published ones; and why nobody knows, if so. What is read of
+        the log is kept until the log grows."""
+        if not any(record.state is TaskState.PUBLISHED for record in records):
+            return {}, ""
+        try:
+            state = self._store.refresh()
+        except OnebasisError as error:  # the list of tasks is in the database, and is shown without it
+            return {}, str(error)
+        if self._scored_at[0] != state.seq:
+            scores = newest_scores(state, state.refs[MAIN], self._settings.gate.drift_min)
+            self._scored_at = (state.seq, {t: views.number_or_none(cell.score) for t, cell in scores.items()})
+        return self._scored_at[1], ""
+
+    def _surroundings(self, record: TaskRecord, place: int | None, starts: Starts | None) -> Surroundings:
         controller = self._controller
         return Surroundings(
             is_running=controller is not None,
             place=place,
+            pace=starts.pace if starts else None,
+            starts_in_seconds=starts.of(place) if starts else None,
             free_workers=controller.free_workers if controller else 0,
             idle_causes=tuple(controller.describe_workers().values())
             if controller and not controller.ready_workers
@@ -385,6 +439,29 @@ class Service:
             names = ", ".join(task.name for task in held.values()) or "no tasks"
             raise NotFound(f"version {version} has no task '{reference}'", todo=f"it holds: {names}")
         return found[0]
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What the starts of waiting tasks are estimated from."""
+
+    pace: Pace | None
+    left: tuple[float, ...]
+    """Seconds until each worker that has a task is done."""
+    free: int
+    """Workers that have none."""
+
+    def of(self, place: int | None) -> float | None:
+        """Seconds until the task at a place starts; None where nobody can say."""
+        return None if place is None else starts_in(place, self.left, self.free, self.pace)
+
+
+def _worker_seconds(record: TaskRecord) -> float | None:
+    """How long a task had its worker, from the claim to the adapter; None: it was not trained here."""
+    if record.train_seconds is None or record.spec.method.name == "import":
+        return None
+    start = max(0.0, record.first_step_at - record.claimed_at) if record.first_step_at and record.claimed_at else 0.0
+    return start + record.train_seconds
 
 
 def _check_version(state: SubspaceState, number: int, lowest: int = 1) -> None:

@@ -19,11 +19,14 @@ from subspace_store.subspace_reader import RollbackPreview
 Json = dict[str, Any]
 
 
-def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, Any]) -> Json:
+def task_summary(
+    record: TaskRecord, place: int | None, starts_in_seconds: float | None, progress: Mapping[str, Any]
+) -> Json:
     """A row of `onebasis tasks`.
 
     Args:
         place: In the queue, from 1; None where it does not wait.
+        starts_in_seconds: An estimate; None where it does not wait, or nobody can say.
         progress: What its worker said last; empty where none has it.
     """
     return {
@@ -35,6 +38,7 @@ def task_summary(record: TaskRecord, place: int | None, progress: Mapping[str, A
         "reason": record.reason,
         "trouble": list(record.trouble),
         "place": place,
+        "starts_in_seconds": starts_in_seconds,
         "submitted_at": record.submitted_at,
         "attempt": record.attempt,
         "worker": record.worker if is_at_work(record) else "",
@@ -58,6 +62,7 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
     return {
         "spec": record.spec.model_dump(mode="json"),
         "train_rows": record.train_count,
+        "warnings": list(record.warnings),
         "eval_sha256": record.eval_sha256,
         "adapter": {
             "staging_key": record.staging_key,

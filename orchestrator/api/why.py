@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from orchestrator.scheduling.estimate import Pace
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.log.version import Hold
@@ -18,6 +19,10 @@ class Surroundings:
     """Whether there is a control plane."""
     place: int | None = None
     """In the queue, from 1."""
+    pace: Pace | None = None
+    """How long tasks have a worker here; None: not known."""
+    starts_in_seconds: float | None = None
+    """An estimate; None: nobody can say."""
     free_workers: int = 0
     idle_causes: Collection[str] = ()
     """What the workers do, where none of them is ready."""
@@ -55,5 +60,24 @@ def _why_queued(record: TaskRecord, around: Surroundings) -> str:
     if around.idle_causes:
         return f"no worker is ready: {'; '.join(sorted(set(around.idle_causes)))}"
     ahead = f"{around.place - 1} before it" if around.place else "its turn is coming"
+    workers = "1 worker" if around.free_workers == 1 else f"{around.free_workers} workers"
     note = f"; last attempt: {record.reason}" if record.reason else ""
-    return f"place {around.place}: {ahead}, {around.free_workers} workers free{note}"
+    return f"place {around.place}: {ahead}, {workers} free; {_start(around)}{note}"
+
+
+def _start(around: Surroundings) -> str:
+    if around.pace is None or around.starts_in_seconds is None:
+        return "when it starts nobody can say: no task has been trained here yet"
+    if around.pace.count == 1:
+        basis = f"the one task before took {duration(around.pace.seconds)}"
+    else:
+        basis = f"the median of the last {around.pace.count} tasks is {duration(around.pace.seconds)}"
+    start = "at once" if around.starts_in_seconds < 1 else f"in about {duration(around.starts_in_seconds)}"
+    return f"starts {start} ({basis})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as precise as an estimate is."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

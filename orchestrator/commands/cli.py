@@ -109,7 +109,7 @@ def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 @command
 def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Show whether the service is up, what its workers do, and how many tasks are in which state."""
-    show(Client(state_dir).ask(Status()), display.status, as_json)
+    show(_client(state_dir).ask(Status()), display.status, as_json)
 
 
 @waiting_command
@@ -153,7 +153,7 @@ def import_(
     document = {
         "team": team,
         "name": name,
-        "base_model": base_model or Client(state_dir).ask(Status())["base_model"],
+        "base_model": base_model or _client(state_dir).ask(Status())["base_model"],
         "method": {"name": "import", "adapter": str(adapter.resolve())},
         "data": data,
     }
@@ -171,7 +171,7 @@ def tasks(
     as_json: AsJson = False,
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
-    client = Client(state_dir)
+    client = _client(state_dir)
     asked = ListTasks(team=team, state=_state(state), before=before, limit=limit)
     if watch and as_json:
         while any(row["state"] not in ENDS for row in client.ask(asked)):
@@ -187,13 +187,13 @@ def tasks(
 @command
 def task(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Show one task: state and why, place, progress, result, events."""
-    show(Client(state_dir).ask(ShowTask(reference=reference)), display.task, as_json)
+    show(_client(state_dir).ask(ShowTask(reference=reference)), display.task, as_json)
 
 
 @command
 def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Stop a task that is not part of a version yet."""
-    answer = Client(state_dir).ask(Cancel(reference=reference, by=me()))
+    answer = _client(state_dir).ask(Cancel(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
           else f"{a['title']}: {a['state']}"), as_json)  # fmt: skip
 
@@ -201,7 +201,7 @@ def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJso
 @command
 def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Take the worker from a running task, which writes a checkpoint, keeps its place and goes on from there."""
-    answer = Client(state_dir).ask(Preempt(reference=reference, by=me()))
+    answer = _client(state_dir).ask(Preempt(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}" + (", writing a checkpoint" if a["state"] == "training"
           else "")), as_json)  # fmt: skip
 
@@ -214,7 +214,7 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
-    client, after, lines = Client(state_dir), 0, []
+    client, after, lines = _client(state_dir), 0, []
     while True:
         new = client.ask(ReadLog(reference=reference, after=after))
         after = new[-1]["event_id"] if new else after
@@ -231,7 +231,7 @@ def logs(
 @command
 def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """List the subspace's versions."""
-    show(Client(state_dir).ask(ListVersions()), version_tables.versions, as_json)
+    show(_client(state_dir).ask(ListVersions()), version_tables.versions, as_json)
 
 
 @command
@@ -241,7 +241,7 @@ def version(
     as_json: AsJson = False,
 ) -> None:
     """Show one version: its tasks with scores and drift, ranks, what is stored."""
-    show(Client(state_dir).ask(ShowVersion(version=number)), version_tables.version, as_json)
+    show(_client(state_dir).ask(ShowVersion(version=number)), version_tables.version, as_json)
 
 
 @command
@@ -252,7 +252,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show what changed between two versions."""
-    show(Client(state_dir).ask(Diff(old=old, new=new)), version_tables.diff, as_json)
+    show(_client(state_dir).ask(Diff(old=old, new=new)), version_tables.diff, as_json)
 
 
 @command
@@ -265,7 +265,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
-    client = Client(state_dir)
+    client = _client(state_dir)
     if preview:
         answer = client.ask(PreviewRollback(version=number))
     else:
@@ -287,7 +287,7 @@ def export(
     """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
-    packed = Client(state_dir).ask(Export(reference=reference, version=number))
+    packed = _client(state_dir).ask(Export(reference=reference, version=number))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -311,7 +311,7 @@ def scores(
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
-    show(Client(state_dir).ask(ShowScores(version=number)), version_tables.scores, as_json)
+    show(_client(state_dir).ask(ShowScores(version=number)), version_tables.scores, as_json)
 
 
 @app.command("store", context_settings=RAW, add_help_option=False)
@@ -320,7 +320,7 @@ def store(context: typer.Context) -> None:
     from subspace_store.commands import app as store_cli
 
     def ask(state_dir: Path, request: StoreRequest[Any]) -> dict[str, Any]:
-        return Client(state_dir).ask(request)
+        return _client(state_dir).ask(request)
 
     token = store_cli.SERVICE.set(ask)
     try:
@@ -330,7 +330,7 @@ def store(context: typer.Context) -> None:
 
 
 def _submit(task: TaskSpec, wait: bool, dry_run: bool, state_dir: Path, as_json: bool) -> None:
-    client = Client(state_dir)
+    client = _client(state_dir)
     answer = client.ask(Submit(task=task, dry_run=dry_run, by=me()))
     if dry_run or not wait:
         show(answer, display.submitted, as_json)
@@ -343,6 +343,10 @@ def _submit(task: TaskSpec, wait: bool, dry_run: bool, state_dir: Path, as_json:
         time.sleep(WATCH_SECONDS)
     show(found, display.task, as_json)
     raise typer.Exit(ENDS[found["state"]])
+
+
+def _client(state_dir: Path) -> Client:
+    return Client(state_dir, lambda seconds: note(f"the service is alive and at work on it ({seconds:.0f} s)"))
 
 
 def _state(name: str | None) -> TaskState | None:

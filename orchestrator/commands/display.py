@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from configs.errors import row_of
-from subspace_store.commands.terminal import console, errors
+from orchestrator.api.why import duration
+from subspace_store.commands.terminal import console, counted, decimals, errors, shown
 
 Json = dict[str, Any]
 
@@ -25,7 +25,7 @@ COLOURS = {
 }  # fmt: skip
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
-DROPPED_FIRST = ("id", "MB", "rows/s", "version", "tokens/s", "score", "loss")
+DROPPED_FIRST = ("id", "MB", "rows/s", "version", "starts in", "in main", "tokens/s", "own", "loss")
 """Columns of the tasks' table in the order in which a narrow terminal goes without them: `team/name` is a name too."""
 NOTE_WIDTH = 24
 """Room that the last column is given at least, if it has so much to say."""
@@ -38,33 +38,34 @@ def status(answer: Json) -> None:
     console.print(f"onebasis is {state}: base model {answer['base_model']}, main is version {answer['main']}")
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
-        reason = escape(held["reason"] or "no reason given")
+        reason = shown(held["reason"] or "no reason given")
         console.print(
-            f"  [yellow]main is held[/yellow] by {escape(held['actor'])} since {since}: {reason}"
+            f"  [yellow]main is held[/yellow] by {shown(held['actor'])} since {since}: {reason}"
             " (`onebasis store release` lets it move)",
             soft_wrap=True,
         )
         _print_rows("held")
     console.print(f"  tasks    {counted}")
-    console.print(f"  store    {escape(answer['storage'])}", soft_wrap=True)
-    console.print(f"  mlflow   {escape(answer['mlflow'])}", soft_wrap=True)
+    console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
+    console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
-        console.print(f"  {worker} {escape(what)}", soft_wrap=True)
+        console.print(f"  {worker} {shown(what)}", soft_wrap=True)
     if answer.get("alarm"):
-        console.print(f"  [red]ALARM[/red] {escape(answer['alarm'])}", soft_wrap=True)
+        console.print(f"  [red]ALARM[/red] {shown(answer['alarm'])}", soft_wrap=True)
     for told in answer.get("unreadable_tasks", ()):
-        console.print(f"  [red]ALARM[/red] {escape(told)}", soft_wrap=True)
+        console.print(f"  [red]ALARM[/red] {shown(told)}", soft_wrap=True)
     if answer.get("mlflow_error"):
-        console.print(f"  [yellow]MLflow is behind:[/yellow] {escape(answer['mlflow_error'])}")
+        console.print(f"  [yellow]MLflow is behind:[/yellow] {shown(answer['mlflow_error'])}")
 
 
 def submitted(answer: Json) -> None:
     """`onebasis submit`."""
     for warning in answer["warnings"]:
-        errors.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+        errors.print(f"[yellow]warning:[/yellow] {shown(warning)}")
     if answer.get("dry_run"):
         console.print(
-            f"{answer['title']} is fine: {answer['train_rows']} training rows, {answer['eval_rows']} evaluation rows"
+            f"{answer['title']} is fine: {counted(answer['train_rows'], 'training row')},"
+            f" {counted(answer['eval_rows'], 'evaluation row')}"
         )
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
@@ -73,40 +74,49 @@ def submitted(answer: Json) -> None:
 
 def tasks(answer: Sequence[Json]) -> None:
     """`onebasis tasks`."""
-    console.print(_task_table(answer) if answer else "no tasks yet; `onebasis submit TASK.yaml`")
+    if not answer:
+        console.print("no tasks yet; `onebasis submit TASK.yaml`")
+        return
+    console.print(_task_table(answer))
+    if any(row["local_score"] is not None for row in answer):
+        console.print("own: score with the own adapter, before merging; in main: score in main now")
+    if problem := next((row["main_score_problem"] for row in answer if row.get("main_score_problem")), ""):
+        errors.print(f"[yellow]main's scores are not known:[/yellow] {shown(problem)}", soft_wrap=True)
 
 
 def task(answer: Json) -> None:
     """`onebasis task`."""
-    console.print(f"[bold]{answer['title']}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
-    console.print(f"  {escape(answer['why'])}", soft_wrap=True)
+    console.print(f"[bold]{shown(answer['title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
+    console.print(f"  {shown(answer['why'])}", soft_wrap=True)
     _print_rows(*answer["trouble"])
     if answer["progress"]:
-        console.print(f"  progress   {_progress(answer)}")
+        console.print(f"  progress   {shown(_progress(answer))}")
     if answer["local_score"] is not None:
         own, base = score_text(answer["local_score"]), score_text(answer["base_score"])
-        rows = f"{answer['eval_rows']} rows"
+        rows = counted(answer["eval_rows"], "row")
         console.print(f"  {answer['metric']:10} {own} own adapter · {base} same head without adapter · {rows}")
-    if others := [f"{name} {value:.4f}" for name, value in answer["metrics"].items() if name != answer["metric"]]:
+    if others := [f"{name} {decimals(value)}" for name, value in answer["metrics"].items() if name != answer["metric"]]:
         console.print(f"  also       {' · '.join(others)} own adapter", soft_wrap=True)
     if (result := answer["result"]) is not None:
         console.print(
             f"  in main    {score_text(result['score_under_main'])} now (version {result['main']}) · "
             f"{score_text(result['score_at_birth'])} at birth (version {result['version']})"
         )
+    for warning in answer["warnings"]:
+        console.print(f"  [yellow]warning[/yellow]    {shown(warning)}", soft_wrap=True)
     _print_training(answer["training"])
     for event in answer["events"]:
-        console.print(f"  {_clock(event['at'])}  {event['kind']:16} {escape(event['text'])}", soft_wrap=True)
+        console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(event['text'])}", soft_wrap=True)
 
 
 def log_lines(events: Sequence[Json]) -> None:
     """`onebasis logs`."""
     for event in events:
         if event["kind"] == "progress":
-            text = _point(json.loads(event["text"]))
+            text = _point_of(event["text"])
         else:
             text = event["text"] if event["kind"] == "log" else f"{event['kind']}: {event['text']}"
-        console.print(f"{_clock(event['at'])}  {escape(text)}", soft_wrap=True)
+        console.print(f"{_clock(event['at'])}  {shown(text)}", soft_wrap=True)
 
 
 def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
@@ -145,7 +155,9 @@ def _task_table(rows: Sequence[Json]) -> Table:
         "tokens/s": [_told(row, "tokens_per_second", ",.0f") for row in rows],
         "MB": [f"{row['progress']['memory_bytes'] / 1e6:,.0f}" if _told(row, "memory_bytes") else "" for row in rows],
         "left": [_left(row) for row in rows],
-        "score": [score_text(row["local_score"]) for row in rows],
+        "starts in": [_starts_in(row) for row in rows],
+        "own": [score_text(row["local_score"]) for row in rows],
+        "in main": [score_text(row.get("main_score")) for row in rows],
         "version": [f"v{row['version']}" if row["version"] else "–" for row in rows],
         "": [_note(row) for row in rows],
     }
@@ -158,7 +170,7 @@ def _task_table(rows: Sequence[Json]) -> Table:
     for name in widths:
         table.add_column(name, no_wrap=bool(name), justify="left" if name in ("id", "task", "state", "") else "right")
     for index in range(len(rows)):
-        texts = {name: escape(cells[name][index]) for name in widths}
+        texts = {name: shown(cells[name][index]) for name in widths}
         table.add_row(*(coloured(text) if name == "state" else text for name, text in texts.items()))
     return table
 
@@ -168,7 +180,12 @@ def _step(row: Json) -> str:
 
 
 def _left(row: Json) -> str:
-    return _duration(row["progress"]["seconds_left"]) if _told(row, "seconds_left") else ""
+    return duration(row["progress"]["seconds_left"]) if _told(row, "seconds_left") else ""
+
+
+def _starts_in(row: Json) -> str:
+    seconds = row.get("starts_in_seconds")
+    return "" if seconds is None else duration(seconds)
 
 
 def _brief(row: Json) -> str:
@@ -199,7 +216,7 @@ def _print_training(training: Json) -> None:
         start = training["submit_to_first_step_seconds"]
         resumed = f", resumed from step {training['resumed_from']}" if training["resumed_from"] else ""
         console.print(
-            f"  training   {training['steps']} steps in {training['seconds']:.1f} s"
+            f"  training   {counted(training['steps'], 'step')} in {training['seconds']:.1f} s"
             + (f", first step {start:.2f} s after submission" if start is not None else "")
             + resumed
         )
@@ -208,19 +225,19 @@ def _print_training(training: Json) -> None:
         trained = training["trainable_parameters"]
         console.print(
             f"  method     {training['method']}{basis}"
-            + (f" · {trained:,} numbers trained beside the head" if trained else "")
+            + (f" · {counted(trained, 'number')} trained beside the head" if trained else "")
         )
     if training["refined_seconds"] is not None:
         console.print(f"  refined    its coefficients, after merging, in {training['refined_seconds']:.1f} s")
     if training["share_full"]:
         console.print("  share-full its rows are kept, to refine it again when a merge moves it: not strict")
     if training["unrefined"]:
-        console.print(f"  unrefined  {escape(training['unrefined'])}", soft_wrap=True)
+        console.print(f"  unrefined  {shown(training['unrefined'])}", soft_wrap=True)
         _print_rows("unrefined")
     if (last := training["last_point"]) is not None:
         console.print(f"  last told  {_point(last)}", soft_wrap=True)
     if training["plot"]:
-        console.print(f"  loss plot  {escape(training['plot'])}", soft_wrap=True)
+        console.print(f"  loss plot  {shown(training['plot'])}", soft_wrap=True)
 
 
 def _progress(row: Json) -> str:
@@ -232,23 +249,25 @@ def _progress(row: Json) -> str:
     return f"{progress['phase']} {_point(progress)}"
 
 
+def _point_of(text: str) -> str:
+    """A point of the curves that an event keeps; as it is where another release wrote it in another way."""
+    try:
+        return _point(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return text
+
+
 def _point(told: Json) -> str:
     """Step, loss, learning rate, speed, memory, end: what of them was told."""
     steps = f"/{told['steps']}" if told.get("steps") else ""
     forms = (
-        ("loss", "loss {:.4f}"), ("learning_rate", "learning rate {:.2e}"), ("samples_per_second", "{:,.1f} rows/s"),
+        ("loss", "loss {:z.4f}"), ("learning_rate", "learning rate {:.2e}"), ("samples_per_second", "{:,.1f} rows/s"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
     )  # fmt: skip
     parts = [form.format(told[name]) for name, form in forms if told.get(name) is not None]
     memory = [size_text(told["memory_bytes"])] if told.get("memory_bytes") else []
-    left = [f"{_duration(told['seconds_left'])} left"] if told.get("seconds_left") is not None else []
+    left = [f"{duration(told['seconds_left'])} left"] if told.get("seconds_left") is not None else []
     return " · ".join([f"step {told['step']}{steps}", *parts, *memory, *left])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _share(row: Json) -> float:
@@ -268,7 +287,7 @@ def coloured(state: str) -> str:
 
 
 def score_text(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else decimals(value)
 
 
 def size_text(count: float) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.commands.display import Json, coloured, score_text, size_text
-from subspace_store.commands.terminal import console
+from subspace_store.commands.terminal import console, counted, decimals, shown
 
 
 def versions(answer: Sequence[Json]) -> None:
@@ -21,7 +20,7 @@ def versions(answer: Sequence[Json]) -> None:
         table.add_column(name, justify="left" if name in ("status", "added") else "right", no_wrap=name != "added")
     for row in answer:
         refs = [f"← {name}" for name in row["refs"] if name == "main" or "main" not in row["refs"]]
-        brought = ", ".join([*row["added"], *(f"{name} refined" for name in row["refined"])])
+        brought = shown(", ".join([*row["added"], *(f"{name} refined" for name in row["refined"])]))
         table.add_row(
             str(row["version"]), str(row["parent"]), " ".join([coloured(row["status"]), *refs]),
             brought, str(row["task_count"]), str(row["rank_max"]),
@@ -30,9 +29,9 @@ def versions(answer: Sequence[Json]) -> None:
     console.print(table)
     for row in answer:
         if row["reason"]:
-            console.print(f"version {row['version']} was rejected: {escape(row['reason'])}", soft_wrap=True)
+            console.print(f"version {row['version']} was rejected: {shown(row['reason'])}", soft_wrap=True)
         if row["remakes"]:
-            without = escape(", ".join(row["removed"]))
+            without = shown(", ".join(row["removed"]))
             console.print(f"version {row['version']} is version {row['remakes']} without {without}", soft_wrap=True)
 
 
@@ -45,9 +44,9 @@ def version(answer: Json) -> None:
     for row in answer["tasks"]:
         refined = f", refined v{row['made_in']}" if row["made_in"] > row["birth"] else ""
         table.add_row(
-            row["title"], f"v{row['birth']}{refined}", score_text(row["score"]), str(row["rows"] or "–"),
+            shown(row["title"]), f"v{row['birth']}{refined}", score_text(row["score"]), str(row["rows"] or "–"),
             f"v{row['measured_at']}" if row["measured_at"] else "–",
-            f"{row['error_at_birth']:.4f}", f"{row['drift_bound']:.4f}",
+            decimals(row["error_at_birth"]), decimals(row["drift_bound"]),
         )  # fmt: skip
     console.print()
     console.print(table)
@@ -62,14 +61,14 @@ def diff(answer: Json) -> None:
     added, removed = ([item["name"] for item in answer[name]] for name in ("added", "removed"))
     for name in dict.fromkeys([*added, *removed]):
         sign = "~" if name in added and name in removed else "+" if name in added else "-"
-        console.print(f"{sign} {name}" + (" (refined, or merged anew)" if sign == "~" else ""))
+        console.print(f"{sign} {shown(name)}" + (" (refined, or merged anew)" if sign == "~" else ""))
     table = Table(box=None, pad_edge=False)
     for name in ("task", "score before", "score after", "drift (at most)"):
         table.add_column(name)
     drift = {titles.get(task_id, task_id): value for task_id, value in answer["drift_bound"].items()}
     for title, (before, after) in sorted(answer["scores"].items()):
         moved = drift.get(title)
-        table.add_row(title, score_text(before), score_text(after), "–" if moved is None else f"{moved:.5f}")
+        table.add_row(shown(title), score_text(before), score_text(after), "–" if moved is None else decimals(moved, 5))
     console.print(table)
 
 
@@ -82,7 +81,7 @@ def rollback(answer: Json) -> None:
         console.print(f"main {verb} from version {answer['from_version']} to version {answer['to_version']}")
         for name, words in (("vanishing", "vanishes"), ("returning", "returns")):
             for title in answer[name]:
-                console.print(f"  {title} {words}")
+                console.print(f"  {shown(title)} {words}")
         if not answer["vanishing"] and not answer["returning"]:
             console.print("  no task vanishes or returns")
         if not answer["preview"]:
@@ -101,7 +100,7 @@ def scores(answer: Json) -> None:
     )
     table.add_column("")
     for column in answer["tasks"]:
-        team, _, name = column["title"].partition("/")
+        team, _, name = shown(column["title"]).partition("/")
         table.add_column(f"{team}/\n{name}", justify="right")
     for label, key in (("base", "base"), ("own adapter", "local")):
         table.add_row(f"[dim]{label}[/dim]", *(f"[dim]{score_text(column[key])}[/dim]" for column in answer["tasks"]))
@@ -121,7 +120,9 @@ def scores(answer: Json) -> None:
     mark = " · ' carried over, the task hardly moved" if carried else ""
     console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
     if full := [column["title"] for column in answer["tasks"] if column["share_full"]]:
-        console.print(f"[dim]not strict, may be trained again on their own rows (share_full): {', '.join(full)}[/dim]")
+        console.print(
+            f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
+        )
     console.print()
     _print_figures(answer["by_version"][-1])
     _print_footprint(answer["footprint"])
@@ -139,8 +140,11 @@ def _print_figures(figures: Json) -> None:
         if mean["value"] is None:
             console.print(f"{'–':>17}  {meaning} (nothing to compare yet)", soft_wrap=True)
             continue
-        width = f" ±{mean['half_width_95']:.4f}" if mean["half_width_95"] is not None else ""
-        console.print(f"{mean['value']:+.4f}{width:9}  {meaning} (n = {mean['n']} tasks)", soft_wrap=True)
+        width = f" ±{decimals(mean['half_width_95'])}" if mean["half_width_95"] is not None else ""
+        console.print(
+            f"{decimals(mean['value'], sign=True)}{width:9}  {meaning} (n = {counted(mean['n'], 'task')})",
+            soft_wrap=True,
+        )
 
 
 def _print_footprint(footprint: Json) -> None:

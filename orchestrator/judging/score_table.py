@@ -7,10 +7,10 @@ moved keeps its score unmeasured; such a cell says at which version it was measu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from subspace_store.log.version import SubspaceState
+from subspace_store.log.version import SubspaceState, Version
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,57 @@ def score_table(state: SubspaceState, version: int, drift_max: float) -> ScoreTa
         drift_max: A score is carried over while the task's accumulated relative drift since it was measured is
             below this.
     """
-    lineage = state.lineage(version)
+    cells: dict[int, Mapping[str, Cell]] = {}
     tasks: list[str] = []
-    cells: dict[int, dict[str, Cell]] = {}
-    last: dict[str, Cell] = {}
-    drifted: dict[str, float] = {}
-    for row in lineage:
+    for row, known in _along(state, version, drift_max):
+        cells[row.number] = known.cells()
+        tasks += [task.task_id for task in row.added]
+    return ScoreTable(tuple(cells), tuple(tasks), state.births(version), cells)
+
+
+def newest_scores(state: SubspaceState, version: int, drift_max: float) -> Mapping[str, Cell]:
+    """The row of a version alone: task id to its score there, of those that have one.
+
+    Cost:
+        One number for each task and version of the lineage; a table costs a record for each.
+    """
+    known = _Known(drift_max)
+    for _, now in _along(state, version, drift_max):
+        known = now
+    return known.cells()
+
+
+@dataclass
+class _Known:
+    """What is known of the scores at some row of the lineage."""
+
+    drift_max: float
+    last: dict[str, Cell] = field(default_factory=dict)
+    """The newest measurement of each task."""
+    drifted: dict[str, float] = field(default_factory=dict)
+    """How far each task has moved since."""
+
+    def cells(self) -> Mapping[str, Cell]:
+        """Those that hold, measured there or carried over."""
+        drifted = self.drifted
+        return {t: cell for t, cell in self.last.items() if drifted.get(t, 0.0) < self.drift_max or not drifted[t]}
+
+
+def _along(state: SubspaceState, version: int, drift_max: float) -> Iterator[tuple[Version, _Known]]:
+    """The versions of a lineage, oldest first, and what is known then; the second is one object that changes."""
+    tasks: list[str] = []
+    known = _Known(drift_max)
+    for row in state.lineage(version):
         # The drifts of a row are those of the tasks that were there before, in the order in which they came.
         for task_id, drift in zip(tasks, row.drift, strict=bool(row.drift)):
-            drifted[task_id] = drifted.get(task_id, 0.0) + drift
+            known.drifted[task_id] = known.drifted.get(task_id, 0.0) + drift
         tasks += [task.task_id for task in row.added]
         for task in row.refined:  # another adapter than the one that was measured
-            last.pop(task.task_id, None)
+            known.last.pop(task.task_id, None)
         for task_id, measured in state.scores.get(row.number, {}).items():
-            last[task_id] = Cell(measured.score, measured.count, row.number)
-            drifted[task_id] = 0.0
-        cells[row.number] = {t: cell for t, cell in last.items() if drifted.get(t, 0.0) < drift_max or not drifted[t]}
-    return ScoreTable(tuple(v.number for v in lineage), tuple(tasks), state.births(version), cells)
+            known.last[task_id] = Cell(measured.score, measured.count, row.number)
+            known.drifted[task_id] = 0.0
+        yield row, known
 
 
 def evaluations_due(state: SubspaceState, version: int, drift_max: float) -> tuple[str, ...]:

@@ -166,6 +166,7 @@ def admit(
         eval_count=draft.eval_count,
         eval_sha256=draft.eval_sha256,
         content_sha256=content,
+        warnings=draft.warnings,
     )
     if rows.train:
         rows.train.write(storage, record.train_key)

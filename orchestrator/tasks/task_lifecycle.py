@@ -155,6 +155,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 local_score=_measured(outcome.local_score),
                 base_score=_measured(outcome.base_score),
                 metrics={name: value for name, value in outcome.metrics.items() if value == value},
+                warnings=tuple(dict.fromkeys((*record.warnings, *outcome.warnings))),
                 method=outcome.method,
                 trainable_parameters=outcome.trainable_parameters,
                 basis_version=outcome.basis_version,

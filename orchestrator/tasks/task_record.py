@@ -64,6 +64,8 @@ class TaskRecord(Section):
     eval_sha256: str = ""
     content_sha256: str = ""
     """What makes the submission this one, see `admission.content_sha256`; empty in records of release 0.3."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on what was doubtful at submission, and on what training made doubtful."""
 
     state: TaskState = TaskState.QUEUED
     revision: int = 0

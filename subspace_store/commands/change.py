@@ -26,7 +26,7 @@ from subspace_store.commands.place import (
     write,
     writer_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, me, note, show
+from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, counted, me, note, show
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE
@@ -185,17 +185,17 @@ def expire(
         raise InvalidInput("name the versions, or say with --keep-last how many stay")
     numbers = expirable(state, keep_last, now) if keep_last is not None else [*map(state.resolve, versions or ())]
     judged = judge_expiry(state, numbers, now)
-    listed = ", ".join(map(str, numbers))
+    named = f"version{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
     if yes and judged:
         change(
             place,
             force,
             as_json,
-            f"expired: versions {listed}",
+            f"expired: {named}",
             Expire(versions=tuple(numbers), op_key=op_key, actor=me()),
         )
     else:
-        text = f"would expire: versions {listed} (--yes does it)" if judged else "nothing can expire"
+        text = f"would expire: {named} (--yes does it)" if judged else "nothing can expire"
         show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)
 
 
@@ -215,7 +215,7 @@ def drop_adapters(
     task_ids = [task_id_of(reader, task) for task in tasks]
     found = droppable(reader.state, task_ids)
     size = sum(task.adapter.size_bytes for task in found.values())
-    what = f"{len(found)} adapters, {size / 1e6:.1f} MB"
+    what = f"{counted(len(found), 'adapter')}, {size / 1e6:.1f} MB"
     if yes and found:
         change(
             place, force, as_json, f"let go: {what}", DropAdapters(task_ids=tuple(task_ids), op_key=op_key, actor=me())
@@ -244,9 +244,9 @@ def collect(
             console.print(key, soft_wrap=True, markup=False)
         verb = "deleted" if found.deleted else "would delete"
         end = "" if found.deleted or not found.keys else " (--really does it)"
-        note(f"{verb} {len(found.keys)} objects, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
+        note(f"{verb} {counted(len(found.keys), 'object')}, {found.size_bytes / 1e6:.1f} MB that the log knows of{end}")
         if found.abandoned:
-            note(f"gave up {found.abandoned} writes that were begun and never finished")
+            note(f"gave up {counted(found.abandoned, 'unfinished write')}")
 
     show(asdict(found), as_text, as_json)
 
@@ -276,7 +276,7 @@ def remove(
             raise NotFound(f"the candidate, version {candidate}, does not hold {task}", place.storage.url)
         again = [v.number for v in state.lineage(candidate) if v.number >= held[task_id].version]
         if not yes:
-            text = f"would make {len(again)} versions again, from {again[0]} on (--yes does it)"
+            text = f"would make {counted(len(again), 'version')} again, from {again[0]} on (--yes does it)"
             show({"task_id": task_id, "versions": again, "removed": False}, lambda _: note(text), as_json)
             return
         # The same task of the same candidate is the same request: interrupted, the command goes on. A request that was

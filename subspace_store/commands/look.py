@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from configs.errors import Corrupt, InvalidInput
 from subspace_store.commands.place import (
@@ -20,7 +19,7 @@ from subspace_store.commands.place import (
     reader_at,
     until_text,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, note, show
+from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, counted, decimals, note, show, shown
 from subspace_store.log.version import CANDIDATE, MAIN
 
 
@@ -34,9 +33,9 @@ def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson =
     def as_text(_: object) -> None:
         for check in checks:
             mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
-            console.print(f"{mark} {check.name}: {escape(check.what)}", soft_wrap=True)
+            console.print(f"{mark} {check.name}: {shown(check.what)}", soft_wrap=True)
             if check.todo:
-                console.print(f"     → {escape(check.todo)}", soft_wrap=True)
+                console.print(f"     → {shown(check.todo)}", soft_wrap=True)
 
     show([asdict(check) for check in checks], as_text, as_json)
     if not all(check.ok for check in checks):
@@ -58,7 +57,7 @@ def verify(
 
     def as_text(_: object) -> None:
         for finding in findings:
-            console.print(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}", soft_wrap=True)
+            console.print(f"[red]{shown(finding.where)}[/red]: {shown(finding.what)}", soft_wrap=True)
         if not findings:
             console.print(f"{reader.storage.url} is as its log says", soft_wrap=True)
 
@@ -130,12 +129,12 @@ def forecast(
 
     def as_text(_: object) -> None:
         arriving = [
-            (name, f"{error:.4f}", f"{found.spanned[name]:.1%}") for name, error in found.error_at_birth.items()
+            (name, decimals(error), f"{found.spanned[name]:.1%}") for name, error in found.error_at_birth.items()
         ]
         print_table(("would arrive", "error at birth", "energy in the basis already"), arriving, "")
         console.print()
         held = [
-            (names[task], f"{drift:.4f}", f"{found.error_bound[task]:.4f}")
+            (names[task], decimals(drift), decimals(found.error_bound[task]))
             for task, drift in sorted(found.drift.items(), key=lambda item: -item[1])
         ]
         print_table(("is there", "would drift", "error at most"), held, f"version {found.parent} holds no tasks")
@@ -170,7 +169,7 @@ def export(
     found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
 
     def as_text(_: object) -> None:
-        note(f"{len(found)} adapters in {output}; {output / 'adapters.json'} lists them")
+        note(f"{counted(len(found), 'adapter')} in {output}; {output / 'adapters.json'} lists what is there")
         # A file for diffusers was a LoRA of diffusers, and nobody expects a language model's server to load it.
         reasons = [(loader, why) for one in found if one.format == "peft" for loader, why in one.refused_by.items()]
         for loader, why in dict.fromkeys(reason for reason in reasons if reason[0] != "diffusers"):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
@@ -24,7 +23,7 @@ from configs.places import storage as storage_place
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
-from subspace_store.commands.terminal import command_of, console, me, new_app, note, show
+from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown
 from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
@@ -46,7 +45,7 @@ Force = Annotated[
 OpKey = Annotated[
     str,
     typer.Option(
-        "--op-key", metavar="KEY", help="Key of the request; begins with the command's name. Repeated, it is done once."
+        "--op-key", metavar="KEY", help="Begins with the command's name. Asked again under it, it is done once."
     ),
 ]
 FixedRank = Annotated[
@@ -188,7 +187,7 @@ def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], nothi
     for name in columns:
         table.add_column(name, no_wrap=bool(name))
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(shown, row))
     console.print(table)
 
 

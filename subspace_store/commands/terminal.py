@@ -1,6 +1,8 @@
 """What all commands share: where they print, how they end, the options that each of them has.
 
-Which commands there are is in orchestrator/cli.py and subspace_store/cli.py.
+Which commands there are is in orchestrator/commands/cli.py and subspace_store/commands/app.py. What is printed may come
+from anywhere (a reason, a file's name, a line of a worker's log): both consoles show a character that would move the
+cursor or change colours as an escape, so that no command has to think of it.
 """
 
 from __future__ import annotations
@@ -9,16 +11,18 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 
 from configs.errors import Exit, OnebasisError, row_of
 from configs.places import home
+from configs.plain_text import escaped
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 StateDir = Annotated[
@@ -26,9 +30,34 @@ StateDir = Annotated[
 ]
 STATE_DIR = Path(".onebasis")
 
+
+class PlainConsole(Console):
+    """Shows each character that is no plain text as an escape. The commands' own colours are styles, not characters,
+    and stay."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escaped(segment.text), segment.style)
+
+
 # A pipe or a log file has no width: tables there are as wide as they need.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-errors = Console(stderr=True, highlight=False)
+console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else 160)
+errors = PlainConsole(stderr=True, highlight=False)
+
+
+def shown(text: str) -> str:
+    """What somebody else wrote, to stand between our own words and colours, with its width known to a table."""
+    return escape(escaped(text))
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 adapter`, `2 adapters`, `3,000 copies`. plural: Where it is not the noun and an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def decimals(value: float, digits: int = 4, sign: bool = False) -> str:
+    """A number with so many decimals, and no −0: what rounds to nothing has no sign of its own."""
+    return format(value, f"{'+' if sign else ''}z.{digits}f")
 
 
 EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"{code:5}  {code.meaning}" for code in Exit)
@@ -109,5 +138,5 @@ def error(problem: OnebasisError) -> None:
 
 
 def me() -> str:
-    """Who types, for records that name an actor."""
-    return os.environ.get("USER") or f"uid {os.getuid()}"
+    """Name of the person who types, for records that keep it."""
+    return escaped(os.environ.get("USER", "")) or f"uid {os.getuid()}"

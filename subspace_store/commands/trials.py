@@ -23,7 +23,7 @@ from subspace_store.commands.place import (
     print_table,
     reader_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, errors, note, show
+from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, decimals, errors, note, show
 from subspace_store.log.version import MAIN
 
 TRACE_LINES = 40
@@ -62,7 +62,7 @@ def compare(
     def as_text(_: object) -> None:
         columns = ("", "mean error", "worst", "numbers stored")
         rows = [
-            (variant, f"{statistics.fmean(its):.4f}", f"{max(its):.4f}", f"{found[variant].stored_numbers:,}")
+            (variant, decimals(statistics.fmean(its)), decimals(max(its)), f"{found[variant].stored_numbers:,}")
             for variant, its in errors_of.items()
         ]
         print_table(columns, rows, "")
@@ -92,7 +92,7 @@ def reorder(
 
     def as_text(_: object) -> None:
         def row(name: str, given: float, over: Spread, at_once: float) -> tuple[str, ...]:
-            return name, *(f"{error:.4f}" for error in (given, over.low, over.median, over.high, at_once))
+            return name, *(decimals(error) for error in (given, over.low, over.median, over.high, at_once))
 
         columns = ("error of", "one by one", "least", "median", "most", "all at once")
         print_table(columns, [row(*line) for line in lines], "")

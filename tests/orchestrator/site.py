@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import yaml
 
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import ShowTask, Submit
-from orchestrator.api.server import api
+from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
 from tests.builders import rows, task_document, write_rows
 from tests.orchestrator.plant import Plant
@@ -43,7 +42,7 @@ class Site:
         )
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(api(self.service, TOKEN), log_level="warning", access_log=False))
+        self._server = http_server(api(self.service, TOKEN))
         self._http = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._http.start()
         (folder / "settings.yaml").write_text(yaml.safe_dump(self.plant.settings.model_dump(mode="json")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import time
 import zipfile
@@ -107,6 +108,7 @@ def test_tasks_are_listed_and_chosen(site: Site) -> None:
         ("red/alpha", "published", 1),
         ("blue/beta", "published", 2),
     ]
+    assert [(t["local_score"], t["main_score"]) for t in site.client.ask(ListTasks())] == [(0.9, 0.9), (0.9, 0.9)]
     assert [t["title"] for t in site.client.ask(ListTasks(team="blue"))] == ["blue/beta"]
     assert site.client.ask(ListTasks(state=TaskState("parked"))) == []
 
@@ -229,7 +231,9 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
         site.wait_for("red/two", "training")
         waiting = site.client.ask(ShowTask(reference="red/three"))
         assert (waiting["state"], waiting["place"]) == ("queued", 1)
-        assert waiting["why"] == "place 1: 0 before it, 0 workers free"
+        start = r"starts (at once|in about \d s) \(the median of the last 2 tasks is 2 s\)"
+        assert re.fullmatch(rf"place 1: 0 before it, 0 workers free; {start}", waiting["why"])
+        assert 0 <= waiting["starts_in_seconds"] <= 2
         assert site.client.ask(Cancel(reference="red/three", by="ann"))["state"] == "cancelled"
         rows, until = f"data/{waiting['task_id']}/", time.monotonic() + 10
         while site.plant.storage.keys(rows):  # never trained, never read again

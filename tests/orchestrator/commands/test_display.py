@@ -17,15 +17,33 @@ TASK: dict[str, Any] = {
         "samples_per_second": 35.4, "tokens_per_second": 1320.0, "memory_bytes": 512_000_000, "seconds_left": 3900.0,
     },
 }  # fmt: skip
-WAITING = TASK | {"title": "red/next", "state": "queued", "place": 1, "worker": "", "progress": {}}
-DONE = TASK | {"title": "blue/done", "state": "published", "version": 3, "local_score": 0.9123, "progress": {}}
+WAITING = TASK | {
+    "title": "red/next",
+    "state": "queued",
+    "place": 1,
+    "starts_in_seconds": 120.0,
+    "worker": "",
+    "progress": {},
+}
+DONE = TASK | {
+    "title": "blue/done",
+    "state": "published",
+    "version": 3,
+    "local_score": 0.9123,
+    "main_score": 0.8,
+    "progress": {},
+}
 
 
 def lines(rows: list[dict[str, Any]], width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(display.console, "width", width)
     with display.console.capture() as captured:
         display.tasks(rows)
-    return [line.rstrip() for line in captured.get().splitlines()]
+    *table, legend = [line.rstrip() for line in captured.get().splitlines()]
+    if any(row["local_score"] is not None for row in rows):
+        assert legend == "own: score with the own adapter, before merging; in main: score in main now"
+        return table
+    return [*table, legend]
 
 
 def test_a_wide_terminal_shows_everything_in_one_line_per_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,22 +58,28 @@ def test_a_wide_terminal_shows_everything_in_one_line_per_task(monkeypatch: pyte
         "tokens/s",
         "MB",
         "left",
-        "score",
+        "starts",
+        "in",
+        "own",
+        "in",
+        "main",
         "version",
     ]
     assert training.split() == [
         "t0691b2c3ddeadbeef1234", "red/card-orders", "training", "120/1500", "0.543", "35", "1,320", "512", "65", "min",
-        "–", "–", "worker-0",
+        "–", "–", "–", "worker-0",
     ]  # fmt: skip
-    assert waiting.split()[1:] == ["red/next", "queued", "–", "–", "place", "1"]
-    assert done.split()[1:] == ["blue/done", "published", "0.9123", "v3"]
+    assert waiting.split()[1:] == [
+        "red/next", "queued", "2", "min", "–", "–", "–", "place", "1",
+    ]  # fmt: skip
+    assert done.split()[1:] == ["blue/done", "published", "0.9123", "0.8000", "v3"]
 
 
 def test_80_columns_hold_step_loss_speed_and_end_and_no_line_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     found = lines([TASK, WAITING, DONE], 80, monkeypatch)
     assert len(found) == 4
     assert max(map(len, found)) <= 80
-    assert found[0].split() == ["task", "state", "step", "loss", "tokens/s", "left", "score"]
+    assert found[0].split() == ["task", "state", "step", "loss", "tokens/s", "left", "own"]
     assert found[1].split() == [
         "red/card-orders",
         "training",
@@ -71,7 +95,7 @@ def test_80_columns_hold_step_loss_speed_and_end_and_no_line_is_longer(monkeypat
 
 def test_columns_that_nobody_fills_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     head, _ = lines([DONE], 80, monkeypatch)
-    assert head.split() == ["id", "task", "state", "score", "version"]
+    assert head.split() == ["id", "task", "state", "own", "in", "main", "version"]
 
 
 def test_a_long_reason_breaks_its_own_lines_only(monkeypatch: pytest.MonkeyPatch) -> None:

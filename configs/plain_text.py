@@ -1,0 +1,31 @@
+"""Which characters are plain text, and how the others are shown.
+
+A control character moves the cursor of the terminal that prints it, half of a character (a lone surrogate) cannot be
+written as UTF-8, and a bidirectional override makes a line read as other than it is. Text that comes in with one of
+them is refused; text that was kept before, or comes from another program, is shown with each of them escaped.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Cc, Cs, U+2028 and U+2029 (line breaks to some programs), and the overrides and isolates of bidirectional text.
+# The marks U+200E and U+200F, which Arabic and Hebrew text needs, are plain.
+_ODD = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_ODD_IN_LINES = re.compile(_ODD.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+
+
+def odd_character(text: str) -> str | None:
+    """The first character that is no plain text, written as an escape; None: there is none."""
+    found = _ODD.search(text)
+    return _escape(found) if found else None
+
+
+def escaped(text: str) -> str:
+    """The same text, with an escape such as \\x1b in the place of each character that is not plain. Line breaks
+    and tabs stay."""
+    return _ODD_IN_LINES.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -1,0 +1,122 @@
+"""A server that is stopped, hangs, is slow or goes away: what the person at the command line is told, and how soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.errors import NoSignOfLife, Unavailable
+from orchestrator.api import exchange as module
+from orchestrator.api.client import Client
+from orchestrator.api.exchange import NobodyListensError, exchange
+from orchestrator.api.requests import ListTasks, Status
+from subspace_store.requests import Hold
+from tests.orchestrator.site import Site
+
+TOLD_SECONDS = 10.0
+SERVER = """
+import sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/slow":
+            time.sleep(3)
+        if self.path == "/gone":
+            self.close_connection = True
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    yield f"http://127.0.0.1:{process.stdout.readline().strip()}", process
+    process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("request_", [Status(), ListTasks(), Hold(reason="x")], ids=lambda it: type(it).__name__)
+def test_a_stopped_control_plane_is_told_within_ten_seconds(
+    server: tuple[str, subprocess.Popen[str]], tmp_path: Path, request_: Status
+) -> None:
+    url, process = server
+    (tmp_path / "server.json").write_text(json.dumps({"url": url, "token": "t", "pid": process.pid}))
+    process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(NoSignOfLife, match=r"(?s)no sign of life for 4 s: it is stopped, or hangs.*onebasis up"):
+        Client(tmp_path).ask(request_)
+    assert time.monotonic() - started < TOLD_SECONDS
+
+
+def test_a_long_request_to_a_stopped_server_is_told_as_soon(server: tuple[str, subprocess.Popen[str]]) -> None:
+    url, process = server
+    process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(NoSignOfLife):  # more than what the kernel's buffers take in
+        exchange(f"{url}/", "POST", body=b"x" * (50 * 2**20), timeout_seconds=100)
+    assert time.monotonic() - started < TOLD_SECONDS
+
+
+def test_a_server_that_takes_no_connection_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SIGN_SECONDS", 0.5)
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        time.sleep(0.1)
+        with pytest.raises(NoSignOfLife):  # a command that took it for dead would write beside it
+            exchange(f"http://127.0.0.1:{full.getsockname()[1]}/", "GET", timeout_seconds=100)
+        for one in waiting:
+            one.close()
+    with pytest.raises(NobodyListensError):
+        exchange(f"http://127.0.0.1:{full.getsockname()[1] if full.fileno() > 0 else 1}/", "GET", timeout_seconds=1)
+
+
+def test_a_slow_server_that_is_alive_is_waited_for_and_the_wait_is_told(
+    server: tuple[str, subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SIGN_SECONDS", 1.0)
+    told: list[float] = []
+    assert exchange(f"{server[0]}/slow", "GET", timeout_seconds=100, waiting=told.append).status == 200
+    assert told
+    with pytest.raises(Unavailable, match=r"is alive and has not answered for \d s"):
+        exchange(f"{server[0]}/slow", "GET", timeout_seconds=1.5)
+
+
+def test_a_server_that_goes_away_is_told(server: tuple[str, subprocess.Popen[str]]) -> None:
+    with pytest.raises(Unavailable, match="the service did not answer"):
+        exchange(f"{server[0]}/gone", "GET", timeout_seconds=100)
+
+
+def test_the_service_answers_that_it_is_alive_and_to_those_with_the_token_alone(site: Site) -> None:
+    token = json.loads((site.folder / "server.json").read_text())["token"]
+    answer = exchange(f"{site.url}/alive", "GET", token=token, timeout_seconds=10)
+    assert json.loads(answer.content) == {"pid": os.getpid()}
+    assert exchange(f"{site.url}/alive", "GET", token="x", timeout_seconds=10).status == 401
