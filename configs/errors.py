@@ -65,18 +65,18 @@ class OnebasisError(Exception):
         what: What was wrong, with the numbers.
         where: The file, key path, task, module or address it is about; empty when `what` says it.
         todo: What the reader can do next; empty when there is nothing to do.
-        facts: What a program reads of it, one for each name in the class's `facts`.
+        facts: Values for programs, one for each name in the class's `facts`.
     """
 
     kind: ClassVar[str] = "error"
     """The group, by what the caller does next."""
     code: ClassVar[str] = ""
-    """The class inside its group, for a caller that must tell two apart; empty: the group's own."""
+    """Name of the class inside its group, for a caller that must tell two classes apart; empty: the group's."""
     exit_code: ClassVar[Exit] = Exit.INTERNAL
     http_status: ClassVar[int] = 500
 
     facts: ClassVar[tuple[str, ...]] = ()
-    """Names of what a class knows beside the text, in the order in which it is handed over."""
+    """Names of the class's attributes beside the text, in the order of the arguments."""
 
     def __init__(self, what: str, where: str = "", todo: str = "", *facts: Any) -> None:
         super().__init__(what, where, todo, *facts)
@@ -96,7 +96,7 @@ class OnebasisError(Exception):
         return f"{text}\n  → {self.todo}" if self.todo else text
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json` and HTTP."""
+        """The error as plain values, for `--json` and HTTP."""
         text = {"what": self.what, "where": self.where, "todo": self.todo}
         known = {name: getattr(self, name) for name in self.facts}
         return {"kind": self.kind, "code": self.row, **text, **known}
@@ -165,9 +165,9 @@ class NameTaken(Conflict):
     code = "name-taken"
     facts = ("task_id", "other_id")
     task_id: str
-    """The one that was to come."""
+    """Id of the task that was to be added."""
     other_id: str
-    """The one that is there."""
+    """Id of the task that has the name."""
 
 
 class Held(Conflict):
@@ -177,7 +177,7 @@ class Held(Conflict):
     facts = ("actor", "reason")
     actor: str
     reason: str
-    """Empty: none was given."""
+    """Reason that the person gave; empty: none."""
 
 
 class Fenced(Conflict):
@@ -193,7 +193,7 @@ class OwnedByAnother(Conflict):
     facts = ("service_id", "name", "since")
     service_id: str
     name: str
-    """Where that service runs."""
+    """Machine and folder of that service, for people."""
     since: float
     """Unix seconds."""
 
