@@ -151,7 +151,8 @@ class Rig:
 
     def submission(self) -> Took:
         self._turn += 1
-        data = {"train_file": str(self._folder / "train.jsonl"), "eval_file": str(self._folder / "eval.jsonl")}
+        files = {f"{side}_file": str(self._folder / f"{side}.jsonl") for side in ("train", "eval")}
+        data = files | {"eval_is_train": True}  # the same texts
         spec = task_spec(f"team-{self._turn % TEAMS}/new-{self._turn}", data=data, priority=-100)
 
         def submit() -> None:

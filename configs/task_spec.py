@@ -62,7 +62,8 @@ class DataSpec(Section):
     text_pair_column: str | None = None
     """Key of the second text, for pairs."""
     label_column: str = "label"
-    """Key of the label in each row: a name from label_names or its index; for regression a number."""
+    """Key of the label in each row: a name from label_names, or its index from 0 where no name is a number (see
+    workers/rows/labels.py); for regression a number."""
     prompt_column: str = "prompt"
     """For causal_lm: key of what the model is given."""
     completion_column: str = "completion"
@@ -75,7 +76,8 @@ class DataSpec(Section):
     """For image_classification: key of the image: H×W, H×W×1 or H×W×3 of 0 to 255, or an encoded picture's bytes, alone
     or as {bytes: …}. In an .npz it is the name of an array, as label_column is."""
     label_names: tuple[str, ...] = ()
-    """The label set, in the order of the classifier's outputs."""
+    """The label set, in the order of the classifier's outputs. Names that are numbers are written in quotes; numbers in
+    the rows then mean these names, in every format alike."""
     max_length: int = Field(128, ge=4, le=131072)
     """Longest input in tokens; longer rows are cut."""
     max_new_tokens: int = Field(64, ge=1, le=4096)

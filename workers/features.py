@@ -15,6 +15,7 @@ import torch
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from workers.base_model import BaseModel
+from workers.chat_template import template_of
 from workers.compatibility import check_template
 from workers.rows.task_data import CompletionRow, ImageRow, Row
 
@@ -41,7 +42,7 @@ def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Iterable[Row]], Batch
         return lambda rows: images(base.image_processor, rows)
     tokenizer, length_max = base.tokenizer, spec.data.max_length
     if spec.kind == "causal_lm":
-        check_template(spec, bool(tokenizer.chat_template))
+        check_template(spec, template_of(tokenizer) is not None)
         return lambda rows: completions(tokenizer, list(rows), length_max)
     label_type = torch.float32 if spec.kind == "sequence_regression" else torch.int64
     return lambda rows: texts(tokenizer, list(rows), length_max, label_type)
@@ -125,20 +126,10 @@ def _encode(tokenizer: Any, row: CompletionRow) -> tuple[list[int], list[int]]:
 
 
 def _render(tokenizer: Any, row: CompletionRow) -> tuple[str, str]:
-    """The chat as the tokenizer's own template writes it: what comes before the last answer, and that answer."""
-    from jinja2 import TemplateError
-
-    messages = [{"role": role, "content": content} for role, content in row.turns]
-    try:
-        given = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise InvalidInput(
-            f"a row's messages do not fit the tokenizer's chat template: {error}; its roles are "
-            f"{', '.join(role for role, _ in row.turns)}",
-            "data.messages_column",
-        ) from error
-    return given, whole[len(given) :] if whole.startswith(given) else row.completion
+    template = template_of(tokenizer)
+    if template is None:
+        raise InvalidInput("the base model's tokenizer has no chat template", "data.messages_column")
+    return template.render(row.turns)
 
 
 def _first_token(tokenizer: Any) -> list[int]:

@@ -27,11 +27,12 @@ from configs.task_spec import Metric
 Floats = NDArray[np.float64]
 
 CORRELATIONS: tuple[Metric, ...] = ("matthews_correlation", "pearson", "spearman")
-"""Not defined where all labels are the same, whatever the answers: admission refuses such evaluation rows."""
+"""Metrics that are not defined where all labels are the same, whatever the answers: admission refuses such rows."""
 GENERATED: tuple[Metric, ...] = ("exact_match", "rouge_l")
 """Metrics that need answers. A token of an answer costs a pass through the model, so nobody else pays for them."""
 LOG_PROBABILITY_MIN = -100.0
-"""Of one token. float32 tells nothing smaller from 0, and one token must not outweigh all others."""
+"""Least logarithm of one token's probability. float32 tells nothing smaller from 0, and one token must not outweigh all
+others."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,24 @@ class _Words:
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())
+
+
+def constant_score(metric: Metric, rows_per_label: Sequence[int]) -> float | None:
+    """What always giving the most frequent label scores: a model that scores no more has learnt nothing that shows.
+
+    Args:
+        rows_per_label: One number for each label; empty for regression.
+
+    Returns:
+        For a correlation 0, as `classification` and `regression` have it. None where answers are texts.
+    """
+    if metric in CORRELATIONS:
+        return 0.0
+    if not sum(rows_per_label) or metric not in ("accuracy", "f1_macro"):
+        return None
+    share = max(rows_per_label) / sum(rows_per_label)
+    # F1 of the label that is always given: its precision is its share, its recall 1. The others' is 0.
+    return share if metric == "accuracy" else 2 * share / (1 + share) / len(rows_per_label)
 
 
 def values(measures: Mapping[str, Measure]) -> dict[str, float]:

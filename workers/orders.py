@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from configs.errors import Unavailable
 from configs.task_spec import Kind, TaskSpec
+from workers.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,8 @@ class BaseLayout:
     """Longest input in tokens."""
     kinds: tuple[Kind, ...]
     """The kinds of task that the base model can be adapted to."""
-    has_chat_template: bool = True
-    """Whether its tokenizer can render messages."""
+    chat_template: ChatTemplate | None = None
+    """How its tokenizer renders messages; None where it cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)

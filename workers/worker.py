@@ -28,6 +28,7 @@ from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel, load_base_model
+from workers.chat_template import template_of
 from workers.compatibility import check_lengths
 from workers.deepspeed_engine import is_parted
 from workers.evaluation import score_adapter, score_and_keep
@@ -96,13 +97,12 @@ class Worker:
         """
         # Not behind the order under way: a control plane that was restarted waits for this before it asks for that.
         base = self._book.between(self._base_model).result() if self._base is None else self._base
-        template = getattr(base.tokenizer, "chat_template", None)
         return BaseLayout(
             sha256=base.sha256,
             module_shapes=base.module_shapes(),
             length_max=base.length_max,
             kinds=base.kinds,
-            has_chat_template=bool(template),
+            chat_template=template_of(base.tokenizer),
         )
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:

@@ -148,12 +148,13 @@ class Service:
         record = self._queue.find(request.reference)
         place = self._places().get(record.task_id) if record.state is TaskState.QUEUED else None
         starts = self._starts() if place is not None else None
-        plot = plot_file(self._settings.state_dir, record)
+        plot, result = plot_file(self._settings.state_dir, record), self._result(record)
         return {
             **self._summary(record, place, starts),
             "why": why(record, self._surroundings(record, place, starts)),
-            "result": self._result(record),
+            "result": result,
             **views.task_details(record, self._queue.events(record.task_id), plot),
+            "warnings": views.warnings(record, result),
         }
 
     def cancel(self, request: requests.Cancel) -> Json:

@@ -47,6 +47,7 @@ def task_summary(
         "eval_rows": record.eval_count,
         "base_score": record.base_score,
         "local_score": record.local_score,
+        "doubt": record.doubt(record.local_score),
         "progress": dict(progress),
     }
 
@@ -91,6 +92,16 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
         "metrics": dict(record.metrics),
         "events": [asdict(event) for event in history if event.kind not in (LOG, PROGRESS)],
     }
+
+
+def warnings(record: TaskRecord, result: Mapping[str, Any] | None) -> list[str]:
+    """What is doubtful about a task, with what is so about its score under `main`.
+
+    Args:
+        result: The score, as the service's answer has it; None where no version holds the task.
+    """
+    doubt = record.doubt(result["score_under_main"]) if result else ""
+    return [*record.warnings, *([f"in main: {doubt}"] if doubt else [])]
 
 
 def version_summary(state: SubspaceState, version: Version) -> Json:

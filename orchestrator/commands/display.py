@@ -208,7 +208,8 @@ def _note(row: Json) -> str:
         return str(row["worker"] if phase in ("", "training") else phase)
     place = f"place {row['place']}" if row["place"] else ""
     reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
-    return " · ".join(part for part in (place, reason) if part)
+    doubt = "warning: see `onebasis task`" if row.get("doubt") and row["state"] == "published" else ""
+    return " · ".join(part for part in (place, reason, doubt) if part)
 
 
 def _print_training(training: Json) -> None:

@@ -25,7 +25,10 @@ from subspace_store.digests import digest
 from subspace_store.formats.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
 from workers.compatibility import check_head, check_lengths, check_template, chosen_modules, with_full_names
 from workers.orders import BaseLayout
+from workers.rows.columns import shown
 from workers.rows.frozen_rows import FrozenTask, freeze
+from workers.rows.labels import two_readings
+from workers.rows.task_data import Row
 
 _PLACES: Any = {"client_key": True, "data": {"train_file", "eval_file"}, "method": {"adapter"}}
 
@@ -101,7 +104,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
     check_lengths(spec, layout.length_max)
-    check_template(spec, layout.has_chat_template)
+    check_template(spec, layout.chat_template is not None)
+    complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint
     evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
     if spec.method.name == "import":
         folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
@@ -110,19 +114,32 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
         check_head(brought, evaluation is not None and spec.kind != "causal_lm")
         adapter = adapter_to_bytes(with_full_names(brought, layout.module_shapes, str(folder)))
-        return Draft(spec, freeze(spec, None, evaluation, _opener(settings, "data.eval_file")), adapter, ())
+        rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
+        return Draft(spec, rows, adapter, tuple(_warnings(rows)))
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
-    rows = freeze(spec, train, evaluation, _opener(settings, "data"))
+    rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
     return Draft(spec, rows, b"", tuple(_warnings(rows)))
 
 
+def _no_complaint(row: Row) -> str:
+    return ""
+
+
 def _warnings(rows: FrozenTask) -> Iterator[str]:
-    per_label = rows.train.per_label if rows.train else {}
-    if unseen := [name for name, count in per_label.items() if not count]:
-        yield f"{len(unseen)} of {len(per_label)} labels have no training row: {', '.join(unseen)}"
-    if rows.shared_rows:
-        yield f"{rows.shared_rows} training rows are also evaluation rows: the scores flatter the task"
+    trained, evaluated = (side.per_label if side else {} for side in (rows.train, rows.evaluation))
+    if unseen := [name for name, count in trained.items() if not count]:
+        yield f"{len(unseen)} of {len(trained)} labels have no training row: {shown(unseen)}"
+    if evaluated and rows.evaluation and max(evaluated.values()) == rows.evaluation.count:
+        yield f"all {rows.evaluation.count} evaluation rows have the same label: always giving it is right each time"
+    both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
+    if doubt := two_readings(both):
+        yield doubt
+    if rows.shared_rows and rows.evaluation:
+        yield (
+            f"{rows.shared_rows} of {rows.evaluation.count} evaluation rows are also training rows: the scores flatter "
+            "the task"
+        )
 
 
 def admit(
@@ -165,6 +182,7 @@ def admit(
         eval_key=rows.evaluation.key(folder, "eval") if rows.evaluation else "",
         eval_count=draft.eval_count,
         eval_sha256=draft.eval_sha256,
+        constant_score=rows.evaluation.constant_score if rows.evaluation else None,
         content_sha256=content,
         warnings=draft.warnings,
     )

@@ -53,6 +53,7 @@ from orchestrator.tasks.task_events import (
     TrainingFailed,
 )
 from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
+from workers.orders import Trained
 
 CODE_OF_FAULT = {
     "input": Reason.BAD_INPUT,
@@ -155,7 +156,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 local_score=_measured(outcome.local_score),
                 base_score=_measured(outcome.base_score),
                 metrics={name: value for name, value in outcome.metrics.items() if value == value},
-                warnings=tuple(dict.fromkeys((*record.warnings, *outcome.warnings))),
+                warnings=_warnings(record, outcome),
                 method=outcome.method,
                 trainable_parameters=outcome.trainable_parameters,
                 basis_version=outcome.basis_version,
@@ -295,6 +296,12 @@ def _refined_again(record: TaskRecord, event: RefinedAgain) -> TaskRecord:
 
 def _end(record: TaskRecord, state: TaskState, reason: str, at: float, *codes: str) -> TaskRecord:
     return _with(record, state=state, reason=reason, reason_codes=codes, ended_at=at)
+
+
+def _warnings(record: TaskRecord, outcome: Trained) -> tuple[str, ...]:
+    """The task's warnings with those that training adds, each once."""
+    doubt = record.doubt(outcome.local_score)
+    return tuple(dict.fromkeys((*record.warnings, *outcome.warnings, *([f"own adapter: {doubt}"] if doubt else []))))
 
 
 def _measured(value: float) -> float | None:

@@ -44,6 +44,10 @@ ENDED_WITHOUT_RESULT = (TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLE
 """States after which the same task may be submitted anew under its name."""
 
 
+ROUNDING = 1e-9
+"""Scores are quotients of integers, computed in several ways."""
+
+
 class TaskRecord(Section):
     """One task. Optional numbers are None where not measured, never 0."""
 
@@ -62,6 +66,8 @@ class TaskRecord(Section):
     """Storage key of the frozen evaluation rows; empty when an import brought none."""
     eval_count: int = 0
     eval_sha256: str = ""
+    constant_score: float | None = None
+    """Score of always giving the evaluation rows' most frequent label; None where there is no such score."""
     content_sha256: str = ""
     """What makes the submission this one, see `admission.content_sha256`; empty in records of release 0.3."""
     warnings: tuple[str, ...] = ()
@@ -140,6 +146,16 @@ class TaskRecord(Section):
     def title(self) -> str:
         """`team/name`, what people call it."""
         return f"{self.team}/{self.name}"
+
+    def doubt(self, score: float | None) -> str:
+        """A warning where a score of this task says nothing for what was learnt; else empty."""
+        constant = self.constant_score
+        if score is None or constant is None or not score <= constant + ROUNDING:  # nor where it is NaN
+            return ""
+        return (
+            f"{self.spec.metric} {score:.4f} is no better than always giving the most frequent label of the evaluation "
+            f"rows, which scores {constant:.4f}: look at the labels, the learning rate and the number of steps"
+        )
 
 
 def new_task_id(now: float | None = None) -> str:

@@ -29,7 +29,7 @@ TALK = {"initializer_range": 0.3}  # large numbers, so that a frozen output laye
 
 def trained(base: BaseModel, file: Path, **sections: Any) -> tuple[Trained, Results]:
     """Train on a file's rows and score on the same: what is asked for is that a task can be learnt at all."""
-    data = {"train_file": str(file), "eval_file": str(file)} | sections.pop("data", {})
+    data = {"train_file": str(file), "eval_file": str(file), "eval_is_train": True} | sections.pop("data", {})
     spec = TaskSpec.model_validate({"team": "t", "name": "n", "base_model": "tiny", "data": data} | sections)
     storage = MemoryStorage(str(file))
     frozen = freeze(spec, file, file)

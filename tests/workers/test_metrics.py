@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from workers.metrics import Measure, answers, classification, likelihood, regression, values
+from workers.metrics import Measure, answers, classification, constant_score, likelihood, regression, values
 
 Draw = np.random.Generator
 
@@ -103,3 +103,17 @@ def test_the_spread_of_the_shares_is_that_of_the_score(make: Callable[[Draw, int
         seen = np.std([sample[name].value for sample in samples])
         told = np.mean([sample[name].per_row.std() for sample in samples]) / count**0.5
         assert told == pytest.approx(seen, rel=0.15), name
+
+
+@pytest.mark.parametrize("counts", [(3, 5, 2), (1, 0), (4, 4), (0, 0, 7, 1)])
+def test_always_giving_the_most_frequent_label_scores_what_the_metrics_say(counts: tuple[int, ...]) -> None:
+    expected = [label for label, count in enumerate(counts) for _ in range(count)]
+    most = counts.index(max(counts))
+    measures = classification(expected, [most] * len(expected), len(counts))
+    for name in ("accuracy", "f1_macro", "matthews_correlation"):
+        assert constant_score(name, counts) == pytest.approx(measures[name].value)  # type: ignore[arg-type]
+
+
+def test_a_constant_answer_correlates_with_nothing_and_texts_have_no_such_answer() -> None:
+    assert regression([1.0, 2.0, 3.0], [5.0] * 3)["pearson"].value == constant_score("pearson", ())
+    assert constant_score("exact_match", ()) is constant_score("accuracy", ()) is None

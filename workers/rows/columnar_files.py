@@ -7,25 +7,39 @@ it is read is then an error, where a mapped one would end the process.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from configs.errors import InvalidInput
 from configs.places import OpenFile
-from workers.rows.columns import ROW_BYTES_MAX, Columns, Values, check_header, shown, too_large
+from workers.rows.columns import (
+    ROW_BYTES_MAX,
+    Columns,
+    Values,
+    check_count,
+    check_header,
+    check_unpacked,
+    shown,
+    too_large,
+)
+from workers.rows.text_lines import HEAD_BYTES, PARQUET_MAGIC, check_format
 
 ROWS_AT_ONCE = 256
 """Rows that become Python values at once, if they are small."""
 ARROW_BYTES = 4 * ROW_BYTES_MAX
-"""Of the rows of parquet that are decoded at once."""
+"""Bytes of the rows of parquet that are decoded at once."""
 PYTHON_BYTES = 2**20
-"""Of the rows that become Python values at once."""
+"""Bytes of the rows that become Python values at once."""
 READ_BYTES = 2**20
 MESSAGE_BYTES_MAX = 2**30
-"""Of one record batch in a folder; `datasets` writes 1,000 rows."""
+"""Most bytes of one record batch in a folder; `datasets` writes 1,000 rows."""
+UNREADABLE = (ValueError, OverflowError, TypeError, LookupError, ImportError, ArithmeticError, NotImplementedError)
+"""What pyarrow raises on single values: no UTF-8, a date before the first, an unknown time zone, a type of its own."""
 
 
 def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
@@ -36,30 +50,44 @@ def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[
     try:
         # With a buffer it reads page by page, without one a whole column of a row group.
         # It opens the file itself, without Python between, by the descriptor of the one that was opened.
-        with (
-            open_file(path) as opened,
-            pq.ParquetFile(f"/proc/self/fd/{opened.fileno()}", pre_buffer=False, buffer_size=READ_BYTES) as file,
-        ):
+        with contextlib.ExitStack() as opening:
+            opened = opening.enter_context(open_file(path))
+            check_format(opened.read(HEAD_BYTES), str(path), PARQUET_MAGIC)
+            descriptor = f"/proc/self/fd/{opened.fileno()}"
+            file = opening.enter_context(pq.ParquetFile(descriptor, pre_buffer=False, buffer_size=READ_BYTES))
             check_header(columns, file.schema_arrow.names, str(path))
+            size = os.fstat(opened.fileno()).st_size
+            check_count(file.metadata.num_rows, size, str(path))
             names = list(columns.values())
-            batches = file.iter_batches(_rows_at_once(opened, file.metadata, names), columns=names)
+            _check_types(file.schema_arrow, names, str(path))
+            chunks = _chunks(file.metadata, names)
+            check_unpacked(sum(chunk.total_uncompressed_size for chunk in chunks), size, str(path))
+            batches = file.iter_batches(_rows_at_once(opened, chunks), columns=names)
             yield from _rows(batches, file.schema_arrow, str(path))
     except (pa.ArrowException, ValueError, IndexError) as error:
         raise InvalidInput(f"is not a readable parquet file: {error}", str(path), "write it again") from error
 
 
-def _rows_at_once(file: BinaryIO, metadata: Any, names: Sequence[str]) -> int:
+def _chunks(metadata: Any, names: Sequence[str]) -> list[Any]:
+    """The chunks of some columns, of all row groups, as the file's metadata describe them."""
+    return [
+        chunk
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+        for chunk in map(group.column, range(group.num_columns))
+        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)
+    ]
+
+
+def _rows_at_once(file: BinaryIO, chunks: Iterable[Any]) -> int:
     """How many rows to decode: all of them may name the largest value of a column's dictionary, which is there once.
 
     So two kilobytes can become gigabytes.
     """
     largest = 1
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for chunk in map(group.column, range(group.num_columns)):
-            wanted = any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)
-            if wanted and chunk.has_dictionary_page:
-                file.seek(chunk.dictionary_page_offset)
-                largest = max(largest, _page_bytes(file.read(32)))
+    for chunk in chunks:
+        if chunk.has_dictionary_page:
+            file.seek(chunk.dictionary_page_offset)
+            largest = max(largest, _page_bytes(file.read(32)))
     return max(1, min(ROWS_AT_ONCE, ARROW_BYTES // largest))
 
 
@@ -94,6 +122,7 @@ def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[t
         try:
             with open_file(path / name) as file, pa.ipc.open_stream(pa.PythonFile(_Guarded(file))) as stream:
                 check_header(columns, stream.schema.names, str(path))
+                _check_types(stream.schema, list(columns.values()), str(path))
                 for batch in stream:
                     where = f"{path / name}, rows {first + 1} to {first + batch.num_rows} of the folder"
                     batch.validate(full=True)  # wrong lengths would lead out of the batch
@@ -155,10 +184,36 @@ def _rows(batches: Iterable[Any], schema: Any, path: str, first: int = 0) -> Ite
             for values in _as_python(batch.slice(start, step), path, first):
                 first += 1
                 for column, names in classes.items():
-                    value = values.get(column)
-                    if isinstance(value, int) and 0 <= value < len(names):
-                        values[column] = names[value]
+                    if isinstance(value := values.get(column), int):
+                        values[column] = _class_name(value, names, column, f"{path}, row {first}")
                 yield f"{path}, row {first}", values
+
+
+def _class_name(number: int, names: Sequence[str], column: str, where: str) -> str | None:
+    if number == -1:  # by the convention of `datasets`: not labelled, as in the test parts of competitions
+        return None
+    if not 0 <= number < len(names):
+        raise InvalidInput(
+            f"column '{column}' has class {number}, and the file names {len(names)} classes: {shown(names)}",
+            where,
+            "mend the file's ClassLabel, or drop the row",
+        )
+    return names[number]
+
+
+def _check_types(schema: Any, names: Sequence[str], path: str) -> None:
+    """Refuse columns of a type that neither text, label, chat nor picture has: dates, durations, maps."""
+    import pyarrow.types as types
+
+    for name in names:
+        kind = schema.field(name).type
+        inner = kind.value_type if types.is_dictionary(kind) else kind
+        if types.is_temporal(inner) or types.is_map(inner) or types.is_union(inner):
+            raise InvalidInput(
+                f"column {shown([name])} is of type {inner}",
+                path,
+                "write it as text, or as a number, and save it again",
+            )
 
 
 def _check_sizes(batch: Any, path: str, first: int) -> None:
@@ -182,7 +237,7 @@ def _value_bytes(value: Any) -> int:
 def _as_python(batch: Any, path: str, first: int) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # no UTF-8, a date before the first: which row, few of them tell
+    except UNREADABLE as error:  # which row, few of them tell
         for index in range(batch.num_rows if batch.num_rows > 1 else 0):
             _as_python(batch.slice(index, 1), path, first + index)
         where = f"{path}, row {first + 1}"

@@ -3,33 +3,70 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from configs.errors import InvalidInput
 
 ROW_BYTES_MAX = 64 * 2**20
-"""Of one row. A file without line ends, packed zeros or one monstrous value would else be read into memory whole."""
+"""Bytes of one row. Packed zeros or one monstrous value would else be read into memory whole."""
+LINE_CHARACTERS_MAX = 2**24
+"""Characters of one line of a text file, and of one row of a table in it. What JSON makes of a line takes up to sixty
+times as many bytes."""
+ROWS_FREE = 100_000
+"""Rows that a file of any size may have. Beyond them, it has at most one for each of its bytes: the texts of real rows
+differ, and cannot be packed so small. Checking a row takes about 10 µs, and 42 kB of parquet could hold ten million."""
+UNPACKED_BYTES_FREE = 2**26
+UNPACKED_RATIO_MAX = 200
+"""A packed file may unpack to `UNPACKED_BYTES_FREE`, and to so many times its size beyond. Tables of examples can be
+packed to a third or a tenth, with one long prompt in every row to a fiftieth; a kilobyte can hold a megabyte of
+nothing."""
+COLUMNS_MAX = 10_000
 SHOWN_NAMES = 20
 SHOWN_CHARACTERS = 100
+NEAR_NAMES_MAX = 1000
+"""Names among which one that resembles a wrong one is looked for."""
 
 Values = Mapping[str, Any]
 Columns = Mapping[str, str]
 """Key of the task file's section `data` to the column that it names."""
 
 
-def too_large(where: str) -> InvalidInput:
-    """The refusal of a row above `ROW_BYTES_MAX`."""
-    return InvalidInput(
-        f"is a row of more than {ROW_BYTES_MAX} bytes", where, "shorten it; in a text file, write one row per line"
-    )
+def too_large(where: str, characters: int = 0) -> InvalidInput:
+    """The refusal of a row above `ROW_BYTES_MAX`, or above so many characters."""
+    size = f"{characters} characters" if characters else f"{ROW_BYTES_MAX} bytes"
+    return InvalidInput(f"is a row of more than {size}", where, "shorten it; in a text file, write one row per line")
+
+
+def check_count(rows: int, size_bytes: int, where: str) -> None:
+    """Refuse a file that has more rows than one of its size can have, see `ROWS_FREE`. Raises InvalidInput."""
+    if rows > ROWS_FREE + size_bytes:
+        raise InvalidInput(
+            f"has more than {ROWS_FREE + size_bytes} rows in {size_bytes} bytes, which is no table of examples",
+            where,
+            "give each example once, or write the file unpacked",
+        )
+
+
+def check_unpacked(bytes_: int, size_bytes: int, where: str) -> None:
+    """Refuse what a file of this size unpacks to, if it is too much, see `UNPACKED_RATIO_MAX`. Raises InvalidInput."""
+    bytes_max = UNPACKED_BYTES_FREE + UNPACKED_RATIO_MAX * size_bytes
+    if bytes_ > bytes_max:
+        raise InvalidInput(
+            f"unpacks to more than {bytes_max} bytes, which is {UNPACKED_BYTES_FREE} and {UNPACKED_RATIO_MAX} times its"
+            " size",
+            where,
+            "if it is a table of examples, give it unpacked",
+        )
 
 
 def check_columns(columns: Columns, names: Collection[str], where: str) -> None:
     """Refuse a file, or a row, that lacks a column. Raises InvalidInput."""
     for key, column in columns.items():
         if column not in names:
-            near = difflib.get_close_matches(column, (name for name in names if len(name) <= SHOWN_CHARACTERS), 1)
+            short = (name for name in names if len(name) <= SHOWN_CHARACTERS)
+            near = difflib.get_close_matches(column, itertools.islice(short, NEAR_NAMES_MAX), 1)
             raise InvalidInput(
                 f"has no column {shown([column])}; it has {shown(sorted(names))}",
                 where,
@@ -38,7 +75,11 @@ def check_columns(columns: Columns, names: Collection[str], where: str) -> None:
 
 
 def check_header(columns: Columns, names: Sequence[str], where: str) -> None:
-    """As `check_columns`; and refuse a file that has such a column twice. Raises InvalidInput."""
+    """As `check_columns`; and refuse a file that has such a column twice, or too many. Raises InvalidInput."""
+    if len(names) > COLUMNS_MAX:
+        raise InvalidInput(
+            f"has {len(names)} columns, more than {COLUMNS_MAX}", where, "leave out those that the task does not name"
+        )
     check_columns(columns, names, where)
     for column in columns.values():
         if names.count(column) > 1:

@@ -28,8 +28,11 @@ from configs.errors import Corrupt, InvalidInput, Unavailable
 from configs.places import OpenFile, open_anywhere
 from configs.task_spec import Kind, TaskSpec
 from subspace_store.storage.protocol import Storage
-from workers.metrics import CORRELATIONS
+from workers.metrics import CORRELATIONS, constant_score
+from workers.rows.columns import UNPACKED_BYTES_FREE, check_unpacked
+from workers.rows.row_files import size_bytes
 from workers.rows.task_data import (
+    Complaint,
     CompletionRow,
     ImageRow,
     Row,
@@ -48,7 +51,10 @@ BATCH_ROWS = 4096
 PIECE = 64 * 2**20
 """Bytes that are asked of the storage at once; rows that fit into one piece are not put into a file."""
 FROZEN_BYTES_MAX = 256 * 2**30
-"""A packed file of megabytes can unpack to what fills the disk."""
+"""Most bytes of frozen rows, whatever they came from: the disk is everybody's."""
+SHARED_RATIO_MAX = 0.5
+"""Share of the evaluation rows that may not be training rows too, unless data.eval_is_train asks for it. Short texts
+recur by chance (in intent data a few percent): fewer are a warning."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class FrozenRows:
     count: int
     per_label: Mapping[str, int]
     """Label name to rows, in the order of label_names; a label without rows has 0."""
+    constant_score: float | None
+    """Score, by the task's metric, of always giving these rows' most frequent label; see `metrics.constant_score`."""
 
     def key(self, folder: str, name: str) -> str:
         """Where to keep them."""
@@ -83,7 +91,7 @@ class FrozenTask:
     train: FrozenRows | None = None
     evaluation: FrozenRows | None = None
     shared_rows: int = 0
-    """Training rows that are also evaluation rows, whatever their labels."""
+    """Number of evaluation rows that are also training rows, whatever their labels."""
 
     def close(self) -> None:
         """Let go of the temporary files."""
@@ -93,7 +101,11 @@ class FrozenTask:
 
 
 def freeze(
-    spec: TaskSpec, train: Path | None, evaluation: Path | None, open_file: OpenFile = open_anywhere
+    spec: TaskSpec,
+    train: Path | None,
+    evaluation: Path | None,
+    open_file: OpenFile = open_anywhere,
+    complaint: Complaint = lambda row: "",
 ) -> FrozenTask:
     """Check a task's files, and write what they say into temporary files of the one form.
 
@@ -104,36 +116,36 @@ def freeze(
         train: File or folder of training rows, if there is one.
         evaluation: The same for evaluation rows.
         open_file: Opens every file that is read.
+        complaint: Says why the base model cannot read a row.
 
     Raises:
-        InvalidInput: See `rows_in`; or a file or a side of the split has no rows; or all evaluation rows have one label
-            and the task's metric is a correlation.
+        InvalidInput: See `rows_in`; or a file or a side of the split has no rows; or a file unpacks to too much; or all
+            evaluation rows have one label and the task's metric is a correlation; or half of the evaluation rows or
+            more are training rows too, and data.eval_is_train does not ask for it.
         Unavailable: No space for the temporary files.
 
     Cost:
-        About 10 µs for a row of text. Memory for one batch of rows, and 8 bytes for each evaluation row.
+        About 10 µs for a row of text. Memory for one batch of rows, and 9 bytes for each evaluation row. Of what a file
+        holds, no more is read than `columns.ROWS_FREE` and `columns.UNPACKED_RATIO_MAX` allow for its size.
     """
-    import numpy as np
-
     fraction = 0.0 if evaluation else spec.data.eval_fraction or 0.0
-    evaluated, trained = _Writer(spec), _Writer(spec)
-    shared, seen = 0, array("Q")
+    evaluated, trained = _Writer(spec, evaluation or train), _Writer(spec, train)
+    seen = _Seen()
     with contextlib.ExitStack() as undo, _space_needed("the rows"):
         undo.callback(trained.file.close)
         undo.callback(evaluated.file.close)
         if evaluation:
-            for row in rows_in(evaluation, spec, open_file):
+            for row in rows_in(evaluation, spec, open_file, complaint):
                 digest = input_digest(row)
-                seen.append(_number(digest))
+                seen.add(_number(digest))
                 evaluated.add(row, digest)
             _some(evaluated, str(evaluation), "give at least one row")
-            np.frombuffer(seen, np.uint64).sort()
+            seen.close()
         if train:
-            for row in rows_in(train, spec, open_file):
+            for row in rows_in(train, spec, open_file, complaint):
                 digest = input_digest(row)
                 number = _number(digest)
-                at = bisect_left(seen, number)
-                shared += at < len(seen) and seen[at] == number
+                seen.meet(number)
                 (evaluated if number < fraction * 2**64 else trained).add(row, digest)
             _some(trained, str(train), "give at least one row" if not fraction else "lower data.eval_fraction")
             if fraction:
@@ -143,6 +155,15 @@ def freeze(
                 f"all {evaluated.count} evaluation rows have the same label: {spec.metric} is not defined",
                 str(evaluation or train),
                 "give evaluation rows with several labels, or choose another metric",
+            )
+        shared = seen.met
+        if shared and shared >= SHARED_RATIO_MAX * evaluated.count and not spec.data.eval_is_train:
+            raise InvalidInput(
+                f"{shared} of {evaluated.count} evaluation rows are also training rows: the score would say how well "
+                "they were memorised, and nothing about new ones",
+                str(evaluation),
+                "give other rows, or data.eval_fraction instead of data.eval_file; if this is what is to be measured, "
+                "set data.eval_is_train to true",
             )
         frozen = FrozenTask(
             trained.finish() if train else None,
@@ -171,7 +192,7 @@ def open_rows(storage: Storage, key: str, spec: TaskSpec) -> StoredRows:
     where = f"{storage.url}/{key}"
     if not key.endswith(".arrow"):
         packed = storage.read(key)
-        batch = _batch([_values(row)[0] for row in read_rows(packed, spec, where)], spec.kind)
+        batch = _batch([_values(row)[0] for row in read_rows(packed, spec, where, are_earlier=True)], spec.kind)
         return StoredRows([batch], spec.kind, hashlib.sha256(packed).hexdigest())
     import pyarrow as pa
 
@@ -241,13 +262,53 @@ class StoredRows(Sequence[Row]):
                 yield self._make(*values)
 
 
-class _Writer:
-    """Rows on their way into a temporary file."""
+class _Seen:
+    """Which evaluation rows are met again among the training rows, by 8 bytes of each row's digest."""
 
-    def __init__(self, spec: TaskSpec) -> None:
+    def __init__(self) -> None:
+        self._numbers = array("Q")
+        self._met = bytearray()
+
+    def add(self, number: int) -> None:
+        """Note an evaluation row."""
+        self._numbers.append(number)
+
+    def close(self) -> None:
+        """Be done with `add`."""
+        import numpy as np
+
+        np.frombuffer(self._numbers, np.uint64).sort()
+        self._met = bytearray(len(self._numbers))
+
+    def meet(self, number: int) -> None:
+        """Look for a training row."""
+        at = bisect_left(self._numbers, number)
+        if at < len(self._numbers) and self._numbers[at] == number:
+            self._met[at] = 1
+
+    @property
+    def met(self) -> int:
+        """How many evaluation rows were met, equal ones counted each."""
+        import numpy as np
+
+        if not any(self._met):
+            return 0
+        numbers = np.frombuffer(self._numbers, np.uint64)
+        firsts = numbers[np.frombuffer(self._met, np.bool_)]
+        return int((np.searchsorted(numbers, firsts, "right") - np.searchsorted(numbers, firsts, "left")).sum())
+
+
+class _Writer:
+    """Rows on their way into a temporary file.
+
+    Args:
+        source: File or folder that they come from.
+    """
+
+    def __init__(self, spec: TaskSpec, source: Path | None) -> None:
         self.file: Any = tempfile.SpooledTemporaryFile(SPOOLED_BYTES)  # noqa: SIM115 (FrozenTask.close)
         self.count = 0
-        self._spec = spec
+        self._spec, self._source = spec, source
         self._labels: Counter[Any] = Counter()
         self.varies = False
         """Whether there are two labels that differ."""
@@ -285,6 +346,7 @@ class _Writer:
             self._digest.hexdigest(),
             self.count,
             {name: self._labels[index] for index, name in enumerate(names)},
+            constant_score(self._spec.metric, [self._labels[index] for index in range(len(names))]),
         )
 
     def _flush(self) -> None:
@@ -294,6 +356,8 @@ class _Writer:
         self._out = self._out or pa.ipc.new_file(self.file, batch.schema)
         self._out.write_batch(batch)
         self._rows, self._bytes = [], 0
+        if self._source and self.file.tell() > UNPACKED_BYTES_FREE:
+            check_unpacked(self.file.tell(), size_bytes(self._source), str(self._source))
         if self.file.tell() > FROZEN_BYTES_MAX:
             raise InvalidInput(f"the rows are more than {FROZEN_BYTES_MAX} bytes", "data", "submit fewer rows")
 

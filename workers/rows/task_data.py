@@ -1,14 +1,14 @@
 """Rows of every kind of task: what they are, and that each row of a file is one.
 
 Light on purpose (no torch, no transformers, numpy and pictures only for pictures): the control plane checks every
-submission with it. How files are read is row_files.py, how rows are kept frozen_rows.py; tokenising happens batch by
-batch while training, so that the first step does not wait for the whole file.
+submission with it. Files are read by row_files.py, labels understood by labels.py, rows kept by frozen_rows.py;
+tokenising happens batch by batch while training, so that the first step does not wait for the whole file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from io import BytesIO
@@ -18,25 +18,29 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from configs.task_spec import DataSpec, TaskSpec
-from workers.rows.columns import Columns, Values, shown
-from workers.rows.row_files import numbered_lines, read_file, read_json_lines
+from workers.rows.columns import Columns, Values
+from workers.rows.labels import Labels, earlier_index, is_missing, missing
+from workers.rows.row_files import read_file, read_json_lines
+from workers.rows.text_lines import numbered_lines
 
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is decoded; of the others some start other programs."""
+"""Formats that are decoded; of the others some start other programs."""
 GRAY_MODES = ("1", "L")
 COLOUR_MODES = ("P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 PIXELS_MAX = 89_478_485
-"""Of one picture, Pillow's own limit: a few kilobytes of PNG unpack to gigabytes."""
+"""Most pixels of one picture, Pillow's own limit: a few kilobytes of PNG unpack to gigabytes."""
 SIDES_MAX = 200
-"""How many times longer a picture may be than it is wide, or the other way round. Many image processors bring the
+"""Most times that a picture may be longer than it is wide, or the other way round. Many image processors bring the
 shorter side to their size: of 1×80,000,000 pixels they would make 224×17,920,000,000. The number is Qwen2-VL's."""
 TEXT_CHARACTERS_MAX = 2**22
-"""Of one text in any format: eight times what data.max_length allows, at four characters a token. A tokenizer takes a
-hundred bytes and a microsecond for each, before it cuts."""
+"""Most characters of one text in any format: eight times what data.max_length allows, at four characters a token. A
+tokenizer takes a hundred bytes and a microsecond for each, before it cuts."""
+MESSAGES_MAX = 4096
+"""Most messages of one chat."""
 FLOAT32_MAX = 3.4e38
 
 
@@ -85,27 +89,39 @@ class ImageRow:
 Row = TextRow | CompletionRow | ImageRow
 
 
-def rows_in(path: Path, spec: TaskSpec, open_file: OpenFile = open_anywhere) -> Iterator[Row]:
+Complaint = Callable[[Row], str]
+"""Why a base model cannot read a row; empty where it can."""
+
+
+def rows_in(
+    path: Path, spec: TaskSpec, open_file: OpenFile = open_anywhere, complaint: Complaint = lambda row: ""
+) -> Iterator[Row]:
     """The rows of a file of any format, each checked; the file is never in memory.
 
     Raises:
-        InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown. Names
-            the file and the row, counted from 1.
+        InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown; or the
+            base model cannot read the row. Names the file and the row, counted from 1.
     """
     make = _maker(spec)
     for where, values in read_file(path, columns_of(spec), open_file):
-        yield make(values, where)
+        row = _made(make, values, where)
+        if said := complaint(row):
+            raise InvalidInput(said, where, "mend the row, or drop it")
+        yield row
 
 
-def read_rows(content: bytes, spec: TaskSpec, where: str = "rows") -> tuple[Row, ...]:
+def read_rows(content: bytes, spec: TaskSpec, where: str = "rows", are_earlier: bool = False) -> tuple[Row, ...]:
     """The rows of a file of JSON lines, gzipped or not, that is in memory.
+
+    Args:
+        are_earlier: Release 0.3 froze them: their labels are read as it did.
 
     Raises:
         InvalidInput: See `rows_in`; or there are none.
     """
-    make = _maker(spec)
+    make = _maker(spec, are_earlier)
     lines = numbered_lines(BytesIO(content), where)
-    rows = tuple(make(values, place) for place, values in read_json_lines(lines, where, columns_of(spec)))
+    rows = tuple(_made(make, values, place) for place, values in read_json_lines(lines, where, columns_of(spec)))
     if not rows:
         raise InvalidInput("has no rows", where, "give at least one row")
     return rows
@@ -185,10 +201,21 @@ def _check_size(width: int, height: int, where: str) -> None:
         )
 
 
-def _maker(spec: TaskSpec) -> Callable[[Values, str], Row]:
+Make = Callable[[Values, str], Row]
+LabelIndex = Callable[[Any, str, str], int]
+"""As `Labels.index`."""
+
+
+def _made(make: Make, values: Values, where: str) -> Row:
+    try:
+        return make(values, where)
+    except RecursionError as error:
+        raise InvalidInput("holds lists in lists, too deep to be read", where, "drop the row") from error
+
+
+def _maker(spec: TaskSpec, are_earlier: bool = False) -> Make:
     """What makes a row of checked values of the task's kind."""
     data = spec.data
-    index_of = {name: index for index, name in enumerate(data.label_names)}
     match spec.kind:
         case "causal_lm" if data.messages_column:
             return lambda values, where: _chat(values, str(data.messages_column), where)
@@ -200,12 +227,18 @@ def _maker(spec: TaskSpec) -> Callable[[Values, str], Row]:
                 ),
                 is_chat=False,
             )
-        case "image_classification":
-            return lambda values, where: _picture(values, data, index_of, where)
         case "sequence_regression":
             return lambda values, where: TextRow(*_texts(values, data, where), _number(values, data, where))
-        case "sequence_classification":
-            return lambda values, where: TextRow(*_texts(values, data, where), _label(values, data, index_of, where))
+    index: LabelIndex = (
+        (lambda value, column, where: earlier_index(value, data.label_names))
+        if are_earlier
+        else Labels(data.label_names).index
+    )
+    if spec.kind == "image_classification":
+        return lambda values, where: _picture(values, data, index, where)
+    return lambda values, where: TextRow(
+        *_texts(values, data, where), index(values[data.label_column], data.label_column, where)
+    )
 
 
 def _texts(values: Values, data: DataSpec, where: str) -> tuple[str, str | None]:
@@ -236,30 +269,11 @@ def _checked_text(text: Any, name: str, where: str) -> str:
     return text
 
 
-def _label(values: Values, data: DataSpec, index_of: Mapping[str, int], where: str) -> int:
-    """A string is a name, and an index only if it is none: .csv has nothing but strings. `true` is neither."""
-    label = values[data.label_column]
-    if isinstance(label, str) and label in index_of:
-        return index_of[label]
-    if not isinstance(label, int | str) or isinstance(label, bool):
-        raise InvalidInput(
-            f"column '{data.label_column}' must be a label's name or its index, not {type(label).__name__}",
-            where,
-            "write a name of data.label_names, or a whole number",
-        )
-    is_index = isinstance(label, int) or (label.isascii() and label.isdecimal() and len(label) < 10)
-    if is_index and 0 <= int(label) < len(index_of):
-        return int(label)
-    raise InvalidInput(
-        f"label {label!r:.100} is not one of the {len(index_of)} labels",
-        where,
-        f"data.label_names are: {shown(data.label_names)}",
-    )
-
-
 def _number(values: Values, data: DataSpec, where: str) -> float:
     label = values[data.label_column]
     name = f"column '{data.label_column}'"
+    if is_missing(label) and not isinstance(label, float | Decimal):  # what is not a number is told below
+        raise missing(data.label_column, where, label)
     if not isinstance(label, int | float | str | Decimal) or isinstance(label, bool):
         raise InvalidInput(f"{name} must be a number, not {type(label).__name__}", where, "write a number, like 3.5")
     try:
@@ -279,13 +293,18 @@ def _chat(values: Values, column: str, where: str) -> CompletionRow:
             where,
             'write [{"role": "user", "content": …}, {"role": "assistant", "content": …}]',
         )
+    if len(messages) > MESSAGES_MAX:
+        raise InvalidInput(
+            f"column '{column}' has {len(messages)} messages, more than {MESSAGES_MAX}", where, "cut the chat in parts"
+        )
     turns = []
     for number, message in enumerate(messages, start=1):
         name = f"message {number} of column '{column}'"
         if missing := {"role", "content"} - message.keys():
             raise InvalidInput(f"{name} has no {' and no '.join(sorted(missing))}", where, "write {role, content}")
-        if message["role"] not in ROLES:
-            raise InvalidInput(f"{name} has the role {message['role']!r:.100}", where, f"roles are: {', '.join(ROLES)}")
+        if (role := message["role"]) not in ROLES:
+            said = f"{role!r:.100}" if isinstance(role, str) else f"of type {type(role).__name__}"
+            raise InvalidInput(f"{name} has the role {said}", where, f"roles are: {', '.join(ROLES)}")
         turns.append((message["role"], _checked_text(message["content"], name, where)))
     if len(turns) < 2 or turns[-1][0] != "assistant":
         last = f"is the {turns[-1][0]}'s" if len(turns) > 1 else f"is one of {len(turns)}"
@@ -297,8 +316,8 @@ def _chat(values: Values, column: str, where: str) -> CompletionRow:
     return CompletionRow(tuple(turns), is_chat=True)
 
 
-def _picture(values: Values, data: DataSpec, index_of: Mapping[str, int], where: str) -> ImageRow:
-    label = _label(values, data, index_of, where)
+def _picture(values: Values, data: DataSpec, index: LabelIndex, where: str) -> ImageRow:
+    label = index(values[data.label_column], data.label_column, where)
     picture, name = values[data.image_column], f"column '{data.image_column}'"
     if isinstance(picture, dict):  # as `datasets` keeps them
         if not isinstance(picture.get("bytes"), bytes):

@@ -27,6 +27,8 @@ from subspace_store import adapter_from_bytes
 from subspace_store.formats.peft import write_peft_folder
 from subspace_store.storage.memory import MemoryStorage
 from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
+from tests.workers.tiny_bases import CHAT_TEMPLATE
+from workers.chat_template import ChatTemplate
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
 
@@ -165,12 +167,13 @@ def test_an_import_without_rows_needs_no_length_that_the_base_model_can_read(des
 
 
 def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
-    write_rows(desk.data / "eval.jsonl.gz", [*rows(2), {"text": "new", "label": "no"}])
+    news = [{"text": f"new {place}", "label": "no"} for place in range(3)]
+    write_rows(desk.data / "eval.jsonl.gz", [*rows(2), *news])
     write_rows(desk.data / "train.jsonl", rows(6, label="no"))
     draft = check_submission(check_document(desk.document(), TaskSpec, "task"), desk.settings, LAYOUT)
     assert draft.warnings == (
-        "1 of 2 labels have no training row: yes",
-        "2 training rows are also evaluation rows: the scores flatter the task",
+        "1 of 2 labels have no training row: 'yes'",
+        "2 of 5 evaluation rows are also training rows: the scores flatter the task",
     )
 
 
@@ -229,17 +232,54 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(desk: Desk) -> None
     desk.submit(desk.document(**talks(max_new_tokens=63)))
 
 
+CHATS = replace(LAYOUT, chat_template=ChatTemplate(CHAT_TEMPLATE, {}))
+
+
+def chat(*roles: str) -> dict[str, Any]:
+    return {"m": [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)]}
+
+
 def test_messages_that_the_base_model_cannot_render_are_refused(desk: Desk) -> None:
-    turns = {"m": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    write_rows(desk.data / "train.jsonl", [turns])
-    write_rows(desk.data / "eval.jsonl.gz", [turns])
-    document = desk.document(**talks(messages_column="m", max_new_tokens=9))
+    write_rows(desk.data / "train.jsonl", [chat("user", "assistant")])
+    write_rows(desk.data / "eval.jsonl.gz", [chat("user", "assistant", "user", "assistant")])
+    document = check_document(desk.document(**talks(messages_column="m", max_new_tokens=9)), TaskSpec, "task")
     with pytest.raises(InvalidInput, match="base model 'tiny' has no chat template") as caught:
-        check_submission(
-            check_document(document, TaskSpec, "task"), desk.settings, replace(LAYOUT, has_chat_template=False)
-        )
+        check_submission(document, desk.settings, LAYOUT)
     assert caught.value.where == "data.messages_column"
-    check_submission(check_document(document, TaskSpec, "task"), desk.settings, LAYOUT).close()
+    check_submission(document, desk.settings, CHATS).close()
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "eval.jsonl.gz"])
+def test_a_chat_that_the_template_refuses_is_found_at_submission_with_its_file_and_row(desk: Desk, file: str) -> None:
+    write_rows(desk.data / "train.jsonl", [chat("user", "assistant")] * 2)
+    write_rows(desk.data / "eval.jsonl.gz", [chat("user", "assistant", "user", "assistant")])
+    write_rows(desk.data / file, [chat("user", "user", "assistant"), chat("system", "user", "assistant")])
+    document = check_document(desk.document(**talks(messages_column="m", max_new_tokens=9)), TaskSpec, "task")
+    with pytest.raises(InvalidInput, match="only user and assistant talk here; their roles are system, user") as caught:
+        check_submission(document, desk.settings, CHATS)
+    assert caught.value.where == f"{desk.data / file}, row 2"
+
+
+def test_the_training_file_as_evaluation_file_is_refused_unless_asked_for(desk: Desk) -> None:
+    same = desk.document(data={"eval_file": str(desk.data / "train.jsonl")})
+    assert "6 of 6 evaluation rows are also training rows" in desk.refuse(same)
+    same["data"]["eval_is_train"] = True
+    record, _ = desk.submit(same)
+    assert record.warnings == ("6 of 6 evaluation rows are also training rows: the scores flatter the task",)
+
+
+def test_numbers_as_labels_mean_the_names_in_every_format_and_what_else_they_could_mean_is_told(desk: Desk) -> None:
+    numbers = {"label_names": ["1", "0"]}
+    write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": i % 2} for i in range(6)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": i % 2} for i in range(4)])
+    first, _ = desk.submit(desk.document(data=numbers))
+    (desk.data / "e.csv").write_text("label,text\n" + "".join(f"{i % 2},other {i}\n" for i in range(4)))
+    mixed, _ = desk.submit(desk.document("red/beta", data=numbers | {"eval_file": str(desk.data / "e.csv")}))
+    assert mixed.eval_sha256 == first.eval_sha256
+    rows_kept = open_rows(desk.storage, first.eval_key, first.spec)
+    assert [row.label for row in rows_kept if isinstance(row, TextRow)] == [1, 0, 1, 0]  # 0 is the second name
+    assert [warning[:53] for warning in first.warnings] == ["the labels in the file are numbers and are read as na"]
+    assert first.warnings == mixed.warnings
 
 
 @pytest.mark.parametrize("key", ["train_file", "eval_file"])
@@ -257,7 +297,7 @@ def test_a_missing_file_is_named(desk: Desk, key: str) -> None:
         ('["a", "list"]', "must be a JSON object, not list"),
         ({"text": "x", "label": "maybe"}, "label 'maybe' is not one of the 2 labels"),
         ({"text": "x", "label": 2}, "label 2 is not one of the 2 labels"),
-        ({"text": "x", "label": True}, "must be a label's name or its index, not bool"),
+        ({"text": "x", "label": True}, "label True is not one of the 2 labels"),
         ({"text": "  ", "label": "no"}, "column 'text' is empty"),
         ({"text": 7, "label": "no"}, "column 'text' must be a string, not int"),
         ({"txt": "x", "label": "no"}, "has no column 'text'; it has 'label', 'txt'"),

@@ -644,3 +644,27 @@ def test_whatever_happens_in_whatever_order_a_task_stays_on_the_drawing(events: 
         assert record.state is not TaskState.TRAINING or (record.worker and record.attempt > 0)
         if record.state in (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED):
             assert record.ended_at is not None
+
+
+# --- scores that say nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("score", "constant", "is_doubtful"),
+    [(0.6, 0.6, True), (0.4, 0.6, True), (0.1 + 0.2, 0.3, True), (0.61, 0.6, False), (0.6, None, False)],
+)
+def test_a_score_that_the_most_frequent_label_gets_too_is_a_warning_on_the_task(
+    score: float, constant: float | None, is_doubtful: bool
+) -> None:
+    before = training().model_copy(update={"constant_score": constant, "warnings": ("said at submission",)})
+    record = after(before, TrainingDone(trained("tok", score), 1010.0))
+    said = (
+        f"own adapter: accuracy {score:.4f} is no better than always giving the most frequent label of the evaluation"
+    )
+    assert record.warnings[0] == "said at submission"
+    assert [warning.startswith(said) for warning in record.warnings[1:]] == [True] * is_doubtful
+
+
+def test_what_was_not_measured_is_not_doubted() -> None:
+    record = task_record(constant_score=0.5)
+    assert record.doubt(None) == record.doubt(math.nan) == ""

@@ -29,7 +29,7 @@ from subspace_store.storage.protocol import Storage
 from tests.workers.data_builders import spec_of, written
 from workers.base_model import BaseModel
 from workers.orders import Train
-from workers.rows import frozen_rows
+from workers.rows import columns, frozen_rows
 from workers.rows.frozen_rows import FrozenRows, FrozenTask, StoredRows, freeze, open_rows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.training import train_task
@@ -131,13 +131,41 @@ def test_other_texts_labels_or_order_are_other_task_data(tmp_path: Path) -> None
 
 
 def test_labels_are_counted_and_rows_shared_between_the_files_whatever_their_labels(tmp_path: Path) -> None:
-    train = written(tmp_path / "t.jsonl", *({"text": text, "label": 0} for text in "abcdefgh1234hh"))
-    other = written(tmp_path / "e.jsonl", *({"text": text, "label": 1} for text in "hgfedcbaABCDEF"))
+    train = written(tmp_path / "t.jsonl", *({"text": text, "label": 0} for text in "abcdeff12345678"))
+    other = written(tmp_path / "e.jsonl", *({"text": text, "label": 1} for text in "aaabcdeABCDEFGHI"))
     with frozen(SPEC, train, other) as task:
         assert task.train
         assert task.evaluation
-        assert (task.train.count, task.evaluation.count, task.shared_rows) == (14, 14, 10)  # a to h, and h twice more
-        assert dict(task.train.per_label) == {"no": 14, "yes": 0}
+        assert (task.train.count, task.evaluation.count, task.shared_rows) == (15, 16, 7)  # a three times, b to e
+        assert dict(task.train.per_label) == {"no": 15, "yes": 0}
+        assert (task.evaluation.constant_score, task.train.constant_score) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_evaluation_rows_that_are_training_rows_are_refused_unless_asked_for(suffix: str, tmp_path: Path) -> None:
+    train = written(tmp_path / "t.jsonl", *({"text": text, "label": 0} for text in "abcdef"))
+    other = tmp_path / f"e.{suffix}"  # the same texts in another format, order, and with other labels: half of the rows
+    if suffix == "csv":
+        other.write_text("label,text\n" + "".join(f"1,{text}\n" for text in "fedcbaABCDEF"))
+    else:
+        written(other, *({"label": "yes", "text": text} for text in "fedcbaABCDEF"))
+    for evaluation, said in ((train, "6 of 6"), (other, "6 of 12")):
+        with pytest.raises(InvalidInput, match=f"{said} evaluation rows are also training rows") as caught:
+            freeze(SPEC, train, evaluation)
+        assert caught.value.where == str(evaluation)
+        assert "set data.eval_is_train to true" in caught.value.todo
+        with frozen(spec_of(eval_is_train=True), train, evaluation) as task:
+            assert task.shared_rows == 6
+
+
+def test_what_rows_unpack_to_is_bounded_by_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (columns, frozen_rows):
+        monkeypatch.setattr(module, "UNPACKED_BYTES_FREE", 10**6)
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 90, pa.int32()), ["x" * 2**20])  # one value, named 90 times
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"text": text, "label": [0] * 90}), path, compression="zstd", store_schema=False)
+    with pytest.raises(InvalidInput, match="unpacks to more than"):
+        freeze(SPEC, path, None)
 
 
 # --- there and back ----------------------------------------------------------------------------------------------
@@ -280,16 +308,17 @@ def test_evaluation_rows_of_one_label_are_refused_where_the_metric_is_not_define
 ) -> None:
     path, train = written(tmp_path / "e.jsonl", *rows), written(tmp_path / "t.jsonl", *rows)
     said = f"all {len(rows)} evaluation rows have the same label: {metric} is not defined"
+    spec = spec_of(kind, {"metric": metric}, eval_is_train=True)
     with pytest.raises(InvalidInput, match=said) as caught:
-        freeze(spec_of(kind, {"metric": metric}), train, path)
+        freeze(spec, train, path)
     assert caught.value.where == str(path)
-    with frozen(spec_of(kind, {"metric": metric}), train, written(path, rows[0], rows[-1] | {"label": 0})) as task:
+    with frozen(spec, train, written(path, rows[0], rows[-1] | {"label": 0})) as task:
         assert task.evaluation
 
 
 def test_other_metrics_are_defined_on_one_label(tmp_path: Path) -> None:
     path = written(tmp_path / "e.jsonl", *ALIKE)
-    with frozen(SPEC, path, path) as task:
+    with frozen(spec_of(eval_is_train=True), path, path) as task:
         assert task.evaluation
     said = "have the same label: pearson is not defined"
     lines = written(tmp_path / "r.jsonl", *(line | {"label": 2} for line in LINES))

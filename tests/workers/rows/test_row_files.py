@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import time
 import zipfile
 from collections.abc import Callable
 from decimal import Decimal
@@ -19,7 +20,7 @@ from PIL import Image
 
 from configs.errors import InvalidInput
 from tests.workers.data_builders import spec_of, written
-from workers.rows import columnar_files, columns, row_files
+from workers.rows import array_files, columnar_files, columns, row_files, table_files, text_lines
 from workers.rows.row_files import read_file
 from workers.rows.task_data import ImageRow, TextRow, rows_in
 
@@ -40,9 +41,11 @@ def complaint(path: Path, columns: dict[str, str] = TEXT) -> str:
 
 
 def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a row were too large above 1,000 bytes."""
-    for module in (columns, row_files, columnar_files):
+    """As if a row were too large above 1,000 bytes, or characters."""
+    for module in (columns, array_files, columnar_files):
         monkeypatch.setattr(module, "ROW_BYTES_MAX", 1000)
+    for reader in (text_lines, table_files):
+        monkeypatch.setattr(reader, "LINE_CHARACTERS_MAX", 1000)
 
 
 def as_folder(path: Path, *batches: pa.RecordBatch) -> Path:
@@ -145,10 +148,12 @@ def test_a_csv_that_is_not_one_is_refused_with_its_line(content: str, said: str 
 def test_a_quote_that_is_never_closed_does_not_take_in_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "FIELD_CHARACTERS_MAX", 1000)
+    small_rows(monkeypatch)
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"x\t1\n' + "y\t0\n" * 1000)
-    assert ", line 2: is not readable from here on: field larger than field limit (1000)" in complaint(path)
+    said = complaint(path)
+    assert said.startswith(", line 2: a row of more than 1000 characters begins here")
+    assert "is a double quote opened there and never closed?" in said
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,7 @@ def test_a_quote_that_is_never_closed_does_not_take_in_the_whole_file(
         ("a.csv.gz", b"\x1f\x8b\x09\x00garbage", ": is not a complete gzip file"),
         ("a.parquet", b"PAR1 garbage PAR1", ": is not a readable parquet file"),
         ("a.parquet.gz", b"", ": .parquet files are packed inside"),
-        ("a.npz", b"PK garbage", ": is not a readable .npz file"),
+        ("a.npz", b"PK\3\4 garbage", ": is not a readable .npz file"),
         ("a.json", b"[]", ": '.json' is not a format of rows"),
         ("a", b"", ": '' is not a format of rows"),
     ],
@@ -183,7 +188,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(
     path = tmp_path / "a.jsonl"
     content = b'{"text": "x", "label": 0}\n' + b"\0" * 5000
     path.write_bytes(gzip.compress(content) if packed else content)
-    assert complaint(path).startswith(", line 2: is a row of more than 1000 bytes")
+    assert complaint(path).startswith(", line 2: is a row of more than 1000 characters")
 
 
 def test_a_key_that_a_json_object_has_twice_is_refused_and_not_chosen_from(tmp_path: Path) -> None:
@@ -215,6 +220,93 @@ def test_a_file_that_is_written_while_it_is_read_is_refused(
     with pytest.raises(InvalidInput, match="was written while it was read"):
         taken.extend(reading)
     assert len(taken) < 4  # one that grows faster than it is read is not followed for ever
+
+
+# --- what costs too much ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n", b" \n"])
+def test_empty_lines_are_passed_over_and_not_without_end(end: bytes, tmp_path: Path) -> None:
+    row = b'{"text": "x", "label": 0}'
+    (tmp_path / "a.jsonl").write_bytes(end * 9000 + (row + end + end) * 3)
+    assert len(values(tmp_path / "a.jsonl")) == 3
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(end * 10_000_000))  # 10 kB
+    began = time.process_time()
+    assert ": 10001 of its first 10001 lines are empty" in complaint(tmp_path / "b.jsonl.gz")
+    assert time.process_time() - began < 1
+
+
+def test_a_packed_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "UNPACKED_BYTES_FREE", 10**5)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps({"text": "x" * 10_000, "label": 0}) + "\n").encode() * 1000))
+    limit = 10**5 + 200 * path.stat().st_size
+    assert f": unpacks to more than {limit} bytes, which is 100000 and 200 times its size" in complaint(path)
+    plain = tmp_path / "a.jsonl"
+    plain.write_bytes(gzip.decompress(path.read_bytes()))
+    assert len(values(plain)) == 1000
+
+
+def test_more_rows_than_a_file_of_its_size_can_have_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "ROWS_FREE", 1000)
+    monkeypatch.setattr(row_files, "ROWS_BETWEEN_LOOKS", 100)
+    same = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**6, np.int32)), ["x"])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": same, "label": same}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 20_000
+    assert f": has more than {1000 + path.stat().st_size} rows in {path.stat().st_size} bytes" in complaint(path)
+    packed = tmp_path / "b.csv.gz"
+    packed.write_bytes(gzip.compress(b"text,label\n" + b"x,0\n" * 10**5))
+    assert ": has more than " in complaint(packed)
+    packed.write_bytes(gzip.compress(b"text,label\n" + b"x,0\n" * 1000))
+    assert len(values(packed)) == 1000
+
+
+def test_a_page_of_parquet_is_not_unpacked_to_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "UNPACKED_BYTES_FREE", 10**6)
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["x" * 10**6] * 50, "label": [0] * 50})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, data_page_size=2**30)
+    before = pa.total_allocated_bytes()
+    assert ": unpacks to more than" in complaint(path)
+    assert pa.total_allocated_bytes() - before < 10**6
+
+
+def test_a_hundred_thousand_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(f"c{number}" for number in range(100_000)))
+    assert "has 100000 columns, more than 10000" in complaint(path)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(json.dumps({f"text{number}": 1 for number in range(100_000)}))
+    assert "has no column 'text'; it has 'text0', 'text1'" in complaint(lines)
+    keys = ",".join(f'"k{number}": 1' for number in range(100_000))
+    lines.write_text(f'{{{keys}, "k99999": 1, "text": "a", "label": 0}}')
+    assert "has the key 'k99999' twice" in complaint(lines)
+
+
+@pytest.mark.parametrize("depth", [900, 5000])
+def test_lists_in_lists_are_refused_wherever_they_stand(depth: int, tmp_path: Path) -> None:
+    nested = "[" * depth + "1" + "]" * depth
+    lines = {
+        "sequence_classification": f'{{"text": "a", "label": {nested}}}',
+        "image_classification": f'{{"image": {nested}, "label": 0}}',
+        "sequence_regression": f'{{"text": {nested}, "label": 0}}',
+    }
+    for kind, line in lines.items():
+        (tmp_path / "a.jsonl").write_text(line)
+        with pytest.raises(InvalidInput, match=r"a\.jsonl, row 1"):
+            list(rows_in(tmp_path / "a.jsonl", spec_of(kind)))  # type: ignore[arg-type]
+
+
+def test_arrays_packed_as_numpy_does_not_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as archive:
+        for name in ("image", "label"):
+            file = io.BytesIO()
+            np.save(file, np.zeros((3, 2, 2), np.uint8))
+            archive.writestr(f"{name}.npy", file.getvalue())
+    assert ", array 'image': is packed as numpy packs nothing" in complaint(tmp_path / "a.npz", ARRAYS)
 
 
 # --- columns -----------------------------------------------------------------------------------------------------
@@ -306,15 +398,37 @@ def test_a_large_row_group_is_not_read_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["folder", "parquet"])
-@pytest.mark.parametrize("texts", [[b"a", b"b", b"\xff"], [0, 1, -(2**62)]])
-def test_a_value_that_is_no_text_or_no_date_is_refused(name: str, texts: list[Any], tmp_path: Path) -> None:
-    if isinstance(texts[0], bytes):
-        buffers = [None, pa.py_buffer(np.array([0, 1, 2, 3], np.int32)), pa.py_buffer(b"".join(texts))]
-        column = pa.Array.from_buffers(pa.string(), 3, buffers)
-    else:
-        column = pa.array(texts, pa.timestamp("ms"))
+def test_a_value_that_is_no_text_is_refused(name: str, tmp_path: Path) -> None:
+    buffers = [None, pa.py_buffer(np.array([0, 1, 2, 3], np.int32)), pa.py_buffer(b"ab\xff")]
+    column = pa.Array.from_buffers(pa.string(), 3, buffers)
     said = complaint(columnar(tmp_path, name, pa.table({"text": column, "label": [0, 0, 0]})))
     assert ", row 3: has a value that cannot be read" in said or ", rows 1 to 3 of the folder: is not" in said
+
+
+DATES = {
+    "before the first": pa.array([0, 1, -(2**62)], pa.timestamp("ms")),
+    "of no time zone": pa.array([0, 1, 2], pa.timestamp("us", "Not/AZone")),
+    "in days": pa.array([0, 1, 2**31 - 1], pa.date32()),
+    "a duration": pa.array([0, 1, 2**62], pa.duration("s")),
+    "in nanoseconds": pa.array([0, 1, -(2**62)], pa.timestamp("ns")),
+}
+
+
+@pytest.mark.parametrize("name", ["folder", "parquet"])
+@pytest.mark.parametrize("date", DATES)
+def test_dates_are_no_text_and_no_label_and_inside_messages_do_no_harm(date: str, name: str, tmp_path: Path) -> None:
+    for column in ("text", "label"):
+        (tmp_path / column).mkdir()
+        table = pa.table({"text": ["a", "b", "c"], "label": [0, 0, 0]} | {column: DATES[date]})
+        assert f": column '{column}' is of type " in complaint(columnar(tmp_path / column, name, table))
+    fields = [pa.array(["user"] * 3), pa.array(["x"] * 3), DATES[date]]
+    messages = pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays(fields, ["role", "content", "at"]))
+    path = columnar(tmp_path, name, pa.table({"messages": messages}))
+    chats = {"messages_column": "messages"}
+    if date == "in nanoseconds":
+        assert len(values(path, chats)) == 3
+    else:
+        assert "has a value that cannot be read" in complaint(path, chats)
 
 
 @pytest.mark.parametrize("name", ["folder", "parquet"])
@@ -423,7 +537,7 @@ def test_a_damaged_file_in_a_folder_is_refused_and_crashes_nothing(saved: Path, 
 def test_arrays_are_read_along_their_first_axis(
     save: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "ARRAY_BYTES", 20)  # three pictures at once
+    monkeypatch.setattr(array_files, "ARRAY_BYTES", 20)  # three pictures at once
     images = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3)
     save(tmp_path / "a.npz", image=images, label=np.arange(10), other=np.array([{}], dtype=object))
     rows = values(tmp_path / "a.npz", ARRAYS)

@@ -1,0 +1,81 @@
+"""How a base model's tokenizer writes a chat as one text: one renderer for training, scoring and admission.
+
+A template may refuse a chat (two turns of one role, a system message). Admission asks it about every row, so that a
+person hears of it with file and row before anything is trained. For that the control plane needs the template and the
+tokenizer's marks, which a worker tells it, and neither tokenizer nor weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import InvalidInput
+from workers.rows.task_data import CompletionRow, Row, Turn
+
+ROLES_SHOWN = 12
+"""Roles that a message shows of a chat."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template with what it may name."""
+
+    text: str
+    """Source of the template, in Jinja; run by transformers in its sandbox."""
+    marks: Mapping[str, str]
+    """The tokenizer's special tokens by name: bos_token, eos_token, …"""
+
+    def render(self, turns: Sequence[Turn]) -> tuple[str, str]:
+        """The text before the last answer, and the answer, the marks at its end with it.
+
+        Raises:
+            InvalidInput: The template refuses the chat.
+
+        Cost:
+            Some ten microseconds for each turn.
+        """
+        from jinja2 import TemplateError
+
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            given, whole = self._written(messages[:-1], True), self._written(messages, False)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            roles = [role for role, _ in turns[:ROLES_SHOWN]] + ["…"] * (len(turns) > ROLES_SHOWN)
+            raise InvalidInput(
+                f"the messages do not fit the chat template of the base model's tokenizer: {error}; their roles are "
+                f"{', '.join(roles)}",
+                "data.messages_column",
+                "write the messages as the template wants them, or drop the row",
+            ) from error
+        # A template may write an answer otherwise once it is the last: then the answer is learnt as the row has it.
+        return given, whole[len(given) :] if whole.startswith(given) else turns[-1][1]
+
+    def complaint(self, row: Row) -> str:
+        """Why the template refuses a row; empty where it takes it, or where the row is no chat."""
+        if not isinstance(row, CompletionRow) or not row.is_chat:
+            return ""
+        try:
+            self.render(row.turns)
+        except InvalidInput as error:
+            return error.what
+        return ""
+
+    def _written(self, messages: list[dict[str, str]], is_prompt: bool) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        (text,), _ = render_jinja_template(
+            [messages], chat_template=self.text, add_generation_prompt=is_prompt, **self.marks
+        )
+        return str(text)
+
+
+def template_of(tokenizer: Any) -> ChatTemplate | None:
+    """The template of a transformers tokenizer; None where it has none, or several and none of them is the default."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        return ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+    except ValueError:
+        return None
