@@ -34,13 +34,17 @@ def type_all(page: Path, folder: Path) -> str:
     """Run a page's blocks one after another; what the code in them printed."""
     printed = ""
     for block in blocks(page):
-        if block.language == "console" and block.is_run:
-            for command in block.commands:
-                if command.split()[0] not in ELSEWHERE:
-                    run(command, folder)
-        elif block.language == "python":
+        for command in typed(block):
+            run(command, folder)
+        if block.language == "python":
             printed += run_code(block, folder)
     return printed
+
+
+def typed(block: Block) -> list[str]:
+    """The commands of a block that are run here."""
+    commands = block.commands if block.language == "console" and block.is_run else ()
+    return [command for command in commands if command.split()[0] not in ELSEWHERE]
 
 
 def run_code(block: Block, folder: Path) -> str:
@@ -62,13 +66,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_readme_runs_from_up_to_down(folder: Path) -> None:
-    typed = [command for block in blocks(README, "console") for command in block.commands]
-    onebasis = [command for command in typed if command.startswith("onebasis ")]
-    assert (onebasis[0], onebasis[-1]) == ("onebasis up", "onebasis down")
+    commands = [command for block in blocks(README) for command in typed(block)]
+    assert (commands[0], commands[-1]) == ("onebasis up", "onebasis down")
     assert (folder / "exported/adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "console")], ids=lambda page: page.stem)
+RUN = [page for page in DOCS if any(typed(block) or block.language == "python" for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_as_they_stand(folder: Path, page: Path) -> None:
     run("onebasis up", folder)
     printed = type_all(page, folder)
