@@ -26,7 +26,7 @@ from subspace_store.digests import digest
 from subspace_store.formats import diffusers
 from subspace_store.formats.diffusers import write_diffusers_file
 from subspace_store.formats.loaders import LOADERS, refusals, vllm_max_rank
-from subspace_store.formats.peft import export_rank, write_peft_folder
+from subspace_store.formats.peft import export_rank, label_names, write_peft_folder
 from subspace_store.log.version import MAIN, MergedTask
 from subspace_store.subspace_reader import SubspaceReader
 
@@ -49,6 +49,8 @@ class Exported:
         has_head: Whether it brings a head of its own.
         files: File to its sha256.
         refused_by: Loader to why it does not load this, or not all of it: see loaders.py.
+        label_names: The label of each output, in order; empty where it has none or they are not known.
+        base_sha256: Of the base model's weights; empty where it is not known.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Exported:
     has_head: bool
     files: dict[str, str]
     refused_by: dict[str, str]
+    label_names: tuple[str, ...] = ()
+    base_sha256: str = ""
 
     @property
     def loads_in(self) -> tuple[str, ...]:
@@ -87,7 +91,8 @@ class Exported:
         if "refused_by" not in values:
             kind, rank, has_head = values["format"], values["rank"], values["has_head"]
             values["refused_by"] = refusals(kind, rank=rank, has_head=has_head, modules=())
-        return cls(**values | {"sources": tuple(values["sources"])})
+        texts = {"sources": tuple(values["sources"]), "label_names": tuple(values.get("label_names", ()))}
+        return cls(**values | texts)
 
 
 def export_name(task: str, version: int) -> str:
@@ -186,6 +191,8 @@ def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask,
             has_head=has_head,
             files=files,
             refused_by=refusals(kind, rank=rank, has_head=has_head, modules=adapter.modules),
+            label_names=label_names(adapter),
+            base_sha256=adapter.base_sha256,
         )
         (partial / FACTS_FILE).write_text(_json(exported.as_facts()), encoding="utf-8")
         _flush(*partial.iterdir(), partial)

@@ -44,6 +44,14 @@ def as_text(words: str) -> str:
     return "".join(" " if _is_bad(character) else character for character in cut)
 
 
+def as_escaped_text(words: str) -> str:
+    """As `as_text`; what is no plain text is shown as Python writes it: \\x1b, \\ud800."""
+    cut = words if len(words) <= TEXT_MAX else f"{words[: TEXT_MAX - 1]}…"
+    if not any(map(_is_bad, cut)):
+        return cut
+    return "".join(repr(character)[1:-1] if _is_bad(character) else character for character in cut)
+
+
 TaskId = Annotated[Line, Field(min_length=1)]
 Moment = Annotated[float, Field(ge=0, le=LATEST, allow_inf_nan=False)]
 """Unix seconds."""

@@ -14,12 +14,30 @@ from configs.settings import Settings
 from configs.task_spec import Kind, TaskSpec
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store import Adapter, canonical_update
+from workers.heads import HeadLayout
 from workers.orders import BaseLayout, Trained
 
 BASE = "tiny"
 SHA256 = "ab" * 32
 SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10)}
-LAYOUT = BaseLayout(sha256=SHA256, module_shapes=SHAPES, length_max=64, kinds=get_args(Kind))
+CLASSIFIER = ("classifier.weight",)
+LAYOUT = BaseLayout(
+    sha256=SHA256,
+    module_shapes=SHAPES,
+    length_max=64,
+    kinds=get_args(Kind),
+    heads={
+        kind: HeadLayout(
+            shapes={"classifier.weight": (1, 4), "pooler.weight": (4, 4)},
+            outputs=CLASSIFIER,
+            missing=CLASSIFIER,
+            trained=("classifier",),
+        )
+        if kind != "causal_lm"
+        else HeadLayout(shapes={}, shared=("lm_head.weight",))
+        for kind in get_args(Kind)
+    },
+)
 LABELS = ("no", "yes")
 TEAMS = ("red", "blue")
 

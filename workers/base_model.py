@@ -3,47 +3,44 @@
 `BaseModel.task_model` builds a task's model in milliseconds: an empty shell of the architecture, the shared tensors
 put into it by reference, and a fresh head. `trust_remote_code` is never set.
 
-One checkpoint serves all kinds of task that its architecture has. Layers have the same names in each, so that all
-tasks of a base model share one subspace. What a classifier or a regressor has outside the backbone, or what the
-checkpoint does not bring, is the *head*: it is trained with the task and travels with its adapter. A causal language
-model has none: its output layer belongs to the checkpoint.
+One checkpoint serves all kinds of task that its architecture has. Layers of the backbone have the same names in each,
+so that all tasks of a base model share one subspace. Output layers, and what the checkpoint does not bring, are the
+*head* (`heads.py`): they are trained with the task and travel with its adapter. What the checkpoint has behind the
+backbone is kept. A causal language model has no head: its output layer belongs to the checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.modeling_utils import set_zero3_state
 from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import Kind, TaskSpec
-from workers.weights import check_quantization, load_checkpoint, quiet_transformers, resolve_source, weights_digest
+from subspace_store.adapter import Adapter
+from workers.architecture import head_layout, inside, linear_shapes, owner, usable_positions
+from workers.heads import HeadLayout, check_head, kept_outputs
+from workers.model_folder import AUTO_CLASSES, called_of, image_processor_of, kinds_of, settle_padding, tokenizer_of
+from workers.weights import (
+    Loaded,
+    check_quantization,
+    load_checkpoint,
+    load_head,
+    outside_backbone,
+    quiet_transformers,
+    resolve_source,
+    weights_digest,
+)
 
-AUTO_CLASSES: dict[Kind, Any] = {
-    "sequence_classification": AutoModelForSequenceClassification,
-    "sequence_regression": AutoModelForSequenceClassification,
-    "image_classification": AutoModelForImageClassification,
-    "causal_lm": AutoModelForCausalLM,  # last: it has all the parameters that the others share
-}
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
-IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 # By what transformers, PEFT and accelerate know a model with quantised layers.
 QUANTIZED_FLAGS = (
     "is_quantized",
@@ -61,59 +58,72 @@ class BaseModel:
     Args:
         settings: What it was loaded by.
         loaded: A transformers model that holds the weights.
-        missing: Names of its parameters that the checkpoint lacks.
+        found: What the checkpoint has outside the backbone, by the class of model it is for.
+        label_names: Labels of the checkpoint's own output layer, by the class of model it is for.
         kinds: Which kinds of task its architecture has.
         tokenizer, image_processor: The checkpoint's own; None if it has none.
+        called: Names by which the checkpoint says it is known.
 
     Raises:
-        InvalidInput: The checkpoint lacks a part of a module.
+        InvalidInput: The checkpoint lacks a part of the backbone.
     """
 
     def __init__(
         self,
         settings: BaseModelSettings,
-        loaded: Any,
-        missing: set[str],
+        loaded: Loaded,
+        found: Mapping[Any, Mapping[str, Tensor]],
+        label_names: Mapping[Any, tuple[str, ...]],
         kinds: tuple[Kind, ...],
         tokenizer: Any,
         image_processor: Any,
+        called: tuple[str, ...] = (),
     ) -> None:
+        model = loaded.model
         self.name = settings.name
         self.sha256 = settings.weights_sha256
+        self.called = called
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.prefix: str = loaded.base_model_prefix
+        self.prefix: str = model.base_model_prefix
         """Name of the backbone inside the task model (`bert`, `model`, `transformer`)."""
-        self.device: torch.device = loaded.device
-        self.stores_transposed = {name for name, module in loaded.named_modules() if isinstance(module, Conv1D)}
+        self.device: torch.device = model.device
+        self.stores_transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         """Modules whose weight is D×N: PEFT calls this fan_in_fan_out."""
-        self._config = loaded.config
-        self._generation_config = getattr(loaded, "generation_config", None)
+        self._positions = usable_positions(model)
+        self._config = model.config
+        self._generation_config = getattr(model, "generation_config", None)
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._is_float32 = settings.dtype == "float32" and settings.quantization == "none"
-        self._quantized = _quantized_modules(loaded) if settings.quantization != "none" else {}
+        self._quantized = _quantized_modules(model) if settings.quantization != "none" else {}
         self._flags = {
-            flag: getattr(loaded, flag) for flag in QUANTIZED_FLAGS if self._quantized and hasattr(loaded, flag)
+            flag: getattr(model, flag) for flag in QUANTIZED_FLAGS if self._quantized and hasattr(model, flag)
         }
         parameters = {
             name: parameter.detach()
-            for name, parameter in loaded.named_parameters()
-            if name not in missing and (name.startswith(f"{self.prefix}.") or "causal_lm" in kinds)
+            for name, parameter in model.named_parameters()
+            if name not in loaded.missing and (name.startswith(f"{self.prefix}.") or "causal_lm" in kinds)
         }
-        self._shared = {name: tensor for name, tensor in parameters.items() if not _inside(name, self._quantized)}
-        stored = loaded.state_dict().keys()
-        self._buffers = {name: buffer for name, buffer in loaded.named_buffers() if name in stored}
-        self._heads: dict[Kind, tuple[str, ...]] = {}
-        self._shapes: dict[str, tuple[int, int]] = {}
-        shells = {type(loaded): loaded}
+        self._shared = {name: tensor for name, tensor in parameters.items() if not inside(name, self._quantized)}
+        stored = model.state_dict().keys()
+        self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+        self._heads: dict[Kind, HeadLayout] = {}
+        self._found: dict[Kind, dict[str, Tensor]] = {}
+        """What the checkpoint has outside the backbone for each kind: frozen, or where training starts."""
+        self._shapes: dict[Kind, dict[str, tuple[int, int]]] = {}
         for kind in kinds:
             made = AUTO_CLASSES[kind]._model_mapping[type(self._config)]
-            if made not in shells:
-                shells[made] = self._shell(kind, copy.deepcopy(self._config))
-            shell = shells[made]
-            heads = _head_modules(shell, parameters.keys(), kind, settings.source)
-            shapes = _linear_shapes(shell, heads)
-            if shapes == (self._shapes or shapes):  # else its adapters would not fit the others' subspace
-                self._heads[kind], self._shapes = heads, shapes
+            shell, wider = (self._shell(kind, self._with_outputs(count)) for count in (1, 2))
+            mine = {
+                name: tensor.to(device=self.device, dtype=self._dtype)
+                for name, tensor in ({} if kind == "causal_lm" else found.get(made, {})).items()
+            }
+            names = parameters.keys() | mine.keys()
+            layout = head_layout(shell, wider, names, kind, label_names.get(made, ()), settings.source)
+            shapes = linear_shapes(shell, names, layout)
+            # Layers of the backbone differ: then its adapters would not fit the others' subspace.
+            if all(self._backbone(shapes) == self._backbone(other) for other in self._shapes.values()):
+                self._heads[kind], self._found[kind], self._shapes[kind] = layout, mine, shapes
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -123,10 +133,7 @@ class BaseModel:
     @property
     def length_max(self) -> int:
         """Longest input in tokens; without positions to run out of, 10⁹."""
-        limits = (
-            getattr(self._config, "max_position_embeddings", None),
-            getattr(self.tokenizer, "model_max_length", None),
-        )
+        limits = (self._positions, getattr(self.tokenizer, "model_max_length", None))
         return int(min((limit for limit in limits if limit), default=10**9))
 
     @property
@@ -134,26 +141,42 @@ class BaseModel:
         """Whether its linear layers are bitsandbytes', which all tasks share whole."""
         return bool(self._quantized)
 
-    def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, D) of every linear layer that may be adapted, by its name in the task model, whatever the kind."""
-        return dict(self._shapes)
+    @property
+    def heads(self) -> Mapping[Kind, HeadLayout]:
+        """What a task of each kind has beside the shared layers."""
+        return self._heads
+
+    def module_shapes(self, kind: Kind | None = None) -> dict[str, tuple[int, int]]:
+        """(N, D) of every linear layer that may be adapted, by its name in the task model.
+
+        Args:
+            kind: Of the task. Some kinds have a layer behind the backbone that others do not; None: of any kind.
+        """
+        if kind is not None:
+            return dict(self._shapes[kind])
+        return {name: shape for shapes in self._shapes.values() for name, shape in shapes.items()}
 
     def head_modules(self, kind: Kind) -> tuple[str, ...]:
-        """Modules of the task model that belong to the task."""
-        return self._heads[kind]
+        """Modules of the task model that are trained with the task, see `HeadLayout.trained`."""
+        return self._heads[kind].trained
 
-    def task_model(self, spec: TaskSpec, seed: int = 0) -> Any:
+    def task_model(self, spec: TaskSpec, seed: int = 0, adapter: Adapter | None = None) -> Any:
         """A task's model around the shared weights.
+
+        What the checkpoint has of the head is kept. Its output layer is where training starts, if it is for the same
+        labels (`heads.kept_outputs`).
 
         Args:
             spec: Its kind and label names say what the model puts out.
-            seed: The head's; the same seed gives the same head in every process.
+            seed: Draws what the checkpoint lacks; the same seed gives the same head in every process.
+            adapter: Has the head, which is then taken from it; nothing is drawn.
 
         Returns:
-            A transformers model whose tensors *are* the shared ones, without gradient, and a head in float32.
+            A transformers model whose tensors *are* the shared ones, without gradient, and what is trained of its head
+            in float32.
 
         Raises:
-            InvalidInput: The base model does not have this kind.
+            InvalidInput: The base model does not have this kind; or see `heads.check_head`.
 
         Cost:
             About 30 ms for 6 layers, 0 bytes of weights.
@@ -162,6 +185,9 @@ class BaseModel:
             raise InvalidInput(
                 f"the base model {self.name!r} has no {spec.kind}", "kind", f"it has: {', '.join(self.kinds)}"
             )
+        layout, brought = self._heads[spec.kind], {} if adapter is None else adapter.head
+        if adapter is not None:
+            check_head(adapter, spec, layout)
         config = copy.deepcopy(self._config)
         if spec.kind == "sequence_regression":
             config.num_labels, config.problem_type = 1, "regression"
@@ -170,23 +196,60 @@ class BaseModel:
             config.label2id = {name: index for index, name in enumerate(spec.data.label_names)}
             config.problem_type = "single_label_classification"
         model = self._shell(spec.kind, config)
+        found = self._found[spec.kind]
+        frozen = {name: tensor for name, tensor in found.items() if not inside(name, layout.trained)}
         # Each task gets Parameter objects of its own: a flag, a gradient or a partition set on one stays there.
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        model.load_state_dict(self._shared | buffers, strict=False, assign=True)
+        model.load_state_dict(self._shared | frozen | buffers, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.tie_weights()
-        self._share_quantized(model)
+        self._share_quantized(model, {owner(name) for name in brought})
         model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for name in self._heads[spec.kind]:
+            for name in layout.trained:
                 module = model.get_submodule(name).to_empty(device="cpu").float()
                 module.apply(model._init_weights).requires_grad_(True)
-                if not self._is_float32:
-                    module.register_forward_pre_hook(_cast_inputs)
+        outputs = kept_outputs(layout, spec)
+        for name, tensor in found.items():
+            if name not in frozen and (outputs is not None or name not in layout.outputs):
+                rows = list(outputs or ()) if name in layout.outputs else slice(None)
+                model.get_parameter(name).data.copy_(tensor[rows])
+        for name, tensor in brought.items():
+            self._put(model, name, tensor, layout)
+        if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise InvalidInput(f"nothing has weights for {empty[:3]}", "adapter", "save it with these parameters")
+        if not self._is_float32:
+            self._cast_between(model, layout)
         if spec.kind == "causal_lm":
             model.generation_config = copy.deepcopy(self._generation_config)
         return model.to(self.device)
+
+    def _put(self, model: Any, name: str, tensor: Tensor, layout: HeadLayout) -> None:
+        """A parameter that the task has of its own, in the place of the shared one, which is not written to."""
+        if inside(name, layout.trained):
+            model.get_parameter(name).data.copy_(tensor)
+        else:  # in the base model's dtype, as PEFT has it: what comes before and behind it is the base model's
+            module = model.get_submodule(owner(name))
+            own = nn.Parameter(tensor.to(device=self.device, dtype=self._dtype).clone(), requires_grad=False)
+            setattr(module, name.rpartition(".")[2], own)
+
+    def _cast_between(self, model: Any, layout: HeadLayout) -> None:
+        """Have each module behind the backbone take what the one before hands over, whatever its dtype."""
+        for name in layout.trained:
+            model.get_submodule(name).register_forward_pre_hook(_cast_inputs)
+        for name, module in model.named_modules():
+            is_behind = name and not f"{name}.".startswith(f"{self.prefix}.") and not inside(f"{name}.", layout.trained)
+            if is_behind and next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(_cast_inputs)
+
+    def _backbone(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        return {name: shape for name, shape in shapes.items() if name.startswith(f"{self.prefix}.")}
+
+    def _with_outputs(self, count: int) -> Any:
+        config = copy.deepcopy(self._config)
+        config.num_labels = count
+        return config
 
     def _shell(self, kind: Kind, config: Any) -> Any:
         """The architecture without numbers, but with the buffers that are computed.
@@ -196,10 +259,15 @@ class BaseModel:
         with init_empty_weights(include_buffers=False), set_zero3_state():
             return AUTO_CLASSES[kind].from_config(config)
 
-    def _share_quantized(self, model: Any) -> None:
-        """Quantised weights keep their scales beside them, so that the whole layers are shared; PEFT wraps them."""
+    def _share_quantized(self, model: Any, own: Collection[str]) -> None:
+        """Quantised weights keep their scales beside them, so that the whole layers are shared; PEFT wraps them.
+
+        Args:
+            own: Modules that the task has of its own.
+        """
         for name, module in self._quantized.items():
-            model.set_submodule(name, module)
+            if name not in own:
+                model.set_submodule(name, module)
         for flag, value in self._flags.items():
             setattr(model, flag, value)
 
@@ -227,86 +295,43 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
         )
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer, image_processor = _tokenizer(folder), _image_processor(folder)
-    kinds = _kinds(config, tokenizer, image_processor, str(folder))
-    loaded, missing = load_checkpoint(folder, AUTO_CLASSES[kinds[-1]], settings, device)
-    if kinds[-1] == "causal_lm" and any(not name.startswith(f"{loaded.base_model_prefix}.") for name in missing):
-        kinds = kinds[:-1]  # a checkpoint of the backbone alone has no output layer
+        tokenizer, image_processor = tokenizer_of(folder), image_processor_of(folder)
+    kinds = kinds_of(config, tokenizer, image_processor, str(folder))
+    loaded = load_checkpoint(folder, AUTO_CLASSES[kinds[-1]], settings, device)
+    backbone = f"{loaded.model.base_model_prefix}."
+    if kinds[-1] == "causal_lm" and any(not name.startswith(backbone) for name in loaded.missing):
+        kinds = kinds[:-1]  # a checkpoint of the backbone alone, or of a classifier, has no such output layer
         if not kinds:
             raise InvalidInput("weights lack the output layer", str(folder), "save the whole causal language model")
     if tokenizer is not None:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        loaded.config.pad_token_id = tokenizer.pad_token_id
-    loaded.config.use_cache = False
-    loaded.config.tie_word_embeddings = bool(loaded.all_tied_weights_keys)  # tied as loaded, whatever it said
-    return BaseModel(settings, loaded, missing, kinds, tokenizer, image_processor)
-
-
-def _kinds(config: Any, tokenizer: Any, image_processor: Any, where: str) -> tuple[Kind, ...]:
-    """The kinds that the architecture and what lies beside the weights allow, `causal_lm` last.
-
-    transformers lists BERT and its relatives among the causal language models too: they can be built as decoders. As
-    they were trained they see what they would have to predict.
-    """
-    sees_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    kinds = tuple(
-        kind
-        for kind, auto_class in AUTO_CLASSES.items()
-        if type(config) in auto_class._model_mapping
-        and (image_processor if kind == "image_classification" else tokenizer) is not None
-        and not (kind == "causal_lm" and sees_ahead)
+        settle_padding(tokenizer, loaded.model, str(folder))
+    loaded.model.config.use_cache = False
+    loaded.model.config.tie_word_embeddings = bool(loaded.model.all_tied_weights_keys)  # as loaded, whatever it said
+    found, label_names = _found_heads(folder, config, kinds, loaded)
+    return BaseModel(
+        settings, loaded, found, label_names, kinds, tokenizer, image_processor, called_of(folder, settings)
     )
-    if not kinds:
-        raise InvalidInput(
-            f"a {config.model_type} model with {'a' if tokenizer else 'no'} tokenizer and "
-            f"{'an' if image_processor else 'no'} image processor beside it is good for no kind of task",
-            where,
-            f"kinds are: {', '.join(AUTO_CLASSES)}; save the tokenizer or the image processor into the folder as well",
-        )
-    return kinds
 
 
-def _tokenizer(folder: Path) -> Any:
-    has_one = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
-
-
-def _image_processor(folder: Path) -> Any:
-    """On PIL and numpy: without torchvision, and the same pixels on every machine."""
-    has_one = (folder / IMAGE_PROCESSOR_FILE).is_file()
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil") if has_one else None
-
-
-def _inside(parameter: str, modules: Iterable[str]) -> bool:
-    return any(parameter.startswith(f"{module}.") for module in modules)
-
-
-def _head_modules(shell: Any, loaded: Collection[str], kind: Kind, where: str) -> tuple[str, ...]:
-    """Modules outside the backbone, and modules inside it for which the checkpoint has nothing (often a pooler)."""
-    names = [name for name, _ in shell.named_parameters()]
-    backbone = f"{shell.base_model_prefix}."
-    outside = {name.partition(".")[0] for name in names if not name.startswith(backbone) and kind != "causal_lm"}
-    missing = {name for name in names if name.startswith(backbone) and name not in loaded}
-    unloaded = {name.rpartition(".")[0] for name in missing}
-    for name in unloaded:
-        own = {f"{name}.{inner}" for inner, _ in shell.get_submodule(name).named_parameters()}
-        if not own <= missing:
-            raise InvalidInput(f"weights lack {sorted(own & missing)}", where, "the checkpoint is not complete")
-    return tuple(sorted(outside | unloaded))
-
-
-def _linear_shapes(shell: Any, head_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Of the linear layers of the backbone, the head's left out."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, module in shell.named_modules():
-        if not name.startswith(f"{shell.base_model_prefix}.") or _inside(f"{name}.", head_modules):
+def _found_heads(
+    folder: Path, config: Any, kinds: Sequence[Kind], loaded: Loaded
+) -> tuple[dict[Any, dict[str, Tensor]], dict[Any, tuple[str, ...]]]:
+    """What the checkpoint has outside the backbone, and the labels of its output layer, each by class of model."""
+    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels) if index in config.id2label)
+    found: dict[Any, dict[str, Tensor]] = {}
+    names: dict[Any, tuple[str, ...]] = {}
+    for kind in kinds:
+        made = AUTO_CLASSES[kind]._model_mapping[type(config)]
+        if kind == "causal_lm" or made in found:
             continue
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.nf, module.nx)
-    return shapes
+        if made is type(loaded.model):
+            found[made] = outside_backbone(loaded)
+        else:  # the weights were loaded as a language model, which has no place for a classifier
+            found[made] = load_head(folder, AUTO_CLASSES[kind]) if loaded.has_more else {}
+        # A model that labels tokens has a `classifier` as well, of the same shape.
+        if made.__name__ in (config.architectures or ()):
+            names[made] = labels
+    return found, names
 
 
 def _quantized_modules(loaded: Any) -> dict[str, nn.Module]:

@@ -6,13 +6,20 @@ what base model it will have by then. No model libraries: the control plane know
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
+from subspace_store.formats.peft import TRAINED_ON, TRAINED_ON_SHA256
+from workers.heads import HeadLayout
 from workers.metrics import GENERATED
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, int]]
 """Full name of a linear layer to (N, D)."""
@@ -64,19 +71,13 @@ def chosen_modules(targets: Sequence[str], shapes: Shapes, base_model: str) -> t
     return tuple(name for name in shapes if any(_fits(name, target) for target in targets))
 
 
-def check_head(adapter: Adapter, is_needed: bool) -> None:
-    """Refuse an adapter that cannot be scored: every kind but causal_lm has outputs of its own. Raises InvalidInput."""
-    if is_needed and not adapter.head:
-        raise InvalidInput(
-            "the adapter has no head, so it cannot be scored",
-            todo="import an adapter that was saved with its classifier (modules_to_save), or leave out data.eval_file",
-        )
-
-
-def with_full_names(adapter: Adapter, shapes: Shapes, where: str) -> Adapter:
-    """An adapter that was trained elsewhere, its modules under the names that they have in this service's task models.
+def with_full_names(adapter: Adapter, shapes: Shapes, head: HeadLayout, where: str) -> Adapter:
+    """An adapter that was trained elsewhere, under the names that this service's task models have.
 
     One trained on the bare backbone (`encoder.…`) is the same update of the task model (`bert.encoder.…`).
+
+    Args:
+        head: Of the task's kind.
 
     Raises:
         InvalidInput: A module that the base model does not have, or has with another shape; one name that fits several
@@ -86,20 +87,63 @@ def with_full_names(adapter: Adapter, shapes: Shapes, where: str) -> Adapter:
     came_as: dict[str, str] = {}
     for name, update in adapter.modules.items():
         full = _full_name(name, shapes, adapter.base_model, where)
-        if full in came_as:
-            raise InvalidInput(
-                f"the adapter changes '{full}' twice, as '{came_as[full]}' and as '{name}'",
-                where,
-                "keep one of the two in the file: which is meant, nobody can tell",
-            )
+        _check_once(full, name, came_as, where)
         if update.shape != shapes[full]:
             raise InvalidInput(
                 f"the adapter's '{name}' has shape {update.shape}; the base model's is {shapes[full]}",
                 where,
                 "was it trained on another base model?",
             )
-        came_as[full], modules[full] = name, update
-    return replace(adapter, modules=dict(sorted(modules.items())))
+        modules[full] = update
+    known = {*head.shapes, *head.shared}
+    parameters: dict[str, Tensor] = {}
+    for name, tensor in adapter.head.items():
+        found = [name] if name in known else [full for full in known if full.endswith(f".{name}")]
+        full = found[0] if len(found) == 1 else name  # what does not fit, `check_head` refuses by its name
+        _check_once(full, name, came_as, where)
+        parameters[full] = tensor
+    return replace(adapter, modules=dict(sorted(modules.items())), head=dict(sorted(parameters.items())))
+
+
+def _check_once(full: str, name: str, came_as: dict[str, str], where: str) -> None:
+    if full in came_as:
+        raise InvalidInput(
+            f"the adapter changes '{full}' twice, as '{came_as[full]}' and as '{name}'",
+            where,
+            "keep one of the two in the file: which is meant, nobody can tell",
+        )
+    came_as[full] = name
+
+
+def trained_elsewhere(adapter: Adapter, called: Iterable[str]) -> str:
+    """A warning if an adapter says that it was trained on another base model; empty: it says nothing of the kind.
+
+    Shapes alone prove nothing: every BERT of one size has the same.
+
+    Args:
+        called: Names by which this service's base model is known.
+    """
+    digest, name = adapter.info.get(TRAINED_ON_SHA256, ""), adapter.info.get(TRAINED_ON, "")
+    if digest:
+        if digest == adapter.base_sha256:
+            return ""
+        said = f"base weights with sha256 {digest[:16]}…, and this service's are {adapter.base_sha256[:16]}…"
+    else:
+        last = _plain(_last_part(name))
+        if not last or any(last in _plain(known) for known in called):
+            return ""
+        said = f"'{name}', and this service's base model is {' or '.join(repr(known) for known in called)}"
+    return f"the adapter was trained on {said}: if that is another model, its scores will be those of chance"
+
+
+def _last_part(name: str) -> str:
+    """The model's own name in a hub id, a path, or a path inside a hub's cache."""
+    cached = re.search(r"models--[^/]*--([^/]+)/", name)
+    return cached[1] if cached else name.rstrip("/").rpartition("/")[2]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _full_name(name: str, shapes: Shapes, base_model: str, where: str) -> str:

@@ -6,8 +6,10 @@ The configuration is the task's own and is passed through untouched; transformer
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
+from workers.compiled_ops import compile_first, interruption, python
 
 
 @contextlib.contextmanager
@@ -30,6 +33,7 @@ def deepspeed_process() -> Iterator[None]:
     import deepspeed
 
     linear = torch.nn.functional.linear
+    _compile_beside()
     if not torch.cuda.is_available():
         # Else it is compiled first, for 32 seconds, and gains little: gradients of adapters are small.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -52,6 +56,30 @@ def deepspeed_process() -> Iterator[None]:
         deepspeed.comm.comm.cdb = None
 
 
+def _compile_beside() -> None:
+    """Have each part that DeepSpeed would compile inside this process be compiled in another one before."""
+    import deepspeed
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    inside_this_process = OpBuilder.jit_load
+    if hasattr(inside_this_process, "__wrapped__"):
+        return
+
+    @functools.wraps(inside_this_process)
+    def jit_load(builder: Any, verbose: bool = True) -> Any:
+        kind = type(builder)
+        compile_first(
+            builder.name,
+            Path(_get_build_directory(builder.name, False)),
+            f"deepspeed {deepspeed.__version__}, torch {torch.__version__}",
+            python(f"from {kind.__module__} import {kind.__name__}; {kind.__name__}().load()"),
+        )
+        return inside_this_process(builder, verbose)
+
+    OpBuilder.jit_load = jit_load
+
+
 REFUSALS = ("DeepSpeed", "train_batch_size", "untested ZeRO", "ZeRORuntimeException", "unsupported mix")
 NOT_BUILT = ("JIT load", "failed to build", "compile CUDA op", "Error building extension", "CUDA version", "CUDA_HOME")
 """What is said of an optimizer of DeepSpeed's own that is compiled before its first use and could not be."""
@@ -65,6 +93,8 @@ def refusals_named(config: dict[str, Any] | None) -> Iterator[None]:
     except InvalidInput:
         raise
     except Exception as error:
+        if (told := interruption(error)) is not None:
+            raise told from None
         said = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
         if config is None:
             raise

@@ -8,7 +8,7 @@ model, so that their difference is what merging cost and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from subspace_store.formats.peft import to_peft
 from subspace_store.storage.protocol import Storage
 from workers import metrics
 from workers.base_model import BaseModel
-from workers.compatibility import check_head
 from workers.deepspeed_engine import parted
 from workers.features import IGNORED, collator, encode_prompt, lengths
 from workers.metrics import GENERATED, Measure
@@ -47,6 +46,8 @@ class Score:
     """All metrics of the kind by name; those in `GENERATED` only if the task is judged by one of them."""
     per_row: tuple[float, ...]
     """Each row's share in the value, in the order of the rows: for paired comparisons, see `workers/metrics.py`."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on what makes the score doubtful."""
 
     @property
     def count(self) -> int:
@@ -82,8 +83,13 @@ def score_and_keep(
     storage: Storage,
     between_batches: Callable[[], None],
     rank: Rank,
+    keep: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Score:
-    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one."""
+    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one.
+
+    Args:
+        keep: Calls what it is given, which writes; see `workers/patience.py`.
+    """
     score = score_adapter(base, adapter, rows, order.spec, between_batches)
     if order.results_key and rank.leads:
         version = order.version if isinstance(order, Evaluate) else 0
@@ -94,7 +100,7 @@ def score_and_keep(
             eval_sha256=rows.sha256,
             per_row=score.per_row,
         )
-        write_results(storage, order.results_key, results)
+        keep(lambda: write_results(storage, order.results_key, results))
     return score
 
 
@@ -119,26 +125,44 @@ def score_rows(
             that could be as bad as the one before merging and pass. Or the tokenizer makes nothing of the completions.
     """
     model.eval()
+    counts = lengths(base, spec, rows)
     with torch.inference_mode():
         if spec.kind == "causal_lm":
-            measures = _likelihood(model, base, rows, spec, between_batches)
+            measures = _likelihood(model, base, rows, counts, spec, between_batches)
             if spec.metric in GENERATED:
                 completions = [row.completion for row in rows if isinstance(row, CompletionRow)]
                 measures |= metrics.answers(completions, generate(model, base, rows, spec, between_batches))
         else:
-            measures = _predictions(model, base, rows, spec, between_batches)
+            measures = _predictions(model, base, rows, counts, spec, between_batches)
     chosen = measures[spec.metric]
-    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()))
+    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), _cut(counts, spec))
+
+
+def _cut(counts: Sequence[int], spec: TaskSpec) -> tuple[str, ...]:
+    """A warning if rows were read in part. counts: Tokens of each row, cut."""
+    longest = spec.data.max_length
+    if not (full := sum(count >= longest for count in counts)):
+        return ()
+    lost = "the beginning of the prompt" if spec.kind == "causal_lm" else "the end"
+    return (
+        f"{full} of {len(counts)} evaluation rows have {longest} tokens or more: where a row has more than "
+        f"data.max_length, {lost} is not read",
+    )
 
 
 def _predictions(
-    model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, between_batches: Callable[[], None]
+    model: Any,
+    base: BaseModel,
+    rows: Sequence[Row],
+    counts: Sequence[int],
+    spec: TaskSpec,
+    between_batches: Callable[[], None],
 ) -> dict[str, Measure]:
     collate, regression = collator(base, spec), spec.kind == "sequence_regression"
     expected: list[Any] = [0] * len(rows)
     predicted: list[Any] = [0] * len(rows)
     broken: list[int] = []
-    for chosen in batches_by_length(lengths(base, spec, rows)):
+    for chosen in batches_by_length(counts):
         between_batches()
         batch = collate(rows[index] for index in chosen)
         labels = batch.pop("labels").tolist()
@@ -155,12 +179,17 @@ def _predictions(
 
 
 def _likelihood(
-    model: Any, base: BaseModel, rows: Sequence[Any], spec: TaskSpec, between_batches: Callable[[], None]
+    model: Any,
+    base: BaseModel,
+    rows: Sequence[Any],
+    counts: Sequence[int],
+    spec: TaskSpec,
+    between_batches: Callable[[], None],
 ) -> dict[str, Measure]:
     collate = collator(base, spec)
-    sums, counts = [0.0] * len(rows), [0] * len(rows)
+    sums, scored_counts = [0.0] * len(rows), [0] * len(rows)
     tokens_max = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // len(base.tokenizer))
-    for chosen in batches_by_length(lengths(base, spec, rows), tokens_max):
+    for chosen in batches_by_length(counts, tokens_max):
         between_batches()
         batch = _on(model.device, collate(rows[index] for index in chosen))
         labels_RT = batch.pop("labels")[:, 1:]
@@ -168,15 +197,15 @@ def _likelihood(
         for index, logits_TV, labels_T in zip(chosen, logits_RTV, labels_RT, strict=True):  # one row in float32 at once
             scored = labels_T != IGNORED
             sums[index] = _log_probability(logits_TV[scored], labels_T[scored])
-            counts[index] = int(scored.sum())
+            scored_counts[index] = int(scored.sum())
     _check_numbers([index for index, value in enumerate(sums) if value != value], len(rows), spec)
-    if not any(counts):
+    if not any(scored_counts):
         raise InvalidInput(
             f"the tokenizer of the base model {base.name!r} makes no token of any evaluation row's completion",
             "data",
             "give completions in a script that it knows",
         )
-    return metrics.likelihood(sums, counts)
+    return metrics.likelihood(sums, scored_counts)
 
 
 def _log_probability(logits_TV: Tensor, labels_T: Tensor) -> float:
@@ -272,35 +301,13 @@ def adapted_model(base: BaseModel, adapter: Adapter, spec: TaskSpec, with_update
         with_update: False leaves ΔW out and keeps the head: the base model's score under the task's own head.
 
     Raises:
-        InvalidInput: The head or a module does not fit the base model or the labels; names it.
+        InvalidInput: A module does not fit the base model, or see `heads.check_head`; names it.
     """
-    model = base.task_model(spec)
-    _put_head(model, adapter, spec, base.head_modules(spec.kind))
+    model = base.task_model(spec, adapter=adapter)
     if not with_update:
         return model
-    config, tensors = to_peft(adapter)
-    model = with_lora(model, LoraConfig(**config | {"task_type": TASK_TYPES[spec.kind]}))
+    config, tensors = to_peft(replace(adapter, head={}))  # the head is in the model: PEFT need not copy it
+    task_type = TASK_TYPES[spec.kind] if spec.kind == "causal_lm" else None  # SEQ_CLS would save a head all the same
+    model = with_lora(model, LoraConfig(**config | {"task_type": task_type}))
     put_tensors(model, tensors)
     return model
-
-
-def _put_head(model: Any, adapter: Adapter, spec: TaskSpec, head_modules: Sequence[str]) -> None:
-    check_head(adapter, bool(head_modules))
-    parameters = dict(model.named_parameters())
-    for name, tensor in adapter.head.items():
-        if name not in parameters:
-            raise InvalidInput("the base model has no such parameter for the adapter's head", name)
-        if not name.startswith(tuple(f"{module}." for module in head_modules)):
-            raise InvalidInput(  # its tensor is shared by all tasks: to write into it would change the base model
-                f"the adapter brings its own weights for a layer that belongs to the base model {adapter.base_model!r}",
-                name,
-                "train it without this layer in modules_to_save; adapt it with LoRA instead",
-            )
-        if parameters[name].shape != tensor.shape:
-            raise InvalidInput(
-                f"the adapter's head has shape {tuple(tensor.shape)}; for {len(spec.data.label_names) or 1} outputs "
-                f"the base model needs {tuple(parameters[name].shape)}",
-                name,
-                "data.label_names must list the labels the adapter was trained with, in that order",
-            )
-        parameters[name].data.copy_(tensor)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from configs.errors import Unavailable
+from configs.errors import OnebasisError, Unavailable
 from configs.task_spec import Kind, TaskSpec
 from workers.chat_template import ChatTemplate
+from workers.heads import HeadLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,10 @@ class BaseLayout:
     """Longest input in tokens."""
     kinds: tuple[Kind, ...]
     """The kinds of task that the base model can be adapted to."""
+    heads: Mapping[Kind, HeadLayout] = field(default_factory=dict)
+    """What a task of each kind has beside the shared layers."""
+    called: tuple[str, ...] = ()
+    """Names by which the checkpoint itself says it is known; often none."""
     chat_template: ChatTemplate | None = None
     """How its tokenizer renders messages; None where it cannot."""
 
@@ -188,13 +194,26 @@ class Failed:
 Outcome = Trained | Evaluated | Failed
 
 
+class Phase(StrEnum):
+    """What a worker does."""
+
+    IDLE = "idle"
+    WAITING = "waiting"
+    """Its ranks have no places yet."""
+    LOADING = "loading"
+    TRAINING = "training"
+    SCORING = "scoring"
+    SAVING = "saving"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a worker is doing now; a heartbeat."""
 
     token: str = ""
-    phase: str = "idle"
-    """`idle`, `waiting` (for places), `loading`, `training`, `scoring`, `saving`."""
+    phase: Phase = Phase.IDLE
+    trouble: OnebasisError | None = None
+    """What keeps it from going on: a storage that does not take what it saves, or a rank that does not answer."""
     step: int = 0
     steps: int = 0
     loss: float = float("nan")

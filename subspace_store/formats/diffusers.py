@@ -22,15 +22,9 @@ from torch import Tensor
 
 from configs.errors import InvalidInput
 from subspace_store.adapter import Adapter, canonical_update, check_adapter
-from subspace_store.formats.peft import (
-    check_config,
-    check_numbers,
-    check_pair,
-    configured_scale,
-    export_rank,
-    padded_factors,
-    read_weights,
-)
+from subspace_store.formats.peft import check_numbers, check_pair, export_rank, padded_factors
+from subspace_store.formats.peft_config import Scaling, check_config
+from subspace_store.formats.weights_file import read_weights
 
 FORMAT = "diffusers"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
@@ -116,10 +110,11 @@ def from_diffusers(
         raise InvalidInput("has no lora_A and lora_B", where, "the file is empty or of another kind")
     if unused := alphas.keys() - pairs.keys():
         raise InvalidInput(f"has an alpha but no tensors for {sorted(unused)[0]!r}", where, "the file is not complete")
+    scalings = {component: Scaling(config, len(pairs), where) for component, config in configurations.items()}
     modules = {}
     for name, pair in sorted(pairs.items()):
         check_pair(name, pair, where)
-        modules[name] = canonical_update(pair["B"], pair["A"], _scale(name, pair, alphas, configurations, where))
+        modules[name] = canonical_update(pair["B"], pair["A"], _scale(name, pair, alphas, scalings, where))
     adapter = Adapter(base_model, base_sha256, modules, info={"format": FORMAT})
     check_adapter(adapter)
     return adapter
@@ -163,15 +158,15 @@ def _scale(
     name: str,
     pair: Mapping[str, Tensor],
     alphas: Mapping[str, float],
-    configurations: Mapping[str, Mapping[str, Any]],
+    scalings: Mapping[str, Scaling],
     where: str,
 ) -> float:
     component, _, module = name.partition(".")
-    rank = pair["A"].shape[0]
-    if component in configurations:
+    rank = len(pair["A"])
+    if component in scalings:
         if name in alphas:
             raise InvalidInput(f"says the scale of {name!r} twice, as alpha and in {METADATA}", where, _SAVE_AGAIN)
-        return configured_scale(configurations[component], module, pair, where)
+        return scalings[component].of(module, rank)
     if any(_component(other) == component for other in alphas) and name not in alphas:
         raise InvalidInput(f"has no alpha for {name!r} but for other modules", where, "the file is not complete")
     return alphas.get(name, rank) / rank

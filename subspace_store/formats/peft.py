@@ -11,50 +11,35 @@ so it does not change (U, σ, V); it is kept for the way back. Pickles (`adapter
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
+from subspace_store.formats.peft_config import CLASSIFIER_HEADS, Names, Scaling, check_config, ends_of, read_config
+from subspace_store.formats.weights_file import read_weights, weights_with_facts
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-WEIGHTS_BYTES_MAX = 8 * 2**30  # an adapter of this size is a full fine-tune under another name
+CARD_FILE = "README.md"
 PREFIX = "base_model.model."  # PEFT's wrapper, in front of every name of the model
-CLASSIFIER_HEADS = ("classifier", "score")  # what PEFT saves for SEQ_CLS without being asked
+ID2LABEL, BASE_SHA256 = "id2label", "base_model_sha256"
+"""Facts in the header of the weights that we write: the label of each output, and the weights it was trained on."""
+TRAINED_ON, TRAINED_ON_SHA256 = "trained_on", "trained_on_sha256"
+"""What an adapter that was read says of its base model, in `Adapter.info`: PEFT's base_model_name_or_path, a digest."""
 
-# Configuration keys whose value changes what ΔW is, with the values under which it is still scale·B·A.
-_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "use_bdlora": (None, False),
-    "lora_bias": (None, False),
-    "bias": (None, "none"),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "layer_replication": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "megatron_config": (None,),
-}
-# Starts that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them as well, and
-# B·A alone is then not the update.
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Inside a training process every name has the adapter's own name in it, which PEFT takes out when it saves.
+_FACTOR = re.compile(r"(.+?)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_SAVED_MODULE = re.compile(r"(.+?)\.modules_to_save\.(.+)")
+_UNUSED = ".original_module."  # what modules_to_save stands in for
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embeddings?|word_embeddings|embed_in|embed_out|wte|lm_head)")
 
 
 def read_peft_folder(folder: Path, base_model: str, base_sha256: str, open_file: OpenFile = open_anywhere) -> Adapter:
@@ -75,45 +60,70 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str, open_file:
             str(folder),
             "save it again with PeftModel.save_pretrained(..., safe_serialization=True)",
         )
-    config = _read_config(folder / CONFIG_FILE, open_file)
-    tensors, _ = read_weights(weights_file, "name a folder saved by PEFT", open_file)
-    return from_peft(config, tensors, base_model=base_model, base_sha256=base_sha256, where=str(folder))
+    config = read_config(folder / CONFIG_FILE, open_file)
+    tensors, header = read_weights(weights_file, "name a folder saved by PEFT", open_file)
+    info = _said(header, str(folder))
+    return from_peft(config, tensors, base_model=base_model, base_sha256=base_sha256, where=str(folder), info=info)
 
 
-def read_weights(
-    file: Path, todo: str, open_file: OpenFile = open_anywhere
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a stranger's safetensors file, and the facts in its header.
-
-    Raises:
-        InvalidInput: Missing, too large or no such file; with this `todo` where it cannot be read.
-    """
+def _said(header: Mapping[str, str], where: str) -> dict[str, str]:
+    """What a header says of the labels and the base model, as facts of an adapter."""
+    info = {TRAINED_ON_SHA256: header[BASE_SHA256]} if header.get(BASE_SHA256) else {}
+    if ID2LABEL not in header:
+        return info
     try:
-        with open_file(file) as opened:
-            if os.fstat(opened.fileno()).st_size > WEIGHTS_BYTES_MAX:
-                raise InvalidInput(f"is larger than {WEIGHTS_BYTES_MAX} bytes", str(file))
-            content = opened.read()
-        tensors = load_safetensors(content)
-    except OSError as error:
-        raise InvalidInput(f"cannot read the file: {error}", str(file), todo) from error
-    except SafetensorError as error:
-        raise InvalidInput(f"is not a safetensors file: {error}", str(file), "copy or save it again") from error
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
+        labels = {int(index): name for index, name in json.loads(header[ID2LABEL]).items()}
+        names = [labels[index] for index in range(len(labels))]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a label is no text")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InvalidInput(
+            f"has an {ID2LABEL} in the header of {WEIGHTS_FILE} that gives no label to each output: {error}",
+            where,
+            "write it as {0: first label, 1: second, …}, or take it out",
+        ) from error
+    return info | {"label_names": json.dumps(names)}
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base_source: str) -> None:
     """Write an adapter so that `PeftModel.from_pretrained(model, folder)` gives the same logits.
 
+    The labels of its outputs and the digest of its base model's weights are in the header of the weights, where an
+    import finds them, and in the model card. PEFT's configuration has no place for them and warns of unknown keys.
+
     Args:
-        folder: Made if absent; the two files in it are replaced.
+        folder: Made if absent; the three files in it are replaced.
         base_source: What others load the base model from: a hub id or a folder.
     """
     config, tensors = to_peft(adapter)
+    names = label_names(adapter)
+    facts = {BASE_SHA256: adapter.base_sha256} if adapter.base_sha256 else {}
+    if names:
+        facts[ID2LABEL] = json.dumps(dict(enumerate(names)), ensure_ascii=False)
+        facts["label2id"] = json.dumps({name: index for index, name in enumerate(names)}, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config | {"base_model_name_or_path": base_source}, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / WEIGHTS_FILE).write_bytes(save_safetensors(tensors, {"format": "pt"}))
+    (folder / WEIGHTS_FILE).write_bytes(weights_with_facts(tensors, facts))
+    (folder / CARD_FILE).write_text(_card(adapter, names, base_source), encoding="utf-8")
+
+
+def label_names(adapter: Adapter) -> tuple[str, ...]:
+    """The label of each output, in order; empty: it has none, or they are not known."""
+    return tuple(json.loads(adapter.info.get("label_names") or "[]"))
+
+
+def _card(adapter: Adapter, names: Iterable[str], base_source: str) -> str:
+    """A model card, as hubs show it."""
+    lines = ["---", f"base_model: {json.dumps(base_source, ensure_ascii=False)}", "library_name: peft", "---", ""]
+    lines += [f"LoRA for `{adapter.base_model}`, exported by onebasis.", ""]
+    if adapter.base_sha256:
+        lines += [f"sha256 of the base model's weights: `{adapter.base_sha256}`", ""]
+    if names:
+        lines += ["| output | label |", "|---|---|"]
+        lines += [f"| {index} | {json.dumps(name, ensure_ascii=False)} |" for index, name in enumerate(names)]
+        lines += ["", "PEFT does not set them: load the base model with these as `id2label`.", ""]
+    return "\n".join(lines)
 
 
 def from_peft(
@@ -141,15 +151,19 @@ def from_peft(
             shapes that do not fit, NaN; the text names what.
     """
     check_config(config, where)
-    pairs, head = _sort_tensors(config, tensors, where)
-    _check_targets(config, pairs, where)
-    scales = {name: configured_scale(config, name, pair, where) for name, pair in pairs.items()}
+    names = Names(config)
+    pairs, head = _sort_tensors(names, tensors, where)
+    _check_targets(names, pairs, where)
+    scaling = Scaling(config, len(pairs), where)
+    scales = {name: scaling.of(name, len(pair["A"])) for name, pair in pairs.items()}
     modules = {name: canonical_update(pair["B"], pair["A"], scales[name]) for name, pair in sorted(pairs.items())}
     facts = {
         "task_type": str(config.get("task_type") or ""),
         "fan_in_fan_out": json.dumps(bool(config.get("fan_in_fan_out"))),
         "lora_dropout": json.dumps(config.get("lora_dropout") or 0.0),
     }
+    if config.get("base_model_name_or_path"):
+        facts[TRAINED_ON] = str(config["base_model_name_or_path"])
     adapter = Adapter(base_model, base_sha256, modules, dict(sorted(head.items())), facts | dict(info or {}))
     check_adapter(adapter)
     return adapter
@@ -172,7 +186,7 @@ def to_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b_NR
     config = {
         "peft_type": "LORA",
-        "task_type": adapter.info.get("task_type", "SEQ_CLS" if adapter.head else "") or None,
+        "task_type": _task_type(adapter),
         "r": rank,
         "lora_alpha": rank,
         "target_modules": sorted(adapter.modules),
@@ -198,106 +212,114 @@ def padded_factors(update: ModuleUpdate, rank: int) -> tuple[Tensor, Tensor]:
     return b_NR.contiguous(), torch.nn.functional.pad(update.v_DR, (0, missing)).T.contiguous()
 
 
+def _task_type(adapter: Adapter) -> str | None:
+    """PEFT's word for what the model is for. SEQ_CLS wants a classifier in the file, whether it was trained or not."""
+    known = adapter.info.get("task_type", "SEQ_CLS" if adapter.head else "")
+    return None if known == "SEQ_CLS" and not adapter.head else known or None
+
+
 def _head_modules(adapter: Adapter) -> list[str]:
-    """The modules to name in `modules_to_save`; a head of several layers is named by the whole."""
+    """The modules to name in `modules_to_save`. PEFT takes a classifier as a whole where it takes it unasked."""
     modules = {name.rpartition(".")[0] for name in adapter.head}
-    return sorted({head if (head := name.partition(".")[0]) in CLASSIFIER_HEADS else name for name in modules})
-
-
-def _read_config(path: Path, open_file: OpenFile) -> dict[str, Any]:
-    try:
-        with open_file(path) as file:
-            config = json.load(file)
-    except OSError as error:
-        raise InvalidInput(f"cannot read the file: {error}", str(path), "name a folder saved by PEFT") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"is not valid JSON: {error}", str(path), "copy or save it again") from error
-    if not isinstance(config, dict):
-        raise InvalidInput(f"must be a JSON object, not {type(config).__name__}", str(path))
-    return config
-
-
-def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a LoRA configuration whose update is not scale·B·A, by the name of what it uses. Raises InvalidInput."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InvalidInput(f"has peft_type {kind!r}; only LORA can be merged", where, "train the task as a LoRA")
-    for key, plain in _PLAIN_VALUES.items():
-        if config.get(key) not in plain:
-            raise InvalidInput(
-                f"uses {key}={config[key]!r}, which is more than scale·B·A and would be lost",
-                where,
-                f"train it again without {key}",
-            )
-    start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        raise InvalidInput(
-            f"was started with init_lora_weights={start!r}, which changes the base weights as well",
-            where,
-            "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)",
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, Mapping):
-            raise InvalidInput(f"has {key}={config[key]!r}, which must be a mapping of names to numbers", where)
-    saved = config.get("modules_to_save") or []
-    # A text would be taken letter by letter, and every tensor's name ends with one of them.
-    if not isinstance(saved, list | tuple | set) or not all(isinstance(name, str) for name in saved):
-        raise InvalidInput(f"has modules_to_save={saved!r}, which must be a list of names", where)
-    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        value = config.get(key)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise InvalidInput(f"has {key}={value!r}, which must be a positive number", where)
+    whole = CLASSIFIER_HEADS if _task_type(adapter) == "SEQ_CLS" else ()
+    return sorted({top if (top := name.partition(".")[0]) in whole else name for name in modules})
 
 
 def _sort_tensors(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+    names: Names, tensors: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Split into lora pairs by module and head tensors by name; everything must find its place."""
     pairs: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
+    adapter_name = _adapter_name(tensors, where)
+    _check_prefix(tensors, where)
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if not key.startswith(PREFIX):
-            raise InvalidInput(f"has the tensor {key!r}, whose name does not start with {PREFIX!r}", where)
+        if _UNUSED in key:
+            continue
         check_numbers(key, tensor, where)
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            pairs.setdefault(match[1], {})[match[2]] = tensor
-        elif _is_saved_module(config, name):
+        name = key.removeprefix(PREFIX)
+        saved = _SAVED_MODULE.fullmatch(name)
+        if saved is None and (match := _FACTOR.fullmatch(name)):
+            pair = pairs.setdefault(match[1], {})
+            if match[2] in pair:
+                raise InvalidInput(f"has lora_{match[2]} of {match[1]!r} twice, under two names", where, "keep one")
+            pair[match[2]] = tensor
+            continue
+        if saved:
+            name = f"{saved[1]}.{saved[2].removeprefix(f'{adapter_name}.')}"
+        if saved or names.saves(name):
             head[name] = tensor.float()
         else:
-            raise InvalidInput(f"has the tensor {key!r}, {_why_not(name)}", where, "train it without this part")
+            why, todo = _why_not(name)
+            raise InvalidInput(f"has the tensor {key!r}, {why}", where, todo)
     for name, pair in pairs.items():
         check_pair(name, pair, where)
     return pairs, head
 
 
+def _adapter_name(tensors: Mapping[str, Tensor], where: str) -> str:
+    """The adapter's own name, where the names of tensors have it in them; empty: they do not."""
+    factors = (_FACTOR.fullmatch(key) for key in tensors if not _SAVED_MODULE.fullmatch(key))
+    found = {match[3] or "" for match in factors if match}
+    if len(found) > 1:
+        called = ", ".join(repr(name) if name else "one without a name" for name in sorted(found))
+        raise InvalidInput(
+            f"holds {len(found)} adapters: {called}",
+            where,
+            "save each into a folder of its own (PEFT: save_pretrained(..., selected_adapters=[name]))",
+        )
+    return next(iter(found), "")
+
+
+def _check_prefix(tensors: Mapping[str, Tensor], where: str) -> None:
+    """All tensors have PEFT's wrapper in their names, or none has, as when they were taken out of a model by hand."""
+    without = [key for key in tensors if not key.startswith(PREFIX)]
+    if without and len(without) < len(tensors):
+        raise InvalidInput(
+            f"has the tensor {without[0]!r}, whose name does not start with {PREFIX!r} as those of others do",
+            where,
+            f"rename it to {PREFIX + without[0]!r} if that is what it is, or take it out",
+        )
+
+
 def check_numbers(key: str, tensor: Tensor, where: str) -> None:
-    """Refuse whole numbers, NaN and infinity. Raises InvalidInput with the tensor's name."""
+    """Refuse whole numbers, NaN, infinity and tensors without numbers. Raises InvalidInput with the tensor's name."""
     if not tensor.is_floating_point():
         raise InvalidInput(f"has the tensor {key!r} of type {tensor.dtype}; only real numbers are read", where)
+    if not tensor.numel():
+        raise InvalidInput(
+            f"has no numbers in {key!r}, of shape {tuple(tensor.shape)}: it was saved from ZeRO-3 without gathering",
+            where,
+            "save it again inside deepspeed.zero.GatheredParameters(model.parameters()), or train with "
+            "stage3_gather_16bit_weights_on_model_save: true",
+        )
     if not bool(torch.isfinite(tensor).all()):
         raise InvalidInput(f"has NaN or infinite values in {key!r}", where, "train it with a lower learning rate")
 
 
-def _why_not(name: str) -> str:
+def _why_not(name: str) -> tuple[str, str]:
+    """Why a tensor is not read, and what to do."""
     if "lora_embedding" in name:
-        return "a LoRA of an embedding, which cannot be merged"
+        return "a LoRA of an embedding, which cannot be merged", "train it without the embedding in target_modules"
     if "lora_magnitude_vector" in name:
-        return "a DoRA magnitude, which cannot be merged"
+        return "a DoRA magnitude, which cannot be merged", "train it with use_dora=False"
+    if ".base_layer." in name:
+        return "a weight of the base model itself", "save the adapter alone: PeftModel.save_pretrained does"
     if name.endswith(".bias"):
-        return "a bias, which cannot be merged"
-    return "which is neither lora_A, lora_B nor part of modules_to_save"
-
-
-def _is_saved_module(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor lies in a module that PEFT saves whole; PEFT, too, compares the ends of names."""
-    saved = tuple(config.get("modules_to_save") or ())
-    if config.get("task_type") == "SEQ_CLS":
-        saved += CLASSIFIER_HEADS
-    if "lora_" in name or not saved:
-        return False
-    parts = name.split(".")
-    return any(".".join(parts[:stop]).endswith(saved) for stop in range(1, len(parts)))
+        return "a bias, which cannot be merged", "train it with bias='none' and lora_bias=False"
+    module = name.rpartition(".")[0]
+    if _EMBEDDING.fullmatch(module):
+        return (
+            f"the whole weight of {module!r}, which PEFT saves beside a LoRA when the vocabulary was resized or the "
+            "layer is a target",
+            "if it was not trained, save again with save_pretrained(..., save_embedding_layers=False); if it was, the "
+            "base model's own cannot stand in for it: train without it",
+        )
+    return (
+        "which is neither lora_A, lora_B nor part of modules_to_save",
+        f"rename it as PEFT does ({PREFIX}MODULE.lora_A.weight); if it is a part of the head, list its module in "
+        f"modules_to_save of {CONFIG_FILE}; if it was not trained, take it out",
+    )
 
 
 def check_pair(name: str, pair: Mapping[str, Tensor], where: str) -> None:
@@ -305,10 +327,18 @@ def check_pair(name: str, pair: Mapping[str, Tensor], where: str) -> None:
     for part in "AB":
         if part not in pair:
             raise InvalidInput(f"has no lora_{part} for the module {name!r}", where, "the file is not complete")
-        if pair[part].ndim != 2:
+        shape = tuple(pair[part].shape)
+        if len(shape) == 1:
             raise InvalidInput(
-                f"has lora_{part} of {name!r} with shape {tuple(pair[part].shape)}; convolutions cannot be merged",
+                f"has lora_{part} of {name!r} with shape {shape}: one rank's flat part of a matrix",
                 where,
+                "save it again with all parts gathered (FSDP: summon_full_params, or a full state dict)",
+            )
+        if len(shape) != 2:
+            raise InvalidInput(
+                f"has lora_{part} of {name!r} with shape {shape}; convolutions cannot be merged",
+                where,
+                "train it without convolutions in target_modules",
             )
     b_NR, a_RD = pair["B"], pair["A"]
     if b_NR.shape[1] != a_RD.shape[0]:
@@ -317,53 +347,21 @@ def check_pair(name: str, pair: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def _check_targets(config: Mapping[str, Any], pairs: Mapping[str, Any], where: str) -> None:
+def _check_targets(names: Names, pairs: Mapping[str, Any], where: str) -> None:
     """Every lora pair belongs to a target module, and every listed target module has one."""
     if not pairs:
         raise InvalidInput("has no lora_A and lora_B", where, "the file is empty or of another kind")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list | tuple | set):
-        return  # a pattern or `all-linear`: what it means only the model knows, and names are checked against that
-    for name in pairs:
-        if not any(name == target or name.endswith(f".{target}") for target in targets):
-            raise InvalidInput(f"has tensors for {name!r}, which target_modules {targets} does not name", where)
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in pairs):
+    if names.targets is None:
+        return  # names are checked against the model's own
+    ends = {name: {*ends_of(name)} for name in pairs}
+    for name, found in ends.items():
+        if not found & names.targets:
             raise InvalidInput(
-                f"names {target!r} in target_modules but has no tensors for it",
-                where,
-                "the file is not complete; or, if the base model has no such module, take the name out",
+                f"has tensors for {name!r}, which target_modules {sorted(names.targets)!r:.200} does not name", where
             )
-
-
-def configured_scale(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], where: str) -> float:
-    """PEFT's scaling of one module: alpha/r, or alpha/√r with rsLoRA.
-
-    Raises:
-        InvalidInput: Another rank than the configuration says, or a pattern that cannot be read.
-    """
-    rank = pair["A"].shape[0]
-    if rank != (said := _pattern_value(config, "rank_pattern", name, where) or config["r"]):
-        raise InvalidInput(f"has rank {rank} in {name!r}, but its configuration says {said}", where)
-    alpha = float(_pattern_value(config, "alpha_pattern", name, where) or config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _pattern_value(config: Mapping[str, Any], key: str, name: str, where: str) -> float | None:
-    """The value of the first pattern that matches the end of a module's name, by PEFT's own rule."""
-    for pattern, value in (config.get(key) or {}).items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise InvalidInput(f"has {key}[{pattern!r}]={value!r}, which must be a positive number", where)
-        if _compile(pattern, key, where).match(name):
-            return value
-    return None
-
-
-def _compile(pattern: str, key: str, where: str) -> re.Pattern[str]:
-    # The pattern comes from a stranger's file. Two repetitions at most, none of a group, bound the time of a match.
-    if len(pattern) > 256 or sum(pattern.count(sign) for sign in "*+{") > 2 or re.search(r"\)[*+{]", pattern):
-        raise InvalidInput(f"has a pattern in {key} that is too complicated: {pattern!r:.80}", where, "use full names")
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise InvalidInput(f"has a broken pattern in {key}: {pattern!r}: {error}", where) from error
+    if absent := sorted(names.targets - set().union(*ends.values())):
+        raise InvalidInput(
+            f"names {absent[0]!r} in target_modules but has no tensors for it",
+            where,
+            "the file is not complete; or, if the base model has no such module, take the name out",
+        )

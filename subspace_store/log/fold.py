@@ -174,8 +174,10 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
         heads = checked(dict[str, BlobRef], body["heads"], where)
         return {"heads": {**state.heads, **heads}}
     if op == REMOVE:
-        moved = int(body["version"]) if MAIN in record.refs else 0
-        return {"published": tuple(sorted({*state.published, moved}))}
+        done, moved = int(body["version"]), int(body["version"]) if MAIN in record.refs else 0
+        gone = {v.number for v in state.lineage(int(body.get("from", done)))} - {v.number for v in state.lineage(done)}
+        published = tuple(sorted({*state.published, moved}))
+        return {"published": published, "replaced": {**state.replaced, **dict.fromkeys(sorted(gone), done)}}
     if op == ACQUIRE:
         if "owner" not in body:  # by a writer that leaves the owner as it is, or before 0.4
             return {}

@@ -211,6 +211,8 @@ class SubspaceState:
     """Version to the owners of pins on it, each with the end of the pin (Unix seconds; None: for ever)."""
     expired: tuple[int, ...] = ()
     """Versions that were given up for ever: nothing may name them again, and their blobs may be deleted."""
+    replaced: Mapping[int, int] = field(default_factory=dict)
+    """Version with a task that was removed to the version that is as if that task had never been merged."""
     owner: Owner | None = None
     """The service that the store belongs to; None: any writer may open it."""
     heads: Mapping[str, BlobRef] = field(default_factory=dict)

@@ -65,6 +65,23 @@ def test_all_tasks_of_main_are_written_at_once_and_hold_what_the_version_holds(t
     assert names == {"team+headed@v2", "team+bare@v2", "adapters.json"}
 
 
+def test_an_export_says_its_labels_and_the_digest_of_its_base_model(tmp_path: Path) -> None:
+    store = opened(fresh_storage())
+    labelled = dataclasses.replace(random_adapter(1), info={"label_names": json.dumps(["no", "yes"])})
+    merged(store, {"labelled": dataclasses.replace(labelled, base_sha256="ab" * 32)})
+    store.publish(1, op_key="publish", actor="test")
+    (exported,) = export_tasks(store, tmp_path, base_source="some/base")
+    facts = json.loads((tmp_path / exported.name / "onebasis.json").read_text())
+    assert (facts["label_names"], facts["base_sha256"]) == (["no", "yes"], exported.base_sha256)
+    assert exported.base_sha256
+    assert {*facts["files"]} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    (entry,) = json.loads((tmp_path / "adapters.json").read_text())
+    assert entry["label_names"] == ["no", "yes"]
+    read = read_peft_folder(tmp_path / exported.name, "base", "")
+    assert json.loads(read.info["label_names"]) == ["no", "yes"]
+    assert export_tasks(store, tmp_path, base_source="some/base") == [exported]
+
+
 def test_every_version_has_names_of_its_own(tmp_path: Path) -> None:
     _, reader = two_versions()
     export_tasks(reader, tmp_path, version=1, base_source="base")

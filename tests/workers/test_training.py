@@ -251,8 +251,8 @@ class Meager:
         self.rows_max, self.tried = rows_max, list[int]()
         make = base.task_model
 
-        def task_model(*arguments: Any) -> Any:
-            model = make(*arguments)
+        def task_model(*arguments: Any, **named: Any) -> Any:
+            model = make(*arguments, **named)
             model.register_forward_pre_hook(self._allocate, with_kwargs=True)
             return model
 

@@ -58,7 +58,7 @@ def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row], a
     Cost:
         Twice `TRIAL_STEPS` steps, but half of the task's own at most.
     """
-    missing = [name for name in lora.target_modules(base, spec.lora) if spanned(given.basis, name) is None]
+    missing = [name for name in lora.target_modules(base, spec.lora, spec.kind) if spanned(given.basis, name) is None]
     if missing:
         return "lora", f"auto: lora, because the basis lacks {len(missing)} of the modules"
     if is_parted(spec):

@@ -38,9 +38,10 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
 
 def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
     """See `compatibility.with_full_names`: of what admission froze, the names are full already."""
-    named = with_full_names(prepared, base.module_shapes(), spec.method.adapter or "")
-    info = {
-        "label_names": json.dumps(spec.data.label_names),
+    where = spec.method.adapter or ""
+    named = with_full_names(prepared, base.module_shapes(spec.kind), base.heads[spec.kind], where)
+    info = {"label_names": json.dumps(spec.data.label_names)} if spec.data.label_names else {}
+    info |= {
         "start_of_a": "unknown",
         "fan_in_fan_out": json.dumps(all(name in base.stores_transposed for name in named.modules)),
     }

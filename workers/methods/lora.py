@@ -1,4 +1,4 @@
-"""Method `lora`: an ordinary PEFT LoRA on the base model, and a fresh head. The other methods start from this one.
+"""Method `lora`: an ordinary PEFT LoRA on the base model, and the task's head. The other methods start from this one.
 
 `start_of_a: basis` draws A inside the span of the leased basis, so that a task needs fewer new directions when it is
 merged; training may leave it.
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
 
 from configs.errors import InvalidInput
-from configs.task_spec import LoraSpec, TaskSpec
+from configs.task_spec import Kind, LoraSpec, TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
 from subspace_store.formats.peft import PREFIX, check_numbers
 from subspace_store.merging.basis import ModuleBasis
+from workers.architecture import inside, owner
 from workers.base_model import BaseModel
 from workers.compatibility import chosen_modules
 from workers.methods import NOTHING, Given
@@ -48,25 +48,23 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     Raises:
         InvalidInput: A target module that the base model does not have; lists those it has.
     """
-    model = model_with_lora(base, spec, target_modules(base, spec.lora))
+    model = model_with_lora(base, spec, target_modules(base, spec.lora, spec.kind))
     _start_inside(model, given.basis, spec.training.seed)
     return model
 
 
-def model_with_lora(
-    base: BaseModel, spec: TaskSpec, adapted: tuple[str, ...], head: Mapping[str, Tensor] | None = None
-) -> Any:
+def model_with_lora(base: BaseModel, spec: TaskSpec, adapted: tuple[str, ...], served: Adapter | None = None) -> Any:
     """PEFT's LoRA in these layers of a task model.
 
     Args:
-        head: Values for the head; default drawn from the seed.
+        served: Has the head to go on from; default the checkpoint's, and what that lacks is drawn from the seed.
     """
     import transformers
 
     transformers.set_seed(spec.training.seed)
-    model = base.task_model(spec, spec.training.seed)
-    for name, tensor in (head or {}).items():
-        model.get_parameter(name).data.copy_(tensor)
+    model = base.task_model(spec, spec.training.seed, served)
+    trained = base.head_modules(spec.kind)
+    others = {owner(name) for name in (served.head if served else {}) if not inside(name, trained)}
     config = LoraConfig(
         task_type=TASK_TYPES[spec.kind],
         r=spec.lora.r,
@@ -74,7 +72,7 @@ def model_with_lora(
         lora_dropout=spec.lora.lora_dropout,
         use_rslora=spec.lora.use_rslora,
         target_modules=list(adapted),
-        modules_to_save=list(base.head_modules(spec.kind)),
+        modules_to_save=[*trained, *sorted(others)],
         fan_in_fan_out=_stored_transposed(base, adapted),
     )
     return with_lora(model, config)
@@ -130,9 +128,9 @@ def _start_inside(model: Any, basis: Mapping[str, ModuleBasis], seed: int) -> No
             a_RD.data.copy_(mix_RK @ q_DK.T)
 
 
-def target_modules(base: BaseModel, lora: LoraSpec) -> tuple[str, ...]:
+def target_modules(base: BaseModel, lora: LoraSpec, kind: Kind) -> tuple[str, ...]:
     """Full names of the layers to adapt, see `compatibility.chosen_modules`."""
-    return chosen_modules(lora.target_modules, base.module_shapes(), base.name)
+    return chosen_modules(lora.target_modules, base.module_shapes(kind), base.name)
 
 
 def _stored_transposed(base: BaseModel, adapted: tuple[str, ...]) -> bool:

@@ -39,7 +39,7 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     served = given.adapter
     if unknown := served.modules.keys() - given.basis.keys():
         raise InvalidInput(f"version {given.version} has no basis for {', '.join(sorted(unknown))}", "refinement")
-    model = lora.model_with_lora(base, spec, tuple(served.modules), served.head)
+    model = lora.model_with_lora(base, spec, tuple(served.modules), served)
     for name, layer in lora_layers(model).items():
         update, basis = served.modules[name], given.basis[name]
         root_R = (update.sigma_R / layer.scaling[ADAPTER]).sqrt()  # as much of σ in B as in A

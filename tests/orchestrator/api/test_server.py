@@ -89,6 +89,7 @@ def test_a_dry_run_tells_what_would_be_taken_in_and_takes_nothing(site: Site) ->
     assert answer == {
         "accepted": False,
         "dry_run": True,
+        "is_new": True,
         "title": "red/dry",
         "train_rows": 6,
         "eval_rows": 1,

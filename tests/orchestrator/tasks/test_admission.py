@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +269,13 @@ def test_the_training_file_as_evaluation_file_is_refused_unless_asked_for(desk: 
     assert record.warnings == ("6 of 6 evaluation rows are also training rows: the scores flatter the task",)
 
 
+def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": "yes"} for i in range(4)])
+    record, _ = desk.submit(desk.document())
+    assert record.warnings == ("all 4 evaluation rows have the same label: always giving it is right each time",)
+    assert record.constant_score == 1
+
+
 def test_numbers_as_labels_mean_the_names_in_every_format_and_what_else_they_could_mean_is_told(desk: Desk) -> None:
     numbers = {"label_names": ["1", "0"]}
     write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": i % 2} for i in range(6)])
@@ -415,6 +423,69 @@ def test_an_import_without_a_head_is_refused_if_it_is_to_be_scored(desk: Desk) -
     desk.peft(lambda config, tensors: tensors.__delitem__("base_model.model.classifier.weight"))
     assert "the adapter has no head, so it cannot be scored" in desk.refuse(desk.imported())
     desk.submit(desk.imported(data={"eval_file": None}))
+
+
+def test_an_import_whose_outputs_are_not_the_label_names_is_refused_at_once(desk: Desk) -> None:
+    desk.peft()
+    text = desk.refuse(desk.imported(data={"label_names": ["a", "b", "c"]}))
+    assert "the adapter's head has shape (2, 4); for 3 outputs the base model needs (3, 4)" in text
+    assert "data.label_names must list the labels the adapter was trained with, in that order" in text
+
+
+def test_an_import_whose_outputs_have_other_names_is_refused_with_both_lists(desk: Desk) -> None:
+    named = replace(adapter(1), info={"label_names": json.dumps(["yes", "no"])})
+    write_peft_folder(desk.data / "peft", named, "tiny-source")
+    text = desk.refuse(desk.imported())
+    assert "the adapter's outputs are ['yes', 'no']; data.label_names are ['no', 'yes']" in text
+    desk.submit(desk.imported(data={"label_names": ["yes", "no"]}))
+
+
+def test_an_import_with_a_part_of_a_head_is_refused_with_what_is_missing_whether_it_is_scored_or_not(
+    desk: Desk,
+) -> None:
+    desk.peft()
+    head = replace(LAYOUT.heads["sequence_classification"], missing=("classifier.weight", "pooler.weight"))
+    layout = replace(LAYOUT, heads={"sequence_classification": head})
+    for changes in ({}, {"data": {"eval_file": None}}):
+        with pytest.raises(InvalidInput, match=r"head is not whole: neither .* has pooler\.weight"):
+            check_submission(check_document(desk.imported(**changes), TaskSpec, "task"), desk.settings, layout)
+
+
+def test_an_import_that_was_trained_on_another_base_model_of_the_same_shapes_is_taken_with_a_warning(
+    desk: Desk,
+) -> None:
+    def warnings(source: str, sha256: str = "", called: tuple[str, ...] = ("org/Tiny-Source",)) -> tuple[str, ...]:
+        write_peft_folder(desk.data / "peft", replace(adapter(1), base_sha256=sha256), source)
+        layout = replace(LAYOUT, called=called)
+        return check_submission(check_document(desk.imported(), TaskSpec, "task"), desk.settings, layout).warnings
+
+    for same in ("", "tiny-source", "other/tiny_source/", "/cache/models--org--tiny-source/snapshots/0a1b2c"):
+        assert warnings(same) == ()
+    (said,) = warnings("org/tiny-other")
+    assert said.startswith("the adapter was trained on 'org/tiny-other', and this service's base model is 'org/Tiny-So")
+    assert warnings("org/tiny-other", LAYOUT.sha256) == ()  # the weights are the same, whatever they are called
+    (said,) = warnings("tiny-source", "cd" * 32)
+    assert "base weights with sha256 cdcdcdcdcdcdcdcd…, and this service's are abababababababab…" in said
+
+
+def test_an_expensive_pattern_in_an_import_holds_nothing_up(desk: Desk) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config["alpha_pattern"] = {"(|a)" * 29 + "b": 4}
+        for part in "AB":
+            tensor = tensors.pop(f"base_model.model.layer.0.query.lora_{part}.weight")
+            tensors[f"base_model.model.{'a' * 29}.query.lora_{part}.weight"] = tensor
+        config["target_modules"] = ["query", "value"]
+
+    desk.peft(spoil)
+    started = time.process_time()
+    assert "which the base model 'tiny' does not have" in desk.refuse(desk.imported())
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("alpha", [10**400, float("nan"), -1, "2", [2], None])
+def test_an_alpha_that_is_no_number_is_refused_as_input(desk: Desk, alpha: Any) -> None:
+    desk.peft(lambda config, tensors: config.update(lora_alpha=alpha))
+    assert "has lora_alpha=" in desk.refuse(desk.imported())
 
 
 def test_two_names_of_an_import_that_mean_one_module_are_refused_with_both(desk: Desk) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -241,8 +244,30 @@ def test_a_lora_of_a_convolution_is_refused_by_name(tmp_path: Path) -> None:
         ("rank_pattern", ["query"], "rank_pattern=.*mapping"),
         ("modules_to_save", "classifier", "modules_to_save='classifier'.*list"),
         ("modules_to_save", 5, "modules_to_save=5.*list"),
-        ("alpha_pattern", {"(a+)+b": 2}, "too complicated"),
-        ("alpha_pattern", {"(": 2}, "broken pattern"),
+        ("alpha_pattern", {"query": 10**400}, r"alpha_pattern\['query'\]=a whole number of 1329 bits"),
+        ("alpha_pattern", {"query": float("nan")}, "alpha_pattern.*nan"),
+        ("alpha_pattern", {"(?!key)query": 2}, "cannot be read: (?s:.*)use the modules' full names"),
+        ("alpha_pattern", {"((a{1000}){1000}){1000}": 2}, "cannot be read"),
+        ("alpha_pattern", {"[[:alpha:]]+": 2}, "cannot be read"),
+        ("alpha_pattern", {"(": 2}, "cannot be read"),
+        ("rank_pattern", {"query": 4.0}, "positive whole number"),
+        ("r", 10**400, "r=a whole number of 1329 bits"),
+        ("r", True, "r=True"),
+        ("r", "4", "r='4'"),
+        ("r", [4], r"r=\[4\]"),
+        ("lora_alpha", 10**400, "lora_alpha=a whole number of 1329 bits"),
+        ("lora_alpha", float("nan"), "lora_alpha=nan"),
+        ("lora_alpha", float("inf"), "lora_alpha=inf"),
+        ("lora_alpha", -1, "lora_alpha=-1"),
+        ("lora_alpha", 1e300, r"lora_alpha=1e\+300"),
+        ("lora_alpha", [[[12]]], "lora_alpha="),
+        ("lora_dropout", "0.1", "lora_dropout='0.1'"),
+        ("use_rslora", "no", "use_rslora='no'"),
+        ("fan_in_fan_out", 1, "fan_in_fan_out=1"),
+        ("task_type", ["SEQ_CLS"], "task_type="),
+        ("base_model_name_or_path", 7, "base_model_name_or_path=7"),
+        ("modules_to_save", ["m"] * 1001, "1,001 modules_to_save"),
+        ("target_modules", [1], "target_modules="),
         ("target_modules", ["value"], "which target_modules .* does not name"),
         ("target_modules", ["query", "key"], "names 'key' .* no tensors"),
     ],
@@ -301,4 +326,242 @@ def test_a_missing_or_broken_file_is_named(name: str, content: bytes | None, tmp
     if content is not None:
         (folder / name).write_bytes(content)
     with pytest.raises(InvalidInput, match=re.escape(name)):
+        read_peft_folder(folder, "base", "")
+
+
+# --- what is dear to read, or lies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(|a)" * 29 + "b", "(a?)" * 29 + "b", "(a+)+b", "(a|aa)+c", "(.*)" * 20 + "x", "a" * 250]
+)
+@pytest.mark.parametrize("key", ["alpha_pattern", "rank_pattern"])
+def test_a_pattern_takes_no_time_whatever_it_says(key: str, pattern: str, tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = {name.replace("attention.self", "a" * 29): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    edited(folder, **{key: {pattern: 4}})
+    started = time.process_time()
+    read_peft_folder(folder, "base", "")
+    assert time.process_time() - started < 2  # backtracking would take 2^29 steps
+
+
+def test_patterns_are_refused_where_there_are_too_many_to_try(tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    patterns = {f"no{number}": 1 for number in range(100_000)}
+    assert "query" in str(read_peft_folder(edited(folder, alpha_pattern=patterns), "base", "").modules)
+    many = from_peft_of(folder, modules=40)
+    started = time.process_time()
+    with pytest.raises(InvalidInput, match="100,000 patterns in alpha_pattern for 40 modules, which takes too long"):
+        read_peft_folder(many, "base", "")
+    assert time.process_time() - started < 5
+
+
+def from_peft_of(folder: Path, modules: int) -> Path:
+    """The folder with the first module's tensors under so many names."""
+    pair = {
+        part: load_file(folder / "adapter_model.safetensors")[key_of(folder, part)] for part in ("lora_A", "lora_B")
+    }
+    file = folder / "adapter_model.safetensors"
+    save_file(
+        {
+            f"base_model.model.{number}.query.{part}.weight": tensor.clone()
+            for number in range(modules)
+            for part, tensor in pair.items()
+        },
+        file,
+    )
+    return folder
+
+
+def test_lists_of_names_are_looked_up_and_not_compared_one_by_one(tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    names = [f"no{number}" for number in range(200_000)]
+    started = time.process_time()
+    with pytest.raises(InvalidInput, match="names 'no0' in target_modules but has no tensors"):
+        read_peft_folder(edited(from_peft_of(folder, modules=4000), target_modules=[*names, "query"]), "base", "")
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "not valid JSON"),
+        ('{"r": ' * 5000, "not valid JSON"),
+        ('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"peft_type": "LORA", "r": 4, "r": 8}', "the key 'r' stands twice"),
+        ("{" + " " * 4 * 2**20 + "}", r"has 4,194,306 bytes, more than the 4,194,304 that are read"),
+        ('{"peft_type": "LORA", "r": 4, "lora_alpha": 1, "bias": ' + "[" * 400 + "]" * 400 + "}", "uses bias="),
+    ],
+)
+def test_a_configuration_that_is_deep_long_or_says_one_thing_twice_is_refused(
+    content: str, said: str, tmp_path: Path
+) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(InvalidInput, match=said):
+        read_peft_folder(folder, "base", "")
+
+
+def weights_of(header: Any, data: bytes = bytes(64), length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def tensor(start: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234567",
+        weights_of({}, length=2**63),
+        weights_of({}, length=2**64 - 1),
+        weights_of({}, length=99_000_000),
+        weights_of({"a": tensor(0, 64, [16]), "b": tensor(32, 64, [8])}),
+        weights_of({"a": tensor(0, 64, [-16])}),
+        weights_of({"a": tensor(0, 64, [16.5])}),
+        weights_of({"a": tensor(0, 10**12, [250 * 10**9])}),
+        weights_of({"a": tensor(0, 64, [2**62, 2**62])}),
+        weights_of({"a": tensor(0, 64, [17])}),
+        weights_of({"a": tensor(64, 0, [16])}),
+        weights_of({"a": tensor(0, 32, [8])}),
+        weights_of({"a": tensor(0, 64, [128], "F4")}),
+        weights_of({"a": tensor(0, 64, [64], "F8_E8M0")}),
+        weights_of({"a": tensor(0, 64, [16], "NO")}),
+        weights_of({"a": {"dtype": "F32"}}),
+        weights_of({"a": None}),
+        weights_of([1, 2]),
+        weights_of({"__metadata__": [1]}),
+        weights_of(b"[" * 100_000),
+        weights_of(b'{"a":' * 100_000),
+        weights_of(b"\xff\xfe{}"),
+        weights_of({f"t{number}": tensor(0, 0, [0]) for number in range(100_001)}, b""),
+    ],
+    ids=range(24),
+)
+def test_weights_whose_header_lies_are_refused_by_the_files_name_at_once(content: bytes, tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    started = time.process_time()
+    with pytest.raises(InvalidInput, match="is not a safetensors file that can be read") as caught:
+        read_peft_folder(folder, "base", "")
+    assert caught.value.where == str(folder / "adapter_model.safetensors")
+    assert time.process_time() - started < 5
+
+
+def test_weights_that_are_larger_than_any_adapter_are_not_read_at_all(tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(8 * 2**30 + 1)  # a hole: it takes no room
+    with pytest.raises(InvalidInput, match="has 8,589,934,593 bytes, more than"):
+        read_peft_folder(folder, "base", "")
+
+
+# --- what other programs write -------------------------------------------------------------------------------------
+
+
+def renamed(folder: Path, old: str, new: str) -> Path:
+    file = folder / "adapter_model.safetensors"
+    save_file({re.sub(old, new, name): tensor for name, tensor in load_file(file).items()}, file)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["default", "my adapter", "weight", "lora_A"])
+def test_an_adapters_own_name_inside_the_names_of_tensors_is_taken_out(name: str, tmp_path: Path) -> None:
+    model = trained("bert", target_modules=["query", "value"])
+    expected = read_peft_folder(saved(model, tmp_path / "plain"), "base", "")
+    other = renamed(saved(model, tmp_path / "named"), r"(lora_[AB])\.", rf"\1.{name}.")
+    renamed(other, r"classifier\.", f"classifier.modules_to_save.{name}.")
+    with_tensors(other, **{"base_model.model.classifier.original_module.weight": torch.zeros(3, 16)})
+    found = read_peft_folder(other, "base", "")
+    assert found.head.keys() == expected.head.keys()
+    assert all(torch.equal(found.head[key], expected.head[key]) for key in expected.head)
+    assert all(torch.equal(found.modules[key].delta(), expected.modules[key].delta()) for key in expected.modules)
+
+
+def test_two_adapters_in_one_file_are_refused_with_both_names(tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    renamed(folder, r"(layer\.1.*lora_[AB])\.", r"\1.second.")
+    with pytest.raises(InvalidInput, match="holds 2 adapters: one without a name, 'second'"):
+        read_peft_folder(folder, "base", "")
+
+
+def test_tensors_that_were_taken_out_of_a_model_without_pefts_wrapper_are_read(tmp_path: Path) -> None:
+    model = trained("bert", target_modules=["query"])
+    expected = read_peft_folder(saved(model, tmp_path / "plain"), "base", "")
+    found = read_peft_folder(renamed(saved(model, tmp_path / "bare"), r"^base_model\.model\.", ""), "base", "")
+    assert found.modules.keys() == expected.modules.keys()
+    assert found.head.keys() == expected.head.keys()
+
+
+@pytest.mark.parametrize("part", ["lora_A", "classifier.weight"])
+def test_tensors_that_zero_3_left_empty_are_told_as_that(part: str, tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    with_tensors(folder, **{key_of(folder, part): torch.zeros(0)})
+    with pytest.raises(InvalidInput, match=r"of shape \(0,\): it was saved from ZeRO-3 without gathering") as caught:
+        read_peft_folder(folder, "base", "")
+    assert "GatheredParameters" in caught.value.todo
+
+
+def test_one_ranks_flat_part_of_a_matrix_is_told_as_that(tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    with_tensors(folder, **{key_of(folder, "lora_A"): torch.zeros(32)})
+    with pytest.raises(InvalidInput, match=r"with shape \(32,\): one rank's flat part of a matrix"):
+        read_peft_folder(folder, "base", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "todo"),
+    [
+        ("bert.embeddings.word_embeddings.weight", "save_embedding_layers=False"),
+        ("model.embed_tokens.weight", "save_embedding_layers=False"),
+        ("lm_head.weight", "save_embedding_layers=False"),
+        ("bert.encoder.layer.0.attention.self.query.base_layer.weight", "save the adapter alone"),
+        ("bert.pooler.dense.weight", "list its module in modules_to_save"),
+        ("bert.encoder.layer.0.attention.self.query.lora_embedding_A", "without the embedding in target_modules"),
+    ],
+)
+def test_what_lies_beside_a_lora_is_refused_with_what_helps(name: str, todo: str, tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    with pytest.raises(InvalidInput, match=re.escape(name)) as caught:
+        read_peft_folder(with_tensors(folder, **{f"base_model.model.{name}": torch.ones(2, 2)}), "base", "")
+    assert todo in caught.value.todo
+
+
+def test_an_export_says_its_labels_and_the_digest_of_its_base_model(tmp_path: Path) -> None:
+    adapter = read_peft_folder(saved(trained("bert", target_modules=["query"]), tmp_path / "in"), "base", "ab" * 32)
+    labels = {"label_names": json.dumps(["größer", 'a "quoted" | one', "c"])}
+    write_peft_folder(tmp_path / "out", replace(adapter, info={**adapter.info, **labels}), "some/base")
+    again = read_peft_folder(tmp_path / "out", "base", "cd" * 32)
+    assert json.loads(again.info["label_names"]) == ["größer", 'a "quoted" | one', "c"]
+    assert (again.info["trained_on"], again.info["trained_on_sha256"]) == ("some/base", "ab" * 32)
+    with safe_open(tmp_path / "out/adapter_model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["label2id"]) == {"größer": 0, 'a "quoted" | one': 1, "c": 2}
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith('---\nbase_model: "some/base"\nlibrary_name: peft\n---\n')
+    assert "ab" * 32 in card
+    assert '| 0 | "größer" |' in card
+
+
+def test_the_same_adapter_is_written_as_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    adapter = read_peft_folder(saved(trained("bert", target_modules=["query"]), tmp_path / "in"), "base", "ab" * 32)
+    named = replace(adapter, info={**adapter.info, "label_names": '["a", "b", "c"]'})
+    write_peft_folder(tmp_path / "out", named, "some/base")
+    content = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header) == sorted(header)  # not in the order of hashes
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+
+
+@pytest.mark.parametrize("labels", ["[1, 2]", '{"0": "a", "2": "b"}', '{"0": 5}', "no", "[" * 5000])
+def test_labels_in_a_header_that_name_no_output_are_refused(labels: str, tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "id2label": labels})
+    with pytest.raises(InvalidInput, match=r"id2label in the header of adapter_model\.safetensors that gives no label"):
         read_peft_folder(folder, "base", "")

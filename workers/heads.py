@@ -1,0 +1,160 @@
+"""The head of a task: what its model has beside the layers that all tasks share, and where each part comes from.
+
+transformers puts a task's model together from the checkpoint and draws at random what the checkpoint lacks. PEFT trains
+`classifier` and `score`, and what `modules_to_save` lists. Here it is the same, with one difference: what neither the
+checkpoint nor an imported adapter has is refused by name, because nobody else would draw the same numbers.
+
+No torch: the control plane checks submissions by a `HeadLayout` alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from configs.errors import InvalidInput
+from configs.task_spec import Kind, TaskSpec
+
+if TYPE_CHECKING:
+    from subspace_store.adapter import Adapter
+
+OUTPUT_COUNTS: dict[Kind, int] = {"sequence_regression": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLayout:
+    """The parameters of one kind's task model, as far as a task may have its own."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of each parameter that an adapter may bring whole: all but those in `shared`. For one output."""
+    shared: tuple[str, ...] = ()
+    """Names of embeddings and of a language model's output layer, which always belong to the base model."""
+    outputs: tuple[str, ...] = ()
+    """Names of the parameters that have one row for each output."""
+    missing: tuple[str, ...] = ()
+    """Names of the parameters that the checkpoint lacks."""
+    trained: tuple[str, ...] = ()
+    """Modules that are trained with the task: the output layers, PEFT's `classifier` and `score`, what is missing."""
+    label_names: tuple[str, ...] = ()
+    """Labels of the checkpoint's own output layer, by output; empty: it has none. `LABEL_0`, … : they are not known."""
+
+
+def kept_outputs(layout: HeadLayout, spec: TaskSpec) -> tuple[int, ...] | None:
+    """The checkpoint's output for each output of the task, from which training starts.
+
+    Returns:
+        Indices into `layout.label_names`, by name where names are known. None: the checkpoint has no output layer or
+        one for other labels, and a new one is drawn.
+    """
+    theirs, ours = layout.label_names, spec.data.label_names
+    count = OUTPUT_COUNTS.get(spec.kind, len(ours))
+    if len(theirs) != count or not count:
+        return None
+    if spec.kind in OUTPUT_COUNTS or _are_unknown(theirs):
+        return tuple(range(count))
+    return tuple(theirs.index(name) for name in ours) if {*theirs} == {*ours} else None
+
+
+def told(layout: HeadLayout, spec: TaskSpec) -> str:
+    """Where the parts of the head come from when a task is trained, for its log; empty without a head."""
+    kept = kept_outputs(layout, spec) is not None
+    drawn = {name for name in layout.missing if name in layout.shapes}
+    drawn |= set() if kept else {*layout.outputs}
+    starts = sorted({name.rpartition(".")[0] for name in drawn})
+    trained = [module for module in layout.trained if not all(_inside(name, module, drawn) for name in layout.shapes)]
+    parts = [f"{', '.join(starts)} drawn from the seed"] if starts else []
+    parts += [f"{', '.join(trained)} from the checkpoint"] if trained else []
+    return f"head: trained are {'; '.join(parts)}" if parts else ""
+
+
+def _inside(name: str, module: str, drawn: set[str]) -> bool:
+    """Whether a parameter says nothing for keeping this module: it lies elsewhere, or is drawn."""
+    return not name.startswith(f"{module}.") or name in drawn
+
+
+def check_head(adapter: Adapter, spec: TaskSpec, layout: HeadLayout, is_scored: bool = True) -> None:
+    """Refuse an adapter's head that is not the task's, or that leaves a part to chance.
+
+    Args:
+        layout: Of the task's kind.
+        is_scored: False: an adapter without any head is let pass; it is a LoRA and nothing else.
+
+    Raises:
+        InvalidInput: A parameter that the model does not have or that all tasks share; another number of outputs than
+            the task has labels, or other labels; a part that neither the adapter nor the checkpoint has.
+    """
+    if not adapter.head and not is_scored:
+        return
+    for name, tensor in adapter.head.items():
+        _check_parameter(name, tuple(tensor.shape), adapter, spec, layout)
+    if absent := sorted({*layout.missing} - adapter.head.keys()):
+        if not adapter.head:
+            raise InvalidInput(
+                f"the adapter has no head, so it cannot be scored: the base model's checkpoint lacks {_listed(absent)}",
+                todo="import an adapter that was saved with its classifier (modules_to_save), or leave out "
+                "data.eval_file",
+            )
+        raise InvalidInput(
+            f"the adapter's head is not whole: neither it nor the base model's checkpoint has {_listed(absent)}. "
+            "Where it was trained they were random numbers, which were not saved",
+            todo=f"train it with {sorted({name.rpartition('.')[0] for name in absent})} in modules_to_save, or on a "
+            "base model whose checkpoint has them",
+        )
+    _check_labels(adapter, spec, layout)
+
+
+def _check_parameter(name: str, shape: tuple[int, ...], adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
+    if name in layout.shared:  # its tensor is shared by all tasks, and large
+        raise InvalidInput(
+            f"the adapter brings its own weights for a layer that belongs to the base model {adapter.base_model!r}",
+            name,
+            "train it without this layer in modules_to_save; adapt it with LoRA instead",
+        )
+    if name not in layout.shapes:
+        raise InvalidInput("the base model has no such parameter for the adapter's head", name)
+    if name.rpartition(".")[0] in adapter.modules:
+        raise InvalidInput("the adapter brings this layer whole and changes it by a LoRA as well", name, "keep one")
+    needed = layout.shapes[name]
+    count = OUTPUT_COUNTS.get(spec.kind, len(spec.data.label_names))
+    if name in layout.outputs:
+        # Without rows to score an import needs no label names; then any number of outputs is right.
+        needed = (count or (shape[0] if shape else 0), *needed[1:])
+    if shape != needed:
+        of_outputs = f"for {count} outputs " if name in layout.outputs else ""
+        raise InvalidInput(
+            f"the adapter's head has shape {shape}; {of_outputs}the base model needs {needed}",
+            name,
+            "data.label_names must list the labels the adapter was trained with, in that order"
+            if name in layout.outputs
+            else "was it trained on another base model?",
+        )
+
+
+def _check_labels(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
+    """Compare the task's labels with those that the adapter or, where it has no output layer, the checkpoint names."""
+    said = tuple(json.loads(adapter.info.get("label_names") or "[]"))
+    of = "the adapter's outputs"
+    if layout.outputs and not {*layout.outputs} & adapter.head.keys():
+        said, of = layout.label_names, "the adapter has no output layer, and the checkpoint's outputs"
+    count = OUTPUT_COUNTS.get(spec.kind, len(spec.data.label_names))
+    if not said or not count:
+        return
+    only_counted = spec.kind in OUTPUT_COUNTS or _are_unknown(said)
+    is_right = len(said) == count if only_counted else said == spec.data.label_names
+    if not is_right:
+        raise InvalidInput(
+            f"{of} are {list(said)!r:.300}; data.label_names are {list(spec.data.label_names)!r:.300}",
+            "data.label_names",
+            "list the labels of the outputs, in their order",
+        )
+
+
+def _are_unknown(names: tuple[str, ...]) -> bool:
+    """Whether these are what transformers calls labels that nobody named."""
+    return all(name == f"LABEL_{index}" for index, name in enumerate(names))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
