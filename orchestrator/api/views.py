@@ -94,12 +94,13 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
 
 
 def warnings(record: TaskRecord, result: Mapping[str, Any] | None) -> list[str]:
-    """What is doubtful about a task, with what is so about its score under `main`.
+    """What is doubtful about a task, with what is so about its score under `main`, where that is another.
 
     Args:
         result: The score, as the service's answer has it; None where no version holds the task.
     """
-    doubt = record.doubt(result["score_under_main"]) if result else ""
+    score = result["score_under_main"] if result else None
+    doubt = record.doubt(score) if score != record.local_score else ""
     return [*record.warnings, *([f"in main: {doubt}"] if doubt else [])]
 
 

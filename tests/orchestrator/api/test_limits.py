@@ -105,7 +105,7 @@ def test_a_files_name_that_is_no_text_can_be_told(site: Site) -> None:
     folder.mkdir()
     os.mkfifo(os.fsencode(folder) + b"/a\xff")
     document = site.document("red/odd") | {"data": {"train_file": str(folder), "eval_fraction": 0.5}}
-    document["data"]["label_names"] = ["no", "yes"]
+    document["data"] |= {"label_names": ["no", "yes"], "max_length": 32}
     with pytest.raises(InvalidInput, match=r"a\udcff is not a plain file"):
         site.client.ask(Submit(task=TaskSpec.model_validate(document), by="ann"))
 
