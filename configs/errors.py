@@ -71,18 +71,18 @@ class OnebasisError(Exception):
         what: What was wrong, with the numbers.
         where: The file, key path, task, module or address it is about; empty when `what` says it.
         todo: What the reader can do next; empty when there is nothing to do.
-        facts: What a program reads of it, one for each name in the class's `facts`.
+        facts: Values for programs, one for each name in the class's `facts`.
     """
 
     kind: ClassVar[str] = "error"
     """The group, by what the caller does next."""
     code: ClassVar[str] = ""
-    """The class inside its group, for a caller that must tell two apart; empty: the group's own."""
+    """Name of the class inside its group, for a caller that must tell two classes apart; empty: the group's."""
     exit_code: ClassVar[Exit] = Exit.INTERNAL
     http_status: ClassVar[int] = 500
 
     facts: ClassVar[tuple[str, ...]] = ()
-    """Names of what a class knows beside the text, in the order in which it is handed over."""
+    """Names of the class's attributes beside the text, in the order of the arguments."""
 
     def __init__(self, what: str, where: str = "", todo: str = "", *facts: Any) -> None:
         super().__init__(what, where, todo, *facts)
@@ -92,15 +92,20 @@ class OnebasisError(Exception):
         for name, value in zip(self.facts, facts, strict=True):
             setattr(self, name, value)
 
+    @property
+    def row(self) -> str:
+        """The code under which docs/trouble.md says what to do: the class's own, else the group's."""
+        return self.code or self.kind
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n  → {self.todo}" if self.todo else text
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json` and HTTP."""
+        """The error as plain values, for `--json` and HTTP."""
         text = {"what": self.what, "where": self.where, "todo": self.todo}
         known = {name: getattr(self, name) for name in self.facts}
-        return {"kind": self.kind, "code": self.code or self.kind, **text, **known}
+        return {"kind": self.kind, "code": self.row, **text, **known}
 
 
 class InvalidInput(OnebasisError):
@@ -184,9 +189,9 @@ class NameTaken(Conflict):
     code = "name-taken"
     facts = ("task_id", "other_id")
     task_id: str
-    """The one that was to come."""
+    """Id of the task that was to be added."""
     other_id: str
-    """The one that is there."""
+    """Id of the task that has the name."""
 
 
 class Held(Conflict):
@@ -196,7 +201,7 @@ class Held(Conflict):
     facts = ("actor", "reason")
     actor: str
     reason: str
-    """Empty: none was given."""
+    """Reason that the person gave; empty: none."""
 
 
 class Fenced(Conflict):
@@ -212,7 +217,7 @@ class OwnedByAnother(Conflict):
     facts = ("service_id", "name", "since")
     service_id: str
     name: str
-    """Where that service runs."""
+    """Machine and folder of that service, for people."""
     since: float
     """Unix seconds."""
 
@@ -326,6 +331,11 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     Corrupt,
     UnreadableTask,
 )
+
+
+def row_of(code: str) -> str:
+    """Where the book of trouble tells what a code means and what to do: of an error, an alarm, a task's reason."""
+    return f"docs/trouble.md#{code}"
 
 
 def error_from_dict(facts: Mapping[str, Any]) -> OnebasisError:

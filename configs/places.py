@@ -1,7 +1,7 @@
 """Files and folders that a person names: made absolute where they are read, `~` included.
 
-A field that names a place says so in its type, `Annotated[str, Located(absolute)]`, and `located` finds it there.
-Nothing is to be remembered when a field is added, and tests/configs/test_places.py finds one that was forgotten.
+A field that names a place says so in its type, `Annotated[str, Located(absolute)]`, and `located` finds it by that
+type: there is no list of such fields to keep. tests/configs/test_places.py finds a field that was forgotten.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Located:
     """Marks a field that names a place, or several.
 
     Args:
-        absolute: Its value and the folder that relative paths start from, to the value to work with.
+        absolute: Makes the value absolute; is given the value and the folder that relative paths start from.
     """
 
     absolute: Callable[[str, Path], str]
 
 
 def home(path: str) -> Path:
-    """A path whose `~` is the home of whoever runs this, and `~ann` that of ann.
+    """A path in which `~` is replaced by the home folder of the user who runs this, and `~ann` by that of ann.
 
     Raises:
-        InvalidInput: Nobody of that name.
+        InvalidInput: There is no user of that name.
     """
     try:
         return Path(path).expanduser()
@@ -94,8 +94,8 @@ def is_local(source: str) -> bool:
 
 
 OpenFile = Callable[[Path], BinaryIO]
-"""How a file is opened to be read. Whoever may not read all files hands this on to the last `open`: a name that was
-checked can mean another file a moment later."""
+"""How a file is opened to be read. A caller that may not read all files hands such a function down to the place that
+opens the file: checking a name earlier is no help, since it can mean another file a moment later."""
 
 
 def open_anywhere(path: Path) -> BinaryIO:
@@ -104,13 +104,13 @@ def open_anywhere(path: Path) -> BinaryIO:
 
 
 def open_below(path: Path, roots: Iterable[Path]) -> BinaryIO:
-    """Open a plain file below some folders, whatever somebody does to its name, or to a folder's, meanwhile.
+    """Open a plain file below some folders, safe against somebody who renames it, or a folder above it, meanwhile.
 
-    What is checked is what was opened, by its descriptor, not its name; nothing else is opened to be read.
+    The check is made on the opened file, by its descriptor, and not on its name; nothing else is opened to be read.
 
     Raises:
-        OutsideError: It lies, links resolved, in none of these folders, or is a folder, a pipe, a device.
-        OSError: It cannot be opened.
+        OutsideError: The file, links resolved, is in none of these folders, or is a folder, a pipe or a device.
+        OSError: The file cannot be opened.
     """
     # O_PATH finds it and opens nothing: a pipe would be waited for, a device may act on being opened.
     handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -125,7 +125,7 @@ def open_below(path: Path, roots: Iterable[Path]) -> BinaryIO:
 
 
 class OutsideError(Exception):
-    """What a name means now is no plain file below the allowed folders."""
+    """The name does not lead to a plain file below the allowed folders."""
 
 
 def located(section: S, root: Path) -> S:
@@ -135,7 +135,7 @@ def located(section: S, root: Path) -> S:
         root: Folder that relative paths start from.
 
     Raises:
-        InvalidInput: A home folder of nobody.
+        InvalidInput: A path begins with `~` and the name of a user that does not exist.
     """
     changes = {}
     for name, field in type(section).model_fields.items():

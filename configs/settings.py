@@ -22,33 +22,34 @@ class BaseModelSettings(Section):
     name: Name
     """What task files call it."""
     source: Annotated[str, Located(places.model)]
-    """A folder, a hub id, or `package:NAME/FOLDER` for weights inside an installed Python package."""
+    """Where the weights are: a folder, a hub id, or `package:NAME/FOLDER` inside an installed Python package."""
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """sha256 of `model.safetensors` (with shards: of their digests' text, in the order of their names). A worker
-    refuses other weights: a subspace belongs to one base model, to the bit. A wrong one is answered with the right."""
+    """sha256 of `model.safetensors`; of a model in several files, the sha256 of the text of their digests in the order
+    of the file names. A worker refuses other weights, since a subspace belongs to one base model, to the bit. If the
+    value is wrong, the message has the right one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the base weights in memory. LoRA's own numbers are float32 whatever this says."""
+    """Number type of the base weights in memory. The LoRA's own numbers are always float32."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Base weights in 4 or 8 bits by bitsandbytes; needs a GPU."""
+    """Whether bitsandbytes keeps the base weights in 4 or 8 bits; needs a GPU."""
     device: Literal["auto", "cpu"] = "auto"
-    """`auto`: the GPU when there is one. `cpu`: the weights stay in host memory, mapped from the file once per
-    machine, and each task takes to the GPU what it needs (ZeRO-3: its share)."""
+    """Where the base weights are kept. `auto`: on the GPU if there is one. `cpu`: in host memory, mapped from the file
+    once per machine; each task copies to the GPU what it needs (with ZeRO-3, its share)."""
 
 
 class StorageSettings(Section):
-    """Where versions live. The log is the truth about them."""
+    """Where versions are stored. The log there is the truth about them."""
 
     url: Annotated[str, Located(places.storage)] = "file:.onebasis/store"
-    """`file:FOLDER`, `s3://BUCKET/PREFIX` or, in tests, `memory:NAME`."""
+    """Address of the store: `file:FOLDER`, `s3://BUCKET/PREFIX` or, in tests, `memory:NAME`."""
     endpoint_url: str | None = None
     """Address of an S3 server that is not AWS."""
     region: str | None = None
-    """Of the bucket; default: what boto3's chain finds (AWS_DEFAULT_REGION, the profile)."""
+    """Region of the bucket; default: what boto3's chain finds (AWS_DEFAULT_REGION, the profile)."""
     path_style: bool | None = None
-    """Whether the bucket stands in the path of requests, not in the host name; default: yes if there is an
+    """Whether requests name the bucket in the path instead of the host name; default: true if there is an
     `endpoint_url`."""
     sse: Literal["AES256", "aws:kms"] | None = None
-    """Server-side encryption asked for with every write; default: what the bucket does by itself."""
+    """Server-side encryption that every write asks for; default: the bucket's own setting."""
     sse_kms_key_id: str | None = None
     """Key for `aws:kms`; default: the account's own."""
 
@@ -60,19 +61,20 @@ class StorageSettings(Section):
 
 
 class SubspaceSettings(Section):
-    """How adapters are merged (design.md 3.3)."""
+    """How adapters are merged."""
 
     variant: Literal["canonical", "paper"] = "canonical"
-    """`paper` stacks the raw factors B and A as Share does, unweighted, and keeps rank_fixed (or rank_max) directions:
-    for comparison."""
+    """Form of the merge. `paper`, for comparison, stacks the raw factors B and A as Share does, unweighted, and keeps
+    rank_fixed (or rank_max) directions."""
     energy_ratio_min: float = Field(0.98, gt=0, le=1)
-    """Every task keeps this share of its delivered energy in every module, unless rank_max binds."""
+    """Share of its delivered energy that every task keeps in every module, unless rank_max is reached."""
     rank_max: int = Field(64, ge=1)
-    """Most directions per module and side."""
+    """Most directions of a basis, per module and side."""
     rank_fixed: int | None = Field(None, ge=1)
-    """Exactly this many directions (the paper's form) instead of the two above."""
+    """Exact number of directions (the paper's form), instead of energy_ratio_min and rank_max."""
     weighting: Literal["equal", "energy"] = "equal"
-    """`equal` divides each task by its norm, so a small update is protected as well as a large one."""
+    """Weight of each task in a merge. `equal` divides each task by its norm, so that a small update is protected as
+    well as a large one; `energy` does not."""
 
 
 class WorkerSettings(Section):
@@ -80,16 +82,17 @@ class WorkerSettings(Section):
 
     count: int = Field(2, ge=1, le=1000)
     cpus: float = Field(1, gt=0)
-    """CPUs that Ray reserves for each rank; torch uses as many threads."""
+    """CPUs that Ray reserves for each rank; torch uses the same number of threads."""
     gpus: float = Field(0, ge=0, le=1)
-    """GPUs for each rank; a part of one only where it is a worker's only rank."""
+    """GPUs for each rank; a fraction is allowed only with ranks: 1."""
     ranks: int = Field(1, ge=1, le=1024)
-    """Processes that work on one task together: every worker is a gang of this many."""
+    """Processes that train one task together: every worker is a gang of this size."""
     placement: Literal["PACK", "SPREAD"] = "PACK"
-    """Whether Ray puts a gang's ranks on as few or on as many machines as it can."""
+    """Whether Ray puts the ranks of a gang on as few machines as possible (PACK) or on as many (SPREAD)."""
     heartbeat_seconds: float = Field(1.0, gt=0)
+    """Time between two questions to a worker for a sign of life."""
     lease_seconds: float = Field(60.0, gt=0)
-    """A worker that leaves a question unanswered for this long is replaced."""
+    """Time without an answer after which a worker is replaced."""
 
     @model_validator(mode="after")
     def _ranks_have_whole_gpus(self) -> WorkerSettings:
@@ -102,44 +105,46 @@ class RaySettings(Section):
     """The Ray cluster."""
 
     address: str = "local"
-    """`local` starts one on this machine's loopback; else HOST:PORT of a running head."""
+    """`local`: start a cluster on this machine; else HOST:PORT of a running cluster's head."""
     auth_token_path: Annotated[str | None, Located(places.absolute)] = None
-    """Token file of a running cluster. A local one gets a token of its own."""
+    """Token file of a running cluster. A local cluster gets a token of its own."""
 
 
 class TeamSettings(Section):
     """A team that may submit tasks."""
 
     weight: float = Field(1.0, gt=0)
-    """Share of the cluster in comparison with the other teams."""
+    """Share of the cluster, relative to the weights of the other teams."""
     queued_max: int = Field(1000, ge=1)
-    """Tasks that may wait at once."""
+    """Most tasks of the team that may wait at the same time."""
 
 
 class GateSettings(Section):
     """When a merged version may move `main`. Differences of scores on the same frozen rows."""
 
     drop_max: float = Field(0.03, ge=0)
-    """An earlier task may lose at most this much against its score at birth."""
+    """Largest loss of an earlier task against its score at birth."""
     merge_gap_max: float = Field(0.05, ge=0)
-    """A new task may lose at most this much against its own adapter before merging."""
+    """Largest loss of a new task against its own adapter before merging."""
     drift_min: float = Field(1e-4, ge=0)
-    """A task whose relative drift since its last evaluation is below this keeps its score, unmeasured."""
+    """Smallest relative drift since its last evaluation at which a task is scored again; below it keeps its score."""
 
 
 class FailureSettings(Section):
-    """How often a task is tried again, by whose fault it was. A user's mistake is never retried."""
+    """How often a task is tried again, by cause. A mistake in the task itself is never retried."""
 
     lost_machines_max: int = Field(5, ge=0)
+    """Most attempts of a task that may end because its machine was lost."""
     own_bugs_max: int = Field(1, ge=0)
+    """Most attempts of a task that may end with an internal error."""
 
 
 class MlflowSettings(Section):
-    """The mirror that people look at."""
+    """The MLflow server or database that mirrors tasks, scores and curves for people."""
 
     tracking_uri: Annotated[str, Located(places.database_or_folder)] = "sqlite:///.onebasis/mlflow.db"
     artifact_location: Annotated[str | None, Located(places.unless_address)] = None
-    """Where plots go; default: beside a local database."""
+    """Folder or address for plots; default: beside a local database."""
     experiment: str = "onebasis"
 
 
@@ -148,15 +153,15 @@ class ServerSettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535)
-    """0 takes a free one; it is written to the state folder."""
+    """TCP port; 0 takes a free one. The port is written to the state folder."""
 
 
 class Settings(Section):
     """One service: one base model, one subspace, its teams and its machines."""
 
     state_dir: Annotated[str, Located(places.absolute)] = ".onebasis"
-    """Folder for the service's own files (database, logs, addresses). As every relative path here it starts from where
-    `onebasis up` runs; `~` is the home folder."""
+    """Folder for the service's own files (database, logs, addresses). Relative paths in this file start from the folder
+    where `onebasis up` runs; `~` is the home folder."""
     base_model: BaseModelSettings
     teams: dict[Name, TeamSettings] = Field(min_length=1)
     data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)

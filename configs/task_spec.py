@@ -1,4 +1,4 @@
-"""A team's task file: what data, what score, how to train, as the field names these things.
+"""The schema of a task file: data, score and training, in the field's own terms.
 
 `training` uses the names of transformers.TrainingArguments, `lora` those of peft.LoraConfig. A task file holds
 values only: no code, no pickles, no dataset scripts.
@@ -37,10 +37,10 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
     "causal_lm": ("log_likelihood", "exact_match", "rouge_l"),
     "image_classification": _CLASSIFICATION,
 }
-"""What a kind of task may be judged by; the first is the default. Of all of them more is better."""
+"""Metrics of each kind of task, the default first. For all of them a larger value is better."""
 CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification")
 _WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|comet|autotuning|nebula)$")
-"""DeepSpeed's keys that make it write files, most of them at places of the task's choice."""
+"""Keys of DeepSpeed that make it write files, most of them at a place that the task chooses."""
 
 
 class DataSpec(Section):
@@ -52,8 +52,9 @@ class DataSpec(Section):
     eval_file: Annotated[str | None, Located(real)] = None
     """Evaluation rows, kept while the task lives: every later version is scored on exactly these rows."""
     eval_fraction: float | None = Field(None, gt=0, lt=1)
-    """Instead of eval_file: about this share of the training rows is kept for evaluation and not trained on. Which, a
-    digest of each row without its label says: the same rows when others are added, equal ones on one side."""
+    """Share of the training rows, approximately, that is kept for evaluation and not trained on; instead of eval_file.
+    A digest of each row without its label decides: so the choice stays the same when other rows are added, and equal
+    rows are on the same side."""
     eval_is_train: bool = False
     """Permission to evaluate on the rows that were trained on. Without it such an eval_file is refused: the score would
     say how well the rows were memorised, and nothing about new ones."""
@@ -65,38 +66,40 @@ class DataSpec(Section):
     """Key of the label in each row: a name from label_names, or its index from 0 where no name is a number (see
     workers/rows/labels.py); for regression a number."""
     prompt_column: str = "prompt"
-    """For causal_lm: key of what the model is given."""
+    """Key of the prompt, the text that the model is given; for causal_lm."""
     completion_column: str = "completion"
-    """For causal_lm: key of what it should answer; the loss is on this alone. The two are joined as they are, without a
-    chat template."""
+    """Key of the completion, the text that the model should answer; for causal_lm. The loss is on it alone. Prompt and
+    completion are joined as they are, without a chat template."""
     messages_column: str | None = None
-    """For causal_lm instead of the two above: key of a list of {role, content}, written by the tokenizer's chat
-    template; roles are system, user and assistant, and the last message, the assistant's, is the completion."""
+    """Key of a list of messages {role, content}, for causal_lm, instead of prompt and completion. The tokenizer's chat
+    template renders them; roles are system, user and assistant, and the last message, the assistant's, is the
+    completion."""
     image_column: str = "image"
-    """For image_classification: key of the image: H×W, H×W×1 or H×W×3 of 0 to 255, or an encoded picture's bytes, alone
-    or as {bytes: …}. In an .npz it is the name of an array, as label_column is."""
+    """Key of the image, for image_classification: H×W, H×W×1 or H×W×3 numbers from 0 to 255, or the bytes of an encoded
+    picture, alone or as {bytes: …}. In an .npz, image_column and label_column are names of arrays."""
     label_names: tuple[str, ...] = ()
     """The label set, in the order of the classifier's outputs. Names that are numbers are written in quotes; numbers in
     the rows then mean these names, in every format alike."""
     max_length: int = Field(128, ge=4, le=131072)
     """Longest input in tokens; longer rows are cut."""
     max_new_tokens: int = Field(64, ge=1, le=4096)
-    """For causal_lm: longest answer that exact_match and rouge_l let the model generate."""
+    """Longest answer, in tokens, that the model may generate for exact_match and rouge_l; for causal_lm."""
 
 
 class TrainingSpec(Section):
     """How to train; the names and defaults are those of transformers.TrainingArguments unless said otherwise."""
 
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    """Peak learning rate. Default for LoRA, not the library's 5e-5 for full fine-tuning."""
+    """Peak learning rate. The default suits LoRA; the library's 5e-5 is meant for full fine-tuning."""
     num_train_epochs: float = Field(3.0, gt=0, le=1000)
     max_steps: int = Field(-1, ge=-1)
-    """Overrides num_train_epochs when positive."""
+    """Number of steps; if positive, it is used instead of num_train_epochs."""
     per_device_train_batch_size: int = Field(16, ge=1, le=4096)
     """Rows per rank and micro-batch. All ranks and gradient_accumulation_steps together are one step."""
     gradient_accumulation_steps: int = Field(1, ge=1, le=65536)
     auto_find_batch_size: bool = False
-    """When memory runs out, halve the micro-batch and double the accumulation, so that a step sees the same rows."""
+    """Whether to halve the micro-batch and double the accumulation when memory runs out; a step then sees the same
+    rows."""
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: float = Field(0.0, ge=0)
     """Steps of linear warm-up; below 1 it is a share of all steps, as in transformers 5."""
@@ -107,10 +110,10 @@ class TrainingSpec(Section):
     bf16: bool = False
     gradient_checkpointing: bool = False
     save_steps: float = Field(500, gt=0)
-    """A checkpoint after every so many steps; below 1 it is a share of all steps."""
+    """Number of steps between two checkpoints; below 1 it is a share of all steps."""
     deepspeed: dict[str, Any] | None = None
-    """A DeepSpeed configuration, or in a task file the path of its JSON file; passed through untouched with its
-    `auto` values (see configs/deepspeed/). Offload goes to the CPU: no part of it may name a place for files."""
+    """DeepSpeed configuration, or in a task file the path of its JSON file; passed on unchanged, with its `auto` values
+    (see configs/deepspeed/). Offloading goes to the CPU: no key may name a place for files."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -146,41 +149,42 @@ class LoraSpec(Section):
 
 
 class MethodSpec(Section):
-    """How the adapter comes about."""
+    """How the adapter is made."""
 
     name: Literal["lora", "share", "codyra", "auto", "import"] = "lora"
-    """`lora` trains a PEFT LoRA; `share` coefficients in the subspace's basis (and temporary columns beside it);
-    `codyra` a LoRA with gates that choose the rank of each module; `auto` tries both for a few steps and takes
+    """Method: `lora` trains a PEFT LoRA; `share` coefficients in the subspace's basis (and temporary columns beside
+    it); `codyra` a LoRA with gates that choose the rank of each module; `auto` tries both for a few steps and takes
     `share` where it learns as fast, else `lora`; `import` takes the PEFT folder in `adapter` as it is."""
     adapter: Annotated[str | None, Located(real)] = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"
-    """For `lora`: where A starts. `basis`: inside the span of the subspace's basis, which merges with less error."""
+    """Start of A, for `lora`. `basis`: inside the span of the subspace's basis, which merges with less error."""
     temporary_columns: int | None = Field(None, ge=0)
-    """For `share`: trainable directions beside the basis, per module and side (φ); 0 trains coefficients alone.
-    Default: a quarter of the basis, at most lora.r."""
+    """Number of trainable directions beside the basis, per module and side (φ), for `share`; 0 trains coefficients
+    alone. Default: a quarter of the basis, at most lora.r."""
     kappa_max: float = Field(0.005, ge=0)
-    """For `codyra`: the threshold at the end of its ramp, after every step."""
+    """Threshold κ at the end of its ramp, for `codyra`; it is applied after every step."""
     dense_fraction: float = Field(0.5, ge=0, lt=1)
-    """For `codyra`: share of the steps before gates are thresholded."""
+    """Share of the steps before the threshold is applied to gates, for `codyra`."""
     gate_start: Literal["ones", "normal"] = "ones"
-    """For `codyra`: gates start at 1, or as published from N(0, 1), which alone drops half of them."""
+    """Start of the gates, for `codyra`: 1, or as published from N(0, 1), which alone drops half of them."""
     refine_epochs: float = Field(0.0, ge=0, le=100)
-    """After merging, the task's own coefficients are trained for this long on its own rows, the basis frozen."""
+    """Epochs for which the task's coefficients are trained once more after merging, on its own rows, the basis
+    frozen."""
     share_full: bool = False
-    """Not strict continual learning, as the paper's Share-full: the training rows are kept while the task lives, and
-    its coefficients are trained again, for refine_epochs, in every later version whose merge moved it."""
+    """Whether the training rows are kept while the task lives, and its coefficients trained again, for refine_epochs,
+    in every later version whose merge moved it: the paper's Share-full, which is not strict continual learning."""
 
 
 class GateSpec(Section):
-    """When a merged version may not be published because of this task; tighter than the platform's gate only."""
+    """Rules of the task for the gate, in addition to those of the service."""
 
     min_score: float | None = None
-    """The task's own score right after its merge must reach this."""
+    """Least score of the task right after its merge; below it the version is not published."""
 
 
 def _first_metric(values: dict[str, Any]) -> Metric:
-    """values: The fields before it; without `kind` where that one is wrong."""
+    """values: The fields before `metric`; without `kind` if that is wrong."""
     return METRICS[values["kind"]][0] if "kind" in values else _CLASSIFICATION[0]
 
 
@@ -193,16 +197,17 @@ class TaskSpec(Section):
     """Name of the base model in the settings of the service."""
     kind: Kind = "sequence_classification"
     metric: Metric = Field(default_factory=_first_metric)
-    """What a version is judged by; the kind's other metrics are reported beside it. Default: the kind's first."""
+    """Metric that the gate compares; the kind's other metrics are reported beside it. Default: the kind's first."""
     data: DataSpec
     training: TrainingSpec = TrainingSpec()
     lora: LoraSpec = LoraSpec()
     method: MethodSpec = MethodSpec()
     gate: GateSpec = GateSpec()
     priority: int = Field(0, ge=-100, le=100)
-    """Higher goes first inside the team; between teams fair share decides."""
+    """Priority inside the team, higher first; between teams fair share decides."""
     client_key: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
-    """Submitting again with the same key is the same task. Default: a digest of this document and its data."""
+    """Key of the submission: a second one with the same key is the same task. Default: a digest of document and
+    data."""
 
     @model_validator(mode="after")
     def _is_text(self) -> TaskSpec:

@@ -23,11 +23,10 @@ from configs.errors import (
     StoreFull,
     StoreReadOnly,
     Unavailable,
+    row_of,
 )
 
 log = logging.getLogger("onebasis.alarms")
-
-BOOK = "docs/trouble.md"
 
 
 class AlarmCode(StrEnum):
@@ -88,7 +87,7 @@ class Alarm:
     """Unix time at which it began to ring."""
 
     def __str__(self) -> str:
-        return f"{self.code}: {self.what} → {self.todo} ({BOOK}#{self.code})"
+        return f"{self.code}: {self.what} → {self.todo} ({row_of(self.code)})"
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for `--json` and HTTP, with the sentence in it."""

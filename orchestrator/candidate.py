@@ -45,6 +45,7 @@ from orchestrator.tasks.task_events import (
     Merged,
     MergeRefused,
     MergeUndone,
+    Reason,
 )
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
@@ -213,7 +214,8 @@ class Candidate:
             self._apply(ids, MergeUndone(f"once more, with nobody refined again: {reason}", alone=True))
             return True
         else:
-            self._apply(ids, Judged(False, reason, time.time()))
+            codes = self._store.state.rejected_by.get(version, ())
+            self._apply(ids, Judged(False, reason, time.time(), codes))
         return False
 
     def _score_or_decide(self, version: int) -> None:
@@ -225,7 +227,7 @@ class Candidate:
             self._verdict.due = tuple(task_id for task_id in unscored if task_id in known and known[task_id].eval_key)
         records, due, found = self._verdict.records, self._verdict.due, self._verdict.scores
         if hopeless := self._why_hopeless(records):
-            self._reject(version, f"it could not be scored: {hopeless.text}", (hopeless.task_id,))
+            self._reject(version, f"it could not be scored: {hopeless.text}", (hopeless.task_id,), (Reason.NOT_SCORED,))
         elif missing := [task_id for task_id in due if task_id not in found]:
             self._send_evaluations(version, [records[task_id] for task_id in missing])
         elif due:
@@ -245,13 +247,23 @@ class Candidate:
             elif decision.passed:
                 self._pending_calls.write(Publish(version=version, op_key=f"publish:{version}", actor="gate"))
             else:
-                self._reject(version, decision.summary, tuple(rule.task_id for rule in decision.broken))
+                culprits = tuple(rule.task_id for rule in decision.broken)
+                self._reject(version, decision.summary, culprits, decision.codes)
 
-    def _reject(self, version: int, reason: str, culprits: tuple[str, ...]) -> None:
-        """culprits: Ids of the tasks whose scores, or whose lack of one, is the reason."""
+    def _reject(self, version: int, reason: str, culprits: tuple[str, ...], codes: tuple[str, ...] = ()) -> None:
+        """
+        Args:
+            culprits: Ids of the tasks whose scores, or whose lack of one, is the reason.
+            codes: The reason for programs; see `TaskRecord.reason_codes`.
+        """
         # What a worker said of a failure may hold anything, and what cannot be written would be tried for ever.
         rejection = Reject(
-            version=version, reason=as_text(reason), task_ids=culprits, op_key=f"reject:{version}", actor="gate"
+            version=version,
+            reason=as_text(reason),
+            codes=codes,
+            task_ids=culprits,
+            op_key=f"reject:{version}",
+            actor="gate",
         )
         self._pending_calls.write(rejection)
 
@@ -381,7 +393,7 @@ class Candidate:
     def _park_double(self, request: Merge, error: NameTaken) -> None:
         """`main` came back to an older task of its name while it was on its way: the others go on without it."""
         self._unused_files.due((error.task_id,))
-        self._apply((error.task_id,), MergeRefused(str(error), time.time()))
+        self._apply((error.task_id,), MergeRefused(str(error), time.time(), Reason.NAME_TAKEN))
         others = tuple(task_id for task_id in _tasks(request) if task_id != error.task_id)
         self._apply(others, MergeUndone(error.what, alone=False))
 

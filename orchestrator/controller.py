@@ -31,7 +31,7 @@ from orchestrator.pending_calls import (
 )
 from orchestrator.scheduling.fair_share import running_order, running_seconds
 from orchestrator.store_writer import StoreWriter
-from orchestrator.tasks.task_events import Event, Restored, RolledBack, TrainingDone, TrainingFailed
+from orchestrator.tasks.task_events import Event, Reason, Restored, RolledBack, TrainingDone, TrainingFailed
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
@@ -410,7 +410,7 @@ class Controller:
             if at.task_id in held and (at.state is TaskState.PARKED or at.version != held[at.task_id])
         ]
         for record in self._queue.among(gone).values():  # first: one that comes back may have the same name
-            self._apply((record.task_id,), RolledBack(_why_it_vanished(self._store, record), now))
+            self._apply((record.task_id,), _how_it_vanished(self._store, record, now))
         for task_id in back:
             self._apply((task_id,), Restored(f"main holds it since version {held[task_id]}", held[task_id]))
         if gone or back:
@@ -437,19 +437,22 @@ class Controller:
         self._queue.try_apply(task_ids, event)
 
 
-def _why_it_vanished(store: SubspaceReader, record: TaskRecord) -> str:
+def _how_it_vanished(store: SubspaceReader, record: TaskRecord, now: float) -> RolledBack:
     state = store.state
     main = state.refs[MAIN]
     without = next((v.number for v in state.lineage(main) if record.task_id in v.removed), None)
-    if without is not None:
-        return f"removed from the subspace: version {without} was made again without it; submit it again to merge it"
     lost = store.lost_by(record.task_id)
-    if lost is not None and lost.op == "remove":  # the newest task: nothing had to be made again
-        return f"removed from the subspace: main is version {main} again; submit it again to merge it"
-    # Its version of birth, unless that one was made on the way to another without a task: no gate let it pass.
-    usable = (n for n in state.published if n >= record.version and n not in state.expired)
-    back = next((n for n in usable if record.task_id in state.tasks_at(n)), record.version)
-    return (
-        f"main was rolled back to version {main}, before this task's {record.version}; "
-        f"`onebasis rollback {back}` brings it back, or submit it again"
-    )
+    if without is not None:
+        what = f"version {without} was made again without it"
+    elif lost is not None and lost.op == "remove":  # the newest task: nothing had to be made again
+        what = f"main is version {main} again"
+    else:
+        # Its version of birth, unless that one was made on the way to another without a task: no gate let it pass.
+        usable = (n for n in state.published if n >= record.version and n not in state.expired)
+        back = next((n for n in usable if record.task_id in state.tasks_at(n)), record.version)
+        message = (
+            f"main was rolled back to version {main}, before this task's {record.version}; "
+            f"`onebasis rollback {back}` brings it back, or submit it again"
+        )
+        return RolledBack(message, now)
+    return RolledBack(f"removed from the subspace: {what}; submit it again to merge it", now, Reason.REMOVED)

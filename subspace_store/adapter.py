@@ -1,8 +1,8 @@
-"""An adapter in canonical form: what a task hands over, whatever method trained it.
+"""An adapter in canonical form: the result of training a task, whatever the method.
 
 A LoRA s·B·A is not unique (BG, G⁻¹A is the same update). Here the scale is folded in and the gauge removed:
-ΔW = U·diag(σ)·Vᵀ per module. What was removed can be kept beside it (2·R² numbers): nothing here needs it, but who
-compares with methods that stack raw B and A does. Axes: N outputs of a module, D inputs, R rank.
+ΔW = U·diag(σ)·Vᵀ per module. The gauge can be kept beside it (2·R² numbers): nothing here needs it, but a comparison
+with methods that stack the raw B and A does. Axes: N outputs of a module, D inputs, R rank.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from configs.errors import Corrupt, InvalidInput
 FORMAT = "onebasis-adapter-1"
 
 LARGEST = 1e8
-"""No number of an update may be larger: later merges multiply four of them in float32, where 3e38 is the end."""
+"""Largest absolute value in an update: later merges multiply four such numbers in float32, whose largest is 3e38."""
 
 UNIT_TOLERANCE = 1e-2
-"""Of the length of a singular vector. Float32 rounding leaves 1e-6; what is far off would merge as something else."""
+"""Largest deviation of a singular vector's length from 1. Float32 rounding leaves 1e-6; vectors that are far off would
+merge as another update."""
 NAME_MAX = 500
-"""Characters of a module's or parameter's name."""
+"""Most characters of a module's or parameter's name."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
 
 
 def _check_writable(adapter: Adapter) -> None:
-    """That it can be written, and be read again as the same."""
+    """Check that the adapter can be written, and be read again as the same."""
     for name in (*adapter.modules, *adapter.head):
         if not name or not name.isprintable() or len(name) > NAME_MAX or (name in adapter.modules and "/" in name):
             raise InvalidInput(

@@ -1,4 +1,4 @@
-"""The name of a content wherever one is compared."""
+"""The digest by which contents are named and compared."""
 
 from __future__ import annotations
 

@@ -23,16 +23,16 @@ class Forecast:
 
     parent: int
     error_at_birth: Mapping[str, float]
-    """Of each adapter that would arrive."""
+    """Error at birth of each new adapter, by id."""
     spanned: Mapping[str, float]
-    """Share of each adapter's energy, 0 to 1, that the parent's basis spans already: near 1, such tasks need no new
+    """Share of each new adapter's energy, 0 to 1, that the parent's basis spans already: an adapter near 1 needs no new
     directions."""
     drift: Mapping[str, float]
-    """Of each task that is there."""
+    """Drift of each earlier task through this merge, by id."""
     error_bound: Mapping[str, float]
-    """Of each task that is there, afterwards: its error at birth and all its drifts."""
+    """Upper bound of the error of each earlier task afterwards: its error at birth and all its drifts added up."""
     ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
-    """Touched module to (k_out, k_in) before and after."""
+    """Changed module to (k_out, k_in) before and after."""
 
 
 def forecast(
@@ -42,13 +42,13 @@ def forecast(
     adapters: Mapping[str, Adapter],
     settings: SubspaceSettings,
 ) -> Forecast:
-    """What `write_version` would make of these adapters.
+    """What merging these adapters with `write_version` would do.
 
     Args:
         adapters: Id to adapter, with shapes that fit.
 
     Cost:
-        As `merge_adapters`; reads the bases of the touched modules.
+        As `merge_adapters`; reads the bases of the changed modules.
     """
     homes, tasks = tensors.homes(parent), tensors.tasks(parent)
     tally, ranks = Tally(), {}

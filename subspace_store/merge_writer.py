@@ -1,8 +1,9 @@
-"""One merge or refinement made durable: its files, each read back, and the version that names them. The log is not
-touched here.
+"""Writes one merge or refinement to storage: its files, each read back, and the version that names them. The log is not
+changed here.
 
-The new basis is written module by module while the merge makes it, and the old one is let go of module by module: no
-moment holds two of them. Until a record names the version, its files are garbage that `collect` may delete later.
+The new basis is written module by module while the merge computes it, and the old one is freed module by module, so
+that memory never holds two of them. Until a record names the version, its files are garbage that `collect` may delete
+later.
 """
 
 from __future__ import annotations
@@ -29,28 +30,29 @@ from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 
 SNAPSHOT_EVERY = 64
-"""Fewest versions of a lineage between two snapshots of all coefficients. It is put off until the transports written
-since outweigh it, so that snapshots at most double what transports cost, however many tasks there are."""
+"""Fewest versions of a lineage between two snapshots of all coefficients. A snapshot is postponed until the transports
+written since the last one are larger than it, so that snapshots at most double what transports cost, however many tasks
+there are."""
 
 OUTSIDE_MAX = 1e-4
-"""Most of ‖ΔW‖_F that a refined adapter may have outside the span of its basis: float32 leaves about 1e-6."""
+"""Largest share of ‖ΔW‖_F of a refined adapter outside the span of its basis: float32 leaves about 1e-6."""
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A checked adapter that is to be merged, or to take the place of what its task was."""
+    """A checked adapter that is to be merged, or that replaces the task's present coefficients."""
 
     task_id: str
     name: str
     adapter: Adapter
     content: bytes | BlobRef
-    """Its bytes, or where they are kept already."""
+    """The adapter file's bytes, or the object that holds them already."""
     approximate: bool = False
 
 
 @dataclass(frozen=True)
 class Written:
-    """A version whose files are there, and its tensors as a reader would find them."""
+    """A version whose files are written, and its tensors as a reader would find them."""
 
     version: Version
     bases: dict[str, ModuleBasis]
@@ -59,31 +61,31 @@ class Written:
 
 @dataclass(frozen=True)
 class Draft:
-    """A version that is to be written: where, after which one, of what."""
+    """A version that is to be written: where to, after which version, and with which adapters."""
 
     storage: Storage
     epoch: int
-    """Its new files are filed under it."""
+    """Epoch of the writer, part of the new files' keys."""
     tensors: VersionTensors
-    """Of the subspace; they forget the parent's basis while a merge replaces it."""
+    """Tensors of the subspace; the parent's basis is freed from them while a merge replaces it."""
     state: SubspaceState
-    """As folded."""
+    """State of the log before this version."""
     parent: int
     arrivals: Sequence[Arrival]
-    """With shapes that fit. At least one."""
+    """Adapters, at least one, with shapes that fit the modules."""
     settings: SubspaceSettings
     remakes: int | None = None
-    """As `Version.remakes`."""
+    """The version that this one makes again without a task, see `Version.remakes`."""
     removed: tuple[str, ...] = ()
-    """As `Version.removed`."""
+    """Ids of the tasks that were left out, see `Version.removed`."""
 
     @property
     def number(self) -> int:
-        """The version's."""
+        """Number of the version."""
         return max(self.state.versions, default=0) + 1
 
     def keep(self, arrival: Arrival) -> BlobRef:
-        """Where the adapter is from now on."""
+        """The object that holds the adapter from now on."""
         content = arrival.content
         return content if isinstance(content, BlobRef) else blobs.write_blob(self.storage, self.epoch, content)
 
@@ -94,7 +96,7 @@ class Draft:
         delivered: Mapping[str, float],
         errors: Mapping[str, float],
     ) -> tuple[MergedTask, ...]:
-        """What the version says of the tasks that it brings, the adapters in the order of the arrivals."""
+        """The version's records of its new tasks; `adapters` are in the order of the arrivals."""
         return tuple(
             MergedTask(
                 task_id=arrival.task_id,
@@ -116,7 +118,7 @@ def write_version(draft: Draft) -> Written:
     """Merge adapters onto a version and write everything but the record.
 
     Cost:
-        As `merge_adapters`; writes the touched modules' bases, their transports, the arrivals, and now and then a
+        As `merge_adapters`; writes the changed modules' bases, their transports, the new tasks, and from time to time a
         snapshot. Memory: one basis, and the arrivals.
     """
     storage, epoch, state, arrivals = draft.storage, draft.epoch, draft.state, draft.arrivals
@@ -166,16 +168,16 @@ def write_version(draft: Draft) -> Written:
 
 
 def write_refinement(draft: Draft) -> Written:
-    """Put other adapters in the place of tasks, in the basis that is there, and write everything but the record.
+    """Replace the coefficients of some tasks, in the present basis, and write everything but the record.
 
     Args:
-        draft: Its arrivals are tasks that the parent holds.
+        draft: The new version; its arrivals are tasks that the parent holds.
 
     Returns:
-        A version with the parent's basis and, of all other tasks, the parent's coefficients: not a bit of them moves.
+        A version with the parent's basis; all other tasks keep the parent's coefficients, bit for bit.
 
     Raises:
-        RefusedAdapters: Those with more than `OUTSIDE_MAX` outside the span of the parent's basis.
+        RefusedAdapters: Some adapters have more than `OUTSIDE_MAX` outside the span of the parent's basis.
 
     Cost:
         Reads the bases of the modules that the arrivals adapt; writes the arrivals and their coefficients.
@@ -214,7 +216,7 @@ def write_refinement(draft: Draft) -> Written:
 
 
 def _placed(draft: Draft) -> tuple[dict[str, TaskBlock], dict[str, float], dict[str, float]]:
-    """Module to coefficients; task to ‖ΔW‖²_F, and to what of it lies outside the basis."""
+    """Module to coefficients; task to ‖ΔW‖²_F and to the part of it outside the basis."""
     tensors, parent, arrivals = draft.tensors, draft.parent, draft.arrivals
     modules: dict[str, TaskBlock] = {}
     delivered = {arrival.task_id: 0.0 for arrival in arrivals}
@@ -237,7 +239,7 @@ def _who(arrivals: Sequence[Arrival], tasks: Collection[str]) -> str:
 
 
 class _Merging:
-    """A merge under way: takes the parent apart and collects what comes out, module by module."""
+    """A merge in progress: frees the parent's modules and collects the results, module by module."""
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
@@ -259,14 +261,14 @@ class _Merging:
             self.tally.add_untouched(self.tasks[name])
 
     def write_basis(self) -> BlobRef:
-        """Merge and write. The basis that comes out is whole in memory only if all of the old one was."""
+        """Merge and write. The new basis is kept whole in memory only if the old one was."""
         ref = blobs.write_basis(self._draft.storage, self._draft.epoch, self.touched, self.elsewhere, self._parts())
         if len(self.bases) < len(self.ranks):
             self.bases = {}
         return ref
 
     def settle(self, settled: Sequence[tuple[ModuleTasks, Tensor]]) -> None:
-        """Take over what `settle` said of each merge, in their order."""
+        """Collect the results of `settle` of each merge, in their order."""
         for (name, merge), (tasks, lost_T) in zip(self.merges.items(), settled, strict=True):
             self.tasks[name] = tasks
             self.tally.add(merge, lost_T)

@@ -1,4 +1,4 @@
-"""`map` in threads, in order. Knows nothing of what is mapped."""
+"""`map` in threads, with the results in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 AT_ONCE = 8
-"""Requests of one reader: reading waits for the storage, not for the processor."""
+"""Number of requests that one reader sends at the same time: reading waits for the storage, not for the processor."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -19,7 +19,8 @@ B = TypeVar("B")
 def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> Iterator[B]:
     """`map`, a few items ahead in threads.
 
-    One BLAS thread in each: more of them wait for each other, on a busy machine a hundred times longer than they work.
+    Each thread uses one BLAS thread: with more, they wait for each other, on a busy machine a hundred times longer than
+    they compute.
     """
     waiting = deque[Future[B]]()
     with _ONE_BLAS_THREAD:
@@ -36,14 +37,15 @@ def in_order(function: Callable[[A], B], items: Sequence[A], workers: int) -> It
 
 
 class _OneBlasThread:
-    """While anybody is inside. The number is the whole process's: the last to leave puts back what the first found."""
+    """One BLAS thread while any thread is inside. The setting belongs to the whole process: the last thread to leave
+    restores what the first one found."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, 0
 
     def __enter__(self) -> None:
         with self._lock:
-            # Where nobody has imported torch nobody multiplies with it: this file must not cost its import.
+            # If torch was not imported, nothing multiplies with it: this file must not import it.
             torch = sys.modules.get("torch")
             if torch is not None and not self._inside:
                 self._before = torch.get_num_threads()

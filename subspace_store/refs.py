@@ -74,12 +74,20 @@ class Refs(SubspaceReader):
 
     @strict
     def reject(
-        self, version: VersionNumber, reason: Text, *, op_key: Line, actor: Line, task_ids: Sequence[TaskId] = ()
+        self,
+        version: VersionNumber,
+        reason: Text,
+        *,
+        op_key: Line,
+        actor: Line,
+        task_ids: Sequence[TaskId] = (),
+        codes: Sequence[Line] = (),
     ) -> None:
         """Mark the candidate as rejected and move `candidate` back to `main`. The version stays readable.
 
         Args:
             task_ids: Tasks whose scores broke a rule of the gate.
+            codes: Rules that were broken, for programs.
 
         Raises:
             Conflict: `version` is not the candidate any more, or is published already.
@@ -90,7 +98,7 @@ class Refs(SubspaceReader):
                 main = self.state.refs[MAIN]
                 if version == main:
                     raise Conflict(f"version {version} is published", todo="roll back instead")
-                body = {"version": version, "reason": reason, "task_ids": tuple(task_ids)}
+                body = {"version": version, "reason": reason, "task_ids": tuple(task_ids), "codes": tuple(codes)}
                 self._log.commit(fold.REJECT, op_key=op_key, actor=actor, refs={CANDIDATE: main}, body=body)
 
     @strict

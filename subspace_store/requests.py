@@ -117,9 +117,18 @@ class Reject(StoreRequest[None]):
     reason: Text
     task_ids: tuple[TaskId, ...] = ()
     """Tasks whose scores broke a rule of the gate."""
+    codes: tuple[Line, ...] = ()
+    """Rules that were broken, for programs."""
 
     def on(self, store: SubspaceStore) -> None:
-        store.reject(self.version, self.reason, task_ids=self.task_ids, op_key=self.op_key, actor=self.actor)
+        store.reject(
+            self.version,
+            self.reason,
+            task_ids=self.task_ids,
+            codes=self.codes,
+            op_key=self.op_key,
+            actor=self.actor,
+        )
 
 
 class Rollback(StoreRequest["RollbackPreview"]):

@@ -1,6 +1,6 @@
-"""What a method of a subspace may be handed: values of the right types, or InvalidInput before anything is done.
+"""Checks the arguments of a subspace's methods: values of the right types, or InvalidInput before anything is done.
 
-Values are taken as they are, never converted: "1" is no version, "no" no boolean, and a string no list of ids.
+Values are never converted: the text "1" is not a version, "no" is not a boolean, and a text is not a list of ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from configs.document import LINE_MAX, Line
 from configs.errors import InvalidInput
 
 TEXT_MAX = 200_000
-"""Characters of a text of several lines: why a version of a thousand tasks was rejected."""
+"""Most characters of a text of several lines, such as the reason why a version of a thousand tasks was rejected."""
 LATEST = 253402300799.0
 """The end of the year 9999 in Unix seconds: what a calendar can show."""
 
@@ -34,11 +34,12 @@ def _plain(text: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=TEXT_MAX), AfterValidator(_plain)]
-"""Of several lines."""
+"""Text of several lines."""
 
 
 def as_text(words: str) -> str:
-    """What somebody else wrote (a library, a worker), as a `Text`: what is no plain text becomes a space."""
+    """A message of another program (a library, a worker) as a `Text`: characters that are not plain text become
+    spaces."""
     cut = words if len(words) <= TEXT_MAX else f"{words[: TEXT_MAX - 1]}…"
     return "".join(" " if _is_bad(character) else character for character in cut)
 
@@ -67,7 +68,7 @@ _CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True, revalidate_insta
 
 
 def strict(method: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
-    """The same method; arguments that are not what its annotations say are refused before it begins.
+    """Decorator of a method: arguments that do not fit its annotations are refused before it begins.
 
     Raises:
         InvalidInput: Names each argument that is wrong.
@@ -86,7 +87,8 @@ def strict(method: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]
 
 @functools.cache
 def _check_of(method: Callable[..., Any]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments to the same arguments, checked. Made at the first call, when all that annotations name is there."""
+    """A function that checks arguments. Made at the first call, when everything that the annotations name is
+    defined."""
 
     @functools.wraps(method)
     def as_they_came(*args: Any, **keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -102,8 +104,8 @@ def _check_of(method: Callable[..., Any]) -> Callable[..., tuple[tuple[Any, ...]
 
 
 class _Exports(dict[str, Any]):
-    """What annotations may name beside their file's own globals: what the package exports. A file that loads no torch
-    imports `Adapter` for the type checker alone."""
+    """Names that annotations may use beside the globals of their own file: those that the package exports. A file that
+    loads no torch imports `Adapter` for the type checker alone."""
 
     def __missing__(self, name: str) -> Any:
         package = importlib.import_module(__package__)

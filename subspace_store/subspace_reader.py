@@ -1,8 +1,8 @@
 """Reading a subspace: any version's bases, coefficients and tasks. Needs no Ray and no permission to write.
 
-A reader resolves a branch to a version once and then reads that version, which never changes, while the writer goes
-on. Nothing here writes to storage. Torch is imported by what multiplies tensors and nothing else: its import takes
-seconds, and listing versions, their ranks and their tasks needs none.
+A reader finds the version of a branch once and then reads that version, which never changes, while the writer goes on.
+Nothing here writes to storage. Only functions that compute with tensors import torch: its import takes seconds, and
+listing versions, their ranks and their tasks does not need it.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 DEFAULTS = SubspaceSettings()
 
 BYTES_PER_NUMBER = 4
-"""Everything is served as float32."""
+"""Size of a float32: every number that serving needs is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionDiff:
-    """What lies between two versions.
+    """The differences between two versions.
 
     Args:
-        ranks: Module to (k_out, k_in) in the old and in the new version; (0, 0) where it is not open.
+        ranks: Module to (k_out, k_in) in the old and in the new version; (0, 0) where the module has no basis.
         overlap: Module to ‖P'ᵀP‖²_F/k of outputs and inputs: the share of the old directions that the new basis spans.
         drift_bound: Task id, for tasks in both, to a bound on ‖ΔŴ_old − ΔŴ_new‖_F / ‖ΔW‖_F: the sum of the drifts on
             the way from one to the other through their last common ancestor.
@@ -64,7 +64,8 @@ class VersionDiff:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Numbers that serving needs, all as float32. Heads are the same in every column and counted apart."""
+    """How many numbers have to be stored to serve all tasks. Heads are the same in every form and counted by
+    themselves."""
 
     version: int
     tasks: int
@@ -72,11 +73,11 @@ class Footprint:
     coefficient_numbers: int
     head_numbers: int
     separate_numbers: int
-    """The same tasks as separate LoRAs: Σ r·(n+d)."""
+    """Numbers of the same tasks as separate LoRAs: Σ r·(n+d)."""
 
     @property
     def total_numbers(self) -> int:
-        """Basis and coefficients: what replaces the separate LoRAs."""
+        """Numbers of basis and coefficients together, which replace the separate LoRAs."""
         return self.basis_numbers + self.coefficient_numbers
 
     @property
@@ -101,18 +102,19 @@ class Footprint:
 
     @property
     def ratio_with_basis(self) -> float:
-        """Separate LoRAs over basis and coefficients; NaN for an empty version."""
+        """Size of separate LoRAs divided by that of basis and coefficients; NaN for an empty version."""
         return self.separate_numbers / self.total_numbers if self.total_numbers else math.nan
 
     @property
     def ratio_coefficients_only(self) -> float:
-        """Separate LoRAs over coefficients alone: the flattering number, never to be shown without the other."""
+        """Size of separate LoRAs divided by that of the coefficients alone. It flatters: never show it without the
+        other."""
         return self.separate_numbers / self.coefficient_numbers if self.coefficient_numbers else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackPreview:
-    """What moving `main` would do."""
+    """The effect of moving `main`."""
 
     from_version: int
     to_version: int
@@ -136,7 +138,7 @@ class HistoryEntry:
 
 
 class SubspaceReader:
-    """What can be asked of a subspace without writing. `SubspaceStore` is the one that writes."""
+    """Everything that can be read from a subspace. `SubspaceStore` can also write."""
 
     def __init__(
         self, storage: Storage, log: VersionLog, base: tuple[str, str], settings: SubspaceSettings = DEFAULTS
@@ -160,8 +162,8 @@ class SubspaceReader:
             base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
 
         Raises:
-            InvalidInput: The folder belongs to another base model, or has a format that is read no more.
-            Corrupt: A newer format, or a log that is not whole.
+            InvalidInput: The folder belongs to another base model, or has a format that is no longer read.
+            Corrupt: The format is newer, or records of the log are missing.
         """
         base = check_format(storage, base_model, base_sha256)
         log = VersionLog(storage)
@@ -176,21 +178,21 @@ class SubspaceReader:
 
     @property
     def state(self) -> SubspaceState:
-        """What the log said when it was last read."""
+        """The state of the log when it was last read."""
         return self._log.state
 
     @strict
     def resolve(self, ref: Line | int) -> int:
-        """The version that a branch, a tag or a number names now: take it once, then read that version.
+        """The version that a branch, a tag or a number names now: resolve it once, then read that version.
 
         Raises:
-            NotFound: Nothing of this name.
+            NotFound: There is no such branch, tag or version.
         """
         return self.state.resolve(ref)
 
     @strict
     def refresh(self) -> SubspaceState:
-        """Read what was added to the log since. One small read if nothing was."""
+        """Read the records that were added to the log since the last read. One small read if there are none."""
         return self._log.refresh()
 
     @strict
@@ -207,8 +209,8 @@ class SubspaceReader:
             NotFound: The version does not hold the task, or the task does not adapt one of these modules.
 
         Cost:
-            Reads the bases of these modules, the task's own coefficients and the transports since they were written;
-            no other task's.
+            Reads the bases of these modules, the task's own coefficients and the transports since they were written,
+            and no coefficients of other tasks.
         """
         from subspace_store.adapter import Adapter
         from subspace_store.merging.basis import reconstruct_module
@@ -236,7 +238,7 @@ class SubspaceReader:
         """A task's adapter as it was handed over; the newest, if it was merged more than once.
 
         Raises:
-            NotFound: No version that is alive holds the task, or the adapter was let go.
+            NotFound: No live version holds the task, or the adapter was given up.
         """
         births = [task for task in tasks_alive(self.state) if task.task_id == task_id]
         if not births:
@@ -278,7 +280,7 @@ class SubspaceReader:
 
     @strict
     def diff(self, old: VersionNumber, new: VersionNumber) -> VersionDiff:
-        """What lies between two versions; see `VersionDiff`."""
+        """The differences between two versions; see `VersionDiff`."""
         state = self.state
         old_tasks, new_tasks = (state.tasks_at(self._known(number)) for number in (old, new))
         old_ranks, new_ranks = self.ranks(old), self.ranks(new)
@@ -306,7 +308,7 @@ class SubspaceReader:
 
     @strict
     def preview_rollback(self, version: VersionNumber) -> RollbackPreview:
-        """What `rollback` would do; changes nothing.
+        """The effect that `rollback` would have; changes nothing.
 
         Raises:
             NotFound: No such version. 0 is the empty subspace.
@@ -316,7 +318,7 @@ class SubspaceReader:
 
     @strict
     def collectable(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
-        """What no live version needs; deletes nothing. See `garbage.collect`."""
+        """The objects that no live version needs; deletes nothing. See `garbage.collect`."""
         return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=False)
 
     @strict
@@ -324,8 +326,8 @@ class SubspaceReader:
         """What merging adapters would cost each task, before doing it and without data. Changes nothing.
 
         Args:
-            adapters: Any id but those of the version's tasks to adapter; at least one.
-            version: To merge onto; default the candidate.
+            adapters: Id to adapter, at least one; ids of the version's tasks are not allowed.
+            version: The version to merge onto; default the candidate.
 
         Raises:
             InvalidInput: An adapter that could not be merged here, or an id that is taken.
@@ -348,7 +350,7 @@ class SubspaceReader:
 
     @strict
     def footprint(self, version: VersionNumber | None = None) -> Footprint:
-        """Numbers that serving a version needs, beside separate LoRAs of the same tasks. Reads no tensors."""
+        """How many numbers serving a version needs, and separate LoRAs of the same tasks. Reads no tensors."""
         with self._reading(version) as number:
             merged, columns = self.state.tasks_at(number).values(), self._heads.columns(number)
             shapes = self._heads.shapes(number)
@@ -368,11 +370,10 @@ class SubspaceReader:
 
     @strict
     def lost_by(self, task_id: Line) -> HistoryEntry | None:
-        """The record with which `main` lost a task that it does not hold: a `rollback`, or its `remove`. None if it
-        never held it.
+        """The record by which `main` lost a task: a rollback, or the task's own removal. None if `main` never held it.
 
         Cost:
-            Reads the log backwards up to there.
+            Reads the log backwards, up to that record.
         """
         lost = None
         for record in self._log.records(newest_first=True):
@@ -385,7 +386,8 @@ class SubspaceReader:
     # Looking things up
 
     def _check(self, adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """That an adapter can be merged here. `shapes`: (N, D) of each module that is open, or will be by then."""
+        """Check that an adapter can be merged here. `shapes`: (N, D) of each module that has a basis, or will have one
+        then."""
         self._check_base(adapter)
         for name, update in adapter.modules.items():
             if shapes.get(name, update.shape) != update.shape:
@@ -407,7 +409,7 @@ class SubspaceReader:
 
     @contextlib.contextmanager
     def _reading(self, version: int | None) -> Iterator[int]:
-        """The version to read. What is gone of one that has expired meanwhile is not damaged."""
+        """Read a version. If it has expired meanwhile, missing objects are not reported as damage."""
         number = self._number(version)
         try:
             yield number
@@ -477,7 +479,7 @@ class SubspaceReader:
 
 
 def rollback_preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:
-    """What lies between two versions that `main` may be."""
+    """The effect of moving `main` from one version to another."""
     before, after = state.tasks_at(old), state.tasks_at(new)
     return RollbackPreview(
         from_version=old,

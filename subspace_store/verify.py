@@ -151,7 +151,7 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
 
 
 def _orthonormal(module: ModuleSubspace) -> ModuleSubspace:
-    """With the float64 bases that the stored ones stand for."""
+    """The module with the float64 bases that the stored float32 ones stand for."""
     basis = module.basis
     return replace(module, basis=replace(basis, p_NK=orthonormalise(basis.p_NK), q_DK=orthonormalise(basis.q_DK)))
 
@@ -163,7 +163,7 @@ def _energies(basis: ModuleBasis) -> Iterator[str]:
 
 
 def _fits(written: Transport | None, before: ModuleBasis, after: ModuleBasis) -> bool:
-    """R must be P'ᵀP of the two bases; where none was written the bases must be the same."""
+    """Check that R is P'ᵀP of the two bases; where no R was written the bases must be the same."""
     sides = (
         (before.p_NK, after.p_NK, None if written is None else written.out),
         (before.q_DK, after.q_DK, None if written is None else written.inward),

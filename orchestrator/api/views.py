@@ -36,6 +36,7 @@ def task_summary(
         "name": record.name,
         "state": str(record.state),
         "reason": record.reason,
+        "trouble": list(record.trouble),
         "place": place,
         "starts_in_seconds": starts_in_seconds,
         "submitted_at": record.submitted_at,

@@ -71,7 +71,7 @@ def up(
     ] = None,
     take_over: Annotated[
         bool,
-        typer.Option("--take-over", help="Make the store this service's, though it is another's, which stops then."),
+        typer.Option("--take-over", help="Take the store over from the service that it belongs to, which then stops."),
     ] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -97,7 +97,7 @@ def up(
 
 @starting_command
 def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """End the service. What trains writes a checkpoint and goes on from it at the next `up`."""
+    """End the service. Running tasks write a checkpoint and go on from it at the next `up`."""
     from orchestrator.commands import processes
 
     ended = processes.down(state_dir.resolve(), note if not as_json else _silent)
@@ -106,7 +106,7 @@ def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 
 @command
 def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """Is the service up, what do the workers do, how many tasks are where."""
+    """Show whether the service is up, what its workers do, and how many tasks are in which state."""
     show(_client(state_dir).ask(Status()), display.status, as_json)
 
 
@@ -115,9 +115,7 @@ def submit(
     tasks: Annotated[
         list[Path], typer.Argument(metavar="TASK.yaml...", help="Task files, or folders of them; see configs/tasks/.")
     ],
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Stay until the tasks have ended, and show their progress.")
-    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the tasks have ended; show progress.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -145,7 +143,7 @@ def import_(
     text_pair_column: Annotated[str | None, typer.Option(help="Key of the second text, if there is one.")] = None,
     label_column: Annotated[str, typer.Option(help="Key of the label in each row.")] = "label",
     max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128,
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until the task has ended.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the task has ended.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -172,10 +170,10 @@ def import_(
 
 @command
 def tasks(
-    team: Annotated[str | None, typer.Option(help="Only this team's.")] = None,
-    state: Annotated[str | None, typer.Option(help="Only those in this state.")] = None,
-    limit: Annotated[int, typer.Option(help="How many, the newest ones.", min=1, max=PAGE_MAX)] = PAGE,
-    before: Annotated[str, typer.Option(metavar="ID", help="Only those older than this task: the page before.")] = "",
+    team: Annotated[str | None, typer.Option(help="Only tasks of this team.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only tasks in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="Number of tasks, the newest ones.", min=1, max=PAGE_MAX)] = PAGE,
+    before: Annotated[str, typer.Option(metavar="ID", help="Only tasks older than this one: the page before.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Follow until every task that is listed has ended.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -210,7 +208,7 @@ def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJso
 
 @command
 def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """Take a running task's worker away: it writes a checkpoint, waits in its place, and goes on from there."""
+    """Take the worker from a running task, which writes a checkpoint, keeps its place and goes on from there."""
     answer = _client(state_dir).ask(Preempt(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}" + (", writing a checkpoint" if a["state"] == "training"
           else "")), as_json)  # fmt: skip
@@ -267,9 +265,9 @@ def diff(
 
 @command
 def rollback(
-    number: Annotated[int, typer.Argument(metavar="V", help="Version that `main` shall be; 0 is empty.")],
+    number: Annotated[int, typer.Argument(metavar="V", help="Version to move `main` to; 0: the empty one.")],
     preview: Annotated[bool, typer.Option("--preview", help="Only show which tasks vanish or return.")] = False,
-    reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
+    reason: Annotated[str, typer.Option(help="Reason, kept in the version log.")] = "",
     hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.live import Live
 from rich.table import Table
 
+from configs.errors import row_of
 from orchestrator.api.why import duration
 from subspace_store.commands.terminal import console, counted, decimals, errors, shown
 
@@ -48,6 +49,7 @@ def status(answer: Json) -> None:
             " (`onebasis store release` lets it move)",
             soft_wrap=True,
         )
+        _print_rows("held")
     console.print(f"  tasks    {counted if counts is not None else 'unknown'}")
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
@@ -61,6 +63,7 @@ def status(answer: Json) -> None:
             f"--op-key {key}, or `onebasis store withdraw {key}`",
             soft_wrap=True,
         )
+        _print_rows("outcome-unknown")
 
 
 def _print_alarms(alarms: Sequence[Json]) -> None:
@@ -109,6 +112,7 @@ def task(answer: Json) -> None:
     """`onebasis task`."""
     console.print(f"[bold]{shown(answer['title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {shown(answer['why'])}", soft_wrap=True)
+    _print_rows(*answer["trouble"])
     _print_alarms(answer.get("alarms", ()))
     if answer["progress"]:
         console.print(f"  progress   {shown(_progress(answer))}")
@@ -255,6 +259,7 @@ def _print_training(training: Json) -> None:
         console.print("  share-full its rows are kept, to refine it again when a merge moves it: not strict")
     if training["unrefined"]:
         console.print(f"  unrefined  {shown(training['unrefined'])}", soft_wrap=True)
+        _print_rows("unrefined")
     if (last := training["last_point"]) is not None:
         console.print(f"  last told  {_point(last)}", soft_wrap=True)
     if training["plot"]:
@@ -294,6 +299,12 @@ def _point(told: Json) -> str:
 def _share(row: Json) -> float:
     progress = row.get("progress") or {}
     return progress["step"] / progress["steps"] if progress.get("steps") else 0.0
+
+
+def _print_rows(*codes: str) -> None:
+    """Where to read what a trouble means and what to do."""
+    if codes:
+        console.print(f"  see {', '.join(map(row_of, codes))}", style="dim", markup=False, soft_wrap=True)
 
 
 def coloured(state: str) -> str:

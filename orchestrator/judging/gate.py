@@ -89,6 +89,11 @@ class Decision:
         return not self.broken
 
     @property
+    def codes(self) -> tuple[str, ...]:
+        """The rules that were broken, each once."""
+        return tuple(dict.fromkeys(str(one.rule) for one in self.broken))
+
+    @property
     def summary(self) -> str:
         """For people: a sentence with numbers for each rule that was broken."""
         return "; ".join(map(str, self.broken)) if self.broken else "every task kept its score"

@@ -3,8 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from workers.orders import Trained
+
+
+class Reason(StrEnum):
+    """Why a task waits again, is parked, rejected or cancelled, or was not refined, for programs and for the book of
+    trouble. The rules of the gate are further codes: `orchestrator.judging.gate.Rule`."""
+
+    BAD_INPUT = "bad-input"
+    """A worker found the task's rows, settings or adapter unusable."""
+    MACHINE_LOST = "machine-lost"
+    """The worker that had it is gone, or gave no sign of life."""
+    INTERNAL_ERROR = "internal-error"
+    """An error of ours, or one that nobody foresaw, ended an attempt."""
+    PREEMPTED = "preempted"
+    """Its worker was needed for something else, or the service ended: it goes on from its checkpoint."""
+    MERGE_REFUSED = "merge-refused"
+    """The store cannot take its adapter."""
+    NAME_TAKEN = "name-taken"
+    """`main` came back to an older task of the same name meanwhile."""
+    NOT_SCORED = "not-scored"
+    """The version that it was merged into could not be scored."""
+    ROLLED_BACK = "rolled-back"
+    """`main` was moved to a version from before it."""
+    REMOVED = "removed"
+    """The versions were made again without it."""
+    CANCELLED = "cancelled"
+    """Somebody asked for it."""
+    UNREFINED = "unrefined"
+    """It goes on as it was merged, though it was to be refined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +110,7 @@ class MergeRefused:
 
     message: str
     at: float
+    code: Reason = Reason.MERGE_REFUSED
 
 
 @dataclass(frozen=True)
@@ -98,14 +128,18 @@ class Judged:
     passed: bool
     message: str
     at: float
+    codes: tuple[str, ...] = ()
+    """Rules that were broken, or why there was no score; empty where it passed, or where an older release rejected
+    it."""
 
 
 @dataclass(frozen=True)
 class RolledBack:
-    """`main` moved behind the task's version."""
+    """`main` no longer holds the task."""
 
     message: str
     at: float
+    code: Reason = Reason.ROLLED_BACK
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from orchestrator.tasks.task_events import (
     MergeRefused,
     MergeUndone,
     PreemptRequested,
+    Reason,
     Refined,
     RefinedAgain,
     RefinementRefused,
@@ -53,6 +54,14 @@ from orchestrator.tasks.task_events import (
 )
 from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
 from workers.orders import Trained
+
+CODE_OF_FAULT = {
+    "input": Reason.BAD_INPUT,
+    "lost": Reason.MACHINE_LOST,
+    "bug": Reason.INTERNAL_ERROR,
+    "preempted": Reason.PREEMPTED,
+}
+"""Fault of an attempt, see `workers.orders.Failed`, to the reason that the task waits again or is parked for."""
 
 
 class Step(StrEnum):
@@ -110,14 +119,22 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 order_at=event.at,
                 first_step_at=None,
                 reason="",
+                reason_codes=(),
                 preempt_requested=False,
             )
         case Claimed() if next_step(record) is Step.REFINE:
-            return _with(record, token=event.token, worker=event.worker, order_at=event.at, preempt_requested=False)
+            return _with(
+                record,
+                token=event.token,
+                worker=event.worker,
+                order_at=event.at,
+                reason_codes=(),
+                preempt_requested=False,
+            )
         case TrainingDone() | TrainingFailed() if _is_stale(record, event):
             return record
         case TrainingDone() if record.cancel_requested:  # it finished before it heard of it
-            return _end(record, TaskState.CANCELLED, "cancelled while it was running", event.at)
+            return _end(record, TaskState.CANCELLED, "cancelled while it was running", event.at, Reason.CANCELLED)
         case TrainingDone(outcome=outcome) if state is TaskState.REFINING:
             return _with(
                 record,
@@ -165,7 +182,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
         case RefinedAgain() if state is TaskState.PUBLISHED:
             return _refined_again(record, event) if event.token else _with(record)
         case MergeRefused() if state is TaskState.MERGING:
-            return _end(record, TaskState.PARKED, event.message, event.at)
+            return _end(record, TaskState.PARKED, event.message, event.at, event.code)
         case MergeUndone() if state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):
             return _with(
                 record,
@@ -180,11 +197,12 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             )
         case Judged() if state is TaskState.EVALUATING:
             passed = TaskState.PUBLISHED if event.passed else TaskState.REJECTED
-            return _end(record, passed, event.message, event.at)
+            return _end(record, passed, event.message, event.at, *event.codes)
         case RolledBack() if state is TaskState.PUBLISHED:
-            return _end(record, TaskState.PARKED, event.message, event.at)
+            return _end(record, TaskState.PARKED, event.message, event.at, event.code)
         case Restored() if state is TaskState.PUBLISHED or (state is TaskState.PARKED and record.version):
-            return _with(record, state=TaskState.PUBLISHED, reason=event.message, version=event.version)
+            at = event.version
+            return _with(record, state=TaskState.PUBLISHED, reason=event.message, reason_codes=(), version=at)
         case CancelRequested():
             return _after_cancel(record, event)
         case PreemptRequested() if next_step(record) in (Step.TRAIN, Step.REFINE) or record.preempt_requested:
@@ -216,7 +234,7 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
     """Requeue or give up, by whose fault it was. Each fault has a budget of its own."""
     refines = record.state is TaskState.REFINING
     if not refines and (event.fault == "cancelled" or record.cancel_requested):
-        return _end(record, TaskState.CANCELLED, event.message, event.at)
+        return _end(record, TaskState.CANCELLED, event.message, event.at, Reason.CANCELLED)
     lost = record.lost_machines + (event.fault == "lost")
     bugs = record.own_bugs + (event.fault == "bug")
     preemptions = record.preemptions + (event.fault == "preempted")
@@ -229,16 +247,16 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         token="",
         worker="",
     )
-    reason = ""
+    reason, code = "", CODE_OF_FAULT.get(event.fault, Reason.INTERNAL_ERROR)
     if event.fault == "input":
         reason = event.message
     elif lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
         reason = f"gave up after {lost} lost machines and {bugs} internal errors; last: {event.message}"
     if refines:
-        return _unrefined(counted, reason) if reason else _with(counted, reason=event.message)
+        return _unrefined(counted, reason) if reason else _with(counted, reason=event.message, reason_codes=(code,))
     if reason:
-        return _end(counted, TaskState.PARKED, reason, event.at)
-    return _with(counted, state=TaskState.QUEUED, reason=event.message)
+        return _end(counted, TaskState.PARKED, reason, event.at, code)
+    return _with(counted, state=TaskState.QUEUED, reason=event.message, reason_codes=(code,))
 
 
 def _after_cancel(record: TaskRecord, event: CancelRequested) -> TaskRecord:
@@ -246,7 +264,7 @@ def _after_cancel(record: TaskRecord, event: CancelRequested) -> TaskRecord:
     if record.state is TaskState.TRAINING:
         return _with(record, cancel_requested=True)
     if record.state is TaskState.QUEUED or (record.state is TaskState.MERGING and not record.merge_key):
-        return _end(record, TaskState.CANCELLED, reason, event.at)
+        return _end(record, TaskState.CANCELLED, reason, event.at, Reason.CANCELLED)
     if record.state is TaskState.CANCELLED:
         return record
     merged = record.state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING, TaskState.PUBLISHED)
@@ -268,7 +286,7 @@ def _is_to_be_refined(record: TaskRecord) -> bool:
 
 
 def _unrefined(record: TaskRecord, reason: str) -> TaskRecord:
-    return _with(record, state=TaskState.EVALUATING, unrefined=reason, token="", worker="")
+    return _with(record, state=TaskState.EVALUATING, unrefined=reason, reason_codes=(), token="", worker="")
 
 
 def _refined_again(record: TaskRecord, event: RefinedAgain) -> TaskRecord:
@@ -276,8 +294,8 @@ def _refined_again(record: TaskRecord, event: RefinedAgain) -> TaskRecord:
     return _with(record, refined_seconds=refined, again_token=event.token)
 
 
-def _end(record: TaskRecord, state: TaskState, reason: str, at: float) -> TaskRecord:
-    return _with(record, state=state, reason=reason, ended_at=at)
+def _end(record: TaskRecord, state: TaskState, reason: str, at: float, *codes: str) -> TaskRecord:
+    return _with(record, state=state, reason=reason, reason_codes=codes, ended_at=at)
 
 
 def _warnings(record: TaskRecord, outcome: Trained) -> tuple[str, ...]:

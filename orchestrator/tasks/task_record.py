@@ -77,7 +77,10 @@ class TaskRecord(Section):
     revision: int = 0
     """Counts the writes; a writer that read an older revision is refused."""
     reason: str = ""
-    """Why it is rejected, parked or cancelled, for people."""
+    """Why it is rejected, parked or cancelled, or waits again, for people."""
+    reason_codes: tuple[str, ...] = ()
+    """The same for programs: of `task_events.Reason` and `gate.Rule`, each a row of docs/trouble.md. Text, because a
+    newer release may know more of them. Empty in records of releases up to 0.3."""
     cancel_requested: bool = False
 
     attempt: int = 0
@@ -132,6 +135,12 @@ class TaskRecord(Section):
     unrefined: str = ""
     """Why it was not refined, though it was to be."""
     ended_at: float | None = None
+
+    @property
+    def trouble(self) -> tuple[str, ...]:
+        """Codes of the rows of docs/trouble.md that say what to do; empty where nothing is wrong."""
+        ended = (str(self.state),) if self.state in ENDED_WITHOUT_RESULT else ()
+        return self.reason_codes or ended
 
     @property
     def title(self) -> str:

@@ -74,11 +74,11 @@ class Model:
         self.candidates: dict[str, int] = {}
         """op_key of every refinement that was asked for to the candidate that it was made on."""
         self.expected: dict[int, dict[str, Mapping[str, Tensor]]] = {0: {}}
-        """Version to its tasks, each to what it must be there."""
+        """Version to task id to the updates that it must hold of the task."""
         self.acknowledged: dict[str, int] = {}
         self.seen: dict[int, Updates] = {}
         self.states = [self._state()]
-        """By sequence number."""
+        """State of the log after each sequence number."""
 
     # Effects on the disk
 
@@ -155,7 +155,7 @@ class Model:
                     self._must(same, f"immutable: task {task} is not what it was in version {version}")
 
     def finished(self) -> None:
-        """All that was asked for was asked for until it was answered, and a last collection is over."""
+        """Every request was repeated until it was answered, and a last collection is over."""
         for op_key, version in self.acknowledged.items():
             self._must(self.done[op_key] == version, f"acknowledged: {op_key} is {self.done[op_key]} now")
         present = self.present()
@@ -171,7 +171,7 @@ class Model:
         return [number for number in self.versions if number not in self.expired]
 
     def lineage(self, number: int) -> list[Plain]:
-        """From a version down to the first."""
+        """The versions from this one down to the first."""
         line = []
         while number:
             line.append(self.versions[number])
@@ -260,7 +260,7 @@ class Model:
         return {"candidate": body["version"]} if op == "remove" else {}
 
     def _state(self) -> dict[str, object]:
-        """What anybody who folds the log up to here must have."""
+        """The state that every reader must have that has folded the log up to here."""
         return {
             "refs": dict(self.refs),
             "published": {*self.published},

@@ -1,7 +1,7 @@
-"""What is asked of the store in a fault simulation: new requests, drawn by the seed from what a writer sees.
+"""The requests of a fault simulation, drawn by the seed from the state that a writer sees.
 
-A request is repeated with its op_key until it is answered, by whichever writer is there; so it holds all that asking
-takes, and whether it is so already by the model. Nothing is asked here, only said how.
+A request is repeated with its op_key until it is answered, by whichever writer is there. So it holds everything that is
+needed to send it again, and a test of whether the model shows it as done already. Nothing is sent from here.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from subspace_store.subspace_store import SubspaceStore
 
 BASE = "tiny"
 SHAPES = {"a": (6, 5), "b": (4, 5)}
-"""Tiny modules: a run's time should go into the protocol."""
+"""Shapes of the modules, tiny: a run's time should go into the protocol."""
 ADAPTERS = 12
-"""Different adapters; a task takes one of them."""
+"""Number of different adapters; each task takes one of them."""
 MERGES_MAX = 6
 GROUP_MAX = 3
 ACTOR = "chaos"
 NAMES = ("ann", "bob", "cy")
-"""Tags, and owners of pins: few, so that requests meet."""
+"""Names of tags and of owners of pins: few, so that requests collide."""
 PIN_SECONDS = 600
 """Longest pin that ends. A storage call takes a second of the simulated clock."""
 
 
 @dataclass
 class Request:
-    """Something that is asked of the store until it is answered."""
+    """A request that is repeated until the store answers it."""
 
     op_key: str
     ask: Callable[[SubspaceStore], int]
-    """Gives the version that it made or concerned."""
+    """Sends the request; returns the version that it made or concerned."""
     holds: Callable[[], bool] = lambda: False
-    """Whether it is so already, by the model: then no record is needed."""
+    """Whether the model shows it as done already: then no record is needed."""
     uploads_of: tuple[str, ...] = ()
-    """Tasks whose uploads it needs."""
+    """Ids of the tasks whose uploads it needs."""
 
 
 class Requests:
     """Makes requests.
 
     Args:
-        random: Of the seed.
-        model: Is told what will be merged; knows what is so already.
+        random: Random numbers of the seed.
+        model: Is told what will be merged, and says what is done already.
         now: The simulated clock.
     """
 
@@ -67,7 +67,8 @@ class Requests:
         self._numbers: Counter[str] = Counter()
 
     def kinds(self) -> dict[Callable[[SubspaceStore], Request | None], int]:
-        """What makes a request from what a writer sees, or None if there is nothing to ask for; with weights."""
+        """Functions that make a request from a writer's state, or None if there is nothing to ask for; each with its
+        weight."""
         merging = {self._merge: 12} if self._merges_left else {}
         return merging | {
             self._merge_again: 4,
@@ -102,7 +103,7 @@ class Requests:
         return self._merging({task: self._adapters[task]})
 
     def _refine(self, store: SubspaceStore) -> Request | None:
-        """A task of the candidate, turned round: −ΔW lies in the span of its basis as ΔW does."""
+        """Refine a task of the candidate to −ΔW, which lies in the span of its basis as ΔW does."""
         candidate = store.state.refs[CANDIDATE]
         tasks = list(store.state.tasks_at(candidate))
         if not tasks:
@@ -202,7 +203,7 @@ class Requests:
         )
 
     def _expire(self, store: SubspaceStore) -> Request | None:
-        """What may go as this writer sees it, or, sometimes, what may not."""
+        """Expire versions that may expire in this writer's state, or, sometimes, versions that may not."""
         now = self._now()
         dying = retention.expirable(store.state, 1, now)
         if self._random.random() < 0.2:

@@ -5,12 +5,12 @@ run = simulate(seed=7)
 assert run.violation is None, "\n".join(run.trace)
 ```
 
-One run: up to three machines open the same subspace for writing, again and again, and fence each other. Each works on
-what is asked for, merges above all, and repeats it until it is answered, also what another machine began. One more
-machine only reads; one is a second thread in the others' processes, which collects garbage. At the end nothing fails
-any more: one last writer does all that was left undone and collects, and a reader reads every version that is alive.
-world.py decides who runs and what fails at each storage call (storage.py), requests.py what is asked for, model.py
-what must hold.
+One run: up to three machines open the same subspace for writing, again and again, and fence each other. Each carries
+out requests, mostly merges, and repeats a request until it is answered, also one that another machine began. One more
+machine only reads; another one is a second thread in the processes of the others and collects garbage. At the end
+nothing fails any more: one last writer carries out all open requests and collects, and a reader reads every live
+version. world.py decides which machine runs and what fails at each storage call (storage.py), requests.py makes the
+requests, model.py says what must hold.
 
 What is not simulated: bytes that rot, a storage that breaks its two promises (create-if-absent; a list shows what was
 written), and threads that meet between two storage calls.
@@ -41,10 +41,10 @@ from subspace_store.subspace_reader import SubspaceReader
 from subspace_store.subspace_store import SubspaceStore
 
 EXACT = SubspaceSettings(rank_fixed=max(max(shape) for shape in SHAPES.values()))
-"""Nothing is truncated, so a version must hold exactly what was delivered."""
+"""Settings under which nothing is truncated, so that a version must hold exactly what was delivered."""
 WRITERS_MAX = 3
 ACTIONS_MAX = 24
-"""Of all writing machines together, in one run."""
+"""Most actions of all writing machines together, in one run."""
 REST_STEPS = 60
 """Longest pause of the reader and of the collecting thread between two actions; a machine restarts within four."""
 
@@ -56,9 +56,9 @@ class Run:
     Args:
         seed: Gives the same run again.
         violation: The promise that was not kept; None if all were.
-        counts: How often what happened; faults by their names.
+        counts: Kind of event to how often it happened; faults by their names.
         trace: What happened, in order: one line for each storage call.
-        trace_sha256: Of the whole trace; the same for the same seed, anywhere and any time.
+        trace_sha256: Digest of the whole trace; the same for the same seed, on any machine.
     """
 
     seed: int
@@ -76,7 +76,7 @@ class ChaosReport:
         faults: Kind to how often it happened.
         events: What the store did to how often; so that a reader sees that something was tried.
         violations: Seed to the promise that was not kept.
-        trace_sha256: Of all traces, in order.
+        trace_sha256: Digest of all traces, in order.
     """
 
     runs: int = 0

@@ -54,7 +54,7 @@ FULL_CALLS = 30
 STEPS_MAX = 50_000
 """Twenty times what the longest seeds take."""
 CONSTANTS = {"FIRST_WAIT_SECONDS": 0.0, "CHECKPOINT_EVERY": 8, "SNAPSHOT_EVERY": 3}
-"""Smaller in the simulation, so that a short run meets checkpoints and snapshots."""
+"""Constants that are smaller in the simulation, so that a short run meets checkpoints and snapshots."""
 
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Violation(BaseException):
 
 
 class Observer(Protocol):
-    """Who is told of every effect on the disk, in the order in which they happen; raises Violation."""
+    """Receives every effect on the disk, in the order in which they happen; raises Violation."""
 
     def created(self, key: str, content: bytes) -> None: ...
 
@@ -86,7 +86,7 @@ class Machine:
     turn: threading.Lock = field(default_factory=threading.Lock)
     sleeps_until: int = 0
     processes: int = 0
-    """Begun so far."""
+    """Number of processes that it has begun so far."""
 
 
 class World:
@@ -114,7 +114,8 @@ class World:
         """Whether what happens to the disk now was sent by somebody who waits for it no more."""
         self._late: list[tuple[int, int, str, Callable[[], object]]] = []
         self.running: Machine | None = None
-        """Who has the turn; None while nothing is disturbed: before the machines start and after all have ended."""
+        """The machine that has the turn; None while nothing is disturbed: before the machines start and after all have
+        ended."""
         self._alive: list[Machine] = []
         self._over = threading.Lock()
         self._names = 0
@@ -266,7 +267,7 @@ class World:
                 setattr(place, attribute, value)
 
     def now(self) -> float:
-        """What the store's clock shows, in seconds."""
+        """Time of the simulated clock, in seconds."""
         return 1e9 + self.step
 
     def next_name(self) -> int:

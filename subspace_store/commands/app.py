@@ -1,7 +1,7 @@
-"""The commands `onebasis store …`, also `python -m subspace_store …`: a store is looked at and tended.
+"""The commands `onebasis store …`, also `python -m subspace_store …`: commands to read a store and to take care of it.
 
-Which command is where: look.py reads, change.py writes, trials.py tries out in memory; what they share is in place.py.
-Imported in the order in which `--help` lists them.
+Commands that read are in look.py, commands that write in change.py, trials in memory in trials.py; place.py has what
+they share. They are imported in the order in which `--help` lists them.
 """
 
 from subspace_store.commands import look, change, trials  # isort: skip  # noqa: F401

@@ -67,7 +67,9 @@ def tag(
 
 @command
 def hold(
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Why; `onebasis status` shows it.")],
+    reason: Annotated[
+        str, typer.Argument(metavar="REASON", help="Shown in `status`, and with requests that wait for it.")
+    ],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -93,7 +95,7 @@ def release(
 @command
 def quarantine(
     task: TaskId,
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Why; shown when somebody tries to merge it.")],
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown when somebody tries to merge the task.")],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -127,15 +129,17 @@ def unquarantine(
 @command
 def pin(
     version: Reference,
-    owner: Annotated[str, typer.Option(help="Person or program that needs it; default: you.")] = "",
-    days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.", min=0, max=36500)] = None,
+    owner: Annotated[str, typer.Option(help="Owner of the pin; default: you.")] = "",
+    days: Annotated[
+        float | None, typer.Option(help="Days until it ends; default: until `unpin`.", min=0, max=36500)
+    ] = None,
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Keep a version from expiring; again with other --days moves the end."""
+    """Keep a version from expiring. A second pin of the same owner moves the end."""
     place = place_of(store, state_dir)
     number, until = reader_at(place).resolve(version), None if days is None else time.time() + days * SECONDS_A_DAY
     done = f"version {number} is kept for {owner or me()} " + ("until unpinned" if until is None else until_text(until))
@@ -147,7 +151,7 @@ def pin(
 @command
 def unpin(
     version: Reference,
-    owner: Annotated[str, typer.Option(help="Whose pin; default: yours.")] = "",
+    owner: Annotated[str, typer.Option(help="Owner of the pin; default: you.")] = "",
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -165,9 +169,9 @@ def unpin(
 def expire(
     versions: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VERSION...]", help="These; without any, what --keep-last leaves over."),
+        typer.Argument(metavar="[VERSION...]", help="Versions; without any, those that --keep-last does not keep."),
     ] = None,
-    keep_last: Annotated[int | None, typer.Option(help="How many of the newest versions of `main` stay.")] = None,
+    keep_last: Annotated[int | None, typer.Option(help="Number of `main`'s newest versions to keep.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
     store: Url = None,
     force: Force = False,
@@ -206,7 +210,7 @@ def drop_adapters(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Let go of tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
+    """Give up tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
     place = place_of(store, state_dir)
     reader = reader_at(place)
     task_ids = [task_id_of(reader, task) for task in tasks]
@@ -276,7 +280,7 @@ def remove(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Make every version since a task's birth again without it, and move `main` there. No gate is asked."""
+    """Make every version since a task's birth again without it, and move `main` there. The gate does not judge it."""
     place = place_of(store, state_dir)
     reader = reader_at(place)
     state, task_id = reader.state, task_id_of(reader, task)

@@ -1,4 +1,4 @@
-"""Commands that look at a store and change nothing of it: doctor, verify, log, tags, pins, forecast, export."""
+"""Commands that read a store and change nothing in it: doctor, verify, log, tags, pins, forecast, export."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from subspace_store.log.version import CANDIDATE, MAIN
 
 @command
 def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """Try out whether a folder or bucket keeps the promises that a store needs. Nothing of a store is touched."""
+    """Test whether a folder or bucket keeps the promises that a store needs. No object of a store is changed."""
     from subspace_store.doctor import examine
 
     checks = examine(place_of(store, state_dir).storage)
@@ -68,7 +68,9 @@ def verify(
 
 @command
 def log(
-    last: Annotated[int | None, typer.Option(help="Only so many of the newest records.", min=1)] = None,
+    last: Annotated[
+        int | None, typer.Option(help="Number of records to show, the newest; default: all.", min=1)
+    ] = None,
     store: Url = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -97,7 +99,7 @@ def tags(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = F
 
 @command
 def pins(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """List pinned versions, for whom, and until when."""
+    """List pinned versions, with the owner and the end of each pin."""
     state = reader_at(place_of(store, state_dir)).state
     found = [(number, owner, until) for number, owners in sorted(state.pins.items()) for owner, until in owners.items()]
 
@@ -116,7 +118,7 @@ def forecast(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what merging adapters would cost every task, without doing it and without data."""
+    """Show what merging adapters would cost every task, without merging them and without data."""
     from subspace_store.formats.reading import read_adapter
 
     place = place_of(store, state_dir)
@@ -142,17 +144,22 @@ def forecast(
 
 @command
 def export(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Made if it is not there.")],
-    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK...]", help="Default: all.")] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder to write to; created if it does not exist.")
+    ],
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="[TASK...]", help="Tasks to export; default: all.")
+    ] = None,
     version: OnVersion = MAIN,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="SOURCE", help="Where servers load the base model from.")
+        str | None,
+        typer.Option("--base", metavar="SOURCE", help="Path or hub id from which servers load the base model."),
     ] = None,
     store: Url = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Write tasks as adapter folders for PEFT, TEAM+TASK@vN each, and tell which of them vLLM and LoRAX load: those
+    """Write each task as a PEFT adapter folder, TEAM+TASK@vN, and show which of them vLLM and LoRAX can load: those
     without a head of their own."""
     from subspace_store.export import export_tasks
 

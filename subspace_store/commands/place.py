@@ -38,10 +38,11 @@ Url = Annotated[
     ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="With --store: write although a service does, which has to open it anew then.")
+    bool,
+    typer.Option("--force", help="With --store: write although a service writes there; it must then open it again."),
 ]
 FixedRank = Annotated[
-    int | None, typer.Option("--rank", help="Exactly so many directions; default: as the store merges.", min=1)
+    int | None, typer.Option("--rank", help="Exact number of directions; default: as the store merges.", min=1)
 ]
 AtVersion = Annotated[str, typer.Argument(metavar="[VERSION]", help="A branch, a tag or a number.")]
 OnVersion = Annotated[str, typer.Option("--version", metavar="VERSION", help="A branch, a tag or a number.")]
@@ -50,23 +51,24 @@ TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or te
 
 
 SERVICE: ContextVar[Callable[[Path, StoreRequest[Any]], Any] | None] = ContextVar("service", default=None)
-"""How to have a running service write: state folder and request. Set by `onebasis`; this package has no client."""
+"""Function that has a running service write, given state folder and request. Set by `onebasis`: this package has no
+client."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the store is, and whose it is."""
+    """A store that a command works on."""
 
     storage: Storage
     state_dir: Path
     settings: Settings | None
-    """Of the service here; None where none has run."""
+    """Settings of the service in this folder; None if none has run here."""
     is_named: bool
     """Whether the person gave the address."""
 
     @property
     def subspace(self) -> SubspaceSettings:
-        """How merges are done: as the service here does them."""
+        """Settings of merges: those of the service here, or the defaults."""
         return self.settings.subspace if self.settings else SubspaceSettings()
 
     @property
@@ -101,7 +103,7 @@ def reader_at(place: Place) -> SubspaceReader:
 
 
 def writer_at(place: Place, force: bool = False) -> SubspaceStore:
-    """A writer for this command. It writes on behalf of the service here, and changes nothing of whose the store is.
+    """A writer for this command. It writes on behalf of the service here, and does not change the store's owner.
 
     Args:
         force: Write although another service owns the store.
@@ -142,7 +144,7 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
 
 
 def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:
-    """How to have the running service write; None: this process is to write."""
+    """Function that has the running service write; None: this process writes itself."""
     if not place.is_served or (force and place.is_named):
         return None
     ask = SERVICE.get()

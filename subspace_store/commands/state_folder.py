@@ -45,7 +45,7 @@ def service_settings(state_dir: Path) -> Settings:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that its owner alone may enter, and take from everybody else what older releases gave them."""
+    """Make a folder that its owner alone may enter; rights that an older release gave to others are taken away."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in (folder, *folder.iterdir()):
         with contextlib.suppress(OSError):  # of another user, or gone since

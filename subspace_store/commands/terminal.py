@@ -20,7 +20,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
-from configs.errors import Exit, OnebasisError
+from configs.errors import Exit, OnebasisError, row_of
 from configs.places import home
 from configs.plain_text import escaped
 
@@ -140,8 +140,9 @@ def note(text: str) -> None:
 
 
 def error(problem: OnebasisError) -> None:
-    """What was wrong, where, and what to do."""
+    """What was wrong, where, what to do, and where to read more."""
     errors.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+    errors.print(f"  see {row_of(problem.row)}", style="dim", markup=False, soft_wrap=True)
 
 
 def me() -> str:

@@ -27,7 +27,7 @@ from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, consol
 from subspace_store.log.version import MAIN
 
 TRACE_LINES = 40
-"""Of a simulated run that broke a promise; `--trace` shows all."""
+"""Lines that are shown of a simulated run that broke a promise; `--trace` shows all."""
 
 
 @command
@@ -38,7 +38,7 @@ def compare(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Merge a version's tasks in every known way, in memory. Shows what is lost of their updates and what is stored."""
+    """Merge a version's tasks in every known way, in memory. Shows what each way loses and how much it stores."""
     from subspace_store.merging.variants import VARIANTS, Merged, merge_all
 
     adapters, settings = _as_delivered(place_of(store, state_dir), version, rank)
@@ -73,14 +73,14 @@ def compare(
 @command
 def reorder(
     version: AtVersion = MAIN,
-    orders: Annotated[int, typer.Option(help="How many random orders to try.", min=1)] = 10,
-    seed: Annotated[int, typer.Option(help="The same seed tries the same orders.")] = 0,
+    orders: Annotated[int, typer.Option(help="Number of random orders to try.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the random orders; the same seed gives the same orders.")] = 0,
     rank: FixedRank = None,
     store: Url = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Merge a version's tasks again one by one in other orders, in memory. Shows how far their errors depend on it."""
+    """Merge a version's tasks again one by one in other orders, in memory. Shows how much their errors depend on it."""
     from subspace_store.merging.reorder import Spread
     from subspace_store.merging.reorder import reorder as tried
 
@@ -105,8 +105,8 @@ def reorder(
 @command
 def chaos(
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    runs: Annotated[int, typer.Option(help="How many seeds from there on.", min=1)] = 1000,
-    jobs: Annotated[int, typer.Option(help="Processes; 0 is one for each processor.", min=0)] = 0,
+    runs: Annotated[int, typer.Option(help="Number of runs; each has the next seed.", min=1)] = 1000,
+    jobs: Annotated[int, typer.Option(help="Number of processes; 0: one for each processor.", min=0)] = 0,
     trace: Annotated[bool, typer.Option("--trace", help="Print every storage call of every run.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +140,8 @@ def chaos(
 
 
 def _as_delivered(place: Place, version: str, rank: int | None) -> tuple[dict[str, Adapter], SubspaceSettings]:
-    """A version's adapters, first merged first, and how the service merges, or with exactly `rank` directions."""
+    """A version's adapters in the order of merging, and the merge settings: the service's, or exactly `rank`
+    directions."""
     reader = reader_at(place)
     tasks = reader.state.tasks_at(reader.resolve(version))
     if not tasks:

@@ -42,10 +42,10 @@ def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
 
 @strict
 def stage(storage: Storage, key: Line, adapter: Adapter) -> BlobRef:
-    """Upload an adapter for a later merge. Outside the log: whoever trains may, and it expires.
+    """Upload an adapter for a later merge. Not part of the log: any worker may write here, and it expires.
 
     Args:
-        key: Below `staging/`, with the task and the attempt in it.
+        key: Storage key below `staging/` that names the task and the attempt.
 
     Raises:
         InvalidInput: A key anywhere else, or an adapter that no file could hold.
@@ -56,7 +56,7 @@ def stage(storage: Storage, key: Line, adapter: Adapter) -> BlobRef:
 
 
 def write_content(storage: Storage, key: str, content: bytes) -> BlobRef:
-    """Write bytes under a name of the caller's, read them back and compare. Raises as `write_blob`."""
+    """Write bytes under a given name, read them back and compare. Raises as `write_blob` does."""
     ref = BlobRef(key=key, size_bytes=len(content), sha256=digest(content))
     storage.write(key, content)
     read_blob(storage, ref)
@@ -67,7 +67,7 @@ def read_blob(storage: Storage, ref: BlobRef) -> bytes:
     """The bytes that a record names.
 
     Raises:
-        Corrupt: They are gone, or are not what was written.
+        Corrupt: The bytes are missing, or are not those that were written.
     """
     where = f"{storage.url}/{ref.key}"
     try:
@@ -104,12 +104,12 @@ def pack_basis(module: str, basis: ModuleBasis) -> Part:
 def write_basis(
     storage: Storage, epoch: int, modules: Sequence[str], elsewhere: Mapping[str, int], parts: Iterable[Part]
 ) -> BlobRef:
-    """Write the bases that a merge made while it makes them.
+    """Write the bases of a merge while it computes them.
 
     Args:
-        modules: Those the merge touched, in the order of `parts`.
-        elsewhere: Every other open module to the version whose file has it.
-        parts: Of `pack_basis`.
+        modules: Names of the modules that the merge changed, in the order of `parts`.
+        elsewhere: Every other module to the version whose file has its basis.
+        parts: Results of `pack_basis`.
     """
     names = dict.fromkeys(modules, ("lam_out", "lam_in", "p", "q"))
     return write_tensors(storage, epoch, BASIS, {"elsewhere": dict(elsewhere)}, names, parts)
@@ -119,7 +119,7 @@ def read_basis(file: TensorFile, module: str) -> ModuleBasis:
     """One module's basis.
 
     Raises:
-        Corrupt: Damaged, or columns that are not orthonormal.
+        Corrupt: The file is damaged, or its columns are not orthonormal.
     """
     tensors = file.part(module)
     basis = ModuleBasis(tensors["p"], tensors["q"], tensors["lam_out"], tensors["lam_in"])

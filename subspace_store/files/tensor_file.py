@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TYPES = {"float64": "F64", "float32": "F32"}
-"""What numpy calls a type to what safetensors does."""
+"""Name of a type in numpy to its name in safetensors."""
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 ITEM_BYTES = {"F64": 8, "F32": 4}
 WIDEST = 10**15
-"""Stands for numbers in the head that are not known yet: no offset or length is longer."""
+"""Placeholder for numbers in the head that are not known yet: no offset or length has more digits."""
 
 SMALL_BYTES = 2**20
-"""Below this one request for everything beats one for each part."""
+"""Size of a file below which one request for all parts is faster than one for each."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ def write_tensors(
     """Write parts as they come, read everything back and compare.
 
     Args:
-        kind: Name of the content's form; a reader must ask for the same.
-        info: Anything that JSON knows, for the head.
-        tensors: Part name to its tensors' names, for all parts in their order: so much of the head must be known.
+        kind: Name of the content's format; a reader must ask for the same one.
+        info: Values for the head, of types that JSON knows.
+        tensors: Part name to the names of its tensors, for all parts in their order: the size of the head depends on
+            it.
         parts: The parts, in that order.
 
     Raises:
@@ -113,11 +114,11 @@ class TensorFile:
     """Reads one file.
 
     Args:
-        ref: As the log names it.
-        kind: What the file must be; empty for any.
+        ref: Key, size and digest, from the log.
+        kind: Format that the file must have; empty for any.
 
     Raises:
-        Corrupt: Gone, damaged, or of another kind; from any method that reads.
+        Corrupt: The file is missing, damaged, or of another kind; raised by any method that reads.
     """
 
     def __init__(self, storage: Storage, ref: BlobRef, kind: str) -> None:
@@ -132,7 +133,7 @@ class TensorFile:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the writer put in the head."""
+        """Values that the writer put into the head."""
         found: dict[str, Any] = self._head["info"]
         return found
 
@@ -156,7 +157,7 @@ class TensorFile:
         return {tensor: torch.from_numpy(array) for tensor, array in self.arrays(name).items()}
 
     def arrays(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
-        """As `part`, for a reader that multiplies a little and does without torch."""
+        """The same as `part`, as numpy arrays, for a reader that does not load torch."""
         import numpy as np
 
         content, start = self._checked(name)
@@ -185,7 +186,7 @@ class TensorFile:
             )
 
     def _each(self, function: Callable[[str], T]) -> list[T]:
-        """Of every part; in threads where each is a request of its own."""
+        """One result for every part; in threads where each part is a request of its own."""
         return list(in_order(function, self.parts, AT_ONCE if self._whole is None else 1))
 
     @cached_property

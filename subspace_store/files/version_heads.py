@@ -1,7 +1,7 @@
-"""What the heads of a version's files say: which modules are open, their shapes and ranks. No tensor is read.
+"""What the heads of a version's files say: which modules have a basis, their shapes and ranks. No tensor is read.
 
-A version's basis file has the modules that its merge touched; for the others its head names the version that has them.
-Without torch: whoever lists versions waits for no import.
+A version's basis file holds the modules that its merge changed; for the others its head names the version that holds
+them. Works without torch, so that listing versions starts quickly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COEFFICIENTS = "onebasis-coefficients-2"
 """Kinds of tensor files."""
 
 FILES = 256
-"""Opened files; each holds its head, and its content below a megabyte."""
+"""Number of opened files that are kept; each holds its head, and its content if that is below a megabyte."""
 
 V = TypeVar("V")
 
@@ -34,7 +34,7 @@ class VersionHeads:
     """Reads the heads of versions of one subspace. Safe for threads.
 
     Args:
-        state: Gives the state to look versions up in; versions never change, so any later one will do.
+        state: Gives the state in which versions are looked up; versions never change, so any later state will do.
     """
 
     def __init__(self, storage: Storage, state: Callable[[], SubspaceState]) -> None:
@@ -44,22 +44,22 @@ class VersionHeads:
         self._lock = threading.RLock()
 
     def lineage(self, number: int) -> tuple[Version, ...]:
-        """From the first version to this one."""
+        """The versions from the first to this one."""
         return self._state().lineage(number)
 
     def basis_key(self, number: int) -> str:
-        """The object with a version's basis. A refined version has its parent's: in memory it is the same one."""
+        """The key of the object with a version's basis. A refined version shares that of its parent."""
         return self._state().versions[number].basis.key if number else ""
 
     def homes(self, number: int) -> dict[str, int]:
-        """Every open module to the version whose file has its basis. One small read."""
+        """Every module that has a basis to the version whose file holds it. One small read."""
         if not number:
             return {}
         file = self.basis_file(number)
         return dict(sorted({**dict.fromkeys(file.parts, number), **file.info["elsewhere"]}.items()))
 
     def shapes(self, number: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-        """Every open module to ((N, D), (k_out, k_in))."""
+        """Every module that has a basis to ((N, D), (k_out, k_in))."""
         found = {}
         for name, home in self.homes(number).items():
             shapes = self.basis_file(home).shapes(name)
@@ -68,7 +68,7 @@ class VersionHeads:
         return found
 
     def columns(self, number: int) -> dict[str, int]:
-        """Every module that a task adapts to Σ over its tasks of their rank there: a merge changes no task's rank.
+        """Every adapted module to the sum of its tasks' ranks there; a merge changes no task's rank.
 
         Cost:
             The heads of the coefficients' files since the last snapshot.
@@ -97,7 +97,7 @@ class VersionHeads:
         return self.file(self._state().versions[number].basis, BASIS)
 
     def file(self, ref: BlobRef, kind: str) -> TensorFile:
-        """A file by the name in the log; it stays open for the next who asks."""
+        """A file by its name in the log; it stays open for later calls."""
         with self._lock:
             known = self._files.get(ref.key)
             return self._files.keep(ref.key, TensorFile(self.storage, ref, kind)) if known is None else known
@@ -122,7 +122,7 @@ def coefficient_files(version: Version) -> list[BlobRef]:
 
 
 def task_layout(info: Mapping[str, Any], task: str) -> list[tuple[str, int]]:
-    """(module, rank) of a task, in the order of its numbers, by what the head of a coefficients' file says."""
+    """(module, rank) of a task in the order of its numbers, from the head of a coefficients file."""
     return [(name, rank) for name, rank in info["layouts"][info["tasks"][task]]]
 
 
@@ -131,7 +131,7 @@ def _ranks(file: TensorFile) -> dict[str, list[tuple[str, int]]]:
 
 
 class Recent(Generic[V]):
-    """The most recently used values up to a total size; the newest stays whatever its size."""
+    """The most recently used values up to a total size; the newest stays even if it is larger."""
 
     def __init__(self, limit: int, size: Callable[[V], int] = lambda value: 1) -> None:
         self._limit, self._size = limit, size

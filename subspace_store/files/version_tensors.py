@@ -1,8 +1,8 @@
 """The tensors of a version, from its files or from memory: bases per module, coefficients per task.
 
-Which file has what, its head says (version_heads.py). Coefficients stay where their task's birth or the last snapshot
-wrote them, and move by the transports since. Safe for threads; memory is bounded by bytes, so that nothing here grows
-with the number of versions that are looked at.
+The head of a file says what it holds (version_heads.py). Coefficients are read from the file of the task's birth or of
+the last snapshot, and brought to the version by the transports since. Safe for threads; memory has a limit in bytes, so
+that it does not grow with the number of versions that are read.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transpor
 from subspace_store.parallel import AT_ONCE, in_order
 
 BASES_BYTES = 2**30
-"""Bases that stay in memory: several versions of a small model, the newest one of a 7B model."""
+"""Bytes of bases that are kept in memory: several versions of a small model, the newest one of a 7B model."""
 TRANSPORTS_BYTES = 2**28
 SMALL_BASIS = 2**25
-"""Numbers of a basis that is read whole, whoever asks for a task: 128 MiB."""
+"""Numbers in a basis up to which it is read whole even if one task is asked for: 128 MiB."""
 VERSIONS = 3
-"""Versions whose coefficients stay in memory: main, candidate, and one that is being looked at."""
+"""Number of versions whose coefficients are kept in memory: main, candidate, and one that somebody looks at."""
 
 
 class VersionTensors:
     """Reads versions of one subspace.
 
     Args:
-        heads: Knows the files; shared with those who need no tensors.
+        heads: Finds the files; shared with readers that need no tensors.
     """
 
     def __init__(self, heads: VersionHeads) -> None:
@@ -59,7 +59,7 @@ class VersionTensors:
         return blobs.read_basis(file, module) if known is None else known[module]
 
     def basis(self, number: int) -> dict[str, ModuleBasis]:
-        """All modules' bases, kept in memory for the next who asks."""
+        """All modules' bases, kept in memory for later calls."""
         with self._lock:
             known = self._bases.get(self._heads.basis_key(number))
             if known is None:
@@ -70,12 +70,12 @@ class VersionTensors:
             return dict(known)
 
     def remember_basis(self, number: int) -> None:
-        """Read all bases into memory, if a reader of all modules may want them again soon: those of small models."""
+        """Read all bases into memory if they are small: a reader of all modules may need them again soon."""
         if sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in self.shapes(number).values()) < SMALL_BASIS:
             self.basis(number)
 
     def take_basis(self, number: int) -> dict[str, ModuleBasis]:
-        """What memory holds of a version's basis, and memory forgets it: a merge lets go of it module by module."""
+        """Remove a version's basis from memory and return it: a merge then frees it module by module."""
         with self._lock:
             return self._bases.pop(self._heads.basis_key(number)) or {}
 
@@ -84,7 +84,7 @@ class VersionTensors:
     def task(self, number: int, task_id: str, modules: Collection[str] | None = None) -> dict[str, TaskBlock]:
         """One task's coefficients in the basis of a version, per module it adapts, float64; no other task is read.
 
-        A fixed function of what is stored, whatever memory holds: a version's task has the same bits for everybody.
+        The result is a fixed function of the stored bytes, whatever is in memory: the same bits for every caller.
         """
         with self._lock:
             line = self._heads.lineage(number)
@@ -101,7 +101,7 @@ class VersionTensors:
             return blocks
 
     def tasks(self, number: int) -> dict[str, ModuleTasks]:
-        """All tasks' coefficients in a version's basis, from the nearest version that is at hand."""
+        """All tasks' coefficients in a version's basis, from the nearest version that is in memory or in a snapshot."""
         with self._lock:
             line = self._heads.lineage(number)
             start = next((i for i in reversed(range(len(line))) if self._at_hand(line[i])), -1)
@@ -127,9 +127,9 @@ class VersionTensors:
         return ModuleSubspace(self.module_basis(number, module), self.tasks(number).get(module, ModuleTasks()))
 
     def keep(self, number: int, bases: dict[str, ModuleBasis], tasks: dict[str, ModuleTasks]) -> None:
-        """Remember what a merge just wrote."""
+        """Keep in memory what a merge has just written."""
         with self._lock:
-            if bases:  # Else the merge did not have them all: the next who asks reads them.
+            if bases:  # Else the merge did not have all of them: the next reader reads them.
                 self._bases.keep(self._heads.basis_key(number), bases)
             self._tasks.keep(number, tasks)
 

@@ -22,7 +22,7 @@ from collections.abc import Collection
 
 LOADERS = ("peft", "vllm", "lorax", "diffusers")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be."""
+"""Values that `--max-lora-rank` may have."""
 
 
 def refusals(kind: str, *, rank: int, has_head: bool, modules: Collection[str]) -> dict[str, str]:
@@ -30,9 +30,9 @@ def refusals(kind: str, *, rank: int, has_head: bool, modules: Collection[str]) 
 
     Args:
         kind: `peft` (a folder) or `diffusers` (a file).
-        rank: Of every module, as exported.
+        rank: Rank of every module, as exported.
         has_head: Whether weights are saved whole beside the LoRA.
-        modules: Full names of the adapted layers; none: they are not known.
+        modules: Full names of the adapted layers; empty: not known.
     """
     if kind == "diffusers":
         return dict.fromkeys(("peft", "vllm", "lorax"), "a LoRA file of diffusers is no PEFT folder")

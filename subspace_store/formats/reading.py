@@ -1,4 +1,4 @@
-"""One way to read an adapter, whoever saved it: PEFT's folder, or diffusers' LoRA file."""
+"""One function that reads an adapter of any supported format: a PEFT folder, or a LoRA file of diffusers."""
 
 from __future__ import annotations
 

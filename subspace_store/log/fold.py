@@ -70,7 +70,7 @@ class Record:
 
 
 def log_key(seq: int) -> str:
-    """Where record `seq` is."""
+    """Storage key of record `seq`."""
     return f"log/{seq:020d}.json"
 
 
@@ -122,7 +122,7 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
 
 
 def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]:
-    """What an operation changes beside refs. It was allowed when it was written: that is not judged again here."""
+    """The fields that an operation changes beside refs. Whether it is allowed was judged when it was written."""
     op, body = record.op, record.body
     if op in (MERGE, REFINE):
         version = checked(Version, body["version"], where)
@@ -134,8 +134,13 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     if op == REJECT:
         number = int(body["version"])
         culprits = tuple(map(str, body.get("task_ids", ())))  # records of before 0.4 have the sentence alone
+        codes = tuple(map(str, body.get("codes", ())))  # since 0.4 as well
         rejected = {"rejected": {**state.rejected, number: str(body["reason"])}}
-        return rejected | ({"rejected_for": {**state.rejected_for, number: culprits}} if culprits else {})
+        return (
+            rejected
+            | ({"rejected_for": {**state.rejected_for, number: culprits}} if culprits else {})
+            | ({"rejected_by": {**state.rejected_by, number: codes}} if codes else {})
+        )
     if op == PUBLISH:
         return {"published": tuple(sorted({*state.published, int(body["version"])}))}
     if op == ROLLBACK:
@@ -188,12 +193,12 @@ def _hold(record: Record) -> Hold:
 
 @cache
 def _reader(kind: Any) -> TypeAdapter[Any]:
-    """Made when the first record of a kind is read: a command that reads few kinds starts sooner."""
+    """The adapter for a type, made when it is first needed, so that a command that reads few kinds starts sooner."""
     return TypeAdapter(kind)
 
 
 def checked(kind: type[T], plain: Any, where: str) -> T:
-    """Plain values as what they must be. Raises Corrupt."""
+    """Plain values as an object of the type `kind`. Raises Corrupt."""
     try:
         found: T = _reader(cast(Any, kind)).validate_python(plain)
         return found

@@ -67,7 +67,7 @@ def unquarantine(state: SubspaceState, task_id: str) -> Change | None:
 
 
 def pin(state: SubspaceState, version: int, owner: str, until: float | None) -> Change | None:
-    """Keep a version for somebody; again moves the end."""
+    """Keep a version from expiring, for an owner; the same owner again moves the end."""
     if not owner:
         raise InvalidInput("a pin needs an owner", todo="say who needs the version")
     if until is not None and not math.isfinite(until):
@@ -99,8 +99,8 @@ def expire(state: SubspaceState, versions: Iterable[int], now: float) -> Change 
 
 
 def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, MergedTask]:
-    """The delivered adapters of tasks, by the key of their blob; what was let go before and what the gate refused
-    aside.
+    """The delivered adapters of tasks, by the key of their blob, without those that were given up before and those that
+    the gate rejected.
 
     Raises:
         NotFound: A task that no version holds.
@@ -124,7 +124,7 @@ def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, Merg
 
 
 def drop(heads: Mapping[str, BlobRef]) -> Change | None:
-    """Let go of delivered adapters. `heads`: key of an adapter's blob to the one that keeps its head."""
+    """Give up delivered adapters. `heads`: key of an adapter's blob to the blob that keeps its head."""
     return Change(fold.DROP_ADAPTERS, {"heads": heads}) if heads else None
 
 
@@ -176,8 +176,8 @@ def named_by(state: SubspaceState, version: int, now: float) -> list[str]:
 
 
 def expirable(state: SubspaceState, keep_last: int, now: float) -> list[int]:
-    """Versions that may expire: rejected, or older than the newest `keep_last` of `main`'s lineage; and nobody names
-    them.
+    """Versions that may expire: rejected ones, and those older than the newest `keep_last` of `main`'s lineage, unless
+    a branch, a tag or a pin names them.
 
     Args:
         keep_last: At least 1.
@@ -198,8 +198,8 @@ def alive(state: SubspaceState) -> list[Version]:
 
 
 def tasks_alive(state: SubspaceState, but: Collection[int] = ()) -> set[MergedTask]:
-    """Every task that some live version holds, one for each time it was merged or refined. `but`: versions left
-    aside."""
+    """Every task that some live version holds, one for each time it was merged or refined. `but`: versions to leave
+    out."""
     versions = (version for version in alive(state) if version.number not in but)
     return {task for version in _ancestors(state, versions) for task in version.brought}
 
@@ -207,9 +207,9 @@ def tasks_alive(state: SubspaceState, but: Collection[int] = ()) -> set[MergedTa
 def needed(state: SubspaceState) -> dict[str, BlobRef]:
     """All blobs that the live versions need, by key.
 
-    A version needs what its own record names; the bases of modules that it took over unchanged; the coefficients of
-    its tasks, as the nearest snapshot in its lineage with everything after it, or as everything from the first version
-    on; and every task's adapter as delivered, or its head where the adapter was let go.
+    A version needs the blobs that its own record names; the bases of modules that it took over unchanged; the
+    coefficients of its tasks, that is the nearest snapshot in its lineage with everything after it, or everything from
+    the first version on; and every task's adapter as delivered, or its head where the adapter was given up.
     """
     refs: set[BlobRef | None] = set()
     for version in alive(state):
@@ -226,7 +226,7 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
 
 
 def _since_snapshot(state: SubspaceState, version: Version) -> Iterator[Version]:
-    """From a version back to the nearest one with a snapshot, both included."""
+    """The versions from this one back to the nearest one with a snapshot, both included."""
     while True:
         yield version
         if version.snapshot is not None or version.parent == 0:
@@ -235,7 +235,7 @@ def _since_snapshot(state: SubspaceState, version: Version) -> Iterator[Version]
 
 
 def _ancestors(state: SubspaceState, versions: Iterable[Version]) -> Iterator[Version]:
-    """These versions and all that they were merged on, each once."""
+    """These versions and all their ancestors, each once."""
     seen: set[int] = {0}
     for version in versions:
         while version.number not in seen:

@@ -1,4 +1,4 @@
-"""The object FORMAT in a store's folder: which form everything there has, and which base model it belongs to."""
+"""The object FORMAT in a store's folder: the number of the format, and the base model that the store belongs to."""
 
 from __future__ import annotations
 

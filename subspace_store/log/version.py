@@ -20,33 +20,33 @@ from subspace_store.strict import TaskId
 CANDIDATE = "candidate"
 MAIN = "main"
 DIGITS_MAX = 15
-"""Of a version's number, as a person types it."""
+"""Most digits of a version's number that a person types."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlobRef:
-    """An immutable object: where it is, how long, and what it must hash to."""
+    """An immutable object: its key, its length and its digest."""
 
     key: str
     size_bytes: int
     sha256: str
-    """Of the head alone where there is one: it names the sha256 of every part (tensor_file.py)."""
+    """Digest of the object; of a tensor file the digest of its head, which names the sha256 of every part."""
     head_bytes: int = 0
     """Length of a tensor file's head; 0 for other content."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedTask:
-    """A task as one version brought it. Written once, in the record of that version: of its birth, or of its
-    refinement."""
+    """A task as one version added it. Written once, in the record of that version, by which the task was merged or
+    refined."""
 
     task_id: str
     name: str
     """`team/task`, for people."""
     version: int
-    """The one that brought it."""
+    """Number of the version that added it."""
     adapter: BlobRef
-    """As delivered, with the head."""
+    """The adapter as it was delivered, with the head."""
     coefficients: BlobRef
     """E, F, σ per module in the basis of that version."""
     delivered_energy: float
@@ -69,7 +69,7 @@ class StagedAdapter:
     name: TaskId
     """`team/task`, for people."""
     key: Line
-    """Where `SubspaceStore.stage` put it, or the caller's own key given to it."""
+    """Storage key of the upload, as given to `SubspaceStore.stage`."""
     sha256: Line
 
 
@@ -78,14 +78,14 @@ class Identity:
     """A service, told apart from all others that might write to the same store."""
 
     service_id: str
-    """Random, kept in the service's state folder."""
+    """Random id, kept in the service's state folder."""
     name: str
     """Where it runs, for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """The service that a store belongs to: nobody else may write there."""
+    """The service that a store belongs to: no other may write there."""
 
     service_id: str
     name: str
@@ -105,19 +105,19 @@ class Version:
     Args:
         number: 1, 2, 3, …; never reused. Version 0 is the empty subspace and has no record.
         parent: The version it was merged on.
-        added: Tasks that it brought.
-        basis: File with P, Q, λ of the modules that this merge touched.
-        transport: File with R_out, R_in of the touched modules, from the parent's basis to this one; None where the
+        added: Tasks that it added.
+        basis: File with P, Q, λ of the modules that this merge changed.
+        transport: File with R_out, R_in of the changed modules, from the parent's basis to this one; None where the
             basis is the parent's (`refined`).
-        basis_versions: Older versions whose basis files hold the modules that this merge did not touch.
-        module_count: Modules that are open.
+        basis_versions: Older versions whose basis files hold the modules that this merge did not change.
+        module_count: Number of modules that have a basis.
         rank_max: Most directions that a module has on one side.
-        drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each task that was there before, in the order of
+        drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each earlier task, in the order of
             `SubspaceState.tasks_at(parent)`, seven decimals; empty if nothing was truncated. See `SubspaceState.drift`.
-        bytes_written: All blobs of this merge.
-        merge_seconds: Time of the mathematics that the new basis waits for.
-        snapshot: File with all coefficients as of this version, every so often in a lineage, so that a reader need
-            not start at version 1; None otherwise.
+        bytes_written: Size of all blobs of this merge.
+        merge_seconds: Time of the computations that the new basis depends on.
+        snapshot: File with all coefficients in this version's basis; None for most versions. Some have one, so that a
+            reader need not start at version 1.
         remakes: The version that this one is made again from, without `removed`; None for an ordinary merge.
         removed: Ids of tasks that this version was made without.
         approximate: Ids of added tasks that were merged from their coefficients, because the adapters as delivered
@@ -146,12 +146,12 @@ class Version:
 
     @property
     def brought(self) -> tuple[MergedTask, ...]:
-        """The tasks whose adapters and coefficients its own record names."""
+        """The tasks whose adapters and coefficients this version's own record names."""
         return (*self.added, *self.refined)
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
-        """Everything that its own record names; see `retention.needed` for what else it needs."""
+        """The blobs that its own record names; `retention.needed` gives all that it needs."""
         of_tasks = (ref for task in self.brought for ref in (task.adapter, task.coefficients))
         return (self.basis, *of_tasks, *(ref for ref in (self.transport, self.snapshot) if ref is not None))
 
@@ -197,24 +197,26 @@ class SubspaceState:
     """Version to the reason why the gate did not let it pass."""
     rejected_for: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """Version to the ids of the tasks whose scores broke a rule of the gate; none where no score was the reason."""
+    rejected_by: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Version to the rules of the gate that it broke, for programs; none where an older release rejected it."""
     op_keys: Mapping[str, int] = field(default_factory=dict)
     """Operation key to the version it made or concerned (0: none): the answer to the same request again."""
     tags: Mapping[str, int] = field(default_factory=dict)
     """Names that people gave to versions, for ever."""
     held: Hold | None = None
-    """While it is set, publishing does not move `main`."""
+    """The hold that keeps `main` where it is; None: publishing moves it."""
     quarantined: Mapping[str, str] = field(default_factory=dict)
     """Id of a task that must not be merged to the reason why."""
     pins: Mapping[int, Mapping[str, float | None]] = field(default_factory=dict)
-    """Version to the owners of its pins, each with the end of the pin (Unix seconds; None: for ever)."""
+    """Version to the owners of pins on it, each with the end of the pin (Unix seconds; None: for ever)."""
     expired: tuple[int, ...] = ()
-    """Versions that are dead for ever: nothing may name them again, and their blobs may be gone."""
+    """Versions that were given up for ever: nothing may name them again, and their blobs may be deleted."""
     replaced: Mapping[int, int] = field(default_factory=dict)
     """Version with a task that was removed to the version that is as if that task had never been merged."""
     owner: Owner | None = None
-    """None: the store belongs to no service, and any writer may open it."""
+    """The service that the store belongs to; None: any writer may open it."""
     heads: Mapping[str, BlobRef] = field(default_factory=dict)
-    """Key of a delivered adapter that was let go to the object that keeps its head and facts."""
+    """Key of a delivered adapter that was given up to the object that keeps its head and facts."""
 
     def resolve(self, ref: str | int) -> int:
         """The version that a branch, a tag or a number names.

@@ -1,4 +1,4 @@
-"""A module's two bases, its tasks in them, and what they say a task's update is.
+"""The two bases of a module, the coefficients of its tasks, and how a task's update is computed from them.
 
 Axes: N outputs, D inputs, K directions, R rank.
 """
@@ -24,9 +24,9 @@ class ModuleBasis:
     """Two orthonormal bases and the energy of everything merged in each direction, strongest first."""
 
     p_NK: Tensor
-    """Outputs, float32."""
+    """Basis of the output side, float32."""
     q_DK: Tensor
-    """Inputs, float32."""
+    """Basis of the input side, float32."""
     lam_out_K: Tensor
     """Squared singular values of the weighted updates, float64."""
     lam_in_K: Tensor
@@ -70,6 +70,6 @@ def reconstruct_module(basis: ModuleBasis, task: TaskBlock) -> ModuleUpdate:
 
 
 def empty_module(shape: tuple[int, int]) -> ModuleSubspace:
-    """A module that no adapter has touched yet: no directions, no tasks."""
+    """A module that no adapter has changed yet: no directions, no tasks."""
     none = torch.zeros(0, dtype=torch.float64)
     return ModuleSubspace(ModuleBasis(torch.zeros(shape[0], 0), torch.zeros(shape[1], 0), none, none), ModuleTasks())

@@ -1,9 +1,9 @@
 """The coefficients of a module's tasks, and what a change of basis does to them.
 
-A merge must not cost more because many tasks were merged before. So old coefficients stay in the basis they were last
-written in, beside the product of the transports since; what a merge needs of them, how much energy the directions that
-it drops held, is read off thin products. Only now and then are blocks of similar size rewritten into one, so that there
-are few blocks and a column is rewritten some log(T) times in its life.
+A merge must not cost more because many tasks were merged before. So old coefficients stay in the basis that they were
+last written in, and the product of all transports since is kept beside them. A merge has to know only how much energy
+of each task the dropped directions held, and thin products give that. From time to time neighbouring blocks of similar
+size are rewritten as one block, so that there are few blocks and each column is rewritten about log(T) times.
 
 Axes: K directions of a basis, J of the next, D directions that are dropped, S coefficient columns of all tasks side by
 side, T tasks, R rank (filled up with zeros where ranks differ).
@@ -22,23 +22,23 @@ from torch import Tensor
 from subspace_store.merging.subspace_math import by_task
 
 SIMILAR = 8
-"""Two neighbouring blocks become one unless the older is more than so many times larger."""
+"""Largest ratio of the sizes of two neighbouring blocks (older to newer) at which they are joined into one."""
 
 
 @dataclass(frozen=True)
 class Transport:
-    """One product per side: R_out = P'ᵀP (J×K) writes coefficients of one basis in the next. Float64."""
+    """The matrices that write coefficients of one basis in the next, one per side: R_out = P'ᵀP (J×K), float64."""
 
     out: Tensor
     inward: Tensor
 
     def split(self, k_out: int, k_in: int) -> tuple[Transport, Transport]:
-        """To the first directions of each side, and to those after them."""
+        """Two transports: to the first k directions of each side, and to all directions after them."""
         first = Transport(self.out[:k_out].contiguous(), self.inward[:k_in].contiguous())
         return first, Transport(self.out[k_out:], self.inward[k_in:])
 
     def after(self, earlier: Transport | None) -> Transport:
-        """Both in one: first the earlier, then this."""
+        """The product of two transports: first the earlier one, then this one."""
         return self if earlier is None else Transport(self.out @ earlier.out, self.inward @ earlier.inward)
 
 
@@ -49,12 +49,12 @@ class TaskBlock:
     task_ids: tuple[str, ...]
     ranks: tuple[int, ...]
     e_KS: Tensor
-    """Outputs, float64 while it is worked on; float32 as written and in memory."""
+    """Coefficients of the output side: float64 during a computation, float32 in memory and in files."""
     f_KS: Tensor
     sigma_S: Tensor
     """Singular values as delivered, float32."""
     weight_T: Tensor
-    """w of the merge, float64."""
+    """Weight w of each task in the merge, float64."""
     delivered_T: Tensor
     """‖ΔW‖²_F as delivered, float64."""
 
@@ -72,18 +72,18 @@ class TaskBlock:
         )
 
     def moved(self, transport: Transport | None) -> TaskBlock:
-        """The same tasks in the next basis, float64."""
+        """The same tasks, written in the next basis, float64."""
         e_KS, f_KS = self.e_KS.double(), self.f_KS.double()
         return (
             self._with(e_KS, f_KS) if transport is None else self._with(transport.out @ e_KS, transport.inward @ f_KS)
         )
 
     def first(self, k_out: int, k_in: int) -> TaskBlock:
-        """What lies in the first directions of each side."""
+        """The coefficients in the first k directions of each side."""
         return self._with(self.e_KS[:k_out], self.f_KS[:k_in])
 
     def rounded(self) -> TaskBlock:
-        """What a reader finds in the file: float32."""
+        """The coefficients as a file holds them: float32."""
         return self._with(self.e_KS.float(), self.f_KS.float())
 
     def kept(self) -> Tensor:
@@ -144,9 +144,10 @@ class TaskBlock:
 
 @dataclass(frozen=True)
 class _Moving:
-    """A block as it was last written, float32, and the way from there to now.
+    """A block in the basis that it was last written in, float32, and the transport from there to the present basis.
 
-    `known_grams`, where a merge has kept them up, are those of now; else they are computed when somebody asks.
+    `known_grams` are the Gram matrices in the present basis, where a merge has kept them; else they are computed when
+    they are first needed.
     """
 
     block: TaskBlock
@@ -155,25 +156,25 @@ class _Moving:
 
     @cached_property
     def settled(self) -> TaskBlock:
-        """The block in the basis of now."""
+        """The block in the present basis."""
         return self.block.moved(self.transport)
 
     @cached_property
     def grams(self) -> tuple[Tensor, Tensor]:
-        """EᵀE and FᵀF of each task now, T×R×R, float32: they say what is lost and kept to six digits."""
+        """EᵀE and FᵀF of each task in the present basis, T×R×R, float32: enough for losses to six digits."""
         if self.known_grams is not None:
             return self.known_grams
         now = self.block if self.transport is None else self.settled.rounded()
         return _grams(now.e_KS, now.ranks), _grams(now.f_KS, now.ranks)
 
     def without(self, dropped: Transport) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What each task loses of ‖E·Fᵀ‖²_F with these directions, and the Gram matrices of the rest; O(D·K·S)."""
+        """The loss of ‖E·Fᵀ‖²_F of each task without these directions, and the remaining Gram matrices; O(D·K·S)."""
         way, ranks = dropped.after(self.transport), self.block.ranks
         less_out = _grams(way.out.float() @ self.block.e_KS, ranks)
         less_in = _grams(way.inward.float() @ self.block.f_KS, ranks)
         rest = (self.grams[0] - less_out, self.grams[1] - less_in)
-        # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels. Rounded, a square of
-        # nothing can be negative.
+        # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels. Rounding can make a
+        # square of 0 negative.
         lost_T = (less_out * self.grams[1]).sum(dim=(1, 2)) + (rest[0] * less_in).sum(dim=(1, 2))
         return lost_T.clamp(min=0), rest
 
@@ -182,16 +183,17 @@ class _Moving:
 class ModuleTasks:
     """The coefficients of all tasks that adapt one module, oldest task first.
 
-    Say tasks a, b, c were merged one after another, and R2, R3 led from each basis to the next. The blocks may then be
-    (a in P1, by R3·R2), (b in P2, by R3), (c in P3). The next merge multiplies R4 to each of the three ways and touches
-    no coefficient; `settled` is all of them written in the basis of now; `joined` makes one block of neighbours.
+    Example: tasks a, b, c were merged one after another, with the transports R2 and R3 between their bases. The blocks
+    may then be (a in P1, transport R3·R2), (b in P2, transport R3), (c in P3). The next merge multiplies R4 to each of
+    the three transports and changes no coefficient; `settled` is all tasks written in the present basis; `joined` makes
+    one block of neighbours.
     """
 
     blocks: tuple[_Moving, ...] = ()
 
     @staticmethod
     def of(block: TaskBlock) -> ModuleTasks:
-        """Tasks that are all in the basis of now."""
+        """Tasks that are all in the present basis."""
         return ModuleTasks((_Moving(block.rounded()),))
 
     @cached_property
@@ -208,11 +210,11 @@ class ModuleTasks:
 
     @cached_property
     def settled(self) -> TaskBlock:
-        """All tasks in the basis of now. At least one task. O(K²·S) for what is not."""
+        """All tasks in the present basis; needs at least one task. O(K²·S) for those that are not in it yet."""
         return TaskBlock.joined([moving.settled for moving in self.blocks])
 
     def only(self, task_ids: Collection[str]) -> TaskBlock | None:
-        """Some of the tasks in the basis of now; None if there is none of them here."""
+        """Some of the tasks in the present basis; None if none of them is here."""
         found = [
             moving.block.only(task_ids).moved(moving.transport)
             for moving in self.blocks
@@ -221,7 +223,7 @@ class ModuleTasks:
         return TaskBlock.joined(found) if found else None
 
     def without(self, task_ids: Collection[str]) -> ModuleTasks:
-        """All but some of the tasks; what is left is not touched."""
+        """All tasks but these; the coefficients of the others stay as they are."""
         blocks = []
         for moving in self.blocks:
             rest = [task for task in moving.block.task_ids if task not in task_ids]
@@ -232,14 +234,14 @@ class ModuleTasks:
         return ModuleTasks(tuple(blocks))
 
     def kept(self) -> Tensor:
-        """‖E_i·F_iᵀ‖²_F per task, now."""
+        """‖E_i·F_iᵀ‖²_F per task, in the present basis."""
         return _each((moving.grams[0] * moving.grams[1]).sum(dim=(1, 2)) for moving in self.blocks)
 
     def lost(self, dropped: Transport) -> Tensor:
-        """What ‖E_i·F_iᵀ‖²_F of each task would lose if these directions were dropped.
+        """The loss of ‖E_i·F_iᵀ‖²_F of each task if these directions were dropped.
 
         Args:
-            dropped: The D directions of each side, written in the basis of now: D_out×K_out and D_in×K_in.
+            dropped: The D directions of each side, written in the present basis: D_out×K_out and D_in×K_in.
 
         Cost:
             O(D·K·S) and R×R products per task.
@@ -247,11 +249,11 @@ class ModuleTasks:
         return _each(moving.without(dropped)[0] for moving in self.blocks)
 
     def moved(self, transport: Transport) -> ModuleTasks:
-        """The same tasks in the next basis; no coefficient is touched."""
+        """The same tasks in the next basis; no coefficient is rewritten."""
         return ModuleTasks(tuple(_Moving(m.block, transport.after(m.transport)) for m in self.blocks))
 
     def truncated(self, transport: Transport, dropped: Transport) -> tuple[ModuleTasks, Tensor]:
-        """As `moved` and `lost` together, for a caller that knows which directions the next basis lacks."""
+        """`moved` and `lost` together, for a caller that knows which directions the next basis lacks."""
         if not len(dropped.out) and not len(dropped.inward):
             moved = (_Moving(m.block, transport.after(m.transport), m.known_grams) for m in self.blocks)
             return ModuleTasks(tuple(moved)), torch.zeros_like(self.delivered_T)
@@ -263,7 +265,7 @@ class ModuleTasks:
         return ModuleTasks(tuple(blocks)), _each(iter(losses))
 
     def joined(self, arrivals: TaskBlock) -> ModuleTasks:
-        """These tasks, then the arrivals, which are in the basis of now."""
+        """These tasks followed by new ones (`arrivals`), which are in the present basis."""
         blocks = [*self.blocks, _Moving(arrivals.rounded())]
         while len(blocks) > 1 and len(blocks[-2].block.sigma_S) <= SIMILAR * len(blocks[-1].block.sigma_S):
             last, before = blocks.pop(), blocks.pop()

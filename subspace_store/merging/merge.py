@@ -29,27 +29,28 @@ from subspace_store.merging.subspace_math import (
 from subspace_store.parallel import in_order
 
 TIGHTEST = 8
-"""Tasks that are asked first how many directions they need: those nearest to their promise. Any number is right."""
+"""Number of tasks that ranks are chosen for first: those nearest to their promise. It changes the cost, not the
+result."""
 NOTHING = 1e-6
-"""Share of an update's energy below which nothing is kept of it: Gram matrices in memory are float32."""
+"""Share of an update's energy below which it counts as lost altogether: Gram matrices in memory are float32."""
 SMALLEST_NORM = torch.finfo(torch.float32).tiny
-"""Of an update that is more than rounding: the weight of a smaller one would not be a float32."""
+"""Smallest norm of an update that is not rounding: the weight of a smaller one would not be a float32."""
 MOST_THREADS = 8
-"""Modules in work at once, whatever the machine: more would hold a good part of a second basis."""
+"""Most modules that are merged at the same time: more would need a good part of a second basis in memory."""
 WIDE = 2**12
-"""Rows of all touched modules above which modules are merged in threads; starting threads costs a millisecond."""
+"""Rows of all changed modules above which modules are merged in threads; starting threads costs a millisecond."""
 
 
 @dataclass(frozen=True)
 class ModuleMerge:
-    """What one merge made of one module.
+    """The result of one merge for one module.
 
     Args:
-        transport: To the new basis.
-        dropped: To the directions that the new basis lacks.
-        arrivals: The tasks that arrived, in the new basis, as they are to be written.
-        missed_T: ‖ΔW‖² − ‖ΔŴ‖² of each of them.
-        before: The tasks that were there.
+        transport: Writes old coefficients in the new basis.
+        dropped: Writes old coefficients in the directions that the new basis lacks.
+        arrivals: The new tasks, in the new basis, as they are to be written.
+        missed_T: ‖ΔW‖² − ‖ΔŴ‖² of each new task.
+        before: The tasks that were merged before.
     """
 
     basis: ModuleBasis
@@ -60,33 +61,33 @@ class ModuleMerge:
     before: ModuleTasks
 
     def settle(self) -> tuple[ModuleTasks, Tensor]:
-        """All tasks in the new basis, and what each that was there lost.
+        """All tasks in the new basis, and what each earlier task lost.
 
-        The only part that costs more with more tasks. The new basis does not wait for it, so a caller may do it while
-        the basis is being written.
+        This is the only part whose cost grows with the number of tasks. The new basis does not depend on it, so a
+        caller may do it while the basis is being written.
         """
         moved, lost_T = self.before.truncated(self.transport, self.dropped)
         return moved.joined(self.arrivals), lost_T
 
 
 class Tally:
-    """Adds up over modules what a merge costs each task. Energies: squared Frobenius norms."""
+    """Sums over all modules what a merge costs each task. Energies are squared Frobenius norms."""
 
     def __init__(self) -> None:
-        # Most modules have the same tasks: their sums stay tensors until somebody asks.
+        # Most modules have the same tasks: their sums stay tensors until they are needed.
         self._lost: dict[tuple[str, ...], Tensor] = {}
         self._missed: dict[tuple[str, ...], Tensor] = {}
         self._delivered: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, merge: ModuleMerge, lost_T: Tensor) -> None:
-        """A module that the merge touches, and what `settle` says that the tasks before lost."""
+        """Add a module that the merge changes, with the losses of the earlier tasks from `settle`."""
         _add(self._lost, merge.before.task_ids, lost_T)
         _add(self._delivered, merge.before.task_ids, merge.before.delivered_T)
         _add(self._missed, merge.arrivals.task_ids, merge.missed_T)
         _add(self._delivered, merge.arrivals.task_ids, merge.arrivals.delivered_T)
 
     def add_untouched(self, tasks: ModuleTasks) -> None:
-        """A module that the merge does not touch."""
+        """Add a module that the merge does not change."""
         _add(self._lost, tasks.task_ids, torch.zeros_like(tasks.delivered_T))
         _add(self._delivered, tasks.task_ids, tasks.delivered_T)
 
@@ -97,12 +98,12 @@ class Tally:
 
     @property
     def drift(self) -> dict[str, float]:
-        """Task id to ‖ΔŴ_before − ΔŴ_after‖_F / ‖ΔW‖_F, for every task that was there before."""
+        """Task id to ‖ΔŴ_before − ΔŴ_after‖_F / ‖ΔW‖_F, for every earlier task."""
         return self._relative(self._lost)
 
     @property
     def error_at_birth(self) -> dict[str, float]:
-        """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F, for every task that arrived."""
+        """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F, for every new task."""
         return self._relative(self._missed)
 
     def _relative(self, energies: Mapping[tuple[str, ...], Tensor]) -> dict[str, float]:
@@ -112,13 +113,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Merge:
-    """What one merge made, all modules in memory.
+    """The result of one merge, all modules in memory.
 
     Args:
-        modules: The state after, modules that nobody touched included.
-        transports: For every module that was open before and changed.
-        arrivals: Module name to the coefficients of the tasks that arrived, as they are to be written.
-        tally: What it cost each task.
+        modules: The state after the merge, unchanged modules included.
+        transports: Transports of every module that had a basis before and was changed.
+        arrivals: Module name to the coefficients of the new tasks, as they are to be written.
+        tally: Cost of the merge for each task.
     """
 
     modules: Mapping[str, ModuleSubspace]
@@ -130,19 +131,19 @@ class Merge:
 def merge_adapters(
     modules: Mapping[str, ModuleSubspace], adapters: Mapping[str, Adapter], settings: SubspaceSettings
 ) -> Merge:
-    """Merge adapters that waited together in one step, in memory.
+    """Merge one adapter, or several in one step, in memory.
 
     Args:
         modules: The subspace before; empty for the first merge.
-        adapters: Task id to adapter, checked, shapes fitting the modules that are open.
+        adapters: Task id to adapter, checked, with shapes that fit the modules that have a basis.
 
     Returns:
         The subspace after. Every old task's update is the orthogonal projection of what it was, as a full SVD of
         all reconstructions and the new adapters would leave it, to float32 rounding of the basis.
 
     Cost:
-        Per touched module O((N+D)·(K+C)² + (K+C)³) for the basis, with C the ranks that arrive, and O(D·K·S) for what
-        the D dropped directions take from the tasks before.
+        Per changed module O((N+D)·(K+C)² + (K+C)³) for the basis, with C the sum of the new adapters' ranks, and
+        O(D·K·S) for what the D dropped directions take from the earlier tasks.
 
     Source:
         Share (arXiv:2602.06043) for the subspace; weighted bases instead of all reconstructions after Ross et al.,
@@ -166,10 +167,10 @@ def merge_adapters(
 def merge_modules(
     read: Callable[[str], ModuleSubspace | None], adapters: Mapping[str, Adapter], settings: SubspaceSettings
 ) -> Iterator[tuple[str, ModuleMerge]]:
-    """The touched modules one after another, by name; a few are in work at once, never all.
+    """Merge the changed modules, in the order of their names; a few at the same time, never all.
 
     Args:
-        read: The module before, None if it is not open. Called from threads.
+        read: Gives a module as it was before, None if it has no basis yet. Called from threads.
     """
 
     def merge(name: str) -> ModuleMerge:
@@ -183,7 +184,7 @@ def merge_modules(
 
 
 def threads(rows: int) -> int:
-    """How many modules of so many rows in all (N + D) to work on at once."""
+    """How many modules to merge at the same time, for modules that have so many rows (N + D) in all."""
     return min(os.cpu_count() or 1, MOST_THREADS) if rows > WIDE else 1
 
 
@@ -226,10 +227,10 @@ def merge_module(
 def place_in_basis(
     basis: ModuleBasis, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings
 ) -> tuple[TaskBlock, Tensor]:
-    """Write updates of one module in a basis that stays as it is.
+    """Write updates of one module in an unchanged basis.
 
     Returns:
-        Their coefficients, as they are to be written, and ‖ΔW − ΔŴ‖²_F of each: what lies outside the basis.
+        The coefficients, as they are to be written, and ‖ΔW − ΔŴ‖²_F of each update: the part outside the basis.
     """
     p_NK, q_DK = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
     factors = _Factors.of(incoming, settings)
@@ -242,17 +243,17 @@ def place_in_basis(
 
 @dataclass(frozen=True)
 class _Factors:
-    """L·Rᵀ = ΔW of each update that arrives, side by side: what is stacked is w·L·diag(s) and w·R·diag(s')."""
+    """Factors L·Rᵀ = ΔW of the new updates, side by side; w·L·diag(s) and w·R·diag(s') are stacked."""
 
     incoming: Mapping[str, ModuleUpdate]
     weights: Mapping[str, float]
     left_NC: Tensor
     right_DC: Tensor
     scale_C: Tensor
-    """By which the stack of the inputs is multiplied beside w: σ in canonical form, 1 in the paper's."""
+    """Factor s' of the input side's columns: σ in canonical form, 1 in the paper's form."""
     parts: list[int]
-    """How many columns were rounded together: those of an update, whose small ones are the rounding of its large ones;
-    in the paper's form each alone, as it was trained."""
+    """Numbers of columns that share one rounding error. In canonical form the columns of one update do, since its small
+    columns carry the rounding of its large ones; in the paper's form each column is by itself, as it was trained."""
 
     @classmethod
     def of(cls, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings) -> _Factors:
@@ -272,7 +273,7 @@ class _Factors:
         )
 
     def stack_out(self) -> tuple[Tensor, Tensor]:
-        """The columns, and what each is part of in size."""
+        """The stacked columns, and for each the norm of the update that it belongs to."""
         return self._sized(self.left_NC * self._weight_C())
 
     def stack_in(self) -> tuple[Tensor, Tensor]:
@@ -288,8 +289,8 @@ class _Factors:
             (self.right_DC.T @ q_DK).T,
             torch.cat([update.sigma_R for update in self.incoming.values()]),
             torch.tensor([self.weights[task] for task in self.incoming], dtype=torch.float64),
-            # Of the factors that are projected: in the paper's form they are ΔW to float32 rounding only, and what a
-            # projection misses is the difference of two energies.
+            # The energy of the factors that are projected: in the paper's form they equal ΔW only to float32 rounding,
+            # and the loss of a projection is the difference of two energies.
             kept_energy(self.left_NC, self.right_DC, ranks),
         )
 
@@ -302,7 +303,7 @@ class _Factors:
 
 
 def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
-    """w of the stack; an update that is zero, to float32's normal numbers, has no direction to protect."""
+    """Weight w in the stack; 1 for an update that is zero in float32, which has no direction to protect."""
     energy = update_energy(update)
     if settings.weighting == "energy" or energy < SMALLEST_NORM**2:
         return 1.0
@@ -310,10 +311,10 @@ def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
 
 
 def _misses_everybody(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, settings: SubspaceSettings) -> bool:
-    """Whether the cap leaves nothing of any task.
+    """Whether `rank_max` leaves nothing of any task.
 
-    Each side chooses its strongest directions alone. Where few are allowed, those of the outputs may be one task's and
-    those of the inputs another's, and no update has a part in both.
+    Each side chooses its strongest directions by itself. If few are allowed, the output directions may belong to one
+    task and the input directions to another, and then no update has a part in both.
     """
     cap = settings.rank_fixed or settings.rank_max
     if cap >= len(arrivals.e_KS) and cap >= len(arrivals.f_KS):
@@ -325,7 +326,7 @@ def _misses_everybody(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBloc
 
 
 def _partners(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, settings: SubspaceSettings) -> Tensor:
-    """An order of the inputs' directions: those first that hold most of what the outputs' leading ones keep."""
+    """An order of the input directions: first those that hold most of what the leading output directions keep."""
     everyone = TaskBlock.joined([*([tasks.settled.moved(to_full)] if tasks.task_ids else []), arrivals])
     cap = settings.rank_fixed or settings.rank_max
     energy_J = torch.zeros(len(everyone.f_KS), dtype=torch.float64)
@@ -337,10 +338,10 @@ def _partners(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, setti
 def _ranks(
     tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, shape: tuple[int, int], settings: SubspaceSettings
 ) -> tuple[int, int]:
-    """How many directions each side keeps: fixed, or what `choose_ranks` says for all tasks.
+    """How many directions each side keeps: a fixed number, or the result of `choose_ranks` for all tasks.
 
-    Not all of them are asked. The answer for the tightest is the answer for everybody whose promise it keeps; whoever
-    it fails joins those who are asked, until it fails nobody.
+    `choose_ranks` is first run for the few tasks that are nearest to their promise. If the result breaks the promise of
+    other tasks, these are added and it is run again, until no promise is broken. The result is that for all tasks.
     """
     most_out, most_in = len(arrivals.e_KS), len(arrivals.f_KS)
     fixed = settings.rank_max if settings.variant == "paper" else None

@@ -1,4 +1,4 @@
-"""How far one basis spans another. On numpy's arrays, alone: who compares two versions waits for no other import."""
+"""How far one basis spans another. Uses numpy alone, so that comparing two versions loads no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How much it matters in which order adapters arrived: the same adapters merged again in other orders, in memory.
+"""How much the order of merging matters: the same adapters merged again in other orders, in memory.
 
-A merge keeps what every earlier merge left, so a task that comes early is projected more often than one that comes
-late. Merged all at once there is no order; that is the reference. Nothing is written, no version is changed.
+Every merge projects all earlier tasks, so a task that is merged early is projected more often than one that is merged
+late. The reference is to merge all adapters at once, which has no order. Nothing is written, no version is changed.
 """
 
 from __future__ import annotations

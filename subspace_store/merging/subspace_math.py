@@ -17,13 +17,13 @@ from torch import Tensor
 from subspace_store.adapter import ModuleUpdate
 
 ROUNDING = 1e-6
-"""What arrives outside a basis is float32 rounding, not information, if it is below this share of what it is part of:
-6e-8 of an adapter's own, and 8e-7 of a basis that was rounded at each of 300 merges (measured 2026-11-21). Never
-measured against other tasks: one that is 1e-8 as large as they are is as much information."""
+"""Share of an update's norm below which its part outside a basis is float32 rounding, not information. Rounding is 6e-8
+of the adapter itself, and 8e-7 of a basis that was rounded at each of 300 merges (measured 2026-11-21). Other tasks do
+not count: an update that is 1e-8 times as large as theirs is information as well."""
 
 SLACK = 1e-12
-"""Energies that differ by less than this share are equal: ROUNDING squared, and far above what sums of float64 squares
-in different orders differ by."""
+"""Relative difference below which two energies count as equal: ROUNDING squared. Sums of float64 squares in different
+orders differ by far less."""
 
 TASKS_PER_CHUNK = 128
 """Tasks whose K×K energy tables are held at once; 128 tables of 64×64 doubles are 4 MiB."""
@@ -58,9 +58,9 @@ class Extension:
     """A basis after columns were added, strongest direction first."""
 
     directions_NJ: Tensor
-    """Orthonormal, float64."""
+    """Orthonormal columns, float64."""
     energy_J: Tensor
-    """Squared singular values of everything merged, now included."""
+    """Squared singular values of all merged updates, the new ones included."""
     transport_JK: Tensor
     """The old basis in the new directions: directionsᵀ·basis."""
 
@@ -76,13 +76,13 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C:
         basis_NK: Orthonormal, float64.
         energy_K: λ, the squared singular values of everything merged before.
         columns_NC: X, the weighted columns that arrive, float64.
-        size_C: Norm of what each column is part of, and its rounding relative to: see `ROUNDING`.
+        size_C: Norm of the update that each column belongs to; rounding is relative to it, see `ROUNDING`.
 
     Returns:
-        J ≤ K + C directions: they span the basis, and of each column everything above its rounding.
+        J ≤ K + C directions that span the basis and, of each column, everything above its rounding.
 
     Cost:
-        O(N·(K+C)² + (K+C)³), whatever was merged before.
+        O(N·(K+C)² + (K+C)³), independent of the number of earlier merges.
 
     Source:
         M. Brand, Fast low-rank modifications of the thin singular value decomposition (2006), sections 2–3.
@@ -93,7 +93,7 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C:
     # Once more: a column that lies almost inside the span leaves a residual that is mostly rounding.
     again_KC = basis_NK.T @ residual_NC
     projected_KC, residual_NC = projected_KC + again_KC, residual_NC - basis_NK @ again_KC
-    # At its own size each: no update hides what a smaller one adds.
+    # Each relative to its own size, so that a large update does not hide what a small one adds.
     size_C = torch.where(size_C > 0, size_C, torch.ones_like(size_C))
     fresh_NC, triangle_CC = torch.linalg.qr(residual_NC / size_C)
     fresh_CF, share_F, _ = torch.linalg.svd(triangle_CC, full_matrices=False)
@@ -139,8 +139,8 @@ def choose_ranks(
 ) -> tuple[int, int]:
     """How many leading directions each side keeps.
 
-    Each task must keep min(energy_ratio_min · delivered, what rank_max directions per side can hold). So a task
-    that an earlier cap already took below its share loses nothing more unless the cap forces it again.
+    Each task must keep min(energy_ratio_min · delivered, what rank_max directions per side can hold). So a task that
+    rank_max has already taken below its share in an earlier merge loses more only where rank_max forces it again.
 
     Args:
         e_JS, f_JS: Coefficients of all tasks in the full bases after the merge, strongest direction first.
@@ -185,7 +185,8 @@ def canonical_in_basis(p_NK: Tensor, q_DK: Tensor, e_KR: Tensor, f_KR: Tensor) -
 def _kept_tables(
     e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int], delivered_T: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per chunk of tasks: table[i, a, b] = energy of task i in the leading a and b directions, and its delivered."""
+    """For each chunk of tasks: table[i, a, b] = energy of task i in the leading a and b directions; delivered
+    energies."""
     column = 0
     for first in range(0, len(ranks), TASKS_PER_CHUNK):
         chunk = ranks[first : first + TASKS_PER_CHUNK]

@@ -1,8 +1,8 @@
-"""Other ways to make one thing of many adapters, behind one function, to compare with.
+"""Other ways to merge many adapters, behind one function, for comparison.
 
-All of them are pure and see every adapter at once, as delivered: nothing here knows versions or storage. None but
-`canonical` and `paper` gives each task an update of its own. Axes: N outputs, D inputs, R rank, C columns of
-several updates side by side.
+All of them are pure and see every adapter at once, as delivered: nothing here knows versions or storage. Only
+`canonical`, `paper` and `separate` keep an update of its own for each task. Axes: N outputs, D inputs, R rank, C
+columns of several updates side by side.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TASK_ARITHMETIC_FACTOR = 0.4
 
 @dataclass(frozen=True)
 class Merged:
-    """What one variant makes of all adapters."""
+    """The result of one variant for all adapters."""
 
     updates: Mapping[str, Mapping[str, ModuleUpdate]]
-    """Task id to module to update. `mean`, `ties` and `task_arithmetic` give every task the same, in every module."""
+    """Task id to module to update. `mean`, `ties` and `task_arithmetic` give every task the same updates."""
     stored_numbers: int
-    """Numbers that serving all tasks needs, heads not counted."""
+    """Numbers that have to be stored to serve all tasks, heads not counted."""
     error: Mapping[str, float]
     """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules; ΔW is zero in a module that the task does not adapt."""
 
@@ -60,7 +60,7 @@ def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: Subsp
         InvalidInput: `paper`, and an adapter whose factors B and A are not known.
 
     Cost:
-        `ties` forms each module's ΔW densely, three matrices at a time, and takes its whole SVD. The others never.
+        `ties` forms each module's ΔW densely, three matrices at a time, and takes its full SVD. The others do not.
     """
     if variant == "separate":
         kept = {task: adapter.modules for task, adapter in adapters.items()}
@@ -87,7 +87,7 @@ def _task_arithmetic(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
 
 
 def _ties(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
-    """Trim, elect signs, disjoint mean, on ΔW: B and A are not unique, so their entries mean nothing apart."""
+    """Trim, elect signs, disjoint mean, on ΔW: B and A are not unique, so their single entries have no meaning."""
     total_ND = sum((_trimmed(update) for update in updates), torch.zeros(updates[0].shape))
     agreeing_ND, count_ND = torch.zeros_like(total_ND), torch.zeros_like(total_ND)
     for update in updates:

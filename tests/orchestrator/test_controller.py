@@ -374,6 +374,7 @@ def test_a_task_that_harms_an_earlier_one_is_rejected_and_the_earlier_one_stays(
     plant.run()
     assert plant.states() == {"red/a": "published", "blue/b": "rejected"}
     assert plant.get("blue/b").reason.startswith("red/a would fall from 0.9000 at birth to 0.8000")
+    assert plant.get("blue/b").trouble == ("drop",)
     assert plant.held() == plant.held("candidate") == ["red/a"]
 
 
@@ -383,6 +384,7 @@ def test_an_evaluation_that_always_fails_rejects_the_version_after_its_tries(pla
     plant.run()
     assert plant.states() == {"red/alpha": "rejected"}
     assert "it could not be scored" in plant.get("red/alpha").reason
+    assert plant.get("red/alpha").trouble == ("not-scored",)
     assert "fault of kind bug" in plant.get("red/alpha").reason
     assert len(plant.cluster.evaluations) == EVALUATION_TRIES == 3
 
@@ -920,8 +922,10 @@ def test_a_rollback_parks_the_tasks_that_vanish_and_rolling_forward_restores_the
         "main was rolled back to version 1, before this task's 2; "
         "`onebasis rollback 2` brings it back, or submit it again"
     )
+    assert plant.get("red/b").trouble == ("rolled-back",)
     _roll(plant, 2)
     assert plant.states() == {"red/a": "published", "red/b": "published", "blue/c": "parked"}
+    assert plant.get("red/b").trouble == ()
     _roll(plant, 0)
     assert set(plant.states().values()) == {"parked"}
     _roll(plant, 3)
@@ -950,6 +954,7 @@ def test_the_newest_task_is_told_that_it_was_removed_and_not_that_main_was_rolle
     assert plant.get("red/b").reason == (
         "removed from the subspace: main is version 1 again; submit it again to merge it"
     )
+    assert plant.get("red/b").trouble == ("removed",)
 
 
 def test_a_removed_task_is_parked_and_told_so_and_the_others_have_their_new_versions_of_birth(plant: Plant) -> None:
@@ -961,6 +966,7 @@ def test_a_removed_task_is_parked_and_told_so_and_the_others_have_their_new_vers
     assert plant.get("red/b").reason == (
         "removed from the subspace: version 5 was made again without it; submit it again to merge it"
     )
+    assert plant.get("red/b").trouble == ("removed",)
     assert [plant.get(title).version for title in ("red/a", "blue/c", "blue/d")] == [1, 5, 6]
     _roll(plant, 1)  # version 5 was on the way to 6 and never main: nobody can roll to it
     assert plant.get("blue/c").reason == (

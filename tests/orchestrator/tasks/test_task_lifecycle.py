@@ -23,6 +23,7 @@ from orchestrator.tasks.task_events import (
     MergeRefused,
     MergeUndone,
     PreemptRequested,
+    Reason,
     Refined,
     RefinedAgain,
     RefinementRefused,
@@ -109,6 +110,59 @@ ALL = (
     queued, training, merging, begun, to_refine, refining, trained_again, evaluating, published,
     rejected, parked, rolled_back, cancelled,
 )  # fmt: skip
+
+
+# --- why, for programs ---------------------------------------------------------------------------------------------
+
+
+def failed(fault: str) -> TrainingFailed:
+    return TrainingFailed(token="tok", fault=fault, message="why", at=1010.0)
+
+
+@pytest.mark.parametrize(
+    ("made", "trouble"),
+    [
+        (lambda: after(training(), failed("lost")), (Reason.MACHINE_LOST,)),
+        (lambda: after(training(), failed("bug")), (Reason.INTERNAL_ERROR,)),
+        (lambda: after(training(), failed("preempted")), (Reason.PREEMPTED,)),
+        (lambda: after(training(), failed("input")), (Reason.BAD_INPUT,)),
+        (lambda: after(training(), CancelRequested("ann", 1.0), failed("cancelled")), (Reason.CANCELLED,)),
+        (lambda: after(queued(), CancelRequested("ann", 1.0)), (Reason.CANCELLED,)),
+        (lambda: after(merging(), MergeRefused("no", 1.0)), (Reason.MERGE_REFUSED,)),
+        (lambda: after(merging(), MergeRefused("two", 1.0, Reason.NAME_TAKEN)), (Reason.NAME_TAKEN,)),
+        (lambda: after(evaluating(), Judged(False, "worse", 1.0, ("drop", "min-score"))), ("drop", "min-score")),
+        (lambda: after(published(), RolledBack("gone", 1.0)), (Reason.ROLLED_BACK,)),
+        (lambda: after(published(), RolledBack("gone", 1.0, Reason.REMOVED)), (Reason.REMOVED,)),
+    ],
+)
+def test_a_task_that_stands_still_says_why_in_codes(made: Any, trouble: tuple[str, ...]) -> None:
+    record = made()
+    assert record.trouble == trouble
+    assert TaskRecord.model_validate_json(record.model_dump_json()).trouble == trouble
+
+
+@pytest.mark.parametrize("made", [queued, training, merging, evaluating, published, to_refine, refining])
+def test_a_task_that_goes_on_is_in_no_trouble(made: Any) -> None:
+    assert made().trouble == ()
+
+
+@pytest.mark.parametrize("event", [CLAIMED, Restored("main holds it", 2)])
+def test_what_is_over_is_not_told_any_more(event: Event) -> None:
+    before = after(training(), failed("lost")) if event is CLAIMED else rolled_back()
+    assert before.trouble
+    assert after(before, event).trouble == ()
+
+
+@pytest.mark.parametrize("made", [rejected, parked, cancelled])
+def test_a_record_of_a_release_without_codes_has_the_row_of_its_state(made: Any) -> None:
+    old = made().model_dump(mode="json")
+    del old["reason_codes"]
+    assert TaskRecord.model_validate(old).trouble == (old["state"],)
+
+
+def test_a_code_of_a_newer_release_is_kept_and_told() -> None:
+    newer = parked().model_dump(mode="json") | {"reason_codes": ["not-known-yet"]}
+    assert TaskRecord.model_validate(newer).trouble == ("not-known-yet",)
 
 
 # --- the arrows --------------------------------------------------------------------------------------------------
