@@ -46,10 +46,10 @@ class StandInCluster:
         self._memory: dict[str, dict[str, Future[Any]]] = {f"worker-{n}": {} for n in range(workers)}
         self._lock = threading.RLock()
         self._store: SubspaceStore | None = None
-        with contextlib.suppress(OnebasisError):  # as the actor's constructor
-            self._opened()
         self.load_error: Exception | None = None
         """Why no worker can load the base model."""
+        with contextlib.suppress(OnebasisError):  # as the actor's constructor
+            self._store = None if read_format(storage) is None else self._open_store()
         self.local: Callable[[str], float] = lambda title: 0.9
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
@@ -273,9 +273,9 @@ class StandInCluster:
         )
 
     def _opened(self) -> SubspaceStore:
-        """As the actor does: a store that is not there yet is made by `open_store` alone."""
+        """As the actor's, whose store is made when a worker has loaded the base model: here that takes no time."""
         if self._store is None:
-            if read_format(self._storage) is None:
+            if self.load_error is not None and read_format(self._storage) is None:
                 raise NotWritten("there is no store yet")
             self._store = self._open_store()
         return self._store
