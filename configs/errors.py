@@ -5,7 +5,10 @@ OnebasisError
 ├── InvalidInput   fix the input and submit again; never retried
 │   ├── RefusedAdapters   some of several cannot be merged: which, it says
 │   ├── TooLarge   a document or a body has more bytes than one may have
-│   └── TooSlow    checking what was submitted takes longer than it may
+│   ├── TooSlow    checking what was submitted takes longer than it may
+│   └── UnusableStore     no store of this service can be at this address
+│       ├── OtherBaseModel   the store there belongs to another base model
+│       └── UnsafeStorage    the server lets two writers overwrite each other
 ├── NotFound       no such task, version, team for you
 │   └── MissingAdapters   some of several are not there: which, it says
 ├── Conflict       someone moved first: read again, then retry at once
@@ -15,9 +18,12 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── DatabaseAway   the task database does not answer: nothing of the request was kept
 │   ├── NoSignOfLife   the control plane is there and does not answer: it is stopped, or hangs
-│   ├── StoreFull  the storage has no space left: nothing of the request was written
-│   └── StoreReadOnly   the storage lets nobody write: nothing of the request was written
+│   ├── OutcomeUnknown  nobody knows whether a request was done: its key is in the error
+│   └── NotWritten      the storage refused the write: the request has failed, and is not done later
+│       ├── StoreFull      the storage has no space left
+│       └── StoreReadOnly  the storage may be read and not written
 ├── Rejected       the result is worse than the rule allows: a person decides
 └── Corrupt        stored bytes are not what was written: stop, touch nothing
     └── UnreadableTask  a task's row says what this release cannot read; all other tasks go on
@@ -130,6 +136,24 @@ class TooSlow(InvalidInput):
     limit: float
 
 
+class UnusableStore(InvalidInput):
+    """What is at the store's address cannot be a store of this service: a person chooses another address or setting."""
+
+    code = "unusable-store"
+
+
+class OtherBaseModel(UnusableStore):
+    """The store belongs to another base model, or to other weights of the same name."""
+
+    code = "other-base-model"
+
+
+class UnsafeStorage(UnusableStore):
+    """The server does not keep the rule that one of two writers is refused: a store there would lose versions."""
+
+    code = "unsafe-storage"
+
+
 class NotFound(OnebasisError):
     """There is no such task, version, team or key for you."""
 
@@ -210,19 +234,42 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class DatabaseAway(Unavailable):
+    """The task database does not answer, is locked, full or read-only; nothing of the request was kept."""
+
+    code = "database-away"
+
+
 class NoSignOfLife(Unavailable):
     """The control plane's process is there and answers nothing at all: it is stopped, or hangs."""
 
     code = "no-sign-of-life"
 
 
-class StoreFull(Unavailable):
+class OutcomeUnknown(Unavailable):
+    """The request was sent and not answered: it was done, or not. Asked again under the same key, it is done once."""
+
+    code = "outcome-unknown"
+    facts = ("op_key", "seq")
+    op_key: str
+    seq: int
+    """Of the record that it would be; 0 where that is not known. Once the log has a record of this number, the request
+    was done, or never will be unless it is asked again."""
+
+
+class NotWritten(Unavailable):
+    """The storage refused the write: what was asked for has failed, and is not done later."""
+
+    code = "not-written"
+
+
+class StoreFull(NotWritten):
     """The storage has no space left; what was asked for has failed, and is not done later."""
 
     code = "store-full"
 
 
-class StoreReadOnly(Unavailable):
+class StoreReadOnly(NotWritten):
     """The storage may be read and not written; what was asked for has failed, and is not done later."""
 
     code = "store-read-only"
@@ -257,6 +304,9 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     RefusedAdapters,
     TooLarge,
     TooSlow,
+    UnusableStore,
+    OtherBaseModel,
+    UnsafeStorage,
     NotFound,
     MissingAdapters,
     Conflict,
@@ -266,7 +316,10 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    DatabaseAway,
     NoSignOfLife,
+    OutcomeUnknown,
+    NotWritten,
     StoreFull,
     StoreReadOnly,
     Rejected,

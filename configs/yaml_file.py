@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InvalidInput
-from configs.limits import DEPTH_MAX, VALUES_MAX, check_values, read_bytes, short, too_deep
+from configs.limits import DEPTH_MAX, KEYS_MAX, VALUES_MAX, check_values, read_bytes, short, too_deep
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = "<<"
@@ -194,6 +194,8 @@ class _Builder:
             while not isinstance(inner := next(events), end):
                 children.append(self._node(inner, events, depth + 1))
                 size += children[-1].size
+                if len(children) > 2 * KEYS_MAX and end is yaml.MappingEndEvent:
+                    raise self._wrong(inner, f"a mapping has more than {KEYS_MAX:,} keys by then", "write fewer")
                 if size > VALUES_MAX:
                     what = f"has more than {VALUES_MAX:,} values by then, those of aliases counted wherever they stand"
                     raise self._wrong(inner, what, "write fewer")

@@ -18,9 +18,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NameTaken, NotFound, OnebasisError, OwnedByAnother
+from configs.errors import (
+    Conflict,
+    Corrupt,
+    Fenced,
+    InvalidInput,
+    NameTaken,
+    NotFound,
+    NotWritten,
+    OnebasisError,
+    OwnedByAnother,
+    Unavailable,
+    UnusableStore,
+)
 from configs.settings import Settings
-from orchestrator.cluster import Call, Cluster
+from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
+from orchestrator.cluster import Call, Cluster, MachineLost
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
 from orchestrator.pending_calls import PendingCalls
@@ -49,6 +62,10 @@ from workers.results import read_results
 log = logging.getLogger("onebasis.controller")
 
 EVALUATION_TRIES = 3
+FULL_SECONDS = 5.0
+"""A store that took nothing is asked again this often: space comes back when a person makes some."""
+WRITING = "merging and publishing"
+"""What alarms of the writer's requests are about."""
 UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
 HELD_SECONDS = 5.0
 """While `main` is held the log is read this often: somebody may release it without telling this process."""
@@ -69,6 +86,7 @@ class Candidate:
         unused_files: UnusedFiles,
         changed: Callable[[], None],
         main_moved: Callable[[], None],
+        alarms: Alarms,
     ) -> None:
         """
         Args:
@@ -86,10 +104,11 @@ class Candidate:
         self._unused_files = unused_files
         self._changed = changed
         self._main_moved = main_moved
+        self._alarms = alarms
         self._verdict = VerdictInProgress()
         self._refinement = Refinement(settings, queue, store, cluster, pending_calls, pool, unused_files, self._verdict)
-        self.alarm = ""
-        """Why nothing is merged or published any more; empty while all is well."""
+        self._is_stopped = False
+        """What only a person can end keeps the store from being written: nothing is merged or published any more."""
         self.ousted_by: OwnedByAnother | None = None
         """Who has the store by now: nothing is begun any more."""
 
@@ -100,7 +119,7 @@ class Candidate:
             live: The tasks that have not ended and do not wait for a worker.
             others_wait: Whether tasks wait for a worker to be trained.
         """
-        if self.alarm or self._pending_calls.writing or not self._pending_calls.may("store"):
+        if self._is_stopped or self._pending_calls.writing or not self._pending_calls.may("store"):
             return
         self._refinement.call_off()
         unjudged = [record for record in live if record.state in UNJUDGED]
@@ -294,12 +313,8 @@ class Candidate:
         self._pending_calls.wake(log_moved=True)
         try:
             answer = self._cluster.result(call)
-        except Corrupt as error:
-            # Stored bytes are not what was written: nothing is written any more until a person has looked.
-            self.alarm = f"the store is damaged, nothing is merged or published: {error}"
-            log.critical("the store is damaged, nothing will be merged or published: %s", error)
-        except OwnedByAnother as error:
-            self.oust(error)
+        except (Corrupt, UnusableStore, OwnedByAnother) as error:
+            self.stop(error)
         except Fenced as error:
             # Another writer took over (a rollback from outside): ours must open anew.
             log.warning("'%s' was fenced: %s", request.operation, error)
@@ -321,20 +336,46 @@ class Candidate:
                 case _, Conflict():
                     log.info("'%s' is out of date, the log is read again: %s", request.operation, error)
                     self._pending_calls.later("store")
-                case _:
+                case _, NotWritten():
+                    # Nothing was written, and no task answers for it: the same is asked for again until there is space.
+                    self._alarms.ring_for(error, WRITING)
+                    self._pending_calls.later("store", FULL_SECONDS)
+                case _, MachineLost():
                     # Nobody knows whether it is in: the same operation key is asked again and answers either way.
                     log.warning("the outcome of '%s' is unknown, asking again: %s", request.operation, error)
                     self._pending_calls.later("store")
+                case _, Unavailable():
+                    self._alarms.ring_for(error, WRITING)
+                    self._pending_calls.later("store")
+                case _, OnebasisError():
+                    self._alarms.ring_for(error, WRITING)
+                    self._pending_calls.later("store", FULL_SECONDS)
+                case _:
+                    what = f"'{request.operation}' failed inside the store's writer: {type(error).__name__}: {error}"
+                    if not self._alarms.rings(AlarmCode.STEP_FAILED):
+                        log.error("%s", what, exc_info=error)
+                    self._alarms.ring(AlarmCode.STEP_FAILED, WRITING, what)
+                    self._pending_calls.later("store", FULL_SECONDS)
         else:
+            self._alarms.end_all(WRITING, *WRITE_CODES, AlarmCode.STEP_FAILED)
             if isinstance(request, Merge):
                 self._apply(_tasks(request), Merged(answer.number))
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
 
-    def oust(self, error: OwnedByAnother) -> None:
-        """Another service has taken the store over, deliberately: this one stops."""
-        if self.ousted_by is None:
-            log.critical("this service stops: %s", error)
-        self.alarm, self.ousted_by = f"this service has stopped: {error}", error
+    def stop(self, error: OnebasisError) -> None:
+        """What only a person can end: stored bytes are not what was written, the store is another service's, or it is
+        no store for this one. No task answers for it. Other errors are not for here."""
+        if not isinstance(error, Corrupt | UnusableStore | OwnedByAnother):
+            return
+        self._is_stopped = True
+        if isinstance(error, Corrupt):
+            what = f"the store is damaged, nothing is merged or published: {error.where}: {error.what}"
+            self._alarms.ring(AlarmCode.STORE_DAMAGED, "store", what)
+        elif isinstance(error, OwnedByAnother):
+            self.ousted_by = error
+            self._alarms.ring(AlarmCode.OUSTED, "store", f"this service has stopped: {error.what}", error.todo)
+        else:
+            self._alarms.ring_for(error, WRITING)
         self._changed()
 
     def _park_double(self, request: Merge, error: NameTaken) -> None:

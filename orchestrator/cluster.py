@@ -29,6 +29,10 @@ class MachineLost(Unavailable):
     """The process that should have answered is gone; whether it did its work is unknown."""
 
 
+class ProcessEnded(MachineLost):
+    """It is known that the process has ended, or could not be made."""
+
+
 class Cluster(Protocol):
     """Gives work out and collects what came of it."""
 
@@ -65,8 +69,16 @@ class Cluster(Protocol):
         """Ask the subspace's one writer; the call's result is the request's answer."""
         ...
 
+    def open_store(self, base_sha256: str) -> Call:
+        """Have the writer open the store, or make it: a worker has loaded the base model, and these are its weights."""
+        ...
+
+    def store_sign(self) -> Call:
+        """Ask the writer for a sign of life, beside what it is writing; the result is its process id."""
+        ...
+
     def replace_store(self) -> None:
-        """End a writer that was fenced; a fresh one acquires the next epoch."""
+        """End a writer that was fenced or is silent; a fresh one acquires the next epoch."""
         ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
@@ -74,7 +86,12 @@ class Cluster(Protocol):
         ...
 
     def result(self, call: Call) -> Any:
-        """What a landed call brought. Raises MachineLost, or what was raised on the other side."""
+        """What a landed call brought.
+
+        Raises:
+            ProcessEnded: The process is known to be gone; MachineLost when it is out of reach.
+            Else what was raised on the other side.
+        """
         ...
 
 
@@ -146,8 +163,24 @@ class RayCluster:
     def write(self, request: StoreRequest[Any]) -> Call:
         return self._actor("store").do.remote(request)
 
+    def open_store(self, base_sha256: str) -> Call:
+        return self._actor("store").open.remote(base_sha256)
+
+    def store_sign(self) -> Call:
+        return self._actor("store").pid.remote()
+
     def replace_store(self) -> None:
         self._end("store")
+
+    def probe(self) -> None:
+        """Ask the GCS which machines there are.
+
+        Raises:
+            Unavailable: None of them is alive.
+        """
+        nodes = self._ray.nodes()
+        if not any(node["Alive"] for node in nodes):
+            raise Unavailable(f"none of its {len(nodes)} machines is alive")
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
         done, _ = self._ray.wait(list(calls), num_returns=1, timeout=timeout_seconds, fetch_local=False)
@@ -157,12 +190,14 @@ class RayCluster:
         return list(more)
 
     def result(self, call: Call) -> Any:
-        lost = (self._ray.exceptions.RayActorError, self._ray.exceptions.WorkerCrashedError)
+        errors = self._ray.exceptions
         try:
             return self._ray.get(call)
-        except lost as error:
-            raise MachineLost(str(error).split("\n")[0]) from error
-        except self._ray.exceptions.RayTaskError as error:
+        except errors.ActorUnavailableError as error:
+            raise MachineLost("its process is out of reach") from error
+        except (errors.RayActorError, errors.WorkerCrashedError) as error:
+            raise ProcessEnded(_cause(error)) from error
+        except errors.RayTaskError as error:
             # Ray wraps what the other side raised; callers catch our errors as themselves.
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
@@ -215,6 +250,12 @@ class RayCluster:
                     self._namespace,
                 )
         return self._actors[name]
+
+
+def _cause(error: Exception) -> str:
+    """In one line: where an actor's constructor failed, Ray's text ends with what it raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] and len(lines) > 1 else lines[0]
 
 
 def namespace(settings: Settings, service: Identity) -> str:

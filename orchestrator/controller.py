@@ -10,22 +10,27 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from configs.errors import OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
+from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.candidate import Candidate
 from orchestrator.cluster import Call, Cluster
 from orchestrator.pending_calls import (
     POLL_SECONDS,
     RETRY_SECONDS,
     Asking,
+    Opening,
     Ordered,
     PendingCall,
     PendingCalls,
+    Sign,
     Warming,
     Writing,
 )
 from orchestrator.scheduling.fair_share import running_order, running_seconds
+from orchestrator.store_writer import StoreWriter
 from orchestrator.tasks.task_events import Event, Restored, RolledBack, TrainingDone, TrainingFailed
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step
 from orchestrator.tasks.task_queue import TaskQueue
@@ -41,6 +46,11 @@ from workers.orders import BaseLayout, Evaluate, Failed, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
 
+LOOP = "the control plane's loop"
+"""What alarms of a failed step are about."""
+LOOP_CODES = (*WRITE_CODES, AlarmCode.DATABASE_AWAY, AlarmCode.STEP_FAILED)
+DELETING = "deleting unused files"
+DELETE_AGAIN_SECONDS = 10.0
 PREEMPT_SECONDS = 60.0
 """Longest wait for the checkpoints of what trains when the service ends: a step, and an upload."""
 
@@ -57,13 +67,16 @@ class Controller:
         cluster: Cluster,
         service: Identity | None = None,
         changed: Callable[[], None] = lambda: None,
+        alarms: Alarms | None = None,
     ) -> None:
         """
         Args:
             store: A reader; writing goes through the cluster's store actor.
             service: This one; None where the store is nobody's.
             changed: Called when there is something new to report.
+            alarms: Where to ring; default: its own.
         """
+        self.alarms = Alarms() if alarms is None else alarms
         self._settings = settings
         self._queue = queue
         self._store = store
@@ -71,7 +84,7 @@ class Controller:
         self._service = service
         self._changed = changed
         self._pending_calls = PendingCalls(cluster)
-        self._pool = WorkerPool(cluster, self._pending_calls, queue, settings.workers)
+        self._pool = WorkerPool(cluster, self._pending_calls, queue, settings.workers, self.alarms)
         self._unused_files = UnusedFiles(queue, storage, self._held)
         self._held_at: tuple[int, Held] = (-1, Held())
         """What the versions hold, and the sequence number of the log at which that was worked out."""
@@ -86,17 +99,19 @@ class Controller:
             self._unused_files,
             changed,
             self._look_at_main,
+            self.alarms,
         )
+        lease_seconds = settings.workers.lease_seconds
+        self._writer = StoreWriter(cluster, self._pending_calls, self.alarms, lease_seconds, self._candidate.stop)
         self._started_at = time.time()
         self._main_followed = -1
         self.wake(log_moved=True)
         self.healthy_at = 0.0
         """Unix time of the last step that went through."""
-
-    @property
-    def alarm(self) -> str:
-        """Why nothing is merged or published any more; empty while all is well."""
-        return self._candidate.alarm
+        self.turned_at = self._started_at
+        """Unix time of the last step that ended, well or not."""
+        self.doing = "starting"
+        """What the step under way does, for people."""
 
     @property
     def ousted_by(self) -> OwnedByAnother | None:
@@ -119,7 +134,24 @@ class Controller:
 
     def describe_workers(self) -> dict[str, str]:
         """Worker to what it does, for people."""
+        if self.alarms.rings(AlarmCode.RAY_DOWN):
+            return dict.fromkeys(self._pool.workers, "out of reach: Ray does not work")
         return {name: str(worker) for name, worker in self._pool.workers.items()}
+
+    @property
+    def store_is_open(self) -> bool:
+        """Whether the writer has opened the store for the base model that the workers have loaded."""
+        return self._writer.is_open
+
+    @property
+    def store_error(self) -> OnebasisError | None:
+        """Why the writer cannot open the store."""
+        return self._writer.error
+
+    @property
+    def heard_at(self) -> float:
+        """Unix time since which every worker and the store's writer have given a sign of life; 0 before the first."""
+        return min(self._writer.heard_at, *(worker.heard_at for worker in self._pool.workers.values()))
 
     def is_refining(self, version: int) -> bool:
         """Whether workers refine tasks in a version."""
@@ -138,24 +170,37 @@ class Controller:
         """A task ended outside the loop: what it needs no more of its files goes in the next step. Thread-safe."""
         self._unused_files.due((task_id,))
 
+    def submission(self, task_id: str) -> AbstractContextManager[None]:
+        """While it lasts, files of a task may be there that has no row yet. Thread-safe."""
+        return self._unused_files.submission(task_id)
+
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
         while not stop.is_set():
             try:
-                self.step()
+                if self.step():
+                    self.alarms.end_all(LOOP, *LOOP_CODES)
                 self.healthy_at = time.time()
-            except Unavailable as error:
-                log.warning("will retry: %s", error)
+            except Exception as error:
+                self._tell(error)
+                self.turned_at = time.time()
                 stop.wait(RETRY_SECONDS)
                 self.wake()
-            except Exception:
-                log.exception("a step failed; it is tried again")
-                stop.wait(RETRY_SECONDS)
-                self.wake()
+            self.turned_at = time.time()
         try:
             self._preempt_all()
         except Exception:
             log.exception("what trains goes on from its last checkpoint")
+
+    def _tell(self, error: Exception) -> None:
+        """Why a step failed, as an alarm; in the log once, however often it is tried again."""
+        if isinstance(error, OnebasisError):
+            self.alarms.ring_for(error, LOOP)
+            return
+        if not self.alarms.rings(AlarmCode.STEP_FAILED):
+            log.error("a step failed; it is tried again", exc_info=error)
+        what = f"{LOOP} fails while it is {self.doing}: {type(error).__name__}: {error}"
+        self.alarms.ring(AlarmCode.STEP_FAILED, LOOP, what)
 
     def _preempt_all(self) -> None:
         """Have everything that trains write a checkpoint, and wait until it has; nothing new is begun.
@@ -172,19 +217,25 @@ class Controller:
                 self._take(call, pending)
         log.info("%d of %d that trained were stopped", sum(worker.order is None for worker in training), len(training))
 
-    def step(self) -> None:
-        """One turn: what landed, who is alive, what is next."""
-        if self._main_followed >= 0 and self._candidate.ousted_by is None:
-            # Not before the log was read: files that another service's tasks need are none of ours to delete.
-            self._unused_files.delete_due()
+    def step(self) -> bool:
+        """One turn: what landed, who is alive, what is next.
+
+        Returns:
+            Whether it looked at everything: the log if it has moved, and the database.
+        """
+        self._delete_unused()
+        self.doing = "taking in what the workers and the store's writer answered"
         for call, pending in self._pending_calls.landed():
             self._take(call, pending)
-            if not isinstance(pending, Asking):
+            if not isinstance(pending, Asking | Sign):
                 self.wake()
         self._pool.listen()
+        if self._candidate.ousted_by is None:
+            self._writer.listen(self._pool.layout)
         if not self._pending_calls.woken():
-            return
+            return False
         if self._pending_calls.log_moved.is_set():
+            self.doing = f"reading the version log at {self._store.storage.url}"
             self._pending_calls.log_moved.clear()
             try:
                 expired = self._store.state.expired
@@ -198,17 +249,33 @@ class Controller:
                 raise
         if self._candidate.ousted_by is not None:
             self._stop_work()
-            return
+            return True
+        self.doing = "reading the task database and giving orders"
         live = self._queue.in_flight()
         # First what workers do already: nothing else may be given to them after a restart, it would wait behind that.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
         self._candidate.advance(live, self._queue.is_anyone_waiting())
         self._train(live)
+        return True
+
+    def _delete_unused(self) -> None:
+        """Files that nobody needs. A storage that lets nobody delete stops nothing else."""
+        if self._main_followed < 0 or self._candidate.ousted_by is not None or not self._pending_calls.may("delete"):
+            # Not before the log was read: files that another service's tasks need are none of ours to delete.
+            return
+        self.doing = "deleting files that no task needs"
+        try:
+            self._unused_files.delete_due()
+        except Unavailable as error:
+            self.alarms.ring_for(error, DELETING)
+            self._pending_calls.later("delete", DELETE_AGAIN_SECONDS)
+        else:
+            self.alarms.end_all(DELETING, *WRITE_CODES, AlarmCode.DATABASE_AWAY)
 
     def _look_at_the_owner(self) -> None:
         owner = self._store.state.owner
         if self._service is not None and owner is not None and owner.is_another_than(self._service):
-            self._candidate.oust(owned_by_another(owner, self._store.storage.url))
+            self._candidate.stop(owned_by_another(owner, self._store.storage.url))
 
     def _stop_work(self) -> None:
         """The store is another service's: what trains writes a checkpoint, and nothing is begun."""
@@ -225,6 +292,10 @@ class Controller:
                 self._changed()
             case Asking():
                 self._pool.take_progress(call, pending)
+            case Sign():
+                self._writer.take_sign(call)
+            case Opening():
+                self._writer.take_opening(call)
             case Ordered():
                 match self._pool.take_order(call, pending):
                     case Train(again=True) as order, outcome:
@@ -254,7 +325,10 @@ class Controller:
         if not needs_training_rows(record):
             # Strict continual learning: training data is never read again once its task is trained (and refined, if it
             # asks for that) or given up.
-            self._unused_files.delete(order.task_id)
+            try:
+                self._unused_files.delete(order.task_id)
+            except Unavailable:
+                self._unused_files.due((order.task_id,))
         self._changed()
 
     # --- what is next ------------------------------------------------------------------------------------------

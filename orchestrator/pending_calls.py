@@ -42,13 +42,23 @@ class Ordered:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """The store's writer was asked to open the store, or to make it."""
+
+
+@dataclass(frozen=True)
 class Writing:
     """The store's writer was asked for something; one at a time."""
 
     request: StoreRequest[Any]
 
 
-PendingCall = Warming | Asking | Ordered | Writing
+@dataclass(frozen=True)
+class Sign:
+    """The store's writer was asked for a sign of life."""
+
+
+PendingCall = Warming | Asking | Ordered | Opening | Writing | Sign
 
 
 class PendingCalls:

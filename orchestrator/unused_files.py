@@ -1,4 +1,5 @@
-"""The files of tasks that are needed no more: rows, staged adapters, checkpoints, results of single rows.
+"""The files of tasks that are needed no more: rows, staged adapters, checkpoints, results of single rows; and what
+killed processes left of others.
 
 Which go is one pure function, `is_unused`. What it cannot know from a task's record, what the versions still hold,
 is handed in, so that nothing here reads the log.
@@ -6,21 +7,29 @@ is handed in, so that nothing here reads the log.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from configs.errors import OnebasisError
 from orchestrator.tasks.task_lifecycle import needs_training_rows
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, TaskRecord, TaskState, born_at
 from subspace_store import Storage
+from subspace_store.log.garbage import IDLE_SECONDS
+
+log = logging.getLogger("onebasis.controller")
 
 PLACES = ("data", "staging", "results")
 """Folders of the storage in which each task has one of its own, named by its id."""
-SUBMISSION_SECONDS = 3600.0
-"""No submission takes so long between its id and its row: older files of an id without a row are nobody's."""
+SUBMISSION_SECONDS = 600.0
+"""Files of an id without a row, that no submission of this process is writing, are nobody's after so long. For a second
+control plane, which should not be: one writes its row some seconds after its id, rows of gigabytes some minutes."""
 LOOK_SECONDS = 3600.0
-"""All files are looked at this often, for those of submissions that broke off."""
+"""All files are looked at this often, for what killed processes left."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +75,11 @@ def _is_old_result(key: str, record: TaskRecord, held: Held) -> bool:
     return version.isdecimal() and int(version) in held.expired and int(version) != record.version
 
 
-def is_nobodys(task_id: str, now: float) -> bool:
-    """Whether files of a task that is in no database and in no version may go: no submission of it is under way.
-
-    The age is that of the id. What is not named by one of our ids is somebody else's, and stays.
-    """
+def nobodys_at(task_id: str) -> float:
+    """Unix time from which files of a task may go that is in no database and in no version, and that no submission is
+    writing; never, if the id is none of ours: then they are somebody else's."""
     born = born_at(task_id)
-    return born is not None and now - born > SUBMISSION_SECONDS
+    return math.inf if born is None else born + SUBMISSION_SECONDS
 
 
 class UnusedFiles:
@@ -91,6 +98,17 @@ class UnusedFiles:
         """Tasks that the version that is being made may refine again: looked at when it is judged."""
         self._look_at_all = 0.0
         """Unix time."""
+        self._submissions: set[str] = set()
+        """Ids of tasks whose files are being written, and which have no row yet."""
+
+    @contextlib.contextmanager
+    def submission(self, task_id: str) -> Iterator[None]:
+        """While it lasts, the files of this id are not nobody's. Thread-safe."""
+        self._submissions.add(task_id)
+        try:
+            yield
+        finally:
+            self._submissions.discard(task_id)
 
     def due(self, task_ids: Iterable[str]) -> None:
         """Something happened to these tasks: their files are looked at in the next step. Thread-safe."""
@@ -104,8 +122,7 @@ class UnusedFiles:
         """Delete what is due. When the storage is away, it is due again."""
         now = time.time()
         if now >= self._look_at_all:
-            self.delete_all(now)
-            self._look_at_all = now + LOOK_SECONDS
+            self._look_at_all = min(now + LOOK_SECONDS, self.delete_all(now))
         elif self._due:
             self._due |= self._put_off
             self._put_off.clear()
@@ -121,13 +138,24 @@ class UnusedFiles:
         """Of one task. The files of no other are looked at."""
         self._delete([key for place in PLACES for key in self._storage.keys(f"{place}/{task_id}/")], time.time())
 
-    def delete_all(self, now: float) -> None:
-        """Of all tasks."""
-        self._delete([key for place in PLACES for key in self._storage.keys(f"{place}/")], now)
+    def delete_all(self, now: float) -> float:
+        """Of all tasks; and give up what killed processes have begun to write.
 
-    def _delete(self, keys: Collection[str], now: float) -> None:
+        Returns:
+            When more may be due that is not today's: Unix time, infinity for nothing known.
+        """
+        due = self._delete([key for place in PLACES for key in self._storage.keys(f"{place}/")], now)
+        try:
+            self._storage.abandon("", IDLE_SECONDS)
+        except OnebasisError as error:  # some servers do not let one look for such writes
+            log.warning("what killed processes have begun to write stays: %s", error)
+        return due
+
+    def _delete(self, keys: Collection[str], now: float) -> float:
         if not keys:
-            return
+            return math.inf
+        # In this order: a submission that is not under way any more has its row by now, if it was taken in.
+        under_way, due = {*self._submissions}, math.inf
         held, by_task = self._held(), {key: key.split("/")[1] for key in keys}
         ids = set(by_task.values())
         records, known = self._queue.among(ids), self._queue.known(ids)
@@ -135,9 +163,14 @@ class UnusedFiles:
         for key, task_id in by_task.items():
             record = records.get(task_id)
             if record is None:  # a row that cannot be read keeps its files
-                if task_id not in known and task_id not in held.task_ids and is_nobodys(task_id, now):
+                if task_id in known or task_id in held.task_ids or task_id in under_way:
+                    continue
+                if now > nobodys_at(task_id):
                     self._storage.delete(key)
+                else:
+                    due = min(due, nobodys_at(task_id) + 1)
             elif unjudged and record.spec.method.share_full and record.state not in ENDED_WITHOUT_RESULT:
                 self._put_off.add(task_id)  # it may be in work, to be refined again
             elif is_unused(key, record, held):
                 self._storage.delete(key)
+        return due

@@ -9,19 +9,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from configs.errors import OnebasisError, Unavailable
+from configs.errors import InvalidInput, OnebasisError, Unavailable
 from configs.settings import WorkerSettings
 from configs.task_spec import TaskSpec
-from orchestrator.cluster import Call, Cluster, MachineLost
-from orchestrator.pending_calls import RETRY_SECONDS, Asking, Ordered, PendingCalls, Warming
+from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
+from orchestrator.cluster import Call, Cluster, MachineLost, ProcessEnded
+from orchestrator.pending_calls import Asking, Ordered, PendingCalls, Warming
 from orchestrator.scheduling.fair_share import Running, Use
 from orchestrator.tasks.task_events import Claimed
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
-from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Progress, Train
+from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Phase, Progress, RankLost, Train
 
 log = logging.getLogger("onebasis.controller")
+
+SILENT_SECONDS = 6.0
+"""A worker answers in milliseconds, and in a second or two where the machine is crowded; people are told before ten
+seconds are over. It is replaced when its lease ends."""
+WARM_SLOW_SECONDS = 180.0
+"""Loading a small base model takes ten seconds, one of 7B from a slow disk two minutes."""
+WARM_SILENT_SECONDS = 300.0
+"""While a worker imports its libraries and maps its weights it may leave a question unanswered: a fresh process of a
+crowded machine for minutes."""
+LOAD_TRIES = 2
+"""A process that ends so often while it loads does not do so by chance."""
+LOAD_AGAIN_SECONDS = 30.0
 
 
 @dataclass
@@ -41,27 +54,47 @@ class WorkerStatus:
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
     waits: bool = False
     """Its order waits for places for the ranks of a gang."""
+    heard_at: float = 0.0
+    """Unix time of its last answer."""
+    is_silent: bool = False
+    """It has left a question unanswered for longer than `SILENT_SECONDS`."""
+    loads_since: float = 0.0
+    """Unix time at which it was first asked to load the base model, since it was last ready."""
+    ends: int = 0
+    """How often its process ended while it loaded, since it was last ready."""
 
     def __str__(self) -> str:
         before = "waits for places for its ranks, then " if self.waits else ""
+        if self.is_silent:
+            before = "does not answer; last seen "
         match self.order:
             case Train(task_id=task_id, refine_version=version):
                 return before + (f"refining {task_id} at version {version}" if version else f"training {task_id}")
             case Evaluate(task_id=task_id, version=version):
                 return f"{before}scoring {task_id} at version {version}"
-        return "free" if self.ready else str(self.error or "loading the base model")
+        if self.ready:
+            return f"{before}free"
+        if self.error is not None:
+            return f"cannot load the base model: {self.error.what}"
+        return f"loading the base model for {time.time() - self.loads_since:.0f} s" if self.loads_since else "starting"
 
 
 class WorkerPool:
     """All workers of the service."""
 
     def __init__(
-        self, cluster: Cluster, pending_calls: PendingCalls, queue: TaskQueue, settings: WorkerSettings
+        self,
+        cluster: Cluster,
+        pending_calls: PendingCalls,
+        queue: TaskQueue,
+        settings: WorkerSettings,
+        alarms: Alarms,
     ) -> None:
         self._cluster = cluster
         self._pending_calls = pending_calls
         self._queue = queue
         self._settings = settings
+        self._alarms = alarms
         self.workers = {name: WorkerStatus(name) for name in cluster.workers}
         self.layout: BaseLayout | None = None
         """What the first warm worker said of the base model; None before that."""
@@ -137,6 +170,8 @@ class WorkerPool:
             # The worker is well, the storage was away. That is nobody's fault and no budget pays for it: the worker
             # has forgotten the order, and what is owed is read off the records again in a moment.
             log.warning("%s: order %s is given again: %s", worker.name, order.token, error)
+            if not isinstance(error, RankLost):
+                self._alarms.ring_for(error, worker.name)
             self._pending_calls.later(f"order:{worker.name}")
             if not worker.waits:
                 self._charge(order, "away", f"{order.token}@{worker.given_at:.3f}", time.time() - worker.given_at)
@@ -144,6 +179,7 @@ class WorkerPool:
         except Exception as error:
             log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
             outcome = Failed(token=order.token, fault="lost", message=f"{worker.name}: {error}")
+        self._alarms.end_all(worker.name, *WRITE_CODES)
         if not has_lease(order):  # else what it cost is written with what it led to
             seconds = outcome.worker_seconds
             what = "score" if isinstance(order, Evaluate) else "refine again"
@@ -160,14 +196,29 @@ class WorkerPool:
         worker = self.workers[pending.worker]
         try:
             self.layout = self._cluster.result(call)
-            worker.ready, worker.error = True, None
-            log.info("%s is warm", worker.name)
         except MachineLost as error:
+            worker.ends += isinstance(error, ProcessEnded)
             self._is_away(worker, error)
+            if worker.ends >= LOAD_TRIES and not self._alarms.rings(AlarmCode.RAY_DOWN):
+                self._cannot_load(worker, Unavailable(f"its process ends while it loads: {error.what}"))
+                self._cluster.replace(worker.name)  # Ray makes none again whose constructor failed
         except OnebasisError as error:
-            log.error("%s cannot load the base model: %s", worker.name, error)
-            worker.error = error
-            self._pending_calls.later(f"warm:{worker.name}", 30 * RETRY_SECONDS)
+            self._cannot_load(worker, error)
+        except Exception as error:  # whatever a library raises at what the checkpoint holds
+            what = f"{type(error).__name__}: {error}"
+            self._cannot_load(worker, InvalidInput(what, "base_model", "the worker's log has the rest"))
+        else:
+            worker.ready, worker.error, worker.loads_since, worker.ends = True, None, 0.0, 0
+            worker.heard_at, worker.is_silent = time.time(), False
+            self._alarms.end_all(worker.name, AlarmCode.LOAD_FAILED, AlarmCode.WORKER_SLOW, AlarmCode.WORKER_SILENT)
+            log.info("%s is warm", worker.name)
+
+    def _cannot_load(self, worker: WorkerStatus, error: OnebasisError) -> None:
+        what = f"{worker.name} cannot load the base model: {error.where}{': ' if error.where else ''}{error.what}"
+        self._alarms.ring(AlarmCode.LOAD_FAILED, worker.name, what, error.todo)
+        self._alarms.end(AlarmCode.WORKER_SLOW, worker.name)
+        worker.error, worker.loads_since = error, 0.0
+        self._pending_calls.later(f"warm:{worker.name}", LOAD_AGAIN_SECONDS)
 
     def listen(self) -> None:
         """Heartbeats: ask every worker what it does; one that does not answer for a whole lease is replaced.
@@ -177,19 +228,40 @@ class WorkerPool:
         """
         now = time.time()
         for worker in self.workers.values():
-            asking, warming = Asking(worker.name), Warming(worker.name)
-            if worker.ready and now - worker.asked_at >= self._settings.heartbeat_seconds:
-                if not self._pending_calls.under_way(asking):
-                    worker.asked_at = now
-                    self._pending_calls.send(asking, partial(self._cluster.progress, worker.name))
-                elif now - worker.asked_at > self._settings.lease_seconds:
-                    log.warning("%s has been silent for %.0f s: replacing it", worker.name, now - worker.asked_at)
-                    self._pending_calls.forget(asking)
-                    worker.ready = worker.order is not None
-                    self._cluster.replace(worker.name)
-            asked = self._pending_calls.under_way(warming) or not self._pending_calls.may(f"warm:{worker.name}")
-            if not worker.ready and not asked:
+            warming = Warming(worker.name)
+            if worker.ready or self._pending_calls.under_way(warming):
+                self._ask(worker, now)
+            if worker.ready or self._pending_calls.under_way(warming):
+                loads_for = now - worker.loads_since if worker.loads_since else 0.0
+                if loads_for > WARM_SLOW_SECONDS:
+                    self._alarms.ring(AlarmCode.WORKER_SLOW, worker.name, f"{worker.name} still loads the base model")
+            elif self._pending_calls.may(f"warm:{worker.name}"):
+                worker.loads_since = worker.loads_since or now
+                worker.asked_at = now
                 self._pending_calls.send(warming, partial(self._cluster.warm, worker.name))
+
+    def _ask(self, worker: WorkerStatus, now: float) -> None:
+        asking = Asking(worker.name)
+        silence = now - worker.asked_at
+        if not self._pending_calls.under_way(asking):
+            if silence >= self._settings.heartbeat_seconds:
+                worker.asked_at = now
+                self._pending_calls.send(asking, partial(self._cluster.progress, worker.name))
+            return
+        limit = self._settings.lease_seconds if worker.ready else WARM_SILENT_SECONDS
+        if self._alarms.rings(AlarmCode.RAY_DOWN):
+            return  # that alarm says why, and a new process could not be made
+        if worker.ready and silence > min(SILENT_SECONDS, limit):
+            what = f"{worker.name} does not answer, and counts as lost {limit:.0f} s after it was asked"
+            self._alarms.ring(AlarmCode.WORKER_SILENT, worker.name, what)
+            worker.is_silent = True
+        if silence > limit:
+            log.warning("%s has been silent for %.0f s: replacing it", worker.name, silence)
+            self._pending_calls.forget(asking)
+            self._pending_calls.forget(Warming(worker.name))
+            worker.ready = worker.order is not None
+            worker.asked_at = now
+            self._cluster.replace(worker.name)
 
     def take_progress(self, call: Call, pending: Asking) -> None:
         """Prolong the lease of what trains, and keep what it tells."""
@@ -198,12 +270,13 @@ class WorkerPool:
         try:
             progress: Progress = self._cluster.result(call)
         except Unavailable as error:
-            if order is None:  # else the order's own call tells
+            if order is None and worker.ready:  # else the call that it is at work for tells
                 self._is_away(worker, error)
             return
+        self._hear(worker, progress.trouble)
         if order is None or progress.token != order.token:
             return
-        worker.waits = progress.phase == "waiting"
+        worker.waits = progress.phase is Phase.WAITING
         if not isinstance(order, Train):
             return
         self._queue.append_log(order.task_id, progress.log_lines)
@@ -212,15 +285,27 @@ class WorkerPool:
         numbers = {
             name: None if value != value else value
             for name, value in vars(progress).items()
-            if name not in ("token", "log_lines")
+            if name not in ("token", "log_lines", "trouble")
         }
         lease_until = time.time() + self._settings.lease_seconds
         if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
             self._cluster.cancel(worker.name, order.token)
 
+    def _hear(self, worker: WorkerStatus, trouble: OnebasisError | None) -> None:
+        """It answered: what it says keeps it from going on is an alarm."""
+        worker.heard_at, worker.is_silent = time.time(), False
+        if isinstance(trouble, RankLost):
+            self._alarms.ring(AlarmCode.WORKER_SILENT, worker.name, f"{worker.name}: {trouble.what}")
+            return
+        self._alarms.end(AlarmCode.WORKER_SILENT, worker.name)
+        if trouble is not None:
+            self._alarms.ring_for(trouble, worker.name)
+
     def _is_away(self, worker: WorkerStatus, error: OnebasisError) -> None:
-        log.warning("%s is away: %s", worker.name, error)
-        worker.ready = False
+        if worker.ready:
+            log.warning("%s is away: %s", worker.name, error)
+        worker.ready, worker.is_silent = False, False
+        worker.loads_since = worker.loads_since or time.time()
         self._pending_calls.later(f"warm:{worker.name}")
 
 

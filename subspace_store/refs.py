@@ -12,7 +12,16 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from configs.document import Line, VersionNumber
-from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NotFound
+from configs.errors import (
+    Conflict,
+    Corrupt,
+    Fenced,
+    InvalidInput,
+    NotFound,
+    NotWritten,
+    OutcomeUnknown,
+    Unavailable,
+)
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log import fold, garbage, retention
@@ -99,13 +108,13 @@ class Refs(SubspaceReader):
         Raises: As `preview_rollback`.
         """
         with self._writing():
-            if self._done(op_key) is not None:
-                return self._rollback_done(op_key)
-            preview = self.preview_rollback(version)
-            body = {"version": version, "from": preview.from_version, "reason": reason, "hold": hold}
-            refs = {MAIN: version, CANDIDATE: version}
-            self._log.commit(fold.ROLLBACK, op_key=op_key, actor=actor, refs=refs, body=body)
-            return preview
+            if self._done(op_key) is None:
+                preview = self.preview_rollback(version)
+                body = {"version": version, "from": preview.from_version, "reason": reason, "hold": hold}
+                refs = {MAIN: version, CANDIDATE: version}
+                self._log.commit(fold.ROLLBACK, op_key=op_key, actor=actor, refs=refs, body=body)
+                return preview
+        return self._rollback_done(op_key)
 
     # Names, and what they keep. Each is one record; asked for what is so already, none.
 
@@ -214,7 +223,26 @@ class Refs(SubspaceReader):
             else:
                 # No record will tell us that a newer writer has changed it since: look.
                 self._log.refresh()
-                self._log.finish_pending()
+                self._log.settle()
+
+    @strict
+    def withdraw(self, op_key: Line) -> None:
+        """Make sure that a request of unknown outcome is not done any more, or find that it was done.
+
+        Raises:
+            Conflict: It was done: the log has it.
+            Unavailable: The storage was away: nothing is known yet.
+        """
+        with self._writing():
+            self._log.settle()
+            self._log.refresh()
+            if op_key in self.state.op_keys:
+                version = self.state.op_keys[op_key]
+                raise Conflict(
+                    f"{op_key!r} was done" + (f", it made or concerns version {version}" if version else ""),
+                    self.storage.url,
+                    "`onebasis store log` shows it; what it moved can be moved back with `onebasis rollback`",
+                )
 
     # Requests
 
@@ -224,19 +252,34 @@ class Refs(SubspaceReader):
 
         A refusal is judged by what this writer has folded. Where a newer one has written since, it is not worth
         anything: what is gone may have been collected, what is taken may be free. Then `Fenced` is the answer.
+
+        Raises:
+            OutcomeUnknown: The record may be on its way.
+            NotWritten: There is none, whatever it was that failed before it.
         """
         with self._lock:
             try:
-                yield
-            except (InvalidInput, NotFound, Conflict, Corrupt) as refusal:
-                if not isinstance(refusal, Fenced):
-                    self._log.refresh()
-                    self._log.finish_pending()
+                with self._judged_by_the_newest():
+                    yield
+            except (OutcomeUnknown, NotWritten):
                 raise
+            except Unavailable as error:
+                raise NotWritten(f"nothing was written: {error.what}", error.where, error.todo) from error
+
+    @contextlib.contextmanager
+    def _judged_by_the_newest(self) -> Iterator[None]:
+        try:
+            yield
+        except (InvalidInput, NotFound, Conflict, Corrupt) as refusal:
+            if not isinstance(refusal, Fenced):
+                self._log.refresh()
+                self._log.settle()
+            raise
 
     def _done(self, op_key: str) -> int | None:
         """The version that this request made or concerned, if it was done; after any unknown outcome is settled."""
-        self._log.finish_pending()
+        if op_key not in self.state.op_keys:
+            self._log.settle(op_key)
         return self.state.op_keys.get(op_key) if op_key else None
 
     def _rollback_done(self, op_key: str) -> RollbackPreview:

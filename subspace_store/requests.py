@@ -1,19 +1,23 @@
 """What may be asked of a subspace's one writer: one frozen record for each request.
 
-The same object is what a command hands over, what travels over HTTP and Ray, and what the writer carries out. Who reads
-a request goes to its `on`, and from there to the method of the store. Nothing of a writer's own is in here: the time,
-for instance, is the writer's.
+The same object is what a command hands over, what travels over HTTP and Ray, and what the writer carries out. A
+request's `on` names the method of the store that does it. Nothing of a writer's own is in here: the time, for instance,
+is the writer's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from configs.document import NAME_PATTERN, Line, Request, VersionNumber
+from configs.errors import NotWritten, OutcomeUnknown, Unavailable
 from subspace_store.log.version import StagedAdapter, TaskScore
+from subspace_store.log.version_log import outcome_unknown
 from subspace_store.strict import Moment, TaskId, Text
 
 if TYPE_CHECKING:
@@ -43,6 +47,21 @@ class StoreRequest(Request, Generic[Answer]):
     def named(self) -> Self:
         """The same request under a key, so that it can be asked again until it is answered."""
         return self if self.op_key else self.model_copy(update={"op_key": f"{self.operation}:{secrets.token_hex(8)}"})
+
+    @contextlib.contextmanager
+    def told_with_its_key(self) -> Iterator[None]:
+        """While it is asked: what leaves its outcome unknown says under which key to ask again.
+
+        Raises:
+            OutcomeUnknown: Instead of any other `Unavailable` that does not say that it has failed.
+        """
+        try:
+            yield
+        except (OutcomeUnknown, NotWritten):
+            raise
+        except Unavailable as error:
+            what = f"the outcome of {self.operation} is unknown: {error.what}"
+            raise outcome_unknown(what, self.op_key, error.where) from error
 
     def on(self, store: SubspaceStore) -> Answer:
         """Carry it out."""
@@ -224,3 +243,14 @@ class Remove(StoreRequest["Version | None"]):
         return store.remove(
             self.task_id, op_key=self.op_key, actor=self.actor, reason=self.reason, publish=self.publish
         )
+
+
+class Withdraw(StoreRequest[None]):
+    """Make sure that a request whose outcome is unknown is not done any more, or tell that it was done."""
+
+    operation = "withdraw"
+    request_key: TaskId
+    """The op_key of that request."""
+
+    def on(self, store: SubspaceStore) -> None:
+        store.withdraw(self.request_key)

@@ -2,6 +2,9 @@
 
 Only what writes is here: a reader opens a SubspaceStore of its own and needs no actor.
 
+A store that is there is opened at once. A new one is made when a worker has loaded the base model and checked its
+weights (`open`): what is written then says for ever which base model it belongs to.
+
 A restart runs the constructor again, which opens the subspace with the next epoch and fences what may be left of
 the process before. Ray never repeats a call by itself: a caller who got no answer asks again with the same op_key.
 """
@@ -15,15 +18,16 @@ from typing import Any
 
 import ray
 
-from configs.errors import OnebasisError
+from configs.errors import NotWritten, OnebasisError
 from configs.settings import BaseModelSettings, StorageSettings, SubspaceSettings
+from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
 from subspace_store.requests import Answer, StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_store import SubspaceStore
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"signs": 1})
 class StoreActor:
     """Opens one subspace for writing and carries requests out. Arguments as in `store_actor`."""
 
@@ -35,33 +39,53 @@ class StoreActor:
         base: BaseModelSettings,
         service: Identity,
     ) -> None:
-        self._storage, self._folder, self._subspace, self._base = storage, folder, subspace, base
+        self._place, self._subspace, self._base = open_storage(storage, folder), subspace, base
         self._service = service
         self._store: SubspaceStore | None = None
         # What is wrong is raised, as itself, by the first request: of an actor whose constructor fails nobody is told.
         with contextlib.suppress(OnebasisError):
             self._opened()
 
+    def open(self, base_sha256: str) -> None:
+        """Open the store, or make it: a worker has loaded the base model, and these are its weights.
+
+        Raises: As `SubspaceStore.open`.
+        """
+        if self._store is None:
+            self._store = self._open(base_sha256)
+
     def do(self, request: StoreRequest[Answer]) -> Answer:
         """Carry a request out."""
         return request.on(self._opened())
 
+    @ray.method(concurrency_group="signs")  # type: ignore[untyped-decorator]
+    def pid(self) -> int:
+        """Process id, as a sign of life: answered beside a request that is under way."""
+        return os.getpid()
+
     def release(self) -> None:
         """The service ends: the store is anybody's."""
-        self._opened().release_ownership(self._service, actor=self._service.name)
+        if read_format(self._place) is not None:
+            self._opened().release_ownership(self._service, actor=self._service.name)
 
     def _opened(self) -> SubspaceStore:
         if self._store is None:
-            self._store = SubspaceStore.open(
-                open_storage(self._storage, self._folder),
-                settings=self._subspace,
-                base_model=self._base.name,
-                base_sha256=self._base.weights_sha256,
-                writer=f"actor {socket.gethostname()}:{os.getpid()}",
-                service=self._service,
-                claim=True,
-            )
+            if read_format(self._place) is None:
+                what = "there is no store yet: it is made when a worker has loaded the base model"
+                raise NotWritten(what, self._place.url, "try again when `onebasis status` shows a free worker")
+            self._store = self._open(self._base.weights_sha256)
         return self._store
+
+    def _open(self, base_sha256: str) -> SubspaceStore:
+        return SubspaceStore.open(
+            self._place,
+            settings=self._subspace,
+            base_model=self._base.name,
+            base_sha256=base_sha256,
+            writer=f"actor {socket.gethostname()}:{os.getpid()}",
+            service=self._service,
+            claim=True,
+        )
 
 
 def store_actor(

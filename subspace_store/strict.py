@@ -14,7 +14,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, validate_call
 
-from configs.document import Line
+from configs.document import LINE_MAX, Line
 from configs.errors import InvalidInput
 
 TEXT_MAX = 200_000
@@ -41,6 +41,19 @@ def as_text(words: str) -> str:
     """What somebody else wrote (a library, a worker), as a `Text`: what is no plain text becomes a space."""
     cut = words if len(words) <= TEXT_MAX else f"{words[: TEXT_MAX - 1]}…"
     return "".join(" " if _is_bad(character) else character for character in cut)
+
+
+def as_escaped_text(words: str) -> str:
+    """As `as_text`; what is no plain text is shown as Python writes it: \\x1b, \\ud800."""
+    cut = words if len(words) <= TEXT_MAX else f"{words[: TEXT_MAX - 1]}…"
+    if not any(map(_is_bad, cut)):
+        return cut
+    return "".join(repr(character)[1:-1] if _is_bad(character) else character for character in cut)
+
+
+def as_line(words: str) -> str:
+    """The beginning of a reason, as long as a `Line` may be: before release 0.4 one could have any length."""
+    return words if len(words) <= LINE_MAX else f"{words[: LINE_MAX - 1]}…"
 
 
 TaskId = Annotated[Line, Field(min_length=1)]

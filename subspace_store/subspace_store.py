@@ -7,18 +7,27 @@ there, publishing, rolling back, keeping, is in refs.py; reading in subspace_rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from configs.document import Line
-from configs.errors import Conflict, Corrupt, InvalidInput, MissingAdapters, NameTaken, NotFound, RefusedAdapters
+from configs.errors import (
+    Conflict,
+    Corrupt,
+    InvalidInput,
+    MissingAdapters,
+    NameTaken,
+    NotFound,
+    NotWritten,
+    OutcomeUnknown,
+    RefusedAdapters,
+)
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.files import blobs
-from subspace_store.log import fold, retention
-from subspace_store.log.store_format import FORMAT_NUMBER, check_format
+from subspace_store.log import fold, removal, retention
+from subspace_store.log.store_format import make_store
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, Identity, MergedTask, StagedAdapter, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
@@ -49,7 +58,7 @@ class SubspaceStore(Refs):
 
         Args:
             storage: Its folder; an empty one is an empty subspace.
-            writer: Who writes. Every older writer is fenced.
+            writer: Name of the writing process, for people. Every older writer is fenced.
             settings: How merges are done from now on; versions that exist do not change.
             base_model, base_sha256: Checked against the folder where both are known; empty is unknown.
             service: The service on whose behalf it writes.
@@ -57,14 +66,12 @@ class SubspaceStore(Refs):
             force: Write although the store belongs to another service.
 
         Raises:
-            InvalidInput: The folder belongs to another base model.
+            OtherBaseModel: The folder belongs to another base model.
+            UnsafeStorage: The storage lets both of two writers win; found out before anything is written.
             OwnedByAnother: The folder belongs to another service.
             Corrupt: A newer format, or a log that is not whole.
         """
-        mine = {"format": FORMAT_NUMBER, "base_model": base_model, "base_sha256": base_sha256}
-        # Losing this race is fine: whose FORMAT it is, is checked next.
-        storage.create("FORMAT", json.dumps(mine, sort_keys=True).encode())
-        base = check_format(storage, base_model, base_sha256)
+        base = make_store(storage, base_model, base_sha256)
         log = VersionLog(storage, writer)
         log.open()
         log.acquire(writer, service, claim=claim, force=force)
@@ -95,7 +102,8 @@ class SubspaceStore(Refs):
             MissingAdapters: Those whose uploads are not there.
             Conflict: A task that the candidate holds already; or this writer is fenced.
             NameTaken: The candidate holds another task of an adapter's name.
-            Unavailable: The outcome is unknown; ask again with the same op_key.
+            NotWritten: The storage was away, is full or refuses writes: nothing was done.
+            OutcomeUnknown: Ask again with the same op_key.
         """
         with self._writing():
             if (known := self._made(op_key)) is not None:
@@ -123,7 +131,8 @@ class SubspaceStore(Refs):
             RefusedAdapters: Those that are not in that span, or cannot be served here. Nothing was written.
             MissingAdapters: Those whose tasks the candidate does not hold, or whose uploads are not there.
             Conflict: This writer is fenced.
-            Unavailable: The outcome is unknown; ask again with the same op_key.
+            NotWritten: The storage was away, is full or refuses writes: nothing was done.
+            OutcomeUnknown: Ask again with the same op_key.
 
         Source:
             Share (arXiv:2602.06043), the coefficients' finetuning after merging.
@@ -187,15 +196,11 @@ class SubspaceStore(Refs):
     def _remake_without(self, task: MergedTask, op_key: str, actor: str) -> int:
         """The newest of the versions made again, each with a record of its own that no branch names yet."""
         candidate = self.state.refs[CANDIDATE]
-        line, newest = self.state.lineage(candidate), self.state.tasks_at(candidate)
-        start = parent = self._start_of_remake(task.task_id, line)
-        for version in line:
-            if version.number <= start:
-                continue
-            others = [old.task_id for old in version.added if old.task_id != task.task_id]
+        newest = self.state.tasks_at(candidate)
+        parent = removal.start_of_remakes(self.state, task.task_id, candidate)
+        for remake in removal.remakes(self.state, task.task_id, candidate):
+            version, others = remake.version, remake.task_ids
             arrivals = [self._again(newest[id_], candidate) for id_ in others]
-            if not arrivals:
-                continue
             refined = [f" {newest[id_].version}" for id_ in others if newest[id_].version != version.number]
             step_key = f"{op_key} {version.number}{''.join(refined)}"
             known = self._done(step_key)
@@ -205,23 +210,13 @@ class SubspaceStore(Refs):
             removed = (*version.removed, task.task_id)
             written = write_version(replace(self._draft(parent, arrivals), remakes=version.number, removed=removed))
             key = step_key if known is None else ""  # a key names one version, and that one has expired
-            self._log.commit(fold.MERGE, op_key=key, actor=actor, body={"version": written.version})
+            try:
+                self._log.commit(fold.MERGE, op_key=key, actor=actor, body={"version": written.version})
+            except OutcomeUnknown as error:  # of this step; the removal itself is not done
+                what = f"version {version.number} was not made again for certain: {error.what}"
+                raise NotWritten(what, error.where, "ask again under the same key: it goes on from there") from error
             parent = self._committed(written).number
         return parent
-
-    def _start_of_remake(self, task_id: str, line: Sequence[Version]) -> int:
-        """The version that is right before all that must be made again without a task."""
-        births = {task.task_id: version.number for version in line for task in version.added}
-        first = births[task_id]
-        while True:
-            # Not onto an expired version: what it was may be gone, or about to be deleted (garbage.py).
-            alive = (v.number for v in line if v.number < first and v.number not in self.state.expired)
-            start = max(alive, default=0)
-            # A refinement in a basis that will not be again: its task is merged anew, as it is now.
-            older = [births[t.task_id] for v in line if v.number > start for t in v.refined]
-            if not older or min(older) > start:
-                return start
-            first = min(older)
 
     def _again(self, task: MergedTask, candidate: int) -> Arrival:
         """A task that was merged before: as it was delivered, or else as the candidate has it."""
@@ -268,7 +263,7 @@ class SubspaceStore(Refs):
             raise RefusedAdapters(what, _who(renamed), "", tuple(staged.task_id for staged in renamed))
 
     def _arrivals(self, adapters: Sequence[StagedAdapter], parent: int) -> list[Arrival]:
-        """The uploads, checked. Whoever is refused, the others are looked at as well: all are told of at once."""
+        """The uploads, checked. All are looked at, so that those that are refused are told of at once."""
         shapes = {name: shape for name, (shape, _) in self._tensors.shapes(parent).items()}
         arrivals: list[Arrival] = []
         refusals: dict[str, InvalidInput] = {}

@@ -46,6 +46,8 @@ class Score:
     """All metrics of the kind by name; those in `GENERATED` only if the task is judged by one of them."""
     per_row: tuple[float, ...]
     """Each row's share in the value, in the order of the rows: for paired comparisons, see `workers/metrics.py`."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on what makes the score doubtful."""
 
     @property
     def count(self) -> int:
@@ -81,8 +83,13 @@ def score_and_keep(
     storage: Storage,
     between_batches: Callable[[], None],
     rank: Rank,
+    keep: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Score:
-    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one."""
+    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one.
+
+    Args:
+        keep: Calls what it is given, which writes; see `workers/patience.py`.
+    """
     score = score_adapter(base, adapter, rows, order.spec, between_batches)
     if order.results_key and rank.leads:
         version = order.version if isinstance(order, Evaluate) else 0
@@ -93,7 +100,7 @@ def score_and_keep(
             eval_sha256=rows.sha256,
             per_row=score.per_row,
         )
-        write_results(storage, order.results_key, results)
+        keep(lambda: write_results(storage, order.results_key, results))
     return score
 
 
@@ -118,26 +125,44 @@ def score_rows(
             that could be as bad as the one before merging and pass. Or the tokenizer makes nothing of the completions.
     """
     model.eval()
+    counts = lengths(base, spec, rows)
     with torch.inference_mode():
         if spec.kind == "causal_lm":
-            measures = _likelihood(model, base, rows, spec, between_batches)
+            measures = _likelihood(model, base, rows, counts, spec, between_batches)
             if spec.metric in GENERATED:
                 completions = [row.completion for row in rows if isinstance(row, CompletionRow)]
                 measures |= metrics.answers(completions, generate(model, base, rows, spec, between_batches))
         else:
-            measures = _predictions(model, base, rows, spec, between_batches)
+            measures = _predictions(model, base, rows, counts, spec, between_batches)
     chosen = measures[spec.metric]
-    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()))
+    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), _cut(counts, spec))
+
+
+def _cut(counts: Sequence[int], spec: TaskSpec) -> tuple[str, ...]:
+    """A warning if rows were read in part. counts: Tokens of each row, cut."""
+    longest = spec.data.max_length
+    if not (full := sum(count >= longest for count in counts)):
+        return ()
+    lost = "the beginning of the prompt" if spec.kind == "causal_lm" else "the end"
+    return (
+        f"{full} of {len(counts)} evaluation rows have {longest} tokens or more: where a row has more than "
+        f"data.max_length, {lost} is not read",
+    )
 
 
 def _predictions(
-    model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, between_batches: Callable[[], None]
+    model: Any,
+    base: BaseModel,
+    rows: Sequence[Row],
+    counts: Sequence[int],
+    spec: TaskSpec,
+    between_batches: Callable[[], None],
 ) -> dict[str, Measure]:
     collate, regression = collator(base, spec), spec.kind == "sequence_regression"
     expected: list[Any] = [0] * len(rows)
     predicted: list[Any] = [0] * len(rows)
     broken: list[int] = []
-    for chosen in batches_by_length(lengths(base, spec, rows)):
+    for chosen in batches_by_length(counts):
         between_batches()
         batch = collate(rows[index] for index in chosen)
         labels = batch.pop("labels").tolist()
@@ -154,12 +179,17 @@ def _predictions(
 
 
 def _likelihood(
-    model: Any, base: BaseModel, rows: Sequence[Any], spec: TaskSpec, between_batches: Callable[[], None]
+    model: Any,
+    base: BaseModel,
+    rows: Sequence[Any],
+    counts: Sequence[int],
+    spec: TaskSpec,
+    between_batches: Callable[[], None],
 ) -> dict[str, Measure]:
     collate = collator(base, spec)
-    sums, counts = [0.0] * len(rows), [0] * len(rows)
+    sums, scored_counts = [0.0] * len(rows), [0] * len(rows)
     tokens_max = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // len(base.tokenizer))
-    for chosen in batches_by_length(lengths(base, spec, rows), tokens_max):
+    for chosen in batches_by_length(counts, tokens_max):
         between_batches()
         batch = _on(model.device, collate(rows[index] for index in chosen))
         labels_RT = batch.pop("labels")[:, 1:]
@@ -167,15 +197,15 @@ def _likelihood(
         for index, logits_TV, labels_T in zip(chosen, logits_RTV, labels_RT, strict=True):  # one row in float32 at once
             scored = labels_T != IGNORED
             sums[index] = _log_probability(logits_TV[scored], labels_T[scored])
-            counts[index] = int(scored.sum())
+            scored_counts[index] = int(scored.sum())
     _check_numbers([index for index, value in enumerate(sums) if value != value], len(rows), spec)
-    if not any(counts):
+    if not any(scored_counts):
         raise InvalidInput(
             f"the tokenizer of the base model {base.name!r} makes no token of any evaluation row's completion",
             "data",
             "give completions in a script that it knows",
         )
-    return metrics.likelihood(sums, counts)
+    return metrics.likelihood(sums, scored_counts)
 
 
 def _log_probability(logits_TV: Tensor, labels_T: Tensor) -> float:

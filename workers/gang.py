@@ -29,6 +29,7 @@ from workers.orders import (
     LogLine,
     Order,
     Outcome,
+    Phase,
     Progress,
     Rank,
     RankLost,
@@ -37,6 +38,8 @@ from workers.orders import (
 
 WATCH_SECONDS = 0.5
 """Ranks at work are asked this often whether they are there; what they should stop is told them as often."""
+NOTICE_SECONDS = 6.0
+"""A rank at work that leaves a question unanswered for so long is told of; it is lost when its lease ends."""
 START_SECONDS = 180.0
 """A new process imports torch before it answers for the first time."""
 GRACE_SECONDS = 10.0
@@ -123,6 +126,8 @@ class Gang:
         self._progress = Progress()
         self._lines: list[LogLine] = []
         """For the log of the task under way."""
+        self._silent: RankLost | None = None
+        """The rank at work that does not answer, and is not lost yet."""
         self._told = ("", "")
         """Token, and why its ranks wait for places: a line of the log for each reason, not for each minute."""
 
@@ -166,12 +171,14 @@ class Gang:
             return progress
         if self._nodes:
             call = self._ranks.progress(0)
-            if self._ranks.landed([call], self._lease_seconds / 2):
+            # Not for long: a rank 0 that does not answer is told of by the watch over all ranks.
+            if self._ranks.landed([call], min(NOTICE_SECONDS, self._lease_seconds) / 2):
                 with contextlib.suppress(RankLost):  # whoever waits for the order says so
                     self._note(token, self._ranks.result(call))
         with self._lock:
             lines, self._lines = tuple(self._lines), []
-            return replace(self._progress, token=token, log_lines=lines)
+            trouble = self._silent or self._progress.trouble
+            return replace(self._progress, token=token, trouble=trouble, log_lines=lines)
 
     def cancel(self, token: str) -> bool:
         """Stop an order between two steps; its outcome is then `Failed` with fault `cancelled`.
@@ -193,10 +200,10 @@ class Gang:
 
     def _outcome(self, order: Order) -> Outcome:
         with self._lock:
-            self._token, self._progress, self._lines = order.token, Progress(token=order.token, phase="loading"), []
+            self._token, self._progress, self._lines = order.token, Progress(token=order.token, phase=Phase.LOADING), []
         try:
             places = self._placed()
-            self._progress = Progress(token=order.token, phase="loading")
+            self._progress = Progress(token=order.token, phase=Phase.LOADING)
             self._loaded()  # each may take its time; once they have the order, they do not wait long for each other
             where = ", ".join(f"{count} on {node}" for node, count in Counter(self._nodes).items())
             self._lines.append(f"{self._ranks.size} ranks: {where}")
@@ -239,7 +246,9 @@ class Gang:
                 answers[calls.pop(call)] = self._answer(call)
             silence = self._lease_seconds if until == math.inf else GRACE_SECONDS / 2
             if watch.is_due():
-                for index in watch.silent(calls.values(), silence):
+                lost = watch.silent(calls.values(), silence)
+                self._silent = self._noticed(watch.unanswered(calls.values(), NOTICE_SECONDS))
+                for index in lost:
                     answers[index] = RankLost(f"no answer for {silence:.0f} s")
                     calls = {call: other for call, other in calls.items() if other != index}
                 stop = self._stops.get(self._token)
@@ -248,7 +257,15 @@ class Gang:
                     tell(index, self._token)
             if 0 in answers or any(isinstance(answer, Failed | Exception) for answer in answers.values()):
                 until = min(until, time.monotonic() + GRACE_SECONDS)
+        self._silent = None
         return {index: self._named(index, answer) for index, answer in answers.items()}
+
+    def _noticed(self, indices: Sequence[int]) -> RankLost | None:
+        if not indices:
+            return None
+        names = ", ".join(f"{index} on {self._nodes[index]}" if self._nodes else str(index) for index in indices)
+        what = f"rank {names} of {self._ranks.size} does not answer; it is lost after {self._lease_seconds:.0f} s"
+        return RankLost(what)
 
     def _answer(self, call: Call) -> Any:
         try:
@@ -319,7 +336,7 @@ class Gang:
 
     def _waits(self, why: str) -> None:
         with self._lock:
-            self._progress = replace(self._progress, phase="waiting")
+            self._progress = replace(self._progress, phase=Phase.WAITING)
             if self._told != (self._token, why):
                 self._told = (self._token, why)
                 self._lines.append(f"waits: {why}")
@@ -381,6 +398,11 @@ class _Watch:
             elif now - asked_at > limit_seconds:
                 found.append(index)
         return found
+
+    def unanswered(self, indices: Iterable[int], limit_seconds: float) -> list[int]:
+        """Those whose last question had no answer for so long when `silent` looked."""
+        asked = {index: self._asked[index][1] for index in indices if index in self._asked}
+        return [index for index, at in asked.items() if self._asked_at - at > limit_seconds]
 
 
 def needs(workers: WorkerSettings) -> dict[str, float]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from configs.errors import Unavailable
+from configs.errors import OnebasisError, Unavailable
 from configs.task_spec import Kind, TaskSpec
 from workers.chat_template import ChatTemplate
 from workers.heads import HeadLayout
@@ -193,13 +194,26 @@ class Failed:
 Outcome = Trained | Evaluated | Failed
 
 
+class Phase(StrEnum):
+    """What a worker does."""
+
+    IDLE = "idle"
+    WAITING = "waiting"
+    """Its ranks have no places yet."""
+    LOADING = "loading"
+    TRAINING = "training"
+    SCORING = "scoring"
+    SAVING = "saving"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a worker is doing now; a heartbeat."""
 
     token: str = ""
-    phase: str = "idle"
-    """`idle`, `waiting` (for places), `loading`, `training`, `scoring`, `saving`."""
+    phase: Phase = Phase.IDLE
+    trouble: OnebasisError | None = None
+    """What keeps it from going on: a storage that does not take what it saves, or a rank that does not answer."""
     step: int = 0
     steps: int = 0
     loss: float = float("nan")

@@ -31,7 +31,7 @@ from workers.checkpoint import Checkpoint, in_steps_of
 from workers.deepspeed_engine import check_config, let_go, part, release, stage_of
 from workers.features import collator
 from workers.machine import machine_figures
-from workers.orders import Point, Progress
+from workers.orders import Phase, Point, Progress
 from workers.rank_group import NOBODY_ELSE, RankGroup
 from workers.rows.task_data import Row, label_of
 
@@ -264,7 +264,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self._begun_at = around.checkpoint.step if around.checkpoint else 0
         self.loss_sum = around.checkpoint.loss_sum if around.checkpoint else 0.0
         self._logged_at = self._begun_at
-        self._progress = Progress(token=around.token, phase="training", step=self._begun_at, steps=plan.steps)
+        self._progress = Progress(token=around.token, phase=Phase.TRAINING, step=self._begun_at, steps=plan.steps)
         self._save_every = _every(spec.training.save_steps, plan.steps)
         self._saved_at = time.monotonic()
         self._log_every = max(1, plan.steps // LOG_LINES_PER_TASK)

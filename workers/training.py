@@ -27,7 +27,8 @@ from workers.evaluation import Score, score_adapter, score_and_keep
 from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
-from workers.orders import ALONE, Progress, Rank, Train, Trained
+from workers.orders import ALONE, Phase, Progress, Rank, Train, Trained
+from workers.patience import Patience
 from workers.rank_group import RankGroup, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import Row
@@ -78,23 +79,25 @@ def train_task(
     Raises:
         InvalidInput: The rows, the target modules, the adapter to import or the learning rate are wrong; or memory ran
             out.
-        Unavailable: The storage was away; the order may be given again.
+        Unavailable: The storage was away when something was read; the order may be given again. What is finished waits
+            for a storage that does not take it.
         Cancelled, Preempted: Asked for in between; at a preemption a checkpoint was written.
         Corrupt: The staged bytes are not what was written.
     """
     started, spec = time.monotonic(), order.spec
     check_lengths(spec, base.length_max)
     report = report if rank.leads else _nobody
-    report(Progress(token=order.token, phase="loading"))
+    keep = Patience(order.token, report, asked)
+    report(Progress(token=order.token, phase=Phase.LOADING))
 
     def say(line: str) -> None:
-        report(Progress(token=order.token, phase="loading", log_lines=(line,)))
+        report(Progress(token=order.token, phase=Phase.LOADING, log_lines=(line,)))
 
     with joined(rank, spec.training.deepspeed) as group, watched(say, stopper(asked)):
         attempt = _Attempt(order, base, storage, store, report, asked, group)
         adapter, run = attempt.train()
         if is_parted(spec):
-            local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank)
+            local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank, keep)
     if not rank.leads:
         return Trained(
             token=order.token,
@@ -110,18 +113,18 @@ def train_task(
             first_step_at=run.first_step_at,
         )
     if not is_parted(spec):
-        local, alone = _scores(order, adapter, base, storage, report, asked, rank)
+        local, alone = _scores(order, adapter, base, storage, report, asked, rank, keep)
     report(
         Progress(
             token=order.token,
-            phase="saving",
+            phase=Phase.SAVING,
             step=run.steps,
             steps=run.steps,
             loss=run.train_loss,
             first_step_at=run.first_step_at,
         )
     )
-    staged = blobs.stage(storage, order.staging_key, adapter)
+    staged = keep(lambda: blobs.stage(storage, order.staging_key, adapter))
     return Trained(
         token=order.token,
         staging_key=order.staging_key,
@@ -139,6 +142,7 @@ def train_task(
         basis_version=attempt.version,
         resumed_from=run.resumed_from,
         metrics=local.metrics,
+        warnings=local.warnings,
     )
 
 
@@ -285,7 +289,7 @@ class _Attempt:
         return name, main if METHODS[name].needs_basis(spec) else 0
 
     def _say(self, line: str) -> None:
-        self._report(Progress(token=self._order.token, phase="loading", log_lines=(line,)))
+        self._report(Progress(token=self._order.token, phase=Phase.LOADING, log_lines=(line,)))
 
 
 class _Saver:
@@ -321,15 +325,16 @@ def _scores(
     report: Report,
     asked: Callable[[], Asked],
     rank: Rank,
+    keep: Patience,
 ) -> tuple[Score, float]:
     """What the adapter scores before merging, and what the base model does under its head; NaN without rows."""
     if not order.eval_key:
         return Score(math.nan, {}, ()), math.nan
-    report(Progress(token=order.token, phase="scoring"))
+    report(Progress(token=order.token, phase=Phase.SCORING))
     free_memory()
     rows = open_rows(storage, order.eval_key, order.spec)
     stop = stopper(asked)
-    local = score_and_keep(order, base, adapter, rows, storage, stop, rank)
+    local = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
     alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
     return local, alone.value
 

@@ -43,10 +43,12 @@ from workers.orders import (
     LogLine,
     Order,
     Outcome,
+    Phase,
     Progress,
     Rank,
     Train,
 )
+from workers.patience import Patience
 from workers.rank_group import NOBODY_ELSE, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
@@ -198,7 +200,7 @@ class Worker:
 
         if wanted := asked():
             raise Cancelled if wanted == "cancel" else Preempted
-        self._report(Progress(token=order.token, phase="loading"))
+        self._report(Progress(token=order.token, phase=Phase.LOADING))
         base, store = self._loaded_base_model(), self._opened_store()
         if isinstance(order, Train):
             return train_task(order, base, self._storage, store, self._report, asked, rank)
@@ -253,12 +255,14 @@ def evaluate_version(
     started, parted = time.monotonic(), is_parted(order.spec)
     if not parted and not rank.leads:
         return Evaluated(token=order.token, score=math.nan, count=0, seconds=0.0)
-    report(Progress(token=order.token, phase="scoring"))
+    report(Progress(token=order.token, phase=Phase.SCORING))
     check_lengths(order.spec, base.length_max)
     rows = open_rows(storage, order.eval_key, order.spec)
     adapter = store.adapter(order.task_id, order.version)
     with joined(rank, order.spec.training.deepspeed) if parted else contextlib.nullcontext(NOBODY_ELSE) as group:
-        score = score_and_keep(order, base, adapter, rows, storage, stopper(lambda: group.agree(asked())), rank)
+        stop = stopper(lambda: group.agree(asked()))
+        keep = Patience(order.token, report, asked)
+        score = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
     return Evaluated(
         token=order.token,
         score=score.value,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-from configs.errors import OnebasisError, TooLarge, error_from_dict
+from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dict
 from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
 from orchestrator.api.routes import route_of
@@ -28,10 +28,10 @@ SUBMIT_TIMEOUT_SECONDS = 7200.0
 class Client:
     """Asks a service: the running one, or in this process what needs none that runs."""
 
-    def __init__(self, state_dir: Path, waiting: Callable[[float], None] | None = None) -> None:
-        """waiting: Told every few seconds how long a request has taken, while the service is alive."""
+    def __init__(self, state_dir: Path, say: Callable[[str], None] | None = None) -> None:
+        """say: Takes a line for people while an answer takes long; default: the terminal's stderr."""
         self._state_dir = state_dir
-        self._waiting = waiting
+        self._say = say or _note
         self._service: Service | None = None
 
     @overload
@@ -41,18 +41,34 @@ class Client:
     def ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         """Ask, and wait for the answer.
 
+        A request to the store gets a key if it has none.
+
         Raises:
-            OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile.
+            OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile, NoSignOfLife
+                when its process is there and answers nothing.
+            OutcomeUnknown: Of a request to the store, when nobody knows whether it was done; with its key.
         """
+        if isinstance(request, StoreRequest):
+            request = request.named()
+            with request.told_with_its_key():
+                return self._ask(request)
+        return self._ask(request)
+
+    def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+        from orchestrator.api.waiting import Waiting, named, telling
+
         server = server_facts(self._state_dir)
         if server is not None:
             from orchestrator.api.exchange import NobodyListensError
 
             try:
-                return _over_http(server, request, self._waiting)
+                return _over_http(server, request, Waiting(server, self._say))
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-        return self._local().answer(request)
+            except NoSignOfLife as error:
+                raise named(error, self._state_dir) from error
+        with telling("reading the store and the task database, without a service", self._say):
+            return self._local().answer(request)
 
     def _local(self) -> Service:
         if self._service is None:
@@ -69,15 +85,22 @@ class Client:
 def server_facts(state_dir: Path) -> dict[str, Any] | None:
     """Address, token and process id of the running control plane; None when none announced itself."""
     try:
-        return dict(json.loads((state_dir / SERVER_FILE).read_text()))
-    except (OSError, ValueError):
+        facts = json.loads((state_dir / SERVER_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return facts if isinstance(facts, dict) and {"url", "token"} <= facts.keys() else None
+
+
+def _note(line: str) -> None:
+    from subspace_store.commands.terminal import note
+
+    note(line)
 
 
 def _over_http(
     server: dict[str, Any],
     request: ServiceRequest[Any] | StoreRequest[Any],
-    waiting: Callable[[float], None] | None,
+    waiting: Callable[[float], None],
 ) -> Any:
     route = route_of(request)
     fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}

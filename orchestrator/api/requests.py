@@ -45,6 +45,13 @@ class Status(ServiceRequest[Json]):
         return service.status()
 
 
+class Health(ServiceRequest[Json]):
+    """Which alarms ring and what the workers do. Answered at once: neither the store nor the database is asked."""
+
+    def on(self, service: Service) -> Json:
+        return service.health()
+
+
 class Submit(ServiceRequest[Json]):
     """Take a task in. The same submission again is the same task."""
 

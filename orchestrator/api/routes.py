@@ -42,6 +42,7 @@ class Route:
 
 ROUTES: tuple[Route, ...] = (
     Route("status", "GET", "/status", Role.VIEWER, requests.Status),
+    Route("health", "GET", "/health", Role.VIEWER, requests.Health),
     Route("submit", "POST", "/tasks", Role.SUBMITTER, requests.Submit),
     Route("tasks", "GET", "/tasks", Role.VIEWER, requests.ListTasks),
     Route("task", "GET", "/tasks/{reference:path}", Role.VIEWER, requests.ShowTask),
@@ -65,6 +66,7 @@ ROUTES: tuple[Route, ...] = (
     Route("expire", "POST", "/store/expire", Role.MAINTAINER, store.Expire),
     Route("drop-adapters", "POST", "/store/drop-adapters", Role.MAINTAINER, store.DropAdapters),
     Route("remove", "POST", "/store/remove", Role.MAINTAINER, store.Remove),
+    Route("withdraw", "POST", "/store/withdraw", Role.MAINTAINER, store.Withdraw),
 )
 
 _BY_RECORD = {route.record: route for route in ROUTES}

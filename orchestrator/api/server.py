@@ -33,12 +33,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
 from configs.limits import BYTES_MAX, short
+from configs.plain_text import escaped
 from configs.settings import Settings, read_settings
 from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.api.requests import Export, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
+from orchestrator.signs_of_life import ray_trouble
 from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, open_private, service_identity
 
@@ -247,9 +249,18 @@ _REFUSALS = {
 }
 
 
+class _PlainFormatter(logging.Formatter):
+    """Lines that may be shown on a terminal, whatever a worker or a library said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
 def main(state_dir: Path) -> None:
     """Run until SIGTERM. Phases of the start are written to the log, which `onebasis up` shows."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "alembic", "mlflow", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     settings = read_settings(state_dir / SETTINGS_FILE)
@@ -277,6 +288,7 @@ class ControlPlane:
         from orchestrator.reports.mlflow_mirror import Mirror
         from orchestrator.tasks.checking import Checker
         from orchestrator.tasks.task_queue import TaskQueue
+        from orchestrator.watch import Pulse, Watch
         from subspace_store import open_storage
 
         settings = self._settings
@@ -296,6 +308,12 @@ class ControlPlane:
             settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror), checker.check
         )
         loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
+        is_local = settings.ray.address == "local"
+        gcs = Pulse(cluster.probe)
+        trouble = partial(ray_trouble, self._state_dir) if is_local else str
+        watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
+        for name, run in (("watch", watch.run), ("gcs", gcs.run)):
+            threading.Thread(target=run, args=(self._stop,), name=name, daemon=True).start()
         reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
         loop.start()
         reporter.start()
@@ -354,10 +372,12 @@ class ControlPlane:
             "pid": os.getpid(),
             "up_seconds": time.time() - self._started_at,
             "loop_seconds_ago": time.time() - controller.healthy_at,
+            "heard_seconds_ago": time.time() - controller.heard_at,
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
             "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},
-            "alarm": controller.alarm,
+            "store_is_open": controller.store_is_open,
+            "store_error": controller.store_error.as_dict() if controller.store_error else None,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,
         }

@@ -19,9 +19,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from configs.document import Request, without_password
-from configs.errors import Conflict, Fenced, InvalidInput, NotFound, OnebasisError, OwnedByAnother, Unavailable
+from configs.errors import (
+    Conflict,
+    DatabaseAway,
+    Fenced,
+    InvalidInput,
+    NotFound,
+    OnebasisError,
+    OutcomeUnknown,
+    OwnedByAnother,
+    Unavailable,
+)
 from configs.settings import Settings
+from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.api import requests, views
+from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, why
 from orchestrator.judging.forgetting import forgetting_report
@@ -29,9 +41,9 @@ from orchestrator.judging.score_table import ScoreTable, newest_scores, score_ta
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
-from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
+from subspace_store.requests import Answer, Remove, Rollback, StoreRequest, Withdraw
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -46,6 +58,10 @@ if TYPE_CHECKING:
 Check = Callable[["TaskSpec", Settings, "BaseLayout"], "Draft"]
 """`check_submission`, in whichever process."""
 
+LOOK_SECONDS = 3.0
+"""Whoever asks for the status waits no longer for the store, or for the database."""
+LOOKING = "reading for the status"
+"""What its alarms are about."""
 PACE_TASKS = 50
 """Tasks, the newest that ended, from which the pace of the next ones is estimated."""
 STORE_SECONDS = 120.0
@@ -71,6 +87,7 @@ class Service:
         cluster: Cluster | None = None,
         health: Callable[[], Json] = dict,
         check: Check | None = None,
+        alarms: Alarms | None = None,
     ) -> None:
         self._settings = settings
         self._given_queue = queue
@@ -78,9 +95,14 @@ class Service:
         self._controller = controller
         self._cluster = cluster
         self._health = health
+        self._alarms = alarms or (controller.alarms if controller is not None else Alarms())
+        self._log_read = Latest(lambda: self._store.refresh(), storage.url)
+        self._counted = Latest(lambda: (self._queue.counts(), self._queue.unreadable()), "the task database")
         self._check = check
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
+        self._in_doubt: dict[str, Json] = {}
+        """op_key to a request of a person whose outcome is unknown."""
 
     @cached_property
     def _store(self) -> SubspaceReader:
@@ -109,23 +131,26 @@ class Service:
 
     def submit(self, request: requests.Submit) -> Json:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
-        from orchestrator.tasks.admission import admit, check_submission
+        from orchestrator.tasks.admission import admit, check_submission, would_admit
 
         check = self._check or check_submission
         controller = self._running("submit")
         if controller.layout is None:
-            raise Unavailable("the workers are still loading the base model", todo="try again in a few seconds")
+            causes = "; ".join(f"{name}: {what}" for name, what in sorted(controller.describe_workers().items()))
+            raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
         with contextlib.closing(check(request.task, self._settings, controller.layout)) as draft:
             if request.dry_run:
+                _, is_new = would_admit(draft, self._settings, self._queue, request.by)
                 return {
                     "accepted": False,
                     "dry_run": True,
+                    "is_new": is_new,
                     "title": f"{draft.spec.team}/{draft.spec.name}",
                     "train_rows": draft.train_count,
                     "eval_rows": draft.eval_count,
                     "warnings": list(draft.warnings),
                 }
-            record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by)
+            record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by, controller.submission)
         controller.wake()
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record)}
 
@@ -153,6 +178,7 @@ class Service:
             **self._summary(record, place, starts),
             "why": why(record, self._surroundings(record, place, starts)),
             "result": result,
+            "alarms": [alarm.as_dict() for alarm in self._alarms] if record.state in LIVE else [],
             **views.task_details(record, self._queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),
         }
@@ -236,7 +262,7 @@ class Service:
             self._refuse_doubles(self._store.preview_rollback(request.version))
         found = self._write(request)
         self._written()
-        return views.rollback(found, preview=False, held=request.hold)
+        return views.rollback(found, preview=False, held=request.hold, op_key=request.op_key)
 
     def change(self, request: StoreRequest[Any]) -> Json:
         """Tag, hold, pin, expire … through the store's one writer. The same op_key again is the same request."""
@@ -284,20 +310,52 @@ class Service:
         }
 
     def status(self) -> Json:
-        """Whether the service is up, what its workers do, how many tasks are in which state."""
-        state = self._store.refresh()
+        """Whether the service is up, what its workers do, how many tasks are in which state, what is wrong.
+
+        Answered within seconds: what the store or the database does not say in time is what they said last, or None,
+        and an alarm.
+        """
+        state, counted = self._state_soon(), self._counts_soon()
         return {
-            "running": self._controller is not None,
             "base_model": self._settings.base_model.name,
             "storage": self._storage.url,
             "mlflow": without_password(self._settings.mlflow.tracking_uri),
-            "main": state.refs[MAIN],
-            "candidate": state.refs[CANDIDATE],
-            "held": asdict(state.held) if state.held else None,
-            "tasks": self._queue.counts(),
-            "unreadable_tasks": [str(told) for told in self._queue.unreadable()],
-            **self._health(),
+            "main": state.refs[MAIN] if state else None,
+            "candidate": state.refs[CANDIDATE] if state else None,
+            "held": asdict(state.held) if state and state.held else None,
+            "tasks": counted,
+            "in_doubt": self._requests_in_doubt(state) if state else list(self._in_doubt.values()),
+            **self.health(),
         }
+
+    def health(self) -> Json:
+        """Whether the service runs, which alarms ring, what the workers do: what this process knows by itself."""
+        alarms = [alarm.as_dict() for alarm in self._alarms]
+        return {"running": self._controller is not None, **self._health(), "alarms": alarms}
+
+    def _state_soon(self) -> SubspaceState | None:
+        try:
+            state = self._log_read.within(LOOK_SECONDS)
+        except Unavailable as error:
+            self._alarms.ring_for(error, LOOKING)
+            return self._log_read.last
+        self._alarms.end_all(LOOKING, *WRITE_CODES)
+        return state
+
+    def _counts_soon(self) -> dict[str, int] | None:
+        try:
+            counts, unreadable = self._counted.within(LOOK_SECONDS)
+        except Unavailable as error:
+            told = DatabaseAway(error.what, error.where, error.todo)
+            self._alarms.ring_for(told, LOOKING)
+            return None
+        self._alarms.end(AlarmCode.DATABASE_AWAY, LOOKING)
+        for about in unreadable:
+            self._alarms.ring(AlarmCode.UNREADABLE_TASK, about.task_id, f"{about.where}: {about.what}", about.todo)
+        for alarm in self._alarms:
+            if alarm.code is AlarmCode.UNREADABLE_TASK and alarm.about not in {told.task_id for told in unreadable}:
+                self._alarms.end(alarm.code, alarm.about)
+        return counts
 
     # --- helpers -----------------------------------------------------------------------------------------------
 
@@ -309,7 +367,27 @@ class Service:
         return self._controller
 
     def _write(self, request: StoreRequest[Answer]) -> Answer:
-        """A writing call: through the running store actor, or with a writer opened for this one call."""
+        """A writing call. What leaves its outcome unknown is kept, to be shown, until the log tells."""
+        try:
+            with request.told_with_its_key():
+                answer = self._write_once(request)
+        except OutcomeUnknown as error:
+            about = {"operation": request.operation, "actor": request.actor, "at": time.time(), "what": error.what}
+            self._in_doubt[request.op_key] = {"op_key": request.op_key, "seq": error.seq, **about}
+            raise
+        if isinstance(request, Withdraw):
+            self._in_doubt.pop(request.request_key, None)
+        return answer
+
+    def _requests_in_doubt(self, state: SubspaceState) -> list[Json]:
+        """Requests of unknown outcome: none that the log has by now, and none whose record can no longer come."""
+        for op_key, about in list(self._in_doubt.items()):
+            if op_key in state.op_keys or 0 < about["seq"] <= state.seq:
+                self._in_doubt.pop(op_key, None)
+        return list(self._in_doubt.values())
+
+    def _write_once(self, request: StoreRequest[Answer]) -> Answer:
+        """Through the running store actor, or with a writer opened for this one call."""
         cluster = self._cluster
         if cluster is not None:
             from orchestrator.cluster import wait_for
@@ -325,8 +403,11 @@ class Service:
                 self._written()  # the loop is to see it as well
                 raise
         from subspace_store.commands.state_folder import service_identity
+        from subspace_store.log.store_format import read_format
         from subspace_store.subspace_store import SubspaceStore
 
+        if read_format(self._storage) is None:
+            raise NotFound("there is no store yet", self._storage.url, "the first `onebasis up` makes it")
         base = self._settings.base_model
         writer = SubspaceStore.open(
             self._storage,

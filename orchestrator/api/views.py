@@ -62,7 +62,6 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
     return {
         "spec": record.spec.model_dump(mode="json"),
         "train_rows": record.train_count,
-        "warnings": list(record.warnings),
         "eval_sha256": record.eval_sha256,
         "adapter": {
             "staging_key": record.staging_key,
@@ -94,12 +93,13 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
 
 
 def warnings(record: TaskRecord, result: Mapping[str, Any] | None) -> list[str]:
-    """What is doubtful about a task, with what is so about its score under `main`.
+    """What is doubtful about a task, with what is so about its score under `main`, where that is another.
 
     Args:
         result: The score, as the service's answer has it; None where no version holds the task.
     """
-    doubt = record.doubt(result["score_under_main"]) if result else ""
+    score = result["score_under_main"] if result else None
+    doubt = record.doubt(score) if score != record.local_score else ""
     return [*record.warnings, *([f"in main: {doubt}"] if doubt else [])]
 
 
@@ -110,7 +110,7 @@ def version_summary(state: SubspaceState, version: Version) -> Json:
     status = (
         "expired" if version.number in state.expired else
         "rejected" if version.number in state.rejected else "published" if on_main else
-        "candidate" if CANDIDATE in names else "rolled back"
+        "candidate" if CANDIDATE in names else "removed" if version.number in state.replaced else "rolled back"
     )  # fmt: skip
     return {
         "version": version.number,
@@ -166,10 +166,11 @@ def cell(table: ScoreTable, version: int, task_id: str) -> Json:
     return {"score": number_or_none(found.score), "measured_at": found.measured_at, "rows": found.count}
 
 
-def rollback(found: RollbackPreview, preview: bool, held: bool) -> Json:
+def rollback(found: RollbackPreview, preview: bool, held: bool, op_key: str | None = None) -> Json:
     """What a rollback did, or would do."""
     return {
         "preview": preview,
+        **({"op_key": op_key} if op_key else {}),
         "held": held,
         "from_version": found.from_version,
         "to_version": found.to_version,

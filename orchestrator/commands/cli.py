@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import time
 import zipfile
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import Exit, InvalidInput
+from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -35,14 +34,15 @@ from orchestrator.api.requests import (
     ShowTask,
     ShowVersion,
     Status,
-    Submit,
 )
-from orchestrator.commands import display, version_tables
+from orchestrator.commands import display, submission, version_tables
+from orchestrator.commands.submission import ENDS, WATCH_SECONDS
 from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.terminal import (
     EXIT_CODES,
     STATE_DIR,
     AsJson,
+    OpKey,
     StateDir,
     command_of,
     me,
@@ -55,17 +55,15 @@ from subspace_store.requests import Rollback, StoreRequest
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
 INTERRUPTED = "interrupted; the service goes on. `onebasis tasks` shows where it is"
 command = command_of(app, INTERRUPTED)
+starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
-WATCH_SECONDS = 0.5
-ENDS = {"published": Exit.DONE, "rejected": Exit.REJECTED, "parked": Exit.PARKED, "cancelled": Exit.CANCELLED}
-"""Exit codes of `submit --wait`, by the state in which the task ended."""
 
 
-@command
+@starting_command
 def up(
     config: Annotated[
         Path | None,
@@ -97,7 +95,7 @@ def up(
     show(status, display.status, as_json)
 
 
-@command
+@starting_command
 def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """End the service. What trains writes a checkpoint and goes on from it at the next `up`."""
     from orchestrator.commands import processes
@@ -114,14 +112,25 @@ def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 
 @waiting_command
 def submit(
-    task: Annotated[Path, typer.Argument(metavar="TASK.yaml", help="Task file; see configs/tasks/.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until the task has ended, and show its progress.")] = False,
+    tasks: Annotated[
+        list[Path], typer.Argument(metavar="TASK.yaml...", help="Task files, or folders of them; see configs/tasks/.")
+    ],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Stay until the tasks have ended, and show their progress.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a task. Submitting the same file again is the same task."""
-    _submit(read_task_spec(task), wait, dry_run, state_dir, as_json)
+    """Submit tasks. Submitting the same file again is the same task.
+
+    Of several files, or a folder, all are checked before the first is submitted: if one is wrong, none is. The exit
+    code is the highest of theirs, and --json prints a list.
+    """
+    client, files = _client(state_dir), submission.task_files(tasks)
+    if files == tasks and len(files) == 1:
+        raise typer.Exit(submission.submit(client, read_task_spec(files[0]), wait, dry_run, as_json))
+    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json))
 
 
 @waiting_command
@@ -157,7 +166,8 @@ def import_(
         "method": {"name": "import", "adapter": str(adapter.resolve())},
         "data": data,
     }
-    _submit(check_document(document, TaskSpec, "task"), wait, dry_run, state_dir, as_json)
+    spec = check_document(document, TaskSpec, "task")
+    raise typer.Exit(submission.submit(_client(state_dir), spec, wait, dry_run, as_json))
 
 
 @command
@@ -261,6 +271,7 @@ def rollback(
     preview: Annotated[bool, typer.Option("--preview", help="Only show which tasks vanish or return.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
     hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
+    op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -269,8 +280,7 @@ def rollback(
     if preview:
         answer = client.ask(PreviewRollback(version=number))
     else:
-        key = f"rollback:{os.urandom(8).hex()}"
-        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=key, actor=me()))
+        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=op_key, actor=me()))
     show(answer, version_tables.rollback, as_json)
 
 
@@ -327,22 +337,6 @@ def store(context: typer.Context) -> None:
         store_cli.app(context.args, prog_name="onebasis store")
     finally:
         store_cli.SERVICE.reset(token)
-
-
-def _submit(task: TaskSpec, wait: bool, dry_run: bool, state_dir: Path, as_json: bool) -> None:
-    client = _client(state_dir)
-    answer = client.ask(Submit(task=task, dry_run=dry_run, by=me()))
-    if dry_run or not wait:
-        show(answer, display.submitted, as_json)
-        return
-    reference = answer["task_id"]
-    if not as_json:
-        display.submitted(answer)
-        display.follow(lambda: [client.ask(ShowTask(reference=reference))], WATCH_SECONDS)
-    while (found := client.ask(ShowTask(reference=reference)))["state"] not in ENDS:
-        time.sleep(WATCH_SECONDS)
-    show(found, display.task, as_json)
-    raise typer.Exit(ENDS[found["state"]])
 
 
 def _client(state_dir: Path) -> Client:

@@ -20,7 +20,7 @@ COLOURS = {
     "queued": "cyan", "training": "yellow", "merging": "yellow", "refining": "yellow",
     "evaluating": "yellow", "published": "green",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
-    "expired": "dim",
+    "removed": "dim", "expired": "dim",
 }  # fmt: skip
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
@@ -33,8 +33,13 @@ NOTE_WIDTH = 24
 def status(answer: Json) -> None:
     """`onebasis status` and the end of `onebasis up`."""
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
-    counted = ", ".join(f"{count} {name}" for name, count in answer["tasks"].items()) or "none yet"
-    console.print(f"onebasis is {state}: base model {answer['base_model']}, main is version {answer['main']}")
+    alarms, counts = answer.get("alarms", ()), answer["tasks"]
+    if alarms:
+        state += f", [red]with {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}[/red]"
+    counted = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
+    main = "unknown" if answer["main"] is None else f"version {answer['main']}"
+    console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is {main}")
+    _print_alarms(alarms)
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
         reason = shown(held["reason"] or "no reason given")
@@ -43,17 +48,25 @@ def status(answer: Json) -> None:
             " (`onebasis store release` lets it move)",
             soft_wrap=True,
         )
-    console.print(f"  tasks    {counted}")
+    console.print(f"  tasks    {counted if counts is not None else 'unknown'}")
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
-        console.print(f"  {worker} {shown(what)}", soft_wrap=True)
-    if answer.get("alarm"):
-        console.print(f"  [red]ALARM[/red] {shown(answer['alarm'])}", soft_wrap=True)
-    for told in answer.get("unreadable_tasks", ()):
-        console.print(f"  [red]ALARM[/red] {shown(told)}", soft_wrap=True)
-    if answer.get("mlflow_error"):
-        console.print(f"  [yellow]MLflow is behind:[/yellow] {shown(answer['mlflow_error'])}")
+        console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
+    for doubt in answer.get("in_doubt", ()):
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(doubt["at"]))
+        what, key = f"{doubt['operation']} by {doubt['actor']} since {since}", shown(doubt["op_key"])
+        console.print(
+            f"  [yellow]IN DOUBT[/yellow] {shown(what)}: nobody knows whether it was done. Ask again with "
+            f"--op-key {key}, or `onebasis store withdraw {key}`",
+            soft_wrap=True,
+        )
+
+
+def _print_alarms(alarms: Sequence[Json]) -> None:
+    for alarm in alarms:
+        since = duration(time.time() - alarm["since"])
+        console.print(f"  [red]ALARM[/red] {shown(alarm['text'])}, for {since}", soft_wrap=True)
 
 
 def submitted(answer: Json) -> None:
@@ -61,13 +74,23 @@ def submitted(answer: Json) -> None:
     for warning in answer["warnings"]:
         errors.print(f"[yellow]warning:[/yellow] {shown(warning)}")
     if answer.get("dry_run"):
+        known = "" if answer["is_new"] else " (known already)"
         console.print(
-            f"{answer['title']} is fine: {counted(answer['train_rows'], 'training row')},"
+            f"{shown(answer['title'])} is fine{known}: {counted(answer['train_rows'], 'training row')},"
             f" {counted(answer['eval_rows'], 'evaluation row')}"
         )
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
-    console.print(f"{answer['title']} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+    console.print(f"{shown(answer['title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+
+
+def submitted_file(result: Json) -> None:
+    """One file of `onebasis submit` with several."""
+    if (error := result.get("error")) is None:
+        submitted(result)
+        return
+    where = "" if error["where"] == result["file"] else f"{result['file']}: "
+    errors.print(f"[red]error:[/red] {shown(where)}{shown(error['text'])}", soft_wrap=True)
 
 
 def tasks(answer: Sequence[Json]) -> None:
@@ -86,6 +109,7 @@ def task(answer: Json) -> None:
     """`onebasis task`."""
     console.print(f"[bold]{shown(answer['title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {shown(answer['why'])}", soft_wrap=True)
+    _print_alarms(answer.get("alarms", ()))
     if answer["progress"]:
         console.print(f"  progress   {shown(_progress(answer))}")
     if answer["local_score"] is not None:

@@ -1,6 +1,7 @@
-"""Starting and ending the service's own processes on this machine: the Ray head and the control plane.
+"""Starting, mending and ending the service's own processes on this machine: the Ray head and the control plane.
 
-Only processes that this state folder names are ever ended, and only after a look at what they are.
+Only processes that this state folder names, or that have its Ray's token, are ever ended, and only after a look at what
+they are. `up` mends by ending what stands still and starting what is missing: what a task has reached is in its record.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import Any
 
 import yaml
 
-from configs.errors import Conflict, InvalidInput, Unavailable, error_from_dict
+from configs.errors import Conflict, InvalidInput, NoSignOfLife, Unavailable, error_from_dict
 from configs.settings import Settings
+from orchestrator.alarms import AlarmCode
 from orchestrator.api.client import Client, server_facts
-from orchestrator.api.requests import Status
-from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE, ray_environment
+from orchestrator.api.requests import Health, Status
+from orchestrator.api.waiting import TELL_SECONDS, telling
+from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
+from orchestrator.signs_of_life import Life, end_now, life_of, ray_processes, ray_trouble, stopped, title_of
 from subspace_store.commands.state_folder import (
     make_private,
     open_private,
@@ -32,6 +36,7 @@ from subspace_store.commands.state_folder import (
     running_server,
     service_identity,
 )
+from subspace_store.log.store_format import check_place
 from subspace_store.log.version_log import VersionLog, owned_by_another
 from subspace_store.storage.opening import open_storage
 
@@ -39,6 +44,11 @@ START_SECONDS = 180.0
 TRY_AGAIN = "mend what it says, then `onebasis up` again"
 STOP_SECONDS = 150.0
 """Before the control plane ends, what trains may write a checkpoint, and MLflow be brought up to date once more."""
+
+QUICK_SECONDS = 10.0
+"""The same for a start that failed: nothing trains yet."""
+UNFINISHED = frozenset({AlarmCode.RAY_DOWN, AlarmCode.LOOP_SILENT, AlarmCode.STORE_SILENT, AlarmCode.WORKER_SILENT})
+"""While one of these alarms rings, the service is not up: it is waited for, and told of."""
 
 Say = Callable[[str], None]
 
@@ -54,16 +64,88 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
 
     Raises:
         Conflict: It runs with other settings.
+        UnusableStore: The store belongs to another base model, or lies where two writers overwrite each other.
         OwnedByAnother: The store belongs to another service.
         Unavailable: Something did not start; quotes the end of its log.
     """
     state_dir = Path(settings.state_dir)
     _prepare(settings, state_dir)
-    with _alone(state_dir, say):
-        if running_server(state_dir) is None:
-            _own_the_store(settings, state_dir, take_over, say)
-        _start_what_is_missing(settings, state_dir, say)
-    return _wait_for_workers(settings, state_dir, say)
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        with _alone(state_dir, say):
+            _end_what_stands_still(settings, state_dir, say)
+            if running_server(state_dir) is None:
+                with telling(f"reading the store at {settings.storage.url}", say):
+                    _own_the_store(settings, state_dir, take_over, say)
+            with telling("starting Ray and the control plane", say):
+                _start_what_is_missing(settings, state_dir, say, started)
+        return _wait_for_workers(settings, state_dir, say)
+    except BaseException:
+        if started:
+            say("it did not come up: ending what was started")
+            _end_started(started, state_dir)
+        raise
+
+
+def _end_what_stands_still(settings: Settings, state_dir: Path, say: Say) -> None:
+    """End each process that gives no sign of life, so that it is made anew."""
+    server = running_server(state_dir)
+    if server is not None and (what := _silence(state_dir, server)):
+        say(f"{what}: ending it")
+        _kill_server(server)
+    if settings.ray.address != "local":
+        return  # its machines are somebody else's; the control plane replaces its own actors
+    if (state_dir / ADDRESS_FILE).exists() and (trouble := ray_trouble(state_dir)):
+        say(f"Ray does not work: {trouble}. Ending what is left of it; tasks go on from their checkpoints")
+        if (server := running_server(state_dir)) is not None:
+            _kill_server(server)  # asked politely it would wait for the cluster that is not there
+        _end_ray(state_dir, 0.0)
+    for process in stopped(ray_processes(state_dir)):
+        say(f"{title_of(process)} (pid {process.pid}) {Life.STOPPED}: ending it, another takes its place")
+        end_now([process])
+
+
+def _silence(state_dir: Path, server: int) -> str:
+    """Why a running control plane has to be ended; empty if it answers."""
+    try:
+        Client(state_dir, lambda _: None).ask(Health())
+    except NoSignOfLife as error:
+        return error.what
+    except Unavailable as error:
+        if running_server(state_dir) == server:
+            return f"the control plane (pid {server}) does not answer: {error.what}"
+    return ""
+
+
+def _kill_server(pid: int) -> None:
+    """At any moment, as its records are made for that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    _await_end(pid)
+
+
+def _end_ray(state_dir: Path, patience_seconds: float = QUICK_SECONDS) -> None:
+    """The head, and whatever has its token and outlived it: processes that stand still, or lost their parent.
+
+    Args:
+        patience_seconds: How long the head may take to end in order. Without a raylet or a GCS it would wait for them.
+    """
+    if (head := _running_ray(state_dir)) is not None:
+        _end(head, patience_seconds)
+    end_now(ray_processes(state_dir))
+    (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+def _end_started(started: list[subprocess.Popen[bytes]], state_dir: Path) -> None:
+    """What this `up` started: the control plane first, which still needs Ray to end its work."""
+    for process in reversed(started):
+        if process.poll() is None:
+            _end(process.pid, QUICK_SECONDS)
+        process.wait()
+        if MODULE in process.args:  # type: ignore[operator]
+            _end_ray(state_dir)
+        else:
+            (state_dir / "server.json").unlink(missing_ok=True)
 
 
 def _prepare(settings: Settings, state_dir: Path) -> None:
@@ -79,8 +161,10 @@ def _prepare(settings: Settings, state_dir: Path) -> None:
 
 
 def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:
-    """Refuse a store of another service before anything is started; or take it over."""
+    """Refuse a place that cannot hold this service's store, and a store of another service, before anything is started;
+    or take that over."""
     storage = open_storage(settings.storage, settings.base_model.name)
+    check_place(storage, settings.base_model.name, settings.base_model.weights_sha256)
     log = VersionLog(storage)
     owner, service = log.open().owner, service_identity(state_dir)
     if owner is None or not owner.is_another_than(service):
@@ -105,12 +189,14 @@ def _alone(state_dir: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _start_what_is_missing(settings: Settings, state_dir: Path, say: Say) -> None:
+def _start_what_is_missing(
+    settings: Settings, state_dir: Path, say: Say, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """started: Takes what was started, so that it can be ended when the rest fails."""
     running = running_server(state_dir)
     if running is not None and settings.ray.address == "local" and _running_ray(state_dir) is None:
         say("Ray is gone: starting it and the control plane again")
-        os.kill(running, signal.SIGKILL)  # asked politely it would wait for the cluster that is not there
-        _await_end(running)
+        _kill_server(running)  # asked politely it would wait for the cluster that is not there
         running = None
     if running is None:
         _refuse_taken_port(settings)
@@ -118,11 +204,14 @@ def _start_what_is_missing(settings: Settings, state_dir: Path, say: Say) -> Non
     _keep_settings(settings, state_dir, running is not None)
     if running is None:
         head = _start_ray(settings, state_dir, say) if settings.ray.address == "local" else None
+        if head is not None:
+            started.append(head)
         say("starting the control plane")
         (state_dir / "server.json").unlink(missing_ok=True)
         # Beside Ray, not after it: its imports take as long as Ray's start, and it waits for Ray's address itself.
         command = [sys.executable, "-m", "orchestrator.api.server", str(state_dir)]
         server = _start(command, state_dir, "control-plane.log", _umask(settings))
+        started.append(server)
         if head is not None:
             _wait(lambda: (state_dir / ADDRESS_FILE).exists(), head, state_dir / "logs/ray.log", "Ray")
         _wait(
@@ -145,16 +234,21 @@ def down(state_dir: Path, say: Say) -> bool:
 
 def _end_what_runs(state_dir: Path, say: Say) -> bool:
     ended = False
-    for name, module, file in (
-        ("control plane", "orchestrator.api.server", "server.json"),
-        ("Ray cluster", "orchestrator.ray_head", ADDRESS_FILE),
-    ):
-        pid = process_of(state_dir / file, module)
-        if pid is not None:
-            say(f"ending the {name}" + ("; what trains writes a checkpoint" if file == "server.json" else ""))
-            _end(pid)
-            ended = True
-        (state_dir / file).unlink(missing_ok=True)
+    if (server := running_server(state_dir)) is not None:
+        has_ray = not (state_dir / ADDRESS_FILE).exists() or not ray_trouble(state_dir)
+        if has_ray and life_of(server) is Life.RUNS:
+            say("ending the control plane; what trains writes a checkpoint")
+            _end(server, STOP_SECONDS)
+        else:  # it would wait for what is not there, or hear nothing
+            say("ending the control plane, which cannot end in order; what trains goes on from its last checkpoint")
+            _kill_server(server)
+        ended = True
+    (state_dir / "server.json").unlink(missing_ok=True)
+    if _running_ray(state_dir) is not None or ray_processes(state_dir):
+        say("ending the Ray cluster")
+        _end_ray(state_dir, 0.0 if ray_trouble(state_dir) else QUICK_SECONDS)
+        ended = True
+    (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
     return ended
 
 
@@ -166,7 +260,7 @@ def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Pope
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
     workers = settings.workers
     cpus = max(os.cpu_count() or 1, math.ceil(workers.count * workers.ranks * workers.cpus))
-    command = [sys.executable, "-m", "orchestrator.ray_head", str(state_dir), str(cpus)]
+    command = [sys.executable, "-m", MODULE, str(state_dir), str(cpus)]
     return _start(command, state_dir, "ray.log", _umask(settings))
 
 
@@ -215,25 +309,42 @@ def _refuse_taken_port(settings: Settings) -> None:
 
 
 def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str, Any]:
-    until = time.monotonic() + START_SECONDS
-    client, said = Client(state_dir), ""
+    """The status once every worker is warm, and each process has given a sign of life since now."""
+    began = time.monotonic()
+    until, said_at = began + START_SECONDS, began
+    client, said, told = Client(state_dir, say), "", set[str]()
     while True:
-        status: dict[str, Any] = client.ask(Status())
-        ready, all_workers = status.get("workers_ready", 0), settings.workers.count
-        if ready == all_workers:
+        health: dict[str, Any] = client.ask(Health())
+        ready, all_workers = health.get("workers_ready", 0), settings.workers.count
+        alarms = health["alarms"]
+        unfinished = [alarm["text"] for alarm in alarms if alarm["code"] in UNFINISHED]
+        heard = health.get("heard_seconds_ago", 0.0) <= time.monotonic() - began
+        store_error = error_from_dict(health["store_error"]) if health.get("store_error") else None
+        if store_error is not None and not isinstance(store_error, Unavailable):
+            raise store_error
+        # A store that is full or away is waited for by the service, and told of by its status.
+        is_open = health.get("store_is_open", True) or store_error is not None
+        if ready == all_workers and is_open and heard and not unfinished:
+            status: dict[str, Any] = client.ask(Status())
             return status
-        if not status["running"]:
-            log = state_dir / "logs/control-plane.log"
+        log = state_dir / "logs/control-plane.log"
+        if not health["running"]:
             raise Unavailable(f"the control plane ended; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
         workers = "1 worker" if all_workers == 1 else f"{all_workers} workers"
-        if said != (said := f"loading the base model on {workers} ({ready} warm)"):
-            say(said)
-        broken = [error_from_dict(error) for error in status.get("load_errors", {}).values()]
+        line = f"loading the base model on {workers} ({ready} warm)" if ready < all_workers else "asking every process"
+        now = time.monotonic()
+        if (line != said and ready < all_workers) or now - said_at > TELL_SECONDS:
+            say(line if line != said else f"still {line}, for {now - began:.0f} s")
+            said, said_at = line, now
+        for alarm in alarms:
+            if alarm["text"] not in told:
+                told.add(alarm["text"])
+                say(f"ALARM {alarm['text']}")
+        broken = [error_from_dict(error) for error in health.get("load_errors", {}).values()]
         if broken or time.monotonic() > until:
-            raise Unavailable(
-                str(broken[0]) if broken else f"{ready} of {all_workers} workers are warm after {START_SECONDS:.0f} s",
-                todo=f"see {state_dir / 'logs/control-plane.log'}; `onebasis down` ends what runs",
-            )
+            late = f"{ready} of {all_workers} workers are warm after {START_SECONDS:.0f} s"
+            causes = [str(error) for error in broken[:1]] or unfinished or [late]
+            raise Unavailable("\n  ".join(causes), todo=f"{TRY_AGAIN}; the log is {log}")
         time.sleep(0.1)
 
 
@@ -251,7 +362,7 @@ def _end_ray_of_other_settings(settings: Settings, state_dir: Path, say: Say) ->
     file, pid = state_dir / "settings.yaml", _running_ray(state_dir)
     if pid is not None and (not file.exists() or file.read_text() != _as_text(settings)):
         say("the settings have changed: ending the Ray that was started with the old ones")
-        _end(pid)
+        _end_ray(state_dir)
 
 
 def _as_text(settings: Settings) -> str:
@@ -259,26 +370,20 @@ def _as_text(settings: Settings) -> str:
 
 
 def _running_ray(state_dir: Path) -> int | None:
-    return process_of(state_dir / ADDRESS_FILE, "orchestrator.ray_head")
+    return process_of(state_dir / ADDRESS_FILE, MODULE)
 
 
-def _end(pid: int) -> None:
-    os.kill(pid, signal.SIGTERM)
-    _await_end(pid)
+def _end(pid: int, patience_seconds: float) -> None:
+    politely = patience_seconds > 0 and life_of(pid) is Life.RUNS
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM if politely else signal.SIGKILL)
+    _await_end(pid, patience_seconds)
 
 
-def _await_end(pid: int) -> None:
-    until = time.monotonic() + STOP_SECONDS
-    while _lives(pid):
+def _await_end(pid: int, patience_seconds: float = QUICK_SECONDS) -> None:
+    until = time.monotonic() + patience_seconds
+    while life_of(pid) is not Life.GONE:
         if time.monotonic() > until:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"

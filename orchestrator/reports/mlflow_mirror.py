@@ -68,6 +68,8 @@ class Mirror:
         """When to look though nobody calls."""
         self.behind = True
         """Whether there is something that MLflow does not show yet."""
+        self.working_since = 0.0
+        """Unix time at which the round under way began; 0 between two."""
         self.error = ""
         """Why the last try failed, for people."""
 
@@ -86,6 +88,7 @@ class Mirror:
             if not self._awake.is_set() and time.monotonic() < self._look_at:
                 continue
             self._awake.clear()
+            self.working_since = time.time()
             try:
                 self.sync()
                 self.error = ""
@@ -93,8 +96,11 @@ class Mirror:
             except Exception as error:  # whatever MLflow or its database raises: the service goes on without
                 self.error = without_password(f"{type(error).__name__}: {error}")
                 log.warning("MLflow is behind: %s", self.error)
+                self._forget()
                 self._awake.set()
+                self.working_since = 0.0
                 stop.wait(RETRY_SECONDS)
+            self.working_since = 0.0
 
     def sync(self) -> None:
         """Bring MLflow to what the queue and the log say now. Running it twice changes nothing."""
@@ -129,10 +135,21 @@ class Mirror:
         mlflow.set_tracking_uri(settings.tracking_uri)
         client = MlflowClient(settings.tracking_uri)
         found = client.get_experiment_by_name(settings.experiment)
-        self._experiment = (
-            found.experiment_id if found else client.create_experiment(settings.experiment, self._artifact_location())
-        )
+        if found is None:
+            self._experiment = client.create_experiment(settings.experiment, self._artifact_location())
+        else:
+            self._experiment = found.experiment_id
+            if found.lifecycle_stage == "deleted":  # in its user interface; its name stays taken, and its runs are kept
+                log.warning("MLflow's experiment '%s' was deleted: restoring it", settings.experiment)
+                client.restore_experiment(self._experiment)
         self._client = client
+
+    def _forget(self) -> None:
+        """Look for everything anew: somebody may have deleted, in MLflow, what was found or made there."""
+        self._client = None
+        self._runs.clear()
+        self._marks.clear()
+        self._seen = 0
 
     def _artifact_location(self) -> str | None:
         settings = self._settings.mlflow

@@ -6,9 +6,11 @@ changes no score, and workers on other machines can read it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,7 +134,7 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
     trained, evaluated = (side.per_label if side else {} for side in (rows.train, rows.evaluation))
     if unseen := [name for name, count in trained.items() if not count]:
         yield f"{len(unseen)} of {len(trained)} labels have no training row: {shown(unseen)}"
-    if evaluated and rows.evaluation and max(evaluated.values()) == rows.evaluation.count:
+    if evaluated and rows.evaluation and 1 < rows.evaluation.count == max(evaluated.values()):
         yield f"all {rows.evaluation.count} evaluation rows have the same label: always giving it is right each time"
     both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
     if doubt := two_readings(both):
@@ -145,9 +147,17 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
 
 
 def admit(
-    draft: Draft, settings: Settings, queue: TaskQueue, storage: Storage, submitted_by: str
+    draft: Draft,
+    settings: Settings,
+    queue: TaskQueue,
+    storage: Storage,
+    submitted_by: str,
+    under_way: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> tuple[TaskRecord, bool]:
     """Take a checked submission in: freeze its data, then write its row.
+
+    Args:
+        under_way: Is told the id, and lasts from before its first file until it has a row or has none for good.
 
     Returns:
         The task and True; or the task that the same submission made before, and False. After this the task is
@@ -158,6 +168,33 @@ def admit(
         NameTaken: Another task of that name is alive or published.
         Conflict: The client key belongs to another submission.
     """
+    record, is_new = would_admit(draft, settings, queue, submitted_by)
+    if not is_new:
+        return record, False
+    rows, limit = draft.rows, settings.teams[record.team].queued_max
+    with under_way(record.task_id):
+        if rows.train:
+            rows.train.write(storage, record.train_key)
+        else:
+            storage.write(record.train_key, draft.adapter)
+        if rows.evaluation:
+            rows.evaluation.write(storage, record.eval_key)
+        try:
+            taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)), limit)
+        except (Conflict, QueueFull):  # of any other error the outcome is unknown, and then nothing is deleted
+            _delete_data(record, storage)
+            raise
+        if not is_new:
+            _delete_data(record, storage)
+    return (taken, True) if is_new else (_same(taken, draft, record.client_key), False)
+
+
+def would_admit(draft: Draft, settings: Settings, queue: TaskQueue, submitted_by: str) -> tuple[TaskRecord, bool]:
+    """What `admit` would make of a submission now. Nothing is kept, and nothing reserved.
+
+    Returns, Raises:
+        As `admit`.
+    """
     spec, content = draft.spec, draft.content_sha256
     if spec.client_key:
         client_key, known = spec.client_key, queue.by_client_key(spec.team, spec.client_key)
@@ -167,8 +204,6 @@ def admit(
         client_key, known = f"auto-{content[:24]}{f'.{before.count}' if before.count else ''}", before.alive
     if known is not None:
         return _same(known, draft, client_key), False
-    limit = settings.teams[spec.team].queued_max
-    queue.check_room(spec.team, limit)
     task_id = new_task_id()
     rows, folder = draft.rows, f"data/{task_id}"
     record = TaskRecord(
@@ -188,21 +223,8 @@ def admit(
         content_sha256=content,
         warnings=draft.warnings,
     )
-    if rows.train:
-        rows.train.write(storage, record.train_key)
-    else:
-        storage.write(record.train_key, draft.adapter)
-    if rows.evaluation:
-        rows.evaluation.write(storage, record.eval_key)
-    try:
-        taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)), limit)
-    except (Conflict, QueueFull):  # of any other error the outcome is unknown, and then nothing is deleted
-        _delete_data(record, storage)
-        raise
-    if not is_new:
-        _delete_data(record, storage)
-        return _same(taken, draft, client_key), False
-    return taken, is_new
+    queue.check(record, settings.teams[spec.team].queued_max)
+    return record, True
 
 
 def _same(known: TaskRecord, draft: Draft, client_key: str) -> TaskRecord:

@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, event, inspect, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 
-from configs.errors import Corrupt, InvalidInput, OnebasisError, Unavailable
+from configs.errors import Corrupt, DatabaseAway, InvalidInput, OnebasisError
 from orchestrator.tasks.tables import HEAD, schema, tasks
 
 WAIT_SECONDS = 5.0
@@ -34,7 +34,7 @@ class Database:
 
         Raises:
             InvalidInput: No such database driver, or not a URL; or a newer release has written to it.
-            Unavailable: The database does not answer, or another program holds it.
+            DatabaseAway: It does not answer, or another program holds it.
             Corrupt: It is no database, or a damaged one.
         """
         self._where = _safe(url)
@@ -63,7 +63,7 @@ class Database:
         """A transaction that only reads: one state of the database, and no lock.
 
         Raises:
-            Unavailable, Corrupt, InvalidInput: See `_told`; so does `writing`.
+            DatabaseAway, Corrupt, InvalidInput: See `_told`; so does `writing`.
         """
         with self._told(), self.engine.connect() as connection:
             yield connection
@@ -94,7 +94,7 @@ class Database:
         """Errors of the driver as ours, with what to do.
 
         Raises:
-            Unavailable: The database was away, locked, full or not allowed; nothing of the transaction is kept.
+            DatabaseAway: It was away, locked, full or not allowed; nothing of the transaction is kept.
             Corrupt: What it has stored is damaged.
             InvalidInput: It cannot hold such a value.
         """
@@ -126,7 +126,7 @@ def _as_ours(error: SQLAlchemyError, where: str) -> OnebasisError:
         todo = "let this user read and write it (a SQLite file: its folder too), then try again"
     elif sqlite.startswith("SQLITE_IOERR"):
         todo = "look at its disk, then try again"
-    return Unavailable(f"the task database does not answer: {_first_line(error)}", where, todo)
+    return DatabaseAway(f"the task database does not answer: {_first_line(error)}", where, todo)
 
 
 def _first_line(error: Exception) -> str:

@@ -161,10 +161,11 @@ class TaskQueue:
             alive = connection.execute(select(*_RECORD).where(*same, _tasks.c.state.not_in(_ENDED))).first()
         return SameContent(self._read(alive) if alive else None, count)
 
-    def check_room(self, team: str, queued_max: int) -> None:
-        """Refuse what `add` will refuse, before anything is uploaded. Raises QueueFull."""
+    def check(self, record: TaskRecord, queued_max: int) -> None:
+        """Refuse what `add` will refuse, before anything is uploaded. Raises NameTaken, QueueFull."""
         with self._database.reading() as connection:
-            self._refuse_full_queue(connection, team, queued_max)
+            self._refuse_taken_name(connection, record)
+            self._refuse_full_queue(connection, record.team, queued_max)
 
     # --- reading -----------------------------------------------------------------------------------------------
 

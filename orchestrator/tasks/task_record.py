@@ -143,9 +143,11 @@ class TaskRecord(Section):
         constant = self.constant_score
         if score is None or constant is None or not score <= constant + ROUNDING:  # nor where it is NaN
             return ""
+        is_number = self.spec.kind == "sequence_regression"
+        answer = "the same number" if is_number else "the most frequent label of the evaluation rows"
         return (
-            f"{self.spec.metric} {score:.4f} is no better than always giving the most frequent label of the evaluation "
-            f"rows, which scores {constant:.4f}: look at the labels, the learning rate and the number of steps"
+            f"{self.spec.metric} {score:.4f} is no better than always giving {answer}, which scores {constant:.4f}: "
+            "look at the labels, the learning rate and the number of steps"
         )
 
 

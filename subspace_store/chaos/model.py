@@ -4,6 +4,8 @@ It shares no code with the store. It is told of every effect on the disk and of 
 raises Violation at the first that breaks a promise:
 
 * acknowledged: a request that was answered stands in the log once, with that version and those tasks;
+* asked for: nothing is done later by itself: a request is done while it is asked for, or by a write that was on its way
+  when its outcome was told as unknown, and one that was told as failed only if it is asked for again;
 * immutable: no record and no blob is ever written over; a version reads the same to everybody, for ever, and its tasks
   are those that were delivered, or refined since;
 * fenced: only the writer that took the newest epoch adds records, and each follows from the state before it;
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
@@ -38,6 +41,12 @@ class Model:
     def __init__(self) -> None:
         self.present: Callable[[], Set[str]] = set
         """The keys on the disk."""
+        self.lands_late: Callable[[], bool] = lambda: False
+        """Whether the effect on the disk is of a write that nobody waits for any more."""
+        self.in_work: Counter[str] = Counter()
+        """op_key to how many writers are asked for it now."""
+        self.failed: set[str] = set()
+        """op_key of every request that was told as failed, and not asked for again."""
         self.seq = 0
         self.head_sha256 = ""
         self.epoch = 0
@@ -76,7 +85,7 @@ class Model:
     def created(self, key: str, content: bytes) -> None:
         if key.startswith("log/"):
             self._record(key, content)
-        elif key != "FORMAT":
+        elif key != "FORMAT" and not key.startswith("doctor/"):
             raise Violation(f"{key} was created with a condition; only the log needs one")
 
     def written(self, key: str, before: bytes | None, content: bytes) -> None:
@@ -91,7 +100,21 @@ class Model:
         if key in self.needed():
             raise Violation(f"reachable: {key} was deleted, but a version that lives needs it")
 
-    # What the store answered
+    # What the store is asked, and answered
+
+    def begun(self, op_key: str) -> None:
+        """A writer is asked for it."""
+        self.failed.discard(op_key)
+        self.in_work[op_key] += 1
+
+    def ended(self, op_key: str) -> None:
+        """It is not asked any more, whatever it answered."""
+        self.in_work[op_key] -= 1
+
+    def not_written(self, op_key: str) -> None:
+        """A writer that was not fenced said that a request has failed, and nobody else was asked for it."""
+        self._must(op_key not in self.done, f"asked for: {op_key} was told as failed, and was done")
+        self.failed.add(op_key)
 
     def answered(self, op_key: str, version: int, holds: Callable[[], bool]) -> None:
         """The store said that a request is done.
@@ -210,6 +233,9 @@ class Model:
             mine = (record["epoch"], record["writer"]) == (self.epoch, self.owner)
             self._must(mine, f"fenced: {what} of epoch {record['epoch']} after {self.owner} took {self.epoch}")
             self._must(record["op_key"] not in self.done, f"acknowledged: {record['op_key']} was done twice")
+            request = record["op_key"].split(" ")[0]  # a removal's versions have keys of their own, after a space
+            unasked = self.lands_late() and request not in self.failed
+            self._must(bool(self.in_work[request]) or unasked, f"asked for: {what} does {request} by itself")
             moves = self._moves(op, record)
             concerned = int(getattr(self, f"_{op.replace('-', '_')}")(body, what) or body.get("version", 0))
             if record["op_key"]:

@@ -29,7 +29,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
+from configs.errors import Conflict, InvalidInput, NotFound, NotWritten, Unavailable
 from configs.settings import SubspaceSettings
 from subspace_store.chaos.model import Model
 from subspace_store.chaos.requests import BASE, SHAPES, Request, Requests, dense
@@ -140,6 +140,7 @@ class _Simulation:
         self.model = Model()
         self.world = World(seed, self.model)
         self.model.present = lambda: set(self.world.disk.keys(""))
+        self.model.lands_late = lambda: self.world.lands_late
         self.random = self.world.random
         self.waiting: list[Request] = []
         self.open: dict[Machine, _Process] = {}
@@ -248,8 +249,13 @@ class _Simulation:
     def _ask(self, process: _Process, request: Request) -> None:
         self.world.note(process.name, f"is asked for {request.op_key}")
         kind = request.op_key.split("-")[0]
+        self.model.begun(request.op_key)
         try:
             version = request.ask(process.store)
+        except NotWritten:
+            if not self._fenced(process.name) and self.model.in_work[request.op_key] == 1:
+                self.model.not_written(request.op_key)
+            raise
         except (Conflict, InvalidInput, NotFound) as error:
             if self._fenced(process.name):
                 raise
@@ -259,6 +265,8 @@ class _Simulation:
             self.model.answered(request.op_key, version, request.holds)
             self.model.observed(*_view(process.store.state))
             self.world.counts[f"{kind} acknowledged"] += 1
+        finally:
+            self.model.ended(request.op_key)
         if request in self.waiting:
             self.waiting.remove(request)
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from configs.errors import Unavailable
+from configs.errors import StoreFull, Unavailable
 from subspace_store.chaos.world import (
     COMMIT_TIMES,
     CRASH_AFTER,
@@ -15,6 +15,8 @@ from subspace_store.chaos.world import (
     CUT,
     CUT_CALLS,
     FAULTS,
+    FULL,
+    FULL_CALLS,
     LATE,
     LOST_REPLY,
     LOST_REQUEST,
@@ -41,6 +43,7 @@ class ChaosStorage:
         self.process = process
         self.dead = False
         self.cut_calls = 0
+        self.full_calls = 0
 
     @property
     def url(self) -> str:
@@ -57,17 +60,17 @@ class ChaosStorage:
 
     def create(self, key: str, content: bytes) -> bool:
         mine = bytes(content)
-        return self._change(f"create {key}", lambda: self.world.create(key, mine))
+        return self._change(f"create {key}", lambda: self.world.create(key, mine), needs_space=True)
 
     def write(self, key: str, content: bytes) -> None:
         mine = bytes(content)
-        self._change(f"write {key}", lambda: self.world.write(key, mine))
+        self._change(f"write {key}", lambda: self.world.write(key, mine), needs_space=True)
 
     def delete(self, key: str) -> None:
         self._change(f"delete {key}", lambda: self.world.delete(key))
 
-    def abandon(self, prefix: str) -> int:
-        return self.world.disk.abandon(prefix)  # the disk never holds a part of an object
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
+        return self.world.disk.abandon(prefix, idle_seconds)  # the disk never holds a part of an object
 
     def stream(self, key: str, head_size: int) -> AbstractContextManager[ObjectStream]:
         return contextlib.nullcontext(_ChaosStream(self, key, head_size))
@@ -76,8 +79,13 @@ class ChaosStorage:
         self._begin(what, ON_READS)
         return look()
 
-    def _change(self, what: str, effect: Callable[[], T]) -> T:
+    def _change(self, what: str, effect: Callable[[], T], needs_space: bool = False) -> T:
         fault = self._begin(what, FAULTS)
+        if fault == FULL:
+            self.full_calls = self.world.random.randint(1, FULL_CALLS)
+        if needs_space and self.full_calls:
+            self.full_calls -= 1
+            raise StoreFull("no space left", what)
         if fault in (LATE, CRASH_LATE):
             self.world.later(what, effect)
             raise self._crash() if fault == CRASH_LATE else Unavailable("timed out", what)

@@ -34,8 +34,9 @@ CRASH_LATE = "crash, the effect comes late"
 CUT = "cut off for some calls"
 TWICE = "request carried out twice"
 STALL = "stall"
+FULL = "no space for some calls"
 ON_READS = (CRASH_BEFORE, LOST_REQUEST, CUT, STALL)
-FAULTS = (*ON_READS, CRASH_AFTER, LOST_REPLY, LATE, CRASH_LATE, TWICE)
+FAULTS = (*ON_READS, CRASH_AFTER, LOST_REPLY, LATE, CRASH_LATE, TWICE, FULL)
 """All of them can happen to a write."""
 
 RATES = (0.0, 0.005, 0.02, 0.05)
@@ -48,6 +49,8 @@ LATE_STEPS = 150
 """Longest stall and delay: several merges of another machine fit in."""
 CUT_CALLS = 30
 """Longest cut in calls of one process: more than the log tries, so that it must leave an outcome unknown."""
+FULL_CALLS = 30
+"""Longest time without space, in writes of one process."""
 STEPS_MAX = 50_000
 """Twenty times what the longest seeds take."""
 CONSTANTS = {"FIRST_WAIT_SECONDS": 0.0, "CHECKPOINT_EVERY": 8, "SNAPSHOT_EVERY": 3}
@@ -107,6 +110,8 @@ class World:
         self.counts: Counter[str] = Counter()
         self.trace: list[str] = []
         self.violation: str | None = None
+        self.lands_late = False
+        """Whether what happens to the disk now was sent by somebody who waits for it no more."""
         self._late: list[tuple[int, int, str, Callable[[], object]]] = []
         self.running: Machine | None = None
         """Who has the turn; None while nothing is disturbed: before the machines start and after all have ended."""
@@ -181,7 +186,9 @@ class World:
         while self._late and self._late[0][0] <= self.step:
             _, _, what, effect = self._late.pop(0)
             self.note("disk", f"{what} lands")
+            self.lands_late = True
             effect()
+            self.lands_late = False
 
     def later(self, what: str, effect: Callable[[], object]) -> None:
         """An effect that happens when nobody waits for it any more."""

@@ -12,7 +12,6 @@ import typer
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store.commands.place import (
     Force,
-    OpKey,
     Reference,
     TaskId,
     Url,
@@ -26,7 +25,8 @@ from subspace_store.commands.place import (
     write,
     writer_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, counted, me, note, show
+from subspace_store.commands.terminal import STATE_DIR, AsJson, OpKey, StateDir, console, counted, me, note, show
+from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE
@@ -41,6 +41,7 @@ from subspace_store.requests import (
     Tag,
     Unpin,
     Unquarantine,
+    Withdraw,
 )
 
 SECONDS_A_DAY = 86400
@@ -66,7 +67,7 @@ def tag(
 
 @command
 def hold(
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to everybody who wonders.")],
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Why; `onebasis status` shows it.")],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -92,7 +93,7 @@ def release(
 @command
 def quarantine(
     task: TaskId,
-    reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown to whoever tries to merge it.")],
+    reason: Annotated[str, typer.Argument(metavar="REASON", help="Why; shown when somebody tries to merge it.")],
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -126,7 +127,7 @@ def unquarantine(
 @command
 def pin(
     version: Reference,
-    owner: Annotated[str, typer.Option(help="Who needs it; default: you.")] = "",
+    owner: Annotated[str, typer.Option(help="Person or program that needs it; default: you.")] = "",
     days: Annotated[float | None, typer.Option(help="For how long; default: until `unpin`.", min=0, max=36500)] = None,
     store: Url = None,
     force: Force = False,
@@ -222,6 +223,20 @@ def drop_adapters(
 
 
 @command
+def withdraw(
+    request: Annotated[str, typer.Argument(metavar="KEY", help="The op_key that the message named.")],
+    store: Url = None,
+    force: Force = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Make sure that a request whose outcome is unknown is not done any more; says so if it was done."""
+    place = place_of(store, state_dir)
+    done = f"{request} was not done, and will not be unless somebody asks for it again"
+    change(place, force, as_json, done, Withdraw(request_key=request, actor=me()))
+
+
+@command
 def collect(
     really: Annotated[bool, typer.Option("--really", help="Delete; otherwise only show what would be.")] = False,
     store: Url = None,
@@ -270,9 +285,15 @@ def remove(
     if op_key not in state.op_keys:
         if task_id not in held:
             raise NotFound(f"the candidate, version {candidate}, does not hold {task}", place.storage.url)
-        again = [v.number for v in state.lineage(candidate) if v.number >= held[task_id].version]
         if not yes:
-            text = f"would make {counted(len(again), 'version')} again, from {again[0]} on (--yes does it)"
+            again = [remake.version.number for remake in remakes(state, task_id, candidate)]
+            last = start_of_remakes(state, task_id, candidate)
+            what = (
+                f"make {counted(len(again), 'version')} again: {', '.join(map(str, again))}"
+                if again
+                else "make none again"
+            )
+            text = f"would go back to version {last} and {what} (--yes does it)"
             show({"task_id": task_id, "versions": again, "removed": False}, lambda _: note(text), as_json)
             return
         # The same task of the same candidate is the same request: interrupted, the command goes on. A request that was

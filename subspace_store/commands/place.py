@@ -6,7 +6,6 @@ writer.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -40,12 +39,6 @@ Url = Annotated[
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="With --store: write although a service does, which has to open it anew then.")
-]
-OpKey = Annotated[
-    str,
-    typer.Option(
-        "--op-key", metavar="KEY", help="Begins with the command's name. Asked again under it, it is done once."
-    ),
 ]
 FixedRank = Annotated[
     int | None, typer.Option("--rank", help="Exactly so many directions; default: as the store merges.", min=1)
@@ -136,17 +129,16 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
     """Carry a request out: through the running service, or as the writer.
 
     Raises:
-        Unavailable: Nobody knows whether it was done; says under which key to ask again.
+        OutcomeUnknown: Nobody knows whether it was done; says under which key to ask again.
+        NotWritten: It was not.
     """
     service = service_of(place, force)
-    try:
-        if service is None:
-            request.on(writer_at(place, force))
-        else:
-            service(request)
-    except Unavailable as error:
-        again = f"ask again with --op-key {shlex.quote(request.op_key)}: whatever became of this, it is done once"
-        raise Unavailable(error.what, error.where, again) from error
+    if service is not None:
+        service(request)
+        return
+    writer = writer_at(place, force)  # what keeps it from opening is no doubt about the request
+    with request.told_with_its_key():
+        request.on(writer)
 
 
 def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:

@@ -29,6 +29,14 @@ StateDir = Annotated[
     Path, typer.Option("--state-dir", envvar="ONEBASIS_STATE_DIR", help="Folder of the service's own files.")
 ]
 STATE_DIR = Path(".onebasis")
+OpKey = Annotated[
+    str,
+    typer.Option(
+        "--op-key",
+        metavar="KEY",
+        help="Names this request; begins with the command's name. Asked again under it, it is done once.",
+    ),
+]
 
 
 class PlainConsole(Console):

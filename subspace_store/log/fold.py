@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import Corrupt
 from subspace_store.log.version import MAIN, BlobRef, Hold, Identity, Owner, SubspaceState, TaskScore, Version
+from subspace_store.strict import as_line
 
 ACQUIRE = "acquire"
 
@@ -138,18 +139,16 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     if op == PUBLISH:
         return {"published": tuple(sorted({*state.published, int(body["version"])}))}
     if op == ROLLBACK:
-        held = (
-            Hold(actor=record.actor, reason=str(body["reason"]), time=record.time) if body.get("hold") else state.held
-        )
+        held = _hold(record) if body.get("hold") else state.held
         return {"held": held}
     if op == TAG:
         return {"tags": {**state.tags, str(body["name"]): int(body["version"])}}
     if op == HOLD:
-        return {"held": Hold(actor=record.actor, reason=str(body["reason"]), time=record.time)}
+        return {"held": _hold(record)}
     if op == RELEASE:
         return {"held": None}
     if op == QUARANTINE:
-        return {"quarantined": {**state.quarantined, str(body["task_id"]): str(body["reason"])}}
+        return {"quarantined": {**state.quarantined, str(body["task_id"]): as_line(str(body["reason"]))}}
     if op == UNQUARANTINE:
         return {"quarantined": {t: why for t, why in state.quarantined.items() if t != body["task_id"]}}
     if op == PIN:
@@ -169,8 +168,10 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
         heads = checked(dict[str, BlobRef], body["heads"], where)
         return {"heads": {**state.heads, **heads}}
     if op == REMOVE:
-        moved = int(body["version"]) if MAIN in record.refs else 0
-        return {"published": tuple(sorted({*state.published, moved}))}
+        done, moved = int(body["version"]), int(body["version"]) if MAIN in record.refs else 0
+        gone = {v.number for v in state.lineage(int(body.get("from", done)))} - {v.number for v in state.lineage(done)}
+        published = tuple(sorted({*state.published, moved}))
+        return {"published": published, "replaced": {**state.replaced, **dict.fromkeys(sorted(gone), done)}}
     if op == ACQUIRE:
         if "owner" not in body:  # by a writer that leaves the owner as it is, or before 0.4
             return {}
@@ -179,6 +180,10 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
         since = state.owner.since if same and state.owner else record.time
         return {"owner": Owner(service_id=claimed.service_id, name=claimed.name, since=since) if claimed else None}
     raise Corrupt(f"has an operation {op!r} that this code does not know", where, "use a newer onebasis")
+
+
+def _hold(record: Record) -> Hold:
+    return Hold(actor=record.actor, reason=as_line(str(record.body["reason"])), time=record.time)
 
 
 @cache

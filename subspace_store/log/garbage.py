@@ -5,8 +5,8 @@ after it had acquired E.
 
 1. S holds every record of an epoch below E that there will ever be. Acquiring E took a slot. Slots before it are all
    taken, and are folded in S. A slot after it is only ever taken by a writer that has folded the acquisition, and a
-   writer whose epoch is below the one it has folded stops (version_log.py: `finish_pending`, and `fold` refuses such
-   a record). A record whose outcome was unknown to its writer is in its slot or has lost it; either way S says which.
+   writer whose epoch is below the one it has folded stops (version_log.py: `settle`, and `fold` refuses such a
+   record). A record whose outcome was unknown to its writer is in its slot or has lost it; either way S says which.
 2. A version whose record is not in S has an epoch e ≥ E. What it needs was written by that writer, below
    `blobs/e`, or was needed by its parent (bases taken over unchanged; coefficients, transports, snapshots and adapters
    of the lineage: that is how `retention.needed` is built), or, if it is made again without a task, by the candidate
@@ -31,6 +31,7 @@ What can break: a reader that still reads an expired version finds its blobs gon
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,7 +40,11 @@ from subspace_store.log import retention
 from subspace_store.log.version import SubspaceState
 from subspace_store.log.version_log import VersionLog
 from subspace_store.parallel import AT_ONCE, A, B, in_order
+from subspace_store.storage.create_rule import SCRATCH, is_old_scratch
 
+IDLE_SECONDS = 3600.0
+"""A write that was begun anywhere and has not grown for so long is given up. Should its writer be there after all, it
+is told that the write failed."""
 CHECKPOINTS_KEPT = 2
 """One more than is read: the newest may be damaged. All can be made again from the log."""
 MANY = 256
@@ -54,15 +59,18 @@ class Collected:
         blobs: Below `blobs/`, of epochs before the collector's own.
         uploads: Below `staging/`.
         checkpoints: Below `checkpoints/`.
+        trials: Below `doctor/`: left by a process that was killed while it tried the storage out.
         size_bytes: Of those whose size the log knows; it does not know what a writer left half done, nor uploads and
             checkpoints.
         deleted: False: nothing was deleted, it was only looked.
-        abandoned: Writes of earlier epochs that were begun, never finished, and given up now; looking sees none.
+        abandoned: Writes that were begun and never finished, of earlier epochs or idle for an hour, and given up now;
+            looking sees none.
     """
 
     blobs: tuple[str, ...]
     uploads: tuple[str, ...]
     checkpoints: tuple[str, ...]
+    trials: tuple[str, ...]
     size_bytes: int
     deleted: bool
     abandoned: int = 0
@@ -70,7 +78,7 @@ class Collected:
     @property
     def keys(self) -> tuple[str, ...]:
         """All of them."""
-        return self.blobs + self.uploads + self.checkpoints
+        return self.blobs + self.uploads + self.checkpoints + self.trials
 
 
 def collect(
@@ -79,8 +87,8 @@ def collect(
     """Find what no live version needs, and delete it if asked to.
 
     Args:
-        log: Its epoch says which blobs may be touched. Who reads only looks, and sees what the next writer could
-            delete.
+        log: Its epoch says which blobs may be touched. With one that is open for reading nothing is
+            deleted: it tells what the next writer could delete.
         uploads_in_use: Asked, after uploads were listed, for the ids of tasks whose uploads must stay: all that are
             not done with. None: uploads stay.
         really: Delete. Otherwise only look.
@@ -91,31 +99,36 @@ def collect(
         Unavailable: The storage was away; asked again, it goes on where it stopped.
 
     Cost:
-        Three listings, and to delete one for each earlier epoch and one request for each object.
+        Four listings, and to delete one for each earlier epoch, one more, and one request for each object.
     """
     state = log.refresh()
     if really or log.writer is not None:
-        log.finish_pending()
+        log.settle()
         state = log.state
-    epoch = log.epoch or state.epoch + 1
+    # Of this very state: another thread's request may make the writer take the next epoch at any moment.
+    epoch = state.epoch if log.epoch else state.epoch + 1
     needed = retention.needed(state)
     blobs = tuple(key for key in log.storage.keys("blobs/") if key not in needed and _epoch(key) < epoch)
     uploads = _unused_uploads(log, uploads_in_use) if uploads_in_use else ()
     checkpoints = tuple(log.storage.keys("checkpoints/")[:-CHECKPOINTS_KEPT])
+    now = time.time()
+    trials = tuple(key for key in log.storage.keys(SCRATCH) if is_old_scratch(key, now))
     sizes = _sizes(state)
     found = Collected(
         blobs=blobs,
         uploads=uploads,
         checkpoints=checkpoints,
+        trials=trials,
         size_bytes=sum(sizes.get(key, 0) for key in blobs),
         deleted=really,
     )
     if really:
         log.refresh()
-        log.finish_pending()
+        log.settle()
         _all(log.storage.delete, found.keys)
         begun = _all(log.storage.abandon, [f"blobs/{earlier:010d}/" for earlier in range(1, epoch)])
-        return replace(found, abandoned=sum(begun))
+        idle = log.storage.abandon("", IDLE_SECONDS)
+        return replace(found, abandoned=sum(begun) + idle)
     return found
 
 

@@ -206,11 +206,13 @@ class SubspaceState:
     quarantined: Mapping[str, str] = field(default_factory=dict)
     """Id of a task that must not be merged to the reason why."""
     pins: Mapping[int, Mapping[str, float | None]] = field(default_factory=dict)
-    """Version to who needs it, and until when (Unix seconds; None: for ever)."""
+    """Version to the owners of its pins, each with the end of the pin (Unix seconds; None: for ever)."""
     expired: tuple[int, ...] = ()
     """Versions that are dead for ever: nothing may name them again, and their blobs may be gone."""
+    replaced: Mapping[int, int] = field(default_factory=dict)
+    """Version with a task that was removed to the version that is as if that task had never been merged."""
     owner: Owner | None = None
-    """None: nobody's, whoever opens it may write."""
+    """None: the store belongs to no service, and any writer may open it."""
     heads: Mapping[str, BlobRef] = field(default_factory=dict)
     """Key of a delivered adapter that was let go to the object that keeps its head and facts."""
 

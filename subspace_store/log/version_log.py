@@ -3,14 +3,19 @@
 Protocol (design.md 4): the next record's slot is taken with create-if-absent. On anything but success the slot is
 read: absent, the same bytes are created again; ours, it was committed after all; a higher epoch, we are fenced and
 stop; the same epoch and not ours, two writers believe in one epoch, which must not be, and we stop with an alarm.
-A write whose outcome stays unknown is kept and finished before the next one. Nothing is ever cleaned up here.
+A write that the storage refused has failed, and is forgotten. One whose outcome stays unknown is kept until it is
+settled: by the same request, asked again, which finishes it; or by the next other one, before which its slot is taken
+with an acquisition, so that it is in the log by then or never will be. Nothing is done later by itself, and nothing is
+ever cleaned up here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +27,9 @@ from configs.errors import (
     Fenced,
     InvalidInput,
     NotFound,
+    NotWritten,
     OnebasisError,
+    OutcomeUnknown,
     OwnedByAnother,
     Unavailable,
 )
@@ -30,6 +37,7 @@ from subspace_store.digests import digest
 from subspace_store.log.fold import ACQUIRE, Record, checked, fold, log_key, to_plain
 from subspace_store.log.version import Identity, Owner, SubspaceState
 from subspace_store.storage.protocol import Storage
+from subspace_store.strict import TEXT_MAX, as_escaped_text
 
 CHECKPOINT_EVERY = 64
 HINT = "log/_hint"
@@ -46,7 +54,7 @@ def checkpoint_key(seq: int) -> str:
 
 
 def owned_by_another(owner: Owner, where: str) -> OwnedByAnother:
-    """What to tell whoever wants to write to a store of another service."""
+    """The error for a program that wants to write to a store of another service."""
     since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(owner.since))
     return OwnedByAnother(
         f"this store belongs to the service {owner.name} since {since} UTC",
@@ -59,12 +67,25 @@ def owned_by_another(owner: Owner, where: str) -> OwnedByAnother:
     )
 
 
+def outcome_unknown(what: str, op_key: str, where: str, seq: int = 0) -> OutcomeUnknown:
+    """The error for a request that was sent and not answered.
+
+    Args:
+        what: The trouble.
+        seq: See `OutcomeUnknown`.
+    """
+    key = shlex.quote(op_key)
+    again = f"ask again with --op-key {key}: whatever became of this, it is done once" if op_key else "ask again"
+    withdraw = f"; or `onebasis store withdraw {key}`: if it was not done yet, it never will be" if op_key else ""
+    return OutcomeUnknown(what, where, again + withdraw, op_key, seq)
+
+
 class VersionLog:
     """Reads the log, and writes it if opened with a writer's name. Safe for threads of one process.
 
     Args:
         storage: Where.
-        writer: Who writes, for people; None only reads.
+        writer: Name of the writing process, for people; None: the log is only read.
         wait: Sleeps between attempts; a test hands in one that does not.
     """
 
@@ -76,6 +97,9 @@ class VersionLog:
         self._wait = wait
         self._stopped: OnebasisError | None = None
         self._pending: tuple[Record, bytes] | None = None
+        """The write whose outcome is unknown."""
+        self._acquisitions: set[str] = set()
+        """Write ids of this writer's own acquisitions, also of those whose outcome is unknown."""
         self._lock = threading.RLock()
 
     def open(self) -> SubspaceState:
@@ -115,7 +139,7 @@ class VersionLog:
         Raises:
             OwnedByAnother: The store belongs to another service.
             Conflict: Other writers kept taking the slot first.
-            Unavailable: The outcome is unknown.
+            NotWritten: The storage was away, is full or refuses writes.
         """
         return self._acquire(actor, service, {"owner": service} if claim else {}, force)
 
@@ -134,15 +158,27 @@ class VersionLog:
             for _ in range(ACQUIRE_TRIES):
                 if not force:
                     self._refuse_owned(service)
-                record, content = self._next(ACQUIRE, actor, self.state.epoch + 1, "", {}, body)
-                winner = self._settle(record, content)
+                try:
+                    record = self._take_next_epoch(actor, body)
+                except OutcomeUnknown as error:  # an epoch more or less is of no consequence to anybody
+                    raise NotWritten(f"cannot be opened for writing: {error.what}", error.where, "try again") from error
                 self.refresh()
-                if winner.write_id == record.write_id:
-                    self.epoch = record.epoch
-                    if self.state.epoch > self.epoch:
+                if record is not None:
+                    if self.state.epoch > record.epoch:
                         break
                     return self.epoch
             raise Conflict("other writers keep opening this subspace", self.storage.url, "stop them, then try again")
+
+    def _take_next_epoch(self, actor: str, body: Mapping[str, Any]) -> Record | None:
+        """The acquisition that is in the next slot, folded; None if something else got there."""
+        record, content = self._next(ACQUIRE, actor, self.state.epoch + 1, "", {}, body)
+        self._acquisitions.add(record.write_id)
+        winner = self._take_slot(record, content)
+        if winner.write_id != record.write_id:
+            return None
+        if self.state.seq < record.seq:
+            self._fold(record, digest(content))
+        return record
 
     def _refuse_owned(self, service: Identity | None) -> None:
         owner = self.state.owner
@@ -161,13 +197,14 @@ class VersionLog:
         """Append one record: when this returns, it is durable and folded.
 
         Raises:
+            NotWritten: The storage refused it: it is not in the log, and will not be.
+            OutcomeUnknown: Neither is known; see `settle`.
             Conflict: Fenced: a newer writer has opened the subspace. This object writes no more.
-            Unavailable: The outcome is unknown; the same record is finished before the next one.
             InvalidInput: A body that no reader could fold.
             Corrupt: Another writer with our epoch: an alarm. This object writes no more.
         """
         with self._lock:
-            self.finish_pending()
+            self.settle(op_key)
             record, content = self._next(op, actor, self.epoch, op_key, refs or {}, body or {})
             try:
                 # What this code could not read again must never get a slot.
@@ -176,24 +213,34 @@ class VersionLog:
                 # Nothing stored is damaged: it is what was to be written.
                 raise InvalidInput(f"cannot be written: {error.what}", op, "nothing was written; correct it") from error
             self._pending = (record, content)
-            self._finish(record, content)
+            try:
+                self._finish(record, content)
+            except NotWritten:
+                self._pending = None
+                raise
             self._checkpoint()
             return self.state
 
-    def finish_pending(self) -> None:
-        """Find out what became of a write whose outcome was unknown, and finish it.
+    def settle(self, op_key: str = "") -> None:
+        """Find out what became of a write whose outcome was unknown: afterwards none is.
 
-        Raises: As `commit`; also InvalidInput when this log was opened for reading.
+        Args:
+            op_key: Of the request that is asked for now. If it is the one in doubt, it is finished; else that one is
+                either in the log by now, or will never be.
+
+        Raises:
+            OutcomeUnknown: The request in doubt is this one, and still is.
+            NotWritten: It is another: nothing was done of this one.
+            Conflict, Corrupt: As `commit`.
+            InvalidInput: This log was opened for reading.
         """
         with self._lock:
             if self.writer is None or not self.epoch:
                 raise InvalidInput("this log is open for reading", self.storage.url, "open it with a writer's name")
+            if self._stopped is None and self._pending is not None:
+                self._settle(*self._pending, op_key)
             if self._stopped is not None:
                 raise type(self._stopped)(*self._stopped.args)
-            if self._pending is not None:
-                self.refresh()
-            if self._pending is not None:
-                self._finish(*self._pending)
             if self.state.epoch > self.epoch:
                 # Seen while reading: the slots after the newer writer's must not be taken with our epoch.
                 self._stopped = Fenced(
@@ -202,6 +249,25 @@ class VersionLog:
                     "read again through the new writer; this one has stopped",
                 )
                 raise self._stopped
+
+    def _settle(self, record: Record, content: bytes, op_key: str) -> None:
+        is_asked_again = bool(op_key) and record.op_key == op_key
+        try:
+            self.refresh()
+            if self._pending is not None and is_asked_again:
+                self._finish(record, content, in_doubt=True)
+            elif self._pending is not None:
+                self._take_next_epoch(self.writer or "", {})
+                self.refresh()
+        except OutcomeUnknown as error:
+            if is_asked_again:
+                raise
+            what = f"nothing was begun: what became of {record.op} {record.op_key!r} before it is not known yet"
+            raise NotWritten(f"{what} ({error.what})", error.where, "try again") from error
+        except Unavailable as error:
+            if is_asked_again:
+                raise outcome_unknown(error.what, op_key, error.where, record.seq) from error
+            raise
 
     def records(self, newest_first: bool = False) -> Iterator[Record]:
         """Every record up to the folded one. One read each."""
@@ -212,14 +278,14 @@ class VersionLog:
                 raise Corrupt("the record is gone", f"{self.storage.url}/{log_key(seq)}", "restore it from a backup")
             yield found[0]
 
-    def _finish(self, record: Record, content: bytes) -> None:
-        winner = self._settle(record, content)
-        if winner.write_id != record.write_id:
-            self._pending = None
-            self._stopped = self._lost(record, winner)
-            raise self._stopped
-        if self.state.seq < record.seq:
+    def _finish(self, record: Record, content: bytes, in_doubt: bool = False) -> None:
+        winner = self._take_slot(record, content, in_doubt)
+        if winner.write_id == record.write_id and self.state.seq < record.seq:
             self._fold(record, digest(content))
+        elif winner.write_id != record.write_id:
+            self.refresh()
+            if self._stopped is not None:
+                raise self._stopped
 
     def _lost(self, record: Record, winner: Record) -> OnebasisError:
         where = f"{self.storage.url}/{log_key(record.seq)}"
@@ -235,8 +301,16 @@ class VersionLog:
             "stop all writers: the storage may ignore create-if-absent (`If-None-Match: *`); use one that honours it",
         )
 
-    def _settle(self, record: Record, content: bytes) -> Record:
-        """Try until somebody's record is in the slot; whose, the caller judges."""
+    def _take_slot(self, record: Record, content: bytes, in_doubt: bool = False) -> Record:
+        """Try until somebody's record is in the slot; whose, the caller judges.
+
+        Args:
+            in_doubt: An earlier attempt may still be on its way.
+
+        Raises:
+            NotWritten: Every attempt was refused: none is on its way.
+            OutcomeUnknown: The slot was empty, or could not be read, to the last.
+        """
         key, trouble = log_key(record.seq), "the slot is still empty"
         for attempt in range(TRIES):
             if attempt:
@@ -244,8 +318,13 @@ class VersionLog:
             try:
                 if self.storage.create(key, content):
                     return record
+                in_doubt = True
+            except NotWritten as refusal:
+                if not in_doubt:
+                    raise
+                trouble = refusal.what
             except Unavailable as error:
-                trouble = error.what
+                in_doubt, trouble = True, error.what
             try:
                 found = self._read(record.seq)
             except Unavailable as error:
@@ -253,11 +332,8 @@ class VersionLog:
                 continue
             if found is not None:
                 return found[0]
-        raise Unavailable(
-            f"the outcome of {record.op} is unknown after {TRIES} tries: {trouble}",
-            f"{self.storage.url}/{key}",
-            "repeat the same request (same op_key): it is done once, whatever became of this one",
-        )
+        what = f"the outcome of {record.op} is unknown after {TRIES} tries: {trouble}"
+        raise outcome_unknown(what, record.op_key, f"{self.storage.url}/{key}", record.seq)
 
     def _next(
         self, op: str, actor: str, epoch: int, op_key: str, refs: Mapping[str, int], body: Mapping[str, Any]
@@ -288,8 +364,12 @@ class VersionLog:
 
     def _fold(self, record: Record, sha256: str) -> None:
         self.state = fold(self.state, record, sha256)
-        if self._pending is not None and self._pending[0].write_id == record.write_id:
-            self._pending = None
+        if record.write_id in self._acquisitions:
+            self.epoch = record.epoch
+        if self._pending is not None and self._pending[0].seq == record.seq:
+            (pending, _), self._pending = self._pending, None
+            if record.write_id not in (pending.write_id, *self._acquisitions):
+                self._stopped = self._lost(pending, record)
 
     def _from_checkpoint(self) -> SubspaceState:
         for seq in self._checkpoints():
@@ -334,6 +414,24 @@ def _to_json(record: Any) -> bytes:
 
 def _from_json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
-    except ValueError as error:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"is not JSON: {error}", where, "restore it from a backup") from error
+    return _as_text(values) if len(content) > TEXT_MAX or _SUSPICIOUS.search(content) else values
+
+
+_SUSPICIOUS = re.compile(rb"\\(u00[01]|u007[fF]|u00[89]|u[dD][89a-fA-F]|[bfr])")
+"""What may be a control character or half of a character in JSON that `_to_json` wrote."""
+
+
+def _as_text(values: Any) -> Any:
+    """The same values; what is no text in their strings is escaped, what is too long is cut.
+
+    Releases before 0.4 took any string as a reason or a name, and the log keeps it: it must not reach a terminal, nor
+    keep HTTP from answering.
+    """
+    if isinstance(values, dict):
+        return {as_escaped_text(key): _as_text(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_as_text(value) for value in values]
+    return as_escaped_text(values) if isinstance(values, str) else values

@@ -7,17 +7,26 @@ durable once its folder is flushed too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from configs.errors import NotFound, Unavailable
+from configs.errors import NotFound, NotWritten, StoreFull, StoreReadOnly, Unavailable
 from subspace_store.storage.protocol import check_head, check_key
 
 TEMPORARY = ".writing-"
 """Temporary files start with this; no listing shows them."""
+
+FOLDER_TRIES = 100
+"""Others that may remove an empty folder just before something is written into it."""
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class LocalStorage:
@@ -82,15 +91,16 @@ class LocalStorage:
             try:
                 # A hard link is refused if the name is taken; rename would replace it.
                 os.link(out.temporary, path)
-                return True
+                is_new = True
             except FileExistsError:
-                return False
+                is_new = False
             except OSError as error:
-                raise _unavailable(error, path) from error
-            finally:
-                # Also for the loser: what it reads now must not be gone after a crash.
-                with _refusals_named(path):
-                    _flush_folder(path.parent)
+                raise _not_written(error, path) from error
+            # Also for the loser: what it reads now must not be gone after a crash. What fails here is no `NotWritten`,
+            # because the name is there.
+            with _refusals_named(path, _unavailable):
+                _flush_folder(path.parent)
+        return is_new
 
     def keys(self, prefix: str, after: str = "") -> list[str]:
         return sorted(key for key in self._files(prefix) if key > after and not _is_temporary(key))
@@ -103,21 +113,50 @@ class LocalStorage:
             return
         except OSError as error:
             raise _unavailable(error, path) from error
+        self._remove_empty(path.parent)
 
-    def abandon(self, prefix: str) -> int:
-        begun = [key for key in self._files(prefix) if _is_temporary(key)]
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
+        now = time.time()
+        begun = [key for key in self._files(prefix) if _is_temporary(key) and self._age(key, now) >= idle_seconds]
         for key in begun:
             self.delete(key)
+        # Of a process that was killed between making a folder and writing into it.
+        for folder in self._empty_folders(prefix):
+            if self._age(folder, now) >= idle_seconds:
+                self._remove_empty(self.folder / folder)
         return len(begun)
 
+    def _age(self, key: str, now: float) -> float:
+        """Seconds since a file or folder was written to; none for one that is gone."""
+        try:
+            return now - (self.folder / key).stat().st_mtime
+        except OSError:
+            return -1.0
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Remove a folder and those around it that hold nothing, but never the store's own. A write that is about to
+        begin there makes them again (`_FileStream`)."""
+        with contextlib.suppress(OSError):
+            while folder != self.folder and folder.is_relative_to(self.folder):
+                folder.rmdir()
+                folder = folder.parent
+
     def _files(self, prefix: str) -> Iterator[str]:
-        # Only the folder that the prefix names in full is walked.
+        for folder, _, names in self._walk(prefix):
+            yield from (key for name in names if (key := f"{folder}{name}").startswith(prefix))
+
+    def _empty_folders(self, prefix: str) -> list[str]:
+        found = [folder for folder, inner, names in self._walk(prefix) if folder and not inner and not names]
+        return [folder for folder in found if folder.startswith(prefix)]
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Each folder, with a slash at its end but for the store's own, and what is in it. Only the folder that the
+        prefix names in full is walked."""
         parent = prefix.rpartition("/")[0]
         start = self._path(parent) if parent else self.folder
-        for folder, _, names in os.walk(start):
+        for folder, inner, names in os.walk(start, onerror=_refuse_unreadable):
             base = Path(folder).relative_to(self.folder).as_posix()
-            keys = (name if base == "." else f"{base}/{name}" for name in names)
-            yield from (key for key in keys if key.startswith(prefix))
+            yield "" if base == "." else f"{base}/", inner, names
 
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
@@ -130,9 +169,15 @@ class _FileStream:
         self.path, self.head_size = path, head_size
         self.temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         with _refusals_named(path):
-            _make_folder(path.parent)
-            self.file = open(self.temporary, "xb")  # noqa: SIM115 (`close` closes it)
+            self.file = self._opened()
             self.file.seek(head_size)
+
+    def _opened(self) -> BinaryIO:
+        for _ in range(FOLDER_TRIES):
+            _make_folder(self.path.parent)
+            with contextlib.suppress(FileNotFoundError):  # it was empty, and somebody removed it
+                return open(self.temporary, "xb")
+        raise FileNotFoundError(errno.ENOENT, "the folder is removed again and again")
 
     def append(self, content: bytes | memoryview) -> None:
         with _refusals_named(self.path):
@@ -150,6 +195,7 @@ class _FileStream:
         self.flush(head)
         with _refusals_named(self.path):
             os.replace(self.temporary, self.path)
+        with _refusals_named(self.path, _unavailable):
             _flush_folder(self.path.parent)
 
     def close(self) -> None:
@@ -165,19 +211,27 @@ def _is_temporary(key: str) -> bool:
 
 
 @contextlib.contextmanager
-def _refusals_named(path: Path) -> Iterator[None]:
+def _refusals_named(path: Path, told: Callable[[OSError, Path], Unavailable] | None = None) -> Iterator[None]:
+    """told: Our error for one of the file system's; default: `_not_written`, for all that comes before a name."""
     try:
         yield
     except OSError as error:
-        raise _unavailable(error, path) from error
+        raise (told or _not_written)(error, path) from error
 
 
 def _make_folder(folder: Path) -> None:
     """Like mkdir -p, and every new name in a parent is flushed."""
     if not folder.exists():
         _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _flush_folder(folder.parent)
+        with contextlib.suppress(FileNotFoundError):  # the parent was removed meanwhile; the caller tries again
+            folder.mkdir(exist_ok=True)
+            _flush_folder(folder.parent)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder that is gone holds nothing; one that cannot be read may hold anything."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise _unavailable(error, Path(error.filename)) from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -186,6 +240,16 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _not_written(error: OSError, path: Path) -> Unavailable:
+    """Of a write that has not given the object its name: what is known to have failed is told as failed."""
+    what = f"the file system refused: {error.strerror or error}"
+    if error.errno in FULL:
+        return StoreFull(what, str(path), "make space on that disk (or in the quota), then ask again")
+    if error.errno in READ_ONLY:
+        return StoreReadOnly(what, str(path), "let this user write there, or mount it for writing; then ask again")
+    return NotWritten(what, str(path), "check the disk, then ask again")
 
 
 def _unavailable(error: OSError, path: Path) -> Unavailable:

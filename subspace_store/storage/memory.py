@@ -61,7 +61,7 @@ class MemoryStorage:
         with _LOCK:
             self._objects().pop(check_key(key), None)
 
-    def abandon(self, prefix: str) -> int:
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
         return 0  # what was begun goes with its process
 
     def _objects(self) -> dict[str, bytes]:

@@ -34,7 +34,8 @@ class ObjectStream(Protocol):
 
 @runtime_checkable
 class Storage(Protocol):
-    """Bytes by key. Every method may raise `Unavailable`; then the outcome of a write is unknown."""
+    """Bytes by key. Every method may raise `Unavailable`; then the outcome of a write is unknown, unless it is
+    `NotWritten`: then the object is what it was, and will be."""
 
     @property
     def url(self) -> str:
@@ -101,9 +102,12 @@ class Storage(Protocol):
         """Delete; absent is fine."""
         ...
 
-    def abandon(self, prefix: str) -> int:
-        """Give up writes below a prefix that were begun and never finished (a killed process leaves them); whoever is
-        still writing one fails.
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
+        """Give up writes below a prefix that were begun and never finished (a killed process leaves them); a process
+        that is still writing one is told that it failed.
+
+        Args:
+            idle_seconds: Only those to which nothing was added for so long.
 
         Returns:
             How many. Objects that are whole stay.

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -18,7 +18,16 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from configs.errors import Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.errors import (
+    Corrupt,
+    InvalidInput,
+    NotFound,
+    NotWritten,
+    OnebasisError,
+    StoreFull,
+    StoreReadOnly,
+    Unavailable,
+)
 from subspace_store.storage.protocol import check_head, check_key
 
 CONFLICT_TRIES = 5
@@ -44,6 +53,12 @@ FORBIDDEN = frozenset(
     {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 )
 UNREADY = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504"})
+FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507"})
+"""Ceph's and MinIO's words for a quota or a disk that is full."""
+READ_ONLY = frozenset({"AccessDenied", "403", "Forbidden", "MethodNotAllowed", "405"})
+"""To a write. Reading with the same credentials may be allowed."""
+UNPROVEN = frozenset({408, 409, 429})
+"""Refusals among the 4xx that do not prove that nothing was stored."""
 MISADDRESSED = frozenset({"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "InvalidBucketName"})
 
 
@@ -106,7 +121,7 @@ class S3Storage:
         return memoryview(self._fetch(key, start, size))
 
     def write(self, key: str, content: bytes) -> None:
-        with self._refusals(key):
+        with self._refusals(key, is_write=True):
             self._client().put_object(Bucket=self.bucket, Key=self._name(key), Body=content, **self.encryption)
 
     @contextlib.contextmanager
@@ -119,7 +134,7 @@ class S3Storage:
 
     def create(self, key: str, content: bytes) -> bool:
         name = self._name(key)
-        with self._refusals(key):
+        with self._refusals(key, is_write=True):
             for attempt in range(CONFLICT_TRIES):
                 try:
                     # One small put, never a multipart upload: some servers ignore the condition there.
@@ -152,7 +167,7 @@ class S3Storage:
         with self._refusals(key):
             self._client().delete_object(Bucket=self.bucket, Key=self._name(key))
 
-    def abandon(self, prefix: str) -> int:
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
         where = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         with self._refusals(prefix):
             pages = list(self._client().get_paginator("list_multipart_uploads").paginate(**where))
@@ -160,6 +175,7 @@ class S3Storage:
                 raise _cut(self._address(prefix))
             # Asked again here: what a server lists that knows no prefix may be another store's.
             uploads = [u for page in pages for u in page.get("Uploads", []) if u["Key"].startswith(where["Prefix"])]
+            uploads = [u for u in uploads if not idle_seconds or self._idle_seconds(u) >= idle_seconds]
             for upload in uploads:
                 try:
                     self._client().abort_multipart_upload(
@@ -169,6 +185,15 @@ class S3Storage:
                     if _code(error) != "NoSuchUpload":  # its writer ended it meanwhile
                         raise
         return len(uploads)
+
+    def _idle_seconds(self, upload: Mapping[str, Any]) -> float:
+        """For how long nothing was added to an upload, by the server's clock and this machine's."""
+        where = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        times = [upload["Initiated"]]
+        with contextlib.suppress(ClientError):  # its writer ended it meanwhile
+            pages = self._client().get_paginator("list_parts").paginate(**where)
+            times += [part["LastModified"] for page in pages for part in page.get("Parts", [])]
+        return time.time() - max(float(at.timestamp()) for at in times)
 
     def _fetch(self, key: str, start: int, size: int | None) -> bytes | bytearray:
         """Part of an object: by one request if it is small, else by several at once that all see the same object."""
@@ -252,11 +277,12 @@ class S3Storage:
         return f"s3://{self.bucket}/{self.prefix}{key}{at}"
 
     @contextlib.contextmanager
-    def _refusals(self, key: str) -> Iterator[None]:
+    def _refusals(self, key: str, is_write: bool = False) -> Iterator[None]:
         try:
             yield
         except (ClientError, BotoCoreError) as error:
-            raise _translated(error, self._address(key), self.bucket) from error
+            told = _translated(error, self._address(key), self.bucket)
+            raise (_as_refused(told, error) if is_write else told) from error
         except (KeyError, ValueError) as error:
             # An answer cut in its headers is whole for boto3: a field is missing, or is half a date or number.
             raise _cut(self._address(key)) from error
@@ -304,8 +330,9 @@ class _Upload:
         for number in range(self.kept_parts):
             if part := self.kept[number * PART : (number + 1) * PART]:
                 self._send(number + 1, part)
-        with self.storage._refusals(self.key):
+        with self.storage._refusals(self.key, is_write=True):
             self._complete()
+        with self.storage._refusals(self.key):
             stored = self.storage._client().head_object(**self.target)["ContentLength"]
         if stored != self.size:
             where = self.storage._address(self.key)
@@ -323,7 +350,7 @@ class _Upload:
         self.filled = bytearray()
 
     def _send(self, number: int, part: bytearray) -> None:
-        with self.storage._refusals(self.key):
+        with self.storage._refusals(self.key, is_write=True):
             if not self.upload_id:
                 answer = self.storage._client().create_multipart_upload(**self.target, **self.storage.encryption)
                 self.upload_id = answer["UploadId"]
@@ -359,6 +386,32 @@ def _cut(where: str) -> Unavailable:
 
 def _code(error: ClientError | BotoCoreError) -> str:
     return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, ClientError) else ""
+
+
+def _as_refused(told: OnebasisError, error: ClientError | BotoCoreError) -> OnebasisError:
+    """Our error for a write: where it is certain that nothing was stored, one that says so."""
+    code = _code(error)
+    if not isinstance(told, Unavailable) or not _is_certain(error, code):
+        return told
+    if code in FULL:
+        todo = "make space there, or raise the quota; then ask again"
+        return StoreFull(f"the server has no space left ({code})", told.where, todo)
+    if code in READ_ONLY:
+        todo = f"let these credentials write there (s3:PutObject); {told.todo}"
+        return StoreReadOnly(f"the server refuses these credentials to write ({code})", told.where, todo)
+    return NotWritten(told.what, told.where, told.todo)
+
+
+def _is_certain(error: ClientError | BotoCoreError, code: str) -> bool:
+    """Whether a write that ended so stored nothing, and nothing of it is on its way: the server refused the first
+    request that was sent for it, or none was."""
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return True
+    facts = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
+    if not code or code in UNREADY or code in BUSY or facts.get("RetryAttempts", 0):
+        return False
+    status = facts.get("HTTPStatusCode", 400)
+    return code in FULL or (400 <= status < 500 and status not in UNPROVEN)
 
 
 def _translated(error: ClientError | BotoCoreError, where: str, bucket: str) -> OnebasisError:

@@ -188,6 +188,7 @@ class StorageContract:
         with storage.stream("blobs/1/begun", 8) as begun, storage.stream("blobs/10/begun", 8) as other:
             begun.append(bytes(16 * MIB))
             other.append(bytes(16 * MIB))
+            assert storage.abandon("", idle_seconds=3600.0) == 0  # both have just been written to
             assert storage.abandon("blobs/1/") == self.unfinished_stay
             assert storage.abandon("blobs/1/") == storage.abandon("nothing/") == 0
             if self.unfinished_stay:

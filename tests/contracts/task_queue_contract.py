@@ -413,9 +413,9 @@ class TaskQueueContract:
             queue.add(task_record("red/b"), queued_max=1)
         assert (caught.value.team, caught.value.limit) == ("red", 1)
         with pytest.raises(QueueFull):
-            queue.check_room("red", 1)
+            queue.check(task_record("red/other"), 1)
         assert queue.add(task_record("red/a", task_id="t-2", client_key="k"), queued_max=1) == (first, False)
-        queue.check_room("blue", 1)
+        queue.check(task_record("blue/other"), 1)
         queue.apply(first.task_id, Claimed(token="tok", worker="w", at=1.0))
         assert queue.add(task_record("red/b"), queued_max=1)[1]
 

@@ -11,9 +11,9 @@ from typing import Any
 from orchestrator.controller import Controller
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord
-from subspace_store import SubspaceReader, SubspaceState, open_storage
+from subspace_store import SubspaceReader, SubspaceState, SubspaceStore, open_storage
 from subspace_store.log.version import Identity
-from tests.builders import BASE, settings, task_record
+from tests.builders import BASE, LAYOUT, settings, task_record
 from tests.orchestrator.stand_in_cluster import StandInCluster
 
 _places, _services = itertools.count(), itertools.count()
@@ -79,6 +79,12 @@ class Plant:
     def step(self, times: int = 1) -> None:
         for _ in range(times):
             self.controller.step()
+
+    def open_store(self) -> SubspaceStore:
+        """The writer, as after the first worker has loaded the base model."""
+        self.cluster.open_store(LAYOUT.sha256).result()
+        assert self.cluster._store is not None
+        return self.cluster._store
 
     def run(self, until: Callable[[], bool] | None = None, limit_seconds: float = 60.0) -> None:
         """Step until something is so; default: until every task has ended."""

@@ -7,6 +7,7 @@ outlives the control plane that uses it, and an order given twice under one toke
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,15 +17,16 @@ from typing import Any
 
 import torch
 
-from configs.errors import Unavailable
+from configs.errors import NotWritten, OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
 from subspace_store.log.garbage import Collected
+from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
-from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Point, Progress, Train, Trained
+from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Phase, Point, Progress, Train, Trained
 
 RowCount = 100
 """Evaluation rows that every score pretends to be measured on."""
@@ -43,7 +45,11 @@ class StandInCluster:
         self._storage = storage
         self._memory: dict[str, dict[str, Future[Any]]] = {f"worker-{n}": {} for n in range(workers)}
         self._lock = threading.RLock()
-        self._store: SubspaceStore | None = self._open_store()
+        self._store: SubspaceStore | None = None
+        with contextlib.suppress(OnebasisError):  # as the actor's constructor
+            self._opened()
+        self.load_error: Exception | None = None
+        """Why no worker can load the base model."""
         self.local: Callable[[str], float] = lambda title: 0.9
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
@@ -57,6 +63,8 @@ class StandInCluster:
         """(method, `before` or `after`): the next such call's answer is lost, before or after it was done."""
         self.hold: Callable[[Order], bool] = lambda order: False
         """Which orders stay under way until `release`."""
+        self.trouble: OnebasisError | None = None
+        """What keeps the workers from going on, as they say it in each heartbeat."""
         self.silent: set[str] = set()
         """Workers that do not answer when asked what they do."""
         self.trainings: list[str] = []
@@ -85,7 +93,7 @@ class StandInCluster:
             return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
-        return _landed(LAYOUT)
+        return _landed(LAYOUT) if self.load_error is None else _failed(self.load_error)
 
     def progress(self, worker: str) -> Future[Any]:
         if worker in self.silent:
@@ -96,7 +104,14 @@ class StandInCluster:
         lines = ("a line of the log", Point(at=1007.0, step=3, loss=0.5, learning_rate=0.001, steps=10))
         return _landed(
             Progress(
-                token=held.token, phase="training", step=3, steps=10, loss=0.5, learning_rate=0.001, log_lines=lines
+                token=held.token,
+                phase=Phase.TRAINING,
+                trouble=self.trouble,
+                step=3,
+                steps=10,
+                loss=0.5,
+                learning_rate=0.001,
+                log_lines=lines,
             )
         )
 
@@ -134,19 +149,30 @@ class StandInCluster:
             if fault[1] == "before":
                 return _lost("store")
             try:
-                self._store = self._store or self._open_store()
-                result = request.on(self._store)
+                result = request.on(self._opened())
             except Exception as error:
                 return _failed(error)
             return _lost("store") if fault[1] == "after" else _landed(result)
 
+    def open_store(self, base_sha256: str) -> Future[Any]:
+        assert base_sha256 == LAYOUT.sha256
+        with self._lock:
+            try:
+                self._store = self._store or self._open_store()
+            except Exception as error:
+                return _failed(error)
+            return _landed(None)
+
+    def store_sign(self) -> Future[Any]:
+        return Future() if "store" in self.silent else _landed(1)
+
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
-        self._store = self._store or self._open_store()
-        return self._store.collect()
+        return self._opened().collect()
 
     def replace_store(self) -> None:
         self.replaced.append("store")
+        self.silent.discard("store")
         self._store = None
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
@@ -245,6 +271,14 @@ class StandInCluster:
         return Evaluated(
             token=order.token, score=self.score(title, held), count=RowCount, seconds=0.1, worker_seconds=0.5
         )
+
+    def _opened(self) -> SubspaceStore:
+        """As the actor does: a store that is not there yet is made by `open_store` alone."""
+        if self._store is None:
+            if read_format(self._storage) is None:
+                raise NotWritten("there is no store yet")
+            self._store = self._open_store()
+        return self._store
 
     def _open_store(self) -> SubspaceStore:
         base = self._settings.base_model

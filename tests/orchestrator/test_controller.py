@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from configs.errors import Corrupt, NotFound, Unavailable
-from orchestrator import controller
+from configs.errors import Corrupt, InvalidInput, NotFound, NotWritten, OtherBaseModel, StoreFull, Unavailable
+from orchestrator import controller, worker_pool
 from orchestrator.candidate import EVALUATION_TRIES
+from orchestrator.cluster import ProcessEnded
 from orchestrator.judging.score_table import evaluations_due
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import TaskState, results_key
@@ -21,7 +24,7 @@ from orchestrator.tasks.task_rows import LOG
 from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
 from subspace_store.log.version import Identity
 from subspace_store.requests import Hold, Quarantine, Release, Remove, Rollback
-from tests.builders import LAYOUT, adapter
+from tests.builders import BASE, LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Point, Train
@@ -101,6 +104,7 @@ def test_while_main_is_held_what_passed_waits_unpublished_and_goes_on_after_the_
 
 def test_a_release_that_nobody_told_of_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.candidate.HELD_SECONDS", 0.01)
+    plant.open_store()
     plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
     plant.submit("red/a")
     plant.run(lambda: plant.state.scores.get(1) is not None)
@@ -111,6 +115,7 @@ def test_a_release_that_nobody_told_of_is_noticed(plant: Plant, monkeypatch: pyt
 
 
 def test_what_the_gate_refuses_is_refused_while_main_is_held(plant: Plant) -> None:
+    plant.open_store()
     plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
     plant.cluster.score = lambda title, held: 0.1
     plant.submit("red/a")
@@ -119,14 +124,15 @@ def test_what_the_gate_refuses_is_refused_while_main_is_held(plant: Plant) -> No
 
 
 def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: Plant) -> None:
-    publish = plant.cluster._store.publish
+    store = plant.open_store()
+    publish = store.publish
 
     def late(*args: Any, **kwargs: Any) -> None:
-        plant.cluster._store.publish = publish  # type: ignore[method-assign]
-        plant.cluster._store.hold("audit", actor="ann")
+        store.publish = publish  # type: ignore[method-assign]
+        store.hold("audit", actor="ann")
         publish(*args, **kwargs)
 
-    plant.cluster._store.publish = late  # type: ignore[method-assign]
+    store.publish = late  # type: ignore[method-assign]
     plant.submit("red/a")
     plant.run(lambda: "publish" in plant.cluster.store_calls)
     plant.run(lambda: plant.controller._store.state.held is not None)
@@ -143,6 +149,7 @@ def test_a_hold_that_comes_between_the_verdict_and_the_publication_holds(plant: 
 def test_a_quarantined_task_is_parked_with_the_reason_and_its_group_goes_on(make_plant: MakePlant) -> None:
     plant = make_plant(workers=2)
     bad, _ = plant.submit("red/bad", "red/good")
+    plant.open_store()
     plant.cluster.write(
         Quarantine(task_id=bad.task_id, reason="poisoned data", actor="ann", op_key="quarantine:q")
     ).result()
@@ -202,6 +209,7 @@ def test_of_a_task_that_ended_only_what_it_may_need_again_is_kept(make_plant: Ma
     plant.cluster.score = lambda title, held: 0.1 if title == "red/forgets" else 0.9
     plant.cluster.training_faults = {"red/wrong": ["input"]}
     bad, *_ = plant.submit("red/refused", "red/good", "red/forgets", "red/wrong")
+    plant.open_store()
     plant.cluster.write(Quarantine(task_id=bad.task_id, reason="why", actor="ann", op_key="quarantine:q")).result()
     plant.cluster.hold = lambda order: isinstance(order, Evaluate)
     plant.run(lambda: len(plant.cluster.held) > 0)
@@ -438,17 +446,22 @@ def test_a_score_that_is_not_a_number_is_no_score(plant: Plant) -> None:
     assert plant.state.scores == {}
 
 
+def alarms_of(plant: Plant) -> str:
+    """What rings, as people see it."""
+    return "\n".join(map(str, plant.controller.alarms))
+
+
 def test_a_damaged_store_stops_merging_and_parks_nobody(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(*_: object, **__: object) -> None:
         raise Corrupt("record 3 has another sha256", "log/3.json")
 
     monkeypatch.setattr(SubspaceStore, "merge", damaged)
     plant.submit("red/alpha", "blue/beta")
-    plant.run(until=lambda: plant.controller.alarm != "")
+    plant.run(until=lambda: bool(list(plant.controller.alarms)))
     plant.step(20)
     assert set(plant.states().values()) <= {"merging", "training", "queued"}
     assert plant.cluster.store_calls == ["merge"]
-    assert "record 3 has another sha256" in plant.controller.alarm
+    assert "record 3 has another sha256" in alarms_of(plant)
 
 
 # --- faults of training ------------------------------------------------------------------------------------------
@@ -641,6 +654,106 @@ def test_a_worker_that_is_silent_for_a_lease_is_replaced_and_its_task_trained_ag
     assert plant.states() == {"red/alpha": "published"}
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("pad token 50257 is outside the embeddings"), "ValueError: pad token 50257"),
+        (
+            InvalidInput("has other weights", "base_model.weights_sha256"),
+            "base_model.weights_sha256: has other weights",
+        ),
+        (Unavailable("the hub is away", "hub"), "hub: the hub is away"),
+        (KeyError("model.embed"), "KeyError: 'model.embed'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_base_model_that_does_not_load_is_told_with_its_cause_and_logged_once(
+    plant: Plant,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    told: str,
+) -> None:
+    def fails(worker: str) -> Future[Any]:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
+
+    monkeypatch.setattr(worker_pool, "LOAD_AGAIN_SECONDS", 0.0)
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(plant.cluster, "warm", fails)
+        plant.step(20)
+        assert told in alarms_of(plant)
+        assert told.split(": ", 1)[1] in plant.controller.describe_workers()["worker-0"]
+        assert set(plant.controller.load_errors) == {"worker-0", "worker-1"}
+        assert sum(told in record.getMessage() for record in caplog.records) == 2  # once for each worker
+    plant.submit("red/alpha")
+    plant.run()
+    assert alarms_of(plant) == ""
+
+
+def test_a_worker_whose_process_ends_while_it_loads_is_told_of_and_made_anew(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(worker: str) -> Future[Any]:
+        ended: Future[Any] = Future()
+        ended.set_exception(ProcessEnded("the kernel killed it for its memory"))
+        return ended
+
+    monkeypatch.setattr(worker_pool, "LOAD_AGAIN_SECONDS", 60.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(plant.cluster, "warm", ends)
+        plant.step(6)
+        assert "its process ends while it loads: the kernel killed it for its memory" in alarms_of(plant)
+        assert sorted(plant.cluster.replaced) == ["worker-0", "worker-1"]
+
+
+def test_a_worker_that_loads_says_for_how_long_and_one_that_never_answers_is_replaced(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, loads = _asks_at_every_step(plant), plant.cluster.warm
+    with monkeypatch.context() as patch:
+        patch.setattr(plant.cluster, "warm", lambda worker: Future())
+        plant.step(2)
+        assert plant.controller.describe_workers()["worker-1"] == "loading the base model for 0 s"
+        patch.setattr(worker_pool, "WARM_SLOW_SECONDS", 0.0)
+        plant.step(2)
+        assert "base-model-loads-slowly" in alarms_of(plant)  # it answers, so it is left alone
+        assert plant.cluster.replaced == []
+        patch.setattr(worker_pool, "WARM_SILENT_SECONDS", 0.01)
+        plant.cluster.silent = {"worker-1"}
+        patch.setattr(plant.cluster, "warm", loads)  # the process that takes its place
+        plant.run(lambda: plant.cluster.replaced == ["worker-1"], 5)
+        plant.run(lambda: plant.controller.ready_workers == 1, 5)
+    assert "worker-1" not in alarms_of(plant)
+
+
+def test_a_worker_that_does_not_answer_is_told_of_before_its_lease_ends(
+    make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "SILENT_SECONDS", 0.02)
+    plant = _with_heartbeats(make_plant, lease_seconds=60)
+    plant.run(lambda: plant.controller.ready_workers == 2, 5)
+    plant.cluster.silent = {"worker-0"}
+    plant.run(lambda: "worker-silent" in alarms_of(plant), 5)
+    assert plant.controller.describe_workers() == {"worker-0": "does not answer; last seen free", "worker-1": "free"}
+    assert plant.cluster.replaced == []
+
+
+def test_a_worker_that_waits_for_a_full_store_rings_for_it(make_plant: MakePlant) -> None:
+    plant = _with_heartbeats(make_plant, lease_seconds=60)
+    plant.cluster.hold = lambda order: True
+    full = StoreFull("no space left on device", "/store")
+    plant.cluster.trouble = full
+    plant.submit("red/alpha")
+    plant.run(lambda: "store-full: worker-0: /store: no space left on device" in alarms_of(plant), 5)
+    plant.cluster.trouble = None
+    plant.cluster.release()
+    plant.run()
+    assert plant.get("red/alpha").attempt == 1
+    assert alarms_of(plant) == ""
+
+
 def test_a_loop_that_was_held_up_does_not_take_its_own_absence_for_its_workers_silence(make_plant: MakePlant) -> None:
     plant = _with_heartbeats(make_plant, lease_seconds=0.05, heartbeat_seconds=0.04)
     plant.cluster.hold = lambda order: True
@@ -692,6 +805,12 @@ def test_a_task_whose_worker_does_not_come_back_after_a_restart_is_given_to_anot
     plant.run()
     task = plant.get("red/alpha")
     assert (task.state, task.attempt, task.lost_machines) == (TaskState.PUBLISHED, 2, 1)
+
+
+def _asks_at_every_step(plant: Plant) -> Plant:
+    workers = plant.settings.workers.model_copy(update={"heartbeat_seconds": 1e-6, "lease_seconds": 60})
+    plant.settings = plant.settings.model_copy(update={"workers": workers})
+    return plant
 
 
 def _with_heartbeats(make_plant: MakePlant, lease_seconds: float, heartbeat_seconds: float = 1e-6) -> Plant:
@@ -774,7 +893,7 @@ def test_a_task_that_a_restored_database_has_forgotten_to_be_merged_is_not_merge
 
 
 def test_a_candidate_that_no_task_waits_for_is_dropped_before_the_next_merge(plant: Plant) -> None:
-    store = plant.cluster._store
+    store = plant.open_store()
     ref = store.stage("staging/orphan/1/adapter.safetensors", adapter(7))
     store.merge(
         [StagedAdapter(task_id="orphan", name="red/orphan", key=ref.key, sha256=ref.sha256)],
@@ -1095,8 +1214,8 @@ def test_a_service_whose_store_was_taken_over_stops_and_says_who_has_it(make_pla
     plant.controller.wake(log_moved=True)
     plant.step(6)
     assert plant.states() == {"red/old": "published", "red/a": "queued", "red/b": "queued"}  # with a checkpoint
-    assert "belongs to the service there" in plant.controller.alarm
-    assert "onebasis up --take-over" in plant.controller.alarm
+    assert "belongs to the service there" in alarms_of(plant)
+    assert "onebasis up --take-over" in alarms_of(plant)
     assert plant.state == before
 
 
@@ -1108,16 +1227,51 @@ def test_a_service_that_finds_out_when_it_writes_stops_as_well(make_plant: MakeP
     _taken_over(plant)
     before = plant.state
     plant.cluster.release()
-    plant.run(lambda: bool(plant.controller.alarm))
+    plant.run(lambda: bool(alarms_of(plant)))
     plant.step(5)
     assert (plant.states(), plant.state) == ({"red/a": "merging"}, before)
 
 
 def test_a_command_of_the_same_service_fences_its_writer_which_opens_anew(make_plant: MakePlant) -> None:
     plant = make_plant()
+    plant.open_store()
     SubspaceStore.open(plant.storage, writer="command line", service=plant.service)
     plant.submit("red/a")
     plant.run()
     assert plant.states() == {"red/a": "published"}
-    assert plant.controller.alarm == ""
+    assert alarms_of(plant) == ""
     assert plant.cluster.replaced == ["store"]
+
+
+# --- which base model a store belongs to ---------------------------------------------------------------------------
+
+
+def test_a_store_is_made_only_when_a_worker_has_loaded_the_base_model(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    wrong_weights = InvalidInput("weights have another sha256", "base_model")
+    plant.cluster.load_error = wrong_weights
+    plant.submit("red/a")
+    plant.step(5)
+    assert plant.controller.load_errors == {"worker-0": wrong_weights, "worker-1": wrong_weights}
+    assert [key for key in plant.storage.keys("") if not key.startswith("data/")] == []
+    with pytest.raises(NotWritten, match="no store yet"):
+        plant.cluster.write(Hold(reason="audit", actor="ann", op_key="hold:h")).result()
+    plant.cluster.load_error = None  # the settings are corrected
+    plant.kill()
+    plant.run()
+    assert plant.states() == {"red/a": "published"}
+    assert json.loads(plant.storage.read("FORMAT"))["base_sha256"] == LAYOUT.sha256
+
+
+def test_a_store_of_other_weights_is_told_of_and_no_task_is_refused_for_it(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    format_2 = {"format": 2, "base_model": BASE, "base_sha256": 64 * "0"}
+    plant.storage.write("FORMAT", json.dumps(format_2).encode())
+    plant.submit("red/a")
+    plant.run(lambda: bool(alarms_of(plant)))
+    assert isinstance(plant.controller.store_error, OtherBaseModel)
+    assert "correct base_model.weights_sha256" in str(plant.controller.store_error)
+    plant.step(5)
+    assert plant.states() == {"red/a": "merging"}
+    assert not plant.controller.store_is_open
+    assert plant.storage.keys("log/") == []

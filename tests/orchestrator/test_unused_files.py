@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,11 @@ import pytest
 from orchestrator.api.requests import Cancel
 from orchestrator.api.service import Service
 from orchestrator.tasks.task_record import TaskRecord, TaskState, born_at, new_task_id, results_key
-from orchestrator.unused_files import SUBMISSION_SECONDS, Held, is_nobodys, is_unused
+from orchestrator.unused_files import SUBMISSION_SECONDS, Held, is_unused, nobodys_at
+from subspace_store.log.garbage import IDLE_SECONDS
 from subspace_store.log.retention import needed
 from subspace_store.requests import Expire, Remove, Rollback
-from tests.builders import task_record
+from tests.builders import BASE, task_record
 from tests.orchestrator.plant import Plant
 
 S = TaskState
@@ -78,26 +82,84 @@ def test_scores_of_expired_versions_go_but_those_at_birth_which_later_ones_are_c
     assert left(task(S.PUBLISHED, 3), expired) == SCORED - {"later"}
 
 
-def test_an_id_without_a_row_is_nobodys_when_no_submission_can_be_under_way() -> None:
+def test_an_id_without_a_row_is_nobodys_after_a_while_and_an_id_of_others_never() -> None:
     now = 1_700_000_000.0
     task_id = new_task_id(now)
     assert born_at(task_id) == now
-    assert not is_nobodys(task_id, now + SUBMISSION_SECONDS)
-    assert is_nobodys(task_id, now + SUBMISSION_SECONDS + 1)
-    assert SUBMISSION_SECONDS >= 3600
+    assert nobodys_at(task_id) == now + SUBMISSION_SECONDS
     for strange in ("t-red-a", "stranger", "", task_id + "0", task_id.upper()):
         assert born_at(strange) is None
-        assert not is_nobodys(strange, now + 1e9)
+        assert nobodys_at(strange) == math.inf
 
 
-def test_rows_of_a_submission_that_broke_off_go_after_an_hour_and_those_of_known_tasks_never(plant: Plant) -> None:
-    old, young = new_task_id(time.time() - 2 * SUBMISSION_SECONDS), new_task_id()
+def test_rows_of_a_submission_that_broke_off_go_and_those_of_others_stay(plant: Plant) -> None:
+    old, young, slow = (new_task_id(time.time() - age) for age in (2 * SUBMISSION_SECONDS, 0, 2 * SUBMISSION_SECONDS))
     (known,) = plant.submit("red/known", task_id=new_task_id(time.time() - 3 * SUBMISSION_SECONDS))
     plant.cluster.hold = lambda order: True
-    for task_id in (old, young, "t-red-other"):
+    for task_id in (old, young, slow, "t-red-other"):
         plant.storage.write(f"data/{task_id}/train-ab.arrow", b"rows")
+    with plant.controller.submission(slow):  # by this very process, however long it takes
+        plant.step(3)
+    assert {key.split("/")[1] for key in plant.storage.keys("data/")} == {young, slow, "t-red-other", known.task_id}
+
+
+def test_rows_that_were_too_young_to_go_are_looked_at_again_as_soon_as_they_are_old_enough(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.unused_files.SUBMISSION_SECONDS", 2.0)
+    broken_off = new_task_id()
+    plant.storage.write(f"data/{broken_off}/train-ab.arrow", b"rows")
+    plant.step()
+    assert plant.storage.keys("data/")
+    plant.run(lambda: not plant.storage.keys("data/"), limit_seconds=20)
+
+
+def test_of_all_that_killed_processes_leave_no_key_no_file_and_no_folder_stays(
+    make_plant: Callable[..., Plant], tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    plant = make_plant(storage={"url": f"file:{folder}"})
+    place = folder / BASE
+    plant.submit("red/stays", "red/gone", "blue/rolled")
+    plant.cluster.hold = lambda order: order.spec.name == "gone"
+    plant.run(lambda: plant.get("red/stays").state is S.PUBLISHED and plant.get("blue/rolled").state is S.PUBLISHED)
+    service = Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
+    service.cancel(Cancel(reference="red/gone", by="ann"))
+    plant.run(lambda: plant.get("red/gone").state is S.CANCELLED)
+    long_ago = time.time() - 2 * IDLE_SECONDS
+    broken_off = new_task_id(long_ago)  # its submission was killed between two files …
+    plant.storage.write(f"data/{broken_off}/train-ab.arrow", b"rows")
+    for name in (
+        f"data/{broken_off}/",
+        f"data/{new_task_id(long_ago)}/",
+        "log/",
+        "blobs/0000000001/",
+        "checkpoints/",
+        "",
+    ):
+        half = place / name / ".writing-0123456789abcdef"  # … and others while they wrote one, anywhere
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_bytes(b"half")
+        os.utime(half, (long_ago, long_ago))
+    for name in ("staging/empty/1-tok", "results/empty"):
+        (place / name).mkdir(parents=True)
+        for path in (place / name, (place / name).parent):
+            os.utime(path, (long_ago, long_ago))
+    now_writing = place / "data" / new_task_id() / ".writing-fedcba9876543210"
+    now_writing.parent.mkdir()
+    now_writing.write_bytes(b"grows")
+
+    plant.kill()
     plant.step(3)
-    assert {key.split("/")[1] for key in plant.storage.keys("data/")} == {young, "t-red-other", known.task_id}
+    records = [plant.get(title) for title in ("red/stays", "blue/rolled")]
+    kept = {record.eval_key for record in records} | {"FORMAT"} | set(needed(plant.state))
+    found = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert {name for name in found - kept if not name.startswith("log/0")} == {
+        now_writing.relative_to(place).as_posix()
+    }
+    assert kept <= found
+    empty = [path for path in place.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    assert empty == []
 
 
 def test_a_task_that_the_database_forgot_keeps_its_rows_while_a_version_holds_it(plant: Plant) -> None:

@@ -85,29 +85,15 @@ class CuttingProxy(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-ProxyT = TypeVar("ProxyT", bound=CuttingProxy)
+ProxyT = TypeVar("ProxyT", bound=ThreadingHTTPServer)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Forwarding(BaseHTTPRequestHandler):
+    """Hands a request to the server behind the proxy as it is. `server.target` is its address."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: CuttingProxy
-
-    def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fate = self.server.fate("If-None-Match" in self.headers)
-        if fate == BEFORE:
-            self.close_connection = True
-            return
-        if fate == LATE:
-            threading.Event().wait(LATE_SECONDS)
-        reply = self._answer_of_the_server(body)
-        if fate in (PASS, LATE) and reply.startswith(b"HTTP/1.1 412"):
-            self.server.counts[OWN] += 1
-        if fate in (LOST, HALF):
-            self.close_connection = True
-            reply = reply[: self.server.cut_at(len(reply))] if fate == HALF else b""
-        self.wfile.write(reply)
+    server: Any
 
     def _answer_of_the_server(self, body: bytes) -> bytes:
         connection = http.client.HTTPConnection(str(self.server.target.hostname), self.server.target.port, timeout=60)
@@ -126,10 +112,30 @@ class _Handler(BaseHTTPRequestHandler):
         head = [f"HTTP/1.1 {answer.status} {answer.reason}", *(f"{name}: {value}" for name, value in kept), "", ""]
         return "\r\n".join(head).encode("latin-1") + content
 
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward
-
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing: hundreds of cuts are the plan."""
+
+
+class _Handler(Forwarding):
+    server: CuttingProxy
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fate = self.server.fate("If-None-Match" in self.headers)
+        if fate == BEFORE:
+            self.close_connection = True
+            return
+        if fate == LATE:
+            threading.Event().wait(LATE_SECONDS)
+        reply = self._answer_of_the_server(body)
+        if fate in (PASS, LATE) and reply.startswith(b"HTTP/1.1 412"):
+            self.server.counts[OWN] += 1
+        if fate in (LOST, HALF):
+            self.close_connection = True
+            reply = reply[: self.server.cut_at(len(reply))] if fate == HALF else b""
+        self.wfile.write(reply)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward
 
 
 def cutting_proxy(endpoint_url: str, seed: int) -> contextlib.AbstractContextManager[CuttingProxy]:

@@ -166,5 +166,5 @@ class FaultyStorage:
     def delete(self, key: str) -> None:
         self.inner.delete(key)
 
-    def abandon(self, prefix: str) -> int:
-        return self.inner.abandon(prefix)
+    def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
+        return self.inner.abandon(prefix, idle_seconds)

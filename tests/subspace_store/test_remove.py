@@ -7,8 +7,18 @@ import torch
 
 from configs.errors import Conflict, NotFound
 from subspace_store import CANDIDATE, MAIN, Adapter, SubspaceStore
+from subspace_store.log.removal import remakes
 from subspace_store.verify import verify
-from tests.subspace_store.builders import SHAPES, crash_at_merge, deltas, fresh_storage, merged, opened, random_adapter
+from tests.subspace_store.builders import (
+    SHAPES,
+    crash_at_merge,
+    deltas,
+    fresh_storage,
+    merged,
+    opened,
+    random_adapter,
+    reading,
+)
 
 SETTINGS = {"energy_ratio_min": 0.9, "rank_max": 9}
 
@@ -53,6 +63,20 @@ def test_what_remains_is_as_if_the_task_had_never_been_there(
     store.remove(gone, op_key="r", actor="me")
     same(store, grown(*rest))
     assert verify(store, deep=True) == []
+
+
+@pytest.mark.parametrize("gone", ["a", "b", "d", "e"])
+def test_what_is_told_before_is_what_is_made(gone: str) -> None:
+    store = grown("a", "b", "cd", "e")
+    before = store.state
+    told = [remake.version.number for remake in remakes(before, gone, 4)]
+    done = store.remove(gone, op_key="r", actor="me", publish=False)
+    made = [version for version in store.state.versions.values() if version.number > 4]
+    assert [version.remakes for version in made] == told
+    line = {v.number for v in store.state.lineage(done.number if done else 0)}
+    assert set(store.state.replaced) == {v.number for v in before.lineage(4)} - line
+    assert set(store.state.replaced.values()) <= {done.number if done else 0}
+    assert reading(store.storage, **SETTINGS).state == store.state
 
 
 @pytest.mark.parametrize(("dead", "begins_after"), [([2], 1), ([1, 2], 0)])

@@ -95,6 +95,17 @@ def test_the_value_and_the_rows_are_those_of_the_tasks_own_metric(tiny: Tiny) ->
     assert sum(score.per_row) / 4 == pytest.approx(score.value)
 
 
+def test_rows_that_are_read_in_part_are_told(tiny: Tiny) -> None:
+    ids = tiny("bert").tokenizer.convert_tokens_to_ids(["one"])
+    rows = [TextRow("one" + " x" * words, None, 0) for words in (0, 5, 12, 13, 99)]  # and the two marks
+    score = score_rows(ByFirstToken({ids[0]: 0}), tiny("bert"), rows, ABC)
+    said = (
+        "2 of 5 evaluation rows have 16 tokens or more: where a row has more than data.max_length, the end is not read"
+    )
+    assert score.warnings == (said,)
+    assert score_rows(ByFirstToken({ids[0]: 0}), tiny("bert"), rows[:3], ABC).warnings == ()
+
+
 @pytest.mark.parametrize(("tokens_max", "batches"), [(100, [[2, 0, 3], [1]]), (6, [[2, 0], [3], [1]]), (1, None)])
 def test_a_batch_has_as_many_rows_as_its_longest_allows(tokens_max: int, batches: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(evaluation, "ROWS_PER_BATCH", 3)

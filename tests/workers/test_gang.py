@@ -259,6 +259,32 @@ def test_a_rank_that_is_silent_for_a_lease_is_lost_although_nothing_failed(ranks
     assert run.outcome.message == "rank 1 of 2 on 10.0.0.2 was lost: no answer for 0 s"
 
 
+@pytest.mark.usefixtures("short_grace")
+def test_a_rank_that_does_not_answer_is_told_of_long_before_it_is_lost(
+    gang: Gang, ranks: StandInRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang_module, "NOTICE_SECONDS", 0.05)
+    run = Run(gang, ranks)
+    assert gang.progress().trouble is None
+    ranks.now[1].silent = True
+    until = time.monotonic() + 5
+    while (trouble := gang.progress().trouble) is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert isinstance(trouble, RankLost)
+    assert trouble.what == "rank 1 on 10.0.0.2 of 2 does not answer; it is lost after 5 s"
+    ranks.now[1].silent = False
+    for call in ranks.now[1].calls:
+        if not call.done() and call is not ranks.now[1].order:
+            call.set_result(101)
+    while gang.progress().trouble is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    for rank in ranks.now:
+        rank.order.set_result(trained(TRAIN))
+    assert isinstance(run.outcome, Trained)
+
+
 @pytest.mark.parametrize("fault", ["input", "preempted", "cancelled"])
 def test_what_a_rank_says_of_the_task_outweighs_what_the_others_make_of_its_end(
     gang: Gang, ranks: StandInRanks, fault: str

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +18,14 @@ from configs.errors import InvalidInput, Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.opening import open_storage
+from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
 from workers import worker as worker_module
 from workers.base_model import BaseModel
 from workers.order_book import OUTCOMES_KEPT
 from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
 from workers.results import read_results
+from workers.rows.task_data import CompletionRow
 from workers.trainer import Cancelled, Preempted
 from workers.worker import Worker
 
@@ -99,6 +102,16 @@ def test_a_worker_rehearses_a_kind_that_its_base_model_has_and_says_which_those_
 ) -> None:
     cold = Worker(tiny_settings(tiny_source(architecture)), STORAGE, "tiny")
     assert cold.warm().kinds == tiny(architecture).kinds
+
+
+def test_a_worker_tells_how_its_base_model_writes_a_chat(tmp_path: Path) -> None:
+    layout = Worker(tiny_settings(save_llama(tmp_path / "chat", chat=True)), STORAGE, "tiny").warm()
+    template = pickle.loads(pickle.dumps(layout)).chat_template
+    turns = (("user", "grass?"), ("assistant", "green"))
+    assert template.render(turns) == ("<|user|>grass?</s>\n<|assistant|>", "green</s>\n")
+    assert "only user and assistant" in template.complaint(CompletionRow((("system", "x"), *turns), is_chat=True))
+    silent = Worker(tiny_settings(save_llama(tmp_path / "plain")), STORAGE, "tiny").warm()
+    assert silent.chat_template is None
 
 
 def test_an_order_is_trained_and_the_worker_is_idle_again(worker: Worker) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -120,6 +121,8 @@ def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[t
     for name in _files_of(path, open_file):
         where = str(path / name)
         try:
+            with open_file(path / name) as file:
+                _check_packing(file, where)
             with open_file(path / name) as file, pa.ipc.open_stream(pa.PythonFile(_Guarded(file))) as stream:
                 check_header(columns, stream.schema.names, str(path))
                 _check_types(stream.schema, list(columns.values()), str(path))
@@ -128,8 +131,41 @@ def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[t
                     batch.validate(full=True)  # wrong lengths would lead out of the batch
                     yield from _rows([batch.select(list(columns.values()))], stream.schema, str(path), first)
                     first += batch.num_rows
-        except (pa.ArrowException, ValueError) as error:
+        except (pa.ArrowException, ValueError, struct.error) as error:
             raise InvalidInput(f"is not a readable Arrow file: {error}", where, "save it again") from error
+
+
+def _check_packing(file: BinaryIO, where: str) -> None:
+    """Refuse packed batches, which `datasets` does not write: a few kilobytes can ask for gigabytes of memory.
+
+    pyarrow does not say whether a batch is packed. Its message's head does, a flatbuffer: tables of fields by number.
+    """
+    import pyarrow as pa
+
+    for message in pa.ipc.MessageReader.open_stream(pa.PythonFile(_Guarded(file))):
+        if message.type not in ("dictionary", "record batch"):
+            continue
+        head = bytes(message.metadata)
+        batch = _inner(head, _inner(head, 0, None), 2)  # field 2 of a message: what it is about
+        if message.type == "dictionary":
+            batch = _inner(head, batch, 1)  # field 1 of a dictionary: the batch of its values
+        if _place(head, batch, 3):  # field 3 of a batch: how it is packed
+            raise InvalidInput("holds packed batches", where, "save it by datasets' save_to_disk, or as parquet")
+        if message.type == "record batch":
+            return
+
+
+def _inner(head: bytes, table: int, field: int | None) -> int:
+    """Where the table begins that a field of a flatbuffer's table points to; field None: that of its first word."""
+    at = table if field is None else table + _place(head, table, field)
+    return at + int(struct.unpack_from("<I", head, at)[0])
+
+
+def _place(head: bytes, table: int, field: int) -> int:
+    """How far behind its beginning a flatbuffer's table has a field; 0: it has none of this number."""
+    names = table - int(struct.unpack_from("<i", head, table)[0])
+    size = int(struct.unpack_from("<H", head, names)[0])
+    return int(struct.unpack_from("<H", head, names + 4 + 2 * field)[0]) if 4 + 2 * field < size else 0
 
 
 class _Guarded(io.RawIOBase):

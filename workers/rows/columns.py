@@ -25,7 +25,7 @@ nothing."""
 COLUMNS_MAX = 10_000
 SHOWN_NAMES = 20
 SHOWN_CHARACTERS = 100
-NEAR_NAMES_MAX = 1000
+NEAR_NAMES_MAX = 200
 """Names among which one that resembles a wrong one is looked for."""
 
 Values = Mapping[str, Any]

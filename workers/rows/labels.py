@@ -27,7 +27,7 @@ from typing import Any
 from configs.errors import InvalidInput
 from workers.rows.columns import SHOWN_CHARACTERS, shown
 
-MISSING_WORDS = ("", "nan", "none", "null", "na", "n/a", "<na>")
+MISSING_WORDS = ("", "nan", "none", "null", "na", "n/a", "<na>", "\\n")
 """What programs write for a value that is not there, in any capitals."""
 TRUTH = ("false", "true")
 NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?", re.ASCII)

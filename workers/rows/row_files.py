@@ -95,6 +95,8 @@ def _no_json(line: str, error: Exception, where: str) -> InvalidInput:
         return InvalidInput("is not JSON lines: a JSON array begins here", where, todo)
     if line.strip() == "{":
         return InvalidInput("is not JSON lines: its object goes over several lines", where, "write each on one line")
+    if line.rstrip().endswith("},"):
+        return InvalidInput("is not JSON lines: a comma follows the object", where, "take it away in every line")
     todo = "write one JSON object per line; a table is to be named .csv or .tsv"
     return InvalidInput(f"is not JSON: {error}", where, todo)
 

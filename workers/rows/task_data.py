@@ -275,11 +275,15 @@ def _number(values: Values, data: DataSpec, where: str) -> float:
     if is_missing(label) and not isinstance(label, float | Decimal):  # what is not a number is told below
         raise missing(data.label_column, where, label)
     if not isinstance(label, int | float | str | Decimal) or isinstance(label, bool):
-        raise InvalidInput(f"{name} must be a number, not {type(label).__name__}", where, "write a number, like 3.5")
+        raise InvalidInput(
+            f"{name} must be a number, not {type(label).__name__}", where, "write a number with a point, like 3.5"
+        )
     try:
         number = float(label.replace("_", "?") if isinstance(label, str) else label)  # Python reads 1_2 as 12
     except (ValueError, OverflowError):
-        raise InvalidInput(f"{name} must be a number, not {label!r:.100}", where, "write a number, like 3.5") from None
+        raise InvalidInput(
+            f"{name} must be a number, not {label!r:.100}", where, "write a number with a point, like 3.5"
+        ) from None
     if not abs(number) <= FLOAT32_MAX:  # nor NaN
         raise InvalidInput(f"{name} is {number}", where, "drop the row or give a finite number that float32 holds")
     return number

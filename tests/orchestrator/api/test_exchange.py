@@ -67,7 +67,8 @@ def test_a_stopped_control_plane_is_told_within_ten_seconds(
     (tmp_path / "server.json").write_text(json.dumps({"url": url, "token": "t", "pid": process.pid}))
     process.send_signal(signal.SIGSTOP)
     started = time.monotonic()
-    with pytest.raises(NoSignOfLife, match=r"(?s)no sign of life for 4 s: it is stopped, or hangs.*onebasis up"):
+    # Of a request that writes nobody knows whether it was done: then the error says so, and why.
+    with pytest.raises(Unavailable, match="no sign of life for 4 s: it is stopped, or hangs"):
         Client(tmp_path).ask(request_)
     assert time.monotonic() - started < TOLD_SECONDS
 

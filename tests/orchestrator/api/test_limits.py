@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -97,6 +98,16 @@ def test_a_hundred_thousand_unknown_keys_are_refused_soon_and_shortly(site: Site
         assert status == 422
         assert len(told["what"]) < 8000
         assert time.monotonic() - started < 10
+
+
+def test_a_files_name_that_is_no_text_can_be_told(site: Site) -> None:
+    folder = site.folder / "data" / "saved"
+    folder.mkdir()
+    os.mkfifo(os.fsencode(folder) + b"/a\xff")
+    document = site.document("red/odd") | {"data": {"train_file": str(folder), "eval_fraction": 0.5}}
+    document["data"] |= {"label_names": ["no", "yes"], "max_length": 32}
+    with pytest.raises(InvalidInput, match=r"a\udcff is not a plain file"):
+        site.client.ask(Submit(task=TaskSpec.model_validate(document), by="ann"))
 
 
 # --- slowness ----------------------------------------------------------------------------------------------------

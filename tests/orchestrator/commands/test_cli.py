@@ -80,7 +80,7 @@ def test_every_command_has_help_with_a_sentence_and_its_options(command: str) ->
         (["versions"], ["red/alpha", "blue/beta", "← main"]),
         (["version", "2"], ["red/alpha", "v1", "0.9000", "as separate LoRAs", "merge gap"]),
         (["diff", "1", "2"], ["+ blue/beta", "red/alpha"]),
-        (["scores"], ["version 1", "version 2", "0.9000", "BWT", "n = 1 tasks"]),
+        (["scores"], ["version 1", "version 2", "0.9000", "BWT", "n = 1 task)"]),
         (["rollback", "1", "--preview"], ["main would move from version 2 to version 1", "blue/beta vanishes"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -152,7 +152,7 @@ def test_a_number_with_brackets_is_shown_as_it_is_and_not_as_colour(onebasis: On
 def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: Onebasis) -> None:
     before = site.client.ask(ListTasks())
     result = onebasis("submit", "--dry-run", task_file(site, "red/dry"))
-    assert (result.exit_code, result.stdout) == (0, "red/dry is fine: 6 training rows, 1 evaluation rows\n")
+    assert (result.exit_code, result.stdout) == (0, "red/dry is fine: 6 training rows, 1 evaluation row\n")
     assert site.client.ask(ListTasks()) == before
 
 
@@ -160,6 +160,67 @@ def test_a_dry_run_of_a_wrong_task_names_the_key(site: Site, onebasis: Onebasis)
     result = onebasis("submit", "--dry-run", task_file(site, "red/dry", lora={"target_module": ["query"]}))
     assert result.exit_code == 2
     assert "unknown key 'lora.target_module' (did you mean 'target_modules'?)" in result.stderr
+
+
+@pytest.fixture
+def many(site: Site) -> Path:
+    """A folder with two tasks, and what is none."""
+    folder = site.folder / "many"
+    (folder / "inner").mkdir(parents=True, exist_ok=True)
+    for name, end in (("one", "yaml"), ("two", "yml")):
+        (folder / f"{name}.{end}").write_text(yaml.safe_dump(site.document(f"red/{name}")))
+    (folder / "notes.txt").write_text("not a task")
+    (folder / "inner" / "three.yaml").write_text("not one of this folder")
+    return folder
+
+
+@pytest.mark.changes
+def test_a_folder_and_files_are_submitted_together(site: Site, onebasis: Onebasis, many: Path) -> None:
+    result = onebasis("submit", str(many), task_file(site, "red/alpha"), "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [(Path(one["file"]).name, one["title"], one["is_new"]) for one in told] == [
+        ("one.yaml", "red/one", True),
+        ("two.yml", "red/two", True),
+        ("red-alpha.yaml", "red/alpha", False),
+    ]
+    result = onebasis("submit", str(many), "--wait")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("published") >= 2
+
+
+@pytest.mark.changes
+def test_of_several_files_none_is_submitted_if_one_is_wrong(site: Site, onebasis: Onebasis, many: Path) -> None:
+    before = site.client.ask(ListTasks())
+    (many / "zwei.yaml").write_text(yaml.safe_dump(site.document("red/zwei", lora={"rank": 3})))
+    (many / "drei.yaml").write_text(yaml.safe_dump(site.document("red/one")))
+    (many / "taken.yaml").write_text(yaml.safe_dump(site.document("red/alpha", priority=3)))
+    result = onebasis("submit", str(many))
+    assert result.exit_code == Exit.CONFLICT  # of 0, 2 and 4 the highest
+    assert re.search(r"zwei.yaml: unknown key 'lora.rank'", result.stderr)
+    assert re.search(r"one.yaml: is red/one, and so is .*drei.yaml", result.stderr)
+    assert "taken.yaml: red/alpha: task" in result.stderr
+    assert "red/two is fine: 6 training rows, 1 evaluation row" in result.stdout
+    assert "nothing was submitted" in result.stderr
+    told = json.loads(onebasis("submit", str(many), "--json").stdout)
+    assert [(Path(one["file"]).name, one.get("error", {}).get("exit_code")) for one in told] == [
+        ("drei.yaml", None), ("one.yaml", 2), ("taken.yaml", 4), ("two.yml", None), ("zwei.yaml", 2),
+    ]  # fmt: skip
+    assert site.client.ask(ListTasks()) == before
+
+
+@pytest.mark.changes
+def test_the_exit_code_of_several_is_the_worst_of_their_ends(site: Site, onebasis: Onebasis, many: Path) -> None:
+    site.plant.cluster.training_faults = {"red/two": ["input"]}
+    result = onebasis("submit", str(many), "--wait", "--json")
+    assert result.exit_code == Exit.PARKED
+    assert [one["state"] for one in json.loads(result.stdout)] == ["published", "parked"]
+
+
+def test_a_folder_without_tasks_is_refused(onebasis: Onebasis, tmp_path: Path) -> None:
+    result = onebasis("submit", str(tmp_path))
+    assert result.exit_code == 2
+    assert "no task file is in this folder" in result.stderr
 
 
 @pytest.mark.changes

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from orchestrator.commands import display
+from configs.errors import InvalidInput
+from configs.plain_text import odd_character
+from orchestrator.commands import display, version_tables
+from subspace_store.commands.terminal import counted, decimals, error, note
 
 TASK: dict[str, Any] = {
     "task_id": "t0691b2c3ddeadbeef1234", "title": "red/card-orders", "state": "training", "reason": "", "place": None,
@@ -135,3 +140,57 @@ def test_a_point_of_the_curves_is_a_line_of_the_log() -> None:
     assert new.endswith("step 12/50 · loss 0.5000 · learning rate 1.00e-03 · 35.4 rows/s")
     assert old.endswith("step 5 · loss 0.5000 · learning rate 1.00e-03")
     assert line.endswith("task t1: method lora")
+
+
+# --- what came from somebody else --------------------------------------------------------------------------------
+
+EVIL = "\x1b[2J\x1b]0;title\x07[red]\u202edone\udc80[/bold]"
+
+
+def printed(call: Callable[[], Any]) -> str:
+    """What a command prints, on both consoles, to a terminal with colours."""
+    with display.console.capture() as captured, display.errors.capture() as told:
+        call()
+    return captured.get() + told.get()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_no_character_of_somebody_else_moves_a_terminals_cursor(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    monkeypatch.setattr(display.console, "_force_terminal", is_terminal)
+    row = TASK | {"title": EVIL, "state": "parked", "reason": EVIL, "worker": EVIL, "main_score_problem": EVIL}
+    told = {"at": 0.0, "kind": "log", "text": EVIL}
+    status = {
+        "running": True, "base_model": EVIL, "main": 1, "tasks": {}, "storage": EVIL, "mlflow": EVIL,
+        "held": {"time": 0.0, "actor": EVIL, "reason": EVIL}, "workers": {EVIL: EVIL}, "alarm": EVIL,
+        "unreadable_tasks": [EVIL], "mlflow_error": EVIL,
+    }  # fmt: skip
+    version = {
+        "version": 1, "parent": 0, "status": "rejected", "refs": [], "reason": EVIL, "added": [EVIL], "refined": [EVIL],
+        "remakes": 1, "removed": [EVIL], "task_count": 1, "rank_max": 1, "bytes_written": 1, "merge_seconds": 0.1,
+    }  # fmt: skip
+    fine = {"warnings": [EVIL], "dry_run": True, "is_new": True, "title": EVIL, "train_rows": 1, "eval_rows": 1}
+    text = printed(lambda: (
+        display.tasks([row | {"local_score": 1.0}]), display.log_lines([told, told | {"kind": "progress"}]),
+        display.status(status), display.submitted(fine), version_tables.versions([version]), note(EVIL),
+        error(InvalidInput(EVIL, EVIL, EVIL)), display.follow(lambda: [row], 0.0),
+        version_tables.rollback({"from_version": 1, "to_version": 2, "preview": True, "held": False,
+                                 "vanishing": [EVIL], "returning": [EVIL]}),
+    ))  # fmt: skip
+    assert text.count("\\x1b]0;title") > 10
+    own = re.sub(r"\x1b\[[0-9;?]*[mhlAK]|\r", "", text)  # colours, and what a live table needs
+    assert odd_character(own.replace("\n", "")) is None
+    assert "\x1b[2J" not in text
+    assert "[red]" in own
+
+
+def test_what_rounds_to_nothing_has_no_sign_and_one_is_no_plural() -> None:
+    assert (decimals(-0.00001), decimals(-0.00001, sign=True), decimals(-0.5, sign=True)) == (
+        "0.0000",
+        "+0.0000",
+        "-0.5000",
+    )
+    assert (counted(1, "adapter"), counted(0, "adapter"), counted(3000, "copy", "copies")) == (
+        "1 adapter", "0 adapters", "3,000 copies",
+    )  # fmt: skip

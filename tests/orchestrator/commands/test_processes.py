@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import Fenced, InvalidInput, OwnedByAnother
+from configs.errors import Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, UnsafeStorage
 from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
@@ -22,6 +22,7 @@ from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store.commands.state_folder import service_identity
 from subspace_store.log.version import Identity
 from subspace_store.log.version_log import VersionLog
+from subspace_store.storage.local import LocalStorage
 from subspace_store.storage.opening import open_storage
 from tests.builders import settings, task_record
 
@@ -166,3 +167,29 @@ def test_a_store_in_a_folder_of_its_own_is_for_whom_the_umask_lets_in(tmp_path: 
     assert processes._umask(settings(tmp_path)) == 0o077
     assert processes._umask(settings(tmp_path, storage={"url": "s3://bucket/here"})) == 0o077
     assert processes._umask(settings(tmp_path, storage={"url": "file:/shared/store"})) == -1
+
+
+def test_up_refuses_a_store_of_other_weights_before_anything_is_started(tmp_path: Path) -> None:
+    mine = settings(tmp_path, storage={"url": f"file:{tmp_path / 'store'}"})
+    place = open_storage(mine.storage, mine.base_model.name)
+    other = {"format": 2, "base_model": mine.base_model.name, "base_sha256": 64 * "0"}
+    place.write("FORMAT", json.dumps(other).encode())
+    with pytest.raises(OtherBaseModel, match=r"(?s)weights_sha256 '0000.*correct base_model\.weights_sha256"):
+        processes.up(mine, lambda _: None)
+    assert list((tmp_path / "logs").iterdir()) == []
+    assert place.keys("") == ["FORMAT"]
+
+
+def test_up_refuses_a_storage_that_lets_two_writers_overwrite_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overwrite(self: LocalStorage, key: str, content: bytes) -> bool:
+        self.write(key, content)
+        return True
+
+    monkeypatch.setattr(LocalStorage, "create", overwrite)
+    mine = settings(tmp_path, storage={"url": f"file:{tmp_path / 'store'}"})
+    with pytest.raises(UnsafeStorage, match="If-None-Match"):
+        processes.up(mine, lambda _: None)
+    assert list((tmp_path / "logs").iterdir()) == []
+    assert open_storage(mine.storage, mine.base_model.name).keys("") == []

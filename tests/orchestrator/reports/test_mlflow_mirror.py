@@ -356,6 +356,37 @@ def test_mlflow_being_away_is_told_and_tried_again(mirrored: Mirrored, monkeypat
 
 
 @pytest.mark.changes
+def test_an_experiment_that_was_deleted_in_mlflow_is_restored_with_the_runs_it_had(
+    mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    monkeypatch.setattr("orchestrator.reports.mlflow_mirror.RETRY_SECONDS", 0.0)
+    before = mirrored.runs()["red/a"].info.run_id
+    experiment = mirrored.client.get_experiment_by_name("onebasis")
+    mirrored.client.delete_experiment(experiment.experiment_id)
+    mirrored.plant.submit("red/afterwards")
+    mirrored.plant.run()
+    mirror, stop, errors = mirrored.mirror, threading.Event(), list[str]()
+    sync = mirror.sync
+
+    def watched() -> None:
+        errors.append(mirror.error)
+        if len(errors) > 5:
+            stop.set()
+        sync()
+        stop.set()
+
+    monkeypatch.setattr(mirror, "sync", watched)
+    mirror.wake()
+    mirror.run(stop)
+    assert mirror.error == ""
+    assert mirrored.client.get_experiment_by_name("onebasis").lifecycle_stage == "active"
+    assert mirrored.runs()["red/a"].info.run_id == before
+    assert "red/afterwards" in mirrored.runs()
+
+
+@pytest.mark.changes
 def test_what_ended_long_ago_is_not_read_again_and_a_row_that_cannot_be_read_stops_nothing(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch
 ) -> None:

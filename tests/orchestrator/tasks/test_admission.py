@@ -183,7 +183,7 @@ def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
 
 def test_half_a_character_in_the_document_is_refused(desk: Desk) -> None:
     text = desk.refuse(desk.document(data={"label_names": ["no", "yes", "\ud800"]}))
-    assert text.startswith("task: (document): holds what is no Unicode text")
+    assert text.startswith("task: data.label_names.2: must be one line of plain text, and holds \\ud800")
     text.encode()
 
 
@@ -269,6 +269,13 @@ def test_the_training_file_as_evaluation_file_is_refused_unless_asked_for(desk: 
     assert record.warnings == ("6 of 6 evaluation rows are also training rows: the scores flatter the task",)
 
 
+def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": "yes"} for i in range(4)])
+    record, _ = desk.submit(desk.document())
+    assert record.warnings == ("all 4 evaluation rows have the same label: always giving it is right each time",)
+    assert record.constant_score == 1
+
+
 def test_numbers_as_labels_mean_the_names_in_every_format_and_what_else_they_could_mean_is_told(desk: Desk) -> None:
     numbers = {"label_names": ["1", "0"]}
     write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": i % 2} for i in range(6)])
@@ -314,7 +321,7 @@ def test_a_bad_row_is_named_by_file_and_number(desk: Desk, key: str, row: Any, c
 @pytest.mark.parametrize("name", ["a" * 300 + ".jsonl", "a\0b.jsonl"])
 def test_a_path_that_the_system_refuses_is_named(desk: Desk, name: str) -> None:
     said = desk.refuse(desk.document(data={"train_file": str(desk.data / name)}))
-    assert said.startswith("data.train_file: ")
+    assert said.removeprefix("task: ").startswith("data.train_file: ")
 
 
 def test_a_file_outside_the_allowed_folders_is_refused(desk: Desk, tmp_path: Path) -> None:

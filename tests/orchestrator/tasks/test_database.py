@@ -23,7 +23,7 @@ KNOWN = "t-red-alpha"
 READS: dict[str, Callable[[TaskQueue], Any]] = {
     "by_client_key": lambda q: q.by_client_key("red", "k"),
     "same_content": lambda q: q.same_content("red", "ab"),
-    "check_room": lambda q: q.check_room("red", 5),
+    "check": lambda q: q.check(task_record("red/new"), 5),
     "get": lambda q: q.get(KNOWN),
     "find": lambda q: q.find("red/alpha"),
     "tasks": lambda q: q.tasks(),

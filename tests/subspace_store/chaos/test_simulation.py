@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import Conflict, NotFound, Unavailable
+from configs.errors import Conflict, NotFound, NotWritten, Unavailable
 from subspace_store import SubspaceStore, merge_writer
 from subspace_store.chaos.simulation import Run, simulate, simulate_many
 from subspace_store.chaos.world import CONSTANTS, CRASH_AFTER, CRASH_BEFORE, FAULTS, World
@@ -71,7 +71,7 @@ def test_a_crash_at_any_single_call_breaks_no_promise(kind: str, monkeypatch: py
         return kind if calls == crash_at and kind in kinds else None
 
     monkeypatch.setattr(World, "fault", fault)
-    seed = 24
+    seed = 10
     assert simulate(seed).violation is None
     total = calls
     assert 50 < total < 200
@@ -107,8 +107,8 @@ def test_the_command_shows_a_violation_and_how_to_see_it_again(monkeypatch: pyte
 def without_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer whose slot is taken takes the next one, whoever took the first; so every writer goes on."""
 
-    def finish(self: VersionLog, record: Record, content: bytes) -> None:
-        winner = self._settle(record, content)
+    def finish(self: VersionLog, record: Record, content: bytes, in_doubt: bool = False) -> None:
+        winner = self._take_slot(record, content, in_doubt)
         if winner.write_id != record.write_id:
             self._pending = None
             self.refresh()
@@ -121,7 +121,7 @@ def without_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
         elif self.state.seq < record.seq:
             self._fold(record, digest(content))
 
-    def finish_pending(self: VersionLog) -> None:
+    def settle(self: VersionLog, op_key: str = "") -> None:
         if self._pending is not None:
             self.refresh()
         self.epoch = self.state.epoch
@@ -129,14 +129,14 @@ def without_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
             self._finish(*self._pending)
 
     monkeypatch.setattr(VersionLog, "_finish", finish)
-    monkeypatch.setattr(VersionLog, "finish_pending", finish_pending)
+    monkeypatch.setattr(VersionLog, "settle", settle)
 
 
 def without_op_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was done is done again."""
 
     def done(self: SubspaceStore, op_key: str) -> None:
-        self._log.finish_pending()
+        self._log.settle(op_key)
 
     monkeypatch.setattr(SubspaceStore, "_done", done)
 
@@ -149,12 +149,12 @@ def without_the_epoch_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_reading_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """What became of a record without an answer is guessed: it was written."""
 
-    def settle(self: VersionLog, record: Record, content: bytes) -> Record:
+    def take_slot(self: VersionLog, record: Record, content: bytes, in_doubt: bool = False) -> Record:
         with contextlib.suppress(Unavailable):
             self.storage.create(log_key(record.seq), content)
         return record
 
-    monkeypatch.setattr(VersionLog, "_settle", settle)
+    monkeypatch.setattr(VersionLog, "_take_slot", take_slot)
 
 
 def without_finishing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +169,39 @@ def without_finishing(monkeypatch: pytest.MonkeyPatch) -> None:
             raise
 
     monkeypatch.setattr(VersionLog, "commit", giving_up)
+
+
+def without_withdrawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record whose outcome is unknown is finished by whatever request comes next."""
+    settle = VersionLog.settle
+
+    def finishing(self: VersionLog, op_key: str = "") -> None:
+        settle(self, self._pending[0].op_key if self._pending else op_key)
+
+    monkeypatch.setattr(VersionLog, "settle", finishing)
+
+
+def without_telling_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that the storage refused is kept and tried again, though it was told as failed."""
+    commit = VersionLog.commit
+
+    def keeping(self: VersionLog, *args: object, **options: object) -> object:
+        finish, kept = self._finish, []
+
+        def noting(record: Record, content: bytes, in_doubt: bool = False) -> None:
+            kept.append((record, content))
+            finish(record, content, in_doubt)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(self, "_finish", noting)
+            try:
+                return commit(self, *args, **options)  # type: ignore[arg-type]
+            except NotWritten:
+                self._pending = kept[-1] if kept else self._pending
+                raise
+
+    monkeypatch.setattr(VersionLog, "commit", keeping)
+    without_withdrawing(monkeypatch)
 
 
 def without_bases_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +223,8 @@ def without_bases_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
         without_the_epoch_rule,
         without_reading_back,
         without_finishing,
+        without_withdrawing,
+        without_telling_what_failed,
         without_bases_of_others,
     ],
 )

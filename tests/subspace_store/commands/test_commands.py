@@ -313,7 +313,7 @@ def test_every_command_that_writes_takes_a_key() -> None:
         if any("--op-key" in option.opts for option in described.params)
     }
     assert with_key == WRITES.keys()
-    assert with_key | {"collect"} == {
+    assert with_key | {"collect", "withdraw"} == {  # these two may be repeated as they are
         name
         for name, described in get_command(app).commands.items()  # type: ignore[attr-defined]
         if any("--force" in option.opts for option in described.params)
@@ -331,8 +331,18 @@ def test_when_nobody_knows_whether_it_was_done_the_key_to_ask_again_is_told(
         result = run("hold", "why", "--json")
     error = json.loads(result.stdout)["error"]
     (key,) = re.findall(r"--op-key (hold:[0-9a-f]+):", error["todo"])
-    assert (result.exit_code, error["what"]) == (5, "the storage is away")
+    assert (result.exit_code, error["code"], error["op_key"]) == (5, "outcome-unknown", key)
+    assert error["what"] == "the outcome of hold is unknown: the storage is away"
     assert answer(run("hold", "why", "--op-key", key, "--json"))["op_key"] == key
+
+
+def test_a_request_is_withdrawn_or_said_to_be_done(run: Command, store: SubspaceStore) -> None:
+    assert run("tag", "gold", "2", "--op-key", "tag of monday").exit_code == 0
+    done = run("withdraw", "tag of monday")
+    assert (done.exit_code, "'tag of monday' was done, it made or concerns version 2" in done.stderr) == (4, True)
+    assert run("withdraw", "tag of tuesday").stderr == (
+        "tag of tuesday was not done, and will not be unless somebody asks for it again\n"
+    )
 
 
 # Beside a service
@@ -430,7 +440,9 @@ def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
 
 
 def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
-    assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [2, 3], "removed": False}
+    assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [3], "removed": False}
+    assert "would go back to version 1 and make 1 version again: 3 " in run("remove", "team/t2").stderr
+    assert "would go back to version 2 and make none again " in run("remove", "team/t3").stderr
     assert store.refresh().refs["main"] == 3
     done = answer(run("remove", "team/t2", "--yes", "--reason", "licence", "--json"))
     key = "remove t2 from 3, time 1"

@@ -7,7 +7,19 @@ from collections.abc import Callable
 
 import pytest
 
-from configs.errors import Conflict, Corrupt, Fenced, InvalidInput, NotFound, OwnedByAnother, Unavailable
+from configs.document import LINE_MAX
+from configs.errors import (
+    Conflict,
+    Corrupt,
+    Fenced,
+    InvalidInput,
+    NotFound,
+    NotWritten,
+    OutcomeUnknown,
+    OwnedByAnother,
+    StoreFull,
+    Unavailable,
+)
 from subspace_store import SubspaceState, TaskScore, digest
 from subspace_store.log.fold import (
     DROP_ADAPTERS,
@@ -176,15 +188,114 @@ def test_when_nothing_answers_the_outcome_is_said_to_be_unknown() -> None:
     assert len(waits) == TRIES - 1
 
 
-def test_an_unknown_outcome_is_finished_before_the_next_write() -> None:
-    storage = fresh_storage()
-    log = writing(FaultyStorage(storage, in_turn(None, *["before"] * TRIES)))
-    with pytest.raises(Unavailable):
+def in_doubt(storage: Storage, *faults: str | None) -> VersionLog:
+    """A writer that does not know what became of its request `k`."""
+    log = writing(FaultyStorage(storage, in_turn(None, *["before"] * TRIES, *faults)))
+    with pytest.raises(OutcomeUnknown, match="--op-key k") as told:
         add_version(log, "k")
-    log.finish_pending()  # what a second request does first
+    assert (told.value.op_key, told.value.seq) == ("k", 2)
+    return log
+
+
+def test_an_unknown_outcome_is_finished_when_the_same_request_is_asked_again() -> None:
+    storage = fresh_storage()
+    log = in_doubt(storage)
+    log.settle("k")  # what every request does first
     assert log.state.op_keys == {"k": 1}
     add_version(log, "k2")
     assert reading(storage).op_keys == {"k": 1, "k2": 2}
+
+
+def test_an_unknown_outcome_is_not_done_later_by_itself_when_another_request_comes() -> None:
+    storage = fresh_storage()
+    log = in_doubt(storage)
+    _, late = log._pending or (None, b"")
+    add_version(log, "k2")
+    assert not storage.create(log_key(2), late)  # its slot is taken, should it still be on its way
+    assert reading(storage).op_keys == {"k2": 1}
+    assert [record.op for record in opened_log(storage).records()] == ["acquire", "acquire", "merge"]
+    add_version(log, "k")  # asked again, it is done as if for the first time
+    assert reading(storage) == log.state
+    assert log.state.op_keys == {"k2": 1, "k": 2}
+
+
+def test_what_was_on_its_way_and_landed_is_found_when_another_request_comes() -> None:
+    storage = fresh_storage()
+    log = in_doubt(storage)
+    assert storage.create(log_key(2), (log._pending or (None, b""))[1])
+    request(log, "k2")
+    assert reading(storage).op_keys == {"k": 1, "k2": 2}
+    assert log.epoch == 1
+
+
+def test_while_nothing_can_be_settled_another_request_has_failed_and_the_same_one_is_still_in_doubt() -> None:
+    log = in_doubt(fresh_storage(), *["before"] * 2 * TRIES)
+    with pytest.raises(NotWritten, match="nothing was begun: what became of merge 'k'"):
+        log.settle("k2")
+    with pytest.raises(OutcomeUnknown, match="--op-key k"):
+        log.settle("k")
+    log.settle("k2")
+    add_version(log, "k2")
+    assert log.state.op_keys == {"k2": 1}
+
+
+@pytest.mark.parametrize("next_key", ["k", "k2"])
+def test_an_acquisition_that_lands_late_is_known_as_ones_own(next_key: str) -> None:
+    storage = fresh_storage()
+    sent: list[bytes] = []
+
+    class Slow(FaultyStorage):
+        def create(self, key: str, content: bytes) -> bool:
+            if key == log_key(2):
+                sent.append(content)
+                raise Unavailable("no answer", key)
+            return super().create(key, content)
+
+    log = writing(Slow(storage, in_turn()))
+    for key, error in (("k", OutcomeUnknown), ("k2", NotWritten)):  # the second sends an acquisition
+        with pytest.raises(error):
+            request(log, key)
+    assert json.loads(sent[-1])["op"] == "acquire"
+    assert storage.create(log_key(2), sent[-1])
+    request(log, next_key)
+    assert (log.epoch, reading(storage).op_keys) == (2, {next_key: 1})
+
+
+class Refusing(FaultyStorage):
+    """Has no space for records while `full`."""
+
+    full = False
+
+    def create(self, key: str, content: bytes) -> bool:
+        if self.full:
+            raise StoreFull("no space left", key)
+        return super().create(key, content)
+
+
+def test_what_the_storage_refused_has_failed_and_is_not_done_when_there_is_space_again() -> None:
+    storage = fresh_storage()
+    refusing = Refusing(storage, in_turn())
+    log = writing(refusing)
+    refusing.full = True
+    with pytest.raises(StoreFull):
+        add_version(log, "k")
+    refusing.full = False
+    add_version(log, "k2")
+    assert [record.op_key for record in opened_log(storage).records()] == ["", "k2"]
+
+
+def test_a_refusal_after_an_attempt_without_an_answer_proves_nothing() -> None:
+    refusing = Refusing(fresh_storage(), lambda key: full_from_now_on())
+
+    def full_from_now_on() -> str | None:
+        refusing.full = bool(log.epoch)
+        return "before" if log.epoch else None
+
+    log = VersionLog(refusing, "writer", wait=no_wait)
+    log.open()
+    log.acquire("writer")
+    with pytest.raises(OutcomeUnknown, match="no space left"):
+        add_version(log, "k")
 
 
 def test_an_unknown_outcome_that_was_written_is_found_by_reading() -> None:
@@ -326,7 +437,7 @@ def test_of_two_that_open_at_once_both_get_an_epoch_and_the_later_one_writes() -
 
 def request(log: VersionLog, op_key: str) -> None:
     """What SubspaceStore does with every request: settle, look it up, else do it."""
-    log.finish_pending()
+    log.settle(op_key)
     if op_key not in log.state.op_keys:
         add_version(log, op_key)
 
@@ -526,3 +637,33 @@ def test_a_log_from_before_there_were_owners_is_nobodys_and_its_checkpoints_are_
     storage.write(checkpoint_key(2), b'{"sha256":"%s","state":%s}' % (digest(folded).encode(), folded))
     assert reading(storage).owner is None
     assert max(reading(storage).versions) == 1
+
+
+EVIL = "\x1b[31mred\x07 half \ud800 \x9b end"
+
+
+def test_a_log_with_reasons_of_before_they_were_checked_is_read_and_shows_them_as_plain_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = fresh_storage()
+    log = writing(storage)
+    add_version(log)
+    log.commit(HOLD, op_key="h", actor=EVIL, body={"reason": EVIL + "x" * 5_000_000})
+    log.commit(QUARANTINE, op_key="q", actor="ann", body={"task_id": "bad", "reason": EVIL})
+    monkeypatch.setattr("subspace_store.log.version_log.CHECKPOINT_EVERY", log.state.seq + 1)
+    log.commit(TAG, op_key="t", actor="ann", body={"name": "gold", "version": 1})
+    storage_without = MemoryStorage(fresh_storage().name)
+    for key in storage.keys("log/0"):
+        storage_without.write(key, storage.read(key))
+    for place in (storage, storage_without):  # from the checkpoint, and from the records
+        state = reading(place)
+        assert state.held is not None
+        assert state.held.actor == r"\x1b[31mred\x07 half \ud800 \x9b end"
+        assert state.held.reason.startswith(r"\x1b[31mred\x07 half \ud800 \x9b endxxx")
+        assert len(state.held.reason) == LINE_MAX
+        assert state.quarantined == {"bad": r"\x1b[31mred\x07 half \ud800 \x9b end"}
+        json.dumps(to_plain(state), ensure_ascii=False).encode()  # as HTTP sends it
+    assert [record.seq for record in opened_log(storage).records()] == [1, 2, 3, 4, 5]
+    again = writing(storage, "again")  # the chain is what it was
+    add_version(again)
+    assert reading(storage).tags == {"gold": 1}

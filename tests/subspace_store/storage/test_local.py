@@ -1,12 +1,15 @@
 """A folder obeys the storage contract, and survives crashes and full disks."""
 
+import errno
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from configs.errors import Unavailable
+from configs.errors import NotWritten, StoreFull, StoreReadOnly, Unavailable
 from subspace_store.storage.local import TEMPORARY, LocalStorage
 from tests.contracts.storage_contract import StorageContract
 
@@ -74,6 +77,116 @@ def test_a_stream_is_flushed_before_it_gets_its_name_and_its_folder_after(
         out.append(b"x")
         out.finish(b"h")
     assert steps == ["flush", "name", "flush"]
+
+
+def test_a_write_that_grows_no_more_is_given_up_and_an_empty_folder_with_it_but_not_one_that_is_young(
+    tmp_path: Path,
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("log/1", b"x")
+    for name, age in (("log", 7200), ("data/t1", 7200), ("data/t2", 60), ("staging/t3/1-a", 7200)):
+        half = tmp_path / name / f"{TEMPORARY}{age}"
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_bytes(b"half")
+        os.utime(half, (time.time() - age,) * 2)
+    for name, age in (("results/old", 7200), ("results/young", 60)):
+        (tmp_path / name).mkdir(parents=True)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert storage.abandon("", 3600.0) == 3
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["data", "data/t2", f"data/t2/{TEMPORARY}60", "log", "log/1", "results", "results/young"]
+
+
+def test_the_last_object_of_a_folder_takes_the_folder_with_it_and_the_next_one_makes_it_again(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path / "store"))
+    for key in ("data/t1/train", "data/t1/eval"):
+        storage.write(key, b"x")
+    storage.delete("data/t1/train")
+    assert storage.keys("") == ["data/t1/eval"]
+    storage.delete("data/t1/eval")
+    assert list((tmp_path / "store").iterdir()) == []
+    storage.write("data/t1/train", b"y")
+    assert storage.read("data/t1/train") == b"y"
+
+
+def test_who_writes_into_a_folder_that_others_empty_all_the_time_never_fails(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+
+    def write_and_delete(me: int) -> None:
+        for turn in range(50):
+            storage.write(f"data/t/{me}", b"%d" % turn)
+            assert storage.read(f"data/t/{me}") == b"%d" % turn
+            storage.delete(f"data/t/{me}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_and_delete, range(4)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.ENOSPC, StoreFull),
+        (errno.EDQUOT, StoreFull),
+        (errno.EROFS, StoreReadOnly),
+        (errno.EACCES, StoreReadOnly),
+        (errno.EIO, NotWritten),
+    ],
+)
+@pytest.mark.parametrize("step", ["open", "write", "fsync", "link"])
+def test_what_fails_before_an_object_has_its_name_has_failed_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, error: type[Exception]
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("log/0", b"")
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    class Refusing:
+        """A file that takes nothing."""
+
+        write, seek, close = refuse, lambda *_: None, lambda _: None
+
+    with monkeypatch.context() as patched:
+        if step in ("fsync", "link"):
+            patched.setattr(os, step, refuse)
+        else:
+            made = refuse if step == "open" else lambda _: Refusing()
+            patched.setattr("subspace_store.storage.local._FileStream._opened", made)
+        with pytest.raises(NotWritten, match=os.strerror(number)) as told:
+            storage.create("log/1", b"record")
+    assert type(told.value) is error
+    assert storage.keys("") == ["log/0"]
+    assert storage.create("log/1", b"record")
+
+
+def test_what_fails_after_an_object_has_its_name_may_have_been_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("log/0", b"")
+
+    def refuse(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("subspace_store.storage.local._flush_folder", refuse)
+    for act in (storage.create, storage.write):
+        with pytest.raises(Unavailable) as told:
+            act("log/1", b"record")
+        assert not isinstance(told.value, NotWritten)
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("log/0", b"")
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(Unavailable, match="Permission denied"):
+        storage.keys("log/")
 
 
 def test_a_file_system_that_refuses_is_unavailable_but_an_error_of_the_block_is_its_own(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 from urllib3 import HTTPResponse
 
-from configs.errors import Corrupt, NotFound, Unavailable
+from configs.errors import Corrupt, NotFound, NotWritten, StoreFull, StoreReadOnly, Unavailable
 from configs.settings import StorageSettings
 from subspace_store import open_storage
 from subspace_store.storage.s3 import ALONE, CUT_TRIES, PART, THREADS, S3Storage
@@ -366,6 +366,70 @@ def answering(*codes: str) -> S3Storage:
 def test_a_409_of_two_creates_at_once_is_tried_again() -> None:
     assert answering("ConditionalRequestConflict", "ConditionalRequestConflict").create("a", b"") is True
     assert answering("ConditionalRequestConflict", "PreconditionFailed").create("a", b"") is False
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """A server that answers every PUT in one way, at first perhaps with another."""
+
+    status, code = 403, "AccessDenied"
+    first: tuple[int, str] | None = None
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        (status, code), Refuses.first = Refuses.first or (Refuses.status, Refuses.code), None
+        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Storage]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+    yield S3Storage("s3://versions/x", endpoint_url=f"http://127.0.0.1:{server.server_address[1]}")
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (403, "AccessDenied", StoreReadOnly),
+        (405, "MethodNotAllowed", StoreReadOnly),
+        (403, "QuotaExceeded", StoreFull),  # Ceph
+        (507, "XMinioStorageFull", StoreFull),
+        (400, "XMinioAdminBucketQuotaExceeded", StoreFull),
+        (403, "InvalidAccessKeyId", NotWritten),
+        (404, "NoSuchBucket", NotWritten),
+        (400, "InvalidRequest", NotWritten),
+        (500, "InternalError", Unavailable),
+        (503, "SlowDown", Unavailable),
+    ],
+)
+def test_a_write_that_the_server_refused_has_failed_and_one_that_broke_it_is_in_doubt(
+    refusing: S3Storage, monkeypatch: pytest.MonkeyPatch, status: int, code: str, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(Refuses, "status", status)
+    monkeypatch.setattr(Refuses, "code", code)
+    for act in (refusing.create, refusing.write):
+        with pytest.raises(Unavailable) as told:
+            act("log/1", b"record")
+        assert type(told.value) is error
+
+
+def test_a_refusal_that_came_after_a_request_without_an_answer_proves_nothing(
+    refusing: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refuses, "first", (500, "InternalError"))  # it may have been stored all the same
+    with pytest.raises(Unavailable) as told:
+        refusing.create("log/1", b"record")
+    assert not isinstance(told.value, NotWritten)
 
 
 @pytest.mark.parametrize(

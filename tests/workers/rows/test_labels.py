@@ -81,7 +81,7 @@ def test_a_value_means_one_label_whatever_its_type(names: Sequence[str], values:
         (WORDS, [1], "must hold a label's name or its index, not list"),
         (WORDS, b"good", "must hold a label's name or its index, not bytes"),
         *((WORDS, value, "'label' has no label in it") for value in (None, "", "  ", float("nan"), Decimal("NaN"))),
-        *((WORDS, value, f"has no label in it (it says '{value}')") for value in ("NaN", "null", "NA", "<NA>")),
+        *((WORDS, value, f"has no label in it (it says '{value}')") for value in ("NaN", "null", "NA", "<NA>", "None")),
     ],
 )  # fmt: skip
 def test_a_value_that_is_no_label_is_refused_with_its_cause(names: Sequence[str], value: Any, said: str) -> None:

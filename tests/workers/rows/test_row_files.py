@@ -274,6 +274,22 @@ def test_a_page_of_parquet_is_not_unpacked_to_gigabytes(tmp_path: Path, monkeypa
     assert pa.total_allocated_bytes() - before < 10**6
 
 
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("form", ["string", "dictionary"])
+def test_packed_batches_in_a_folder_are_refused_before_they_are_unpacked(codec: str, form: str, tmp_path: Path) -> None:
+    texts = pa.array(["x" * 10**6] * 50).cast(FORMS[form])
+    batch = pa.record_batch({"text": texts, "label": [0] * 50})
+    path = as_folder(tmp_path / "saved", batch)
+    assert len(values(path)) == 50
+    with pa.OSFile(str(path / "x.arrow"), "wb") as file:
+        options = pa.ipc.IpcWriteOptions(compression=codec)
+        with pa.ipc.new_stream(file, batch.schema, options=options) as out:
+            out.write_batch(batch)
+    before = pa.total_allocated_bytes()
+    assert "/x.arrow: holds packed batches" in complaint(path)
+    assert pa.total_allocated_bytes() - before < 10**6
+
+
 def test_a_hundred_thousand_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(",".join(f"c{number}" for number in range(100_000)))

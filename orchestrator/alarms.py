@@ -1,0 +1,182 @@
+"""What is wrong with the service now, for people: each alarm has a code, a cause and a next step.
+
+An alarm rings from the moment that somebody notices until the same thing is seen to work again. Nothing is decided by
+it: the part that noticed goes on trying. Each code has its row in docs/trouble.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from configs.errors import (
+    Corrupt,
+    DatabaseAway,
+    NotWritten,
+    OnebasisError,
+    OwnedByAnother,
+    StoreFull,
+    StoreReadOnly,
+    Unavailable,
+)
+
+log = logging.getLogger("onebasis.alarms")
+
+BOOK = "docs/trouble.md"
+
+
+class AlarmCode(StrEnum):
+    """What an alarm says. Where an error says the same, the code is the error's."""
+
+    STORE_DAMAGED = "store-damaged"
+    OUSTED = "owned-by-another"
+    STORE_FULL = "store-full"
+    STORE_READ_ONLY = "store-read-only"
+    STORE_AWAY = "store-away"
+    NOT_WRITTEN = "not-written"
+    STORE_UNUSABLE = "unusable-store"
+    STORE_SILENT = "store-writer-silent"
+    RAY_DOWN = "ray-down"
+    WORKER_SILENT = "worker-silent"
+    WORKER_SLOW = "base-model-loads-slowly"
+    LOAD_FAILED = "base-model-not-loaded"
+    MLFLOW_BEHIND = "mlflow-behind"
+    DATABASE_AWAY = "database-away"
+    LOOP_SILENT = "loop-silent"
+    STEP_FAILED = "step-failed"
+    UNREADABLE_TASK = "unreadable-task"
+
+
+NEXT_STEP: dict[AlarmCode, str] = {
+    AlarmCode.STORE_DAMAGED: "nothing is merged or published: stop with `onebasis down`, then `onebasis store verify`",
+    AlarmCode.OUSTED: "`onebasis up --take-over` makes the store this service's again",
+    AlarmCode.STORE_FULL: "make space there; what waits for it goes on by itself",
+    AlarmCode.STORE_READ_ONLY: "let this user write there; what waits for it goes on by itself",
+    AlarmCode.STORE_AWAY: "check the address and the network; what waits for it goes on by itself",
+    AlarmCode.NOT_WRITTEN: "look at what the storage says; what waits for it goes on by itself",
+    AlarmCode.STORE_UNUSABLE: "correct what it says, then `onebasis down` and `onebasis up`",
+    AlarmCode.STORE_SILENT: "it is replaced by itself when its lease ends, and by `onebasis up` at once",
+    AlarmCode.RAY_DOWN: "`onebasis up` starts it again; tasks go on from their checkpoints",
+    AlarmCode.WORKER_SILENT: "it is replaced by itself when its lease ends, and by `onebasis up` at once",
+    AlarmCode.WORKER_SLOW: "a large model takes minutes; else look at what the machine does, and at the worker's log",
+    AlarmCode.LOAD_FAILED: "correct what it says; it is tried again every 30 s, and after `onebasis down` and `up`",
+    AlarmCode.MLFLOW_BEHIND: "check mlflow.tracking_uri; the service goes on without, and tries again by itself",
+    AlarmCode.DATABASE_AWAY: "check database_url and that the database runs; it is tried again by itself",
+    AlarmCode.LOOP_SILENT: "wait for what it does; `onebasis up` restarts a control plane that is stopped",
+    AlarmCode.STEP_FAILED: "it is tried again by itself; report what control-plane.log says",
+    AlarmCode.UNREADABLE_TASK: "start the release that wrote it; all other tasks go on",
+}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing that is wrong."""
+
+    code: AlarmCode
+    about: str
+    """Part of the service that it concerns: a worker's name, `merging`, an address."""
+    what: str
+    """Cause, with the numbers."""
+    todo: str
+    """Next step of whoever reads it."""
+    since: float
+    """Unix time at which it began to ring."""
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.what} → {self.todo} ({BOOK}#{self.code})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json` and HTTP, with the sentence in it."""
+        return {**asdict(self), "text": str(self)}
+
+
+class Alarms:
+    """The alarms that ring now. Every method may be called from any thread; none waits for anything."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ringing: dict[tuple[AlarmCode, str], Alarm] = {}
+
+    def ring(self, code: AlarmCode, about: str, what: str, todo: str = "") -> None:
+        """Begin to ring, or go on with another cause. It is written to the log once, not at every try.
+
+        Args:
+            todo: Default: the next step that the code has.
+        """
+        with self._lock:
+            before = self._ringing.get((code, about))
+            since = before.since if before else time.time()
+            alarm = Alarm(code, about, what, todo or NEXT_STEP[code], since)
+            self._ringing[code, about] = alarm
+        if before is None:
+            log.error("ALARM %s (%s)", alarm, about)
+
+    def ring_for(self, error: OnebasisError, about: str) -> None:
+        """Ring for an error that a part of the service met with the store or the database, and which it tries again."""
+        code = code_of(error)
+        # The error's own next step is for whoever asks once, and has to ask again.
+        self.ring(code, about, f"{about}: {_sentence(error)}", "" if code in TRIED_AGAIN else error.todo)
+
+    def end(self, code: AlarmCode, about: str) -> None:
+        """It is over, if it rang."""
+        with self._lock:
+            alarm = self._ringing.pop((code, about), None)
+        if alarm is not None:
+            log.info("over after %.0f s: %s (%s)", time.time() - alarm.since, alarm.code, about)
+
+    def end_all(self, about: str, *codes: AlarmCode) -> None:
+        """All of these codes are over for a part of the service."""
+        for code in codes:
+            self.end(code, about)
+
+    def __iter__(self) -> Iterator[Alarm]:
+        """Those that ring, the oldest first."""
+        with self._lock:
+            ringing = list(self._ringing.values())
+        return iter(sorted(ringing, key=lambda alarm: alarm.since))
+
+    def rings(self, code: AlarmCode) -> bool:
+        """Whether one of this code rings."""
+        return any(alarm.code is code for alarm in self)
+
+
+WRITE_CODES = (
+    AlarmCode.STORE_FULL,
+    AlarmCode.STORE_READ_ONLY,
+    AlarmCode.NOT_WRITTEN,
+    AlarmCode.STORE_AWAY,
+    AlarmCode.STORE_UNUSABLE,
+)
+"""What may keep a write from the store; a write that went through ends them."""
+
+
+TRIED_AGAIN = frozenset({AlarmCode.STORE_FULL, AlarmCode.STORE_READ_ONLY, AlarmCode.NOT_WRITTEN, AlarmCode.STORE_AWAY})
+
+
+def code_of(error: OnebasisError) -> AlarmCode:
+    """The alarm that an error of the store or the database is."""
+    match error:
+        case OwnedByAnother():
+            return AlarmCode.OUSTED
+        case StoreFull():
+            return AlarmCode.STORE_FULL
+        case StoreReadOnly():
+            return AlarmCode.STORE_READ_ONLY
+        case NotWritten():
+            return AlarmCode.NOT_WRITTEN
+        case DatabaseAway():
+            return AlarmCode.DATABASE_AWAY
+        case Corrupt():
+            return AlarmCode.STORE_DAMAGED
+        case Unavailable():
+            return AlarmCode.STORE_AWAY
+    return AlarmCode.STORE_UNUSABLE
+
+
+def _sentence(error: OnebasisError) -> str:
+    return f"{error.where}: {error.what}" if error.where else error.what

@@ -1,0 +1,53 @@
+"""An answer that may be late: whoever only looks does not wait for a storage that does not answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+from configs.errors import Unavailable
+
+Answer = TypeVar("Answer")
+
+
+class Latest(Generic[Answer]):
+    """Asks in a thread of its own, one at a time, and keeps the last answer.
+
+    Args:
+        ask: May take any time.
+        where: What it asks, for people.
+    """
+
+    def __init__(self, ask: Callable[[], Answer], where: str) -> None:
+        self._ask = ask
+        self._where = where
+        self._lock = threading.Lock()
+        self._asking: Future[Answer] | None = None
+        self.last: Answer | None = None
+        """The newest answer; None before the first."""
+
+    def within(self, seconds: float) -> Answer:
+        """The answer, if it comes in time.
+
+        Raises:
+            Unavailable: It does not; it is still waited for. Else what `ask` raises.
+        """
+        with self._lock:
+            if self._asking is None or self._asking.done():
+                self._asking = Future()
+                # No pool: its threads are waited for when the process ends.
+                threading.Thread(target=self._run, args=(self._asking,), daemon=True).start()
+            asking = self._asking
+        try:
+            self.last = asking.result(seconds)
+        except TimeoutError:
+            raise Unavailable(f"no answer within {seconds:.0f} s", self._where) from None
+        return self.last
+
+    def _run(self, asking: Future[Answer]) -> None:
+        try:
+            asking.set_result(self._ask())
+        except Exception as error:
+            asking.set_exception(error)

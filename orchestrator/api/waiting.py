@@ -1,0 +1,83 @@
+"""What a command says while it waits: nobody looks at a silent terminal for longer than ten seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import NoSignOfLife, Unavailable
+from subspace_store.commands.state_folder import running_server
+
+Say = Callable[[str], None]
+
+FIRST_SECONDS = 6.0
+TELL_SECONDS = 8.0
+"""People are told this often that it takes longer."""
+HEALTH_SECONDS = 4.0
+
+
+class Waiting:
+    """Called again and again with the seconds so far, while the control plane is alive and does not reply.
+
+    Args:
+        server: What the control plane announced of itself.
+        say: Takes a line for people.
+    """
+
+    def __init__(self, server: dict[str, Any], say: Say) -> None:
+        self._server = server
+        self._say = say
+        self._told: tuple[str, ...] = ()
+
+    def __call__(self, seconds: float) -> None:
+        alarms = self._alarms()
+        self._say(f"waiting for the control plane's answer for {seconds:.0f} s; it is alive")
+        for alarm in alarms if alarms != self._told else ():
+            self._say(f"ALARM {alarm}")
+        self._told = alarms
+
+    def _alarms(self) -> tuple[str, ...]:
+        from orchestrator.api.exchange import NobodyListensError, exchange
+
+        try:
+            url, token = self._server["url"], self._server["token"]
+            reply = exchange(f"{url}/health", "GET", token=token, timeout_seconds=HEALTH_SECONDS)
+            return tuple(alarm["text"] for alarm in json.loads(reply.content).get("alarms", ()))
+        except (NobodyListensError, Unavailable, ValueError):
+            return self._told
+
+
+def named(error: NoSignOfLife, state_dir: Path) -> NoSignOfLife:
+    """The error with the process that it is about, and whether that one stands still."""
+    from orchestrator.signs_of_life import Life, life_of
+
+    pid = running_server(state_dir.resolve())
+    if pid is None:
+        return error
+    what = f"it {Life.STOPPED}" if life_of(pid) is Life.STOPPED else "it hangs"
+    return NoSignOfLife(f"the control plane (pid {pid}) does not answer: {what}", error.where, error.todo)
+
+
+@contextlib.contextmanager
+def telling(what: str, say: Say) -> Iterator[None]:
+    """Tell people what is going on in the block, if it takes longer than a few seconds."""
+    done = threading.Event()
+
+    def tell() -> None:
+        waited = FIRST_SECONDS
+        if done.wait(waited):
+            return
+        say(f"still {what}, for {waited:.0f} s")
+        while not done.wait(TELL_SECONDS):
+            waited += TELL_SECONDS
+            say(f"still {what}, for {waited:.0f} s")
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

@@ -1,0 +1,144 @@
+"""`onebasis submit` and `import`: one task or many, with what became of each and the exit code for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import Exit, InvalidInput, OnebasisError, QueueFull, Unavailable
+from configs.task_spec import TaskSpec, read_task_spec
+from orchestrator.api.client import Client
+from orchestrator.api.requests import ShowTask, Submit
+from orchestrator.commands import display
+from subspace_store.commands.terminal import errors, me, show
+
+Json = dict[str, Any]
+
+WATCH_SECONDS = 0.5
+ENDS = {"published": Exit.DONE, "rejected": Exit.REJECTED, "parked": Exit.PARKED, "cancelled": Exit.CANCELLED}
+"""Exit codes of `submit --wait`, by the state in which the task ended."""
+
+
+def task_files(paths: Sequence[Path]) -> list[Path]:
+    """The files that were named, and of a folder each YAML file in it, by name; inner folders are left alone.
+
+    Raises:
+        InvalidInput: A folder without any.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml") and not file.is_dir())
+        if not found:
+            raise InvalidInput("no task file is in this folder", str(path), "name a folder with files *.yaml")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def submit(client: Client, task: TaskSpec, wait: bool, dry_run: bool, as_json: bool) -> Exit:
+    """Submit one task, and with `wait` stay until it has ended. The exit code says how."""
+    answer = client.ask(Submit(task=task, dry_run=dry_run, by=me()))
+    if dry_run or not wait:
+        show(answer, display.submitted, as_json)
+        return Exit.DONE
+    if not as_json:
+        display.submitted(answer)
+    (found,) = _ended(client, [answer["task_id"]], as_json)
+    show(found, display.task, as_json)
+    return ENDS[found["state"]]
+
+
+def submit_all(client: Client, files: Sequence[Path], wait: bool, dry_run: bool, as_json: bool) -> Exit:
+    """Check the tasks in all files, and if none is wrong submit them. The exit code is the highest of theirs.
+
+    Raises:
+        Unavailable: The service is away: nothing was submitted. If it goes away later, that is the result of the rest;
+            when the command is repeated, those that were taken in before are the same tasks.
+    """
+    results, specs = _checked(client, files)
+    is_fine = not any("error" in result for result in results)
+    if is_fine and not dry_run:
+        results = _submitted(client, files, specs)
+    if not as_json:
+        for result in results:
+            display.submitted_file(result)
+        if not is_fine and not dry_run:
+            errors.print("nothing was submitted: mend the files above, then submit them all again")
+    codes = [result["error"]["exit_code"] if "error" in result else Exit.DONE for result in results]
+    if wait and not dry_run and is_fine:
+        taken = [result for result in results if "task_id" in result]
+        for result, found in zip(taken, _ended(client, [one["task_id"] for one in taken], as_json), strict=True):
+            result |= found
+            codes.append(ENDS[found["state"]])
+        if not as_json:
+            display.tasks(taken)
+    show(results, _nothing, as_json)
+    return max(code for code in Exit if code in codes)
+
+
+def _checked(client: Client, files: Sequence[Path]) -> tuple[list[Json], list[TaskSpec]]:
+    """What the service says to each file without taking it in, and the documents of those that can be read."""
+    results: list[Json] = []
+    specs: list[TaskSpec] = []
+    named: dict[str, Path] = {}
+    for file in files:
+        try:
+            spec = read_task_spec(file)
+            title = f"{spec.team}/{spec.name}"
+            if (other := named.setdefault(title, file)) != file:
+                raise InvalidInput(f"is {title}, and so is {other}", str(file), "give each task a name of its own")
+            results.append(_of(file, client.ask(Submit(task=spec, dry_run=True, by=me()))))
+            specs.append(spec)
+        except Unavailable:
+            raise
+        except OnebasisError as error:
+            results.append(_failed(file, error))
+    return results, specs
+
+
+def _submitted(client: Client, files: Sequence[Path], specs: Sequence[TaskSpec]) -> list[Json]:
+    """What became of each. Once the service is away it is not asked for the rest."""
+    results: list[Json] = []
+    away: OnebasisError | None = None
+    for file, spec in zip(files, specs, strict=True):
+        if away is not None:
+            results.append(_failed(file, away))
+            continue
+        try:
+            results.append(_of(file, client.ask(Submit(task=spec, by=me()))))
+        except OnebasisError as error:
+            results.append(_failed(file, error))
+            if isinstance(error, Unavailable) and not isinstance(error, QueueFull):
+                away = error
+    return results
+
+
+def _of(file: Path, answer: Json) -> Json:
+    return {"file": str(file), **answer}
+
+
+def _failed(file: Path, error: OnebasisError) -> Json:
+    return {"file": str(file), "error": {**error.as_dict(), "exit_code": int(error.exit_code), "text": str(error)}}
+
+
+def _ended(client: Client, task_ids: Sequence[str], as_json: bool) -> list[Json]:
+    """The tasks once they have ended; meanwhile their progress is shown."""
+
+    def ask() -> list[Json]:
+        return [client.ask(ShowTask(reference=task_id)) for task_id in task_ids]
+
+    if not as_json:
+        display.follow(ask, WATCH_SECONDS)
+    while True:
+        answers = ask()
+        if all(found["state"] in ENDS for found in answers):
+            return answers
+        time.sleep(WATCH_SECONDS)
+
+
+def _nothing(_: Any) -> None:
+    """All has been shown."""
