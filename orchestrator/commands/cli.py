@@ -338,7 +338,7 @@ def store(context: typer.Context) -> None:
 
 
 def _client(state_dir: Path) -> Client:
-    return Client(state_dir, lambda seconds: note(f"the service is alive and at work on it ({seconds:.0f} s)"))
+    return Client(state_dir)
 
 
 def _state(name: str | None) -> TaskState | None:
