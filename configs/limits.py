@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InvalidInput, TooLarge
-from configs.plain_text import escaped, odd_character
+from configs.plain_text import escaped, in_one_line, odd_character
 
 BYTES_MAX = 4 * 2**20
 """Bytes of a document. Most are a few kilobytes; 100,000 label names are two million bytes. Rows come in files."""
@@ -123,5 +123,5 @@ def too_deep(where: str) -> InvalidInput:
 
 def key_path(location: tuple[Any, ...]) -> str:
     """The path of a key for people, short and plain however odd the keys are."""
-    path = escaped(".".join(str(part) if isinstance(part, int) else str(part)[:80] for part in location[:12]))
+    path = in_one_line(".".join(str(part) if isinstance(part, int) else str(part)[:80] for part in location[:12]))
     return path[:200] or "(document)"

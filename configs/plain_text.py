@@ -27,5 +27,10 @@ def escaped(text: str) -> str:
     return _ODD_IN_LINES.sub(_escape, text)
 
 
+def in_one_line(text: str) -> str:
+    """The same, with line breaks and tabs escaped too."""
+    return _ODD.sub(_escape, text)
+
+
 def _escape(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape", "backslashreplace").decode("ascii")

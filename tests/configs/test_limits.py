@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configs.errors import InvalidInput
@@ -53,6 +53,7 @@ ANY = st.recursive(
 
 
 @given(ANY)
+@example({"\t": None})
 def test_whatever_comes_is_taken_or_refused_in_plain_words(values: Any) -> None:
     told = ""
     try:

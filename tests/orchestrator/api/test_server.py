@@ -57,7 +57,7 @@ from subspace_store.requests import (
 )
 from tests.builders import LAYOUT, task_document
 from tests.orchestrator.site import TOKEN, Site
-from workers.orders import Train
+from workers.orders import Phase, Train
 
 # --- who may -----------------------------------------------------------------------------------------------------
 
@@ -182,10 +182,10 @@ def test_scores_are_a_matrix_of_versions_and_tasks(site: Site) -> None:
     assert site.client.ask(ShowScores(version=0))["tasks"] == []
 
 
-def test_an_export_is_the_two_files_that_peft_reads(site: Site, tmp_path: Path) -> None:
+def test_an_export_is_what_peft_reads_and_a_card(site: Site, tmp_path: Path) -> None:
     packed = site.client.ask(Export(reference="red/alpha", version=2))
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        assert archive.namelist() == ["adapter_config.json", "adapter_model.safetensors"]
+        assert archive.namelist() == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         archive.extractall(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-source"
     again = read_peft_folder(tmp_path, "tiny", LAYOUT.sha256)
@@ -259,7 +259,7 @@ def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monke
     def progress(worker: str) -> Future[Any]:
         """Of a gang that has lost a machine."""
         found: Future[Any] = Future()
-        found.set_result(replace(training(worker).result(), phase="waiting"))
+        found.set_result(replace(training(worker).result(), phase=Phase.WAITING))
         return found
 
     monkeypatch.setattr(cluster, "progress", progress)
