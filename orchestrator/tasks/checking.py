@@ -35,6 +35,8 @@ from workers.orders import BaseLayout
 
 CHECK_SECONDS = 1800.0
 """Longest check: ten gigabytes of rows, at 100,000 rows a second."""
+GRACE_SECONDS = 5.0
+"""From the deadline, at which the control plane lets go of a check and says why, to its end without that."""
 START_SECONDS = 60.0
 """Longest wait until the forking process takes a check: on a busy machine its imports take ten."""
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
@@ -228,8 +230,9 @@ def _check_one(handle: int) -> None:
 
 @contextlib.contextmanager
 def _ended_with(control_plane: socket.socket, seconds: float) -> Any:
-    """The kernel ends this process when the other end is closed (SIGIO), and after the deadline in any case."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """The kernel ends this process when the other end is closed (SIGIO), and some time after the
+    deadline in any case."""
+    signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)
     handle = control_plane.fileno()
     fcntl.fcntl(handle, fcntl.F_SETOWN, os.getpid())
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
