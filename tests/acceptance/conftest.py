@@ -143,3 +143,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.acceptance)
+
+
+def merged_once(site: Site, *titles: str) -> bool:
+    """Whether each title is in exactly one version of main."""
+    added = [
+        title for version in site.ask("versions") if version["status"] == "published" for title in version["added"]
+    ]
+    return all(added.count(title) == 1 for title in titles)

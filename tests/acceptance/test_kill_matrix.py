@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.acceptance.conftest import ONEBASIS, ROOT, Site
+from tests.acceptance.conftest import ONEBASIS, ROOT, Site, merged_once
 from tests.moto_server import CREDENTIALS, moto_server
 from tests.servers.refusing_proxy import Mood, RefusingProxy, refusing_proxy
 
@@ -170,6 +170,7 @@ def test_everything_killed_at_once_is_started_again_and_the_task_goes_on(service
     assert "onebasis is down" in service.say("status")
     assert "onebasis is up:" in service.say("up")
     service.wait_for_state("payments/everything", "published")
+    assert merged_once(service, "payments/everything")
 
 
 @pytest.mark.parametrize(("mood", "code"), [(Mood.FULL, "store-full"), (Mood.READ_ONLY, "store-read-only")])

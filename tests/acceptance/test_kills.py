@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,15 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import ONEBASIS, Site
-
-
-def merged_once(site: Site, *titles: str) -> bool:
-    """Whether each title is in exactly one version of main."""
-    added = [
-        title for version in site.ask("versions") if version["status"] == "published" for title in version["added"]
-    ]
-    return all(added.count(title) == 1 for title in titles)
+from tests.acceptance.conftest import ONEBASIS, Site, merged_once
 
 
 def busiest(pids: list[int]) -> int:
@@ -110,38 +101,12 @@ def test_a_store_killed_while_tasks_are_merged_comes_back_and_merges_them_once(s
     assert site.ask("status")["main"] == site.ask("status")["candidate"]
 
 
-def test_everything_killed_at_once_goes_on_after_up(site: Site) -> None:
-    site.run("submit", str(site.task_file("power-cut", steps=30)))
-    site.wait("a training step", lambda: site.ask("task", "payments/power-cut")["progress"].get("step", 0) >= 2)
-    for pid in site.processes("ray::") + site.processes("/"):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    site.kill_control_plane()
-    site.run("down")
-    site.run("up", "--config", "settings.yaml")
-
-    site.wait_for_state("payments/power-cut", "published")
-    assert merged_once(site, "payments/power-cut")
-
-
 def test_cancelling_a_running_task_stops_it_and_frees_its_worker(site: Site) -> None:
     site.run("submit", str(site.task_file("unwanted", steps=2000)))
     site.wait("a training step", lambda: site.ask("task", "payments/unwanted")["progress"].get("step", 0) >= 2)
     site.run("cancel", "payments/unwanted")
     assert site.wait_for_state("payments/unwanted", "cancelled", seconds=20)["version"] is None
     site.wait("its worker to be free", lambda: set(site.ask("status")["workers"].values()) == {"free"}, 20)
-
-
-def test_a_killed_ray_head_is_replaced_by_up_and_the_task_goes_on(site: Site) -> None:
-    site.run("submit", str(site.task_file("head-dies", steps=30)))
-    site.wait("a training step", lambda: site.ask("task", "payments/head-dies")["progress"].get("step", 0) >= 2)
-    head = json.loads((site.folder / ".onebasis/ray.json").read_text())["pid"]
-    os.kill(head, signal.SIGKILL)
-    site.run("up", "--config", "settings.yaml")
-    site.wait_for_state("payments/head-dies", "published")
-    assert merged_once(site, "payments/head-dies")
 
 
 def test_two_ups_at_once_start_one_cluster_and_down_ends_it(tmp_path: Path) -> None:
