@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 check fix bench bench-store bench-training bench-refinement bench-commands bench-queue setup clean lock
+.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-queue setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -15,17 +15,23 @@ demo: $(READY)
 # machine can have (ministack, from PyPI). What is left out is said at the end.
 test: $(READY)
 	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
-	$(BIN)/pytest -m acceptance
+	$(BIN)/pytest -m "acceptance and not kills"
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
+	@echo "         each process of a service killed or stopped, one after another, and a store that is full, read-only, away"
+	@echo "         or slow; make test-kills runs these tests (9 minutes)"
 
 # Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
 # PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.
 test-s3: $(READY)
 	@$(BIN)/python -m tests.servers.install
 	$(BIN)/pytest -m s3 tests/servers
+
+# What each command says, and what `onebasis up` heals, when any process of a service dies or hangs.
+test-kills: $(READY)
+	$(BIN)/pytest -m kills tests/acceptance
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -140,6 +140,7 @@ MATRIX = [
 ]
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize(("part", "how", "told"), MATRIX, ids=lambda value: str(getattr(value, "name", value)))
 def test_a_process_that_dies_or_hangs_is_told_of_and_up_mends_it(
     service: Matrix, part: str, how: signal.Signals, told: tuple[str, ...]
@@ -173,6 +174,7 @@ def test_everything_killed_at_once_is_started_again_and_the_task_goes_on(service
     assert merged_once(service, "payments/everything")
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize(("mood", "code"), [(Mood.FULL, "store-full"), (Mood.READ_ONLY, "store-read-only")])
 def test_what_is_trained_waits_for_a_store_that_takes_nothing(service: Matrix, mood: Mood, code: str) -> None:
     name = f"meets-a-{mood}-store"
@@ -192,6 +194,7 @@ def test_what_is_trained_waits_for_a_store_that_takes_nothing(service: Matrix, m
     service.wait("the alarm to end", service.is_well, 30)
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("mood", [Mood.AWAY, Mood.SLOW])
 def test_a_store_that_does_not_answer_is_told_of_and_nobody_waits_silently(service: Matrix, mood: Mood) -> None:
     service.proxy.mood = mood
