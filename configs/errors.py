@@ -97,9 +97,13 @@ class OnebasisError(Exception):
         """The code under which docs/trouble.md says what to do: the class's own, else the group's."""
         return self.code or self.kind
 
+    @property
+    def sentence(self) -> str:
+        """What was wrong and where, in one sentence, without the next step."""
+        return f"{self.where}: {self.what}" if self.where else self.what
+
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}\n  → {self.todo}" if self.todo else text
+        return f"{self.sentence}\n  → {self.todo}" if self.todo else self.sentence
 
     def as_dict(self) -> dict[str, Any]:
         """The error as plain values, for `--json` and HTTP."""

@@ -119,7 +119,7 @@ class Alarms:
         """Ring for an error that a part of the service met with the store or the database, and which it tries again."""
         code = code_of(error)
         # The error's own next step is for whoever asks once, and has to ask again.
-        self.ring(code, about, f"{about}: {_sentence(error)}", "" if code in TRIED_AGAIN else error.todo)
+        self.ring(code, about, f"{about}: {error.sentence}", "" if code in TRIED_AGAIN else error.todo)
 
     def end(self, code: AlarmCode, about: str) -> None:
         """It is over, if it rang."""
@@ -175,7 +175,3 @@ def code_of(error: OnebasisError) -> AlarmCode:
         case Unavailable():
             return AlarmCode.STORE_AWAY
     return AlarmCode.STORE_UNUSABLE
-
-
-def _sentence(error: OnebasisError) -> str:
-    return f"{error.where}: {error.what}" if error.where else error.what

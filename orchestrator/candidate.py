@@ -381,7 +381,7 @@ class Candidate:
             return
         self._is_stopped = True
         if isinstance(error, Corrupt):
-            what = f"the store is damaged, nothing is merged or published: {error.where}: {error.what}"
+            what = f"the store is damaged, nothing is merged or published: {error.sentence}"
             self._alarms.ring(AlarmCode.STORE_DAMAGED, "store", what)
         elif isinstance(error, OwnedByAnother):
             self.ousted_by = error

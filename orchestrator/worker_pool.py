@@ -214,7 +214,7 @@ class WorkerPool:
             log.info("%s is warm", worker.name)
 
     def _cannot_load(self, worker: WorkerStatus, error: OnebasisError) -> None:
-        what = f"{worker.name} cannot load the base model: {error.where}{': ' if error.where else ''}{error.what}"
+        what = f"{worker.name} cannot load the base model: {error.sentence}"
         self._alarms.ring(AlarmCode.LOAD_FAILED, worker.name, what, error.todo)
         self._alarms.end(AlarmCode.WORKER_SLOW, worker.name)
         worker.error, worker.loads_since = error, 0.0

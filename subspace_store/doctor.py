@@ -93,8 +93,8 @@ def _tried(name: str, check: Callable[[_Scratch], str], todo: str, scratch: _Scr
     try:
         return Check(name, True, check(scratch), "")
     except OnebasisError as error:
-        is_named = error.where and not isinstance(error, UnsafeStorage)  # which is about the whole place
-        return Check(name, False, f"{error.where}: {error.what}" if is_named else error.what, todo)
+        # An unsafe storage is about the whole place, which needs no name.
+        return Check(name, False, error.what if isinstance(error, UnsafeStorage) else error.sentence, todo)
 
 
 def _second_create(scratch: _Scratch) -> str:

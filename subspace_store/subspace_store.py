@@ -327,7 +327,7 @@ def _who(adapters: Iterable[StagedAdapter]) -> str:
 
 def _refused(adapters: Sequence[StagedAdapter], why: Mapping[str, InvalidInput]) -> RefusedAdapters:
     """why: Task id to what is wrong with its adapter."""
-    whats = [f"{error.where}: {error.what}" if error.where else error.what for error in why.values()]
+    whats = [error.sentence for error in why.values()]
     if len(adapters) == 1:
         (error,) = why.values()
         return RefusedAdapters(whats[0], _who(adapters), error.todo, tuple(why))

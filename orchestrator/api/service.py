@@ -351,7 +351,7 @@ class Service:
             return None
         self._alarms.end(AlarmCode.DATABASE_AWAY, LOOKING)
         for about in unreadable:
-            self._alarms.ring(AlarmCode.UNREADABLE_TASK, about.task_id, f"{about.where}: {about.what}", about.todo)
+            self._alarms.ring(AlarmCode.UNREADABLE_TASK, about.task_id, about.sentence, about.todo)
         for alarm in self._alarms:
             if alarm.code is AlarmCode.UNREADABLE_TASK and alarm.about not in {told.task_id for told in unreadable}:
                 self._alarms.end(alarm.code, alarm.about)
