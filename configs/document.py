@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,8 @@ import pydantic_core
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from configs.errors import InvalidInput
-from configs.limits import check_values, key_path, short
+from configs.limits import check_values, key_path, short, short_text
+from configs.plain_text import odd_character
 from configs.yaml_file import Word, Words, read_yaml
 
 # A name of a team, task, tag: safe in a path, a URL, a metric name and a shell.
@@ -48,7 +48,7 @@ LINE_MAX = 2000
 
 def _one_line(text: str) -> str:
     """Refuse what a terminal, a log or a database would take for something else than text."""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+    if odd_character(text) is not None:
         raise ValueError("must be one line of plain text, without control characters or halves of characters")
     return text
 
@@ -111,7 +111,7 @@ class Request(Section):
             raise told(error, cls, where) from error
         except (ValueError, RecursionError) as error:  # no JSON, a number without end, half a character
             raise InvalidInput(
-                f"the body is not JSON: {short(str(error))[1:-1]}", where, "send a JSON object"
+                f"the body is not JSON: {short_text(str(error))}", where, "send a JSON object"
             ) from error
 
 

@@ -39,6 +39,11 @@ def short(value: Any) -> str:
     return escaped(_SHORT.repr(value))[:120]
 
 
+def short_text(text: str) -> str:
+    """A text cut in the same way, without quotes."""
+    return short(text)[1:-1]
+
+
 def read_bytes(path: Path, bytes_max: int = BYTES_MAX) -> bytes:
     """What a plain file holds. A pipe would be waited for, and a device can be read for ever: they are refused.
 

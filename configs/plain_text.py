@@ -27,8 +27,13 @@ def escaped(text: str) -> str:
     return _ODD_IN_LINES.sub(_escape, text)
 
 
+def blanked(text: str) -> str:
+    """As `escaped`, with a space in the place of each."""
+    return _ODD_IN_LINES.sub(" ", text)
+
+
 def in_one_line(text: str) -> str:
-    """The same, with line breaks and tabs escaped too."""
+    """As `escaped`, line breaks and tabs too."""
     return _ODD.sub(_escape, text)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InvalidInput
-from configs.limits import DEPTH_MAX, KEYS_MAX, VALUES_MAX, check_values, read_bytes, short, too_deep
+from configs.limits import DEPTH_MAX, KEYS_MAX, VALUES_MAX, check_values, read_bytes, short, short_text, too_deep
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = "<<"
@@ -271,7 +271,7 @@ class _Builder:
         return self._wrong(node, f"{short(tag)} is no plain value", "write values only: no objects of a program")
 
     def _word(self, node: _Node) -> Word:
-        return Word(short(node.text)[1:-1] if len(node.text) > 80 else node.text, _ours(node.text), _other(node.text))
+        return Word(short_text(node.text) if len(node.text) > 80 else node.text, _ours(node.text), _other(node.text))
 
 
 def _ours(text: str) -> Reading:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import unicodedata
 from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, validat
 
 from configs.document import LINE_MAX, Line
 from configs.errors import InvalidInput
+from configs.plain_text import blanked, escaped
 
 TEXT_MAX = 200_000
 """Most characters of a text of several lines, such as the reason why a version of a thousand tasks was rejected."""
@@ -23,12 +23,8 @@ LATEST = 253402300799.0
 """The end of the year 9999 in Unix seconds: what a calendar can show."""
 
 
-def _is_bad(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
-
-
 def _plain(text: str) -> str:
-    if any(map(_is_bad, text)):
+    if escaped(text) != text:
         raise ValueError("must be plain text, without control characters or halves of characters")
     return text
 
@@ -40,21 +36,21 @@ Text = Annotated[str, Field(max_length=TEXT_MAX), AfterValidator(_plain)]
 def as_text(words: str) -> str:
     """A message of another program (a library, a worker) as a `Text`: characters that are not plain text become
     spaces."""
-    cut = words if len(words) <= TEXT_MAX else f"{words[: TEXT_MAX - 1]}…"
-    return "".join(" " if _is_bad(character) else character for character in cut)
+    return blanked(_cut(words, TEXT_MAX))
 
 
 def as_escaped_text(words: str) -> str:
-    """As `as_text`; what is no plain text is shown as Python writes it: \\x1b, \\ud800."""
-    cut = words if len(words) <= TEXT_MAX else f"{words[: TEXT_MAX - 1]}…"
-    if not any(map(_is_bad, cut)):
-        return cut
-    return "".join(repr(character)[1:-1] if _is_bad(character) else character for character in cut)
+    """As `as_text`; what is no plain text is shown as an escape: \\x1b, \\ud800."""
+    return escaped(_cut(words, TEXT_MAX))
 
 
 def as_line(words: str) -> str:
     """The beginning of a reason, as long as a `Line` may be: before release 0.4 one could have any length."""
-    return words if len(words) <= LINE_MAX else f"{words[: LINE_MAX - 1]}…"
+    return _cut(words, LINE_MAX)
+
+
+def _cut(words: str, length: int) -> str:
+    return words if len(words) <= length else f"{words[: length - 1]}…"
 
 
 TaskId = Annotated[Line, Field(min_length=1)]

@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
-from configs.limits import BYTES_MAX, short
+from configs.limits import BYTES_MAX, short, short_text
 from configs.plain_text import escaped
 from configs.settings import Settings, read_settings
 from orchestrator.api.exchange import ALIVE_PATH
@@ -95,7 +95,7 @@ def api(service: Service, token: str) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     def no_route(request: Request, error: HTTPException) -> AsciiJson:
-        what = f"there is no {request.method} {short(request.url.path)[1:-1]}"
+        what = f"there is no {request.method} {short_text(request.url.path)}"
         told = NotFound(what, todo="/openapi.json lists what there is")
         return AsciiJson(told.as_dict(), status_code=error.status_code)
 
