@@ -91,6 +91,11 @@ class Adapter:
     info: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def label_names(self) -> tuple[str, ...]:
+        """The label of each output, in order; empty: it has no outputs, or they are not known."""
+        return tuple(json.loads(self.info.get("label_names") or "[]"))
+
+    @property
     def parameter_count(self) -> int:
         """Numbers in an equivalent separate LoRA, head not counted: Σ r·(n+d)."""
         return sum(update.rank * sum(update.shape) for update in self.modules.values())

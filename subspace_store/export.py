@@ -26,7 +26,7 @@ from subspace_store.digests import digest
 from subspace_store.formats import diffusers
 from subspace_store.formats.diffusers import write_diffusers_file
 from subspace_store.formats.loaders import LOADERS, refusals, vllm_max_rank
-from subspace_store.formats.peft import export_rank, label_names, write_peft_folder
+from subspace_store.formats.peft import export_rank, write_peft_folder
 from subspace_store.log.version import MAIN, MergedTask
 from subspace_store.subspace_reader import SubspaceReader
 
@@ -191,7 +191,7 @@ def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask,
             has_head=has_head,
             files=files,
             refused_by=refusals(kind, rank=rank, has_head=has_head, modules=adapter.modules),
-            label_names=label_names(adapter),
+            label_names=adapter.label_names,
             base_sha256=adapter.base_sha256,
         )
         (partial / FACTS_FILE).write_text(_json(exported.as_facts()), encoding="utf-8")

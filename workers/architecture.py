@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from configs.errors import InvalidInput
 from configs.task_spec import Kind
 from subspace_store.formats.peft_config import CLASSIFIER_HEADS
-from workers.heads import HeadLayout
+from workers.heads import HeadLayout, owner
 
 
 def head_layout(
@@ -124,8 +124,3 @@ def _shared_layers(shell: Any, kind: Kind) -> set[str]:
         if output is not None and module is output
         for part, _ in module.named_parameters()
     }
-
-
-def owner(parameter: str) -> str:
-    """The module that a parameter belongs to."""
-    return parameter.rpartition(".")[0]

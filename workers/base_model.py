@@ -27,8 +27,8 @@ from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import Kind, TaskSpec
 from subspace_store.adapter import Adapter
-from workers.architecture import head_layout, inside, linear_shapes, owner, usable_positions
-from workers.heads import HeadLayout, check_head, kept_outputs
+from workers.architecture import head_layout, inside, linear_shapes, usable_positions
+from workers.heads import HeadLayout, check_head, kept_outputs, owner
 from workers.model_folder import AUTO_CLASSES, called_of, image_processor_of, kinds_of, settle_padding, tokenizer_of
 from workers.weights import (
     Loaded,

@@ -9,7 +9,6 @@ No torch: the control plane checks submissions by a `HeadLayout` alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -62,7 +61,7 @@ def told(layout: HeadLayout, spec: TaskSpec) -> str:
     kept = kept_outputs(layout, spec) is not None
     drawn = {name for name in layout.missing if name in layout.shapes}
     drawn |= set() if kept else {*layout.outputs}
-    starts = sorted({name.rpartition(".")[0] for name in drawn})
+    starts = sorted({owner(name) for name in drawn})
     trained = [module for module in layout.trained if not all(_inside(name, module, drawn) for name in layout.shapes)]
     parts = [f"{', '.join(starts)} drawn from the seed"] if starts else []
     parts += [f"{', '.join(trained)} from the checkpoint"] if trained else []
@@ -114,7 +113,7 @@ def _check_parameter(name: str, shape: tuple[int, ...], adapter: Adapter, spec: 
         )
     if name not in layout.shapes:
         raise InvalidInput("the base model has no such parameter for the adapter's head", name)
-    if name.rpartition(".")[0] in adapter.modules:
+    if owner(name) in adapter.modules:
         raise InvalidInput("the adapter brings this layer whole and changes it by a LoRA as well", name, "keep one")
     needed = layout.shapes[name]
     count = OUTPUT_COUNTS.get(spec.kind, len(spec.data.label_names))
@@ -134,7 +133,7 @@ def _check_parameter(name: str, shape: tuple[int, ...], adapter: Adapter, spec: 
 
 def _check_labels(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
     """Compare the task's labels with those that the adapter or, where it has no output layer, the checkpoint names."""
-    said = tuple(json.loads(adapter.info.get("label_names") or "[]"))
+    said = adapter.label_names
     of = "the adapter's outputs"
     if layout.outputs and not {*layout.outputs} & adapter.head.keys():
         said, of = layout.label_names, "the adapter has no output layer, and the checkpoint's outputs"
@@ -149,6 +148,11 @@ def _check_labels(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
             "data.label_names",
             "list the labels of the outputs, in their order",
         )
+
+
+def owner(parameter: str) -> str:
+    """The module that a parameter belongs to."""
+    return parameter.rpartition(".")[0]
 
 
 def _are_unknown(names: tuple[str, ...]) -> bool:

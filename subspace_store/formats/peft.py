@@ -96,7 +96,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_source: str) -> None:
         base_source: What others load the base model from: a hub id or a folder.
     """
     config, tensors = to_peft(adapter)
-    names = label_names(adapter)
+    names = adapter.label_names
     facts = {BASE_SHA256: adapter.base_sha256} if adapter.base_sha256 else {}
     if names:
         facts[ID2LABEL] = json.dumps(dict(enumerate(names)), ensure_ascii=False)
@@ -106,11 +106,6 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_source: str) -> None:
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     (folder / WEIGHTS_FILE).write_bytes(weights_with_facts(tensors, facts))
     (folder / CARD_FILE).write_text(_card(adapter, names, base_source), encoding="utf-8")
-
-
-def label_names(adapter: Adapter) -> tuple[str, ...]:
-    """The label of each output, in order; empty: it has none, or they are not known."""
-    return tuple(json.loads(adapter.info.get("label_names") or "[]"))
 
 
 def _card(adapter: Adapter, names: Iterable[str], base_source: str) -> str:

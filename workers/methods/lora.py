@@ -20,9 +20,10 @@ from configs.task_spec import Kind, LoraSpec, TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
 from subspace_store.formats.peft import PREFIX, check_numbers
 from subspace_store.merging.basis import ModuleBasis
-from workers.architecture import inside, owner
+from workers.architecture import inside
 from workers.base_model import BaseModel
 from workers.compatibility import chosen_modules
+from workers.heads import owner
 from workers.methods import NOTHING, Given
 from workers.methods.factors import ADAPTER, factors, lora_layers, spanned
 from workers.peft_model import TASK_TYPES, with_lora
