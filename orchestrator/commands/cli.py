@@ -107,7 +107,7 @@ def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 @command
 def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Show whether the service is up, what its workers do, and how many tasks are in which state."""
-    show(_client(state_dir).ask(Status()), display.status, as_json)
+    show(Client(state_dir).ask(Status()), display.status, as_json)
 
 
 @waiting_command
@@ -125,7 +125,7 @@ def submit(
     Of several files, or a folder, all are checked before the first is submitted: if one is wrong, none is. The exit
     code is the highest of theirs, and --json prints a list.
     """
-    client, files = _client(state_dir), submission.task_files(tasks)
+    client, files = Client(state_dir), submission.task_files(tasks)
     if files == tasks and len(files) == 1:
         raise typer.Exit(submission.submit(client, read_task_spec(files[0]), wait, dry_run, as_json))
     raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json))
@@ -160,12 +160,12 @@ def import_(
     document = {
         "team": team,
         "name": name,
-        "base_model": base_model or _client(state_dir).ask(Status())["base_model"],
+        "base_model": base_model or Client(state_dir).ask(Status())["base_model"],
         "method": {"name": "import", "adapter": str(adapter.resolve())},
         "data": data,
     }
     spec = check_document(document, TaskSpec, "task")
-    raise typer.Exit(submission.submit(_client(state_dir), spec, wait, dry_run, as_json))
+    raise typer.Exit(submission.submit(Client(state_dir), spec, wait, dry_run, as_json))
 
 
 @command
@@ -179,7 +179,7 @@ def tasks(
     as_json: AsJson = False,
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
-    client = _client(state_dir)
+    client = Client(state_dir)
     asked = ListTasks(team=team, state=_state(state), before=before, limit=limit)
     if watch and as_json:
         while any(row["state"] not in ENDS for row in client.ask(asked)):
@@ -195,13 +195,13 @@ def tasks(
 @command
 def task(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Show one task: state and why, place, progress, result, events."""
-    show(_client(state_dir).ask(ShowTask(reference=reference)), display.task, as_json)
+    show(Client(state_dir).ask(ShowTask(reference=reference)), display.task, as_json)
 
 
 @command
 def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Stop a task that is not part of a version yet."""
-    answer = _client(state_dir).ask(Cancel(reference=reference, by=me()))
+    answer = Client(state_dir).ask(Cancel(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
           else f"{a['title']}: {a['state']}"), as_json)  # fmt: skip
 
@@ -209,7 +209,7 @@ def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJso
 @command
 def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Take the worker from a running task, which writes a checkpoint, keeps its place and goes on from there."""
-    answer = _client(state_dir).ask(Preempt(reference=reference, by=me()))
+    answer = Client(state_dir).ask(Preempt(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}" + (", writing a checkpoint" if a["state"] == "training"
           else "")), as_json)  # fmt: skip
 
@@ -222,7 +222,7 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
-    client, after, lines = _client(state_dir), 0, []
+    client, after, lines = Client(state_dir), 0, []
     while True:
         new = client.ask(ReadLog(reference=reference, after=after))
         after = new[-1]["event_id"] if new else after
@@ -239,7 +239,7 @@ def logs(
 @command
 def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """List the subspace's versions."""
-    show(_client(state_dir).ask(ListVersions()), version_tables.versions, as_json)
+    show(Client(state_dir).ask(ListVersions()), version_tables.versions, as_json)
 
 
 @command
@@ -249,7 +249,7 @@ def version(
     as_json: AsJson = False,
 ) -> None:
     """Show one version: its tasks with scores and drift, ranks, what is stored."""
-    show(_client(state_dir).ask(ShowVersion(version=number)), version_tables.version, as_json)
+    show(Client(state_dir).ask(ShowVersion(version=number)), version_tables.version, as_json)
 
 
 @command
@@ -260,7 +260,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show what changed between two versions."""
-    show(_client(state_dir).ask(Diff(old=old, new=new)), version_tables.diff, as_json)
+    show(Client(state_dir).ask(Diff(old=old, new=new)), version_tables.diff, as_json)
 
 
 @command
@@ -274,7 +274,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
-    client = _client(state_dir)
+    client = Client(state_dir)
     if preview:
         answer = client.ask(PreviewRollback(version=number))
     else:
@@ -295,7 +295,7 @@ def export(
     """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
-    packed = _client(state_dir).ask(Export(reference=reference, version=number))
+    packed = Client(state_dir).ask(Export(reference=reference, version=number))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -319,7 +319,7 @@ def scores(
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
-    show(_client(state_dir).ask(ShowScores(version=number)), version_tables.scores, as_json)
+    show(Client(state_dir).ask(ShowScores(version=number)), version_tables.scores, as_json)
 
 
 @app.command("store", context_settings=RAW, add_help_option=False)
@@ -328,17 +328,13 @@ def store(context: typer.Context) -> None:
     from subspace_store.commands import app as store_cli
 
     def ask(state_dir: Path, request: StoreRequest[Any]) -> dict[str, Any]:
-        return _client(state_dir).ask(request)
+        return Client(state_dir).ask(request)
 
     token = store_cli.SERVICE.set(ask)
     try:
         store_cli.app(context.args, prog_name="onebasis store")
     finally:
         store_cli.SERVICE.reset(token)
-
-
-def _client(state_dir: Path) -> Client:
-    return Client(state_dir)
 
 
 def _state(name: str | None) -> TaskState | None:

@@ -36,8 +36,8 @@ def status(answer: Json) -> None:
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
     alarms, counts = answer.get("alarms", ()), answer["tasks"]
     if alarms:
-        state += f", [red]with {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}[/red]"
-    counted = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
+        state += f", [red]with {counted(len(alarms), 'alarm')}[/red]"
+    in_states = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
     main = "unknown" if answer["main"] is None else f"version {answer['main']}"
     console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is {main}")
     _print_alarms(alarms)
@@ -50,7 +50,7 @@ def status(answer: Json) -> None:
             soft_wrap=True,
         )
         _print_rows("held")
-    console.print(f"  tasks    {counted if counts is not None else 'unknown'}")
+    console.print(f"  tasks    {in_states if counts is not None else 'unknown'}")
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():

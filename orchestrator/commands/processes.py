@@ -36,6 +36,7 @@ from subspace_store.commands.state_folder import (
     running_server,
     service_identity,
 )
+from subspace_store.commands.terminal import counted
 from subspace_store.log.store_format import check_place
 from subspace_store.log.version_log import VersionLog, owned_by_another
 from subspace_store.storage.opening import open_storage
@@ -330,7 +331,7 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         log = state_dir / "logs/control-plane.log"
         if not health["running"]:
             raise Unavailable(f"the control plane ended; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
-        workers = "1 worker" if all_workers == 1 else f"{all_workers} workers"
+        workers = counted(all_workers, "worker")
         line = f"loading the base model on {workers} ({ready} warm)" if ready < all_workers else "asking every process"
         now = time.monotonic()
         if (line != said and ready < all_workers) or now - said_at > TELL_SECONDS:
