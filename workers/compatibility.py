@@ -136,6 +136,14 @@ def trained_elsewhere(adapter: Adapter, called: Iterable[str]) -> str:
     return f"the adapter was trained on {said}: if that is another model, its scores will be those of chance"
 
 
+def without_effect(adapter: Adapter) -> str:
+    """A warning if an adapter's update is zero in every module; empty: it changes something."""
+    if any(update.energy for update in adapter.modules.values()):
+        return ""
+    what = "the adapter changes nothing: in every module lora_A or lora_B is all zeros, as before training"
+    return what + ("; its head alone is its own" if adapter.head else "")
+
+
 def _last_part(name: str) -> str:
     """The model's own name in a hub id, a path, or a path inside a hub's cache."""
     cached = re.search(r"models--[^/]*--([^/]+)/", name)

@@ -25,7 +25,14 @@ from subspace_store import Storage
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.formats.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
-from workers.compatibility import check_lengths, check_template, chosen_modules, trained_elsewhere, with_full_names
+from workers.compatibility import (
+    check_lengths,
+    check_template,
+    chosen_modules,
+    trained_elsewhere,
+    with_full_names,
+    without_effect,
+)
 from workers.heads import check_head
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
@@ -117,9 +124,9 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
         named = with_full_names(brought, layout.module_shapes, layout.heads[spec.kind], str(folder))
         check_head(named, spec, layout.heads[spec.kind], is_scored=evaluation is not None)
-        doubt = trained_elsewhere(named, layout.called or (settings.base_model.source,))
+        doubts = (trained_elsewhere(named, layout.called or (settings.base_model.source,)), without_effect(named))
         rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
-        return Draft(spec, rows, adapter_to_bytes(named), (*filter(None, [doubt]), *_warnings(rows)))
+        return Draft(spec, rows, adapter_to_bytes(named), (*filter(None, doubts), *_warnings(rows)))
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)

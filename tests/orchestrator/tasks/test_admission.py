@@ -451,6 +451,23 @@ def test_an_import_with_a_part_of_a_head_is_refused_with_what_is_missing_whether
             check_submission(check_document(desk.imported(**changes), TaskSpec, "task"), desk.settings, layout)
 
 
+def test_an_import_that_changes_nothing_is_taken_with_a_warning(desk: Desk) -> None:
+    def untrain(parts: set[str]) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
+        def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+            for name, tensor in tensors.items():
+                if any(part in name for part in parts):
+                    tensor.zero_()
+
+        return spoil
+
+    desk.peft(untrain({"query.lora_B"}))
+    assert desk.submit(desk.imported(name="trained-in-part"))[0].warnings == ()
+    desk.peft(untrain({"lora_B"}))
+    (said,) = desk.submit(desk.imported())[0].warnings
+    assert said.startswith("the adapter changes nothing: in every module lora_A or lora_B is all zeros")
+    assert said.endswith("its head alone is its own")
+
+
 def test_an_import_that_was_trained_on_another_base_model_of_the_same_shapes_is_taken_with_a_warning(
     desk: Desk,
 ) -> None:
