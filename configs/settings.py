@@ -167,14 +167,14 @@ class Settings(Section):
     data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)
     """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
     database_url: Annotated[str, Located(places.database)] = "sqlite:///.onebasis/tasks.db"
-    storage: StorageSettings = StorageSettings()
-    subspace: SubspaceSettings = SubspaceSettings()
-    workers: WorkerSettings = WorkerSettings()
-    ray: RaySettings = RaySettings()
-    gate: GateSettings = GateSettings()
-    failures: FailureSettings = FailureSettings()
-    mlflow: MlflowSettings = MlflowSettings()
-    server: ServerSettings = ServerSettings()
+    storage: StorageSettings = Field(default_factory=StorageSettings)
+    subspace: SubspaceSettings = Field(default_factory=SubspaceSettings)
+    workers: WorkerSettings = Field(default_factory=WorkerSettings)
+    ray: RaySettings = Field(default_factory=RaySettings)
+    gate: GateSettings = Field(default_factory=GateSettings)
+    failures: FailureSettings = Field(default_factory=FailureSettings)
+    mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
+    server: ServerSettings = Field(default_factory=ServerSettings)
 
 
 def read_settings(path: Path, root: Path | None = None) -> Settings:

@@ -199,10 +199,10 @@ class TaskSpec(Section):
     metric: Metric = Field(default_factory=_first_metric)
     """Metric that the gate compares; the kind's other metrics are reported beside it. Default: the kind's first."""
     data: DataSpec
-    training: TrainingSpec = TrainingSpec()
-    lora: LoraSpec = LoraSpec()
-    method: MethodSpec = MethodSpec()
-    gate: GateSpec = GateSpec()
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    lora: LoraSpec = Field(default_factory=LoraSpec)
+    method: MethodSpec = Field(default_factory=MethodSpec)
+    gate: GateSpec = Field(default_factory=GateSpec)
     priority: int = Field(0, ge=-100, le=100)
     """Priority inside the team, higher first; between teams fair share decides."""
     client_key: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from orchestrator.scheduling.estimate import Pace
+from orchestrator.scheduling.estimate import Pace, duration
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.log.version import Hold
@@ -74,10 +74,3 @@ def _start(around: Surroundings) -> str:
         basis = f"the median of the last {around.pace.count} tasks is {duration(around.pace.seconds)}"
     start = "at once" if around.starts_in_seconds < 1 else f"in about {duration(around.starts_in_seconds)}"
     return f"starts {start} ({basis})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as precise as an estimate is."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
-from rich.live import Live
 from rich.table import Table
 
 from configs.errors import row_of
-from orchestrator.api.why import duration
+from orchestrator.scheduling.estimate import duration
 from subspace_store.commands.terminal import console, counted, decimals, errors, shown
 
 Json = dict[str, Any]
@@ -147,6 +146,8 @@ def log_lines(events: Sequence[Json]) -> None:
 def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
     """Show tasks until all have ended: a live table in a terminal, else one line for each thing that changes."""
     if console.is_terminal:
+        from rich.live import Live
+
         with Live(console=console, refresh_per_second=4, transient=True) as live:
             while True:
                 rows = ask()

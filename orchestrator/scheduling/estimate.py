@@ -50,3 +50,10 @@ def starts_in(place: int, left: Sequence[float], free: int, pace: Pace | None) -
     for _ in range(place - 1):
         heapq.heappush(workers, heapq.heappop(workers) + pace.seconds)
     return workers[0]
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as precise as an estimate is."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
