@@ -45,7 +45,7 @@ class Refs(SubspaceReader):
             InvalidInput: An infinite score, or fewer rows than none.
         """
         with self._writing():
-            if self._done(op_key) is not None:
+            if self._done(op_key, fold.asked(fold.SCORES, version=version)) is not None:
                 return
             held = self.state.tasks_at(self._known(version))
             for score in scores:
@@ -66,7 +66,7 @@ class Refs(SubspaceReader):
             Conflict: `version` is not the candidate any more, or `main` is held.
         """
         with self._writing():
-            if self._done(op_key) is None:
+            if self._done(op_key, fold.asked(fold.PUBLISH, version=version)) is None:
                 self._require_candidate(version)
                 retention.check_not_held(self.state)
                 body = {"version": version}
@@ -93,7 +93,7 @@ class Refs(SubspaceReader):
             Conflict: `version` is not the candidate any more, or is published already.
         """
         with self._writing():
-            if self._done(op_key) is None:
+            if self._done(op_key, fold.asked(fold.REJECT, version=version)) is None:
                 self._require_candidate(version)
                 main = self.state.refs[MAIN]
                 if version == main:
@@ -116,7 +116,7 @@ class Refs(SubspaceReader):
         Raises: As `preview_rollback`.
         """
         with self._writing():
-            if self._done(op_key) is None:
+            if self._done(op_key, fold.asked(fold.ROLLBACK, version=version, hold=hold)) is None:
                 preview = self.preview_rollback(version)
                 body = {"version": version, "from": preview.from_version, "reason": reason, "hold": hold}
                 refs = {MAIN: version, CANDIDATE: version}
@@ -135,7 +135,8 @@ class Refs(SubspaceReader):
             NotFound: No such version.
             Conflict: The tag names another version.
         """
-        self._change(lambda state: retention.tag(state, name, version), actor, op_key)
+        asked = fold.asked(fold.TAG, name=name, version=version)
+        self._change(lambda state: retention.tag(state, name, version), actor, op_key, asked)
 
     @strict
     def hold(self, reason: Line, *, actor: Line, op_key: Line = "") -> None:
@@ -144,22 +145,25 @@ class Refs(SubspaceReader):
         Raises:
             Conflict: Somebody holds it already, or for another reason.
         """
-        self._change(lambda state: retention.hold(state, reason, actor), actor, op_key)
+        asked = fold.asked(fold.HOLD, reason=reason)
+        self._change(lambda state: retention.hold(state, reason, actor), actor, op_key, asked)
 
     @strict
     def release(self, *, actor: Line, op_key: Line = "") -> None:
         """Let publishing move `main` again."""
-        self._change(retention.release, actor, op_key)
+        self._change(retention.release, actor, op_key, fold.asked(fold.RELEASE))
 
     @strict
     def quarantine(self, task_id: Line, reason: Line, *, actor: Line, op_key: Line = "") -> None:
         """Keep a task from being merged. Versions that hold it stay as they are."""
-        self._change(lambda state: retention.quarantine(state, task_id, reason), actor, op_key)
+        asked = fold.asked(fold.QUARANTINE, task_id=task_id, reason=reason)
+        self._change(lambda state: retention.quarantine(state, task_id, reason), actor, op_key, asked)
 
     @strict
     def unquarantine(self, task_id: Line, *, actor: Line, op_key: Line = "") -> None:
         """Let a task be merged again."""
-        self._change(lambda state: retention.unquarantine(state, task_id), actor, op_key)
+        asked = fold.asked(fold.UNQUARANTINE, task_id=task_id)
+        self._change(lambda state: retention.unquarantine(state, task_id), actor, op_key, asked)
 
     @strict
     def pin(
@@ -174,12 +178,14 @@ class Refs(SubspaceReader):
             InvalidInput: An expired version, or no owner.
             NotFound: No such version.
         """
-        self._change(lambda state: retention.pin(state, version, owner, until), actor, op_key)
+        asked = fold.asked(fold.PIN, version=version, owner=owner)
+        self._change(lambda state: retention.pin(state, version, owner, until), actor, op_key, asked)
 
     @strict
     def unpin(self, version: VersionNumber, owner: Line, *, actor: Line, op_key: Line = "") -> None:
         """Give a pin up."""
-        self._change(lambda state: retention.unpin(state, version, owner), actor, op_key)
+        asked = fold.asked(fold.UNPIN, version=version, owner=owner)
+        self._change(lambda state: retention.unpin(state, version, owner), actor, op_key, asked)
 
     @strict
     def expire(self, versions: Sequence[VersionNumber], *, actor: Line, op_key: Line = "") -> None:
@@ -189,7 +195,11 @@ class Refs(SubspaceReader):
             Conflict: A branch, a tag or a pin names one of them. None has expired then.
             NotFound: No such version.
         """
-        self._change(lambda state: retention.expire(state, versions, time.time()), actor, op_key)
+        asked = fold.asked(fold.EXPIRE)
+        with self._writing():
+            if self._done(op_key, asked) is not None and not {*versions} <= {*self.state.expired}:
+                raise another_request(op_key, fold.EXPIRE)
+            self._change(lambda state: retention.expire(state, versions, time.time()), actor, op_key, asked)
 
     @strict
     def drop_adapters(self, task_ids: Sequence[TaskId], *, actor: Line, op_key: Line = "") -> None:
@@ -202,8 +212,11 @@ class Refs(SubspaceReader):
             NotFound: A task that no live version holds.
             Conflict: A task that is not published yet.
         """
+        asked = fold.asked(fold.DROP_ADAPTERS)
         with self._writing():
-            if self._done(op_key) is not None:
+            if self._done(op_key, asked) is not None:
+                if retention.droppable(self.state, task_ids):
+                    raise another_request(op_key, fold.DROP_ADAPTERS)
                 return
             heads = {
                 key: blobs.write_blob(
@@ -211,7 +224,7 @@ class Refs(SubspaceReader):
                 )
                 for key, task in retention.droppable(self.state, task_ids).items()
             }
-            self._change(lambda _: retention.drop(heads), actor, op_key)
+            self._change(lambda _: retention.drop(heads), actor, op_key, asked)
 
     @strict
     def collect(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
@@ -221,9 +234,11 @@ class Refs(SubspaceReader):
         """
         return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=True)
 
-    def _change(self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str) -> None:
+    def _change(
+        self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str, asked: str
+    ) -> None:
         with self._writing():
-            if self._done(op_key) is not None:
+            if self._done(op_key, asked) is not None:
                 return
             change = judge(self.state)
             if change is not None:
@@ -284,11 +299,22 @@ class Refs(SubspaceReader):
                 self._log.settle()
             raise
 
-    def _done(self, op_key: str) -> int | None:
-        """The version that this request made or concerned, if it was done; after any unknown outcome is settled."""
+    def _done(self, op_key: str, asked: str) -> int | None:
+        """The version that this request made or concerned, if it was done; after any unknown outcome is settled.
+
+        Args:
+            asked: The request in short; see `fold.asked`.
+
+        Raises:
+            Conflict: Another request was done under this key: answered as done, this one would be lost silently.
+        """
         if op_key not in self.state.op_keys:
             self._log.settle(op_key)
-        return self.state.op_keys.get(op_key) if op_key else None
+        if not op_key or op_key not in self.state.op_keys:
+            return None
+        if (known := self.state.asked.get(op_key, asked)) != asked:
+            raise another_request(op_key, known.split()[0])
+        return self.state.op_keys[op_key]
 
     def _rollback_done(self, op_key: str) -> RollbackPreview:
         body = next(record.body for record in self._log.records(newest_first=True) if record.op_key == op_key)
@@ -298,3 +324,11 @@ class Refs(SubspaceReader):
         candidate = self.state.refs[CANDIDATE]
         if self._known(version) != candidate:
             raise Conflict(f"the candidate is version {candidate}, not {version}", self.storage.url, "judge that one")
+
+
+def another_request(op_key: str, operation: str) -> Conflict:
+    """The error for a key that names another request."""
+    return Conflict(
+        f"under op_key {op_key!r} another request was done, a {operation}",
+        todo="ask under another key, or none; `onebasis store log` shows what was done under this one",
+    )

@@ -31,7 +31,7 @@ from subspace_store.log.store_format import make_store
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, Identity, MergedTask, StagedAdapter, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
-from subspace_store.refs import Refs
+from subspace_store.refs import Refs, another_request
 from subspace_store.storage.protocol import Storage
 from subspace_store.strict import TaskId, strict
 from subspace_store.subspace_reader import DEFAULTS
@@ -106,7 +106,7 @@ class SubspaceStore(Refs):
             OutcomeUnknown: Ask again with the same op_key.
         """
         with self._writing():
-            if (known := self._made(op_key)) is not None:
+            if (known := self._made(op_key, fold.MERGE, adapters)) is not None:
                 return known
             parent = self.state.refs[CANDIDATE]
             self._refuse_doubles(adapters, parent)
@@ -138,7 +138,7 @@ class SubspaceStore(Refs):
             Share (arXiv:2602.06043), the coefficients' finetuning after merging.
         """
         with self._writing():
-            if (known := self._made(op_key)) is not None:
+            if (known := self._made(op_key, fold.REFINE, adapters)) is not None:
                 return known
             parent = self.state.refs[CANDIDATE]
             self._refuse_twice(adapters)
@@ -178,7 +178,7 @@ class SubspaceStore(Refs):
             One merge per version since the birth, and one record for each: interrupted, the same op_key goes on.
         """
         with self._writing():
-            done = self._done(op_key)
+            done = self._done(op_key, fold.asked(fold.REMOVE, task_id=task_id, publish=publish))
             if done is None:
                 before = self.state.refs[CANDIDATE]
                 task = self._find(task_id, before)
@@ -203,7 +203,7 @@ class SubspaceStore(Refs):
             arrivals = [self._again(newest[id_], candidate) for id_ in others]
             refined = [f" {newest[id_].version}" for id_ in others if newest[id_].version != version.number]
             step_key = f"{op_key} {version.number}{''.join(refined)}"
-            known = self._done(step_key)
+            known = self._done(step_key, fold.asked(fold.MERGE))
             if known is not None and known not in self.state.expired and self.state.versions[known].parent == parent:
                 parent = known
                 continue
@@ -313,12 +313,21 @@ class SubspaceStore(Refs):
         self._tensors.keep(written.version.number, written.bases, written.tasks)
         return self.state.versions[written.version.number]
 
-    def _made(self, op_key: str) -> Version | None:
-        """The version that this request made, if it was done."""
-        done = self._done(op_key)
-        if done is not None and done not in self.state.versions:
-            raise Conflict(f"op_key {op_key!r} names an operation that made no version", todo="choose another")
-        return None if done is None else self.state.versions[done]
+    def _made(self, op_key: str, operation: str, adapters: Sequence[StagedAdapter]) -> Version | None:
+        """The version that this request made, if it was done.
+
+        Raises:
+            Conflict: Under this key another operation was done, or one of other adapters. A version that holds more
+                than is asked for answers too: a task may have been cancelled since.
+        """
+        done = self._done(op_key, fold.asked(operation))
+        if done is None:
+            return None
+        version = self.state.versions.get(done)
+        brought = version.brought if version else ()
+        if version is None or not {a.task_id for a in adapters} <= {task.task_id for task in brought}:
+            raise another_request(op_key, f"{operation} of {', '.join(task.name for task in brought) or 'nothing'}")
+        return version
 
 
 def _who(adapters: Iterable[StagedAdapter]) -> str:

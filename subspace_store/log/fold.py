@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import Corrupt
+from subspace_store.digests import digest
 from subspace_store.log.version import MAIN, BlobRef, Hold, Identity, Owner, SubspaceState, TaskScore, Version
 from subspace_store.strict import as_line
 
@@ -48,6 +50,21 @@ UNPIN = "unpin"
 EXPIRE = "expire"
 
 DROP_ADAPTERS = "drop-adapters"
+
+IDENTITY: Mapping[str, tuple[str, ...]] = {
+    SCORES: ("version",),
+    PUBLISH: ("version",),
+    REJECT: ("version",),
+    ROLLBACK: ("version", "hold"),
+    REMOVE: ("task_id", "publish"),
+    TAG: ("name", "version"),
+    HOLD: ("reason",),
+    QUARANTINE: ("task_id", "reason"),
+    UNQUARANTINE: ("task_id",),
+    PIN: ("version", "owner"),  # not its end: who asks again for thirty days means those from now
+    UNPIN: ("version", "owner"),
+}
+"""What of a record's body makes another request of it: under one op_key only the same may be asked again."""
 
 T = TypeVar("T")
 
@@ -89,6 +106,12 @@ def to_plain(record: Any) -> Any:
     return {item.name: to_plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
 
 
+def asked(op: str, **named: Any) -> str:
+    """A request in short, to know it again. named: What `IDENTITY` lists for the operation; what is missing is None."""
+    values = [named.get(key) or None for key in IDENTITY.get(op, ())]
+    return f"{op} {digest(json.dumps(values).encode())[:16]}"
+
+
 def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
     """The state after one more record. Pure.
 
@@ -116,6 +139,8 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
         if record.op_key:
             number = concerned["number"] if record.op in (MERGE, REFINE) else concerned
             changes["op_keys"] = {**state.op_keys, record.op_key: int(number)}
+            named = {**record.body, "publish": MAIN in record.refs}
+            changes["asked"] = {**state.asked, record.op_key: asked(record.op, **named)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"is no {record.op} of this format: {error!r}", where, "restore it from a backup") from error
     return dataclasses.replace(state, **changes)

@@ -201,6 +201,8 @@ class SubspaceState:
     """Version to the rules of the gate that it broke, for programs; none where an older release rejected it."""
     op_keys: Mapping[str, int] = field(default_factory=dict)
     """Operation key to the version it made or concerned (0: none): the answer to the same request again."""
+    asked: Mapping[str, str] = field(default_factory=dict)
+    """Operation key to the request in short (`fold.asked`); none for what a checkpoint of before 0.4 holds."""
     tags: Mapping[str, int] = field(default_factory=dict)
     """Names that people gave to versions, for ever."""
     held: Hold | None = None

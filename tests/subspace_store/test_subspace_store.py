@@ -27,10 +27,12 @@ from tests.subspace_store.builders import (
     FaultyStorage,
     deltas,
     fresh_storage,
+    in_the_basis,
     merged,
     opened,
     random_adapter,
     reading,
+    refined,
     relative_distance,
     staged,
 )
@@ -122,8 +124,94 @@ def test_the_same_request_again_is_the_same_version() -> None:
 def test_a_key_of_another_operation_is_a_conflict() -> None:
     store = opened()
     store.hold("wait", actor="test", op_key="taken")
-    with pytest.raises(Conflict, match="op_key 'taken' names an operation that made no version"):
+    with pytest.raises(Conflict, match="under op_key 'taken' another request was done, a hold"):
         merged(store, {"a": random_adapter(1)}, op_key="taken")
+
+
+# Under the key "k" the first was done; the others are not the same.
+OTHER_REQUESTS: Mapping[str, tuple[Callable[[SubspaceStore], object], ...]] = {
+    "merge": (
+        lambda s: merged(s, {"d": random_adapter(4)}, "k"),
+        lambda s: merged(s, {"e": random_adapter(5)}, "k"),
+        lambda s: merged(s, {"d": random_adapter(4), "e": random_adapter(5)}, "k"),
+        lambda s: s.remove("b", op_key="k", actor="test"),
+    ),
+    "refine": (
+        lambda s: refined(s, {"a": in_the_basis(s, 7, 3)}, "k"),
+        lambda s: refined(s, {"b": in_the_basis(s, 8, 3)}, "k"),
+        lambda s: merged(s, {"a": random_adapter(1)}, "k"),
+    ),
+    "scores": (
+        lambda s: s.record_scores(3, [TaskScore(task_id="a", score=0.5, count=10)], op_key="k", actor="test"),
+        lambda s: s.record_scores(2, [TaskScore(task_id="a", score=0.5, count=10)], op_key="k", actor="test"),
+    ),
+    "rollback": (
+        lambda s: s.rollback(2, op_key="k", actor="test"),
+        lambda s: s.rollback(1, op_key="k", actor="test"),
+        lambda s: s.rollback(2, op_key="k", actor="test", hold=True),
+        lambda s: s.publish(2, op_key="k", actor="test"),
+    ),
+    "remove": (
+        lambda s: s.remove("c", op_key="k", actor="test"),
+        lambda s: s.remove("b", op_key="k", actor="test"),
+        lambda s: s.remove("c", op_key="k", actor="test", publish=True),
+    ),
+    "tag": (
+        lambda s: s.tag("good", 2, op_key="k", actor="test"),
+        lambda s: s.tag("better", 2, op_key="k", actor="test"),
+        lambda s: s.tag("good", 3, op_key="k", actor="test"),
+    ),
+    "hold": (
+        lambda s: s.hold("an audit", op_key="k", actor="test"),
+        lambda s: s.hold("a holiday", op_key="k", actor="test"),
+        lambda s: s.release(op_key="k", actor="test"),
+    ),
+    "quarantine": (
+        lambda s: s.quarantine("d", "leaks", op_key="k", actor="test"),
+        lambda s: s.quarantine("e", "leaks", op_key="k", actor="test"),
+        lambda s: s.unquarantine("d", op_key="k", actor="test"),
+    ),
+    "pin": (
+        lambda s: s.pin(2, "red", 9e9, op_key="k", actor="test"),
+        lambda s: s.pin(1, "red", 9e9, op_key="k", actor="test"),
+        lambda s: s.pin(2, "blue", 9e9, op_key="k", actor="test"),
+        lambda s: s.unpin(2, "red", op_key="k", actor="test"),
+    ),
+    "expire": (
+        lambda s: s.expire([1], op_key="k", actor="test"),
+        lambda s: s.expire([2], op_key="k", actor="test"),
+        lambda s: s.expire([1, 2], op_key="k", actor="test"),
+    ),
+    "drop": (
+        lambda s: s.drop_adapters(["a"], op_key="k", actor="test"),
+        lambda s: s.drop_adapters(["b"], op_key="k", actor="test"),
+        lambda s: s.drop_adapters(["a", "b"], op_key="k", actor="test"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_REQUESTS)
+def test_a_key_that_names_another_request_is_refused_and_the_same_request_is_done_once(kind: str) -> None:
+    store = three_published()
+    first, *others = OTHER_REQUESTS[kind]
+    first(store)
+    before = store.state
+    for other in others:
+        with pytest.raises(Conflict, match="under op_key 'k' another request was done"):
+            other(store)
+        assert store.state == before
+    first(store)
+    assert store.state == before
+    successor = opened(store.storage, writer="successor")
+    with pytest.raises(Conflict, match="under op_key 'k' another request was done"):
+        others[0](successor)
+
+
+def test_a_pin_asked_for_again_later_is_the_same_request() -> None:
+    store = three_published()
+    for until in (9e9, 9e9 + 60):
+        store.pin(2, "red", until, op_key="k", actor="test")
+    assert store.state.pins == {2: {"red": 9e9}}
 
 
 def test_requests_about_versions_repeat_without_a_second_record() -> None:

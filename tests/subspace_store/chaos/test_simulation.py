@@ -135,7 +135,7 @@ def without_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_op_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was done is done again."""
 
-    def done(self: SubspaceStore, op_key: str) -> None:
+    def done(self: SubspaceStore, op_key: str, asked: str) -> None:
         self._log.settle(op_key)
 
     monkeypatch.setattr(SubspaceStore, "_done", done)
