@@ -26,6 +26,9 @@ class StorageContract:
     unfinished_stay: ClassVar[bool] = True
     """Whether a killed process leaves what it had begun to write."""
 
+    def wait_until_sent(self, storage: Storage) -> None:
+        """Wait until what was appended to unfinished streams is at the storage, where that takes a while."""
+
     @pytest.fixture
     def storage(self) -> Storage:
         raise NotImplementedError
@@ -188,6 +191,7 @@ class StorageContract:
         with storage.stream("blobs/1/begun", 8) as begun, storage.stream("blobs/10/begun", 8) as other:
             begun.append(bytes(16 * MIB))
             other.append(bytes(16 * MIB))
+            self.wait_until_sent(storage)
             assert storage.abandon("", idle_seconds=3600.0) == 0  # both have just been written to
             assert storage.abandon("blobs/1/") == self.unfinished_stay
             assert storage.abandon("blobs/1/") == storage.abandon("nothing/") == 0
