@@ -67,11 +67,15 @@ class SubspaceSettings(Section):
     """Form of the merge. `paper`, for comparison, stacks the raw factors B and A as Share does, unweighted, and keeps
     rank_fixed (or rank_max) directions."""
     energy_ratio_min: float = Field(0.98, gt=0, le=1)
-    """Share of its delivered energy that every task keeps in every module, unless rank_max is reached."""
+    """Share of its delivered energy that every task keeps in every module, whatever is merged later."""
     rank_max: int = Field(64, ge=1)
-    """Most directions of a basis, per module and side."""
+    """Most directions of a shared basis, per module and side."""
+    beyond_rank_max: Literal["private", "drop"] = "private"
+    """What happens where rank_max leaves a task less than it was promised. `private`: the rest of its update is kept
+    beside the basis, for this task alone, and no earlier task loses anything; `drop`, for comparison: it is lost."""
     rank_fixed: int | None = Field(None, ge=1)
-    """Exact number of directions (the paper's form), instead of energy_ratio_min and rank_max."""
+    """Exact number of directions (the paper's form), instead of energy_ratio_min and rank_max; what it leaves out is
+    lost."""
     weighting: Literal["equal", "energy"] = "equal"
     """Weight of each task in a merge. `equal` divides each task by its norm, so that a small update is protected as
     well as a large one; `energy` does not."""

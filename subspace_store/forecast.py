@@ -51,7 +51,8 @@ def forecast(
         As `merge_adapters`; reads the bases of the changed modules.
     """
     homes, tasks = tensors.homes(parent), tensors.tasks(parent)
-    tally, ranks = Tally(), {}
+    known = state.tasks_at(parent)
+    tally, ranks = Tally({task.task_id: task.delivered_energy for task in known.values()}), {}
     spanned = dict.fromkeys(adapters, 0.0)
 
     def read(name: str) -> ModuleSubspace | None:

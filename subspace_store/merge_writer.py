@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.errors import RefusedAdapters
 from configs.settings import SubspaceSettings
-from subspace_store.adapter import Adapter
+from subspace_store.adapter import Adapter, ModuleUpdate, adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.files.tensor_file import Part
 from subspace_store.files.version_tensors import VersionTensors, moved
@@ -26,6 +26,7 @@ from subspace_store.log.version import BlobRef, MergedTask, SubspaceState, Versi
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
 from subspace_store.merging.merge import ModuleMerge, Tally, merge_modules, place_in_basis
+from subspace_store.merging.private_part import private_numbers
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 
@@ -36,6 +37,10 @@ there are."""
 
 OUTSIDE_MAX = 1e-4
 """Largest share of ‖ΔW‖_F of a refined adapter outside the span of its basis: float32 leaves about 1e-6."""
+
+
+PrivateParts = Mapping[str, Mapping[str, ModuleUpdate]]
+"""Task id to its private parts, by module."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,12 @@ class Draft:
         self,
         adapters: Sequence[BlobRef],
         coefficients: BlobRef,
+        private: Sequence[BlobRef | None],
         delivered: Mapping[str, float],
         errors: Mapping[str, float],
+        updates: PrivateParts,
     ) -> tuple[MergedTask, ...]:
-        """The version's records of its new tasks; `adapters` are in the order of the arrivals."""
+        """The version's records of its new tasks; `adapters` and `private` are in the order of the arrivals."""
         return tuple(
             MergedTask(
                 task_id=arrival.task_id,
@@ -109,9 +116,19 @@ class Draft:
                 error_at_birth=errors[arrival.task_id],
                 parameter_count=arrival.adapter.parameter_count,
                 head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
+                private=rest,
+                private_count=sum(map(private_numbers, updates.get(arrival.task_id, {}).values())),
             )
-            for arrival, adapter in zip(self.arrivals, adapters, strict=True)
+            for arrival, adapter, rest in zip(self.arrivals, adapters, private, strict=True)
         )
+
+    def keep_private(self, arrival: Arrival, updates: PrivateParts) -> BlobRef | None:
+        """The object that holds the private parts of a new task, by module; None if there are none."""
+        if arrival.task_id not in updates:
+            return None
+        adapter = arrival.adapter
+        rest = Adapter(adapter.base_model, adapter.base_sha256, updates[arrival.task_id])
+        return blobs.write_blob(self.storage, self.epoch, adapter_to_bytes(rest))
 
 
 def write_version(draft: Draft) -> Written:
@@ -130,11 +147,13 @@ def write_version(draft: Draft) -> Written:
         partial(blobs.write_transports, storage, epoch, merging.transports),
         partial(blobs.write_coefficients, storage, epoch, merging.arrived),
         *(partial(draft.keep, arrival) for arrival in arrivals),
+        *(partial(draft.keep_private, arrival, merging.private) for arrival in arrivals),
         *(merge.settle for merge in merging.merges.values()),
     ]
     transport, coefficients, *rest = in_order(lambda job: job(), jobs, AT_ONCE)
-    adapters = rest[: len(arrivals)]
-    merging.settle(rest[len(arrivals) :])
+    count = len(arrivals)
+    adapters, private = rest[:count], rest[count : 2 * count]
+    merging.settle(rest[2 * count :])
     snapshot = None
     if _snapshot_is_due(state.lineage(draft.parent), transport, merging):
         settled = {name: tasks.settled.rounded() for name, tasks in merging.tasks.items() if tasks.task_ids}
@@ -146,7 +165,9 @@ def write_version(draft: Draft) -> Written:
         number=draft.number,
         parent=draft.parent,
         created_at=time.time(),
-        added=draft.tasks(adapters, coefficients, merging.tally.delivered, merging.tally.error_at_birth),
+        added=draft.tasks(
+            adapters, coefficients, private, merging.tally.delivered, merging.tally.error_at_birth, merging.private
+        ),
         basis=basis,
         transport=transport,
         basis_versions=tuple(sorted({*merging.elsewhere.values()})),
@@ -155,8 +176,8 @@ def write_version(draft: Draft) -> Written:
         drift=tuple(round(drift[task], 7) for task in state.tasks_at(draft.parent)) if any(drift.values()) else (),
         bytes_written=sum(
             ref.size_bytes
-            for ref in (basis, transport, coefficients, *([snapshot] if snapshot else []), *adapters)
-            if ref.key.startswith(f"blobs/{epoch:010d}/")
+            for ref in (basis, transport, coefficients, snapshot, *adapters, *private)
+            if ref is not None and ref.key.startswith(f"blobs/{epoch:010d}/")
         ),
         merge_seconds=merging.seconds,
         snapshot=snapshot,
@@ -177,15 +198,17 @@ def write_refinement(draft: Draft) -> Written:
         A version with the parent's basis; all other tasks keep the parent's coefficients, bit for bit.
 
     Raises:
-        RefusedAdapters: Some adapters have more than `OUTSIDE_MAX` outside the span of the parent's basis.
+        RefusedAdapters: Some adapters have more than `OUTSIDE_MAX` outside the span of the parent's basis, and their
+            tasks no private parts.
 
     Cost:
         Reads the bases of the modules that the arrivals adapt; writes the arrivals and their coefficients.
     """
     started = time.perf_counter()
-    modules, delivered, missed = _placed(draft)
-    errors = {task: (missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in delivered.items()}
-    if outside := [task for task, error in errors.items() if error > OUTSIDE_MAX]:
+    placed = _placed(draft)
+    delivered = placed.delivered
+    errors = {task: (placed.missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in delivered.items()}
+    if outside := [task for task, error in errors.items() if error > OUTSIDE_MAX and task not in placed.beside]:
         shares = ", ".join(f"{errors[task]:.1e}" for task in outside)
         raise RefusedAdapters(
             f"has {shares} of its norm outside the basis of version {draft.parent}, more than {OUTSIDE_MAX:.0e}",
@@ -194,8 +217,9 @@ def write_refinement(draft: Draft) -> Written:
             tuple(outside),
         )
     seconds = time.perf_counter() - started
-    coefficients = blobs.write_coefficients(draft.storage, draft.epoch, modules)
+    coefficients = blobs.write_coefficients(draft.storage, draft.epoch, placed.blocks)
     adapters = [draft.keep(arrival) for arrival in draft.arrivals]
+    private = [draft.keep_private(arrival, placed.private) for arrival in draft.arrivals]
     old = draft.state.versions[draft.parent]
     version = Version(
         number=draft.number,
@@ -207,18 +231,37 @@ def write_refinement(draft: Draft) -> Written:
         basis_versions=old.basis_versions,
         module_count=old.module_count,
         rank_max=old.rank_max,
-        bytes_written=coefficients.size_bytes + sum(adapter.size_bytes for adapter in adapters),
+        bytes_written=sum(ref.size_bytes for ref in (coefficients, *adapters, *private) if ref is not None),
         merge_seconds=seconds,
-        refined=draft.tasks(adapters, coefficients, delivered, errors),
+        refined=draft.tasks(adapters, coefficients, private, delivered, errors, placed.private),
     )
-    tasks = moved(draft.tensors.tasks(draft.parent), {}, [modules], [arrival.task_id for arrival in draft.arrivals])
+    again = [arrival.task_id for arrival in draft.arrivals]
+    tasks = moved(draft.tensors.tasks(draft.parent), {}, [placed.blocks], again)
     return Written(version, {}, tasks)
 
 
-def _placed(draft: Draft) -> tuple[dict[str, TaskBlock], dict[str, float], dict[str, float]]:
-    """Module to coefficients; task to ‖ΔW‖²_F and to the part of it outside the basis."""
+@dataclass(frozen=True)
+class _Placed:
+    """Refined tasks in an unchanged basis."""
+
+    blocks: dict[str, TaskBlock]
+    """Module to coefficients."""
+    private: dict[str, dict[str, ModuleUpdate]]
+    """Task id to private parts, by module."""
+    beside: frozenset[str]
+    """Tasks that had private parts before: theirs change with the coefficients. The others stay in the basis."""
+    delivered: dict[str, float]
+    """Task id to ‖ΔW‖²_F."""
+    missed: dict[str, float]
+    """Task id to ‖ΔW − ΔŴ‖²_F."""
+
+
+def _placed(draft: Draft) -> _Placed:
     tensors, parent, arrivals = draft.tensors, draft.parent, draft.arrivals
-    modules: dict[str, TaskBlock] = {}
+    before = draft.state.tasks_at(parent)
+    blocks: dict[str, TaskBlock] = {}
+    beside = frozenset(arrival.task_id for arrival in arrivals if before[arrival.task_id].private is not None)
+    private: dict[str, dict[str, ModuleUpdate]] = {}
     delivered = {arrival.task_id: 0.0 for arrival in arrivals}
     missed = dict(delivered)
     for name in sorted({name for arrival in arrivals for name in arrival.adapter.modules}):
@@ -226,12 +269,17 @@ def _placed(draft: Draft) -> tuple[dict[str, TaskBlock], dict[str, float], dict[
         if name not in tensors.homes(parent):
             what = f"adapts {name}, which version {parent} has no basis for"
             raise RefusedAdapters(what, _who(arrivals, incoming), "", tuple(incoming))
-        block, missed_T = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings)
-        modules[name] = block
-        for task, energy, outside in zip(incoming, block.delivered_T.tolist(), missed_T.tolist(), strict=True):
+        place = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings, beside)
+        if place.arrivals.task_ids:
+            blocks[name] = place.arrivals
+        for task, update in place.private.items():
+            private.setdefault(task, {})[name] = update
+        for task, energy, outside in zip(
+            place.task_ids, place.delivered_T.tolist(), place.missed_T.tolist(), strict=True
+        ):
             delivered[task] += energy
             missed[task] += outside
-    return modules, delivered, missed
+    return _Placed(blocks, private, beside, delivered, missed)
 
 
 def _who(arrivals: Sequence[Arrival], tasks: Collection[str]) -> str:
@@ -255,7 +303,8 @@ class _Merging:
         self.merges: dict[str, ModuleMerge] = {}
         self.transports: dict[str, Transport] = {}
         self.arrived: dict[str, TaskBlock] = {}
-        self.tally = Tally()
+        self.private: dict[str, dict[str, ModuleUpdate]] = {}
+        self.tally = Tally({t.task_id: t.delivered_energy for t in draft.state.tasks_at(parent).values()})
         self.seconds = 0.0
         for name in self.elsewhere:
             self.tally.add_untouched(self.tasks[name])
@@ -279,7 +328,10 @@ class _Merging:
             self.merges[name] = merge
             if name in self._homes:
                 self.transports[name] = merge.transport
-            self.arrived[name] = merge.arrivals
+            if merge.arrivals.task_ids:
+                self.arrived[name] = merge.arrivals
+            for task, update in merge.private.items():
+                self.private.setdefault(task, {})[name] = update
             self.bases[name] = merge.basis
             self.ranks[name] = merge.basis.ranks
             blobs.check_basis(merge.basis, f"merging {name}")

@@ -12,26 +12,26 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from configs.document import Line, VersionNumber
 from configs.errors import Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
-from subspace_store.files.version_heads import VersionHeads
+from subspace_store.files.version_heads import Recent, VersionHeads
 from subspace_store.log import fold, garbage, retention
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.store_format import check_format
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.overlap import overlap
-from subspace_store.parallel import in_order
+from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 from subspace_store.strict import LATEST, strict
 
 if TYPE_CHECKING:
-    from subspace_store.adapter import Adapter
+    from subspace_store.adapter import Adapter, ModuleUpdate
     from subspace_store.files.version_tensors import VersionTensors
     from subspace_store.forecast import Forecast
     from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
@@ -40,6 +40,8 @@ DEFAULTS = SubspaceSettings()
 
 BYTES_PER_NUMBER = 4
 """Size of a float32: every number that serving needs is one."""
+PRIVATE_BYTES = 2**28
+"""Bytes of private parts that are kept in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +73,16 @@ class Footprint:
     tasks: int
     basis_numbers: int
     coefficient_numbers: int
+    private_numbers: int
+    """Numbers of all tasks' private parts."""
     head_numbers: int
     separate_numbers: int
     """Numbers of the same tasks as separate LoRAs: Σ r·(n+d)."""
 
     @property
     def total_numbers(self) -> int:
-        """Numbers of basis and coefficients together, which replace the separate LoRAs."""
-        return self.basis_numbers + self.coefficient_numbers
+        """Numbers of basis, coefficients and private parts together, which replace the separate LoRAs."""
+        return self.basis_numbers + self.coefficient_numbers + self.private_numbers
 
     @property
     def basis_bytes(self) -> int:
@@ -87,6 +91,10 @@ class Footprint:
     @property
     def coefficient_bytes(self) -> int:
         return BYTES_PER_NUMBER * self.coefficient_numbers
+
+    @property
+    def private_bytes(self) -> int:
+        return BYTES_PER_NUMBER * self.private_numbers
 
     @property
     def head_bytes(self) -> int:
@@ -102,7 +110,7 @@ class Footprint:
 
     @property
     def ratio_with_basis(self) -> float:
-        """Size of separate LoRAs divided by that of basis and coefficients; NaN for an empty version."""
+        """Size of separate LoRAs divided by that of basis, coefficients and private parts; NaN for an empty version."""
         return self.separate_numbers / self.total_numbers if self.total_numbers else math.nan
 
     @property
@@ -148,6 +156,7 @@ class SubspaceReader:
         self.base_model, self.base_sha256 = base
         self.settings = settings
         self._heads = VersionHeads(storage, lambda: log.state)
+        self._rests: Recent[Mapping[str, ModuleUpdate]] = Recent(PRIVATE_BYTES, _numbers_bytes)
         self._lock = threading.RLock()
 
     @classmethod
@@ -199,7 +208,8 @@ class SubspaceReader:
     def adapter(
         self, task_id: Line, version: VersionNumber | None = None, modules: Sequence[str] | None = None
     ) -> Adapter:
-        """A task as a version holds it: P·E·Fᵀ·Qᵀ per module in canonical form, with its own head.
+        """A task as a version holds it: P·E·Fᵀ·Qᵀ and its private part, per module in canonical form, with its own
+        head.
 
         Args:
             version: Default `main`.
@@ -215,22 +225,27 @@ class SubspaceReader:
         from subspace_store.adapter import Adapter
         from subspace_store.merging.basis import reconstruct_module
         from subspace_store.merging.merge import threads
+        from subspace_store.merging.private_part import with_private
 
         with self._reading(version) as number:
             task = self._find(task_id, number)
             kept = self._read_head(task)
             blocks = self._tensors.task(number, task_id, modules)
-            if unknown := set(modules or ()) - set(blocks):
+            private = {n: one for n, one in self._private(task).items() if modules is None or n in modules}
+            names = sorted({*blocks, *private})
+            if unknown := set(modules or ()) - set(names):
                 raise NotFound(f"task {task.name} does not adapt {', '.join(sorted(unknown))}", self.storage.url)
-            names = sorted(blocks)
             if modules is None:
                 self._tensors.remember_basis(number)
-            rows = sum(sum(shape) for name, (shape, _) in self._heads.shapes(number).items() if name in blocks)
-            updates = in_order(
-                lambda name: reconstruct_module(self._tensors.module_basis(number, name), blocks[name]),
-                names,
-                threads(rows),
-            )
+            rows = sum(sum(shape) for name, (shape, _) in self._heads.shapes(number).items() if name in names)
+
+            def update(name: str) -> ModuleUpdate:
+                block = blocks.get(name)
+                basis = None if block is None else self._tensors.module_basis(number, name)
+                shared = None if block is None or basis is None else reconstruct_module(basis, block)
+                return with_private(shared, private.get(name))
+
+            updates = in_order(update, names, threads(rows))
         return Adapter(kept.base_model, kept.base_sha256, dict(zip(names, updates, strict=True)), kept.head, kept.info)
 
     @strict
@@ -267,16 +282,25 @@ class SubspaceReader:
         with self._reading(version) as number:
             if name not in self._heads.homes(number):
                 raise NotFound(f"version {number} has no module {name}", self.storage.url)
-            return self._tensors.module(number, name)
+            rests = {task: rest[name] for task, rest in self._private_parts(number).items() if name in rest}
+            return replace(self._tensors.module(number, name), private=rests)
 
     @strict
     def subspace(self, version: VersionNumber | None = None) -> dict[str, ModuleSubspace]:
         """Everything at a version, default `main`: bases and all tasks' coefficients, per module."""
         from subspace_store.merging.basis import ModuleSubspace
+        from subspace_store.merging.coefficients import ModuleTasks
 
         with self._reading(version) as number:
-            tasks = self._tensors.tasks(number)
-            return {name: ModuleSubspace(basis, tasks[name]) for name, basis in self._tensors.basis(number).items()}
+            tasks, private = self._tensors.tasks(number), self._private_parts(number)
+            return {
+                name: ModuleSubspace(
+                    basis,
+                    tasks.get(name, ModuleTasks()),
+                    {task: rest[name] for task, rest in private.items() if name in rest},
+                )
+                for name, basis in self._tensors.basis(number).items()
+            }
 
     @strict
     def diff(self, old: VersionNumber, new: VersionNumber) -> VersionDiff:
@@ -359,6 +383,7 @@ class SubspaceReader:
             len(merged),
             basis_numbers=sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in shapes.values()),
             coefficient_numbers=sum(sum(shapes[name][1]) * count for name, count in columns.items()),
+            private_numbers=sum(task.private_count for task in merged),
             head_numbers=sum(task.head_count for task in merged),
             separate_numbers=sum(task.parameter_count for task in merged),
         )
@@ -466,6 +491,27 @@ class SubspaceReader:
             "read it as a version holds it (`adapter`, `onebasis export`)",
         )
 
+    def _private(self, task: MergedTask) -> Mapping[str, ModuleUpdate]:
+        """A task's private parts, by module."""
+        from subspace_store.adapter import adapter_from_bytes
+        from subspace_store.files import blobs
+
+        if task.private is None:
+            return {}
+        with self._lock:
+            known = self._rests.get(task.private.key)
+        if known is None:
+            content = blobs.read_blob(self.storage, task.private)
+            known = adapter_from_bytes(content, f"{self.storage.url}/{task.private.key}").modules
+            with self._lock:
+                self._rests.keep(task.private.key, known)
+        return known
+
+    def _private_parts(self, number: int) -> dict[str, Mapping[str, ModuleUpdate]]:
+        """Task id to private parts by module, of the tasks of a version that have some."""
+        tasks = [task for task in self.state.tasks_at(number).values() if task.private is not None]
+        return dict(zip((t.task_id for t in tasks), in_order(self._private, tasks, AT_ONCE), strict=True))
+
     def _read_head(self, task: MergedTask) -> Adapter:
         """A task's head and facts, with or without its modules."""
         from subspace_store.adapter import adapter_from_bytes
@@ -476,6 +522,10 @@ class SubspaceReader:
         except NotFound:
             head = self.state.heads[task.adapter.key]
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
+
+
+def _numbers_bytes(modules: Mapping[str, ModuleUpdate]) -> int:
+    return sum(BYTES_PER_NUMBER * update.rank * (1 + sum(update.shape)) for update in modules.values())
 
 
 def rollback_preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:
@@ -504,7 +554,7 @@ def _entry(record: fold.Record) -> HistoryEntry:
 def _summary(record: fold.Record) -> str:
     """The record's body in one line."""
     body = record.body
-    if record.op in (fold.MERGE, fold.REFINE):
+    if record.op in fold.MAKES_VERSION:
         brought = body["version"]["added"] or body["version"]["refined"]
         names = ", ".join(task["name"] for task in brought)
         return f"version {body['version']['number']}: {names}"

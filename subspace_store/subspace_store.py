@@ -113,7 +113,8 @@ class SubspaceStore(Refs):
             arrivals = self._arrivals(adapters, parent)
             written = write_version(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
-            self._log.commit(fold.MERGE, op_key=op_key, actor=actor, refs=refs, body=body)
+            op = fold.making(fold.MERGE, written.version)
+            self._log.commit(op, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
 
     @strict
@@ -147,7 +148,8 @@ class SubspaceStore(Refs):
             arrivals = self._arrivals(adapters, parent)
             written = write_refinement(self._draft(parent, arrivals))
             refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
-            self._log.commit(fold.REFINE, op_key=op_key, actor=actor, refs=refs, body=body)
+            op = fold.making(fold.REFINE, written.version)
+            self._log.commit(op, op_key=op_key, actor=actor, refs=refs, body=body)
             return self._committed(written)
 
     @strict
@@ -211,7 +213,8 @@ class SubspaceStore(Refs):
             written = write_version(replace(self._draft(parent, arrivals), remakes=version.number, removed=removed))
             key = step_key if known is None else ""  # a key names one version, and that one has expired
             try:
-                self._log.commit(fold.MERGE, op_key=key, actor=actor, body={"version": written.version})
+                op = fold.making(fold.MERGE, written.version)
+                self._log.commit(op, op_key=key, actor=actor, body={"version": written.version})
             except OutcomeUnknown as error:  # of this step; the removal itself is not done
                 what = f"version {version.number} was not made again for certain: {error.what}"
                 raise NotWritten(what, error.where, "ask again under the same key: it goes on from there") from error

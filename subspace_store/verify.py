@@ -136,10 +136,9 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
             before = _orthonormal(reader.module(name, parent))
             if not _fits(written.get(name), before.basis, after.basis):
                 findings.append(Finding(where, f"the transport of {name} does not fit its bases"))
-            for id_, value in zip(before.tasks.task_ids, before.tasks.delivered_T.tolist(), strict=True):
+            for id_ in before.tasks.task_ids:
                 if id_ in refined:
                     continue
-                energy[id_] += value
                 one, other = _dense_factors(before, id_), _dense_factors(after, id_)
                 moved[id_] += _gram_norm(torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]], dim=1))
     for id_, task in born.items():
@@ -147,9 +146,11 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
             f"task {task.name} ({id_})", "its error at birth is", missed[id_], energy[id_], task.error_at_birth
         )
     if parent is not None:
+        held = reader.state.tasks_at(parent)
         for id_, drift in reader.state.drift(version.number).items():
             if id_ not in refined:
-                findings += _differs(where, f"task {id_} drifted", moved[id_], energy[id_], drift)
+                whole = held[id_].delivered_energy
+                findings += _differs(where, f"task {id_} drifted", moved[id_], whole, drift)
     return findings
 
 
@@ -189,15 +190,18 @@ def _differs(where: str, what: str, energy: float, delivered: float, logged: flo
 def _squared_distance(update: ModuleUpdate, module: ModuleSubspace, task_id: str) -> float:
     """‖ΔW − ΔŴ‖²_F without a dense N×D matrix."""
     left_NR, right_DR = _dense_factors(module, task_id)
-    return _gram_norm(
-        torch.cat([update.u_NR.double() * update.sigma_R.double(), -left_NR], dim=1),
-        torch.cat([update.v_DR.double(), right_DR], dim=1),
-    )
+    lefts, rights = [update.u_NR.double() * update.sigma_R.double(), -left_NR], [update.v_DR.double(), right_DR]
+    if (rest := module.private.get(task_id)) is not None:
+        lefts.append(-rest.u_NR.double() * rest.sigma_R.double())
+        rights.append(rest.v_DR.double())
+    return _gram_norm(torch.cat(lefts, dim=1), torch.cat(rights, dim=1))
 
 
 def _dense_factors(module: ModuleSubspace, task_id: str) -> tuple[Tensor, Tensor]:
     """P·E and Q·F of one task."""
     one = module.tasks.only((task_id,))
+    if one is None and task_id in module.private:
+        return tuple(torch.zeros(size, 0, dtype=torch.float64) for size in module.basis.shape)
     if one is None:
         raise Corrupt("its coefficients are gone", f"task {task_id}")
     return module.basis.p_NK @ one.e_KS, module.basis.q_DK @ one.f_KS

@@ -149,14 +149,18 @@ def _print_figures(figures: Json) -> None:
 
 def _print_footprint(footprint: Json) -> None:
     basis, coefficients = footprint["basis_numbers"] * 4, footprint["coefficient_numbers"] * 4
+    private = footprint["private_numbers"] * 4
     heads, separate = footprint["head_numbers"] * 4, footprint["separate_numbers"] * 4
-    together = basis + coefficients
+    together = basis + coefficients + private
+    apart = f"+ private parts {size_text(private)} " if private else ""
     console.print()
     console.print(
         f"stored (float32, heads of {size_text(heads)} aside): coefficients {size_text(coefficients)} "
-        f"+ basis {size_text(basis)} = {size_text(together)}; as separate LoRAs {size_text(separate)}"
+        f"+ basis {size_text(basis)} {apart}= {size_text(together)}; as separate LoRAs {size_text(separate)}"
     )
-    if together:
+    if together and private:
+        console.print(f"  {separate / together:.2f}× smaller with the basis, which is paid once")
+    elif together:
         console.print(
             f"  {separate / coefficients:.1f}× smaller counting coefficients only,"
             f" {separate / together:.2f}× with the basis, which is paid once"

@@ -187,6 +187,7 @@ class Model:
             refs += [version["basis"], *(self.versions[home]["basis"] for home in version["basis_versions"])]
             line = self.lineage(number)
             keys |= {self.heads.get(key, key) for before in line for key in self._adapters(before).values()}
+            keys |= {ref["key"] for before in line for ref in self._private(before)}
             for before in line:
                 if before["snapshot"]:
                     refs.append(before["snapshot"])
@@ -206,6 +207,10 @@ class Model:
         return {task["task_id"]: task["adapter"]["key"] for task in Model._brought(version)}
 
     @staticmethod
+    def _private(version: Plain) -> list[Plain]:
+        return [task["private"] for task in Model._brought(version) if task["private"]]
+
+    @staticmethod
     def _brought(version: Plain) -> list[Plain]:
         return [*version["added"], *version["refined"]]
 
@@ -217,8 +222,13 @@ class Model:
         return [task["task_id"] for task in version["added"]]
 
     def _refs(self, version: Plain) -> list[Plain]:
-        tasks = [ref for task in self._brought(version) for ref in (task["adapter"], task["coefficients"])]
-        return [version["basis"], *tasks, *(version[name] for name in ("transport", "snapshot") if version[name])]
+        tasks = [task[name] for task in self._brought(version) for name in ("adapter", "coefficients")]
+        return [
+            version["basis"],
+            *tasks,
+            *self._private(version),
+            *(version[name] for name in ("transport", "snapshot") if version[name]),
+        ]
 
     def _record(self, key: str, content: bytes) -> None:
         record = json.loads(content)
@@ -237,7 +247,8 @@ class Model:
             unasked = self.lands_late() and request not in self.failed
             self._must(bool(self.in_work[request]) or unasked, f"asked for: {what} does {request} by itself")
             moves = self._moves(op, record)
-            concerned = int(getattr(self, f"_{op.replace('-', '_')}")(body, what) or body.get("version", 0))
+            plain = op.removesuffix("-private").replace("-", "_")
+            concerned = int(getattr(self, f"_{plain}")(body, what) or body.get("version", 0))
             if record["op_key"]:
                 self.done[record["op_key"]] = concerned
             self._must(record["refs"] == moves, f"{what} moves {record['refs']}")
@@ -249,7 +260,7 @@ class Model:
     def _moves(self, op: str, record: Plain) -> dict[str, int]:
         """The refs that an operation moves."""
         body = record["body"]
-        if op in ("merge", "refine"):
+        if op.removesuffix("-private") in ("merge", "refine"):
             return {} if body["version"]["remakes"] else {"candidate": body["version"]["number"]}
         if op == "publish":
             return {"main": body["version"]}
@@ -277,6 +288,8 @@ class Model:
     def _merge(self, body: Plain, what: str) -> int:
         version = body["version"]
         number = int(version["number"])
+        is_private = what.split("(")[1].split(" ")[0].endswith("-private")
+        self._must(is_private == bool(self._private(version)), f"{what} does not say whether it has private parts")
         self._must(number == max(self.versions, default=0) + 1, f"{what} uses the number {number}")
         self.versions[number] = version
         tasks = self._tasks_at(number)

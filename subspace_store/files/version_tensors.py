@@ -92,7 +92,9 @@ class VersionTensors:
             start = max((i for i in range(birth, len(line)) if line[i].snapshot is not None), default=birth)
             snapshot = line[start].snapshot
             ref = snapshot or next(t.coefficients for t in line[birth].brought if t.task_id == task_id)
-            found = blobs.read_coefficients(self._heads.file(ref, COEFFICIENTS), task_id)
+            file = self._heads.file(ref, COEFFICIENTS)
+            # A task whose private parts are its whole update has no coefficients.
+            found = blobs.read_coefficients(file, task_id) if task_id in file.info["tasks"] else {}
             blocks = {name: one.moved(None) for name, one in found.items() if modules is None or name in modules}
             self._heads.fetch(line[start + 1 :], coefficients=False)
             for version in line[start + 1 :]:

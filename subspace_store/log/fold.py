@@ -23,6 +23,10 @@ MERGE = "merge"
 
 REFINE = "refine"
 
+MERGE_PRIVATE = "merge-private"
+
+REFINE_PRIVATE = "refine-private"
+
 SCORES = "scores"
 
 PUBLISH = "publish"
@@ -66,6 +70,11 @@ IDENTITY: Mapping[str, tuple[str, ...]] = {
 }
 """What of a record's body makes another request of it: under one op_key only the same may be asked again."""
 
+PRIVATE = {MERGE: MERGE_PRIVATE, REFINE: REFINE_PRIVATE}
+"""What an operation is called whose version holds private parts. A release that does not know them stops at the record,
+instead of reading tasks without them."""
+MAKES_VERSION = frozenset({*PRIVATE, *PRIVATE.values()})
+
 T = TypeVar("T")
 
 
@@ -106,8 +115,14 @@ def to_plain(record: Any) -> Any:
     return {item.name: to_plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
 
 
+def making(op: str, version: Version) -> str:
+    """The operation of the record that names a version."""
+    return PRIVATE[op] if any(task.private is not None for task in version.brought) else op
+
+
 def asked(op: str, **named: Any) -> str:
     """A request in short, to know it again. named: What `IDENTITY` lists for the operation; what is missing is None."""
+    op = next((plain for plain, private in PRIVATE.items() if op == private), op)
     values = [named.get(key) or None for key in IDENTITY.get(op, ())]
     return f"{op} {digest(json.dumps(values).encode())[:16]}"
 
@@ -137,7 +152,7 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
         changes |= _changes(state, record, where)
         concerned = record.body.get("version", 0)
         if record.op_key:
-            number = concerned["number"] if record.op in (MERGE, REFINE) else concerned
+            number = concerned["number"] if record.op in MAKES_VERSION else concerned
             changes["op_keys"] = {**state.op_keys, record.op_key: int(number)}
             named = {**record.body, "publish": MAIN in record.refs}
             changes["asked"] = {**state.asked, record.op_key: asked(record.op, **named)}
@@ -149,7 +164,7 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
 def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]:
     """The fields that an operation changes beside refs. Whether it is allowed was judged when it was written."""
     op, body = record.op, record.body
-    if op in (MERGE, REFINE):
+    if op in MAKES_VERSION:
         version = checked(Version, body["version"], where)
         return {"versions": {**state.versions, version.number: version}}
     if op == SCORES:

@@ -209,7 +209,8 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
 
     A version needs the blobs that its own record names; the bases of modules that it took over unchanged; the
     coefficients of its tasks, that is the nearest snapshot in its lineage with everything after it, or everything from
-    the first version on; and every task's adapter as delivered, or its head where the adapter was given up.
+    the first version on; every task's private part; and its adapter as delivered, or its head where the adapter was
+    given up.
     """
     refs: set[BlobRef | None] = set()
     for version in alive(state):
@@ -221,7 +222,8 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
                 refs.add(before.snapshot)
             else:
                 refs |= {before.transport, *(task.coefficients for task in before.brought)}
-    refs |= {state.heads.get(task.adapter.key, task.adapter) for task in tasks_alive(state)}
+    for task in tasks_alive(state):
+        refs |= {state.heads.get(task.adapter.key, task.adapter), task.private}
     return {ref.key: ref for ref in refs if ref is not None}
 
 

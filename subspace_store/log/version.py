@@ -59,6 +59,10 @@ class MergedTask:
     """Numbers in an equivalent separate LoRA: Σ r·(n+d)."""
     head_count: int = 0
     """Numbers in its head."""
+    private: BlobRef | None = None
+    """The private parts of its update, module by module; None: the basis holds enough of all of them."""
+    private_count: int = 0
+    """Numbers in the private parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +156,8 @@ class Version:
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
         """The blobs that its own record names; `retention.needed` gives all that it needs."""
-        of_tasks = (ref for task in self.brought for ref in (task.adapter, task.coefficients))
-        return (self.basis, *of_tasks, *(ref for ref in (self.transport, self.snapshot) if ref is not None))
+        of_tasks = (ref for task in self.brought for ref in (task.adapter, task.coefficients, task.private))
+        return tuple(r for r in (self.basis, *of_tasks, self.transport, self.snapshot) if r is not None)
 
 
 def _nan_if_null(value: object) -> object:

@@ -41,6 +41,9 @@ from subspace_store.strict import TEXT_MAX, as_escaped_text
 
 CHECKPOINT_EVERY = 64
 HINT = "log/_hint"
+STATE_WITH_PRIVATE = "state_with_private"
+"""Name of the state in a checkpoint that knows of private parts. A release that does not finds no `state` there, and
+stops at the record that first names one."""
 TRIES = 6
 """Attempts at one slot; with the waits below about three seconds, then the caller decides."""
 FIRST_WAIT_SECONDS = 0.1
@@ -376,11 +379,12 @@ class VersionLog:
             where = f"{self.storage.url}/{checkpoint_key(seq)}"
             try:
                 envelope = _from_json(self.storage.read(checkpoint_key(seq)), where)
-                state = checked(SubspaceState, envelope["state"], where)
+                plain = envelope["state"] if "state" in envelope else envelope[STATE_WITH_PRIVATE]
+                state = checked(SubspaceState, plain, where)
                 record = self.storage.read(log_key(seq))
             except (NotFound, Corrupt, KeyError, TypeError):
                 continue
-            if envelope.get("sha256") == digest(_to_json(envelope["state"])) and (state.seq, state.head_sha256) == (
+            if envelope.get("sha256") == digest(_to_json(plain)) and (state.seq, state.head_sha256) == (
                 seq,
                 digest(record),
             ):
@@ -400,7 +404,8 @@ class VersionLog:
         if state.seq % CHECKPOINT_EVERY:
             return
         folded = _to_json(state)
-        content = b'{"sha256":"%s","state":%s}' % (digest(folded).encode(), folded)
+        name = STATE_WITH_PRIVATE if any(t.private for v in state.versions.values() for t in v.brought) else "state"
+        content = b'{"sha256":"%s","%s":%s}' % (digest(folded).encode(), name.encode(), folded)
         try:
             self.storage.write(checkpoint_key(state.seq), content)
             self.storage.write(HINT, str(state.seq).encode())

@@ -6,17 +6,15 @@ Axes: N outputs, D inputs, K directions, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from subspace_store.adapter import ModuleUpdate
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock
-from subspace_store.merging.subspace_math import (
-    canonical_in_basis,
-    orthonormalise,
-)
+from subspace_store.merging.private_part import with_private
+from subspace_store.merging.subspace_math import canonical_in_basis, orthonormalise
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,8 @@ class ModuleSubspace:
 
     basis: ModuleBasis
     tasks: ModuleTasks
+    private: Mapping[str, ModuleUpdate] = field(default_factory=dict)
+    """Task id to its private part; none for a task whose update the basis holds."""
 
 
 def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str, ModuleUpdate]:
@@ -59,8 +59,10 @@ def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str
     updates = {}
     for name, module in modules.items():
         one = module.tasks.only((task_id,))
-        if one is not None:
-            updates[name] = reconstruct_module(module.basis, one)
+        shared = None if one is None else reconstruct_module(module.basis, one)
+        private = module.private.get(task_id)
+        if shared is not None or private is not None:
+            updates[name] = with_private(shared, private)
     return updates
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
+from subspace_store.merging.private_part import ROUNDED, divided
 from subspace_store.merging.subspace_math import (
     SLACK,
     choose_ranks,
@@ -48,8 +50,12 @@ class ModuleMerge:
     Args:
         transport: Writes old coefficients in the new basis.
         dropped: Writes old coefficients in the directions that the new basis lacks.
-        arrivals: The new tasks, in the new basis, as they are to be written.
-        missed_T: ‖ΔW‖² − ‖ΔŴ‖² of each new task.
+        arrivals: The new tasks' coefficients in the new basis, as they are to be written. A task whose private part is
+            its whole update has none.
+        private: Private parts of new tasks, by task id.
+        task_ids: All new tasks.
+        delivered_T: ‖ΔW‖²_F of each new task.
+        missed_T: ‖ΔW − ΔŴ‖²_F of each new task.
         before: The tasks that were merged before.
     """
 
@@ -57,6 +63,9 @@ class ModuleMerge:
     transport: Transport
     dropped: Transport
     arrivals: TaskBlock
+    private: Mapping[str, ModuleUpdate]
+    task_ids: tuple[str, ...]
+    delivered_T: Tensor
     missed_T: Tensor
     before: ModuleTasks
 
@@ -67,13 +76,19 @@ class ModuleMerge:
         caller may do it while the basis is being written.
         """
         moved, lost_T = self.before.truncated(self.transport, self.dropped)
-        return moved.joined(self.arrivals), lost_T
+        return moved.joined(self.arrivals) if self.arrivals.task_ids else moved, lost_T
 
 
 class Tally:
-    """Sums over all modules what a merge costs each task. Energies are squared Frobenius norms."""
+    """Sums over all modules what a merge costs each task. Energies are squared Frobenius norms.
 
-    def __init__(self) -> None:
+    Args:
+        known: ‖ΔW‖²_F of earlier tasks. Where it is missing, it is summed over the modules in which they have
+            coefficients.
+    """
+
+    def __init__(self, known: Mapping[str, float] = MappingProxyType({})) -> None:
+        self._known = known
         # Most modules have the same tasks: their sums stay tensors until they are needed.
         self._lost: dict[tuple[str, ...], Tensor] = {}
         self._missed: dict[tuple[str, ...], Tensor] = {}
@@ -83,8 +98,8 @@ class Tally:
         """Add a module that the merge changes, with the losses of the earlier tasks from `settle`."""
         _add(self._lost, merge.before.task_ids, lost_T)
         _add(self._delivered, merge.before.task_ids, merge.before.delivered_T)
-        _add(self._missed, merge.arrivals.task_ids, merge.missed_T)
-        _add(self._delivered, merge.arrivals.task_ids, merge.arrivals.delivered_T)
+        _add(self._missed, merge.task_ids, merge.missed_T)
+        _add(self._delivered, merge.task_ids, merge.delivered_T)
 
     def add_untouched(self, tasks: ModuleTasks) -> None:
         """Add a module that the merge does not change."""
@@ -94,12 +109,12 @@ class Tally:
     @property
     def delivered(self) -> dict[str, float]:
         """Task id to Σ over modules of ‖ΔW‖²_F."""
-        return _by_task(self._delivered)
+        return {**_by_task(self._delivered), **self._known}
 
     @property
     def drift(self) -> dict[str, float]:
-        """Task id to ‖ΔŴ_before − ΔŴ_after‖_F / ‖ΔW‖_F, for every earlier task."""
-        return self._relative(self._lost)
+        """Task id to ‖ΔŴ_before − ΔŴ_after‖_F / ‖ΔW‖_F, for every earlier task. A private part does not move."""
+        return {**dict.fromkeys(self._known, 0.0), **self._relative(self._lost)}
 
     @property
     def error_at_birth(self) -> dict[str, float]:
@@ -155,7 +170,8 @@ def merge_adapters(
     for name, merge in merge_modules(modules.get, adapters, settings):
         tasks, lost_T = merge.settle()
         tally.add(merge, lost_T)
-        after[name] = ModuleSubspace(merge.basis, tasks)
+        known = modules[name].private if name in modules else {}
+        after[name] = ModuleSubspace(merge.basis, tasks, {**known, **merge.private})
         arrivals[name] = merge.arrivals
         if name in modules:
             transports[name] = merge.transport
@@ -203,6 +219,9 @@ def merge_module(
         to_full = Transport(out.transport_JK, inward.transport_JK)
         arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
     k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
+    is_capped = settings.rank_max in (k_out, k_in)  # else these ranks were chosen so that no promise is broken
+    if is_capped and _breaks_a_promise(before.tasks, to_full.split(k_out, k_in)[1], settings):
+        return _beside(before, p_NK, q_DK, factors, settings)
     # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
     basis = ModuleBasis(
         out.directions_NJ[:, :k_out].float().contiguous(),
@@ -211,26 +230,82 @@ def merge_module(
         inward.energy_J[:k_in].clone(),
     )
     transport, dropped = to_full.split(k_out, k_in)
-    exact = arriving.first(k_out, k_in)
-    arrivals = exact.rounded()
+    spans = out.directions_NJ[:, :k_out], inward.directions_NJ[:, :k_in]
+    return _with_arrivals(before, basis, (transport, dropped), arriving.first(k_out, k_in), spans, factors, settings)
+
+
+def _breaks_a_promise(tasks: ModuleTasks, dropped: Transport, settings: SubspaceSettings) -> bool:
+    """Whether dropping these directions takes an earlier task below its promise, or further below it."""
+    if not _promises(settings) or not (len(dropped.out) or len(dropped.inward)) or not tasks.task_ids:
+        return False
+    kept_T = tasks.kept()
+    required_T = torch.minimum(kept_T, settings.energy_ratio_min * tasks.delivered_T)
+    return bool((kept_T - tasks.lost(dropped) < required_T - SLACK * tasks.delivered_T).any())
+
+
+def _promises(settings: SubspaceSettings) -> bool:
+    """Whether private parts keep what the basis has no room for."""
+    return settings.beyond_rank_max == "private" and settings.variant == "canonical" and settings.rank_fixed is None
+
+
+def _beside(
+    before: ModuleSubspace, p_NK: Tensor, q_DK: Tensor, factors: _Factors, settings: SubspaceSettings
+) -> ModuleMerge:
+    """The merge where the basis stays as it is and no earlier task moves: the new tasks have what it holds of them, and
+    private parts."""
+    same = Transport(*(torch.eye(k, dtype=torch.float64) for k in before.basis.ranks))
+    none = Transport(*(torch.zeros(0, k, dtype=torch.float64) for k in before.basis.ranks))
+    block = factors.coefficients(p_NK, q_DK)
+    return _with_arrivals(before, before.basis, (same, none), block, (p_NK, q_DK), factors, settings)
+
+
+def _with_arrivals(
+    before: ModuleSubspace,
+    basis: ModuleBasis,
+    transports: tuple[Transport, Transport],
+    exact: TaskBlock,
+    spans: tuple[Tensor, Tensor],
+    factors: _Factors,
+    settings: SubspaceSettings,
+) -> ModuleMerge:
+    """The result for a chosen basis. `exact`: the new tasks' coefficients in it; `spans`: its two sides, float64."""
+    # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
+    missed_T = (exact.delivered_T - exact.kept()).clamp(min=0)
+    placed = _placed(exact, missed_T, spans, factors, settings, exact.task_ids if _promises(settings) else ())
     return ModuleMerge(
         basis=basis,
-        transport=transport,
-        dropped=dropped,
-        arrivals=arrivals,
-        # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
-        missed_T=(exact.delivered_T - exact.kept()).clamp(min=0),
+        transport=transports[0],
+        dropped=transports[1],
+        arrivals=placed.arrivals,
+        private=placed.private,
+        task_ids=placed.task_ids,
+        delivered_T=placed.delivered_T,
+        missed_T=placed.missed_T,
         before=before.tasks,
     )
 
 
+@dataclass(frozen=True)
+class Placed:
+    """New coefficients of some tasks in one module; see `ModuleMerge` for the fields."""
+
+    arrivals: TaskBlock
+    private: Mapping[str, ModuleUpdate]
+    task_ids: tuple[str, ...]
+    delivered_T: Tensor
+    missed_T: Tensor
+
+
 def place_in_basis(
-    basis: ModuleBasis, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings
-) -> tuple[TaskBlock, Tensor]:
+    basis: ModuleBasis,
+    incoming: Mapping[str, ModuleUpdate],
+    settings: SubspaceSettings,
+    beside: Collection[str] = (),
+) -> Placed:
     """Write updates of one module in an unchanged basis.
 
-    Returns:
-        The coefficients, as they are to be written, and ‖ΔW − ΔŴ‖²_F of each update: the part outside the basis.
+    Args:
+        beside: Tasks that may have private parts, for what lies outside the basis.
     """
     p_NK, q_DK = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
     factors = _Factors.of(incoming, settings)
@@ -238,7 +313,40 @@ def place_in_basis(
     # L·Rᵀ − P·E·(Q·F)ᵀ = L⊥·Rᵀ + P·E·R⊥ᵀ, orthogonal to each other: two sums of squares, so nothing cancels.
     left_NC, right_DC = factors.left_NC - p_NK @ block.e_KS, factors.right_DC - q_DK @ block.f_KS
     missed_T = kept_energy(left_NC, factors.right_DC, block.ranks) + kept_energy(block.e_KS, right_DC, block.ranks)
-    return block.rounded(), missed_T
+    return _placed(block, missed_T, (p_NK, q_DK), factors, settings, beside)
+
+
+def _placed(
+    exact: TaskBlock,
+    missed_T: Tensor,
+    spans: tuple[Tensor, Tensor],
+    factors: _Factors,
+    settings: SubspaceSettings,
+    beside: Collection[str],
+) -> Placed:
+    """Divide the updates between coefficients and private parts, so that the promises are kept.
+
+    Args:
+        exact: Coefficients of the updates in the basis, float64.
+        missed_T: Energy of each update outside the basis.
+        spans: The basis' two sides, float64.
+        beside: Tasks that may have private parts.
+    """
+    private: dict[str, ModuleUpdate] = {}
+    shared = list(exact.task_ids)
+    missed_T = missed_T.clone()
+    allowed_T = (1 - settings.energy_ratio_min + ROUNDED) * exact.delivered_T
+    pairs = zip(exact.each(), factors.each(), strict=True)
+    for place, ((task, one), (left_NR, right_DR)) in enumerate(pairs if beside else ()):
+        if task in beside and missed_T[place] > allowed_T[place]:
+            apart = divided(left_NR, right_DR, *spans, one.e_KS, one.f_KS, settings.energy_ratio_min)
+            missed_T[place] = apart.missed
+            if apart.update is not None:
+                private[task] = apart.update
+            if apart.is_whole:
+                shared.remove(task)
+    arrivals = (exact if len(shared) == len(exact.task_ids) else exact.only(shared)).rounded()
+    return Placed(arrivals, private, exact.task_ids, exact.delivered_T, missed_T)
 
 
 @dataclass(frozen=True)
@@ -278,6 +386,11 @@ class _Factors:
 
     def stack_in(self) -> tuple[Tensor, Tensor]:
         return self._sized(self.right_DC * (self._weight_C() * self.scale_C))
+
+    def each(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """L and R of each update."""
+        ranks = [update.rank for update in self.incoming.values()]
+        yield from zip(torch.split(self.left_NC, ranks, dim=1), torch.split(self.right_DC, ranks, dim=1), strict=True)
 
     def coefficients(self, p_NK: Tensor, q_DK: Tensor) -> TaskBlock:
         """E = PᵀL and F = QᵀR of each update, float64."""

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from configs.errors import Conflict, NotFound, NotWritten, Unavailable
-from subspace_store import SubspaceStore, merge_writer
+from subspace_store import SubspaceReader, SubspaceStore, merge_writer
 from subspace_store.chaos.simulation import Run, simulate, simulate_many
 from subspace_store.chaos.world import CONSTANTS, CRASH_AFTER, CRASH_BEFORE, FAULTS, World
 from subspace_store.commands.app import app
@@ -215,6 +215,22 @@ def without_bases_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "needed", forgetful)
 
 
+def without_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader forgets what is kept beside the basis."""
+    monkeypatch.setattr(SubspaceReader, "_private", lambda self, task: {})
+
+
+def without_keeping_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting forgets that a task's private parts are needed as long as the task."""
+    needed = retention.needed
+
+    def forgetful(state: retention.SubspaceState) -> dict[str, retention.BlobRef]:
+        private = {task.private.key for task in retention.tasks_alive(state) if task.private}
+        return {key: ref for key, ref in needed(state).items() if key not in private}
+
+    monkeypatch.setattr(retention, "needed", forgetful)
+
+
 @pytest.mark.parametrize(
     "switch_off",
     [
@@ -226,6 +242,8 @@ def without_bases_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
         without_withdrawing,
         without_telling_what_failed,
         without_bases_of_others,
+        without_private_parts,
+        without_keeping_private_parts,
     ],
 )
 def test_a_missing_rule_is_noticed(
