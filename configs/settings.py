@@ -130,6 +130,11 @@ class GateSettings(Section):
     """Largest loss of an earlier task against its score at birth."""
     merge_gap_max: float = Field(0.05, ge=0)
     """Largest loss of a new task against its own adapter before merging."""
+    error_max: float = Field(0.25, ge=0)
+    """Largest error at birth of a new task that has no score: where nothing was measured, geometry decides."""
+    min_gain: float | None = None
+    """Least gain of a new task's score over the base model alone, and over always giving the most frequent label; below
+    it the version is not published. None: such a task is published with a warning."""
     drift_min: float = Field(1e-4, ge=0)
     """Smallest relative drift since its last evaluation at which a task is scored again; below it keeps its score."""
 

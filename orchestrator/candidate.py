@@ -237,10 +237,11 @@ class Candidate:
             self._pending_calls.write(RecordScores(version=version, scores=scores, op_key=key, actor="controller"))
         else:
             table = score_table(state, version, drift_min)
-            decision = judge(table, version, records, self._settings.gate)
+            errors = {task.task_id: task.error_at_birth for task in state.versions[version].brought}
+            decision = judge(table, version, records, self._settings.gate, errors=errors)
             if not decision.passed:  # the rows that made the difference are read for those who are told of it alone
                 paired = _paired_differences(self._storage, table, version, records)
-                decision = judge(table, version, records, self._settings.gate, paired)
+                decision = judge(table, version, records, self._settings.gate, paired, errors)
             if decision.passed and state.held is not None:
                 self._pending_calls.log_moved.set()
                 self._pending_calls.later("held", HELD_SECONDS)

@@ -47,6 +47,10 @@ class Rule(StrEnum):
     """A new task may lose at most `gate.merge_gap_max` against its own adapter."""
     MIN_SCORE = "min-score"
     """A new task reaches its own `gate.min_score`."""
+    MIN_GAIN = "min-gain"
+    """A new task scores more than the base model alone by `gate.min_gain`."""
+    ERROR = "error-at-birth"
+    """The error of a new task without a score is at most `gate.error_max`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +62,10 @@ class BrokenRule:
     """`team/task`, for people."""
     rule: Rule
     score: float
-    """Under the version that is judged."""
+    """Score under the version that is judged; of the rule `error-at-birth`, the error."""
     against: float
-    """What it is compared with: at birth, with its own adapter, or the least score itself."""
+    """Number that it is compared with: the score at birth, of its own adapter, of the base model alone, or the limit
+    itself."""
     limit: float
     """The rule's number."""
     paired: PairedDifference | None = None
@@ -74,6 +79,12 @@ class BrokenRule:
         if self.rule is Rule.MERGE_GAP:
             gap = f"scores {self.score:.4f} after merging and {self.against:.4f} with its own adapter"
             return f"{self.title} {gap}, a gap above gate.merge_gap_max {self.limit}{told}"
+        if self.rule is Rule.MIN_GAIN:
+            gain = f"scores {self.score:.4f}, and {self.against:.4f} is reached without it"
+            return f"{self.title} {gain}: a gain below gate.min_gain {self.limit}"
+        if self.rule is Rule.ERROR:
+            lost = f"would be held with an error of {self.score:.3f} of its norm"
+            return f"{self.title} {lost}, more than gate.error_max {self.limit}, and has no rows to be scored on"
         return f"{self.title} scores {self.score:.4f}, below its own gate.min_score {self.limit}"
 
 
@@ -123,6 +134,7 @@ def judge(
     records: Mapping[str, TaskRecord],
     settings: GateSettings,
     paired: Mapping[str, PairedDifference] = MappingProxyType({}),
+    errors: Mapping[str, float] = MappingProxyType({}),
 ) -> Decision:
     """Judge one version by the scores of all its tasks.
 
@@ -131,13 +143,19 @@ def judge(
         records: Task id to record, for local scores, names and the task's own rule.
         paired: Task id to how its score differs from the one it is compared with (at birth; of a new task: with its own
             adapter), where both were kept row by row. It is told, and changes no decision.
+        errors: Task id to error at birth, of the tasks that the version brought.
     """
     broken: list[BrokenRule] = []
     for task_id in table.tasks:
         record = records.get(task_id)
         score = table.score(version, task_id)
-        if record is None or math.isnan(score):
-            continue  # a task without evaluation rows, or of another life of the database: nothing to compare
+        if record is None:
+            continue  # a task of another life of the database: nothing to compare
+        if math.isnan(score):
+            error = errors.get(task_id, 0.0)
+            if table.birth[task_id] == version and error > settings.error_max + ROUNDING:
+                broken.append(_broken(record, Rule.ERROR, error, settings.error_max, settings.error_max))
+            continue
         if table.birth[task_id] == version:
             broken += _of_a_new_task(record, score, settings, paired.get(task_id))
         else:
@@ -145,17 +163,7 @@ def judge(
             known = [s for v, s in table.column(task_id) if v < version and not math.isnan(s)]
             birth, limit = known[0] if known else math.nan, settings.drop_max
             if birth - score > limit + ROUNDING:
-                broken.append(
-                    BrokenRule(
-                        task_id=task_id,
-                        title=record.title,
-                        rule=Rule.DROP,
-                        score=score,
-                        against=birth,
-                        limit=limit,
-                        paired=paired.get(task_id),
-                    )
-                )
+                broken.append(_broken(record, Rule.DROP, score, birth, limit, paired.get(task_id)))
     return Decision(tuple(broken))
 
 
@@ -165,21 +173,24 @@ def _of_a_new_task(
     broken = []
     own, limit, least = record.local_score, settings.merge_gap_max, record.spec.gate.min_score
     if own is not None and own - score > limit + ROUNDING:
-        broken.append(
-            BrokenRule(
-                task_id=record.task_id,
-                title=record.title,
-                rule=Rule.MERGE_GAP,
-                score=score,
-                against=own,
-                limit=limit,
-                paired=paired,
-            )
-        )
+        broken.append(_broken(record, Rule.MERGE_GAP, score, own, limit, paired))
     if least is not None and score < least - ROUNDING:
-        broken.append(
-            BrokenRule(
-                task_id=record.task_id, title=record.title, rule=Rule.MIN_SCORE, score=score, against=least, limit=least
-            )
-        )
+        broken.append(_broken(record, Rule.MIN_SCORE, score, least, least))
+    without = [known for known in (record.base_score, record.constant_score) if known is not None]
+    if settings.min_gain is not None and without and score - max(without) < settings.min_gain - ROUNDING:
+        broken.append(_broken(record, Rule.MIN_GAIN, score, max(without), settings.min_gain))
     return broken
+
+
+def _broken(
+    record: TaskRecord, rule: Rule, score: float, against: float, limit: float, paired: PairedDifference | None = None
+) -> BrokenRule:
+    return BrokenRule(
+        task_id=record.task_id,
+        title=record.title,
+        rule=rule,
+        score=score,
+        against=against,
+        limit=limit,
+        paired=paired,
+    )

@@ -300,7 +300,7 @@ def _end(record: TaskRecord, state: TaskState, reason: str, at: float, *codes: s
 
 def _warnings(record: TaskRecord, outcome: Trained) -> tuple[str, ...]:
     """The task's warnings with those that training adds, each once."""
-    doubt = record.doubt(outcome.local_score)
+    doubt = record.doubt(outcome.local_score, outcome.base_score)
     return tuple(dict.fromkeys((*record.warnings, *outcome.warnings, *([f"own adapter: {doubt}"] if doubt else []))))
 
 

@@ -5,6 +5,7 @@ No Ray, no torch, no SQL here: a restarted control plane loads these records and
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -147,11 +148,22 @@ class TaskRecord(Section):
         """`team/name`, what people call it."""
         return f"{self.team}/{self.name}"
 
-    def doubt(self, score: float | None) -> str:
-        """A warning where a score of this task says nothing for what was learnt; else empty."""
-        constant = self.constant_score
-        if score is None or constant is None or not score <= constant + ROUNDING:  # nor where it is NaN
+    def doubt(self, score: float | None, base_score: float | None = None) -> str:
+        """A warning where a score of this task says nothing for what was learnt; else empty.
+
+        Args:
+            base_score: Score of the base model alone, where the record does not hold it yet.
+        """
+        constant, base = self.constant_score, self.base_score if base_score is None else base_score
+        if score is None or math.isnan(score):
             return ""
+        if constant is None or score > constant + ROUNDING:
+            if base is None or not score <= base + ROUNDING:  # nor where it is NaN
+                return ""
+            return (
+                f"{self.spec.metric} {score:.4f} is no better than the base model alone, which scores {base:.4f}: look "
+                "at the labels, the learning rate and the number of steps"
+            )
         is_number = self.spec.kind == "sequence_regression"
         answer = "the same number" if is_number else "the most frequent label of the evaluation rows"
         return (

@@ -80,6 +80,42 @@ def test_min_score_is_asked_of_a_task_at_birth_only() -> None:
     assert decided(0.82, 0.80, 0.9, record("a", None, 0.85)).passed
 
 
+@pytest.mark.parametrize(("error", "passed"), [(0.25, True), (0.2501, False)])
+def test_a_new_task_that_nobody_can_score_is_judged_by_its_error(error: float, passed: bool) -> None:
+    log = state([version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 1.0})], {1: {"a": 0.9}, 2: {"a": 0.9}})
+    records = {"a": record("a"), "b": record("b")}
+    decision = judge(score_table(log, 2, 0.1), 2, records, GATE, errors={"b": error})
+    assert decision.passed is passed
+    if not passed:
+        assert decision.codes == ("error-at-birth",)
+        assert decision.summary == (
+            "red/b would be held with an error of 0.250 of its norm, more than gate.error_max 0.25, and has no rows to "
+            "be scored on"
+        )
+
+
+def test_a_score_decides_where_there_is_one_whatever_the_error() -> None:
+    log = state([version(1, 0, ["a"])], {1: {"a": 0.9}})
+    assert judge(score_table(log, 1, 0.1), 1, {"a": record("a")}, GATE, errors={"a": 0.9}).passed
+
+
+@pytest.mark.parametrize(
+    ("base", "constant", "passed"), [(0.85, 0.2, True), (0.86, 0.2, False), (0.2, 0.86, False), (None, None, True)]
+)
+def test_a_new_task_must_gain_min_gain_where_the_settings_ask_for_it(
+    base: float | None, constant: float | None, passed: bool
+) -> None:
+    new = task_record("red/b", task_id="b", base_score=base, constant_score=constant)
+    asked, unasked = GATE.model_copy(update={"min_gain": 0.05}), GATE
+    assert decided(0.8, 0.8, 0.9, new, gate=unasked).passed
+    decision = decided(0.8, 0.8, 0.9, new, gate=asked)
+    assert decision.passed is passed
+    if not passed:
+        assert decision.summary == (
+            "red/b scores 0.9000, and 0.8600 is reached without it: a gain below gate.min_gain 0.05"
+        )
+
+
 def test_every_broken_rule_is_told() -> None:
     decision = decided(0.9, 0.8, 0.5, record("b", 0.9, 0.8))
     assert [(rule.task_id, rule.rule, rule.score, rule.against, rule.limit) for rule in decision.broken] == [

@@ -665,6 +665,15 @@ def test_a_score_that_the_most_frequent_label_gets_too_is_a_warning_on_the_task(
     assert [warning.startswith(said) for warning in record.warnings[1:]] == [True] * is_doubtful
 
 
+@pytest.mark.parametrize(("base", "is_doubtful"), [(0.8, True), (0.79, False), (math.nan, False)])
+def test_a_score_that_the_base_model_alone_gets_too_is_a_warning_on_the_task(base: float, is_doubtful: bool) -> None:
+    before = training().model_copy(update={"constant_score": 0.5})
+    outcome = trained("tok", 0.8, base_score=base)
+    record = after(before, TrainingDone(outcome, 1010.0))
+    said = "own adapter: accuracy 0.8000 is no better than the base model alone, which scores 0.8000"
+    assert [warning.startswith(said) for warning in record.warnings] == [True] * is_doubtful
+
+
 def test_what_was_not_measured_is_not_doubted() -> None:
     record = task_record(constant_score=0.5)
     assert record.doubt(None) == record.doubt(math.nan) == ""
