@@ -78,6 +78,8 @@ class Footprint:
     head_numbers: int
     separate_numbers: int
     """Numbers of the same tasks as separate LoRAs: Σ r·(n+d)."""
+    stored_bytes: int
+    """Bytes of all objects that the living versions need: every version's files, and adapters as delivered."""
 
     @property
     def total_numbers(self) -> int:
@@ -386,6 +388,7 @@ class SubspaceReader:
             private_numbers=sum(task.private_count for task in merged),
             head_numbers=sum(task.head_count for task in merged),
             separate_numbers=sum(task.parameter_count for task in merged),
+            stored_bytes=sum(ref.size_bytes for ref in retention.needed(self.state).values()),
         )
 
     @strict

@@ -201,7 +201,8 @@ def _dense_factors(module: ModuleSubspace, task_id: str) -> tuple[Tensor, Tensor
     """P·E and Q·F of one task."""
     one = module.tasks.only((task_id,))
     if one is None and task_id in module.private:
-        return tuple(torch.zeros(size, 0, dtype=torch.float64) for size in module.basis.shape)
+        n, d = module.basis.shape
+        return torch.zeros(n, 0, dtype=torch.float64), torch.zeros(d, 0, dtype=torch.float64)
     if one is None:
         raise Corrupt("its coefficients are gone", f"task {task_id}")
     return module.basis.p_NK @ one.e_KS, module.basis.q_DK @ one.f_KS

@@ -164,6 +164,16 @@ class Export(ServiceRequest[bytes]):
         return service.export(self)
 
 
+class ShowCapacity(ServiceRequest[Json]):
+    """What a version's tasks store, shared and private, against separate adapters."""
+
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+
+    def on(self, service: Service) -> Json:
+        return service.capacity(self)
+
+
 class ShowScores(ServiceRequest[Json]):
     """The matrix A[version][task] of the lineage that ends in a version, and its means."""
 

@@ -56,6 +56,7 @@ ROUTES: tuple[Route, ...] = (
     Route("rollback", "POST", "/rollback/{version}", Role.MAINTAINER, store.Rollback),
     Route("export", "GET", "/export/{reference:path}", Role.VIEWER, requests.Export),
     Route("scores", "GET", "/scores", Role.VIEWER, requests.ShowScores),
+    Route("capacity", "GET", "/capacity", Role.VIEWER, requests.ShowCapacity),
     Route("tag", "POST", "/store/tag", Role.MAINTAINER, store.Tag),
     Route("hold", "POST", "/store/hold", Role.MAINTAINER, store.Hold),
     Route("release", "POST", "/store/release", Role.MAINTAINER, store.Release),

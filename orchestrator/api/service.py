@@ -62,6 +62,8 @@ LOOK_SECONDS = 3.0
 """Whoever asks for the status waits no longer for the store, or for the database."""
 LOOKING = "reading for the status"
 """What its alarms are about."""
+TREND_VERSIONS = 20
+"""Newest versions of a lineage whose sizes `capacity` tells."""
 PACE_TASKS = 50
 """Tasks, the newest that ended, from which the pace of the next ones is estimated."""
 STORE_SECONDS = 120.0
@@ -307,6 +309,24 @@ class Service:
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
             "by_version": [{"version": row, **self._figures(table, row, records)} for row in table.versions],
             "footprint": asdict(self._store.footprint(number)),
+        }
+
+    def capacity(self, request: requests.ShowCapacity) -> Json:
+        """The numbers that serving a version (default `main`) needs, task by task, and how they came to be so many."""
+        state = self._store.refresh()
+        number = state.refs[MAIN] if request.version is None else request.version
+        _check_version(state, number, lowest=0)
+        bounds, cap = state.error_bounds(number), self._settings.subspace.rank_max
+        ranks = self._store.ranks(number).values()
+        line = [0, *(version.number for version in state.lineage(number))][-TREND_VERSIONS:]
+        return {
+            "version": number,
+            "footprint": asdict(self._store.footprint(number)),
+            "rank_max": cap,
+            "modules": len(ranks),
+            "full_modules": sum(max(pair) >= cap for pair in ranks),
+            "tasks": [views.task_size(task, bounds[task_id]) for task_id, task in state.tasks_at(number).items()],
+            "trend": [asdict(self._store.footprint(version)) for version in line if version not in state.expired],
         }
 
     def status(self) -> Json:

@@ -13,7 +13,7 @@ from orchestrator.judging.score_table import ScoreTable
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import TaskRecord
 from orchestrator.tasks.task_rows import LOG, PROGRESS, TaskEvent, points_of
-from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, Version
+from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState, Version
 from subspace_store.subspace_reader import RollbackPreview
 
 Json = dict[str, Any]
@@ -142,6 +142,18 @@ def task_in_version(state: SubspaceState, table: ScoreTable, number: int, task_i
         "error_at_birth": task.error_at_birth,
         "drift_bound": state.drift_bound(task_id, task.version, number),
         **cell(table, number, task_id),
+    }
+
+
+def task_size(task: MergedTask, error_bound: float) -> Json:
+    """What one task stores for itself, and how exactly a version holds it."""
+    return {
+        "task_id": task.task_id,
+        "title": task.name,
+        "separate_numbers": task.parameter_count,
+        "private_numbers": task.private_count,
+        "error_at_birth": task.error_at_birth,
+        "error_bound": error_bound,
     }
 
 

@@ -30,6 +30,7 @@ from orchestrator.api.requests import (
     Preempt,
     PreviewRollback,
     ReadLog,
+    ShowCapacity,
     ShowScores,
     ShowTask,
     ShowVersion,
@@ -320,6 +321,16 @@ def scores(
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
     show(Client(state_dir).ask(ShowScores(version=number)), version_tables.scores, as_json)
+
+
+@command
+def capacity(
+    number: Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")] = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the tasks store, shared and each for itself, against separate adapters."""
+    show(Client(state_dir).ask(ShowCapacity(version=number)), version_tables.capacity, as_json)
 
 
 @app.command("store", context_settings=RAW, add_help_option=False)

@@ -128,6 +128,41 @@ def scores(answer: Json) -> None:
     _print_footprint(answer["footprint"])
 
 
+def capacity(answer: Json) -> None:
+    """`onebasis capacity`."""
+    if not answer["tasks"]:
+        console.print("nothing is stored yet: main is empty")
+        return
+    table = Table(box=None, pad_edge=False, title=f"What the tasks of version {answer['version']} store")
+    for name in ("task", "as a separate LoRA", "private part", "error at birth", "error now (at most)"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for task in answer["tasks"]:
+        separate, private = task["separate_numbers"], task["private_numbers"]
+        share = f" ({private / separate:.0%})" if separate else ""
+        table.add_row(
+            shown(task["title"]), size_text(4 * separate), size_text(4 * private) + share if private else "–",
+            decimals(task["error_at_birth"]), decimals(task["error_bound"]),
+        )  # fmt: skip
+    console.print(table)
+    if answer["full_modules"]:
+        full = f"{answer['full_modules']} of {counted(answer['modules'], 'module')}"
+        console.print(
+            f"the basis of {full} has rank_max {answer['rank_max']} directions: what comes next and is not in it is "
+            "kept as private parts",
+            soft_wrap=True,
+        )
+    trend = Table(box=None, pad_edge=False)
+    for name in ("version", "tasks", "basis", "coefficients", "private", "together", "separate LoRAs"):
+        trend.add_column(name, justify="right")
+    for row in answer["trend"]:
+        parts = [row[f"{name}_numbers"] for name in ("basis", "coefficient", "private")]
+        sizes = [size_text(4 * numbers) for numbers in (*parts, sum(parts), row["separate_numbers"])]
+        trend.add_row(str(row["version"]), str(row["tasks"]), *sizes)
+    console.print()
+    console.print(trend)
+    _print_footprint(answer["footprint"])
+
+
 def _print_figures(figures: Json) -> None:
     meanings = {
         "average_accuracy": "mean score of the tasks",
@@ -157,6 +192,11 @@ def _print_footprint(footprint: Json) -> None:
     console.print(
         f"stored (float32, heads of {size_text(heads)} aside): coefficients {size_text(coefficients)} "
         f"+ basis {size_text(basis)} {apart}= {size_text(together)}; as separate LoRAs {size_text(separate)}"
+    )
+    console.print(
+        f"  in the store {size_text(footprint['stored_bytes'])}: every living version's files, and all adapters as "
+        "delivered, heads among them",
+        soft_wrap=True,
     )
     if together and private:
         console.print(f"  {separate / together:.2f}× smaller with the basis, which is paid once")

@@ -180,7 +180,15 @@ def test_the_picture_of_the_scores_is_what_the_program_prints_of_them(monkeypatc
         ],
         "by_version": [dict.fromkeys(("average_accuracy", "backward_transfer", "forgetting", "merge_gap"), empty)],
         "footprint": dict.fromkeys(
-            ("basis_numbers", "coefficient_numbers", "private_numbers", "head_numbers", "separate_numbers"), 0
+            (
+                "basis_numbers",
+                "coefficient_numbers",
+                "private_numbers",
+                "stored_bytes",
+                "head_numbers",
+                "separate_numbers",
+            ),
+            0,
         ),
     }
     monkeypatch.setattr(display.console, "width", 160)

@@ -31,6 +31,7 @@ from orchestrator.api.requests import (
     PreviewRollback,
     ReadLog,
     ServiceRequest,
+    ShowCapacity,
     ShowScores,
     ShowTask,
     ShowVersion,
@@ -167,6 +168,17 @@ def test_a_diff_tells_what_came_and_how_far_the_rest_moved(site: Site) -> None:
     assert diff["scores"] == {"red/alpha": [0.9, 0.9], "blue/beta": [None, 0.9]}
     (drift,) = diff["drift_bound"].values()
     assert drift == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_capacity_tells_what_each_task_stores_and_how_that_grew(site: Site) -> None:
+    found = site.client.ask(ShowCapacity())
+    assert [(row["version"], row["tasks"]) for row in found["trend"]] == [(0, 0), (1, 1), (2, 2)]
+    assert found["trend"][-1] == found["footprint"]
+    assert {task["title"]: task["separate_numbers"] for task in found["tasks"]} == {"red/alpha": 80, "blue/beta": 80}
+    assert sum(task["private_numbers"] for task in found["tasks"]) == found["footprint"]["private_numbers"] == 0
+    assert (found["modules"], found["full_modules"]) == (2, 0)
+    assert found["footprint"]["stored_bytes"] > found["footprint"]["basis_numbers"] * 4
+    assert site.client.ask(ShowCapacity(version=0))["tasks"] == []
 
 
 def test_scores_are_a_matrix_of_versions_and_tasks(site: Site) -> None:
@@ -311,6 +323,7 @@ WRONG: list[tuple[ServiceRequest[Any] | StoreRequest[Any], type[OnebasisError]]]
     (PreviewRollback(version=99), NotFound),
     (Rollback(version=99), NotFound),
     (ShowScores(version=99), NotFound),
+    (ShowCapacity(version=99), NotFound),
     (ShowTask(reference="red/nobody"), NotFound),
     (ShowTask(reference="no?such#task %41"), NotFound),
     (ShowTask(reference="../status"), NotFound),
@@ -419,6 +432,7 @@ def offline(site: Site, tmp_path: Path) -> Client:
         ShowVersion(version=2),
         Diff(old=1, new=2),
         ShowScores(),
+        ShowCapacity(),
         ReadLog(reference="red/alpha"),
         PreviewRollback(version=1),
         Export(reference="blue/beta"),

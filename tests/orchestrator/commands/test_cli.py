@@ -51,7 +51,7 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 def test_the_commands_are_these() -> None:
     running = {"up", "down", "status"}
     of_tasks = {"submit", "import", "tasks", "task", "cancel", "preempt", "logs"}
-    of_versions = {"versions", "version", "diff", "rollback", "export", "scores"}
+    of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
     assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
 
 
@@ -80,6 +80,7 @@ def test_every_command_has_help_with_a_sentence_and_its_options(command: str) ->
         (["versions"], ["red/alpha", "blue/beta", "← main"]),
         (["version", "2"], ["red/alpha", "v1", "0.9000", "as separate LoRAs", "merge gap"]),
         (["diff", "1", "2"], ["+ blue/beta", "red/alpha"]),
+        (["capacity"], ["What the tasks of version 2 store", "red/alpha", "separate LoRAs", "in the store"]),
         (["scores"], ["version 1", "version 2", "0.9000", "BWT", "n = 1 task)"]),
         (["rollback", "1", "--preview"], ["main would move from version 2 to version 1", "blue/beta vanishes"]),
     ],

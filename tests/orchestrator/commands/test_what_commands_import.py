@@ -13,7 +13,17 @@ import yaml
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
 
-READING = ("tasks", "task red/alpha", "scores", "versions", "version 2", "diff 1 2", "status", "rollback 1 --preview")
+READING = (
+    "tasks",
+    "task red/alpha",
+    "scores",
+    "capacity",
+    "versions",
+    "version 2",
+    "diff 1 2",
+    "status",
+    "rollback 1 --preview",
+)
 HEAVY = {"torch", "ray", "transformers", "peft", "scipy", "sklearn", "matplotlib", "mlflow", "boto3", "datasets"}
 CODE = """
 import json, sys
