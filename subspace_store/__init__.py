@@ -97,7 +97,7 @@ _HOMES = {
     "digest": "subspace_store.digests",
     "open_storage": "subspace_store.storage.opening",
 }
-"""Which file each name is in. It is imported when somebody asks: most of what reads a log needs no torch."""
+"""Name to the file that defines it. A file is imported at the first use of a name: reading a log needs no torch."""
 
 
 def __getattr__(name: str) -> Any:

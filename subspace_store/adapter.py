@@ -22,7 +22,7 @@ from configs.errors import Corrupt, InvalidInput
 FORMAT = "onebasis-adapter-1"
 
 LARGEST = 1e8
-"""Largest absolute value in an update: later merges multiply four such numbers in float32, whose largest is 3e38."""
+"""Largest absolute value in an update: later merges multiply four such numbers in float32, which ends at 3e38."""
 
 UNIT_TOLERANCE = 1e-2
 """Largest deviation of a singular vector's length from 1. Float32 rounding leaves 1e-6; vectors that are far off would
@@ -39,9 +39,9 @@ class ModuleUpdate:
     sigma_R: Tensor
     v_DR: Tensor
     gauge_out_RR: Tensor | None = None
-    """Uᵀ·(scale·B) of the factors it came from; None when they are not known."""
+    """The matrix Uᵀ·(scale·B), from the factors B and A that the update was made of; None if they are not known."""
     gauge_in_RR: Tensor | None = None
-    """A·V of the same factors."""
+    """The matrix A·V of the same factors."""
 
     @property
     def rank(self) -> int:
@@ -62,7 +62,7 @@ class ModuleUpdate:
         return (self.u_NR.double() * self.sigma_R.double()) @ self.v_DR.double().T
 
     def raw(self) -> tuple[Tensor, Tensor]:
-        """The factors as they were trained: scale·B (N×R) and A (R×D), float64, to float32 rounding.
+        """The factors as they were trained: scale·B (N×R) and A (R×D), float64, exact to float32 rounding.
 
         Raises:
             InvalidInput: The update came without its gauge: it was reconstructed, or written before gauges were kept.
@@ -81,7 +81,7 @@ class Adapter:
         base_sha256: sha256 of that model's weights file; empty when unknown.
         modules: Full module name in the base model (`bert.encoder.layer.0.attention.self.query`) to its update.
         head: Full parameter name (`classifier.weight`) to the task's own weights, kept outside the subspace.
-        info: Facts for people and for export: start of A, task type, label names. Values are strings.
+        info: Facts for people and for export: how A was initialised, task type, label names. Values are strings.
     """
 
     base_model: str
@@ -92,7 +92,7 @@ class Adapter:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The label of each output, in order; empty: it has no outputs, or they are not known."""
+        """The label of each output, in order; empty if the adapter has no outputs or their labels are not known."""
         return tuple(json.loads(self.info.get("label_names") or "[]"))
 
     @property
@@ -126,11 +126,11 @@ def canonical_update(b_NR: Tensor, a_RD: Tensor, scale: float) -> ModuleUpdate:
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Refuse what cannot be merged.
+    """Refuse an adapter that cannot be merged.
 
     Raises:
-        InvalidInput: No modules, names that no file could hold, shapes that do not fit, other than float32, NaN,
-            infinity or numbers above `LARGEST`, what is no thin SVD; names the module or parameter.
+        InvalidInput: No modules, names that no file could hold, shapes that do not fit, a type other than float32, NaN,
+            infinity or numbers above `LARGEST`, factors that are no thin SVD; the error names the module or parameter.
     """
     _check_writable(adapter)
     if not adapter.modules:
@@ -158,7 +158,7 @@ def check_adapter(adapter: Adapter) -> None:
         if bool((update.sigma_R < 0).any()):
             raise InvalidInput("has negative singular values", name, "make it with `canonical_update`")
         for factor in (update.u_NR, update.v_DR):
-            # Directions of no weight may be anything; those of others carry none of it.
+            # A vector with σ = 0 may have any length: it adds nothing to ΔW.
             lengths_R = torch.linalg.vector_norm(factor.double(), dim=0)[update.sigma_R > 0]
             if bool(((lengths_R - 1).abs() > UNIT_TOLERANCE).any()):
                 raise InvalidInput("has singular vectors not of length 1", name, "make it with `canonical_update`")
@@ -186,7 +186,7 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
     """Read what `adapter_to_bytes` wrote, and check it.
 
     Args:
-        head_only: It is what is kept of an adapter that was let go: head and facts, no modules.
+        head_only: Whether the bytes are what is kept of an adapter that was given up: head and facts, no modules.
 
     Raises:
         Corrupt: The bytes are no safetensors file or no adapter.

@@ -1,6 +1,6 @@
-"""Whether a place for versions keeps the promises that the store builds on, tried out on scratch objects.
+"""Tests with scratch objects whether a bucket or folder keeps the promises that a store depends on.
 
-Nothing of a store is read or changed here (that is verify.py): it is for a bucket or folder before it is trusted, and
+Nothing of a store is read or changed here (verify.py checks stores). Run it before a bucket or folder is trusted, and
 after its server was upgraded.
 """
 
@@ -24,16 +24,16 @@ from subspace_store.storage.protocol import Storage
 T = TypeVar("T")
 
 RIVALS = 8
-"""Creates of one name at once; s3rver lets all of eight win."""
+"""Number of creates of one name at the same time; s3rver lets all eight win."""
 
 RACES = 5
-"""A server that checks and then writes is caught by one race in a few."""
+"""Number of races: a server that checks first and writes afterwards fails only one race in a few."""
 
 STREAM_BYTES = 17 * 2**20
-"""More than S3 clients send or read in one piece."""
+"""Size of the streamed object: more than S3 clients send or read in one piece."""
 
 TIMED = 5
-"""Requests whose median time is reported."""
+"""Number of requests whose median time is reported."""
 
 STALE = "keep no subspace here: what was committed could be overlooked; check caches and replicas before the server"
 DAMAGED = "keep no subspace here: bytes come back changed; check disks, proxies and the server's version"
@@ -42,14 +42,14 @@ KEEPS = "what is not needed any more stays and costs space; check the permission
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, tried out."""
+    """One promise, and whether it was kept."""
 
     name: str
     ok: bool
     what: str
-    """What was seen: a measurement, or how the promise was broken."""
+    """The observation: a measurement, or how the promise was broken."""
     todo: str
-    """What to do about it; empty if it was kept."""
+    """Advice what to do if the promise was broken; empty if it was kept."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _tried(name: str, check: Callable[[_Scratch], str], todo: str, scratch: _Scr
     try:
         return Check(name, True, check(scratch), "")
     except OnebasisError as error:
-        # An unsafe storage is about the whole place, which needs no name.
+        # UnsafeStorage is about the whole place, whose address need not be repeated.
         return Check(name, False, error.what if isinstance(error, UnsafeStorage) else error.sentence, todo)
 
 
@@ -166,7 +166,7 @@ def _stream(scratch: _Scratch) -> str:
     stored = storage.read(key)
     speeds = [STREAM_BYTES / 2**20 / seconds for seconds in (written - begun, time.perf_counter() - written)]
     same = hashlib.sha256(stored).digest() == hashlib.sha256(head + body).digest()
-    _expect(same, f"of {len(head + body)} bytes that were written in parts, {len(stored)} others came back")
+    _expect(same, f"{len(head + body)} bytes were written in parts, and {len(stored)} different bytes came back")
     return f"{STREAM_BYTES // 2**20} MiB come back as written; {speeds[0]:.0f} MiB/s up, {speeds[1]:.0f} MiB/s down"
 
 
@@ -188,7 +188,7 @@ def _deletion(scratch: _Scratch) -> str:
         raise Corrupt("a deleted object can still be read")
     _expect(not storage.keys(key), "a deleted object is still listed")
     _expect(storage.create(key, b"new"), "the name of a deleted object cannot be used again")
-    return "it is final, and absent is fine"
+    return "it is final, and deleting an absent object is no error"
 
 
 CHECKS: tuple[tuple[str, Callable[[_Scratch], str], str], ...] = (

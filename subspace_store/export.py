@@ -1,12 +1,12 @@
 """Tasks of a version as folders that PEFT loads and, where they can, vLLM and LoRAX; or as files of diffusers.
 
-One folder per task and version, `<team>+<task>@v<N>`, and beside them `adapters.json`, the list of all of them. A name
-never comes to mean other content: a folder that is there is left alone if it is this task of this version, and refused
-if not. Folders appear whole (a killed export leaves at most a `.partial-…`, which may be deleted). Nothing is read
-from the network here, and no model is loaded.
+One folder per task and version, `<team>+<task>@v<N>`, and beside them `adapters.json`, the list of all of them. The
+content under a name never changes: a folder that exists is left alone if it holds this task of this version, and
+refused if not. Folders appear whole (a killed export leaves at most a `.partial-…`, which may be deleted). Nothing is
+read from the network here, and no model is loaded.
 
-Who loads which is in loaders.py, and with every export: a task with a head of its own, as every classifier has, is for
-PEFT alone. Servers take one alpha/r for all modules, which is why every export has one rank and scale 1.
+Which programs load an export is in loaders.py, and noted in every export: a task with a head of its own, as every
+classifier has, is for PEFT alone. Servers take one alpha/r for all modules: so every export has one rank and scale 1.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class Exported:
     """One task of one version as a folder. Written as `onebasis.json` into it.
 
     Args:
-        name: The folder's own name, which servers call the adapter by.
+        name: Name of the folder, and of the adapter in servers.
         task: `team/task`.
         version: The version it was read from.
-        base_model: What others load the base model from.
-        sources: sha256 of the adapter as delivered and of the version's basis: what the content follows from.
+        base_model: Source from which others load the base model.
+        sources: sha256 of the adapter as delivered and of the version's basis, which determine the content.
         format: `peft` or `diffusers`.
-        rank: Of every module.
-        has_head: Whether it brings a head of its own.
-        files: File to its sha256.
-        refused_by: Loader to why it does not load this, or not all of it: see loaders.py.
+        rank: Rank of every module.
+        has_head: Whether it has a head of its own.
+        files: Name of each file to its sha256.
+        refused_by: Loader to the reason why it does not load this, or not all of it: see loaders.py.
         label_names: The label of each output, in order; empty where it has none or they are not known.
-        base_sha256: Of the base model's weights; empty where it is not known.
+        base_sha256: sha256 of the base model's weights; empty where it is not known.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Exported:
         return tuple(loader for loader in LOADERS if loader not in self.refused_by)
 
     def as_facts(self) -> dict[str, Any]:
-        """As plain values, for `onebasis.json`, `adapters.json` and `--json`."""
+        """These facts as plain values, for `onebasis.json`, `adapters.json` and `--json`."""
         return asdict(self) | {"loads_in": list(self.loads_in), "vllm_max_lora_rank": self._vllm_rank}
 
     @property
@@ -82,10 +82,10 @@ class Exported:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Exported:
-        """What `as_facts` wrote, or onebasis 0.3, which did not know yet who refuses what.
+        """The export with facts that `as_facts` wrote, or onebasis 0.3, which wrote no `refused_by`.
 
         Raises:
-            TypeError, KeyError: It did not.
+            TypeError, KeyError: The facts are not of this form.
         """
         values = {name: value for name, value in facts.items() if name not in ("loads_in", "vllm_max_lora_rank")}
         if "refused_by" not in values:
@@ -96,10 +96,10 @@ class Exported:
 
 
 def export_name(task: str, version: int) -> str:
-    """The one path part that a task at a version is exported as, `team+task@v3`.
+    """The name of the folder that a task of a version is exported to, `team+task@v3`.
 
-    `+` and `@` stand in no name of a team or task (`__` might), and any other sign but letters, digits and `_.-~` is
-    written as %XX, so two tasks never share a name. vLLM's `name=path` and a shell take it as it is.
+    No name of a team or task has a `+` or `@` in it (`__` is possible), and any character but letters, digits and
+    `_.-~` is written as %XX, so two tasks never share a name. vLLM's `name=path` and a shell need no quotes around it.
     """
     return "+".join(quote(part, safe="") for part in task.split("/")) + f"@v{version}"
 
@@ -123,10 +123,10 @@ def export_tasks(
         folder: Made if absent.
         version: Default `main`.
         tasks: Ids or names (`team/task`); default all.
-        base_source: What servers load the base model from: a hub id or a folder.
+        base_source: Source from which servers load the base model: a hub id or a folder.
 
     Returns:
-        The exported tasks, oldest first, those that were there already included.
+        The exported tasks, oldest first, including those that were there already.
 
     Raises:
         NotFound: No such version, or a task that it does not hold.
@@ -209,7 +209,7 @@ def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask,
 
 
 def _already_there(place: Path, known: dict[str, Any]) -> Exported:
-    """What an earlier export wrote, if it is what this one would write and nobody touched it since."""
+    """The result of an earlier export, if it is what this one would write and nobody has changed it since."""
     try:
         facts = json.loads((place / FACTS_FILE).read_text(encoding="utf-8"))
         is_same = {key: facts[key] for key in known} == known
@@ -224,7 +224,7 @@ def _already_there(place: Path, known: dict[str, Any]) -> Exported:
 
 
 def _write_index(folder: Path) -> None:
-    """Made from the folders alone, so that the next export mends what an interrupted one left."""
+    """Write `adapters.json` from the folders alone, so that the next export repairs what an interrupted one left."""
     entries = []
     for path in sorted(folder.glob(f"[!.]*/{FACTS_FILE}")):
         try:
@@ -244,7 +244,7 @@ def _json(value: object) -> str:
 
 
 def _flush(*paths: Path) -> None:
-    """Have these on the disk before a name points to them."""
+    """Flush files and folders to the disk, before a name points to them."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -42,7 +42,7 @@ def forecast(
     adapters: Mapping[str, Adapter],
     settings: SubspaceSettings,
 ) -> Forecast:
-    """What merging these adapters with `write_version` would do.
+    """The effect that merging these adapters with `write_version` would have.
 
     Args:
         adapters: Id to adapter, with shapes that fit.
@@ -83,7 +83,7 @@ def forecast(
 
 
 def spanned_energy(basis: ModuleBasis, update: ModuleUpdate) -> float:
-    """‖P·Pᵀ·ΔW·Q·Qᵀ‖²_F: what a basis keeps of an update without a new direction."""
+    """‖P·Pᵀ·ΔW·Q·Qᵀ‖²_F: the energy of an update that a basis holds without a new direction."""
     e_KR = orthonormalise(basis.p_NK).T @ (update.u_NR.double() * update.sigma_R.double())
     f_KR = orthonormalise(basis.q_DK).T @ update.v_DR.double()
     return float(((e_KR.T @ e_KR) * (f_KR.T @ f_KR)).sum())

@@ -66,7 +66,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Draft:
-    """A version that is to be written: where to, after which version, and with which adapters."""
+    """A version that is to be written: its storage, its parent and its adapters."""
 
     storage: Storage
     epoch: int
@@ -142,7 +142,7 @@ def write_version(draft: Draft) -> Written:
     merging = _Merging(draft)
     basis = merging.write_basis()
 
-    # Side by side: each file waits for the storage twice, to be written and read back, and the processor is free.
+    # In threads: each file waits for the storage twice, to be written and read back, and leaves the processor free.
     jobs: list[Callable[[], Any]] = [
         partial(blobs.write_transports, storage, epoch, merging.transports),
         partial(blobs.write_coefficients, storage, epoch, merging.arrived),
@@ -158,7 +158,7 @@ def write_version(draft: Draft) -> Written:
     if _snapshot_is_due(state.lineage(draft.parent), transport, merging):
         settled = {name: tasks.settled.rounded() for name, tasks in merging.tasks.items() if tasks.task_ids}
         snapshot = blobs.write_coefficients(storage, epoch, settled)
-        # From here on a reader starts from the rounded ones, so the writer does as well.
+        # From here on a reader starts from the rounded coefficients, so the writer does as well.
         merging.tasks |= {name: ModuleTasks.of(block) for name, block in settled.items()}
     drift = merging.tally.drift
     version = Version(

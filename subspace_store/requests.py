@@ -1,8 +1,7 @@
-"""What may be asked of a subspace's one writer: one frozen record for each request.
+"""The requests to a subspace's one writer: one frozen record for each.
 
-The same object is what a command hands over, what travels over HTTP and Ray, and what the writer carries out. A
-request's `on` names the method of the store that does it. Nothing of a writer's own is in here: the time, for instance,
-is the writer's.
+A command makes the object, HTTP and Ray carry it, and the writer carries it out. A request's `on` calls the method of
+the store that does it. A request holds nothing that the writer itself knows, such as the time.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ Answer = TypeVar("Answer")
 
 
 class StoreRequest(Request, Generic[Answer]):
-    """Asked of the writer until it is answered."""
+    """A request to the writer, which may be repeated until it is answered."""
 
     operation: ClassVar[str]
-    """What it is called, in routes, commands and keys."""
+    """Name of the operation in routes, commands and keys."""
     actor: Line = "somebody"
     """Person or part of the service that asks; kept in the log."""
     op_key: Line = ""
-    """Name of this request, beginning with the operation: asked again under it, it is done once."""
+    """Key of this request, beginning with the operation: a request that is repeated under its key is done once."""
 
     @model_validator(mode="after")
     def _key_names_no_other_request(self) -> StoreRequest[Answer]:
@@ -50,10 +49,10 @@ class StoreRequest(Request, Generic[Answer]):
 
     @contextlib.contextmanager
     def told_with_its_key(self) -> Iterator[None]:
-        """While it is asked: what leaves its outcome unknown says under which key to ask again.
+        """A context to send the request in: an error that leaves the outcome unknown names the key to ask again under.
 
         Raises:
-            OutcomeUnknown: Instead of any other `Unavailable` that does not say that it has failed.
+            OutcomeUnknown: Instead of any other `Unavailable` that does not say that the request has failed.
         """
         try:
             yield
@@ -64,7 +63,7 @@ class StoreRequest(Request, Generic[Answer]):
             raise outcome_unknown(what, self.op_key, error.where) from error
 
     def on(self, store: SubspaceStore) -> Answer:
-        """Carry it out."""
+        """Carry the request out."""
         raise NotImplementedError
 
 
@@ -79,7 +78,7 @@ class Merge(StoreRequest["Version"]):
 
 
 class Refine(StoreRequest["Version"]):
-    """Put refined adapters in the place of tasks that the candidate holds."""
+    """Replace the adapters of tasks that the candidate holds by refined ones."""
 
     operation = "refine"
     adapters: tuple[StagedAdapter, ...]
@@ -116,9 +115,9 @@ class Reject(StoreRequest[None]):
     version: VersionNumber
     reason: Text
     task_ids: tuple[TaskId, ...] = ()
-    """Tasks whose scores broke a rule of the gate."""
+    """Ids of the tasks whose scores broke a rule of the gate."""
     codes: tuple[Line, ...] = ()
-    """Rules that were broken, for programs."""
+    """Codes of the rules that were broken, for programs."""
 
     def on(self, store: SubspaceStore) -> None:
         store.reject(
@@ -138,7 +137,7 @@ class Rollback(StoreRequest["RollbackPreview"]):
     version: VersionNumber
     reason: Line = ""
     hold: bool = False
-    """Keep `main` there as well."""
+    """Whether to keep `main` there as well."""
 
     def on(self, store: SubspaceStore) -> RollbackPreview:
         return store.rollback(self.version, op_key=self.op_key, actor=self.actor, reason=self.reason, hold=self.hold)
@@ -196,13 +195,13 @@ class Unquarantine(StoreRequest[None]):
 
 
 class Pin(StoreRequest[None]):
-    """Keep a version from expiring; the same owner again moves the end."""
+    """Keep a version from expiring; a second pin of the same owner moves the end."""
 
     operation = "pin"
     version: VersionNumber
     owner: Line
     until: Moment | None = None
-    """Unix seconds; None: until it is unpinned."""
+    """End of the pin, in Unix seconds; None: until it is unpinned."""
 
     def on(self, store: SubspaceStore) -> None:
         store.pin(self.version, self.owner, self.until, op_key=self.op_key, actor=self.actor)
@@ -230,7 +229,7 @@ class Expire(StoreRequest[None]):
 
 
 class DropAdapters(StoreRequest[None]):
-    """Let go of adapters as they were delivered."""
+    """Give up tasks' adapters as they were delivered, for ever."""
 
     operation = "drop-adapters"
     task_ids: tuple[TaskId, ...]
@@ -246,7 +245,7 @@ class Remove(StoreRequest["Version | None"]):
     task_id: Line
     reason: Line = ""
     publish: bool = False
-    """Move `main` as well."""
+    """Whether to move `main` as well."""
 
     def on(self, store: SubspaceStore) -> Version | None:
         return store.remove(

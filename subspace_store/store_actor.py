@@ -1,12 +1,12 @@
 """The one writer of a subspace as a Ray actor. Options and forwarding only; everything happens in SubspaceStore.
 
-Only what writes is here: a reader opens a SubspaceStore of its own and needs no actor.
+Only writing goes through here: a reader opens a SubspaceReader of its own and needs no actor.
 
-A store that is there is opened at once. A new one is made when a worker has loaded the base model and checked its
-weights (`open`): what is written then says for ever which base model it belongs to.
+An existing store is opened at once. A new one is made when a worker has loaded the base model and checked its
+weights (`open`): the store then names, for ever, the base model that it belongs to.
 
 A restart runs the constructor again, which opens the subspace with the next epoch and fences what may be left of
-the process before. Ray never repeats a call by itself: a caller who got no answer asks again with the same op_key.
+the previous process. Ray never repeats a call by itself: a caller that got no answer asks again with the same op_key.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class StoreActor:
         self._place, self._subspace, self._base = open_storage(storage, folder), subspace, base
         self._service = service
         self._store: SubspaceStore | None = None
-        # What is wrong is raised, as itself, by the first request: of an actor whose constructor fails nobody is told.
+        # The first request raises what is wrong: an error in an actor's constructor does not reach a caller as itself.
         with contextlib.suppress(OnebasisError):
             self._opened()
 
     def open(self, base_sha256: str) -> None:
-        """Open the store, or make it: a worker has loaded the base model, and these are its weights.
+        """Open the store, or make it. Called when a worker has loaded the base model and checked its weights.
 
         Raises: As `SubspaceStore.open`.
         """
@@ -64,7 +64,7 @@ class StoreActor:
         return os.getpid()
 
     def release(self) -> None:
-        """The service ends: the store is anybody's."""
+        """Give the store up when the service ends: any service may have it then."""
         if read_format(self._place) is not None:
             self._opened().release_ownership(self._service, actor=self._service.name)
 
@@ -100,13 +100,13 @@ def store_actor(
     """The running store actor of this name, or a new one.
 
     Args:
-        name: Ray's name for it; one per subspace.
+        name: Ray's name for the actor; one per subspace.
         storage, folder: As for `open_storage`.
         subspace, base, service: As for `SubspaceStore.open`; the store belongs to the service then.
         options: More of Ray's actor options, such as `namespace`.
 
     Returns:
-        Ray's handle. What kept it from opening (a folder of another base model, another service's) is raised by `do`.
+        Ray's handle. If the store cannot be opened (it belongs to another base model or service), `do` raises why.
     """
     return StoreActor.options(  # type: ignore[attr-defined]
         name=name,

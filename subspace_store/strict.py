@@ -40,12 +40,12 @@ def as_text(words: str) -> str:
 
 
 def as_escaped_text(words: str) -> str:
-    """As `as_text`; what is no plain text is shown as an escape: \\x1b, \\ud800."""
+    """As `as_text`, but characters that are not plain text become escapes: \\x1b, \\ud800."""
     return escaped(_cut(words, TEXT_MAX))
 
 
 def as_line(words: str) -> str:
-    """The beginning of a reason, as long as a `Line` may be: before release 0.4 one could have any length."""
+    """The beginning of a reason, as long as a `Line` may be: before release 0.4 a reason could have any length."""
     return _cut(words, LINE_MAX)
 
 
@@ -125,5 +125,5 @@ def _told(error: ValidationError, method: Callable[..., Any]) -> InvalidInput:
 def _shown(value: Any) -> str:
     try:
         return f"{value!r:.80}"
-    except Exception:  # what a stranger handed over may not even be able to say what it is
+    except Exception:  # the __repr__ of a foreign object may fail
         return type(value).__name__

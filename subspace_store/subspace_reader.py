@@ -117,8 +117,8 @@ class Footprint:
 
     @property
     def ratio_coefficients_only(self) -> float:
-        """Size of separate LoRAs divided by that of the coefficients alone. It flatters: never show it without the
-        other."""
+        """Size of separate LoRAs divided by that of the coefficients alone. It is too favourable to stand alone: always
+        show `ratio_with_basis` beside it."""
         return self.separate_numbers / self.coefficient_numbers if self.coefficient_numbers else math.nan
 
 
@@ -312,7 +312,7 @@ class SubspaceReader:
         old_ranks, new_ranks = self.ranks(old), self.ranks(new)
         with self._reading(old), self._reading(new):
             overlaps = {name: self._overlap(old, new, name) for name in sorted(old_ranks) if name in new_ranks}
-        # The same task merged twice is two births: only the same birth can drift.
+        # A task that was merged twice has two births; drift is measured from one birth alone.
         same = {task for task, merged in old_tasks.items() if new_tasks.get(task) == merged}
         common = max({v.number for v in state.lineage(old)} & {v.number for v in state.lineage(new)}, default=0)
         return VersionDiff(
@@ -429,7 +429,7 @@ class SubspaceReader:
             ("base model", adapter.base_model, self.base_model),
             ("base model's sha256", adapter.base_sha256, self.base_sha256),
         ):
-            # A name is always known to an adapter; a digest may be unknown to either.
+            # An adapter always has its base model's name; the digest may be unknown to it or to the subspace.
             if ours and theirs != ours and (theirs or what == "base model"):
                 raise InvalidInput(
                     f"the {what} is {theirs!r}, this subspace has {ours!r}", todo="train on this subspace's base model"
@@ -485,7 +485,7 @@ class SubspaceReader:
             try:
                 return adapter_from_bytes(blobs.read_blob(self.storage, task.adapter), f"{self.storage.url}/{key}")
             except Corrupt:
-                # Gone is no damage if it was let go and collected since this state was read.
+                # A missing object is no damage if it was given up and collected since this state was read.
                 if key not in self.refresh().heads:
                     raise
         raise NotFound(

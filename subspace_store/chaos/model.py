@@ -4,14 +4,14 @@ It shares no code with the store. It is told of every effect on the disk and of 
 raises Violation at the first that breaks a promise:
 
 * acknowledged: a request that was answered stands in the log once, with that version and those tasks;
-* asked for: nothing is done later by itself: a request is done while it is asked for, or by a write that was on its way
-  when its outcome was told as unknown, and one that was told as failed only if it is asked for again;
+* asked for: nothing is done later by itself. A request is done while a writer is asked for it, or by a write that was
+  on its way when its outcome was reported as unknown; one that was reported as failed only if it is asked for again;
 * immutable: no record and no blob is ever written over; a version reads the same to everybody, for ever, and its tasks
   are those that were delivered, or refined since;
 * fenced: only the writer that took the newest epoch adds records, and each follows from the state before it;
-* reachable: what a version that lives needs is there whenever it lives;
-* collected: after a last collection nothing else is;
-* no false alarm: nobody is told that the store is damaged, for nothing here damages it (chaos.py lets `Corrupt` pass as
+* reachable: every object that a live version needs exists as long as the version lives;
+* collected: after a last collection no other object exists;
+* no false alarm: the store never reports damage, because nothing here damages it (in simulation.py `Corrupt` counts as
   a violation).
 """
 
@@ -42,11 +42,11 @@ class Model:
         self.present: Callable[[], Set[str]] = set
         """The keys on the disk."""
         self.lands_late: Callable[[], bool] = lambda: False
-        """Whether the effect on the disk is of a write that nobody waits for any more."""
+        """Whether the present effect on the disk is of a write that nobody waits for any more."""
         self.in_work: Counter[str] = Counter()
-        """op_key to how many writers are asked for it now."""
+        """op_key to the number of writers that are asked for it now."""
         self.failed: set[str] = set()
-        """op_key of every request that was told as failed, and not asked for again."""
+        """op_key of every request that was reported as failed, and not asked for again."""
         self.seq = 0
         self.head_sha256 = ""
         self.epoch = 0
@@ -64,7 +64,7 @@ class Model:
         self.quarantined: set[str] = set()
         self.expired: set[int] = set()
         self.heads: dict[str, str] = {}
-        """Key of an adapter that was let go to the key of its head."""
+        """Key of an adapter that was given up to the key of its head."""
         self.asked: dict[str, tuple[str, ...]] = {}
         """op_key of every merge that was asked for to its tasks."""
         self.delivered: dict[str, Mapping[str, Tensor]] = {}
@@ -103,12 +103,12 @@ class Model:
     # What the store is asked, and answered
 
     def begun(self, op_key: str) -> None:
-        """A writer is asked for it."""
+        """A writer is asked for a request."""
         self.failed.discard(op_key)
         self.in_work[op_key] += 1
 
     def ended(self, op_key: str) -> None:
-        """It is not asked any more, whatever it answered."""
+        """A writer is no longer asked for a request, whatever it answered."""
         self.in_work[op_key] -= 1
 
     def not_written(self, op_key: str) -> None:
@@ -120,7 +120,7 @@ class Model:
         """The store said that a request is done.
 
         Args:
-            holds: Whether what was asked for is so, for a request that needs no record if it is so already.
+            holds: Whether the state is as the request wants it; if it was so before, the request needs no record.
         """
         if op_key in self.done:
             self._must(self.done[op_key] == version, f"acknowledged: {op_key} made {self.done[op_key]}, not {version}")
@@ -139,12 +139,12 @@ class Model:
             self._must(bool(self.quarantined), f"acknowledged: {op_key} is refused: {why}")
 
     def observed(self, seq: int, state: Mapping[str, object]) -> None:
-        """Somebody has folded the log up to a record."""
+        """A reader or writer has folded the log up to a record."""
         if self.states[seq] != state:
             raise Violation(f"immutable: record {seq} leads to {self.states[seq]}, somebody folded {state}")
 
     def read(self, version: int, updates: Updates) -> None:
-        """Somebody read a whole version."""
+        """A reader or writer has read a whole version."""
         tasks = {*self._tasks_at(version)}
         self._must(updates.keys() == tasks, f"version {version} has the tasks {tasks}, somebody read {set(updates)}")
         first = self.seen.setdefault(version, updates)
@@ -197,7 +197,7 @@ class Model:
         return keys | {ref["key"] for ref in refs}
 
     def is_dropped(self, task: str) -> bool:
-        """Whether no version keeps the task's adapter as it was delivered, beside those that failed the gate."""
+        """Whether no version, except those that failed the gate, keeps the task's adapter as it was delivered."""
         lines = [before for number in self.alive() if number not in self.rejected for before in self.lineage(number)]
         keys = {key for before in lines for name, key in self._adapters(before).items() if name == task}
         return keys <= self.heads.keys()
@@ -283,7 +283,7 @@ class Model:
             "expired": {*self.expired},
         }
 
-    # Operations: each judges its record, and does what it says. A merge gives its version.
+    # Operations: each checks its record and applies it. A merge returns its version's number.
 
     def _merge(self, body: Plain, what: str) -> int:
         version = body["version"]
@@ -299,7 +299,7 @@ class Model:
             self._must(set(tasks) == others, f"acknowledged: {what} has {tasks} instead of {others}")
         else:
             self._must(version["parent"] == self.refs["candidate"], f"{what} is not on the candidate")
-        # Made again, a task is what it is on the candidate now; merged anew, what was delivered.
+        # A task that is made again is as it is on the candidate now; one that is merged is as it was delivered.
         known = self.expected[self.refs["candidate"]] if version["remakes"] else self.delivered
         self.expected[number] = self.expected[version["parent"]] | {task: known[task] for task in self._added(version)}
         gone = self.needed() - self.present()

@@ -35,7 +35,7 @@ ACTOR = "chaos"
 NAMES = ("ann", "bob", "cy")
 """Names of tags and of owners of pins: few, so that requests collide."""
 PIN_SECONDS = 600
-"""Longest pin that ends. A storage call takes a second of the simulated clock."""
+"""Longest pin that ends, in seconds of the simulated clock; a storage call takes one."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Requests:
 
     Args:
         random: Random numbers of the seed.
-        model: Is told what will be merged, and says what is done already.
+        model: Model that records what will be merged, and knows what is done already.
         now: The simulated clock.
     """
 
@@ -246,7 +246,7 @@ class Requests:
     def _request(
         self, kind: str, version: int | None, ask: Callable[..., Any], holds: Callable[[], bool] = lambda: False
     ) -> Request:
-        """A request about a version that exists, 0 if it is about none; None if asking tells which it made."""
+        """A request about an existing version; 0 if it is about none; None if the answer is the version it made."""
         op_key = f"{kind}-{self._next(kind)}"
 
         def answer(store: SubspaceStore) -> int:

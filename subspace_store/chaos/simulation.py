@@ -6,14 +6,14 @@ assert run.violation is None, "\n".join(run.trace)
 ```
 
 One run: up to three machines open the same subspace for writing, again and again, and fence each other. Each carries
-out requests, mostly merges, and repeats a request until it is answered, also one that another machine began. One more
+out requests, mostly merges, and repeats a request until it is answered, even if another machine began it. One more
 machine only reads; another one is a second thread in the processes of the others and collects garbage. At the end
-nothing fails any more: one last writer carries out all open requests and collects, and a reader reads every live
+there are no more faults: a last writer carries out all open requests and collects, and a reader reads every live
 version. world.py decides which machine runs and what fails at each storage call (storage.py), requests.py makes the
 requests, model.py says what must hold.
 
-What is not simulated: bytes that rot, a storage that breaks its two promises (create-if-absent; a list shows what was
-written), and threads that meet between two storage calls.
+Not simulated are damaged bytes, a storage that breaks its two promises (create-if-absent; a list shows what was
+written), and threads that interleave between two storage calls.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ REST_STEPS = 60
 
 @dataclass(frozen=True)
 class Run:
-    """What one seed did.
+    """The result of one seed.
 
     Args:
-        seed: Gives the same run again.
+        seed: Seed of the run; it gives the same run again.
         violation: The promise that was not kept; None if all were.
         counts: Kind of event to how often it happened; faults by their names.
         trace: What happened, in order: one line for each storage call.
@@ -72,11 +72,11 @@ class Run:
 
 @dataclass
 class ChaosReport:
-    """What several seeds did together.
+    """The results of several seeds together.
 
     Args:
-        faults: Kind to how often it happened.
-        events: What the store did to how often; so that a reader sees that something was tried.
+        faults: Kind of fault to how often it happened.
+        events: Kind of event in the store to how often it happened; shows that operations were really tried.
         violations: Seed to the promise that was not kept.
         trace_sha256: Digest of all traces, in order.
     """
@@ -88,7 +88,7 @@ class ChaosReport:
     trace_sha256: str = ""
 
     def add(self, run: Run) -> None:
-        """One more."""
+        """Add a run."""
         self.runs += 1
         for what, count in run.counts.items():
             (self.faults if what in FAULTS else self.events)[what] += count
@@ -98,10 +98,10 @@ class ChaosReport:
 
 
 def simulate(seed: int) -> Run:
-    """Run one seed. Takes the whole process: see `World.simulated`.
+    """Run one seed. Needs the whole process for itself: see `World.simulated`.
 
     Cost:
-        Some 20 ms.
+        About 20 ms.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def simulate(seed: int) -> Run:
 
 
 def simulate_many(seeds: Sequence[int], jobs: int) -> Iterator[Run]:
-    """Run seeds in `jobs` processes, in the order of the seeds. Runs that kept every promise come without trace."""
+    """Run seeds in `jobs` processes, in the order of the seeds. Runs without a violation come without a trace."""
     if jobs == 1:
         yield from map(_briefly, seeds)
         return
@@ -188,7 +188,7 @@ class _Simulation:
         self.writing -= 1
 
     def _serve(self, process: _Process) -> None:
-        """Act until fenced, tired or out of work."""
+        """Act until the process is fenced, no actions are left, or, by chance, earlier."""
         while self.actions_left > 0 and self.random.random() < 0.95:
             self.actions_left -= 1
             if not self._guarded(process, functools.partial(self._act, process)):
@@ -223,7 +223,7 @@ class _Simulation:
                     self.world.note(machine.name, "died with its process")
 
     def _finish(self) -> None:
-        """Nothing fails any more: do what was left undone, collect, and read everything."""
+        """Without faults: carry out the requests that are left, collect, and read everything."""
         last = _Process("last", self._opened("last"))
         while self.waiting:
             self._ask(last, self.waiting[0])
@@ -237,7 +237,7 @@ class _Simulation:
     # Actions
 
     def _act(self, process: _Process) -> None:
-        """One thing that is asked of a writer: something new, or something that waits for an answer."""
+        """One action of a writer: something new, or a request that waits for an answer."""
         if self.waiting and self.random.random() < 0.5:
             self._ask(process, self.random.choice(self.waiting))
             return
@@ -280,7 +280,7 @@ class _Simulation:
         except Unavailable:
             self.world.counts["unavailable"] += 1
         except (Conflict, NotFound, InvalidInput) as error:
-            # A fenced writer acts on an old state: it may find gone what a newer one has let go.
+            # A fenced writer acts on an old state: what a newer writer gave up may be missing.
             if not self._fenced(process.name):
                 raise
             self.world.note(process.name, f"is fenced: {type(error).__name__}")

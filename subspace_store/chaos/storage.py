@@ -1,4 +1,4 @@
-"""The simulation's disk as one process sees it: every call is a turn, and may go wrong."""
+"""The simulation's disk as one process sees it: at every call the turn may pass on, and the call may fail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ChaosStorage:
     """The disk as one process sees it.
 
     Args:
-        process: Its name in the trace.
+        process: Name of the process in the trace.
     """
 
     def __init__(self, world: World, process: str) -> None:
@@ -103,7 +103,7 @@ class ChaosStorage:
         return result
 
     def _begin(self, what: str, kinds: tuple[str, ...]) -> str | None:
-        """Let others run, then say what goes wrong after the effect; what goes wrong before it happens here."""
+        """Let other machines run; raise a fault that comes before the effect, return one that comes after it."""
         if self.dead:
             raise Crash
         world, machine = self.world, self.world.running
@@ -111,7 +111,7 @@ class ChaosStorage:
         if machine is None:
             world.note(self.process, what)
             return None
-        # The commit point deserves more than its share: only there an outcome can be in doubt.
+        # More faults at the commit point: only there an outcome can be in doubt.
         fault = world.fault(kinds, COMMIT_TIMES if what.startswith("create log/") else 1)
         if fault == STALL:
             machine.sleeps_until = world.step + world.random.randint(1, STALL_STEPS)
@@ -135,7 +135,7 @@ class ChaosStorage:
 
 
 class _ChaosStream:
-    """Parts go nowhere until the head comes, as in every storage; a crash between them leaves nothing."""
+    """Parts are not stored before the head comes, as in every storage; a crash between them leaves nothing."""
 
     def __init__(self, storage: ChaosStorage, key: str, head_size: int) -> None:
         self.storage, self.key, self.head_size = storage, key, head_size

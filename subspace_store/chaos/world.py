@@ -3,8 +3,8 @@
 Every machine runs the real, blocking store code in a thread of its own, but only the one that holds the turn runs, and
 the turn moves only here, by the seed: at a storage call, or where a lock is taken by another thread. So a schedule is a
 sequence of random numbers: the same seed gives the same one. Inside `World.simulated` the store's modules also see this
-world's clock, names and locks, and their thread pools work in line. Nothing here knows what the store promises: that is
-model.py, which is told of every effect on the disk.
+world's clock, names and locks, and their thread pools make one call after another. Nothing here knows what the store
+promises: that is in model.py, which receives every effect on the disk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STALL = "stall"
 FULL = "no space for some calls"
 ON_READS = (CRASH_BEFORE, LOST_REQUEST, CUT, STALL)
 FAULTS = (*ON_READS, CRASH_AFTER, LOST_REPLY, LATE, CRASH_LATE, TWICE, FULL)
-"""All of them can happen to a write."""
+"""Kinds of faults. All of them can happen to a write."""
 
 RATES = (0.0, 0.005, 0.02, 0.05)
 """Faults per storage call; a seed draws one. Above 0.05 hardly any merge gets through."""
@@ -46,13 +46,13 @@ STICKINESS = (0.3, 0.7, 0.9)
 COMMIT_TIMES = 4
 STALL_STEPS = 200
 LATE_STEPS = 150
-"""Longest stall and delay: several merges of another machine fit in."""
+"""Longest stall and longest delay, in steps: several merges of another machine fit in."""
 CUT_CALLS = 30
-"""Longest cut in calls of one process: more than the log tries, so that it must leave an outcome unknown."""
+"""Longest cut, in calls of one process: more than the log's attempts, so that it must leave an outcome unknown."""
 FULL_CALLS = 30
 """Longest time without space, in writes of one process."""
 STEPS_MAX = 50_000
-"""Twenty times what the longest seeds take."""
+"""Most steps of a run: twenty times those of the longest seeds."""
 CONSTANTS = {"FIRST_WAIT_SECONDS": 0.0, "CHECKPOINT_EVERY": 8, "SNAPSHOT_EVERY": 3}
 """Constants that are smaller in the simulation, so that a short run meets checkpoints and snapshots."""
 
@@ -61,11 +61,11 @@ T = TypeVar("T")
 
 
 class Crash(BaseException):
-    """The process is gone at this call. No `Exception`: the code under test must not live on by catching it."""
+    """The process dies at this call. Not an `Exception`: the code under test must not catch it and go on."""
 
 
 class Violation(BaseException):
-    """A promise that was not kept. No `Exception`, for the same reason."""
+    """A promise that was not kept. Not an `Exception`, for the same reason."""
 
 
 class Observer(Protocol):
@@ -93,8 +93,8 @@ class World:
     """The disk, the turns and the faults of one seed.
 
     Args:
-        seed: Decides everything.
-        observer: Told of every effect.
+        seed: Seed of all random numbers: it decides everything.
+        observer: Receives every effect.
     """
 
     def __init__(self, seed: int, observer: Observer) -> None:
@@ -111,10 +111,10 @@ class World:
         self.trace: list[str] = []
         self.violation: str | None = None
         self.lands_late = False
-        """Whether what happens to the disk now was sent by somebody who waits for it no more."""
+        """Whether the present effect on the disk is of a call that nobody waits for any more."""
         self._late: list[tuple[int, int, str, Callable[[], object]]] = []
         self.running: Machine | None = None
-        """The machine that has the turn; None while nothing is disturbed: before the machines start and after all have
+        """The machine that has the turn; None while there are no faults: before the machines start and after all have
         ended."""
         self._alive: list[Machine] = []
         self._over = threading.Lock()
@@ -192,7 +192,7 @@ class World:
             self.lands_late = False
 
     def later(self, what: str, effect: Callable[[], object]) -> None:
-        """An effect that happens when nobody waits for it any more."""
+        """Let an effect happen later, when nobody waits for it any more."""
         due = self.step + self.random.randint(1, LATE_STEPS)
         self._late.append((due, len(self.trace), what, effect))
         self._late.sort(key=lambda late: late[:2])
@@ -200,10 +200,10 @@ class World:
     # Faults
 
     def fault(self, kinds: tuple[str, ...], times: int = 1) -> str | None:
-        """What goes wrong at this call, if anything.
+        """The kind of fault that happens at this call, if any.
 
         Args:
-            times: How much likelier than at other calls.
+            times: Factor by which a fault is likelier than at other calls.
         """
         if self.random.random() >= times * self.fault_rate:
             return None
@@ -214,7 +214,7 @@ class World:
         return kind
 
     def note(self, who: str, what: str) -> None:
-        """A line of the trace."""
+        """Add a line to the trace."""
         self.trace.append(f"{self.step:6d} {who:5s} {what}")
 
     # Effects
@@ -243,7 +243,7 @@ class World:
     def simulated(self) -> Iterator[None]:
         """While it lasts, the store's modules have this world's clock, names and constants, and no threads.
 
-        For the whole process: nothing else may use the store meanwhile.
+        This applies to the whole process: nothing else may use the store meanwhile.
         """
         stand_in = _StandIn(self)
         swaps: list[tuple[object, object]] = [
@@ -293,7 +293,7 @@ class _StandIn:
     monotonic = perf_counter
 
     def sleep(self, seconds: float) -> None:
-        """Others run at the next storage call."""
+        """Return at once: other machines run at the next storage call."""
 
     def token_hex(self, count: int) -> str:
         return f"{self.world.next_name():0{2 * count}x}"
@@ -305,7 +305,7 @@ class _StandIn:
 
 
 class _TurnLock:
-    """A lock whose waiters hand the turn on instead of keeping it."""
+    """A lock: a machine that waits for it passes the turn on instead of keeping it."""
 
     def __init__(self, world: World) -> None:
         self.world = world

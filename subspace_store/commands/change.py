@@ -1,4 +1,4 @@
-"""Commands that write to a store's log: names and what they keep, what is given up, a task removed."""
+"""Commands that write to a store's log: tags, holds, quarantines and pins, giving things up, removing a task."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SECONDS_A_DAY = 86400
 
 @command
 def tag(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the version is called from now on.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name for the version.")],
     version: Reference,
     store: Url = None,
     force: Force = False,
@@ -300,8 +300,8 @@ def remove(
             text = f"would go back to version {last} and {what} (--yes does it)"
             show({"task_id": task_id, "versions": again, "removed": False}, lambda _: note(text), as_json)
             return
-        # The same task of the same candidate is the same request: interrupted, the command goes on. A request that was
-        # done, and the task is there again, was rolled back.
+        # The same task of the same candidate is the same request, so that an interrupted command goes on. If that
+        # request was done and the task is there again, there was a rollback: it is a new request.
         asked = f"remove {task_id} from {candidate}"
         op_key = op_key or next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
     if candidate_only and place.is_served and not (force and place.is_named):

@@ -1,7 +1,6 @@
 """What the commands of a store share: where the store is, who writes to it, the options that they have in common.
 
-What a command writes goes through the service that runs here, if one does; else this process opens the store as its
-writer.
+A command writes through the service that runs here, if there is one; else this process opens the store as its writer.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Url = Annotated[
 ]
 Force = Annotated[
     bool,
-    typer.Option("--force", help="With --store: write although a service writes there; it must then open it again."),
+    typer.Option("--force", help="With --store: write although a service writes there; the service must then reopen."),
 ]
 FixedRank = Annotated[
     int | None, typer.Option("--rank", help="Exact number of directions; default: as the store merges.", min=1)
@@ -51,8 +50,8 @@ TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or te
 
 
 SERVICE: ContextVar[Callable[[Path, StoreRequest[Any]], Any] | None] = ContextVar("service", default=None)
-"""Function that has a running service write, given state folder and request. Set by `onebasis`: this package has no
-client."""
+"""Function that sends a request to a running service, given state folder and request. Set by `onebasis`: this package
+has no client."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def writer_at(place: Place, force: bool = False) -> SubspaceStore:
 
 
 def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRequest[Any]) -> None:
-    """Write one record, through the running service or as the writer, and tell under which key."""
+    """Write one record, through the running service or as the writer, and print the request with its key."""
     request = request.named()
     write(place, force, request)
     facts = request.model_dump(mode="json", exclude={"actor"})
@@ -131,20 +130,20 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
     """Carry a request out: through the running service, or as the writer.
 
     Raises:
-        OutcomeUnknown: Nobody knows whether it was done; says under which key to ask again.
-        NotWritten: It was not.
+        OutcomeUnknown: Nobody knows whether it was done; the error names the key to ask again under.
+        NotWritten: It was not done.
     """
     service = service_of(place, force)
     if service is not None:
         service(request)
         return
-    writer = writer_at(place, force)  # what keeps it from opening is no doubt about the request
+    writer = writer_at(place, force)  # if this fails, the request was certainly not done
     with request.told_with_its_key():
         request.on(writer)
 
 
 def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:
-    """Function that has the running service write; None: this process writes itself."""
+    """Function that sends a request to the running service; None: this process writes itself."""
     if not place.is_served or (force and place.is_named):
         return None
     ask = SERVICE.get()

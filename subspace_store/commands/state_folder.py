@@ -62,7 +62,7 @@ def open_private(file: Path, mode: Literal["a", "w"]) -> TextIO:
 
 
 def service_identity(state_dir: Path) -> Identity:
-    """Which service this folder belongs to: a random id that is made once, and where it runs.
+    """The identity of the service that this folder belongs to: a random id that is made once, and where it runs.
 
     The folder is the service: a copy of it is the same service, and must not run beside it.
     """

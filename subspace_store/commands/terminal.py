@@ -2,7 +2,7 @@
 
 Which commands there are is in orchestrator/commands/cli.py and subspace_store/commands/app.py. What is printed may come
 from anywhere (a reason, a file's name, a line of a worker's log): both consoles show a character that would move the
-cursor or change colours as an escape, so that no command has to think of it.
+cursor or change colours as an escape, so that no command has to do it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OpKey = Annotated[
     typer.Option(
         "--op-key",
         metavar="KEY",
-        help="Names this request; begins with the command's name. Asked again under it, it is done once.",
+        help="Key of this request, beginning with the command's name. Repeated under the same key, it is done once.",
     ),
 ]
 
@@ -54,17 +54,17 @@ errors = PlainConsole(stderr=True, highlight=False)
 
 
 def shown(text: str) -> str:
-    """What somebody else wrote, to stand between our own words and colours, with its width known to a table."""
+    """Foreign text, escaped so that it can stand between our own words and colours, and a table knows its width."""
     return escape(escaped(text))
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """`1 adapter`, `2 adapters`, `3,000 copies`. plural: Where it is not the noun and an s."""
+    """`1 adapter`, `2 adapters`, `3,000 copies`. plural: The plural, if it is not the noun with an s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def decimals(value: float, digits: int = 4, sign: bool = False) -> str:
-    """A number with so many decimals, and no −0: what rounds to nothing has no sign of its own."""
+    """A number with this many decimals, never as −0: a number that rounds to 0 gets no minus sign."""
     return format(value, f"{'+' if sign else ''}z.{digits}f")
 
 
@@ -127,7 +127,7 @@ def _with_home(value: Any) -> Any:
 
 
 def show(answer: Any, as_text: Callable[[Any], None], as_json: bool) -> None:
-    """Print what a command answers."""
+    """Print a command's answer."""
     if as_json:
         print(json.dumps(answer, allow_nan=False))
     else:

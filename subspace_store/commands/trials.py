@@ -27,7 +27,7 @@ from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, consol
 from subspace_store.log.version import MAIN
 
 TRACE_LINES = 40
-"""Lines that are shown of a simulated run that broke a promise; `--trace` shows all."""
+"""Number of lines that are shown of a simulated run that broke a promise; `--trace` shows all."""
 
 
 @command

@@ -1,1 +1,1 @@
-"""Immutable tensors in files, part by part, and what versions say is in them."""
+"""Immutable tensors in files, part by part, and how the tensors of a version are found in them."""

@@ -1,4 +1,4 @@
-"""What the log's blobs hold: bases, transports and coefficients as tensor files, adapters as plain content.
+"""The contents of the log's blobs: bases, transports and coefficients as tensor files, adapters as plain content.
 
 A file has one part per module (bases, transports) or per task (coefficients), so that one of them is read without the
 rest. Axes as in merge.py.
@@ -42,7 +42,7 @@ def write_blob(storage: Storage, epoch: int, content: bytes) -> BlobRef:
 
 @strict
 def stage(storage: Storage, key: Line, adapter: Adapter) -> BlobRef:
-    """Upload an adapter for a later merge. Not part of the log: any worker may write here, and it expires.
+    """Upload an adapter for a later merge. Not part of the log: any worker may upload, and unused uploads get deleted.
 
     Args:
         key: Storage key below `staging/` that names the task and the attempt.
@@ -92,7 +92,7 @@ def check_blob(storage: Storage, ref: BlobRef) -> None:
         read_blob(storage, ref)
 
 
-# Bases: a part per module that the version's merge touched; the head says which version's file has the others
+# Bases: a part per module that the version's merge changed; the head says which version's file has the others
 
 
 def pack_basis(module: str, basis: ModuleBasis) -> Part:
@@ -136,12 +136,12 @@ def check_basis(basis: ModuleBasis, where: str) -> None:
 
 
 def orthonormality_error(columns_NK: Tensor) -> float:
-    """Largest entry of |PᵀP − 1|; 0 for no columns; NaN if there is one."""
+    """Largest entry of |PᵀP − 1|; 0 for no columns; NaN if a column has one."""
     gram_KK = (columns_NK.T @ columns_NK).double()
     return float((gram_KK - torch.eye(len(gram_KK), dtype=torch.float64)).abs().max()) if len(gram_KK) else 0.0
 
 
-# Transports: a part per module that was open before and is touched
+# Transports: a part per module that had a basis before and is changed
 
 
 def write_transports(storage: Storage, epoch: int, transports: Mapping[str, Transport]) -> BlobRef:

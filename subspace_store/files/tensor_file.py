@@ -4,7 +4,7 @@ A file is a safetensors file that any reader of that format opens. Its head also
 the record in the log names the sha256 of the head: so a part that was fetched alone can be checked alone, and neither
 writing nor reading needs the whole file in memory. A name is never used twice, so a file needs no lock.
 
-What a head says is read without torch, and without numpy: both are imported where numbers are.
+Heads are read without torch and without numpy: both are imported only where tensors are read or written.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def pack(name: str, tensors: Mapping[str, Tensor]) -> Part:
 
 
 def blob_key(epoch: int) -> str:
-    """A name for a new blob of a writer. Names sort by time; 8 random bytes keep two in one nanosecond apart."""
+    """A name for a new blob of a writer. Names sort by time; 8 random bytes distinguish two of the same nanosecond."""
     return f"blobs/{epoch:010d}/{time.time_ns():016x}{secrets.token_hex(8)}.safetensors"
 
 
@@ -88,7 +88,7 @@ def write_tensors(
     Cost:
         Memory for one part beside what the storage buffers.
     """
-    # Two dimensions and offsets of the widest number, types of three letters: the real head is never longer.
+    # With two dimensions, the widest numbers and types of three letters: the real head is never longer.
     room = len(
         _head(
             kind,
@@ -240,7 +240,7 @@ def _head(
 ) -> bytes:
     """The head of a safetensors file: 8 bytes of length, then JSON, filled with spaces up to `size`."""
     ours = {"format": kind, "info": info, "parts": {name: sha256 for name, _, sha256 in parts}}
-    # One metadata value: other readers hand it on as it is.
+    # One metadata value: other programs pass it on unchanged.
     names: dict[str, Any] = {"__metadata__": {"onebasis": json.dumps(ours, separators=(",", ":"))}}
     for name, layout, _ in parts:
         for tensor, dtype, shape in layout:

@@ -155,7 +155,7 @@ def moved(
     arrivals: Collection[Mapping[str, TaskBlock]],
     refined: Collection[str] = (),
 ) -> dict[str, ModuleTasks]:
-    """Coefficients of one version from those of its parent. `refined`: arrivals that were there before, as others."""
+    """Coefficients of one version from those of its parent. `refined`: ids of arrivals that replace the parent's."""
     before = {name: tasks.without(refined) for name, tasks in before.items()} if refined else before
     after = {name: tasks.moved(transports[name]) if name in transports else tasks for name, tasks in before.items()}
     for arrival in arrivals:

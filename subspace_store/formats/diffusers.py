@@ -1,9 +1,10 @@
 """Diffusers' LoRA files in and out: one safetensors file, `<component>.<module>.lora_A.weight` and `….lora_B.weight`.
 
 `diffusers` is not imported: the format is the names of the tensors. A module keeps its component in its name
-(`transformer.….attn.to_q`, `text_encoder.….q_proj`), so one subspace holds a whole pipeline. Read as well are the older
-`….lora.down.weight` (A) and `….lora.up.weight` (B). The scale is alpha/r, with alpha from a scalar `….alpha` beside the
-pair or from the PEFT configuration that newer versions keep in the file's header; with neither it is 1.
+(`transformer.….attn.to_q`, `text_encoder.….q_proj`), so one subspace holds a whole pipeline. The older names
+`….lora.down.weight` (A) and `….lora.up.weight` (B) are read as well. The scale is alpha/r, with alpha from a scalar
+`….alpha` beside the pair or from the PEFT configuration that newer versions keep in the file's header; with neither it
+is 1.
 
 Axes: N outputs of a module, D inputs, R rank.
 """
@@ -35,7 +36,7 @@ _COMPONENT = re.compile(r"(unet|transformer(_2|_ref)?|text_encoder(_[23])?|text_
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])|(?:lora|lora_linear_layer)\.(down|up))\.weight")
 _SAVE_AGAIN = "load it in diffusers and save it with the pipeline's save_lora_weights"
 
-# What a tensor's name gives away, why it is refused, and what helps.
+# Pattern of a tensor's name, why such a tensor is refused, and what to do.
 _REFUSED = (
     (
         r"lora_(unet|te\d?|transformer|prior)_",
@@ -123,8 +124,8 @@ def from_diffusers(
 def to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     """Write an adapter's tensors under diffusers' names with scale 1 and, within a component, one rank.
 
-    No alpha is written and none is needed: every version takes alpha for the rank when nothing else is said. Older ones
-    do so with one rank for a whole component, hence modules of a smaller rank are filled up with zeros.
+    No alpha is written and none is needed: without one, every version of diffusers uses alpha = rank. Older versions
+    take one rank for a whole component, hence modules of a smaller rank are filled up with zeros.
 
     Raises:
         InvalidInput: A module outside the components of a pipeline, or a head; diffusers has no place for them.

@@ -1,6 +1,6 @@
 """Which programs load an exported adapter, and why others do not. Read from their sources in 2026, none is imported.
 
-What decides, and where it says so:
+The rules, each with its source:
 
 * PEFT (`peft/peft_model.py`) loads every folder; one with a head needs a model that has such a head.
 * vLLM (`vllm/lora/peft_helper.py`) refuses `modules_to_save`, so every head, and DoRA. It takes ranks up to
@@ -8,7 +8,7 @@ What decides, and where it says so:
   modules: patterns are not looked at. It refuses a tensor that is no lora_A or lora_B (`vllm/lora/utils.py`), and any
   layer of a kind that its own code of the base model does not adapt (`vllm/lora/lora_model.py`).
 * LoRAX (`server/lorax_server/adapters/lora.py`) looks up lora_A and lora_B by the full names of the base model's layers
-  and leaves everything else out without a word, a head as well. It stacks each kind of layer in one tensor, and leaves
+  and silently leaves everything else out, a head as well. It stacks each kind of layer in one tensor, and leaves
   the kind out if one of the model's layers is not there. Ranks are filled up (`server/lorax_server/utils/sgmv.py`).
 * diffusers (`src/diffusers/loaders/lora_base.py`) loads files whose names begin with a pipeline's component.
 
@@ -26,7 +26,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def refusals(kind: str, *, rank: int, has_head: bool, modules: Collection[str]) -> dict[str, str]:
-    """Loader to why it does not load an export, or not all of it. Those of `LOADERS` that are left out load it.
+    """Loader to the reason why it does not load an export, or not all of it. Those of `LOADERS` without an entry load
+    it.
 
     Args:
         kind: `peft` (a folder) or `diffusers` (a file).
@@ -39,7 +40,7 @@ def refusals(kind: str, *, rank: int, has_head: bool, modules: Collection[str]) 
     found = {"diffusers": "a PEFT folder names no component of a pipeline"}
     if has_head:
         found["vllm"] = "it has a head of its own (modules_to_save), which vLLM refuses"
-        found["lorax"] = "it has a head of its own, which LoRAX leaves out without a word"
+        found["lorax"] = "it has a head of its own, which LoRAX silently leaves out"
     elif rank > VLLM_RANKS[-1]:
         found["vllm"] = f"its rank {rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank"
     if "lorax" not in found and (partial := partial_kinds(modules)):

@@ -1,11 +1,11 @@
 """PEFT's LoRA folders in and out: `adapter_config.json` beside `adapter_model.safetensors`.
 
 `peft` is not imported: the format is two files, and reading them here shows what is understood and what is not.
-An adapter that cannot be represented is refused by the name of what stands in the way, never trimmed.
+An adapter that cannot be represented is refused, never trimmed; the error names what cannot be represented.
 
 Axes: N outputs of a module, D inputs, R rank. PEFT stores lora_A as R×D and lora_B as N×R, and its update is
 scale·B·A for every kind of layer. `fan_in_fan_out` says only that the base weight is stored as D×N (GPT-2's Conv1D),
-so it does not change (U, σ, V); it is kept for the way back. Pickles (`adapter_model.bin`) are never read.
+so it does not change (U, σ, V); it is kept for the export. Pickles (`adapter_model.bin`) are never read.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 PREFIX = "base_model.model."  # PEFT's wrapper, in front of every name of the model
 ID2LABEL, BASE_SHA256 = "id2label", "base_model_sha256"
-"""Facts in the header of the weights that we write: the label of each output, and the weights it was trained on."""
+"""Keys in the header of the weights that we write: the label of each output, the sha256 of the base's weights."""
 TRAINED_ON, TRAINED_ON_SHA256 = "trained_on", "trained_on_sha256"
-"""What an adapter that was read says of its base model, in `Adapter.info`: PEFT's base_model_name_or_path, a digest."""
+"""Keys of `Adapter.info`: the base model as the adapter's folder names it (base_model_name_or_path), and its digest."""
 
 # Inside a training process every name has the adapter's own name in it, which PEFT takes out when it saves.
 _FACTOR = re.compile(r"(.+?)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _SAVED_MODULE = re.compile(r"(.+?)\.modules_to_save\.(.+)")
-_UNUSED = ".original_module."  # what modules_to_save stands in for
+_UNUSED = ".original_module."  # the modules that modules_to_save replaces
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embeddings?|word_embeddings|embed_in|embed_out|wte|lm_head)")
 
 
@@ -67,7 +67,7 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str, open_file:
 
 
 def _said(header: Mapping[str, str], where: str) -> dict[str, str]:
-    """What a header says of the labels and the base model, as facts of an adapter."""
+    """The labels and the base model's digest that a header names, as facts of an adapter."""
     info = {TRAINED_ON_SHA256: header[BASE_SHA256]} if header.get(BASE_SHA256) else {}
     if ID2LABEL not in header:
         return info
@@ -93,7 +93,7 @@ def write_peft_folder(folder: Path, adapter: Adapter, base_source: str) -> None:
 
     Args:
         folder: Made if absent; the three files in it are replaced.
-        base_source: What others load the base model from: a hub id or a folder.
+        base_source: Source from which others load the base model: a hub id or a folder.
     """
     config, tensors = to_peft(adapter)
     names = adapter.label_names
@@ -135,15 +135,15 @@ def from_peft(
     Args:
         config: `adapter_config.json` as a mapping; rsLoRA, rank_pattern and alpha_pattern are understood.
         tensors: Names as PEFT saves them (`base_model.model.….lora_A.weight`).
-        where: What error messages call it.
-        info: Further facts to keep with the adapter (label names, start of A).
+        where: Name of the adapter in error messages.
+        info: Further facts to keep with the adapter (label names, how A was initialised).
 
     Returns:
         An adapter with U·diag(σ)·Vᵀ = scale·B·A in every module and the head's tensors unchanged.
 
     Raises:
         InvalidInput: Another method than LoRA, DoRA, biases, embeddings, convolutions, unknown or missing tensors,
-            shapes that do not fit, NaN; the text names what.
+            shapes that do not fit, NaN; the error names which.
     """
     check_config(config, where)
     names = Names(config)
@@ -208,13 +208,13 @@ def padded_factors(update: ModuleUpdate, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _task_type(adapter: Adapter) -> str | None:
-    """PEFT's word for what the model is for. SEQ_CLS wants a classifier in the file, whether it was trained or not."""
+    """PEFT's name of the task type. SEQ_CLS requires a classifier in the file, whether it was trained or not."""
     known = adapter.info.get("task_type", "SEQ_CLS" if adapter.head else "")
     return None if known == "SEQ_CLS" and not adapter.head else known or None
 
 
 def _head_modules(adapter: Adapter) -> list[str]:
-    """The modules to name in `modules_to_save`. PEFT takes a classifier as a whole where it takes it unasked."""
+    """The modules to name in `modules_to_save`. A classifier that PEFT saves by default is saved as a whole."""
     modules = {name.rpartition(".")[0] for name in adapter.head}
     whole = CLASSIFIER_HEADS if _task_type(adapter) == "SEQ_CLS" else ()
     return sorted({top if (top := name.partition(".")[0]) in whole else name for name in modules})
@@ -223,7 +223,7 @@ def _head_modules(adapter: Adapter) -> list[str]:
 def _sort_tensors(
     names: Names, tensors: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Split into lora pairs by module and head tensors by name; everything must find its place."""
+    """Split into lora pairs by module and head tensors by name; any other tensor is refused."""
     pairs: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     adapter_name = _adapter_name(tensors, where)
@@ -253,7 +253,7 @@ def _sort_tensors(
 
 
 def _adapter_name(tensors: Mapping[str, Tensor], where: str) -> str:
-    """The adapter's own name, where the names of tensors have it in them; empty: they do not."""
+    """The adapter's own name, where the names of tensors have it in them; empty if they do not."""
     factors = (_FACTOR.fullmatch(key) for key in tensors if not _SAVED_MODULE.fullmatch(key))
     found = {match[3] or "" for match in factors if match}
     if len(found) > 1:
@@ -286,7 +286,7 @@ def check_numbers(key: str, tensor: Tensor, where: str) -> None:
 
 
 def check_saved(key: str, tensor: Tensor, where: str) -> None:
-    """As `check_numbers`, of a stranger's file; and refuse what was saved without its numbers."""
+    """As `check_numbers`, for a file that somebody else wrote; also refuse a tensor that was saved without numbers."""
     check_numbers(key, tensor, where)
     if not tensor.numel():
         raise InvalidInput(

@@ -1,6 +1,6 @@
-"""What a PEFT adapter's `adapter_config.json` says, as far as it changes what the update is.
+"""The settings in a PEFT adapter's `adapter_config.json` that change what the update is.
 
-Everything in it comes from a stranger. Numbers are checked before they are used, names are looked up in sets, and
+Nothing in it can be trusted. Numbers are checked before they are used, names are looked up in sets, and
 patterns are matched by RE2, which does not backtrack: the time for a pattern grows with its length and not as 2^n.
 """
 
@@ -20,10 +20,10 @@ from configs.errors import InvalidInput
 from configs.places import OpenFile
 
 CLASSIFIER_HEADS = ("classifier", "score")  # what PEFT saves for SEQ_CLS without being asked
-CONFIG_BYTES_MAX = 4 * 2**20  # full names of every expert's layers in a large mixture, twice
+CONFIG_BYTES_MAX = 4 * 2**20  # room for the names of every expert's layers in a large mixture, twice
 SAVED_MODULES_MAX = 1000
 MATCHES_MAX = 2_000_000  # patterns times modules; RE2 does about 300,000 a second from Python
-LARGEST_NUMBER = 1e30  # of a rank or an alpha; far above any use, and far below where float32 ends
+LARGEST_NUMBER = 1e30  # largest rank or alpha: far above any use, and far below the end of float32
 
 # Configuration keys whose value changes what ΔW is, with the values under which it is still scale·B·A.
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
@@ -42,19 +42,19 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "megatron_config": (None,),
 }
-# Starts that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them as well, and
-# B·A alone is then not the update.
+# Initialisations that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them as well,
+# and B·A alone is then not the update.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _TRUTHS = ("use_rslora", "fan_in_fan_out")
 _TEXTS = ("task_type", "base_model_name_or_path")
-_ONE_MEANING_ONLY = ("[[", "[:")  # classes of characters to RE2, plain brackets to Python and so to PEFT
+_ONE_MEANING_ONLY = ("[[", "[:")  # RE2 reads character classes, Python (and so PEFT) plain brackets
 
 
 def read_config(path: Path, open_file: OpenFile) -> dict[str, Any]:
     """The JSON object in the file, unchecked.
 
     Raises:
-        InvalidInput: It is missing, too large, no JSON object, or says one key twice.
+        InvalidInput: It is missing, too large, no JSON object, or has one key twice.
     """
     try:
         with open_file(path) as file:
@@ -72,7 +72,7 @@ def read_config(path: Path, open_file: OpenFile) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a LoRA configuration whose update is not scale·B·A, by the name of what it uses. Raises InvalidInput."""
+    """Refuse a LoRA configuration whose update is not scale·B·A. Raises InvalidInput, which names the setting."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InvalidInput(f"has peft_type {_shown(kind)}; only LORA can be merged", where, "train the task as a LoRA")
@@ -100,7 +100,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         if not isinstance(config.get(key) or {}, Mapping):
             raise InvalidInput(f"has {key}={_shown(config[key])}, which must be a mapping of names to numbers", where)
     saved = config.get("modules_to_save") or []
-    # A text would be taken letter by letter, and every tensor's name ends with one of them.
+    # A text would be read letter by letter, and every tensor's name ends with one of the letters.
     if not isinstance(saved, list | tuple | set) or not all(isinstance(name, str) and name for name in saved):
         raise InvalidInput(f"has modules_to_save={_shown(saved)}, which must be a list of names", where)
     if len(saved) > SAVED_MODULES_MAX:
@@ -118,8 +118,8 @@ class Scaling:
 
     Args:
         config: Checked by `check_config`.
-        modules: How many modules will be asked for.
-        where: What error messages call it.
+        modules: Number of modules whose scale will be asked for.
+        where: Name of the adapter in error messages.
 
     Raises:
         InvalidInput: A pattern cannot be read, there are too many, or a value is no positive number.
@@ -134,7 +134,7 @@ class Scaling:
         """The scale of one module.
 
         Args:
-            rank: Of its tensors.
+            rank: Rank of the module's tensors.
 
         Raises:
             InvalidInput: Another rank than the configuration says, or a scale that is no number.
@@ -173,7 +173,7 @@ def _compile(pattern: str, key: str, where: str) -> Any:
     try:
         if len(pattern) > 1000 or any(sign in pattern for sign in _ONE_MEANING_ONLY):
             raise ValueError("it means one thing to PEFT and may mean another here")
-        re.compile(rule)  # what PEFT itself cannot read is broken; to compile is not to match
+        re.compile(rule)  # refuses a pattern that PEFT cannot read; only compiled, not matched
         return re2.compile(rule, options)
     except (re.error, re2.error, ValueError, RecursionError, OverflowError) as error:
         said = error.args[0].decode(errors="replace") if error.args and isinstance(error.args[0], bytes) else str(error)
@@ -185,7 +185,7 @@ def _compile(pattern: str, key: str, where: str) -> Any:
 
 
 class Names:
-    """Names as a configuration lists them, by which modules are meant. Looked up, not compared one by one."""
+    """The names of modules that a configuration lists. They are looked up in sets, not compared one by one."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         saved = {*(config.get("modules_to_save") or ())}
@@ -193,7 +193,7 @@ class Names:
         self._lengths = sorted({len(name) for name in self._saved})
         targets = config.get("target_modules")
         self.targets = {*targets} if isinstance(targets, list | tuple | set) else None
-        """None: a pattern or `all-linear`. What it means only the model knows."""
+        """Names of the target modules; None: a pattern or `all-linear`, which only the model can resolve."""
         self._known: dict[str, bool] = {}
 
     def saves(self, parameter: str) -> bool:
@@ -227,7 +227,7 @@ def _number(value: Any, key: str, where: str) -> None:
 
 
 def _is_number(value: Any, whole: bool = False) -> bool:
-    """NaN is one here; it fails every comparison after. Whole numbers of any length are compared exactly."""
+    """NaN counts as a number; it fails every later comparison. Whole numbers of any length are compared exactly."""
     return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
@@ -241,7 +241,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A stranger's value in a message: its beginning. Python refuses to write out very long whole numbers."""
+    """The beginning of a value, for a message. Python refuses to write out very long whole numbers."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_NUMBER:
         return f"a whole number of {value.bit_length()} bits"
     try:

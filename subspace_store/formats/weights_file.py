@@ -1,7 +1,7 @@
-"""A safetensors file that somebody else wrote: its header is checked before anything is loaded, and facts are added.
+"""Safetensors files: the header of a foreign one is checked before anything is loaded; ours get facts in the header.
 
 The library refuses offsets that overlap or lie outside the file. It does not limit how large a header may be or how
-many tensors it may name, and it fails in several ways on types that torch does not have; both are done here.
+many tensors it may name, and it fails in several ways on types that torch does not have; both are handled here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from configs.places import OpenFile, open_anywhere
 
 FILE_BYTES_MAX = 8 * 2**30  # an adapter of this size is a full fine-tune under another name
 HEADER_BYTES_MAX = 16 * 2**20
-TENSORS_MAX = 100_000  # every expert of a mixture with 60 layers of 128 has 46,080
-_LENGTH_BYTES = 8  # of the header's length, in front of it
+TENSORS_MAX = 100_000  # a LoRA of every expert of a mixture with 60 layers of 128 experts has 46,080
+_LENGTH_BYTES = 8  # size of the number in front of the header: the header's length
 
 
 def read_weights(
@@ -35,7 +35,7 @@ def read_weights(
         todo: What to do if the file cannot be opened.
 
     Raises:
-        InvalidInput: Missing, larger than the limits above, or not what its header says.
+        InvalidInput: The file is missing, larger than the limits above, or not what its header says.
     """
     try:
         with open_file(file) as opened:

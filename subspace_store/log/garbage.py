@@ -1,6 +1,6 @@
-"""Collecting: deletes what no live version needs. The only code that deletes anything of a subspace.
+"""Garbage collection: deletes what no live version needs. The only code that deletes anything of a subspace.
 
-Why nothing is deleted that anybody will need. Let the collector write with epoch E, and let S be the state it folded
+Why it never deletes what somebody will need. Let the collector write with epoch E, and let S be the state it folded
 after it had acquired E.
 
 1. S holds every record of an epoch below E that there will ever be. Acquiring E took a slot. Slots before it are all
@@ -9,24 +9,24 @@ after it had acquired E.
    record). A record whose outcome was unknown to its writer is in its slot or has lost it; either way S says which.
 2. A version whose record is not in S has an epoch e ≥ E. What it needs was written by that writer, below
    `blobs/e`, or was needed by its parent (bases taken over unchanged; coefficients, transports, snapshots and adapters
-   of the lineage: that is how `retention.needed` is built), or, if it is made again without a task, by the candidate
-   of then (adapters as delivered). Parent and candidate had not expired when it was written: a merge is made on the
+   of the lineage: that is how `retention.needed` is built), or, if it is made again without a task, by the then
+   candidate (adapters as delivered). Parent and candidate had not expired when it was written: a merge is made on the
    candidate, which a branch names, and `SubspaceStore.remove` begins after a version that is alive. Expiring is for
    ever, so these were alive in S too, or are not in S. By induction a version not in S needs only what live versions
    of S need, and blobs of epochs ≥ E.
 3. A version in S needs later what it needs in S, or less: it may expire, and a head may take an adapter's place; the
-   head is a new blob, of the epoch of the record that names it. An operation that is asked for again (op_key) is
-   answered and names nothing. No name can return to an expired version (`retention.check_alive`).
+   head is a new blob, of the epoch of the record that names it. An operation that is asked for again (same op_key) is
+   answered and names no blob. No name can return to an expired version (`retention.check_alive`).
 
 So a blob of an epoch below E that no live version of S needs is needed by no later state. The argument has no clock
-in it: a collector that was stalled for a year, and was fenced meanwhile, still deletes only such blobs. It looks
-whether it was fenced before it deletes, because a fenced writer has no business here, not because it must.
+in it: a collector that was stalled for a year, and was fenced meanwhile, still deletes only such blobs. It checks
+whether it was fenced before it deletes because a fenced writer should stop, not because the argument needs it.
 
-What a writer of epoch E or above has written and not yet committed is never touched: its directory says so. A merge
-of this same writer may run in another thread. Writes of epochs below E that were begun and not finished are given up by
-the same right: a fenced writer's stream may fail, because its record would be refused anyway.
+Blobs that a writer of epoch E or above has written and not yet committed are never touched: their folder is named by
+the epoch. A merge of this same writer may run in another thread. Unfinished writes of epochs below E are given up for
+the same reason: a fenced writer's stream may fail, because its record would be refused anyway.
 
-What can break: a reader that still reads an expired version finds its blobs gone. It pins what it reads for long.
+What can break: a reader that still reads an expired version finds its blobs gone. It should pin what it reads for long.
 """
 
 from __future__ import annotations
@@ -43,28 +43,29 @@ from subspace_store.parallel import AT_ONCE, A, B, in_order
 from subspace_store.storage.create_rule import SCRATCH, is_old_scratch
 
 IDLE_SECONDS = 3600.0
-"""A write that was begun anywhere and has not grown for so long is given up. Should its writer be there after all, it
-is told that the write failed."""
+"""Seconds after which a write of any writer is given up if it has not grown. If its writer is still running, it gets
+an error: the write failed."""
 CHECKPOINTS_KEPT = 2
-"""One more than is read: the newest may be damaged. All can be made again from the log."""
+"""Number of checkpoints to keep: one more than is read, as the newest may be damaged. All can be made again from the
+log."""
 MANY = 256
-"""Requests above which several travel at once; a fault simulation has fewer, and stays one sequence."""
+"""Number of requests above which several are sent at once; a fault simulation has fewer, and stays one sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What was found to be garbage.
+    """The garbage that was found.
 
     Args:
-        blobs: Below `blobs/`, of epochs before the collector's own.
-        uploads: Below `staging/`.
-        checkpoints: Below `checkpoints/`.
-        trials: Below `doctor/`: left by a process that was killed while it tried the storage out.
-        size_bytes: Of those whose size the log knows; it does not know what a writer left half done, nor uploads and
+        blobs: Keys below `blobs/`, of epochs before the collector's own.
+        uploads: Keys below `staging/`.
+        checkpoints: Keys below `checkpoints/`.
+        trials: Keys below `doctor/`: left by a process that was killed while it tried the storage out.
+        size_bytes: Size of the objects that the log knows; it does not know unfinished writes, uploads and
             checkpoints.
-        deleted: False: nothing was deleted, it was only looked.
-        abandoned: Writes that were begun and never finished, of earlier epochs or idle for an hour, and given up now;
-            looking sees none.
+        deleted: Whether they were deleted; False: they were only looked for.
+        abandoned: Number of unfinished writes, of earlier epochs or idle for an hour, that were given up; 0 if nothing
+            was to be deleted.
     """
 
     blobs: tuple[str, ...]
@@ -77,7 +78,7 @@ class Collected:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All of them."""
+        """All keys."""
         return self.blobs + self.uploads + self.checkpoints + self.trials
 
 
@@ -87,25 +88,26 @@ def collect(
     """Find what no live version needs, and delete it if asked to.
 
     Args:
-        log: Its epoch says which blobs may be touched. With one that is open for reading nothing is
-            deleted: it tells what the next writer could delete.
-        uploads_in_use: Asked, after uploads were listed, for the ids of tasks whose uploads must stay: all that are
-            not done with. None: uploads stay.
-        really: Delete. Otherwise only look.
+        log: The log, whose epoch says which blobs may be touched. With a log that is open for reading nothing is
+            deleted: the result is what the next writer could delete.
+        uploads_in_use: Called after uploads were listed; gives the ids of tasks whose uploads must stay: all that are
+            not finished. None: uploads stay.
+        really: Whether to delete; otherwise only look.
 
     Raises:
-        Conflict: Fenced; or to be deleted, but open for reading.
-        InvalidInput: `uploads_in_use` gave no ids: nothing was deleted.
+        Conflict: The writer was fenced.
+        InvalidInput: `uploads_in_use` gave no ids, or `really` with a log that is open for reading: nothing was
+            deleted.
         Unavailable: The storage was away; asked again, it goes on where it stopped.
 
     Cost:
-        Four listings, and to delete one for each earlier epoch, one more, and one request for each object.
+        Four listings; to delete, also one listing for each earlier epoch, one more, and one request for each object.
     """
     state = log.refresh()
     if really or log.writer is not None:
         log.settle()
         state = log.state
-    # Of this very state: another thread's request may make the writer take the next epoch at any moment.
+    # The epoch of this very state: another thread's request may make the writer take the next epoch at any moment.
     epoch = state.epoch if log.epoch else state.epoch + 1
     needed = retention.needed(state)
     blobs = tuple(key for key in log.storage.keys("blobs/") if key not in needed and _epoch(key) < epoch)
@@ -137,7 +139,7 @@ def _all(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
 
 
 def _epoch(key: str) -> float:
-    """Of `blobs/EPOCH/NAME`; what is named otherwise is not ours to delete."""
+    """The epoch in `blobs/EPOCH/NAME`; infinity for any other name, which is not ours to delete."""
     part = key.split("/")[1]
     return int(part) if part.isdecimal() else float("inf")
 

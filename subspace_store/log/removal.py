@@ -1,4 +1,4 @@
-"""Which versions are made again when a task is removed. Pure: asked before it is done, and while it is."""
+"""Which versions are made again when a task is removed. Pure: called before the removal, to show it, and during it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class Remake:
 
     version: Version
     task_ids: tuple[str, ...]
-    """The tasks that it added, without the one that is removed; at least one."""
+    """Ids of the tasks that it added, without the one that is removed; at least one."""
 
 
 def start_of_remakes(state: SubspaceState, task_id: str, candidate: int) -> int:
-    """The version that is right before all that must be made again without a task that the candidate holds."""
+    """The version just before the first that must be made again, if a task that the candidate holds is removed."""
     line = state.lineage(candidate)
     births = {task.task_id: version.number for version in line for task in version.added}
     first = births[task_id]
     while True:
-        # Not onto an expired version: what it was may be gone, or about to be deleted (garbage.py).
+        # An expired version cannot be the start: its blobs may be gone, or about to be deleted (garbage.py).
         alive = (v.number for v in line if v.number < first and v.number not in state.expired)
         start = max(alive, default=0)
-        # A refinement in a basis that will not be again: its task is merged anew, as it is now.
+        # Tasks that were refined in a basis that will not exist again: they are merged anew, as they are now.
         older = [births[t.task_id] for v in line if v.number > start for t in v.refined]
         if not older or min(older) > start:
             return start
@@ -34,7 +34,7 @@ def start_of_remakes(state: SubspaceState, task_id: str, candidate: int) -> int:
 
 
 def remakes(state: SubspaceState, task_id: str, candidate: int) -> Sequence[Remake]:
-    """The versions that are made again, oldest first; none for one that added no other task."""
+    """The versions that are made again, oldest first; a version that added no other task is left out."""
     start = start_of_remakes(state, task_id, candidate)
     found = []
     for version in state.lineage(candidate):

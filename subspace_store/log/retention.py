@@ -1,7 +1,7 @@
-"""What a subspace must keep, and what may be asked of its names: pure functions of the state.
+"""Which blobs a subspace must keep, and which requests about its names are allowed: pure functions of the state.
 
-Each function that is named like an operation judges a request: it gives the `Change` to be written, None if all is
-so already, or raises. Nothing here reads a clock, a blob or the log; garbage.py deletes.
+Each function that is named like an operation judges a request: it gives the `Change` to be written, None if nothing
+has to change, or raises. Nothing here reads a clock, a blob or the log; garbage.py deletes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, Sub
 
 @dataclass(frozen=True)
 class Change:
-    """A record to be: its operation and body."""
+    """A record that is to be written: its operation and body."""
 
     op: str
     body: Mapping[str, Any]
@@ -67,7 +67,7 @@ def unquarantine(state: SubspaceState, task_id: str) -> Change | None:
 
 
 def pin(state: SubspaceState, version: int, owner: str, until: float | None) -> Change | None:
-    """Keep a version from expiring, for an owner; the same owner again moves the end."""
+    """Keep a version from expiring, for an owner; a second pin of the same owner moves the end."""
     if not owner:
         raise InvalidInput("a pin needs an owner", todo="say who needs the version")
     if until is not None and not math.isfinite(until):
@@ -129,13 +129,13 @@ def drop(heads: Mapping[str, BlobRef]) -> Change | None:
 
 
 def check_alive(state: SubspaceState, version: int) -> None:
-    """Refuse a version that is not there any more, or never was."""
+    """Refuse a version that has expired or never existed."""
     if state.resolve(version) in state.expired:
         raise InvalidInput(f"version {version} has expired: it is gone for ever", todo="name another version")
 
 
 def check_usable(state: SubspaceState, version: int) -> None:
-    """Refuse a version that is not there any more, never was, or failed the gate."""
+    """Refuse a version that has expired, never existed, or failed the gate."""
     check_alive(state, version)
     if version in state.rejected:
         raise InvalidInput(f"version {version} was rejected: {state.rejected[version]}", todo="name another version")
@@ -168,7 +168,7 @@ def check_mergeable(state: SubspaceState, tasks: Mapping[str, str]) -> None:
 
 
 def named_by(state: SubspaceState, version: int, now: float) -> list[str]:
-    """What keeps a version from expiring, in words; pins that ended before `now` do not."""
+    """The reasons why a version cannot expire, for people; pins that ended before `now` do not count."""
     names = [f"it is {ref}" for ref, number in state.refs.items() if number == version]
     names += [f"it is tagged {name}" for name, number in state.tags.items() if number == version]
     pins = state.pins.get(version, {})
@@ -198,8 +198,8 @@ def alive(state: SubspaceState) -> list[Version]:
 
 
 def tasks_alive(state: SubspaceState, but: Collection[int] = ()) -> set[MergedTask]:
-    """Every task that some live version holds, one for each time it was merged or refined. `but`: versions to leave
-    out."""
+    """Every task that some live version holds, with an entry for each time it was merged or refined. `but`: versions
+    to leave out."""
     versions = (version for version in alive(state) if version.number not in but)
     return {task for version in _ancestors(state, versions) for task in version.brought}
 

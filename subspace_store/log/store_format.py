@@ -10,15 +10,15 @@ from subspace_store.storage.protocol import Storage
 
 KEY = "FORMAT"
 FORMAT_NUMBER = 2
-"""Of everything below the store's folder. tests/data/stores has a store of each format that is read."""
+"""Format of everything below the store's folder. tests/data/stores has a store of each format that is read."""
 
 
 def check_format(storage: Storage, base_model: str = "", base_sha256: str = "") -> tuple[str, str]:
-    """(base model, sha256) of the folder, or the caller's where the folder does not say; empty is unknown.
+    """(base model, sha256) that the folder names, or the caller's where it names none; empty is unknown.
 
     Raises:
         OtherBaseModel: The folder belongs to another base model.
-        UnusableStore: It has a form that is read no more.
+        UnusableStore: It has a format that is no longer read.
         Corrupt: A newer format, or no FORMAT at all.
     """
     content = read_format(storage)
@@ -26,7 +26,7 @@ def check_format(storage: Storage, base_model: str = "", base_sha256: str = "") 
 
 
 def read_format(storage: Storage) -> bytes | None:
-    """The object itself; None: no writer has opened a store here yet."""
+    """The content of the object FORMAT; None: no writer has opened a store here yet."""
     try:
         return storage.read(KEY)
     except NotFound:
@@ -34,14 +34,14 @@ def read_format(storage: Storage) -> bytes | None:
 
 
 def check_place(storage: Storage, base_model: str, base_sha256: str) -> bool:
-    """What a writer makes sure of before its first record: that the place is its own, and that two writers cannot
+    """Check, before a writer's first record, that the folder belongs to its base model, and that two writers cannot
     overwrite each other there. Nothing is left behind.
 
     Returns:
         Whether there is a store already.
 
     Raises:
-        UnsafeStorage: The storage lets both of two writers win.
+        UnsafeStorage: The storage lets two writers create the same object.
         OtherBaseModel, UnusableStore, Corrupt: As `check_format`.
 
     Cost:
@@ -52,22 +52,22 @@ def check_place(storage: Storage, base_model: str, base_sha256: str) -> bool:
         try_on_new_object(storage)
         return False
     _checked(storage, content, base_model, base_sha256)
-    # With the bytes that are there: a storage that breaks the rule writes the same again.
+    # The second create has the same bytes: a storage that breaks the rule only writes them again.
     try_second_create(storage, KEY, content, content)
     return True
 
 
 def make_store(storage: Storage, base_model: str, base_sha256: str) -> tuple[str, str]:
-    """A writer's `check_format`: makes the store where there is none.
+    """As `check_format`, for a writer: makes the store where there is none.
 
     Args:
-        base_model, base_sha256: Of the base model whose subspace it will be for ever. Empty is unknown.
+        base_model, base_sha256: Name and sha256 of the base model that it will belong to for ever. Empty is unknown.
 
     Raises: As `check_place`.
     """
     if not check_place(storage, base_model, base_sha256):
         mine = {"format": FORMAT_NUMBER, "base_model": base_model, "base_sha256": base_sha256}
-        # Losing this race is fine: whose FORMAT it is, is checked next.
+        # Another writer may have created it first: whose FORMAT it is, is checked next.
         storage.create(KEY, json.dumps(mine, sort_keys=True).encode())
     return check_format(storage, base_model, base_sha256)
 

@@ -1,12 +1,12 @@
 """The version log: the only commit point. A record per state change, created once, never overwritten.
 
-Protocol (design.md 4): the next record's slot is taken with create-if-absent. On anything but success the slot is
-read: absent, the same bytes are created again; ours, it was committed after all; a higher epoch, we are fenced and
-stop; the same epoch and not ours, two writers believe in one epoch, which must not be, and we stop with an alarm.
+Protocol: the next record's slot is taken with create-if-absent. On anything but success the slot is read. If it is
+empty, the same bytes are created again. If our record is in it, it was committed after all. A record of a higher epoch
+means that we are fenced, and we stop. Another record of our own epoch means that two writers use one epoch, which must
+never happen, and we stop with an alarm.
 A write that the storage refused has failed, and is forgotten. One whose outcome stays unknown is kept until it is
-settled: by the same request, asked again, which finishes it; or by the next other one, before which its slot is taken
-with an acquisition, so that it is in the log by then or never will be. Nothing is done later by itself, and nothing is
-ever cleaned up here.
+settled: the same request, asked again, finishes it; before any other request its slot is taken with an acquisition,
+so that it is in the log by then or never will be. Nothing is done later by itself, and nothing is ever cleaned up here.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ STATE_WITH_PRIVATE = "state_with_private"
 """Name of the state in a checkpoint that knows of private parts. A release that does not finds no `state` there, and
 stops at the record that first names one."""
 TRIES = 6
-"""Attempts at one slot; with the waits below about three seconds, then the caller decides."""
+"""Number of attempts at one slot: about three seconds with the waits below; then the caller decides."""
 FIRST_WAIT_SECONDS = 0.1
 ACQUIRE_TRIES = 20
-"""Other writers that may take the slot first while we acquire."""
+"""Number of attempts to acquire: other writers may take the slot first."""
 
 
 def checkpoint_key(seq: int) -> str:
-    """Where the folded state after record `seq` is."""
+    """Key of the folded state after record `seq`."""
     return f"checkpoints/{seq:020d}.json"
 
 
@@ -74,7 +74,7 @@ def outcome_unknown(what: str, op_key: str, where: str, seq: int = 0) -> Outcome
     """The error for a request that was sent and not answered.
 
     Args:
-        what: The trouble.
+        what: What went wrong.
         seq: See `OutcomeUnknown`.
     """
     key = shlex.quote(op_key)
@@ -87,9 +87,9 @@ class VersionLog:
     """Reads the log, and writes it if opened with a writer's name. Safe for threads of one process.
 
     Args:
-        storage: Where.
+        storage: Where the log is.
         writer: Name of the writing process, for people; None: the log is only read.
-        wait: Sleeps between attempts; a test hands in one that does not.
+        wait: Function that sleeps between attempts; a test passes one that does not.
     """
 
     def __init__(self, storage: Storage, writer: str | None = None, wait: Callable[[float], None] = time.sleep) -> None:
@@ -106,7 +106,7 @@ class VersionLog:
         self._lock = threading.RLock()
 
     def open(self) -> SubspaceState:
-        """Fold what is there: the newest checkpoint that is whole, then record by record.
+        """Fold the whole log: start from the newest undamaged checkpoint, then go record by record.
 
         Raises:
             Corrupt: A broken chain, or a record missing before later ones.
@@ -125,7 +125,7 @@ class VersionLog:
             return self.state
 
     def refresh(self) -> SubspaceState:
-        """Fold the records that were added since. One read if there are none."""
+        """Fold the records that were added since the last read. One read if there are none."""
         with self._lock:
             while (found := self._read(self.state.seq + 1)) is not None:
                 self._fold(*found)
@@ -135,9 +135,9 @@ class VersionLog:
         """Take the next epoch. Every older writer finds its next slot taken and stops.
 
         Args:
-            service: On whose behalf this writer writes.
-            claim: The store belongs to `service` from now on. Else its owner stays.
-            force: Write although another service owns the store.
+            service: The service that this writer writes for.
+            claim: Whether the store belongs to `service` from now on; else its owner stays.
+            force: Whether to write although another service owns the store.
 
         Raises:
             OwnedByAnother: The store belongs to another service.
@@ -147,7 +147,7 @@ class VersionLog:
         return self._acquire(actor, service, {"owner": service} if claim else {}, force)
 
     def release(self, actor: str, service: Identity) -> None:
-        """Give the store up, so that any service may have it; nothing, where it belongs to another by now.
+        """Give the store up, so that any service may have it; does nothing if it belongs to another by now.
 
         This writer goes on under the next epoch.
         """
@@ -163,7 +163,7 @@ class VersionLog:
                     self._refuse_owned(service)
                 try:
                     record = self._take_next_epoch(actor, body)
-                except OutcomeUnknown as error:  # an epoch more or less is of no consequence to anybody
+                except OutcomeUnknown as error:  # an unused epoch does no harm
                     raise NotWritten(f"cannot be opened for writing: {error.what}", error.where, "try again") from error
                 self.refresh()
                 if record is not None:
@@ -173,7 +173,7 @@ class VersionLog:
             raise Conflict("other writers keep opening this subspace", self.storage.url, "stop them, then try again")
 
     def _take_next_epoch(self, actor: str, body: Mapping[str, Any]) -> Record | None:
-        """The acquisition that is in the next slot, folded; None if something else got there."""
+        """Put an acquisition into the next slot and fold it; None if another record is in the slot."""
         record, content = self._next(ACQUIRE, actor, self.state.epoch + 1, "", {}, body)
         self._acquisitions.add(record.write_id)
         winner = self._take_slot(record, content)
@@ -201,19 +201,19 @@ class VersionLog:
 
         Raises:
             NotWritten: The storage refused it: it is not in the log, and will not be.
-            OutcomeUnknown: Neither is known; see `settle`.
+            OutcomeUnknown: Whether it is in the log is not known; see `settle`.
             Conflict: Fenced: a newer writer has opened the subspace. This object writes no more.
             InvalidInput: A body that no reader could fold.
-            Corrupt: Another writer with our epoch: an alarm. This object writes no more.
+            Corrupt: Another writer uses our epoch: an alarm. This object writes no more.
         """
         with self._lock:
             self.settle(op_key)
             record, content = self._next(op, actor, self.epoch, op_key, refs or {}, body or {})
             try:
-                # What this code could not read again must never get a slot.
+                # A record that this code could not read again must never get a slot.
                 fold(self.state, record, digest(content))
             except Corrupt as error:
-                # Nothing stored is damaged: it is what was to be written.
+                # Nothing that is stored is damaged: the new record is wrong.
                 raise InvalidInput(f"cannot be written: {error.what}", op, "nothing was written; correct it") from error
             self._pending = (record, content)
             try:
@@ -225,15 +225,15 @@ class VersionLog:
             return self.state
 
     def settle(self, op_key: str = "") -> None:
-        """Find out what became of a write whose outcome was unknown: afterwards none is.
+        """Settle a write whose outcome is unknown, if there is one: afterwards every outcome is known.
 
         Args:
-            op_key: Of the request that is asked for now. If it is the one in doubt, it is finished; else that one is
+            op_key: Key of the present request. If the write in doubt has the same key, it is finished; else it is
                 either in the log by now, or will never be.
 
         Raises:
-            OutcomeUnknown: The request in doubt is this one, and still is.
-            NotWritten: It is another: nothing was done of this one.
+            OutcomeUnknown: The write in doubt is this request's own, and stays in doubt.
+            NotWritten: It is another request's, and stays in doubt: nothing was done of this request.
             Conflict, Corrupt: As `commit`.
             InvalidInput: This log was opened for reading.
         """
@@ -245,7 +245,7 @@ class VersionLog:
             if self._stopped is not None:
                 raise type(self._stopped)(*self._stopped.args)
             if self.state.epoch > self.epoch:
-                # Seen while reading: the slots after the newer writer's must not be taken with our epoch.
+                # Seen while reading: slots after the newer writer's record must not be taken with our epoch.
                 self._stopped = Fenced(
                     f"a newer writer opened this subspace with epoch {self.state.epoch}, after our {self.epoch}",
                     self.storage.url,
@@ -273,7 +273,7 @@ class VersionLog:
             raise
 
     def records(self, newest_first: bool = False) -> Iterator[Record]:
-        """Every record up to the folded one. One read each."""
+        """Every record up to the last that was folded. One read each."""
         last = self.state.seq
         for seq in range(last, 0, -1) if newest_first else range(1, last + 1):
             found = self._read(seq)
@@ -305,14 +305,14 @@ class VersionLog:
         )
 
     def _take_slot(self, record: Record, content: bytes, in_doubt: bool = False) -> Record:
-        """Try until somebody's record is in the slot; whose, the caller judges.
+        """Try until a record is in the slot, and return it; the caller judges whose it is.
 
         Args:
-            in_doubt: An earlier attempt may still be on its way.
+            in_doubt: Whether an earlier attempt may still be on its way.
 
         Raises:
             NotWritten: Every attempt was refused: none is on its way.
-            OutcomeUnknown: The slot was empty, or could not be read, to the last.
+            OutcomeUnknown: The slot was empty, or could not be read, up to the last attempt.
         """
         key, trouble = log_key(record.seq), "the slot is still empty"
         for attempt in range(TRIES):
@@ -392,7 +392,7 @@ class VersionLog:
         return SubspaceState()
 
     def _checkpoints(self) -> Iterator[int]:
-        """Sequence numbers to try, newest first. The hint is advice: it saves listing them."""
+        """Sequence numbers of checkpoints to try, newest first. The hint only saves listing them."""
         with contextlib.suppress(NotFound, ValueError):
             yield int(self.storage.read(HINT))
         names = [key.removeprefix("checkpoints/").removesuffix(".json") for key in self.storage.keys("checkpoints/")]
@@ -426,14 +426,14 @@ def _from_json(content: bytes, where: str) -> Any:
 
 
 _SUSPICIOUS = re.compile(rb"\\(u00[01]|u007[fF]|u00[89]|u[dD][89a-fA-F]|[bfr])")
-"""What may be a control character or half of a character in JSON that `_to_json` wrote."""
+"""Escapes that may be a control character or half of a character (a surrogate), in JSON that `_to_json` wrote."""
 
 
 def _as_text(values: Any) -> Any:
-    """The same values; what is no text in their strings is escaped, what is too long is cut.
+    """The same values; characters of strings that are not plain text are escaped, strings that are too long are cut.
 
-    Releases before 0.4 took any string as a reason or a name, and the log keeps it: it must not reach a terminal, nor
-    keep HTTP from answering.
+    Releases before 0.4 took any string as a reason or a name, and the log keeps it: such a string must not reach a
+    terminal, nor break an HTTP answer.
     """
     if isinstance(values, dict):
         return {as_escaped_text(key): _as_text(value) for key, value in values.items()}

@@ -112,7 +112,7 @@ class TaskBlock:
         return task_id in self._places
 
     def each(self) -> Iterator[tuple[str, TaskBlock]]:
-        """Every task alone."""
+        """Each task in a block of its own."""
         column = 0
         for index, (task, rank) in enumerate(zip(self.task_ids, self.ranks, strict=True)):
             columns, row = slice(column, column + rank), slice(index, index + 1)

@@ -31,8 +31,8 @@ from subspace_store.merging.subspace_math import (
 from subspace_store.parallel import in_order
 
 TIGHTEST = 8
-"""Number of tasks that ranks are chosen for first: those nearest to their promise. It changes the cost, not the
-result."""
+"""Number of tasks that ranks are chosen for first: those nearest to the energy promised to them. It changes the cost,
+not the result."""
 NOTHING = 1e-6
 """Share of an update's energy below which it counts as lost altogether: Gram matrices in memory are float32."""
 SMALLEST_NORM = torch.finfo(torch.float32).tiny
@@ -70,7 +70,7 @@ class ModuleMerge:
     before: ModuleTasks
 
     def settle(self) -> tuple[ModuleTasks, Tensor]:
-        """All tasks in the new basis, and what each earlier task lost.
+        """All tasks in the new basis, and the energy that each earlier task lost.
 
         This is the only part whose cost grows with the number of tasks. The new basis does not depend on it, so a
         caller may do it while the basis is being written.
@@ -360,8 +360,8 @@ class _Factors:
     scale_C: Tensor
     """Factor s' of the input side's columns: σ in canonical form, 1 in the paper's form."""
     parts: list[int]
-    """Numbers of columns that share one rounding error. In canonical form the columns of one update do, since its small
-    columns carry the rounding of its large ones; in the paper's form each column is by itself, as it was trained."""
+    """Numbers of columns that share one rounding error. In canonical form all columns of an update do, since its small
+    columns carry the rounding of its large ones; in the paper's form each column has its own, as it was trained."""
 
     @classmethod
     def of(cls, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings) -> _Factors:
@@ -453,8 +453,9 @@ def _ranks(
 ) -> tuple[int, int]:
     """How many directions each side keeps: a fixed number, or the result of `choose_ranks` for all tasks.
 
-    `choose_ranks` is first run for the few tasks that are nearest to their promise. If the result breaks the promise of
-    other tasks, these are added and it is run again, until no promise is broken. The result is that for all tasks.
+    A task is promised `energy_ratio_min` of its energy. `choose_ranks` is first run for the few tasks that are nearest
+    to this limit. Tasks for which the result breaks the promise are added and it is run again, until it breaks none.
+    This gives the same result as running it for all tasks.
     """
     most_out, most_in = len(arrivals.e_KS), len(arrivals.f_KS)
     fixed = settings.rank_max if settings.variant == "paper" else None

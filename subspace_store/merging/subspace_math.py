@@ -90,10 +90,10 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C:
     count_K = len(energy_K)
     projected_KC = basis_NK.T @ columns_NC
     residual_NC = columns_NC - basis_NK @ projected_KC
-    # Once more: a column that lies almost inside the span leaves a residual that is mostly rounding.
+    # Project once more: a column that lies almost inside the span leaves a residual that is mostly rounding.
     again_KC = basis_NK.T @ residual_NC
     projected_KC, residual_NC = projected_KC + again_KC, residual_NC - basis_NK @ again_KC
-    # Each relative to its own size, so that a large update does not hide what a small one adds.
+    # Each column relative to its update's norm, so that a large update does not hide what a small one adds.
     size_C = torch.where(size_C > 0, size_C, torch.ones_like(size_C))
     fresh_NC, triangle_CC = torch.linalg.qr(residual_NC / size_C)
     fresh_CF, share_F, _ = torch.linalg.svd(triangle_CC, full_matrices=False)
@@ -105,7 +105,7 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C:
     if core.numel() == 0:
         return Extension(basis_NK, energy_K, torch.eye(count_K, dtype=basis_NK.dtype))
     turn_JJ, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
-    # Transposed: a basis lies in memory column by column (`orthonormalise`), and multiplied so it takes half the time.
+    # Transposed: a basis lies in memory column by column (`orthonormalise`), and this product takes half the time.
     fresh_JC = (fresh_CF @ turn_JJ[count_K:]).T
     directions_JN = torch.addmm(fresh_JC @ fresh_NC.T, turn_JJ[:count_K].T, basis_NK.T)
     return Extension(directions_JN.T, sigma_J.square(), turn_JJ[:count_K].T)
@@ -146,7 +146,7 @@ def choose_ranks(
         e_JS, f_JS: Coefficients of all tasks in the full bases after the merge, strongest direction first.
         ranks: Rank of each task; they add up to S.
         delivered_T: ‖ΔW_i‖²_F of each task in this module.
-        cost: Numbers that one direction of each side costs: (N, D).
+        cost: Count of numbers that one direction of each side stores: (N, D).
 
     Returns:
         The (k_out, k_in) that is allowed and stores the fewest numbers, N·k_out + D·k_in.

@@ -134,7 +134,7 @@ def _by_module(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, ModuleUpd
 
 
 def _numbers(module: ModuleSubspace) -> int:
-    """Both bases, and every task's coefficients in them."""
+    """Count of the numbers in both bases and in every task's coefficients."""
     (n, d), (k_out, k_in) = module.basis.shape, module.basis.ranks
     return n * k_out + d * k_in + sum(module.tasks.ranks) * (k_out + k_in)
 

@@ -1,1 +1,1 @@
-"""The seam to object storage: one protocol, three kinds."""
+"""The interface to object storage: one protocol, three kinds."""

@@ -1,9 +1,9 @@
-"""The one rule of a storage that versions rest on, tried out: of all that create one name, one wins and the others are
+"""Tests the one rule of a storage that versions depend on: if several create one name, one wins and the others are
 refused.
 
-A server that ignores `If-None-Match: *` lets two writers overwrite each other's records. So a writer tries the rule
-before its first record, and the doctor as well, which also lets several create one name at once: some servers look
-first and write afterwards, which is seen by chance alone.
+A server that ignores `If-None-Match: *` lets two writers overwrite each other's records. So a writer tests the rule
+before its first record. The doctor tests it as well, also with several creates of one name at once: some servers check
+first and write afterwards, which shows only by chance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from subspace_store.storage.protocol import Storage
 SCRATCH = "doctor/"
 """Folder of the objects that are made to try something out."""
 SCRATCH_SECONDS = 3600.0
-"""No trial takes so long: older objects in that folder are what a killed process left."""
+"""Age above which objects in that folder were left by a killed process: no trial takes so long."""
 UNSAFE = "keep no subspace here: two writers would lose each other's versions; use a server that honours If-None-Match"
 
 
@@ -34,14 +34,15 @@ def is_old_scratch(key: str, now: float) -> bool:
 
 
 def try_second_create(storage: Storage, key: str, content: bytes, second: bytes) -> None:
-    """Create an object that is there. A storage that keeps the rule refuses it, and nothing changes.
+    """Create an object that exists already. A storage that keeps the rule refuses it, and nothing changes.
 
     Args:
-        content: What the object holds.
-        second: Other bytes, to see that they change nothing; the same, where the object must not be lost.
+        content: Bytes that the object holds.
+        second: Bytes of the second create: others, to see that they change nothing, or the same, where the object must
+            not be lost.
 
     Raises:
-        UnsafeStorage: It was created, or changed.
+        UnsafeStorage: The object was created again, or changed.
 
     Cost:
         One request; with other bytes one more.
@@ -53,10 +54,10 @@ def try_second_create(storage: Storage, key: str, content: bytes, second: bytes)
 
 
 def try_on_new_object(storage: Storage) -> None:
-    """Create an object of no consequence twice, and delete it.
+    """Create a scratch object twice, and delete it.
 
     Raises:
-        UnsafeStorage: The second was not refused, or changed what the first wrote.
+        UnsafeStorage: The second create was not refused, or changed what the first wrote.
 
     Cost:
         Four requests.

@@ -20,10 +20,10 @@ from configs.errors import NotFound, NotWritten, StoreFull, StoreReadOnly, Unava
 from subspace_store.storage.protocol import check_head, check_key
 
 TEMPORARY = ".writing-"
-"""Temporary files start with this; no listing shows them."""
+"""Start of the names of temporary files; no listing shows them."""
 
 FOLDER_TRIES = 100
-"""Others that may remove an empty folder just before something is written into it."""
+"""Number of attempts to write into a new folder: others may remove it while it is empty."""
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
@@ -58,7 +58,7 @@ class LocalStorage:
             with open(path, "rb") as file:
                 end = os.fstat(file.fileno()).st_size
                 end = end if size is None else min(end, start + size)
-                if start >= end:  # nothing cannot be mapped
+                if start >= end:  # an empty range cannot be mapped
                     return memoryview(b"")
                 first = start - start % mmap.ALLOCATIONGRANULARITY
                 # A file is never changed after it has got its name, so the mapping shows these bytes for ever,
@@ -96,8 +96,8 @@ class LocalStorage:
                 is_new = False
             except OSError as error:
                 raise _not_written(error, path) from error
-            # Also for the loser: what it reads now must not be gone after a crash. What fails here is no `NotWritten`,
-            # because the name is there.
+            # Also where the name was taken: what the caller reads now must not be gone after a crash. An error here is
+            # no `NotWritten`, because the name is there.
             with _refusals_named(path, _unavailable):
                 _flush_folder(path.parent)
         return is_new
@@ -120,14 +120,14 @@ class LocalStorage:
         begun = [key for key in self._files(prefix) if _is_temporary(key) and self._age(key, now) >= idle_seconds]
         for key in begun:
             self.delete(key)
-        # Of a process that was killed between making a folder and writing into it.
+        # Folders of a process that was killed between making a folder and writing into it.
         for folder in self._empty_folders(prefix):
             if self._age(folder, now) >= idle_seconds:
                 self._remove_empty(self.folder / folder)
         return len(begun)
 
     def _age(self, key: str, now: float) -> float:
-        """Seconds since a file or folder was written to; none for one that is gone."""
+        """Seconds since a file or folder was written to; negative for one that is gone."""
         try:
             return now - (self.folder / key).stat().st_mtime
         except OSError:
@@ -150,8 +150,8 @@ class LocalStorage:
         return [folder for folder in found if folder.startswith(prefix)]
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, list[str], list[str]]]:
-        """Each folder, with a slash at its end but for the store's own, and what is in it. Only the folder that the
-        prefix names in full is walked."""
+        """Each folder and what is in it. Names of folders end with a slash; the store's own is empty. Only the folder
+        that the prefix names in full is walked."""
         parent = prefix.rpartition("/")[0]
         start = self._path(parent) if parent else self.folder
         for folder, inner, names in os.walk(start, onerror=_refuse_unreadable):
@@ -175,7 +175,7 @@ class _FileStream:
     def _opened(self) -> BinaryIO:
         for _ in range(FOLDER_TRIES):
             _make_folder(self.path.parent)
-            with contextlib.suppress(FileNotFoundError):  # it was empty, and somebody removed it
+            with contextlib.suppress(FileNotFoundError):  # the folder was empty, and another process removed it
                 return open(self.temporary, "xb")
         raise FileNotFoundError(errno.ENOENT, "the folder is removed again and again")
 
@@ -199,7 +199,7 @@ class _FileStream:
             _flush_folder(self.path.parent)
 
     def close(self) -> None:
-        # On a full disk closing fails as writing did, which was reported; the file goes all the same.
+        # On a full disk closing fails as writing did, which was reported; the file is removed all the same.
         with contextlib.suppress(OSError):
             self.file.close()
         with contextlib.suppress(OSError):
@@ -212,7 +212,8 @@ def _is_temporary(key: str) -> bool:
 
 @contextlib.contextmanager
 def _refusals_named(path: Path, told: Callable[[OSError, Path], Unavailable] | None = None) -> Iterator[None]:
-    """told: Our error for one of the file system's; default: `_not_written`, for all that comes before a name."""
+    """Turn the file system's errors into ours. told: Makes our error; default `_not_written`, which is right until the
+    object has its name."""
     try:
         yield
     except OSError as error:
@@ -243,7 +244,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _not_written(error: OSError, path: Path) -> Unavailable:
-    """Of a write that has not given the object its name: what is known to have failed is told as failed."""
+    """The error for a write that ended before the object got its name: the write has certainly failed."""
     what = f"the file system refused: {error.strerror or error}"
     if error.errno in FULL:
         return StoreFull(what, str(path), "make space on that disk (or in the quota), then ask again")

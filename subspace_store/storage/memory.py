@@ -17,7 +17,7 @@ class MemoryStorage:
     """A named place in memory. Lives as long as the process; safe for threads.
 
     Args:
-        name: Which place; `""` is a place like any other.
+        name: Name of the place; `""` is a name like any other.
     """
 
     def __init__(self, name: str) -> None:
@@ -62,7 +62,7 @@ class MemoryStorage:
             self._objects().pop(check_key(key), None)
 
     def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
-        return 0  # what was begun goes with its process
+        return 0  # an unfinished write ends with its process
 
     def _objects(self) -> dict[str, bytes]:
         return _PLACES.setdefault(self.name, {})

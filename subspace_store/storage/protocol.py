@@ -1,4 +1,4 @@
-"""The one seam to object storage. Three implementations, one contract test.
+"""The one interface to object storage. Three implementations, one contract test.
 
 Keys are `/`-separated, relative to the store's root. Only `create` is conditional, and only the log uses it.
 """
@@ -11,20 +11,20 @@ from typing import Protocol, runtime_checkable
 from configs.errors import InvalidInput
 
 KEY_BYTES_MAX = 900
-"""S3 takes 1024, of which some are the prefix's."""
+"""Longest key: S3 takes 1024 bytes, of which some are the prefix's."""
 PART_BYTES_MAX = 255
-"""Between two slashes: a file's name."""
+"""Longest part between two slashes: a file's name."""
 
 
 class ObjectStream(Protocol):
     """An object that is being written from front to back, except for its head, which comes last."""
 
     def append(self, content: bytes | memoryview) -> None:
-        """Add what comes next. The buffer may be reused afterwards."""
+        """Add the bytes that come next. The buffer may be reused afterwards."""
         ...
 
     def finish(self, head: bytes) -> None:
-        """Give the head; the object is there, whole, when this returns. The last call.
+        """Write the head. When this returns, the whole object exists. No call may follow.
 
         Raises:
             InvalidInput: The head does not have the size that was announced.
@@ -34,8 +34,8 @@ class ObjectStream(Protocol):
 
 @runtime_checkable
 class Storage(Protocol):
-    """Bytes by key. Every method may raise `Unavailable`; then the outcome of a write is unknown, unless it is
-    `NotWritten`: then the object is what it was, and will be."""
+    """Bytes by key. Every method may raise `Unavailable`; then the outcome of a write is unknown, unless the error is
+    `NotWritten`: then the object is unchanged, and stays so."""
 
     @property
     def url(self) -> str:
@@ -51,7 +51,7 @@ class Storage(Protocol):
 
         Args:
             start: First byte, from 0.
-            size: Bytes; None is all from `start` on.
+            size: Number of bytes; None is all from `start` on.
 
         Returns:
             Exactly these bytes; fewer only where the object ends before.
@@ -79,7 +79,7 @@ class Storage(Protocol):
         nothing is left behind.
 
         Args:
-            head_size: Bytes that `finish` will bring; they come before all that is appended.
+            head_size: Size of the head that `finish` will bring; it comes before all that is appended.
 
         Cost:
             Memory for some 80 MB at most, however large the object.
@@ -99,7 +99,7 @@ class Storage(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Delete; absent is fine."""
+        """Delete; an absent object is no error."""
         ...
 
     def abandon(self, prefix: str, idle_seconds: float = 0.0) -> int:
@@ -107,10 +107,10 @@ class Storage(Protocol):
         that is still writing one is told that it failed.
 
         Args:
-            idle_seconds: Only those to which nothing was added for so long.
+            idle_seconds: Give up only writes to which nothing was added for so long.
 
         Returns:
-            How many. Objects that are whole stay.
+            The number of writes that were given up. Objects that are whole stay.
         """
         ...
 
@@ -119,8 +119,8 @@ def check_key(key: str) -> str:
     """The key itself.
 
     Raises:
-        InvalidInput: Empty, absolute, or with an empty, `.` or `..` part: it would leave the store's root. Or a name
-            that some storage could not give to an object: unprintable, or too long.
+        InvalidInput: The key is empty, absolute, or has an empty, `.` or `..` part: it would leave the store's root. Or
+            some storage could not use it as a name: it is unprintable, or too long.
     """
     parts = key.split("/")
     is_name = key.isprintable() and "\\" not in key and len(key.encode()) <= KEY_BYTES_MAX
@@ -136,7 +136,7 @@ def check_head(head: bytes, head_size: int) -> bytes:
     """The head itself.
 
     Raises:
-        InvalidInput: Another size than the stream left room for: the object would begin with a hole or lose bytes.
+        InvalidInput: The stream left room for another size: the object would begin with a gap or lose bytes.
     """
     if len(head) != head_size:
         raise InvalidInput(f"the head has {len(head)} bytes; room was left for {head_size}")

@@ -1,7 +1,7 @@
 """Storage in an S3 bucket, Amazon's or any server that honours `If-None-Match: *`. The only file with boto3.
 
 Credentials come from boto3's usual chain (environment, profile, instance role), never from settings. The object
-holds an address; the connection is made at first use and left behind when the object travels to another process.
+holds an address; the connection is made at first use and does not go along when the object is sent to another process.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from configs.errors import (
 from subspace_store.storage.protocol import check_head, check_key
 
 CONFLICT_TRIES = 5
-"""S3 answers 409 when two conditional writes of one key run at once; it asks to try again."""
+"""Number of attempts: S3 answers 409 when two conditional writes of one key run at once, and asks to try again."""
 
 PART = 8 * 2**20
 """Bytes of one part of a large object, as in Amazon's own tools; S3 takes 5 MiB to 5 GiB, and 10,000 parts."""
 
 THREADS = 8
-"""Parts of one object that travel at once."""
+"""Number of parts of one object that are sent or read at once."""
 
 ALONE = 2 * PART
-"""Bytes that one request reads; of a larger object the rest is read in parts."""
+"""Most bytes that the first request reads; the rest of a larger object is read in parts."""
 
 CUT_TRIES = 3
-"""Answers that may be cut before the connection counts as away."""
+"""Number of cut (incomplete) answers after which the connection counts as away."""
 
 ABSENT = frozenset({"NoSuchKey", "404"})
 BEYOND = frozenset({"InvalidRange", "416"})
@@ -54,11 +54,11 @@ FORBIDDEN = frozenset(
 )
 UNREADY = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "500", "502", "503", "504"})
 FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507"})
-"""Ceph's and MinIO's words for a quota or a disk that is full."""
+"""Codes of Ceph and MinIO for a quota or a disk that is full."""
 READ_ONLY = frozenset({"AccessDenied", "403", "Forbidden", "MethodNotAllowed", "405"})
-"""To a write. Reading with the same credentials may be allowed."""
+"""Codes that refuse a write. Reading with the same credentials may be allowed."""
 UNPROVEN = frozenset({408, 409, 429})
-"""Refusals among the 4xx that do not prove that nothing was stored."""
+"""Status codes among the 4xx that do not prove that nothing was stored."""
 MISADDRESSED = frozenset({"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "InvalidBucketName"})
 
 
@@ -68,7 +68,7 @@ class S3Storage:
     Args:
         url: `s3://BUCKET/PREFIX`; the prefix may be empty.
         endpoint_url: Address of a server that is not Amazon's.
-        region: Of the bucket; None asks boto3's chain.
+        region: Region of the bucket; None asks boto3's chain.
         path_style: Whether the bucket stands in the path of requests; None is yes if there is an `endpoint_url`.
         sse: Encryption that every write asks for: `AES256` or `aws:kms`.
         sse_kms_key_id: Key for `aws:kms`; None is the account's own.
@@ -94,7 +94,7 @@ class S3Storage:
         self.addressing_style = styles[path_style]
         encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
         self.encryption = {name: value for name, value in encryption.items() if value}
-        # What makes one like it in another process.
+        # Makes an equal object in another process.
         self._again = functools.partial(
             type(self),
             url,
@@ -157,7 +157,7 @@ class S3Storage:
         with self._refusals(prefix):
             pages = list(self._client().get_paginator("list_objects_v2").paginate(**where, **start))
             names = [item["Key"] for page in pages for item in page.get("Contents", [])]
-            # Every list says so; one that was cut in its headers is an empty list for boto3.
+            # Every whole answer has this field; boto3 takes one that was cut in its headers for an empty list.
             if not all("IsTruncated" in page for page in pages):
                 raise _cut(self._address(prefix))
         # Sorted here too: directory buckets of S3 list in no order and know no StartAfter.
@@ -173,7 +173,7 @@ class S3Storage:
             pages = list(self._client().get_paginator("list_multipart_uploads").paginate(**where))
             if not all("IsTruncated" in page for page in pages):
                 raise _cut(self._address(prefix))
-            # Asked again here: what a server lists that knows no prefix may be another store's.
+            # Checked again here: a server that ignores the prefix also lists uploads of other stores.
             uploads = [u for page in pages for u in page.get("Uploads", []) if u["Key"].startswith(where["Prefix"])]
             uploads = [u for u in uploads if not idle_seconds or self._idle_seconds(u) >= idle_seconds]
             for upload in uploads:
@@ -284,14 +284,15 @@ class S3Storage:
             told = _translated(error, self._address(key), self.bucket)
             raise (_as_refused(told, error) if is_write else told) from error
         except (KeyError, ValueError) as error:
-            # An answer cut in its headers is whole for boto3: a field is missing, or is half a date or number.
+            # boto3 takes an answer that was cut in its headers for whole: a field is missing, or half a date or number.
             raise _cut(self._address(key)) from error
 
 
 class _Upload:
-    """One object on its way to the bucket: one put if it is small, else parts that travel while more is appended.
+    """The upload of one object: by one put if it is small, else in parts that are sent while more is appended.
 
-    The parts that hold the head are kept until `finish`. Beside them at most THREADS parts travel and one is filled.
+    The parts that hold the head are kept until `finish`. Besides them, memory holds at most THREADS parts that are
+    being sent and one that is being filled.
     """
 
     def __init__(self, storage: S3Storage, key: str, head_size: int) -> None:
@@ -403,8 +404,8 @@ def _as_refused(told: OnebasisError, error: ClientError | BotoCoreError) -> Oneb
 
 
 def _is_certain(error: ClientError | BotoCoreError, code: str) -> bool:
-    """Whether a write that ended so stored nothing, and nothing of it is on its way: the server refused the first
-    request that was sent for it, or none was."""
+    """Whether a write with this error has certainly stored nothing and will not later: the server refused the first
+    request that was sent for it, or none was sent."""
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return True
     facts = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
@@ -417,8 +418,8 @@ def _is_certain(error: ClientError | BotoCoreError, code: str) -> bool:
 def _translated(error: ClientError | BotoCoreError, where: str, bucket: str) -> OnebasisError:
     """Our error for one of boto3's, by what the reader should do.
 
-    Credentials that ran out or a bucket that vanished are no mistake of the task at hand: they are `Unavailable`, so
-    that the work is done once a person has mended them, and the outcome of a write counts as unknown.
+    Expired credentials or a missing bucket are not a mistake in the task: they are `Unavailable`, so that the work is
+    done once a person has corrected them, and the outcome of a write counts as unknown.
     """
     code = _code(error)
     if code in ABSENT:
