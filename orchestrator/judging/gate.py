@@ -1,7 +1,7 @@
 """May a version become `main`? A pure decision with its reasons.
 
-Scores are compared on the same frozen rows, so a difference is one of predictions, not of samples. How sure one can
-be of it is told beside it and does not decide: a gate that waits for certainty lets small losses through.
+Scores are compared on the same frozen rows, so a difference is one of predictions, not of samples. Its uncertainty is
+reported beside it and does not decide: a gate that waits for certainty lets small losses through.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class BrokenRule:
     """`team/task`, for people."""
     rule: Rule
     score: float
-    """Under the version that is judged."""
+    """Score under the version that is judged."""
     against: float
-    """What it is compared with: at birth, with its own adapter, or the least score itself."""
+    """Number that it is compared with: the score at birth, the score with its own adapter, or the least score."""
     limit: float
-    """The rule's number."""
+    """Limit that the rule sets."""
     paired: PairedDifference | None = None
     """The comparison row by row, where both were kept."""
 
@@ -130,14 +130,14 @@ def judge(
         table: The lineage up to `version`, with every due evaluation in it.
         records: Task id to record, for local scores, names and the task's own rule.
         paired: Task id to how its score differs from the one it is compared with (at birth; of a new task: with its own
-            adapter), where both were kept row by row. It is told, and changes no decision.
+            adapter), where both were kept row by row. Reported only; it changes no decision.
     """
     broken: list[BrokenRule] = []
     for task_id in table.tasks:
         record = records.get(task_id)
         score = table.score(version, task_id)
         if record is None or math.isnan(score):
-            continue  # a task without evaluation rows, or of another life of the database: nothing to compare
+            continue  # a task without evaluation rows, or from a database that was lost: nothing to compare
         if table.birth[task_id] == version:
             broken += _of_a_new_task(record, score, settings, paired.get(task_id))
         else:
