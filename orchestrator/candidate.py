@@ -171,8 +171,8 @@ class Candidate:
         return bool(known)
 
     def _next_group(self, merging: Sequence[TaskRecord]) -> list[TaskRecord]:
-        """The tasks to merge into one version: all that wait; those whose group failed one by one, each when it is the
-        oldest."""
+        """The tasks to merge into one version: all that wait, but one by one if their group failed, the oldest
+        first."""
         if merging[0].merge_alone:
             return [merging[0]]
         return [record for record in merging if not record.merge_alone]

@@ -96,8 +96,7 @@ class Cluster(Protocol):
 
 
 class RayCluster:
-    """Detached named actors: one writer of the subspace, `workers.count` workers or gangs. They outlive this
-    process."""
+    """Detached named actors: one writer of the subspace, `workers.count` workers or gangs. They outlive us."""
 
     def __init__(self, settings: Settings, address: str, token_path: Path, service: Identity) -> None:
         """Join a running Ray cluster on behalf of a service. Actors are started by `start`."""

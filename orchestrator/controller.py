@@ -168,8 +168,7 @@ class Controller:
         self._pending_calls.wake(log_moved)
 
     def forget_files(self, task_id: str) -> None:
-        """A task ended outside the loop: the files that it no longer needs are deleted in the next step.
-        Thread-safe."""
+        """A task ended outside the loop: the next step deletes the files that it no longer needs. Thread-safe."""
         self._unused_files.due((task_id,))
 
     def submission(self, task_id: str) -> AbstractContextManager[None]:
@@ -207,8 +206,7 @@ class Controller:
     def _preempt_all(self) -> None:
         """Make all running tasks write a checkpoint, and wait until they have; nothing new is begun.
 
-        A task whose worker does not answer in time still belongs to it by the records, and goes on from an older
-        checkpoint.
+        A task whose worker does not answer in time is still that worker's, and goes on from an older checkpoint.
         """
         training = [worker for worker in self._pool.workers.values() if isinstance(worker.order, Train)]
         for worker in training:

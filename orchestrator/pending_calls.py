@@ -62,8 +62,7 @@ PendingCall = Warming | Asking | Ordered | Opening | Writing | Sign
 
 
 class PendingCalls:
-    """Makes calls, and reports which came back. `wake` may be called from any thread, everything else from the
-    loop's."""
+    """Makes calls, and says which came back. `wake` may be called from any thread, everything else from the loop's."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster

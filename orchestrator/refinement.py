@@ -139,8 +139,7 @@ class Refinement:
         moved = {
             task_id
             for task_id in evaluations_due(state, version, drift_min)
-            # A task without rows is always due: so also ask that it has moved that far since its coefficients were
-            # made.
+            # A task without rows is always due: it must also have moved so far since its coefficients were made.
             if drift.get(task_id) and bounds[task_id] - tasks[task_id].error_at_birth >= drift_min
         }
         records = self._queue.among(moved) if moved else {}

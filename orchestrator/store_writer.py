@@ -1,7 +1,7 @@
 """The store's one writer, as the control plane sees it: whether it could open the store, and whether it answers.
 
-Requests to write go another way (`candidate.py`, `service.py`). Its sign of life is answered beside a write
-that is under way, so that a long merge is not taken for silence.
+Requests to write go another way (`candidate.py`, `service.py`). Its sign of life is answered beside a write that is
+under way, so that a long merge is not taken for silence.
 """
 
 from __future__ import annotations

@@ -27,8 +27,7 @@ class VerdictInProgress:
     version: int = 0
     """Number of the version; 0: between two versions."""
     plain: bool = False
-    """Whether the next version is judged as its merge makes it: the one before failed because of a task refined
-    again."""
+    """Whether the next version is judged as merged, since the one before failed because of a task refined again."""
     again: tuple[TaskRecord, ...] = ()
     """Older tasks that its merge moved, to be refined first (`share_full`)."""
     refined: dict[str, StagedAdapter] = field(default_factory=dict)

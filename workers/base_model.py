@@ -150,8 +150,7 @@ class BaseModel:
         """(N, D) of every linear layer that may be adapted, by its name in the task model.
 
         Args:
-            kind: Kind of the task. Some kinds have a layer after the backbone that others lack; None: layers of any
-                kind.
+            kind: Kind of the task. Some kinds have a layer after the backbone that others lack. None: of any kind.
         """
         if kind is not None:
             return dict(self._shapes[kind])

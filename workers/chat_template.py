@@ -49,8 +49,7 @@ class ChatTemplate:
                 "data.messages_column",
                 "write the messages as the template wants them, or drop the row",
             ) from error
-        # A template may render a chat differently once the answer is in it: then the answer is learnt as the row has
-        # it.
+        # A template may render a chat differently once it has the answer: then that is learnt as the row has it.
         return given, whole[len(given) :] if whole.startswith(given) else turns[-1][1]
 
     def complaint(self, row: Row) -> str:

@@ -2,8 +2,7 @@
 
 Each parameter is kept whole, so a gang of another size or ZeRO stage can go on from it. The same gang goes on from the
 same bits, and gets the same result where the machine computes the same way twice: a CPU does; a GPU's attention adds up
-its gradients in no fixed order. Only trained parameters are in it (adapter and head), never the base
-model.
+its gradients in no fixed order. Only trained parameters are in it (adapter and head), never the base model.
 
 Files lie beside the attempt's adapter, `staging/<task>/<attempt>-<token>/checkpoint-<step>-<digest>.safetensors`. The
 digest in the name shows whether a file is intact: a damaged one is skipped, and the one before it is used.
@@ -66,8 +65,7 @@ def run_digest(spec: TaskSpec, base_sha256: str, train_key: str, refine_version:
 
 
 def in_steps_of(checkpoint: Checkpoint, training: TrainingSpec, rank_count: int) -> Checkpoint:
-    """The checkpoint with its steps as a gang of this size counts them, if the run is measured in epochs: as many
-    rows."""
+    """The checkpoint with its step as a gang of this size counts it (the same rows), if the run lasts epochs."""
     if training.max_steps > 0 or len(checkpoint.generators) == rank_count:
         return checkpoint
     step = math.ceil(checkpoint.step * len(checkpoint.generators) / rank_count)

@@ -91,8 +91,7 @@ def compile_first(name: str, folder: Path, stamp: str, command: Sequence[str]) -
                 _pause(watch)
         if _is_stamped(done, stamp):
             return
-        # No other caller of this function compiles now. So torch's lock file, unless a process has it open, is a
-        # leftover.
+        # No other caller of this function compiles now: torch's lock file, if no process has it open, is a leftover.
         if not _is_open(folder / "lock"):
             (folder / "lock").unlink(missing_ok=True)
         watch.say(f"compiles DeepSpeed's {name}, once on this machine; this takes minutes")

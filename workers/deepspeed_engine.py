@@ -220,8 +220,7 @@ def release(engine: Any) -> None:
 
 
 def let_go(model: Any) -> None:
-    """Empty those of a task's parameters that are trained or were partitioned. Others may be shared: quantised layers
-    are."""
+    """Empty a task's parameters that are trained or were partitioned. Others may be shared: quantised layers are."""
     for parameter in model.parameters():
         if parameter.requires_grad or hasattr(parameter, "ds_id"):
             vars(parameter).clear()

@@ -209,8 +209,7 @@ def _likelihood(
 
 
 def _log_probability(logits_TV: Tensor, labels_T: Tensor) -> float:
-    """Log-probability of all labels together, each at least `metrics.LOG_PROBABILITY_MIN`; NaN where an output is no
-    number."""
+    """Log-probability of all labels, each at least `metrics.LOG_PROBABILITY_MIN`; NaN where an output is no number."""
     of_labels_T = logits_TV.float().log_softmax(dim=-1).gather(1, labels_T[:, None])
     return float(of_labels_T.clamp(min=metrics.LOG_PROBABILITY_MIN).double().sum())
 

@@ -92,9 +92,9 @@ def completions(tokenizer: Any, rows: Sequence[Any], length_max: int) -> Batch:
 def encode_completion(tokenizer: Any, row: CompletionRow, length_max: int) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, and of the completion with its end token.
 
-    Too long a row loses the start of its prompt (not its BOS token) first; then, if the completion alone is too
-    long, the completion's end, and with it the end token: the model must not learn to stop there. At least one token
-    of context stays. The prompt's tokens are those that generation starts from, whatever follows.
+    Too long a row loses the start of its prompt (not its BOS token) first; then, if the completion alone is too long,
+    the completion's end, and with it the end token: the model must not learn to stop there. At least one token of
+    context stays. The prompt's tokens are those that generation starts from, whatever follows.
     """
     prompt, completion = _encode(tokenizer, row)
     completion = completion[: length_max - 1]

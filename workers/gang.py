@@ -1,5 +1,4 @@
-"""A gang: N processes that work on one order together. Here is which rank is waited for, which counts as lost, and what
-then.
+"""A gang: N processes that work on one order together. Here is which rank is waited for, which is lost, and what then.
 
 A plain class, tested without Ray; the processes are behind `Ranks`, whose Ray side is `gang_actor.py`. Nothing is
 trained here, and no library of the ranks is imported.
@@ -68,8 +67,7 @@ class Ranks(Protocol):
         """Start all of them, in the places of earlier ones where these places still exist.
 
         Args:
-            waits: Called with the reason, again and again, while there is no place yet. An exception from it ends the
-                wait.
+            waits: Called with the reason, again and again, while there is no place. Its exception ends the wait.
 
         Raises:
             NoPlace: There has been no place for all of them for a while.

@@ -27,8 +27,7 @@ class HeadLayout:
     """The parameters of one kind's task model, as far as a task may have its own."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Shape of each parameter that an adapter may bring whole: all but those in `shared`. For a model with one
-    output."""
+    """Shape of each parameter that an adapter may bring whole: all but those in `shared`. For one output."""
     shared: tuple[str, ...] = ()
     """Names of embeddings and of a language model's output layer, which always belong to the base model."""
     outputs: tuple[str, ...] = ()
@@ -38,8 +37,7 @@ class HeadLayout:
     trained: tuple[str, ...] = ()
     """Modules that are trained with the task: the output layers, PEFT's `classifier` and `score`, what is missing."""
     label_names: tuple[str, ...] = ()
-    """Labels of the checkpoint's own output layer, by output; empty: it has none. `LABEL_0`, …: the names are not
-    known."""
+    """Labels of the checkpoint's own output layer, by output; empty: it has none. `LABEL_0`, …: not known."""
 
 
 def kept_outputs(layout: HeadLayout, spec: TaskSpec) -> tuple[int, ...] | None:

@@ -52,9 +52,8 @@ class Train:
     eval_key: str
     """Storage key of the frozen evaluation rows; empty when an import brought none."""
     staging_key: str
-    """Storage key for the adapter: `staging/<task>/<attempt>-<token>/adapter.safetensors`. Checkpoints go beside it;
-    those
-    of the task's earlier attempts are found below `staging/<task>/`."""
+    """Key for the adapter: `staging/<task>/<attempt>-<token>/adapter.safetensors`. Checkpoints go beside it; those of
+    the task's earlier attempts are found below `staging/<task>/`."""
     results_key: str = ""
     """Storage key for each evaluation row's result with the adapter before merging; empty: not kept."""
     refine_version: int = 0

@@ -26,8 +26,7 @@ TIMEOUT = timedelta(minutes=10)
 """Longest collective: one that takes longer has lost a rank. Reading a 70B model's shards from disk takes less."""
 LEAVE_SECONDS = 5.0
 """NCCL waits for the others when it is told to leave. Ranks that were left in a collective operation will not come:
-they
-are ended once this rank has said why it failed."""
+they are ended once this rank has said why it failed."""
 
 _listening: Any = None
 """Store where the other ranks meet, if this will be rank 0 of the next group."""

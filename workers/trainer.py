@@ -232,8 +232,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = counts_tokens
         self._batches = batches
         self.loss_sum: Any = 0.0
-        """Sum of the losses of this rank's steps since it was last set to 0; on the device, so that no step waits for
-        it."""
+        """Sum of this rank's losses since it was last set to 0; on the device, so that no step waits for it."""
         self.tokens = 0
 
     def get_train_dataloader(self) -> Any:
@@ -374,8 +373,7 @@ def _every(save_steps: float, steps: int) -> int:
 
 
 def free_memory() -> None:
-    """Free what a run left in reference cycles (its trainer has some), and the GPU memory that torch keeps for
-    reuse."""
+    """Free what a run left in reference cycles (as its trainer), and GPU memory that torch keeps for reuse."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

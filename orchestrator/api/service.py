@@ -312,8 +312,8 @@ class Service:
     def status(self) -> Json:
         """Whether the service is up, what its workers do, how many tasks are in which state, what is wrong.
 
-        Answered within seconds: if the store or the database is late, its last answer counts, or None, and an alarm
-        rings.
+        Answered within seconds: if the store or the database is late, an alarm rings and its last answer, or None,
+        counts.
         """
         state, counted = self._state_soon(), self._counts_soon()
         return {
@@ -380,8 +380,7 @@ class Service:
         return answer
 
     def _requests_in_doubt(self, state: SubspaceState) -> list[Json]:
-        """Requests of unknown outcome, without those that the log has by now and those whose record can no longer
-        come."""
+        """Requests of unknown outcome: not those that the log has by now, nor those whose record can no longer come."""
         for op_key, about in list(self._in_doubt.items()):
             if op_key in state.op_keys or 0 < about["seq"] <= state.seq:
                 self._in_doubt.pop(op_key, None)
@@ -515,8 +514,7 @@ class Service:
         return score_table(state, version, self._settings.gate.drift_min)
 
     def _task_id_at(self, state: SubspaceState, version: int, reference: str) -> str:
-        """The id of a task in a version, by id or name: of several tasks that had the name, the one that the version
-        holds."""
+        """The id of a task in a version, by id or name: of several tasks with that name, the one in the version."""
         held = state.tasks_at(version)
         found = [i for i, task in held.items() if task.name == reference or i.startswith(reference)]
         if len(found) != 1:

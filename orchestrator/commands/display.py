@@ -25,8 +25,7 @@ COLOURS = {
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
 DROPPED_FIRST = ("id", "MB", "rows/s", "version", "starts in", "in main", "tokens/s", "own", "loss")
-"""Columns of the task table, in the order in which they are left out on a narrow terminal: `team/name` is a name
-too."""
+"""Columns of the task table, in the order in which a narrow terminal omits them: `team/name` is a name too."""
 NOTE_WIDTH = 24
 """Least width of the last column, if its text is that long."""
 

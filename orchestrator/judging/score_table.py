@@ -86,8 +86,7 @@ class _Known:
 
 
 def _along(state: SubspaceState, version: int, drift_max: float) -> Iterator[tuple[Version, _Known]]:
-    """The versions of a lineage, oldest first, and what is known then; the latter is always the same object, which
-    changes."""
+    """The versions of a lineage, oldest first, and what is known then: one object, which changes."""
     tasks: list[str] = []
     known = _Known(drift_max)
     for row in state.lineage(version):

@@ -89,8 +89,7 @@ def running_order(
         use_seconds: Decayed use per team.
         running: Worker-seconds per team of what runs now, see `running_seconds`.
         weights: Share per team; a team without one counts 1.
-        limit: Number of ids to return; default: all. With it, `waiting` needs only the first `limit` tasks of each
-            team.
+        limit: Number of ids to return; default: all. `waiting` then needs only each team's first `limit`.
 
     Returns:
         Task ids, next first. A task's index + 1 is its place in the queue.

@@ -1,11 +1,10 @@
 """Checking submissions in processes that can be ended: `python -m orchestrator.tasks.checking`.
 
 A submission's files are read by libraries in C, which may hold the interpreter or crash, whatever Python does: a check
-in
-a thread could not be ended, and would stop the control plane with it. So each runs in a process of its own. To import
-what a check needs takes seconds; therefore one process imports it, does nothing else, and forks for each check, which
-takes milliseconds. Forking it is safe, as its libraries have no threads but jemalloc's, which expects forks; forking
-the control plane, full of threads, would not be.
+in a thread could not be ended, and would stop the control plane with it. So each runs in a process of its own. To
+import what a check needs takes seconds; therefore one process imports it, does nothing else, and forks for each check,
+which takes milliseconds. Forking it is safe, as its libraries have no threads but jemalloc's, which expects forks;
+forking the control plane, full of threads, would not be.
 
 The control plane and a check talk over a pair of sockets. Whatever closes the control plane's end (the deadline passed,
 it was killed), the kernel ends the check by a signal, in the middle of C code too.

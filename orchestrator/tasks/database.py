@@ -75,8 +75,7 @@ class Database:
             yield connection
 
     def _migrate(self) -> None:
-        """Bring the tables up to date, one process at a time: a process that waited for the lock finds everything
-        done."""
+        """Bring the tables up to date, one process at a time: one that waited for the lock finds everything done."""
         patient = self.engine.execution_options(writes=True, wait_seconds=MIGRATE_WAIT_SECONDS)
         with self._told(), patient.begin() as connection:
             if self.is_postgres:

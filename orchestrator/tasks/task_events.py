@@ -144,8 +144,7 @@ class RolledBack:
 
 @dataclass(frozen=True)
 class Restored:
-    """`main` holds the task again, or holds it since another version, because versions were made again without some
-    task."""
+    """`main` holds the task again, or holds it since another version, as some were made again without a task."""
 
     message: str
     version: int

@@ -370,8 +370,7 @@ class TaskQueue:
                 continue
 
     def try_apply(self, task_ids: Sequence[str], event: Event) -> list[TaskRecord]:
-        """As `apply_all`; an empty list when another event (a cancel) came first: then the records are to be read
-        again."""
+        """As `apply_all`; an empty list when another event (a cancel) came first: then read the records again."""
         try:
             return self.apply_all(task_ids, event)
         except (Conflict, UnreadableTask) as error:
@@ -407,8 +406,7 @@ class TaskQueue:
                 self._append(connection, task_id, found, time.time())
 
     def append_log(self, task_id: str, lines: Iterable[LogLine]) -> None:
-        """Add what a worker reported of a task's training. The worker thins the points itself: fifty for each
-        attempt."""
+        """Add what a worker reported of a task's training. The worker thins the points: fifty for each attempt."""
         self.append(
             task_id, [(PROGRESS, point_text(line)) if isinstance(line, Point) else (LOG, line) for line in lines]
         )
@@ -538,8 +536,7 @@ class TaskQueue:
             connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(team))))
 
     def _alive(self, connection: Connection, team: str, name: str) -> AnyRow | None:
-        """The task that has this name now. No name is reused while its task lives: a score's team/name means one
-        task."""
+        """The living task of this name. No name is reused before: a score called team/name must mean one task."""
         named = (_tasks.c.team == team, _tasks.c.name == name, _tasks.c.state.not_in(_ENDED))
         return connection.execute(
             select(_tasks.c.task_id, _tasks.c.state, _tasks.c.content_sha256).where(*named)

@@ -80,8 +80,7 @@ class TaskRecord(Section):
     """Why it is rejected, parked or cancelled, or waits again, for people."""
     reason_codes: tuple[str, ...] = ()
     """The same for programs: codes of `task_events.Reason` and `gate.Rule`, each a row of docs/trouble.md. Text,
-    because a
-    newer release may know more of them. Empty in records of releases up to 0.3."""
+    because a newer release may know more of them. Empty in records of releases up to 0.3."""
     cancel_requested: bool = False
 
     attempt: int = 0

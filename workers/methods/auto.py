@@ -29,8 +29,7 @@ BEHIND_MAX = 0.1
 """Largest part of what was learnt that `share` may lack, a standard error included.
 
 Tasks of examples/ on MiniLM after one to four merges (bases of 4 to 19 of 384 directions), one or two seeds, φ by
-default and 0. First numbers: what share learnt in 24 steps as a part of what was learnt at all, less the standard
-error.
+default and 0. First numbers: what share learnt in 24 steps as a part of all that was learnt, less the standard error.
 Last ones: its accuracy after the whole run, less LoRA's, in points (on 200 to 250 rows: 3 are chance).
 
     top-ups after two topics of its data set      0.92 to 0.99    0 to +5; one of six runs 0.80, −5

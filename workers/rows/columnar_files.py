@@ -157,8 +157,7 @@ def _check_packing(file: BinaryIO, where: str) -> None:
 
 
 def _inner(head: bytes, table: int, field: int | None) -> int:
-    """Position of the table that a field of a flatbuffer's table points to; field None: that its first word points
-    to."""
+    """Position of the table that a field of a flatbuffer's table points to; field None: by its first word."""
     at = table if field is None else table + _place(head, table, field)
     return at + int(struct.unpack_from("<I", head, at)[0])
 
@@ -171,8 +170,7 @@ def _place(head: bytes, table: int, field: int) -> int:
 
 
 class _Guarded(io.RawIOBase):
-    """A file that refuses to read more than `MESSAGE_BYTES_MAX` at once: the file itself says how large a record batch
-    is."""
+    """A file that refuses to read more than `MESSAGE_BYTES_MAX` at once: the size comes from the file itself."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

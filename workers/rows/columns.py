@@ -16,7 +16,7 @@ LINE_CHARACTERS_MAX = 2**24
 times as many bytes."""
 ROWS_FREE = 100_000
 """Rows that a file of any size may have. Beyond them, it has at most one for each of its bytes: the texts of real rows
-differ, and cannot be compressed further. Checking a row takes about 10 µs, and 42 kB of parquet could hold ten
+differ, and cannot be compressed so far. Checking a row takes about 10 µs, and 42 kB of parquet could hold ten
 million."""
 UNPACKED_BYTES_FREE = 2**26
 UNPACKED_RATIO_MAX = 200
@@ -88,7 +88,6 @@ def check_header(columns: Columns, names: Sequence[str], where: str) -> None:
 
 
 def shown(names: Sequence[str]) -> str:
-    """Some names for a message. Quotes make spaces visible; escapes make control characters and half characters
-    harmless."""
+    """Some names for a message. Quotes show spaces; escapes make control and half characters harmless."""
     quoted = (f"{name!r:.{SHOWN_CHARACTERS}}" for name in names[:SHOWN_NAMES])
     return ", ".join(quoted) + (", …" if len(names) > SHOWN_NAMES else "")
