@@ -82,7 +82,7 @@ class Alarm:
     what: str
     """Cause, with the numbers."""
     todo: str
-    """Next step of whoever reads it."""
+    """Next step for the person who reads it."""
     since: float
     """Unix time at which it began to ring."""
 

@@ -1,9 +1,9 @@
 """The one unjudged version: from the tasks that wait to be merged to the gate's verdict.
 
 Merging waits until the version before is judged, and then takes every task that waits in one version (group
-commit). So there is at most one unjudged candidate, and refusing it is one record. A group that the gate refuses
-is merged again one by one, which shows the culprit. Tasks that ask for it are refined between merging and judging: one
-more version, with the same basis and only their coefficients replaced; that version is judged.
+commit). So there is at most one unjudged candidate, and refusing it is one record. A group that the gate refuses is
+merged again one by one, which shows the task at fault. Tasks that ask for it are refined between merging and judging:
+one more version, with the same basis and only their coefficients replaced; that version is judged.
 
 What is kept in memory (scores that came in) is asked for again after a restart: orders are idempotent by token, merges
 by operation key.
@@ -213,7 +213,7 @@ class Candidate:
             self._apply(ids, MergeUndone(f"its group failed the gate: {reason}", alone=True))
         elif again.intersection(culprits):
             # A new task is not to blame if an older task became worse through its own refinement.
-            self._apply(ids, MergeUndone(f"once more, with nobody refined again: {reason}", alone=True))
+            self._apply(ids, MergeUndone(f"once more, with no task refined again: {reason}", alone=True))
             return True
         else:
             codes = self._store.state.rejected_by.get(version, ())

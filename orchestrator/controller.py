@@ -1,8 +1,7 @@
 """The one loop: take the results that came back, advance the records, give the next orders.
 
 It holds no truth of its own: what it and its parts (`worker_pool.py` the workers, `candidate.py` the version that is
-    being
-made, `pending_calls.py` what is under way) keep in memory is asked for again after a restart.
+being made, `pending_calls.py` what is under way) keep in memory is asked for again after a restart.
 """
 
 from __future__ import annotations

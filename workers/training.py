@@ -314,7 +314,7 @@ class _Saver:
 
 
 def _nobody(progress: Progress) -> None:
-    """Ranks above 0 report to nobody."""
+    """Drop a report: ranks above 0 send none."""
 
 
 def _scores(

@@ -3,7 +3,7 @@
 transformers maps safetensors files into memory and copies nothing as long as the file has the dtype that is asked
 for. All processes of a machine that load one folder then share its pages, and 14 GB of weights cost the second worker
 nothing. Three things make a private copy: another `base_model.dtype` than the file's (save the checkpoint in that
-dtype), a GPU, and writing, which is why nobody writes (a written page would be copied, the file never changes).
+dtype), a GPU, and writing, which is why nothing here writes (a written page would be copied, the file never changes).
 
 Nothing here knows of tasks.
 """

@@ -1,7 +1,7 @@
 """The Ray actor around a worker: options and forwarding only. What it does is in `worker.py`.
 
 Detached and named, so that it and its warm model outlive the control plane that made it. The worker is imported in
-the actor's process alone: whoever gives orders needs neither torch nor transformers for it.
+the actor's process alone: the process that gives orders needs neither torch nor transformers for it.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _why_queued(record: TaskRecord, around: Surroundings) -> str:
 
 def _start(around: Surroundings) -> str:
     if around.pace is None or around.starts_in_seconds is None:
-        return "when it starts nobody can say: no task has been trained here yet"
+        return "its start cannot be estimated: no task has been trained here yet"
     if around.pace.count == 1:
         basis = f"the one task before took {duration(around.pace.seconds)}"
     else:

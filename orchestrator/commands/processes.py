@@ -58,7 +58,7 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
     """Start what is not running; safe to repeat, also after a kill -9 of anything.
 
     Args:
-        take_over: Make the store this service's, whoever's it is: the other service stops.
+        take_over: Make the store this service's, even if another service owns it: that one stops.
 
     Returns:
         The service's status, with every worker warm.

@@ -23,7 +23,7 @@ class Pace:
 
 
 def pace_of(spans: Iterable[float]) -> Pace | None:
-    """The pace of tasks that ended. None without any: then nobody can say.
+    """The pace of tasks that ended. None without any: then it is not known.
 
     Args:
         spans: Seconds that each task had its worker.
@@ -41,7 +41,7 @@ def starts_in(place: int, left: Sequence[float], free: int, pace: Pace | None) -
         free: Workers that have none.
 
     Returns:
-        None where nobody can say: no worker, or no task of which the pace is known.
+        None where it is not known: no worker, or no task to know the pace from.
     """
     workers = [0.0] * free + [max(0.0, seconds) for seconds in left]
     if not workers or pace is None:

@@ -17,10 +17,10 @@ on from the checkpoint. (d) merged into a version on `candidate`. (e) the store 
 made again without it. (i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a
 rollback came in between): merged again. (k) merged, and to be refined: (l) claimed by workers until one has trained its
 coefficients in the version's basis; lost, preempted or stopped by a bug within the budgets of (c), it is claimed again.
-(m) the store made the next version with the refined coefficients, and its whole group moves there, which waited for it
-evaluating. Or it could not be refined: then it goes on as it was merged, and says why. A task is refined once: merged
-again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later versions, and
-stays published meanwhile. Cancelled can be reached until it is part of a merge.
+(m) the store made the next version with the refined coefficients, and its whole group, which waited in `evaluating`,
+moves there. Or it could not be refined: then it goes on as it was merged, and its record says why. A task is refined
+once: merged again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later
+versions, and stays published meanwhile. Cancelled can be reached until it is part of a merge.
 
 No Ray, no SQL, no torch in this file.
 """

@@ -536,7 +536,7 @@ class TaskQueue:
             connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(team))))
 
     def _alive(self, connection: Connection, team: str, name: str) -> AnyRow | None:
-        """The living task of this name. No name is reused before: a score called team/name must mean one task."""
+        """The living task of this name. While it lives, no other gets the name: team/name of a score means one task."""
         named = (_tasks.c.team == team, _tasks.c.name == name, _tasks.c.state.not_in(_ENDED))
         return connection.execute(
             select(_tasks.c.task_id, _tasks.c.state, _tasks.c.content_sha256).where(*named)

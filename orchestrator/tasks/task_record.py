@@ -123,7 +123,7 @@ class TaskRecord(Section):
     merge_key: str = ""
     """Operation key of the merge it is part of: the same merge asked for again is the same version."""
     merge_alone: bool = False
-    """Its group failed the gate: it is merged by itself, so that the culprit shows."""
+    """Its group failed the gate: it is merged by itself, which shows the task at fault."""
     version: int = 0
     """Version of birth in the lineage of `main`: the first that is judged with it. 0 before merging."""
     refined_key: str = ""
