@@ -30,7 +30,7 @@ log = logging.getLogger("onebasis.alarms")
 
 
 class AlarmCode(StrEnum):
-    """What an alarm says. Where an error says the same, the code is the error's."""
+    """Code of an alarm: the error's code, where an error has the same meaning."""
 
     STORE_DAMAGED = "store-damaged"
     OUSTED = "owned-by-another"
@@ -82,7 +82,7 @@ class Alarm:
     what: str
     """Cause, with the numbers."""
     todo: str
-    """Next step of whoever reads it."""
+    """Next step for the person who reads it."""
     since: float
     """Unix time at which it began to ring."""
 
@@ -102,7 +102,7 @@ class Alarms:
         self._ringing: dict[tuple[AlarmCode, str], Alarm] = {}
 
     def ring(self, code: AlarmCode, about: str, what: str, todo: str = "") -> None:
-        """Begin to ring, or go on with another cause. It is written to the log once, not at every try.
+        """Begin to ring an alarm, or change its cause. It is written to the log once, not at every try.
 
         Args:
             todo: Default: the next step that the code has.
@@ -118,18 +118,18 @@ class Alarms:
     def ring_for(self, error: OnebasisError, about: str) -> None:
         """Ring for an error that a part of the service met with the store or the database, and which it tries again."""
         code = code_of(error)
-        # The error's own next step is for whoever asks once, and has to ask again.
+        # The error's own next step is for a person who has to ask again; these errors are tried again here.
         self.ring(code, about, f"{about}: {error.sentence}", "" if code in TRIED_AGAIN else error.todo)
 
     def end(self, code: AlarmCode, about: str) -> None:
-        """It is over, if it rang."""
+        """End an alarm, if it rings."""
         with self._lock:
             alarm = self._ringing.pop((code, about), None)
         if alarm is not None:
             log.info("over after %.0f s: %s (%s)", time.time() - alarm.since, alarm.code, about)
 
     def end_all(self, about: str, *codes: AlarmCode) -> None:
-        """All of these codes are over for a part of the service."""
+        """End the alarms of these codes for a part of the service."""
         for code in codes:
             self.end(code, about)
 
@@ -151,14 +151,14 @@ WRITE_CODES = (
     AlarmCode.STORE_AWAY,
     AlarmCode.STORE_UNUSABLE,
 )
-"""What may keep a write from the store; a write that went through ends them."""
+"""Alarms of what may keep a write from the store; a write that went through ends them."""
 
 
 TRIED_AGAIN = frozenset({AlarmCode.STORE_FULL, AlarmCode.STORE_READ_ONLY, AlarmCode.NOT_WRITTEN, AlarmCode.STORE_AWAY})
 
 
 def code_of(error: OnebasisError) -> AlarmCode:
-    """The alarm that an error of the store or the database is."""
+    """The alarm code for an error of the store or the database."""
     match error:
         case OwnedByAnother():
             return AlarmCode.OUSTED

@@ -1,9 +1,9 @@
 """The one unjudged version: from the tasks that wait to be merged to the gate's verdict.
 
 Merging waits until the version before is judged, and then takes every task that waits in one version (group
-commit). So there is at most one unjudged candidate, and refusing it is one record. A group that the gate refuses
-is merged again one by one, which shows the culprit. Tasks that ask for it are refined between merging and judging: one
-more version, with the same basis and their coefficients alone replaced; it is that one which is judged.
+commit). So there is at most one unjudged candidate, and refusing it is one record. A group that the gate refuses is
+merged again one by one, which shows the task at fault. Tasks that ask for it are refined between merging and judging:
+one more version, with the same basis and only their coefficients replaced; that version is judged.
 
 What is kept in memory (scores that came in) is asked for again after a restart: orders are idempotent by token, merges
 by operation key.
@@ -64,12 +64,12 @@ log = logging.getLogger("onebasis.controller")
 
 EVALUATION_TRIES = 3
 FULL_SECONDS = 5.0
-"""A store that took nothing is asked again this often: space comes back when a person makes some."""
+"""Interval at which a full store is asked again: there is no space until a person makes some."""
 WRITING = "merging and publishing"
-"""What alarms of the writer's requests are about."""
+"""Part of the service that alarms about the writer's requests name."""
 UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
 HELD_SECONDS = 5.0
-"""While `main` is held the log is read this often: somebody may release it without telling this process."""
+"""Interval at which the log is read while `main` is held: somebody may release it without telling this process."""
 
 
 class Candidate:
@@ -93,7 +93,7 @@ class Candidate:
         Args:
             store: A reader; writing goes through the cluster's store actor.
             changed: Called when there is something new to report.
-            main_moved: Called when `main` is elsewhere than a task's verdict says.
+            main_moved: Called when `main` is at another version than a task's verdict says.
         """
         self._settings = settings
         self._queue = queue
@@ -109,12 +109,12 @@ class Candidate:
         self._verdict = VerdictInProgress()
         self._refinement = Refinement(settings, queue, store, cluster, pending_calls, pool, unused_files, self._verdict)
         self._is_stopped = False
-        """What only a person can end keeps the store from being written: nothing is merged or published any more."""
+        """Whether an error that only a person can end stops all writes: nothing is merged or published any more."""
         self.ousted_by: OwnedByAnother | None = None
-        """Who has the store by now: nothing is begun any more."""
+        """Error with the service that owns the store by now: nothing is begun any more."""
 
     def advance(self, live: Sequence[TaskRecord], others_wait: bool) -> None:
-        """Begin what is next.
+        """Begin the next piece of work.
 
         Args:
             live: The tasks that have not ended and do not wait for a worker.
@@ -154,7 +154,7 @@ class Candidate:
         self._pending_calls.write(Merge(adapters=staged, op_key=begun, actor="controller"))
 
     def _drop_orphan(self) -> bool:
-        """Whether a candidate that no task waits for (a lost database) had to be refused first."""
+        """Reject a candidate that no task waits for (a lost database). Returns whether there was one."""
         refs = self._store.state.refs
         orphan = refs[CANDIDATE] != refs[MAIN]
         if orphan:
@@ -162,7 +162,8 @@ class Candidate:
         return orphan
 
     def _know_again(self, group: Sequence[TaskRecord]) -> bool:
-        """Whether some were in the candidate already: the database is older than the log, as after a restore."""
+        """Move on tasks that the candidate holds already: the database is older than the log, as after a restore.
+        Returns whether there were any."""
         held = self._store.state.births(self._store.state.refs[CANDIDATE])
         known = [record for record in group if record.task_id in held]
         for record in known:
@@ -170,7 +171,8 @@ class Candidate:
         return bool(known)
 
     def _next_group(self, merging: Sequence[TaskRecord]) -> list[TaskRecord]:
-        """Everything that waits, in one version; those whose group failed one by one, each when it is the oldest."""
+        """The tasks to merge into one version: all that wait, but one by one if their group failed, the oldest
+        first."""
         if merging[0].merge_alone:
             return [merging[0]]
         return [record for record in merging if not record.merge_alone]
@@ -187,7 +189,7 @@ class Candidate:
         if on_main or version in state.published:
             self._apply(ids, Judged(True, f"published in version {version}", time.time()))
             if not on_main:
-                # Rolled back before this was seen: to be parked like all that vanish, not to be merged again.
+                # Rolled back before this was seen: the tasks are parked like all that vanish, not merged again.
                 self._main_moved()
         elif version in state.rejected:
             plain = self._refused(ids, version)
@@ -203,15 +205,15 @@ class Candidate:
         self._pending_calls.wake()
 
     def _refused(self, ids: tuple[str, ...], version: int) -> bool:
-        """Returns: whether the task is to be judged once more, in a version that nobody is refined again for."""
+        """Returns: Whether the task is to be judged once more, in a version for which no task is refined again."""
         reason = self._store.state.rejected[version]
         again = {t.task_id for t in self._store.state.versions[version].refined} - {*ids}
         culprits = self._store.state.rejected_for.get(version, ())
         if len(ids) > 1:
             self._apply(ids, MergeUndone(f"its group failed the gate: {reason}", alone=True))
         elif again.intersection(culprits):
-            # A newcomer does not answer for what an older task made of its own refinement.
-            self._apply(ids, MergeUndone(f"once more, with nobody refined again: {reason}", alone=True))
+            # A new task is not to blame if an older task became worse through its own refinement.
+            self._apply(ids, MergeUndone(f"once more, with no task refined again: {reason}", alone=True))
             return True
         else:
             codes = self._store.state.rejected_by.get(version, ())
@@ -232,14 +234,14 @@ class Candidate:
             self._send_evaluations(version, [records[task_id] for task_id in missing])
         elif due:
             scores = tuple(found[task_id] for task_id in due)
-            # With what was written before in it: a restart with a lower gate.drift_min asks for more scores.
+            # The key counts the scores written before: a restart with a lower gate.drift_min asks for more.
             key = f"scores:{version}:{len(state.scores.get(version, {}))}"
             self._pending_calls.write(RecordScores(version=version, scores=scores, op_key=key, actor="controller"))
         else:
             table = score_table(state, version, drift_min)
             errors = {task.task_id: task.error_at_birth for task in state.versions[version].brought}
             decision = judge(table, version, records, self._settings.gate, errors=errors)
-            if not decision.passed:  # the rows that made the difference are read for those who are told of it alone
+            if not decision.passed:  # the rows are compared only for the message
                 paired = _paired_differences(self._storage, table, version, records)
                 decision = judge(table, version, records, self._settings.gate, paired, errors)
             if decision.passed and state.held is not None:
@@ -257,7 +259,7 @@ class Candidate:
             culprits: Ids of the tasks whose scores, or whose lack of one, is the reason.
             codes: The reason for programs; see `TaskRecord.reason_codes`.
         """
-        # What a worker said of a failure may hold anything, and what cannot be written would be tried for ever.
+        # A worker's message may hold any text, and text that cannot be written would be tried for ever.
         rejection = Reject(
             version=version,
             reason=as_text(reason),
@@ -298,11 +300,11 @@ class Candidate:
             )
 
     def take_refinement(self, order: Train, outcome: Outcome) -> None:
-        """Note what came of an order to refine a published task again."""
+        """Take the outcome of an order to refine a published task again."""
         self._refinement.take(order, outcome)
 
     def take_evaluation(self, order: Evaluate, outcome: Outcome) -> None:
-        """Note what came of an order."""
+        """Take the outcome of a scoring order."""
         current = self._verdict
         if order.version != current.version:
             return  # it was judged, or is gone
@@ -350,7 +352,7 @@ class Candidate:
                     log.info("'%s' is out of date, the log is read again: %s", request.operation, error)
                     self._pending_calls.later("store")
                 case _, NotWritten():
-                    # Nothing was written, and no task answers for it: the same is asked for again until there is space.
+                    # Nothing was written, and no task is to blame: the same request is repeated until there is space.
                     self._alarms.ring_for(error, WRITING)
                     self._pending_calls.later("store", FULL_SECONDS)
                 case _, MachineLost():
@@ -376,8 +378,8 @@ class Candidate:
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
 
     def stop(self, error: OnebasisError) -> None:
-        """What only a person can end: stored bytes are not what was written, the store is another service's, or it is
-        no store for this one. No task answers for it. Other errors are not for here."""
+        """Stop writing, for errors that only a person can end: stored bytes are not what was written, or the store
+        belongs to another service or does not fit this one. No task is to blame. Other errors are ignored here."""
         if not isinstance(error, Corrupt | UnusableStore | OwnedByAnother):
             return
         self._is_stopped = True
@@ -392,7 +394,7 @@ class Candidate:
         self._changed()
 
     def _park_double(self, request: Merge, error: NameTaken) -> None:
-        """`main` came back to an older task of its name while it was on its way: the others go on without it."""
+        """Park a task if `main` came back to an older one of its name meanwhile: the others go on without it."""
         self._unused_files.due((error.task_id,))
         self._apply((error.task_id,), MergeRefused(str(error), time.time(), Reason.NAME_TAKEN))
         others = tuple(task_id for task_id in _tasks(request) if task_id != error.task_id)
@@ -426,7 +428,7 @@ def _paired_differences(
         if cell.measured_at != version or record is None:
             continue
         first = next(table.cells[v][task_id].measured_at for v, score in table.column(task_id) if score == score)
-        is_new = table.birth[task_id] == version  # then with its own adapter, before merging
+        is_new = table.birth[task_id] == version  # then compared with its own adapter, before merging
         before = record.local_results_key if is_new else results_key(task_id, first)
         try:
             early, late = (read_results(storage, key) for key in (before, results_key(task_id, version)))

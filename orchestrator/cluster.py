@@ -22,7 +22,7 @@ from subspace_store.requests import StoreRequest
 from workers.orders import Order
 
 Call = Any
-"""Something under way; opaque to the controller."""
+"""A pending call; opaque to the controller."""
 
 
 class MachineLost(Unavailable):
@@ -70,7 +70,7 @@ class Cluster(Protocol):
         ...
 
     def open_store(self, base_sha256: str) -> Call:
-        """Have the writer open the store, or make it: a worker has loaded the base model, and these are its weights."""
+        """Make the writer open or create the store: a worker has loaded the base model, and these are its weights."""
         ...
 
     def store_sign(self) -> Call:
@@ -82,15 +82,15 @@ class Cluster(Protocol):
         ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
-        """Those that are done, waiting at most so long for the first."""
+        """The calls that are done, after waiting at most this long for the first."""
         ...
 
     def result(self, call: Call) -> Any:
-        """What a landed call brought.
+        """Result of a call that is done.
 
         Raises:
             ProcessEnded: The process is known to be gone; MachineLost when it is out of reach.
-            Else what was raised on the other side.
+            Else the exception of the other side.
         """
         ...
 
@@ -214,7 +214,7 @@ class RayCluster:
 
     def _kill(self, name: str) -> None:
         self._actors.pop(name, None)
-        with contextlib.suppress(ValueError):  # it has ended already; made anew to be ended, a gang would leave places
+        with contextlib.suppress(ValueError):  # ended already; a gang restarted to be ended would leave places
             self._ray.kill(self._ray.get_actor(name), no_restart=True)
         if name in self._workers and self._settings.workers.ranks > 1:
             from workers.gang_actor import end_ranks
@@ -253,7 +253,7 @@ class RayCluster:
 
 
 def _cause(error: Exception) -> str:
-    """In one line: where an actor's constructor failed, Ray's text ends with what it raised."""
+    """The cause in one line: where an actor's constructor failed, Ray's text ends with the constructor's error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] and len(lines) > 1 else lines[0]
 

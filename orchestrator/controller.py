@@ -1,7 +1,7 @@
-"""The one loop: take what landed, advance the records, give the next orders.
+"""The one loop: take the results that came back, advance the records, give the next orders.
 
-It holds no truth of its own: what it and its parts (`pool.py` the workers, `candidate.py` the version that is being
-made, `pending_calls.py` what is under way) keep in memory is asked for again after a restart.
+It holds no truth of its own: what it and its parts (`worker_pool.py` the workers, `candidate.py` the version that is
+being made, `pending_calls.py` what is under way) keep in memory is asked for again after a restart.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from workers.orders import BaseLayout, Evaluate, Failed, Outcome, Train, Trained
 log = logging.getLogger("onebasis.controller")
 
 LOOP = "the control plane's loop"
-"""What alarms of a failed step are about."""
+"""Part of the service that alarms about a failed step name."""
 LOOP_CODES = (*WRITE_CODES, AlarmCode.DATABASE_AWAY, AlarmCode.STEP_FAILED)
 DELETING = "deleting unused files"
 DELETE_AGAIN_SECONDS = 10.0
 PREEMPT_SECONDS = 60.0
-"""Longest wait for the checkpoints of what trains when the service ends: a step, and an upload."""
+"""Longest wait for the checkpoints of running tasks when the service ends: a step, and an upload."""
 
 
 class Controller:
@@ -72,9 +72,9 @@ class Controller:
         """
         Args:
             store: A reader; writing goes through the cluster's store actor.
-            service: This one; None where the store is nobody's.
+            service: Identity of this service; None where the store has no owner.
             changed: Called when there is something new to report.
-            alarms: Where to ring; default: its own.
+            alarms: The service's alarms; default: its own.
         """
         self.alarms = Alarms() if alarms is None else alarms
         self._settings = settings
@@ -87,7 +87,7 @@ class Controller:
         self._pool = WorkerPool(cluster, self._pending_calls, queue, settings.workers, self.alarms)
         self._unused_files = UnusedFiles(queue, storage, self._held)
         self._held_at: tuple[int, Held] = (-1, Held())
-        """What the versions hold, and the sequence number of the log at which that was worked out."""
+        """Sequence number of the log, and what the versions held then."""
         self._candidate = Candidate(
             settings,
             queue,
@@ -111,16 +111,16 @@ class Controller:
         self.turned_at = self._started_at
         """Unix time of the last step that ended, well or not."""
         self.doing = "starting"
-        """What the step under way does, for people."""
+        """The part of a step that is under way, for people."""
 
     @property
     def ousted_by(self) -> OwnedByAnother | None:
-        """Who has the store by now, where this service has stopped for it."""
+        """Error with the service that owns the store by now, if this service has stopped for it."""
         return self._candidate.ousted_by
 
     @property
     def layout(self) -> BaseLayout | None:
-        """What the first warm worker said of the base model; None before that."""
+        """What the first warm worker reported of the base model; None before that."""
         return self._pool.layout
 
     @property
@@ -167,11 +167,11 @@ class Controller:
         self._pending_calls.wake(log_moved)
 
     def forget_files(self, task_id: str) -> None:
-        """A task ended outside the loop: what it needs no more of its files goes in the next step. Thread-safe."""
+        """A task ended outside the loop: the next step deletes the files that it no longer needs. Thread-safe."""
         self._unused_files.due((task_id,))
 
     def submission(self, task_id: str) -> AbstractContextManager[None]:
-        """While it lasts, files of a task may be there that has no row yet. Thread-safe."""
+        """While this context lasts, a task that has no row yet may have files. Thread-safe."""
         return self._unused_files.submission(task_id)
 
     def run(self, stop: threading.Event) -> None:
@@ -193,7 +193,7 @@ class Controller:
             log.exception("what trains goes on from its last checkpoint")
 
     def _tell(self, error: Exception) -> None:
-        """Why a step failed, as an alarm; in the log once, however often it is tried again."""
+        """Ring an alarm with the reason why a step failed; log it once, however often the step is tried again."""
         if isinstance(error, OnebasisError):
             self.alarms.ring_for(error, LOOP)
             return
@@ -203,9 +203,9 @@ class Controller:
         self.alarms.ring(AlarmCode.STEP_FAILED, LOOP, what)
 
     def _preempt_all(self) -> None:
-        """Have everything that trains write a checkpoint, and wait until it has; nothing new is begun.
+        """Make all running tasks write a checkpoint, and wait until they have; nothing new is begun.
 
-        What does not answer in time is still its worker's by the records, and goes on from an older checkpoint.
+        A task whose worker does not answer in time is still that worker's, and goes on from an older checkpoint.
         """
         training = [worker for worker in self._pool.workers.values() if isinstance(worker.order, Train)]
         for worker in training:
@@ -218,7 +218,7 @@ class Controller:
         log.info("%d of %d that trained were stopped", sum(worker.order is None for worker in training), len(training))
 
     def step(self) -> bool:
-        """One turn: what landed, who is alive, what is next.
+        """One turn: take the results that came back, look which workers are alive, begin what is next.
 
         Returns:
             Whether it looked at everything: the log if it has moved, and the database.
@@ -252,16 +252,16 @@ class Controller:
             return True
         self.doing = "reading the task database and giving orders"
         live = self._queue.in_flight()
-        # First what workers do already: nothing else may be given to them after a restart, it would wait behind that.
+        # First the orders that workers have already: after a restart any other order would wait behind them.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
         self._candidate.advance(live, self._queue.is_anyone_waiting())
         self._train(live)
         return True
 
     def _delete_unused(self) -> None:
-        """Files that nobody needs. A storage that lets nobody delete stops nothing else."""
+        """Delete files that nobody needs. A storage that refuses to delete stops nothing else."""
         if self._main_followed < 0 or self._candidate.ousted_by is not None or not self._pending_calls.may("delete"):
-            # Not before the log was read: files that another service's tasks need are none of ours to delete.
+            # Not before the log was read: files that another service's tasks need are not ours to delete.
             return
         self.doing = "deleting files that no task needs"
         try:
@@ -278,7 +278,7 @@ class Controller:
             self._candidate.stop(owned_by_another(owner, self._store.storage.url))
 
     def _stop_work(self) -> None:
-        """The store is another service's: what trains writes a checkpoint, and nothing is begun."""
+        """Stop, since the store belongs to another service: running tasks write a checkpoint, and nothing is begun."""
         for worker in self._pool.workers.values():
             if isinstance(worker.order, Train):
                 self._pool.tell(worker, "preempt", worker.order.token)
@@ -334,7 +334,7 @@ class Controller:
     # --- what is next ------------------------------------------------------------------------------------------
 
     def _resume(self, training: Sequence[TaskRecord]) -> None:
-        """Orders that ran when an earlier control plane died are given again under their token."""
+        """Give orders that ran when an earlier control plane died again, under their token."""
         busy = {order.token for order in self._pool.orders}
         for record in training:
             worker = self._pool.workers.get(record.worker)
@@ -353,7 +353,7 @@ class Controller:
                 self._wait_for_a_lease(record)
 
     def _wait_for_a_lease(self, record: TaskRecord) -> None:
-        """A worker that had the task before this control plane began, and is not back: give it one lease."""
+        """Give one lease to a worker that had the task before this control plane began, and is not back."""
         until = (
             max(self._started_at, record.order_at or record.claimed_at or 0.0) + self._settings.workers.lease_seconds
         )
@@ -385,7 +385,7 @@ class Controller:
         return {task_id: place for place, task_id in enumerate(self._order(self._queue.in_flight()), 1)}
 
     def _order(self, live: Sequence[TaskRecord], limit: int | None = None) -> tuple[str, ...]:
-        """Ids of the queued tasks in the order in which they would start, all or the first so many."""
+        """Ids of the queued tasks in the order in which they would start, all or the first `limit`."""
         now = time.time()
         waiting = self._queue.waiting(limit)
         if not waiting:
@@ -395,8 +395,8 @@ class Controller:
         return running_order(waiting, self._queue.use_of_teams(now), running, weights, limit)
 
     def _follow_main(self) -> None:
-        """Tasks that `main` no longer holds are parked; those that it holds again, or since another version because it
-        was made again without a task, are published there."""
+        """Park tasks that `main` no longer holds; publish those that it holds again, or holds since another version
+        because versions were made again without a task."""
         state = self._store.state
         if state.refs[MAIN] == self._main_followed:
             return
@@ -427,8 +427,8 @@ class Controller:
         return self._held_at[1]
 
     def _look_at_main(self) -> None:
-        """A task was published in a version that was rolled back before this was seen: it is to be parked like all that
-        vanish."""
+        """Look at `main` again: a task was published in a version that was rolled back before this was seen. It is
+        parked like all tasks that vanish."""
         self._main_followed = -1
         self.wake(log_moved=True)
 

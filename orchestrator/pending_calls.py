@@ -62,7 +62,7 @@ PendingCall = Warming | Asking | Ordered | Opening | Writing | Sign
 
 
 class PendingCalls:
-    """Makes calls, and tells which came back. `wake` may be called from any thread, everything else from the loop's."""
+    """Makes calls, and says which came back. `wake` may be called from any thread, everything else from the loop's."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -80,7 +80,7 @@ class PendingCalls:
         self.send(Writing(request), lambda: self._cluster.write(request))
 
     def landed(self, wait_seconds: float | None = None) -> Iterator[tuple[Call, PendingCall]]:
-        """Those that came back, each no longer under way once it is taken.
+        """Calls that came back, each no longer pending once it is taken.
 
         Args:
             wait_seconds: Longest wait for the first. Default: a moment, and none when something woke the loop.
@@ -98,7 +98,7 @@ class PendingCalls:
         return pending in self._calls.values()
 
     def forget(self, pending: PendingCall) -> None:
-        """Take no notice of what it brings."""
+        """Ignore the call's result."""
         self._calls = {call: other for call, other in self._calls.items() if other != pending}
 
     @property
@@ -118,7 +118,7 @@ class PendingCalls:
         self.not_before(what, time.time() + seconds)
 
     def not_before(self, what: str, at: float) -> None:
-        """at: Unix time."""
+        """Do `what` at this time at the earliest. at: Unix time."""
         self._not_before[what] = at
 
     def may(self, what: str) -> bool:
@@ -127,7 +127,7 @@ class PendingCalls:
     def woken(self) -> bool:
         """Whether something changed, or what had to wait may be tried now, since the last call."""
         awake = self._awake.is_set()
-        if awake:  # else somebody may set it right now, and nobody would have seen it
+        if awake:  # an unconditional clear could lose a wake that comes right now
             self._awake.clear()
         now = time.time()
         due = [what for what, at in self._not_before.items() if now >= at]

@@ -51,7 +51,7 @@ def main(state_dir: Path, cpus: int) -> None:
     print(f"Ray ends: {cause}", file=sys.stderr, flush=True)
     _announce(state_dir, facts | {"ended": cause})
     end_now(below)
-    os._exit(1)  # Ray's own way out asks those that are gone
+    os._exit(1)  # Ray's own shutdown asks processes that are gone
 
 
 def _announce(state_dir: Path, facts: Mapping[str, Any]) -> None:

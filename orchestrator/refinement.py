@@ -1,8 +1,8 @@
 """The refinements that the one unjudged version waits for: given out to workers, and put into one more version.
 
-Newcomers that ask for it are refined once, in the basis that they were merged into; older tasks with `share_full`
-beside them, wherever the merge moved them. The version that comes of it has the same basis and their coefficients
-alone replaced; it is that one which is judged.
+New tasks that ask for it are refined once, in the basis that they were merged into; older tasks with `share_full` are
+refined beside them if the merge moved them. The resulting version has the same basis and only their coefficients
+replaced; that version is judged.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ log = logging.getLogger("onebasis.controller")
 EVALUATION_TRIES = 3
 UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
 HELD_SECONDS = 5.0
-"""While `main` is held the log is read this often: somebody may release it without telling this process."""
+"""Interval at which the log is read while `main` is held: somebody may release it without telling this process."""
 
 
 class Refinement:
-    """Brings the candidate's tasks through their refinement. `verdict` is the candidate's own, seen by both."""
+    """Brings the candidate's tasks through their refinement. `verdict` is the candidate's own, shared by both."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Refinement:
         self._verdict = verdict
 
     def call_off(self) -> None:
-        """Stop refinements of published tasks for a version that is gone: no lease of theirs ends with it."""
+        """Stop refinements of published tasks for a version that is gone: they hold no lease that would end with it."""
         for worker in self._pool.workers.values():
             order = worker.order
             if isinstance(order, Train) and order.again and order.refine_version != self._store.state.refs[CANDIDATE]:
@@ -79,7 +79,7 @@ class Refinement:
             others_wait: Whether tasks wait for a worker to be trained.
 
         Returns:
-            Whether the version is not yet to be judged.
+            Whether judging the version has to wait.
         """
         refining = [record for record in group if record.state is TaskState.REFINING]
         state, version = self._store.state, (refining or group)[0].version
@@ -111,7 +111,7 @@ class Refinement:
         if again or len(ready) < len(refining):
             flying = {order.task_id for order in self._pool.orders if isinstance(order, Train) and order.again}
             waiting = [record for record in refining if next_step(record) is Step.REFINE]
-            # A merge may move a thousand tasks: while others wait to be trained, half of the workers are theirs.
+            # A merge may move a thousand tasks: while others wait to be trained, they get half of the workers.
             room = max(1, len(self._pool.workers) // 2) if others_wait else len(self._pool.workers)
             waiting += [record for record in again if record.task_id not in flying][: max(0, room - len(flying))]
             for record, worker in zip(waiting, self._pool.unclaimed_workers(refining), strict=False):
@@ -131,27 +131,27 @@ class Refinement:
 
     def _moved(self, version: int) -> tuple[TaskRecord, ...]:
         """The older tasks that the merge of a version moved enough to be scored again, and whose owners let them be
-        refined for it. A version that a refinement made moved nobody."""
+        refined for it. A version that a refinement made moved no task."""
         state, drift_min = self._store.state, self._settings.gate.drift_min
         if state.scores.get(version):
-            return ()  # it is judged by them: in one more version its newcomers would pass for tasks of old
+            return ()  # these scores judge it: in one more version its new tasks would count as older ones
         tasks, drift, bounds = state.tasks_at(version), state.drift(version), state.error_bounds(version)
         moved = {
             task_id
             for task_id in evaluations_due(state, version, drift_min)
-            # One without rows is always due: it must have gone as far since its coefficients were made.
+            # A task without rows is always due: it must also have moved so far since its coefficients were made.
             if drift.get(task_id) and bounds[task_id] - tasks[task_id].error_at_birth >= drift_min
         }
         records = self._queue.among(moved) if moved else {}
         return tuple(r for r in records.values() if r.spec.method.share_full and r.task_id not in state.quarantined)
 
     def take(self, order: Train, outcome: Outcome) -> None:
-        """Note what came of an order of `again_order`. Whoever cannot be refined stays as the merge left it."""
+        """Take the outcome of an order of `again_order`. A task that cannot be refined stays as the merge left it."""
         assert not isinstance(outcome, Evaluated)
-        if self._queue.get(order.task_id).again_token != order.token:  # else they were told before a restart
+        if self._queue.get(order.task_id).again_token != order.token:  # else they were logged before a restart
             self._queue.append_log(order.task_id, outcome.log_lines)
         if order.refine_version != self._verdict.version:
-            self._unused_files.due((order.task_id,))  # the version was judged, or is gone: what it staged goes as well
+            self._unused_files.due((order.task_id,))  # the version was judged, or is gone: its staged file goes too
             return
         where = f"version {order.refine_version} (share_full)"
         if isinstance(outcome, Trained):
@@ -167,7 +167,7 @@ class Refinement:
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
             self._verdict.tries += 1
-            self._verdict.lost[order.task_id] += outcome.fault != "preempted"  # the service ended, and found it so
+            self._verdict.lost[order.task_id] += outcome.fault != "preempted"  # then the service ended
             hopeless = outcome.fault == "input" or self._verdict.is_lost_too_often(
                 order.task_id, self._settings.failures
             )
@@ -180,11 +180,11 @@ class Refinement:
         self._apply((order.task_id,), told)
 
     def refuse(self, request: Refine, error: OnebasisError) -> None:
-        """Its task goes on as it was merged; the store names it, and the others are asked for again without it."""
+        """Let the task that the store refused go on as it was merged; the others are asked for again without it."""
         asked = tuple(staged.task_id for staged in request.adapters)
         held = self._store.refresh().refs[CANDIDATE]
         if held != self._verdict.version:
-            return  # the adapters are well, the version is gone
+            return  # nothing is wrong with the adapters: the version is gone
         culprits = error.task_ids if isinstance(error, RefusedAdapters | MissingAdapters) else asked
         for task_id in culprits:
             if self._verdict.refined.pop(task_id, None) is None:

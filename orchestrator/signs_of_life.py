@@ -27,7 +27,7 @@ class Life(StrEnum):
 
 
 def life_of(pid: int) -> Life:
-    """A process that has ended and whose parent has not looked yet is gone."""
+    """The state of a process; a zombie (ended, not yet reaped by its parent) counts as gone."""
     try:
         status = psutil.Process(pid).status()
     except psutil.Error:
@@ -51,7 +51,7 @@ def ray_trouble(state_dir: Path) -> str:
 
 
 def _is_head(pid: int, state_dir: Path) -> bool:
-    """A number may be another process's by now."""
+    """Whether a process id is still the head's: it may be another process's by now."""
     try:
         command = psutil.Process(pid).cmdline()
     except psutil.Error:
@@ -72,8 +72,8 @@ def ray_processes(state_dir: Path) -> list[psutil.Process]:
     """Ray's own processes that were given the token of a state folder: raylet, GCS, agents, workers; also those that
     have lost their parent.
 
-    What a person starts from a shell with the same token is none of them: a program of Ray's package, or a process that
-    Ray has given a title, is asked for too.
+    A process that a person starts from a shell with the same token is not one of them: it must also be a program of
+    Ray's package, or have a title that Ray gave it.
     """
     wanted, found = str((state_dir / TOKEN_FILE).resolve()), []
     for process in psutil.process_iter():
@@ -91,18 +91,18 @@ def _is_rays(command: list[str]) -> bool:
 
 
 def children() -> list[psutil.Process]:
-    """Those that this process has started."""
+    """Processes that this process has started."""
     found: list[psutil.Process] = psutil.Process().children()
     return found
 
 
 def stopped(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that stand still."""
+    """The processes that stand still."""
     return [process for process in processes if life_of(process.pid) is Life.STOPPED]
 
 
 def end_now(processes: Iterable[psutil.Process], wait_seconds: float = 10.0) -> None:
-    """SIGKILL, and wait until they are gone. psutil looks whether a number still means the same process."""
+    """SIGKILL, and wait until they are gone. psutil checks that an id still means the same process."""
     ended = list(processes)
     for process in ended:
         with contextlib.suppress(psutil.Error):

@@ -1,7 +1,7 @@
 """The store's one writer, as the control plane sees it: whether it could open the store, and whether it answers.
 
-What it is asked to write goes another way (`candidate.py`, `service.py`). Its sign of life is answered beside a write
-that is under way, so that a long merge is not taken for silence.
+Requests to write go another way (`candidate.py`, `service.py`). Its sign of life is answered beside a write that is
+under way, so that a long merge is not taken for silence.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = logging.getLogger("onebasis.controller")
 
 ASK_SECONDS = 1.0
 SILENT_SECONDS = 6.0
-"""It answers in milliseconds; people are told before ten seconds are over."""
+"""Longest silence before an alarm: it answers in milliseconds; people are told within ten seconds."""
 START_SECONDS = 60.0
-"""A new process imports its libraries before it answers: in two seconds, or on a crowded machine in twenty."""
+"""The same for a new process, which first imports its libraries: two seconds, on a crowded machine twenty."""
 RETRY_SECONDS = 5.0
 ABOUT = "the store's writer"
 
@@ -60,7 +60,7 @@ class StoreWriter:
         """Unix time of the last question."""
 
     def listen(self, layout: BaseLayout | None) -> None:
-        """Have it open the store, or make it, if it has not; and ask it for a sign of life.
+        """Make it open or create the store, if it has not; and ask it for a sign of life.
 
         Args:
             layout: Of the base model that the first worker has loaded and checked; a store is made for these weights

@@ -1,8 +1,8 @@
-"""The files of tasks that are needed no more: rows, staged adapters, checkpoints, results of single rows; and what
-killed processes left of others.
+"""Files that no task needs any more: rows, staged adapters, checkpoints, results of single rows; and files that killed
+processes left.
 
-Which go is one pure function, `is_unused`. What it cannot know from a task's record, what the versions still hold,
-is handed in, so that nothing here reads the log.
+Which go is one pure function, `is_unused`. What a task's record does not tell it (what the versions still hold) is
+handed in, so that nothing here reads the log.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ log = logging.getLogger("onebasis.controller")
 PLACES = ("data", "staging", "results")
 """Folders of the storage in which each task has one of its own, named by its id."""
 SUBMISSION_SECONDS = 600.0
-"""Files of an id without a row, that no submission of this process is writing, are nobody's after so long. For a second
-control plane, which should not be: one writes its row some seconds after its id, rows of gigabytes some minutes."""
+"""Age at which files of an id without a row, which no submission of this process is writing, may be deleted. It allows
+for a second control plane, which should not be: that writes a row some seconds after the id, with gigabytes of rows
+some minutes."""
 LOOK_SECONDS = 3600.0
-"""All files are looked at this often, for what killed processes left."""
+"""Interval at which all files are looked at, for what killed processes left."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Held:
     """What the versions still hold."""
 
     task_ids: Collection[str] = ()
-    """Tasks that a version holds that has not expired."""
+    """Ids of the tasks that some version holds that has not expired."""
     expired: Collection[int] = ()
-    """Versions that have."""
+    """Numbers of the versions that have expired."""
 
 
 def is_unused(key: str, record: TaskRecord, held: Held) -> bool:
@@ -52,7 +53,7 @@ def is_unused(key: str, record: TaskRecord, held: Held) -> bool:
     parked = record.state is TaskState.PARKED
     is_held = record.task_id in held.task_ids
     if given_up or (parked and not (record.version and is_held)):
-        return True  # nothing can bring it back: no version that is left holds it
+        return True  # nothing can bring the task back: no version that is left holds it
     trained = not needs_training_rows(record)
     if key == record.train_key:
         return trained
@@ -66,8 +67,8 @@ def is_unused(key: str, record: TaskRecord, held: Held) -> bool:
 
 
 def _is_old_result(key: str, record: TaskRecord, held: Held) -> bool:
-    """Of an attempt that did not count, or of a version that has expired; but its scores at birth are those that all
-    later ones are compared with, row by row."""
+    """Whether results are those of an attempt that did not count, or of a version that has expired. Those at the task's
+    birth are kept: all later ones are compared with them, row by row."""
     name = key.rpartition("/")[2]
     if name.startswith("local-"):
         return record.state not in (TaskState.QUEUED, TaskState.TRAINING) and key != record.local_results_key
@@ -76,14 +77,14 @@ def _is_old_result(key: str, record: TaskRecord, held: Held) -> bool:
 
 
 def nobodys_at(task_id: str) -> float:
-    """Unix time from which files of a task may go that is in no database and in no version, and that no submission is
-    writing; never, if the id is none of ours: then they are somebody else's."""
+    """Unix time from which files may be deleted of a task that is in no database and in no version, and that no
+    submission is writing; infinity if the id is not one of ours: then they are somebody else's."""
     born = born_at(task_id)
     return math.inf if born is None else born + SUBMISSION_SECONDS
 
 
 class UnusedFiles:
-    """Deletes them: of the tasks to which something happened, and now and then of all.
+    """Deletes unused files: those of tasks to which something happened, and now and then those of all tasks.
 
     Args:
         held: What the versions hold now.
@@ -95,15 +96,15 @@ class UnusedFiles:
         self._held = held
         self._due: set[str] = set()
         self._put_off: set[str] = set()
-        """Tasks that the version that is being made may refine again: looked at when it is judged."""
+        """Ids of tasks that the version under way may refine again: their files are looked at when it is judged."""
         self._look_at_all = 0.0
-        """Unix time."""
+        """Unix time of the next look at all files."""
         self._submissions: set[str] = set()
         """Ids of tasks whose files are being written, and which have no row yet."""
 
     @contextlib.contextmanager
     def submission(self, task_id: str) -> Iterator[None]:
-        """While it lasts, the files of this id are not nobody's. Thread-safe."""
+        """While this context lasts, the files of this id count as in use. Thread-safe."""
         self._submissions.add(task_id)
         try:
             yield
@@ -135,19 +136,19 @@ class UnusedFiles:
                 raise
 
     def delete(self, task_id: str) -> None:
-        """Of one task. The files of no other are looked at."""
+        """Delete one task's unused files. The files of no other task are looked at."""
         self._delete([key for place in PLACES for key in self._storage.keys(f"{place}/{task_id}/")], time.time())
 
     def delete_all(self, now: float) -> float:
-        """Of all tasks; and give up what killed processes have begun to write.
+        """Delete all tasks' unused files, and abort the writes that killed processes have begun.
 
         Returns:
-            When more may be due that is not today's: Unix time, infinity for nothing known.
+            Unix time at which more files may be deleted; infinity if none are known.
         """
         due = self._delete([key for place in PLACES for key in self._storage.keys(f"{place}/")], now)
         try:
             self._storage.abandon("", IDLE_SECONDS)
-        except OnebasisError as error:  # some servers do not let one look for such writes
+        except OnebasisError as error:  # some servers do not list such writes
             log.warning("what killed processes have begun to write stays: %s", error)
         return due
 

@@ -22,12 +22,12 @@ class ScoringFailure:
 
 @dataclass
 class VerdictInProgress:
-    """What the workers said of the one unjudged version so far."""
+    """What the workers reported on the one unjudged version so far."""
 
     version: int = 0
-    """0: between two versions."""
+    """Number of the version; 0: between two versions."""
     plain: bool = False
-    """The next version is judged as its merge makes it: the one before was refused for a task refined again."""
+    """Whether the next version is judged as merged, since the one before failed because of a task refined again."""
     again: tuple[TaskRecord, ...] = ()
     """Older tasks that its merge moved, to be refined first (`share_full`)."""
     refined: dict[str, StagedAdapter] = field(default_factory=dict)
@@ -40,16 +40,16 @@ class VerdictInProgress:
     records: Mapping[str, TaskRecord] = field(default_factory=dict)
     """Task id to record, of all that the version holds."""
     due: tuple[str, ...] = ()
-    """Ids of those to be scored."""
+    """Ids of the tasks to be scored."""
     scores: dict[str, TaskScore] = field(default_factory=dict)
     failures: list[ScoringFailure] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
-    """Task id to the machines that were lost while they scored it, or refined it."""
+    """Task id to the number of machines that were lost while they scored it, or refined it."""
     tries: int = 0
-    """How many orders brought nothing: the next one needs another token, for a worker remembers its answers."""
+    """Number of orders without a result: the next one needs another token, since a worker remembers its answers."""
 
     def begin(self, version: int = 0, *, plain: bool = False, again: tuple[TaskRecord, ...] = ()) -> None:
-        """Forget what was said of the version before."""
+        """Forget what is known of the version before."""
         vars(self).update(vars(VerdictInProgress(version, plain, again)))
 
     def is_lost_too_often(self, task_id: str, settings: FailureSettings) -> bool:

@@ -31,13 +31,14 @@ log = logging.getLogger("onebasis.watch")
 
 LOOK_SECONDS = 0.5
 SILENT_SECONDS = 8.0
-"""A turn of the loop takes milliseconds, a question to the GCS too; people are told before ten seconds are over."""
+"""Longest silence before an alarm: a turn of the loop, or a call to the GCS, takes milliseconds. People are told within
+ten seconds."""
 MIRROR_SECONDS = 120.0
-"""A first round over a thousand tasks takes half of it."""
+"""Longest round of the MLflow mirror: a first one over a thousand tasks takes half of it."""
 
 
 class Loop(Protocol):
-    """What is looked at of the controller."""
+    """The part of the controller that the watch reads."""
 
     turned_at: float
     """Unix time at which the last turn of the loop ended, well or not."""
@@ -45,7 +46,7 @@ class Loop(Protocol):
 
 
 class Mirror(Protocol):
-    """What is looked at of the MLflow mirror."""
+    """The part of the MLflow mirror that the watch reads."""
 
     error: str
     working_since: float
@@ -81,11 +82,11 @@ class Pulse:
 
 
 class Watch:
-    """Looks at what has a sign of life beside the workers and the store's writer, which the loop asks itself.
+    """Looks at everything with a sign of life, except the workers and the store's writer, which the loop asks itself.
 
     Args:
         ray_trouble: What is wrong with this machine's Ray processes; empty if nothing is.
-        gcs: Its question goes to Ray's GCS.
+        gcs: Pulse that asks Ray's GCS.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The workers: who is warm, who is alive, who does what. Which task comes next is not decided here."""
+"""The workers: which is warm, which is alive, which does what. Which task comes next is not decided here."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Phase, 
 log = logging.getLogger("onebasis.controller")
 
 SILENT_SECONDS = 6.0
-"""A worker answers in milliseconds, and in a second or two where the machine is crowded; people are told before ten
-seconds are over. It is replaced when its lease ends."""
+"""Longest silence before an alarm. A worker answers in milliseconds, and in a second or two where the machine is
+crowded; people are told within ten seconds. It is replaced when its lease ends."""
 WARM_SLOW_SECONDS = 180.0
-"""Loading a small base model takes ten seconds, one of 7B from a slow disk two minutes."""
+"""Longest load without an alarm: a small base model takes ten seconds, one of 7B from a slow disk two minutes."""
 WARM_SILENT_SECONDS = 300.0
-"""While a worker imports its libraries and maps its weights it may leave a question unanswered: a fresh process of a
-crowded machine for minutes."""
+"""Longest silence of a worker that loads: while it imports its libraries and maps its weights it may leave a question
+unanswered, a new process on a crowded machine for minutes."""
 LOAD_TRIES = 2
-"""A process that ends so often while it loads does not do so by chance."""
+"""Number of ends of a process while it loads that cannot be chance."""
 LOAD_AGAIN_SECONDS = 30.0
 
 
@@ -97,7 +97,7 @@ class WorkerPool:
         self._alarms = alarms
         self.workers = {name: WorkerStatus(name) for name in cluster.workers}
         self.layout: BaseLayout | None = None
-        """What the first warm worker said of the base model; None before that."""
+        """What the first warm worker reported of the base model; None before that."""
 
     # --- who is free -------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class WorkerPool:
 
     @property
     def orders(self) -> list[Order]:
-        """What is under way."""
+        """Orders that are under way."""
         return [worker.order for worker in self.workers.values() if worker.order is not None]
 
     def free_workers(self) -> list[WorkerStatus]:
@@ -120,7 +120,7 @@ class WorkerPool:
         return [worker for worker in free if self._pending_calls.may(f"order:{worker.name}")]
 
     def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
-        """Free ones that no task waits for to be taken up again."""
+        """Free workers, except those that a task waits for because it had them before."""
         claimed = {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER}
         return [worker for worker in self.free_workers() if worker.name not in claimed]
 
@@ -156,7 +156,7 @@ class WorkerPool:
             (self._cluster.cancel if what == "cancel" else self._cluster.preempt)(worker.name, token)
 
     def take_order(self, call: Call, pending: Ordered) -> tuple[Order, Outcome] | None:
-        """What came of an order; None when it is to be given again."""
+        """The order with its outcome; None when it is to be given again."""
         worker = self.workers[pending.worker]
         order = worker.order
         assert order is not None
@@ -180,7 +180,7 @@ class WorkerPool:
             log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
             outcome = Failed(token=order.token, fault="lost", message=f"{worker.name}: {error}")
         self._alarms.end_all(worker.name, *WRITE_CODES)
-        if not has_lease(order):  # else what it cost is written with what it led to
+        if not has_lease(order):  # else its cost is written with the task's event
             seconds = outcome.worker_seconds
             what = "score" if isinstance(order, Evaluate) else "refine again"
             self._charge(order, what, order.token, time.time() - worker.given_at if seconds is None else seconds)
@@ -201,10 +201,10 @@ class WorkerPool:
             self._is_away(worker, error)
             if worker.ends >= LOAD_TRIES and not self._alarms.rings(AlarmCode.RAY_DOWN):
                 self._cannot_load(worker, Unavailable(f"its process ends while it loads: {error.what}"))
-                self._cluster.replace(worker.name)  # Ray makes none again whose constructor failed
+                self._cluster.replace(worker.name)  # Ray does not restart an actor whose constructor failed
         except OnebasisError as error:
             self._cannot_load(worker, error)
-        except Exception as error:  # whatever a library raises at what the checkpoint holds
+        except Exception as error:  # whatever a library raises about the checkpoint
             what = f"{type(error).__name__}: {error}"
             self._cannot_load(worker, InvalidInput(what, "base_model", "the worker's log has the rest"))
         else:
@@ -264,13 +264,13 @@ class WorkerPool:
             self._cluster.replace(worker.name)
 
     def take_progress(self, call: Call, pending: Asking) -> None:
-        """Prolong the lease of what trains, and keep what it tells."""
+        """Prolong the lease of a task that trains, and keep the progress that its worker reports."""
         worker = self.workers[pending.worker]
         order = worker.order
         try:
             progress: Progress = self._cluster.result(call)
         except Unavailable as error:
-            if order is None and worker.ready:  # else the call that it is at work for tells
+            if order is None and worker.ready:  # else its pending order shows the failure
                 self._is_away(worker, error)
             return
         self._hear(worker, progress.trouble)
@@ -292,7 +292,7 @@ class WorkerPool:
             self._cluster.cancel(worker.name, order.token)
 
     def _hear(self, worker: WorkerStatus, trouble: OnebasisError | None) -> None:
-        """It answered: what it says keeps it from going on is an alarm."""
+        """Note that a worker answered; ring an alarm for the trouble that it reports."""
         worker.heard_at, worker.is_silent = time.time(), False
         if isinstance(trouble, RankLost):
             self._alarms.ring(AlarmCode.WORKER_SILENT, worker.name, f"{worker.name}: {trouble.what}")

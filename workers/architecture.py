@@ -21,9 +21,9 @@ def head_layout(
 
     Args:
         shell: The kind's model with one output.
-        wider: The same with two: what is larger in it has a row for each output.
+        wider: The same model with two outputs: a parameter that is larger in it has a row for each output.
         loaded: Names of the parameters that the checkpoint has.
-        label_names: Labels of the checkpoint's output layer, if it has one; empty: what it has is for something else.
+        label_names: Labels of the checkpoint's output layer, if it has one for this kind; else empty.
         where: The checkpoint, for errors.
 
     Raises:
@@ -62,9 +62,9 @@ def linear_shapes(shell: Any, loaded: Collection[str], layout: HeadLayout) -> di
 
 
 def usable_positions(model: Any) -> int | None:
-    """How many tokens the model has positions for; None: it says no number.
+    """How many tokens the model has positions for; None: it states no number.
 
-    RoBERTa and its relatives count positions from behind the padding token's index, so that the first rows of the table
+    RoBERTa and its relatives count positions from after the padding token's index, so that the first rows of the table
     are never used: of 514 rows 512 are left.
     """
     rows = getattr(model.config, "max_position_embeddings", None)
@@ -73,7 +73,7 @@ def usable_positions(model: Any) -> int | None:
 
 
 def position_offset(model: Any) -> int | None:
-    """The position of a text's first token, where positions are counted from behind the padding token; else None."""
+    """The position of a text's first token, where positions are counted from after the padding token; else None."""
     rows = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         is_table = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
@@ -87,11 +87,11 @@ def inside(parameter: str, modules: Iterable[str]) -> bool:
 
 
 def _trained(shell: Any, drawn: Collection[str], kind: Kind) -> tuple[str, ...]:
-    """The outermost of: modules with a parameter among `drawn`, and those outside the backbone that PEFT trains."""
+    """The outermost modules of those with a parameter among `drawn` and those outside the backbone that PEFT trains."""
     if kind == "causal_lm":
         return tuple(sorted({owner(name) for name in drawn}))
     backbone = f"{shell.base_model_prefix}."
-    # PEFT compares the ends of names: DistilBERT's `pre_classifier` is one as well.
+    # PEFT compares the ends of names: DistilBERT's `pre_classifier` matches as well.
     by_name = {name for name, _ in shell.named_modules() if name.endswith(CLASSIFIER_HEADS)}
     chosen = {owner(name) for name in drawn} | {name for name in by_name if not name.startswith(backbone)}
     return tuple(sorted(name for name in chosen if not inside(name, chosen)))

@@ -4,9 +4,9 @@
 put into it by reference, and a fresh head. `trust_remote_code` is never set.
 
 One checkpoint serves all kinds of task that its architecture has. Layers of the backbone have the same names in each,
-so that all tasks of a base model share one subspace. Output layers, and what the checkpoint does not bring, are the
-*head* (`heads.py`): they are trained with the task and travel with its adapter. What the checkpoint has behind the
-backbone is kept. A causal language model has no head: its output layer belongs to the checkpoint.
+so that all tasks of a base model share one subspace. Output layers, and what the checkpoint lacks, are the *head*
+(`heads.py`): they are trained with the task and travel with its adapter. What the checkpoint has after the backbone is
+kept. A causal language model has no head: its output layer belongs to the checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from workers.weights import (
     weights_digest,
 )
 
-# By what transformers, PEFT and accelerate know a model with quantised layers.
+# Attributes by which transformers, PEFT and accelerate recognise a model with quantised layers.
 QUANTIZED_FLAGS = (
     "is_quantized",
     "is_loaded_in_4bit",
@@ -56,11 +56,11 @@ class BaseModel:
     """A loaded base model. Make it with `load_base_model`.
 
     Args:
-        settings: What it was loaded by.
+        settings: Settings that it was loaded with.
         loaded: A transformers model that holds the weights.
-        found: What the checkpoint has outside the backbone, by the class of model it is for.
+        found: Parameters that the checkpoint has outside the backbone, by the class of model they are for.
         label_names: Labels of the checkpoint's own output layer, by the class of model it is for.
-        kinds: Which kinds of task its architecture has.
+        kinds: Kinds of task that its architecture has.
         tokenizer, image_processor: The checkpoint's own; None if it has none.
         called: Names by which the checkpoint says it is known.
 
@@ -109,7 +109,7 @@ class BaseModel:
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
         self._heads: dict[Kind, HeadLayout] = {}
         self._found: dict[Kind, dict[str, Tensor]] = {}
-        """What the checkpoint has outside the backbone for each kind: frozen, or where training starts."""
+        """Parameters that the checkpoint has outside the backbone, by kind: frozen, or the start of training."""
         self._shapes: dict[Kind, dict[str, tuple[int, int]]] = {}
         for kind in kinds:
             made = AUTO_CLASSES[kind]._model_mapping[type(self._config)]
@@ -121,7 +121,7 @@ class BaseModel:
             names = parameters.keys() | mine.keys()
             layout = head_layout(shell, wider, names, kind, label_names.get(made, ()), settings.source)
             shapes = linear_shapes(shell, names, layout)
-            # Layers of the backbone differ: then its adapters would not fit the others' subspace.
+            # A kind whose backbone has other layers is left out: its adapters would not fit the others' subspace.
             if all(self._backbone(shapes) == self._backbone(other) for other in self._shapes.values()):
                 self._heads[kind], self._found[kind], self._shapes[kind] = layout, mine, shapes
 
@@ -132,25 +132,25 @@ class BaseModel:
 
     @property
     def length_max(self) -> int:
-        """Longest input in tokens; without positions to run out of, 10⁹."""
+        """Longest input in tokens; 10⁹ where the number of positions is not limited."""
         limits = (self._positions, getattr(self.tokenizer, "model_max_length", None))
         return int(min((limit for limit in limits if limit), default=10**9))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its linear layers are bitsandbytes', which all tasks share whole."""
+        """Whether its linear layers are quantised ones of bitsandbytes, which tasks share as whole layers."""
         return bool(self._quantized)
 
     @property
     def heads(self) -> Mapping[Kind, HeadLayout]:
-        """What a task of each kind has beside the shared layers."""
+        """Head layout of each kind: what its tasks have beside the shared layers."""
         return self._heads
 
     def module_shapes(self, kind: Kind | None = None) -> dict[str, tuple[int, int]]:
         """(N, D) of every linear layer that may be adapted, by its name in the task model.
 
         Args:
-            kind: Of the task. Some kinds have a layer behind the backbone that others do not; None: of any kind.
+            kind: Kind of the task. Some kinds have a layer after the backbone that others lack. None: of any kind.
         """
         if kind is not None:
             return dict(self._shapes[kind])
@@ -163,16 +163,16 @@ class BaseModel:
     def task_model(self, spec: TaskSpec, seed: int = 0, adapter: Adapter | None = None) -> Any:
         """A task's model around the shared weights.
 
-        What the checkpoint has of the head is kept. Its output layer is where training starts, if it is for the same
-        labels (`heads.kept_outputs`).
+        Parts of the head that the checkpoint has are kept. Training starts from its output layer, if that is for the
+        same labels (`heads.kept_outputs`).
 
         Args:
             spec: Its kind and label names say what the model puts out.
-            seed: Draws what the checkpoint lacks; the same seed gives the same head in every process.
-            adapter: Has the head, which is then taken from it; nothing is drawn.
+            seed: Seed for what the checkpoint lacks; the same seed gives the same head in every process.
+            adapter: Adapter to take the head from; then nothing is drawn.
 
         Returns:
-            A transformers model whose tensors *are* the shared ones, without gradient, and what is trained of its head
+            A transformers model whose tensors *are* the shared ones, without gradient; the trained part of its head is
             in float32.
 
         Raises:
@@ -226,16 +226,16 @@ class BaseModel:
         return model.to(self.device)
 
     def _put(self, model: Any, name: str, tensor: Tensor, layout: HeadLayout) -> None:
-        """A parameter that the task has of its own, in the place of the shared one, which is not written to."""
+        """Put a parameter of the task's own in the place of the shared one, which is not written to."""
         if inside(name, layout.trained):
             model.get_parameter(name).data.copy_(tensor)
-        else:  # in the base model's dtype, as PEFT has it: what comes before and behind it is the base model's
+        else:  # in the base model's dtype, as in PEFT: the layers before and after it are the base model's
             module = model.get_submodule(owner(name))
             own = nn.Parameter(tensor.to(device=self.device, dtype=self._dtype).clone(), requires_grad=False)
             setattr(module, name.rpartition(".")[2], own)
 
     def _cast_between(self, model: Any, layout: HeadLayout) -> None:
-        """Have each module behind the backbone take what the one before hands over, whatever its dtype."""
+        """Make each module after the backbone accept the output of the one before, whatever its dtype."""
         for name in layout.trained:
             model.get_submodule(name).register_forward_pre_hook(_cast_inputs)
         for name, module in model.named_modules():
@@ -252,15 +252,16 @@ class BaseModel:
         return config
 
     def _shell(self, kind: Kind, config: Any) -> Any:
-        """The architecture without numbers, but with the buffers that are computed.
+        """The architecture without weights, but with the buffers that are computed.
 
-        While a task trains under ZeRO-3, transformers would partition every model made; the state says that it is done.
+        While a task trains under ZeRO-3, transformers would partition every model made; this state says that it has
+        been done.
         """
         with init_empty_weights(include_buffers=False), set_zero3_state():
             return AUTO_CLASSES[kind].from_config(config)
 
     def _share_quantized(self, model: Any, own: Collection[str]) -> None:
-        """Quantised weights keep their scales beside them, so that the whole layers are shared; PEFT wraps them.
+        """Share whole quantised layers, since their weights keep scales beside them; PEFT wraps the layers.
 
         Args:
             own: Modules that the task has of its own.
@@ -284,7 +285,7 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
         Unavailable: The hub cannot be reached.
     """
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else "cpu"
-    check_quantization(settings, device)  # what cannot be done is said before gigabytes are read
+    check_quantization(settings, device)  # refused before gigabytes are read
     folder = resolve_source(settings.source)
     sha256 = weights_digest(folder)
     if sha256 != settings.weights_sha256:
@@ -316,7 +317,7 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
 def _found_heads(
     folder: Path, config: Any, kinds: Sequence[Kind], loaded: Loaded
 ) -> tuple[dict[Any, dict[str, Tensor]], dict[Any, tuple[str, ...]]]:
-    """What the checkpoint has outside the backbone, and the labels of its output layer, each by class of model."""
+    """Parameters that the checkpoint has outside the backbone, and labels of its output layer, by class of model."""
     labels = tuple(str(config.id2label[index]) for index in range(config.num_labels) if index in config.id2label)
     found: dict[Any, dict[str, Tensor]] = {}
     names: dict[Any, tuple[str, ...]] = {}
@@ -346,6 +347,6 @@ def _quantized_modules(loaded: Any) -> dict[str, nn.Module]:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before a head: what a backbone of another dtype hands over, in the head's own."""
+    """Hook before a module: cast its inputs to its own dtype, since the backbone may have another."""
     dtype = next(module.parameters()).dtype
     return tuple(value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value for value in inputs)

@@ -1,8 +1,8 @@
 """Which rows are in which step, for every rank: a pure function of seed, step and sizes.
 
-Rows are drawn without replacement, pass after pass, as one endless row of rows; a step takes the next ones. So every
-step is full, a gang sees in a step what a single process would, a smaller micro-batch changes nothing but memory, and
-going on at step 500 needs no memory of the steps before.
+Rows are drawn without replacement, epoch after epoch, as one endless sequence; each step takes the next ones. So every
+step is full, a gang sees in one step the same rows as one process would, a smaller micro-batch changes nothing but
+memory, and step 500 can be computed without the steps before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.task_spec import TrainingSpec
 from workers.orders import Rank
 from workers.rows.task_data import Row
 
-EPOCH_SEED = 1_000_003  # a prime, so that pass 1 of seed 0 is not pass 0 of seed 1
+EPOCH_SEED = 1_000_003  # a prime, so that epoch 1 of seed 0 is not epoch 0 of seed 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,14 @@ class Schedule:
     row_count: int
     steps: int
     rows_per_micro_batch: int
-    """Of one rank."""
+    """Rows of one rank in one micro-batch."""
     accumulation: int
     rank: Rank
     seed: int
 
     @property
     def rows_per_step(self) -> int:
-        """Of all ranks."""
+        """Rows of all ranks in one step."""
         return self.rows_per_micro_batch * self.accumulation * self.rank.size
 
     def rows_of(self, step: int) -> list[list[int]]:
@@ -58,7 +58,7 @@ def schedule(training: TrainingSpec, row_count: int, rank: Rank, halvings: int =
         halvings: How often the micro-batch was halved and accumulation doubled.
 
     Returns:
-        As many steps as `num_train_epochs` passes take, rounded up, or `max_steps`.
+        A schedule of as many steps as `num_train_epochs` epochs take, rounded up, or of `max_steps`.
     """
     size = training.per_device_train_batch_size >> halvings
     accumulation = training.gradient_accumulation_steps << halvings
@@ -78,7 +78,7 @@ def schedule(training: TrainingSpec, row_count: int, rank: Rank, halvings: int =
 
 @dataclass(frozen=True)
 class Batches:
-    """A run's micro-batches from a step on, as tensors: what the Trainer takes for a data loader."""
+    """A run's micro-batches from a step on, as tensors: what the Trainer uses as a data loader."""
 
     schedule: Schedule
     rows: Sequence[Row]
@@ -94,7 +94,7 @@ class Batches:
                 yield self.collate(self.rows[index] for index in indices)
 
 
-@functools.lru_cache(maxsize=2)  # a step may begin in one pass and end in the next
+@functools.lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
 def _permutation(count: int, seed: int) -> Any:
-    """The order of one pass."""
+    """The order of the rows in one epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()

@@ -1,8 +1,8 @@
 """How a base model's tokenizer writes a chat as one text: one renderer for training, scoring and admission.
 
-A template may refuse a chat (two turns of one role, a system message). Admission asks it about every row, so that a
-person hears of it with file and row before anything is trained. For that the control plane needs the template and the
-tokenizer's marks, which a worker tells it, and neither tokenizer nor weights.
+A template may refuse a chat (two turns of one role, a system message). Admission renders every row, so that a person
+reads file and row of a refusal before anything is trained. For that the control plane needs only the template and the
+tokenizer's special tokens, which a worker sends it: neither tokenizer nor weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from configs.errors import InvalidInput
 from workers.rows.task_data import CompletionRow, Row, Turn
 
 ROLES_SHOWN = 12
-"""Roles that a message shows of a chat."""
+"""Number of a chat's roles that an error message shows."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template with what it may name."""
+    """A chat template with the special tokens that it may name."""
 
     text: str
     """Source of the template, in Jinja; run by transformers in its sandbox."""
@@ -28,13 +28,13 @@ class ChatTemplate:
     """The tokenizer's special tokens by name: bos_token, eos_token, …"""
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, str]:
-        """The text before the last answer, and the answer, the marks at its end with it.
+        """The text before the last answer, and the answer with the special tokens at its end.
 
         Raises:
             InvalidInput: The template refuses the chat.
 
         Cost:
-            Some ten microseconds for each turn.
+            About ten microseconds for each turn.
         """
         from jinja2 import TemplateError
 
@@ -49,7 +49,7 @@ class ChatTemplate:
                 "data.messages_column",
                 "write the messages as the template wants them, or drop the row",
             ) from error
-        # A template may write an answer otherwise once it is the last: then the answer is learnt as the row has it.
+        # A template may render a chat differently once it has the answer: then that is learnt as the row has it.
         return given, whole[len(given) :] if whole.startswith(given) else turns[-1][1]
 
     def complaint(self, row: Row) -> str:

@@ -1,12 +1,11 @@
 """A training run between two steps, as one safetensors file on the object storage: no pickle on the way in or out.
 
-What is kept is whole per parameter, so another gang, of another size or ZeRO stage, can go on from it; the same gang
-goes on from the same bits, and to the same ones where the machine computes the same way twice: a CPU does, a GPU's
-attention adds up its gradients in no fixed order. Only trained parameters are in it (adapter and head), never the base
-model.
+Each parameter is kept whole, so a gang of another size or ZeRO stage can go on from it. The same gang goes on from the
+same bits, and gets the same result where the machine computes the same way twice: a CPU does; a GPU's attention adds up
+its gradients in no fixed order. Only trained parameters are in it (adapter and head), never the base model.
 
 Files lie beside the attempt's adapter, `staging/<task>/<attempt>-<token>/checkpoint-<step>-<digest>.safetensors`. The
-digest in the name says whether a file is what was written: one that is not is passed over for the one before.
+digest in the name shows whether a file is intact: a damaged one is skipped, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from subspace_store.storage.protocol import Storage
 
 FORMAT = "onebasis-checkpoint-1"
 KEPT = 2
-"""Of one attempt: the newest, and the one before in case the newest is damaged."""
+"""Checkpoints kept of one attempt: the newest, and the one before in case the newest is damaged."""
 _NAME = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{64})\.safetensors$")
 
 
@@ -41,15 +40,15 @@ class Checkpoint:
     step: int
     """Steps done."""
     run: str
-    """Digest of what the run is, see `run_digest`: a checkpoint of another run is not gone on from."""
+    """Digest of the run, see `run_digest`: no run goes on from a checkpoint of another one."""
     method: str
-    """What `auto` chose, else the task's method."""
+    """Method that `auto` chose, else the task's own."""
     basis_version: int
     """Version whose basis was leased; 0: none."""
     loss_sum: float
-    """Of all steps so far, for the mean."""
+    """Sum of the losses of all steps so far, for the mean."""
     optimizer_step: float
-    """Adam's own count."""
+    """Adam's own count of steps."""
     scheduler: Mapping[str, Any]
     """The learning-rate schedule's state: plain numbers."""
     parameters: Mapping[str, Mapping[str, Tensor]]
@@ -59,14 +58,14 @@ class Checkpoint:
 
 
 def run_digest(spec: TaskSpec, base_sha256: str, train_key: str, refine_version: int = 0) -> str:
-    """What a run is: the task file without what does not touch training, the base model and the rows."""
+    """Digest of what defines a run: the task file without keys that do not affect training, base model and rows."""
     skipped = {"gate": True, "priority": True, "client_key": True, "training": {"save_steps", "auto_find_batch_size"}}
     content = spec.model_dump_json(exclude=skipped)  # type: ignore[arg-type]
     return digest(f"{content} {base_sha256} {train_key} {refine_version}".encode())
 
 
 def in_steps_of(checkpoint: Checkpoint, training: TrainingSpec, rank_count: int) -> Checkpoint:
-    """The checkpoint of a run that lasts epochs as a gang of another size counts its steps: after as many rows."""
+    """The checkpoint with its step as a gang of this size counts it (the same rows), if the run lasts epochs."""
     if training.max_steps > 0 or len(checkpoint.generators) == rank_count:
         return checkpoint
     step = math.ceil(checkpoint.step * len(checkpoint.generators) / rank_count)
@@ -79,10 +78,10 @@ def in_steps_of(checkpoint: Checkpoint, training: TrainingSpec, rank_count: int)
 
 
 def save_checkpoint(storage: Storage, folder: str, checkpoint: Checkpoint) -> str:
-    """Write it and let go of older ones of the same attempt.
+    """Write it and delete older ones of the same attempt.
 
     Args:
-        folder: The attempt's, without a slash at its end.
+        folder: The attempt's folder, without a slash at its end.
 
     Returns:
         Its key.
@@ -97,14 +96,14 @@ def save_checkpoint(storage: Storage, folder: str, checkpoint: Checkpoint) -> st
 
 
 def newest_checkpoint(storage: Storage, prefix: str, run: str) -> tuple[str, Checkpoint] | None:
-    """The furthest whole checkpoint of a run that any attempt left.
+    """The furthest intact checkpoint of a run that any attempt left.
 
     Args:
-        prefix: The task's, `staging/<task>/`.
+        prefix: Prefix of the task's keys, `staging/<task>/`.
         run: See `run_digest`.
 
     Returns:
-        Its key and itself; None when there is none: then training starts at the beginning.
+        Its key and the checkpoint; None when there is none: then training starts at the beginning.
     """
     found = [(match[1], key) for key in storage.keys(prefix) if (match := _NAME.search(key))]
     for _, key in sorted(found, reverse=True):
@@ -115,11 +114,11 @@ def newest_checkpoint(storage: Storage, prefix: str, run: str) -> tuple[str, Che
 
 
 def read_checkpoint(storage: Storage, key: str) -> Checkpoint | None:
-    """One by its key; None when it is gone, or not what was written."""
+    """The checkpoint at a key; None when it is gone or damaged."""
     match = _NAME.search(key)
     try:
         content = storage.read(key)
-    except NotFound:  # its attempt was still tidying up
+    except NotFound:  # its attempt was still deleting older ones
         return None
     return checkpoint_from_bytes(content) if match and digest(content) == match[2] else None
 

@@ -1,7 +1,7 @@
-"""What a task asks of its base model, and whether that one has it.
+"""What a task needs of its base model, and whether the base model has it.
 
-Asked at admission, so that nobody waits in the queue for a refusal, and by the worker again, of which nobody can say
-what base model it will have by then. No model libraries: the control plane knows a `BaseLayout` alone.
+Checked at admission, so that nobody waits in the queue for a refusal, and again by the worker, which may have another
+base model by then. No model libraries: the control plane only knows a `BaseLayout`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, int]]
 def check_lengths(spec: TaskSpec, length_max: int) -> None:
     """Refuse inputs and answers longer than the base model has positions for. Raises InvalidInput."""
     if spec.method.name == "import" and not spec.data.eval_file:
-        return  # there is not one row
+        return  # there are no rows
     if spec.data.max_length > length_max:
         raise InvalidInput(
             f"{spec.data.max_length} tokens are more than the base model {spec.base_model!r} reads",
@@ -55,10 +55,10 @@ def check_template(spec: TaskSpec, has_template: bool) -> None:
 
 
 def chosen_modules(targets: Sequence[str], shapes: Shapes, base_model: str) -> tuple[str, ...]:
-    """Full names of the layers that these names fit, whole or by their end, as in PEFT; in the model's order.
+    """Full names of the layers that these names match, whole or by their end, as in PEFT; in the model's order.
 
     Raises:
-        InvalidInput: A name fits no linear layer.
+        InvalidInput: A name matches no linear layer.
     """
     for target in targets:
         if not any(_fits(name, target) for name in shapes):
@@ -77,11 +77,11 @@ def with_full_names(adapter: Adapter, shapes: Shapes, head: HeadLayout, where: s
     One trained on the bare backbone (`encoder.…`) is the same update of the task model (`bert.encoder.…`).
 
     Args:
-        head: Of the task's kind.
+        head: Head layout of the task's kind.
 
     Raises:
-        InvalidInput: A module that the base model does not have, or has with another shape; one name that fits several
-            modules, or two that fit the same, of which one update would be lost.
+        InvalidInput: A module that the base model does not have, or has with another shape; one name that matches
+            several modules, or two that match the same, so that one update would be lost.
     """
     modules: dict[str, ModuleUpdate] = {}
     came_as: dict[str, str] = {}
@@ -99,7 +99,7 @@ def with_full_names(adapter: Adapter, shapes: Shapes, head: HeadLayout, where: s
     parameters: dict[str, Tensor] = {}
     for name, tensor in adapter.head.items():
         found = [name] if name in known else [full for full in known if full.endswith(f".{name}")]
-        full = found[0] if len(found) == 1 else name  # what does not fit, `check_head` refuses by its name
+        full = found[0] if len(found) == 1 else name  # `check_head` refuses by its name what matches nothing
         _check_once(full, name, came_as, where)
         parameters[full] = tensor
     return replace(adapter, modules=dict(sorted(modules.items())), head=dict(sorted(parameters.items())))
@@ -116,7 +116,7 @@ def _check_once(full: str, name: str, came_as: dict[str, str], where: str) -> No
 
 
 def trained_elsewhere(adapter: Adapter, called: Iterable[str]) -> str:
-    """A warning if an adapter says that it was trained on another base model; empty: it says nothing of the kind.
+    """A warning if an adapter says that it was trained on another base model; else empty.
 
     Shapes alone prove nothing: every BERT of one size has the same.
 
@@ -137,7 +137,7 @@ def trained_elsewhere(adapter: Adapter, called: Iterable[str]) -> str:
 
 
 def without_effect(adapter: Adapter) -> str:
-    """A warning if an adapter's update is zero in every module; empty: it changes something."""
+    """A warning if an adapter's update is zero in every module; else empty."""
     if any(update.energy for update in adapter.modules.values()):
         return ""
     what = "the adapter changes nothing: in every module lora_A or lora_B is all zeros, as before training"

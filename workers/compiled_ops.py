@@ -1,7 +1,7 @@
-"""Parts of DeepSpeed that are compiled before their first use on a machine: in a process of its own, which is told of.
+"""Compiles parts of DeepSpeed before their first use on a machine, in a process of its own, and reports on it.
 
-Compiled where they are asked for, in the middle of a task, they take minutes in which the task says nothing and cannot
-be cancelled. And a process that is killed meanwhile leaves torch's lock file behind, for which the next one waits for
+If they were compiled on first use, in the middle of a task, the task would be silent for minutes and could not be
+cancelled. And a process that is killed meanwhile leaves torch's lock file behind, for which the next one waits for
 ever. Here the lock is one of the operating system's, which ends with its holder.
 """
 
@@ -23,12 +23,12 @@ from typing import BinaryIO
 
 POLL_SECONDS = 0.5
 TOLD_EVERY_SECONDS = 30.0
-OUTPUT_CHARACTERS = 2000  # of a compiler's, from its end
+OUTPUT_CHARACTERS = 2000  # the end of a compiler's output
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What is heard of a compilation, and what may end it."""
+    """Callbacks of a compilation: one takes its messages, the other may end it."""
 
     say: Callable[[str], None]
     """Takes lines for the task's log."""
@@ -40,16 +40,16 @@ _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 class Interrupted(Exception):
-    """A compilation was ended because its task was; the cause is what the task was told."""
+    """A compilation was ended because its task was; `__cause__` is the exception that ended the task."""
 
 
 class CompilationFailed(RuntimeError):
-    """A compiler refused; the message has the end of what it said."""
+    """A compiler failed; the message has the end of its output."""
 
 
 @contextlib.contextmanager
 def watched(say: Callable[[str], None], stop: Callable[[], None]) -> Iterator[None]:
-    """Tell of what is compiled inside, and end it when `stop` raises."""
+    """Report on what is compiled inside the block, and end it when `stop` raises."""
     token = _WATCH.set(Watch(say, stop))
     try:
         yield
@@ -58,7 +58,7 @@ def watched(say: Callable[[str], None], stop: Callable[[], None]) -> Iterator[No
 
 
 def interruption(error: BaseException) -> BaseException | None:
-    """What the task was told when its compilation was ended, if that is behind an error; DeepSpeed wraps all."""
+    """The exception that ended a task and its compilation, if it is behind this error; DeepSpeed wraps every error."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, Interrupted):
         found = found.__cause__ or found.__context__
@@ -69,14 +69,14 @@ def compile_first(name: str, folder: Path, stamp: str, command: Sequence[str]) -
     """Compile a part, unless that was done on this machine.
 
     Args:
-        name: Of the part, for people.
+        name: Name of the part, for people.
         folder: Where torch builds it, shared by the processes of the machine.
-        stamp: What the result depends on: compiled under another one, it is compiled again.
-        command: Compiles it in a process of its own.
+        stamp: Text of all that the result depends on; with another stamp the part is compiled again.
+        command: Command that compiles it, in a process of its own.
 
     Raises:
         Interrupted: The task was told to stop; the compiler has ended.
-        CompilationFailed: The compiler refused.
+        CompilationFailed: The compiler failed.
     """
     watch = _WATCH.get() or Watch(say=lambda line: None, stop=lambda: None)
     done = folder / "onebasis-compiled"
@@ -91,7 +91,7 @@ def compile_first(name: str, folder: Path, stamp: str, command: Sequence[str]) -
                 _pause(watch)
         if _is_stamped(done, stamp):
             return
-        # Nobody who asks here compiles now. What torch's lock still stands for, unless it is open, is nobody's.
+        # No other caller of this function compiles now: torch's lock file, if no process has it open, is a leftover.
         if not _is_open(folder / "lock"):
             (folder / "lock").unlink(missing_ok=True)
         watch.say(f"compiles DeepSpeed's {name}, once on this machine; this takes minutes")
@@ -102,7 +102,7 @@ def compile_first(name: str, folder: Path, stamp: str, command: Sequence[str]) -
 
 def _run(name: str, command: Sequence[str], lock: BinaryIO, watch: Watch, started: float) -> None:
     with tempfile.TemporaryFile() as output:
-        # It inherits the lock: whoever comes while it outlives a worker that was killed waits for it.
+        # It inherits the lock: while it outlives a worker that was killed, the next caller waits for it.
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, pass_fds=(lock.fileno(),)
         )

@@ -1,4 +1,4 @@
-"""DeepSpeed inside a worker: what it needs before, what must be cleared after, and one file's worth of its engine.
+"""DeepSpeed inside a worker: what it needs before, what must be cleared after, and access to its engine's state.
 
 The configuration is the task's own and is passed through untouched; transformers fills its `auto` values.
 """
@@ -22,7 +22,7 @@ from workers.compiled_ops import compile_first, interruption, python
 
 @contextlib.contextmanager
 def deepspeed_process() -> Iterator[None]:
-    """Let DeepSpeed use the process group that is there, and leave nothing of it behind.
+    """Let DeepSpeed use the existing process group, and leave nothing of DeepSpeed behind.
 
     Without the clearing a second task fails with `Group … is not registered`, and one without DeepSpeed would find
     accelerate still set up for it. The caller restores the environment and destroys the process group.
@@ -46,7 +46,7 @@ def deepspeed_process() -> Iterator[None]:
         from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
         from deepspeed.utils import groups
 
-        torch.nn.functional.linear = linear  # stage 3 puts its own in the place of it, for all models
+        torch.nn.functional.linear = linear  # stage 3 replaces it by its own, for all models
         # At stage 3 these two would keep every task's model for ever.
         parameter_offload.FWD_MODULE_STACK.clear()
         for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
@@ -57,7 +57,7 @@ def deepspeed_process() -> Iterator[None]:
 
 
 def _compile_beside() -> None:
-    """Have each part that DeepSpeed would compile inside this process be compiled in another one before."""
+    """Compile each part that DeepSpeed would compile inside this process in another process beforehand."""
     import deepspeed
     from deepspeed.ops.op_builder.builder import OpBuilder
     from torch.utils.cpp_extension import _get_build_directory
@@ -82,12 +82,12 @@ def _compile_beside() -> None:
 
 REFUSALS = ("DeepSpeed", "train_batch_size", "untested ZeRO", "ZeRORuntimeException", "unsupported mix")
 NOT_BUILT = ("JIT load", "failed to build", "compile CUDA op", "Error building extension", "CUDA version", "CUDA_HOME")
-"""What is said of an optimizer of DeepSpeed's own that is compiled before its first use and could not be."""
+"""Words of the errors when one of DeepSpeed's own optimizers, compiled before first use, could not be compiled."""
 
 
 @contextlib.contextmanager
 def refusals_named(config: dict[str, Any] | None) -> Iterator[None]:
-    """What DeepSpeed and transformers find wrong with a configuration is the team's mistake, not a bug of ours."""
+    """Turn errors of DeepSpeed and transformers about a configuration into InvalidInput: the team's mistake, no bug."""
     try:
         yield
     except InvalidInput:
@@ -122,10 +122,10 @@ def stage_of(config: dict[str, Any] | None) -> int:
 
 
 def check_config(config: dict[str, Any] | None, bf16: bool, quantized: bool) -> None:
-    """Refuse what DeepSpeed would begin and not end well.
+    """Refuse configurations that DeepSpeed would accept at first and fail on later.
 
     Raises:
-        InvalidInput: With the setting to change.
+        InvalidInput: Names the setting to change.
     """
     if config is None:
         return
@@ -145,12 +145,12 @@ def check_config(config: dict[str, Any] | None, bf16: bool, quantized: bool) -> 
 
 @contextlib.contextmanager
 def parted(model: Any, config: dict[str, Any] | None) -> Iterator[Any]:
-    """A model to score with: its weights parted over the ranks where training parts them, see `is_parted`.
+    """A model to score with: its weights partitioned over the ranks where training does so, see `is_parted`.
 
     Every rank must then run the same batches: each forward gathers from all.
     """
     if config is None or stage_of(config) < 3 or not torch.distributed.is_initialized():
-        # Weights that wait on the host (base_model.device: cpu) are scored where they are trained.
+        # Weights that are kept on the host (base_model.device: cpu) are scored where they are trained.
         yield model.to("cuda") if torch.cuda.is_available() and model.device.type == "cpu" else model
         return
     import deepspeed
@@ -167,15 +167,15 @@ def parted(model: Any, config: dict[str, Any] | None) -> Iterator[Any]:
 
 
 def part(model: Any, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
-    """Leave this rank its share of every parameter (stage 3), copied from where the parameter lies.
+    """Replace every parameter by this rank's partition of it (stage 3), copied from where the parameter lies.
 
     DeepSpeed by itself moves the whole model to each GPU first, and has rank 0 send each parameter to all. Here a rank
     reads its slices of the mapped files and nothing else: a machine's ranks read them once together, no GPU has to hold
-    the whole model, and no rank has a copy of its own. All have the same numbers: files of one digest, one seed.
+    the whole model, and no rank has a copy of its own. All ranks have the same numbers: files of one digest, one seed.
 
     Args:
-        config: The task's own.
-        dtype: What DeepSpeed computes in, if not each parameter in its own.
+        config: The task's DeepSpeed configuration.
+        dtype: Dtype that DeepSpeed computes in; None: each parameter's own.
     """
     import deepspeed
 
@@ -196,7 +196,7 @@ def part(model: Any, config: Mapping[str, Any], dtype: torch.dtype | None = None
 
 
 def _without_training(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that says how weights are parted."""
+    """The part of a configuration that says how weights are partitioned."""
     zero = {
         name: value
         for name, value in config["zero_optimization"].items()
@@ -206,7 +206,7 @@ def _without_training(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def release(engine: Any) -> None:
-    """Let go of an engine and of the weights that it partitioned, once they have been read.
+    """Free an engine and the weights that it partitioned, once they have been read.
 
     At stage 3 parameters carry methods that hold the engine, in cycles through C++ that Python's collector cannot see:
     each task would leave its share of the base model and its optimizer behind. So what they hold is emptied.
@@ -220,7 +220,7 @@ def release(engine: Any) -> None:
 
 
 def let_go(model: Any) -> None:
-    """Empty a task's parameters: those that are trained or were parted. Others may be shared, quantised layers are."""
+    """Empty a task's parameters that are trained or were partitioned. Others may be shared: quantised layers are."""
     for parameter in model.parameters():
         if parameter.requires_grad or hasattr(parameter, "ds_id"):
             vars(parameter).clear()
@@ -254,15 +254,15 @@ def whole_state(engine: Any, parameter: Any) -> dict[str, Tensor]:
 
 
 def whole_state_of(optimizer: Any, parameter: Any) -> dict[str, Tensor]:
-    """The same from an ordinary torch optimizer."""
+    """As `whole_state`, from an ordinary torch optimizer."""
     state = optimizer.state.get(parameter, {})
     moments = {name: value for name, value in state.items() if value.shape == parameter.shape}
     return {name: tensor.detach().cpu().clone() for name, tensor in ({"value": parameter} | moments).items()}
 
 
 def _counted(optimizer: Any, step: float, device: torch.device) -> Any:
-    """A count of steps as the optimizer itself keeps it: DeepSpeed's own in a number, torch's in a tensor, which must
-    lie on the GPU where one kernel reads it (`fused`)."""
+    """The count of steps in the optimizer's own type: a number for DeepSpeed's optimizers, a tensor for torch's, which
+    must lie on the GPU where one kernel reads it (`fused`)."""
     if not type(optimizer).__module__.startswith("torch."):
         return int(step)
     reads_there = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -294,7 +294,7 @@ def restore_states(engine: Any, states: Mapping[Any, Mapping[str, Tensor]], step
 
 
 def restore_states_of(optimizer: Any, states: Mapping[Any, Mapping[str, Tensor]], step: float) -> None:
-    """The same into an ordinary torch optimizer."""
+    """As `restore_states`, into an ordinary torch optimizer."""
     for parameter, state in states.items():
         with torch.no_grad():
             parameter.copy_(state["value"])

@@ -41,7 +41,7 @@ class Score:
     """What a model got right."""
 
     value: float
-    """Of the task's own metric."""
+    """Value of the task's own metric."""
     metrics: Mapping[str, float]
     """All metrics of the kind by name; those in `GENERATED` only if the task is judged by one of them."""
     per_row: tuple[float, ...]
@@ -85,10 +85,10 @@ def score_and_keep(
     rank: Rank,
     keep: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Score:
-    """As `score_adapter`, and what each row scored is kept under the order's `results_key`, if it names one.
+    """As `score_adapter`; also keep each row's result under the order's `results_key`, if it has one.
 
     Args:
-        keep: Calls what it is given, which writes; see `workers/patience.py`.
+        keep: Calls the function that it is given, which writes; see `workers/patience.py`.
     """
     score = score_adapter(base, adapter, rows, order.spec, between_batches)
     if order.results_key and rank.leads:
@@ -114,15 +114,15 @@ def score_rows(
     """Let a task's model answer every row, and compare.
 
     Args:
-        base: Whose tokenizer or image processor reads the rows.
+        base: Base model whose tokenizer or image processor reads the rows.
         between_batches: See `score_adapter`.
 
     Returns:
         The score by the definitions in `workers/metrics.py`, a finite number.
 
     Raises:
-        InvalidInput: The model's output for a row is no number: a broken model has no score rather than a bad one, for
-            that could be as bad as the one before merging and pass. Or the tokenizer makes nothing of the completions.
+        InvalidInput: The model's output for a row is NaN or infinite: a broken model has no score rather than a bad
+            one, which could be as bad as the one before merging and pass the gate. Or the completions have no tokens.
     """
     model.eval()
     counts = lengths(base, spec, rows)
@@ -139,7 +139,7 @@ def score_rows(
 
 
 def _cut(counts: Sequence[int], spec: TaskSpec) -> tuple[str, ...]:
-    """A warning if rows were read in part. counts: Tokens of each row, cut."""
+    """A warning if rows were truncated. counts: Tokens of each row after truncation."""
     longest = spec.data.max_length
     if not (full := sum(count >= longest for count in counts)):
         return ()
@@ -209,7 +209,7 @@ def _likelihood(
 
 
 def _log_probability(logits_TV: Tensor, labels_T: Tensor) -> float:
-    """Of all labels together, each at least `metrics.LOG_PROBABILITY_MIN`; NaN where an output is no number."""
+    """Log-probability of all labels, each at least `metrics.LOG_PROBABILITY_MIN`; NaN where an output is no number."""
     of_labels_T = logits_TV.float().log_softmax(dim=-1).gather(1, labels_T[:, None])
     return float(of_labels_T.clamp(min=metrics.LOG_PROBABILITY_MIN).double().sum())
 
@@ -232,7 +232,7 @@ def generate(
     spec: TaskSpec,
     between_batches: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """What a language model answers to each row's prompt, token by token the likeliest one.
+    """A language model's answer to each row's prompt, by greedy decoding: always the likeliest token.
 
     Args:
         between_batches: Called before every token.
@@ -246,9 +246,9 @@ def generate(
     from transformers import GenerationConfig
 
     tokenizer, new_max = base.tokenizer, spec.data.max_new_tokens
-    prompt_max = min(spec.data.max_length, base.length_max - new_max)  # positions for both
+    prompt_max = min(spec.data.max_length, base.length_max - new_max)  # both need positions
     prompts = [encode_prompt(tokenizer, row, prompt_max) for row in rows]
-    # The checkpoint's own way to generate may draw, or punish repetition; and training switched the cache off.
+    # The checkpoint's own generation settings may sample, or penalise repetition; and training switched the cache off.
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=new_max,
@@ -301,7 +301,7 @@ def adapted_model(base: BaseModel, adapter: Adapter, spec: TaskSpec, with_update
         with_update: False leaves ΔW out and keeps the head: the base model's score under the task's own head.
 
     Raises:
-        InvalidInput: A module does not fit the base model, or see `heads.check_head`; names it.
+        InvalidInput: A module does not fit the base model: its name is in the message. Or see `heads.check_head`.
     """
     model = base.task_model(spec, adapter=adapter)
     if not with_update:

@@ -1,4 +1,4 @@
-"""Rows to what a model reads: token ids or pixels, and labels, as one padded batch of tensors.
+"""Turns rows into what a model reads: token ids or pixels, and labels, as one padded batch of tensors.
 
 Padding is on the right here; only generation (`evaluation.py`) pads on the left. No row is looked at before its batch
 is made, so the first step does not wait for the whole file.
@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 IGNORED = -100
 """The label of a token that has no loss, by transformers' convention."""
 ROWS_AT_ONCE = 256
-"""Rows to count the tokens of: a tokenizer takes a hundred bytes for each character, cut or not."""
+"""Rows whose tokens are counted at once: a tokenizer takes a hundred bytes for each character, truncated or not."""
 
 
 def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Iterable[Row]], Batch]:
@@ -49,7 +49,7 @@ def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Iterable[Row]], Batch
 
 
 def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
-    """How many tokens each row has in a batch, cut; 0 for images, which are all the same size."""
+    """Number of tokens of each row in a batch, after truncation; 0 for images, which are all the same size."""
     if spec.kind == "image_classification":
         return [0] * len(rows)
     if spec.kind == "causal_lm":
@@ -62,7 +62,7 @@ def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
 
 
 def texts(tokenizer: Any, rows: Sequence[Any], length_max: int, label_type: torch.dtype) -> Batch:
-    """Texts or pairs, cut at the end (of a pair, the longer one first)."""
+    """Texts or pairs, truncated at the end (of a pair, the longer one first)."""
     batch = dict(_tokenize(tokenizer, rows, length_max, padding=True, padding_side="right", return_tensors="pt"))
     return batch | {"labels": torch.tensor([row.label for row in rows], dtype=label_type)}
 
@@ -73,7 +73,7 @@ def _tokenize(tokenizer: Any, rows: Sequence[Any], length_max: int, **options: A
 
 
 def completions(tokenizer: Any, rows: Sequence[Any], length_max: int) -> Batch:
-    """Prompts with their completions behind them; see `encode_completion`."""
+    """Prompts followed by their completions; see `encode_completion`."""
     encoded = [encode_completion(tokenizer, row, length_max) for row in rows]
     width = max(len(prompt) + len(completion) for prompt, completion in encoded)
     batch = {
@@ -90,11 +90,11 @@ def completions(tokenizer: Any, rows: Sequence[Any], length_max: int) -> Batch:
 
 
 def encode_completion(tokenizer: Any, row: CompletionRow, length_max: int) -> tuple[list[int], list[int]]:
-    """Token ids of what is given, and of what should be answered, the end token with it.
+    """Token ids of the prompt, and of the completion with its end token.
 
-    Too long a row loses the start of its prompt (not its first-token mark) first; then, if the completion alone is too
-    long, the completion's end, and with it the end token: the model must not learn to stop there. At least one token
-    of context stays. The prompt's tokens are those that generation starts from, whatever follows.
+    Too long a row loses the start of its prompt (not its BOS token) first; then, if the completion alone is too long,
+    the completion's end, and with it the end token: the model must not learn to stop there. At least one token of
+    context stays. The prompt's tokens are those that generation starts from, whatever follows.
     """
     prompt, completion = _encode(tokenizer, row)
     completion = completion[: length_max - 1]
@@ -113,10 +113,10 @@ def _encode(tokenizer: Any, row: CompletionRow) -> tuple[list[int], list[int]]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     prompt, together = ids(given), ids(given + answer)
-    # Where the two texts would share a token, the answer is tokenised alone: a prompt to generate from has no such one.
+    # Where the two texts would share a token, the answer is tokenised alone: generation has no such token.
     completion = together[len(prompt) :] if together[: len(prompt)] == prompt else ids(answer)
     end = tokenizer.eos_token_id
-    if end in completion:  # a template brings its own, and sometimes a line break behind it that nobody generates
+    if end in completion:  # a template adds its own, and sometimes a line break after it that is never generated
         completion = completion[: len(completion) - completion[::-1].index(end)]
     elif end is not None:
         completion.append(end)
@@ -133,7 +133,7 @@ def _render(tokenizer: Any, row: CompletionRow) -> tuple[str, str]:
 
 
 def _first_token(tokenizer: Any) -> list[int]:
-    """The mark that the tokenizer puts before every text, if it does (Llama's `<s>`; GPT-2 puts none)."""
+    """The BOS token that the tokenizer puts before every text, if it does (Llama's `<s>`; GPT-2 puts none)."""
     start = tokenizer.bos_token_id
     return [start] if start is not None and tokenizer("")["input_ids"][:1] == [start] else []
 

@@ -1,11 +1,11 @@
-"""A gang: N processes that work on one order together. Here is who is waited for, who counts as lost, and what then.
+"""A gang: N processes that work on one order together. Here is which rank is waited for, which is lost, and what then.
 
 A plain class, tested without Ray; the processes are behind `Ranks`, whose Ray side is `gang_actor.py`. Nothing is
 trained here, and no library of the ranks is imported.
 
 Every rank gets every order, each with its `Rank`; the outcome is rank 0's. A rank that fails or is gone leaves the
-others in a collective operation that may never end. So they get a short grace, then all are ended, and what comes
-next finds new ones.
+others in a collective operation that may never end. So they get a short grace period, then all are ended, and the next
+order gets new ones.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from workers.orders import (
 )
 
 WATCH_SECONDS = 0.5
-"""Ranks at work are asked this often whether they are there; what they should stop is told them as often."""
+"""Interval at which ranks at work are asked for a sign of life, and told which order to stop."""
 NOTICE_SECONDS = 6.0
-"""A rank at work that leaves a question unanswered for so long is told of; it is lost when its lease ends."""
+"""Silence after which a rank at work is reported; it is lost when its lease ends."""
 START_SECONDS = 180.0
-"""A new process imports torch before it answers for the first time."""
+"""Longest silence of a new process: it imports torch before it answers for the first time."""
 GRACE_SECONDS = 10.0
-"""From the first failure (or rank 0's outcome) until the ranks that are still at work are ended: gloo notices a dead
-peer in 3 s, and rank 0 words its outcome better than the supervisor can."""
+"""Time from the first failure (or rank 0's outcome) until the ranks that are still at work are ended: gloo notices a
+dead peer in 3 s, and rank 0's own message says more than the supervisor's would."""
 SAID_BY_TEAMS = ("input", "cancelled", "preempted")
 """Faults that no other rank's end can have caused: they outweigh everything but a success."""
 
 
 class NoPlace(Unavailable):
-    """There is no place for all ranks of a gang. An order waits for one; who asks for a warm gang is told."""
+    """There is no place for all ranks of a gang. An order waits for one; `warm` raises this."""
 
 
 Call = Any
-"""A question to a rank that is under way; opaque here."""
+"""A pending call to a rank; opaque here."""
 
 
 class Ranks(Protocol):
@@ -64,13 +64,13 @@ class Ranks(Protocol):
     def size(self) -> int: ...
 
     def start(self, waits: Callable[[str], None]) -> None:
-        """Make all of them, in the places of those before where these are still there.
+        """Start all of them, in the places of earlier ones where these places still exist.
 
         Args:
-            waits: Told why, again and again, while there is no place yet. What it raises ends the waiting.
+            waits: Called with the reason, again and again, while there is no place. Its exception ends the wait.
 
         Raises:
-            NoPlace: There has been no place for so many for a while.
+            NoPlace: There has been no place for all of them for a while.
         """
         ...
 
@@ -79,7 +79,7 @@ class Ranks(Protocol):
         ...
 
     def warm(self, index: int) -> Call:
-        """Have one load the base model; see WorkerActor for what each call brings."""
+        """Make one rank load the base model; see WorkerActor for the result of each call."""
         ...
 
     def meeting_place(self, index: int) -> Call: ...
@@ -95,11 +95,11 @@ class Ranks(Protocol):
     def preempt(self, index: int, token: str) -> Call: ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
-        """All that are done, waiting at most so long for the first."""
+        """The calls that are done, after waiting at most this long for the first."""
         ...
 
     def result(self, call: Call) -> Any:
-        """What a landed call brought. Raises RankLost, or what was raised on the other side."""
+        """Result of a call that is done. Raises RankLost, or the exception of the other side."""
         ...
 
 
@@ -108,7 +108,7 @@ class Gang:
 
     Args:
         ranks: The processes; none has been started.
-        lease_seconds: A rank that leaves a question unanswered for so long is lost.
+        lease_seconds: Silence after which a rank is lost.
     """
 
     def __init__(self, ranks: Ranks, lease_seconds: float) -> None:
@@ -119,20 +119,20 @@ class Gang:
         self._nodes: tuple[str, ...] = ()
         """Address of each rank's machine; empty while there is no whole gang."""
         self._layout: BaseLayout | None = None
-        """What the ranks said once they were warm; those made after them say the same."""
+        """Layout that the ranks reported once they were warm; later ranks report the same."""
         self._token = ""
         self._stops: dict[str, str] = {}
-        """Token to `cancel` or `preempt`: what the ranks are to do with an order."""
+        """Token of an order to `cancel` or `preempt`: what the ranks should do with it."""
         self._progress = Progress()
         self._lines: list[LogLine] = []
-        """For the log of the task under way."""
+        """Lines for the log of the task under way."""
         self._silent: RankLost | None = None
         """The rank at work that does not answer, and is not lost yet."""
         self._told = ("", "")
-        """Token, and why its ranks wait for places: a line of the log for each reason, not for each minute."""
+        """Token, and the reason why its ranks wait for places: logged once for each reason, not every minute."""
 
     def warm(self) -> BaseLayout:
-        """Make the ranks if there are none, and load the base model in each.
+        """Start the ranks if there are none, and load the base model in each.
 
         Returns:
             What the control plane needs to know of the base model.
@@ -140,20 +140,20 @@ class Gang:
         Raises:
             InvalidInput, Unavailable: See `load_base_model`; RankLost or no place for a rank.
         """
-        # Not behind the order under way: a control plane that was restarted waits for this before it asks for that.
+        # Answered while an order is under way: a restarted control plane waits for this before it asks for the order.
         if self._token and self._layout:
             return self._layout
         return self._book.between(self._warm).result()
 
     def run(self, order: Order) -> Outcome:
-        """Do an order, or wait for the one with the same token, also after the ranks were made anew.
+        """Do an order, or wait for the one with the same token, also after the ranks were restarted.
 
         Returns:
-            Rank 0's outcome, or why there is none: what another rank failed of, or `lost`.
+            Rank 0's outcome; if it has none, another rank's failure, or `lost`.
 
         Raises:
             Unavailable: A rank was lost before it began, or the storage was away; the order may be given again. Where
-                there is no place for the ranks, it waits until there is one or it is stopped.
+                there is no place for the ranks, the order waits until there is one or it is stopped.
         """
         return self._book.run(order.token, lambda: self._outcome(order))
 
@@ -171,9 +171,9 @@ class Gang:
             return progress
         if self._nodes:
             call = self._ranks.progress(0)
-            # Not for long: a rank 0 that does not answer is told of by the watch over all ranks.
+            # Not for long: the watch over all ranks reports a rank 0 that does not answer.
             if self._ranks.landed([call], min(NOTICE_SECONDS, self._lease_seconds) / 2):
-                with contextlib.suppress(RankLost):  # whoever waits for the order says so
+                with contextlib.suppress(RankLost):  # `run` reports it
                     self._note(token, self._ranks.result(call))
         with self._lock:
             lines, self._lines = tuple(self._lines), []
@@ -213,7 +213,7 @@ class Gang:
             if stop is None:
                 raise
             fault = "cancelled" if stop == "cancel" else "preempted"
-            # Given again, it would not hear of it. It had no place yet, so it used nobody's time.
+            # If the order were given again, the stop would be lost. It had no place yet, so it used no worker time.
             return Failed(token=order.token, fault=fault, message=f"{fault} while it waited", worker_seconds=0.0)
         finally:
             with self._lock:
@@ -235,9 +235,10 @@ class Gang:
         return _verdict(order.token, answers)
 
     def _answers(self, calls: dict[Call, int]) -> dict[int, Any]:
-        """What each rank said, or why it said nothing, in the order of arrival.
+        """Each rank's answer, or why it gave none, in the order of arrival.
 
-        Once rank 0 is done or one has failed, the others have a grace; who is not done by then is missing.
+        Once rank 0 is done or one has failed, the others have a grace period; a rank that is not done by then is
+        missing.
         """
         answers: dict[int, Any] = {}
         watch, until = _Watch(self._ranks), math.inf
@@ -308,7 +309,7 @@ class Gang:
         return layouts[0]
 
     def _placed(self) -> list[tuple[str, int]]:
-        """As `_formed`, however long there is no place."""
+        """As `_formed`, but waits as long as there is no place."""
         again = True
         while True:
             try:
@@ -331,7 +332,7 @@ class Gang:
             self._ranks.start(self._waits)
             return self._met(starting=True)
         except BaseException:
-            self._disband(leave=True)  # a place that does not answer for so long may be one that Ray still believes in
+            self._disband(leave=True)  # a place that is silent for so long may be gone without Ray's knowing
             raise
 
     def _waits(self, why: str) -> None:
@@ -353,10 +354,10 @@ class Gang:
         self._ranks.end(leave)
 
     def _all(self, ask: Callable[[int], Call], starting: bool = False) -> list[Any]:
-        """What every rank answers, by rank, when each is asked. It may take its time as long as the rank is there.
+        """Ask every rank; the answers in the order of the ranks. An answer may take any time while its rank is alive.
 
         Raises:
-            RankLost: One is gone or silent; else what was raised on the other side.
+            RankLost: One is gone or silent. Or the exception of the other side.
         """
         calls = {ask(index): index for index in range(self._ranks.size)}
         answers: dict[int, Any] = {}
@@ -383,11 +384,11 @@ class _Watch:
         self._asked_at = -math.inf
 
     def is_due(self) -> bool:
-        """Whether to ask again: not with every answer that comes, of which there are as many as there are ranks."""
+        """Whether it is time to ask again: not after every answer, since there are as many answers as ranks."""
         return time.monotonic() - self._asked_at >= WATCH_SECONDS
 
     def silent(self, indices: Iterable[int], limit_seconds: float) -> list[int]:
-        """Those whose last question is unanswered for so long. A rank that is gone is told by its other calls."""
+        """Ranks that left their last question unanswered for so long. A rank that is gone shows in its other calls."""
         now, found = time.monotonic(), []
         self._asked_at = now
         answered = set(self._ranks.landed([call for call, _ in self._asked.values()], 0)) if self._asked else set()
@@ -400,19 +401,19 @@ class _Watch:
         return found
 
     def unanswered(self, indices: Iterable[int], limit_seconds: float) -> list[int]:
-        """Those whose last question had no answer for so long when `silent` looked."""
+        """Ranks that had left their last question unanswered for so long when `silent` looked."""
         asked = {index: self._asked[index][1] for index in indices if index in self._asked}
         return [index for index, at in asked.items() if self._asked_at - at > limit_seconds]
 
 
 def needs(workers: WorkerSettings) -> dict[str, float]:
-    """What one rank needs of its machine, by Ray's names."""
+    """Resources that one rank needs of its machine, by Ray's names."""
     every = {"CPU": workers.cpus, "GPU": workers.gpus}
     return {kind: count for kind, count in every.items() if count}
 
 
 def no_place(workers: WorkerSettings, nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Why a gang finds no place on machines, for people. nodes: what `ray.nodes` says of them."""
+    """Why a gang finds no place on these machines, for people. nodes: Result of `ray.nodes`."""
     up = [node for node in nodes if node["Alive"]]
     room = sum(
         min(int(node["Resources"].get(kind, 0) // count) for kind, count in needs(workers).items()) for node in up

@@ -1,5 +1,5 @@
-"""The Ray side of a gang: a supervising actor, and its ranks as actors on a placement group. Who is lost and what
-then is decided in `gang.py`.
+"""The Ray side of a gang: a supervising actor, and its ranks as actors on a placement group. Which rank counts as lost,
+and what then, is decided in `gang.py`.
 
 The supervisor is detached and named like a worker, and has a worker's methods. The ranks are neither: they die with
 it. It loads no base model and asks for no CPU.
@@ -21,11 +21,11 @@ from workers.orders import Order, Outcome, Rank, RankLost
 from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
 
 HEAD = "node:__internal_head__"
-"""What only Ray's head node has; Ray Serve places its controller by it too."""
+"""Resource that only Ray's head node has; Ray Serve places its controller by it too."""
 PLACE_SECONDS = 60.0
 """Wait this long for a place for every rank, then give up the places there are and ask again from the start."""
 TELL_SECONDS = 5.0
-"""Who waits longer for places is told why: where there are some, Ray finds them in less."""
+"""A longer wait for places is reported with its reason: where there are some, Ray finds them in less."""
 END_SECONDS = 10.0
 """A killed process is gone in milliseconds, unless its machine is out of reach."""
 
@@ -179,7 +179,7 @@ def gang_actor(
     Returns:
         A handle with a worker's methods as remote calls.
     """
-    # If the head's machine is lost, so is everything; not one more.
+    # On the head's machine, whose loss ends everything anyway: the gang depends on no further machine.
     options = detached(name, namespace) | {"num_cpus": 0, "resources": {HEAD: 0.001}}
     handle = GangActor.options(**options).remote(name, base_model, storage, folder, workers)  # type: ignore[attr-defined]
     handle.warm.remote()

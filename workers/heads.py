@@ -37,7 +37,7 @@ class HeadLayout:
     trained: tuple[str, ...] = ()
     """Modules that are trained with the task: the output layers, PEFT's `classifier` and `score`, what is missing."""
     label_names: tuple[str, ...] = ()
-    """Labels of the checkpoint's own output layer, by output; empty: it has none. `LABEL_0`, … : they are not known."""
+    """Labels of the checkpoint's own output layer, by output; empty: it has none. `LABEL_0`, …: not known."""
 
 
 def kept_outputs(layout: HeadLayout, spec: TaskSpec) -> tuple[int, ...] | None:
@@ -69,7 +69,7 @@ def told(layout: HeadLayout, spec: TaskSpec) -> str:
 
 
 def _inside(name: str, module: str, drawn: set[str]) -> bool:
-    """Whether a parameter says nothing for keeping this module: it lies elsewhere, or is drawn."""
+    """Whether a parameter is no reason to keep this module: it lies elsewhere, or is drawn."""
     return not name.startswith(f"{module}.") or name in drawn
 
 
@@ -77,8 +77,9 @@ def check_head(adapter: Adapter, spec: TaskSpec, layout: HeadLayout, is_scored: 
     """Refuse an adapter's head that is not the task's, or that leaves a part to chance.
 
     Args:
-        layout: Of the task's kind.
-        is_scored: False: an adapter without any head is let pass; it is a LoRA and nothing else.
+        layout: Head layout of the task's kind.
+        is_scored: Whether the adapter will be scored. If not, one without any head passes: it is a LoRA and nothing
+            else.
 
     Raises:
         InvalidInput: A parameter that the model does not have or that all tasks share; another number of outputs than
@@ -156,7 +157,7 @@ def owner(parameter: str) -> str:
 
 
 def _are_unknown(names: tuple[str, ...]) -> bool:
-    """Whether these are what transformers calls labels that nobody named."""
+    """Whether these are the names that transformers gives to unnamed labels."""
     return all(name == f"LABEL_{index}" for index, name in enumerate(names))
 
 

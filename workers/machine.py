@@ -1,4 +1,4 @@
-"""What this machine is busy with: the figures that MLflow calls system metrics, under its names.
+"""How busy this machine is: the figures that MLflow calls system metrics, under its names.
 
 MLflow's own monitor logs from the process that has the run; ours are written by the control plane, which need not be
 on this machine. So a worker measures, and its figures travel with the points of its loss curve.
@@ -13,7 +13,7 @@ MEGABYTE = 1e6
 
 
 def machine_figures() -> dict[str, float]:
-    """CPU since the call before, memory, and what is taken of this process's GPU, by whomever."""
+    """CPU use since the call before, memory, and the use of this process's GPU by all processes."""
     memory = psutil.virtual_memory()
     figures = {
         "cpu_utilization_percentage": psutil.cpu_percent(),

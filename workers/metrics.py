@@ -29,10 +29,10 @@ Floats = NDArray[np.float64]
 CORRELATIONS: tuple[Metric, ...] = ("matthews_correlation", "pearson", "spearman")
 """Metrics that are not defined where all labels are the same, whatever the answers: admission refuses such rows."""
 GENERATED: tuple[Metric, ...] = ("exact_match", "rouge_l")
-"""Metrics that need answers. A token of an answer costs a pass through the model, so nobody else pays for them."""
+"""Metrics that need answers. A token of an answer costs a pass through the model, so other tasks do without."""
 LOG_PROBABILITY_MIN = -100.0
-"""Least logarithm of one token's probability. float32 tells nothing smaller from 0, and one token must not outweigh all
-others."""
+"""Least logarithm of one token's probability. float32 cannot tell a smaller probability from 0, and one token must not
+outweigh all others."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def regression(expected: Sequence[float], predicted: Sequence[float]) -> dict[st
 
     Returns:
         0 where all answers are the same, as scikit-learn has it (`r_regression(force_finite=True)`): it is what answers
-        without any relation to the labels get. 0 as well where all labels are, or there is one row: of rows that an
-        earlier release admitted.
+        without any relation to the labels get. 0 as well where all labels are the same, or there is one row: an earlier
+        release admitted such rows.
     """
     from scipy.stats import pearsonr, rankdata, spearmanr
 
@@ -102,7 +102,7 @@ def likelihood(log_probabilities: Sequence[float], token_counts: Sequence[int]) 
 
     Args:
         log_probabilities: Sum over a row's completion tokens, the end token among them.
-        token_counts: How many those are, at least 1.
+        token_counts: Number of those tokens, at least 1.
     """
     sums, counts = np.asarray(log_probabilities, dtype=np.float64), np.asarray(token_counts, dtype=np.float64)
     value = sums.sum() / counts.sum()
@@ -126,14 +126,14 @@ def answers(expected: Sequence[str], generated: Sequence[str]) -> dict[str, Meas
 
 
 class _Words:
-    """What rouge-score asks for words."""
+    """The tokenizer that rouge-score calls."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())
 
 
 def constant_score(metric: Metric, rows_per_label: Sequence[int]) -> float | None:
-    """What always giving the most frequent label scores: a model that scores no more has learnt nothing that shows.
+    """Score of always giving the most frequent label: a model that scores no more has learnt nothing that shows.
 
     Args:
         rows_per_label: One number for each label; empty for regression.

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a base model's folder: its tokenizer or image processor, and what they make of it.
+"""Files beside the weights in a base model's folder: tokenizer or image processor, and the kinds of task they allow.
 
 Nothing here knows of tasks, and no weights are read.
 """
@@ -34,7 +34,7 @@ IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 
 
 def settle_padding(tokenizer: Any, model: Any, where: str) -> None:
-    """Have the model take for padding what the tokenizer pads with. Raises InvalidInput if it has no row for that."""
+    """Make the model use the tokenizer's padding token. Raises InvalidInput if it has no embedding row for it."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -51,7 +51,7 @@ def settle_padding(tokenizer: Any, model: Any, where: str) -> None:
                 "name a pad_token in tokenizer_config.json that the model has (often its eos_token), or save the model "
                 "again after model.resize_token_embeddings(len(tokenizer))",
             )
-    if position_offset(model) is None:  # else positions are counted from behind the checkpoint's own padding token
+    if position_offset(model) is None:  # else positions are counted from after the checkpoint's own padding token
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -64,8 +64,8 @@ def called_of(folder: Path, settings: BaseModelSettings) -> tuple[str, ...]:
 def kinds_of(config: Any, tokenizer: Any, image_processor: Any, where: str) -> tuple[Kind, ...]:
     """The kinds that the architecture and what lies beside the weights allow, `causal_lm` last.
 
-    transformers lists BERT and its relatives among the causal language models too: they can be built as decoders. As
-    they were trained they see what they would have to predict.
+    transformers lists BERT and its relatives among the causal language models too: they can be built as decoders. But
+    as they were trained, they see the tokens that they would have to predict.
     """
     sees_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
     kinds = tuple(
@@ -91,6 +91,6 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def image_processor_of(folder: Path) -> Any:
-    """On PIL and numpy: without torchvision, and the same pixels on every machine."""
+    """The image processor on PIL and numpy: without torchvision, and the same pixels on every machine."""
     has_one = (folder / IMAGE_PROCESSOR_FILE).is_file()
     return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil") if has_one else None

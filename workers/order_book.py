@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class OrderBook:
-    """One thread, and what came of the orders it did."""
+    """One thread, and the outcomes of the orders it did."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="onebasis-work")
@@ -27,7 +27,7 @@ class OrderBook:
         self._outcomes: OrderedDict[str, Future[Outcome]] = OrderedDict()
 
     def run(self, token: str, work: Callable[[], Outcome]) -> Outcome:
-        """Do the work, or wait for what was begun under the same token.
+        """Do the work, or wait for the work that was begun under the same token.
 
         Raises:
             What `work` raises; then nothing is remembered, and the order may be given again.
@@ -41,7 +41,7 @@ class OrderBook:
         return future.result()
 
     def between(self, work: Callable[[], Result]) -> Future[Result]:
-        """Do something that is no order in the same thread."""
+        """Do work that is not an order in the same thread."""
         return self._thread.submit(work)
 
     def is_open(self, token: str) -> bool:

@@ -52,14 +52,14 @@ class Train:
     eval_key: str
     """Storage key of the frozen evaluation rows; empty when an import brought none."""
     staging_key: str
-    """Where to put the adapter: `staging/<task>/<attempt>-<token>/adapter.safetensors`. Checkpoints go beside it; those
-    of the task's earlier attempts are found below `staging/<task>/`."""
+    """Key for the adapter: `staging/<task>/<attempt>-<token>/adapter.safetensors`. Checkpoints go beside it; those of
+    the task's earlier attempts are found below `staging/<task>/`."""
     results_key: str = ""
-    """Where to put what each evaluation row scored with the adapter before merging; empty: nowhere."""
+    """Storage key for each evaluation row's result with the adapter before merging; empty: not kept."""
     refine_version: int = 0
     """Above 0: instead of method.name, train the task's own coefficients in this version's frozen basis."""
     again: bool = False
-    """A refinement for the version's sake, of a task that is published (`share_full`): no lease stands for it."""
+    """Whether this refines a published task for a later version (`share_full`): the task holds no lease for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Evaluate:
     spec: TaskSpec
     eval_key: str
     results_key: str = ""
-    """Where to put what each evaluation row scored; empty: nowhere."""
+    """Storage key for each evaluation row's result; empty: not kept."""
 
 
 Order = Train | Evaluate
@@ -90,7 +90,7 @@ class BaseLayout:
     kinds: tuple[Kind, ...]
     """The kinds of task that the base model can be adapted to."""
     heads: Mapping[Kind, HeadLayout] = field(default_factory=dict)
-    """What a task of each kind has beside the shared layers."""
+    """Head layout of each kind: what its tasks have beside the shared layers."""
     called: tuple[str, ...] = ()
     """Names by which the checkpoint itself says it is known; often none."""
     chat_template: ChatTemplate | None = None
@@ -99,7 +99,7 @@ class BaseLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What training told at one step: a line of its log, and a point of its curves."""
+    """Figures of training at one step: a line of its log, and a point of its curves."""
 
     at: float
     """Unix time."""
@@ -111,11 +111,11 @@ class Point:
     samples_per_second: float = float("nan")
     tokens_per_second: float = float("nan")
     memory_bytes: int = 0
-    """These four as in `Progress`."""
+    """Memory, speeds and steps have the same meaning as in `Progress`."""
     resumed_from: int = 0
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
     method: str = ""
-    """`refine` for a refinement, whose steps are counted for themselves."""
+    """Method; `refine` for a refinement, whose steps are counted separately."""
     machine: Mapping[str, float] = field(default_factory=dict)
     """Figures of the machine of rank 0, see workers/machine.py."""
 
@@ -132,11 +132,11 @@ class Trained:
     adapter_sha256: str
     adapter_parameters: int
     score_count: int
-    """Evaluation rows; 0 when there are none, and then the scores are NaN."""
+    """Number of evaluation rows; 0 when there are none, and then the scores are NaN."""
     local_score: float
-    """With its own adapter, before merging."""
+    """Score with the task's own adapter, before merging."""
     base_score: float
-    """The base model under the task's own head, without the adapter."""
+    """Score of the base model under the task's own head, without the adapter."""
     steps: int
     train_loss: float
     seconds: float
@@ -145,7 +145,7 @@ class Trained:
     log_lines: tuple[LogLine, ...] = ()
     """Lines that no heartbeat has fetched."""
     method: str = ""
-    """What `auto` chose, else method.name."""
+    """Method that `auto` chose, else method.name."""
     trainable_parameters: int = 0
     """Numbers that were trained, the head not counted."""
     basis_version: int = 0
@@ -157,7 +157,7 @@ class Trained:
     warnings: tuple[str, ...] = ()
     """Sentences on what makes the scores doubtful, for the owner of the task."""
     worker_seconds: float | None = field(default=None, compare=False)
-    """How long the order had the worker, loading, scoring and saving included. None: the worker cannot say."""
+    """Time that the order had the worker, loading, scoring and saving included. None: the worker cannot say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,14 +181,14 @@ class Failed:
     token: str
     fault: str
     """`input` (the user's: never retried), `bug` (ours), `cancelled`, `preempted` (a checkpoint was written; costs no
-    budget), or `lost` (a machine; the controller says it, or a gang of one of its ranks)."""
+    budget), or `lost` (a machine, as the controller says; or a rank, as its gang says)."""
     message: str
     detail: str = ""
     """Traceback, for `bug`."""
     log_lines: tuple[LogLine, ...] = ()
     """Lines that no heartbeat has fetched."""
     worker_seconds: float | None = field(default=None, compare=False)
-    """As in `Trained`; of what was lost, nobody can say."""
+    """As in `Trained`; None for what was lost."""
 
 
 Outcome = Trained | Evaluated | Failed
@@ -213,7 +213,7 @@ class Progress:
     token: str = ""
     phase: Phase = Phase.IDLE
     trouble: OnebasisError | None = None
-    """What keeps it from going on: a storage that does not take what it saves, or a rank that does not answer."""
+    """Error that keeps it from going on: the storage does not take its writes, or a rank does not answer."""
     step: int = 0
     steps: int = 0
     loss: float = float("nan")

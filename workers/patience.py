@@ -1,4 +1,4 @@
-"""Writing what is finished, however long the storage does not take it.
+"""Writes finished work, however long the storage does not take it.
 
 An adapter that was trained for hours is not thrown away because a disk is full: the worker keeps it in memory and tries
 again until there is space, or until somebody wants the worker for something else.
@@ -19,16 +19,16 @@ Result = TypeVar("Result")
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 5.0
 LOOK_SECONDS = 0.1
-"""What the control plane wants is looked at this often."""
+"""Interval at which it looks whether the control plane wants the worker to stop."""
 
 
 class Patience:
     """Calls a write again and again until the storage takes it.
 
     Args:
-        token: Of the order.
-        report: Is told what the order waits for, and once more when it goes on.
-        asked: What the control plane wants; no collective operation, since only the rank that writes waits.
+        token: Token of the order.
+        report: Called with what the order waits for, and once more when it goes on.
+        asked: Request of the control plane; no collective operation, since only the rank that writes waits.
     """
 
     def __init__(self, token: str, report: Report, asked: Callable[[], Asked]) -> None:

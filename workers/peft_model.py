@@ -17,7 +17,7 @@ TASK_TYPES: dict[Kind, str | None] = {
     "image_classification": None,  # PEFT's SEQ_CLS would hand token ids to the model
     "causal_lm": "CAUSAL_LM",
 }
-"""PEFT's word for each kind of task."""
+"""PEFT's task type for each kind of task."""
 
 
 def with_lora(model: Any, config: LoraConfig) -> Any:
@@ -34,7 +34,7 @@ def _keep_from_broadcast(model: Any) -> None:
     """Tell DDP and DeepSpeed that rank 0 need not send the frozen weights to the others.
 
     All ranks have mapped files with one digest. Writing the same numbers over them again would give each rank a copy
-    of the whole base model, and for 14 GB of it the sending takes longer than many a task.
+    of the whole base model, and for 14 GB of it the sending takes longer than many tasks.
     """
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model._ddp_params_and_buffers_to_ignore = list(frozen)  # what DDP's own setter, untyped, does

@@ -1,4 +1,4 @@
-"""The processes that train one task together, and what they say to each other beside gradients.
+"""The processes that train one task together, and what they send each other beside gradients.
 
 One rank is a group too: then everything here is free. Nothing is pickled on the way: numbers and JSON only.
 """
@@ -20,23 +20,23 @@ from torch import Tensor
 from workers.orders import ALONE, Rank, RankLost
 
 JOIN = timedelta(seconds=60)
-"""Warm ranks are given an order in the same second; who does not meet the others within this cannot reach them. A
-supervisor that hears of it tries again, so it is better too short than too long."""
+"""Longest wait for the other ranks. Warm ranks are given an order in the same second; a rank that is late cannot reach
+the others. The supervisor then tries again, so it is better too short than too long."""
 TIMEOUT = timedelta(minutes=10)
-"""A collective that takes longer has lost a rank. Reading a 70B model's shards from disk takes less."""
+"""Longest collective: one that takes longer has lost a rank. Reading a 70B model's shards from disk takes less."""
 LEAVE_SECONDS = 5.0
-"""NCCL waits for the others when it is told to leave. Those who were left in a collective operation will not come: they
-are ended once this rank has said why it failed."""
+"""NCCL waits for the others when it is told to leave. Ranks that were left in a collective operation will not come:
+they are ended once this rank has said why it failed."""
 
 _listening: Any = None
-"""Where the others meet, if this will be rank 0 of the next group."""
+"""Store where the other ranks meet, if this will be rank 0 of the next group."""
 
 
 def listen(address: str, port: int = 0) -> int:
-    """Wait for the other ranks of the next group at an address of this machine, until the call after.
+    """Listen for the other ranks of the next group at an address of this machine, until the next call.
 
     Returns:
-        The port, which nobody else can take in between; if none is given, one that is free.
+        The port, which no other process can take in between; if none is given, a free one.
     """
     global _listening
     _listening = dist.TCPStore(  # type: ignore[attr-defined]
@@ -54,13 +54,13 @@ class RankGroup:
     def __init__(self, rank: Rank, words: Any = None) -> None:
         """
         Args:
-            words: The group that speaks on the CPU; None for the only one that there is.
+            words: Process group that communicates on the CPU; None: the only group that there is.
         """
         self.rank = rank
         self._words = words
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 says, as JSON gives it back; the others' value is not looked at."""
+        """Rank 0's value, after a round trip through JSON; the others' values are ignored."""
         if self.rank.size == 1:
             return value
         content = torch.tensor(list(json.dumps(value).encode()) if self.rank.leads else [], dtype=torch.uint8)
@@ -120,7 +120,7 @@ def joined(rank: Rank, deepspeed: dict[str, Any] | None) -> Iterator[RankGroup]:
 
 @contextlib.contextmanager
 def _environment(rank: Rank) -> Iterator[None]:
-    """What accelerate and DeepSpeed read of a rank."""
+    """Environment variables that tell accelerate and DeepSpeed about a rank."""
     before = dict(os.environ)
     os.environ.pop("LOCAL_SIZE", None)  # with it DeepSpeed leaves 66 MiB per rank in /dev/shm for ever
     os.environ |= {
@@ -139,7 +139,7 @@ def _environment(rank: Rank) -> Iterator[None]:
 
 
 def _formed(rank: Rank) -> Any:
-    """Form the process group; the group that speaks on the CPU, None for the same one."""
+    """Form the process group. Returns the group that communicates on the CPU; None: the same one."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if rank.size == 1:
         alone = dist.HashStore()  # type: ignore[attr-defined]  # in memory: no port, nobody else
@@ -147,8 +147,9 @@ def _formed(rank: Rank) -> Any:
         return None
     try:
         store = dist.TCPStore(rank.master_address, rank.master_port, timeout=JOIN)  # type: ignore[attr-defined]
-        # gloo connects every rank to every other at once, NCCL when it is first used: so gloo finds out who cannot be
-        # reached. Beside NCCL it is needed anyway: a word after every step must not make the GPUs wait for the host.
+        # gloo connects every rank to every other at once, NCCL when it is first used: so gloo finds out which rank
+        # cannot be reached. Beside NCCL it is needed anyway: the exchange after every step must not make the GPUs wait
+        # for the host.
         dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.size, timeout=JOIN)
         words = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=JOIN)
         for group in {None, words}:

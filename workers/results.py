@@ -1,7 +1,7 @@
 """What each evaluation row contributed to a score: a small file beside the score, for paired comparisons.
 
-Light on purpose (no model libraries): the control plane reads them. A file is written before its score is told,
-so a score that names one has one.
+Light on purpose (no model libraries): the control plane reads them. A file is written before its score is reported, so
+if a score names a file, the file exists.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Results:
     """0: the task's own adapter, before merging."""
     metric: str
     eval_sha256: str
-    """Of the frozen rows' file: results are compared only where this and `metric` are the same."""
+    """Digest of the frozen rows' file: results are compared only where this and `metric` are the same."""
     per_row: tuple[float, ...]
     """Each row's share in the score, in the order of the file; see `workers/metrics.py`. float32."""
 
@@ -40,7 +40,7 @@ class Results:
 
 
 def write_results(storage: Storage, key: str, results: Results) -> None:
-    """Write, or replace by the same: the same score gives the same bytes.
+    """Write; writing twice does no harm, since the same score gives the same bytes.
 
     Cost:
         4 bytes per row.

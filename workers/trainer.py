@@ -36,21 +36,21 @@ from workers.rank_group import NOBODY_ELSE, RankGroup
 from workers.rows.task_data import Row, label_of
 
 OUTPUT_DIR = str(Path(tempfile.gettempdir()) / "onebasis-trainer")
-"""The Trainer makes it; nothing is ever written there, so all processes share it."""
+"""Folder that the Trainer makes; nothing is ever written there, so all processes share it."""
 LOG_LINES_PER_TASK = 50
 MEAN_ROWS = 10_000
-"""So many labels tell the mean of any number."""
+"""Labels that are enough to estimate the mean of any number of them."""
 SAVE_SECONDS = 300.0
-"""A checkpoint is made at least this often: what a lost machine costs, however slow the steps are."""
+"""Longest time between checkpoints: what a lost machine costs, however slow the steps are."""
 
 Report = Callable[[Progress], None]
 Asked = Literal["", "cancel", "preempt"]
 ASKED: tuple[Asked, ...] = ("", "preempt", "cancel")
-"""The weightier last: a gang does what any of its ranks was asked."""
+"""In order of precedence, the highest last: a gang does what any of its ranks was asked."""
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-"""How torch says it: of a GPU (also through NCCL), of a CPU, and of a GPU that has no room left for cuBLAS or cuDNN."""
+"""Words of torch's errors: a GPU's (also through NCCL), a CPU's, and a GPU's with no room left for cuBLAS or cuDNN."""
 
 
 class Cancelled(Exception):
@@ -58,7 +58,7 @@ class Cancelled(Exception):
 
 
 class Preempted(Exception):
-    """To be given up and taken up again, through nobody's fault: a checkpoint was handed to `Surroundings.save`."""
+    """The run was stopped, to be continued later; no failure. A checkpoint was handed to `Surroundings.save`."""
 
 
 class OutOfMemory(InvalidInput):
@@ -74,24 +74,24 @@ class Surroundings:
     report: Report = lambda progress: None
     """Takes heartbeats: every step, and with a log line now and then. Called on every rank."""
     asked: Callable[[], Asked] = lambda: ""
-    """Looked at after every step."""
+    """Request of the control plane; called after every step."""
     after_step: Callable[[int, int], None] = lambda step, steps: None
     """The method's own work after a step; see `workers.methods.Method`."""
     checkpoint: Checkpoint | None = None
-    """To go on from."""
+    """Checkpoint to go on from."""
     save: Callable[[Checkpoint], None] | None = None
-    """Takes checkpoints, on rank 0 alone; None, on every rank: none are made."""
+    """Takes checkpoints; called on rank 0 only. None, on every rank: no checkpoints are made."""
     run: str = ""
     method: str = ""
     basis_version: int = 0
-    """What checkpoints say of themselves."""
+    """Run, method and basis version that checkpoints record."""
     halvings: int = 0
     """How often the micro-batch was halved because memory ran out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """What the optimisation steps left behind beside the weights."""
+    """Results of the optimisation steps, beside the weights."""
 
     steps: int = 0
     train_loss: float = math.nan
@@ -100,15 +100,16 @@ class TrainingRun:
     resumed_from: int = 0
     """Step of the checkpoint it went on from."""
     engine: Any = None
-    """DeepSpeed's, to be destroyed once the weights are read."""
+    """DeepSpeed's engine, to be destroyed once the weights are read."""
 
 
 def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around: Surroundings) -> TrainingRun:
     """Train a prepared PEFT model in place. All ranks of the group must call it.
 
     Raises:
-        InvalidInput: The loss is no longer a number. Or this base model, this GPU or DeepSpeed cannot do it so.
-        OutOfMemory: With the numbers and the settings to change.
+        InvalidInput: The loss is no longer a number. Or this base model, this GPU or DeepSpeed cannot train with these
+            settings.
+        OutOfMemory: The message has the numbers and the settings to change.
         Cancelled, Preempted: Between two steps.
     """
     group, begun, config = around.group, around.checkpoint, spec.training.deepspeed
@@ -122,7 +123,7 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         begun = in_steps_of(begun, spec.training, group.rank.size)
         around = replace(around, checkpoint=begun)
         training_state.put_values(model, begun)
-        if begun.step >= plan.steps:  # what came after its last step was interrupted
+        if begun.step >= plan.steps:  # the interruption came after its last step
             return TrainingRun(
                 steps=begun.step,
                 train_loss=begun.loss_sum / begun.step,
@@ -184,11 +185,11 @@ def _run(trainer: Any, plan: Schedule) -> None:
             raise
         raise _out_of_memory(error, plan) from error
     finally:
-        unset_hf_deepspeed_config()  # at stage 3 the next model made in this process would be parted as it is made
+        unset_hf_deepspeed_config()  # at stage 3 the next model made in this process would be partitioned as it is made
 
 
 def training_arguments(training: TrainingSpec, plan: Schedule) -> TrainingArguments:
-    """The task's values under their own names, and what is ours to decide: no saving, no reporting, no evaluation."""
+    """The task's values under their own names, and what we decide: no saving, no reporting, no evaluation."""
     on_gpu = torch.cuda.is_available()
     if training.bf16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InvalidInput(
@@ -231,7 +232,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = counts_tokens
         self._batches = batches
         self.loss_sum: Any = 0.0
-        """Of this rank's steps since it was last set to 0; on the device, so that no step waits for it."""
+        """Sum of this rank's losses since it was last set to 0; on the device, so that no step waits for it."""
         self.tokens = 0
 
     def get_train_dataloader(self) -> Any:
@@ -309,7 +310,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def _log(self, step: int, peak: float) -> None:
-        """Bring the sums over from the device and the other ranks; a line for people."""
+        """Collect the sums from the device and the other ranks; report them, with a line for people."""
         if step == self._logged_at:
             return
         group, trainer = self._around.group, self.trainer
@@ -372,14 +373,14 @@ def _every(save_steps: float, steps: int) -> int:
 
 
 def free_memory() -> None:
-    """Let go of what a run left in cycles (its trainer has some), and of the GPU memory that torch keeps for reuse."""
+    """Free what a run left in reference cycles (as its trainer), and GPU memory that torch keeps for reuse."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _memory_bytes() -> float:
-    """Most memory taken: of the GPU by this run, or by this process where there is none."""
+    """Most memory taken: the GPU's by this run, or this process's where there is no GPU."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -68,19 +68,19 @@ def train_task(
     Args:
         store: A reader, for leased bases; uploads go through its `stage`.
         report: Takes heartbeats: in every step, and with a point of the loss curve now and then.
-        asked: What the control plane wants between steps and between batches.
+        asked: Request of the control plane; called between steps and between batches.
         rank: This process's place in its gang.
 
     Returns:
         Where the adapter is and how it scores before merging. On a CPU the same order, seed and machine give the same
         bytes, also when the run was interrupted and went on from a checkpoint; on a GPU the same
-        numbers to rounding. Of ranks above 0 only the token counts.
+        numbers to rounding. From ranks above 0 only the token is used.
 
     Raises:
         InvalidInput: The rows, the target modules, the adapter to import or the learning rate are wrong; or memory ran
             out.
-        Unavailable: The storage was away when something was read; the order may be given again. What is finished waits
-            for a storage that does not take it.
+        Unavailable: The storage was away when something was read; the order may be given again. Finished work waits
+            until the storage takes it.
         Cancelled, Preempted: Asked for in between; at a preemption a checkpoint was written.
         Corrupt: The staged bytes are not what was written.
     """
@@ -147,7 +147,7 @@ def train_task(
 
 
 class _Attempt:
-    """One try at a training order: the parts of `train_task` that share what it is about."""
+    """One try at a training order: the parts of `train_task` that share its data."""
 
     def __init__(
         self,
@@ -164,11 +164,11 @@ class _Attempt:
         self._run = run_digest(order.spec, base.sha256, order.train_key, order.refine_version)
         self._folder = order.staging_key.rpartition("/")[0]
         self._prefix = self._folder.rpartition("/")[0] + "/"
-        """Of all of the task's attempts."""
+        """Prefix of the keys of all of the task's attempts."""
         self._checkpoint_key = ""
         self.method_name: str = order.spec.method.name
         self.version = 0
-        """Whose basis was leased."""
+        """Version whose basis was leased."""
         self.trained_numbers = 0
 
     def train(self) -> tuple[Adapter, TrainingRun]:
@@ -235,7 +235,7 @@ class _Attempt:
         return adapter, replace(run, engine=None)
 
     def _checkpoint(self) -> Checkpoint | None:
-        """The furthest one of this run. Rank 0 looks, the others read the very same."""
+        """The furthest checkpoint of this run. Rank 0 chooses it, the others read the same one."""
         found = newest_checkpoint(self._storage, self._prefix, self._run) if self._group.rank.leads else None
         key = self._checkpoint_key = self._group.agree(found[0] if found else "")
         checkpoint = found[1] if found else read_checkpoint(self._storage, key) if key else None
@@ -314,7 +314,7 @@ class _Saver:
 
 
 def _nobody(progress: Progress) -> None:
-    """Ranks above 0 report to nobody."""
+    """Drop a report: ranks above 0 send none."""
 
 
 def _scores(
@@ -327,7 +327,7 @@ def _scores(
     rank: Rank,
     keep: Patience,
 ) -> tuple[Score, float]:
-    """What the adapter scores before merging, and what the base model does under its head; NaN without rows."""
+    """The adapter's score before merging, and the base model's score under its head; NaN without rows."""
     if not order.eval_key:
         return Score(math.nan, {}, ()), math.nan
     report(Progress(token=order.token, phase=Phase.SCORING))

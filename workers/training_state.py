@@ -43,14 +43,14 @@ def take(
 
 
 def put_values(model: Any, checkpoint: Checkpoint) -> None:
-    """The trained numbers into a model that was just prepared, before DeepSpeed takes it apart."""
+    """Put the trained numbers into a model that was just prepared, before DeepSpeed partitions it."""
     for name, parameter in trained_parameters(model).items():
         with torch.no_grad():
             parameter.copy_(checkpoint.parameters[name]["value"])
 
 
 def put_back(trainer: Any, group: RankGroup, checkpoint: Checkpoint) -> None:
-    """Everything else, once the Trainer has made its optimizer and schedule and before the first step."""
+    """Restore everything else, once the Trainer has made its optimizer and schedule and before the first step."""
     states: dict[Any, Mapping[str, Tensor]] = {
         parameter: checkpoint.parameters[name] for name, parameter in trained_parameters(trainer.model).items()
     }
@@ -101,5 +101,5 @@ def _restore_generators(states: Mapping[str, Tensor]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that json does not know (numpy's, one-element tensors)."""
+    """Turn numbers that json does not know (numpy's, one-element tensors) into Python's."""
     return value.item() if hasattr(value, "item") else None

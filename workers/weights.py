@@ -3,7 +3,7 @@
 transformers maps safetensors files into memory and copies nothing as long as the file has the dtype that is asked
 for. All processes of a machine that load one folder then share its pages, and 14 GB of weights cost the second worker
 nothing. Three things make a private copy: another `base_model.dtype` than the file's (save the checkpoint in that
-dtype), a GPU, and writing, which is why nobody writes (a written page would be copied, the file never changes).
+dtype), a GPU, and writing, which is why nothing here writes (a written page would be copied, the file never changes).
 
 Nothing here knows of tasks.
 """
@@ -101,10 +101,11 @@ def load_checkpoint(folder: Path, auto_class: Any, settings: BaseModelSettings, 
 
 
 def load_head(folder: Path, auto_class: Any) -> dict[str, Tensor]:
-    """What the checkpoint has outside the backbone for one class of model, in the file's own dtype, on the host.
+    """Parameters that the checkpoint has outside the backbone for one class of model, in the file's own dtype, on the
+    host.
 
     Cost:
-        As `load_checkpoint` on the CPU; the backbone is mapped and let go unread.
+        As `load_checkpoint` on the CPU; the backbone is mapped and released unread.
     """
     loaded = _load(folder, auto_class, dtype="auto")
     return {name: tensor.clone() for name, tensor in outside_backbone(loaded).items()}
@@ -153,7 +154,7 @@ def check_quantization(settings: BaseModelSettings, device: str) -> None:
 
 
 def _straight_to_the_gpu() -> dict[str, Any]:
-    """What `from_pretrained` is told to move and cast each tensor as it is read: the host never holds all of them.
+    """Options that make `from_pretrained` move and cast each tensor as it is read: the host never holds all of them.
 
     By the device's number: for accelerate `cuda` is not `cuda:0`, and it refuses to train a quantised model elsewhere.
     """
@@ -161,7 +162,7 @@ def _straight_to_the_gpu() -> dict[str, Any]:
 
 
 def _quantization_options(settings: BaseModelSettings) -> dict[str, Any]:
-    """What `from_pretrained` is told so that bitsandbytes quantises linear layers while they are read.
+    """Options of `from_pretrained` with which bitsandbytes quantises linear layers while they are read.
 
     Source:
         nf4 with quantised constants: QLoRA (arXiv:2305.14314); int8: LLM.int8() (arXiv:2208.07339).
@@ -180,7 +181,7 @@ def _quantization_options(settings: BaseModelSettings) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the report on new heads, the progress bar and notes on image processors: all expected here."""
+    """Suppress the report on new heads, the progress bar and notes on image processors: all expected here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

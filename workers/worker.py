@@ -61,7 +61,7 @@ REHEARSED: dict[Kind, tuple[Row, ...]] = {
     "image_classification": tuple(ImageRow(np.zeros((8, 8, 3), np.uint8), label) for label in (0, 1)),
     "causal_lm": (CompletionRow((("user", "one"), ("assistant", "two")), False),) * 2,
 }
-"""Two rows of each kind that can be a base model's first."""
+"""Two rows for each kind that can be the first kind of a base model."""
 
 
 class Worker:
@@ -97,7 +97,7 @@ class Worker:
         Raises:
             InvalidInput, Unavailable: See `load_base_model`.
         """
-        # Not behind the order under way: a control plane that was restarted waits for this before it asks for that.
+        # Answered while an order is under way: a restarted control plane waits for this before it asks for the order.
         base = self._book.between(self._base_model).result() if self._base is None else self._base
         return BaseLayout(
             sha256=base.sha256,
@@ -124,7 +124,7 @@ class Worker:
         return self._book.run(order.token, lambda: self._outcome(order, rank))
 
     def progress(self) -> Progress:
-        """What is going on, with the log lines since the call before."""
+        """What the worker is doing, with the log lines since the call before."""
         with self._lock:
             lines, self._log_lines = tuple(self._log_lines), []
             return replace(self._progress, log_lines=lines)
@@ -142,7 +142,7 @@ class Worker:
         return True
 
     def preempt(self, token: str) -> bool:
-        """Let go of an order after its step, with a checkpoint; its outcome is then `Failed` with fault `preempted`.
+        """Stop an order after its current step, with a checkpoint; its outcome is then `Failed` with fault `preempted`.
 
         Returns:
             False when it is done or was never given; then nothing happens.
@@ -173,7 +173,7 @@ class Worker:
             outcome = Failed(token=order.token, fault="input", message=str(error))
         except Unavailable:
             raise
-        except torch.OutOfMemoryError as error:  # while scoring; `fit` words its own
+        except torch.OutOfMemoryError as error:  # while scoring; `fit` raises its own
             told = InvalidInput(
                 f"memory ran out while scoring: {str(error).splitlines()[0][:300]}", "data.max_length", "lower it"
             )
@@ -222,7 +222,7 @@ class Worker:
     def _base_model(self) -> BaseModel:
         if self._base is None:
             base = load_base_model(self._settings)
-            # Weights that stay on the host, for each rank's GPU to take its part of, are too large to run alone.
+            # Weights that stay on the host, so that each rank's GPU takes its part, are too large for one process.
             if base.device.type == "cuda" or not torch.cuda.is_available():
                 _rehearse(base)
             # Trainer collects garbage before its first step: 0.3 s over the libraries' objects, 0.02 s without them.
@@ -246,7 +246,7 @@ def evaluate_version(
     asked: Callable[[], Asked],
     rank: Rank = ALONE,
 ) -> Evaluated:
-    """Score one task under one version: A[version][task]. Of ranks above 0 only the token counts.
+    """Score one task under one version: A[version][task]. From ranks above 0 only the token is used.
 
     Raises:
         NotFound: The version does not have the task.

@@ -1,7 +1,7 @@
 """The Ray actor around a worker: options and forwarding only. What it does is in `worker.py`.
 
 Detached and named, so that it and its warm model outlive the control plane that made it. The worker is imported in
-the actor's process alone: whoever gives orders needs neither torch nor transformers for it.
+the actor's process alone: the process that gives orders needs neither torch nor transformers for it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class WorkerActor(Forwarding):
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tasks of many sizes follow here
         if not ray.get_gpu_ids():
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows all GPUs to who asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # an actor without GPUs sees all of them
         os.environ.update(_interface_environment(ray.util.get_node_ip_address()))
         if is_local(base_model.source):
             os.environ["HF_HUB_OFFLINE"] = "1"
@@ -118,8 +118,8 @@ def detached(name: str, namespace: str) -> dict[str, Any]:
 
 
 def _interface_environment(address: str) -> dict[str, str]:
-    """What makes ranks speak to each other over the network that Ray uses: gloo would take the address that the host's
-    own name resolves to, NCCL any interface. Who set it on the machine knows better."""
+    """Environment that makes ranks use the network that Ray uses: gloo would take the address that the host's own name
+    resolves to, NCCL any interface. Values that are set on the machine take precedence."""
     names = (name for name, entries in psutil.net_if_addrs().items() if address in {e.address for e in entries})
     name = next(names, None)
     variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name else ()

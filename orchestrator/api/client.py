@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 150.0
 SUBMIT_TIMEOUT_SECONDS = 7200.0
-"""A gigabyte of rows takes minutes to check."""
+"""Longest wait for a submission: a gigabyte of rows takes minutes to check."""
 
 
 class Client:
-    """Asks a service: the running one, or in this process what needs none that runs."""
+    """Asks a service: the running one, or one in this process for requests that need no running service."""
 
     def __init__(self, state_dir: Path, say: Callable[[str], None] | None = None) -> None:
         """say: Takes a line for people while an answer takes long; default: the terminal's stderr."""
@@ -46,7 +46,7 @@ class Client:
         Raises:
             OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile, NoSignOfLife
                 when its process is there and answers nothing.
-            OutcomeUnknown: Of a request to the store, when nobody knows whether it was done; with its key.
+            OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
         if isinstance(request, StoreRequest):
             request = request.named()
@@ -110,7 +110,7 @@ def _over_http(
     from orchestrator.api.exchange import exchange
 
     content = json.dumps(fields).encode() if route.verb == "POST" else None
-    if content is not None and len(content) > BYTES_MAX:  # a server that refuses it may hang up before it is heard
+    if content is not None and len(content) > BYTES_MAX:  # a server may hang up before its refusal is read
         raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
     answer = exchange(
         server["url"] + url,

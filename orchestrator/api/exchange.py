@@ -53,12 +53,12 @@ def exchange(
     """Ask once, and wait for the reply as long as the server is alive.
 
     Args:
-        url: Of the route, `http://HOST:PORT/PATH`, quoted.
-        query: Written after the path.
+        url: Address of the route, `http://HOST:PORT/PATH`, quoted.
+        query: Parameters that are written after the path.
         body: JSON; None: the request has none.
-        token: Of the bearer.
+        token: Bearer token.
         timeout_seconds: Longest wait for the reply.
-        waiting: Told every few seconds how long it has been, while the server is alive and does not reply.
+        waiting: Called every few seconds with the seconds so far, while the server is alive and does not reply.
 
     Raises:
         NobodyListensError: The server is not there.
@@ -69,7 +69,7 @@ def exchange(
     connection = HTTPConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS)
     try:
         connection.connect()
-    except TimeoutError as error:  # what listens takes no more connections
+    except TimeoutError as error:  # the listening process takes no more connections
         raise _no_sign(url) from error
     except OSError as error:
         raise NobodyListensError from error

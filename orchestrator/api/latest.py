@@ -1,4 +1,4 @@
-"""An answer that may be late: whoever only looks does not wait for a storage that does not answer."""
+"""An answer that may be late, so that a status does not wait for a storage that does not answer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Latest(Generic[Answer]):
     """Asks in a thread of its own, one at a time, and keeps the last answer.
 
     Args:
-        ask: May take any time.
-        where: What it asks, for people.
+        ask: Function that gets the answer; may take any time.
+        where: Name of what it asks, for people.
     """
 
     def __init__(self, ask: Callable[[], Answer], where: str) -> None:

@@ -1,7 +1,7 @@
 """What people may ask of a service: one frozen record for each request.
 
-The same object is what a command makes, what travels over HTTP, and what the service is handed. Who reads a request
-goes to its `on`, and from there to the method of the service. What is asked of the store's writer alone is in
+The same object is what a command makes, what travels over HTTP, and what the service is handed. To follow a request, go
+to its `on`, and from there to the method of the service. Requests to the store's writer alone are in
 `subspace_store/requests.py`; routes.py lists both.
 """
 
@@ -22,7 +22,7 @@ Json = dict[str, Any]
 Answer = TypeVar("Answer")
 
 PAGE = 200
-"""Tasks that are listed unless more are asked for."""
+"""Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
 
 Reference = Annotated[Line, Field(min_length=1)]
@@ -31,7 +31,7 @@ EventNumber = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class ServiceRequest(Request, Generic[Answer]):
-    """Asked of the service, running or not."""
+    """A request to the service, running or not."""
 
     def on(self, service: Service) -> Answer:
         """Carry it out."""
@@ -71,7 +71,7 @@ class ListTasks(ServiceRequest[list[Json]]):
     team: Name | None = None
     state: TaskState | None = None
     before: Line = ""
-    """Id of a task: only those that are older. Empty: from the newest on."""
+    """Id of a task: only older tasks are listed. Empty: the newest ones."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
     """Tasks in the answer, at most."""
 

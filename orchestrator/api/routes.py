@@ -17,7 +17,7 @@ from subspace_store import requests as store
 
 
 class Role(StrEnum):
-    """What somebody must be allowed to do; each may all that stands above it."""
+    """Permission that a request needs; each role includes the roles above it."""
 
     VIEWER = "viewer"
     SUBMITTER = "submitter"
@@ -83,8 +83,8 @@ def read_request(route: Route, in_path: dict[str, Any], query: dict[str, str], b
 
     Args:
         in_path: Strings that stood in the path, by name.
-        query: Of a GET; a POST takes none.
-        body: Of a POST: a JSON object; empty is one without fields.
+        query: Query of a GET; a POST takes none.
+        body: Body of a POST: a JSON object; an empty body is one without fields.
 
     Raises:
         InvalidInput: A value of another type, an unknown field, a field that is given twice.

@@ -51,7 +51,7 @@ RAY_SECONDS = 180.0
 STOP_SECONDS = 10
 """Longest wait at the end for requests that are not answered yet."""
 RELEASE_SECONDS = 30.0
-"""One record: a merge that is under way goes before it."""
+"""Longest wait for the writer to give the store up: one record, after a merge that is under way."""
 
 
 HEAD_SECONDS = 10.0
@@ -89,7 +89,7 @@ def api(service: Service, token: str) -> FastAPI:
 
     @app.exception_handler(OnebasisError)
     def report(_: Request, error: OnebasisError) -> AsciiJson:
-        # What is left of a body that is too long is not read, so nothing else can come by this connection.
+        # The rest of a body that is too long is not read, so this connection cannot be used again.
         headers = {"connection": "close"} if isinstance(error, TooLarge) else None
         return AsciiJson(error.as_dict(), error.http_status, headers)
 
@@ -128,7 +128,7 @@ def api(service: Service, token: str) -> FastAPI:
 def _endpoint(
     service: Service, route: Route, threads: CapacityLimiter | None
 ) -> Callable[[Request], Awaitable[Response]]:
-    """What answers on a route. threads: Which its requests may use; None: those that reading has."""
+    """The function that answers on a route. threads: Threads for its requests; None: those for requests that read."""
 
     async def answer(request: Request) -> Response:
         names = [name for name, _ in request.query_params.multi_items()]
@@ -149,7 +149,7 @@ def _endpoint(
 
 
 async def _body(request: Request) -> bytes:
-    """The body, if it comes soon and is not too long; one that says that it is longer is not read."""
+    """The body, if it comes soon and is not too long; one whose header says that it is too long is not read."""
     said = request.headers.get("content-length", "")
     if said.isdecimal() and (len(said) > 15 or int(said) > BYTES_MAX):
         raise _too_large()
@@ -172,7 +172,7 @@ def _too_large() -> TooLarge:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, which waits for the head of a request for ever, with a limit."""
+    """uvicorn's protocol, with a limit for the wait for a request's head; uvicorn's own waits for ever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -205,7 +205,7 @@ def http_server(app: FastAPI) -> Any:
 
 
 def _described(route: Route) -> dict[str, Any]:
-    """What OpenAPI says of a route's parameters and body: its record's own schema."""
+    """OpenAPI's description of a route's parameters and body: its record's own schema."""
     schema = route.record.model_json_schema(ref_template="#/components/schemas/{model}")
     fields, required = schema.get("properties", {}), schema.get("required", [])
     placed = [{"name": name, "in": "path", "required": True, "schema": fields[name]} for name in route.in_path]
@@ -250,7 +250,7 @@ _REFUSALS = {
 
 
 class _PlainFormatter(logging.Formatter):
-    """Lines that may be shown on a terminal, whatever a worker or a library said."""
+    """Log lines that are safe to show on a terminal, whatever text a worker or a library wrote."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped(super().format(record))
@@ -282,7 +282,7 @@ class ControlPlane:
         self._started_at = time.time()
 
     def run(self) -> None:
-        """Start everything, serve, and put everything down in the reverse order."""
+        """Start everything, serve, and stop everything in the reverse order."""
         from orchestrator.cluster import RayCluster
         from orchestrator.controller import PREEMPT_SECONDS, Controller
         from orchestrator.reports.mlflow_mirror import Mirror

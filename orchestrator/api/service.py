@@ -1,7 +1,7 @@
 """What people can ask and order, each as one method that is handed a request and returns plain JSON values.
 
-The HTTP server hands requests over, and so does the command line, or here in its own process when the service is down:
-reading, exporting and rolling back need no running service. Who reads waits for no torch: what needs it is imported
+The HTTP server calls these methods; when the service is down, the command line does, in its own process: reading,
+exporting and rolling back need no running service. Requests that read do not wait for torch: what needs it is imported
 where it is used.
 """
 
@@ -56,16 +56,16 @@ if TYPE_CHECKING:
     from workers.orders import BaseLayout
 
 Check = Callable[["TaskSpec", Settings, "BaseLayout"], "Draft"]
-"""`check_submission`, in whichever process."""
+"""`check_submission`, in this or another process."""
 
 LOOK_SECONDS = 3.0
-"""Whoever asks for the status waits no longer for the store, or for the database."""
+"""Longest wait for the store, or for the database, when a person asks for the status."""
 LOOKING = "reading for the status"
-"""What its alarms are about."""
+"""Part of the service that alarms about this reading name."""
 TREND_VERSIONS = 20
 """Newest versions of a lineage whose sizes `capacity` tells."""
 PACE_TASKS = 50
-"""Tasks, the newest that ended, from which the pace of the next ones is estimated."""
+"""Number of tasks, the newest that ended, from which the pace of the next ones is estimated."""
 STORE_SECONDS = 120.0
 """Longest wait for one call to the store: a merge of a large model may be before it."""
 
@@ -74,8 +74,8 @@ class Service:
     """One service as its users see it.
 
     Args:
-        queue: None where there is nobody to share it with: it is opened by the first who asks about tasks, since
-            importing what speaks SQL takes as long as all the rest of a command.
+        queue: Task queue; None where it is not shared: then the first request about tasks opens it, since importing the
+            SQL library takes as long as all the rest of a command.
         controller, cluster: None when the service is down; then what needs a worker is refused with the next step.
         check: How a submission is checked; default: in the thread that asks, which nothing can end.
     """
@@ -200,7 +200,7 @@ class Service:
     def preempt(self, request: requests.Preempt) -> Json:
         """Have a running task write a checkpoint and go back to the queue; it keeps its place and goes on from there.
 
-        What waits anyway stays as it is: asked twice, it is preempted once.
+        A task that waits already stays as it is: asked twice, it is preempted once.
         """
         controller = self._running("preempt")
         record = self._queue.find(request.reference)
@@ -332,8 +332,8 @@ class Service:
     def status(self) -> Json:
         """Whether the service is up, what its workers do, how many tasks are in which state, what is wrong.
 
-        Answered within seconds: what the store or the database does not say in time is what they said last, or None,
-        and an alarm.
+        Answered within seconds: if the store or the database is late, an alarm rings and its last answer, or None,
+        counts.
         """
         state, counted = self._state_soon(), self._counts_soon()
         return {
@@ -387,7 +387,7 @@ class Service:
         return self._controller
 
     def _write(self, request: StoreRequest[Answer]) -> Answer:
-        """A writing call. What leaves its outcome unknown is kept, to be shown, until the log tells."""
+        """Make a writing call. A request whose outcome is unknown is kept, and shown, until the log has the answer."""
         try:
             with request.told_with_its_key():
                 answer = self._write_once(request)
@@ -400,14 +400,14 @@ class Service:
         return answer
 
     def _requests_in_doubt(self, state: SubspaceState) -> list[Json]:
-        """Requests of unknown outcome: none that the log has by now, and none whose record can no longer come."""
+        """Requests of unknown outcome: not those that the log has by now, nor those whose record can no longer come."""
         for op_key, about in list(self._in_doubt.items()):
             if op_key in state.op_keys or 0 < about["seq"] <= state.seq:
                 self._in_doubt.pop(op_key, None)
         return list(self._in_doubt.values())
 
     def _write_once(self, request: StoreRequest[Answer]) -> Answer:
-        """Through the running store actor, or with a writer opened for this one call."""
+        """Write through the running store actor, or with a writer opened for this one call."""
         cluster = self._cluster
         if cluster is not None:
             from orchestrator.cluster import wait_for
@@ -415,7 +415,7 @@ class Service:
             try:
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
             except Fenced:
-                # By a command that wrote while the service was down: a fresh one opens with the next epoch.
+                # Fenced by a command that wrote while the service was down: a fresh writer opens with the next epoch.
                 cluster.replace_store()
             try:
                 return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
@@ -448,7 +448,7 @@ class Service:
         """A name means one task: none may return while another of its name is alive."""
         returning = {task.name: task.task_id for task in found.returning}
         for record in self._queue.living_of_names(returning).values():
-            # What is published vanishes with this very rollback, unless it is what returns.
+            # A published task vanishes with this very rollback, unless it is the one that returns.
             if record.state is not TaskState.PUBLISHED and record.task_id != returning[record.title]:
                 raise Conflict(
                     f"version {found.to_version} holds an older task of this name, and the new one is {record.state}",
@@ -483,8 +483,8 @@ class Service:
         return Starts(pace, tuple(left), controller.free_workers)
 
     def _main_scores(self, records: Sequence[TaskRecord]) -> tuple[Mapping[str, float | None], str]:
-        """Task id to the score under `main` now, of the published ones; and why nobody knows, if so. What is read of
-        the log is kept until the log grows."""
+        """Task id to the score under `main` now, for published tasks; and the reason, if the scores are not known. What
+        is read from the log is kept until the log grows."""
         if not any(record.state is TaskState.PUBLISHED for record in records):
             return {}, ""
         try:
@@ -534,7 +534,7 @@ class Service:
         return score_table(state, version, self._settings.gate.drift_min)
 
     def _task_id_at(self, state: SubspaceState, version: int, reference: str) -> str:
-        """The id of a task in a version, by id or name: of several lives of a name, the one that is in there."""
+        """The id of a task in a version, by id or name: of several tasks with that name, the one in the version."""
         held = state.tasks_at(version)
         found = [i for i, task in held.items() if task.name == reference or i.startswith(reference)]
         if len(found) != 1:
@@ -545,16 +545,16 @@ class Service:
 
 @dataclass(frozen=True)
 class Starts:
-    """What the starts of waiting tasks are estimated from."""
+    """Facts from which the starts of waiting tasks are estimated."""
 
     pace: Pace | None
     left: tuple[float, ...]
     """Seconds until each worker that has a task is done."""
     free: int
-    """Workers that have none."""
+    """Number of workers without a task."""
 
     def of(self, place: int | None) -> float | None:
-        """Seconds until the task at a place starts; None where nobody can say."""
+        """Seconds until the task at a place starts; None where it is not known."""
         return None if place is None else starts_in(place, self.left, self.free, self.pace)
 
 
@@ -567,7 +567,7 @@ def _worker_seconds(record: TaskRecord) -> float | None:
 
 
 def _check_version(state: SubspaceState, number: int, lowest: int = 1) -> None:
-    """NotFound with what there is. Version 0 is the empty subspace."""
+    """Raise NotFound, with the versions there are, for an unknown one. Version 0 is the empty subspace."""
     if number not in state.versions and not (number == 0 and lowest == 0):
         newest = max(state.versions, default=0)
         todo = f"versions go from 1 to {newest}; `onebasis versions` lists them" if newest else "none is made yet"

@@ -25,9 +25,9 @@ def task_summary(
     """A row of `onebasis tasks`.
 
     Args:
-        place: In the queue, from 1; None where it does not wait.
-        starts_in_seconds: An estimate; None where it does not wait, or nobody can say.
-        progress: What its worker said last; empty where none has it.
+        place: Place in the queue, from 1; None where it does not wait.
+        starts_in_seconds: Estimate; None where it does not wait, or where it is not known.
+        progress: Last progress that its worker reported; empty where no worker has it.
     """
     return {
         "task_id": record.task_id,
@@ -94,10 +94,10 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
 
 
 def warnings(record: TaskRecord, result: Mapping[str, Any] | None) -> list[str]:
-    """What is doubtful about a task, with what is so about its score under `main`, where that is another.
+    """Warnings about a task, and about its score under `main` where that is another score.
 
     Args:
-        result: The score, as the service's answer has it; None where no version holds the task.
+        result: The scores, as the service's answer has them; None where no version holds the task.
     """
     score = result["score_under_main"] if result else None
     doubt = record.doubt(score) if score != record.local_score else ""
@@ -216,7 +216,7 @@ def plain(value: Any) -> Any:
 
 
 def _names(state: SubspaceState, task_ids: Collection[str]) -> list[str]:
-    """What people call tasks that any version added."""
+    """Names, for people, of tasks that any version added."""
     if not task_ids:
         return []
     names = {task.task_id: task.name for version in state.versions.values() for task in version.added}

@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 FIRST_SECONDS = 6.0
 TELL_SECONDS = 8.0
-"""People are told this often that it takes longer."""
+"""Interval at which people are told that it takes longer."""
 HEALTH_SECONDS = 4.0
 
 
@@ -24,7 +24,7 @@ class Waiting:
     """Called again and again with the seconds so far, while the control plane is alive and does not reply.
 
     Args:
-        server: What the control plane announced of itself.
+        server: Facts that the control plane announced about itself.
         say: Takes a line for people.
     """
 

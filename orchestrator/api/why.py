@@ -13,23 +13,23 @@ from subspace_store.log.version import Hold
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the sentence is made of beside the record."""
+    """Facts that the sentence is made of, beside the record."""
 
     is_running: bool
     """Whether there is a control plane."""
     place: int | None = None
-    """In the queue, from 1."""
+    """Place in the queue, from 1."""
     pace: Pace | None = None
     """How long tasks have a worker here; None: not known."""
     starts_in_seconds: float | None = None
-    """An estimate; None: nobody can say."""
+    """Estimate; None: not known."""
     free_workers: int = 0
     idle_causes: Collection[str] = ()
     """What the workers do, where none of them is ready."""
     phase: str = ""
-    """What the worker that has the task said last."""
+    """Phase that the task's worker reported last."""
     held: Hold | None = None
-    """Who keeps `main` where it is."""
+    """Hold that keeps `main` where it is."""
     is_version_refined: bool = False
     """Whether workers refine tasks for the task's version."""
 
@@ -67,7 +67,7 @@ def _why_queued(record: TaskRecord, around: Surroundings) -> str:
 
 def _start(around: Surroundings) -> str:
     if around.pace is None or around.starts_in_seconds is None:
-        return "when it starts nobody can say: no task has been trained here yet"
+        return "its start cannot be estimated: no task has been trained here yet"
     if around.pace.count == 1:
         basis = f"the one task before took {duration(around.pace.seconds)}"
     else:

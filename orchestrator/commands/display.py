@@ -25,9 +25,9 @@ COLOURS = {
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
 DROPPED_FIRST = ("id", "MB", "rows/s", "version", "starts in", "in main", "tokens/s", "own", "loss")
-"""Columns of the tasks' table in the order in which a narrow terminal goes without them: `team/name` is a name too."""
+"""Columns of the task table, in the order in which a narrow terminal omits them: `team/name` is a name too."""
 NOTE_WIDTH = 24
-"""Room that the last column is given at least, if it has so much to say."""
+"""Least width of the last column, if its text is that long."""
 
 
 def status(answer: Json) -> None:
@@ -170,7 +170,7 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
 
 
 def _task_table(rows: Sequence[Json]) -> Table:
-    """What fits into the terminal; the last column alone may break its lines."""
+    """The columns that fit into the terminal; only the last one may break its lines."""
     cells: dict[str, list[str]] = {
         "id": [row["task_id"] for row in rows],
         "task": [row["title"] for row in rows],
@@ -222,7 +222,7 @@ def _brief(row: Json) -> str:
 
 
 def _told(row: Json, name: str, form: str = "") -> str:
-    """One figure of a task's progress; empty where it does not train, or has not told."""
+    """One figure of a task's progress; empty where it does not train, or has not reported it."""
     value = row["progress"].get(name) if row["state"] in AT_WORK else None
     return format(value, form) if value else ""
 
@@ -277,7 +277,7 @@ def _progress(row: Json) -> str:
 
 
 def _point_of(text: str) -> str:
-    """A point of the curves that an event keeps; as it is where another release wrote it in another way."""
+    """A point of the curves that an event keeps, as text; unchanged where another release wrote it in another way."""
     try:
         return _point(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -285,7 +285,7 @@ def _point_of(text: str) -> str:
 
 
 def _point(told: Json) -> str:
-    """Step, loss, learning rate, speed, memory, end: what of them was told."""
+    """Step, loss, learning rate, speed, memory, end: those that were reported."""
     steps = f"/{told['steps']}" if told.get("steps") else ""
     forms = (
         ("loss", "loss {:z.4f}"), ("learning_rate", "learning rate {:.2e}"), ("samples_per_second", "{:,.1f} rows/s"),
@@ -303,7 +303,7 @@ def _share(row: Json) -> float:
 
 
 def _print_rows(*codes: str) -> None:
-    """Where to read what a trouble means and what to do."""
+    """Say where to read what these codes mean and what to do."""
     if codes:
         console.print(f"  see {', '.join(map(row_of, codes))}", style="dim", markup=False, soft_wrap=True)
 

@@ -44,12 +44,12 @@ from subspace_store.storage.opening import open_storage
 START_SECONDS = 180.0
 TRY_AGAIN = "mend what it says, then `onebasis up` again"
 STOP_SECONDS = 150.0
-"""Before the control plane ends, what trains may write a checkpoint, and MLflow be brought up to date once more."""
+"""Longest wait for the control plane to end: running tasks write a checkpoint, and MLflow is updated once more."""
 
 QUICK_SECONDS = 10.0
 """The same for a start that failed: nothing trains yet."""
 UNFINISHED = frozenset({AlarmCode.RAY_DOWN, AlarmCode.LOOP_SILENT, AlarmCode.STORE_SILENT, AlarmCode.WORKER_SILENT})
-"""While one of these alarms rings, the service is not up: it is waited for, and told of."""
+"""Alarms with which the service is not up yet: `up` reports them and waits for their end."""
 
 Say = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
     """Start what is not running; safe to repeat, also after a kill -9 of anything.
 
     Args:
-        take_over: Make the store this service's, whoever's it is: the other service stops.
+        take_over: Make the store this service's, even if another service owns it: that one stops.
 
     Returns:
         The service's status, with every worker warm.
@@ -95,11 +95,11 @@ def _end_what_stands_still(settings: Settings, state_dir: Path, say: Say) -> Non
         say(f"{what}: ending it")
         _kill_server(server)
     if settings.ray.address != "local":
-        return  # its machines are somebody else's; the control plane replaces its own actors
+        return  # its machines are not the service's; the control plane replaces its own actors
     if (state_dir / ADDRESS_FILE).exists() and (trouble := ray_trouble(state_dir)):
         say(f"Ray does not work: {trouble}. Ending what is left of it; tasks go on from their checkpoints")
         if (server := running_server(state_dir)) is not None:
-            _kill_server(server)  # asked politely it would wait for the cluster that is not there
+            _kill_server(server)  # on SIGTERM it would wait for the cluster that is not there
         _end_ray(state_dir, 0.0)
     for process in stopped(ray_processes(state_dir)):
         say(f"{title_of(process)} (pid {process.pid}) {Life.STOPPED}: ending it, another takes its place")
@@ -119,14 +119,14 @@ def _silence(state_dir: Path, server: int) -> str:
 
 
 def _kill_server(pid: int) -> None:
-    """At any moment, as its records are made for that."""
+    """Kill it, which is safe at any moment: its records are made for that."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     _await_end(pid)
 
 
 def _end_ray(state_dir: Path, patience_seconds: float = QUICK_SECONDS) -> None:
-    """The head, and whatever has its token and outlived it: processes that stand still, or lost their parent.
+    """End the head, and all processes with its token that outlived it: those that stand still, or lost their parent.
 
     Args:
         patience_seconds: How long the head may take to end in order. Without a raylet or a GCS it would wait for them.
@@ -138,7 +138,7 @@ def _end_ray(state_dir: Path, patience_seconds: float = QUICK_SECONDS) -> None:
 
 
 def _end_started(started: list[subprocess.Popen[bytes]], state_dir: Path) -> None:
-    """What this `up` started: the control plane first, which still needs Ray to end its work."""
+    """End what this `up` started: the control plane first, which still needs Ray to end its work."""
     for process in reversed(started):
         if process.poll() is None:
             _end(process.pid, QUICK_SECONDS)
@@ -150,7 +150,7 @@ def _end_started(started: list[subprocess.Popen[bytes]], state_dir: Path) -> Non
 
 
 def _prepare(settings: Settings, state_dir: Path) -> None:
-    """Make what the service writes to, for its owner alone: settings, databases and logs may tell a password."""
+    """Make what the service writes to, for its owner alone: settings, databases and logs may contain a password."""
     for folder in (state_dir, state_dir / "logs"):
         make_private(folder)
     with open_private(state_dir / ".gitignore", "w") as file:
@@ -163,7 +163,7 @@ def _prepare(settings: Settings, state_dir: Path) -> None:
 
 def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:
     """Refuse a place that cannot hold this service's store, and a store of another service, before anything is started;
-    or take that over."""
+    or take the store over."""
     storage = open_storage(settings.storage, settings.base_model.name)
     check_place(storage, settings.base_model.name, settings.base_model.weights_sha256)
     log = VersionLog(storage)
@@ -180,7 +180,7 @@ def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Sa
 
 @contextlib.contextmanager
 def _alone(state_dir: Path, say: Say) -> Iterator[None]:
-    """One `up` or `down` at a time: two that start at once would start two clusters, and one would never end."""
+    """Allow one `up` or `down` at a time: two that start at once would start two clusters, and one would never end."""
     with open_private(state_dir / "up.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,11 +193,11 @@ def _alone(state_dir: Path, say: Say) -> Iterator[None]:
 def _start_what_is_missing(
     settings: Settings, state_dir: Path, say: Say, started: list[subprocess.Popen[bytes]]
 ) -> None:
-    """started: Takes what was started, so that it can be ended when the rest fails."""
+    """started: Collects the processes that were started, so that they can be ended when the rest fails."""
     running = running_server(state_dir)
     if running is not None and settings.ray.address == "local" and _running_ray(state_dir) is None:
         say("Ray is gone: starting it and the control plane again")
-        _kill_server(running)  # asked politely it would wait for the cluster that is not there
+        _kill_server(running)  # on SIGTERM it would wait for the cluster that is not there
         running = None
     if running is None:
         _refuse_taken_port(settings)
@@ -221,7 +221,7 @@ def _start_what_is_missing(
 
 
 def down(state_dir: Path, say: Say) -> bool:
-    """End the control plane and a local Ray. What trains writes a checkpoint first, and goes on from it at the next
+    """End the control plane and a local Ray. Running tasks write a checkpoint first, and go on from it at the next
     `up`.
 
     Returns:
@@ -240,7 +240,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
         if has_ray and life_of(server) is Life.RUNS:
             say("ending the control plane; what trains writes a checkpoint")
             _end(server, STOP_SECONDS)
-        else:  # it would wait for what is not there, or hear nothing
+        else:  # it would wait for Ray, which is not there, or not get the signal
             say("ending the control plane, which cannot end in order; what trains goes on from its last checkpoint")
             _kill_server(server)
         ended = True
@@ -254,7 +254,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
 
 
 def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Popen[bytes] | None:
-    """The starting head; None when one runs."""
+    """The head that starts; None when one runs."""
     if _running_ray(state_dir) is not None:
         return None
     say("starting Ray on this machine")
@@ -266,15 +266,15 @@ def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Pope
 
 
 def _umask(settings: Settings) -> int:
-    """What others may not do with the service's files: anything. But a store in a folder of its own is for whom the
-    person lets read it, as their umask (-1) says."""
+    """Umask for the service's files: others get no access. But who may read a store in a folder of its own is for the
+    person to say, by their umask (-1)."""
     kind, _, folder = settings.storage.url.partition(":")
     is_elsewhere = kind == "file" and not Path(folder).is_relative_to(settings.state_dir)
     return -1 if is_elsewhere else 0o077
 
 
 def _start(command: list[str], state_dir: Path, log_name: str, umask: int) -> subprocess.Popen[bytes]:
-    """A process of its own session: Ctrl-C in the terminal that started it does not reach it."""
+    """Start a process in a session of its own: Ctrl-C in the terminal that started it does not reach it."""
     with open_private(state_dir / "logs" / log_name, "a") as log:
         return subprocess.Popen(
             command,
@@ -323,7 +323,7 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         store_error = error_from_dict(health["store_error"]) if health.get("store_error") else None
         if store_error is not None and not isinstance(store_error, Unavailable):
             raise store_error
-        # A store that is full or away is waited for by the service, and told of by its status.
+        # The service itself waits for a store that is full or away, and its status reports it.
         is_open = health.get("store_is_open", True) or store_error is not None
         if ready == all_workers and is_open and heard and not unfinished:
             status: dict[str, Any] = client.ask(Status())
@@ -359,7 +359,7 @@ def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> Non
 
 
 def _end_ray_of_other_settings(settings: Settings, state_dir: Path, say: Say) -> None:
-    """A Ray that outlived a killed control plane holds a store and workers with the settings of then."""
+    """End a Ray that outlived a killed control plane if its store and workers have the settings of then."""
     file, pid = state_dir / "settings.yaml", _running_ray(state_dir)
     if pid is not None and (not file.exists() or file.read_text() != _as_text(settings)):
         say("the settings have changed: ending the Ray that was started with the old ones")

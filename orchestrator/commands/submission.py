@@ -22,7 +22,7 @@ ENDS = {"published": Exit.DONE, "rejected": Exit.REJECTED, "parked": Exit.PARKED
 
 
 def task_files(paths: Sequence[Path]) -> list[Path]:
-    """The files that were named, and of a folder each YAML file in it, by name; inner folders are left alone.
+    """The files that were named, and each YAML file of a named folder, by name; inner folders are not read.
 
     Raises:
         InvalidInput: A folder without any.
@@ -81,7 +81,7 @@ def submit_all(client: Client, files: Sequence[Path], wait: bool, dry_run: bool,
 
 
 def _checked(client: Client, files: Sequence[Path]) -> tuple[list[Json], list[TaskSpec]]:
-    """What the service says to each file without taking it in, and the documents of those that can be read."""
+    """The service's answer to each file, without submitting it, and the documents of those that can be read."""
     results: list[Json] = []
     specs: list[TaskSpec] = []
     named: dict[str, Path] = {}
@@ -101,7 +101,7 @@ def _checked(client: Client, files: Sequence[Path]) -> tuple[list[Json], list[Ta
 
 
 def _submitted(client: Client, files: Sequence[Path], specs: Sequence[TaskSpec]) -> list[Json]:
-    """What became of each. Once the service is away it is not asked for the rest."""
+    """The result of each. Once the service is away it is not asked for the rest."""
     results: list[Json] = []
     away: OnebasisError | None = None
     for file, spec in zip(files, specs, strict=True):
@@ -141,4 +141,4 @@ def _ended(client: Client, task_ids: Sequence[str], as_json: bool) -> list[Json]
 
 
 def _nothing(_: Any) -> None:
-    """All has been shown."""
+    """Show nothing: all has been shown."""

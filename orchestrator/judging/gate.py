@@ -1,7 +1,7 @@
 """May a version become `main`? A pure decision with its reasons.
 
-Scores are compared on the same frozen rows, so a difference is one of predictions, not of samples. How sure one can
-be of it is told beside it and does not decide: a gate that waits for certainty lets small losses through.
+Scores are compared on the same frozen rows, so a difference is one of predictions, not of samples. Its uncertainty is
+reported beside it and does not decide: a gate that waits for certainty lets small losses through.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class BrokenRule:
     """Number that it is compared with: the score at birth, of its own adapter, of the base model alone, or the limit
     itself."""
     limit: float
-    """The rule's number."""
+    """Limit that the rule sets."""
     paired: PairedDifference | None = None
     """The comparison row by row, where both were kept."""
 
@@ -142,7 +142,7 @@ def judge(
         table: The lineage up to `version`, with every due evaluation in it.
         records: Task id to record, for local scores, names and the task's own rule.
         paired: Task id to how its score differs from the one it is compared with (at birth; of a new task: with its own
-            adapter), where both were kept row by row. It is told, and changes no decision.
+            adapter), where both were kept row by row. Reported only; it changes no decision.
         errors: Task id to error at birth, of the tasks that the version brought.
     """
     broken: list[BrokenRule] = []
@@ -150,7 +150,7 @@ def judge(
         record = records.get(task_id)
         score = table.score(version, task_id)
         if record is None:
-            continue  # a task of another life of the database: nothing to compare
+            continue  # a task from a database that was lost: nothing to compare
         if math.isnan(score):
             error = errors.get(task_id, 0.0)
             if table.birth[task_id] == version and error > settings.error_max + ROUNDING:

@@ -77,16 +77,16 @@ class _Known:
     last: dict[str, Cell] = field(default_factory=dict)
     """The newest measurement of each task."""
     drifted: dict[str, float] = field(default_factory=dict)
-    """How far each task has moved since."""
+    """Accumulated drift of each task since then."""
 
     def cells(self) -> Mapping[str, Cell]:
-        """Those that hold, measured there or carried over."""
+        """The scores that are valid, measured there or carried over."""
         drifted = self.drifted
         return {t: cell for t, cell in self.last.items() if drifted.get(t, 0.0) < self.drift_max or not drifted[t]}
 
 
 def _along(state: SubspaceState, version: int, drift_max: float) -> Iterator[tuple[Version, _Known]]:
-    """The versions of a lineage, oldest first, and what is known then; the second is one object that changes."""
+    """The versions of a lineage, oldest first, and what is known then: one object, which changes."""
     tasks: list[str] = []
     known = _Known(drift_max)
     for row in state.lineage(version):

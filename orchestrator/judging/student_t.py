@@ -1,6 +1,6 @@
 """The half width of a 95 % interval in standard errors: the 0.975 quantile of Student's t.
 
-scipy has it, and takes half a second of every command that shows a mean to import.
+scipy has it, but importing scipy would add half a second to every command that shows a mean.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 NORMAL = 1.959963984540054
 """The 0.975 quantile of the normal distribution, which Student's t becomes with many degrees of freedom."""
 EXACT_MAX = 200
-"""Above so many degrees of freedom the series in 1/ν is exact to 1e-10."""
+"""Above this many degrees of freedom the series in 1/ν is exact to 1e-10."""
 
 
 @cache

@@ -13,14 +13,14 @@ from workers.orders import Point
 
 LOSS, RATE, RESUMED = "tab:blue", "tab:orange", "tab:red"
 MARKED_MAX = 30
-"""A curve of fewer points shows them."""
+"""Number of points below which a curve marks each point."""
 
 
 def draw_loss_plot(points: Sequence[Point], title: str, path: Path) -> None:
     """Draw all attempts: what a later one trained again is pale, and a line marks where each went on.
 
     Args:
-        points: In the order in which they were told; at least one.
+        points: In the order in which they were reported; at least one.
         path: A .png, replaced; its folder is made.
     """
     # The object interface, not pyplot: pyplot keeps global state and is not for threads.
@@ -32,7 +32,7 @@ def draw_loss_plot(points: Sequence[Point], title: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     rates = axes.twinx()
-    # The loss is what people came for: in front of the learning rate, and its background must not hide that.
+    # The loss matters most: it is in front of the learning rate, and its background must not hide that.
     axes.set_zorder(rates.get_zorder() + 1)
     axes.patch.set_visible(False)
     marker = "." if len(points) < MARKED_MAX else ""

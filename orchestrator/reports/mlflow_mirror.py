@@ -34,11 +34,11 @@ log = logging.getLogger("onebasis.mlflow")
 
 RETRY_SECONDS = 10.0
 LIVE_SECONDS = 10.0
-"""While tasks train, their curves are looked at this often."""
+"""Interval at which the curves of running tasks are read."""
 TASK_TAG = "onebasis.task_id"
 SUBSPACE_TAG = "onebasis.subspace"
 DONE_TAG = "onebasis.logged"
-"""On the subspace's run: the newest version in it. On a task's run: its record's revision."""
+"""Tag of what a run shows: the newest version on the subspace's run, the record's revision on a task's run."""
 Points = dict[tuple[str, int, float], float | None]
 """(metric, step, Unix time at which it came about) to value. MLflow ignores a point that it has with the same time;
 with the time of logging, every sync would add it once more."""
@@ -63,9 +63,9 @@ class Mirror:
         self._drawn: dict[str, str] = {}
         """Task id to what its loss plot shows."""
         self._seen = 0
-        """What the queue said that it had told: see `TaskQueue.changes`."""
+        """Number up to which the queue's changes are mirrored: see `TaskQueue.changes`."""
         self._look_at = math.inf
-        """When to look though nobody calls."""
+        """Time of the next look without a call of `wake`."""
         self.behind = True
         """Whether there is something that MLflow does not show yet."""
         self.working_since = 0.0
@@ -74,7 +74,7 @@ class Mirror:
         """Why the last try failed, for people."""
 
     def wake(self) -> None:
-        """There is something new. Safe from any thread; returns at once."""
+        """Call when there is something new. Safe from any thread; returns at once."""
         self.behind = True
         self._awake.set()
 
@@ -207,7 +207,7 @@ class Mirror:
         self._marks[record.task_id] = mark
 
     def _shown(self, record: TaskRecord) -> str:
-        """Changes with all that a task's run and plot show of its training."""
+        """A text that changes with all that a task's run and plot show of its training."""
         points = len(self._queue.curve(record.task_id)) if record.state is TaskState.TRAINING else ""
         return f"{record.revision}:{points}"
 
@@ -309,7 +309,7 @@ class Mirror:
             self._client.set_registered_model_alias(name, MAIN, number)
 
     def _unpoint_alias(self, name: str) -> None:
-        """`main` was rolled back to the empty subspace, which is no version of the registry."""
+        """Remove the alias: `main` was rolled back to the empty subspace, which is no version of the registry."""
         run = self._run(SUBSPACE_TAG, name, f"subspace {name}")
         if self._client.get_run(run).data.tags.get(DONE_TAG, "") != "0":
             if self._registered(name):

@@ -1,7 +1,7 @@
 """When a waiting task would start, from how long tasks took here. Pure, and an estimate: None rather than a guess.
 
-Tasks differ, and fair share may let later ones pass: what is told is when a task at this place starts if every task
-before it takes what half of the last ones did.
+Tasks differ, and fair share may let later ones pass: the estimate is when a task at this place starts if every task
+before it takes the median time of the last ones.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pace:
-    """How long tasks have a worker here."""
+    """How long a task has its worker here."""
 
     seconds: float
     """The median, from the claim to the adapter."""
     count: int
-    """Tasks that it is the median of."""
+    """Number of tasks that it is the median of."""
 
 
 def pace_of(spans: Iterable[float]) -> Pace | None:
-    """The pace of tasks that ended. None without any: then nobody can say.
+    """The pace of tasks that ended. None without any: then it is not known.
 
     Args:
-        spans: Seconds that each had its worker.
+        spans: Seconds that each task had its worker.
     """
     known = [span for span in spans if span >= 0]
     return Pace(statistics.median(known), len(known)) if known else None
@@ -41,7 +41,7 @@ def starts_in(place: int, left: Sequence[float], free: int, pace: Pace | None) -
         free: Workers that have none.
 
     Returns:
-        None where nobody can say: no worker, or no task of which the pace is known.
+        None where it is not known: no worker, or no task to know the pace from.
     """
     workers = [0.0] * free + [max(0.0, seconds) for seconds in left]
     if not workers or pace is None:

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 HALF_LIFE_SECONDS = 7 * 24 * 3600.0
-"""Long enough that a week of heavy use counts next week; the default of the schedulers people know (Slurm)."""
+"""Half-life of past use: long enough that a week of heavy use counts next week; Slurm's default, which people know."""
 CHARGE_SECONDS = 60.0
-"""Charged at the start until the true cost is known: of the order of one short task."""
+"""Worker-seconds charged at the start, until the true cost is known: about one short task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Running:
     team: str
     since: float
     least_seconds: float = CHARGE_SECONDS
-    """Charged from the first moment on; then the time it has run, once that is more."""
+    """Worker-seconds charged from the first moment on; then the time it has run, once that is more."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ class DecayedSum:
     at: float = 0.0
 
     def at_time(self, now: float) -> float:
-        """What it is worth at a time; a clock that went back counts it whole."""
+        """Value at a time; not decayed if the clock went back."""
         return float(self.seconds * 0.5 ** (max(0.0, now - self.at) / HALF_LIFE_SECONDS))
 
     def plus(self, use: Use) -> DecayedSum:
-        """With one use more. In any order of the uses the sum is the same."""
+        """The sum with one more use. In any order of the uses the sum is the same."""
         newest = max(self.at, use.ended_at)
         return DecayedSum(self.at_time(newest) + DecayedSum(use.seconds, use.ended_at).at_time(newest), newest)
 
 
 def running_seconds(running: Iterable[Running], now: float) -> dict[str, float]:
-    """Worker-seconds per team of the orders that have not ended: a task of ten hours weighs before it is done."""
+    """Worker-seconds per team of the orders that have not ended: a task of ten hours counts before it is done."""
     total: dict[str, float] = {}
     for order in running:
         total[order.team] = total.get(order.team, 0.0) + max(order.least_seconds, now - order.since)
@@ -89,7 +89,7 @@ def running_order(
         use_seconds: Decayed use per team.
         running: Worker-seconds per team of what runs now, see `running_seconds`.
         weights: Share per team; a team without one counts 1.
-        limit: How many are asked for; default: all. Then the first `limit` of each team's line are enough of `waiting`.
+        limit: Number of ids to return; default: all. `waiting` then needs only each team's first `limit`.
 
     Returns:
         Task ids, next first. A task's index + 1 is its place in the queue.

@@ -67,35 +67,35 @@ class Draft:
 
     @property
     def content_sha256(self) -> str:
-        """What makes it the same submission as another: see `content_sha256`."""
+        """Digest that is equal for the same submission: see `content_sha256`."""
         brought = self.rows.train.sha256 if self.rows.train else digest(self.adapter)
         return content_sha256(self.spec, brought, self.eval_sha256)
 
     def close(self) -> None:
-        """Let go of the temporary files."""
+        """Delete the temporary files."""
         self.rows.close()
 
 
 def content_sha256(spec: TaskSpec, brought_sha256: str, eval_sha256: str) -> str:
-    """The one definition of "the same submission": the document and what its files say, wherever these lie.
+    """The one definition of "the same submission": a digest of the document and what its files say, wherever they lie.
 
     Args:
-        brought_sha256: Of what the training rows say, or of the adapter in canonical form.
-        eval_sha256: Of what the evaluation rows say; empty without any.
+        brought_sha256: Digest of what the training rows say, or of the adapter in canonical form.
+        eval_sha256: Digest of what the evaluation rows say; empty without any.
     """
     return digest(f"{_document(spec)}\n{brought_sha256}\n{eval_sha256}".encode())
 
 
 def _document(spec: TaskSpec) -> str:
     """A task document without the places of its files, and without the key that its owner may have given it."""
-    # Without defaults, so that a key that a later release adds changes no document of before.
+    # Without defaults, so that a key that a later release adds changes no earlier document.
     return json.dumps(spec.model_dump(mode="json", exclude=_PLACES, exclude_defaults=True), sort_keys=True)
 
 
 def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
     """Check everything about a submission without keeping anything.
 
-    No file outside `data_roots` is read, whatever becomes of names meanwhile.
+    No file outside `data_roots` is read, even if names are made to lead elsewhere meanwhile.
 
     Raises:
         InvalidInput: The team, the base model, a path, a row, the target modules or the adapter to
@@ -164,7 +164,8 @@ def admit(
     """Take a checked submission in: freeze its data, then write its row.
 
     Args:
-        under_way: Is told the id, and lasts from before its first file until it has a row or has none for good.
+        under_way: Makes a context from the task's id. It lasts from before the task's first file until the task has a
+            row, or will never have one.
 
     Returns:
         The task and True; or the task that the same submission made before, and False. After this the task is
@@ -197,7 +198,7 @@ def admit(
 
 
 def would_admit(draft: Draft, settings: Settings, queue: TaskQueue, submitted_by: str) -> tuple[TaskRecord, bool]:
-    """What `admit` would make of a submission now. Nothing is kept, and nothing reserved.
+    """What `admit` would return for a submission now. Nothing is kept, and nothing reserved.
 
     Returns, Raises:
         As `admit`.
@@ -256,8 +257,8 @@ def _delete_data(record: TaskRecord, storage: Storage) -> None:
 
 
 def _opener(settings: Settings, key: str) -> OpenFile:
-    """What opens a task's files. A name that was found to lie below an allowed folder may be made to lead elsewhere
-    before it is opened, so what was opened is looked at again."""
+    """A function that opens a task's files. A name that was found to lie below an allowed folder may be made to lead
+    elsewhere before it is opened, so the opened file is checked again."""
     roots = [Path(root) for root in settings.data_roots]
 
     def open_allowed(path: Path) -> BinaryIO:
@@ -288,7 +289,7 @@ def _allowed(path: str, settings: Settings, key: str) -> Path:
 
 
 def _allowed_file(path: str, settings: Settings, key: str) -> Path:
-    """As `_allowed`. A pipe or a device would be waited for, or read for ever."""
+    """As `_allowed`, for a regular file only: a pipe or a device would be waited for, or read for ever."""
     real = _allowed(path, settings, key)
     try:
         is_plain = real.is_file() or not real.exists()
@@ -312,5 +313,5 @@ def _allowed_rows(path: str, settings: Settings, key: str) -> Path:
 
 
 def _unseen(path: str, key: str, error: OSError) -> InvalidInput:
-    """A folder that the service may not enter, a name that is too long."""
+    """The refusal of a path that cannot be looked at: in a folder that the service may not enter, or too long."""
     return InvalidInput(f"cannot look at {path}: {error.strerror}", key, "correct the path or its rights")

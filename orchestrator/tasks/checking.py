@@ -1,13 +1,13 @@
 """Checking submissions in processes that can be ended: `python -m orchestrator.tasks.checking`.
 
-What a submission names is read by libraries in C, which hold the interpreter or crash whatever Python says: a check in
-a thread could not be ended, and would stop the control plane with it. So each runs in a process of its own. To import
-what a check needs takes seconds; therefore one process imports it, does nothing else, and forks for each check, which
-takes milliseconds. Forking it is safe, as its libraries have no threads but jemalloc's, which expects forks; of the
-control plane, full of threads, neither is true.
+A submission's files are read by libraries in C, which may hold the interpreter or crash, whatever Python does: a check
+in a thread could not be ended, and would stop the control plane with it. So each runs in a process of its own. To
+import what a check needs takes seconds; therefore one process imports it, does nothing else, and forks for each check,
+which takes milliseconds. Forking it is safe, as its libraries have no threads but jemalloc's, which expects forks;
+forking the control plane, full of threads, would not be.
 
-The control plane and a check talk over a pair of sockets. Whichever way the control plane lets go of its end (the
-deadline passed, it was killed), the kernel ends the check by a signal, in the middle of C code too.
+The control plane and a check talk over a pair of sockets. Whatever closes the control plane's end (the deadline passed,
+it was killed), the kernel ends the check by a signal, in the middle of C code too.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from workers.orders import BaseLayout
 CHECK_SECONDS = 1800.0
 """Longest check: ten gigabytes of rows, at 100,000 rows a second."""
 GRACE_SECONDS = 5.0
-"""From the deadline, at which the control plane lets go of a check and says why, to its end without that."""
+"""Time after the deadline, at which the control plane ends a check and says why, until the check ends without that."""
 START_SECONDS = 60.0
-"""Longest wait until the forking process takes a check: on a busy machine its imports take ten."""
+"""Longest wait until the forking process takes a check: on a busy machine its imports take ten seconds."""
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 """Environment in which numpy, torch and pyarrow start no thread when they are imported: a fork would lose it."""
 _LENGTH = struct.Struct("!Q")
@@ -49,7 +49,7 @@ class Checker:
 
     Args:
         seconds: Deadline of a check.
-        module: What the forking process runs.
+        module: Module that the forking process runs.
     """
 
     def __init__(self, seconds: float = CHECK_SECONDS, module: str = __spec__.name) -> None:
@@ -60,7 +60,8 @@ class Checker:
         self._requests: socket.socket | None = None
 
     def start(self) -> None:
-        """Start the forking process, if it does not run. A check does so itself; the first need not wait then."""
+        """Start the forking process, if it does not run. A check does so itself; calling this before saves the first
+        check the wait."""
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 return
@@ -90,7 +91,7 @@ class Checker:
         """`check_submission` in a process of its own.
 
         Raises:
-            InvalidInput: As `check_submission`; or the process died of what it read.
+            InvalidInput: As `check_submission`; or the process died while it read the files.
             TooSlow: The check took longer than it may.
             Unavailable: No process could be started.
         """
@@ -198,7 +199,7 @@ def main() -> None:
     for name in ("numpy", "pyarrow", "pandas"):  # what a check would import itself, every time (pandas by pyarrow)
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries checks that ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps checks that ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=0) as requests:
         while True:
@@ -215,7 +216,7 @@ def _check_one(handle: int) -> None:
     """One check, from the request to the answer; ends the process."""
     try:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # where memory ends, this process does, and not the control plane
+            file.write("1000")  # when memory runs out, this process is killed, and not the control plane
         with socket.socket(fileno=handle) as control_plane:
             control_plane.sendall(b".")
             (spec, settings, layout, seconds), _ = _receive(control_plane)
@@ -223,7 +224,7 @@ def _check_one(handle: int) -> None:
                 answer, files = _answer(spec, settings, layout)
             _send(control_plane, answer, files)
     except (EOFError, OSError):
-        pass  # nobody waits for the answer any more
+        pass  # no caller waits for the answer any more
     finally:
         os._exit(0)
 

@@ -21,9 +21,9 @@ from orchestrator.tasks.tables import HEAD, schema, tasks
 WAIT_SECONDS = 5.0
 """Longest wait for a lock that another program holds, and for a server: a person at the command line waits as long."""
 MIGRATE_WAIT_SECONDS = 60.0
-"""The same where the other program may be bringing the tables up to date: a second for 30,000 tasks."""
+"""The same where the other program may be bringing the tables up to date, which takes a second for 30,000 tasks."""
 _MIGRATION_LOCK = 7_065_213
-"""Postgres's advisory lock for changing the tables: any number that nobody else uses."""
+"""Postgres's advisory lock for changing the tables: any number that no other program uses."""
 
 
 class Database:
@@ -75,7 +75,7 @@ class Database:
             yield connection
 
     def _migrate(self) -> None:
-        """One process at a time: whoever waited for the lock finds everything done."""
+        """Bring the tables up to date, one process at a time: one that waited for the lock finds everything done."""
         patient = self.engine.execution_options(writes=True, wait_seconds=MIGRATE_WAIT_SECONDS)
         with self._told(), patient.begin() as connection:
             if self.is_postgres:
@@ -87,11 +87,11 @@ class Database:
                 from orchestrator.tasks.migrations import migrate
 
                 migrate(connection, known)
-        self.engine.dispose()  # SQLite: the connection is a patient one for ever
+        self.engine.dispose()  # SQLite: the connection would keep its long wait for locks
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Errors of the driver as ours, with what to do.
+        """Turn errors of the driver into ours, with the next step.
 
         Raises:
             DatabaseAway: It was away, locked, full or not allowed; nothing of the transaction is kept.
@@ -109,7 +109,7 @@ class Database:
 
 
 def _as_ours(error: SQLAlchemyError, where: str) -> OnebasisError:
-    """What an error of the database means to whoever meets it."""
+    """Our error for an error of the database."""
     cause = error.orig if isinstance(error, DBAPIError) else None
     sqlite = getattr(cause, "sqlite_errorname", "") or ""
     state = getattr(cause, "sqlstate", "") or ""

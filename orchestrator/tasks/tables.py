@@ -45,7 +45,7 @@ tasks = Table(
     Index("tasks_by_version", "state", "version", "task_id"),
     Index("tasks_in_line", "state", "team", "priority", "submitted_at", "task_id"),
 )
-"""`priority` is kept negative, as `-spec.priority`: so a team's line is one index read forwards."""
+"""`priority` is kept negative, as `-spec.priority`: so a team's waiting tasks are one index read forwards."""
 
 events = Table(
     "events",
@@ -68,7 +68,7 @@ uses = Table(
     Column("seconds", Float, nullable=False),
     Column("ended_at", Float, nullable=False),
 )
-"""Worker-seconds, one row for each order that a worker had. `token` is the order's: told twice, it counts once."""
+"""Worker-seconds, one row for each order that a worker had. `token` is the order's: reported twice, it counts once."""
 
 team_uses = Table(
     "team_uses",

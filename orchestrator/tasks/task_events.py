@@ -55,14 +55,14 @@ class TrainingDone:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFailed:
-    """The worker could not. fault: one of `workers.orders.Failed`."""
+    """The worker could not train the task. fault: one of those of `workers.orders.Failed`."""
 
     token: str
     fault: str
     message: str
     at: float
     seconds: float | None = None
-    """Worker-seconds of the attempt; None: nobody can say, and the time since its start counts."""
+    """Worker-seconds of the attempt; None: not known, and the time since its start counts."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class RefinedAgain:
 
     message: str
     token: str = ""
-    """Of its order; empty where it could not."""
+    """Token of its order; empty where it could not."""
     seconds: float = 0.0
     at: float = 0.0
 
@@ -144,11 +144,11 @@ class RolledBack:
 
 @dataclass(frozen=True)
 class Restored:
-    """`main` holds the task again, or since another version: those from some task's on were made again without it."""
+    """`main` holds the task again, or holds it since another version, as some were made again without a task."""
 
     message: str
     version: int
-    """Of its birth now."""
+    """Version of its birth now."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class CancelRequested:
 
 @dataclass(frozen=True)
 class PreemptRequested:
-    """Somebody wants its worker for something else: it shall write a checkpoint and go back to the queue."""
+    """Somebody wants its worker for something else: the task should write a checkpoint and go back to the queue."""
 
     by: str
 

@@ -17,10 +17,10 @@ on from the checkpoint. (d) merged into a version on `candidate`. (e) the store 
 made again without it. (i) `main` was rolled forward again. (j) the version it was in is gone (its group failed, or a
 rollback came in between): merged again. (k) merged, and to be refined: (l) claimed by workers until one has trained its
 coefficients in the version's basis; lost, preempted or stopped by a bug within the budgets of (c), it is claimed again.
-(m) the store made the next version with the refined coefficients, and its whole group moves there, which waited for it
-evaluating. Or it could not be refined: then it goes on as it was merged, and says why. A task is refined once: merged
-again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later versions, and
-stays published meanwhile. Cancelled can be reached until it is part of a merge.
+(m) the store made the next version with the refined coefficients, and its whole group, which waited in `evaluating`,
+moves there. Or it could not be refined: then it goes on as it was merged, and its record says why. A task is refined
+once: merged again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later
+versions, and stays published meanwhile. Cancelled can be reached until it is part of a merge.
 
 No Ray, no SQL, no torch in this file.
 """
@@ -65,7 +65,7 @@ CODE_OF_FAULT = {
 
 
 class Step(StrEnum):
-    """What the control plane owes a task now."""
+    """What the control plane has to do for a task now."""
 
     TRAIN = "train"
     AWAIT_ADAPTER = "await adapter"
@@ -101,7 +101,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
     """The record after an event.
 
     Returns:
-        The new record; `record` itself when a stale worker speaks (its lease token is no longer the task's).
+        The new record; `record` itself when a stale worker reports (its lease token is no longer the task's).
 
     Raises:
         Conflict: The event does not belong to the record's state; nothing changes.
@@ -133,7 +133,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             )
         case TrainingDone() | TrainingFailed() if _is_stale(record, event):
             return record
-        case TrainingDone() if record.cancel_requested:  # it finished before it heard of it
+        case TrainingDone() if record.cancel_requested:  # it finished before it got the request
             return _end(record, TaskState.CANCELLED, "cancelled while it was running", event.at, Reason.CANCELLED)
         case TrainingDone(outcome=outcome) if state is TaskState.REFINING:
             return _with(
@@ -215,11 +215,11 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
 
 
 def used_by(record: TaskRecord, event: Event, heard_until: float | None = None) -> Use | None:
-    """What the attempt that ends with an event cost the task's team, however it ended; None: it ends none.
+    """Cost, for the task's team, of the attempt that an event ends, however it ended; None: the event ends none.
 
     Args:
         record: The task before the event.
-        heard_until: When its worker's last lease ended. A worker that was lost while nobody looked used no more.
+        heard_until: When its worker's last lease ended. A worker that was lost while no control plane ran used no more.
     """
     if not isinstance(event, TrainingDone | TrainingFailed) or _is_stale(record, event):
         return None

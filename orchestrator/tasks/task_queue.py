@@ -4,7 +4,7 @@ SQLite in WAL mode by default, Postgres by URL. A record is read, advanced by th
 task_lifecycle.py and written back under its revision, together with the event and what it cost its team, in one
 transaction; a writer that was overtaken reads again. Events are only ever appended.
 
-Nothing here costs more because many tasks ended long ago, but `tasks` without a limit and `counts`.
+No method costs more because many tasks ended long ago, except `tasks`, which has no limit, and `counts`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _QUEUED = str(TaskState.QUEUED)
 AnyRow = Row[*tuple[Any, ...]]
 
 IDS_AT_ONCE = 500
-"""Ids in one question: SQLite takes 32,766 values at most, and the longer ones are not faster."""
+"""Ids in one query: SQLite takes 32,766 values at most, and longer queries are not faster."""
 EVENTS_AT_ONCE = 1000
-"""More events than are ever being written at the same moment."""
+"""More events than are ever written at the same moment; see `changes`."""
 EVENT_ID_MAX = 2**63 - 1
 
 
@@ -80,12 +80,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class SameContent:
-    """What a team has submitted before that is the same by content."""
+    """Earlier submissions of a team with the same content."""
 
     alive: TaskRecord | None
-    """The one that has not ended without a result."""
+    """The task that has not ended without a result; None if there is none."""
     count: int
-    """All of them, whatever became of them."""
+    """Number of all of them, however they ended."""
 
 
 def _chosen(states: Iterable[TaskState], team: str | None) -> Select[Any]:
@@ -127,7 +127,7 @@ class TaskQueue:
             queued_max: Most tasks that the team may have waiting, this one included; default: any number.
 
         Returns:
-            The task and True; or, if this client key is known, the task of old and False.
+            The task and True; or, if this client key is known, the earlier task and False.
 
         Raises:
             NameTaken: Another task of that name is alive or published.
@@ -143,7 +143,7 @@ class TaskQueue:
                 self._refuse_full_queue(connection, record.team, queued_max)
             try:
                 connection.execute(insert(_tasks).values(task_id=record.task_id, **columns_of(record)))
-            except IntegrityError as error:  # name and key are free, and nobody else of this team is writing
+            except IntegrityError as error:  # name and key are free, and no other writer of this team is at work
                 raise Conflict("the task id is taken", record.task_id, "submit again") from error
             self._append(connection, record.task_id, [("submitted", note)], record.submitted_at)
         return record, True
@@ -229,8 +229,8 @@ class TaskQueue:
             return [record for row in connection.execute(chosen) if (record := self._try_read(row)) is not None]
 
     def among(self, task_ids: Collection[str]) -> dict[str, TaskRecord]:
-        """Id to record, of those of these ids that the database knows and can read. It may be younger than the
-        store."""
+        """Id to record, for those of these ids that the database knows and can read. The database may be younger than
+        the store."""
         found = {}
         with self._database.reading() as connection:
             for ids in _batches(task_ids):
@@ -239,19 +239,19 @@ class TaskQueue:
         return found
 
     def changes(self, after: int) -> tuple[list[TaskRecord], int]:
-        """The tasks to which something happened since an earlier answer, some of them perhaps told before.
+        """The tasks to which something happened since an earlier answer, some of them perhaps returned before.
 
         Args:
-            after: What the answer before said; 0: all tasks.
+            after: Number that the previous call returned; 0: all tasks.
 
         Returns:
-            The tasks, and the `after` of the next question.
+            The tasks, and the `after` of the next call.
 
         Cost:
             As many rows as there were events since, and a thousand.
         """
         newest = select(func.max(_events.c.event_id))
-        # Two that write at once may be kept in another order than their events are numbered.
+        # Two concurrent writes may be committed in another order than their events are numbered.
         since = _events.c.event_id > max(0, after - EVENTS_AT_ONCE)
         chosen = select(_events.c.task_id).where(since, _events.c.kind.not_in((LOG, PROGRESS))).distinct()
         with self._database.reading() as connection:
@@ -260,7 +260,7 @@ class TaskQueue:
         return (list(self.among(ids).values()) if after else self.tasks()), max(after, last)
 
     def known(self, task_ids: Collection[str]) -> set[str]:
-        """Those of these ids that have a row, one that can be read or not."""
+        """Those of these ids that have a row, readable or not."""
         found: set[str] = set()
         with self._database.reading() as connection:
             for ids in _batches(task_ids):
@@ -281,7 +281,7 @@ class TaskQueue:
     # --- what the loop asks ------------------------------------------------------------------------------------
 
     def in_flight(self) -> list[TaskRecord]:
-        """Tasks that are owed something and do not wait for a worker to train them, by age: as many as are at work."""
+        """Tasks that are not done and do not wait for a worker to train them, by age: as many as are at work."""
         return self.tasks(IN_FLIGHT)
 
     def is_anyone_waiting(self) -> bool:
@@ -293,7 +293,7 @@ class TaskQueue:
         """The tasks that wait for a worker, without their records.
 
         Args:
-            limit: The first so many of each team's line; default: all.
+            limit: Number of tasks of each team, the first ones in its order; default: all.
 
         Cost:
             One read of an index for each team, as long as what it brings.
@@ -370,7 +370,7 @@ class TaskQueue:
                 continue
 
     def try_apply(self, task_ids: Sequence[str], event: Event) -> list[TaskRecord]:
-        """As `apply_all`; nothing when somebody (a cancel) came first: then the records are to be read again."""
+        """As `apply_all`; an empty list when another event (a cancel) came first: then read the records again."""
         try:
             return self.apply_all(task_ids, event)
         except (Conflict, UnreadableTask) as error:
@@ -378,7 +378,7 @@ class TaskQueue:
             return []
 
     def heartbeat(self, task_id: str, token: str, lease_until: float, progress: dict[str, Any]) -> bool:
-        """Prolong a lease. False: the token is no longer the task's, drop everything."""
+        """Prolong a lease. False: the token is no longer the task's, and the order must be cancelled."""
         renewed = (
             update(_tasks)
             .where(_tasks.c.task_id == task_id, _tasks.c.token == token, _tasks.c.state.in_(AT_WORK))
@@ -406,7 +406,7 @@ class TaskQueue:
                 self._append(connection, task_id, found, time.time())
 
     def append_log(self, task_id: str, lines: Iterable[LogLine]) -> None:
-        """Add what a worker told of a task's training. It thins the points itself: fifty for each attempt."""
+        """Add what a worker reported of a task's training. The worker thins the points: fifty for each attempt."""
         self.append(
             task_id, [(PROGRESS, point_text(line)) if isinstance(line, Point) else (LOG, line) for line in lines]
         )
@@ -430,7 +430,7 @@ class TaskQueue:
     # --- what was used -----------------------------------------------------------------------------------------
 
     def charge(self, task_id: str, use: Use, *, token: str, what: str) -> None:
-        """Add what an order cost that is no step in a task's life (scoring it, refining it again), once per token."""
+        """Add the cost of an order that is no step in a task's life (scoring it, refining it again), once per token."""
         with self._database.writing() as connection:
             self._charge(
                 connection,
@@ -470,7 +470,7 @@ class TaskQueue:
         after = after.model_copy(update={"revision": record.revision + 1})
         assert row is not None
         values = columns_of(after, row.record)
-        if isinstance(event, Claimed):  # what an earlier attempt told is not this one's
+        if isinstance(event, Claimed):  # the progress of an earlier attempt is not this one's
             values |= {"lease_until": None, "progress": None}
         written = connection.execute(
             update(_tasks).where(_tasks.c.task_id == task_id, _tasks.c.revision == record.revision).values(**values)
@@ -530,13 +530,13 @@ class TaskQueue:
         return self._read(row) if row else None
 
     def _lock_team(self, connection: Connection, team: str) -> None:
-        """Two of one team, one after the other: each must see the other's. SQLite's one writer at a time is that
-        already."""
+        """Make writers of one team wait for each other: each must see the other's rows. SQLite has one writer at a time
+        anyway."""
         if self._database.is_postgres:
             connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(team))))
 
     def _alive(self, connection: Connection, team: str, name: str) -> AnyRow | None:
-        """Names are never reused while their task lives: a score called team/name must mean one task."""
+        """The living task of this name. While it lives, no other gets the name: team/name of a score means one task."""
         named = (_tasks.c.team == team, _tasks.c.name == name, _tasks.c.state.not_in(_ENDED))
         return connection.execute(
             select(_tasks.c.task_id, _tasks.c.state, _tasks.c.content_sha256).where(*named)
@@ -605,7 +605,7 @@ class _OvertakenError(Exception):
 
 
 def _teams_that_wait() -> Select[Any]:
-    """Teams with a waiting task: from one to the next through the index, not through all its rows."""
+    """Teams with a waiting task, found by steps from team to team in the index, not by reading all its rows."""
     waits = _tasks.c.state == _QUEUED
     first = select(func.min(_tasks.c.team).label("team")).where(waits).cte("teams", recursive=True)
     following = select(func.min(_tasks.c.team)).where(waits, _tasks.c.team > first.c.team).scalar_subquery()

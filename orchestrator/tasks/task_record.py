@@ -33,7 +33,7 @@ class TaskState(StrEnum):
 
 
 LIVE = (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING)
-"""States in which the control plane still owes the task something."""
+"""States in which the control plane still has something to do for the task."""
 
 IN_FLIGHT = (TaskState.TRAINING, TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING)
 """Those of them in which it no longer waits for its first order."""
@@ -70,7 +70,7 @@ class TaskRecord(Section):
     constant_score: float | None = None
     """Score of always giving the evaluation rows' most frequent label; None where there is no such score."""
     content_sha256: str = ""
-    """What makes the submission this one, see `admission.content_sha256`; empty in records of release 0.3."""
+    """Digest of the submission, see `admission.content_sha256`; empty in records of release 0.3."""
     warnings: tuple[str, ...] = ()
     """Sentences on what was doubtful at submission, and on what training made doubtful."""
 
@@ -80,8 +80,8 @@ class TaskRecord(Section):
     reason: str = ""
     """Why it is rejected, parked or cancelled, or waits again, for people."""
     reason_codes: tuple[str, ...] = ()
-    """The same for programs: of `task_events.Reason` and `gate.Rule`, each a row of docs/trouble.md. Text, because a
-    newer release may know more of them. Empty in records of releases up to 0.3."""
+    """The same for programs: codes of `task_events.Reason` and `gate.Rule`, each a row of docs/trouble.md. Text,
+    because a newer release may know more of them. Empty in records of releases up to 0.3."""
     cancel_requested: bool = False
 
     attempt: int = 0
@@ -89,15 +89,15 @@ class TaskRecord(Section):
     """Lease of the running attempt: a report that names another one is stale."""
     worker: str = ""
     claimed_at: float | None = None
-    """When a worker last got it to train."""
+    """When a worker last got the order to train it."""
     order_at: float | None = None
     """When a worker last got an order for it: to train it, or to refine it."""
     lost_machines: int = 0
     own_bugs: int = 0
     preemptions: int = 0
-    """How often it gave up its worker, with a checkpoint. For people: no budget pays for it."""
+    """How often it gave up its worker, with a checkpoint. For people: it counts against no budget."""
     preempt_requested: bool = False
-    """Its running attempt shall write a checkpoint and go back to the queue."""
+    """Whether its running attempt should write a checkpoint and go back to the queue."""
 
     first_step_at: float | None = None
     train_seconds: float | None = None
@@ -105,7 +105,7 @@ class TaskRecord(Section):
     steps: int = 0
     staging_key: str = ""
     local_results_key: str = ""
-    """Of what each evaluation row scored with that attempt's adapter; empty without evaluation rows."""
+    """Storage key of each evaluation row's result with that attempt's adapter; empty without evaluation rows."""
     adapter_sha256: str = ""
     adapter_parameters: int = 0
     local_score: float | None = None
@@ -113,7 +113,7 @@ class TaskRecord(Section):
     metrics: Mapping[str, float] = Field(default_factory=dict)
     """All metrics of the kind for its own adapter before merging."""
     method: str = ""
-    """What `auto` chose, else the spec's method.name."""
+    """Method that `auto` chose, else the spec's method.name."""
     trainable_parameters: int = 0
     """Numbers that were trained, the head not counted."""
     basis_version: int = 0
@@ -124,7 +124,7 @@ class TaskRecord(Section):
     merge_key: str = ""
     """Operation key of the merge it is part of: the same merge asked for again is the same version."""
     merge_alone: bool = False
-    """Its group failed the gate: it is merged by itself, so that the culprit shows."""
+    """Its group failed the gate: it is merged by itself, which shows the task at fault."""
     version: int = 0
     """Version of birth in the lineage of `main`: the first that is judged with it. 0 before merging."""
     refined_key: str = ""
@@ -132,7 +132,7 @@ class TaskRecord(Section):
     refined_sha256: str = ""
     refined_seconds: float | None = None
     again_token: str = ""
-    """Order of the last refinement in a later version (`share_full`): told of it twice, it counts once."""
+    """Token of the order of the last refinement in a later version (`share_full`): reported twice, it counts once."""
     unrefined: str = ""
     """Why it was not refined, though it was to be."""
     ended_at: float | None = None
@@ -149,7 +149,7 @@ class TaskRecord(Section):
         return f"{self.team}/{self.name}"
 
     def doubt(self, score: float | None, base_score: float | None = None) -> str:
-        """A warning where a score of this task says nothing for what was learnt; else empty.
+        """A warning where a score of this task does not show that anything was learnt; else empty.
 
         Args:
             base_score: Score of the base model alone, where the record does not hold it yet.
@@ -185,19 +185,20 @@ def born_at(task_id: str) -> float | None:
 
 
 def staging_key(task_id: str, attempt: int, token: str) -> str:
-    """Where one attempt puts its adapter; no two attempts share a key."""
+    """Storage key of one attempt's adapter; no two attempts share a key."""
     return f"staging/{task_id}/{attempt}-{token}/adapter.safetensors"
 
 
 def results_key(task_id: str, version: int) -> str:
-    """Where is kept what each evaluation row scored under a version: the same, whoever scored it."""
+    """Storage key of each evaluation row's result under a version: the same key, whichever worker scored it."""
     return f"results/{task_id}/{version}.safetensors"
 
 
 def local_results(record: TaskRecord) -> str:
     """The same with the adapter of the running attempt, before merging; no two attempts share a key.
 
-    Two may run at once, for one that lost its lease may not know it, and their adapters differ. Empty without rows.
+    Two attempts may run at once, since one that lost its lease may not know it, and their adapters differ. Empty
+    without rows.
     """
     name = f"local-{record.attempt}-{record.token}"
     return f"results/{record.task_id}/{name}.safetensors" if record.eval_key else ""

@@ -31,14 +31,13 @@ class TaskEvent:
 
 
 def points_of(events: Iterable[TaskEvent]) -> list[Point]:
-    """The points that events of kind `progress` keep. Rows of old know neither their time nor any speed; what a newer
-    release added is left out, and so is a row that nobody can read."""
+    """The points that events of kind `progress` keep. Rows of older releases have neither time nor speeds; what a newer
+    release added is left out, and so is an unreadable row."""
     return [point for event in events if event.kind == PROGRESS and (point := _point(event))]
 
 
 def record_of(task_id: str, title: str, text: str) -> TaskRecord:
-    """A stored record. Fields that this release does not know are left aside, those that are missing have their
-    defaults.
+    """A stored record. Fields that this release does not know are ignored, those that are missing have their defaults.
 
     Raises:
         UnreadableTask: A value that this release does not know, or no record at all.

@@ -1,4 +1,4 @@
-"""Ways for an adapter to come about, one file each, with the same names in each: see `Method`.
+"""Ways to make an adapter, one file each, with the same names in each: see `Method`.
 
 All of them train an ordinary PEFT LoRA model, so that Trainer, DeepSpeed, checkpoints and evaluation know nothing of
 methods, and all hand over an adapter in canonical form.
@@ -18,7 +18,7 @@ from workers.base_model import BaseModel
 
 @dataclass(frozen=True)
 class Given:
-    """What a method may start from beside the base model."""
+    """Data that a method may start from beside the base model."""
 
     frozen: bytes = b""
     """For `import`: the adapter in canonical form, as admission froze it."""
@@ -27,7 +27,7 @@ class Given:
     basis: Mapping[str, ModuleBasis] = field(default_factory=dict)
     """Module to its basis in that version."""
     adapter: Adapter | None = None
-    """For a refinement: the task as that version serves it."""
+    """For a refinement: the task's adapter as that version serves it."""
 
 
 NOTHING = Given()
@@ -44,7 +44,7 @@ class Method(Protocol):
         ...
 
     def prepare(self, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
-        """A PEFT model whose trainable parameters are what the method trains and the head; or what was brought."""
+        """A PEFT model whose trainable parameters are what the method trains and the head; for `import` the adapter."""
         ...
 
     def after_step(self, prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:

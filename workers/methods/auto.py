@@ -23,14 +23,14 @@ from workers.rows.task_data import Row
 from workers.trainer import OutOfMemory, Surroundings, fit
 
 TRIAL_STEPS = 24
-"""Each. With 16 the tasks below lie closer together, and 32 and 48 tell no more of them apart."""
+"""Steps of each trial. With 16 the tasks below lie closer together, and 32 and 48 tell no more of them apart."""
 STEPS_MIN = 8
 BEHIND_MAX = 0.1
-"""So much of what was learnt `share` may lack, a standard error included.
+"""Largest part of what was learnt that `share` may lack, a standard error included.
 
 Tasks of examples/ on MiniLM after one to four merges (bases of 4 to 19 of 384 directions), one or two seeds, φ by
-default and 0. First, what share learnt in 24 steps as a part of what was learnt at all, less the standard error; then
-its accuracy after the whole run, less LoRA's, in points (on 200 to 250 rows: 3 are chance).
+default and 0. First numbers: what share learnt in 24 steps as a part of all that was learnt, less the standard error.
+Last ones: its accuracy after the whole run, less LoRA's, in points (on 200 to 250 rows: 3 are chance).
 
     top-ups after two topics of its data set      0.92 to 0.99    0 to +5; one of six runs 0.80, −5
     top-ups after the other half of its rows      1.06 to 1.23    −2 to +4, with the merged one's A or another
@@ -39,8 +39,8 @@ its accuracy after the whole run, less LoRA's, in points (on 200 to 250 rows: 3 
     top-ups and charges after QNLI and MNLI       0.50 to 0.83    −14 to 0
     relevance after either                        −0.11 to 0.46   −18 to −4; one of eight runs 0.13, 0
 
-So what is taken loses nothing, and a few that would not have lost go to `lora`, which is what is never wrong. What a
-basis spans of a short LoRA run's energy, and of a sketch of the gradients, told nothing apart before."""
+So tasks that get `share` lose nothing, and a few that would not have lost get `lora`, which is never wrong. Tried
+before, without success: how much the basis spans of a short LoRA run's energy, or of a sketch of the gradients."""
 
 
 def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row], around: Surroundings) -> tuple[str, str]:
@@ -48,11 +48,11 @@ def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row], a
 
     Args:
         given: With the leased basis.
-        around: The ranks, all of which must call this, and what they are asked.
+        around: The ranks, all of which must call this, and what the control plane asks of them.
 
     Raises:
         InvalidInput: A target module that the base model does not have.
-        OutOfMemory: In a gang, whose other ranks wait for this one. A process by itself takes `lora`.
+        OutOfMemory: Only in a gang, whose other ranks wait for this one. A process by itself takes `lora`.
         Cancelled, Preempted: Between two steps.
 
     Cost:
@@ -78,10 +78,10 @@ def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row], a
 def verdict(with_lora: Sequence[float], with_share: Sequence[float]) -> tuple[str, str]:
     """`share` if it ends behind LoRA by no more than BEHIND_MAX of what was learnt; `lora` if nothing was.
 
-    Learnt is by how much the better of the two lowered the loss, from the first quarter of the steps to the last.
+    What was learnt is how far the better of the two lowered the loss, from the first quarter of the steps to the last.
 
     Args:
-        with_lora, with_share: The loss of each step, at least `STEPS_MIN`, on the same rows.
+        with_lora, with_share: The loss of each step, of at least `STEPS_MIN` steps on the same rows.
     """
     quarter = len(with_lora) // 4
     learnt, noise = max(_fall(losses, quarter) for losses in (with_lora, with_share))
@@ -104,7 +104,7 @@ def _fall(losses: Sequence[float], quarter: int) -> tuple[float, float]:
 
 
 def _mean(numbers: Sequence[float]) -> tuple[float, float]:
-    """With its standard error."""
+    """The mean with its standard error."""
     return statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
@@ -117,7 +117,7 @@ def _losses(
     rows: Sequence[Row],
     around: Surroundings,
 ) -> list[float]:
-    """The loss of each of the task's first steps, at its own learning rate, of which the decay is left out."""
+    """The loss of each of the task's first steps, at its own learning rate without decay."""
     losses: list[float] = []
 
     def hear(progress: Progress) -> None:

@@ -15,8 +15,8 @@ r 16 on MiniLM, tasks of examples/ with 150 and 60 steps, one seed each (3 point
     of 0.65 again              N(0, 1)           6.8, 8.7       78.7, 91.5
     5 / steps                  1                 0              refused: all closed
 
-So κ is not scaled by itself: with gates that start at 1 it would cost a little and drop next to nothing. Whoever wants
-half of the ranks, as published (8.3 of 16), sets kappa_max to 2.5 / steps and gate_start to normal.
+So κ is not scaled by itself: with gates that start at 1 it would cost a little and drop next to nothing. To get half of
+the ranks, as published (8.3 of 16), set kappa_max to 2.5 / steps and gate_start to normal.
 
 Source: CoDyRA (arXiv:2412.01004), its schedule of 500 steps stretched to the task's.
 """
@@ -40,7 +40,7 @@ from workers.methods.factors import ADAPTER, GatedFactor, lora_layers
 
 TRAINS = True
 KAPPA_GRID = 50
-"""κ takes so many values, the first of them 0: the published ramp."""
+"""Number of values that κ takes, the first of them 0: the published ramp."""
 
 
 def needs_basis(spec: TaskSpec) -> bool:
@@ -48,7 +48,7 @@ def needs_basis(spec: TaskSpec) -> bool:
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
-    """A PEFT model with a gate for each rank. ΔW = 0 at the start, because B is."""
+    """A PEFT model with a gate for each rank. ΔW = 0 at the start, because B = 0."""
     model = lora.prepare(base, spec)
     draw = torch.Generator().manual_seed(spec.training.seed)
     for layer in lora_layers(model).values():

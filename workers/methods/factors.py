@@ -1,9 +1,9 @@
-"""The two factors of a LoRA layer, A and B, where a method makes them of other numbers.
+"""The two factors of a LoRA layer, A and B, where a method computes them from other numbers.
 
 PEFT's layer stays: only the `nn.Linear` in `lora_A["default"]` or `lora_B["default"]` is replaced. So the cost per
 token is LoRA's, and Trainer, checkpoints and DeepSpeed see modules with parameters and nothing else. Not
 `torch.nn.utils.parametrize`: PEFT reads `lora_A.weight.dtype` before every use, which would form the matrix twice,
-and under ZeRO-3 gather it twice. Here `weight` is therefore a plain parameter, of which the factor is made.
+and under ZeRO-3 gather it twice. Here `weight` is therefore a plain parameter, from which the factor is computed.
 
 Axes: N length of the factor's columns (outputs for B, inputs for A), K directions of the basis, C columns beside it,
 J = K + C, R rank.
@@ -73,13 +73,13 @@ class SpannedFactor(nn.Module):
         return functional.linear(x, factor.to(x.dtype))
 
     def exact(self) -> Tensor:
-        """lora_A's or lora_B's weight in float64, of the basis as it was leased."""
+        """lora_A's or lora_B's weight in float64, from the basis as it was leased."""
         columns_NC = None if self.columns_NC is None else self.columns_NC.detach().double().cpu()
         return self._form(self._exact_NK.double(), columns_NC, self.weight.detach().double().cpu())
 
     def _form(self, basis_NK: Tensor, columns_NC: Tensor | None, weight_JR: Tensor) -> Tensor:
         count_K = basis_NK.shape[1]
-        weight_JR = self.reach * weight_JR  # here and not in the end: it has fewer numbers than the factor
+        weight_JR = self.reach * weight_JR  # scaled here, not at the end: it has fewer numbers than the factor
         factor_NR = basis_NK @ weight_JR[:count_K]
         if columns_NC is not None:
             factor_NR = torch.addmm(factor_NR, columns_NC, weight_JR[count_K:])

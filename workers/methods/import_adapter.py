@@ -25,7 +25,7 @@ def after_step(prepared: Adapter, spec: TaskSpec, step: int, steps: int) -> None
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
-    """Read what was brought: `given.frozen`, or where that is empty the folder in spec.method.adapter.
+    """Read the adapter: `given.frozen`, or where that is empty the folder in spec.method.adapter.
 
     Raises:
         InvalidInput: See `subspace_store.formats.peft.from_peft`.
@@ -37,7 +37,7 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
 
 
 def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
-    """See `compatibility.with_full_names`: of what admission froze, the names are full already."""
+    """See `compatibility.with_full_names`: in an adapter that admission froze, the names are full already."""
     where = spec.method.adapter or ""
     named = with_full_names(prepared, base.module_shapes(spec.kind), base.heads[spec.kind], where)
     info = {"label_names": json.dumps(spec.data.label_names)} if spec.data.label_names else {}

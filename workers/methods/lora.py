@@ -58,7 +58,7 @@ def model_with_lora(base: BaseModel, spec: TaskSpec, adapted: tuple[str, ...], s
     """PEFT's LoRA in these layers of a task model.
 
     Args:
-        served: Has the head to go on from; default the checkpoint's, and what that lacks is drawn from the seed.
+        served: Adapter with the head to go on from; default: the checkpoint's head, and what it lacks from the seed.
     """
     import transformers
 

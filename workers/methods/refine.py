@@ -36,7 +36,7 @@ def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
-    """A PEFT model that computes what given.adapter does; trained are its coefficients in given.basis and its head.
+    """A PEFT model that computes what given.adapter does, to train its coefficients in given.basis and its head.
 
     Raises:
         InvalidInput: given.adapter adapts a module that given.basis lacks: it is not of this version.
@@ -71,7 +71,7 @@ def _beside(basis_NK: Tensor, columns_NR: Tensor) -> Tensor:
 
 
 def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
-    """P·E·Fᵀ·Qᵀ of the trained coefficients, and the head. What else was known of the task is kept."""
+    """P·E·Fᵀ·Qᵀ of the trained coefficients, and the head. The adapter's `info` is kept."""
     assert given.adapter is not None
     refined = lora.finish(prepared, base, spec, given)
     return replace(refined, info=dict(given.adapter.info) | {"refined_in": str(given.version)})

@@ -1,4 +1,4 @@
-"""Method `share`: the leased basis is frozen, trained are a task's coefficients in it and a few columns beside it.
+"""Method `share`: the leased basis is frozen; a task's coefficients in it and a few columns beside it are trained.
 
 B = [P, P⁺]·E and A = Fᵀ·[Q, Q⁺]ᵀ; afterwards they are an adapter like any other. The temporary columns are merged, not
 thrown away, and a basis that has moved on since the lease does not matter. A module that the basis does not have (the
@@ -38,7 +38,7 @@ def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
-    """A PEFT model with coefficients in the place of A and B: ΔW = 0 at the start, because E is.
+    """A PEFT model with coefficients in the place of A and B: ΔW = 0 at the start, because E = 0.
 
     F is drawn so that A is as large as PEFT's own start. Both zero would be a saddle without gradient.
 
@@ -75,7 +75,7 @@ def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHIN
 
 
 def _check_columns(asked: int | None, bases: Mapping[str, ModuleBasis]) -> None:
-    """Refuse a number that no module has room for. How large each basis is, the merges decide and no team can know."""
+    """Refuse a number that no module has room for. The merges decide how large each basis is; no team can know."""
     most = max((k // COLUMNS_SHARE for basis in bases.values() for k in basis.ranks), default=asked)
     if asked is not None and most is not None and asked > most:
         raise InvalidInput(

@@ -20,7 +20,7 @@ ARRAY_BYTES = 2**20
 UNZIPPABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
 """What zipfile raises on damaged or locked archives."""
 NUMPYS_OWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""What numpy writes. Other ways to pack can ask for gigabytes of memory in a few bytes."""
+"""Compression methods that numpy uses. Others can ask for gigabytes of memory in a few bytes."""
 
 
 def read_npz(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:

@@ -1,8 +1,8 @@
 """Rows of parquet files and of folders that `datasets` saved, a few at a time.
 
-These formats say how much comes next, and a stranger's file may say anything: nothing here takes a row group, a record
-batch or one value for small because such things mostly are. Files are read and not mapped: one that is cut short while
-it is read is then an error, where a mapped one would end the process.
+These formats state the size of what comes next, and a stranger's file may state anything: so nothing here assumes that
+a row group, a record batch or a value is small. Files are read and not mapped: one that is cut short while it is read
+is then an error, where a mapped one would end the process.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _chunks(metadata: Any, names: Sequence[str]) -> list[Any]:
 
 
 def _rows_at_once(file: BinaryIO, chunks: Iterable[Any]) -> int:
-    """How many rows to decode: all of them may name the largest value of a column's dictionary, which is there once.
+    """How many rows to decode at once: all may refer to the largest value of a column's dictionary, stored once.
 
     So two kilobytes can become gigabytes.
     """
@@ -136,9 +136,10 @@ def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[t
 
 
 def _check_packing(file: BinaryIO, where: str) -> None:
-    """Refuse packed batches, which `datasets` does not write: a few kilobytes can ask for gigabytes of memory.
+    """Refuse compressed batches, which `datasets` does not write: a few kilobytes can ask for gigabytes of memory.
 
-    pyarrow does not say whether a batch is packed. Its message's head does, a flatbuffer: tables of fields by number.
+    pyarrow does not say whether a batch is compressed. The head of its message does; it is a flatbuffer: tables of
+    numbered fields.
     """
     import pyarrow as pa
 
@@ -156,20 +157,20 @@ def _check_packing(file: BinaryIO, where: str) -> None:
 
 
 def _inner(head: bytes, table: int, field: int | None) -> int:
-    """Where the table begins that a field of a flatbuffer's table points to; field None: that of its first word."""
+    """Position of the table that a field of a flatbuffer's table points to; field None: by its first word."""
     at = table if field is None else table + _place(head, table, field)
     return at + int(struct.unpack_from("<I", head, at)[0])
 
 
 def _place(head: bytes, table: int, field: int) -> int:
-    """How far behind its beginning a flatbuffer's table has a field; 0: it has none of this number."""
+    """Offset of a field from the beginning of its flatbuffer table; 0: the table has no field of this number."""
     names = table - int(struct.unpack_from("<i", head, table)[0])
     size = int(struct.unpack_from("<H", head, names)[0])
     return int(struct.unpack_from("<H", head, names + 4 + 2 * field)[0]) if 4 + 2 * field < size else 0
 
 
 class _Guarded(io.RawIOBase):
-    """A file of which nobody reads more than one record batch at once: the size is what the file says it is."""
+    """A file that refuses to read more than `MESSAGE_BYTES_MAX` at once: the size comes from the file itself."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -212,7 +213,7 @@ def _rows(batches: Iterable[Any], schema: Any, path: str, first: int = 0) -> Ite
     classes = _class_names(schema)
     for batch in batches:
         size = batch.nbytes
-        # What counts in `size` may be shared by all rows; of few of them, or one, it says whether it is.
+        # `size` may count a buffer that all rows share, so the rows are then measured one by one.
         if size > ROW_BYTES_MAX:
             _check_sizes(batch, path, first)
         step = max(1, min(ROWS_AT_ONCE, batch.num_rows * PYTHON_BYTES // max(1, size)))
@@ -260,7 +261,7 @@ def _check_sizes(batch: Any, path: str, first: int) -> None:
 
 
 def _value_bytes(value: Any) -> int:
-    """Of an array of one value; alone, where it points into what others point into as well."""
+    """Size of an array of one value, without the buffers that it shares with other values."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(value.type):
@@ -273,7 +274,7 @@ def _value_bytes(value: Any) -> int:
 def _as_python(batch: Any, path: str, first: int) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
-    except UNREADABLE as error:  # which row, few of them tell
+    except UNREADABLE as error:  # few of these errors name the row
         for index in range(batch.num_rows if batch.num_rows > 1 else 0):
             _as_python(batch.slice(index, 1), path, first + index)
         where = f"{path}, row {first + 1}"

@@ -10,23 +10,24 @@ from typing import Any
 from configs.errors import InvalidInput
 
 ROW_BYTES_MAX = 64 * 2**20
-"""Bytes of one row. Packed zeros or one monstrous value would else be read into memory whole."""
+"""Most bytes of one row. Compressed zeros or one huge value would else be read into memory whole."""
 LINE_CHARACTERS_MAX = 2**24
-"""Characters of one line of a text file, and of one row of a table in it. What JSON makes of a line takes up to sixty
+"""Most characters of one line of a text file, and of one row of a table in it. A line parsed as JSON takes up to sixty
 times as many bytes."""
 ROWS_FREE = 100_000
 """Rows that a file of any size may have. Beyond them, it has at most one for each of its bytes: the texts of real rows
-differ, and cannot be packed so small. Checking a row takes about 10 µs, and 42 kB of parquet could hold ten million."""
+differ, and cannot be compressed so far. Checking a row takes about 10 µs, and 42 kB of parquet could hold ten
+million."""
 UNPACKED_BYTES_FREE = 2**26
 UNPACKED_RATIO_MAX = 200
-"""A packed file may unpack to `UNPACKED_BYTES_FREE`, and to so many times its size beyond. Tables of examples can be
-packed to a third or a tenth, with one long prompt in every row to a fiftieth; a kilobyte can hold a megabyte of
-nothing."""
+"""A compressed file may unpack to `UNPACKED_BYTES_FREE`, and beyond that to this many times its size. Tables of
+examples compress to a third or a tenth, with one long prompt in every row to a fiftieth; a kilobyte can hold a megabyte
+of zeros."""
 COLUMNS_MAX = 10_000
 SHOWN_NAMES = 20
 SHOWN_CHARACTERS = 100
 NEAR_NAMES_MAX = 200
-"""Names among which one that resembles a wrong one is looked for."""
+"""Number of names that are searched for one that resembles a wrong one."""
 
 Values = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -87,6 +88,6 @@ def check_header(columns: Columns, names: Sequence[str], where: str) -> None:
 
 
 def shown(names: Sequence[str]) -> str:
-    """Some names for a message. Quoted, spaces show; escaped, control characters and half characters do no harm."""
+    """Some names for a message. Quotes show spaces; escapes make control and half characters harmless."""
     quoted = (f"{name!r:.{SHOWN_CHARACTERS}}" for name in names[:SHOWN_NAMES])
     return ", ".join(quoted) + (", …" if len(names) > SHOWN_NAMES else "")

@@ -2,10 +2,10 @@
 
 The form is Arrow's file format, not compressed, because Trainer asks for rows in random order: a row is found in the
 mapped file without decoding others, where parquet decodes a row group and JSON lines all that comes before. It is
-written front to back, so neither side holds a file in memory. Pictures stay encoded if they came so.
+written front to back, so neither side holds a file in memory. Pictures stay encoded if they came encoded.
 
-What names evaluation rows (`sha256`) is a digest of what the rows say, not of the file: the same rows from .csv and
-.parquet are the same task data. The file's own digest is part of its key, and whoever opens it compares.
+Evaluation rows are identified by a digest of what the rows say (`sha256`), not of the file: the same rows from .csv and
+.parquet are the same task data. The file's own digest is part of its key, and is compared at every opening.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from workers.rows.task_data import (
 )
 
 SPOOLED_BYTES = 8 * 2**20
-"""Up to here frozen rows wait in memory, above in a temporary file."""
+"""Up to this size frozen rows are kept in memory, above it in a temporary file."""
 BATCH_BYTES = 4 * 2**20
 BATCH_ROWS = 4096
 PIECE = 64 * 2**20
 """Bytes that are asked of the storage at once; rows that fit into one piece are not put into a file."""
 FROZEN_BYTES_MAX = 256 * 2**30
-"""Most bytes of frozen rows, whatever they came from: the disk is everybody's."""
+"""Most bytes of frozen rows, whatever they came from: all tasks share the disk."""
 SHARED_RATIO_MAX = 0.5
 """Share of the evaluation rows that may not be training rows too, unless data.eval_is_train asks for it. Short texts
 recur by chance (in intent data a few percent): fewer are a warning."""
@@ -64,7 +64,7 @@ class FrozenRows:
     file: IO[bytes] = field(repr=False)
     file_sha256: str
     sha256: str
-    """Of what the rows say, in their order."""
+    """Digest of what the rows say, in their order."""
     count: int
     per_label: Mapping[str, int]
     """Label name to rows, in the order of label_names; a label without rows has 0."""
@@ -72,7 +72,7 @@ class FrozenRows:
     """Score, by the task's metric, of always giving these rows' most frequent label; see `metrics.constant_score`."""
 
     def key(self, folder: str, name: str) -> str:
-        """Where to keep them."""
+        """Storage key to keep them under."""
         return f"{folder}/{name}-{self.file_sha256}.arrow"
 
     def write(self, storage: Storage, key: str) -> None:
@@ -86,7 +86,7 @@ class FrozenRows:
 
 @dataclass(frozen=True)
 class FrozenTask:
-    """All rows that a task brings. To be closed."""
+    """All rows of a task. The caller must close it."""
 
     train: FrozenRows | None = None
     evaluation: FrozenRows | None = None
@@ -94,7 +94,7 @@ class FrozenTask:
     """Number of evaluation rows that are also training rows, whatever their labels."""
 
     def close(self) -> None:
-        """Let go of the temporary files."""
+        """Delete the temporary files."""
         for rows in (self.train, self.evaluation):
             if rows:
                 rows.file.close()
@@ -110,9 +110,9 @@ def freeze(
     """Check a task's files, and write what they say into temporary files of the one form.
 
     Args:
-        spec: Without `evaluation`, data.eval_fraction of the training rows is kept for evaluation. Which ones, a digest
-            of each row without its label decides: the same ones in any order and whatever is added, and equal rows on
-            one side. So the share is met only roughly when rows are few.
+        spec: Without `evaluation`, data.eval_fraction of the training rows is kept for evaluation. A digest of each row
+            without its label decides which: the same ones in any order and whatever is added, and equal rows on one
+            side. So the fraction is met only roughly when rows are few.
         train: File or folder of training rows, if there is one.
         evaluation: The same for evaluation rows.
         open_file: Opens every file that is read.
@@ -182,7 +182,7 @@ def open_rows(storage: Storage, key: str, spec: TaskSpec) -> StoredRows:
 
     Returns:
         The rows in their order. Each is made when it is asked for. More than `PIECE` from another machine lies in a
-        temporary file, mapped, that is gone when the rows are.
+        mapped temporary file, which is deleted with the rows.
 
     Raises:
         NotFound: Nothing is there.
@@ -235,7 +235,7 @@ class StoredRows(Sequence[Row]):
 
     def __init__(self, batches: Sequence[Any], kind: Kind, sha256: str) -> None:
         self.sha256 = sha256
-        """Of the stored file."""
+        """Digest of the stored file."""
         self._columns = [batch.columns for batch in batches]
         self._ends = list(itertools.accumulate(batch.num_rows for batch in batches))
         makers: dict[Kind, Callable[..., Row]] = {"causal_lm": _completion, "image_classification": _image}
@@ -263,7 +263,7 @@ class StoredRows(Sequence[Row]):
 
 
 class _Seen:
-    """Which evaluation rows are met again among the training rows, by 8 bytes of each row's digest."""
+    """Finds evaluation rows that are also training rows, by 8 bytes of each row's digest."""
 
     def __init__(self) -> None:
         self._numbers = array("Q")
@@ -274,7 +274,7 @@ class _Seen:
         self._numbers.append(number)
 
     def close(self) -> None:
-        """Be done with `add`."""
+        """End the notes of `add`, before the first `meet`."""
         import numpy as np
 
         np.frombuffer(self._numbers, np.uint64).sort()
@@ -412,7 +412,7 @@ def _image(content: bytes, shape: Sequence[int], label: int) -> Row:
 
 @contextlib.contextmanager
 def _space_needed(what: str) -> Iterator[None]:
-    """All other refusals of the file system have been named before."""
+    """Report an OSError as a lack of space: all others of the file system are reported elsewhere."""
     try:
         yield
     except OSError as error:

@@ -28,11 +28,11 @@ from configs.errors import InvalidInput
 from workers.rows.columns import SHOWN_CHARACTERS, shown
 
 MISSING_WORDS = ("", "nan", "none", "null", "na", "n/a", "<na>", "\\n")
-"""What programs write for a value that is not there, in any capitals."""
+"""Words that programs write for a missing value, in upper or lower case."""
 TRUTH = ("false", "true")
 NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?", re.ASCII)
 NUMBER_CHARACTERS_MAX = 40
-"""A longer text is no number here: no label needs it, and no name equals one."""
+"""A longer text does not count as a number: no label needs it, and no name equals one."""
 
 
 class Labels:
@@ -64,7 +64,7 @@ class Labels:
             TRUTH.index(said) == index for said, index in self._index_of.items() if said in TRUTH
         )
         self._indices = {str(index): index for index in range(len(self._names))} if has_indices else {}
-        """What a value says that is an index; empty where numbers are names."""
+        """Text of a value to the index that it means; empty where numbers are names."""
 
     def index(self, value: Any, column: str, where: str) -> int:
         """The index of the label that a value says.
@@ -132,7 +132,7 @@ def two_readings(per_label: Mapping[str, int]) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value says that there is none."""
+    """Whether a value means that there is none."""
     if isinstance(value, str):
         return value.strip().casefold() in MISSING_WORDS
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
@@ -159,7 +159,7 @@ def _said(value: str | int | float | Decimal) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float | Decimal):
-        # By way of its shortest text: 0.1 is not 0.1000000000000000055511151231257827.
+        # Through its shortest text: 0.1 is not 0.1000000000000000055511151231257827.
         return _number(f"{Decimal(repr(float(value))) if isinstance(value, float) else value:f}")
     text = value.strip()
     if not text.isascii():

@@ -22,7 +22,7 @@ from workers.rows.table_files import read_csv, read_tsv
 from workers.rows.text_lines import numbered_lines
 
 ROWS_BETWEEN_LOOKS = 2**16
-"""Rows between two looks at the file: one that is written faster than it is read would else be read for ever."""
+"""Rows between two checks for changes of the file: one that grows faster than it is read would be read for ever."""
 
 
 def read_file(path: Path, columns: Columns, open_file: OpenFile = open_anywhere) -> Iterator[tuple[str, Values]]:
@@ -61,7 +61,7 @@ def size_bytes(path: Path) -> int:
 
 
 def _state(path: Path) -> list[tuple[int, int]]:
-    """What changes when a file, or one in the folder, is written."""
+    """A state that changes when the file, or one in the folder, is written."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [(facts.st_size, facts.st_mtime_ns) for facts in (file.stat() for file in files)]
 
@@ -72,7 +72,7 @@ def _check_unchanged(path: Path, seen: list[tuple[int, int]]) -> None:
 
 
 def read_json_lines(lines: Iterable[tuple[int, str]], path: str, columns: Columns) -> Iterator[tuple[str, Values]]:
-    """Rows of numbered lines; blank ones are passed over. Raises InvalidInput."""
+    """Rows of numbered lines; blank ones are skipped. Raises InvalidInput."""
     for number, line in lines:
         if not line.strip():
             continue
@@ -103,7 +103,7 @@ def _no_json(line: str, error: Exception, where: str) -> InvalidInput:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
-    if len(values) != len(pairs):  # of which Python takes the last without a word
+    if len(values) != len(pairs):  # Python silently takes the last of them
         counts = Counter(name for name, _ in pairs)
         raise ValueError(f"has the key {next(name for name in counts if counts[name] > 1)!r:.100} twice")
     return values
@@ -125,7 +125,7 @@ def _reader(path: Path) -> Callable[[Path, Columns, OpenFile], Iterator[tuple[st
     name = path.name.lower()
     suffix = PurePath(name.removesuffix(".gz")).suffix
     if suffix not in readers:
-        path.stat()  # of a link that leads nowhere the name is not what is wrong
+        path.stat()  # a link that leads nowhere: its name is not what is wrong
         raise InvalidInput(
             f"'{suffix}' is not a format of rows",
             str(path),

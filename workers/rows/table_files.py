@@ -1,7 +1,7 @@
 """Tables as text, as spreadsheets and databases export them: .csv and .tsv.
 
 Programs disagree about what stands between the fields, and the file's name does not tell. The first line does: the
-separator is the one with which it names the columns that the task asks for. Whatever cannot be told so is refused.
+separator is the one with which it names the columns that the task asks for. If there is none, the file is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.rows.columns import LINE_CHARACTERS_MAX, Columns, Values, check_hea
 from workers.rows.text_lines import numbered_lines
 
 SEPARATORS = (",", "\t", ";", "|")
-"""What may stand between fields, tried in this order after the one that the file's name promises."""
+"""Separators of fields, tried in this order after the one that the file's name suggests."""
 
 
 def read_csv(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
@@ -58,7 +58,7 @@ class _Table:
         self.names: Sequence[str] = ()
         """Names of the columns; empty where the file is."""
         number, first = self._said()
-        if told := re.fullmatch(r'"?sep=([^\s"]|\t)"?\s*', first, re.IGNORECASE):  # Excel's note to itself
+        if told := re.fullmatch(r'"?sep=([^\s"]|\t)"?\s*', first, re.IGNORECASE):  # a line for Excel
             promised = told[1]
             number, first = self._said()
         if not first:
@@ -70,7 +70,7 @@ class _Table:
             raise InvalidInput("is not what its name says: it holds JSON", path, "name a file of JSON lines .jsonl")
         is_spaced = any(name.startswith(" ") for name in fields[1:])  # "text, label": the separator's space
         self._lines, self._line = itertools.chain([(number, first)], lines), number - 1
-        # Strict: a quote that is not closed, or text after one, would else join rows without a word.
+        # Strict: a quote that is not closed, or text after one, would else join rows silently.
         self._reader = csv.reader(self._texts(), delimiter=separator, strict=True, skipinitialspace=is_spaced)
         number, names = next(self)
         self.names = _stripped(names, columns)
@@ -112,8 +112,8 @@ class _Table:
 
 
 def _separator(first: str, columns: Columns, promised: str) -> str:
-    """The separator with which the first line names the columns. If none does, the one that parts it most: the
-    refusal then shows the names as a person reads them."""
+    """The separator with which the first line names the columns. If none does, the one that splits it into most fields:
+    the refusal then shows the names as a person reads them."""
     candidates = (promised, *SEPARATORS)
     named = (each for each in candidates if _has(columns, _stripped(_fields(first, each), columns)))
     return next(named, max(candidates, key=lambda each: len(_fields(first, each))))
@@ -124,7 +124,7 @@ def _fields(line: str, separator: str) -> list[str]:
 
 
 def _stripped(names: Sequence[str], columns: Columns) -> Sequence[str]:
-    """The names of a table's columns, without white space around them where only so the task's are among them."""
+    """The names of a table's columns; stripped of white space if the task's columns are among them only then."""
     return names if _has(columns, names) else [name.strip() for name in names]
 
 

@@ -1,7 +1,7 @@
-"""Rows of every kind of task: what they are, and that each row of a file is one.
+"""Rows of every kind of task: their types, and the check of each row of a file.
 
 Light on purpose (no torch, no transformers, numpy and pictures only for pictures): the control plane checks every
-submission with it. Files are read by row_files.py, labels understood by labels.py, rows kept by frozen_rows.py;
+submission with it. Files are read by row_files.py, labels interpreted by labels.py, rows kept by frozen_rows.py;
 tokenising happens batch by batch while training, so that the first step does not wait for the whole file.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""Formats that are decoded; of the others some start other programs."""
+"""Picture formats that are decoded; some of the others start other programs."""
 GRAY_MODES = ("1", "L")
 COLOUR_MODES = ("P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 PIXELS_MAX = 89_478_485
@@ -38,7 +38,7 @@ SIDES_MAX = 200
 shorter side to their size: of 1×80,000,000 pixels they would make 224×17,920,000,000. The number is Qwen2-VL's."""
 TEXT_CHARACTERS_MAX = 2**22
 """Most characters of one text in any format: eight times what data.max_length allows, at four characters a token. A
-tokenizer takes a hundred bytes and a microsecond for each, before it cuts."""
+tokenizer takes a hundred bytes and a microsecond for each, before it truncates."""
 MESSAGES_MAX = 4096
 """Most messages of one chat."""
 FLOAT32_MAX = 3.4e38
@@ -143,7 +143,7 @@ def columns_of(spec: TaskSpec) -> Columns:
 
 
 def input_digest(row: Row) -> bytes:
-    """A digest of all of a row but its label, the same for whichever file it came from."""
+    """A digest of all of a row but its label, the same whichever file it came from."""
     match row:
         case TextRow():
             parts = [row.text] if row.text_pair is None else [row.text, row.text_pair]
@@ -151,7 +151,7 @@ def input_digest(row: Row) -> bytes:
             parts = [str(row.is_chat), *(part for turn in row.turns for part in turn)]
         case ImageRow():
             return hashlib.sha256(str(row.image.shape).encode() + row.image.tobytes()).digest()
-    # The lengths say where each part ends: no two rows have one content.
+    # The lengths say where each part ends, so that different rows never give the same text.
     return hashlib.sha256("".join([*(f"{len(part)} " for part in parts), "\n", *parts]).encode()).digest()
 
 
@@ -176,7 +176,7 @@ def decode_picture(content: bytes, where: str) -> NDArray[uint8]:
                 raise InvalidInput(
                     f"is a picture of mode {picture.mode}; pixels must have 8 bits", where, "save it as 8-bit PNG"
                 )
-            upright = ImageOps.exif_transpose(picture)  # cameras store the turn beside the pixels
+            upright = ImageOps.exif_transpose(picture)  # cameras store the rotation beside the pixels
             pixels = np.asarray(upright.convert("L" if picture.mode in GRAY_MODES else "RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidInput(f"is too large a picture: {error}", where, "make it smaller") from error
@@ -272,7 +272,7 @@ def _checked_text(text: Any, name: str, where: str) -> str:
 def _number(values: Values, data: DataSpec, where: str) -> float:
     label = values[data.label_column]
     name = f"column '{data.label_column}'"
-    if is_missing(label) and not isinstance(label, float | Decimal):  # what is not a number is told below
+    if is_missing(label) and not isinstance(label, float | Decimal):  # what is not a number is reported below
         raise missing(data.label_column, where, label)
     if not isinstance(label, int | float | str | Decimal) or isinstance(label, bool):
         raise InvalidInput(

@@ -1,7 +1,7 @@
-"""The lines of a text file, whatever program wrote it: packed by gzip or not, UTF-8 or UTF-16, any line ends.
+"""The lines of a text file, whatever program wrote it: gzipped or not, UTF-8 or UTF-16, any line ends.
 
 Nothing here knows what a line means. What is no text (a spreadsheet, a web page, a parquet file under a wrong name) is
-told by its first bytes, and no file costs more than its size allows: see `columns.UNPACKED_RATIO_MAX`.
+recognised by its first bytes, and no file costs more than its size allows: see `columns.UNPACKED_RATIO_MAX`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 ZIP_MAGIC = b"PK\x03\x04"
 HEAD_BYTES = 24
-"""Enough to know a format by."""
+"""First bytes of a file: enough to recognise its format."""
 EMPTY_LINES_FREE = 10_000
-"""Empty lines that a file may have beside one for each line that says something."""
+"""Empty lines that a file may have, beyond one for each line that is not empty."""
 FORMATS = {
     ZIP_MAGIC: ("a zip archive, as .xlsx spreadsheets are", "save the table as CSV (UTF-8), or unpack it"),
     b"\xd0\xcf\x11\xe0": ("an old spreadsheet (.xls)", "save the table as CSV (UTF-8)"),
@@ -43,14 +43,14 @@ FORMATS = {
     codecs.BOM_UTF32_LE: ("UTF-32", "save it as UTF-8"),
     codecs.BOM_UTF32_BE: ("UTF-32", "save it as UTF-8"),
 }
-"""What a file begins with that is neither a table nor JSON lines: what it is, and what to do."""
+"""First bytes of files that are neither tables nor JSON lines: what such a file is, and what to do."""
 
 
 def numbered_lines(file: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
     """The lines of a file, each with its own end (`\\n`, `\\r\\n` or `\\r`) and its number, counted from 1.
 
     Args:
-        file: At its beginning; it can be sought in.
+        file: The file at its beginning; seekable.
         path: For messages.
 
     Raises:
@@ -64,7 +64,7 @@ def numbered_lines(file: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
 
 
 def check_format(head: bytes, path: str, promised: bytes = b"") -> None:
-    """Refuse a file that begins as another format does than its name says.
+    """Refuse a file that begins like another format than its name says.
 
     Args:
         head: Its first `HEAD_BYTES`.
@@ -94,7 +94,7 @@ def _unpacked(file: IO[bytes], path: str) -> io.BufferedReader:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a gzip file holds, as long as it is not too much for the file's size."""
+    """Content of a gzip file; refused once it is too much for the file's size."""
 
     def __init__(self, file: IO[bytes], size: int, path: str) -> None:
         self._file = gzip.GzipFile(fileobj=file)
@@ -115,7 +115,7 @@ def _lines(file: io.BufferedReader, path: str) -> Iterator[tuple[int, str]]:
     head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
     check_format(head, path)
     is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    # Of UTF-8, bytes that are none are kept for the moment as lone surrogates: so the line that has them can be named.
+    # Bytes that are not UTF-8 are kept for the moment as lone surrogates, so that the line with them can be named.
     encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8-sig", "surrogateescape")
     text = io.TextIOWrapper(file, encoding, errors, newline="")
     empty_lines = said_lines = 0
