@@ -118,6 +118,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint
     evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
     if spec.method.name == "import":
+        if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
+            raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
         folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
             _allowed_file(str(folder / name), settings, "method.adapter")

@@ -610,6 +610,13 @@ def test_the_same_adapter_in_another_folder_is_the_same_submission(desk: Desk) -
     assert desk.submit(desk.imported(method={"name": "import", "adapter": str(desk.data / "copied")})) == (first, False)
 
 
+def test_an_import_that_names_training_rows_is_refused(desk: Desk) -> None:
+    desk.peft()
+    assert desk.refuse(desk.imported(data={"train_file": str(desk.data / "train.jsonl")})) == (
+        "data.train_file: an import trains nothing, so these rows have no use\n  → leave it out"
+    )
+
+
 def test_what_is_written_out_in_a_document_and_what_is_left_to_its_default_is_the_same(desk: Desk) -> None:
     first, _ = desk.submit(desk.document())
     assert desk.submit(desk.document(metric="accuracy", training={"seed": 42}, priority=0)) == (first, False)
