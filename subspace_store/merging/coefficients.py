@@ -255,7 +255,11 @@ class ModuleTasks:
     def truncated(self, transport: Transport, dropped: Transport) -> tuple[ModuleTasks, Tensor]:
         """`moved` and `lost` together, for a caller that knows which directions the next basis lacks."""
         if not len(dropped.out) and not len(dropped.inward):
-            moved = (_Moving(m.block, transport.after(m.transport), m.known_grams) for m in self.blocks)
+            # Nothing is dropped, so the Gram matrices stay what they are, where they are known.
+            moved = (
+                _Moving(m.block, transport.after(m.transport), m.__dict__.get("grams", m.known_grams))
+                for m in self.blocks
+            )
             return ModuleTasks(tuple(moved)), torch.zeros_like(self.delivered_T)
         blocks, losses = [], []
         for moving in self.blocks:

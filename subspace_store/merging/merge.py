@@ -239,8 +239,15 @@ def _breaks_a_promise(tasks: ModuleTasks, dropped: Transport, settings: Subspace
     if not _promises(settings) or not (len(dropped.out) or len(dropped.inward)) or not tasks.task_ids:
         return False
     kept_T = tasks.kept()
-    required_T = torch.minimum(kept_T, settings.energy_ratio_min * tasks.delivered_T)
-    return bool((kept_T - tasks.lost(dropped) < required_T - SLACK * tasks.delivered_T).any())
+    spare_T = kept_T - torch.minimum(kept_T, settings.energy_ratio_min * tasks.delivered_T) + SLACK * tasks.delivered_T
+    # Those nearest to their promise first: where the basis is full they decide, and the others need not be asked.
+    nearest = (spare_T / tasks.delivered_T.clamp(min=SMALLEST_NORM)).argsort()[:TIGHTEST]
+    block = tasks.only([tasks.task_ids[place] for place in nearest.tolist()])
+    assert block is not None
+    places = [tasks.task_ids.index(task) for task in block.task_ids]
+    if bool((ModuleTasks.of(block).lost(dropped) > spare_T[places]).any()):
+        return True
+    return bool((tasks.lost(dropped) > spare_T).any())
 
 
 def _promises(settings: SubspaceSettings) -> bool:
