@@ -13,6 +13,7 @@ from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.files.version_tensors import VersionTensors
 from subspace_store.log.version import SubspaceState
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+from subspace_store.merging.coefficients import ModuleTasks
 from subspace_store.merging.merge import Tally, merge_modules
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 
@@ -53,10 +54,10 @@ def forecast(
     homes, tasks = tensors.homes(parent), tensors.tasks(parent)
     known = state.tasks_at(parent)
     tally, ranks = Tally({task.task_id: task.delivered_energy for task in known.values()}), {}
-    spanned = dict.fromkeys(adapters, 0.0)
+    spanned, none = dict.fromkeys(adapters, 0.0), ModuleTasks()  # none: a module whose tasks are all private
 
     def read(name: str) -> ModuleSubspace | None:
-        return ModuleSubspace(tensors.module_basis(parent, name), tasks[name]) if name in homes else None
+        return ModuleSubspace(tensors.module_basis(parent, name), tasks.get(name, none)) if name in homes else None
 
     for name, merge in merge_modules(read, adapters, settings):
         tally.add(merge, merge.settle()[1])
@@ -69,7 +70,7 @@ def forecast(
                     spanned[id_] += spanned_energy(basis, adapter.modules[name])
         ranks[name] = before, merge.basis.ranks
     for name in homes.keys() - ranks.keys():
-        tally.add_untouched(tasks[name])
+        tally.add_untouched(tasks.get(name, none))
     drift = tally.drift
     energy = {id_: sum(update_energy(update) for update in a.modules.values()) for id_, a in adapters.items()}
     return Forecast(

@@ -307,7 +307,7 @@ class _Merging:
         self.tally = Tally({t.task_id: t.delivered_energy for t in draft.state.tasks_at(parent).values()})
         self.seconds = 0.0
         for name in self.elsewhere:
-            self.tally.add_untouched(self.tasks[name])
+            self.tally.add_untouched(self.tasks.get(name, ModuleTasks()))
 
     def write_basis(self) -> BlobRef:
         """Merge and write. The new basis is kept whole in memory only if the old one was."""
@@ -343,7 +343,7 @@ class _Merging:
         if name not in self._homes:
             return None
         basis = self._before.pop(name, None) or self._draft.tensors.module_basis(self._draft.parent, name)
-        return ModuleSubspace(basis, self.tasks[name])
+        return ModuleSubspace(basis, self.tasks.get(name, ModuleTasks()))
 
 
 def _snapshot_is_due(line: Sequence[Version], transport: BlobRef, merging: _Merging) -> bool:

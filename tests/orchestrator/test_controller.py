@@ -298,7 +298,7 @@ def test_a_group_that_fails_the_gate_is_merged_one_by_one_and_only_the_culprit_i
 
 
 def test_what_made_the_difference_is_told_row_by_row(make_plant: MakePlant) -> None:
-    plant = make_plant(workers=3, gate={"drift_min": 0}, subspace={"rank_max": 2})
+    plant = make_plant(workers=3, gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"})
     plant.cluster.score = lambda title, held: 0.8 if title == "red/a" and "blue/b" in held else 0.9
     (old,) = plant.submit("red/a")
     # 9 of 10 rows are right at birth, 8 afterwards: differences of −1 and nine times 0, mean −0.1, deviation 0.3162,
@@ -367,7 +367,9 @@ def test_newcomers_do_not_overtake_the_tasks_of_a_group_that_failed(make_plant: 
 
 
 def test_a_task_that_harms_an_earlier_one_is_rejected_and_the_earlier_one_stays(make_plant: MakePlant) -> None:
-    plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2})  # too few for both: red/a moves
+    plant = make_plant(
+        gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"}
+    )  # too few for both: red/a moves
     plant.cluster.score = lambda title, held: 0.8 if title == "red/a" and "blue/b" in held else 0.9
     plant.submit("red/a")
     plant.run()
@@ -1014,7 +1016,9 @@ def test_a_removal_before_the_task_heard_of_its_publication_is_followed(plant: P
 def test_tasks_that_were_merged_again_are_scored_with_the_next_version_and_guarded_from_then_on(
     make_plant: MakePlant,
 ) -> None:
-    plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2})  # every merge moves every task
+    plant = make_plant(
+        gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"}
+    )  # every merge moves every task
     for title in ("red/a", "red/b"):
         plant.submit(title)
         plant.run()

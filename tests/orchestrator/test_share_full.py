@@ -25,7 +25,10 @@ from workers.orders import Order, Train
 
 MakePlant = Callable[..., Plant]
 FULL = {"method": {"refine_epochs": 1, "share_full": True}}
-TIGHT = {"subspace": {"energy_ratio_min": 1.0, "rank_max": 2}, "gate": {"drop_max": 1.0, "merge_gap_max": 1.0}}
+TIGHT = {
+    "subspace": {"energy_ratio_min": 1.0, "rank_max": 2, "beyond_rank_max": "drop"},
+    "gate": {"drop_max": 1.0, "merge_gap_max": 1.0},
+}
 """A basis so small that every merge moves every task."""
 
 

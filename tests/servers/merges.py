@@ -42,7 +42,7 @@ def adapters(number: int) -> dict[str, Adapter]:
 
 
 def open_writer(storage: Storage, writer: str) -> SubspaceStore:
-    return opened(storage, writer=writer, rank_max=RANK_MAX)
+    return opened(storage, writer=writer, rank_max=RANK_MAX, beyond_rank_max="drop")
 
 
 def merge(store: SubspaceStore, number: int) -> Version:

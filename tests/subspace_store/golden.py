@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.subspace_store.builders import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "data" / "stores"
-SETTINGS = {"energy_ratio_min": 0.9, "rank_max": 6}
+SETTINGS = {"energy_ratio_min": 0.9, "rank_max": 6, "beyond_rank_max": "drop"}
 
 
 def write(folder: Path) -> None:
@@ -82,6 +83,23 @@ def write_refined(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
 
 
+def write_private(folder: Path) -> None:
+    """A small store with private parts: of most tasks, in every module or in one, refined once, and made again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    merge_writer.SNAPSHOT_EVERY, version_log.CHECKPOINT_EVERY = 3, 4
+    settings = {**SETTINGS, "beyond_rank_max": "private"}
+    store = opened(LocalStorage(str(folder / "store")), writer="first", **settings)
+    for number in range(1, 6):
+        version = merged(store, {f"t{number}": random_adapter(number)})
+        store.publish(version.number, op_key=f"p{number}", actor="gate")
+    served = store.adapter("t5", 5)
+    halved = {name: replace(update, sigma_R=update.sigma_R / 2) for name, update in served.modules.items()}
+    version = refined(store, {"t5": replace(served, modules=halved)}, "refine 5")
+    store.publish(version.number, op_key="p6", actor="gate")
+    store.remove("t4", op_key="r", actor="ann", reason="licence", publish=True)
+    (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
+
+
 def facts(reader: SubspaceStore) -> dict[str, Any]:
     """What any later code must read out of the store."""
     state = reader.state
@@ -117,3 +135,4 @@ def facts(reader: SubspaceStore) -> dict[str, Any]:
 if __name__ == "__main__":
     write(GOLDEN / f"format-{FORMAT_NUMBER}")
     write_refined(GOLDEN / f"format-{FORMAT_NUMBER}-refined")
+    write_private(GOLDEN / f"format-{FORMAT_NUMBER}-private")

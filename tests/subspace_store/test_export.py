@@ -171,7 +171,7 @@ def test_every_export_says_which_programs_load_it_and_why_others_do_not(tmp_path
     headed, bare = export_tasks(reader, tmp_path, base_source="some/base")
     assert headed.loads_in == ("peft",)
     assert "vLLM refuses" in headed.refused_by["vllm"]
-    assert "LoRAX leaves out" in headed.refused_by["lorax"]
+    assert "LoRAX silently leaves out" in headed.refused_by["lorax"]
     assert bare.loads_in == ("peft", "vllm", "lorax")
     for entry in json.loads((tmp_path / "adapters.json").read_text()):
         one = headed if entry["task"] == headed.task else bare

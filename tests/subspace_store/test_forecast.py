@@ -10,8 +10,9 @@ from subspace_store import Adapter, canonical_update
 from tests.subspace_store.builders import BASE, SHAPES, merged, opened, random_adapter
 
 
-def test_a_forecast_is_what_the_merge_then_does() -> None:
-    store = opened(rank_max=7, energy_ratio_min=0.9)
+@pytest.mark.parametrize("beyond", ["private", "drop"])
+def test_a_forecast_is_what_the_merge_then_does(beyond: str) -> None:
+    store = opened(rank_max=7, energy_ratio_min=0.9, beyond_rank_max=beyond)
     for number in range(4):
         merged(store, {f"t{number}": random_adapter(number)})
     news = {"x": random_adapter(8), "y": random_adapter(9, shapes={"layer.9.new": (10, 6), **SHAPES})}
@@ -28,7 +29,7 @@ def test_a_forecast_is_what_the_merge_then_does() -> None:
     )
     ranks = store.ranks(5)
     assert found.ranks == {name: (old_ranks.get(name, (0, 0)), ranks[name]) for name in ranks}
-    assert max(found.drift.values()) > 0.01
+    assert (max(found.drift.values()) > 0.01) == (beyond == "drop")
 
 
 def test_what_the_basis_spans_is_told_without_merging() -> None:

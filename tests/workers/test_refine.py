@@ -22,7 +22,7 @@ from workers.methods.factors import lora_layers, trainable_numbers
 
 Tiny = Callable[[str], BaseModel]
 SPEC = sentiment_task(lora={"r": 4, "lora_alpha": 12})
-SETTINGS = SubspaceSettings(rank_max=6)
+SETTINGS = SubspaceSettings(rank_max=6, beyond_rank_max="drop")
 
 
 def served(base: BaseModel) -> tuple[Given, Mapping[str, ModuleSubspace]]:
@@ -79,6 +79,27 @@ def test_merging_a_refined_task_needs_no_new_direction(tiny: Tiny) -> None:
     again = merge_adapters(modules, {"c": refined}, SETTINGS)
     assert again.tally.error_at_birth["c"] < 1e-5
     assert {n: m.basis.ranks for n, m in again.modules.items()} == {n: m.basis.ranks for n, m in modules.items()}
+
+
+def test_a_refinement_trains_the_private_part_along_and_keeps_what_it_starts_from(tiny: Tiny) -> None:
+    base, settings = tiny("bert"), SubspaceSettings(rank_max=3, energy_ratio_min=0.95)
+    adapters = {}
+    for seed, name in enumerate("abc", start=5):
+        model = lora.prepare(base, SPEC)
+        train_by_chance(model, seed)
+        adapters[name] = lora.finish(model, base, SPEC)
+    modules = merge_adapters({}, adapters, settings).modules
+    assert all("c" in module.private for module in modules.values())
+    adapter = replace(adapters["c"], modules=reconstruct(modules, "c"))
+    given = Given(version=2, basis={name: m.basis for name, m in modules.items()}, adapter=adapter)
+    model = refine.prepare(base, SPEC, given)
+    assert torch.allclose(logits(model), logits(adapted_model(base, adapter, SPEC)), atol=1e-4)
+    train_by_chance(model)
+    refined = refine.finish(model, base, SPEC, given)
+    for name, update in refined.modules.items():
+        assert outside(update.delta(), given.basis[name]) > 0.1  # as the task was
+        assert update.rank <= adapter.modules[name].rank
+    assert torch.allclose(logits(adapted_model(base, refined, SPEC)), logits(model), atol=1e-4)
 
 
 def test_a_task_of_a_smaller_rank_and_fewer_modules_keeps_both(tiny: Tiny) -> None:

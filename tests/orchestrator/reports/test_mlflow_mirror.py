@@ -46,7 +46,7 @@ class Mirrored:
 
     def __init__(self, folder: Path) -> None:
         # Two directions are too few for all: every merge moves every task.
-        self.plant = Plant(folder, gate={"drift_min": 0}, subspace={"rank_max": 2})
+        self.plant = Plant(folder, gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"})
         self.plant.cluster.score = _score
         self.plant.cluster.training_faults = {"red/wrong": ["input"]}
         for title in ("red/a", "blue/b", "red/bad", "red/wrong"):

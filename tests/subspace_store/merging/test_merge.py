@@ -69,10 +69,15 @@ class FullSvd:
 
 @pytest.mark.parametrize("weighting", ["equal", "energy"])
 @pytest.mark.parametrize(
-    "limit", [{"rank_fixed": 6}, {"energy_ratio_min": 0.8}, {"energy_ratio_min": 1.0, "rank_max": 9}]
+    "limit",
+    [
+        {"rank_fixed": 6},
+        {"energy_ratio_min": 0.8},
+        {"energy_ratio_min": 1.0, "rank_max": 9, "beyond_rank_max": "drop"},
+    ],
 )
 def test_every_old_task_is_what_a_full_svd_of_all_reconstructions_leaves(
-    weighting: str, limit: dict[str, float], capsys: pytest.CaptureFixture[str]
+    weighting: str, limit: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = fresh_storage()
     store = opened(storage, weighting=weighting, **limit)
