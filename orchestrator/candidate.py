@@ -125,7 +125,11 @@ class Candidate:
         self._refinement.call_off()
         unjudged = [record for record in live if record.state in UNJUDGED]
         if not unjudged:
-            self._merge([record for record in live if next_step(record) is Step.MERGE])
+            merging = [record for record in live if next_step(record) is Step.MERGE]
+            if merging:
+                self._merge(merging)
+            else:
+                self._score_main()
         elif not self._refinement.advance(unjudged, others_wait):
             self._judge(unjudged)
 
@@ -137,8 +141,6 @@ class Candidate:
     # --- merging ----------------------------------------------------------------------------------------------
 
     def _merge(self, merging: Sequence[TaskRecord]) -> None:
-        if not merging:
-            return
         begun = next((record.merge_key for record in merging if record.merge_key), "")
         group = [record for record in merging if record.merge_key == begun] if begun else self._next_group(merging)
         ids = tuple(record.task_id for record in group)
@@ -222,21 +224,12 @@ class Candidate:
 
     def _score_or_decide(self, version: int) -> None:
         state, drift_min = self._store.state, self._settings.gate.drift_min
-        if self._verdict.read_at != state.seq:
-            known = self._queue.among(state.tasks_at(version))
-            unscored = evaluations_due(state, version, drift_min)
-            self._verdict.records, self._verdict.read_at = known, state.seq
-            self._verdict.due = tuple(task_id for task_id in unscored if task_id in known and known[task_id].eval_key)
-        records, due, found = self._verdict.records, self._verdict.due, self._verdict.scores
+        self._read_due(version)
+        records = self._verdict.records
         if hopeless := self._why_hopeless(records):
             self._reject(version, f"it could not be scored: {hopeless.text}", (hopeless.task_id,), (Reason.NOT_SCORED,))
-        elif missing := [task_id for task_id in due if task_id not in found]:
-            self._send_evaluations(version, [records[task_id] for task_id in missing])
-        elif due:
-            scores = tuple(found[task_id] for task_id in due)
-            # The key counts the scores written before: a restart with a lower gate.drift_min asks for more.
-            key = f"scores:{version}:{len(state.scores.get(version, {}))}"
-            self._pending_calls.write(RecordScores(version=version, scores=scores, op_key=key, actor="controller"))
+        elif self._verdict.due:
+            self._score(version)
         else:
             table = score_table(state, version, drift_min)
             errors = {task.task_id: task.error_at_birth for task in state.versions[version].brought}
@@ -252,6 +245,42 @@ class Candidate:
             else:
                 culprits = tuple(rule.task_id for rule in decision.broken)
                 self._reject(version, decision.summary, culprits, decision.codes)
+
+    def _score_main(self) -> None:
+        """Score the tasks that `main` holds without a score: a removal makes versions again that no gate judges.
+
+        A task that cannot be scored stays without a score.
+        """
+        refs = self._store.state.refs
+        version = refs[MAIN]
+        if not version or refs[CANDIDATE] != version:
+            return
+        if self._verdict.version != version:
+            self._verdict.begin(version)
+        self._read_due(version)
+        if self._verdict.due and not self._why_hopeless(self._verdict.records):
+            self._score(version)
+
+    def _read_due(self, version: int) -> None:
+        """Find out which tasks of the version have no score there, if the log has changed since that was last done."""
+        state = self._store.state
+        if self._verdict.read_at == state.seq:
+            return
+        known = self._queue.among(state.tasks_at(version))
+        unscored = evaluations_due(state, version, self._settings.gate.drift_min)
+        self._verdict.records, self._verdict.read_at = known, state.seq
+        self._verdict.due = tuple(task_id for task_id in unscored if task_id in known and known[task_id].eval_key)
+
+    def _score(self, version: int) -> None:
+        """Give out the evaluations that are due; once all are there, write their scores to the log."""
+        due, found = self._verdict.due, self._verdict.scores
+        if missing := [task_id for task_id in due if task_id not in found]:
+            self._send_evaluations(version, [self._verdict.records[task_id] for task_id in missing])
+            return
+        scores = tuple(found[task_id] for task_id in due)
+        # The key counts the scores written before: a restart with a lower gate.drift_min asks for more.
+        key = f"scores:{version}:{len(self._store.state.scores.get(version, {}))}"
+        self._pending_calls.write(RecordScores(version=version, scores=scores, op_key=key, actor="controller"))
 
     def _reject(self, version: int, reason: str, culprits: tuple[str, ...], codes: tuple[str, ...] = ()) -> None:
         """

@@ -1034,6 +1034,39 @@ def test_tasks_that_were_merged_again_are_scored_with_the_next_version_and_guard
     assert "red/b would fall from 0.9000 at birth to 0.5000" in plant.get("blue/d").reason
 
 
+def test_what_a_removal_made_again_is_scored_without_being_asked_for_and_once(make_plant: MakePlant) -> None:
+    plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"})
+    for title in ("red/a", "red/b", "red/c"):
+        plant.submit(title)
+        plant.run()
+    plant.cluster.score = lambda title, held: 0.7 if "red/a" not in held else 0.9
+    _remove(plant, "red/a")
+    version = plant.state.refs["main"]
+    assert version > 3
+    plant.run(lambda: bool(plant.state.scores.get(version)))
+    scored = {task_id: score.score for task_id, score in plant.state.scores[version].items()}
+    assert scored == {plant.get("red/b").task_id: 0.7, plant.get("red/c").task_id: 0.7}
+    scorings = plant.cluster.store_calls.count("scores")
+    plant.kill()
+    plant.step(20)
+    assert plant.cluster.store_calls.count("scores") == scorings
+
+
+def test_what_cannot_be_scored_after_a_removal_stays_without_a_score_and_stops_nothing(make_plant: MakePlant) -> None:
+    plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"})
+    for title in ("red/a", "red/b"):
+        plant.submit(title)
+        plant.run()
+    plant.cluster.score = lambda title, held: float("nan") if "red/a" not in held and "blue/c" not in held else 0.9
+    _remove(plant, "red/a")
+    plant.step(60)
+    assert plant.state.refs["main"] not in plant.state.scores
+    assert len(plant.cluster.evaluations) < 12  # it is given up, not tried for ever
+    plant.submit("blue/c")
+    plant.run()
+    assert plant.states()["blue/c"] == "published"
+
+
 def test_a_rollback_while_the_control_plane_was_down_is_followed_when_it_starts(plant: Plant) -> None:
     for title in ("red/a", "red/b"):
         plant.submit(title)
