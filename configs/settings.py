@@ -69,7 +69,7 @@ class SubspaceSettings(Section):
     energy_ratio_min: float = Field(0.98, gt=0, le=1)
     """Share of its delivered energy that every task keeps in every module, whatever is merged later."""
     rank_max: int = Field(64, ge=1)
-    """Most directions of a shared basis, per module and side."""
+    """Most directions of a shared basis, per module and side. Lowered later, it makes no stored basis smaller."""
     beyond_rank_max: Literal["private", "drop"] = "private"
     """What happens where rank_max leaves a task less than it was promised. `private`: the rest of its update is kept
     beside the basis, for this task alone, and no earlier task loses anything; `drop`, for comparison: it is lost."""

@@ -232,7 +232,7 @@ class Candidate:
             self._score(version)
         else:
             table = score_table(state, version, drift_min)
-            errors = {task.task_id: task.error_at_birth for task in state.versions[version].brought}
+            errors = {task_id: task.error_at_birth for task_id, task in state.tasks_at(version).items()}
             decision = judge(table, version, records, self._settings.gate, errors=errors)
             if not decision.passed:  # the rows are compared only for the message
                 paired = _paired_differences(self._storage, table, version, records)

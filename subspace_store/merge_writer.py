@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from configs.errors import RefusedAdapters
 from configs.settings import SubspaceSettings
-from subspace_store.adapter import Adapter, ModuleUpdate, adapter_to_bytes
+from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.files import blobs
 from subspace_store.files.tensor_file import Part
 from subspace_store.files.version_tensors import VersionTensors, moved
@@ -102,8 +103,12 @@ class Draft:
         delivered: Mapping[str, float],
         errors: Mapping[str, float],
         updates: PrivateParts,
+        known: Mapping[str, MergedTask] = MappingProxyType({}),
     ) -> tuple[MergedTask, ...]:
-        """The version's records of its new tasks; `adapters` and `private` are in the order of the arrivals."""
+        """The version's records of its new tasks; `adapters` and `private` are in the order of the arrivals.
+
+        known: The same tasks before, where they are refined. As a separate LoRA a task is as large as it was brought.
+        """
         return tuple(
             MergedTask(
                 task_id=arrival.task_id,
@@ -114,7 +119,7 @@ class Draft:
                 delivered_energy=delivered[arrival.task_id],
                 rank_total=sum(update.rank for update in arrival.adapter.modules.values()),
                 error_at_birth=errors[arrival.task_id],
-                parameter_count=arrival.adapter.parameter_count,
+                parameter_count=known.get(arrival.task_id, arrival.adapter).parameter_count,
                 head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
                 private=rest,
                 private_count=sum(map(private_numbers, updates.get(arrival.task_id, {}).values())),
@@ -126,9 +131,7 @@ class Draft:
         """The object that holds the private parts of a new task, by module; None if there are none."""
         if arrival.task_id not in updates:
             return None
-        adapter = arrival.adapter
-        rest = Adapter(adapter.base_model, adapter.base_sha256, updates[arrival.task_id])
-        return blobs.write_blob(self.storage, self.epoch, adapter_to_bytes(rest))
+        return blobs.write_private(self.storage, self.epoch, updates[arrival.task_id])
 
 
 def write_version(draft: Draft) -> Written:
@@ -233,7 +236,9 @@ def write_refinement(draft: Draft) -> Written:
         rank_max=old.rank_max,
         bytes_written=sum(ref.size_bytes for ref in (coefficients, *adapters, *private) if ref is not None),
         merge_seconds=seconds,
-        refined=draft.tasks(adapters, coefficients, private, delivered, errors, placed.private),
+        refined=draft.tasks(
+            adapters, coefficients, private, delivered, errors, placed.private, draft.state.tasks_at(draft.parent)
+        ),
     )
     again = [arrival.task_id for arrival in draft.arrivals]
     tasks = moved(draft.tensors.tasks(draft.parent), {}, [placed.blocks], again)

@@ -195,11 +195,8 @@ class Refs(SubspaceReader):
             Conflict: A branch, a tag or a pin names one of them. None has expired then.
             NotFound: No such version.
         """
-        asked = fold.asked(fold.EXPIRE)
-        with self._writing():
-            if self._done(op_key, asked) is not None and not {*versions} <= {*self.state.expired}:
-                raise another_request(op_key, fold.EXPIRE)
-            self._change(lambda state: retention.expire(state, versions, time.time()), actor, op_key, asked)
+        asked = fold.asked(fold.EXPIRE, asked=sorted({*versions}))
+        self._change(lambda state: retention.expire(state, versions, time.time()), actor, op_key, asked)
 
     @strict
     def drop_adapters(self, task_ids: Sequence[TaskId], *, actor: Line, op_key: Line = "") -> None:
@@ -212,11 +209,9 @@ class Refs(SubspaceReader):
             NotFound: A task that no live version holds.
             Conflict: A task that is not published yet.
         """
-        asked = fold.asked(fold.DROP_ADAPTERS)
+        asked = fold.asked(fold.DROP_ADAPTERS, asked=sorted({*task_ids}))
         with self._writing():
             if self._done(op_key, asked) is not None:
-                if retention.droppable(self.state, task_ids):
-                    raise another_request(op_key, fold.DROP_ADAPTERS)
                 return
             heads = {
                 key: blobs.write_blob(
@@ -224,7 +219,7 @@ class Refs(SubspaceReader):
                 )
                 for key, task in retention.droppable(self.state, task_ids).items()
             }
-            self._change(lambda _: retention.drop(heads), actor, op_key, asked)
+            self._change(lambda _: retention.drop(heads, task_ids), actor, op_key, asked)
 
     @strict
     def collect(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:

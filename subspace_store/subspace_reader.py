@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from configs.document import Line, VersionNumber
 from configs.errors import Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
-from subspace_store.files.version_heads import Recent, VersionHeads
+from subspace_store.files.version_heads import PRIVATE, VersionHeads
 from subspace_store.log import fold, garbage, retention
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.store_format import check_format
@@ -40,8 +40,6 @@ DEFAULTS = SubspaceSettings()
 
 BYTES_PER_NUMBER = 4
 """Size of a float32: every number that serving needs is one."""
-PRIVATE_BYTES = 2**28
-"""Bytes of private parts that are kept in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +76,6 @@ class Footprint:
     head_numbers: int
     separate_numbers: int
     """Numbers of the same tasks as separate LoRAs: Σ r·(n+d)."""
-    stored_bytes: int
-    """Bytes of all objects that the living versions need: every version's files, and adapters as delivered."""
 
     @property
     def total_numbers(self) -> int:
@@ -158,7 +154,6 @@ class SubspaceReader:
         self.base_model, self.base_sha256 = base
         self.settings = settings
         self._heads = VersionHeads(storage, lambda: log.state)
-        self._rests: Recent[Mapping[str, ModuleUpdate]] = Recent(PRIVATE_BYTES, _numbers_bytes)
         self._lock = threading.RLock()
 
     @classmethod
@@ -233,7 +228,7 @@ class SubspaceReader:
             task = self._find(task_id, number)
             kept = self._read_head(task)
             blocks = self._tensors.task(number, task_id, modules)
-            private = {n: one for n, one in self._private(task).items() if modules is None or n in modules}
+            private = self._private(task, modules)
             names = sorted({*blocks, *private})
             if unknown := set(modules or ()) - set(names):
                 raise NotFound(f"task {task.name} does not adapt {', '.join(sorted(unknown))}", self.storage.url)
@@ -284,8 +279,8 @@ class SubspaceReader:
         with self._reading(version) as number:
             if name not in self._heads.homes(number):
                 raise NotFound(f"version {number} has no module {name}", self.storage.url)
-            rests = {task: rest[name] for task, rest in self._private_parts(number).items() if name in rest}
-            return replace(self._tensors.module(number, name), private=rests)
+            private = self._private_by_module(number, (name,)).get(name, {})
+            return replace(self._tensors.module(number, name), private=private)
 
     @strict
     def subspace(self, version: VersionNumber | None = None) -> dict[str, ModuleSubspace]:
@@ -294,13 +289,9 @@ class SubspaceReader:
         from subspace_store.merging.coefficients import ModuleTasks
 
         with self._reading(version) as number:
-            tasks, private = self._tensors.tasks(number), self._private_parts(number)
+            tasks, private = self._tensors.tasks(number), self._private_by_module(number)
             return {
-                name: ModuleSubspace(
-                    basis,
-                    tasks.get(name, ModuleTasks()),
-                    {task: rest[name] for task, rest in private.items() if name in rest},
-                )
+                name: ModuleSubspace(basis, tasks.get(name, ModuleTasks()), private.get(name, {}))
                 for name, basis in self._tensors.basis(number).items()
             }
 
@@ -388,8 +379,12 @@ class SubspaceReader:
             private_numbers=sum(task.private_count for task in merged),
             head_numbers=sum(task.head_count for task in merged),
             separate_numbers=sum(task.parameter_count for task in merged),
-            stored_bytes=sum(ref.size_bytes for ref in retention.needed(self.state).values()),
         )
+
+    @strict
+    def stored_bytes(self) -> int:
+        """Bytes of all objects that the living versions need: every version's files, and adapters as delivered."""
+        return sum(ref.size_bytes for ref in retention.needed(self.state).values())
 
     @strict
     def history(self) -> list[HistoryEntry]:
@@ -494,26 +489,26 @@ class SubspaceReader:
             "read it as a version holds it (`adapter`, `onebasis export`)",
         )
 
-    def _private(self, task: MergedTask) -> Mapping[str, ModuleUpdate]:
-        """A task's private parts, by module."""
-        from subspace_store.adapter import adapter_from_bytes
+    def _private(self, task: MergedTask, modules: Sequence[str] | None = None) -> dict[str, ModuleUpdate]:
+        """A task's private parts, by module; only of these modules, where they are named."""
         from subspace_store.files import blobs
 
         if task.private is None:
             return {}
-        with self._lock:
-            known = self._rests.get(task.private.key)
-        if known is None:
-            content = blobs.read_blob(self.storage, task.private)
-            known = adapter_from_bytes(content, f"{self.storage.url}/{task.private.key}").modules
-            with self._lock:
-                self._rests.keep(task.private.key, known)
-        return known
+        file = self._heads.file(task.private, PRIVATE)
+        names = [name for name in file.parts if modules is None or name in modules]
+        return {name: blobs.read_private(file, name) for name in names}
 
-    def _private_parts(self, number: int) -> dict[str, Mapping[str, ModuleUpdate]]:
-        """Task id to private parts by module, of the tasks of a version that have some."""
+    def _private_by_module(
+        self, number: int, modules: Sequence[str] | None = None
+    ) -> dict[str, dict[str, ModuleUpdate]]:
+        """Module to task id to private part, of the tasks of a version that have some."""
         tasks = [task for task in self.state.tasks_at(number).values() if task.private is not None]
-        return dict(zip((t.task_id for t in tasks), in_order(self._private, tasks, AT_ONCE), strict=True))
+        found: dict[str, dict[str, ModuleUpdate]] = {}
+        for task, parts in zip(tasks, in_order(lambda t: self._private(t, modules), tasks, AT_ONCE), strict=True):
+            for name, update in parts.items():
+                found.setdefault(name, {})[task.task_id] = update
+        return found
 
     def _read_head(self, task: MergedTask) -> Adapter:
         """A task's head and facts, with or without its modules."""
@@ -525,10 +520,6 @@ class SubspaceReader:
         except NotFound:
             head = self.state.heads[task.adapter.key]
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
-
-
-def _numbers_bytes(modules: Mapping[str, ModuleUpdate]) -> int:
-    return sum(BYTES_PER_NUMBER * update.rank * (1 + sum(update.shape)) for update in modules.values())
 
 
 def rollback_preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:

@@ -7,7 +7,7 @@ products of the bases beside them, and every task's error and drift, measured ag
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from subspace_store.log.version import BlobRef, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import Transport
+from subspace_store.merging.private_part import private_numbers
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
@@ -123,11 +124,13 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
     file = None if version.transport is None else TensorFile(reader.storage, version.transport, TRANSPORT)
     written = {} if file is None else blobs.read_transports(file)
     refined = {task.task_id for task in version.refined}  # they are other adapters now: no drift to be measured
-    missed, energy = dict.fromkeys(born, 0.0), defaultdict[str, float](float)
+    missed, energy, private = dict.fromkeys(born, 0.0), defaultdict[str, float](float), Counter[str]()
     moved = dict.fromkeys(reader.state.tasks_at(version.parent), 0.0)
     for name in ranks:
         after = _orthonormal(reader.module(name, version.number))
         findings += [Finding(where, f"{name} {what}") for what in _energies(after.basis)]
+        for id_, update in after.private.items():
+            private[id_] += private_numbers(update)
         for id_, adapter in delivered.items():
             if name in adapter.modules:
                 missed[id_] += _squared_distance(adapter.modules[name], after, id_)
@@ -141,6 +144,10 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
                     continue
                 one, other = _dense_factors(before, id_), _dense_factors(after, id_)
                 moved[id_] += _gram_norm(torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]], dim=1))
+    for task in version.brought:
+        if private[task.task_id] != task.private_count:
+            counted = f"has {private[task.task_id]} numbers in private parts, the log says {task.private_count}"
+            findings.append(Finding(where, f"task {task.name} {counted}"))
     for id_, task in born.items():
         findings += _differs(
             f"task {task.name} ({id_})", "its error at birth is", missed[id_], energy[id_], task.error_at_birth

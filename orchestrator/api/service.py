@@ -229,7 +229,7 @@ class Service:
             **views.version_summary(state, state.versions[number]),
             "tasks": [views.task_in_version(state, table, number, task_id) for task_id in state.tasks_at(number)],
             "ranks": {name: list(ranks) for name, ranks in self._store.ranks(number).items()},
-            "footprint": asdict(self._store.footprint(number)),
+            "footprint": {**asdict(self._store.footprint(number)), "stored_bytes": self._store.stored_bytes()},
             **self._figures(table, number, self._queue.among(table.tasks)),
         }
 
@@ -308,7 +308,7 @@ class Service:
             "tasks": [views.score_column(t, names[t], table.birth[t], records.get(t)) for t in table.tasks],
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
             "by_version": [{"version": row, **self._figures(table, row, records)} for row in table.versions],
-            "footprint": asdict(self._store.footprint(number)),
+            "footprint": {**asdict(self._store.footprint(number)), "stored_bytes": self._store.stored_bytes()},
         }
 
     def capacity(self, request: requests.ShowCapacity) -> Json:
@@ -316,15 +316,12 @@ class Service:
         state = self._store.refresh()
         number = state.refs[MAIN] if request.version is None else request.version
         _check_version(state, number, lowest=0)
-        bounds, cap = state.error_bounds(number), self._settings.subspace.rank_max
-        ranks = self._store.ranks(number).values()
+        bounds = state.error_bounds(number)
         line = [0, *(version.number for version in state.lineage(number))][-TREND_VERSIONS:]
         return {
             "version": number,
-            "footprint": asdict(self._store.footprint(number)),
-            "rank_max": cap,
-            "modules": len(ranks),
-            "full_modules": sum(max(pair) >= cap for pair in ranks),
+            "footprint": {**asdict(self._store.footprint(number)), "stored_bytes": self._store.stored_bytes()},
+            "rank_max": self._settings.subspace.rank_max,
             "tasks": [views.task_size(task, bounds[task_id]) for task_id, task in state.tasks_at(number).items()],
             "trend": [asdict(self._store.footprint(version)) for version in line if version not in state.expired],
         }

@@ -131,7 +131,7 @@ def scores(answer: Json) -> None:
 def capacity(answer: Json) -> None:
     """`onebasis capacity`."""
     if not answer["tasks"]:
-        console.print("nothing is stored yet: main is empty")
+        console.print(f"version {answer['version']} holds no task: nothing is stored")
         return
     table = Table(box=None, pad_edge=False, title=f"What the tasks of version {answer['version']} store")
     for name in ("task", "as a separate LoRA", "private part", "error at birth", "error now (at most)"):
@@ -144,11 +144,10 @@ def capacity(answer: Json) -> None:
             decimals(task["error_at_birth"]), decimals(task["error_bound"]),
         )  # fmt: skip
     console.print(table)
-    if answer["full_modules"]:
-        full = f"{answer['full_modules']} of {counted(answer['modules'], 'module')}"
+    if private := [task for task in answer["tasks"] if task["private_numbers"]]:
         console.print(
-            f"the basis of {full} has rank_max {answer['rank_max']} directions: what comes next and is not in it is "
-            "kept as private parts",
+            f"the basis, of at most rank_max {answer['rank_max']} directions, has no room for all of "
+            f"{counted(len(private), 'task')}: the rest is in private parts",
             soft_wrap=True,
         )
     trend = Table(box=None, pad_edge=False)

@@ -84,7 +84,7 @@ class BrokenRule:
             return f"{self.title} {gain}: a gain below gate.min_gain {self.limit}"
         if self.rule is Rule.ERROR:
             lost = f"would be held with an error of {self.score:.3f} of its norm"
-            return f"{self.title} {lost}, more than gate.error_max {self.limit}, and has no rows to be scored on"
+            return f"{self.title} {lost}, more than gate.error_max {self.limit}, and has no score"
         return f"{self.title} scores {self.score:.4f}, below its own gate.min_score {self.limit}"
 
 
@@ -143,7 +143,7 @@ def judge(
         records: Task id to record, for local scores, names and the task's own rule.
         paired: Task id to how its score differs from the one it is compared with (at birth; of a new task: with its own
             adapter), where both were kept row by row. Reported only; it changes no decision.
-        errors: Task id to error at birth, of the tasks that the version brought.
+        errors: Task id to error at birth, of all tasks of the version.
     """
     broken: list[BrokenRule] = []
     for task_id in table.tasks:

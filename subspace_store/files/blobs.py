@@ -1,7 +1,8 @@
-"""The contents of the log's blobs: bases, transports and coefficients as tensor files, adapters as plain content.
+"""The contents of the log's blobs: bases, transports, coefficients and private parts as tensor files, adapters as plain
+content.
 
-A file has one part per module (bases, transports) or per task (coefficients), so that one of them is read without the
-rest. Axes as in merge.py.
+A file has one part per module (bases, transports, private parts) or per task (coefficients), so that one of them is
+read without the rest. Axes as in merge.py.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from configs.document import Line
 from configs.errors import Corrupt, InvalidInput, NotFound
-from subspace_store.adapter import Adapter, adapter_to_bytes
+from subspace_store.adapter import Adapter, ModuleUpdate, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.files.tensor_file import Part, TensorFile, blob_key, pack, write_tensors
-from subspace_store.files.version_heads import BASIS, COEFFICIENTS, TRANSPORT, task_layout
+from subspace_store.files.version_heads import BASIS, COEFFICIENTS, PRIVATE, TRANSPORT, task_layout
 from subspace_store.log.version import BlobRef
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.coefficients import TaskBlock, Transport
@@ -153,6 +154,21 @@ def write_transports(storage: Storage, epoch: int, transports: Mapping[str, Tran
 def read_transports(file: TensorFile) -> dict[str, Transport]:
     """All modules' transports. Raises Corrupt."""
     return {name: Transport(tensors["out"], tensors["in"]) for name, tensors in file.all().items()}
+
+
+# Private parts: a file per task, with a part per module
+
+
+def write_private(storage: Storage, epoch: int, updates: Mapping[str, ModuleUpdate]) -> BlobRef:
+    """One task's private parts (float32), by module."""
+    parts = [pack(name, {"u": u.u_NR, "sigma": u.sigma_R, "v": u.v_DR}) for name, u in sorted(updates.items())]
+    return write_tensors(storage, epoch, PRIVATE, {}, {part.name: ("u", "sigma", "v") for part in parts}, parts)
+
+
+def read_private(file: TensorFile, module: str) -> ModuleUpdate:
+    """A task's private part in one module. Raises Corrupt."""
+    tensors = file.part(module)
+    return ModuleUpdate(tensors["u"], tensors["sigma"], tensors["v"])
 
 
 # Coefficients: a part per task, its modules one after another

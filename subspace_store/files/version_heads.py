@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BASIS = "onebasis-basis-2"
 TRANSPORT = "onebasis-transport-2"
 COEFFICIENTS = "onebasis-coefficients-2"
+PRIVATE = "onebasis-private-1"
 """Kinds of tensor files."""
 
 FILES = 256

@@ -93,8 +93,9 @@ class VersionTensors:
             snapshot = line[start].snapshot
             ref = snapshot or next(t.coefficients for t in line[birth].brought if t.task_id == task_id)
             file = self._heads.file(ref, COEFFICIENTS)
-            # A task whose private parts are its whole update has no coefficients.
-            found = blobs.read_coefficients(file, task_id) if task_id in file.info["tasks"] else {}
+            brought = next(task for task in line[birth].brought if task.task_id == task_id)
+            is_whole = brought.private is not None and task_id not in file.info["tasks"]  # it has no coefficients
+            found = {} if is_whole else blobs.read_coefficients(file, task_id)
             blocks = {name: one.moved(None) for name, one in found.items() if modules is None or name in modules}
             self._heads.fetch(line[start + 1 :], coefficients=False)
             for version in line[start + 1 :]:

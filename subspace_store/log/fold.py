@@ -67,6 +67,8 @@ IDENTITY: Mapping[str, tuple[str, ...]] = {
     UNQUARANTINE: ("task_id",),
     PIN: ("version", "owner"),  # not its end: who asks again for thirty days means those from now
     UNPIN: ("version", "owner"),
+    EXPIRE: ("asked",),
+    DROP_ADAPTERS: ("asked",),
 }
 """What of a record's body makes another request of it: under one op_key only the same may be asked again."""
 
@@ -155,7 +157,8 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
             number = concerned["number"] if record.op in MAKES_VERSION else concerned
             changes["op_keys"] = {**state.op_keys, record.op_key: int(number)}
             named = {**record.body, "publish": MAIN in record.refs}
-            changes["asked"] = {**state.asked, record.op_key: asked(record.op, **named)}
+            if all(key in named for key in IDENTITY.get(record.op, ())):  # records of before 0.4 do not say all of it
+                changes["asked"] = {**state.asked, record.op_key: asked(record.op, **named)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"is no {record.op} of this format: {error!r}", where, "restore it from a backup") from error
     return dataclasses.replace(state, **changes)

@@ -86,7 +86,7 @@ def unpin(state: SubspaceState, version: int, owner: str) -> Change | None:
     return Change(fold.UNPIN, {"version": version, "owner": owner})
 
 
-def expire(state: SubspaceState, versions: Iterable[int], now: float) -> Change | None:
+def expire(state: SubspaceState, versions: Collection[int], now: float) -> Change | None:
     """Give versions up for ever."""
     dying = sorted({*versions} - {*state.expired})
     for number in dying:
@@ -95,7 +95,7 @@ def expire(state: SubspaceState, versions: Iterable[int], now: float) -> Change 
         check_alive(state, number)
         if names := named_by(state, number, now):
             raise Conflict(f"version {number} is needed: {', '.join(names)}", todo="expire only what nothing names")
-    return Change(fold.EXPIRE, {"versions": dying, "now": now}) if dying else None
+    return Change(fold.EXPIRE, {"versions": dying, "now": now, "asked": sorted({*versions})}) if dying else None
 
 
 def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, MergedTask]:
@@ -123,9 +123,9 @@ def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, Merg
     return found
 
 
-def drop(heads: Mapping[str, BlobRef]) -> Change | None:
+def drop(heads: Mapping[str, BlobRef], task_ids: Collection[str]) -> Change | None:
     """Give up delivered adapters. `heads`: key of an adapter's blob to the blob that keeps its head."""
-    return Change(fold.DROP_ADAPTERS, {"heads": heads}) if heads else None
+    return Change(fold.DROP_ADAPTERS, {"heads": heads, "asked": sorted({*task_ids})}) if heads else None
 
 
 def check_alive(state: SubspaceState, version: int) -> None:

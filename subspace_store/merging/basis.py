@@ -19,7 +19,8 @@ from subspace_store.merging.subspace_math import canonical_in_basis, orthonormal
 
 @dataclass(frozen=True)
 class ModuleBasis:
-    """Two orthonormal bases and the energy of everything merged in each direction, strongest first."""
+    """Two orthonormal bases and the energy in each direction of everything that moved them, strongest first. A merge
+    that leaves the basis as it is adds nothing to the energies."""
 
     p_NK: Tensor
     """Basis of the output side, float32."""

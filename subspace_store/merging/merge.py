@@ -154,7 +154,8 @@ def merge_adapters(
 
     Returns:
         The subspace after. Every old task's update is the orthogonal projection of what it was, as a full SVD of
-        all reconstructions and the new adapters would leave it, to float32 rounding of the basis.
+        all reconstructions and the new adapters would leave it, to float32 rounding of the basis. Where rank_max would
+        then break a promise, the basis stays as it is and the new tasks have private parts.
 
     Cost:
         Per changed module O((N+D)·(K+C)² + (K+C)³) for the basis, with C the sum of the new adapters' ranks, and
@@ -219,9 +220,10 @@ def merge_module(
         to_full = Transport(out.transport_JK, inward.transport_JK)
         arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
     k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
-    is_capped = settings.rank_max in (k_out, k_in)  # else these ranks were chosen so that no promise is broken
+    # Where all directions are fewer than rank_max, the ranks were chosen so that no promise is broken.
+    is_capped = max(len(arriving.e_KS), len(arriving.f_KS)) > settings.rank_max
     if is_capped and _breaks_a_promise(before.tasks, to_full.split(k_out, k_in)[1], settings):
-        return _beside(before, p_NK, q_DK, factors, settings)
+        return _merge_in_place(before, p_NK, q_DK, factors, settings)
     # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
     basis = ModuleBasis(
         out.directions_NJ[:, :k_out].float().contiguous(),
@@ -255,7 +257,7 @@ def _promises(settings: SubspaceSettings) -> bool:
     return settings.beyond_rank_max == "private" and settings.variant == "canonical" and settings.rank_fixed is None
 
 
-def _beside(
+def _merge_in_place(
     before: ModuleSubspace, p_NK: Tensor, q_DK: Tensor, factors: _Factors, settings: SubspaceSettings
 ) -> ModuleMerge:
     """The merge where the basis stays as it is and no earlier task moves: the new tasks have what it holds of them, and
@@ -307,12 +309,12 @@ def place_in_basis(
     basis: ModuleBasis,
     incoming: Mapping[str, ModuleUpdate],
     settings: SubspaceSettings,
-    beside: Collection[str] = (),
+    may_be_private: Collection[str] = (),
 ) -> Placed:
     """Write updates of one module in an unchanged basis.
 
     Args:
-        beside: Tasks that may have private parts, for what lies outside the basis.
+        may_be_private: Tasks that may have private parts, for what lies outside the basis.
     """
     p_NK, q_DK = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
     factors = _Factors.of(incoming, settings)
@@ -320,7 +322,7 @@ def place_in_basis(
     # L·Rᵀ − P·E·(Q·F)ᵀ = L⊥·Rᵀ + P·E·R⊥ᵀ, orthogonal to each other: two sums of squares, so nothing cancels.
     left_NC, right_DC = factors.left_NC - p_NK @ block.e_KS, factors.right_DC - q_DK @ block.f_KS
     missed_T = kept_energy(left_NC, factors.right_DC, block.ranks) + kept_energy(block.e_KS, right_DC, block.ranks)
-    return _placed(block, missed_T, (p_NK, q_DK), factors, settings, beside)
+    return _placed(block, missed_T, (p_NK, q_DK), factors, settings, may_be_private)
 
 
 def _placed(
@@ -329,7 +331,7 @@ def _placed(
     spans: tuple[Tensor, Tensor],
     factors: _Factors,
     settings: SubspaceSettings,
-    beside: Collection[str],
+    may_be_private: Collection[str],
 ) -> Placed:
     """Divide the updates between coefficients and private parts, so that the promises are kept.
 
@@ -337,20 +339,20 @@ def _placed(
         exact: Coefficients of the updates in the basis, float64.
         missed_T: Energy of each update outside the basis.
         spans: The basis' two sides, float64.
-        beside: Tasks that may have private parts.
+        may_be_private: Tasks that may have private parts.
     """
     private: dict[str, ModuleUpdate] = {}
     shared = list(exact.task_ids)
     missed_T = missed_T.clone()
     allowed_T = (1 - settings.energy_ratio_min + ROUNDED) * exact.delivered_T
     pairs = zip(exact.each(), factors.each(), strict=True)
-    for place, ((task, one), (left_NR, right_DR)) in enumerate(pairs if beside else ()):
-        if task in beside and missed_T[place] > allowed_T[place]:
-            apart = divided(left_NR, right_DR, *spans, one.e_KS, one.f_KS, settings.energy_ratio_min)
-            missed_T[place] = apart.missed
-            if apart.update is not None:
-                private[task] = apart.update
-            if apart.is_whole:
+    for place, ((task, one), (left_NR, right_DR)) in enumerate(pairs if may_be_private else ()):
+        if task in may_be_private and missed_T[place] > allowed_T[place]:
+            division = divided(left_NR, right_DR, *spans, one.e_KS, one.f_KS, settings.energy_ratio_min)
+            missed_T[place] = division.missed
+            if division.update is not None:
+                private[task] = division.update
+            if division.is_whole:
                 shared.remove(task)
     arrivals = (exact if len(shared) == len(exact.task_ids) else exact.only(shared)).rounded()
     return Placed(arrivals, private, exact.task_ids, exact.delivered_T, missed_T)

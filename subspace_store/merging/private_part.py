@@ -21,7 +21,7 @@ promise: an error of 1e-5, ten times what it takes."""
 
 
 @dataclass(frozen=True)
-class Apart:
+class Division:
     """How one module of a new task is divided between the shared basis and the task itself."""
 
     update: ModuleUpdate | None
@@ -31,14 +31,10 @@ class Apart:
     missed: float
     """‖ΔW − ΔŴ‖²_F with the private part."""
 
-    @property
-    def numbers(self) -> int:
-        return 0 if self.update is None else private_numbers(self.update)
-
 
 def divided(
     left_NR: Tensor, right_DR: Tensor, p_NK: Tensor, q_DK: Tensor, e_KR: Tensor, f_KR: Tensor, energy_ratio_min: float
-) -> Apart:
+) -> Division:
     """Keep the promise to a task in a module, with the fewest numbers.
 
     Args:
@@ -64,13 +60,13 @@ def divided(
     )
     missed = float(rest[1].square().sum())
     if missed <= allowed:
-        return Apart(None, False, missed)
+        return Division(None, False, missed)
     beside, beside_missed = _truncated(*rest, allowed)
     whole, whole_missed = _truncated(u_NR, sigma_R, v_DR, allowed)
     coefficients = e_KR.numel() + f_KR.numel()
     if private_numbers(whole) < private_numbers(beside) + coefficients:
-        return Apart(whole, True, whole_missed)
-    return Apart(beside, False, beside_missed)
+        return Division(whole, True, whole_missed)
+    return Division(beside, False, beside_missed)
 
 
 def with_private(shared: ModuleUpdate | None, private: ModuleUpdate | None) -> ModuleUpdate:

@@ -207,6 +207,20 @@ def test_a_key_that_names_another_request_is_refused_and_the_same_request_is_don
         others[0](successor)
 
 
+def test_adapters_that_were_let_go_may_be_asked_for_again_whatever_was_done_since() -> None:
+    store = three_published()
+    store.drop_adapters(["b"], op_key="d", actor="test")
+    store.remove("a", op_key="r", actor="test", publish=True)  # b is made again, from a version not published alone
+    store.drop_adapters(["b"], op_key="d", actor="test")
+    store.remove("b", op_key="r2", actor="test", publish=True)
+    store.expire([n for n in store.state.versions if n not in store.state.refs.values()], op_key="e", actor="test")
+    before = store.state
+    store.drop_adapters(["b"], op_key="d", actor="test")
+    assert store.state == before
+    with pytest.raises(Conflict, match="another request was done, a drop-adapters"):
+        store.drop_adapters(["b", "c"], op_key="d", actor="test")
+
+
 def test_a_pin_asked_for_again_later_is_the_same_request() -> None:
     store = three_published()
     for until in (9e9, 9e9 + 60):

@@ -56,14 +56,23 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     return model
 
 
+def _of_rank(update: ModuleUpdate, rank: int) -> ModuleUpdate:
+    """The leading directions of an update; the update itself if it has no more."""
+    if update.rank <= rank:
+        return update
+    return ModuleUpdate(
+        *(part.contiguous() for part in (update.u_NR[:, :rank], update.sigma_R[:rank], update.v_DR[:, :rank]))
+    )
+
+
 def _with_private_directions(basis: ModuleBasis, update: ModuleUpdate) -> ModuleBasis:
     """The basis and, after it, the directions of the task's private part: they are the task's own, and its coefficients
     in them are trained with the others. The basis itself where there are none."""
-    p_NK, q_DK = _beside(basis.p_NK, update.u_NR * update.sigma_R), _beside(basis.q_DK, update.v_DR * update.sigma_R)
+    p_NK, q_DK = _widened(basis.p_NK, update.u_NR * update.sigma_R), _widened(basis.q_DK, update.v_DR * update.sigma_R)
     return replace(basis, p_NK=p_NK, q_DK=q_DK)
 
 
-def _beside(basis_NK: Tensor, columns_NR: Tensor) -> Tensor:
+def _widened(basis_NK: Tensor, columns_NR: Tensor) -> Tensor:
     exact_NK, columns_NR = basis_NK.double(), columns_NR.double()
     rest_NR = columns_NR - exact_NK @ (exact_NK.T @ columns_NR)
     u_NR, size_R, _ = torch.linalg.svd(rest_NR - exact_NK @ (exact_NK.T @ rest_NR), full_matrices=False)
@@ -74,4 +83,7 @@ def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHIN
     """P·E·Fᵀ·Qᵀ of the trained coefficients, and the head. The adapter's `info` is kept."""
     assert given.adapter is not None
     refined = lora.finish(prepared, base, spec, given)
+    # As served, a task with a private part has both ranks; refined, it has its own again, so that ranks do not grow.
+    modules = {name: _of_rank(update, spec.lora.r) for name, update in refined.modules.items()}
+    refined = replace(refined, modules=modules)
     return replace(refined, info=dict(given.adapter.info) | {"refined_in": str(given.version)})

@@ -89,8 +89,7 @@ def test_a_new_task_that_nobody_can_score_is_judged_by_its_error(error: float, p
     if not passed:
         assert decision.codes == ("error-at-birth",)
         assert decision.summary == (
-            "red/b would be held with an error of 0.250 of its norm, more than gate.error_max 0.25, and has no rows to "
-            "be scored on"
+            "red/b would be held with an error of 0.250 of its norm, more than gate.error_max 0.25, and has no score"
         )
 
 

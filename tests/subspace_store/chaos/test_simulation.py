@@ -217,7 +217,7 @@ def without_bases_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader forgets what is kept beside the basis."""
-    monkeypatch.setattr(SubspaceReader, "_private", lambda self, task: {})
+    monkeypatch.setattr(SubspaceReader, "_private", lambda self, task, modules=None: {})
 
 
 def without_keeping_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
