@@ -330,3 +330,17 @@ def test_a_control_plane_that_dies_before_any_call_refines_once_all_the_same(mak
         except (AssertionError, pytest.fail.Exception) as error:
             raise AssertionError(f"died before call {call}") from error
     assert call > 15
+
+
+def test_a_task_without_a_score_is_judged_by_its_error_also_beside_one_that_is_refined(make_plant: MakePlant) -> None:
+    plant = make_plant(subspace={"rank_max": 2, "beyond_rank_max": "drop", "energy_ratio_min": 1.0})
+    plant.cluster.hold = lambda order: isinstance(order, Train) and not order.refine_version
+    plant.submit("red/refined", spec=REFINE)
+    plant.submit("red/silent", eval_key="")
+    plant.run(lambda: len(plant.cluster.held) == 2)
+    plant.cluster.release()  # both are trained, and merged as one version
+    plant.run()
+    silent = plant.get("red/silent")
+    assert silent.state is TaskState.REJECTED
+    assert silent.reason_codes == ("error-at-birth",)
+    assert plant.states()["red/refined"] == "published"
