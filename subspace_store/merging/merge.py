@@ -33,6 +33,9 @@ from subspace_store.parallel import in_order
 TIGHTEST = 8
 """Number of tasks that ranks are chosen for first: those nearest to the energy promised to them. It changes the cost,
 not the result."""
+NEWEST = 8
+"""Number of tasks that are asked first whether a merge takes something from them. It changes the cost, not the
+result."""
 NOTHING = 1e-6
 """Share of an update's energy below which it counts as lost altogether: Gram matrices in memory are float32."""
 SMALLEST_NORM = torch.finfo(torch.float32).tiny
@@ -220,10 +223,9 @@ def merge_module(
         to_full = Transport(out.transport_JK, inward.transport_JK)
         arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
     k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
-    # Where all directions are fewer than rank_max, the ranks were chosen so that no promise is broken.
-    is_capped = max(len(arriving.e_KS), len(arriving.f_KS)) > settings.rank_max
-    if is_capped and _breaks_a_promise(before.tasks, to_full.split(k_out, k_in)[1], settings):
-        return _merge_in_place(before, p_NK, q_DK, factors, settings)
+    has_room = max(len(arriving.e_KS), len(arriving.f_KS)) <= settings.rank_max
+    if not has_room and _promises(settings) and _loses(before.tasks, to_full.split(k_out, k_in)[1]):
+        return _merge_in_place(before, p_NK, q_DK, factors, settings)  # no earlier task pays for it
     # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
     basis = ModuleBasis(
         out.directions_NJ[:, :k_out].float().contiguous(),
@@ -236,20 +238,16 @@ def merge_module(
     return _with_arrivals(before, basis, (transport, dropped), arriving.first(k_out, k_in), spans, factors, settings)
 
 
-def _breaks_a_promise(tasks: ModuleTasks, dropped: Transport, settings: SubspaceSettings) -> bool:
-    """Whether dropping these directions takes an earlier task below its promise, or further below it."""
-    if not _promises(settings) or not (len(dropped.out) or len(dropped.inward)) or not tasks.task_ids:
+def _loses(tasks: ModuleTasks, dropped: Transport) -> bool:
+    """Whether some task loses anything but rounding if these directions are dropped."""
+    if not (len(dropped.out) or len(dropped.inward)) or not tasks.task_ids:
         return False
-    kept_T = tasks.kept()
-    spare_T = kept_T - torch.minimum(kept_T, settings.energy_ratio_min * tasks.delivered_T) + SLACK * tasks.delivered_T
-    # Those nearest to their promise first: where the basis is full they decide, and the others need not be asked.
-    nearest = (spare_T / tasks.delivered_T.clamp(min=SMALLEST_NORM)).argsort()[:TIGHTEST]
-    block = tasks.only([tasks.task_ids[place] for place in nearest.tolist()])
-    assert block is not None
-    places = [tasks.task_ids.index(task) for task in block.task_ids]
-    if bool((ModuleTasks.of(block).lost(dropped) > spare_T[places]).any()):
+    newest = tasks.only(tasks.task_ids[-NEWEST:])  # a full basis holds no direction that nobody needs: they tell
+    assert newest is not None
+    some_T = ModuleTasks.of(newest).lost(dropped)
+    if bool((some_T > ROUNDED * newest.delivered_T).any()):
         return True
-    return bool((tasks.lost(dropped) > spare_T).any())
+    return bool((tasks.lost(dropped) > ROUNDED * tasks.delivered_T).any())
 
 
 def _promises(settings: SubspaceSettings) -> bool:
