@@ -6,6 +6,7 @@ base model by then. No model libraries: the control plane only knows a `BaseLayo
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.formats.peft import TRAINED_ON, TRAINED_ON_SHA256
+from subspace_store.formats.peft import TRAINED_ON, TRAINED_ON_SHA256, UNKNOWN_SETTINGS
 from workers.heads import HeadLayout
 from workers.metrics import GENERATED
 
@@ -134,6 +135,17 @@ def trained_elsewhere(adapter: Adapter, called: Iterable[str]) -> str:
             return ""
         said = f"'{name}', and this service's base model is {' or '.join(repr(known) for known in called)}"
     return f"the adapter was trained on {said}: if that is another model, its scores will be those of chance"
+
+
+def not_understood(adapter: Adapter) -> str:
+    """A warning if an adapter's folder has settings that nobody here knows; else empty."""
+    names = json.loads(adapter.info.get(UNKNOWN_SETTINGS, "[]"))
+    if not names:
+        return ""
+    return (
+        f"adapter_config.json sets {', '.join(names[:5])}, which this release does not know: if that changes what the "
+        "adapter computes, it is read wrongly; compare a few of its answers with your own program's"
+    )
 
 
 def without_effect(adapter: Adapter) -> str:

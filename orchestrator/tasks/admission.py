@@ -29,6 +29,7 @@ from workers.compatibility import (
     check_lengths,
     check_template,
     chosen_modules,
+    not_understood,
     trained_elsewhere,
     with_full_names,
     without_effect,
@@ -126,7 +127,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
         named = with_full_names(brought, layout.module_shapes, layout.heads[spec.kind], str(folder))
         check_head(named, spec, layout.heads[spec.kind], is_scored=evaluation is not None)
-        doubts = (trained_elsewhere(named, layout.called or (settings.base_model.source,)), without_effect(named))
+        called = layout.called or (settings.base_model.source,)
+        doubts = (trained_elsewhere(named, called), not_understood(named), without_effect(named))
         rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
         return Draft(spec, rows, adapter_to_bytes(named), (*filter(None, doubts), *_warnings(rows)))
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)

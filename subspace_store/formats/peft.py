@@ -22,7 +22,16 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
-from subspace_store.formats.peft_config import CLASSIFIER_HEADS, Names, Scaling, check_config, ends_of, read_config
+from subspace_store.formats.peft_config import (
+    CLASSIFIER_HEADS,
+    LeftOut,
+    Names,
+    Scaling,
+    check_config,
+    ends_of,
+    read_config,
+    unknown_settings,
+)
 from subspace_store.formats.weights_file import read_weights, weights_with_facts
 
 CONFIG_FILE = "adapter_config.json"
@@ -32,6 +41,8 @@ CARD_FILE = "README.md"
 PREFIX = "base_model.model."  # PEFT's wrapper, in front of every name of the model
 ID2LABEL, BASE_SHA256 = "id2label", "base_model_sha256"
 """Keys in the header of the weights that we write: the label of each output, the sha256 of the base's weights."""
+UNKNOWN_SETTINGS = "unknown_settings"
+"""Key of `Adapter.info`: the settings of the adapter's folder that nobody here knows, as a JSON list."""
 TRAINED_ON, TRAINED_ON_SHA256 = "trained_on", "trained_on_sha256"
 """Keys of `Adapter.info`: the base model as the adapter's folder names it (base_model_name_or_path), and its digest."""
 
@@ -148,7 +159,7 @@ def from_peft(
     check_config(config, where)
     names = Names(config)
     pairs, head = _sort_tensors(names, tensors, where)
-    _check_targets(names, pairs, where)
+    _check_targets(config, names, pairs, where)
     scaling = Scaling(config, len(pairs), where)
     scales = {name: scaling.of(name, len(pair["A"])) for name, pair in pairs.items()}
     modules = {name: canonical_update(pair["B"], pair["A"], scales[name]) for name, pair in sorted(pairs.items())}
@@ -159,6 +170,8 @@ def from_peft(
     }
     if config.get("base_model_name_or_path"):
         facts[TRAINED_ON] = str(config["base_model_name_or_path"])
+    if unknown := unknown_settings(config):
+        facts[UNKNOWN_SETTINGS] = json.dumps(unknown)
     adapter = Adapter(base_model, base_sha256, modules, dict(sorted(head.items())), facts | dict(info or {}))
     check_adapter(adapter)
     return adapter
@@ -281,7 +294,8 @@ def check_numbers(key: str, tensor: Tensor, where: str) -> None:
     """Refuse whole numbers, NaN and infinity. Raises InvalidInput with the tensor's name."""
     if not tensor.is_floating_point():
         raise InvalidInput(f"has the tensor {key!r} of type {tensor.dtype}; only real numbers are read", where)
-    if not bool(torch.isfinite(tensor).all()):
+    # An eight-bit float knows few operations; it is read like any other.
+    if not bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()):
         raise InvalidInput(f"has NaN or infinite values in {key!r}", where, "train it with a lower learning rate")
 
 
@@ -347,10 +361,18 @@ def check_pair(name: str, pair: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def _check_targets(names: Names, pairs: Mapping[str, Any], where: str) -> None:
-    """Every lora pair belongs to a target module, and every listed target module has one."""
+def _check_targets(config: Mapping[str, Any], names: Names, pairs: Mapping[str, Any], where: str) -> None:
+    """Every lora pair belongs to a module that PEFT adapts, and every listed target module has one."""
     if not pairs:
         raise InvalidInput("has no lora_A and lora_B", where, "the file is empty or of another kind")
+    left_out = LeftOut(config, where)
+    for name in pairs:
+        if rule := left_out.rule_for(name):
+            raise InvalidInput(
+                f"has tensors for {name!r}, which PEFT leaves alone by {rule}={config[rule]!r:.200}",
+                where,
+                "take the tensors out, or the setting: which of the two is meant, nobody can tell",
+            )
     if names.targets is None:
         return  # names are checked against the model's own
     ends = {name: {*ends_of(name)} for name in pairs}

@@ -45,6 +45,40 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 # Initialisations that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them as well,
 # and B·A alone is then not the update.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_KNOWN = frozenset(_PLAIN_VALUES) | frozenset(
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+        "unsloth_fixed",
+    ]
+)
+"""Every key whose meaning is known here: PEFT's own up to 0.21, and one of Unsloth's that changes nothing."""
 _TRUTHS = ("use_rslora", "fan_in_fan_out")
 _TEXTS = ("task_type", "base_model_name_or_path")
 _ONE_MEANING_ONLY = ("[[", "[:")  # RE2 reads character classes, Python (and so PEFT) plain brackets
@@ -113,6 +147,51 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     _number(config.get("lora_dropout") or 0.0, "lora_dropout", where)
 
 
+def unknown_settings(config: Mapping[str, Any]) -> list[str]:
+    """Keys with a value that nobody here knows: a newer PEFT, or another program, may mean something by them."""
+    return sorted(str(key) for key, value in config.items() if key not in _KNOWN and value)
+
+
+class LeftOut:
+    """PEFT's rules for target modules that are not adapted after all: `exclude_modules` and `layers_to_transform`.
+
+    Raises:
+        InvalidInput: A rule that cannot be read.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        excluded, layers = config.get("exclude_modules") or (), config.get("layers_to_transform")
+        patterns = config.get("layers_pattern") or ()
+        self._excluded = {excluded} if isinstance(excluded, str) else {*_names(excluded, "exclude_modules", where)}
+        self._is_pattern = (
+            _compile(excluded, "exclude_modules", where, before="") if isinstance(excluded, str) else None
+        )
+        numbers = [layers] if isinstance(layers, int) else layers
+        if numbers is not None and not (isinstance(numbers, list) and all(isinstance(n, int) for n in numbers)):
+            raise InvalidInput(f"has layers_to_transform={_shown(layers)}, which must be whole numbers", where)
+        self._layers = {*numbers} if numbers else None
+        named = [patterns] if isinstance(patterns, str) else _names(patterns, "layers_pattern", where)
+        # PEFT's own rule: the number after one of the names, or after any name where none is given.
+        self._index = [rf".*\.{re.escape(name)}\.(\d+)\." for name in named] or [r".*\.[^.]*\.(\d+)\."]
+
+    def rule_for(self, name: str) -> str:
+        """The setting by which PEFT does not adapt a module; empty: it does."""
+        if self._is_pattern is not None:
+            return "exclude_modules" if self._is_pattern.match(name) else ""
+        if self._excluded & {*ends_of(name)}:
+            return "exclude_modules"
+        if self._layers is None:
+            return ""
+        found = next((match for rule in self._index if (match := re.match(rule, name))), None)
+        return "" if found and int(found[1]) in self._layers else "layers_to_transform"
+
+
+def _names(value: Any, key: str, where: str) -> list[str]:
+    if not isinstance(value, list | tuple | set) or not all(isinstance(name, str) for name in value):
+        raise InvalidInput(f"has {key}={_shown(value)}, which must be names", where)
+    return list(value)
+
+
 class Scaling:
     """The factor that a configuration puts in front of each module's B·A: alpha/r, or alpha/√r with rsLoRA.
 
@@ -166,8 +245,8 @@ class _Patterns:
         return next((self._values[text] for text, pattern in self._compiled if pattern.match(name)), None)
 
 
-def _compile(pattern: str, key: str, where: str) -> Any:
-    rule = rf"(.*\.)?({pattern})$"
+def _compile(pattern: str, key: str, where: str, before: str = r"(.*\.)?") -> Any:
+    rule = rf"{before}({pattern})$"
     options = re2.Options()
     options.log_errors = False
     try:

@@ -610,6 +610,12 @@ def test_the_same_adapter_in_another_folder_is_the_same_submission(desk: Desk) -
     assert desk.submit(desk.imported(method={"name": "import", "adapter": str(desk.data / "copied")})) == (first, False)
 
 
+def test_a_setting_of_an_adapter_that_nobody_knows_is_a_warning(desk: Desk) -> None:
+    desk.peft(lambda config, tensors: config.update(new_scale=3.0))
+    record, _ = desk.submit(desk.imported())
+    assert [w for w in record.warnings if w.startswith("adapter_config.json sets new_scale, which this release does")]
+
+
 def test_an_import_that_names_training_rows_is_refused(desk: Desk) -> None:
     desk.peft()
     assert desk.refuse(desk.imported(data={"train_file": str(desk.data / "train.jsonl")})) == (

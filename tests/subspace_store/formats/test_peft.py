@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 from configs.errors import InvalidInput
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.formats.peft import from_peft, read_peft_folder, to_peft, write_peft_folder
+from subspace_store.formats.peft_config import _KNOWN, unknown_settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -270,6 +272,13 @@ def test_a_lora_of_a_convolution_is_refused_by_name(tmp_path: Path) -> None:
         ("target_modules", [1], "target_modules="),
         ("target_modules", ["value"], "which target_modules .* does not name"),
         ("target_modules", ["query", "key"], "names 'key' .* no tensors"),
+        ("layers_to_transform", [0], r"layer\.1\..*PEFT leaves alone by layers_to_transform=\[0\]"),
+        ("layers_to_transform", 1, r"layer\.0\..*PEFT leaves alone by layers_to_transform=1"),
+        ("layers_to_transform", "0", "layers_to_transform='0', which must be whole numbers"),
+        ("exclude_modules", ["query"], r"PEFT leaves alone by exclude_modules=\['query'\]"),
+        ("exclude_modules", r".*layer\.0\..*", r"layer\.0\..*PEFT leaves alone by exclude_modules"),
+        ("exclude_modules", [1], r"exclude_modules=\[1\], which must be names"),
+        ("exclude_modules", "(", "pattern in exclude_modules that cannot be read"),
     ],
 )
 def test_a_configuration_that_means_something_else_is_refused_by_name(
@@ -278,6 +287,46 @@ def test_a_configuration_that_means_something_else_is_refused_by_name(
     folder = saved(trained("bert", target_modules=["query"]), tmp_path)
     with pytest.raises(InvalidInput, match=said):
         read_peft_folder(edited(folder, **{key: value}), "base", "")
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 0, "layers_pattern": "layer"},
+        {"exclude_modules": ["layer.0.attention.self.query"]},
+        {"exclude_modules": r".*layer\.1.*"},
+        {"exclude_modules": "query"},  # a pattern for the whole name: it excludes nothing
+    ],
+)
+def test_what_peft_left_out_of_its_targets_is_not_asked_for(left_out: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"], **left_out), tmp_path)
+    adapter = read_peft_folder(folder, "base", "")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    adapted = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    assert adapter.modules.keys() == adapted
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+def test_small_floats_are_read_as_what_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved(trained("bert", target_modules=["query"]), tmp_path)
+    known = load_file(folder / "adapter_model.safetensors")
+    exact = read_peft_folder(with_tensors(folder, **{k: t.to(dtype).float() for k, t in known.items()}), "base", "")
+    found = read_peft_folder(with_tensors(folder, **{k: t.to(dtype) for k, t in known.items()}), "base", "")
+    for name, update in exact.modules.items():
+        assert torch.allclose(found.modules[name].delta(), update.delta(), atol=1e-6)
+
+
+def test_a_setting_that_nobody_knows_is_kept_by_name(tmp_path: Path) -> None:
+    folder = edited(saved(trained("bert", target_modules=["query"]), tmp_path), new_scale=3.0, other_default=None)
+    assert json.loads(read_peft_folder(folder, "base", "").info["unknown_settings"]) == ["new_scale"]
+
+
+def test_every_setting_of_peft_itself_is_known() -> None:
+    settings = LoraConfig(target_modules=["query"], runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert unknown_settings(settings.to_dict()) == []
+    unknown = {field.name for field in dataclasses.fields(LoraConfig)} - {*_KNOWN}
+    assert unknown == set(), "read what they mean, then name them in _KNOWN or _PLAIN_VALUES"
 
 
 def test_a_missing_half_of_a_pair_is_refused_with_its_module(tmp_path: Path) -> None:
