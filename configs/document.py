@@ -214,8 +214,10 @@ def _is_unclear(word: Word, made: Section, path: tuple[Any, ...]) -> bool:
 
 def told(error: ValidationError, kind: type[Section], where: str, words: Words = MappingProxyType({})) -> InvalidInput:
     """Every mistake, each with its key path, up to so many that a person reads."""
-    lines = [_describe(mistake, kind, words) for mistake in islice(error.errors(include_url=False), MISTAKES_MAX)]
-    if (more := error.error_count() - len(lines)) > 0:
+    # A default that depends on a field with a mistake is no mistake of its own.
+    mistakes = [m for m in error.errors(include_url=False) if m["type"] != "default_factory_not_called"]
+    lines = [_describe(mistake, kind, words) for mistake in islice(mistakes, MISTAKES_MAX)]
+    if (more := len(mistakes) - len(lines)) > 0:
         lines.append(f"and {more:,} more")
     return InvalidInput(_listed(lines), where, "correct the keys named above; every key is described in configs/")
 

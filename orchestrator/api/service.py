@@ -160,6 +160,9 @@ class Service:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
         records = self._queue.page(states, request.team, request.before, request.limit)
+        if not records and request.team is not None and request.team not in self._settings.teams:
+            known = ", ".join(sorted(self._settings.teams))
+            raise InvalidInput(f"there is no team '{request.team}'", "team", f"teams of this service: {known}")
         is_any_queued = any(record.state is TaskState.QUEUED for record in records)
         places = self._places() if is_any_queued else {}
         starts = self._starts() if is_any_queued else None
@@ -260,11 +263,13 @@ class Service:
         state = self._store.refresh()
         _check_version(state, request.version, lowest=0)
         request = request.named()
-        if request.op_key not in state.op_keys:
+        is_new = request.op_key not in state.op_keys
+        if is_new:
             self._refuse_doubles(self._store.preview_rollback(request.version))
         found = self._write(request)
         self._written()
-        return views.rollback(found, preview=False, held=request.hold, op_key=request.op_key)
+        answer = views.rollback(found, preview=False, held=request.hold, op_key=request.op_key)
+        return {**answer, "repeated": not is_new, "main": self._store.refresh().refs[MAIN]}
 
     def change(self, request: StoreRequest[Any]) -> Json:
         """Tag, hold, pin, expire … through the store's one writer. The same op_key again is the same request."""

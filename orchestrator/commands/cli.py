@@ -37,6 +37,7 @@ from orchestrator.api.requests import (
     Status,
 )
 from orchestrator.commands import display, submission, version_tables
+from orchestrator.commands.attention import Attention
 from orchestrator.commands.submission import ENDS, WATCH_SECONDS
 from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.terminal import (
@@ -54,7 +55,9 @@ from subspace_store.commands.terminal import (
 from subspace_store.requests import Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
-INTERRUPTED = "interrupted; the service goes on. `onebasis tasks` shows where it is"
+INTERRUPTED = (
+    "interrupted; the tasks are not. `onebasis status` shows whether the service runs, `onebasis tasks` where it is"
+)
 command = command_of(app, INTERRUPTED)
 starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
@@ -182,11 +185,17 @@ def tasks(
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
     asked = ListTasks(team=team, state=_state(state), before=before, limit=limit)
+    service = Attention(client)
+
+    def ask() -> list[display.Json]:
+        service.look()
+        return client.ask(asked)
+
     if watch and as_json:
-        while any(row["state"] not in ENDS for row in client.ask(asked)):
+        while any(row["state"] not in ENDS for row in ask()):
             time.sleep(WATCH_SECONDS)
     elif watch:
-        display.follow(lambda: client.ask(asked), WATCH_SECONDS)
+        display.follow(ask, WATCH_SECONDS)
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
     if len(rows) == limit:
@@ -224,7 +233,10 @@ def logs(
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
     client, after, lines = Client(state_dir), 0, []
+    service = Attention(client)
     while True:
+        if follow:
+            service.look()
         new = client.ask(ReadLog(reference=reference, after=after))
         after = new[-1]["event_id"] if new else after
         lines += new

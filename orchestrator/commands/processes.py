@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from configs.errors import Conflict, InvalidInput, NoSignOfLife, Unavailable, error_from_dict
+from configs.errors import Conflict, InvalidInput, NoSignOfLife, OwnedByAnother, Unavailable, error_from_dict
 from configs.settings import Settings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api.client import Client, server_facts
@@ -323,6 +323,9 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         store_error = error_from_dict(health["store_error"]) if health.get("store_error") else None
         if store_error is not None and not isinstance(store_error, Unavailable):
             raise store_error
+        for alarm in alarms:
+            if alarm["code"] == AlarmCode.OUSTED:
+                raise OwnedByAnother(alarm["what"], str(state_dir), alarm["todo"], "", "", 0.0)
         # The service itself waits for a store that is full or away, and its status reports it.
         is_open = health.get("store_is_open", True) or store_error is not None
         if ready == all_workers and is_open and heard and not unfinished:

@@ -12,6 +12,7 @@ from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import ShowTask, Submit
 from orchestrator.commands import display
+from orchestrator.commands.attention import Attention
 from subspace_store.commands.terminal import errors, me, show
 
 Json = dict[str, Any]
@@ -128,7 +129,10 @@ def _failed(file: Path, error: OnebasisError) -> Json:
 def _ended(client: Client, task_ids: Sequence[str], as_json: bool) -> list[Json]:
     """The tasks once they have ended; meanwhile their progress is shown."""
 
+    service = Attention(client)
+
     def ask() -> list[Json]:
+        service.look()
         return [client.ask(ShowTask(reference=task_id)) for task_id in task_ids]
 
     if not as_json:

@@ -74,6 +74,13 @@ def diff(answer: Json) -> None:
 
 def rollback(answer: Json) -> None:
     """`onebasis rollback`."""
+    if answer.get("repeated"):
+        console.print(
+            f"this rollback, to version {answer['to_version']}, was done before under {answer['op_key']!r}: nothing "
+            f"was changed now, and main is version {answer['main']}",
+            soft_wrap=True,
+        )
+        return
     if answer["from_version"] == answer["to_version"]:
         console.print(f"main is version {answer['to_version']} already")
     else:

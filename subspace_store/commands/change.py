@@ -104,8 +104,11 @@ def quarantine(
 ) -> None:
     """Keep a task from being merged again. Versions that hold it stay as they are."""
     place = place_of(store, state_dir)
-    task_id = task_id_of(reader_at(place), task)
+    reader = reader_at(place)
+    task_id = task_id_of(reader, task)
     done = f"task {task_id} will not be merged"
+    if not any(task_id == known.task_id for version in reader.state.versions.values() for known in version.added):
+        done += "; no task of this id was merged here yet: compare it with the ids in `onebasis tasks`"
     change(place, force, as_json, done, Quarantine(task_id=task_id, reason=reason, op_key=op_key, actor=me()))
 
 

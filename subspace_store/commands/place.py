@@ -120,10 +120,12 @@ def writer_at(place: Place, force: bool = False) -> SubspaceStore:
 
 def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRequest[Any]) -> None:
     """Write one record, through the running service or as the writer, and print the request with its key."""
+    repeated = bool(request.op_key) and request.op_key in reader_at(place).state.op_keys
     request = request.named()
     write(place, force, request)
     facts = request.model_dump(mode="json", exclude={"actor"})
-    show({"operation": request.operation, **facts}, lambda _: note(done), as_json)
+    said = f"this was done before under {request.op_key!r}, and nothing was changed now" if repeated else done
+    show({"operation": request.operation, "repeated": repeated, **facts}, lambda _: note(said), as_json)
 
 
 def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:

@@ -231,7 +231,9 @@ def test_a_rollback_moves_main_and_back_and_the_tasks_follow(site: Site) -> None
     assert [v["status"] for v in site.client.ask(ListVersions())] == ["published", "rolled back"]
     # The same key again is the same rollback: it answers as before and writes nothing.
     seq = site.plant.state.seq
-    assert site.client.ask(Rollback(version=1, reason="try", actor="ann", op_key="rollback:one")) == answer
+    again = site.client.ask(Rollback(version=1, reason="try", actor="ann", op_key="rollback:one"))
+    assert again == answer | {"repeated": True}
+    assert answer["repeated"] is False
     assert site.plant.state.seq == seq
     assert site.client.ask(Rollback(version=2, actor="ann", op_key="rollback:two"))["returning"] == ["blue/beta"]
     site.wait_for("blue/beta", "published")

@@ -375,3 +375,10 @@ def test_a_service_removes_nothing_that_it_would_reject_at_once(site: Site) -> N
         site.client.ask(Remove(task_id=task_id))
     with pytest.raises(InvalidInput, match="op_key has to begin with remove"):
         Remove(task_id=task_id, publish=True, op_key="publish:9")
+
+
+def test_a_team_that_is_not_there_is_not_answered_with_an_empty_list(site: Site, onebasis: Onebasis) -> None:
+    result = onebasis("tasks", "--team", "redd")
+    assert result.exit_code == 2
+    assert "there is no team 'redd'" in result.stderr
+    assert "teams of this service: blue, red" in result.stderr

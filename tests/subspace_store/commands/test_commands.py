@@ -79,7 +79,7 @@ def test_a_version_is_tagged_by_any_of_its_names_and_the_tag_is_one_from_then_on
 ) -> None:
     assert answer(run("tags", "--json")) == {}
     told = answer(run("tag", "gold", "main", "--json"))
-    assert told == {"operation": "tag", "name": "gold", "version": 3, "op_key": told["op_key"]}
+    assert told == {"operation": "tag", "repeated": False, "name": "gold", "version": 3, "op_key": told["op_key"]}
     assert told["op_key"] in store.refresh().op_keys
     assert run("tag", "same", "gold").stderr == "same is version 3\n"
     assert run("tag", "old", "1").exit_code == 0
@@ -343,6 +343,24 @@ def test_a_request_is_withdrawn_or_said_to_be_done(run: Command, store: Subspace
     assert run("withdraw", "tag of tuesday").stderr == (
         "tag of tuesday was not done, and will not be unless somebody asks for it again\n"
     )
+
+
+def test_a_request_that_was_done_before_is_not_told_as_if_it_were_done_now(run: Command, store: SubspaceStore) -> None:
+    assert run("hold", "an audit", "--op-key", "hold:1").stderr == "main is held\n"
+    assert run("release").stderr == "main may move\n"
+    again = run("hold", "an audit", "--op-key", "hold:1")
+    assert (again.exit_code, again.stderr) == (
+        0,
+        "this was done before under 'hold:1', and nothing was changed now\n",
+    )
+    assert answer(run("hold", "an audit", "--op-key", "hold:1", "--json"))["repeated"] is True
+    assert store.refresh().held is None
+
+
+def test_a_quarantine_of_an_id_that_was_never_merged_says_so(run: Command, store: SubspaceStore) -> None:
+    assert "no task of this id was merged here yet" in run("quarantine", "typo", "bad").stderr
+    known = next(iter(store.state.tasks_at(3)))
+    assert "no task of this id" not in run("quarantine", known, "bad").stderr
 
 
 # Beside a service

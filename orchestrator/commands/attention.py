@@ -1,0 +1,63 @@
+"""What a command that waits tells of the service meanwhile: that it is down, and what is wrong with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from configs.errors import Unavailable
+from orchestrator.api.client import Client
+from orchestrator.api.requests import Health
+from subspace_store.commands.terminal import note
+
+LOOK_SECONDS = 3.0
+"""Interval between two looks at the service."""
+DOWN_SECONDS = 60.0
+"""How long a service may be down before the command gives up: somebody may be starting it again."""
+
+
+class Attention:
+    """Looks at the service now and then, for a command that waits for tasks.
+
+    Args:
+        say: Takes a line for people.
+    """
+
+    def __init__(self, client: Client, say: Callable[[str], None] = note) -> None:
+        self._client = client
+        self._say = say
+        self._next_look = 0.0
+        self._down_since: float | None = None
+        self._told: set[str] = set()
+
+    def look(self) -> None:
+        """Tell what is new, if it is time to look.
+
+        Raises:
+            Unavailable: The service has been down for too long.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        health = self._client.ask(Health())
+        if not health["running"]:
+            self._is_down(now)
+            return
+        if self._down_since is not None:
+            self._say("the service is up again")
+            self._down_since = None
+        for alarm in health["alarms"]:
+            if alarm["text"] not in self._told:
+                self._told.add(alarm["text"])
+                self._say(f"ALARM {alarm['text']}")
+
+    def _is_down(self, now: float) -> None:
+        if self._down_since is None:
+            self._down_since = now
+            self._say(
+                f"the service is down, and nothing goes on until `onebasis up`; waiting {DOWN_SECONDS:.0f} s for it"
+            )
+        elif now - self._down_since >= DOWN_SECONDS:
+            what = f"the service has been down for {now - self._down_since:.0f} s; the tasks stay as they are"
+            raise Unavailable(what, todo="start it with `onebasis up`, then repeat this command")
