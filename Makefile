@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-queue setup clean lock
+.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -63,6 +63,10 @@ bench-refinement: $(READY)
 # A minute: what a command that only reads costs, with the service up and down.
 bench-commands: $(READY)
 	$(BIN)/python benchmarks/commands.py $(BENCH)
+
+# Two minutes: 120 tasks that have nothing in common.
+bench-capacity: $(READY)
+	$(BIN)/python benchmarks/capacity.py
 
 # What 100,000 tasks that ended cost one step of the loop, one submission and one claim: a minute.
 bench-queue: $(READY)

@@ -1,0 +1,91 @@
+"""What many tasks that have nothing in common do to a subspace: the worst case for sharing.
+
+    make bench-capacity    two minutes; writes benchmarks/results/capacity.json
+
+Random adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall by a
+third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max: drop`).
+Every task is then read back from the files and compared with what was delivered, module by module.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from configs.settings import SubspaceSettings  # noqa: E402
+from subspace_store import Adapter, SubspaceReader, SubspaceStore  # noqa: E402
+from tests.subspace_store.builders import BASE, fresh_storage, merged, random_adapter  # noqa: E402
+
+TASKS, RANK = 120, 8
+SHAPES = {f"layer.{layer}.{part}": (384, 384) for layer in range(6) for part in ("query", "value")}
+RESULTS = ROOT / "benchmarks/results/capacity.json"
+
+
+def main() -> None:
+    """Measure, print and write the figures."""
+    adapters = {f"t{i}": random_adapter(i, RANK, SHAPES) for i in range(TASKS)}
+    found = {"tasks": TASKS, "private": stream(adapters, "private"), "drop": stream(adapters, "drop")}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def stream(adapters: dict[str, Adapter], beyond: str) -> dict[str, Any]:
+    """Merge all, one by one, and measure what the last version holds."""
+    settings = SubspaceSettings.model_validate({"beyond_rank_max": beyond})
+    store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=BASE, writer="benchmark")
+    seconds = []
+    for task, adapter in adapters.items():
+        started = time.perf_counter()
+        merged(store, {task: adapter})
+        seconds.append(time.perf_counter() - started)
+    last = store.state.refs["candidate"]
+    reader = SubspaceReader.open(store.storage, settings=settings, base_model=BASE)
+    shares = {task: held(reader, last, task, adapter) for task, adapter in adapters.items()}
+    errors = [missing(reader, last, task, adapter) for task, adapter in adapters.items()]
+    foot = reader.footprint(last)
+    trained = sum(adapter.parameter_count for adapter in adapters.values())
+    alone = sum(truncated_alone(adapter, settings.energy_ratio_min) for adapter in adapters.values())
+    return {
+        "broken_promises": sum(share < settings.energy_ratio_min - 1e-6 for share in shares.values()),
+        "error": {"median": statistics.median(errors), "worst": max(errors)},
+        "numbers_over_trained_lora": foot.total_numbers / trained,
+        "numbers_over_best_separate": foot.total_numbers / alone,
+        "merge_seconds_last_ten_over_first_ten": statistics.median(seconds[-10:]) / statistics.median(seconds[:10]),
+    }
+
+
+def held(reader: SubspaceReader, version: int, task: str, adapter: Adapter) -> float:
+    """Share of a task's energy that a version holds, in the module where it is least."""
+    found = reader.adapter(task, version).modules
+    return min(found[name].energy / update.energy for name, update in adapter.modules.items())
+
+
+def missing(reader: SubspaceReader, version: int, task: str, adapter: Adapter) -> float:
+    """‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules, of dense matrices."""
+    found = reader.adapter(task, version).modules
+    missed = sum(float((found[n].delta() - u.delta()).square().sum()) for n, u in adapter.modules.items())
+    return float((missed / sum(update.energy for update in adapter.modules.values())) ** 0.5)
+
+
+def truncated_alone(adapter: Adapter, energy_ratio_min: float) -> int:
+    """Numbers of the smallest truncation of every module that keeps the same promise."""
+    numbers = 0
+    for update in adapter.modules.values():
+        energy_R = update.sigma_R.double().square()
+        tail_R = energy_R.flip(0).cumsum(0).flip(0)
+        numbers += int((tail_R > (1 - energy_ratio_min) * energy_R.sum()).sum()) * sum(update.shape)
+    return numbers
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
