@@ -21,7 +21,7 @@ def spent(plant: Plant, title: str) -> list[tuple[str, float]]:
 
 
 def test_scoring_is_charged_to_the_team_of_the_task_that_is_scored(make_plant: MakePlant) -> None:
-    tight = {"energy_ratio_min": 0.5, "rank_max": 2}
+    tight = {"energy_ratio_min": 0.5, "rank_max": 2, "beyond_rank_max": "drop"}
     plant = make_plant(subspace=tight, gate={"drop_max": 1.0, "merge_gap_max": 1.0})
     plant.submit("red/first")
     plant.run()

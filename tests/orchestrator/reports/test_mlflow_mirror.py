@@ -313,11 +313,12 @@ def test_after_a_removal_the_rest_is_shown_where_it_is_now(tmp_path: Path) -> No
     assert made.alias() == remade
     assert made.runs()["red/a"].data.tags["onebasis.state"] == "parked"
     assert made.runs()["blue/b"].data.tags["onebasis.state"] == "published"
+    made.plant.run(lambda: remade in made.plant.state.scores)  # scored without being asked for
     made.plant.submit("blue/c")
     made.plant.run()
     made.mirror.sync()
-    assert made.history("blue/b", "score") == [(2, 0.9), (remade + 1, 0.9)]
-    assert made.history("blue/b", "merge_gap") == [(2, 0.0)]  # nobody measured it where it was merged again
+    assert made.history("blue/b", "score") == [(2, 0.9), (remade, 0.9), (remade + 1, 0.9)]
+    assert made.history("blue/b", "merge_gap") == [(2, 0.0), (remade, 0.0)]
     before = made.everything()
     made.fresh_mirror().sync()
     assert made.everything() == before
