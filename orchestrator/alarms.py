@@ -144,6 +144,8 @@ class Alarms:
         return any(alarm.code is code for alarm in self)
 
 
+WRITING = "merging and publishing"
+"""Part of the service that alarms about writing to the store name, whoever asked for it."""
 WRITE_CODES = (
     AlarmCode.STORE_FULL,
     AlarmCode.STORE_READ_ONLY,

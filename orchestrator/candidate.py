@@ -32,7 +32,7 @@ from configs.errors import (
     UnusableStore,
 )
 from configs.settings import Settings
-from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
+from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster, MachineLost
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
@@ -65,8 +65,6 @@ log = logging.getLogger("onebasis.controller")
 EVALUATION_TRIES = 3
 FULL_SECONDS = 5.0
 """Interval at which a full store is asked again: there is no space until a person makes some."""
-WRITING = "merging and publishing"
-"""Part of the service that alarms about the writer's requests name."""
 UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
 HELD_SECONDS = 5.0
 """Interval at which the log is read while `main` is held: somebody may release it without telling this process."""

@@ -25,13 +25,14 @@ from configs.errors import (
     Fenced,
     InvalidInput,
     NotFound,
+    NotWritten,
     OnebasisError,
     OutcomeUnknown,
     OwnedByAnother,
     Unavailable,
 )
 from configs.settings import Settings
-from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
+from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
@@ -397,6 +398,11 @@ class Service:
             about = {"operation": request.operation, "actor": request.actor, "at": time.time(), "what": error.what}
             self._in_doubt[request.op_key] = {"op_key": request.op_key, "seq": error.seq, **about}
             raise
+        except NotWritten as error:
+            if self._controller is not None:  # which, while it has nothing to merge, would not find out
+                self._alarms.ring_for(error, WRITING)
+            raise
+        self._alarms.end_all(WRITING, *WRITE_CODES)
         if isinstance(request, Withdraw):
             self._in_doubt.pop(request.request_key, None)
         return answer

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, StoreFull, Unavailable
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -40,7 +40,7 @@ from orchestrator.api.requests import (
 )
 from orchestrator.api.routes import ROUTES
 from orchestrator.tasks.task_record import TaskState
-from subspace_store import SubspaceReader
+from subspace_store import SubspaceReader, SubspaceStore
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.requests import (
     Expire,
@@ -504,3 +504,19 @@ def test_a_rollback_by_the_service_after_one_without_it_is_done(site: Site, offl
     assert site.client.ask(Rollback(version=newest, actor="ann", op_key="rollback:on-2"))["to_version"] == newest
     assert site.client.ask(Status())["main"] == newest
     assert site.plant.cluster.replaced == ["store"]
+
+
+@pytest.mark.changes
+def test_a_write_that_the_store_refuses_is_an_alarm_until_one_succeeds(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, *args: object, **keys: object) -> None:
+        raise StoreFull("no space is left", "file:store", "make room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SubspaceStore, "hold", full)
+        with pytest.raises(StoreFull):
+            site.client.ask(Hold(reason="audit", actor="ann"))
+        assert [alarm["code"] for alarm in site.client.ask(Status())["alarms"]] == ["store-full"]
+    site.client.ask(Hold(reason="audit", actor="ann"))
+    assert site.client.ask(Status())["alarms"] == []
