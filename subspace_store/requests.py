@@ -39,7 +39,8 @@ class StoreRequest(Request, Generic[Answer]):
 
     @model_validator(mode="after")
     def _key_names_no_other_request(self) -> StoreRequest[Answer]:
-        if self.op_key and not self.op_key.startswith(self.operation):
+        rest = self.op_key.removeprefix(self.operation)
+        if self.op_key and (rest == self.op_key or rest[:1].isalpha()):
             raise ValueError(f"op_key has to begin with {self.operation}: it names no other request")
         return self
 

@@ -80,7 +80,8 @@ def api(service: Service, token: str) -> FastAPI:
 
     @app.middleware("http")
     async def authenticate(request: Request, call_next: Any) -> Any:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given if scheme.lower() == "bearer" else ""
         if not secrets.compare_digest(given.encode(), token.encode()):
             todo = f"send the token that {SERVER_FILE} holds"
             facts = InvalidInput("missing or wrong token", "authorization", todo).as_dict()

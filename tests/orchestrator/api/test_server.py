@@ -63,6 +63,17 @@ from workers.orders import Phase, Train
 # --- who may -----------------------------------------------------------------------------------------------------
 
 
+def test_the_name_of_the_scheme_may_be_written_in_any_case(site: Site) -> None:
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        assert httpx.get(f"{site.url}/health", headers={"authorization": f"{scheme} {TOKEN}"}).status_code == 200
+
+
+def test_a_key_names_the_operation_and_not_a_word_that_begins_like_it() -> None:
+    assert Hold(reason="audit", op_key="hold:1").op_key == "hold:1"
+    with pytest.raises(InvalidInput, match="op_key has to begin with hold"):
+        Hold(reason="audit", op_key="holdtag:1")
+
+
 @pytest.mark.parametrize("header", [{}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN[:-1]}])
 def test_nobody_gets_anything_without_the_token(site: Site, header: dict[str, str]) -> None:
     with httpx.Client(base_url=site.url, headers=header, trust_env=False) as stranger:
