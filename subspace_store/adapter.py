@@ -61,6 +61,13 @@ class ModuleUpdate:
         """The dense N×D update in float64. For tests and small modules."""
         return (self.u_NR.double() * self.sigma_R.double()) @ self.v_DR.double().T
 
+    def leading(self, rank: int) -> ModuleUpdate:
+        """The first `rank` directions, without a gauge; the update itself if it has no more."""
+        if self.rank <= rank:
+            return self
+        parts = self.u_NR[:, :rank], self.sigma_R[:rank], self.v_DR[:, :rank]
+        return ModuleUpdate(*(part.contiguous() for part in parts))
+
     def raw(self) -> tuple[Tensor, Tensor]:
         """The factors as they were trained: scale·B (N×R) and A (R×D), float64, exact to float32 rounding.
 

@@ -211,7 +211,7 @@ def write_refinement(draft: Draft) -> Written:
     placed = _placed(draft)
     delivered = placed.delivered
     errors = {task: (placed.missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in delivered.items()}
-    if outside := [task for task, error in errors.items() if error > OUTSIDE_MAX and task not in placed.beside]:
+    if outside := [task for task, error in errors.items() if error > OUTSIDE_MAX and task not in placed.may_be_private]:
         shares = ", ".join(f"{errors[task]:.1e}" for task in outside)
         raise RefusedAdapters(
             f"has {shares} of its norm outside the basis of version {draft.parent}, more than {OUTSIDE_MAX:.0e}",
@@ -253,7 +253,7 @@ class _Placed:
     """Module to coefficients."""
     private: dict[str, dict[str, ModuleUpdate]]
     """Task id to private parts, by module."""
-    beside: frozenset[str]
+    may_be_private: frozenset[str]
     """Tasks that had private parts before: theirs change with the coefficients. The others stay in the basis."""
     delivered: dict[str, float]
     """Task id to ‖ΔW‖²_F."""
@@ -265,7 +265,7 @@ def _placed(draft: Draft) -> _Placed:
     tensors, parent, arrivals = draft.tensors, draft.parent, draft.arrivals
     before = draft.state.tasks_at(parent)
     blocks: dict[str, TaskBlock] = {}
-    beside = frozenset(arrival.task_id for arrival in arrivals if before[arrival.task_id].private is not None)
+    may_be_private = frozenset(arrival.task_id for arrival in arrivals if before[arrival.task_id].private is not None)
     private: dict[str, dict[str, ModuleUpdate]] = {}
     delivered = {arrival.task_id: 0.0 for arrival in arrivals}
     missed = dict(delivered)
@@ -274,7 +274,7 @@ def _placed(draft: Draft) -> _Placed:
         if name not in tensors.homes(parent):
             what = f"adapts {name}, which version {parent} has no basis for"
             raise RefusedAdapters(what, _who(arrivals, incoming), "", tuple(incoming))
-        place = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings, beside)
+        place = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings, may_be_private)
         if place.arrivals.task_ids:
             blocks[name] = place.arrivals
         for task, update in place.private.items():
@@ -284,7 +284,7 @@ def _placed(draft: Draft) -> _Placed:
         ):
             delivered[task] += energy
             missed[task] += outside
-    return _Placed(blocks, private, beside, delivered, missed)
+    return _Placed(blocks, private, may_be_private, delivered, missed)
 
 
 def _who(arrivals: Sequence[Arrival], tasks: Collection[str]) -> str:
@@ -333,9 +333,9 @@ class _Merging:
             self.merges[name] = merge
             if name in self._homes:
                 self.transports[name] = merge.transport
-            if merge.arrivals.task_ids:
-                self.arrived[name] = merge.arrivals
-            for task, update in merge.private.items():
+            if merge.new.arrivals.task_ids:
+                self.arrived[name] = merge.new.arrivals
+            for task, update in merge.new.private.items():
                 self.private.setdefault(task, {})[name] = update
             self.bases[name] = merge.basis
             self.ranks[name] = merge.basis.ranks

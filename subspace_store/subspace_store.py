@@ -112,10 +112,7 @@ class SubspaceStore(Refs):
             self._refuse_doubles(adapters, parent)
             arrivals = self._arrivals(adapters, parent)
             written = write_version(self._draft(parent, arrivals))
-            refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
-            op = fold.making(fold.MERGE, written.version)
-            self._log.commit(op, op_key=op_key, actor=actor, refs=refs, body=body)
-            return self._committed(written)
+            return self._commit(fold.MERGE, written, op_key, actor, {CANDIDATE: written.version.number})
 
     @strict
     def refine(self, adapters: Sequence[StagedAdapter], *, op_key: Line, actor: Line) -> Version:
@@ -147,10 +144,7 @@ class SubspaceStore(Refs):
             retention.check_mergeable(self.state, {staged.task_id: staged.name for staged in adapters})
             arrivals = self._arrivals(adapters, parent)
             written = write_refinement(self._draft(parent, arrivals))
-            refs, body = {CANDIDATE: written.version.number}, {"version": written.version}
-            op = fold.making(fold.REFINE, written.version)
-            self._log.commit(op, op_key=op_key, actor=actor, refs=refs, body=body)
-            return self._committed(written)
+            return self._commit(fold.REFINE, written, op_key, actor, {CANDIDATE: written.version.number})
 
     @strict
     def remove(
@@ -213,12 +207,10 @@ class SubspaceStore(Refs):
             written = write_version(replace(self._draft(parent, arrivals), remakes=version.number, removed=removed))
             key = step_key if known is None else ""  # a key names one version, and that one has expired
             try:
-                op = fold.making(fold.MERGE, written.version)
-                self._log.commit(op, op_key=key, actor=actor, body={"version": written.version})
+                parent = self._commit(fold.MERGE, written, key, actor, {}).number
             except OutcomeUnknown as error:  # of this step; the removal itself is not done
                 what = f"version {version.number} was not made again for certain: {error.what}"
                 raise NotWritten(what, error.where, "ask again under the same key: it goes on from there") from error
-            parent = self._committed(written).number
         return parent
 
     def _again(self, task: MergedTask, candidate: int) -> Arrival:
@@ -312,9 +304,12 @@ class SubspaceStore(Refs):
     def _draft(self, parent: int, arrivals: Sequence[Arrival]) -> Draft:
         return Draft(self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings)
 
-    def _committed(self, written: Written) -> Version:
-        self._tensors.keep(written.version.number, written.bases, written.tasks)
-        return self.state.versions[written.version.number]
+    def _commit(self, op: str, written: Written, op_key: str, actor: str, refs: Mapping[str, int]) -> Version:
+        version = written.version
+        body = {"version": version}
+        self._log.commit(fold.making(op, version), op_key=op_key, actor=actor, refs=refs, body=body)
+        self._tensors.keep(version.number, written.bases, written.tasks)
+        return self.state.versions[version.number]
 
     def _made(self, op_key: str, operation: str, adapters: Sequence[StagedAdapter]) -> Version | None:
         """The version that this request made, if it was done.

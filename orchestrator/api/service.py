@@ -233,7 +233,7 @@ class Service:
             **views.version_summary(state, state.versions[number]),
             "tasks": [views.task_in_version(state, table, number, task_id) for task_id in state.tasks_at(number)],
             "ranks": {name: list(ranks) for name, ranks in self._store.ranks(number).items()},
-            "footprint": {**asdict(self._store.footprint(number)), "stored_bytes": self._store.stored_bytes()},
+            "footprint": self._footprint(number),
             **self._figures(table, number, self._queue.among(table.tasks)),
         }
 
@@ -314,7 +314,7 @@ class Service:
             "tasks": [views.score_column(t, names[t], table.birth[t], records.get(t)) for t in table.tasks],
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
             "by_version": [{"version": row, **self._figures(table, row, records)} for row in table.versions],
-            "footprint": {**asdict(self._store.footprint(number)), "stored_bytes": self._store.stored_bytes()},
+            "footprint": self._footprint(number),
         }
 
     def capacity(self, request: requests.ShowCapacity) -> Json:
@@ -326,7 +326,7 @@ class Service:
         line = [0, *(version.number for version in state.lineage(number))][-TREND_VERSIONS:]
         return {
             "version": number,
-            "footprint": {**asdict(self._store.footprint(number)), "stored_bytes": self._store.stored_bytes()},
+            "footprint": self._footprint(number),
             "rank_max": self._settings.subspace.rank_max,
             "tasks": [views.task_size(task, bounds[task_id]) for task_id, task in state.tasks_at(number).items()],
             "trend": [asdict(self._store.footprint(version)) for version in line if version not in state.expired],
@@ -446,6 +446,9 @@ class Service:
             service=service_identity(Path(self._settings.state_dir)),
         )
         return request.on(writer)
+
+    def _footprint(self, number: int) -> Json:
+        return asdict(self._store.footprint(number)) | {"stored_bytes": self._store.stored_bytes()}
 
     def _written(self) -> None:
         self._store.refresh()

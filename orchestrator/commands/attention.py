@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from configs.errors import Unavailable
 from orchestrator.api.client import Client
-from orchestrator.api.requests import Health
+from orchestrator.api.requests import Health, Json
 from subspace_store.commands.terminal import note
 
 LOOK_SECONDS = 3.0
 """Interval between two looks at the service."""
 DOWN_SECONDS = 60.0
 """How long a service may be down before the command gives up: somebody may be starting it again."""
+
+
+def tell_new(alarms: Sequence[Json], told: set[str], say: Callable[[str], None]) -> None:
+    """Say each alarm that was not said before. `told`: those that were; grows."""
+    for alarm in alarms:
+        if alarm["text"] not in told:
+            told.add(alarm["text"])
+            say(f"ALARM {alarm['text']}")
 
 
 class Attention:
@@ -47,10 +55,7 @@ class Attention:
         if self._down_since is not None:
             self._say("the service is up again")
             self._down_since = None
-        for alarm in health["alarms"]:
-            if alarm["text"] not in self._told:
-                self._told.add(alarm["text"])
-                self._say(f"ALARM {alarm['text']}")
+        tell_new(health["alarms"], self._told, self._say)
 
     def _is_down(self, now: float) -> None:
         if self._down_since is None:

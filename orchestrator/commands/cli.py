@@ -62,6 +62,7 @@ command = command_of(app, INTERRUPTED)
 starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
+AtVersion = Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
@@ -301,7 +302,7 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
     ],
-    number: Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")] = None,
+    number: AtVersion = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -327,7 +328,7 @@ def export(
 
 @command
 def scores(
-    number: Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")] = None,
+    number: AtVersion = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -337,7 +338,7 @@ def scores(
 
 @command
 def capacity(
-    number: Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")] = None,
+    number: AtVersion = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:

@@ -27,6 +27,7 @@ from orchestrator.alarms import AlarmCode
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Health, Status
 from orchestrator.api.waiting import TELL_SECONDS, telling
+from orchestrator.commands.attention import tell_new
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
 from orchestrator.signs_of_life import Life, end_now, life_of, ray_processes, ray_trouble, stopped, title_of
 from subspace_store.commands.state_folder import (
@@ -340,10 +341,7 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         if (line != said and ready < all_workers) or now - said_at > TELL_SECONDS:
             say(line if line != said else f"still {line}, for {now - began:.0f} s")
             said, said_at = line, now
-        for alarm in alarms:
-            if alarm["text"] not in told:
-                told.add(alarm["text"])
-                say(f"ALARM {alarm['text']}")
+        tell_new(alarms, told, say)
         broken = [error_from_dict(error) for error in health.get("load_errors", {}).values()]
         if broken or time.monotonic() > until:
             late = f"{ready} of {all_workers} workers are warm after {START_SECONDS:.0f} s"

@@ -47,29 +47,39 @@ WIDE = 2**12
 
 
 @dataclass(frozen=True)
+class Placed:
+    """New tasks in one module, in a chosen basis.
+
+    Args:
+        arrivals: Their coefficients, as they are to be written. A task whose private part is its whole update has none.
+        private: Their private parts, by task id.
+        task_ids: All of them.
+        delivered_T: ‖ΔW‖²_F of each.
+        missed_T: ‖ΔW − ΔŴ‖²_F of each.
+    """
+
+    arrivals: TaskBlock
+    private: Mapping[str, ModuleUpdate]
+    task_ids: tuple[str, ...]
+    delivered_T: Tensor
+    missed_T: Tensor
+
+
+@dataclass(frozen=True)
 class ModuleMerge:
     """The result of one merge for one module.
 
     Args:
         transport: Writes old coefficients in the new basis.
         dropped: Writes old coefficients in the directions that the new basis lacks.
-        arrivals: The new tasks' coefficients in the new basis, as they are to be written. A task whose private part is
-            its whole update has none.
-        private: Private parts of new tasks, by task id.
-        task_ids: All new tasks.
-        delivered_T: ‖ΔW‖²_F of each new task.
-        missed_T: ‖ΔW − ΔŴ‖²_F of each new task.
+        new: The new tasks in the new basis.
         before: The tasks that were merged before.
     """
 
     basis: ModuleBasis
     transport: Transport
     dropped: Transport
-    arrivals: TaskBlock
-    private: Mapping[str, ModuleUpdate]
-    task_ids: tuple[str, ...]
-    delivered_T: Tensor
-    missed_T: Tensor
+    new: Placed
     before: ModuleTasks
 
     def settle(self) -> tuple[ModuleTasks, Tensor]:
@@ -79,7 +89,7 @@ class ModuleMerge:
         caller may do it while the basis is being written.
         """
         moved, lost_T = self.before.truncated(self.transport, self.dropped)
-        return moved.joined(self.arrivals) if self.arrivals.task_ids else moved, lost_T
+        return moved.joined(self.new.arrivals) if self.new.arrivals.task_ids else moved, lost_T
 
 
 class Tally:
@@ -101,8 +111,8 @@ class Tally:
         """Add a module that the merge changes, with the losses of the earlier tasks from `settle`."""
         _add(self._lost, merge.before.task_ids, lost_T)
         _add(self._delivered, merge.before.task_ids, merge.before.delivered_T)
-        _add(self._missed, merge.task_ids, merge.missed_T)
-        _add(self._delivered, merge.task_ids, merge.delivered_T)
+        _add(self._missed, merge.new.task_ids, merge.new.missed_T)
+        _add(self._delivered, merge.new.task_ids, merge.new.delivered_T)
 
     def add_untouched(self, tasks: ModuleTasks) -> None:
         """Add a module that the merge does not change."""
@@ -175,8 +185,8 @@ def merge_adapters(
         tasks, lost_T = merge.settle()
         tally.add(merge, lost_T)
         known = modules[name].private if name in modules else {}
-        after[name] = ModuleSubspace(merge.basis, tasks, {**known, **merge.private})
-        arrivals[name] = merge.arrivals
+        after[name] = ModuleSubspace(merge.basis, tasks, {**known, **merge.new.private})
+        arrivals[name] = merge.new.arrivals
         if name in modules:
             transports[name] = merge.transport
     for name in modules.keys() - arrivals.keys():
@@ -279,28 +289,7 @@ def _with_arrivals(
     # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
     missed_T = (exact.delivered_T - exact.kept()).clamp(min=0)
     placed = _placed(exact, missed_T, spans, factors, settings, exact.task_ids if _promises(settings) else ())
-    return ModuleMerge(
-        basis=basis,
-        transport=transports[0],
-        dropped=transports[1],
-        arrivals=placed.arrivals,
-        private=placed.private,
-        task_ids=placed.task_ids,
-        delivered_T=placed.delivered_T,
-        missed_T=placed.missed_T,
-        before=before.tasks,
-    )
-
-
-@dataclass(frozen=True)
-class Placed:
-    """New coefficients of some tasks in one module; see `ModuleMerge` for the fields."""
-
-    arrivals: TaskBlock
-    private: Mapping[str, ModuleUpdate]
-    task_ids: tuple[str, ...]
-    delivered_T: Tensor
-    missed_T: Tensor
+    return ModuleMerge(basis, *transports, placed, before.tasks)
 
 
 def place_in_basis(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subspace_store.adapter import ModuleUpdate
+from subspace_store.merging.subspace_math import rounded_update, thin_svd, weighted_sum
 
 ROUNDED = 1e-10
 """Share of an update's energy that the rounding of bases and coefficients to float32 may take without breaking a
@@ -50,12 +51,12 @@ def divided(
     Cost:
         O((N+D)·R²).
     """
-    u_NR, sigma_R, v_DR = _svd(left_NR, right_DR)
+    u_NR, sigma_R, v_DR = thin_svd(left_NR, right_DR)
     delivered = float(sigma_R.square().sum())
     allowed = (1 - energy_ratio_min + ROUNDED) * delivered
     # L·Rᵀ − P·E·(Q·F)ᵀ = (L − P·E)·Rᵀ + P·E·(R − Q·F)ᵀ
     inside_NR = p_NK @ e_KR
-    rest = _svd(
+    rest = thin_svd(
         torch.cat([left_NR - inside_NR, inside_NR], dim=1), torch.cat([right_DR, right_DR - q_DK @ f_KR], dim=1)
     )
     missed = float(rest[1].square().sum())
@@ -79,9 +80,7 @@ def with_private(shared: ModuleUpdate | None, private: ModuleUpdate | None) -> M
         one = shared or private
         assert one is not None
         return one
-    left_NR = torch.cat([one.u_NR.double() * one.sigma_R.double() for one in (shared, private)], dim=1)
-    right_DR = torch.cat([one.v_DR.double() for one in (shared, private)], dim=1)
-    return _float32(*_svd(left_NR, right_DR))
+    return weighted_sum((shared, private), (1.0, 1.0))
 
 
 def private_numbers(update: ModuleUpdate) -> int:
@@ -94,15 +93,4 @@ def _truncated(u_NR: Tensor, sigma_R: Tensor, v_DR: Tensor, allowed: float) -> t
     tail_R = sigma_R.square().flip(0).cumsum(0).flip(0)  # tail_R[i]: lost if i directions are kept
     rank = int((tail_R > allowed).sum())
     lost = float(tail_R[rank]) if rank < len(tail_R) else 0.0
-    return _float32(u_NR[:, :rank], sigma_R[:rank], v_DR[:, :rank]), lost
-
-
-def _svd(left_NR: Tensor, right_DR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q_out, r_out = torch.linalg.qr(left_NR)
-    q_in, r_in = torch.linalg.qr(right_DR)
-    u, sigma_R, vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    return q_out @ u, sigma_R, q_in @ vt.T
-
-
-def _float32(u_NR: Tensor, sigma_R: Tensor, v_DR: Tensor) -> ModuleUpdate:
-    return ModuleUpdate(*(part.float().contiguous() for part in (u_NR, sigma_R, v_DR)))
+    return rounded_update(u_NR[:, :rank], sigma_R[:rank], v_DR[:, :rank]), lost

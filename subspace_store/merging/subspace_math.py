@@ -175,11 +175,27 @@ def canonical_in_basis(p_NK: Tensor, q_DK: Tensor, e_KR: Tensor, f_KR: Tensor) -
     Cost:
         O((N+D)·K·R): the SVD is of an R×R core.
     """
-    q_out, r_out = torch.linalg.qr(e_KR)
-    q_in, r_in = torch.linalg.qr(f_KR)
+    u_KR, sigma_R, v_KR = thin_svd(e_KR, f_KR)
+    return rounded_update(p_NK @ u_KR, sigma_R, q_DK @ v_KR)
+
+
+def thin_svd(left_NC: Tensor, right_DC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ and V of L·Rᵀ, which is never formed. O((N+D)·C²)."""
+    q_out, r_out = torch.linalg.qr(left_NC)
+    q_in, r_in = torch.linalg.qr(right_DC)
     u, sigma_R, vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    u_NR, v_DR = p_NK @ (q_out @ u), q_DK @ (q_in @ vt.T)
-    return ModuleUpdate(u_NR.float().contiguous(), sigma_R.float().contiguous(), v_DR.float().contiguous())
+    return q_out @ u, sigma_R, q_in @ vt.T
+
+
+def weighted_sum(updates: Sequence[ModuleUpdate], weights: Sequence[float]) -> ModuleUpdate:
+    """Σ w·ΔW in canonical form, from the factors side by side, never dense."""
+    left_NC = torch.cat([w * (u.u_NR.double() * u.sigma_R.double()) for w, u in zip(weights, updates, strict=True)], 1)
+    return rounded_update(*thin_svd(left_NC, torch.cat([u.v_DR.double() for u in updates], dim=1)))
+
+
+def rounded_update(u_NR: Tensor, sigma_R: Tensor, v_DR: Tensor) -> ModuleUpdate:
+    """U·diag(σ)·Vᵀ as a file holds it: float32."""
+    return ModuleUpdate(*(part.float().contiguous() for part in (u_NR, sigma_R, v_DR)))
 
 
 def _kept_tables(

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from configs.settings import SubspaceSettings
-from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update
+from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.basis import ModuleSubspace, reconstruct
 from subspace_store.merging.merge import merge_adapters
+from subspace_store.merging.subspace_math import weighted_sum
 
 Variant = Literal["canonical", "paper", "mean", "ties", "task_arithmetic", "separate"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -71,7 +72,7 @@ def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: Subsp
         return Merged(updates, sum(map(_numbers, modules.values())), _errors(adapters, updates))
     rank = settings.rank_fixed or settings.rank_max
     common = {
-        name: _leading(ONE_FOR_ALL[variant](list(updates.values())), rank)
+        name: ONE_FOR_ALL[variant](list(updates.values())).leading(rank)
         for name, updates in _by_module(adapters).items()
     }
     everyone = dict.fromkeys(adapters, common)
@@ -79,11 +80,11 @@ def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: Subsp
 
 
 def _mean(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
-    return _weighted_sum(updates, [1 / len(updates)] * len(updates))
+    return weighted_sum(updates, [1 / len(updates)] * len(updates))
 
 
 def _task_arithmetic(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
-    return _weighted_sum(updates, [TASK_ARITHMETIC_FACTOR] * len(updates))
+    return weighted_sum(updates, [TASK_ARITHMETIC_FACTOR] * len(updates))
 
 
 def _ties(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
@@ -116,17 +117,6 @@ def _trimmed(update: ModuleUpdate) -> Tensor:
     return torch.where(delta_ND.abs() > threshold, delta_ND, 0.0)
 
 
-def _weighted_sum(updates: Sequence[ModuleUpdate], weights: Sequence[float]) -> ModuleUpdate:
-    """Σ w·ΔW from the factors side by side, never dense."""
-    left_NC = torch.cat([w * (u.u_NR.double() * u.sigma_R.double()) for w, u in zip(weights, updates, strict=True)], 1)
-    return canonical_update(left_NC, torch.cat([u.v_DR for u in updates], dim=1).T, 1.0)
-
-
-def _leading(update: ModuleUpdate, rank: int) -> ModuleUpdate:
-    parts = update.u_NR[:, :rank], update.sigma_R[:rank], update.v_DR[:, :rank]
-    return ModuleUpdate(*(part.contiguous() for part in parts))
-
-
 def _by_module(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, ModuleUpdate]]:
     """Module to task to update, for the tasks that adapt it."""
     names = sorted({name for adapter in adapters.values() for name in adapter.modules})
@@ -153,6 +143,6 @@ def relative_error(delivered: Mapping[str, ModuleUpdate], found: Mapping[str, Mo
     for name in sorted(delivered.keys() | found.keys()):
         pair = [(1.0, delivered.get(name)), (-1.0, found.get(name))]
         weights, updates = zip(*((w, update) for w, update in pair if update is not None), strict=True)
-        missed += _weighted_sum(updates, weights).energy
+        missed += weighted_sum(updates, weights).energy
     energy = sum(update.energy for update in delivered.values())
     return math.sqrt(missed / energy) if energy else 0.0

@@ -56,15 +56,6 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     return model
 
 
-def _of_rank(update: ModuleUpdate, rank: int) -> ModuleUpdate:
-    """The leading directions of an update; the update itself if it has no more."""
-    if update.rank <= rank:
-        return update
-    return ModuleUpdate(
-        *(part.contiguous() for part in (update.u_NR[:, :rank], update.sigma_R[:rank], update.v_DR[:, :rank]))
-    )
-
-
 def _with_private_directions(basis: ModuleBasis, update: ModuleUpdate) -> ModuleBasis:
     """The basis and, after it, the directions of the task's private part: they are the task's own, and its coefficients
     in them are trained with the others. The basis itself where there are none."""
@@ -84,6 +75,6 @@ def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHIN
     assert given.adapter is not None
     refined = lora.finish(prepared, base, spec, given)
     # As served, a task with a private part has both ranks; refined, it has its own again, so that ranks do not grow.
-    modules = {name: _of_rank(update, spec.lora.r) for name, update in refined.modules.items()}
+    modules = {name: update.leading(spec.lora.r) for name, update in refined.modules.items()}
     refined = replace(refined, modules=modules)
     return replace(refined, info=dict(given.adapter.info) | {"refined_in": str(given.version)})
