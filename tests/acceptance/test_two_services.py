@@ -49,6 +49,7 @@ def test_a_store_has_one_service_until_another_takes_it_over(tmp_path: Path) -> 
         one.wait("the first to stop", lambda: "has stopped" in str(one.ask("status")["alarms"]))
         assert "ALARM" in one.run("status")
         assert "belongs to the service" in one.run("submit", str(one.task_file("third")), expect=4)
+        assert "belongs to the service" in one.run("up", expect=4)  # at once, and not after minutes
         names = [task.name for task in reader.refresh().tasks_at(reader.state.refs["main"]).values()]
         assert "payments/third" not in names
 

@@ -120,3 +120,11 @@ def test_a_deepspeed_document_is_passed_through_untouched() -> None:
     deepspeed = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
     spec = check_document(task_document(training={"deepspeed": deepspeed}), TaskSpec, "task")
     assert spec.training.deepspeed == deepspeed
+
+
+def test_a_default_that_follows_a_wrong_field_is_no_mistake_of_its_own() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_document(task_document("red/Alpha", kind="sequence_classification"), TaskSpec, "task")
+    assert "name:" in str(caught.value)
+    assert "metric" not in str(caught.value)
+    assert "default factory" not in str(caught.value)

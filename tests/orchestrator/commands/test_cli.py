@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from configs.errors import LEAVES, Exit, InvalidInput, OnebasisError
 from configs.task_spec import TaskSpec
-from orchestrator.api.requests import ListTasks, ShowTask, ShowVersion, Submit
-from orchestrator.commands import display
+from orchestrator.api.client import Client
+from orchestrator.api.requests import Health, ListTasks, ShowTask, ShowVersion, Submit
+from orchestrator.commands import attention, display
 from orchestrator.commands.cli import ENDS, app
 from subspace_store.formats.peft import read_peft_folder, write_peft_folder
 from subspace_store.requests import Remove
@@ -382,3 +383,25 @@ def test_a_team_that_is_not_there_is_not_answered_with_an_empty_list(site: Site,
     assert result.exit_code == 2
     assert "there is no team 'redd'" in result.stderr
     assert "teams of this service: blue, red" in result.stderr
+
+
+@pytest.mark.changes
+@pytest.mark.parametrize("command", ["tasks --watch", "tasks --watch --json", "logs blue/late --follow", "submit"])
+def test_a_command_that_waits_ends_when_the_service_stays_down(
+    site: Site, onebasis: Onebasis, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.plant.cluster.hold = lambda order: True
+    file = task_file(site, "blue/late")
+    assert onebasis("submit", file).exit_code == 0
+    ask = Client.ask
+
+    def down(self: Client, request: Any) -> Any:
+        return {"running": False, "alarms": []} if isinstance(request, Health) else ask(self, request)
+
+    monkeypatch.setattr(Client, "ask", down)
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(attention, "DOWN_SECONDS", 0.1)
+    arguments = ["submit", file, "--wait"] if command == "submit" else command.split()
+    result = onebasis(*arguments)
+    assert result.exit_code == 5
+    assert "the service has been down for" in result.output + result.stderr

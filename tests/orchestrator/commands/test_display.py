@@ -194,3 +194,20 @@ def test_what_rounds_to_nothing_has_no_sign_and_one_is_no_plural() -> None:
     assert (counted(1, "adapter"), counted(0, "adapter"), counted(3000, "copy", "copies")) == (
         "1 adapter", "0 adapters", "3,000 copies",
     )  # fmt: skip
+
+
+def test_the_capacity_tells_which_tasks_have_private_parts_and_counts_them_in_the_sum() -> None:
+    sizes = {"basis_numbers": 1000, "coefficient_numbers": 500, "private_numbers": 250, "separate_numbers": 3500}
+    footprint = {**sizes, "version": 2, "tasks": 2, "head_numbers": 0, "stored_bytes": 123_000}
+    task = {"task_id": "t", "separate_numbers": 1000, "error_at_birth": 0.1, "error_bound": 0.1}
+    answer = {
+        "version": 2, "rank_max": 4, "footprint": footprint, "trend": [footprint],
+        "tasks": [{**task, "title": "red/a", "private_numbers": 250}, {**task, "title": EVIL, "private_numbers": 0}],
+    }  # fmt: skip
+    text = printed(lambda: version_tables.capacity(answer))
+    assert "1.00 KB (25%)" in text
+    assert "rank_max 4 directions, has no room for all of 1 task" in text
+    assert "+ private parts 1.00 KB = 7.00 KB; as separate LoRAs 14.00 KB" in text
+    assert "2.00× smaller with the basis" in text
+    assert "in the store 123.00 KB" in text
+    assert "\x1b]0;" not in text
