@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -19,7 +19,7 @@ from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merging.private_part import ROUNDED, divided
+from subspace_store.merging.private_part import ROUNDED, Frame, divided
 from subspace_store.merging.subspace_math import (
     SLACK,
     choose_ranks,
@@ -228,14 +228,18 @@ def merge_module(
     inward = extend_basis(q_DK, before.basis.lam_in_K, *factors.stack_in())
     to_full = Transport(out.transport_JK, inward.transport_JK)
     arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
+    cap = settings.rank_max
+    is_full = _promises(settings) and max(len(arriving.e_KS), len(arriving.f_KS)) > cap
+    if is_full and _loses(before.tasks, to_full.split(cap, cap)[1]):
+        return _merge_in_place(before, to_full, arriving, Frame(out.directions_NJ, inward.directions_NJ), settings)
     if _misses_everybody(before.tasks, to_full, arriving, settings):
         inward = inward.ordered(_partners(before.tasks, to_full, arriving, settings))
         to_full = Transport(out.transport_JK, inward.transport_JK)
         arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
     k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
-    has_room = max(len(arriving.e_KS), len(arriving.f_KS)) <= settings.rank_max
-    if not has_room and _promises(settings) and _loses(before.tasks, to_full.split(k_out, k_in)[1]):
-        return _merge_in_place(before, p_NK, q_DK, factors, settings)  # no earlier task pays for it
+    frame = Frame(out.directions_NJ, inward.directions_NJ)
+    if is_full and _loses(before.tasks, to_full.split(k_out, k_in)[1]):
+        return _merge_in_place(before, to_full, arriving, frame, settings)
     # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
     basis = ModuleBasis(
         out.directions_NJ[:, :k_out].float().contiguous(),
@@ -243,9 +247,9 @@ def merge_module(
         out.energy_J[:k_out].clone(),
         inward.energy_J[:k_in].clone(),
     )
-    transport, dropped = to_full.split(k_out, k_in)
-    spans = out.directions_NJ[:, :k_out], inward.directions_NJ[:, :k_in]
-    return _with_arrivals(before, basis, (transport, dropped), arriving.first(k_out, k_in), spans, factors, settings)
+    spans = _first_directions(arriving, k_out, k_in)
+    new = _new_tasks(frame, arriving, arriving.first(k_out, k_in), spans, settings)
+    return ModuleMerge(basis, *to_full.split(k_out, k_in), new, before.tasks)
 
 
 def _loses(tasks: ModuleTasks, dropped: Transport) -> bool:
@@ -266,30 +270,36 @@ def _promises(settings: SubspaceSettings) -> bool:
 
 
 def _merge_in_place(
-    before: ModuleSubspace, p_NK: Tensor, q_DK: Tensor, factors: _Factors, settings: SubspaceSettings
+    before: ModuleSubspace, to_full: Transport, arriving: TaskBlock, frame: Frame, settings: SubspaceSettings
 ) -> ModuleMerge:
-    """The merge where the basis stays as it is and no earlier task moves: the new tasks have what it holds of them, and
-    private parts."""
+    """The merge where the basis stays as it is, so that no earlier task pays for it.
+
+    The new tasks have what the basis holds of them, and private parts.
+
+    Args:
+        to_full: The basis in the frame.
+        arriving: The new tasks in the frame.
+    """
     same = Transport(*(torch.eye(k, dtype=torch.float64) for k in before.basis.ranks))
     none = Transport(*(torch.zeros(0, k, dtype=torch.float64) for k in before.basis.ranks))
-    block = factors.coefficients(p_NK, q_DK)
-    return _with_arrivals(before, before.basis, (same, none), block, (p_NK, q_DK), factors, settings)
+    held = arriving.moved(Transport(to_full.out.T, to_full.inward.T))
+    new = _new_tasks(frame, arriving, held, (to_full.out, to_full.inward), settings)
+    return ModuleMerge(before.basis, same, none, new, before.tasks)
 
 
-def _with_arrivals(
-    before: ModuleSubspace,
-    basis: ModuleBasis,
-    transports: tuple[Transport, Transport],
-    exact: TaskBlock,
-    spans: tuple[Tensor, Tensor],
-    factors: _Factors,
-    settings: SubspaceSettings,
-) -> ModuleMerge:
-    """The result for a chosen basis. `exact`: the new tasks' coefficients in it; `spans`: its two sides, float64."""
+def _new_tasks(
+    frame: Frame, arriving: TaskBlock, held: TaskBlock, spans: tuple[Tensor, Tensor], settings: SubspaceSettings
+) -> Placed:
+    """The new tasks in a chosen basis.
+
+    Args:
+        arriving: Their updates in the frame.
+        held: Their coefficients in the basis.
+        spans: The basis in the frame.
+    """
     # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
-    missed_T = (exact.delivered_T - exact.kept()).clamp(min=0)
-    placed = _placed(exact, missed_T, spans, factors, settings, exact.task_ids if _promises(settings) else ())
-    return ModuleMerge(basis, *transports, placed, before.tasks)
+    missed_T = (held.delivered_T - held.kept()).clamp(min=0)
+    return _placed(frame, arriving, held, missed_T, spans, settings, held.task_ids if _promises(settings) else ())
 
 
 def place_in_basis(
@@ -309,40 +319,55 @@ def place_in_basis(
     # L·Rᵀ − P·E·(Q·F)ᵀ = L⊥·Rᵀ + P·E·R⊥ᵀ, orthogonal to each other: two sums of squares, so nothing cancels.
     left_NC, right_DC = factors.left_NC - p_NK @ block.e_KS, factors.right_DC - q_DK @ block.f_KS
     missed_T = kept_energy(left_NC, factors.right_DC, block.ranks) + kept_energy(block.e_KS, right_DC, block.ranks)
-    return _placed(block, missed_T, (p_NK, q_DK), factors, settings, may_be_private)
+    # [P, L⊥] and [Q, R⊥] span the basis and the updates.
+    (fresh_NC, e_CS), (fresh_DC, f_CS) = torch.linalg.qr(left_NC), torch.linalg.qr(right_DC)
+    frame = Frame(torch.cat([p_NK, fresh_NC], dim=1), torch.cat([q_DK, fresh_DC], dim=1))
+    arriving = replace(block, e_KS=torch.cat([block.e_KS, e_CS]), f_KS=torch.cat([block.f_KS, f_CS]))
+    return _placed(
+        frame, arriving, block, missed_T, _first_directions(arriving, *basis.ranks), settings, may_be_private
+    )
+
+
+def _first_directions(arriving: TaskBlock, k_out: int, k_in: int) -> tuple[Tensor, Tensor]:
+    """The first k directions of each side of a frame, in the frame."""
+    sides = zip((arriving.e_KS, arriving.f_KS), (k_out, k_in), strict=True)
+    out, inward = (torch.eye(len(side), k, dtype=torch.float64) for side, k in sides)
+    return out, inward
 
 
 def _placed(
-    exact: TaskBlock,
+    frame: Frame,
+    arriving: TaskBlock,
+    held: TaskBlock,
     missed_T: Tensor,
     spans: tuple[Tensor, Tensor],
-    factors: _Factors,
     settings: SubspaceSettings,
     may_be_private: Collection[str],
 ) -> Placed:
     """Divide the updates between coefficients and private parts, so that the promises are kept.
 
     Args:
-        exact: Coefficients of the updates in the basis, float64.
+        arriving: The updates in the frame.
+        held: Their coefficients in the basis, float64.
         missed_T: Energy of each update outside the basis.
-        spans: The basis' two sides, float64.
+        spans: The basis in the frame.
         may_be_private: Tasks that may have private parts.
     """
     private: dict[str, ModuleUpdate] = {}
-    shared = list(exact.task_ids)
+    shared = list(held.task_ids)
     missed_T = missed_T.clone()
-    allowed_T = (1 - settings.energy_ratio_min + ROUNDED) * exact.delivered_T
-    pairs = zip(exact.each(), factors.each(), strict=True)
-    for place, ((task, one), (left_NR, right_DR)) in enumerate(pairs if may_be_private else ()):
+    allowed_T = (1 - settings.energy_ratio_min + ROUNDED) * held.delivered_T
+    for place, ((task, whole), (_, one)) in enumerate(zip(arriving.each(), held.each(), strict=True)):
         if task in may_be_private and missed_T[place] > allowed_T[place]:
-            division = divided(left_NR, right_DR, *spans, one.e_KS, one.f_KS, settings.energy_ratio_min)
+            update, coefficients = (whole.e_KS, whole.f_KS), (one.e_KS, one.f_KS)
+            division = divided(frame, update, spans, coefficients, settings.energy_ratio_min)
             missed_T[place] = division.missed
             if division.update is not None:
                 private[task] = division.update
             if division.is_whole:
                 shared.remove(task)
-    arrivals = (exact if len(shared) == len(exact.task_ids) else exact.only(shared)).rounded()
-    return Placed(arrivals, private, exact.task_ids, exact.delivered_T, missed_T)
+    arrivals = (held if len(shared) == len(held.task_ids) else held.only(shared)).rounded()
+    return Placed(arrivals, private, held.task_ids, held.delivered_T, missed_T)
 
 
 @dataclass(frozen=True)
@@ -382,11 +407,6 @@ class _Factors:
 
     def stack_in(self) -> tuple[Tensor, Tensor]:
         return self._sized(self.right_DC * (self._weight_C() * self.scale_C))
-
-    def each(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """L and R of each update."""
-        ranks = [update.rank for update in self.incoming.values()]
-        yield from zip(torch.split(self.left_NC, ranks, dim=1), torch.split(self.right_DC, ranks, dim=1), strict=True)
 
     def coefficients(self, p_NK: Tensor, q_DK: Tensor) -> TaskBlock:
         """E = PᵀL and F = QᵀR of each update, float64."""

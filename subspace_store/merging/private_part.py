@@ -33,15 +33,36 @@ class Division:
     """‖ΔW − ΔŴ‖²_F with the private part."""
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Orthonormal directions of both sides, float64, that span an update and the basis.
+
+    Written in it, an update and a basis are as small as the frame has directions, and no long QR is needed to compare
+    them. A merge has such a frame at hand.
+    """
+
+    out_NJ: Tensor
+    inward_DJ: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D) of the module's weight."""
+        return int(self.out_NJ.shape[0]), int(self.inward_DJ.shape[0])
+
+
 def divided(
-    left_NR: Tensor, right_DR: Tensor, p_NK: Tensor, q_DK: Tensor, e_KR: Tensor, f_KR: Tensor, energy_ratio_min: float
+    frame: Frame,
+    update: tuple[Tensor, Tensor],
+    basis: tuple[Tensor, Tensor],
+    coefficients: tuple[Tensor, Tensor],
+    energy_ratio_min: float,
 ) -> Division:
     """Keep the promise to a task in a module, with the fewest numbers.
 
     Args:
-        left_NR, right_DR: L·Rᵀ = ΔW, float64.
-        p_NK, q_DK: The bases after the merge, orthonormal, float64.
-        e_KR, f_KR: PᵀL and QᵀR.
+        update: L and R of ΔW = L·Rᵀ, in the frame: J×R.
+        basis: P and Q after the merge, in the frame: J×K, orthonormal.
+        coefficients: E = PᵀL and F = QᵀR: K×R.
         energy_ratio_min: The promise: ‖ΔW − ΔŴ‖² is at most (1 − energy_ratio_min)·‖ΔW‖².
 
     Returns:
@@ -49,25 +70,23 @@ def divided(
         whichever stores fewer numbers. Both are truncated SVDs: no private part of a smaller rank would do.
 
     Cost:
-        O((N+D)·R²).
+        O(J·(K+R)·R), and O((N+D)·J·R) for the private part.
     """
-    u_NR, sigma_R, v_DR = thin_svd(left_NR, right_DR)
-    delivered = float(sigma_R.square().sum())
-    allowed = (1 - energy_ratio_min + ROUNDED) * delivered
+    (left_JR, right_JR), (p_JK, q_JK), (e_KR, f_KR) = update, basis, coefficients
+    whole = thin_svd(left_JR, right_JR)
+    allowed = (1 - energy_ratio_min + ROUNDED) * float(whole[1].square().sum())
     # L·Rᵀ − P·E·(Q·F)ᵀ = (L − P·E)·Rᵀ + P·E·(R − Q·F)ᵀ
-    inside_NR = p_NK @ e_KR
+    inside_JR = p_JK @ e_KR
     rest = thin_svd(
-        torch.cat([left_NR - inside_NR, inside_NR], dim=1), torch.cat([right_DR, right_DR - q_DK @ f_KR], dim=1)
+        torch.cat([left_JR - inside_JR, inside_JR], dim=1), torch.cat([right_JR, right_JR - q_JK @ f_KR], dim=1)
     )
-    missed = float(rest[1].square().sum())
-    if missed <= allowed:
-        return Division(None, False, missed)
-    beside, beside_missed = _truncated(*rest, allowed)
-    whole, whole_missed = _truncated(u_NR, sigma_R, v_DR, allowed)
-    coefficients = e_KR.numel() + f_KR.numel()
-    if private_numbers(whole) < private_numbers(beside) + coefficients:
-        return Division(whole, True, whole_missed)
-    return Division(beside, False, beside_missed)
+    ranks = [_rank_needed(sigma_R, allowed) for _, sigma_R, _ in (whole, rest)]
+    if not ranks[1]:
+        return Division(None, False, float(rest[1].square().sum()))
+    is_whole = (ranks[0] - ranks[1]) * sum(frame.shape) < e_KR.numel() + f_KR.numel()
+    (u_JR, sigma_R, v_JR), rank = (whole, ranks[0]) if is_whole else (rest, ranks[1])
+    private = rounded_update(frame.out_NJ @ u_JR[:, :rank], sigma_R[:rank], frame.inward_DJ @ v_JR[:, :rank])
+    return Division(private, is_whole, float(sigma_R[rank:].square().sum()))
 
 
 def with_private(shared: ModuleUpdate | None, private: ModuleUpdate | None) -> ModuleUpdate:
@@ -88,9 +107,7 @@ def private_numbers(update: ModuleUpdate) -> int:
     return update.rank * sum(update.shape)
 
 
-def _truncated(u_NR: Tensor, sigma_R: Tensor, v_DR: Tensor, allowed: float) -> tuple[ModuleUpdate, float]:
-    """The fewest leading directions beyond which at most `allowed` is lost, and what is lost."""
+def _rank_needed(sigma_R: Tensor, allowed: float) -> int:
+    """The fewest leading directions beyond which at most `allowed` energy is lost."""
     tail_R = sigma_R.square().flip(0).cumsum(0).flip(0)  # tail_R[i]: lost if i directions are kept
-    rank = int((tail_R > allowed).sum())
-    lost = float(tail_R[rank]) if rank < len(tail_R) else 0.0
-    return rounded_update(u_NR[:, :rank], sigma_R[:rank], v_DR[:, :rank]), lost
+    return int((tail_R > allowed).sum())
