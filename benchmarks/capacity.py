@@ -1,17 +1,24 @@
-"""What many tasks that have nothing in common do to a subspace: the worst case for sharing.
+"""What a subspace of many tasks stores, and what the tasks lose: writes benchmarks/results/capacity.json.
 
-    make bench-capacity    two minutes; writes benchmarks/results/capacity.json
+    make bench-capacity                                          two minutes: random adapters, the worst case
+    python benchmarks/capacity.py unrelated [--data FOLDER]      real tasks that have nothing in common, ten with --data
+    python benchmarks/capacity.py related --data FOLDER --tasks N    N tasks cut from one data set
+                                                                 two to four minutes a task on one core, once
 
-Random adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall by a
-third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max: drop`).
-Every task is then read back from the files and compared with what was delivered, module by module.
+`random`: adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall
+by a third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max:
+drop`). Every task is then read back from the files and compared with what was delivered, module by module. The others
+are in benchmarks/real_streams.py. --keep FOLDER: where trained adapters are kept (default: the temporary folder).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +27,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks import real_streams  # noqa: E402
 from configs.settings import SubspaceSettings  # noqa: E402
 from subspace_store import Adapter, SubspaceReader, SubspaceStore  # noqa: E402
 from tests.subspace_store.builders import BASE, fresh_storage, merged, random_adapter  # noqa: E402
@@ -31,11 +40,26 @@ RESULTS = ROOT / "benchmarks/results/capacity.json"
 
 
 def main() -> None:
-    """Measure, print and write the figures."""
-    adapters = {f"t{i}": random_adapter(i, RANK, SHAPES) for i in range(TASKS)}
-    found = {"tasks": TASKS, "private": stream(adapters, "private"), "drop": stream(adapters, "drop")}
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    """Measure a part, print it and write its figures beside those of the other parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("random", "unrelated", "related"), default="random")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tasks", type=int, default=30)
+    parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-capacity")
+    asked = parser.parse_args()
+    name: str = asked.part
+    if name == "random":
+        adapters = {f"t{i}": random_adapter(i, RANK, SHAPES) for i in range(TASKS)}
+        found = {"tasks": TASKS, "private": stream(adapters, "private"), "drop": stream(adapters, "drop")}
+    else:
+        related = name == "related"
+        cases = real_streams.related(asked.data, asked.tasks) if related else real_streams.unrelated(asked.data)
+        found = real_streams.measure(cases, asked.keep / name, lambda line: print(line, flush=True))
+        name = f"{len(found['tasks'])}_{name}"
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[name] = {"date": time.strftime("%Y-%m-%d")} | found
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    print(json.dumps(known[name], indent=1))
 
 
 def stream(adapters: dict[str, Adapter], beyond: str) -> dict[str, Any]:

@@ -4,8 +4,7 @@ python benchmarks/training.py [PART …] [--dry-run-gpu]
 
     speed    samples per second of our worker against a bare PyTorch + PEFT loop and against transformers' Trainer alone
     start    seconds to the first step: a process that has to load, and a warm worker
-    methods  `share` and `codyra` against `lora`: step time, peak memory, trained numbers; on real tasks, what `auto`
-             decides beside the accuracies of `lora` and `share`
+    methods  `share` and `codyra` against `lora`: step time, peak memory, trained numbers
     gang     1, 2 and 4 processes on this machine
     zero     memory per rank and step time of ZeRO's stages, two ranks
     gpu      shapes of a 7B Llama in bfloat16 (benchmarks/training_gpu.py); only where there is a GPU
@@ -41,7 +40,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 
 from benchmarks import training_runs as runs  # noqa: E402
-from benchmarks.method_choice import choices  # noqa: E402
 from configs.settings import BaseModelSettings, StorageSettings  # noqa: E402
 from configs.task_spec import TaskSpec  # noqa: E402
 from workers.base_model import load_base_model  # noqa: E402
@@ -170,8 +168,9 @@ def start_once() -> Row:
 K = 32
 WAYS: dict[str, Mapping[str, Any]] = {
     "lora": {"name": "lora"},
-    "share, φ = 0": {"name": "share", "temporary_columns": 0},
-    "share, φ = 8": {"name": "share"},
+    "share": {"name": "share"},
+    "share, φ = 0": {"name": "share", "directions": "learned", "temporary_columns": 0},
+    "share, φ = 8": {"name": "share", "directions": "learned"},
     "codyra": {"name": "codyra"},
 }
 
@@ -181,7 +180,7 @@ METHOD_STEPS = 63
 
 
 def methods(_: argparse.Namespace) -> Row:
-    """Step time and peak memory of the methods, what each trains, and what `auto` makes of real tasks."""
+    """Step time and peak memory of the methods, and what each trains."""
     base = load_base_model(runs.minilm())
     targets, rows = ("query", "value"), runs.text_rows(256)
     basis = runs.random_basis(base, targets, K)
@@ -212,10 +211,8 @@ def methods(_: argparse.Namespace) -> Row:
     numbers = trained_numbers()
     for line in numbers:
         say(line)
-    chosen = [dict(row) for row in choices(base)]
-    show(chosen)
     shape = f"MiniLM, query and value of 6 layers, r 8, k = {K}, 16 × 64 tokens, {METHOD_STEPS} steps in turns"
-    return {"shape": shape, "rows": table, "trained_numbers": numbers, "choices": chosen}
+    return {"shape": shape, "rows": table, "trained_numbers": numbers}
 
 
 def few(spec: TaskSpec) -> Any:

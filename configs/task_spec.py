@@ -152,16 +152,26 @@ class MethodSpec(Section):
     """How the adapter is made."""
 
     name: Literal["lora", "share", "codyra", "auto", "import"] = "lora"
-    """Method: `lora` trains a PEFT LoRA; `share` coefficients in the subspace's basis (and temporary columns beside
-    it); `codyra` a LoRA with gates that choose the rank of each module; `auto` tries both for a few steps and takes
-    `share` where it learns as fast, else `lora`; `import` takes the PEFT folder in `adapter` as it is."""
+    """Method: `lora` trains a PEFT LoRA; `share` coefficients in frozen directions; `codyra` a LoRA with gates that
+    choose the rank of each module; `auto` trains the task with each of `candidates` and keeps the fewest numbers that
+    its score needs; `import` takes the PEFT folder in `adapter` as it is."""
+    candidates: tuple[Literal["share", "lora", "codyra"], ...] = Field(("share", "lora"), min_length=1)
+    """Methods that `auto` trains the task with, each to its end. With one of them it only finds the size."""
+    loss_max: float = Field(0.005, ge=0)
+    """Largest loss of score, on rows that are set aside for it, that `auto` accepts for fewer numbers."""
     adapter: Annotated[str | None, Located(real)] = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"
     """Start of A, for `lora`. `basis`: inside the span of the subspace's basis, which merges with less error."""
+    directions: Literal["foundation", "learned"] = "foundation"
+    """Directions in which `share` trains coefficients. `foundation`: those that no task made, so that nothing moves
+    them; `learned`: those of the subspace's basis, and temporary columns beside them."""
+    foundation: int = Field(64, ge=1, le=4096)
+    """Number of the foundation's directions, per module and side. A task stores 2·foundation·lora.r numbers per module,
+    where a LoRA has lora.r·(outputs + inputs)."""
     temporary_columns: int | None = Field(None, ge=0)
-    """Number of trainable directions beside the basis, per module and side (φ), for `share`; 0 trains coefficients
-    alone. Default: a quarter of the basis, at most lora.r."""
+    """Number of trainable directions beside the basis, per module and side (φ), for `share` with learned directions; 0
+    trains coefficients alone. Default: a quarter of the basis, at most lora.r."""
     kappa_max: float = Field(0.005, ge=0)
     """Threshold κ at the end of its ramp, for `codyra`; it is applied after every step."""
     dense_fraction: float = Field(0.5, ge=0, lt=1)
@@ -227,6 +237,10 @@ class TaskSpec(Section):
             raise ValueError("data.eval_file and data.eval_fraction exclude each other")
         if data.eval_is_train and not (data.train_file and data.eval_file):
             raise ValueError("data.eval_is_train is about data.train_file and data.eval_file: it needs both")
+        if method.temporary_columns is not None and method.directions != "learned":
+            raise ValueError(
+                "method.temporary_columns are columns beside learned directions: set method.directions: learned"
+            )
         if method.share_full and not method.refine_epochs:
             raise ValueError("method.share_full needs method.refine_epochs, how long to train each time")
         if method.name == "import":

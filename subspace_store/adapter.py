@@ -8,8 +8,9 @@ with methods that stack the raw B and A does. Axes: N outputs of a module, D inp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +19,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.errors import Corrupt, InvalidInput
+from subspace_store.foundation import SOURCE, foundation, foundation_ranks
 
 FORMAT = "onebasis-adapter-1"
+FORMAT_WITH_FOUNDATION = "onebasis-adapter-2"
+"""Format of a file with modules that are kept as coefficients in their foundation."""
 
 LARGEST = 1e8
 """Largest absolute value in an update: later merges multiply four such numbers in float32, which ends at 3e38."""
@@ -27,6 +31,8 @@ LARGEST = 1e8
 UNIT_TOLERANCE = 1e-2
 """Largest deviation of a singular vector's length from 1. Float32 rounding leaves 1e-6; vectors that are far off would
 merge as another update."""
+OUTSIDE_MAX = 1e-6
+"""Largest share of an update's energy outside the foundation that it is said to lie in: float32 leaves 1e-13."""
 NAME_MAX = 500
 """Most characters of a module's or parameter's name."""
 
@@ -42,6 +48,8 @@ class ModuleUpdate:
     """The matrix Uᵀ·(scale·B), from the factors B and A that the update was made of; None if they are not known."""
     gauge_in_RR: Tensor | None = None
     """The matrix A·V of the same factors."""
+    foundation: int = field(default=0, kw_only=True)
+    """Number of directions of the module's foundation that U and V lie in; 0: they do not, or it is not known."""
 
     @property
     def rank(self) -> int:
@@ -51,6 +59,11 @@ class ModuleUpdate:
     def shape(self) -> tuple[int, int]:
         """(N, D) of the adapted weight."""
         return int(self.u_NR.shape[0]), int(self.v_DR.shape[0])
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in which it is kept by itself: coefficients in the foundation, or two thin factors."""
+        return self.rank * sum(foundation_ranks(self.shape, self.foundation) if self.foundation else self.shape)
 
     @property
     def energy(self) -> float:
@@ -66,7 +79,7 @@ class ModuleUpdate:
         if self.rank <= rank:
             return self
         parts = self.u_NR[:, :rank], self.sigma_R[:rank], self.v_DR[:, :rank]
-        return ModuleUpdate(*(part.contiguous() for part in parts))
+        return ModuleUpdate(*(part.contiguous() for part in parts), foundation=self.foundation)
 
     def raw(self) -> tuple[Tensor, Tensor]:
         """The factors as they were trained: scale·B (N×R) and A (R×D), float64, exact to float32 rounding.
@@ -132,6 +145,35 @@ def canonical_update(b_NR: Tensor, a_RD: Tensor, scale: float) -> ModuleUpdate:
     return ModuleUpdate(*(part.float().contiguous() for part in parts))
 
 
+def coefficients_in_foundation(module: str, update: ModuleUpdate) -> tuple[Tensor, Tensor]:
+    """E (K×R) and F (K×R), float32, with ΔW = P·E·Fᵀ·Qᵀ in the update's foundation.
+
+    Raises:
+        InvalidInput: The update does not lie there.
+    """
+    p_NK, q_DK = foundation(module, update.shape, update.foundation)
+    if update.gauge_out_RR is None:
+        left_NR, right_DR = update.u_NR.double() * update.sigma_R.double(), update.v_DR.double()
+    else:
+        left_NR, right_RD = update.raw()
+        right_DR = right_RD.T
+    e_KR, f_KR = p_NK.double().T @ left_NR, q_DK.double().T @ right_DR
+    whole, inside = update.energy, float(((e_KR.T @ e_KR) * (f_KR.T @ f_KR)).sum())
+    if not inside >= (1 - OUTSIDE_MAX) * whole:
+        missing = f"{1 - inside / whole:.2g} of its energy is outside"
+        raise InvalidInput(f"is said to lie in a foundation of {update.foundation} directions, but {missing}", module)
+    return e_KR.float(), f_KR.float()
+
+
+def update_in_foundation(
+    module: str, shape: tuple[int, int], directions: int, e_KR: Tensor, f_KR: Tensor
+) -> ModuleUpdate:
+    """P·E·Fᵀ·Qᵀ in canonical form, with its gauge: the inverse of `coefficients_in_foundation`."""
+    p_NK, q_DK = foundation(module, shape, directions)
+    update = canonical_update(p_NK.double() @ e_KR.double(), (q_DK.double() @ f_KR.double()).T, 1.0)
+    return replace(update, foundation=directions)
+
+
 def check_adapter(adapter: Adapter) -> None:
     """Refuse an adapter that cannot be merged.
 
@@ -178,9 +220,17 @@ def adapter_to_bytes(adapter: Adapter) -> bytes:
         InvalidInput: A name that no file could hold, or a tensor that is not dense.
     """
     _check_writable(adapter)
-    tensors = {f"module/{n}/{part}": t for n, u in sorted(adapter.modules.items()) for part, t in _parts(u).items()}
+    inside = {name: update for name, update in sorted(adapter.modules.items()) if update.foundation}
+    tensors = {
+        f"module/{name}/{part}": tensor
+        for name, update in sorted(adapter.modules.items())
+        for part, tensor in (_parts(update) if name not in inside else _coefficients(name, update)).items()
+    }
     tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in sorted(adapter.head.items())}
-    header = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
+    header: dict[str, Any] = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
+    if inside:
+        modules = {name: (*update.shape, update.foundation) for name, update in inside.items()}
+        header |= {"format": FORMAT_WITH_FOUNDATION, "foundation": {"source": SOURCE, "modules": modules}}
     # One header value: safetensors writes several in hash order, which differs from process to process.
     # Cloned: safetensors refuses tensors that share memory.
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -206,11 +256,15 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
         found, base_model, base_sha256 = header["format"], str(header["base_model"]), str(header["base_sha256"])
         info = {str(name): str(value) for name, value in header["info"].items()}
         names = sorted({key.split("/")[1] for key in tensors if key.startswith("module/")})
-        modules = {n: _from_parts(tensors, f"module/{n}/") for n in names}
+        written = header.get("foundation", {"source": SOURCE, "modules": {}})
+        if written["source"] != SOURCE:
+            raise Corrupt(f"has a foundation made by {written['source']!r}, this code makes {SOURCE!r}", where)
+        inside = written["modules"]
+        modules = {n: _from_parts(tensors, n, inside.get(n)) for n in names}
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise Corrupt(f"is not an adapter file: {error}", where) from error
-    if found != FORMAT:
-        raise Corrupt(f"has format {found!r}, this code reads {FORMAT!r}", where)
+    if found not in (FORMAT, FORMAT_WITH_FOUNDATION):
+        raise Corrupt(f"has format {found!r}, this code reads {FORMAT!r} and {FORMAT_WITH_FOUNDATION!r}", where)
     head = {key.removeprefix("head/"): tensor for key, tensor in tensors.items() if key.startswith("head/")}
     adapter = Adapter(base_model, base_sha256, modules, head, info)
     if not head_only:
@@ -238,6 +292,15 @@ def _parts(update: ModuleUpdate) -> dict[str, Tensor]:
     return parts | {name: gauge for name, gauge in gauges.items() if gauge is not None}
 
 
-def _from_parts(tensors: Mapping[str, Tensor], prefix: str) -> ModuleUpdate:
+def _coefficients(name: str, update: ModuleUpdate) -> dict[str, Tensor]:
+    e_KR, f_KR = coefficients_in_foundation(name, update)
+    return {"e": e_KR, "f": f_KR}
+
+
+def _from_parts(tensors: Mapping[str, Tensor], name: str, inside: Sequence[int] | None) -> ModuleUpdate:
+    prefix = f"module/{name}/"
+    if inside is not None:
+        n, d, directions = inside
+        return update_in_foundation(name, (n, d), directions, tensors[f"{prefix}e"], tensors[f"{prefix}f"])
     u_NR, sigma_R, v_DR = (tensors[prefix + part] for part in ("u", "sigma", "v"))
     return ModuleUpdate(u_NR, sigma_R, v_DR, *(tensors.get(prefix + part) for part in ("gauge_out", "gauge_in")))

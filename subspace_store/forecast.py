@@ -14,7 +14,7 @@ from subspace_store.files.version_tensors import VersionTensors
 from subspace_store.log.version import SubspaceState
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import ModuleTasks
-from subspace_store.merging.merge import Tally, merge_modules
+from subspace_store.merging.merge import Tally, apart, merge_modules
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 
 
@@ -26,7 +26,7 @@ class Forecast:
     error_at_birth: Mapping[str, float]
     """Error at birth of each new adapter, by id."""
     spanned: Mapping[str, float]
-    """Share of each new adapter's energy, 0 to 1, that the parent's basis spans already: an adapter near 1 needs no new
+    """Share of each new adapter's energy, 0 to 1, that foundation and basis span already: one near 1 needs no new
     directions."""
     drift: Mapping[str, float]
     """Drift of each earlier task through this merge, by id."""
@@ -59,13 +59,16 @@ def forecast(
     def read(name: str) -> ModuleSubspace | None:
         return ModuleSubspace(tensors.module_basis(parent, name), tasks.get(name, none)) if name in homes else None
 
-    for name, merge in merge_modules(read, adapters, settings):
+    rest, exact = apart(adapters, settings)
+    tally.add_exact(exact)
+    spanned |= {id_: sum(map(update_energy, updates.values())) for id_, updates in exact.items()}
+    for name, merge in merge_modules(read, rest, settings):
         tally.add(merge, merge.settle()[1])
         before = (0, 0)
         if name in homes:
             basis = tensors.module_basis(parent, name)
             before = basis.ranks
-            for id_, adapter in adapters.items():
+            for id_, adapter in rest.items():
                 if name in adapter.modules:
                     spanned[id_] += spanned_energy(basis, adapter.modules[name])
         ranks[name] = before, merge.basis.ranks

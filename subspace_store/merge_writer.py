@@ -24,10 +24,10 @@ from subspace_store.files import blobs
 from subspace_store.files.tensor_file import Part
 from subspace_store.files.version_tensors import VersionTensors, moved
 from subspace_store.log.version import BlobRef, MergedTask, SubspaceState, Version
-from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
+from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merging.merge import ModuleMerge, Tally, merge_modules, place_in_basis
-from subspace_store.merging.private_part import private_numbers
+from subspace_store.merging.merge import ModuleMerge, Tally, apart, merge_modules, place_in_basis
+from subspace_store.merging.subspace_math import update_energy
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 
@@ -122,7 +122,10 @@ class Draft:
                 parameter_count=known.get(arrival.task_id, arrival.adapter).parameter_count,
                 head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
                 private=rest,
-                private_count=sum(map(private_numbers, updates.get(arrival.task_id, {}).values())),
+                private_count=sum(update.numbers for update in updates.get(arrival.task_id, {}).values()),
+                foundation_count=sum(
+                    update.numbers for update in updates.get(arrival.task_id, {}).values() if update.foundation
+                ),
             )
             for arrival, adapter, rest in zip(self.arrivals, adapters, private, strict=True)
         )
@@ -266,11 +269,13 @@ def _placed(draft: Draft) -> _Placed:
     before = draft.state.tasks_at(parent)
     blocks: dict[str, TaskBlock] = {}
     may_be_private = frozenset(arrival.task_id for arrival in arrivals if before[arrival.task_id].private is not None)
-    private: dict[str, dict[str, ModuleUpdate]] = {}
-    delivered = {arrival.task_id: 0.0 for arrival in arrivals}
-    missed = dict(delivered)
-    for name in sorted({name for arrival in arrivals for name in arrival.adapter.modules}):
-        incoming = {a.task_id: a.adapter.modules[name] for a in arrivals if name in a.adapter.modules}
+    adapters, private = apart({arrival.task_id: arrival.adapter for arrival in arrivals}, draft.settings)
+    delivered = {
+        arrival.task_id: sum(map(update_energy, private.get(arrival.task_id, {}).values())) for arrival in arrivals
+    }
+    missed = dict.fromkeys(delivered, 0.0)
+    for name in sorted({name for adapter in adapters.values() for name in adapter.modules}):
+        incoming = {task: adapter.modules[name] for task, adapter in adapters.items() if name in adapter.modules}
         if name not in tensors.homes(parent):
             what = f"adapts {name}, which version {parent} has no basis for"
             raise RefusedAdapters(what, _who(arrivals, incoming), "", tuple(incoming))
@@ -297,9 +302,13 @@ class _Merging:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         tensors, parent = draft.tensors, draft.parent
-        self._adapters = {arrival.task_id: arrival.adapter for arrival in draft.arrivals}
+        self._adapters, self.private = apart({a.task_id: a.adapter for a in draft.arrivals}, draft.settings)
         self._homes = tensors.homes(parent)
-        self.touched = sorted({name for adapter in self._adapters.values() for name in adapter.modules})
+        new = {n: u.shape for a in draft.arrivals for n, u in a.adapter.modules.items() if n not in self._homes}
+        changed = {name for adapter in self._adapters.values() for name in adapter.modules}
+        self._empty = {name: empty_module(shape).basis for name, shape in sorted(new.items()) if name not in changed}
+        """Bases without directions, of modules that are new and in which all tasks are in the foundation."""
+        self.touched = [*sorted(changed), *self._empty]
         self.elsewhere = {name: home for name, home in self._homes.items() if name not in self.touched}
         self.tasks = dict(tensors.tasks(parent))
         self._before = tensors.take_basis(parent)
@@ -308,9 +317,9 @@ class _Merging:
         self.merges: dict[str, ModuleMerge] = {}
         self.transports: dict[str, Transport] = {}
         self.arrived: dict[str, TaskBlock] = {}
-        self.private: dict[str, dict[str, ModuleUpdate]] = {}
         self.tally = Tally({t.task_id: t.delivered_energy for t in draft.state.tasks_at(parent).values()})
         self.seconds = 0.0
+        self.tally.add_exact(self.private)
         for name in self.elsewhere:
             self.tally.add_untouched(self.tasks.get(name, ModuleTasks()))
 
@@ -337,12 +346,17 @@ class _Merging:
                 self.arrived[name] = merge.new.arrivals
             for task, update in merge.new.private.items():
                 self.private.setdefault(task, {})[name] = update
-            self.bases[name] = merge.basis
-            self.ranks[name] = merge.basis.ranks
             blobs.check_basis(merge.basis, f"merging {name}")
             self.seconds += time.perf_counter() - started
-            yield blobs.pack_basis(name, merge.basis)
+            yield self._part(name, merge.basis)
             started = time.perf_counter()
+        for name, basis in self._empty.items():
+            yield self._part(name, basis)
+
+    def _part(self, name: str, basis: ModuleBasis) -> Part:
+        self.bases[name] = basis
+        self.ranks[name] = basis.ranks
+        return blobs.pack_basis(name, basis)
 
     def _read(self, name: str) -> ModuleSubspace | None:
         if name not in self._homes:

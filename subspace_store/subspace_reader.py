@@ -375,8 +375,9 @@ class SubspaceReader:
             number,
             len(merged),
             basis_numbers=sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in shapes.values()),
-            coefficient_numbers=sum(sum(shapes[name][1]) * count for name, count in columns.items()),
-            private_numbers=sum(task.private_count for task in merged),
+            coefficient_numbers=sum(sum(shapes[name][1]) * count for name, count in columns.items())
+            + sum(task.foundation_count for task in merged),
+            private_numbers=sum(task.private_count - task.foundation_count for task in merged),
             head_numbers=sum(task.head_count for task in merged),
             separate_numbers=sum(task.parameter_count for task in merged),
         )

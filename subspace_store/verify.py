@@ -26,7 +26,6 @@ from subspace_store.log.version import BlobRef, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import Transport
-from subspace_store.merging.private_part import private_numbers
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
@@ -130,7 +129,7 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
         after = _orthonormal(reader.module(name, version.number))
         findings += [Finding(where, f"{name} {what}") for what in _energies(after.basis)]
         for id_, update in after.private.items():
-            private[id_] += private_numbers(update)
+            private[id_] += update.numbers
         for id_, adapter in delivered.items():
             if name in adapter.modules:
                 missed[id_] += _squared_distance(adapter.modules[name], after, id_)

@@ -6,14 +6,15 @@ adapter out, score it, stage it. Every rank of a gang runs this page; rank 0 alo
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from configs.errors import NotFound, Unavailable
-from subspace_store.adapter import Adapter
+from configs.errors import InvalidInput, NotFound, Unavailable
+from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log.version import MAIN
 from subspace_store.storage.protocol import Storage
@@ -147,7 +148,7 @@ def train_task(
 
 
 class _Attempt:
-    """One try at a training order: the parts of `train_task` that share its data."""
+    """One try at a training order: the parts of `train_task` that share its data. `auto` has one more per candidate."""
 
     def __init__(
         self,
@@ -180,6 +181,98 @@ class _Attempt:
             frozen = self._storage.read(order.train_key) if order.train_key else b""
             return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
         rows = open_rows(self._storage, order.train_key, spec)
+        return self._raced(rows) if method is None and not order.refine_version else self._trained(rows)
+
+    def _raced(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
+        """Train each candidate of `auto`, and cut the best to what its score needs. Each is a run of its own."""
+        spec, group = self._order.spec, self._group
+        rest, validation = auto.set_aside(rows)
+        if why := auto.reason_not_to_race(spec, validation):
+            self._say(f"auto: lora, because {why}")
+            return self._adopt(alone := self._candidate("lora"), alone._trained(rows))
+        finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
+        failed: InvalidInput | None = None
+        for name in spec.method.candidates:
+            attempt = self._candidate(name)
+            try:
+                finished[name] = attempt, *(attempt._raced_before() or attempt._race(rest))
+            except InvalidInput as error:
+                if isinstance(error, OutOfMemory) and group.rank.size > 1:
+                    raise  # the other ranks wait for this one
+                self._say(f"auto: {name} cannot be trained: {error}")
+                failed = error
+        if failed is not None and not finished:
+            raise failed
+        kept: auto.Form | None = None
+        if group.rank.leads:
+            free_memory()
+            self._report(Progress(token=self._order.token, phase=Phase.SCORING))
+            judged, stop = auto.validation_spec(spec), stopper(self._asked)
+            kept, lines = auto.chosen(
+                {method: adapter for method, (_, adapter, _) in finished.items()},
+                lambda adapter: score_adapter(self._base, adapter, validation, judged, stop).value,
+                spec.method.loss_max,
+            )
+            for line in lines:
+                self._say(line)
+        attempt, adapter, run = finished[group.agree(kept.method if kept else "")]
+        return self._adopt(attempt, (kept.adapter if kept else adapter, run))
+
+    def _candidate(self, name: str) -> _Attempt:
+        """The same order for one method of `auto`, with checkpoints of its own."""
+        spec = self._order.spec
+        method = spec.method.model_copy(update={"name": name})
+        order = replace(self._order, spec=spec.model_copy(update={"method": method}))
+        return _Attempt(order, self._base, self._storage, self._store, self._report, self._asked, self._group)
+
+    def _adopt(self, candidate: _Attempt, trained: tuple[Adapter, TrainingRun]) -> tuple[Adapter, TrainingRun]:
+        self.method_name, self.version = candidate.method_name, candidate.version
+        self.trained_numbers = candidate.trained_numbers
+        return trained
+
+    def _race(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
+        """Train, and leave the result for later attempts at the same order."""
+        adapter, run = self._trained(rows)
+        facts = {
+            "steps": run.steps,
+            "train_loss": run.train_loss,
+            "first_step_at": run.first_step_at,
+            "version": self.version,
+            "trained_numbers": self.trained_numbers,
+        }
+        content = adapter_to_bytes(replace(adapter, info=dict(adapter.info) | {"race": json.dumps(facts)}))
+        if self._group.rank.leads:
+            try:
+                self._storage.write(self._raced_key, content)
+            except Unavailable as error:
+                self._say(f"the trained candidate could not be kept for a later attempt: {error.what}")
+            # The next candidate's checkpoints begin at step 1 again, and only those furthest on are kept.
+            for key in self._storage.keys(f"{self._folder}/checkpoint-"):
+                self._storage.delete(key)
+        return self._from_race(content)  # read again, to be to the bit what a later attempt would read
+
+    def _raced_before(self) -> tuple[Adapter, TrainingRun] | None:
+        """What an earlier attempt at this order made of this candidate. All ranks see what rank 0 sees."""
+        found = self._storage.keys(self._raced_key) if self._group.rank.leads else []
+        if not self._group.agree(bool(found)):
+            return None
+        self._say(f"auto: {self.method_name} was trained by an earlier attempt")
+        return self._from_race(self._storage.read(self._raced_key))
+
+    def _from_race(self, content: bytes) -> tuple[Adapter, TrainingRun]:
+        adapter = adapter_from_bytes(content, self._raced_key)
+        facts = json.loads(adapter.info["race"])
+        self.version, self.trained_numbers = facts.pop("version"), facts.pop("trained_numbers")
+        info = {name: fact for name, fact in adapter.info.items() if name != "race"}
+        return replace(adapter, info=info), TrainingRun(**facts)
+
+    @property
+    def _raced_key(self) -> str:
+        return f"{self._prefix}raced-{self._run}.safetensors"
+
+    def _trained(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
+        """Train in one way, with smaller micro-batches if memory runs out."""
+        spec = self._order.spec
         while True:
             notes = self._storage.keys(f"{self._prefix}halved-") if self._group.rank.leads else []
             halvings = self._group.agree(len(notes))
@@ -200,7 +293,7 @@ class _Attempt:
 
     def _train_from_here(self, rows: Sequence[Row], halvings: int) -> tuple[Adapter, TrainingRun]:
         spec, group = self._order.spec, self._group
-        given, checkpoint = self._given(self._checkpoint(), rows, halvings)
+        given, checkpoint = self._given(self._checkpoint())
         method = METHODS[self.method_name]
         prepared = method.prepare(self._base, spec, given)
         if checkpoint is not None and not fits(prepared, checkpoint):
@@ -243,9 +336,7 @@ class _Attempt:
             raise Unavailable("rank 0 sees a checkpoint that this rank does not see", key, "try again")
         return checkpoint
 
-    def _given(
-        self, checkpoint: Checkpoint | None, rows: Sequence[Row], halvings: int
-    ) -> tuple[Given, Checkpoint | None]:
+    def _given(self, checkpoint: Checkpoint | None) -> tuple[Given, Checkpoint | None]:
         """What the method starts from: the same on every rank, and the same again after an interruption."""
         order = self._order
         self._store.refresh()
@@ -254,14 +345,15 @@ class _Attempt:
         elif order.refine_version:
             self.method_name, self.version = "refine", order.refine_version
         else:
-            self.method_name, self.version = self._chosen(rows, halvings)
+            main: int = self._group.agree(self._store.resolve(MAIN))
+            self.version = main if METHODS[self.method_name].needs_basis(order.spec) else 0
         try:
             basis = self._store.basis(self.version) if self.version else {}
         except NotFound as error:
             if checkpoint is None:
                 raise
             self._forget_checkpoint(checkpoint, f"its basis is gone ({error.what})")
-            return self._given(self._checkpoint(), rows, halvings)
+            return self._given(self._checkpoint())
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
         basis_of = f", in the basis of version {self.version}" if self.version else ""
         self._say(f"task {order.task_id}: method {self.method_name}{basis_of}")
@@ -273,20 +365,6 @@ class _Attempt:
         self._say(f"does not go on from the checkpoint of step {checkpoint.step}: {why}")
         if self._group.rank.leads:  # it would be found again, before those that this attempt will leave
             self._storage.delete(self._checkpoint_key)
-
-    def _chosen(self, rows: Sequence[Row], halvings: int) -> tuple[str, int]:
-        """The method and the version to lease. For `auto` all ranks try the task out, as rank 0 sees the store."""
-        spec, group = self._order.spec, self._group
-        name: str = spec.method.name
-        main: int = group.agree(self._store.resolve(MAIN))
-        if name == "auto":
-            given = Given(version=main, basis=self._store.basis(main) if main else {})
-            around = Surroundings(self._order.token, group, asked=self._asked, halvings=halvings)
-            with refusals_named(spec.training.deepspeed):
-                name, why = auto.choose(self._base, spec, given, rows, around)
-            name = group.agree(name)
-            self._say(why)
-        return name, main if METHODS[name].needs_basis(spec) else 0
 
     def _say(self, line: str) -> None:
         self._report(Progress(token=self._order.token, phase=Phase.LOADING, log_lines=(line,)))

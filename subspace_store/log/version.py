@@ -63,6 +63,8 @@ class MergedTask:
     """The private parts of its update, module by module; None: the basis holds enough of all of them."""
     private_count: int = 0
     """Numbers in the private parts."""
+    foundation_count: int = 0
+    """How many of these are coefficients in the foundation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from subspace_store.adapter import ModuleUpdate
+from subspace_store.foundation import foundation
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock
 from subspace_store.merging.private_part import with_private
 from subspace_store.merging.subspace_math import canonical_in_basis, orthonormalise
@@ -70,6 +71,13 @@ def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str
 def reconstruct_module(basis: ModuleBasis, task: TaskBlock) -> ModuleUpdate:
     """P·E·Fᵀ·Qᵀ of one task in canonical form."""
     return canonical_in_basis(orthonormalise(basis.p_NK), orthonormalise(basis.q_DK), task.e_KS, task.f_KS)
+
+
+def foundation_basis(module: str, shape: tuple[int, int], directions: int) -> ModuleBasis:
+    """The foundation's first directions as a basis; nothing has moved them, so their energies are 0."""
+    p_NK, q_DK = foundation(module, shape, directions)
+    nothing = (torch.zeros(columns.shape[1], dtype=torch.float64) for columns in (p_NK, q_DK))
+    return ModuleBasis(p_NK, q_DK, *nothing)
 
 
 def empty_module(shape: tuple[int, int]) -> ModuleSubspace:

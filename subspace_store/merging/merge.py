@@ -119,6 +119,13 @@ class Tally:
         _add(self._lost, tasks.task_ids, torch.zeros_like(tasks.delivered_T))
         _add(self._delivered, tasks.task_ids, tasks.delivered_T)
 
+    def add_exact(self, private: Mapping[str, Mapping[str, ModuleUpdate]]) -> None:
+        """Add what is kept as it was delivered: task id to its updates in the foundation, see `apart`."""
+        for task, updates in private.items():
+            energy = torch.tensor([sum(map(update_energy, updates.values()))], dtype=torch.float64)
+            _add(self._missed, (task,), torch.zeros_like(energy))
+            _add(self._delivered, (task,), energy)
+
     @property
     def delivered(self) -> dict[str, float]:
         """Task id to Σ over modules of ‖ΔW‖²_F."""
@@ -179,6 +186,8 @@ def merge_adapters(
         Incremental learning for robust visual tracking (2008).
     """
     tally, after = Tally(), dict(modules)
+    adapters, exact = apart(adapters, settings)
+    tally.add_exact(exact)
     transports: dict[str, Transport] = {}
     arrivals: dict[str, TaskBlock] = {}
     for name, merge in merge_modules(modules.get, adapters, settings):
@@ -191,7 +200,34 @@ def merge_adapters(
             transports[name] = merge.transport
     for name in modules.keys() - arrivals.keys():
         tally.add_untouched(modules[name].tasks)
+    for task, updates in exact.items():
+        for name, update in updates.items():
+            module = after.get(name) or empty_module(update.shape)
+            after[name] = replace(module, private={**module.private, task: update})
     return Merge(after, transports, arrivals, tally)
+
+
+def apart(
+    adapters: Mapping[str, Adapter], settings: SubspaceSettings
+) -> tuple[dict[str, Adapter], dict[str, dict[str, ModuleUpdate]]]:
+    """Divide adapters into what is to be merged and what lies in the foundation.
+
+    What lies there is kept as coefficients, exactly: no merge needs to know of it.
+
+    Returns:
+        Task id to the adapter that is left, without tasks of which nothing is; and task id to the updates in the
+        foundation, by module.
+    """
+    if not _promises(settings):
+        return dict(adapters), {}
+    left, exact = {}, {}
+    for task, adapter in adapters.items():
+        inside = {name: update for name, update in adapter.modules.items() if update.foundation}
+        if inside:
+            exact[task] = inside
+        if rest := {name: update for name, update in adapter.modules.items() if name not in inside}:
+            left[task] = replace(adapter, modules=rest) if inside else adapter
+    return left, exact
 
 
 def merge_modules(

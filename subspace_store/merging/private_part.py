@@ -102,11 +102,6 @@ def with_private(shared: ModuleUpdate | None, private: ModuleUpdate | None) -> M
     return weighted_sum((shared, private), (1.0, 1.0))
 
 
-def private_numbers(update: ModuleUpdate) -> int:
-    """Numbers that a private part stores: U·diag(σ) and V, as two factors."""
-    return update.rank * sum(update.shape)
-
-
 def _rank_needed(sigma_R: Tensor, allowed: float) -> int:
     """The fewest leading directions beyond which at most `allowed` energy is lost."""
     tail_R = sigma_R.square().flip(0).cumsum(0).flip(0)  # tail_R[i]: lost if i directions are kept

@@ -23,6 +23,8 @@ from subspace_store import (
     canonical_update,
     subspace_store,
 )
+from subspace_store.adapter import update_in_foundation
+from subspace_store.foundation import foundation_ranks
 from subspace_store.merge_writer import Draft, Written
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.protocol import ObjectStream
@@ -48,6 +50,19 @@ def random_adapter(
         modules[name] = canonical_update(b_NR, torch.randn(rank, d, generator=generator), size)
     head = {"classifier.weight": torch.randn(2, 5, generator=generator)}
     return Adapter(base, "", modules, head, {"method": "lora", "seed": str(seed)})
+
+
+def foundation_adapter(
+    seed: int, rank: int = 3, directions: int = 8, shapes: Mapping[str, tuple[int, int]] = SHAPES
+) -> Adapter:
+    """What a worker makes of coefficients that it trained in the foundation."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, shape in shapes.items():
+        k_out, k_in = foundation_ranks(shape, directions)
+        e_KR, f_KR = torch.randn(k_out, rank, generator=generator), torch.randn(k_in, rank, generator=generator)
+        modules[name] = update_in_foundation(name, shape, directions, e_KR, f_KR)
+    return replace(random_adapter(seed), modules=modules, info={"method": "share"})
 
 
 def staged(store: SubspaceStore, task_id: str, adapter: Adapter) -> StagedAdapter:

@@ -1,170 +1,232 @@
-"""Method `auto`: what it tries out, what it makes of it, and that nothing of it is left."""
+"""Method `auto`: what it sets aside, which form it keeps, and that every candidate is a run like any other."""
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
-from subspace_store.log.version import StagedAdapter
+from subspace_store.adapter import Adapter
 from subspace_store.storage.local import LocalStorage
-from subspace_store.storage.memory import MemoryStorage
-from subspace_store.storage.protocol import Storage
-from subspace_store.subspace_store import SubspaceStore
-from tests.workers.method_builders import leased
+from tests.subspace_store.builders import deltas, foundation_adapter, random_adapter
 from tests.workers.test_deepspeed_engine import zero
 from tests.workers.test_rank_group import free_port
-from tests.workers.worker_builders import task_of_kind
+from tests.workers.test_training import Desk
+from tests.workers.worker_builders import sentiment_rows, sentiment_task, task_of_kind
 from workers.base_model import BaseModel
-from workers.methods import NOTHING, Given, auto, lora
-from workers.rows.task_data import CompletionRow, Row
-from workers.trainer import Surroundings, fit
+from workers.methods import auto
+from workers.orders import Point
+from workers.rows.frozen_rows import open_rows
+from workers.rows.task_data import TextRow
+from workers.trainer import Cancelled, Preempted
 
 Tiny = Callable[[str], BaseModel]
-ALONE = Surroundings()
-MERGED, OTHER = "green card", "late money"
-"""What a language model that knows nothing is to answer, whatever it is asked: one direction in its last layers."""
+COUNT = 400
 
 
-def task(**training: Any) -> TaskSpec:
-    values = {"learning_rate": 0.01, "max_steps": 4 * auto.STEPS_MIN, "per_device_train_batch_size": 4} | training
-    lora = {"r": 4, "target_modules": ("down_proj",)}
-    method = {"name": "auto", "temporary_columns": 0}
-    return task_of_kind("causal_lm", (), training=values, lora=lora, method=method)
+def task(**changes: Any) -> TaskSpec:
+    method = {"name": "auto", "foundation": 8} | changes.pop("method", {})
+    training = {"learning_rate": 0.05, "max_steps": 12} | changes.pop("training", {})
+    return sentiment_task(method=method, training=training, lora={"r": 4}, **changes)
 
 
-def rows(answer: str, seed: int = 1) -> Sequence[Row]:
-    draw = random.Random(seed)
-    asked = [" ".join(draw.choices(["bank", "money", "never", "please"], k=3)) for _ in range(100)]
-    return [CompletionRow((("user", words), ("assistant", answer)), False) for words in asked]
+@pytest.fixture
+def desk(request: pytest.FixtureRequest) -> Desk:
+    return Desk(request.node.name, train_count=COUNT)
 
 
-@pytest.fixture(scope="module")
-def given(tiny: Tiny) -> Given:
-    store, version = merge(tiny("llama-lm"), MemoryStorage("auto"))
-    return Given(version=version, basis=store.basis(version))
+def lines(desk: Desk) -> list[str]:
+    return [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, str)]
 
 
-def merge(base: BaseModel, storage: Storage) -> tuple[SubspaceStore, int]:
-    """Publish a LoRA that learnt one answer to other questions, started from another A."""
-    spec = task(seed=7)
-    model = lora.prepare(base, spec)
-    fit(model, base, rows(MERGED, seed=2), spec, ALONE)
-    store = SubspaceStore.open(storage, writer="test", base_model=base.name, base_sha256=base.sha256)
-    staged = store.stage("staging/a/1/adapter.safetensors", lora.finish(model, base, spec))
-    version = store.merge(
-        [StagedAdapter(task_id="a", name="t/a", key=staged.key, sha256=staged.sha256)], op_key="1", actor="test"
-    ).number
-    store.publish(version, op_key="2", actor="test")
-    return store, version
+# What is set aside
 
 
-@pytest.mark.parametrize("seed", [7, 42])  # A starts where the merged one did, and elsewhere
-def test_a_basis_that_holds_the_tasks_twin_means_share_and_lora_where_it_holds_another_task(
-    seed: int, given: Given, tiny: Tiny
-) -> None:
-    name, why = auto.choose(tiny("llama-lm"), task(seed=seed), given, rows(MERGED), ALONE)
-    assert name == "share", why
-    name, why = auto.choose(tiny("llama-lm"), task(seed=seed), given, rows(OTHER), ALONE)
-    assert name == "lora", why
+def test_equal_rows_are_on_one_side_and_the_split_is_the_same_whatever_else_is_there() -> None:
+    rows = [TextRow(text=f"text {i % 300}", text_pair=None, label=i % 2) for i in range(900)]
+    trained, validation = auto.set_aside(rows)
+    assert len(trained) + len(validation) == 900
+    assert 900 / 16 < len(validation) < 900 / 5
+    aside = {row.text for row in validation}
+    assert not aside & {row.text for row in trained}
+    more = [TextRow(text=f"other {i}", text_pair=None, label=0) for i in range(300)]
+    assert aside <= {row.text for row in auto.set_aside(more + rows[::-1])[1]}
 
 
-def test_the_answer_is_the_same_whatever_the_process_did_before(given: Given, tiny: Tiny) -> None:
-    base = tiny("llama-lm")
-    first = auto.choose(base, task(), given, rows(MERGED), ALONE)
-    torch.rand(3)
-    assert auto.choose(base, task(), given, rows(MERGED), ALONE) == first
+def test_of_many_rows_a_bounded_number_is_set_aside_and_the_others_are_trained_on() -> None:
+    rows = [TextRow(text=f"text {i}", text_pair=None, label=i // 5000) for i in range(10_000)]
+    trained, validation = auto.set_aside(rows)
+    assert len(validation) == auto.ROWS_MAX
+    assert len(trained) == 10_000 - auto.ROWS_MAX
+    assert 0.35 < sum(row.label for row in validation) / len(validation) < 0.65  # of sorted rows too
 
 
-def test_nothing_of_it_is_left_on_the_base_model(given: Given, tiny: Tiny) -> None:
-    def looks(model: Any) -> list[tuple[str, bool, float]]:
-        return [(name, part.requires_grad, float(part.double().sum())) for name, part in model.named_parameters()]
-
-    base = tiny("llama-lm")
-    before = looks(base.task_model(task()))
-    auto.choose(base, task(), given, rows(MERGED), ALONE)
-    assert looks(base.task_model(task())) == before
-
-
-def test_a_task_that_runs_out_of_memory_when_it_is_tried_out_is_left_to_lora(
-    given: Given, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> Any:
-        raise MemoryError
-
-    monkeypatch.setattr(tiny("llama-lm").task_model(task()).__class__, "forward", full)
-    name, why = auto.choose(tiny("llama-lm"), task(), given, rows(MERGED), ALONE)
-    assert name == "lora"
-    assert why.startswith("auto: lora, because trying the task out failed: ")
-    assert "memory ran out with 4 rows at once" in why
+def test_too_few_rows_are_not_divided_and_the_log_says_what_was_done(tiny: Tiny) -> None:
+    few = Desk("few", train_count=40)
+    trained = few.train(tiny("bert"), task())
+    assert trained.method == "lora"
+    assert any("too few to compare by" in line for line in lines(few))
+    plain = few.train(tiny("bert"), task(method={"name": "lora"}))
+    assert plain.adapter_sha256 == trained.adapter_sha256
 
 
-def test_a_module_that_the_basis_lacks_means_lora_without_trying(tiny: Tiny) -> None:
-    found = auto.choose(tiny("llama-lm"), task(), NOTHING, (), ALONE)
-    assert found == ("lora", "auto: lora, because the basis lacks 2 of the modules")
+def test_a_model_that_one_process_may_not_hold_is_trained_once() -> None:
+    rows = [TextRow(text=str(i), text_pair=None, label=0) for i in range(auto.ROWS_MIN)]
+    assert "ZeRO stage 3" in auto.reason_not_to_race(task(training={"deepspeed": zero(3)}), rows)
+    assert auto.reason_not_to_race(task(training={"deepspeed": zero(2)}), rows) == ""
 
 
-def test_a_base_model_that_one_process_may_not_hold_is_not_tried_out(tiny: Tiny) -> None:
-    given = leased(tiny("llama-lm"), ("down_proj",))
-    name, why = auto.choose(tiny("llama-lm"), task(deepspeed=zero(3)), given, (), ALONE)
-    assert name == "lora"
-    assert "ZeRO stage 3" in why
+def test_answers_are_not_generated_to_choose_a_form() -> None:
+    spec = task_of_kind("causal_lm", (), metric="exact_match")
+    assert auto.validation_spec(spec).metric == "log_likelihood"
+    assert auto.validation_spec(task()).metric == "accuracy"
 
 
-@pytest.mark.parametrize(
-    ("ends", "expected"),
-    [((1.0, 1.08), "share"), ((1.05, 1.15), "lora"), ((1.2, 1.2), "lora"), ((0.9, 0.9), "share")],
-)
-def test_share_may_lack_a_tenth_of_loras_fall_a_standard_error_included(
-    ends: tuple[float, float], expected: str
-) -> None:
-    # LoRA falls from 2 to 1, so 0.1 is allowed: 0.04 ± 0.04 is less, 0.1 ± 0.05 is not surely so.
-    with_lora = [2.0, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 1.0]
-    name, why = auto.verdict(with_lora, [2.0] * 6 + list(ends))
-    assert name == expected
-    assert why.startswith(f"auto: {expected}, because after 8 steps share's loss was 0.")
-    assert f" {'below' if ends[0] < 1 else 'above'} lora's of 1; up to 0.1" in why
+# Which form is kept
 
 
-def test_where_neither_learns_anything_that_is_more_than_chance_it_is_lora() -> None:
-    name, why = auto.verdict([0.69, 0.71] * 4, [0.7, 0.69] * 4)
-    assert (name, why) == ("lora", "auto: lora, because 8 steps taught neither more than chance: loss 0.7 ± 0.01")
+def test_forms_keep_the_largest_singular_values_of_all_modules_together() -> None:
+    adapter = random_adapter(1, rank=4)
+    weak = replace(adapter.modules["layer.0.value"], sigma_R=0.01 * adapter.modules["layer.0.value"].sigma_R)
+    adapter = replace(adapter, modules=dict(adapter.modules) | {"layer.0.value": weak})
+    sizes = list(auto.forms(adapter))
+    assert sizes[-1] is adapter
+    whole = sum(float(d.square().sum()) for d in deltas(adapter).values())
+    for share, form in zip(auto.SHARES, sizes, strict=True):
+        held = sum(float(d.square().sum()) for d in deltas(form).values())
+        assert held >= (share - 1e-6) * whole
+        if share < 1.0:  # without the weakest direction it keeps is below the share
+            assert "layer.0.value" not in form.modules
+            assert held - min(float(u.sigma_R[-1]) ** 2 for u in form.modules.values()) < share * whole
+    assert [sum(u.numbers for u in form.modules.values()) for form in sizes] == sorted(
+        sum(u.numbers for u in form.modules.values()) for form in sizes
+    )
 
 
-def test_where_only_share_learns_it_is_share() -> None:
-    assert auto.verdict([0.69, 0.71] * 4, [0.69, 0.71, 0.65, 0.6, 0.5, 0.45, 0.4, 0.38])[0] == "share"
+def test_the_fewest_numbers_that_lose_no_more_than_is_allowed_are_kept() -> None:
+    share, lora = foundation_adapter(1, rank=3, directions=4), random_adapter(2, rank=4)
+
+    def score(adapter: Adapter) -> float:
+        kept = sum(u.energy for u in adapter.modules.values())
+        is_share = any(u.foundation for u in adapter.modules.values())
+        whole = sum(u.energy for u in (share if is_share else lora).modules.values())
+        return (0.80 if is_share else 0.81) - (0.5 if kept < 0.79 * whole else 0.0)
+
+    kept, said = auto.chosen({"share": share, "lora": lora}, score, 0.02)
+    assert kept.method == "share"
+    assert kept.score == 0.80
+    sizes = [form.modules.keys() for form in auto.forms(share)]
+    assert kept.adapter.modules.keys() == sizes[auto.SHARES.index(0.8)]
+    assert kept.numbers < sum(u.numbers for u in share.modules.values())
+    assert len(said) == 3
+    assert f"{kept.numbers:,} numbers" in said[-1]
+    assert auto.chosen({"share": share, "lora": lora}, score, 0.005)[0].method == "lora"  # 0.01 would be lost
+
+
+def test_where_every_cut_loses_the_adapter_stays_whole() -> None:
+    lora = random_adapter(2)
+    whole = sum(u.energy for u in lora.modules.values())
+    kept, _ = auto.chosen({"lora": lora}, lambda a: sum(u.energy for u in a.modules.values()) / whole, 0.005)
+    assert kept.adapter is lora
+
+
+# The candidates as runs
+
+
+def test_both_are_trained_without_the_validation_rows_and_one_form_is_delivered(desk: Desk, tiny: Tiny) -> None:
+    base, spec = tiny("bert"), task()
+    trained = desk.train(base, spec)
+    adapter = desk.staged(trained)
+    assert trained.method in ("share", "lora")
+    said = [line for line in lines(desk) if line.startswith("auto: ")]
+    assert len(said) == 3
+    assert said[-1].startswith(f"auto: {trained.method}, cut to ")
+    assert f"{sum(u.numbers for u in adapter.modules.values()):,} numbers" in said[-1]
+    rows = open_rows(desk.storage, "data/train", spec)
+    left = Desk("left", train_count=COUNT)
+    rest = [{"text": row.text, "label": ("neg", "pos")[row.label]} for row in auto.set_aside(rows)[0]]
+    assert len(rest) < COUNT
+    left.storage.write("data/train", "\n".join(map(json.dumps, rest)).encode())
+    alone = left.staged(left.train(base, task(method={"name": trained.method})))
+    for name, update in adapter.modules.items():  # a cut of what the method makes of the other rows
+        assert torch.allclose(update.sigma_R, alone.modules[name].sigma_R[: update.rank], rtol=1e-5)
+
+
+def test_one_candidate_means_that_only_the_size_is_found(desk: Desk, tiny: Tiny) -> None:
+    trained = desk.train(tiny("bert"), task(method={"candidates": ("lora",)}))
+    assert trained.method == "lora"
+    assert {point.method for beat in desk.heartbeats for point in beat.log_lines if isinstance(point, Point)} == {
+        "lora"
+    }
+
+
+def test_a_candidate_whose_loss_is_no_number_loses_and_the_other_is_kept(desk: Desk, tiny: Tiny) -> None:
+    spec = task(method={"candidates": ("codyra", "lora"), "kappa_max": 1e6, "dense_fraction": 0.0})
+    trained = desk.train(tiny("bert"), spec)
+    assert trained.method == "lora"
+    assert any("codyra cannot be trained: " in line for line in lines(desk))
+    with pytest.raises(InvalidInput, match="closed all"):
+        desk.train(tiny("bert"), task(method={"candidates": ("codyra",), "kappa_max": 1e6, "dense_fraction": 0.0}))
+
+
+def test_a_preempted_race_goes_on_from_the_candidate_and_the_step_it_was_at(desk: Desk, tiny: Tiny) -> None:
+    base, spec = tiny("bert"), task(training={"save_steps": 2})
+    expected = Desk("whole", train_count=COUNT).train(base, spec)
+    seen = []
+
+    def asked() -> Any:
+        points = [p for beat in desk.heartbeats for p in beat.log_lines if isinstance(p, Point)]
+        seen.append(len(points))
+        return "preempt" if any(p.method == "lora" and p.step >= 4 for p in points) else ""
+
+    desk._asked, plain = asked, desk._asked  # type: ignore[method-assign]
+    with pytest.raises(Preempted):
+        desk.train(base, spec)
+    desk._asked = plain  # type: ignore[method-assign]
+    desk.heartbeats.clear()
+    trained = desk.train(base, spec)
+    assert "auto: share was trained by an earlier attempt" in lines(desk)
+    points = [p for beat in desk.heartbeats for p in beat.log_lines if isinstance(p, Point)]
+    assert {(p.method, p.resumed_from > 0) for p in points} == {("lora", True)}
+    assert (trained.method, trained.adapter_sha256) == (expected.method, expected.adapter_sha256)
+    assert (trained.steps, trained.trainable_parameters) == (expected.steps, expected.trainable_parameters)
+
+
+def test_it_is_cancelled_between_two_steps(desk: Desk, tiny: Tiny) -> None:
+    desk.cancel_at_step = 3
+    with pytest.raises(Cancelled):
+        desk.train(tiny("bert"), task())
 
 
 @pytest.mark.acceptance  # two ranks in processes of their own
 @pytest.mark.parametrize("deepspeed", [None, zero(2)], ids=["ddp", "zero2"])
-def test_the_ranks_of_a_gang_try_the_task_out_together(
-    deepspeed: dict[str, Any] | None, tiny: Tiny, tiny_source: Callable[[str], str], tmp_path: Path
+def test_the_ranks_of_a_gang_agree_on_the_form(
+    deepspeed: dict[str, Any] | None, tiny_source: Callable[[str], str], tmp_path: Path
 ) -> None:
     storage = LocalStorage(str(tmp_path / "store"))
-    merge(tiny("llama-lm"), storage)
-    lines = [json.dumps({"prompt": row.turns[0][1], "completion": row.completion}) for row in rows(MERGED)]
-    storage.write("data/causal_lm", "\n".join(lines).encode())
-    spec = task(deepspeed=deepspeed, per_device_train_batch_size=2).model_dump(
+    storage.write("data/sequence_classification", sentiment_rows(COUNT, seed=1))
+    spec = task(training={"deepspeed": deepspeed, "per_device_train_batch_size": 4}).model_dump(
         mode="json", include={"kind", "metric", "training", "lora", "method"}
     )
-    orders = [{"name": "twin", "port": free_port(), "spec": spec | {"data": {"label_names": []}}}]
+    orders = [{"name": "race", "port": free_port(), "spec": spec}]
     (tmp_path / "orders.json").write_text(json.dumps(orders))
     command = [sys.executable, "-m", "tests.workers.rank_process"]
-    ranks = [
-        subprocess.Popen([*command, str(index), "2", str(tmp_path), tiny_source("llama-lm")]) for index in range(2)
-    ]
+    ranks = [subprocess.Popen([*command, str(index), "2", str(tmp_path), tiny_source("bert")]) for index in range(2)]
     try:
         assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
-    told = json.loads((tmp_path / "twin-0.json").read_text())
-    assert (told["method"], told["steps"]) == ("share", 4 * auto.STEPS_MIN)
+    told = json.loads((tmp_path / "race-0.json").read_text())
+    assert told["method"] in ("share", "lora")
+    assert told["steps"] == 12
+    assert [step for step, _ in told["losses"]] == [*range(1, 13)] * 2  # both candidates, on both ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +17,10 @@ from tests.workers.test_share import outside
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
-from workers.methods import auto, codyra
+from workers.methods import codyra
 from workers.methods.factors import GatedFactor
-from workers.orders import Point, Trained
-from workers.trainer import Cancelled, Preempted
+from workers.orders import Trained
+from workers.trainer import Preempted
 
 Tiny = Callable[[str], BaseModel]
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.distributed.* is deprecat
 GATES = {"name": "codyra", "gate_start": "normal", "dense_fraction": 0.0, "kappa_max": 0.3}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "start_of_a": "basis"},
-    "share": {"name": "share", "temporary_columns": 1},
+    "share": {"name": "share", "directions": "learned", "temporary_columns": 1},
     "codyra": GATES,
 }
 
@@ -69,61 +69,6 @@ def test_a_method_trains_in_the_published_basis_and_says_what_it_trains(
     expected = {"lora": "lora: 256", "share": "share: 104", "codyra": "codyra: 260"}[method]
     assert any(line.startswith(f"{expected} trained numbers per module in 4 modules") for line in lines)
     assert all(update.energy > 0 for update in desk.staged(trained).modules.values())
-
-
-@pytest.mark.parametrize("deepspeed", [None, zero(2)])
-@pytest.mark.parametrize(("method", "version"), [("share", 1), ("lora", 0)])
-def test_auto_trains_with_what_it_chose_and_says_why(
-    method: str,
-    version: int,
-    deepspeed: dict[str, Any] | None,
-    desk: Desk,
-    tiny: Tiny,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compared: list[int] = []
-
-    def verdict(with_lora: Sequence[float], with_share: Sequence[float]) -> tuple[str, str]:
-        compared.extend((len(with_lora), len(with_share)))
-        assert with_lora[0] == with_share[0]  # the same rows and head, and no update yet
-        return method, "auto: why"
-
-    monkeypatch.setattr(auto, "verdict", verdict)
-    training = {"max_steps": 4 * auto.STEPS_MIN, "deepspeed": deepspeed}
-    trained = desk.train(tiny("bert"), sentiment_task(method={"name": "auto"}, training=training))
-    assert (trained.method, trained.basis_version) == (method, version)
-    assert compared == [auto.STEPS_MIN] * 2  # a quarter of the task's own
-    lines = [line for beat in desk.heartbeats for line in beat.log_lines]
-    assert lines[0] == "auto: why"
-    assert not any(isinstance(line, Point) for line in lines[: lines.index("auto: why")])
-    plain = desk.train(tiny("bert"), sentiment_task(method={"name": method}, training=training))
-    assert trained.adapter_sha256 == plain.adapter_sha256  # trying it out left no trace
-
-
-@pytest.mark.parametrize(("asked", "error"), [("preempt", Preempted), ("cancel", Cancelled)])
-def test_auto_is_cancelled_and_preempted_within_a_step_of_trying_out(
-    asked: str, error: type[Exception], desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked_at: list[str] = []
-    monkeypatch.setattr(desk, "_asked", lambda: asked_at.append(asked) or asked)
-    training = {"max_steps": 4 * auto.STEPS_MIN}
-    with pytest.raises(error):
-        desk.train(tiny("bert"), sentiment_task(method={"name": "auto"}, training=training))
-    assert asked_at == [asked]
-    assert not any(beat.phase == "training" for beat in desk.heartbeats)
-
-
-def test_a_preempted_task_keeps_what_auto_chose(desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "verdict", lambda *losses: ("share", "auto: share"))
-    spec = sentiment_task(method={"name": "auto"}, training={"max_steps": 4 * auto.STEPS_MIN})
-    desk.preempt_at_step = 4
-    with pytest.raises(Preempted):
-        desk.train(tiny("bert"), spec)
-    monkeypatch.setattr(auto, "choose", lambda *_: pytest.fail("it was tried out again"))
-    desk.preempt_at_step = 10**9
-    desk.heartbeats.clear()
-    resumed = desk.train(tiny("bert"), spec)
-    assert (resumed.method, resumed.basis_version, resumed.resumed_from) == ("share", 1, 4)
 
 
 @pytest.mark.parametrize(("method", "stage"), [("share", 3), ("codyra", 2), ("codyra", 3)])

@@ -29,7 +29,8 @@ TARGETS = {"bert": ("query", "value"), "llama": ("q_proj", "down_proj"), "gpt2":
 
 def task(columns: int | None = None, r: int = 3, architecture: str = "bert") -> TaskSpec:
     return sentiment_task(
-        method={"name": "share", "temporary_columns": columns}, lora={"r": r, "target_modules": TARGETS[architecture]}
+        method={"name": "share", "directions": "learned", "temporary_columns": columns},
+        lora={"r": r, "target_modules": TARGETS[architecture]},
     )
 
 

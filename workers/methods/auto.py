@@ -1,138 +1,154 @@
-"""Method `auto`: `share` where it learns the task in the leased basis as fast as a LoRA does, else `lora`.
+"""Method `auto`: train the task in each of a few ways, and keep the fewest numbers that lose nothing to speak of.
 
-Both are trained for a few steps on the same rows in the same order, and thrown away. Every step meets rows that neither
-has seen, so its loss, taken before the step, is one on unseen rows. No row of the evaluation is looked at.
+Some of the training rows are set aside and not trained on: they are the validation rows. Each candidate is trained to
+its end on the others, because a short trial tells little: of six real tasks, coefficients in the foundation were better
+than LoRA on some from the start, on others LoRA was, and the order after 24 steps was another than after all of them.
+Then each candidate is cut to smaller and smaller forms. Taken is the form with the fewest numbers whose score on the
+validation rows is at most `method.loss_max` below the best candidate's. The rows that scores are reported on are never
+looked at.
+
+A form keeps the largest singular values of all modules together, so that a module which does little has few directions
+or none. Its cost is what it takes to store it: 2·K·R numbers in the foundation, (N+D)·R elsewhere.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
 
-from configs.errors import InvalidInput
+import torch
+
 from configs.task_spec import TaskSpec
-from workers.base_model import BaseModel
-from workers.batches import schedule
-from workers.deepspeed_engine import is_parted, release
-from workers.methods import NOTHING, Given, Method, lora, share
-from workers.methods.factors import spanned
-from workers.orders import Point, Progress
-from workers.rows.task_data import Row
-from workers.trainer import OutOfMemory, Surroundings, fit
+from subspace_store.adapter import Adapter
+from workers.deepspeed_engine import is_parted
+from workers.metrics import GENERATED
+from workers.rows.task_data import Row, input_digest
 
-TRIAL_STEPS = 24
-"""Steps of each trial. With 16 the tasks below lie closer together, and 32 and 48 tell no more of them apart."""
-STEPS_MIN = 8
-BEHIND_MAX = 0.1
-"""Largest part of what was learnt that `share` may lack, a standard error included.
-
-Tasks of examples/ on MiniLM after one to four merges (bases of 4 to 19 of 384 directions), one or two seeds, φ by
-default and 0. First numbers: what share learnt in 24 steps as a part of all that was learnt, less the standard error.
-Last ones: its accuracy after the whole run, less LoRA's, in points (on 200 to 250 rows: 3 are chance).
-
-    top-ups after two topics of its data set      0.92 to 0.99    0 to +5; one of six runs 0.80, −5
-    top-ups after the other half of its rows      1.06 to 1.23    −2 to +4, with the merged one's A or another
-    contradiction after QNLI and MNLI             1.37, 1.61      +2; but its 20 steps may be chance
-    charges after two topics of its data set      0.73, 0.81      −8, −4
-    top-ups and charges after QNLI and MNLI       0.50 to 0.83    −14 to 0
-    relevance after either                        −0.11 to 0.46   −18 to −4; one of eight runs 0.13, 0
-
-So tasks that get `share` lose nothing, and a few that would not have lost get `lora`, which is never wrong. Tried
-before, without success: how much the basis spans of a short LoRA run's energy, or of a sketch of the gradients."""
+ONE_IN = 8
+"""One of so many rows is set aside."""
+ROWS_MIN, ROWS_MAX = 24, 256
+"""Fewest validation rows that are worth a comparison, and the most: scoring them has to stay cheap beside training."""
+SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+"""Shares of an update's energy that its forms keep."""
 
 
-def choose(base: BaseModel, spec: TaskSpec, given: Given, rows: Sequence[Row], around: Surroundings) -> tuple[str, str]:
-    """The method to train with, and why, in a line. The same answer every time, and on every rank.
+@dataclass(frozen=True)
+class Form:
+    """A candidate, cut to some share of its energy."""
 
-    Args:
-        given: With the leased basis.
-        around: The ranks, all of which must call this, and what the control plane asks of them.
+    method: str
+    adapter: Adapter
+    score: float
+    """Its score on the validation rows."""
 
-    Raises:
-        InvalidInput: A target module that the base model does not have.
-        OutOfMemory: Only in a gang, whose other ranks wait for this one. A process by itself takes `lora`.
-        Cancelled, Preempted: Between two steps.
+    @property
+    def numbers(self) -> int:
+        """Numbers that storing the update takes; the head is not counted."""
+        return sum(update.numbers for update in self.adapter.modules.values())
+
+
+def reason_not_to_race(spec: TaskSpec, validation: Sequence[Row]) -> str:
+    """Why nothing is compared and the task is a plain `lora`; empty if there is no such reason."""
+    if is_parted(spec):
+        return "with ZeRO stage 3 the task is trained once"
+    if len(validation) < ROWS_MIN:
+        return f"{len(validation)} validation rows are too few to compare by"
+    return ""
+
+
+def set_aside(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+    """The rows to train on, and the validation rows. Equal inputs are on the same side; the same split every time.
 
     Cost:
-        Twice `TRIAL_STEPS` steps, but half of the task's own at most.
+        Reads every row once.
     """
-    missing = [name for name in lora.target_modules(base, spec.lora, spec.kind) if spanned(given.basis, name) is None]
-    if missing:
-        return "lora", f"auto: lora, because the basis lacks {len(missing)} of the modules"
-    if is_parted(spec):
-        return "lora", "auto: lora, because with ZeRO stage 3 the task is not tried out first"
-    steps = min(TRIAL_STEPS, schedule(spec.training, len(rows), around.group.rank).steps // 4)
-    if steps < STEPS_MIN:
-        return "lora", "auto: lora, because the task has too few steps to be tried out first"
-    try:
-        with_lora, with_share = (_losses(method, steps, base, spec, given, rows, around) for method in (lora, share))
-    except InvalidInput as error:
-        if isinstance(error, OutOfMemory) and around.group.rank.size > 1:
-            raise
-        return "lora", f"auto: lora, because trying the task out failed: {error}"
-    return verdict(with_lora, with_share)
+    digests = [input_digest(row) for row in rows]
+    chosen = sorted((d, i) for i, d in enumerate(digests) if int.from_bytes(d[:8], "big") % ONE_IN == 0)[:ROWS_MAX]
+    aside = {d for d, _ in chosen}
+    trained = [index for index, d in enumerate(digests) if d not in aside]
+    return _Some(rows, trained), _Some(rows, sorted(i for _, i in chosen))
 
 
-def verdict(with_lora: Sequence[float], with_share: Sequence[float]) -> tuple[str, str]:
-    """`share` if it ends behind LoRA by no more than BEHIND_MAX of what was learnt; `lora` if nothing was.
+def validation_spec(spec: TaskSpec) -> TaskSpec:
+    """The task with the metric that forms are compared by: its own, but where that takes written answers, which cost a
+    pass for every token, the likelihood of the right ones."""
+    return spec.model_copy(update={"metric": "log_likelihood"}) if spec.metric in GENERATED else spec
 
-    What was learnt is how far the better of the two lowered the loss, from the first quarter of the steps to the last.
+
+def chosen(
+    candidates: Mapping[str, Adapter], score: Callable[[Adapter], float], loss_max: float
+) -> tuple[Form, tuple[str, ...]]:
+    """The form to keep, and why, in lines.
 
     Args:
-        with_lora, with_share: The loss of each step, of at least `STEPS_MIN` steps on the same rows.
+        candidates: Method to trained adapter, at least one.
+        score: Score of an adapter on the validation rows; higher is better.
+        loss_max: Largest loss against the best candidate.
+
+    Cost:
+        For each candidate at most 1 + log2(`SHARES`) scores: a form that keeps more is taken to score no worse.
     """
-    quarter = len(with_lora) // 4
-    learnt, noise = max(_fall(losses, quarter) for losses in (with_lora, with_share))
-    pairs = zip(with_share[-quarter:], with_lora[-quarter:], strict=True)
-    gap, error = _mean([inside - free for inside, free in pairs])
-    steps, end = len(with_lora), statistics.fmean(with_lora[-quarter:])
-    if learnt < 2 * noise:
-        said = f"{steps} steps taught neither more than chance: loss {end:.3g} ± {noise:.1g}"
-        return "lora", f"auto: lora, because {said}"
-    name = "share" if gap + error <= BEHIND_MAX * learnt else "lora"
-    return name, (
-        f"auto: {name}, because after {steps} steps share's loss was {abs(gap):.2g} ± {error:.1g} "
-        f"{'above' if gap > 0 else 'below'} lora's of {end:.3g}; up to {BEHIND_MAX * learnt:.2g} above means share"
+    whole = {method: Form(method, adapter, score(adapter)) for method, adapter in candidates.items()}
+    needed = max(form.score for form in whole.values()) - loss_max
+    smallest = [_smallest(form, score, needed) for form in whole.values() if form.score >= needed]
+    kept = min(smallest, key=lambda form: (form.numbers, -form.score))
+    lines = [
+        f"auto: {form.method} scores {form.score:.4f} on the validation rows with {form.numbers:,} numbers"
+        for form in whole.values()
+    ]
+    said = (
+        f"auto: {kept.method}, cut to {kept.numbers:,} numbers: {kept.score:.4f}, at most {loss_max:g} below the best"
     )
+    return kept, (*lines, said)
 
 
-def _fall(losses: Sequence[float], quarter: int) -> tuple[float, float]:
-    (start, start_error), (end, end_error) = _mean(losses[:quarter]), _mean(losses[-quarter:])
-    return start - end, math.hypot(start_error, end_error)
+def forms(adapter: Adapter) -> Iterator[Adapter]:
+    """The adapter cut to each of `SHARES` of its energy, smallest first; the last is the adapter itself."""
+    for share in SHARES[:-1]:
+        yield _cut(adapter, share)
+    yield adapter
 
 
-def _mean(numbers: Sequence[float]) -> tuple[float, float]:
-    """The mean with its standard error."""
-    return statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
+def _cut(adapter: Adapter, share: float) -> Adapter:
+    names = list(adapter.modules)
+    energies = [adapter.modules[name].sigma_R.double().square() for name in names]
+    whole_C, order = torch.cat(energies).sort(descending=True)
+    count = int((whole_C.cumsum(0) < share * whole_C.sum()).sum()) + 1
+    of_module = torch.cat([torch.full((len(e),), i) for i, e in enumerate(energies)])
+    ranks = torch.bincount(of_module[order[:count]], minlength=len(names)).tolist()
+    modules = {name: adapter.modules[name].leading(rank) for name, rank in zip(names, ranks, strict=True) if rank}
+    return replace(adapter, modules=modules)
 
 
-def _losses(
-    method: Method,
-    steps: int,
-    base: BaseModel,
-    spec: TaskSpec,
-    given: Given,
-    rows: Sequence[Row],
-    around: Surroundings,
-) -> list[float]:
-    """The loss of each of the task's first steps, at its own learning rate without decay."""
-    losses: list[float] = []
+def _smallest(whole: Form, score: Callable[[Adapter], float], needed: float) -> Form:
+    """The smallest form of a candidate that scores what is needed; by bisection."""
+    sizes = list(forms(whole.adapter))
+    best, low, high = whole, 0, len(sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        form = Form(whole.method, sizes[middle], score(sizes[middle]))
+        if form.score >= needed:
+            best, high = form, middle
+        else:
+            low = middle + 1
+    return best
 
-    def hear(progress: Progress) -> None:
-        losses.extend(line.loss for line in progress.log_lines if isinstance(line, Point))
 
-    training = spec.training
-    whole, warmup = schedule(training, len(rows), around.group.rank).steps, training.warmup_steps
-    first = {
-        "max_steps": steps,
-        "warmup_steps": float(warmup if warmup >= 1 else math.ceil(warmup * whole)),
-        "lr_scheduler_type": "constant_with_warmup",
-    }
-    short = spec.model_copy(update={"training": training.model_copy(update=first)})
-    model = method.prepare(base, short, given if method.needs_basis(spec) else NOTHING)
-    run = fit(model, base, rows, short, replace(around, report=hear))
-    if run.engine is not None:
-        release(run.engine)
-    return losses
+class _Some(Sequence[Row]):
+    """Some of the rows of a task."""
+
+    def __init__(self, rows: Sequence[Row], indices: Sequence[int]) -> None:
+        self._rows, self._indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return _Some(self._rows, self._indices[index])
+        return self._rows[self._indices[index]]

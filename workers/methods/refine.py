@@ -1,7 +1,8 @@
 """The refinement after merging: the new task's own coefficients, trained on its own rows in a version's frozen basis.
 
 Training starts at the task as that version serves it and cannot leave the span of the basis and of the task's private
-part, so that merging the result again needs no new direction. The head is the task's own and is trained as well.
+part, or of the foundation if the task lies there, so that merging the result again needs no new direction. The head is
+the task's own and is trained as well.
 
 Source: Share (arXiv:2602.06043), the optional last step of phase 3; never another task's rows.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.merging.basis import ModuleBasis
+from subspace_store.merging.basis import ModuleBasis, foundation_basis
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, lora
 from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers
@@ -48,7 +49,10 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     model = lora.model_with_lora(base, spec, tuple(served.modules), served)
     for name, layer in lora_layers(model).items():
         update = served.modules[name]
-        basis = _with_private_directions(given.basis[name], update)
+        if update.foundation:
+            basis = foundation_basis(name, update.shape, update.foundation)
+        else:
+            basis = _with_private_directions(given.basis[name], update)
         root_R = (update.sigma_R / layer.scaling[ADAPTER]).sqrt()  # as much of σ in B as in A
         device = layer.lora_A[ADAPTER].weight.device
         layer.lora_B[ADAPTER] = SpannedFactor.holding(update.u_NR * root_R, basis.p_NK, inward=False, device=device)
@@ -75,6 +79,9 @@ def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHIN
     assert given.adapter is not None
     refined = lora.finish(prepared, base, spec, given)
     # As served, a task with a private part has both ranks; refined, it has its own again, so that ranks do not grow.
-    modules = {name: update.leading(spec.lora.r) for name, update in refined.modules.items()}
+    modules = {
+        name: replace(update.leading(spec.lora.r), foundation=given.adapter.modules[name].foundation)
+        for name, update in refined.modules.items()
+    }
     refined = replace(refined, modules=modules)
     return replace(refined, info=dict(given.adapter.info) | {"refined_in": str(given.version)})

@@ -1,8 +1,11 @@
-"""Method `share`: the leased basis is frozen; a task's coefficients in it and a few columns beside it are trained.
+"""Method `share`: directions are frozen, and a task's coefficients in them are trained: B = P·E and A = Fᵀ·Qᵀ.
 
-B = [P, P⁺]·E and A = Fᵀ·[Q, Q⁺]ᵀ; afterwards they are an adapter like any other. The temporary columns are merged, not
-thrown away, and a basis that has moved on since the lease does not matter. A module that the basis does not have (the
-first tasks of a subspace, new target modules) is trained as a plain LoRA.
+In the foundation's directions (the default) nothing else is needed, and the merge keeps the coefficients as they are.
+
+In the learned ones of a leased basis a few temporary columns beside it are trained as well: B = [P, P⁺]·E. Afterwards
+they are an adapter like any other; the columns are merged, not thrown away, and a basis that has moved on since the
+lease does not matter. A module that the basis does not have (the first tasks of a subspace, new target modules) is
+trained as a plain LoRA.
 
 Source: Share (arXiv:2602.06043), phase 2, with all K directions trainable from the start.
 """
@@ -10,7 +13,8 @@ Source: Share (arXiv:2602.06043), phase 2, with all K directions trainable from 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
-from subspace_store.merging.basis import ModuleBasis
+from subspace_store.merging.basis import ModuleBasis, foundation_basis
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, lora
 from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers, spanned
@@ -30,7 +34,7 @@ COLUMNS_SHARE = 4
 
 
 def needs_basis(spec: TaskSpec) -> bool:
-    return True
+    return spec.method.directions == "learned"
 
 
 def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
@@ -46,7 +50,7 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
         InvalidInput: More temporary columns than a quarter of every module's basis. Or see `lora`.
     """
     model = lora.prepare(base, spec)
-    put_into_span(model, spec, given.basis)
+    put_into_span(model, spec, given.basis if needs_basis(spec) else _foundations(base, spec, lora_layers(model)))
     return model
 
 
@@ -54,10 +58,11 @@ def put_into_span(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) 
     """Replace A and B by coefficients in every layer of a PEFT model for which there is a basis."""
     draw, layers = torch.Generator().manual_seed(spec.training.seed), lora_layers(model)
     found = {name: basis for name in layers if (basis := spanned(bases, name)) is not None}
-    _check_columns(spec.method.temporary_columns, found)
+    if needs_basis(spec):
+        _check_columns(spec.method.temporary_columns, found)
     for name, basis in found.items():
         layer = layers[name]
-        count_out, count_in = _temporary_columns(spec, basis)
+        count_out, count_in = _temporary_columns(spec, basis) if needs_basis(spec) else (0, 0)
         out_NC = _columns_beside(basis.p_NK, count_out, draw)
         in_DC = _columns_beside(basis.q_DK, count_in, draw)
         e_JR = torch.zeros(basis.ranks[0] + count_out, spec.lora.r)
@@ -69,9 +74,20 @@ def put_into_span(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) 
 
 
 def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
-    """[P, P⁺]·E·Fᵀ·[Q, Q⁺]ᵀ. `info` names the modules that were trained as plain LoRA."""
-    plain = [name for name in lora_layers(prepared) if spanned(given.basis, name) is None]
-    return lora.finish(prepared, base, spec, given, {"plain_modules": json.dumps(plain)})
+    """[P, P⁺]·E·Fᵀ·[Q, Q⁺]ᵀ. Updates in the foundation say so; of learned directions `info` names the modules that were
+    trained as plain LoRA."""
+    if needs_basis(spec):
+        plain = [name for name in lora_layers(prepared) if spanned(given.basis, name) is None]
+        return lora.finish(prepared, base, spec, given, {"plain_modules": json.dumps(plain)})
+    adapter = lora.finish(prepared, base, spec, given)
+    directions = spec.method.foundation
+    modules = {name: replace(u.leading(directions), foundation=directions) for name, u in adapter.modules.items()}
+    return replace(adapter, modules=modules)
+
+
+def _foundations(base: BaseModel, spec: TaskSpec, names: Iterable[str]) -> dict[str, ModuleBasis]:
+    shapes = base.module_shapes(spec.kind)
+    return {name: foundation_basis(name, shapes[name], spec.method.foundation) for name in names}
 
 
 def _check_columns(asked: int | None, bases: Mapping[str, ModuleBasis]) -> None:

@@ -1,0 +1,184 @@
+"""Part `real` of benchmarks/capacity.py: what `auto` keeps of real tasks, and what a subspace of them stores.
+
+Each task is trained once per candidate, on its training rows without the validation rows; the adapters are kept in a
+folder outside the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which
+nothing else is chosen by.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_adapters import tasks as text_tasks
+from configs.settings import SubspaceSettings, read_settings
+from configs.task_spec import TaskSpec, TrainingSpec, read_task_spec
+from subspace_store import Adapter, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes
+from tests.subspace_store.builders import fresh_storage, merged
+from workers.base_model import BaseModel, load_base_model
+from workers.evaluation import score_adapter
+from workers.methods import NOTHING, Method, auto, lora, share
+from workers.rows.task_data import Row, read_rows
+from workers.trainer import Surroundings, fit
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS: Mapping[str, Method] = {"share": share, "lora": lora}
+TEST_ROWS = 500
+TEXT_STEPS = 120
+"""Steps of a text set's task: a minute or two on one core."""
+LABELS = 11
+"""Labels of each related task: BANKING77 cut into sevenths, again and again in another order."""
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task with its rows."""
+
+    spec: TaskSpec
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def unrelated(data: Path | None) -> Iterator[Case]:
+    """The six tasks of examples/, and of the text sets those that this base model learns."""
+    for path in sorted((ROOT / "examples/tasks").glob("*.yaml")):
+        spec = read_task_spec(path)
+        yield Case(spec, _read(spec, spec.data.train_file), _read(spec, spec.data.eval_file)[:TEST_ROWS])
+    for name in ("trec6", "ag_news", "sst2", "mrpc") if data else ():
+        assert data is not None
+        spec = _text_task(data, name)
+        yield Case(spec, _read(spec, spec.data.train_file), _read(spec, spec.data.eval_file)[:TEST_ROWS])
+
+
+def related(data: Path | None, count: int) -> Iterator[Case]:
+    """Tasks of one kind: random elevenths of BANKING77's intents, half of their rows each."""
+    assert data is not None, "the related tasks are cut from BANKING77: give --data"
+    whole = _text_task(data, "banking77")
+    names = whole.data.label_names
+    train, test = _read(whole, whole.data.train_file), _read(whole, whole.data.eval_file)
+    for number in range(count):
+        draw = random.Random(number)
+        chosen = draw.sample(range(len(names)), LABELS)
+        spec = whole.model_copy(
+            update={
+                "name": f"banking-{number}",
+                "data": whole.data.model_copy(
+                    update={"label_names": tuple(names[i] for i in chosen), "max_length": 24}
+                ),
+                "training": TrainingSpec(
+                    learning_rate=0.008, max_steps=100, per_device_train_batch_size=16, warmup_steps=0.1, seed=number
+                ),
+            }
+        )
+        yield Case(spec, _cut(train, chosen), _cut(test, chosen))
+
+
+def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> Figures:
+    """What is kept of each task, and what a subspace of all of them stores."""
+    settings = read_settings(ROOT / "configs/local.yaml").base_model
+    base = load_base_model(settings.model_copy(update={"device": "cpu"}))
+    rows, delivered, held = [], {}, {}
+    for case in cases:
+        rest, validation = auto.set_aside(case.train)
+        if why := auto.reason_not_to_race(case.spec, validation):
+            say(f"{case.spec.name}: left out, {why}")
+            continue
+        found = {name: _trained(base, case, name, rest, folder) for name in METHODS}
+
+        def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> float:
+            return score_adapter(base, adapter, validation, case.spec).value
+
+        kept, _ = auto.chosen(found, judge, case.spec.method.loss_max)
+        alone, _ = auto.chosen({"lora": found["lora"]}, judge, case.spec.method.loss_max)
+        row: Figures = {
+            "task": case.spec.name,
+            "kept": kept.method,
+            "numbers": kept.numbers,
+            "numbers_alone": alone.numbers,
+            "numbers_trained": found["lora"].parameter_count,
+            "score": _score(base, kept.adapter, case),
+            "score_share": _score(base, found["share"], case),
+            "score_lora": _score(base, found["lora"], case),
+            "score_alone": _score(base, alone.adapter, case),
+        }
+        rows.append(row)
+        delivered[case.spec.name], held[case.spec.name] = kept.adapter, case
+        say(json.dumps(row))
+    return {"tasks": rows} | _stored(base, rows, delivered, held)
+
+
+def _stored(
+    base: BaseModel, rows: list[Figures], delivered: Mapping[str, Adapter], cases: Mapping[str, Case]
+) -> Figures:
+    """Merge what was kept, one by one under the default settings, and measure the last version."""
+    settings = SubspaceSettings()
+    store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="benchmark")
+    for name, adapter in delivered.items():
+        merged(store, {name: adapter})
+    last = store.state.refs["candidate"]
+    reader = SubspaceReader.open(store.storage, settings=settings, base_model=base.name)
+    shares, points = {}, {}
+    for row in rows:
+        name = row["task"]
+        served = reader.adapter(name, last)
+        whole = delivered[name].modules
+        shares[name] = min(served.modules[n].energy / u.energy for n, u in whole.items() if u.energy)
+        points[name] = 100 * (_score(base, served, cases[name]) - row["score_lora"])
+    foot = reader.footprint(last)
+    trained, alone = (sum(row[key] for row in rows) for key in ("numbers_trained", "numbers_alone"))
+    losses = [100 * (row["score_alone"] - row["score_lora"]) for row in rows]
+    return {
+        "broken_promises": sum(share < settings.energy_ratio_min - 1e-6 for share in shares.values()),
+        "loss_points": {"mean": statistics.fmean(points.values()), "worst": min(points.values())},
+        "loss_points_alone": {"mean": statistics.fmean(losses), "worst": min(losses)},
+        "numbers_over_trained_lora": foot.total_numbers / trained,
+        "numbers_over_best_separate": foot.total_numbers / alone,
+        "numbers": {
+            "basis": foot.basis_numbers,
+            "coefficients": foot.coefficient_numbers,
+            "private": foot.private_numbers,
+            "kept": sum(row["numbers"] for row in rows),
+            "alone": alone,
+            "trained": trained,
+        },
+    }
+
+
+def _trained(base: BaseModel, case: Case, name: str, rows: Any, folder: Path) -> Adapter:
+    file = folder / f"{case.spec.name}-{name}.safetensors"
+    if not file.is_file():
+        method = METHODS[name]
+        model = method.prepare(base, case.spec, NOTHING)
+        fit(model, base, rows, case.spec, Surroundings())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(adapter_to_bytes(method.finish(model, base, case.spec, NOTHING)))
+    return adapter_from_bytes(file.read_bytes(), str(file))
+
+
+def _score(base: BaseModel, adapter: Adapter, case: Case) -> float:
+    return score_adapter(base, adapter, case.test, case.spec).value
+
+
+def _text_task(data: Path, name: str) -> TaskSpec:
+    spec = next(spec for key, spec in text_tasks(data).items() if key == name)
+    training = TrainingSpec(learning_rate=0.003, max_steps=TEXT_STEPS, per_device_train_batch_size=16, warmup_steps=0.1)
+    return spec.model_copy(update={"training": training})
+
+
+def _cut(rows: tuple[Row, ...], labels: list[int]) -> tuple[Row, ...]:
+    """The rows of some labels, with those labels counted anew."""
+    new = {old: place for place, old in enumerate(labels)}
+    kept = [row for row in rows if row.label in new]  # type: ignore[union-attr]
+    return tuple(type(row)(**{**vars(row), "label": new[row.label]}) for row in kept)  # type: ignore[union-attr]
+
+
+def _read(spec: TaskSpec, file: str | None) -> tuple[Row, ...]:
+    assert file is not None
+    return read_rows(Path(file).read_bytes(), spec, file)[:2000]
