@@ -32,7 +32,7 @@ TEST_ROWS = 500
 TEXT_STEPS = 120
 """Steps of a text set's task: a minute or two on one core."""
 LABELS = 11
-"""Labels of each related task: BANKING77 cut into sevenths, again and again in another order."""
+"""Labels of each related task."""
 
 Figures = dict[str, Any]
 
@@ -58,7 +58,7 @@ def unrelated(data: Path | None) -> Iterator[Case]:
 
 
 def related(data: Path | None, count: int) -> Iterator[Case]:
-    """Tasks of one kind: random elevenths of BANKING77's intents, half of their rows each."""
+    """Tasks of one kind: eleven of BANKING77's 77 intents each, drawn anew every time."""
     assert data is not None, "the related tasks are cut from BANKING77: give --data"
     whole = _text_task(data, "banking77")
     names = whole.data.label_names
