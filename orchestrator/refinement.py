@@ -135,12 +135,12 @@ class Refinement:
         state, drift_min = self._store.state, self._settings.gate.drift_min
         if state.scores.get(version):
             return ()  # these scores judge it: in one more version its new tasks would count as older ones
-        tasks, drift, bounds = state.tasks_at(version), state.drift(version), state.error_bounds(version)
+        tasks, drift = state.tasks_at(version), state.drift(version)
         moved = {
             task_id
             for task_id in evaluations_due(state, version, drift_min)
             # A task without rows is always due: it must also have moved so far since its coefficients were made.
-            if drift.get(task_id) and bounds[task_id] - tasks[task_id].error_at_birth >= drift_min
+            if drift.get(task_id) and state.drift_bound(task_id, tasks[task_id].version, version) >= drift_min
         }
         records = self._queue.among(moved) if moved else {}
         return tuple(r for r in records.values() if r.spec.method.share_full and r.task_id not in state.quarantined)

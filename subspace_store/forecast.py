@@ -5,6 +5,7 @@ The same mathematics as the merge, module by module, and nothing is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ class Forecast:
     directions."""
     drift: Mapping[str, float]
     """Drift of each earlier task through this merge, by id."""
-    error_bound: Mapping[str, float]
-    """Upper bound of the error of each earlier task afterwards: its error at birth and all its drifts added up."""
+    error: Mapping[str, float]
+    """Error of each earlier task afterwards, by id; see `SubspaceState.errors`."""
     ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
     """Changed module to (k_out, k_in) before and after."""
 
@@ -81,7 +82,7 @@ def forecast(
         error_at_birth=tally.error_at_birth,
         spanned={id_: min(1.0, share / energy[id_]) if energy[id_] else 1.0 for id_, share in spanned.items()},
         drift=drift,
-        error_bound={id_: bound + drift[id_] for id_, bound in state.error_bounds(parent).items()},
+        error={id_: math.hypot(error, drift[id_]) for id_, error in state.errors(parent).items()},
         ranks=ranks,
     )
 

@@ -140,20 +140,21 @@ def task_in_version(state: SubspaceState, table: ScoreTable, number: int, task_i
         "birth": table.birth[task_id],
         "made_in": task.version,  # its coefficients: later than its birth when it was refined since (`share_full`)
         "error_at_birth": task.error_at_birth,
-        "drift_bound": state.drift_bound(task_id, task.version, number),
+        "error": state.errors(number)[task_id],
         **cell(table, number, task_id),
     }
 
 
-def task_size(task: MergedTask, error_bound: float) -> Json:
+def task_size(task: MergedTask, error: float) -> Json:
     """What one task stores for itself, and how exactly a version holds it."""
     return {
         "task_id": task.task_id,
         "title": task.name,
         "separate_numbers": task.parameter_count,
-        "private_numbers": task.private_count,
+        "private_numbers": task.private_count - task.foundation_count,
+        "foundation_numbers": task.foundation_count,
         "error_at_birth": task.error_at_birth,
-        "error_bound": error_bound,
+        "error": error,
     }
 
 

@@ -39,14 +39,14 @@ def version(answer: Json) -> None:
     """`onebasis version`."""
     versions([answer])
     table = Table(box=None, pad_edge=False)
-    for name in ("task", "since", "score", "rows", "measured at", "error at birth", "drift since (at most)"):
+    for name in ("task", "since", "score", "rows", "measured at", "error at birth", "error now"):
         table.add_column(name)
     for row in answer["tasks"]:
         refined = f", refined v{row['made_in']}" if row["made_in"] > row["birth"] else ""
         table.add_row(
             shown(row["title"]), f"v{row['birth']}{refined}", score_text(row["score"]), str(row["rows"] or "–"),
             f"v{row['measured_at']}" if row["measured_at"] else "–",
-            decimals(row["error_at_birth"]), decimals(row["drift_bound"]),
+            decimals(row["error_at_birth"]), decimals(row["error"]),
         )  # fmt: skip
     console.print()
     console.print(table)
@@ -141,14 +141,17 @@ def capacity(answer: Json) -> None:
         console.print(f"version {answer['version']} holds no task: nothing is stored")
         return
     table = Table(box=None, pad_edge=False, title=f"What the tasks of version {answer['version']} store")
-    for name in ("task", "as a separate LoRA", "private part", "error at birth", "error now (at most)"):
+    for name in ("task", "as a separate LoRA", "in the foundation", "private part", "error at birth", "error now"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task in answer["tasks"]:
         separate, private = task["separate_numbers"], task["private_numbers"]
-        share = f" ({private / separate:.0%})" if separate else ""
+        own = (
+            f"{size_text(4 * numbers)} ({numbers / separate:.0%})" if numbers and separate else "–"
+            for numbers in (task["foundation_numbers"], private)
+        )
         table.add_row(
-            shown(task["title"]), size_text(4 * separate), size_text(4 * private) + share if private else "–",
-            decimals(task["error_at_birth"]), decimals(task["error_bound"]),
+            shown(task["title"]), size_text(4 * separate), *own,
+            decimals(task["error_at_birth"]), decimals(task["error"]),
         )  # fmt: skip
     console.print(table)
     if private := [task for task in answer["tasks"] if task["private_numbers"]]:

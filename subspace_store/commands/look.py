@@ -134,10 +134,10 @@ def forecast(
         print_table(("would arrive", "error at birth", "energy in the basis already"), arriving, "")
         console.print()
         held = [
-            (names[task], decimals(drift), decimals(found.error_bound[task]))
+            (names[task], decimals(drift), decimals(found.error[task]))
             for task, drift in sorted(found.drift.items(), key=lambda item: -item[1])
         ]
-        print_table(("is there", "would drift", "error at most"), held, f"version {found.parent} holds no tasks")
+        print_table(("is there", "would drift", "error then"), held, f"version {found.parent} holds no tasks")
 
     show(asdict(found), as_text, as_json)
 

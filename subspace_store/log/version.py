@@ -275,12 +275,15 @@ class SubspaceState:
         line = (v for v in self.lineage(until) if v.number > since)
         return sum(v.drift[place] for v in line if place < len(v.drift))
 
-    def error_bounds(self, number: int) -> dict[str, float]:
-        """Task id to a bound on ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F at a version: its error at birth and every drift since
-        (triangle inequality)."""
-        bounds: dict[str, float] = {}
+    def errors(self, number: int) -> dict[str, float]:
+        """Task id to its error at a version: √(1 − ‖ΔŴ‖²/‖ΔW‖²), from the energy that the version holds of it.
+
+        Exact, not a bound: every truncation is an orthogonal projection, so the energy that is lost is its error at
+        birth and all its drifts since, each squared, added up.
+        """
+        lost: dict[str, float] = {}
         for version in self.lineage(number):
-            for task_id, drift in zip(bounds, version.drift, strict=False):
-                bounds[task_id] += drift
-            bounds |= {task.task_id: task.error_at_birth for task in version.brought}
-        return bounds
+            for task_id, drift in zip(lost, version.drift, strict=False):
+                lost[task_id] += drift**2
+            lost |= {task.task_id: task.error_at_birth**2 for task in version.brought}
+        return {task_id: math.sqrt(energy) for task_id, energy in lost.items()}

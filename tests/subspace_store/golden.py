@@ -118,7 +118,10 @@ def facts(reader: SubspaceStore) -> dict[str, Any]:
             str(number): {
                 "parent": state.versions[number].parent,
                 "ranks": {name: list(ranks) for name, ranks in reader.ranks(number).items()},
-                "error_bounds": state.error_bounds(number),
+                "error_bounds": {
+                    task: merged.error_at_birth + state.drift_bound(task, merged.version, number)
+                    for task, merged in state.tasks_at(number).items()
+                },
                 "tasks": {
                     task: {
                         name: delta.flatten()[:5].tolist()

@@ -24,8 +24,8 @@ def test_a_forecast_is_what_the_merge_then_does(beyond: str) -> None:
     assert found.parent == 4
     assert found.error_at_birth == pytest.approx({t.task_id: t.error_at_birth for t in version.added}, rel=1e-6)
     assert found.drift == pytest.approx(store.state.drift(5), rel=1e-4)
-    assert found.error_bound == pytest.approx(
-        {task: bound for task, bound in store.state.error_bounds(5).items() if task not in news}, rel=1e-4
+    assert found.error == pytest.approx(
+        {task: error for task, error in store.state.errors(5).items() if task not in news}, rel=1e-4
     )
     ranks = store.ranks(5)
     assert found.ranks == {name: (old_ranks.get(name, (0, 0)), ranks[name]) for name in ranks}

@@ -99,7 +99,7 @@ def test_a_stream_of_both_kinds_keeps_the_foundations_exactly_and_the_others_pro
         for task in reader.state.tasks_at(version):
             allowed = 1e-6 if int(task[1:]) % 2 else 0.1**0.5 + 1e-5
             assert error(reader, task, version, adapters[task]) <= allowed
-    assert all(reader.state.error_bounds(10)[f"t{i}"] == 0.0 for i in (1, 3, 5, 7, 9))
+    assert all(reader.state.errors(10)[f"t{i}"] == 0.0 for i in (1, 3, 5, 7, 9))
     assert verify(store, deep=True) == []
 
 

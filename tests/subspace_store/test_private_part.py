@@ -50,6 +50,15 @@ def kept(reader: SubspaceReader, version: int, adapters: dict[str, Adapter]) -> 
     return found
 
 
+def held_shares(reader: SubspaceReader, version: int, adapters: dict[str, Adapter]) -> dict[str, float]:
+    """Share of each task's energy that a version holds, all modules together."""
+    return {
+        task: sum(float(d.square().sum()) for d in deltas(reader.adapter(task, version)).values())
+        / sum(float(d.square().sum()) for d in deltas(adapters[task]).values())
+        for task in reader.state.tasks_at(version)
+    }
+
+
 def stream(store: SubspaceStore, count: int, first: int = 0) -> dict[str, Adapter]:
     """Merge unrelated adapters one by one."""
     adapters = {f"t{i}": random_adapter(100 + i) for i in range(first, first + count)}
@@ -122,12 +131,13 @@ def test_a_task_that_the_basis_has_no_room_for_moves_no_other_by_a_bit(store: Su
 def test_the_log_says_the_errors_that_are(store: SubspaceStore) -> None:
     adapters = stream(store, 8)
     found = errors(reading(store.storage), 8, adapters)
-    logged, bounds = store.state.tasks_at(8), store.state.error_bounds(8)
+    logged, errors_now = store.state.tasks_at(8), store.state.errors(8)
     assert logged["t7"].private is not None
-    still = [task for task in found if bounds[task] == logged[task].error_at_birth]  # no merge has moved them
+    still = [task for task in found if errors_now[task] == logged[task].error_at_birth]  # no merge has moved them
     assert set(still) >= {f"t{i}" for i in range(3, 8)}
     assert {t: logged[t].error_at_birth for t in still} == pytest.approx({t: found[t] for t in still}, abs=1e-5)
-    assert all(found[task] <= bounds[task] + 1e-5 for task in found)
+    shares = {task: 1 - lost**2 for task, lost in errors_now.items()}
+    assert shares == pytest.approx(held_shares(reading(store.storage), 8, adapters), abs=1e-5)
     assert store.forecast({"new": random_adapter(99)}).error_at_birth["new"] <= math.sqrt(1 - PROMISE) + 1e-5
 
 

@@ -84,7 +84,7 @@ def test_its_version_writes_coefficients_and_the_adapter_and_nothing_of_the_basi
     assert (version.basis, version.transport, version.added) == (store.state.versions[2].basis, None, ())
     assert entry.delivered_energy == pytest.approx(sum(u.energy for u in adapter.modules.values()))
     assert (entry.version, entry.error_at_birth < 1e-6) == (3, True)
-    assert store.state.error_bounds(3)["c"] == entry.error_at_birth
+    assert store.state.errors(3)["c"] == entry.error_at_birth
     assert store.ranks(3) == store.ranks(2)
     assert store.history()[-1].summary == "version 3: team/c"
 
@@ -107,7 +107,8 @@ def test_what_is_merged_later_finds_the_refined_coefficients() -> None:
     refined(store, {"b": adapter})
     for letter in "cdef":
         merged(store, {letter: random_adapter(ord(letter))})
-    bound = store.state.error_bounds(6)["b"]
+    state = store.state
+    bound = state.tasks_at(6)["b"].error_at_birth + state.drift_bound("b", 2, 6)
     moved = relative_distance(deltas(store.adapter("b", 6)), deltas(adapter), deltas(adapter))
     assert 0 < moved <= bound + 1e-6
     assert verify(reading(store.storage)) == []  # drifts of the writer's memory are those of the files
@@ -332,5 +333,6 @@ def test_a_removal_that_was_interrupted_before_a_refinement_does_not_lose_it(
     held = store.state.tasks_at(version.number)
     assert sorted(held) == ["a", "b", "d", "e"]
     lost = relative_distance(deltas(store.adapter(task, version.number)), deltas(adapter), deltas(adapter))
-    assert lost <= store.state.error_bounds(version.number)[task] + 1e-5
+    state = store.state
+    assert lost <= held[task].error_at_birth + state.drift_bound(task, held[task].version, version.number) + 1e-5
     assert verify(store) == []

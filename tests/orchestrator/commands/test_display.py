@@ -199,7 +199,7 @@ def test_what_rounds_to_nothing_has_no_sign_and_one_is_no_plural() -> None:
 def test_the_capacity_tells_which_tasks_have_private_parts_and_counts_them_in_the_sum() -> None:
     sizes = {"basis_numbers": 1000, "coefficient_numbers": 500, "private_numbers": 250, "separate_numbers": 3500}
     footprint = {**sizes, "version": 2, "tasks": 2, "head_numbers": 0, "stored_bytes": 123_000}
-    task = {"task_id": "t", "separate_numbers": 1000, "error_at_birth": 0.1, "error_bound": 0.1}
+    task = {"task_id": "t", "separate_numbers": 1000, "error_at_birth": 0.1, "error": 0.1, "foundation_numbers": 0}
     answer = {
         "version": 2, "rank_max": 4, "footprint": footprint, "trend": [footprint],
         "tasks": [{**task, "title": "red/a", "private_numbers": 250}, {**task, "title": EVIL, "private_numbers": 0}],
