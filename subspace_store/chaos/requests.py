@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import Corrupt, NotFound
-from subspace_store.adapter import Adapter, adapter_to_bytes, canonical_update
+from subspace_store.adapter import Adapter, adapter_to_bytes, canonical_update, update_in_foundation
 from subspace_store.chaos.model import Model
 from subspace_store.digests import digest
 from subspace_store.log import retention
@@ -27,6 +27,8 @@ from subspace_store.subspace_store import SubspaceStore
 BASE = "tiny"
 SHAPES = {"a": (6, 5), "b": (4, 5)}
 """Shapes of the modules, tiny: a run's time should go into the protocol."""
+FOUNDATION = 3
+"""Directions of the foundation that some adapters lie in."""
 ADAPTERS = 12
 """Number of different adapters; each task takes one of them."""
 MERGES_MAX = 6
@@ -266,13 +268,15 @@ def dense(adapter: Adapter) -> dict[str, Tensor]:
 
 @functools.cache
 def _adapter(number: int) -> Adapter:
-    """One of a few random adapters: ranks 1 to 3, most on one module, some on both."""
+    """One of a few random adapters: ranks 1 to 3, most on one module, some on both, some in the foundation."""
     generator = torch.Generator().manual_seed(number)
     rank = 1 + number % 3
-    modules = {
-        name: canonical_update(
-            torch.randn(n, rank, generator=generator), torch.randn(rank, d, generator=generator), scale=0.5
-        )
-        for name, (n, d) in list(SHAPES.items())[: 1 + (number % 4 == 3)]
-    }
+    modules = {}
+    for name, (n, d) in list(SHAPES.items())[: 1 + (number % 4 == 3)]:
+        if number % 5 == 1:
+            e_KR, f_KR = (torch.randn(FOUNDATION, rank, generator=generator) for _ in range(2))
+            modules[name] = update_in_foundation(name, (n, d), FOUNDATION, e_KR, f_KR)
+        else:
+            b_NR, a_RD = torch.randn(n, rank, generator=generator), torch.randn(rank, d, generator=generator)
+            modules[name] = canonical_update(b_NR, a_RD, scale=0.5)
     return Adapter(BASE, "", modules, {"head": torch.randn(2, generator=generator)}, {})

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from subspace_store import SubspaceStore, merge_writer
+from subspace_store import Adapter, SubspaceStore, merge_writer
 from subspace_store.log import version_log
 from subspace_store.log.store_format import FORMAT_NUMBER
 from subspace_store.log.version import TaskScore
@@ -20,6 +20,7 @@ from subspace_store.storage.local import LocalStorage
 from tests.subspace_store.builders import (
     SHAPES,
     deltas,
+    foundation_adapter,
     in_the_basis,
     merged,
     opened,
@@ -100,6 +101,26 @@ def write_private(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
 
 
+def write_foundation(folder: Path) -> None:
+    """A small store of tasks in the foundation: alone, in a group, in one module of two, refined, removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    merge_writer.SNAPSHOT_EVERY, version_log.CHECKPOINT_EVERY = 3, 4
+    store = opened(LocalStorage(str(folder / "store")), writer="first", **{**SETTINGS, "beyond_rank_max": "private"})
+    mixed = foundation_adapter(4)
+    mixed = replace(mixed, modules=dict(mixed.modules) | {"layer.0.value": random_adapter(4).modules["layer.0.value"]})
+    groups: list[dict[str, Adapter]] = [
+        {"t1": foundation_adapter(1)},
+        {"t2": random_adapter(2), "t3": foundation_adapter(3, directions=30)},
+        {"t4": mixed},
+        {"t5": foundation_adapter(5)},
+    ]
+    for number, group in enumerate(groups, start=1):
+        store.publish(merged(store, group).number, op_key=f"p{number}", actor="gate")
+    store.publish(refined(store, {"t3": foundation_adapter(6)}, "refine 3").number, op_key="p5", actor="gate")
+    store.remove("t5", op_key="r", actor="ann", reason="licence", publish=True)
+    (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
+
+
 def facts(reader: SubspaceStore) -> dict[str, Any]:
     """What any later code must read out of the store."""
     state = reader.state
@@ -139,3 +160,4 @@ if __name__ == "__main__":
     write(GOLDEN / f"format-{FORMAT_NUMBER}")
     write_refined(GOLDEN / f"format-{FORMAT_NUMBER}-refined")
     write_private(GOLDEN / f"format-{FORMAT_NUMBER}-private")
+    write_foundation(GOLDEN / f"format-{FORMAT_NUMBER}-foundation")
