@@ -70,6 +70,10 @@ class SubspaceSettings(Section):
     """Share of its delivered energy that every task keeps in every module, whatever is merged later."""
     rank_max: int = Field(64, ge=1)
     """Most directions of a shared basis, per module and side. Lowered later, it makes no stored basis smaller."""
+    share: Literal["if-it-pays", "always"] = "if-it-pays"
+    """When the directions of a new task join the shared basis. `if-it-pays`: where that stores fewer numbers than
+    keeping what the basis lacks as the task's private part, so that a store is hardly larger than separate adapters
+    that are truncated to the same promise; `always`: up to rank_max, as Share does."""
     beyond_rank_max: Literal["private", "drop"] = "private"
     """What happens where rank_max leaves a task less than it was promised. `private`: the rest of its update is kept
     beside the basis, for this task alone, and no earlier task loses anything; `drop`, for comparison: it is lost."""

@@ -309,18 +309,21 @@ class _Merging:
         self._empty = {name: empty_module(shape).basis for name, shape in sorted(new.items()) if name not in changed}
         """Bases without directions, of modules that are new and in which all tasks are in the foundation."""
         self.touched = [*sorted(changed), *self._empty]
-        self.elsewhere = {name: home for name, home in self._homes.items() if name not in self.touched}
+        self.elsewhere = dict(self._homes)
+        """Module to the version whose file holds its basis; until it is merged, that of a changed one too."""
         self.tasks = dict(tensors.tasks(parent))
         self._before = tensors.take_basis(parent)
-        self.bases = {name: self._before[name] for name in self.elsewhere if name in self._before}
-        self.ranks = {name: ranks for name, (_, ranks) in tensors.shapes(parent).items() if name in self.elsewhere}
+        others = [name for name in self._homes if name not in self.touched]
+        self.bases = {name: self._before[name] for name in others if name in self._before}
+        shapes = tensors.shapes(parent)
+        self.ranks = {name: shapes[name][1] for name in others}
         self.merges: dict[str, ModuleMerge] = {}
         self.transports: dict[str, Transport] = {}
         self.arrived: dict[str, TaskBlock] = {}
         self.tally = Tally({t.task_id: t.delivered_energy for t in draft.state.tasks_at(parent).values()})
         self.seconds = 0.0
         self.tally.add_exact(self.private)
-        for name in self.elsewhere:
+        for name in others:
             self.tally.add_untouched(self.tasks.get(name, ModuleTasks()))
 
     def write_basis(self) -> BlobRef:
@@ -340,7 +343,7 @@ class _Merging:
         started = time.perf_counter()
         for name, merge in merge_modules(self._read, self._adapters, self._draft.settings):
             self.merges[name] = merge
-            if name in self._homes:
+            if name in self._homes and not merge.stays:
                 self.transports[name] = merge.transport
             if merge.new.arrivals.task_ids:
                 self.arrived[name] = merge.new.arrivals
@@ -348,15 +351,14 @@ class _Merging:
                 self.private.setdefault(task, {})[name] = update
             blobs.check_basis(merge.basis, f"merging {name}")
             self.seconds += time.perf_counter() - started
-            yield self._part(name, merge.basis)
+            self.bases[name], self.ranks[name] = merge.basis, merge.basis.ranks
+            if not merge.stays:
+                self.elsewhere.pop(name, None)
+                yield blobs.pack_basis(name, merge.basis)
             started = time.perf_counter()
         for name, basis in self._empty.items():
-            yield self._part(name, basis)
-
-    def _part(self, name: str, basis: ModuleBasis) -> Part:
-        self.bases[name] = basis
-        self.ranks[name] = basis.ranks
-        return blobs.pack_basis(name, basis)
+            self.bases[name], self.ranks[name] = basis, basis.ranks
+            yield blobs.pack_basis(name, basis)
 
     def _read(self, name: str) -> ModuleSubspace | None:
         if name not in self._homes:

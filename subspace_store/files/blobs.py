@@ -115,12 +115,12 @@ def write_basis(
     """Write the bases of a merge while it computes them.
 
     Args:
-        modules: Names of the modules that the merge changed, in the order of `parts`.
-        elsewhere: Every other module to the version whose file has its basis.
-        parts: Results of `pack_basis`.
+        modules: Names of the modules that the merge may change, in the order of `parts`.
+        elsewhere: Every module to the version whose file has its basis; `parts` takes out those that it yields.
+        parts: Results of `pack_basis`, of the modules whose basis did change.
     """
     names = dict.fromkeys(modules, ("lam_out", "lam_in", "p", "q"))
-    return write_tensors(storage, epoch, BASIS, {"elsewhere": dict(elsewhere)}, names, parts)
+    return write_tensors(storage, epoch, BASIS, {"elsewhere": elsewhere}, names, parts)
 
 
 def read_basis(file: TensorFile, module: str) -> ModuleBasis:

@@ -77,9 +77,9 @@ def write_tensors(
 
     Args:
         kind: Name of the content's format; a reader must ask for the same one.
-        info: Values for the head, of types that JSON knows.
-        tensors: Part name to the names of its tensors, for all parts in their order: the size of the head depends on
-            it.
+        info: Values for the head, of types that JSON knows; read again after the last part, when it may have less.
+        tensors: Part name to the names of its tensors, for all parts that may come, in their order: the size of the
+            head depends on it.
         parts: The parts, in that order.
 
     Raises:

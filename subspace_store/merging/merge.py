@@ -74,6 +74,7 @@ class ModuleMerge:
         dropped: Writes old coefficients in the directions that the new basis lacks.
         new: The new tasks in the new basis.
         before: The tasks that were merged before.
+        stays: Whether the basis is the one that was there before, to the bit.
     """
 
     basis: ModuleBasis
@@ -81,6 +82,15 @@ class ModuleMerge:
     dropped: Transport
     new: Placed
     before: ModuleTasks
+    stays: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that the module takes afterwards: basis, all coefficients, and the new tasks' private parts."""
+        (n, d), (k_out, k_in) = self.basis.shape, self.basis.ranks
+        columns = sum(self.before.ranks) + sum(self.new.arrivals.ranks)
+        private = sum(update.numbers for update in self.new.private.values())
+        return n * k_out + d * k_in + (k_out + k_in) * columns + private
 
     def settle(self) -> tuple[ModuleTasks, Tensor]:
         """All tasks in the new basis, and the energy that each earlier task lost.
@@ -285,7 +295,11 @@ def merge_module(
     )
     spans = _first_directions(arriving, k_out, k_in)
     new = _new_tasks(frame, arriving, arriving.first(k_out, k_in), spans, settings)
-    return ModuleMerge(basis, *to_full.split(k_out, k_in), new, before.tasks)
+    extended = ModuleMerge(basis, *to_full.split(k_out, k_in), new, before.tasks)
+    if _promises(settings) and settings.share == "if-it-pays" and before.tasks.task_ids:
+        same = _merge_in_place(before, to_full, arriving, frame, settings)
+        return extended if extended.numbers < same.numbers else same
+    return extended
 
 
 def _loses(tasks: ModuleTasks, dropped: Transport) -> bool:
@@ -320,7 +334,7 @@ def _merge_in_place(
     none = Transport(*(torch.zeros(0, k, dtype=torch.float64) for k in before.basis.ranks))
     held = arriving.moved(Transport(to_full.out.T, to_full.inward.T))
     new = _new_tasks(frame, arriving, held, (to_full.out, to_full.inward), settings)
-    return ModuleMerge(before.basis, same, none, new, before.tasks)
+    return ModuleMerge(before.basis, same, none, new, before.tasks, stays=True)
 
 
 def _new_tasks(

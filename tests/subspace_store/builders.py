@@ -122,13 +122,18 @@ def crash_at_merge(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[Non
 
 def reading(storage: Storage, **settings: object) -> SubspaceReader:
     """A reader of the store on this storage."""
-    return SubspaceReader.open(storage, settings=SubspaceSettings(**settings), base_model=BASE)  # type: ignore[arg-type]
+    return SubspaceReader.open(storage, settings=settings_with(settings), base_model=BASE)
 
 
 def opened(storage: Storage | None = None, writer: str = "writer", **settings: object) -> SubspaceStore:
     """A store on this storage, or on a new place in memory."""
     where = fresh_storage() if storage is None else storage
-    return SubspaceStore.open(where, settings=SubspaceSettings(**settings), base_model=BASE, writer=writer)  # type: ignore[arg-type]
+    return SubspaceStore.open(where, settings=settings_with(settings), base_model=BASE, writer=writer)
+
+
+def settings_with(changes: Mapping[str, object]) -> SubspaceSettings:
+    """Settings under which directions always join the basis, so that tests of bases have some; and these changes."""
+    return SubspaceSettings.model_validate({"share": "always"} | dict(changes))
 
 
 def deltas(adapter: Adapter) -> dict[str, Tensor]:
