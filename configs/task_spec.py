@@ -151,7 +151,7 @@ class LoraSpec(Section):
 class MethodSpec(Section):
     """How the adapter is made."""
 
-    name: Literal["lora", "share", "codyra", "auto", "import"] = "lora"
+    name: Literal["lora", "share", "codyra", "auto", "import"] = "auto"
     """Method: `lora` trains a PEFT LoRA; `share` coefficients in frozen directions; `codyra` a LoRA with gates that
     choose the rank of each module; `auto` trains the task with each of `candidates` and keeps the fewest numbers that
     its score needs; `import` takes the PEFT folder in `adapter` as it is."""

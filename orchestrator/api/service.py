@@ -137,7 +137,7 @@ class Service:
         from orchestrator.tasks.admission import admit, check_submission, would_admit
 
         check = self._check or check_submission
-        controller = self._running("submit")
+        controller = self._running(request)
         if controller.layout is None:
             causes = "; ".join(f"{name}: {what}" for name, what in sorted(controller.describe_workers().items()))
             raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
@@ -191,7 +191,7 @@ class Service:
 
     def cancel(self, request: requests.Cancel) -> Json:
         """Stop a task that is not part of a version yet."""
-        controller = self._running("cancel")
+        controller = self._running(request)
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, CancelRequested(request.by, time.time()))
         if after.state is TaskState.CANCELLED:
@@ -206,7 +206,7 @@ class Service:
 
         A task that waits already stays as it is: asked twice, it is preempted once.
         """
-        controller = self._running("preempt")
+        controller = self._running(request)
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, PreemptRequested(request.by))
         controller.wake()
@@ -382,9 +382,9 @@ class Service:
 
     # --- helpers -----------------------------------------------------------------------------------------------
 
-    def _running(self, what: str) -> Controller:
+    def _running(self, request: requests.ServiceRequest[Any]) -> Controller:
         if self._controller is None:
-            raise Unavailable(f"the service is not running, and {what} needs it", todo="start it with `onebasis up`")
+            raise requests.needs_service(request)
         if self._controller.ousted_by is not None:
             raise self._controller.ousted_by
         return self._controller

@@ -208,18 +208,6 @@ def test_a_store_that_does_not_answer_is_told_of_and_nobody_waits_silently(servi
     service.wait("the alarm to end", service.is_well, 60)
 
 
-def test_an_up_that_fails_leaves_nothing_running(tmp_path: Path) -> None:
-    site = Site(tmp_path)
-    settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
-    settings["base_model"]["weights_sha256"] = "0" * 64
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
-    said = site.run("up", "--config", "settings.yaml", expect=5)
-    assert "weights_sha256" in said
-    left = [p.info for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
-    assert left == []
-    assert not (tmp_path / ".onebasis/ray.json").exists()
-
-
 def test_an_up_that_is_interrupted_leaves_nothing_running(tmp_path: Path) -> None:
     starting = subprocess.Popen(
         [ONEBASIS, "up"],
