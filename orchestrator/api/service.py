@@ -39,10 +39,12 @@ from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, why
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
+from orchestrator.ray_head import ADDRESS_FILE, MODULE
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
+from subspace_store.commands.state_folder import process_of
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest, Withdraw
 from subspace_store.storage.protocol import Storage
@@ -354,7 +356,12 @@ class Service:
     def health(self) -> Json:
         """Whether the service runs, which alarms ring, what the workers do: what this process knows by itself."""
         alarms = [alarm.as_dict() for alarm in self._alarms]
-        return {"running": self._controller is not None, **self._health(), "alarms": alarms}
+        return {
+            "running": self._controller is not None,
+            **self._health(),
+            "alarms": alarms,
+            "ray_pid": process_of(Path(self._settings.state_dir) / ADDRESS_FILE, MODULE),
+        }
 
     def _state_soon(self) -> SubspaceState | None:
         try:
