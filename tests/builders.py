@@ -133,7 +133,7 @@ def settings(folder: Path | str = "/nowhere", **changes: Any) -> Settings:
         "storage": {"url": f"file:{folder}/store"},
         "mlflow": {"tracking_uri": f"sqlite:///{folder}/mlflow.db"},
         # Rank enough that nothing is lost in these tests, unless they ask for it.
-        "subspace": {"energy_ratio_min": 1.0, "rank_max": 64},
+        "subspace": {"energy_ratio_min": 1.0, "rank_max": 64, "share": "always"},
     }
     return Settings.model_validate(changed(values, changes))
 

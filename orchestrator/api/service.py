@@ -103,6 +103,7 @@ class Service:
         self._alarms = alarms or (controller.alarms if controller is not None else Alarms())
         self._log_read = Latest(lambda: self._store.refresh(), storage.url)
         self._counted = Latest(lambda: (self._queue.counts(), self._queue.unreadable()), "the task database")
+        self._sized = Latest(lambda: self._footprint(self._store.state.refs[MAIN]), storage.url)
         self._check = check
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
@@ -349,6 +350,7 @@ class Service:
             "candidate": state.refs[CANDIDATE] if state else None,
             "held": asdict(state.held) if state and state.held else None,
             "tasks": counted,
+            "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state) if state else list(self._in_doubt.values()),
             **self.health(),
         }
@@ -371,6 +373,12 @@ class Service:
             return self._log_read.last
         self._alarms.end_all(LOOKING, *WRITE_CODES)
         return state
+
+    def _footprint_soon(self) -> Json | None:
+        """The size of what `main` holds, or its last one. That the store is late is told by what was read before."""
+        with contextlib.suppress(OnebasisError):
+            return self._sized.within(LOOK_SECONDS)
+        return self._sized.last
 
     def _counts_soon(self) -> dict[str, int] | None:
         try:

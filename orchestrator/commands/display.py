@@ -58,6 +58,13 @@ def status(answer: Json) -> None:
     console.print(f"  tasks    {in_states if counts is not None else 'unknown'}")
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
+    if (footprint := answer.get("footprint")) and footprint["tasks"]:
+        numbers = sum(footprint[f"{part}_numbers"] for part in ("basis", "coefficient", "private"))
+        console.print(
+            f"  stored   {size_text(4 * numbers)} for {counted(footprint['tasks'], 'task')}; as separate LoRAs "
+            f"{size_text(4 * footprint['separate_numbers'])} (`onebasis capacity`)",
+            soft_wrap=True,
+        )
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
     for doubt in answer.get("in_doubt", ()):

@@ -94,6 +94,7 @@ def test_status_tells_what_is_where(site: Site) -> None:
     assert answer["tasks"] == {"published": 2}
     assert answer["storage"] == site.plant.storage.url
     assert answer["workers"] == {"worker-0": "free", "worker-1": "free"}
+    assert answer["footprint"] == site.client.ask(ShowCapacity())["footprint"]
 
 
 def test_a_dry_run_tells_what_would_be_taken_in_and_takes_nothing(site: Site) -> None:

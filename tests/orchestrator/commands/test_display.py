@@ -196,6 +196,16 @@ def test_what_rounds_to_nothing_has_no_sign_and_one_is_no_plural() -> None:
     )  # fmt: skip
 
 
+def test_the_status_says_in_a_line_what_is_stored() -> None:
+    sizes = {"basis_numbers": 1000, "coefficient_numbers": 500, "private_numbers": 250, "separate_numbers": 3500}
+    answer = {
+        "running": True, "base_model": "m", "main": 2, "held": None, "tasks": {}, "storage": "s", "mlflow": "f",
+        "footprint": {**sizes, "tasks": 2},
+    }  # fmt: skip
+    text = printed(lambda: display.status(answer))
+    assert "stored   7.00 KB for 2 tasks; as separate LoRAs 14.00 KB (`onebasis capacity`)" in text
+
+
 def test_the_capacity_tells_which_tasks_have_private_parts_and_counts_them_in_the_sum() -> None:
     sizes = {"basis_numbers": 1000, "coefficient_numbers": 500, "private_numbers": 250, "separate_numbers": 3500}
     footprint = {**sizes, "version": 2, "tasks": 2, "head_numbers": 0, "stored_bytes": 123_000}
