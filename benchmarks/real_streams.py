@@ -92,8 +92,8 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
             continue
         found = {name: _trained(base, case, name, rest, folder) for name in METHODS}
 
-        def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> float:
-            return score_adapter(base, adapter, validation, case.spec).value
+        def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
+            return score_adapter(base, adapter, validation, case.spec).per_row
 
         kept, _ = auto.chosen(found, judge, case.spec.method.loss_max)
         alone, _ = auto.chosen({"lora": found["lora"]}, judge, case.spec.method.loss_max)

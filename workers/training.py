@@ -210,7 +210,7 @@ class _Attempt:
             judged, stop = auto.validation_spec(spec), stopper(self._asked)
             kept, lines = auto.chosen(
                 {method: adapter for method, (_, adapter, _) in finished.items()},
-                lambda adapter: score_adapter(self._base, adapter, validation, judged, stop).value,
+                lambda adapter: score_adapter(self._base, adapter, validation, judged, stop).per_row,
                 spec.method.loss_max,
             )
             for line in lines:

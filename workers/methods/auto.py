@@ -3,18 +3,25 @@
 Some of the training rows are set aside and not trained on: they are the validation rows. Each candidate is trained to
 its end on the others, because a short trial tells little: of six real tasks, coefficients in the foundation were better
 than LoRA on some from the start, on others LoRA was, and the order after 24 steps was another than after all of them.
-Then each candidate is cut to smaller and smaller forms. Taken is the form with the fewest numbers whose score on the
-validation rows is at most `method.loss_max` below the best candidate's. The rows that scores are reported on are never
-looked at.
+Then each candidate is cut to smaller and smaller forms. Taken is the form with the fewest numbers that loses no more
+against the best candidate, row by row on the validation rows, than `method.loss_max` or than chance: some hundred rows
+cannot tell losses apart that are smaller than the standard error of their paired difference. The rows that scores are
+reported on are never looked at.
 
 A form keeps the largest singular values of all modules together, so that a module which does little has few directions
 or none. Its cost is what it takes to store it: 2·K·R numbers in the foundation, (N+D)·R elsewhere.
+
+Source: the rule of one standard error for the choice among nested models: Breiman, Friedman, Olshen and Stone,
+Classification and Regression Trees (1984), section 3.4.3; here on paired differences.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import overload
 
 import torch
@@ -31,6 +38,8 @@ ROWS_MIN, ROWS_MAX = 24, 256
 """Fewest validation rows that are worth a comparison, and the most: scoring them has to stay cheap beside training."""
 SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 """Shares of an update's energy that its forms keep."""
+CHANCE = 1.0
+"""Standard errors of the paired difference that count as chance."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,18 @@ class Form:
 
     method: str
     adapter: Adapter
-    score: float
-    """Its score on the validation rows."""
+    per_row: tuple[float, ...]
+    """Each validation row's share in the score."""
+
+    @property
+    def score(self) -> float:
+        """Its score on the validation rows."""
+        return statistics.fmean(self.per_row)
+
+    def is_as_good_as(self, best: Form, loss_max: float) -> bool:
+        """Whether it loses no more than is allowed, or than chance explains."""
+        losses = [theirs - ours for theirs, ours in zip(best.per_row, self.per_row, strict=True)]
+        return statistics.fmean(losses) <= max(loss_max, CHANCE * statistics.stdev(losses) / math.sqrt(len(losses)))
 
     @property
     def numbers(self) -> int:
@@ -77,29 +96,28 @@ def validation_spec(spec: TaskSpec) -> TaskSpec:
 
 
 def chosen(
-    candidates: Mapping[str, Adapter], score: Callable[[Adapter], float], loss_max: float
+    candidates: Mapping[str, Adapter], score: Callable[[Adapter], Sequence[float]], loss_max: float
 ) -> tuple[Form, tuple[str, ...]]:
     """The form to keep, and why, in lines.
 
     Args:
         candidates: Method to trained adapter, at least one.
-        score: Score of an adapter on the validation rows; higher is better.
-        loss_max: Largest loss against the best candidate.
+        score: Each validation row's share in the score of an adapter; higher is better.
+        loss_max: Largest loss against the best candidate that is accepted for sure.
 
     Cost:
         For each candidate at most 1 + log2(`SHARES`) scores: a form that keeps more is taken to score no worse.
     """
-    whole = {method: Form(method, adapter, score(adapter)) for method, adapter in candidates.items()}
-    needed = max(form.score for form in whole.values()) - loss_max
-    smallest = [_smallest(form, score, needed) for form in whole.values() if form.score >= needed]
+    whole = {method: Form(method, adapter, tuple(score(adapter))) for method, adapter in candidates.items()}
+    best = max(whole.values(), key=lambda form: form.score)
+    fits = partial(Form.is_as_good_as, best=best, loss_max=loss_max)
+    smallest = [_smallest(form, score, fits) for form in whole.values() if fits(form)]
     kept = min(smallest, key=lambda form: (form.numbers, -form.score))
     lines = [
         f"auto: {form.method} scores {form.score:.4f} on the validation rows with {form.numbers:,} numbers"
         for form in whole.values()
     ]
-    said = (
-        f"auto: {kept.method}, cut to {kept.numbers:,} numbers: {kept.score:.4f}, at most {loss_max:g} below the best"
-    )
+    said = f"auto: {kept.method}, cut to {kept.numbers:,} numbers, scores {kept.score:.4f} there"
     return kept, (*lines, said)
 
 
@@ -121,14 +139,14 @@ def _cut(adapter: Adapter, share: float) -> Adapter:
     return replace(adapter, modules=modules)
 
 
-def _smallest(whole: Form, score: Callable[[Adapter], float], needed: float) -> Form:
-    """The smallest form of a candidate that scores what is needed; by bisection."""
+def _smallest(whole: Form, score: Callable[[Adapter], Sequence[float]], fits: Callable[[Form], bool]) -> Form:
+    """The smallest form of a candidate that is good enough; by bisection."""
     sizes = list(forms(whole.adapter))
     best, low, high = whole, 0, len(sizes) - 1
     while low < high:
         middle = (low + high) // 2
-        form = Form(whole.method, sizes[middle], score(sizes[middle]))
-        if form.score >= needed:
+        form = Form(whole.method, sizes[middle], tuple(score(sizes[middle])))
+        if fits(form):
             best, high = form, middle
         else:
             low = middle + 1
