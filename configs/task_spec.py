@@ -158,8 +158,8 @@ class MethodSpec(Section):
     candidates: tuple[Literal["share", "lora", "codyra"], ...] = Field(("share", "lora"), min_length=1)
     """Methods that `auto` trains the task with, each to its end. With one of them it only finds the size."""
     loss_max: float = Field(0.005, ge=0)
-    """Largest loss of score, on rows that are set aside for it, that `auto` accepts for fewer numbers even if it is more
-    than chance."""
+    """Largest loss of score, on rows that are set aside for it, that `auto` accepts for fewer numbers even where it is
+    more than chance."""
     adapter: Annotated[str | None, Located(real)] = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"
