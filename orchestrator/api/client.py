@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dict
 from configs.limits import BYTES_MAX
-from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit, needs_service
+from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE
 from subspace_store.requests import StoreRequest
@@ -67,8 +67,6 @@ class Client:
                 pass  # it was killed and left its address behind: read without it
             except NoSignOfLife as error:
                 raise named(error, self._state_dir) from error
-        if isinstance(request, ServiceRequest) and request.NEEDS:
-            raise needs_service(request)  # at once: nothing that is read without a service would change that
         with telling("reading the store and the task database, without a service", self._say):
             return self._local().answer(request)
 

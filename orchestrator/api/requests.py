@@ -7,12 +7,11 @@ to its `on`, and from there to the method of the service. Requests to the store'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
 from configs.document import Line, Name, Request, VersionNumber
-from configs.errors import Unavailable
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_record import TaskState
 
@@ -32,10 +31,7 @@ EventNumber = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class ServiceRequest(Request, Generic[Answer]):
-    """A request to the service."""
-
-    NEEDS: ClassVar[str] = ""
-    """What cannot be done while the service is not running; empty: this can."""
+    """A request to the service, running or not."""
 
     def on(self, service: Service) -> Answer:
         """Carry it out."""
@@ -59,7 +55,6 @@ class Health(ServiceRequest[Json]):
 class Submit(ServiceRequest[Json]):
     """Take a task in. The same submission again is the same task."""
 
-    NEEDS = "submit"
     task: TaskSpec
     dry_run: bool = False
     """Check everything, take nothing in."""
@@ -96,7 +91,6 @@ class ShowTask(ServiceRequest[Json]):
 class Cancel(ServiceRequest[Json]):
     """Stop a task that is not part of a version yet."""
 
-    NEEDS = "cancel"
     reference: Reference
     by: Line = "somebody"
 
@@ -107,7 +101,6 @@ class Cancel(ServiceRequest[Json]):
 class Preempt(ServiceRequest[Json]):
     """Have a running task write a checkpoint and go back to the queue."""
 
-    NEEDS = "preempt"
     reference: Reference
     by: Line = "somebody"
 
@@ -189,9 +182,3 @@ class ShowScores(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.scores(self)
-
-
-def needs_service(request: ServiceRequest[Any]) -> Unavailable:
-    """The error of a request that only a running service can carry out."""
-    what = f"the service is not running, and {request.NEEDS} needs it"
-    return Unavailable(what, todo="start it with `onebasis up`")

@@ -39,12 +39,10 @@ from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, why
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
-from orchestrator.ray_head import ADDRESS_FILE, MODULE
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
-from subspace_store.commands.state_folder import process_of
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest, Withdraw
 from subspace_store.storage.protocol import Storage
@@ -140,7 +138,7 @@ class Service:
         from orchestrator.tasks.admission import admit, check_submission, would_admit
 
         check = self._check or check_submission
-        controller = self._running(request)
+        controller = self._running("submit")
         if controller.layout is None:
             causes = "; ".join(f"{name}: {what}" for name, what in sorted(controller.describe_workers().items()))
             raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
@@ -194,7 +192,7 @@ class Service:
 
     def cancel(self, request: requests.Cancel) -> Json:
         """Stop a task that is not part of a version yet."""
-        controller = self._running(request)
+        controller = self._running("cancel")
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, CancelRequested(request.by, time.time()))
         if after.state is TaskState.CANCELLED:
@@ -209,7 +207,7 @@ class Service:
 
         A task that waits already stays as it is: asked twice, it is preempted once.
         """
-        controller = self._running(request)
+        controller = self._running("preempt")
         record = self._queue.find(request.reference)
         after = self._queue.apply(record.task_id, PreemptRequested(request.by))
         controller.wake()
@@ -358,12 +356,7 @@ class Service:
     def health(self) -> Json:
         """Whether the service runs, which alarms ring, what the workers do: what this process knows by itself."""
         alarms = [alarm.as_dict() for alarm in self._alarms]
-        return {
-            "running": self._controller is not None,
-            **self._health(),
-            "alarms": alarms,
-            "ray_pid": process_of(Path(self._settings.state_dir) / ADDRESS_FILE, MODULE),
-        }
+        return {"running": self._controller is not None, **self._health(), "alarms": alarms}
 
     def _state_soon(self) -> SubspaceState | None:
         try:
@@ -397,9 +390,9 @@ class Service:
 
     # --- helpers -----------------------------------------------------------------------------------------------
 
-    def _running(self, request: requests.ServiceRequest[Any]) -> Controller:
+    def _running(self, what: str) -> Controller:
         if self._controller is None:
-            raise requests.needs_service(request)
+            raise Unavailable(f"the service is not running, and {what} needs it", todo="start it with `onebasis up`")
         if self._controller.ousted_by is not None:
             raise self._controller.ousted_by
         return self._controller

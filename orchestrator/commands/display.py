@@ -39,12 +39,6 @@ def status(answer: Json) -> None:
     in_states = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
     main = "unknown" if answer["main"] is None else f"version {answer['main']}"
     console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is {main}")
-    if not answer["running"] and answer.get("ray_pid"):
-        console.print(
-            f"  Ray (pid {answer['ray_pid']}) and its workers still run: `onebasis up` goes on with them, "
-            "`onebasis down` ends them",
-            soft_wrap=True,
-        )
     _print_alarms(alarms)
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))

@@ -481,9 +481,8 @@ def test_the_status_says_that_it_does_not_run(offline: Client) -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_what_needs_the_service_is_refused_with_the_next_step(
-    offline: Client, request_: ServiceRequest[Any], what: str, monkeypatch: pytest.MonkeyPatch
+    offline: Client, request_: ServiceRequest[Any], what: str
 ) -> None:
-    monkeypatch.setattr(Client, "_local", lambda _: pytest.fail("the store was read first"))  # that can take long
     with pytest.raises(Unavailable, match=f"(?s)the service is not running, and {what} needs it.*onebasis up"):
         offline.ask(request_)
 

@@ -23,7 +23,6 @@ from orchestrator.api.client import Client
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Health, ListTasks, Status
 from orchestrator.api.waiting import telling
-from orchestrator.commands import display
 from orchestrator.signs_of_life import Life, life_of
 from tests.orchestrator.site import Site
 
@@ -56,28 +55,6 @@ def test_a_control_plane_that_is_stopped_is_named_with_its_process_id(tmp_path: 
             time.sleep(0.01)
         with pytest.raises(NoSignOfLife, match=f"pid {process.pid}.*is stopped"):
             Client(tmp_path, lambda _: None).ask(Status())
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.changes
-def test_a_ray_that_was_left_behind_is_told_while_the_service_is_down(
-    site: Site, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(site.plant.settings.state_dir)
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", "import time; time.sleep(60)", "orchestrator.ray_head", str(folder)]
-    process = subprocess.Popen(command)
-    try:
-        (folder / "ray.json").write_text(json.dumps({"pid": process.pid}))
-        while b"ray_head" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
-            time.sleep(0.01)
-        answer = site.client.ask(Status())
-        display.status({**answer, "running": False})
-        assert f"Ray (pid {process.pid}) and its workers still run" in capsys.readouterr().out
-        display.status(answer | {"running": False, "ray_pid": None})
-        assert "still run" not in capsys.readouterr().out
     finally:
         process.kill()
         process.wait()
