@@ -25,6 +25,7 @@ from orchestrator.api.requests import (
     Cancel,
     Diff,
     Export,
+    Health,
     ListTasks,
     ListVersions,
     Preempt,
@@ -51,6 +52,7 @@ from subspace_store.commands.terminal import (
     new_app,
     note,
     show,
+    telling,
 )
 from subspace_store.requests import Rollback, StoreRequest
 
@@ -60,6 +62,7 @@ INTERRUPTED = (
 )
 command = command_of(app, INTERRUPTED)
 starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
+ending_command = command_of(app, "interrupted; `onebasis status` shows what still runs, `onebasis down` ends it")
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
 AtVersion = Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")]
@@ -100,7 +103,7 @@ def up(
     show(status, display.status, as_json)
 
 
-@starting_command
+@ending_command
 def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """End the service. Running tasks write a checkpoint and go on from it at the next `up`."""
     from orchestrator.commands import processes
@@ -165,7 +168,7 @@ def import_(
     document = {
         "team": team,
         "name": name,
-        "base_model": base_model or Client(state_dir).ask(Status())["base_model"],
+        "base_model": base_model or Client(state_dir).ask(Health())["base_model"],
         "method": {"name": "import", "adapter": str(adapter.resolve())},
         "data": data,
     }
@@ -234,7 +237,7 @@ def logs(
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
     client, after, lines = Client(state_dir), 0, []
-    service = Attention(client)
+    service, places = Attention(client), display.Places()
     while True:
         if follow:
             service.look()
@@ -243,7 +246,12 @@ def logs(
         lines += new
         if not as_json:
             display.log_lines(new)
-        if not follow or client.ask(ShowTask(reference=reference))["state"] in ENDS:
+        if not follow:
+            break
+        now = client.ask(ShowTask(reference=reference))
+        if (said := places.moved(now)) and not as_json:
+            display.log_line(said)
+        if now["state"] in ENDS:
             break
         time.sleep(WATCH_SECONDS)
     if as_json:
@@ -349,7 +357,8 @@ def capacity(
 @app.command("store", context_settings=RAW, add_help_option=False)
 def store(context: typer.Context) -> None:
     """The version log and its storage: check, tag, hold, pin, expire, collect. `onebasis store --help` lists it all."""
-    from subspace_store.commands import app as store_cli
+    with telling("loading the program"):  # from a cold disk, or on a busy machine
+        from subspace_store.commands import app as store_cli
 
     def ask(state_dir: Path, request: StoreRequest[Any]) -> dict[str, Any]:
         return Client(state_dir).ask(request)

@@ -5,6 +5,7 @@ A command writes through the service that runs here, if there is one; else this 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -20,8 +21,9 @@ from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.places import storage as storage_place
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from subspace_store import SubspaceReader
+from subspace_store.commands.in_doubt import noted
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
-from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown
+from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown, telling
 from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
@@ -94,11 +96,12 @@ def place_of(url: str | None, state_dir: Path) -> Place:
 
 
 def reader_at(place: Place) -> SubspaceReader:
-    try:
-        place.storage.read("FORMAT")
-    except NotFound:
-        raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
-    return SubspaceReader.open(place.storage, settings=place.subspace)
+    with telling(f"reading the store at {place.storage.url}"):
+        try:
+            place.storage.read("FORMAT")
+        except NotFound:
+            raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
+        return SubspaceReader.open(place.storage, settings=place.subspace)
 
 
 def writer_at(place: Place, force: bool = False) -> SubspaceStore:
@@ -123,7 +126,7 @@ def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRe
     repeated = bool(request.op_key) and request.op_key in reader_at(place).state.op_keys
     request = request.named()
     write(place, force, request)
-    facts = request.model_dump(mode="json", exclude={"actor"})
+    facts = request.model_dump(mode="json", exclude={"actor"}, exclude_none=True)
     said = f"this was done before under {request.op_key!r}, and nothing was changed now" if repeated else done
     show({"operation": request.operation, "repeated": repeated, **facts}, lambda _: note(said), as_json)
 
@@ -139,9 +142,11 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
     if service is not None:
         service(request)
         return
-    writer = writer_at(place, force)  # if this fails, the request was certainly not done
-    with request.told_with_its_key():
-        request.on(writer)
+    with telling(f"writing to the store at {place.storage.url}"):
+        writer = writer_at(place, force)  # if this fails, the request was certainly not done
+        ours = place.settings is not None and not place.is_named
+        with noted(place.state_dir, request) if ours else contextlib.nullcontext(), request.told_with_its_key():
+            request.on(writer)
 
 
 def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:

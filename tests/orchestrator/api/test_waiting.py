@@ -18,19 +18,20 @@ import pytest
 
 from configs.errors import NoSignOfLife, Unavailable
 from orchestrator.alarms import AlarmCode
-from orchestrator.api import exchange, service, waiting
+from orchestrator.api import exchange, service
 from orchestrator.api.client import Client
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Health, ListTasks, Status
-from orchestrator.api.waiting import telling
 from orchestrator.signs_of_life import Life, life_of
+from subspace_store.commands import terminal
+from subspace_store.commands.terminal import telling
 from tests.orchestrator.site import Site
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "SIGN_SECONDS", 0.2)
-    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(terminal, "FIRST_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -105,6 +106,31 @@ def test_the_status_of_a_service_whose_store_does_not_answer_comes_in_time_and_s
     answers.set()
     while site.client.ask(Status())["alarms"]:
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.changes
+def test_an_idle_service_whose_store_or_database_is_away_notices_by_itself(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> Any:
+        raise Unavailable("no answer", "there")
+
+    def codes() -> list[str]:
+        return [alarm["code"] for alarm in site.client.ask(Health())["alarms"]]  # asks neither
+
+    site.service.look()
+    assert codes() == []
+    with monkeypatch.context() as patched:
+        patched.setattr(site.service._store, "refresh", away)
+        patched.setattr(site.plant.queue, "counts", away)
+        site.service.look()
+        assert sorted(codes()) == ["database-away", "store-away"]
+    with monkeypatch.context() as patched:  # a disk that is not mounted is an empty folder
+        patched.setattr("subspace_store.log.store_format.read_format", lambda _: None)
+        site.service.look()
+        assert codes() == ["store-away"]
+    site.service.look()
+    assert codes() == []
 
 
 @pytest.mark.changes
