@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dict
 from configs.limits import BYTES_MAX
-from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit
+from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit, not_running
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE
 from subspace_store.requests import StoreRequest
@@ -55,7 +55,7 @@ class Client:
         return self._ask(request)
 
     def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
-        from orchestrator.api.waiting import Waiting, named, telling
+        from orchestrator.api.waiting import Waiting, named
 
         server = server_facts(self._state_dir)
         if server is not None:
@@ -67,6 +67,10 @@ class Client:
                 pass  # it was killed and left its address behind: read without it
             except NoSignOfLife as error:
                 raise named(error, self._state_dir) from error
+        if isinstance(request, ServiceRequest) and request.needs_service:
+            raise not_running(type(request).__name__.lower())  # before anything is read: a store that is away takes long
+        from subspace_store.commands.terminal import telling
+
         with telling("reading the store and the task database, without a service", self._say):
             return self._local().answer(request)
 

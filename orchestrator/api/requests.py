@@ -7,11 +7,12 @@ to its `on`, and from there to the method of the service. Requests to the store'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
 from configs.document import Line, Name, Request, VersionNumber
+from configs.errors import Unavailable
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_record import TaskState
 
@@ -33,9 +34,17 @@ EventNumber = Annotated[int, Field(ge=0, le=2**53)]
 class ServiceRequest(Request, Generic[Answer]):
     """A request to the service, running or not."""
 
+    needs_service: ClassVar[bool] = False
+    """Whether only a running service can carry it out."""
+
     def on(self, service: Service) -> Answer:
         """Carry it out."""
         raise NotImplementedError
+
+
+def not_running(operation: str) -> Unavailable:
+    """The error for a request that only a running service can carry out."""
+    return Unavailable(f"the service is not running, and {operation} needs it", todo="start it with `onebasis up`")
 
 
 class Status(ServiceRequest[Json]):
@@ -55,6 +64,7 @@ class Health(ServiceRequest[Json]):
 class Submit(ServiceRequest[Json]):
     """Take a task in. The same submission again is the same task."""
 
+    needs_service = True
     task: TaskSpec
     dry_run: bool = False
     """Check everything, take nothing in."""
@@ -91,6 +101,7 @@ class ShowTask(ServiceRequest[Json]):
 class Cancel(ServiceRequest[Json]):
     """Stop a task that is not part of a version yet."""
 
+    needs_service = True
     reference: Reference
     by: Line = "somebody"
 
@@ -101,6 +112,7 @@ class Cancel(ServiceRequest[Json]):
 class Preempt(ServiceRequest[Json]):
     """Have a running task write a checkpoint and go back to the queue."""
 
+    needs_service = True
     reference: Reference
     by: Line = "somebody"
 

@@ -135,10 +135,10 @@ class Service:
 
     def submit(self, request: requests.Submit) -> Json:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
+        controller = self._running("submit")
         from orchestrator.tasks.admission import admit, check_submission, would_admit
 
         check = self._check or check_submission
-        controller = self._running("submit")
         if controller.layout is None:
             causes = "; ".join(f"{name}: {what}" for name, what in sorted(controller.describe_workers().items()))
             raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
@@ -341,7 +341,6 @@ class Service:
         """
         state, counted = self._state_soon(), self._counts_soon()
         return {
-            "base_model": self._settings.base_model.name,
             "storage": self._storage.url,
             "mlflow": without_password(self._settings.mlflow.tracking_uri),
             "main": state.refs[MAIN] if state else None,
@@ -356,7 +355,8 @@ class Service:
     def health(self) -> Json:
         """Whether the service runs, which alarms ring, what the workers do: what this process knows by itself."""
         alarms = [alarm.as_dict() for alarm in self._alarms]
-        return {"running": self._controller is not None, **self._health(), "alarms": alarms}
+        name = self._settings.base_model.name
+        return {"base_model": name, "running": self._controller is not None, **self._health(), "alarms": alarms}
 
     def _state_soon(self) -> SubspaceState | None:
         try:
@@ -392,7 +392,7 @@ class Service:
 
     def _running(self, what: str) -> Controller:
         if self._controller is None:
-            raise Unavailable(f"the service is not running, and {what} needs it", todo="start it with `onebasis up`")
+            raise requests.not_running(what)
         if self._controller.ousted_by is not None:
             raise self._controller.ousted_by
         return self._controller

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,6 @@ from subspace_store.commands.state_folder import running_server
 
 Say = Callable[[str], None]
 
-FIRST_SECONDS = 6.0
-TELL_SECONDS = 8.0
-"""Interval at which people are told that it takes longer."""
 HEALTH_SECONDS = 4.0
 
 
@@ -60,24 +55,3 @@ def named(error: NoSignOfLife, state_dir: Path) -> NoSignOfLife:
         return error
     what = f"it {Life.STOPPED}" if life_of(pid) is Life.STOPPED else "it hangs"
     return NoSignOfLife(f"the control plane (pid {pid}) does not answer: {what}", error.where, error.todo)
-
-
-@contextlib.contextmanager
-def telling(what: str, say: Say) -> Iterator[None]:
-    """Tell people what is going on in the block, if it takes longer than a few seconds."""
-    done = threading.Event()
-
-    def tell() -> None:
-        waited = FIRST_SECONDS
-        if done.wait(waited):
-            return
-        say(f"still {what}, for {waited:.0f} s")
-        while not done.wait(TELL_SECONDS):
-            waited += TELL_SECONDS
-            say(f"still {what}, for {waited:.0f} s")
-
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()

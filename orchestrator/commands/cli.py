@@ -25,6 +25,7 @@ from orchestrator.api.requests import (
     Cancel,
     Diff,
     Export,
+    Health,
     ListTasks,
     ListVersions,
     Preempt,
@@ -51,6 +52,7 @@ from subspace_store.commands.terminal import (
     new_app,
     note,
     show,
+    telling,
 )
 from subspace_store.requests import Rollback, StoreRequest
 
@@ -165,7 +167,7 @@ def import_(
     document = {
         "team": team,
         "name": name,
-        "base_model": base_model or Client(state_dir).ask(Status())["base_model"],
+        "base_model": base_model or Client(state_dir).ask(Health())["base_model"],
         "method": {"name": "import", "adapter": str(adapter.resolve())},
         "data": data,
     }
@@ -349,7 +351,8 @@ def capacity(
 @app.command("store", context_settings=RAW, add_help_option=False)
 def store(context: typer.Context) -> None:
     """The version log and its storage: check, tag, hold, pin, expire, collect. `onebasis store --help` lists it all."""
-    from subspace_store.commands import app as store_cli
+    with telling("loading the program"):  # from a cold disk, or on a busy machine
+        from subspace_store.commands import app as store_cli
 
     def ask(state_dir: Path, request: StoreRequest[Any]) -> dict[str, Any]:
         return Client(state_dir).ask(request)

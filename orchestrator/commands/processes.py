@@ -26,7 +26,6 @@ from configs.settings import Settings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Health, Status
-from orchestrator.api.waiting import TELL_SECONDS, telling
 from orchestrator.commands.attention import tell_new
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
 from orchestrator.signs_of_life import Life, end_now, life_of, ray_processes, ray_trouble, stopped, title_of
@@ -37,7 +36,7 @@ from subspace_store.commands.state_folder import (
     running_server,
     service_identity,
 )
-from subspace_store.commands.terminal import counted
+from subspace_store.commands.terminal import TELL_SECONDS, counted, telling
 from subspace_store.log.store_format import check_place
 from subspace_store.log.version_log import VersionLog, owned_by_another
 from subspace_store.storage.opening import open_storage

@@ -25,7 +25,18 @@ from subspace_store.commands.place import (
     write,
     writer_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, OpKey, StateDir, console, counted, me, note, show
+from subspace_store.commands.terminal import (
+    STATE_DIR,
+    AsJson,
+    OpKey,
+    StateDir,
+    console,
+    counted,
+    me,
+    note,
+    show,
+    telling,
+)
 from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
@@ -255,7 +266,8 @@ def collect(
     place = place_of(store, state_dir)
     if really and place.is_served and not (force and place.is_named):
         raise is_served(place)
-    found = writer_at(place, force).collect() if really else reader_at(place).collectable()
+    with telling(f"looking for objects to delete at {place.storage.url}"):
+        found = writer_at(place, force).collect() if really else reader_at(place).collectable()
 
     def as_text(_: object) -> None:
         for key in found.keys:

@@ -19,7 +19,18 @@ from subspace_store.commands.place import (
     reader_at,
     until_text,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, counted, decimals, note, show, shown
+from subspace_store.commands.terminal import (
+    STATE_DIR,
+    AsJson,
+    StateDir,
+    console,
+    counted,
+    decimals,
+    note,
+    show,
+    shown,
+    telling,
+)
 from subspace_store.log.version import CANDIDATE, MAIN
 
 
@@ -28,7 +39,9 @@ def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson =
     """Test whether a folder or bucket keeps the promises that a store needs. No object of a store is changed."""
     from subspace_store.doctor import examine
 
-    checks = examine(place_of(store, state_dir).storage)
+    storage = place_of(store, state_dir).storage
+    with telling(f"examining {storage.url}"):
+        checks = examine(storage)
 
     def as_text(_: object) -> None:
         for check in checks:
@@ -53,7 +66,8 @@ def verify(
     from subspace_store.verify import verify as check
 
     reader = reader_at(place_of(store, state_dir))
-    findings = check(reader, deep=deep)
+    with telling(f"checking what is at {reader.storage.url}"):
+        findings = check(reader, deep=deep)
 
     def as_text(_: object) -> None:
         for finding in findings:
@@ -76,7 +90,9 @@ def log(
     as_json: AsJson = False,
 ) -> None:
     """Show the version log, oldest record first."""
-    entries = reader_at(place_of(store, state_dir)).history()[-last if last else None :]
+    reader = reader_at(place_of(store, state_dir))
+    with telling(f"reading the log at {reader.storage.url}"):
+        entries = reader.history()[-last if last else None :]
 
     def as_text(_: object) -> None:
         rows = [(str(e.seq), clock(e.time), str(e.epoch), e.op, e.actor, e.summary) for e in entries]
@@ -123,8 +139,9 @@ def forecast(
 
     place = place_of(store, state_dir)
     reader = reader_at(place)
-    news = {str(path): read_adapter(path, reader.base_model) for path in adapters}
-    found = reader.forecast(news, reader.resolve(version))
+    with telling("computing what a merge would cost"):
+        news = {str(path): read_adapter(path, reader.base_model) for path in adapters}
+        found = reader.forecast(news, reader.resolve(version))
     names = {task.task_id: task.name for task in reader.state.tasks_at(found.parent).values()}
 
     def as_text(_: object) -> None:
@@ -166,7 +183,8 @@ def export(
     place = place_of(store, state_dir)
     reader = reader_at(place)
     source = base or (place.settings.base_model.source if place.settings else reader.base_model)
-    found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
+    with telling(f"writing to {output}"):
+        found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
 
     def as_text(_: object) -> None:
         note(f"{counted(len(found), 'adapter')} in {output}; {output / 'adapters.json'} lists what is there")

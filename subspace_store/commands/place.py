@@ -21,7 +21,7 @@ from configs.places import storage as storage_place
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
-from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown
+from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown, telling
 from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
@@ -94,11 +94,12 @@ def place_of(url: str | None, state_dir: Path) -> Place:
 
 
 def reader_at(place: Place) -> SubspaceReader:
-    try:
-        place.storage.read("FORMAT")
-    except NotFound:
-        raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
-    return SubspaceReader.open(place.storage, settings=place.subspace)
+    with telling(f"reading the store at {place.storage.url}"):
+        try:
+            place.storage.read("FORMAT")
+        except NotFound:
+            raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
+        return SubspaceReader.open(place.storage, settings=place.subspace)
 
 
 def writer_at(place: Place, force: bool = False) -> SubspaceStore:
@@ -139,9 +140,10 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
     if service is not None:
         service(request)
         return
-    writer = writer_at(place, force)  # if this fails, the request was certainly not done
-    with request.told_with_its_key():
-        request.on(writer)
+    with telling(f"writing to the store at {place.storage.url}"):
+        writer = writer_at(place, force)  # if this fails, the request was certainly not done
+        with request.told_with_its_key():
+            request.on(writer)
 
 
 def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:

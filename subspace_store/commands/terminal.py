@@ -7,10 +7,12 @@ cursor or change colours as an escape, so that no command has to do it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +31,10 @@ StateDir = Annotated[
     Path, typer.Option("--state-dir", envvar="ONEBASIS_STATE_DIR", help="Folder of the service's own files.")
 ]
 STATE_DIR = Path(".onebasis")
+FIRST_SECONDS = 6.0
+TELL_SECONDS = 8.0
+"""Interval at which people are told that it takes longer: nobody looks at a silent terminal for longer than ten
+seconds."""
 OpKey = Annotated[
     str,
     typer.Option(
@@ -137,6 +143,27 @@ def show(answer: Any, as_text: Callable[[Any], None], as_json: bool) -> None:
 def note(text: str) -> None:
     """A line on what happens now; on stderr, so that output can be piped."""
     errors.print(escape(text), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def telling(what: str, say: Callable[[str], None] = note) -> Iterator[None]:
+    """Tell people what is going on in the block, if it takes longer than a few seconds."""
+    done = threading.Event()
+
+    def tell() -> None:
+        waited = FIRST_SECONDS
+        if done.wait(waited):
+            return
+        say(f"still {what}, for {waited:.0f} s")
+        while not done.wait(TELL_SECONDS):
+            waited += TELL_SECONDS
+            say(f"still {what}, for {waited:.0f} s")
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def error(problem: OnebasisError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from subspace_store.commands.place import (
     print_table,
     reader_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, decimals, errors, note, show
+from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, decimals, errors, note, show, telling
 from subspace_store.log.version import MAIN
 
 TRACE_LINES = 40
@@ -45,7 +46,8 @@ def compare(
     found: dict[str, Merged] = {}
     for variant in VARIANTS:
         try:
-            found[variant] = merge_all(adapters, variant, settings)
+            with telling(f"merging all tasks as {variant}"):
+                found[variant] = merge_all(adapters, variant, settings)
         except InvalidInput as error:
             note(f"left out: {variant}: {error}")
     errors_of = {variant: tuple(merged.error.values()) for variant, merged in found.items()}
@@ -85,7 +87,8 @@ def reorder(
     from subspace_store.merging.reorder import reorder as tried
 
     adapters, settings = _as_delivered(place_of(store, state_dir), version, rank)
-    report = tried(adapters, settings, orders, seed)
+    with telling(f"merging all tasks in {orders} other orders"):
+        report = tried(adapters, settings, orders, seed)
     lines = [(task, report.given[task], report.of_task(task), report.at_once[task]) for task in adapters]
     means = [statistics.fmean(errors.values()) for errors in (report.given, report.at_once)]
     lines.append(("mean", means[0], report.of_mean, means[1]))
@@ -118,14 +121,15 @@ def chaos(
     seeds = range(seed, seed + runs)
     done = map(simulate, seeds) if trace else simulate_many(seeds, min(jobs or os.cpu_count() or 1, runs))
     report = ChaosReport()
-    for run in track(done, "simulating", runs, console=errors, transient=True, disable=not errors.is_terminal):
-        report.add(run)
-        if run.trace:
-            lines = run.trace if trace else run.trace[-TRACE_LINES:]
-            errors.print("\n".join(lines), markup=False, soft_wrap=True)
-        if run.violation:
-            errors.print(f"[red]seed {run.seed}:[/red] {escape(run.violation)}", soft_wrap=True)
-            note(f"again: onebasis store chaos --seed {run.seed} --runs 1 --trace")
+    with telling(f"simulating {runs:,} runs") if not errors.is_terminal else contextlib.nullcontext():
+        for run in track(done, "simulating", runs, console=errors, transient=True, disable=not errors.is_terminal):
+            report.add(run)
+            if run.trace:
+                lines = run.trace if trace else run.trace[-TRACE_LINES:]
+                errors.print("\n".join(lines), markup=False, soft_wrap=True)
+            if run.violation:
+                errors.print(f"[red]seed {run.seed}:[/red] {escape(run.violation)}", soft_wrap=True)
+                note(f"again: onebasis store chaos --seed {run.seed} --runs 1 --trace")
 
     def as_text(_: object) -> None:
         print_table(("faults", ""), [(kind, f"{count:,}") for kind, count in sorted(report.faults.items())], "none")
@@ -146,6 +150,6 @@ def _as_delivered(place: Place, version: str, rank: int | None) -> tuple[dict[st
     tasks = reader.state.tasks_at(reader.resolve(version))
     if not tasks:
         raise InvalidInput(f"version {version} holds no tasks", place.storage.url)
-    return {task: reader.delivered(task) for task in tasks}, reader.settings.model_copy(
-        update={} if rank is None else {"rank_fixed": rank}
-    )
+    with telling(f"reading the adapters at {place.storage.url}"):
+        adapters = {task: reader.delivered(task) for task in tasks}
+    return adapters, reader.settings.model_copy(update={} if rank is None else {"rank_fixed": rank})

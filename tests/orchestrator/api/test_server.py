@@ -481,10 +481,16 @@ def test_the_status_says_that_it_does_not_run(offline: Client) -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_what_needs_the_service_is_refused_with_the_next_step(
-    offline: Client, request_: ServiceRequest[Any], what: str
+    offline: Client, request_: ServiceRequest[Any], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # At once, without a look at the store, which may be away.
+    monkeypatch.setattr("subspace_store.storage.opening.open_storage", _must_not_be_called)
     with pytest.raises(Unavailable, match=f"(?s)the service is not running, and {what} needs it.*onebasis up"):
         offline.ask(request_)
+
+
+def _must_not_be_called(*_: object) -> None:
+    raise AssertionError("nothing needs to be read for that")
 
 
 def test_a_folder_in_which_nothing_ever_ran_says_so(tmp_path: Path) -> None:

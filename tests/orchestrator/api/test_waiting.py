@@ -18,19 +18,20 @@ import pytest
 
 from configs.errors import NoSignOfLife, Unavailable
 from orchestrator.alarms import AlarmCode
-from orchestrator.api import exchange, service, waiting
+from orchestrator.api import exchange, service
 from orchestrator.api.client import Client
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Health, ListTasks, Status
-from orchestrator.api.waiting import telling
 from orchestrator.signs_of_life import Life, life_of
+from subspace_store.commands import terminal
+from subspace_store.commands.terminal import telling
 from tests.orchestrator.site import Site
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "SIGN_SECONDS", 0.2)
-    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(terminal, "FIRST_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -74,6 +74,37 @@ def test_every_command_has_help_with_one_sentence_and_the_options_that_all_have(
         assert option in result.output
 
 
+SLOW = {
+    "hold": ["why"],
+    "withdraw": ["hold:1"],
+    "remove": ["t3", "--yes"],
+    "pin": ["3", "--owner", "ann"],
+    "collect": ["--really"],
+    "verify": [],
+    "log": [],
+    "compare": [],
+    "doctor": [],
+}
+
+
+@pytest.mark.parametrize("command", SLOW)
+def test_a_command_that_waits_for_a_slow_store_says_so(
+    run: Command, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "FIRST_SECONDS", 0.02)
+    monkeypatch.setattr(terminal, "TELL_SECONDS", 0.02)
+    really = LocalStorage.read
+
+    def slow(self: LocalStorage, key: str) -> bytes:
+        time.sleep(0.05)
+        return really(self, key)
+
+    monkeypatch.setattr(LocalStorage, "read", slow)
+    result = run(command, *SLOW[command])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"still (reading|writing|looking|checking|examining) .*, for 0 s", result.stderr)
+
+
 def test_a_version_is_tagged_by_any_of_its_names_and_the_tag_is_one_from_then_on(
     run: Command, store: SubspaceStore
 ) -> None:
