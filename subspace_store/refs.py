@@ -26,9 +26,10 @@ from subspace_store.adapter import adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log import fold, garbage, retention
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, TaskScore
-from subspace_store.strict import Moment, TaskId, Text, strict
+from subspace_store.strict import Days, Moment, TaskId, Text, strict
 from subspace_store.subspace_reader import RollbackPreview, SubspaceReader, rollback_preview
 
+SECONDS_A_DAY = 86400.0
 COUNT_MAX = 2**53
 """Rows that a score is measured on: no more than JSON's readers keep exactly."""
 
@@ -124,7 +125,8 @@ class Refs(SubspaceReader):
                 return preview
         return self._rollback_done(op_key)
 
-    # Names, and what they keep. Each is one record; asked for what is so already, none.
+    # Names, and what they keep. Each is one record. Asked for what is so already, it is one too if it has a key, so
+    # that the key belongs to this request from then on; without a key it is none.
 
     @strict
     def tag(self, name: Line, version: VersionNumber, *, actor: Line, op_key: Line = "") -> None:
@@ -167,19 +169,32 @@ class Refs(SubspaceReader):
 
     @strict
     def pin(
-        self, version: VersionNumber, owner: Line, until: Moment | None = None, *, actor: Line, op_key: Line = ""
+        self,
+        version: VersionNumber,
+        owner: Line,
+        until: Moment | None = None,
+        *,
+        days: Days | None = None,
+        actor: Line,
+        op_key: Line = "",
     ) -> None:
         """Keep a version from expiring; the same owner again moves the end.
 
         Args:
             until: Unix seconds; None: until `unpin`.
+            days: Instead of `until`: days from the moment at which the pin is written. The same request again, under
+                its key, is the same number of days.
 
         Raises:
-            InvalidInput: An expired version, or no owner.
+            InvalidInput: An expired version, no owner, or two ends.
             NotFound: No such version.
         """
-        asked = fold.asked(fold.PIN, version=version, owner=owner)
-        self._change(lambda state: retention.pin(state, version, owner, until), actor, op_key, asked)
+        if until is not None and days is not None:
+            raise InvalidInput("a pin has one end", todo="give `until` or `days`")
+        end = until if days is None else time.time() + days * SECONDS_A_DAY
+        how = until if days is None else f"{days} days"
+        asked = fold.asked(fold.PIN, version=version, owner=owner, asked=how)
+        self._change(lambda state: retention.pin(state, version, owner, end, how), actor, op_key, asked)
 
     @strict
     def unpin(self, version: VersionNumber, owner: Line, *, actor: Line, op_key: Line = "") -> None:
@@ -229,14 +244,12 @@ class Refs(SubspaceReader):
         """
         return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=True)
 
-    def _change(
-        self, judge: Callable[[SubspaceState], retention.Change | None], actor: str, op_key: str, asked: str
-    ) -> None:
+    def _change(self, judge: Callable[[SubspaceState], retention.Change], actor: str, op_key: str, asked: str) -> None:
         with self._writing():
             if self._done(op_key, asked) is not None:
                 return
             change = judge(self.state)
-            if change is not None:
+            if change.alters or op_key:
                 self._log.commit(change.op, op_key=op_key, actor=actor, body=change.body)
             else:
                 # No record will tell us that a newer writer has changed it since: look.

@@ -17,7 +17,7 @@ from configs.document import NAME_PATTERN, Line, Request, VersionNumber
 from configs.errors import NotWritten, OutcomeUnknown, Unavailable
 from subspace_store.log.version import StagedAdapter, TaskScore
 from subspace_store.log.version_log import outcome_unknown
-from subspace_store.strict import Moment, TaskId, Text
+from subspace_store.strict import Days, Moment, TaskId, Text
 
 if TYPE_CHECKING:
     from subspace_store.log.version import Version
@@ -203,9 +203,11 @@ class Pin(StoreRequest[None]):
     owner: Line
     until: Moment | None = None
     """End of the pin, in Unix seconds; None: until it is unpinned."""
+    days: Days | None = None
+    """Instead of `until`: days from the moment at which the pin is written."""
 
     def on(self, store: SubspaceStore) -> None:
-        store.pin(self.version, self.owner, self.until, op_key=self.op_key, actor=self.actor)
+        store.pin(self.version, self.owner, self.until, days=self.days, op_key=self.op_key, actor=self.actor)
 
 
 class Unpin(StoreRequest[None]):

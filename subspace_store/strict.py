@@ -56,6 +56,8 @@ def _cut(words: str, length: int) -> str:
 TaskId = Annotated[Line, Field(min_length=1)]
 Moment = Annotated[float, Field(ge=0, le=LATEST, allow_inf_nan=False)]
 """Unix seconds."""
+Days = Annotated[float, Field(ge=0, le=36_500, allow_inf_nan=False)]
+"""A time of at most a century."""
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")

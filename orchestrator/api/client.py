@@ -68,7 +68,7 @@ class Client:
             except NoSignOfLife as error:
                 raise named(error, self._state_dir) from error
         if isinstance(request, ServiceRequest) and request.needs_service:
-            raise not_running(type(request).__name__.lower())  # before anything is read: a store that is away takes long
+            raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
         from subspace_store.commands.terminal import telling
 
         with telling("reading the store and the task database, without a service", self._say):

@@ -116,17 +116,11 @@ class Model:
         self._must(op_key not in self.done, f"asked for: {op_key} was told as failed, and was done")
         self.failed.add(op_key)
 
-    def answered(self, op_key: str, version: int, holds: Callable[[], bool]) -> None:
-        """The store said that a request is done.
-
-        Args:
-            holds: Whether the state is as the request wants it; if it was so before, the request needs no record.
-        """
-        if op_key in self.done:
-            self._must(self.done[op_key] == version, f"acknowledged: {op_key} made {self.done[op_key]}, not {version}")
-            self.acknowledged[op_key] = version
-        else:
-            self._must(holds(), f"acknowledged: {op_key} was answered, but it is not so and no record says it")
+    def answered(self, op_key: str, version: int) -> None:
+        """The store said that a request is done. It has a record, even if it changed nothing: its key is remembered."""
+        self._must(op_key in self.done, f"acknowledged: {op_key} was answered, and no record says it")
+        self._must(self.done[op_key] == version, f"acknowledged: {op_key} made {self.done[op_key]}, not {version}")
+        self.acknowledged[op_key] = version
 
     def refused(self, op_key: str, why: object) -> None:
         """A writer that was not fenced said that a request cannot be done."""
@@ -195,12 +189,6 @@ class Model:
                 refs += [before["transport"]] if before["transport"] else []
                 refs += [task["coefficients"] for task in self._brought(before)]
         return keys | {ref["key"] for ref in refs}
-
-    def is_dropped(self, task: str) -> bool:
-        """Whether no version, except those that failed the gate, keeps the task's adapter as it was delivered."""
-        lines = [before for number in self.alive() if number not in self.rejected for before in self.lineage(number)]
-        keys = {key for before in lines for name, key in self._adapters(before).items() if name == task}
-        return keys <= self.heads.keys()
 
     @staticmethod
     def _adapters(version: Plain) -> dict[str, str]:
@@ -342,7 +330,8 @@ class Model:
         self._must(body["version"] in self.versions, f"{what}: no such version")
 
     def _tag(self, body: Plain, what: str) -> None:
-        self._must(body["name"] not in self.tags, f"immutable: {what} moves the tag {body['name']}")
+        now = self.tags.get(body["name"], body["version"])
+        self._must(now == body["version"], f"immutable: {what} moves the tag {body['name']}")
         self._must(body["version"] not in self.expired | self.rejected, f"{what}: it is gone")
         self.tags[body["name"]] = body["version"]
 

@@ -1,7 +1,7 @@
 """The requests of a fault simulation, drawn by the seed from the state that a writer sees.
 
 A request is repeated with its op_key until it is answered, by whichever writer is there. So it holds everything that is
-needed to send it again, and a test of whether the model shows it as done already. Nothing is sent from here.
+needed to send it again. Nothing is sent from here.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ class Request:
     op_key: str
     ask: Callable[[SubspaceStore], int]
     """Sends the request; returns the version that it made or concerned."""
-    holds: Callable[[], bool] = lambda: False
-    """Whether the model shows it as done already: then no record is needed."""
     uploads_of: tuple[str, ...] = ()
     """Ids of the tasks whose uploads it needs."""
 
@@ -165,44 +163,28 @@ class Requests:
 
     def _tag(self, store: SubspaceStore) -> Request:
         name, number = self._random.choice(NAMES), self._some(store)
-        return self._request(
-            "tag", number, lambda s, **keys: s.tag(name, number, **keys), lambda: self._model.tags.get(name) == number
-        )
+        return self._request("tag", number, lambda s, **keys: s.tag(name, number, **keys))
 
     def _pin(self, store: SubspaceStore) -> Request:
         owner, number = self._random.choice(NAMES), self._some(store)
         if self._random.random() < 0.4:
-            return self._request(
-                "unpin",
-                number,
-                lambda s, **keys: s.unpin(number, owner, **keys),
-                lambda: (number, owner) not in self._model.pins,
-            )
+            return self._request("unpin", number, lambda s, **keys: s.unpin(number, owner, **keys))
         until = self._random.choice([None, self._now() + self._random.randint(1, PIN_SECONDS)])
-        return self._request(
-            "pin",
-            number,
-            lambda s, **keys: s.pin(number, owner, until, **keys),
-            lambda: self._model.pins.get((number, owner), 0) == until,
-        )
+        return self._request("pin", number, lambda s, **keys: s.pin(number, owner, until, **keys))
 
     def _hold(self, store: SubspaceStore) -> Request:
         if self._random.random() < 0.3:
-            return self._request("hold", 0, lambda s, **keys: s.hold("chaos", **keys), lambda: self._model.held)
-        return self._request("release", 0, lambda s, **keys: s.release(**keys), lambda: not self._model.held)
+            return self._request("hold", 0, lambda s, **keys: s.hold("chaos", **keys))
+        return self._request("release", 0, lambda s, **keys: s.release(**keys))
 
     def _quarantine(self, store: SubspaceStore) -> Request | None:
-        tasks, quarantined = self._merged(), self._model.quarantined
+        tasks = self._merged()
         if not tasks:
             return None
         task = self._random.choice(tasks)
         if self._random.random() < 0.5:
-            return self._request(
-                "unquarantine", 0, lambda s, **keys: s.unquarantine(task, **keys), lambda: task not in quarantined
-            )
-        return self._request(
-            "quarantine", 0, lambda s, **keys: s.quarantine(task, "chaos", **keys), lambda: task in quarantined
-        )
+            return self._request("unquarantine", 0, lambda s, **keys: s.unquarantine(task, **keys))
+        return self._request("quarantine", 0, lambda s, **keys: s.quarantine(task, "chaos", **keys))
 
     def _expire(self, store: SubspaceStore) -> Request | None:
         """Expire versions that may expire in this writer's state, or, sometimes, versions that may not."""
@@ -213,9 +195,7 @@ class Requests:
         dying = self._random.sample(dying, self._random.randint(0, min(2, len(dying))))
         if not dying:
             return None
-        return self._request(
-            "expire", 0, lambda s, **keys: s.expire(dying, **keys), lambda: self._model.expired >= {*dying}
-        )
+        return self._request("expire", 0, lambda s, **keys: s.expire(dying, **keys))
 
     def _remove(self, store: SubspaceStore) -> Request | None:
         tasks = list(store.state.tasks_at(store.state.refs[CANDIDATE]))
@@ -234,9 +214,7 @@ class Requests:
         if not tasks:
             return None
         task = self._random.choice(tasks)
-        return self._request(
-            "drop", 0, lambda s, **keys: s.drop_adapters([task], **keys), lambda: self._model.is_dropped(task)
-        )
+        return self._request("drop", 0, lambda s, **keys: s.drop_adapters([task], **keys))
 
     def _merged(self) -> list[str]:
         asked, done = self._model.asked, self._model.done
@@ -245,9 +223,7 @@ class Requests:
     def _some(self, store: SubspaceStore) -> int:
         return self._random.choice([0, *store.state.versions])
 
-    def _request(
-        self, kind: str, version: int | None, ask: Callable[..., Any], holds: Callable[[], bool] = lambda: False
-    ) -> Request:
+    def _request(self, kind: str, version: int | None, ask: Callable[..., Any]) -> Request:
         """A request about an existing version; 0 if it is about none; None if the answer is the version it made."""
         op_key = f"{kind}-{self._next(kind)}"
 
@@ -255,7 +231,7 @@ class Requests:
             made = ask(store, op_key=op_key, actor=ACTOR)
             return int(made) if version is None else version
 
-        return Request(op_key, answer, holds)
+        return Request(op_key, answer)
 
     def _next(self, kind: str) -> int:
         self._numbers[kind] += 1

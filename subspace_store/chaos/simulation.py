@@ -265,7 +265,7 @@ class _Simulation:
             self.model.refused(request.op_key, error)
             self.world.counts[f"{kind} refused"] += 1
         else:
-            self.model.answered(request.op_key, version, request.holds)
+            self.model.answered(request.op_key, version)
             self.model.observed(*_view(process.store.state))
             self.world.counts[f"{kind} acknowledged"] += 1
         finally:

@@ -41,6 +41,7 @@ from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE
+from subspace_store.refs import SECONDS_A_DAY
 from subspace_store.requests import (
     DropAdapters,
     Expire,
@@ -54,8 +55,6 @@ from subspace_store.requests import (
     Unquarantine,
     Withdraw,
 )
-
-SECONDS_A_DAY = 86400
 
 
 @command
@@ -155,11 +154,10 @@ def pin(
 ) -> None:
     """Keep a version from expiring. A second pin of the same owner moves the end."""
     place = place_of(store, state_dir)
-    number, until = reader_at(place).resolve(version), None if days is None else time.time() + days * SECONDS_A_DAY
-    done = f"version {number} is kept for {owner or me()} " + ("until unpinned" if until is None else until_text(until))
-    change(
-        place, force, as_json, done, Pin(version=number, owner=owner or me(), until=until, op_key=op_key, actor=me())
-    )
+    number = reader_at(place).resolve(version)
+    end = "until unpinned" if days is None else until_text(time.time() + days * SECONDS_A_DAY)
+    done = f"version {number} is kept for {owner or me()} {end}"
+    change(place, force, as_json, done, Pin(version=number, owner=owner or me(), days=days, op_key=op_key, actor=me()))
 
 
 @command
@@ -201,7 +199,7 @@ def expire(
     numbers = expirable(state, keep_last, now) if keep_last is not None else [*map(state.resolve, versions or ())]
     judged = judge_expiry(state, numbers, now)
     named = f"version{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
-    if yes and judged:
+    if yes and (judged.alters or op_key):
         change(
             place,
             force,
@@ -210,7 +208,7 @@ def expire(
             Expire(versions=tuple(numbers), op_key=op_key, actor=me()),
         )
     else:
-        text = f"would expire: {named} (--yes does it)" if judged else "nothing can expire"
+        text = f"would expire: {named} (--yes does it)" if judged.alters else "nothing can expire"
         show({"versions": numbers, "expired": False}, lambda _: note(text), as_json)
 
 
@@ -231,7 +229,7 @@ def drop_adapters(
     found = droppable(reader.state, task_ids)
     size = sum(task.adapter.size_bytes for task in found.values())
     what = f"{counted(len(found), 'adapter')}, {size / 1e6:.1f} MB"
-    if yes and found:
+    if yes and (found or op_key):
         change(
             place, force, as_json, f"let go: {what}", DropAdapters(task_ids=tuple(task_ids), op_key=op_key, actor=me())
         )

@@ -124,7 +124,7 @@ def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRe
     repeated = bool(request.op_key) and request.op_key in reader_at(place).state.op_keys
     request = request.named()
     write(place, force, request)
-    facts = request.model_dump(mode="json", exclude={"actor"})
+    facts = request.model_dump(mode="json", exclude={"actor"}, exclude_none=True)
     said = f"this was done before under {request.op_key!r}, and nothing was changed now" if repeated else done
     show({"operation": request.operation, "repeated": repeated, **facts}, lambda _: note(said), as_json)
 

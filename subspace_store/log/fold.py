@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -65,7 +65,7 @@ IDENTITY: Mapping[str, tuple[str, ...]] = {
     HOLD: ("reason",),
     QUARANTINE: ("task_id", "reason"),
     UNQUARANTINE: ("task_id",),
-    PIN: ("version", "owner"),  # not its end: who asks again for thirty days means those from now
+    PIN: ("version", "owner", "asked"),  # the end as it was asked for: thirty days are a later moment each time
     UNPIN: ("version", "owner"),
     EXPIRE: ("asked",),
     DROP_ADAPTERS: ("asked",),
@@ -161,7 +161,7 @@ def fold(state: SubspaceState, record: Record, sha256: str) -> SubspaceState:
                 changes["asked"] = {**state.asked, record.op_key: asked(record.op, **named)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"is no {record.op} of this format: {error!r}", where, "restore it from a backup") from error
-    return dataclasses.replace(state, **changes)
+    return replace(state, **changes)
 
 
 def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]:
@@ -192,7 +192,8 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     if op == TAG:
         return {"tags": {**state.tags, str(body["name"]): int(body["version"])}}
     if op == HOLD:
-        return {"held": _hold(record)}
+        hold = _hold(record)  # asked for again under another key, it began when it began
+        return {"held": state.held if state.held and hold == replace(state.held, time=hold.time) else hold}
     if op == RELEASE:
         return {"held": None}
     if op == QUARANTINE:

@@ -1,7 +1,7 @@
 """Which blobs a subspace must keep, and which requests about its names are allowed: pure functions of the state.
 
-Each function that is named like an operation judges a request: it gives the `Change` to be written, None if nothing
-has to change, or raises. Nothing here reads a clock, a blob or the log; garbage.py deletes.
+Each function that is named like an operation judges a request: it gives the `Change` to be written, or raises. Nothing
+here reads a clock, a blob or the log; garbage.py deletes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ class Change:
 
     op: str
     body: Mapping[str, Any]
+    alters: bool = True
+    """Whether the state is another one afterwards; if not, the record is only there to remember the request's key."""
 
 
-def tag(state: SubspaceState, name: str, version: int) -> Change | None:
+def tag(state: SubspaceState, name: str, version: int) -> Change:
     """Name a version for ever."""
     if not re.fullmatch(NAME_PATTERN, name) or name in state.refs or name.isdecimal():
         raise InvalidInput(
@@ -36,57 +38,55 @@ def tag(state: SubspaceState, name: str, version: int) -> Change | None:
     check_usable(state, version)
     if state.tags.get(name, version) != version:
         raise Conflict(f"tag {name!r} is version {state.tags[name]}, for ever", todo="choose another name")
-    return None if name in state.tags else Change(fold.TAG, {"name": name, "version": version})
+    return Change(fold.TAG, {"name": name, "version": version}, name not in state.tags)
 
 
-def hold(state: SubspaceState, reason: str, actor: str) -> Change | None:
+def hold(state: SubspaceState, reason: str, actor: str) -> Change:
     """Keep `main` where it is."""
     if state.held is not None and (state.held.actor, state.held.reason) != (actor, reason):
         raise _held(state)
-    return None if state.held is not None else Change(fold.HOLD, {"reason": reason})
+    return Change(fold.HOLD, {"reason": reason}, state.held is None)
 
 
-def release(state: SubspaceState) -> Change | None:
+def release(state: SubspaceState) -> Change:
     """Let publishing move `main` again."""
-    return None if state.held is None else Change(fold.RELEASE, {})
+    return Change(fold.RELEASE, {}, state.held is not None)
 
 
-def quarantine(state: SubspaceState, task_id: str, reason: str) -> Change | None:
+def quarantine(state: SubspaceState, task_id: str, reason: str) -> Change:
     """Keep a task from being merged."""
     if not task_id or not reason:
         raise InvalidInput("a quarantine needs a task and a reason")
-    same = state.quarantined.get(task_id) == reason
-    return None if same else Change(fold.QUARANTINE, {"task_id": task_id, "reason": reason})
+    return Change(fold.QUARANTINE, {"task_id": task_id, "reason": reason}, state.quarantined.get(task_id) != reason)
 
 
-def unquarantine(state: SubspaceState, task_id: str) -> Change | None:
+def unquarantine(state: SubspaceState, task_id: str) -> Change:
     """Let a task be merged again."""
-    if task_id not in state.quarantined:
-        return None
-    return Change(fold.UNQUARANTINE, {"task_id": task_id})
+    return Change(fold.UNQUARANTINE, {"task_id": task_id}, task_id in state.quarantined)
 
 
-def pin(state: SubspaceState, version: int, owner: str, until: float | None) -> Change | None:
-    """Keep a version from expiring, for an owner; a second pin of the same owner moves the end."""
+def pin(state: SubspaceState, version: int, owner: str, until: float | None, asked: float | str | None) -> Change:
+    """Keep a version from expiring, for an owner; a second pin of the same owner moves the end.
+
+    Args:
+        asked: The end as it was asked for; see `fold.IDENTITY`.
+    """
     if not owner:
         raise InvalidInput("a pin needs an owner", todo="say who needs the version")
     if until is not None and not math.isfinite(until):
         raise InvalidInput(f"a pin cannot last until {until}", todo="give Unix seconds, or nothing for ever")
     check_alive(state, version)
     owners = state.pins.get(version, {})
-    if owner in owners and owners[owner] == until:
-        return None
-    return Change(fold.PIN, {"version": version, "owner": owner, "until": until})
+    alters = owner not in owners or owners[owner] != until
+    return Change(fold.PIN, {"version": version, "owner": owner, "until": until, "asked": asked}, alters)
 
 
-def unpin(state: SubspaceState, version: int, owner: str) -> Change | None:
+def unpin(state: SubspaceState, version: int, owner: str) -> Change:
     """Give a pin up."""
-    if owner not in state.pins.get(version, {}):
-        return None
-    return Change(fold.UNPIN, {"version": version, "owner": owner})
+    return Change(fold.UNPIN, {"version": version, "owner": owner}, owner in state.pins.get(version, {}))
 
 
-def expire(state: SubspaceState, versions: Collection[int], now: float) -> Change | None:
+def expire(state: SubspaceState, versions: Collection[int], now: float) -> Change:
     """Give versions up for ever."""
     dying = sorted({*versions} - {*state.expired})
     for number in dying:
@@ -95,7 +95,7 @@ def expire(state: SubspaceState, versions: Collection[int], now: float) -> Chang
         check_alive(state, number)
         if names := named_by(state, number, now):
             raise Conflict(f"version {number} is needed: {', '.join(names)}", todo="expire only what nothing names")
-    return Change(fold.EXPIRE, {"versions": dying, "now": now, "asked": sorted({*versions})}) if dying else None
+    return Change(fold.EXPIRE, {"versions": dying, "now": now, "asked": sorted({*versions})}, bool(dying))
 
 
 def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, MergedTask]:
@@ -123,9 +123,9 @@ def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, Merg
     return found
 
 
-def drop(heads: Mapping[str, BlobRef], task_ids: Collection[str]) -> Change | None:
+def drop(heads: Mapping[str, BlobRef], task_ids: Collection[str]) -> Change:
     """Give up delivered adapters. `heads`: key of an adapter's blob to the blob that keeps its head."""
-    return Change(fold.DROP_ADAPTERS, {"heads": heads, "asked": sorted({*task_ids})}) if heads else None
+    return Change(fold.DROP_ADAPTERS, {"heads": heads, "asked": sorted({*task_ids})}, bool(heads))
 
 
 def check_alive(state: SubspaceState, version: int) -> None:

@@ -221,11 +221,54 @@ def test_adapters_that_were_let_go_may_be_asked_for_again_whatever_was_done_sinc
         store.drop_adapters(["b", "c"], op_key="d", actor="test")
 
 
-def test_a_pin_asked_for_again_later_is_the_same_request() -> None:
+def test_a_pin_of_thirty_days_asked_for_again_later_is_the_same_request_and_another_end_is_another() -> None:
     store = three_published()
-    for until in (9e9, 9e9 + 60):
-        store.pin(2, "red", until, op_key="k", actor="test")
-    assert store.state.pins == {2: {"red": 9e9}}
+    store.pin(2, "red", days=30, op_key="k", actor="test")
+    (end,) = store.state.pins[2].values()
+    store.pin(2, "red", days=30.0, op_key="k", actor="test")
+    store.pin(2, "blue", 9e9, op_key="b", actor="test")
+    for other in ({"until": end}, {"days": 31}, {}):
+        with pytest.raises(Conflict, match="another request was done, a pin"):
+            store.pin(2, "red", **other, op_key="k", actor="test")  # type: ignore[arg-type]
+    with pytest.raises(Conflict, match="another request was done, a pin"):
+        store.pin(2, "blue", 9e9 + 60, op_key="b", actor="test")
+    with pytest.raises(InvalidInput, match="one end"):
+        store.pin(2, "red", 9e9, days=1, actor="test")
+    assert store.state.pins == {2: {"red": end, "blue": 9e9}}
+
+
+NOTHING_NEW = {
+    "tag": lambda s, **keys: s.tag("gold", 2, **keys),
+    "hold": lambda s, **keys: s.hold("why", **keys),
+    "release": lambda s, **keys: s.release(**keys),
+    "quarantine": lambda s, **keys: s.quarantine("x", "why", **keys),
+    "unquarantine": lambda s, **keys: s.unquarantine("x", **keys),
+    "pin": lambda s, **keys: s.pin(2, "red", **keys),
+    "unpin": lambda s, **keys: s.unpin(2, "red", **keys),
+    "expire": lambda s, **keys: s.expire([1], **keys),
+    "drop-adapters": lambda s, **keys: s.drop_adapters(["a"], **keys),
+}
+
+
+@pytest.mark.parametrize("what", NOTHING_NEW)
+def test_the_key_of_a_request_that_changed_nothing_belongs_to_it_too(what: str) -> None:
+    store, ask = three_published(), NOTHING_NEW[what]
+    ask(store, actor="test")
+    before = store.state
+    ask(store, actor="test")  # it is so already: without a key, no record
+    assert store.state == before
+    ask(store, actor="test", op_key="k")
+    ask(store, actor="test", op_key="k")
+    ours = (before.seq + 1, {**before.op_keys, "k": store.state.op_keys["k"]})
+    assert (store.state.seq, store.state.op_keys) == ours
+    assert replace(store.state, seq=0, head_sha256="", op_keys={}, asked={}) == replace(
+        before, seq=0, head_sha256="", op_keys={}, asked={}
+    )
+    for reader in (store, SubspaceReader.open(store.storage)):  # by whoever folds the log
+        assert reader.state.op_keys["k"] == store.state.op_keys["k"]
+    with pytest.raises(Conflict, match=f"another request was done, a {what}"):
+        store.tag("other", 3, actor="test", op_key="k")
+    assert "other" not in store.state.tags
 
 
 def test_requests_about_versions_repeat_without_a_second_record() -> None:

@@ -146,8 +146,9 @@ def test_a_task_is_quarantined_by_id_or_by_the_name_it_was_merged_under(run: Com
 
 def test_pins_have_an_owner_and_an_end(run: Command, store: SubspaceStore) -> None:
     answer(run("pin", "1", "--json"))
-    until = answer(run("pin", "2", "--owner", "serving", "--days", "2", "--json"))["until"]
+    assert answer(run("pin", "2", "--owner", "serving", "--days", "2", "--json"))["days"] == 2
     listed = answer(run("pins", "--json"))
+    until = listed[-1]["until"]
     assert listed == [
         {"version": 1, "owner": "ann", "until": None},
         {"version": 2, "owner": "serving", "until": until},
