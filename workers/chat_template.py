@@ -36,21 +36,19 @@ class ChatTemplate:
         Cost:
             About ten microseconds for each turn.
         """
-        from jinja2 import TemplateError
-
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             given, whole = self._written(messages[:-1], True), self._written(messages, False)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            roles = [role for role, _ in turns[:ROLES_SHOWN]] + ["…"] * (len(turns) > ROLES_SHOWN)
-            raise InvalidInput(
-                f"the messages do not fit the chat template of the base model's tokenizer: {error}; their roles are "
-                f"{', '.join(roles)}",
-                "data.messages_column",
-                "write the messages as the template wants them, or drop the row",
-            ) from error
+        except Exception as error:  # a template is a program, and may fail in any way, by recursion too
+            raise _misfit(str(error) or type(error).__name__, turns) from error
+        # Some templates do not refuse what they have no place for: it would be missing, and nobody would be told.
+        if unplaced := [role for role, content in turns if role == "system" and content.strip() not in whole]:
+            raise _misfit(f"it leaves out the {unplaced[0]} message", turns)
         # A template may render a chat differently once it has the answer: then that is learnt as the row has it.
-        return given, whole[len(given) :] if whole.startswith(given) else turns[-1][1]
+        answer = whole[len(given) :] if whole.startswith(given) else turns[-1][1]
+        if not answer.strip():
+            raise _misfit("it leaves out the last answer", turns)
+        return given, answer
 
     def complaint(self, row: Row) -> str:
         """Why the template refuses a row; empty where it takes it, or where the row is no chat."""
@@ -69,6 +67,16 @@ class ChatTemplate:
             [messages], chat_template=self.text, add_generation_prompt=is_prompt, **self.marks
         )
         return str(text)
+
+
+def _misfit(why: str, turns: Sequence[Turn]) -> InvalidInput:
+    roles = [role for role, _ in turns[:ROLES_SHOWN]] + ["…"] * (len(turns) > ROLES_SHOWN)
+    return InvalidInput(
+        f"the messages do not fit the chat template of the base model's tokenizer: {why}; their roles are "
+        f"{', '.join(roles)}",
+        "data.messages_column",
+        "write the messages as the template wants them, or drop the row",
+    )
 
 
 def template_of(tokenizer: Any) -> ChatTemplate | None:

@@ -194,11 +194,16 @@ def _exactly(source: socket.socket, count: int) -> bytearray:
 # --- the processes -----------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Fork for each connection that comes in by stdin, until the control plane is gone."""
-    for name in ("numpy", "pyarrow", "pandas"):  # what a check would import itself, every time (pandas by pyarrow)
+def import_beforehand() -> None:
+    """Import what a check would import itself, every time: pandas by pyarrow, transformers to write chats with."""
+    for name in ("numpy", "pyarrow", "pandas", "jinja2.sandbox", "transformers.utils.chat_template_utils"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+
+
+def main() -> None:
+    """Fork for each connection that comes in by stdin, until the control plane is gone."""
+    import_beforehand()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps checks that ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=0) as requests:

@@ -20,6 +20,9 @@ ALTERNATING = (
     "{{ '[' + message.role + ']' + message.content | trim + eos_token }}{% endfor %}"
 )
 BROKEN = "{% for message in messages %}{{ message.content + 1 }}{% endfor %}"
+ENDLESS = "{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}"
+DEAF = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+WITHOUT_SYSTEM = "{% for message in messages if message.role != 'system' %}{{ message.content }}{% endfor %}"
 
 
 def template(text: str) -> ChatTemplate:
@@ -55,6 +58,9 @@ def test_it_renders_as_the_tokenizer_does(text: str | None) -> None:
         (ALTERNATING, (("system", "be brief"), *TURNS), "their roles are system, user, assistant, user, assistant"),
         (ALTERNATING, (("system", "x"), *TURNS * 5), "user, assistant, user, …"),
         (BROKEN, TURNS, "do not fit the chat template"),  # a template's own mistake is no crash of ours
+        (ENDLESS, TURNS, "maximum recursion depth exceeded"),
+        (DEAF, TURNS, "it leaves out the last answer"),
+        (WITHOUT_SYSTEM, (("system", "be brief"), *TURNS), "it leaves out the system message; their roles are system,"),
     ],
 )
 def test_what_the_template_refuses_is_said(text: str, turns: tuple[Turn, ...], said: str) -> None:

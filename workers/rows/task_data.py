@@ -57,6 +57,9 @@ class TextRow:
 Turn = tuple[str, str]
 """(role, content) of one message; the role is `system`, `user` or `assistant`."""
 ROLES = ("system", "user", "assistant")
+UNREAD_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""Keys of a message that a chat template would write beside the content, and which are not kept: without them another
+chat would be learnt."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,10 @@ def _chat(values: Values, column: str, where: str) -> CompletionRow:
         if (role := message["role"]) not in ROLES:
             said = f"{role!r:.100}" if isinstance(role, str) else f"of type {type(role).__name__}"
             raise InvalidInput(f"{name} has the role {said}", where, f"roles are: {', '.join(ROLES)}")
+        if unread := [key for key in UNREAD_KEYS if message.get(key)]:
+            raise InvalidInput(
+                f"{name} has {unread[0]}, which is not read", where, "write what is to be learnt into content"
+            )
         turns.append((message["role"], _checked_text(message["content"], name, where)))
     if len(turns) < 2 or turns[-1][0] != "assistant":
         last = f"is the {turns[-1][0]}'s" if len(turns) > 1 else f"is one of {len(turns)}"

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +209,20 @@ def test_a_check_in_a_process_finds_what_a_check_here_finds(site: Site, checker:
     wrong = spec.model_copy(update={"team": "green"})
     with pytest.raises(InvalidInput, match="there is no team 'green'"):
         checker.check(wrong, site.plant.settings, LAYOUT)
+
+
+def test_what_a_check_of_chats_imports_is_imported_before_it_is_forked() -> None:
+    program = """
+import sys
+from orchestrator.tasks.checking import import_beforehand
+from workers.chat_template import ChatTemplate
+import_beforehand()
+before = {*sys.modules}
+ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {}).render((("user", "a"), ("assistant", "b")))
+print([name for name in {*sys.modules} - before if name.split(".")[0] in ("transformers", "jinja2", "torch")])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_forking_process_that_was_killed_is_started_again(site: Site, checker: Checker) -> None:

@@ -210,6 +210,12 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
         ([USER, ASSISTANT] * 2049, "column 'messages' has 4098 messages, more than 4096"),
         ([{"role": [[]], "content": "a"}, ASSISTANT], "message 1 of column 'messages' has the role of type list"),
         ([USER | {"content": None}, ASSISTANT], "message 1 of column 'messages' must be a string, not NoneType"),
+        ([USER | {"content": [{"type": "text", "text": "a"}]}, ASSISTANT], "must be a string, not list"),
+        ([USER | {"content": "\ud800"}, ASSISTANT], "message 1 of column 'messages' is no Unicode text"),
+        ([USER, ASSISTANT | {"content": "a" * (2**22 + 1)}], "message 2 of column 'messages' has 4194305 characters"),
+        ([USER, {"role": "tool", "content": "4"}, ASSISTANT], "message 2 of column 'messages' has the role 'tool'"),
+        ([USER, ASSISTANT | {"tool_calls": [{"name": "add"}]}], "message 2 of column 'messages' has tool_calls"),
+        ([USER, ASSISTANT | {"reasoning_content": "hm"}], "message 2 of column 'messages' has reasoning_content"),
     ],
 )
 def test_wrong_messages_are_refused(messages: Any, said: str, tmp_path: Path) -> None:
