@@ -54,6 +54,9 @@ RELEASE_SECONDS = 30.0
 """Longest wait for the writer to give the store up: one record, after a merge that is under way."""
 
 
+LOOK_EVERY_SECONDS = 3.0
+"""Pause between two looks at the store and the database, three small reads: with the looks themselves, people are told
+within ten seconds."""
 HEAD_SECONDS = 10.0
 """Longest wait for the head of a request: a connection that says nothing is closed, so that others find a place."""
 BODY_SECONDS = 60.0
@@ -313,7 +316,8 @@ class ControlPlane:
         gcs = Pulse(cluster.probe)
         trouble = partial(ray_trouble, self._state_dir) if is_local else str
         watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
-        for name, run in (("watch", watch.run), ("gcs", gcs.run)):
+        store_and_database = Pulse(answers.look, LOOK_EVERY_SECONDS)
+        for name, run in (("watch", watch.run), ("gcs", gcs.run), ("look", store_and_database.run)):
             threading.Thread(target=run, args=(self._stop,), name=name, daemon=True).start()
         reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
         loop.start()

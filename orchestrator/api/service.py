@@ -27,7 +27,6 @@ from configs.errors import (
     NotFound,
     NotWritten,
     OnebasisError,
-    OutcomeUnknown,
     OwnedByAnother,
     Unavailable,
 )
@@ -43,8 +42,9 @@ from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
+from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
-from subspace_store.requests import Answer, Remove, Rollback, StoreRequest, Withdraw
+from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -99,14 +99,12 @@ class Service:
         self._cluster = cluster
         self._health = health
         self._alarms = alarms or (controller.alarms if controller is not None else Alarms())
-        self._log_read = Latest(lambda: self._store.refresh(), storage.url)
+        self._log_read = Latest(self._read_log, storage.url)
         self._counted = Latest(lambda: (self._queue.counts(), self._queue.unreadable()), "the task database")
         self._sized = Latest(lambda: self._footprint(self._store.state.refs[MAIN]), storage.url)
         self._check = check
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
-        self._in_doubt: dict[str, Json] = {}
-        """op_key to a request of a person whose outcome is unknown."""
 
     @cached_property
     def _store(self) -> SubspaceReader:
@@ -348,15 +346,47 @@ class Service:
             "held": asdict(state.held) if state and state.held else None,
             "tasks": counted,
             "footprint": self._footprint_soon() if state else None,
-            "in_doubt": self._requests_in_doubt(state) if state else list(self._in_doubt.values()),
+            "in_doubt": self._requests_in_doubt(state),
+            "left_running": self._left_running(),
             **self.health(),
         }
+
+    def _left_running(self) -> list[str]:
+        """Title and process id of whatever still runs of a local service without a control plane that answers."""
+        if self._controller is not None or self._settings.ray.address != "local":
+            return []
+        from orchestrator.ray_head import ADDRESS_FILE, MODULE
+        from orchestrator.signs_of_life import ray_processes, title_of
+        from subspace_store.commands.state_folder import process_of, running_server
+
+        state_dir = Path(self._settings.state_dir).resolve()
+        own = {"control plane": running_server(state_dir), "Ray head": process_of(state_dir / ADDRESS_FILE, MODULE)}
+        found = {pid: name for name, pid in own.items() if pid is not None}
+        found |= {process.pid: title_of(process) for process in ray_processes(state_dir)}
+        return [f"{title} (pid {pid})" for pid, title in found.items()]
 
     def health(self) -> Json:
         """Whether the service runs, which alarms ring, what the workers do: what this process knows by itself."""
         alarms = [alarm.as_dict() for alarm in self._alarms]
         name = self._settings.base_model.name
         return {"base_model": name, "running": self._controller is not None, **self._health(), "alarms": alarms}
+
+    def look(self) -> None:
+        """Look at the store and the database as `status` does, and ring if one is away: nobody else would notice while
+        there is nothing to do. Takes 2 · LOOK_SECONDS at most."""
+        try:
+            self._state_soon()
+            self._counts_soon()
+        except OnebasisError as error:
+            self._alarms.ring_for(error, LOOKING)
+
+    def _read_log(self) -> SubspaceState:
+        from subspace_store.log.store_format import read_format
+
+        state = self._store.refresh()
+        if state.seq and read_format(self._storage) is None:  # an empty folder reads as a log without news
+            raise Unavailable("the store is not there any more", self._storage.url, "is its disk mounted?")
+        return state
 
     def _state_soon(self) -> SubspaceState | None:
         try:
@@ -400,27 +430,22 @@ class Service:
     def _write(self, request: StoreRequest[Answer]) -> Answer:
         """Make a writing call. A request whose outcome is unknown is kept, and shown, until the log has the answer."""
         try:
-            with request.told_with_its_key():
+            with noted(Path(self._settings.state_dir), request), request.told_with_its_key():
                 answer = self._write_once(request)
-        except OutcomeUnknown as error:
-            about = {"operation": request.operation, "actor": request.actor, "at": time.time(), "what": error.what}
-            self._in_doubt[request.op_key] = {"op_key": request.op_key, "seq": error.seq, **about}
-            raise
         except NotWritten as error:
             if self._controller is not None:  # which, while it has nothing to merge, would not find out
                 self._alarms.ring_for(error, WRITING)
             raise
         self._alarms.end_all(WRITING, *WRITE_CODES)
-        if isinstance(request, Withdraw):
-            self._in_doubt.pop(request.request_key, None)
         return answer
 
-    def _requests_in_doubt(self, state: SubspaceState) -> list[Json]:
+    def _requests_in_doubt(self, state: SubspaceState | None) -> list[Json]:
         """Requests of unknown outcome: not those that the log has by now, nor those whose record can no longer come."""
-        for op_key, about in list(self._in_doubt.items()):
-            if op_key in state.op_keys or 0 < about["seq"] <= state.seq:
-                self._in_doubt.pop(op_key, None)
-        return list(self._in_doubt.values())
+        state_dir = Path(self._settings.state_dir)
+        for doubt in in_doubt(state_dir):
+            if state is not None and (doubt.op_key in state.op_keys or 0 < doubt.seq <= state.seq):
+                settled(state_dir, doubt.op_key)
+        return [asdict(doubt) for doubt in in_doubt(state_dir)]
 
     def _write_once(self, request: StoreRequest[Answer]) -> Answer:
         """Write through the running store actor, or with a writer opened for this one call."""

@@ -62,6 +62,7 @@ INTERRUPTED = (
 )
 command = command_of(app, INTERRUPTED)
 starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
+ending_command = command_of(app, "interrupted; `onebasis status` shows what still runs, `onebasis down` ends it")
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
 AtVersion = Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")]
@@ -102,7 +103,7 @@ def up(
     show(status, display.status, as_json)
 
 
-@starting_command
+@ending_command
 def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """End the service. Running tasks write a checkpoint and go on from it at the next `up`."""
     from orchestrator.commands import processes

@@ -61,6 +61,12 @@ def status(answer: Json) -> None:
         )
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
+    if left := answer.get("left_running"):
+        console.print(
+            f"  [yellow]still running[/yellow]: {shown(', '.join(left))} (`onebasis down` ends them, `onebasis up` goes"
+            " on with them)",
+            soft_wrap=True,
+        )
     for doubt in answer.get("in_doubt", ()):
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(doubt["at"]))
         what, key = f"{doubt['operation']} by {doubt['actor']} since {since}", shown(doubt["op_key"])

@@ -5,6 +5,7 @@ A command writes through the service that runs here, if there is one; else this 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from configs.errors import Conflict, InvalidInput, NotFound, Unavailable
 from configs.places import storage as storage_place
 from configs.settings import Settings, StorageSettings, SubspaceSettings
 from subspace_store import SubspaceReader
+from subspace_store.commands.in_doubt import noted
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
 from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown, telling
 from subspace_store.requests import StoreRequest
@@ -142,7 +144,8 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
         return
     with telling(f"writing to the store at {place.storage.url}"):
         writer = writer_at(place, force)  # if this fails, the request was certainly not done
-        with request.told_with_its_key():
+        ours = place.settings is not None and not place.is_named
+        with noted(place.state_dir, request) if ours else contextlib.nullcontext(), request.told_with_its_key():
             request.on(writer)
 
 

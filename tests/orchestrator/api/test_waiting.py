@@ -109,6 +109,31 @@ def test_the_status_of_a_service_whose_store_does_not_answer_comes_in_time_and_s
 
 
 @pytest.mark.changes
+def test_an_idle_service_whose_store_or_database_is_away_notices_by_itself(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> Any:
+        raise Unavailable("no answer", "there")
+
+    def codes() -> list[str]:
+        return [alarm["code"] for alarm in site.client.ask(Health())["alarms"]]  # asks neither
+
+    site.service.look()
+    assert codes() == []
+    with monkeypatch.context() as patched:
+        patched.setattr(site.service._store, "refresh", away)
+        patched.setattr(site.plant.queue, "counts", away)
+        site.service.look()
+        assert sorted(codes()) == ["database-away", "store-away"]
+    with monkeypatch.context() as patched:  # a disk that is not mounted is an empty folder
+        patched.setattr("subspace_store.log.store_format.read_format", lambda _: None)
+        site.service.look()
+        assert codes() == ["store-away"]
+    site.service.look()
+    assert codes() == []
+
+
+@pytest.mark.changes
 def test_a_database_that_is_away_is_an_alarm_of_the_status(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def away() -> Any:
         raise Unavailable("the task database does not answer", "sqlite")

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +18,11 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from configs.errors import Conflict, NotWritten, Unavailable
+from orchestrator.api.service import Service
 from orchestrator.commands.cli import app
+from subspace_store.commands.in_doubt import in_doubt, noted
 from subspace_store.log import version_log
-from subspace_store.requests import Withdraw
+from subspace_store.requests import Hold, Withdraw
 from subspace_store.storage.local import LocalStorage
 from tests.orchestrator.site import Site
 
@@ -108,6 +112,50 @@ def test_a_rollback_of_unknown_outcome_is_shown_with_its_key_and_not_done_by_the
     repeated = json.loads(onebasis("rollback", "0", "--op-key", key[1], "--json").stdout)
     assert repeated == json.loads(again.stdout) | {"repeated": True}
     assert "was done before" in onebasis("rollback", "0", "--op-key", key[1]).stdout
+
+
+def test_a_request_stays_in_doubt_when_the_control_plane_is_started_again(
+    site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with without_answers(monkeypatch):
+        assert onebasis("rollback", "0", "--op-key", "rollback of ann").exit_code == 5
+    before = json.loads(onebasis("status", "--json").stdout)["in_doubt"]
+    assert [doubt["op_key"] for doubt in before] == ["rollback of ann"]
+    (site.folder / "server.json").rename(site.folder / "away.json")  # down: this process answers by itself
+    assert json.loads(onebasis("status", "--json").stdout)["in_doubt"] == before
+    assert "IN DOUBT" in onebasis("status").stdout
+    (site.folder / "away.json").rename(site.folder / "server.json")
+    again = Service(site.plant.settings, site.plant.queue, site.plant.storage, site.plant.controller)
+    assert again.status()["in_doubt"] == before
+    site.client.ask(Withdraw(request_key="rollback of ann", actor="ann"))
+    assert again.status()["in_doubt"] == []
+
+
+def test_a_request_whose_process_was_killed_is_in_doubt_and_one_under_way_is_not(tmp_path: Path) -> None:
+    program = """
+import pathlib, sys
+from subspace_store.commands.in_doubt import noted
+from subspace_store.requests import Hold
+with noted(pathlib.Path(sys.argv[1]), Hold(reason="why", actor="ann", op_key="hold:1")):
+    print("asked", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    asking = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert asking.stdout is not None
+    assert asking.stdout.readline() == b"asked\n"
+    assert in_doubt(tmp_path) == []
+    asking.kill()
+    asking.communicate()
+    (doubt,) = in_doubt(tmp_path)
+    assert (doubt.op_key, doubt.operation, doubt.actor) == ("hold:1", "hold", "ann")
+    again = Hold(reason="why", actor="ann", op_key="hold:1")
+    with pytest.raises(NotWritten), noted(tmp_path, again):
+        raise NotWritten("the store is away", "there")  # that says nothing about the first attempt
+    assert in_doubt(tmp_path) == [doubt]
+    with noted(tmp_path, again):
+        pass
+    assert in_doubt(tmp_path) == []
 
 
 def test_a_request_in_doubt_is_withdrawn_or_said_to_be_done(

@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from configs.errors import Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, UnsafeStorage
 from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
 from orchestrator.commands import processes
+from orchestrator.commands.cli import app
+from orchestrator.ray_head import TOKEN_VARIABLE
+from orchestrator.signs_of_life import ray_processes
 from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store.commands.state_folder import service_identity
 from subspace_store.log.version import Identity
@@ -75,6 +79,31 @@ def test_a_cluster_whose_token_is_not_there_is_not_joined_and_none_is_made_up(
     with pytest.raises(InvalidInput, match=r"ray\.auth_token_path"):
         ControlPlane(there, tmp_path)._ray()
     assert not (tmp_path / "no-such-token").exists()
+
+
+def test_the_status_of_an_ended_service_names_what_still_runs_of_it(
+    tmp_path: Path, head: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after Ctrl-C in `down`, or a killed control plane.
+    processes._keep_settings(settings(tmp_path), tmp_path, is_running=False)
+    worker = subprocess.Popen(
+        ["ray::WorkerActor.run", "-c", "import time; time.sleep(60)"],
+        executable=sys.executable,
+        env=os.environ | {TOKEN_VARIABLE: str(tmp_path / "ray_token")},
+    )
+    try:
+        while not ray_processes(tmp_path):
+            time.sleep(0.01)
+        monkeypatch.setenv("ONEBASIS_STATE_DIR", str(tmp_path))
+        said = CliRunner().invoke(app, ["status"]).stdout
+        assert "onebasis is down" in said
+        both = f"still running: Ray head (pid {head.pid}), WorkerActor (pid {worker.pid}) (`onebasis down` ends them"
+        assert both in said
+    finally:
+        for process in (worker, head):
+            process.kill()
+            process.wait()
+    assert "still running" not in CliRunner().invoke(app, ["status"]).stdout
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_started(tmp_path: Path) -> None:
