@@ -237,7 +237,7 @@ def logs(
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
     client, after, lines = Client(state_dir), 0, []
-    service = Attention(client)
+    service, places = Attention(client), display.Places()
     while True:
         if follow:
             service.look()
@@ -246,7 +246,12 @@ def logs(
         lines += new
         if not as_json:
             display.log_lines(new)
-        if not follow or client.ask(ShowTask(reference=reference))["state"] in ENDS:
+        if not follow:
+            break
+        now = client.ask(ShowTask(reference=reference))
+        if (said := places.moved(now)) and not as_json:
+            display.log_line(said)
+        if now["state"] in ENDS:
             break
         time.sleep(WATCH_SECONDS)
     if as_json:

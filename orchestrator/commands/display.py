@@ -146,6 +146,11 @@ def task(answer: Json) -> None:
         console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(event['text'])}", soft_wrap=True)
 
 
+def log_line(text: str) -> None:
+    """A line of `onebasis logs` that is no event."""
+    console.print(f"{_clock(time.time())}  {shown(text)}", soft_wrap=True)
+
+
 def log_lines(events: Sequence[Json]) -> None:
     """`onebasis logs`."""
     for event in events:
@@ -156,14 +161,38 @@ def log_lines(events: Sequence[Json]) -> None:
         console.print(f"{_clock(event['at'])}  {shown(text)}", soft_wrap=True)
 
 
+class Places:
+    """Tells when a waiting task moves in the queue, so that no place jumps without a word."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int | None] = {}
+
+    def moved(self, row: Json, only_back: bool = False) -> str:
+        """A sentence if the task's place is another one than when it was last asked for; else empty.
+
+        Args:
+            only_back: Say nothing of a task that moves on, as each one does whenever another starts.
+        """
+        before, now = self._known.get(row["task_id"]), row["place"]
+        self._known[row["task_id"]] = now
+        if before is None or now is None or now == before or (only_back and now < before):
+            return ""
+        why = ": tasks of higher priority, or of teams that have used the workers less, go first"
+        return f"place in the queue {before} → {now}{why if now > before else ''}"
+
+
 def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
     """Show tasks until all have ended: a live table in a terminal, else one line for each thing that changes."""
+    places = Places()
     if console.is_terminal:
         from rich.live import Live
 
         with Live(console=console, refresh_per_second=4, transient=True) as live:
             while True:
                 rows = ask()
+                for row in rows:
+                    if said := places.moved(row, only_back=True):
+                        live.console.print(f"{_clock(time.time())}  {row['title']}: {said}", markup=False)
                 live.update(_task_table(rows))
                 if all(row["state"] in ENDED for row in rows):
                     return
@@ -177,6 +206,8 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
                 seen[row["task_id"]] = now
                 line = f"{_clock(time.time())}  {row['title']:23} {row['state']:10} {_brief(row)}"
                 console.print(line.rstrip(), markup=False, soft_wrap=True)
+            if said := places.moved(row, only_back=True):
+                console.print(f"{_clock(time.time())}  {row['title']:23} {said}", markup=False, soft_wrap=True)
         if all(row["state"] in ENDED for row in rows):
             return
         time.sleep(every_seconds)

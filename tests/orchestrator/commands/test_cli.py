@@ -19,7 +19,7 @@ from configs.errors import LEAVES, Exit, InvalidInput, OnebasisError
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import Health, ListTasks, ShowTask, ShowVersion, Submit
-from orchestrator.commands import attention, display
+from orchestrator.commands import attention, cli, display
 from orchestrator.commands.cli import ENDS, app
 from subspace_store.formats.peft import read_peft_folder, write_peft_folder
 from subspace_store.requests import Remove
@@ -383,6 +383,26 @@ def test_a_team_that_is_not_there_is_not_answered_with_an_empty_list(site: Site,
     assert result.exit_code == 2
     assert "there is no team 'redd'" in result.stderr
     assert "teams of this service: blue, red" in result.stderr
+
+
+@pytest.mark.changes
+def test_a_followed_log_tells_when_the_task_moves_in_the_queue(
+    site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, places = Client.ask, iter([2, 1, 4, None])
+
+    def moving(self: Client, request: Any) -> Any:
+        answer = ask(self, request)
+        return answer | {"place": next(places)} if isinstance(request, ShowTask) else answer
+
+    site.plant.cluster.hold = lambda order: True
+    assert onebasis("submit", task_file(site, "blue/late")).exit_code == 0
+    monkeypatch.setattr(Client, "ask", moving)
+    monkeypatch.setattr(cli, "WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "ENDS", {})
+    result = onebasis("logs", "blue/late", "--follow")  # ends with the places
+    assert "place in the queue 2 → 1\n" in result.stdout
+    assert "place in the queue 1 → 4: tasks of higher priority" in result.stdout
 
 
 @pytest.mark.changes

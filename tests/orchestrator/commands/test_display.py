@@ -130,6 +130,20 @@ def test_followed_without_a_terminal_each_change_is_one_line_of_at_most_80_colum
     assert max(map(len, found)) <= 80
 
 
+def test_a_task_that_is_overtaken_in_the_queue_is_told_of_and_one_that_moves_on_is_not() -> None:
+    places = (2, 1, 3, 3, None)
+    asked = iter([*([WAITING | {"place": place}] for place in places[:-1]), [DONE | {"task_id": WAITING["task_id"]}]])
+    with display.console.capture() as captured:
+        display.follow(lambda: next(asked), 0.0)
+    waits, overtaken, ended = (line[10:] for line in captured.get().splitlines())
+    assert waits.split()[:2] == ["red/next", "queued"]
+    assert "place in the queue 1 → 3: tasks of higher priority, or of teams that have used" in overtaken
+    assert ended.split() == ["blue/done", "published"]
+    one = display.Places()  # as `logs --follow` tells of one task
+    told = [one.moved(WAITING | {"place": place}).partition(":")[0] for place in places]
+    assert told == ["", "place in the queue 2 → 1", "place in the queue 1 → 3", "", ""]
+
+
 def test_a_point_of_the_curves_is_a_line_of_the_log() -> None:
     point = {"step": 12, "steps": 50, "loss": 0.5, "learning_rate": 0.001, "samples_per_second": 35.4}
     told = {"at": 0.0, "kind": "progress", "text": json.dumps(point)}
