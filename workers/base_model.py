@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ class BaseModel:
             }
             names = parameters.keys() | mine.keys()
             layout = head_layout(shell, wider, names, kind, label_names.get(made, ()), settings.source)
+            if kind != "causal_lm":
+                layout = replace(layout, configured_names=_labels_of(self._config))
             shapes = linear_shapes(shell, names, layout)
             # A kind whose backbone has other layers is left out: its adapters would not fit the others' subspace.
             if all(self._backbone(shapes) == self._backbone(other) for other in self._shapes.values()):
@@ -314,11 +317,15 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
     )
 
 
+def _labels_of(config: Any) -> tuple[str, ...]:
+    """The labels that a configuration names, by output."""
+    return tuple(str(config.id2label[index]) for index in range(config.num_labels) if index in config.id2label)
+
+
 def _found_heads(
     folder: Path, config: Any, kinds: Sequence[Kind], loaded: Loaded
 ) -> tuple[dict[Any, dict[str, Tensor]], dict[Any, tuple[str, ...]]]:
     """Parameters that the checkpoint has outside the backbone, and labels of its output layer, by class of model."""
-    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels) if index in config.id2label)
     found: dict[Any, dict[str, Tensor]] = {}
     names: dict[Any, tuple[str, ...]] = {}
     for kind in kinds:
@@ -331,7 +338,7 @@ def _found_heads(
             found[made] = load_head(folder, AUTO_CLASSES[kind]) if loaded.has_more else {}
         # A model that labels tokens has a `classifier` as well, of the same shape.
         if made.__name__ in (config.architectures or ()):
-            names[made] = labels
+            names[made] = _labels_of(config)
     return found, names
 
 

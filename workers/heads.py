@@ -38,6 +38,8 @@ class HeadLayout:
     """Modules that are trained with the task: the output layers, PEFT's `classifier` and `score`, what is missing."""
     label_names: tuple[str, ...] = ()
     """Labels of the checkpoint's own output layer, by output; empty: it has none. `LABEL_0`, …: not known."""
+    configured_names: tuple[str, ...] = ()
+    """Labels that the checkpoint's config.json names (id2label), whether it has an output layer or not."""
 
 
 def kept_outputs(layout: HeadLayout, spec: TaskSpec) -> tuple[int, ...] | None:
@@ -149,6 +151,34 @@ def _check_labels(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
             "data.label_names",
             "list the labels of the outputs, in their order",
         )
+
+
+def doubtful_labels(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> str:
+    """A warning if nothing says that an adapter's outputs are the task's labels, and the checkpoint's config.json names
+    others; else empty.
+
+    Raises:
+        InvalidInput: It names the same labels in another order: one of the two is wrong.
+    """
+    ours, theirs = spec.data.label_names, layout.configured_names
+    brings_outputs = bool({*layout.outputs} & adapter.head.keys())
+    is_said = bool(adapter.label_names) and not _are_unknown(adapter.label_names)
+    if not brings_outputs or is_said or spec.kind in OUTPUT_COUNTS or len(theirs) != len(ours) or ours == theirs:
+        return ""
+    if _are_unknown(theirs):
+        return ""
+    both = (
+        f"the base model's config.json names the outputs {list(theirs)!r:.300}, and data.label_names "
+        f"{list(ours)!r:.300}"
+    )
+    if {*ours} != {*theirs}:
+        return f"{both}: the adapter's own output layer is taken to be for data.label_names"
+    raise InvalidInput(
+        both,
+        "data.label_names",
+        "list them in the order of the adapter's outputs; if that is not the order of config.json, write it into "
+        "adapter_config.json as id2label",
+    )
 
 
 def owner(parameter: str) -> str:

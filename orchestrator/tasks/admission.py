@@ -24,7 +24,7 @@ from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.digests import digest
-from subspace_store.formats.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
+from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
 from workers.compatibility import (
     check_lengths,
     check_template,
@@ -34,7 +34,7 @@ from workers.compatibility import (
     with_full_names,
     without_effect,
 )
-from workers.heads import check_head
+from workers.heads import check_head, doubtful_labels
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
 from workers.rows.frozen_rows import FrozenTask, freeze
@@ -122,13 +122,18 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
             raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
         folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
-        for name in (CONFIG_FILE, WEIGHTS_FILE):  # each may be a link to somewhere else
+        for name in (CONFIG_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE):  # each may be a link to somewhere else
             _allowed_file(str(folder / name), settings, "method.adapter")
         brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
         named = with_full_names(brought, layout.module_shapes, layout.heads[spec.kind], str(folder))
         check_head(named, spec, layout.heads[spec.kind], is_scored=evaluation is not None)
         called = layout.called or (settings.base_model.source,)
-        doubts = (trained_elsewhere(named, called), not_understood(named), without_effect(named))
+        doubts = (
+            trained_elsewhere(named, called),
+            not_understood(named),
+            without_effect(named),
+            doubtful_labels(named, spec, layout.heads[spec.kind]),
+        )
         rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
         return Draft(spec, rows, adapter_to_bytes(named), (*filter(None, doubts), *_warnings(rows)))
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)

@@ -38,6 +38,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
+MODEL_CONFIG_FILE = "config.json"
+"""The model's own configuration, which some programs save beside an adapter."""
 PREFIX = "base_model.model."  # PEFT's wrapper, in front of every name of the model
 ID2LABEL, BASE_SHA256 = "id2label", "base_model_sha256"
 """Keys in the header of the weights that we write: the label of each output, the sha256 of the base's weights."""
@@ -73,27 +75,50 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str, open_file:
         )
     config = read_config(folder / CONFIG_FILE, open_file)
     tensors, header = read_weights(weights_file, "name a folder saved by PEFT", open_file)
-    info = _said(header, str(folder))
+    beside = folder / MODEL_CONFIG_FILE
+    model_config = read_config(beside, open_file) if beside.is_file() else {}
+    info = _said(header, config, model_config, str(folder))
     return from_peft(config, tensors, base_model=base_model, base_sha256=base_sha256, where=str(folder), info=info)
 
 
-def _said(header: Mapping[str, str], where: str) -> dict[str, str]:
-    """The labels and the base model's digest that a header names, as facts of an adapter."""
+def _said(
+    header: Mapping[str, str], config: Mapping[str, Any], model_config: Mapping[str, Any], where: str
+) -> dict[str, str]:
+    """The labels and the base model's digest that an adapter's files name, as facts of it.
+
+    Args:
+        header: Facts in the header of the weights, where our own exports name the labels.
+        config, model_config: `adapter_config.json`, and the model's `config.json` beside it, where others do.
+    """
     info = {TRAINED_ON_SHA256: header[BASE_SHA256]} if header.get(BASE_SHA256) else {}
-    if ID2LABEL not in header:
-        return info
+    said = {f"the header of {WEIGHTS_FILE}": header, CONFIG_FILE: config, MODEL_CONFIG_FILE: model_config}
+    named = {
+        file: names
+        for file, values in said.items()
+        if values.get(ID2LABEL) is not None
+        and (names := _labels(values[ID2LABEL], file, where)) != [f"LABEL_{index}" for index in range(len(names))]
+    }
+    if len({json.dumps(names) for names in named.values()}) > 1:
+        both = " and ".join(f"{file} {names!r:.300}" for file, names in named.items())
+        raise InvalidInput(f"names its outputs in two ways: {both}", where, "take out the one that is wrong")
+    return info | ({"label_names": json.dumps(next(iter(named.values())))} if named else {})
+
+
+def _labels(id2label: Any, file: str, where: str) -> list[str]:
+    """The label of each output. id2label: A mapping, or one as JSON; transformers' default names are labels too."""
     try:
-        labels = {int(index): name for index, name in json.loads(header[ID2LABEL]).items()}
+        values = json.loads(id2label) if isinstance(id2label, str) else id2label
+        labels = {int(index): name for index, name in values.items()}
         names = [labels[index] for index in range(len(labels))]
         if not all(isinstance(name, str) for name in names):
             raise TypeError("a label is no text")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise InvalidInput(
-            f"has an {ID2LABEL} in the header of {WEIGHTS_FILE} that gives no label to each output: {error}",
+            f"has an {ID2LABEL} in {file} that gives no label to each output: {error}",
             where,
             "write it as {0: first label, 1: second, …}, or take it out",
         ) from error
-    return info | {"label_names": json.dumps(names)}
+    return names
 
 
 def write_peft_folder(folder: Path, adapter: Adapter, base_source: str) -> None:

@@ -52,6 +52,8 @@ _KNOWN = frozenset(_PLAIN_VALUES) | frozenset(
         "base_model_name_or_path",
         "corda_config",
         "ensure_weight_tying",
+        "id2label",
+        "label2id",
         "eva_config",
         "exclude_modules",
         "fan_in_fan_out",

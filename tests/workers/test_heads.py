@@ -26,7 +26,7 @@ from tests.workers.worker_builders import task_of_kind, tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.compatibility import with_full_names
 from workers.evaluation import adapted_model
-from workers.heads import check_head, told
+from workers.heads import check_head, doubtful_labels, told
 from workers.methods import lora
 from workers.training import METHODS
 
@@ -267,6 +267,42 @@ def test_another_number_of_outputs_than_labels_is_refused_with_both(tmp_path: Pa
     assert "data.label_names must list the labels" in caught.value.todo
     with pytest.raises(InvalidInput, match="for 1 outputs"):
         made.imported(folder, task_of_kind("sequence_regression"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_that_are_not_the_tasks_labels_are_refused_whatever_the_family_and_whoever_names_them(
+    family: str, tmp_path: Path
+) -> None:
+    made = case(family, "classifier", tmp_path, **NAMED)
+    folder = trained_elsewhere(family, made.source, 3, tmp_path / "in")
+    turned, others = LABELS[::-1], ("a", "b", "c")
+
+    def doubts(labels: tuple[str, ...]) -> str:
+        spec = made.spec(labels)
+        return doubtful_labels(made.imported(folder, spec), spec, made.base.heads[made.kind])
+
+    with pytest.raises(InvalidInput, match=r"for 2 outputs the base model needs \(2"):
+        doubts(LABELS[:2])
+    assert doubts(LABELS) == ""
+    with pytest.raises(InvalidInput, match=r"config.json names the outputs \['l0', 'l1', 'l2'\], and data.*\['l2'"):
+        doubts(turned)
+    assert "output layer is taken to be for data.label_names" in doubts(others)
+
+    names = json.dumps({"id2label": dict(enumerate(turned))})
+    (folder / "config.json").write_text(names)  # as some programs save the model's own beside the adapter
+    assert doubts(turned) == ""
+    for labels in (LABELS, others):
+        with pytest.raises(InvalidInput, match=r"the adapter's outputs are \['l2', 'l1', 'l0'\]; data.label_names are"):
+            doubts(labels)
+    (folder / "config.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | json.loads(names)))
+    assert doubts(turned) == ""
+    with pytest.raises(InvalidInput, match=r"the adapter's outputs are \['l2', 'l1', 'l0'\]; data.label_names are"):
+        doubts(LABELS)
+    (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(LABELS))}))
+    with pytest.raises(InvalidInput, match=r"in two ways: adapter_config.json \['l2', .* and config.json \['l0', "):
+        doubts(LABELS)
 
 
 @pytest.mark.parametrize("labels", [("l1", "l0", "l2"), ("a", "b", "c"), ("l0", "l1")])
