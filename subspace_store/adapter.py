@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from safetensors.torch import save_file as save_safetensors_file
 from torch import Tensor
 
 from configs.errors import Corrupt, InvalidInput
@@ -219,24 +221,13 @@ def adapter_to_bytes(adapter: Adapter) -> bytes:
     Raises:
         InvalidInput: A name that no file could hold, or a tensor that is not dense.
     """
-    _check_writable(adapter)
-    inside = {name: update for name, update in sorted(adapter.modules.items()) if update.foundation}
-    tensors = {
-        f"module/{name}/{part}": tensor
-        for name, update in sorted(adapter.modules.items())
-        for part, tensor in (_parts(update) if name not in inside else _coefficients(name, update)).items()
-    }
-    tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in sorted(adapter.head.items())}
-    header: dict[str, Any] = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
-    if inside:
-        modules = {name: (*update.shape, update.foundation) for name, update in inside.items()}
-        header |= {"format": FORMAT_WITH_FOUNDATION, "foundation": {"source": SOURCE, "modules": modules}}
-    # One header value: safetensors writes several in hash order, which differs from process to process.
-    # Cloned: safetensors refuses tensors that share memory.
-    owned = {name: tensor.clone() for name, tensor in tensors.items()}
-    return bytes(
-        save_safetensors(owned, {"onebasis": json.dumps(header | {"info": dict(adapter.info)}, sort_keys=True)})
-    )
+    return bytes(save_safetensors(*_written(adapter)))
+
+
+def adapter_to_file(adapter: Adapter, path: Path) -> None:
+    """The bytes of `adapter_to_bytes` as a new file; they are not in memory."""
+    tensors, facts = _written(adapter)
+    save_safetensors_file(tensors, path, facts)
 
 
 def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool = False) -> Adapter:
@@ -270,6 +261,30 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
     if not head_only:
         check_adapter(adapter)
     return adapter
+
+
+def _written(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header's facts of an adapter's file."""
+    _check_writable(adapter)
+    inside = {name: update for name, update in sorted(adapter.modules.items()) if update.foundation}
+    tensors = {
+        f"module/{name}/{part}": tensor
+        for name, update in sorted(adapter.modules.items())
+        for part, tensor in (_parts(update) if name not in inside else _coefficients(name, update)).items()
+    }
+    tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in sorted(adapter.head.items())}
+    header: dict[str, Any] = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
+    if inside:
+        modules = {name: (*update.shape, update.foundation) for name, update in inside.items()}
+        header |= {"format": FORMAT_WITH_FOUNDATION, "foundation": {"source": SOURCE, "modules": modules}}
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
+        place = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    # One header value: safetensors writes several in hash order, which differs from process to process.
+    return owned, {"onebasis": json.dumps(header | {"info": dict(adapter.info)}, sort_keys=True)}
 
 
 def _check_writable(adapter: Adapter) -> None:

@@ -7,13 +7,15 @@ changes no score, and workers on other machines can read it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
@@ -22,7 +24,7 @@ from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
-from subspace_store.adapter import adapter_to_bytes
+from subspace_store.adapter import Adapter, adapter_to_file
 from subspace_store.digests import digest
 from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
 from workers.compatibility import (
@@ -37,11 +39,19 @@ from workers.compatibility import (
 from workers.heads import check_head, doubtful_labels
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
-from workers.rows.frozen_rows import FrozenTask, freeze
+from workers.rows.frozen_rows import FrozenTask, freeze, upload
 from workers.rows.labels import two_readings
 from workers.rows.task_data import Row
 
 _PLACES: Any = {"client_key": True, "data": {"train_file", "eval_file"}, "method": {"adapter"}}
+
+
+@dataclass(frozen=True)
+class FrozenAdapter:
+    """An adapter to import, in canonical form, on its way to the storage. A file: it may have gigabytes."""
+
+    file: IO[bytes]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ class Draft:
 
     spec: TaskSpec
     rows: FrozenTask
-    adapter: bytes
-    """For an import, the adapter in canonical form."""
+    adapter: FrozenAdapter | None
+    """What an import brings."""
     warnings: tuple[str, ...]
 
     @property
@@ -69,12 +79,14 @@ class Draft:
     @property
     def content_sha256(self) -> str:
         """Digest that is equal for the same submission: see `content_sha256`."""
-        brought = self.rows.train.sha256 if self.rows.train else digest(self.adapter)
-        return content_sha256(self.spec, brought, self.eval_sha256)
+        brought = self.rows.train or self.adapter
+        return content_sha256(self.spec, brought.sha256 if brought else "", self.eval_sha256)
 
     def close(self) -> None:
         """Delete the temporary files."""
         self.rows.close()
+        if self.adapter:
+            self.adapter.file.close()
 
 
 def content_sha256(spec: TaskSpec, brought_sha256: str, eval_sha256: str) -> str:
@@ -135,11 +147,19 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
             doubtful_labels(named, spec, layout.heads[spec.kind]),
         )
         rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
-        return Draft(spec, rows, adapter_to_bytes(named), (*filter(None, doubts), *_warnings(rows)))
+        return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows)))
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
-    return Draft(spec, rows, b"", tuple(_warnings(rows)))
+    return Draft(spec, rows, None, tuple(_warnings(rows)))
+
+
+def _frozen(adapter: Adapter) -> FrozenAdapter:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "adapter")
+        adapter_to_file(adapter, path)
+        file = path.open("rb")  # is there as long as it is open
+    return FrozenAdapter(file, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _no_complaint(row: Row) -> str:
@@ -192,8 +212,8 @@ def admit(
     with under_way(record.task_id):
         if rows.train:
             rows.train.write(storage, record.train_key)
-        else:
-            storage.write(record.train_key, draft.adapter)
+        elif draft.adapter:
+            upload(draft.adapter.file, storage, record.train_key)
         if rows.evaluation:
             rows.evaluation.write(storage, record.eval_key)
         try:

@@ -24,14 +24,16 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from configs.errors import InvalidInput, OnebasisError, TooSlow, Unavailable
 from configs.settings import Settings
 from configs.task_spec import TaskSpec
-from orchestrator.tasks.admission import Draft, check_submission
+from orchestrator.tasks.admission import Draft, FrozenAdapter, check_submission
 from workers.orders import BaseLayout
+from workers.rows.frozen_rows import FrozenRows
 
 CHECK_SECONDS = 1800.0
 """Longest check: ten gigabytes of rows, at 100,000 rows a second."""
@@ -41,6 +43,9 @@ START_SECONDS = 60.0
 """Longest wait until the forking process takes a check: on a busy machine its imports take ten seconds."""
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 """Environment in which numpy, torch and pyarrow start no thread when they are imported: a fork would lose it."""
+Part = TypeVar("Part", FrozenRows, FrozenAdapter)
+FILES_MAX = 3
+"""Files of a draft: rows to train on, rows to evaluate on, an adapter."""
 _LENGTH = struct.Struct("!Q")
 
 
@@ -143,25 +148,31 @@ class Checker:
 
 def _with_files(draft: Draft, files: list[int]) -> Draft:
     """The draft with the temporary files that the check wrote, in the order of `_without_files`."""
-    rows = draft.rows
-    opened = [open(handle, "rb") for handle in files]  # noqa: SIM115 (Draft.close)
-    train = replace(rows.train, file=opened.pop(0)) if rows.train else None
-    evaluation = replace(rows.evaluation, file=opened.pop(0)) if rows.evaluation else None
-    return replace(draft, rows=replace(rows, train=train, evaluation=evaluation))
+    opened = (open(handle, "rb") for handle in files)  # noqa: SIM115 (Draft.close)
+    return _replaced(draft, lambda _: next(opened))
 
 
 def _without_files(draft: Draft) -> tuple[Draft, list[int]]:
-    rows, handles = draft.rows, []
-    none: Any = None
-    for side in (rows.train, rows.evaluation):
-        if side is not None:
-            with contextlib.suppress(AttributeError):
-                side.file.rollover()  # type: ignore[attr-defined] # what is in memory has no descriptor
-            side.file.flush()
-            handles.append(os.dup(side.file.fileno()))  # the file itself is closed with its last name
-    train = replace(rows.train, file=none) if rows.train else None
-    evaluation = replace(rows.evaluation, file=none) if rows.evaluation else None
-    return replace(draft, rows=replace(rows, train=train, evaluation=evaluation)), handles
+    handles: list[int] = []
+
+    def taken_out(file: Any) -> Any:
+        with contextlib.suppress(AttributeError):
+            file.rollover()  # what is in memory has no descriptor
+        file.flush()
+        handles.append(os.dup(file.fileno()))  # the file itself is closed with its last name
+
+    return _replaced(draft, taken_out), handles
+
+
+def _replaced(draft: Draft, other: Callable[[Any], Any]) -> Draft:
+    """The draft with other files: of its training rows, its evaluation rows, its adapter, as far as it has them."""
+
+    def with_other(part: Part | None) -> Part | None:
+        return replace(part, file=other(part.file)) if part else None
+
+    train, evaluation = with_other(draft.rows.train), with_other(draft.rows.evaluation)
+    adapter = with_other(draft.adapter)
+    return replace(draft, rows=replace(draft.rows, train=train, evaluation=evaluation), adapter=adapter)
 
 
 # --- what both sides say -----------------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def _send(to: socket.socket, value: Any, files: list[int] | None = None) -> None
 
 
 def _receive(source: socket.socket) -> tuple[Any, list[int]]:
-    head, files, _, _ = socket.recv_fds(source, _LENGTH.size, 2)
+    head, files, _, _ = socket.recv_fds(source, _LENGTH.size, FILES_MAX)
     if len(head) < _LENGTH.size:
         raise EOFError
     return pickle.loads(_exactly(source, *_LENGTH.unpack(head))), list(files)

@@ -281,7 +281,7 @@ def _sort_tensors(
         if saved:
             name = f"{saved[1]}.{saved[2].removeprefix(f'{adapter_name}.')}"
         if saved or names.saves(name):
-            head[name] = tensor.float()
+            head[name] = tensor.to(torch.float32, copy=True)  # the tensor may be a view of a file
         else:
             why, todo = _why_not(name)
             raise InvalidInput(f"has the tensor {key!r}, {why}", where, todo)

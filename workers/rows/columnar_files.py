@@ -37,6 +37,11 @@ ARROW_BYTES = 4 * ROW_BYTES_MAX
 PYTHON_BYTES = 2**20
 """Bytes of the rows that become Python values at once."""
 READ_BYTES = 2**20
+FOOTER_BYTES_MAX = 32 * 2**20
+"""Most bytes of what a parquet file says of its row groups and columns. In memory it takes some twenty times as much:
+100,000 row groups of four rows with two columns are 20 MB, and 400 MB of memory."""
+FOOTER_END = 8
+"""Bytes at the end of a parquet file: the size of that, and its mark."""
 MESSAGE_BYTES_MAX = 2**30
 """Most bytes of one record batch in a folder; `datasets` writes 1,000 rows."""
 UNREADABLE = (ValueError, OverflowError, TypeError, LookupError, ImportError, ArithmeticError, NotImplementedError)
@@ -54,6 +59,7 @@ def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[
         with contextlib.ExitStack() as opening:
             opened = opening.enter_context(open_file(path))
             check_format(opened.read(HEAD_BYTES), str(path), PARQUET_MAGIC)
+            _check_footer(opened, str(path))
             descriptor = f"/proc/self/fd/{opened.fileno()}"
             file = opening.enter_context(pq.ParquetFile(descriptor, pre_buffer=False, buffer_size=READ_BYTES))
             check_header(columns, file.schema_arrow.names, str(path))
@@ -67,6 +73,20 @@ def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[
             yield from _rows(batches, file.schema_arrow, str(path))
     except (pa.ArrowException, ValueError, IndexError) as error:
         raise InvalidInput(f"is not a readable parquet file: {error}", str(path), "write it again") from error
+
+
+def _check_footer(file: BinaryIO, path: str) -> None:
+    """Refuse a file whose description of itself, which is read first and whole, would fill the memory."""
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(0, end - FOOTER_END))
+    size = int.from_bytes(file.read(4), "little")
+    if FOOTER_BYTES_MAX < size <= end:  # what says more than there is is damaged, and pyarrow says how
+        raise InvalidInput(
+            f"has {size:,} bytes that describe its row groups and columns, more than the {FOOTER_BYTES_MAX:,} that are "
+            "read",
+            path,
+            "save it with larger row groups, or with fewer columns",
+        )
 
 
 def _chunks(metadata: Any, names: Sequence[str]) -> list[Any]:

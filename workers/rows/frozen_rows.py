@@ -77,11 +77,16 @@ class FrozenRows:
 
     def write(self, storage: Storage, key: str) -> None:
         """Upload them piece by piece."""
-        self.file.seek(0)
-        with storage.stream(key, head_size=0) as out:
-            while piece := self.file.read(PIECE // 16):
-                out.append(piece)
-            out.finish(b"")
+        upload(self.file, storage, key)
+
+
+def upload(file: IO[bytes], storage: Storage, key: str) -> None:
+    """Write all of a file to the storage, piece by piece."""
+    file.seek(0)
+    with storage.stream(key, head_size=0) as out:
+        while piece := file.read(PIECE // 16):
+            out.append(piece)
+        out.finish(b"")
 
 
 @dataclass(frozen=True)

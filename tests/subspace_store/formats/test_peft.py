@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from configs.errors import InvalidInput
-from subspace_store.adapter import Adapter, ModuleUpdate
+from subspace_store.adapter import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to_bytes, adapter_to_file
 from subspace_store.formats.peft import from_peft, read_peft_folder, to_peft, write_peft_folder
 from subspace_store.formats.peft_config import _KNOWN, unknown_settings
+from subspace_store.formats.weights_file import FILE_BYTES_MAX, read_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -614,3 +615,44 @@ def test_labels_in_a_header_that_name_no_output_are_refused(labels: str, tmp_pat
     save_file(load_file(file), file, {"format": "pt", "id2label": labels})
     with pytest.raises(InvalidInput, match=r"id2label in the header of adapter_model\.safetensors that gives no label"):
         read_peft_folder(folder, "base", "")
+
+
+def test_weights_are_views_of_their_file_and_not_in_memory(tmp_path: Path) -> None:
+    file = saved(trained("bert", target_modules=["query"]), tmp_path) / "adapter_model.safetensors"
+    tensors, _ = read_weights(file, "")
+    assert len(tensors) > 3
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors.values()} == {
+        next(iter(tensors.values())).untyped_storage().data_ptr()
+    }
+    assert all(tensor.untyped_storage().nbytes() == file.stat().st_size for tensor in tensors.values())
+    expected = load_file(file)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+    read = read_peft_folder(file.parent, "tiny", "")
+    for parameter in (*read.head.values(), *(update.u_NR for update in read.modules.values())):
+        assert parameter.untyped_storage().nbytes() < file.stat().st_size  # what is kept is no view of the file
+
+
+def test_tensors_that_are_not_aligned_are_read_as_well(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header += b" " * (3 - len(header) % 4)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + torch.tensor([1.5, -2.0]).numpy().tobytes())
+    assert read_weights(file, "")[0]["a"].tolist() == [1.5, -2.0]
+
+
+def test_weights_that_are_too_large_are_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    with file.open("wb") as made:
+        made.truncate(FILE_BYTES_MAX + 1)  # a hole: it takes no space
+    with pytest.raises(InvalidInput, match="2,147,483,649 bytes, more than the 2,147,483,648 that are read") as caught:
+        read_weights(file, "")
+    assert caught.value.todo == "save it in bfloat16, or with a smaller rank"
+
+
+def test_an_adapter_written_to_a_file_is_the_same_bytes(tmp_path: Path) -> None:
+    adapter = read_peft_folder(saved(trained("bert", target_modules=["query"]), tmp_path), "tiny", "")
+    same = next(iter(adapter.modules.values()))
+    adapter = replace(adapter, modules={**adapter.modules, "again": same})  # tensors that share their memory
+    adapter_to_file(adapter, tmp_path / "written")
+    assert (tmp_path / "written").read_bytes() == adapter_to_bytes(adapter)
+    assert adapter_from_bytes(adapter_to_bytes(adapter)).modules.keys() == adapter.modules.keys()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -619,3 +621,36 @@ def test_json_lines_deeper_than_python_goes_are_refused(tmp_path: Path) -> None:
     path.write_text("[" * 100_000)
     assert ", row 1: is not JSON" in complaint(path)
     assert json.loads("[[]]") == [[]]
+
+
+# --- parquet files that are huge in one way or another -------------------------------------------------------------
+
+
+def test_a_parquet_file_of_too_many_row_groups_is_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columnar_files, "FOOTER_BYTES_MAX", 20_000)
+    table = pa.table({"text": ["a", "b"] * 200, "label": [0, 1] * 200})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=400)
+    assert len(list(read_file(tmp_path / "x.parquet", TEXT))) == 400
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=1)
+    assert "bytes that describe its row groups and columns, more than the 20,000" in complaint(tmp_path / "x.parquet")
+
+
+def test_a_huge_parquet_file_with_columns_that_nobody_asked_for_is_read_in_little_memory(tmp_path: Path) -> None:
+    program = """
+import sys, pyarrow as pa
+from pathlib import Path
+from workers.rows.row_files import read_file
+count = sum(1 for _ in read_file(Path(sys.argv[1]), {"text_column": "text", "label_column": "label"}))
+print(count, pa.default_memory_pool().max_memory())
+"""
+    text = ["x" * 1_000] * 60_000  # 60 MB in one row group
+    table = pa.table({"text": text, "label": [0, 1] * 30_000, "picture": [b"y" * 1_000] * 60_000})
+    path = tmp_path / "x.parquet"
+    pq.write_table(table, path, row_group_size=60_000, use_dictionary=False, compression="none")
+    assert path.stat().st_size > 120_000_000
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    count, peak = map(int, done.stdout.split())
+    assert count == 60_000
+    assert peak < 16_000_000
