@@ -63,8 +63,8 @@ def test_a_safe_name_is_taken(value: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"data": {"train_file": None}}, "method.name 'lora' needs data.train_file and data.eval_file"),
-        ({"data": {"eval_file": None}}, "method.name 'lora' needs data.train_file and data.eval_file"),
+        ({"data": {"train_file": None}}, "method.name 'auto' needs data.train_file and data.eval_file"),
+        ({"data": {"eval_file": None}}, "method.name 'auto' needs data.train_file and data.eval_file"),
         ({"data": {"label_names": ["a"]}}, "data.label_names must list at least two labels"),
         ({"data": {"label_names": ["a", "b", "a"]}}, "data.label_names has duplicates"),
         ({"data": {"eval_fraction": 0.1}}, "data.eval_file and data.eval_fraction exclude each other"),

@@ -118,6 +118,7 @@ def test_what_is_merged_later_finds_the_refined_coefficients() -> None:
 
 def test_a_task_may_be_refined_again_and_after_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subspace_store.merge_writer.SNAPSHOT_EVERY", 2)
+    monkeypatch.setitem(SETTINGS, "rank_max", 24)  # room for all: a basis that stays writes no transports
     store = grown("a", "b", "c", "d")
     assert any(version.snapshot for version in store.state.versions.values())
     for number, op_key in ((4, "once"), (5, "twice")):

@@ -152,8 +152,8 @@ def test_every_task_is_a_run_with_its_parameters_and_scores(mirrored: Mirrored) 
     runs = mirrored.runs()
     assert sorted(runs) == ["blue/b", "red/a", "red/bad", "red/wrong", "subspace tiny"]
     run = runs["red/a"].data
-    assert (run.params["team"], run.params["method"], run.params["lora.r"]) == ("red", "lora", "8")
-    assert (run.params["trained.method"], run.params["trained.parameters"]) == ("lora", "96")
+    assert (run.params["team"], run.params["method"], run.params["lora.r"]) == ("red", "auto", "8")
+    assert (run.params["trained.method"], run.params["trained.parameters"]) == ("auto", "96")
     assert run.metrics["local.f1_macro"] == 0.75
     assert (run.metrics["local_score"], run.metrics["base_score"], run.metrics["train_loss"]) == (0.9, 0.5, 0.25)
     assert {name: run.info.status for name, run in runs.items() if name != "subspace tiny"} == {

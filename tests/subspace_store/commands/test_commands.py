@@ -479,7 +479,7 @@ def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
 ) -> None:
     write_peft_folder(tmp_path / "new", random_adapter(9), "tiny")
     found = answer(run("forecast", str(tmp_path / "new"), "--json"))
-    expected = store.forecast({"x": random_adapter(9)})
+    expected = reading(store.storage, share="if-it-pays").forecast({"x": random_adapter(9)})  # the command's default
     assert found["parent"] == 3
     assert list(found["error_at_birth"].values()) == pytest.approx([expected.error_at_birth["x"]], rel=1e-4)
     assert found["drift"] == pytest.approx(expected.drift, abs=1e-6)
