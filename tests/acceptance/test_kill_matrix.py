@@ -158,6 +158,39 @@ def test_a_process_that_dies_or_hangs_is_told_of_and_up_mends_it(
     assert service.is_well()
 
 
+@pytest.mark.kills
+@pytest.mark.parametrize("part", ["raylet", "Ray head"])
+def test_a_ray_that_stands_still_while_a_task_trains_is_told_of_and_the_task_goes_on(
+    service: Matrix, part: str
+) -> None:
+    title = f"payments/under-load-{part.replace(' ', '-').lower()}"
+    service.run("submit", str(service.task_file(title.partition("/")[2], steps=200)))
+    service.wait("training", lambda: service.ask("task", title)["state"] == "training")
+    os.kill(service.pid(part), STOP)
+    said = service.alarm("ray-down")
+    assert "is stopped" in said
+    assert "docs/trouble.md#ray-down" in said
+    service.say("task", title)
+    assert "onebasis is up:" in service.say("up")
+    service.wait_for_state(title, "published")
+    assert merged_once(service, title)
+
+
+@pytest.mark.kills
+def test_while_each_write_takes_seconds_nobody_waits_silently_and_the_task_is_published(service: Matrix) -> None:
+    service.proxy.mood = Mood.LATE
+    try:
+        service.say("submit", str(service.task_file("late-writes", steps=4)))
+        service.say("store", "hold", "why", expect=None)
+        service.say("store", "release", expect=None)
+        service.say("status")
+        service.wait_for_state("payments/late-writes", "published", seconds=300)
+        assert merged_once(service, "payments/late-writes")
+    finally:
+        service.proxy.mood = Mood.WELL
+    service.wait("the alarms to end", service.is_well, 60)
+
+
 def test_everything_killed_at_once_is_started_again_and_the_task_goes_on(service: Matrix) -> None:
     service.run("submit", str(service.task_file("everything", steps=30)))
     service.wait("training", lambda: service.ask("task", "payments/everything")["state"] == "training")

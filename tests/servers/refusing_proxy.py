@@ -24,9 +24,12 @@ class Mood(StrEnum):
     READ_ONLY = "read-only"
     AWAY = "away"
     SLOW = "slow"
+    LATE = "late"
 
 
 REFUSALS = {Mood.FULL: (507, "XMinioStorageFull"), Mood.READ_ONLY: (403, "AccessDenied")}
+LATE_SECONDS = 5.0
+"""Time that each write takes of a server that is merely slow."""
 SLOW_SECONDS = 15.0
 """Longer than anybody looks at a silent terminal, shorter than boto3 waits for a reply."""
 
@@ -59,6 +62,8 @@ class _Handler(Forwarding):
             until = time.monotonic() + SLOW_SECONDS
             while self.server.mood is Mood.SLOW and time.monotonic() < until:
                 time.sleep(0.05)
+        if mood is Mood.LATE and self.command == "PUT":
+            time.sleep(LATE_SECONDS)
         if mood in REFUSALS and self.command in ("PUT", "POST", "DELETE"):
             status, code = REFUSALS[mood]
             content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{mood}</Message></Error>".encode()
