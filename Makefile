@@ -22,7 +22,7 @@ test: $(READY)
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
 	@echo "         each process of a service killed or stopped, one after another, and a store that is full, read-only, away"
-	@echo "         or slow; make test-kills runs these tests (9 minutes)"
+	@echo "         or slow; make test-kills runs these tests (15 minutes)"
 
 # Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
 # PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.

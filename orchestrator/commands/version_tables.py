@@ -156,8 +156,8 @@ def capacity(answer: Json) -> None:
     console.print(table)
     if private := [task for task in answer["tasks"] if task["private_numbers"]]:
         console.print(
-            f"the basis, of at most rank_max {answer['rank_max']} directions, has no room for all of "
-            f"{counted(len(private), 'task')}: the rest is in private parts",
+            f"what the basis (at most rank_max {answer['rank_max']} directions) does not hold of "
+            f"{counted(len(private), 'task')} is in private parts",
             soft_wrap=True,
         )
     trend = Table(box=None, pad_edge=False)

@@ -152,7 +152,9 @@ def test_the_picture_of_the_scores_is_what_the_program_prints_of_them(monkeypatc
     (picture,) = blocks(README, "text")
     title, teams, names, *lines = picture.text.splitlines()
     tasks = [f"{team}{name}" for team, name in zip(teams.split(), names.split(), strict=True)]
-    numbers = {line[:13].strip(): [float(cell) for cell in line[13:].split()] for line in lines}
+    cells = {line[:13].strip(): line[13:].split() for line in lines}
+    numbers = {label: [float(cell.rstrip("'")) for cell in row] for label, row in cells.items()}
+    is_carried = {label: [cell.endswith("'") for cell in row] for label, row in cells.items()}
     versions = [label for label in numbers if label.startswith("version")]
     birth = [next(n for n, label in enumerate(versions, 1) if len(numbers[label]) > t) for t in range(len(tasks))]
     columns = [
@@ -173,7 +175,10 @@ def test_the_picture_of_the_scores_is_what_the_program_prints_of_them(monkeypatc
         "tasks": columns,
         "matrix": [
             [
-                {"score": numbers[label][t] if t < len(numbers[label]) else None, "measured_at": number}
+                {
+                    "score": numbers[label][t] if t < len(numbers[label]) else None,
+                    "measured_at": number - (t < len(numbers[label]) and is_carried[label][t]),
+                }
                 for t in range(len(tasks))
             ]
             for number, label in enumerate(versions, 1)

@@ -230,7 +230,7 @@ def test_the_capacity_tells_which_tasks_have_private_parts_and_counts_them_in_th
     }  # fmt: skip
     text = printed(lambda: version_tables.capacity(answer))
     assert "1.00 KB (25%)" in text
-    assert "rank_max 4 directions, has no room for all of 1 task" in text
+    assert "what the basis (at most rank_max 4 directions) does not hold of 1 task is in private parts" in text
     assert "+ private parts 1.00 KB = 7.00 KB; as separate LoRAs 14.00 KB" in text
     assert "2.00× smaller with the basis" in text
     assert "in the store 123.00 KB" in text
