@@ -27,7 +27,7 @@ def test_a_failed_up_leaves_nothing_running_and_a_corrected_digest_is_all_that_i
         site.run("submit", str(site.task_file("first")))
         site.wait_for_state("payments/first", "published")
         site.run("down")
-        said = _fails(site, "up", "--config", "wrong.yaml", code=5)  # now there is a store: told before anything starts
+        said = _fails(site, "up", "--config", "wrong.yaml", code=2)  # now there is a store: told before anything starts
         assert "correct base_model.weights_sha256" in said
         assert not (tmp_path / ".onebasis/ray.json").exists()
     finally:
