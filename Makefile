@@ -12,8 +12,7 @@ demo: $(READY)
 	@$(BIN)/python examples/demo.py
 
 # The unit tests first: they need no Ray and fail within a minute. Then real services, then a real S3 server that any
-# machine can have (ministack, from PyPI). What is left out is said at the end. Two files of acceptance tests at a time
-# take no less on two cores (31 minutes), and the demo comes near its time limit.
+# machine can have (ministack, from PyPI). What is left out is said at the end.
 test: $(READY)
 	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m "acceptance and not kills"
