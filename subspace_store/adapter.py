@@ -8,7 +8,7 @@ with methods that stack the raw B and A does. Axes: N outputs of a module, D inp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,48 @@ def update_in_foundation(
     return replace(update, foundation=directions)
 
 
+# An update in a file: of an adapter, or of a task's private parts
+
+
+def update_tensors(module: str, update: ModuleUpdate) -> dict[str, Tensor]:
+    """Its tensors by their names in a file: coefficients, if it lies in the foundation."""
+    if not update.foundation:
+        return _parts(update)
+    e_KR, f_KR = coefficients_in_foundation(module, update)
+    return {"e": e_KR, "f": f_KR}
+
+
+def foundation_facts(updates: Mapping[str, ModuleUpdate]) -> dict[str, Any]:
+    """What the head of a file must say of the modules that are kept as coefficients; nothing if there are none."""
+    modules = {name: (*u.shape, u.foundation) for name, u in sorted(updates.items()) if u.foundation}
+    return {"foundation": {"source": SOURCE, "modules": modules}} if modules else {}
+
+
+def update_from_tensors(
+    module: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], where: str
+) -> ModuleUpdate:
+    """What `update_tensors` wrote.
+
+    Args:
+        facts: Head of the file, with what `foundation_facts` gave.
+
+    Raises:
+        Corrupt: The foundation was made in another way, or the coefficients do not fit it.
+    """
+    written = facts.get("foundation")
+    if written is None or module not in written["modules"]:
+        gauges = (tensors.get(part) for part in ("gauge_out", "gauge_in"))
+        return ModuleUpdate(tensors["u"], tensors["sigma"], tensors["v"], *gauges)
+    if written["source"] != SOURCE:
+        raise Corrupt(f"has a foundation made by {written['source']!r}, this code makes {SOURCE!r}", where)
+    n, d, directions = written["modules"][module]
+    shapes = [tuple(tensors[part].shape) for part in ("e", "f")]
+    ranks = foundation_ranks((n, d), directions)
+    if [shape[:1] for shape in shapes] != [(k,) for k in ranks] or len({shape[1:] for shape in shapes}) != 1:
+        raise Corrupt(f"has coefficients of {shapes} in a foundation of {ranks} directions", f"{where} {module}")
+    return update_in_foundation(module, (n, d), directions, tensors["e"], tensors["f"])
+
+
 def check_adapter(adapter: Adapter) -> None:
     """Refuse an adapter that cannot be merged.
 
@@ -246,12 +288,11 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
         header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["onebasis"])
         found, base_model, base_sha256 = header["format"], str(header["base_model"]), str(header["base_sha256"])
         info = {str(name): str(value) for name, value in header["info"].items()}
-        names = sorted({key.split("/")[1] for key in tensors if key.startswith("module/")})
-        written = header.get("foundation", {"source": SOURCE, "modules": {}})
-        if written["source"] != SOURCE:
-            raise Corrupt(f"has a foundation made by {written['source']!r}, this code makes {SOURCE!r}", where)
-        inside = written["modules"]
-        modules = {n: _from_parts(tensors, n, inside.get(n)) for n in names}
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key in (key for key in tensors if key.startswith("module/")):
+            _, name, part = key.split("/", 2)
+            parts.setdefault(name, {})[part] = tensors[key]
+        modules = {name: update_from_tensors(name, parts[name], header, where) for name in sorted(parts)}
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise Corrupt(f"is not an adapter file: {error}", where) from error
     if found not in (FORMAT, FORMAT_WITH_FOUNDATION):
@@ -266,17 +307,18 @@ def adapter_from_bytes(content: bytes, where: str = "adapter", head_only: bool =
 def _written(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header's facts of an adapter's file."""
     _check_writable(adapter)
-    inside = {name: update for name, update in sorted(adapter.modules.items()) if update.foundation}
     tensors = {
         f"module/{name}/{part}": tensor
         for name, update in sorted(adapter.modules.items())
-        for part, tensor in (_parts(update) if name not in inside else _coefficients(name, update)).items()
+        for part, tensor in update_tensors(name, update).items()
     }
     tensors |= {f"head/{name}": tensor.contiguous() for name, tensor in sorted(adapter.head.items())}
-    header: dict[str, Any] = {"format": FORMAT, "base_model": adapter.base_model, "base_sha256": adapter.base_sha256}
-    if inside:
-        modules = {name: (*update.shape, update.foundation) for name, update in inside.items()}
-        header |= {"format": FORMAT_WITH_FOUNDATION, "foundation": {"source": SOURCE, "modules": modules}}
+    inside = foundation_facts(adapter.modules)
+    header = {
+        "format": FORMAT_WITH_FOUNDATION if inside else FORMAT,
+        "base_model": adapter.base_model,
+        "base_sha256": adapter.base_sha256,
+    } | inside
     owned: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
@@ -305,17 +347,3 @@ def _parts(update: ModuleUpdate) -> dict[str, Tensor]:
     parts = {"u": update.u_NR, "sigma": update.sigma_R, "v": update.v_DR}
     gauges = {"gauge_out": update.gauge_out_RR, "gauge_in": update.gauge_in_RR}
     return parts | {name: gauge for name, gauge in gauges.items() if gauge is not None}
-
-
-def _coefficients(name: str, update: ModuleUpdate) -> dict[str, Tensor]:
-    e_KR, f_KR = coefficients_in_foundation(name, update)
-    return {"e": e_KR, "f": f_KR}
-
-
-def _from_parts(tensors: Mapping[str, Tensor], name: str, inside: Sequence[int] | None) -> ModuleUpdate:
-    prefix = f"module/{name}/"
-    if inside is not None:
-        n, d, directions = inside
-        return update_in_foundation(name, (n, d), directions, tensors[f"{prefix}e"], tensors[f"{prefix}f"])
-    u_NR, sigma_R, v_DR = (tensors[prefix + part] for part in ("u", "sigma", "v"))
-    return ModuleUpdate(u_NR, sigma_R, v_DR, *(tensors.get(prefix + part) for part in ("gauge_out", "gauge_in")))

@@ -5,7 +5,19 @@ it, no order matters, and no lease can be stale.
 
 Column j of a side holds the signs of the bits of SHAKE-256(module, side, j), made orthogonal to the columns before it.
 So every process, machine and release has the same foundation without asking, and a smaller one is the beginning of a
-larger one. Random directions were measured against two other kinds, see docs/measurements.md.
+larger one.
+
+Random directions or the leading singular directions of the base weights, which would have to be stored: accuracy of
+coefficients in 64 of either, r 8, on the tasks of examples/ (one seed, 200 to 250 rows: 2 points are chance), beside a
+LoRA of rank 8, which has six times as many numbers, and of rank 2, which has one and a half times as many:
+
+                     random    of the weights    LoRA r 8    LoRA r 2
+    account          0.828     0.842             0.891       0.878
+    card-orders      0.808     0.808             0.856       0.817
+    charges          0.824     0.805             0.873       0.787
+    contradiction    0.684     0.696             0.680       –
+    relevance        0.796     0.836             0.945       0.886
+    top-ups          0.879     0.860             0.836       0.845
 
 Axes: N outputs, D inputs, K directions.
 """

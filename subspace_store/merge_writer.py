@@ -109,6 +109,7 @@ class Draft:
 
         known: The same tasks before, where they are refined. As a separate LoRA a task is as large as it was brought.
         """
+        parts = {task: list(modules.values()) for task, modules in updates.items()}
         return tuple(
             MergedTask(
                 task_id=arrival.task_id,
@@ -122,10 +123,8 @@ class Draft:
                 parameter_count=known.get(arrival.task_id, arrival.adapter).parameter_count,
                 head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),
                 private=rest,
-                private_count=sum(update.numbers for update in updates.get(arrival.task_id, {}).values()),
-                foundation_count=sum(
-                    update.numbers for update in updates.get(arrival.task_id, {}).values() if update.foundation
-                ),
+                private_count=sum(update.numbers for update in parts.get(arrival.task_id, ())),
+                foundation_count=sum(u.numbers for u in parts.get(arrival.task_id, ()) if u.foundation),
             )
             for arrival, adapter, rest in zip(self.arrivals, adapters, private, strict=True)
         )

@@ -19,13 +19,13 @@ from subspace_store.adapter import (
     Adapter,
     ModuleUpdate,
     adapter_to_bytes,
-    coefficients_in_foundation,
-    update_in_foundation,
+    foundation_facts,
+    update_from_tensors,
+    update_tensors,
 )
 from subspace_store.digests import digest
 from subspace_store.files.tensor_file import Part, TensorFile, blob_key, pack, write_tensors
 from subspace_store.files.version_heads import BASIS, COEFFICIENTS, PRIVATE, TRANSPORT, task_layout
-from subspace_store.foundation import SOURCE
 from subspace_store.log.version import BlobRef
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.coefficients import TaskBlock, Transport
@@ -168,29 +168,14 @@ def read_transports(file: TensorFile) -> dict[str, Transport]:
 
 def write_private(storage: Storage, epoch: int, updates: Mapping[str, ModuleUpdate]) -> BlobRef:
     """One task's private parts (float32), by module; those that lie in the foundation as coefficients there."""
-    parts = [pack(name, _private_tensors(name, update)) for name, update in sorted(updates.items())]
-    inside = {name: (*update.shape, update.foundation) for name, update in updates.items() if update.foundation}
-    info = {"foundation": {"source": SOURCE, "modules": inside}} if inside else {}
+    parts = [pack(name, update_tensors(name, update)) for name, update in sorted(updates.items())]
     names = {part.name: [tensor for tensor, _, _ in part.layout] for part in parts}
-    return write_tensors(storage, epoch, PRIVATE, info, names, parts)
+    return write_tensors(storage, epoch, PRIVATE, foundation_facts(updates), names, parts)
 
 
 def read_private(file: TensorFile, module: str) -> ModuleUpdate:
     """A task's private part in one module. Raises Corrupt."""
-    tensors, written = file.part(module), file.info.get("foundation")
-    if written is None or module not in written["modules"]:
-        return ModuleUpdate(tensors["u"], tensors["sigma"], tensors["v"])
-    if written["source"] != SOURCE:
-        raise Corrupt(f"has a foundation made by {written['source']!r}, this code makes {SOURCE!r}", file.where)
-    n, d, directions = written["modules"][module]
-    return update_in_foundation(module, (n, d), directions, tensors["e"], tensors["f"])
-
-
-def _private_tensors(name: str, update: ModuleUpdate) -> dict[str, Tensor]:
-    if not update.foundation:
-        return {"u": update.u_NR, "sigma": update.sigma_R, "v": update.v_DR}
-    e_KR, f_KR = coefficients_in_foundation(name, update)
-    return {"e": e_KR, "f": f_KR}
+    return update_from_tensors(module, file.part(module), file.info, file.where)
 
 
 # Coefficients: a part per task, its modules one after another

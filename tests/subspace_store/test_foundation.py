@@ -1,7 +1,6 @@
 """Coefficients in the foundation are kept exactly, cost what they have numbers, and no merge touches them."""
 
 import hashlib
-import json
 from dataclasses import replace
 
 import pytest
@@ -83,6 +82,14 @@ def test_another_way_to_make_a_foundation_is_refused() -> None:
         adapter_from_bytes(content.replace(b"signs-1", b"signs-9"))
 
 
+def test_coefficients_that_do_not_fit_their_foundation_are_refused() -> None:
+    content = adapter_to_bytes(foundation_adapter(1))
+    damaged = content.replace(rb"\"layer.0.query\": [24, 20, 8]", rb"\"layer.0.query\": [24, 20, 9]")
+    assert damaged != content
+    with pytest.raises(Corrupt, match="foundation of"):
+        adapter_from_bytes(damaged)
+
+
 @pytest.fixture
 def store() -> SubspaceStore:
     return opened(energy_ratio_min=0.9, rank_max=6)
@@ -138,8 +145,7 @@ def test_what_a_task_costs_is_its_coefficients(store: SubspaceStore) -> None:
     assert foot.separate_numbers == 3 * (24 + 20 + 16 + 20)
 
 
-def test_the_module_of_another_task_alone_is_another_adapter_part_by_part(store: SubspaceStore) -> None:
-    """An adapter may lie in the foundation in some modules only."""
+def test_an_adapter_may_lie_in_the_foundation_in_some_modules_only(store: SubspaceStore) -> None:
     mixed = foundation_adapter(5)
     modules = dict(mixed.modules) | {"layer.0.value": random_adapter(5).modules["layer.0.value"]}
     mixed = replace(mixed, modules=modules)
@@ -172,7 +178,7 @@ def test_removal_refinement_rollback_and_forecast_know_it(store: SubspaceStore) 
     reader.refresh()
     assert set(reader.state.tasks_at(version)) == {"a", "c"}
     assert error(reader, "a", version, adapters["a"]) < 1e-6
-    assert error(reader, "c", version, adapters["c"]) < 1e-6 or error(reader, "c", version, again) < 1e-6
+    assert error(reader, "c", version, again) < 1e-6  # as refined
     assert verify(store, deep=True) == []
 
 
@@ -180,4 +186,4 @@ def test_the_old_form_merges_it_like_any_other() -> None:
     store = opened(beyond_rank_max="drop", rank_max=6, energy_ratio_min=0.9)
     merged(store, {"a": foundation_adapter(1)})
     assert store.state.tasks_at(1)["a"].private is None
-    assert json.loads(json.dumps(store.ranks(1)["layer.0.query"])) != [0, 0]
+    assert store.ranks(1)["layer.0.query"] != (0, 0)

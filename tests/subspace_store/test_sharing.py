@@ -5,8 +5,7 @@ import torch
 
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, SubspaceStore, canonical_update
-from subspace_store.merging.basis import ModuleSubspace
-from subspace_store.merging.merge import merge_adapters, merge_module
+from subspace_store.merging.merge import ModuleMerge, merge_adapters, merge_module
 from subspace_store.verify import verify
 from tests.subspace_store.builders import BASE, deltas, merged, opened, random_adapter, reading, relative_distance
 
@@ -86,18 +85,16 @@ def test_of_extending_the_basis_and_leaving_it_the_one_with_fewer_numbers_is_tak
         extended = merge_module(before, incoming, settings["always"])
         kept = merge_module(before, incoming, settings["if-it-pays"])
         assert kept.numbers <= extended.numbers
-        assert kept.numbers == numbers_of(before, kept)
+        assert kept.numbers == numbers_of(kept)
         is_same = torch.equal(kept.basis.p_NK, before.basis.p_NK) and torch.equal(kept.basis.q_DK, before.basis.q_DK)
         assert is_same or kept.numbers == extended.numbers
 
 
-def numbers_of(before: ModuleSubspace, merge: object) -> int:
+def numbers_of(merge: ModuleMerge) -> int:
     """Counted from the tensors."""
-    tasks, _ = merge.settle()  # type: ignore[attr-defined]
-    settled = tasks.settled
-    basis, private = merge.basis, merge.new.private  # type: ignore[attr-defined]
-    own = sum(u.u_NR.numel() + u.v_DR.numel() for u in private.values())
-    return int(basis.p_NK.numel() + basis.q_DK.numel() + settled.e_KS.numel() + settled.f_KS.numel() + own)
+    settled, basis = merge.settle()[0].settled, merge.basis
+    own = sum(u.u_NR.numel() + u.v_DR.numel() for u in merge.new.private.values())
+    return basis.p_NK.numel() + basis.q_DK.numel() + settled.e_KS.numel() + settled.f_KS.numel() + own
 
 
 def test_a_first_group_makes_the_basis() -> None:
