@@ -70,6 +70,28 @@ def test_of_many_rows_a_bounded_number_is_set_aside_and_the_others_are_trained_o
     assert 0.35 < sum(row.label for row in validation) / len(validation) < 0.65  # of sorted rows too
 
 
+def test_no_label_loses_its_last_row_to_validation() -> None:
+    rows = [TextRow(text=f"text {i}", text_pair=None, label=i // 2) for i in range(400)]  # two rows for each label
+    trained, validation = auto.set_aside(rows)
+    assert validation
+    assert {row.label for row in trained} == set(range(200))
+
+
+@pytest.mark.parametrize("copies", [50, 900])
+def test_a_text_that_recurs_is_whole_on_one_side_and_no_row_is_lost(copies: int) -> None:
+    chosen = next(row for row in auto.set_aside(texts(1000))[1] if isinstance(row, TextRow))  # set aside by itself
+    rows = texts(1000) + [chosen] * copies
+    trained, validation = auto.set_aside(rows)
+    assert len(trained) + len(validation) == len(rows)
+    assert len(validation) <= min(auto.ROWS_MAX, len(rows) // auto.LEAST_IN)
+    assert {row.text for row in validation}.isdisjoint(row.text for row in trained)
+    assert (chosen in list(trained)) is (copies == 900)
+
+
+def texts(count: int) -> list[TextRow]:
+    return [TextRow(text=f"text {i}", text_pair=None, label=i % 2) for i in range(count)]
+
+
 def test_too_few_rows_are_not_divided_and_the_log_says_what_was_done(tiny: Tiny) -> None:
     few = Desk("few", train_count=40)
     trained = few.train(tiny("bert"), task())

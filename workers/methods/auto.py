@@ -1,12 +1,11 @@
 """Method `auto`: train the task in each of a few ways, and keep the fewest numbers that lose nothing to speak of.
 
 Some of the training rows are set aside and not trained on: they are the validation rows. Each candidate is trained to
-its end on the others, because a short trial tells little: of six real tasks, coefficients in the foundation were better
-than LoRA on some from the start, on others LoRA was, and the order after 24 steps was another than after all of them.
-Then each candidate is cut to smaller and smaller forms. Taken is the form with the fewest numbers that loses no more
-against the best candidate, row by row on the validation rows, than `method.loss_max` or than chance: some hundred rows
-cannot tell losses apart that are smaller than the standard error of their paired difference. The rows that scores are
-reported on are never looked at.
+its end on the others: which is better differs from task to task (subspace_store/foundation.py has figures). Then each
+candidate is cut to smaller and smaller forms. Taken is the form with the fewest numbers that loses no more against the
+best candidate, row by row on the validation rows, than `method.loss_max` or than chance: some hundred rows cannot tell
+losses apart that are smaller than the standard error of their paired difference. The rows that scores are reported on
+are never looked at.
 
 A form keeps the largest singular values of all modules together, so that a module which does little has few directions
 or none. Its cost is what it takes to store it: 2·K·R numbers in the foundation, (N+D)·R elsewhere.
@@ -19,10 +18,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import overload
 
 import torch
 
@@ -30,10 +29,13 @@ from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
 from workers.deepspeed_engine import is_parted
 from workers.metrics import GENERATED
-from workers.rows.task_data import Row, input_digest
+from workers.rows.frozen_rows import SomeRows
+from workers.rows.task_data import Row, input_digest, label_of
 
 ONE_IN = 8
 """One of so many rows is set aside."""
+LEAST_IN = 4
+"""Never more than one of so many, however often equal rows recur."""
 ROWS_MIN, ROWS_MAX = 24, 256
 """Fewest validation rows that are worth a comparison, and the most: scoring them has to stay cheap beside training."""
 SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
@@ -77,16 +79,31 @@ def reason_not_to_race(spec: TaskSpec, validation: Sequence[Row]) -> str:
 
 
 def set_aside(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
-    """The rows to train on, and the validation rows. Equal inputs are on the same side; the same split every time.
+    """The rows to train on, and the validation rows: each row is one of the two, and the split is the same every time.
+
+    A digest of each input decides, so that equal inputs are on one side. What would take the last row of a label from
+    training is trained on, and so are inputs that recur so often that setting them aside would leave too little.
 
     Cost:
         Reads every row once.
     """
-    digests = [input_digest(row) for row in rows]
-    chosen = sorted((d, i) for i, d in enumerate(digests) if int.from_bytes(d[:8], "big") % ONE_IN == 0)[:ROWS_MAX]
-    aside = {d for d, _ in chosen}
-    trained = [index for index, d in enumerate(digests) if d not in aside]
-    return _Some(rows, trained), _Some(rows, sorted(i for _, i in chosen))
+    left: Counter[int] = Counter()
+    candidates: dict[bytes, list[tuple[int, int | float | None]]] = {}
+    for place, row in enumerate(rows):
+        digest, label = input_digest(row), label_of(row)
+        if isinstance(label, int):
+            left[label] += 1
+        if int.from_bytes(digest[:8], "big") % ONE_IN == 0:
+            candidates.setdefault(digest, []).append((place, label))
+    room, aside = min(ROWS_MAX, len(rows) // LEAST_IN), set[int]()
+    for digest in sorted(candidates):
+        equal = candidates[digest]
+        taken = Counter(label for _, label in equal if isinstance(label, int))
+        if len(aside) + len(equal) <= room and all(left[label] > count for label, count in taken.items()):
+            aside |= {place for place, _ in equal}
+            left.subtract(taken)
+    trained = [place for place in range(len(rows)) if place not in aside]
+    return SomeRows(rows, trained), SomeRows(rows, sorted(aside))
 
 
 def validation_spec(spec: TaskSpec) -> TaskSpec:
@@ -151,22 +168,3 @@ def _smallest(whole: Form, score: Callable[[Adapter], Sequence[float]], fits: Ca
         else:
             low = middle + 1
     return best
-
-
-class _Some(Sequence[Row]):
-    """Some of the rows of a task."""
-
-    def __init__(self, rows: Sequence[Row], indices: Sequence[int]) -> None:
-        self._rows, self._indices = rows, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return _Some(self._rows, self._indices[index])
-        return self._rows[self._indices[index]]

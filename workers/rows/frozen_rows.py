@@ -235,7 +235,37 @@ def _downloaded(storage: Storage, key: str, piece: memoryview, where: str) -> tu
         return pa.memory_map(file.name).read_buffer(), digest.hexdigest()
 
 
-class StoredRows(Sequence[Row]):
+class Rows(Sequence[Row]):
+    """Rows that are made when they are asked for; a subclass says how many there are, and makes one."""
+
+    def row(self, at: int) -> Row:
+        """The row at a place from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return self.row(range(len(self))[index])  # from the end where negative; IndexError
+
+
+class SomeRows(Rows):
+    """Some of other rows, by their places, in this order."""
+
+    def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
+        self._rows, self._places = rows, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def row(self, at: int) -> Row:
+        return self._rows[self._places[at]]
+
+
+class StoredRows(Rows):
     """Frozen rows, made one by one from Arrow batches."""
 
     def __init__(self, batches: Sequence[Any], kind: Kind, sha256: str) -> None:
@@ -249,14 +279,7 @@ class StoredRows(Sequence[Row]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        at = range(len(self))[index]  # from the end where negative; IndexError
+    def row(self, at: int) -> Row:
         batch = bisect_right(self._ends, at)
         inside = at - (self._ends[batch - 1] if batch else 0)
         return self._make(*(column[inside].as_py() for column in self._columns[batch]))
