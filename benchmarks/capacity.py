@@ -1,9 +1,9 @@
 """What a subspace of many tasks stores, and what the tasks lose: writes benchmarks/results/capacity.json.
 
-    make bench-capacity                                          two minutes: random adapters, the worst case
-    python benchmarks/capacity.py unrelated [--data FOLDER]      real tasks that have nothing in common, ten with --data
-    python benchmarks/capacity.py related --data FOLDER --tasks N    N tasks cut from one data set
-                                                                 two to four minutes a task on one core, once
+    make bench-capacity                                    two minutes: random adapters, the worst case
+    make bench-capacity BENCH="unrelated [--data FOLDER]"  real tasks that have nothing in common: the six of examples/,
+                                                           with --data ten; two to four minutes a task on one core, once
+    make bench-capacity BENCH="related --data FOLDER --tasks N"    N tasks cut from one data set
 
 `random`: adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall
 by a third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max:
@@ -77,7 +77,7 @@ def stream(adapters: dict[str, Adapter], beyond: str) -> dict[str, Any]:
     errors = [missing(reader, last, task, adapter) for task, adapter in adapters.items()]
     foot = reader.footprint(last)
     trained = sum(adapter.parameter_count for adapter in adapters.values())
-    alone = sum(truncated_alone(adapter, settings.energy_ratio_min) for adapter in adapters.values())
+    alone = sum(real_streams.truncated_alone(adapter, settings.energy_ratio_min) for adapter in adapters.values())
     return {
         "broken_promises": sum(share < settings.energy_ratio_min - 1e-6 for share in shares.values()),
         "error": {"median": statistics.median(errors), "worst": max(errors)},
@@ -98,16 +98,6 @@ def missing(reader: SubspaceReader, version: int, task: str, adapter: Adapter) -
     found = reader.adapter(task, version).modules
     missed = sum(float((found[n].delta() - u.delta()).square().sum()) for n, u in adapter.modules.items())
     return float((missed / sum(update.energy for update in adapter.modules.values())) ** 0.5)
-
-
-def truncated_alone(adapter: Adapter, energy_ratio_min: float) -> int:
-    """Numbers of the smallest truncation of every module that keeps the same promise."""
-    numbers = 0
-    for update in adapter.modules.values():
-        energy_R = update.sigma_R.double().square()
-        tail_R = energy_R.flip(0).cumsum(0).flip(0)
-        numbers += int((tail_R > (1 - energy_ratio_min) * energy_R.sum()).sum()) * sum(update.shape)
-    return numbers
 
 
 if __name__ == "__main__":

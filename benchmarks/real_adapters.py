@@ -79,7 +79,7 @@ def measure(
 def _rows(
     base: BaseModel, specs: Mapping[str, TaskSpec], adapters: Mapping[str, Adapter], kind: str
 ) -> Iterator[Figures]:
-    evaluation = {name: _read(specs[name], specs[name].data.eval_file, EVAL_ROWS) for name in adapters}
+    evaluation = {name: read(specs[name], specs[name].data.eval_file, EVAL_ROWS) for name in adapters}
 
     def accuracy(updates: Mapping[str, Mapping[str, ModuleUpdate]], with_update: bool = True) -> Figures:
         scores = {
@@ -177,12 +177,13 @@ def _train(base: BaseModel, spec: TaskSpec, seed: int, file: Path) -> None:
     started = time.perf_counter()
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": seed})})
     model = lora.prepare(base, spec)
-    fit(model, base, _read(spec, spec.data.train_file, TRAIN_ROWS), spec, Surroundings())
+    fit(model, base, read(spec, spec.data.train_file, TRAIN_ROWS), spec, Surroundings())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(adapter_to_bytes(lora.finish(model, base, spec)))
     print(f"  trained {file.parent.name}/{file.stem} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def _read(spec: TaskSpec, file: str | None, limit: int) -> tuple[Row, ...]:
+def read(spec: TaskSpec, file: str | None, limit: int) -> tuple[Row, ...]:
+    """The first rows of a task's file."""
     assert file is not None
     return read_rows(Path(file).read_bytes(), spec, file)[:limit]

@@ -1,4 +1,4 @@
-"""Part `real` of benchmarks/capacity.py: what `auto` keeps of real tasks, and what a subspace of them stores.
+"""Parts `unrelated` and `related` of capacity.py: what `auto` keeps of real tasks, and what a subspace of them stores.
 
 Each task is trained once per candidate, on its training rows without the validation rows; the adapters are kept in a
 folder outside the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_adapters import TRAIN_ROWS, read
 from benchmarks.real_adapters import tasks as text_tasks
 from configs.settings import SubspaceSettings, read_settings
 from configs.task_spec import TaskSpec, TrainingSpec, read_task_spec
@@ -23,12 +24,13 @@ from tests.subspace_store.builders import fresh_storage, merged
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
 from workers.methods import NOTHING, Method, auto, lora, share
-from workers.rows.task_data import Row, read_rows
+from workers.rows.task_data import Row
 from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS: Mapping[str, Method] = {"share": share, "lora": lora}
 TEST_ROWS = 500
+ALL_ROWS = 10**6
 TEXT_STEPS = 120
 """Steps of a text set's task: a minute or two on one core."""
 LABELS = 11
@@ -50,11 +52,11 @@ def unrelated(data: Path | None) -> Iterator[Case]:
     """The six tasks of examples/, and of the text sets those that this base model learns."""
     for path in sorted((ROOT / "examples/tasks").glob("*.yaml")):
         spec = read_task_spec(path)
-        yield Case(spec, _read(spec, spec.data.train_file), _read(spec, spec.data.eval_file)[:TEST_ROWS])
+        yield Case(spec, read(spec, spec.data.train_file, TRAIN_ROWS), read(spec, spec.data.eval_file, TEST_ROWS))
     for name in ("trec6", "ag_news", "sst2", "mrpc") if data else ():
         assert data is not None
         spec = _text_task(data, name)
-        yield Case(spec, _read(spec, spec.data.train_file), _read(spec, spec.data.eval_file)[:TEST_ROWS])
+        yield Case(spec, read(spec, spec.data.train_file, TRAIN_ROWS), read(spec, spec.data.eval_file, TEST_ROWS))
 
 
 def related(data: Path | None, count: int) -> Iterator[Case]:
@@ -62,7 +64,7 @@ def related(data: Path | None, count: int) -> Iterator[Case]:
     assert data is not None, "the related tasks are cut from BANKING77: give --data"
     whole = _text_task(data, "banking77")
     names = whole.data.label_names
-    train, test = _read(whole, whole.data.train_file), _read(whole, whole.data.eval_file)
+    train, test = (read(whole, file, ALL_ROWS) for file in (whole.data.train_file, whole.data.eval_file))
     for number in range(count):
         draw = random.Random(number)
         chosen = draw.sample(range(len(names)), LABELS)
@@ -84,7 +86,7 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
     """What is kept of each task, and what a subspace of all of them stores."""
     settings = read_settings(ROOT / "configs/local.yaml").base_model
     base = load_base_model(settings.model_copy(update={"device": "cpu"}))
-    rows, delivered, held = [], {}, {}
+    rows, delivered, held, trained = [], {}, {}, {}
     for case in cases:
         rest, validation = auto.set_aside(case.train)
         if why := auto.reason_not_to_race(case.spec, validation):
@@ -109,9 +111,38 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
             "score_alone": _score(base, alone.adapter, case),
         }
         rows.append(row)
-        delivered[case.spec.name], held[case.spec.name] = kept.adapter, case
+        delivered[case.spec.name], held[case.spec.name], trained[case.spec.name] = kept.adapter, case, found["lora"]
         say(json.dumps(row))
-    return {"tasks": rows} | _stored(base, rows, delivered, held)
+    return {"tasks": rows} | _stored(base, rows, delivered, held) | {"trained_apart": _apart(base, trained)}
+
+
+def _apart(base: BaseModel, trained: Mapping[str, Adapter]) -> Figures:
+    """Numbers of the LoRAs as they were trained, merged, over each truncated alone to the same promise."""
+    found = {}
+    for when in ("if-it-pays", "always"):
+        settings = SubspaceSettings.model_validate({"share": when})
+        alone = sum(truncated_alone(adapter, settings.energy_ratio_min) for adapter in trained.values())
+        store = _store(base, trained, settings)
+        found[when] = store.footprint(store.state.refs["candidate"]).total_numbers / alone
+    return found
+
+
+def truncated_alone(adapter: Adapter, energy_ratio_min: float) -> int:
+    """Numbers of the smallest truncation of every module that keeps the same promise."""
+    numbers = 0
+    for update in adapter.modules.values():
+        energy_R = update.sigma_R.double().square()
+        tail_R = energy_R.flip(0).cumsum(0).flip(0)
+        numbers += int((tail_R > (1 - energy_ratio_min) * energy_R.sum()).sum()) * sum(update.shape)
+    return numbers
+
+
+def _store(base: BaseModel, adapters: Mapping[str, Adapter], settings: SubspaceSettings) -> SubspaceStore:
+    """A store in memory into which the adapters were merged one by one."""
+    store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="benchmark")
+    for name, adapter in adapters.items():
+        merged(store, {name: adapter})
+    return store
 
 
 def _stored(
@@ -119,9 +150,7 @@ def _stored(
 ) -> Figures:
     """Merge what was kept, one by one under the default settings, and measure the last version."""
     settings = SubspaceSettings()
-    store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="benchmark")
-    for name, adapter in delivered.items():
-        merged(store, {name: adapter})
+    store = _store(base, delivered, settings)
     last = store.state.refs["candidate"]
     reader = SubspaceReader.open(store.storage, settings=settings, base_model=base.name)
     shares, points = {}, {}
@@ -177,8 +206,3 @@ def _cut(rows: tuple[Row, ...], labels: list[int]) -> tuple[Row, ...]:
     new = {old: place for place, old in enumerate(labels)}
     kept = [row for row in rows if row.label in new]  # type: ignore[union-attr]
     return tuple(type(row)(**{**vars(row), "label": new[row.label]}) for row in kept)  # type: ignore[union-attr]
-
-
-def _read(spec: TaskSpec, file: str | None) -> tuple[Row, ...]:
-    assert file is not None
-    return read_rows(Path(file).read_bytes(), spec, file)[:2000]
