@@ -369,6 +369,8 @@ def place_in_basis(
     # L·Rᵀ − P·E·(Q·F)ᵀ = L⊥·Rᵀ + P·E·R⊥ᵀ, orthogonal to each other: two sums of squares, so nothing cancels.
     left_NC, right_DC = factors.left_NC - p_NK @ block.e_KS, factors.right_DC - q_DK @ block.f_KS
     missed_T = kept_energy(left_NC, factors.right_DC, block.ranks) + kept_energy(block.e_KS, right_DC, block.ranks)
+    if not may_be_private:  # nothing is divided, and no frame is needed
+        return Placed(block.rounded(), {}, block.task_ids, block.delivered_T, missed_T)
     # [P, L⊥] and [Q, R⊥] span the basis and the updates.
     (fresh_NC, e_CS), (fresh_DC, f_CS) = torch.linalg.qr(left_NC), torch.linalg.qr(right_DC)
     frame = Frame(torch.cat([p_NK, fresh_NC], dim=1), torch.cat([q_DK, fresh_DC], dim=1))
