@@ -15,7 +15,7 @@ demo: $(READY)
 # machine can have (ministack, from PyPI). What is left out is said at the end.
 test: $(READY)
 	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
-	$(BIN)/pytest -m "acceptance and not kills"
+	$(BIN)/pytest -m "acceptance and not kills" --numprocesses 2 --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"

@@ -7,6 +7,8 @@ weights (`open`): the store then names, for ever, the base model that it belongs
 
 A restart runs the constructor again, which opens the subspace with the next epoch and fences what may be left of
 the previous process. Ray never repeats a call by itself: a caller that got no answer asks again with the same op_key.
+
+The store is imported in the actor's process alone: the process that asks needs no torch for it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -24,7 +26,9 @@ from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
 from subspace_store.requests import Answer, StoreRequest
 from subspace_store.storage.opening import open_storage
-from subspace_store.subspace_store import SubspaceStore
+
+if TYPE_CHECKING:
+    from subspace_store.subspace_store import SubspaceStore
 
 
 @ray.remote(concurrency_groups={"signs": 1})
@@ -77,6 +81,8 @@ class StoreActor:
         return self._store
 
     def _open(self, base_sha256: str) -> SubspaceStore:
+        from subspace_store.subspace_store import SubspaceStore
+
         return SubspaceStore.open(
             self._place,
             settings=self._subspace,

@@ -34,7 +34,9 @@ log = logging.getLogger("onebasis.mlflow")
 
 RETRY_SECONDS = 10.0
 LIVE_SECONDS = 10.0
-"""Interval at which the curves of running tasks are read."""
+"""Shortest interval at which the curves of running tasks are shown anew."""
+LIVE_SHARE = 0.05
+"""Largest share of its time that the mirror spends on curves that grow: with many tasks the interval becomes longer."""
 TASK_TAG = "onebasis.task_id"
 SUBSPACE_TAG = "onebasis.subspace"
 DONE_TAG = "onebasis.logged"
@@ -62,6 +64,12 @@ class Mirror:
         """Task id to what its run shows: with a thousand tasks, asking MLflow for each would take seconds."""
         self._drawn: dict[str, str] = {}
         """Task id to what its loss plot shows."""
+        self._counted: dict[str, tuple[float, int]] = {}
+        """Id of a running task to the time until which its curve is taken to be as long as it was, and that length."""
+        self._logged: dict[str, Points] = {}
+        """Id of a task that has not ended to the points that its run has: MLflow looks for each point that it has
+        already, one by one, and a curve would be sent as often as it grows."""
+        self._live_seconds = LIVE_SECONDS
         self._seen = 0
         """Number up to which the queue's changes are mirrored: see `TaskQueue.changes`."""
         self._look_at = math.inf
@@ -104,10 +112,10 @@ class Mirror:
 
     def sync(self) -> None:
         """Bring MLflow to what the queue and the log say now. Running it twice changes nothing."""
+        begun = time.monotonic()
         changed, following = self._queue.changes(self._seen)
         live = self._queue.in_flight()
         training = any(record.state is TaskState.TRAINING for record in live)
-        self._look_at = time.monotonic() + LIVE_SECONDS if training else math.inf
         records = {record.task_id: record for record in (*changed, *live)}
         for record in records.values():
             self._draw_loss(record)
@@ -122,6 +130,8 @@ class Mirror:
         elif len(state.published) > 1:
             self._unpoint_alias(self._settings.base_model.name)
         self._seen = following  # not before all is there: what failed is read again
+        self._live_seconds = max(LIVE_SECONDS, (time.monotonic() - begun) / LIVE_SHARE)
+        self._look_at = time.monotonic() + self._live_seconds if training else math.inf
 
     def _open(self) -> None:
         if self._client is not None:
@@ -149,6 +159,7 @@ class Mirror:
         self._client = None
         self._runs.clear()
         self._marks.clear()
+        self._logged.clear()
         self._seen = 0
 
     def _artifact_location(self) -> str | None:
@@ -201,15 +212,25 @@ class Mirror:
         if (plot := plot_file(self._settings.state_dir, record)).exists():
             self._log_plot(run, plot)
         tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
-        self._log_batch(run, metrics, tags=tags)
+        logged = self._logged.setdefault(record.task_id, {})
+        self._log_batch(run, {at: value for at, value in metrics.items() if logged.get(at) != value}, tags=tags)
+        logged |= metrics
         if record.state not in LIVE:
+            del self._logged[record.task_id]
             self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
         self._marks[record.task_id] = mark
 
     def _shown(self, record: TaskRecord) -> str:
-        """A text that changes with all that a task's run and plot show of its training."""
-        points = len(self._queue.curve(record.task_id)) if record.state is TaskState.TRAINING else ""
-        return f"{record.revision}:{points}"
+        """A text that changes with all that a task's run and plot show of its training; while it trains, now and
+        then."""
+        if record.state is not TaskState.TRAINING:
+            self._counted.pop(record.task_id, None)
+            return f"{record.revision}:"
+        until, count = self._counted.get(record.task_id, (0.0, 0))
+        if time.monotonic() >= until:
+            count = len(self._queue.curve(record.task_id))
+            self._counted[record.task_id] = (time.monotonic() + self._live_seconds, count)
+        return f"{record.revision}:{count}"
 
     def _draw_loss(self, record: TaskRecord) -> None:
         path, shown = plot_file(self._settings.state_dir, record), self._shown(record)

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from orchestrator.api.client import Client
+from orchestrator.api.requests import Answer, ListVersions, ServiceRequest, ShowTask, Status
 
 ROOT = Path(__file__).resolve().parents[2]
 ONEBASIS = str(Path(sys.executable).with_name("onebasis"))
@@ -38,6 +41,18 @@ class Site:
         assert done.returncode == 0, f"onebasis {' '.join(arguments)}\n{done.stdout}\n{done.stderr}\n{self.log()}"
         return json.loads(done.stdout)
 
+    def look(self, request: ServiceRequest[Answer]) -> Answer:
+        """Ask the service as a command would, from this process: to start Python takes longer than most answers."""
+        return Client(self.folder / ".onebasis").ask(request)
+
+    def status(self) -> dict[str, Any]:
+        """What `onebasis status` is told."""
+        return self.look(Status())
+
+    def task(self, title: str) -> dict[str, Any]:
+        """What `onebasis task` is told."""
+        return self.look(ShowTask(reference=title))
+
     def log(self) -> str:
         """The end of the control plane's log."""
         log = self.folder / ".onebasis/logs/control-plane.log"
@@ -48,12 +63,12 @@ class Site:
         until = time.monotonic() + seconds
         while not is_true():
             assert time.monotonic() < until, f"not within {seconds} s: {what}\n{self.ask('tasks')}\n{self.log()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def wait_for_state(self, title: str, *states: str, seconds: float = 180) -> dict[str, Any]:
         """Wait until a task is in one of the states; the task."""
-        self.wait(f"{title} to be {states}", lambda: self.ask("task", title)["state"] in states, seconds)
-        return dict(self.ask("task", title))
+        self.wait(f"{title} to be {states}", lambda: self.task(title)["state"] in states, seconds)
+        return self.task(title)
 
     def processes(self, title: str) -> list[int]:
         """Process ids below this site's Ray head whose title begins like this."""
@@ -124,20 +139,6 @@ def _title(pid: int) -> str:
         return ""
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """One running service for all tests that need only some."""
-    site = Site(tmp_path_factory.mktemp("site"))
-    settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
-    # A gate that lets small noisy tasks pass: these tests are about what survives, not about scores.
-    settings["gate"] = {"drop_max": 1.0, "merge_gap_max": 1.0}
-    settings["workers"]["heartbeat_seconds"] = 0.3
-    (site.folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    site.run("up", "--config", "settings.yaml")
-    yield site
-    site.run("down")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder needs a real service."""
     for item in items:
@@ -148,6 +149,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def merged_once(site: Site, *titles: str) -> bool:
     """Whether each title is in exactly one version of main."""
     added = [
-        title for version in site.ask("versions") if version["status"] == "published" for title in version["added"]
+        title for version in site.look(ListVersions()) if version["status"] == "published" for title in version["added"]
     ]
     return all(added.count(title) == 1 for title in titles)

@@ -92,7 +92,7 @@ class Matrix(Site):
             time.sleep(0.1)
 
     def is_well(self) -> bool:
-        answer = self.ask("status")
+        answer = self.status()
         return bool(answer["running"] and answer["workers_ready"] == 1 and not answer["alarms"])
 
 
@@ -165,7 +165,7 @@ def test_a_ray_that_stands_still_while_a_task_trains_is_told_of_and_the_task_goe
 ) -> None:
     title = f"payments/under-load-{part.replace(' ', '-').lower()}"
     service.run("submit", str(service.task_file(title.partition("/")[2], steps=200)))
-    service.wait("training", lambda: service.ask("task", title)["state"] == "training")
+    service.wait("training", lambda: service.task(title)["state"] == "training")
     os.kill(service.pid(part), STOP)
     said = service.alarm("ray-down")
     assert "is stopped" in said
@@ -193,7 +193,7 @@ def test_while_each_write_takes_seconds_nobody_waits_silently_and_the_task_is_pu
 
 def test_everything_killed_at_once_is_started_again_and_the_task_goes_on(service: Matrix) -> None:
     service.run("submit", str(service.task_file("everything", steps=30)))
-    service.wait("training", lambda: service.ask("task", "payments/everything")["state"] == "training")
+    service.wait("training", lambda: service.task("payments/everything")["state"] == "training")
     for process in [
         psutil.Process(service.pid("control plane")),
         psutil.Process(service.pid("Ray head")),
@@ -218,7 +218,7 @@ def test_what_is_trained_waits_for_a_store_that_takes_nothing(service: Matrix, m
         assert f"docs/trouble.md#{code}" in said
         assert code in service.say("up")  # it runs, and does not say that all is well
         time.sleep(3)
-        assert service.ask("task", f"payments/{name}")["attempt"] <= 1
+        assert service.task(f"payments/{name}")["attempt"] <= 1
     finally:
         service.proxy.mood = Mood.WELL
     task = service.wait_for_state(f"payments/{name}", "published")

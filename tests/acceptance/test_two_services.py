@@ -46,7 +46,7 @@ def test_a_store_has_one_service_until_another_takes_it_over(tmp_path: Path) -> 
 
         # The first finds out when it writes, and stops for good: it writes nothing and takes nothing back.
         assert "belongs to the service" in one.run("store", "tag", "gold", "1", expect=4)
-        one.wait("the first to stop", lambda: "has stopped" in str(one.ask("status")["alarms"]))
+        one.wait("the first to stop", lambda: "has stopped" in str(one.status()["alarms"]))
         assert "ALARM" in one.run("status")
         assert "belongs to the service" in one.run("submit", str(one.task_file("third")), expect=4)
         assert "belongs to the service" in one.run("up", expect=4)  # at once, and not after minutes

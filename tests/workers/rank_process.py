@@ -70,6 +70,7 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
         except Preempted:
             told = {"preempted": True}
         told["copied_kilobytes"] = sum(copied for file in mapped_weights(Path(source)).values() for _, copied in file)
+        told["imported_deepspeed"] = "deepspeed" in sys.modules
         told["losses"] = [[point.step, point.loss] for point in points]
         (folder / f"{name}-{index}.json").write_text(json.dumps(told))
 

@@ -151,6 +151,11 @@ def test_ranks_of_one_machine_share_the_pages_of_the_base_weights(name: str, gan
 
 
 @in_processes
+def test_a_process_imports_deepspeed_for_the_first_task_that_uses_it(gang: Path) -> None:
+    assert [told(gang, name)["imported_deepspeed"] for name in ANSWERS] == [False, True]
+
+
+@in_processes
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_a_preempted_gang_goes_on_bit_for_bit(name: str, gang: Path) -> None:
     first = told(gang, f"{name}-first", 1)

@@ -1,4 +1,4 @@
-"""Killing any process at any moment loses nothing that was acknowledged and merges nothing twice."""
+"""What is killed, preempted or ended at any moment goes on: nothing acknowledged is lost, nothing is merged twice."""
 
 from __future__ import annotations
 
@@ -6,11 +6,28 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.acceptance.conftest import ONEBASIS, Site, merged_once
+from orchestrator.api.requests import ListVersions
+from tests.acceptance.conftest import ONEBASIS, ROOT, Site, merged_once
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One running service for all of them."""
+    site = Site(tmp_path_factory.mktemp("site"))
+    settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    # A gate that lets small noisy tasks pass: these tests are about what survives, not about scores.
+    settings["gate"] = {"drop_max": 1.0, "merge_gap_max": 1.0}
+    settings["workers"]["heartbeat_seconds"] = 0.3
+    (site.folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    site.run("up", "--config", "settings.yaml")
+    yield site
+    site.run("down")
 
 
 def busiest(pids: list[int]) -> int:
@@ -27,7 +44,7 @@ def cpu_ticks(pid: int) -> int:
 
 def test_a_killed_control_plane_finds_its_running_training_again(site: Site) -> None:
     site.run("submit", str(site.task_file("found-again", steps=40)))
-    site.wait("a training step", lambda: site.ask("task", "payments/found-again")["progress"].get("step", 0) >= 2)
+    site.wait("a training step", lambda: site.task("payments/found-again")["progress"].get("step", 0) >= 2)
     workers = set(site.processes("ray::WorkerActor"))
     site.kill_control_plane()
     assert site.ask("task", "payments/found-again")["state"] == "training"  # read without a running service
@@ -59,13 +76,13 @@ def test_a_control_plane_killed_at_any_moment_merges_every_acknowledged_task_onc
         site.wait_for_state(title, "published")
     assert merged_once(site, *titles)
     for title in titles:  # and submitting once more is still the same task
-        before = site.ask("task", title)["task_id"]
+        before = site.task(title)["task_id"]
         assert site.ask("submit", f"{title.partition('/')[2]}.yaml")["task_id"] == before
 
 
 def test_a_killed_worker_costs_an_attempt_and_nothing_else(site: Site) -> None:
     site.run("submit", str(site.task_file("worker-dies", steps=60)))
-    site.wait("a training step", lambda: site.ask("task", "payments/worker-dies")["progress"].get("step", 0) >= 2)
+    site.wait("a training step", lambda: site.task("payments/worker-dies")["progress"].get("step", 0) >= 2)
     os.kill(busiest(site.processes("ray::WorkerActor")), signal.SIGKILL)
 
     task = site.wait_for_state("payments/worker-dies", "published")
@@ -73,15 +90,15 @@ def test_a_killed_worker_costs_an_attempt_and_nothing_else(site: Site) -> None:
     assert task["training"]["lost_machines"] == 1
     assert task["training"]["own_bugs"] == 0
     assert merged_once(site, "payments/worker-dies")
-    site.wait("both workers to be warm again", lambda: site.ask("status")["workers_ready"] == 2)
+    site.wait("both workers to be warm again", lambda: site.status()["workers_ready"] == 2)
 
 
 def test_a_free_worker_that_dies_is_noticed_and_replaced(site: Site) -> None:
-    site.wait("both workers to be free", lambda: list(site.ask("status")["workers"].values()) == ["free", "free"])
+    site.wait("both workers to be free", lambda: list(site.status()["workers"].values()) == ["free", "free"])
     before = site.processes("ray::WorkerActor")
     os.kill(before[0], signal.SIGKILL)
-    site.wait("it to be noticed", lambda: site.ask("status")["workers_ready"] == 1, 15)
-    site.wait("it to be warm again", lambda: site.ask("status")["workers_ready"] == 2)
+    site.wait("it to be noticed", lambda: site.status()["workers_ready"] == 1, 15)
+    site.wait("it to be warm again", lambda: site.status()["workers_ready"] == 2)
     assert before[0] not in site.processes("ray::WorkerActor")
 
 
@@ -98,15 +115,53 @@ def test_a_store_killed_while_tasks_are_merged_comes_back_and_merges_them_once(s
         task = site.wait_for_state(title, "published")
         assert task["training"]["own_bugs"] == task["training"]["lost_machines"] == 0
     assert merged_once(site, *titles)
-    assert site.ask("status")["main"] == site.ask("status")["candidate"]
+    assert site.status()["main"] == site.status()["candidate"]
 
 
 def test_cancelling_a_running_task_stops_it_and_frees_its_worker(site: Site) -> None:
     site.run("submit", str(site.task_file("unwanted", steps=2000)))
-    site.wait("a training step", lambda: site.ask("task", "payments/unwanted")["progress"].get("step", 0) >= 2)
+    site.wait("a training step", lambda: site.task("payments/unwanted")["progress"].get("step", 0) >= 2)
     site.run("cancel", "payments/unwanted")
     assert site.wait_for_state("payments/unwanted", "cancelled", seconds=20)["version"] is None
-    site.wait("its worker to be free", lambda: set(site.ask("status")["workers"].values()) == {"free"}, 20)
+    site.wait("its worker to be free", lambda: set(site.status()["workers"].values()) == {"free"}, 20)
+
+
+def steps_done(site: Site, title: str, state: str) -> int:
+    task = site.task(title)
+    return int(task["progress"].get("step", 0)) if task["state"] == state else 0
+
+
+def test_a_preempted_task_goes_on_from_its_checkpoint(site: Site) -> None:
+    title = "payments/gives-way"
+    site.run("submit", str(site.task_file("gives-way", steps=60)))
+    site.wait("training steps", lambda: steps_done(site, title, "training") >= 5)
+    assert site.ask("preempt", title)["state"] in ("training", "queued")
+
+    task = site.wait_for_state(title, "published")
+    told = task["training"]
+    assert (told["preemptions"], told["lost_machines"], told["own_bugs"], task["attempt"]) == (1, 0, 0, 2)
+    assert told["steps"] == 60
+    assert told["resumed_from"] >= 5
+
+
+def test_a_service_that_ends_while_it_refines_goes_on_with_the_refinement(site: Site) -> None:
+    title = "payments/refined"
+    site.run("submit", str(site.task_file("refined", steps=10, method={"refine_epochs": 15})))
+    site.wait("refinement steps", lambda: steps_done(site, title, "refining") >= 2)
+    site.run("down")
+    task = site.ask("task", title)  # read without a running service
+    assert (task["state"], task["worker"], task["training"]["preemptions"]) == ("refining", "", 1)
+    site.run("up", "--config", "settings.yaml")
+
+    task = site.wait_for_state(title, "published")
+    assert task["training"]["unrefined"] == ""
+    assert task["training"]["refined_seconds"] > 0
+    versions = {version["version"]: version for version in site.look(ListVersions())}
+    refined = versions[task["version"]]
+    assert (refined["added"], refined["refined"]) == ([], [title])
+    assert title in versions[refined["parent"]]["added"]
+    assert any("went on from step" in event["text"] for event in task["events"] if event["kind"] == "TrainingDone")
+    site.run("store", "verify", "--deep")
 
 
 def test_two_ups_at_once_start_one_cluster_and_down_ends_it(tmp_path: Path) -> None:
