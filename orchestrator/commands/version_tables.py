@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.measure import Measurement
 from rich.table import Table
 
 from orchestrator.commands.display import Json, coloured, score_text, size_text
 from subspace_store.commands.terminal import console, counted, decimals, shown
+
+WIDE = 100_000
+"""Characters of a terminal on which everything fits."""
 
 
 def versions(answer: Sequence[Json]) -> None:
@@ -102,6 +106,28 @@ def scores(answer: Json) -> None:
     if not answer["versions"]:
         console.print("no scores yet: main is empty")
         return
+    across = _across(answer)
+    fits = Measurement.get(console, console.options.update(max_width=WIDE), across).maximum <= console.width
+    table = across if fits else _down(answer)
+    console.print(table)
+    carried = any(
+        cell["measured_at"] not in (None, number)
+        for number, row in zip(answer["versions"], answer["matrix"], strict=True)
+        for cell in row
+    )
+    mark = " · ' carried over, the task hardly moved" if carried else ""
+    console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
+    if full := [column["title"] for column in answer["tasks"] if column["share_full"]]:
+        console.print(
+            f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
+        )
+    console.print()
+    _print_figures(answer["by_version"][-1])
+    _print_footprint(answer["footprint"])
+
+
+def _across(answer: Json) -> Table:
+    """The matrix: a row for each version, a column for each task."""
     table = Table(
         box=None, pad_edge=False, title=f"Score of each task under each version of main (v{answer['version']})"
     )
@@ -118,21 +144,25 @@ def scores(answer: Json) -> None:
         ]
         table.add_row(f"version {number}", *cells)
     table.add_row("[dim]rows[/dim]", *(f"[dim]{column['rows'] or '–'}[/dim]" for column in answer["tasks"]))
-    console.print(table)
-    carried = any(
-        cell["measured_at"] not in (None, number)
-        for number, row in zip(answer["versions"], answer["matrix"], strict=True)
-        for cell in row
-    )
-    mark = " · ' carried over, the task hardly moved" if carried else ""
-    console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
-    if full := [column["title"] for column in answer["tasks"] if column["share_full"]]:
-        console.print(
-            f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
-        )
-    console.print()
-    _print_figures(answer["by_version"][-1])
-    _print_footprint(answer["footprint"])
+    return table
+
+
+def _down(answer: Json) -> Table:
+    """A row for each task, where a column for each would be too narrow to read."""
+    table = Table(box=None, pad_edge=False, title=f"Score of each task under main (v{answer['version']})")
+    for name in ("task", "rows", "base", "own adapter", "born in", "at birth", "now", "change"):
+        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=name != "task")
+    rows = dict(zip(answer["versions"], answer["matrix"], strict=True))
+    for place, column in enumerate(answer["tasks"]):
+        born, now = rows[column["birth"]][place], rows[answer["version"]][place]
+        known = born["score"] is not None and now["score"] is not None
+        table.add_row(
+            shown(column["title"]), str(column["rows"] or "–"), score_text(column["base"]), score_text(column["local"]),
+            f"version {column['birth']}", score_text(born["score"]), _cell(now, answer["version"]),
+            decimals(now["score"] - born["score"], sign=True) if known else "–",
+        )  # fmt: skip
+    table.caption = "the score under each version: `onebasis scores --json`, or scores.png in the state folder"
+    return table
 
 
 def capacity(answer: Json) -> None:

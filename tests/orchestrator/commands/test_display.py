@@ -235,3 +235,30 @@ def test_the_capacity_tells_which_tasks_have_private_parts_and_counts_them_in_th
     assert "2.00× smaller with the basis" in text
     assert "in the store 123.00 KB" in text
     assert "\x1b]0;" not in text
+
+
+def test_with_more_tasks_than_columns_fit_each_task_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = [
+        {"title": f"team/task-{n}", "birth": 1, "rows": 100 + n, "base": 0.25, "local": 0.75, "share_full": False}
+        for n in range(45)
+    ]
+    matrix = [[{"score": 0.5 + n / 1000, "measured_at": 1} for n in range(45)] for _ in range(2)]
+    matrix[1][44] = {"score": 0.25, "measured_at": 2}
+    figures = {key: {"value": None} for key in ("average_accuracy", "backward_transfer", "forgetting", "merge_gap")}
+    footprint = dict.fromkeys(("basis", "coefficient", "private", "head", "separate"), 0)
+    answer = {
+        "version": 2,
+        "versions": [1, 2],
+        "tasks": tasks,
+        "matrix": matrix,
+        "by_version": [figures],
+        "footprint": {f"{name}_numbers": value for name, value in footprint.items()} | {"stored_bytes": 0},
+    }
+    version_tables.scores(answer)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("team/")}
+    assert len(rows) == 45
+    assert rows["team/task-7"] == ["107", "0.2500", "0.7500", "version", "1", "0.5070", "0.5070'", "+0.0000"]
+    assert rows["team/task-44"] == ["144", "0.2500", "0.7500", "version", "1", "0.5440", "0.2500", "-0.2940"]
+    version_tables.scores(answer | {"tasks": tasks[:3], "matrix": [row[:3] for row in matrix]})
+    assert re.search("version 2 +0.5000' +0.5010' +0.5020'", capsys.readouterr().out)
