@@ -196,7 +196,10 @@ def _score(base: BaseModel, adapter: Adapter, case: Case) -> float:
 
 
 def _text_task(data: Path, name: str) -> TaskSpec:
-    spec = next(spec for key, spec in text_tasks(data).items() if key == name)
+    known = text_tasks(data)
+    if name not in known:
+        raise SystemExit(f"{data} has no folder {name} with meta.json: name the folder of the text sets")
+    spec = known[name]
     training = TrainingSpec(learning_rate=0.003, max_steps=TEXT_STEPS, per_device_train_batch_size=16, warmup_steps=0.1)
     return spec.model_copy(update={"training": training})
 

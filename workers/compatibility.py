@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.formats.peft import TRAINED_ON, TRAINED_ON_SHA256, UNKNOWN_SETTINGS
+from subspace_store.formats.peft import TARGETS, TRAINED_ON, TRAINED_ON_SHA256, UNKNOWN_SETTINGS
+from subspace_store.formats.peft_config import adapted
 from workers.heads import HeadLayout
 from workers.metrics import GENERATED
 
@@ -148,6 +149,23 @@ def not_understood(adapter: Adapter) -> str:
     )
 
 
+def incomplete(adapter: Adapter, shapes: Shapes) -> str:
+    """A warning if the base model has modules that an adapter's settings name and its file has no tensors for.
+
+    Args:
+        adapter: With full names.
+    """
+    settings = json.loads(adapter.info.get(TARGETS, "{}"))
+    absent = [name for name in adapted(settings, shapes, "adapter") if name not in adapter.modules]
+    if not absent:
+        return ""
+    count = len(absent) + len(adapter.modules)
+    return (
+        f"target_modules names {count} modules of the base model, and the file has no tensors for {len(absent)} of "
+        f"them, '{absent[0]}' among them: these stay as the base model has them; if they were trained, save it again"
+    )
+
+
 def without_effect(adapter: Adapter) -> str:
     """A warning if an adapter's update is zero in every module; else empty."""
     if any(update.energy for update in adapter.modules.values()):
@@ -156,10 +174,17 @@ def without_effect(adapter: Adapter) -> str:
     return what + ("; its head alone is its own" if adapter.head else "")
 
 
+_NAMES_NOTHING = re.compile(
+    r"\.+|(base[-_]?)?model|(last[-_])?checkpoint([-_]?\d+)?|final|main|latest|output|\d+", re.I
+)
+"""Folders in which any model may lie."""
+
+
 def _last_part(name: str) -> str:
     """The model's own name in a hub id, a path, or a path inside a hub's cache."""
     cached = re.search(r"models--[^/]*--([^/]+)/", name)
-    return cached[1] if cached else name.rstrip("/").rpartition("/")[2]
+    parts = [part for part in name.split("/") if part and not _NAMES_NOTHING.fullmatch(part)]
+    return cached[1] if cached else parts[-1] if parts else ""
 
 
 def _plain(name: str) -> str:

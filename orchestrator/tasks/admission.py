@@ -31,6 +31,7 @@ from workers.compatibility import (
     check_lengths,
     check_template,
     chosen_modules,
+    incomplete,
     not_understood,
     trained_elsewhere,
     with_full_names,
@@ -143,6 +144,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         doubts = (
             trained_elsewhere(named, called),
             not_understood(named),
+            incomplete(named, layout.module_shapes),
             without_effect(named),
             doubtful_labels(named, spec, layout.heads[spec.kind]),
         )

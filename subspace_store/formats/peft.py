@@ -24,6 +24,7 @@ from configs.places import OpenFile, open_anywhere
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
 from subspace_store.formats.peft_config import (
     CLASSIFIER_HEADS,
+    TARGET_SETTINGS,
     LeftOut,
     Names,
     Scaling,
@@ -45,6 +46,9 @@ ID2LABEL, BASE_SHA256 = "id2label", "base_model_sha256"
 """Keys in the header of the weights that we write: the label of each output, the sha256 of the base's weights."""
 UNKNOWN_SETTINGS = "unknown_settings"
 """Key of `Adapter.info`: the settings of the adapter's folder that nobody here knows, as a JSON list."""
+TARGETS = "targets"
+"""Key of `Adapter.info`: the settings that say which modules are adapted, as a JSON object, where they do not list
+exactly those that have tensors."""
 TRAINED_ON, TRAINED_ON_SHA256 = "trained_on", "trained_on_sha256"
 """Keys of `Adapter.info`: the base model as the adapter's folder names it (base_model_name_or_path), and its digest."""
 
@@ -195,11 +199,18 @@ def from_peft(
     }
     if config.get("base_model_name_or_path"):
         facts[TRAINED_ON] = str(config["base_model_name_or_path"])
+    if names.targets != {*pairs}:
+        facts[TARGETS] = json.dumps({key: _listed(config[key]) for key in TARGET_SETTINGS if config.get(key)})
     if unknown := unknown_settings(config):
         facts[UNKNOWN_SETTINGS] = json.dumps(unknown)
     adapter = Adapter(base_model, base_sha256, modules, dict(sorted(head.items())), facts | dict(info or {}))
     check_adapter(adapter)
     return adapter
+
+
+def _listed(value: Any) -> Any:
+    """As JSON has it: a PEFT configuration in memory has sets."""
+    return sorted(value) if isinstance(value, set | tuple) else value
 
 
 def to_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:

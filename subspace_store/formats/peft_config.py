@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ _KNOWN = frozenset(_PLAIN_VALUES) | frozenset(
     ]
 )
 """Every key whose meaning is known here: PEFT's own up to 0.21, and one of Unsloth's that changes nothing."""
+TARGET_SETTINGS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Settings by which PEFT chooses the modules that it adapts."""
 _TRUTHS = ("use_rslora", "fan_in_fan_out")
 _TEXTS = ("task_type", "base_model_name_or_path")
 _ONE_MEANING_ONLY = ("[[", "[:")  # RE2 reads character classes, Python (and so PEFT) plain brackets
@@ -152,6 +154,20 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 def unknown_settings(config: Mapping[str, Any]) -> list[str]:
     """Keys with a value that nobody here knows: a newer PEFT, or another program, may mean something by them."""
     return sorted(str(key) for key, value in config.items() if key not in _KNOWN and value)
+
+
+def adapted(settings: Mapping[str, Any], names: Iterable[str], where: str) -> list[str]:
+    """The modules of a model that PEFT adapts by these settings; none where only PEFT can tell (`all-linear`).
+
+    Args:
+        settings: Those of `TARGET_SETTINGS`.
+        names: All modules of the model that could be adapted.
+    """
+    targets, left_out = settings.get("target_modules"), LeftOut(settings, where)
+    if not isinstance(targets, list):
+        return []
+    listed = {*targets}
+    return [name for name in names if listed & {*ends_of(name)} and not left_out.rule_for(name)]
 
 
 class LeftOut:

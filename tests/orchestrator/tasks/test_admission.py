@@ -478,11 +478,28 @@ def test_an_import_that_was_trained_on_another_base_model_of_the_same_shapes_is_
 
     for same in ("", "tiny-source", "other/tiny_source/", "/cache/models--org--tiny-source/snapshots/0a1b2c"):
         assert warnings(same) == ()
+    # A folder's name that any model may have says nothing: the one above it counts.
+    (told,) = warnings("/models/tiny-other/model", called=("package:tiny_source/model",))
+    assert told.startswith("the adapter was trained on '/models/tiny-other/model'")
+    assert warnings("/data/tiny-source/checkpoint-500") == ()
     (said,) = warnings("org/tiny-other")
     assert said.startswith("the adapter was trained on 'org/tiny-other', and this service's base model is 'org/Tiny-So")
     assert warnings("org/tiny-other", LAYOUT.sha256) == ()  # the weights are the same, whatever they are called
     (said,) = warnings("tiny-source", "cd" * 32)
     assert "base weights with sha256 cdcdcdcdcdcdcdcd…, and this service's are abababababababab…" in said
+
+
+def test_an_import_that_lacks_a_module_which_it_names_is_taken_with_a_warning(desk: Desk) -> None:
+    layout = replace(LAYOUT, module_shapes=dict(LAYOUT.module_shapes) | {"layer.1.query": (12, 10)})
+
+    def warnings(**settings: Any) -> tuple[str, ...]:
+        desk.peft(lambda config, tensors: config.update({"target_modules": ["query", "value"]} | settings))
+        return check_submission(check_document(desk.imported(), TaskSpec, "task"), desk.settings, layout).warnings
+
+    (said,) = warnings()
+    assert "names 3 modules of the base model, and the file has no tensors for 1 of them, 'layer.1.query'" in said
+    assert warnings(exclude_modules=["layer.1.query"]) == ()
+    assert warnings(target_modules=["layer.0.query", "layer.0.value"]) == ()
 
 
 def test_an_expensive_pattern_in_an_import_holds_nothing_up(desk: Desk) -> None:
