@@ -86,7 +86,11 @@ def exchange(
         raise _no_sign(url) from error
     except (OSError, HTTPException) as error:
         what = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise Unavailable(f"the service did not answer: {what}", url, "see the log in the state folder") from error
+        raise Unavailable(
+            f"the service did not answer: {what}",
+            url,
+            "`onebasis status` shows whether it runs, `onebasis up` starts it",
+        ) from error
     finally:
         connection.close()
 

@@ -179,8 +179,11 @@ class Service:
         place = self._places().get(record.task_id) if record.state is TaskState.QUEUED else None
         starts = self._starts() if place is not None else None
         plot, result = plot_file(self._settings.state_dir, record), self._result(record)
+        scores, problem = self._main_scores([record])
         return {
             **self._summary(record, place, starts),
+            "main_score": scores.get(record.task_id),
+            "main_score_problem": problem,
             "why": why(record, self._surroundings(record, place, starts)),
             "result": result,
             "alarms": [alarm.as_dict() for alarm in self._alarms] if record.state in LIVE else [],
@@ -429,6 +432,9 @@ class Service:
 
     def _write(self, request: StoreRequest[Answer]) -> Answer:
         """Make a writing call. A request whose outcome is unknown is kept, and shown, until the log has the answer."""
+        if self._cluster is not None and self._alarms.rings(AlarmCode.RAY_DOWN):
+            what = "Ray does not work, so the store's writer cannot be reached: nothing was written"
+            raise NotWritten(what, todo="`onebasis up` starts it again; then repeat this")
         try:
             with noted(Path(self._settings.state_dir), request), request.told_with_its_key():
                 answer = self._write_once(request)

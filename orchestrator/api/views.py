@@ -118,6 +118,7 @@ def version_summary(state: SubspaceState, version: Version) -> Json:
         "parent": version.parent,
         "status": status,
         "refs": names,
+        "tags": sorted(name for name, number in state.tags.items() if number == version.number),
         "reason": state.rejected.get(version.number, ""),
         "created_at": version.created_at,
         "added": [task.name for task in version.added],

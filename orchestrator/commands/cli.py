@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import InvalidInput
+from configs.errors import InvalidInput, NotFound
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -48,12 +48,14 @@ from subspace_store.commands.terminal import (
     OpKey,
     StateDir,
     command_of,
+    counted,
     me,
     new_app,
     note,
     show,
     telling,
 )
+from subspace_store.log.version import CANDIDATE, MAIN
 from subspace_store.requests import Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
@@ -65,7 +67,8 @@ starting_command = command_of(app, "interrupted; `onebasis status` shows what ru
 ending_command = command_of(app, "interrupted; `onebasis status` shows what still runs, `onebasis down` ends it")
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
-AtVersion = Annotated[int | None, typer.Option("--version", metavar="V", help="Default: what `main` holds.")]
+VERSION = "Number, tag or branch; `onebasis versions` lists them."
+AtVersion = Annotated[str, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
@@ -159,7 +162,7 @@ def import_(
     """Submit a PEFT adapter that was trained elsewhere as a task."""
     data = {
         "eval_file": str(eval_file.resolve()) if eval_file else None,
-        "label_names": [label for label in label_names.split(",") if label],
+        "label_names": [label.strip() for label in label_names.split(",")] if label_names else [],
         "text_column": text_column,
         "text_pair_column": text_pair_column,
         "label_column": label_column,
@@ -203,7 +206,8 @@ def tasks(
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
     if len(rows) == limit:
-        note(f"the newest {limit} tasks; `--before {rows[0]['task_id']}` lists older ones, `--limit` more at once")
+        newest = f"the newest {counted(limit, 'task')}"
+        note(f"{newest}; `--before {rows[0]['task_id']}` lists older ones, `--limit` more at once")
 
 
 @command
@@ -266,28 +270,31 @@ def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 
 @command
 def version(
-    number: Annotated[int, typer.Argument(metavar="V", help="Version; `onebasis versions` lists them.")],
+    number: Annotated[str, typer.Argument(metavar="V", help=VERSION)],
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show one version: its tasks with scores and drift, ranks, what is stored."""
-    show(Client(state_dir).ask(ShowVersion(version=number)), version_tables.version, as_json)
+    client = Client(state_dir)
+    show(client.ask(ShowVersion(version=_version(client, number))), version_tables.version, as_json)
 
 
 @command
 def diff(
-    old: Annotated[int, typer.Argument(metavar="V", help="The version before; 0 is empty.")],
-    new: Annotated[int, typer.Argument(metavar="W", help="The version after.")],
+    old: Annotated[str, typer.Argument(metavar="V", help=f"The version before; 0 is empty. {VERSION}")],
+    new: Annotated[str, typer.Argument(metavar="W", help="The version after.")],
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show what changed between two versions."""
-    show(Client(state_dir).ask(Diff(old=old, new=new)), version_tables.diff, as_json)
+    client = Client(state_dir)
+    asked = Diff(old=_version(client, old), new=_version(client, new))
+    show(client.ask(asked), version_tables.diff, as_json)
 
 
 @command
 def rollback(
-    number: Annotated[int, typer.Argument(metavar="V", help="Version to move `main` to; 0: the empty one.")],
+    number: Annotated[str, typer.Argument(metavar="V", help=f"Version to move `main` to; 0: the empty one. {VERSION}")],
     preview: Annotated[bool, typer.Option("--preview", help="Only show which tasks vanish or return.")] = False,
     reason: Annotated[str, typer.Option(help="Reason, kept in the version log.")] = "",
     hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
@@ -297,10 +304,11 @@ def rollback(
 ) -> None:
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
     client = Client(state_dir)
+    to = _version(client, number)
     if preview:
-        answer = client.ask(PreviewRollback(version=number))
+        answer = client.ask(PreviewRollback(version=to))
     else:
-        answer = client.ask(Rollback(version=number, reason=reason, hold=hold, op_key=op_key, actor=me()))
+        answer = client.ask(Rollback(version=to, reason=reason, hold=hold, op_key=op_key, actor=me()))
     show(answer, version_tables.rollback, as_json)
 
 
@@ -310,14 +318,15 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
     ],
-    number: AtVersion = None,
+    number: AtVersion = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
-    packed = Client(state_dir).ask(Export(reference=reference, version=number))
+    client = Client(state_dir)
+    packed = client.ask(Export(reference=reference, version=_version_or_main(client, number)))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -336,22 +345,24 @@ def export(
 
 @command
 def scores(
-    number: AtVersion = None,
+    number: AtVersion = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
-    show(Client(state_dir).ask(ShowScores(version=number)), version_tables.scores, as_json)
+    client = Client(state_dir)
+    show(client.ask(ShowScores(version=_version_or_main(client, number))), version_tables.scores, as_json)
 
 
 @command
 def capacity(
-    number: AtVersion = None,
+    number: AtVersion = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show what the tasks store, shared and each for itself, against separate adapters."""
-    show(Client(state_dir).ask(ShowCapacity(version=number)), version_tables.capacity, as_json)
+    client = Client(state_dir)
+    show(client.ask(ShowCapacity(version=_version_or_main(client, number))), version_tables.capacity, as_json)
 
 
 @app.command("store", context_settings=RAW, add_help_option=False)
@@ -368,6 +379,22 @@ def store(context: typer.Context) -> None:
         store_cli.app(context.args, prog_name="onebasis store")
     finally:
         store_cli.SERVICE.reset(token)
+
+
+def _version_or_main(client: Client, name: str) -> int | None:
+    return _version(client, name) if name else None
+
+
+def _version(client: Client, name: str) -> int:
+    """The version that a number, a tag or a branch names now."""
+    if name.isdecimal():
+        return int(name)
+    for row in client.ask(ListVersions()):
+        if name in (*row["refs"], *row["tags"]):
+            return int(row["version"])
+    if name in (MAIN, CANDIDATE):  # no version has it: it is the empty one
+        return 0
+    raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 
 def _state(name: str | None) -> TaskState | None:

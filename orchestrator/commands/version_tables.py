@@ -24,6 +24,7 @@ def versions(answer: Sequence[Json]) -> None:
         table.add_column(name, justify="left" if name in ("status", "added") else "right", no_wrap=name != "added")
     for row in answer:
         refs = [f"← {name}" for name in row["refs"] if name == "main" or "main" not in row["refs"]]
+        refs += [f"({shown(tag)})" for tag in row["tags"]]
         brought = shown(", ".join([*row["added"], *(f"{name} refined" for name in row["refined"])]))
         table.add_row(
             str(row["version"]), str(row["parent"]), " ".join([coloured(row["status"]), *refs]),

@@ -209,6 +209,8 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return record
         case PreemptRequested() if next_step(record) is Step.AWAIT_ADAPTER:
             return _with(record, preempt_requested=True)
+        case PreemptRequested():
+            raise Conflict(f"is {state} and uses no worker that could be taken from it", record.title)
     raise Conflict(
         f"'{type(event).__name__}' cannot happen to a task that is {state}", record.title, "read the task again"
     )

@@ -299,7 +299,8 @@ def remove(
     state, task_id = reader.state, task_id_of(reader, task)
     candidate = state.refs[CANDIDATE]
     held = state.tasks_at(candidate)
-    if op_key not in state.op_keys:
+    repeated = op_key in state.op_keys
+    if not repeated:
         if task_id not in held:
             raise NotFound(f"the candidate, version {candidate}, does not hold {task}", place.storage.url)
         if not yes:
@@ -329,8 +330,17 @@ def remove(
     number = after.op_keys[op_key]
     remade = [v for v in after.lineage(number) if task_id in v.removed]
     approximate = [task for version in remade for task in version.approximate]
-    answer = {"task_id": task_id, "version": number, "approximate": approximate, "removed": True, "op_key": op_key}
+    answer = {
+        "task_id": task_id,
+        "version": number,
+        "approximate": approximate,
+        "removed": not repeated,
+        "repeated": repeated,
+        "op_key": op_key,
+    }
     text = f"version {number} is as if {task} had never been merged"
+    if repeated:
+        text = f"this was done before under {op_key!r} (version {number}), and nothing was changed now"
     if approximate:
         text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
     show(answer, lambda _: note(text), as_json)

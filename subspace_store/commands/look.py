@@ -33,6 +33,9 @@ from subspace_store.commands.terminal import (
 )
 from subspace_store.log.version import CANDIDATE, MAIN
 
+NAMED = 5
+"""Most tasks that a line names."""
+
 
 @command
 def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
@@ -192,6 +195,7 @@ def export(
         reasons = [(loader, why) for one in found if one.format == "peft" for loader, why in one.refused_by.items()]
         for loader, why in dict.fromkeys(reason for reason in reasons if reason[0] != "diffusers"):
             refused = [one.task for one in found if one.refused_by.get(loader) == why]
-            note(f"not for {loader}: {', '.join(refused)}: {why}")
+            some = ", ".join(refused[:NAMED]) + (f" and {len(refused) - NAMED} more" if len(refused) > NAMED else "")
+            note(f"not for {loader}: {some} ({why})")
 
     show([one.as_facts() for one in found], as_text, as_json)

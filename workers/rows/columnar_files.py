@@ -71,8 +71,15 @@ def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[
             check_unpacked(sum(chunk.total_uncompressed_size for chunk in chunks), size, str(path))
             batches = file.iter_batches(_rows_at_once(opened, chunks), columns=names)
             yield from _rows(batches, file.schema_arrow, str(path))
-    except (pa.ArrowException, ValueError, IndexError) as error:
+    except (pa.ArrowException, ValueError, IndexError, OSError) as error:
+        _raise_of_the_system(error)
         raise InvalidInput(f"is not a readable parquet file: {error}", str(path), "write it again") from error
+
+
+def _raise_of_the_system(error: Exception) -> None:
+    """Raise what the operating system said. pyarrow's own OSError, of a page that cannot be unpacked, has no number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def _check_footer(file: BinaryIO, path: str) -> None:
@@ -151,7 +158,8 @@ def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[t
                     batch.validate(full=True)  # wrong lengths would lead out of the batch
                     yield from _rows([batch.select(list(columns.values()))], stream.schema, str(path), first)
                     first += batch.num_rows
-        except (pa.ArrowException, ValueError, struct.error) as error:
+        except (pa.ArrowException, ValueError, struct.error, OSError) as error:
+            _raise_of_the_system(error)
             raise InvalidInput(f"is not a readable Arrow file: {error}", where, "save it again") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import NoSignOfLife, Unavailable
+from configs.errors import NoSignOfLife, NotWritten, Unavailable
 from orchestrator.alarms import AlarmCode
 from orchestrator.api import exchange, service
 from orchestrator.api.client import Client
@@ -25,6 +25,7 @@ from orchestrator.api.requests import Health, ListTasks, Status
 from orchestrator.signs_of_life import Life, life_of
 from subspace_store.commands import terminal
 from subspace_store.commands.terminal import telling
+from subspace_store.requests import Hold, Rollback
 from tests.orchestrator.site import Site
 
 
@@ -80,6 +81,21 @@ def test_an_answer_that_takes_long_is_waited_for_and_the_alarms_are_told(
     assert [row["title"] for row in answer] == ["red/alpha", "blue/beta"]
     assert "it is alive" in said[0]
     assert said[1].startswith("ALARM ray-down: its raylet (pid 7) is gone → `onebasis up` starts it again")
+
+
+@pytest.mark.changes
+def test_what_is_to_be_written_while_ray_is_down_is_refused_at_once_and_is_not_in_doubt(site: Site) -> None:
+    alarms, seq = site.plant.controller.alarms, site.plant.state.seq
+    alarms.ring(AlarmCode.RAY_DOWN, "Ray", "its raylet (pid 7) is gone")
+    for request in (Hold(reason="why"), Rollback(version=1)):
+        with pytest.raises(NotWritten, match="Ray does not work"):
+            site.client.ask(request)
+    alarms.end(AlarmCode.RAY_DOWN, "Ray")
+    assert site.client.ask(Status())["alarms"] == []
+    assert site.client.ask(Status())["in_doubt"] == []
+    assert site.plant.state.seq == seq
+    site.client.ask(Hold(reason="why"))
+    assert site.plant.state.seq == seq + 1
 
 
 @pytest.mark.changes

@@ -182,7 +182,8 @@ def test_no_character_of_somebody_else_moves_a_terminals_cursor(
     }  # fmt: skip
     version = {
         "version": 1, "parent": 0, "status": "rejected", "refs": [], "reason": EVIL, "added": [EVIL], "refined": [EVIL],
-        "remakes": 1, "removed": [EVIL], "task_count": 1, "rank_max": 1, "bytes_written": 1, "merge_seconds": 0.1,
+        "tags": [EVIL], "remakes": 1, "removed": [EVIL],
+        "task_count": 1, "rank_max": 1, "bytes_written": 1, "merge_seconds": 0.1,
     }  # fmt: skip
     fine = {"warnings": [EVIL], "dry_run": True, "is_new": True, "title": EVIL, "train_rows": 1, "eval_rows": 1}
     text = printed(lambda: (

@@ -482,7 +482,7 @@ def test_preempting_what_waits_already_changes_nothing(state: Any) -> None:
     "state", [merging, begun, trained_again, evaluating, published, rejected, parked, rolled_back, cancelled]
 )
 def test_what_does_not_run_cannot_be_preempted(state: Any) -> None:
-    with pytest.raises(Conflict, match="'PreemptRequested' cannot happen"):
+    with pytest.raises(Conflict, match="uses no worker that could be taken from it"):
         after(state(), PREEMPT)
 
 

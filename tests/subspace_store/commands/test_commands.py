@@ -496,13 +496,19 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     assert store.refresh().refs["main"] == 3
     done = answer(run("remove", "team/t2", "--yes", "--reason", "licence", "--json"))
     key = "remove t2 from 3, time 1"
-    assert done == {"task_id": "t2", "version": 4, "approximate": [], "removed": True, "op_key": key}
+    assert done == {
+        "task_id": "t2", "version": 4, "approximate": [], "removed": True, "repeated": False, "op_key": key,
+    }  # fmt: skip
     reader = reading(store.storage)
     assert reader.state.refs == {"candidate": 4, "main": 4}
     assert list(reader.state.tasks_at(4)) == ["t1", "t3"]
     assert "team/t2: version 3 → 4: licence" in run("log").stdout
     assert "does not hold team/t2" in run("remove", "team/t2", "--yes").output
     opened(store.storage).rollback(3, op_key="back", actor="test")
+    again = answer(run("remove", "team/t2", "--yes", "--op-key", key, "--json"))
+    assert (again["repeated"], again["removed"]) == (True, False)
+    assert "was done before under" in run("remove", "team/t2", "--yes", "--op-key", key).stderr
+    assert "t2" in store.refresh().tasks_at(store.state.refs["main"])
     assert answer(run("remove", "team/t2", "--yes", "--json"))["version"] == 5
     assert list(store.refresh().tasks_at(store.state.refs["main"])) == ["t1", "t3"]
 

@@ -276,6 +276,19 @@ def test_a_page_of_parquet_is_not_unpacked_to_gigabytes(tmp_path: Path, monkeypa
     assert pa.total_allocated_bytes() - before < 10**6
 
 
+def test_a_damaged_page_of_parquet_is_told_as_damage_and_not_as_a_wrong_path(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["some text"] * 500, "label": [0] * 500}), path, compression="snappy")
+    whole = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    for place in range(start, start + 60):
+        whole[place] ^= 0x5A
+    path.write_bytes(whole)
+    said = complaint(path)
+    assert "is not a readable parquet file" in said
+    assert "check the path" not in said
+
+
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 @pytest.mark.parametrize("form", ["string", "dictionary"])
 def test_packed_batches_in_a_folder_are_refused_before_they_are_unpacked(codec: str, form: str, tmp_path: Path) -> None:
