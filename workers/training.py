@@ -143,7 +143,7 @@ def train_task(
         basis_version=attempt.version,
         resumed_from=run.resumed_from,
         metrics=local.metrics,
-        warnings=local.warnings,
+        warnings=(*attempt.warnings, *local.warnings),
     )
 
 
@@ -171,6 +171,8 @@ class _Attempt:
         self.version = 0
         """Version whose basis was leased."""
         self.trained_numbers = 0
+        self.warnings: tuple[str, ...] = ()
+        """Sentences on what was not done as the task asks, for its owner."""
 
     def train(self) -> tuple[Adapter, TrainingRun]:
         """Prepare, train and read the adapter out; from a checkpoint where there is one."""
@@ -189,6 +191,7 @@ class _Attempt:
         rest, validation = auto.set_aside(rows)
         if why := auto.reason_not_to_race(spec, validation):
             self._say(f"auto: lora, because {why}")
+            self.warnings = (f"auto compared nothing and trained a lora of rank {spec.lora.r}: {why}",)
             return self._adopt(alone := self._candidate("lora"), alone._trained(rows))
         finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
         failed: InvalidInput | None = None

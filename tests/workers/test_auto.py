@@ -97,6 +97,8 @@ def test_too_few_rows_are_not_divided_and_the_log_says_what_was_done(tiny: Tiny)
     trained = few.train(tiny("bert"), task())
     assert trained.method == "lora"
     assert any("too few to compare by" in line for line in lines(few))
+    (said,) = (line for line in trained.warnings if line.startswith("auto compared nothing"))
+    assert said.endswith("validation rows are too few to compare by")
     plain = few.train(tiny("bert"), task(method={"name": "lora"}))
     assert plain.adapter_sha256 == trained.adapter_sha256
 

@@ -195,8 +195,8 @@ def test_the_same_seed_draws_the_same_start_in_every_process(tiny: Tiny) -> None
     ("r", "trained", "text"),
     [
         # 2·k·p = 2·32·8 = 512 against r·(n+d) = 8·1,536 = 12,288, and for p = 1 64 against the same rank-8 LoRA.
-        (8, 512, "share: 512 trained numbers per module in 1 modules; LoRA r 8 would have 12,288 (24×)"),
-        (1, 64, "share: 64 trained numbers per module in 1 modules; LoRA r 1 would have 1,536 (24×)"),
+        (8, 512, "share: 512 trained numbers per module in 1 module; LoRA r 8 would have 12,288 (24×)"),
+        (1, 64, "share: 64 trained numbers per module in 1 module; LoRA r 1 would have 1,536 (24×)"),
     ],
 )
 def test_coefficients_are_24_times_fewer_numbers_than_lora_at_768(r: int, trained: int, text: str) -> None:

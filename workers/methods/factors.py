@@ -152,10 +152,9 @@ def describe(model: Any, method: str, rank: int) -> str:
     numbers = trainable_numbers(model)
     plain = {name: rank * (layer.in_features + layer.out_features) for name, layer in lora_layers(model).items()}
     ratio = sum(plain.values()) / max(1, sum(numbers.values()))
-    return (
-        f"{method}: {_per_module(numbers)} trained numbers per module in {len(numbers)} modules; "
-        f"LoRA r {rank} would have {_per_module(plain)} ({ratio:.3g}×)"
-    )
+    modules = f"{len(numbers)} module{'s' * (len(numbers) > 1)}"
+    said = f"{method}: {_per_module(numbers)} trained numbers per module in {modules}"
+    return said if numbers == plain else f"{said}; LoRA r {rank} would have {_per_module(plain)} ({ratio:.3g}×)"
 
 
 def _per_module(numbers: Mapping[str, int]) -> str:
