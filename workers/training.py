@@ -192,11 +192,12 @@ class _Attempt:
         if why := auto.reason_not_to_race(spec, validation):
             self._say(f"auto: lora, because {why}")
             self.warnings = (f"auto compared nothing and trained a lora of rank {spec.lora.r}: {why}",)
-            return self._adopt(alone := self._candidate("lora"), alone._trained(rows))
+            return self._adopt(alone := self._candidate("lora", self._report), alone._trained(rows))
         finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
         failed: InvalidInput | None = None
-        for name in spec.method.candidates:
-            attempt = self._candidate(name)
+        names = spec.method.candidates
+        for place, name in enumerate(names):
+            attempt = self._candidate(name, auto.among(self._report, place, len(names)))
             try:
                 finished[name] = attempt, *(attempt._raced_before() or attempt._race(rest))
             except InvalidInput as error:
@@ -219,14 +220,15 @@ class _Attempt:
             for line in lines:
                 self._say(line)
         attempt, adapter, run = finished[group.agree(kept.method if kept else "")]
-        return self._adopt(attempt, (kept.adapter if kept else adapter, run))
+        began = min(run.first_step_at for _, _, run in finished.values())
+        return self._adopt(attempt, (kept.adapter if kept else adapter, replace(run, first_step_at=began)))
 
-    def _candidate(self, name: str) -> _Attempt:
+    def _candidate(self, name: str, report: Report) -> _Attempt:
         """The same order for one method of `auto`, with checkpoints of its own."""
         spec = self._order.spec
         method = spec.method.model_copy(update={"name": name})
         order = replace(self._order, spec=spec.model_copy(update={"method": method}))
-        return _Attempt(order, self._base, self._storage, self._store, self._report, self._asked, self._group)
+        return _Attempt(order, self._base, self._storage, self._store, report, self._asked, self._group)
 
     def _adopt(self, candidate: _Attempt, trained: tuple[Adapter, TrainingRun]) -> tuple[Adapter, TrainingRun]:
         self.method_name, self.version = candidate.method_name, candidate.version

@@ -81,6 +81,7 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
             "refined_seconds": record.refined_seconds,
             "unrefined": record.unrefined,
             "share_full": record.spec.method.share_full,
+            "asked_method": record.spec.method.name,
             "method": record.method,
             "trainable_parameters": record.trainable_parameters,
             "basis_version": record.basis_version,

@@ -24,7 +24,7 @@ from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, task_of_kind
 from workers.base_model import BaseModel
 from workers.methods import auto
-from workers.orders import Point
+from workers.orders import Phase, Point, Progress
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
 from workers.trainer import Cancelled, Preempted
@@ -193,6 +193,29 @@ def test_both_are_trained_without_the_validation_rows_and_one_form_is_delivered(
     alone = left.staged(left.train(base, task(method={"name": trained.method})))
     for name, update in adapter.modules.items():  # a cut of what the method makes of the other rows
         assert torch.allclose(update.sigma_R, alone.modules[name].sigma_R[: update.rank], rtol=1e-5)
+
+
+def test_progress_counts_the_steps_of_all_candidates_and_never_goes_back(desk: Desk, tiny: Tiny) -> None:
+    trained = desk.train(tiny("bert"), task())
+    beats = [beat for beat in desk.heartbeats if beat.step]
+    steps = [beat.step for beat in beats if beat.phase is Phase.TRAINING]
+    assert steps == sorted(steps)
+    assert {beat.steps for beat in beats if beat.phase is Phase.TRAINING} == {2 * trained.steps}
+    assert max(steps) == 2 * trained.steps
+    assert trained.first_step_at == min(beat.first_step_at for beat in beats if beat.first_step_at)
+
+
+def test_the_time_that_is_left_has_the_candidates_that_follow_in_it() -> None:
+    said: list[Progress] = []
+    report = auto.among(said.append, 0, 3)
+    report(Progress(step=5, steps=10, seconds_left=20.0))
+    report(Progress(step=10, steps=10, seconds_left=0.0))
+    auto.among(said.append, 2, 3)(Progress(step=5, steps=10, seconds_left=20.0))
+    assert [(beat.step, beat.steps, beat.seconds_left) for beat in said] == [
+        (5, 30, 100.0),
+        (10, 30, 80.0),
+        (25, 30, 20.0),
+    ]
 
 
 def test_one_candidate_means_that_only_the_size_is_found(desk: Desk, tiny: Tiny) -> None:

@@ -29,8 +29,10 @@ from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
 from workers.deepspeed_engine import is_parted
 from workers.metrics import GENERATED
+from workers.orders import Progress
 from workers.rows.frozen_rows import SomeRows
 from workers.rows.task_data import Row, input_digest, label_of
+from workers.trainer import Report
 
 ONE_IN = 8
 """One of so many rows is set aside."""
@@ -104,6 +106,33 @@ def set_aside(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
             left.subtract(taken)
     trained = [place for place in range(len(rows)) if place not in aside]
     return SomeRows(rows, trained), SomeRows(rows, sorted(aside))
+
+
+def among(report: Report, place: int, count: int) -> Report:
+    """A report in which one candidate's steps are a part of the steps of all: those before it are done, and those after
+    it take as long.
+
+    Args:
+        place: Of the candidate, from 0.
+        count: Number of candidates.
+    """
+    seconds_per_step = [0.0]
+
+    def told(progress: Progress) -> None:
+        here, steps = progress, progress.steps
+        if here.step < steps and here.seconds_left == here.seconds_left:
+            seconds_per_step[0] = here.seconds_left / (steps - here.step)
+        later = (count - 1 - place) * steps
+        report(
+            replace(
+                here,
+                step=here.step + place * steps,
+                steps=count * steps,
+                seconds_left=here.seconds_left + seconds_per_step[0] * later,
+            )
+        )
+
+    return told
 
 
 def validation_spec(spec: TaskSpec) -> TaskSpec:
