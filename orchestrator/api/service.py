@@ -259,7 +259,12 @@ class Service:
         """What moving `main` to a version would do."""
         state = self._store.refresh()
         _check_version(state, request.version, lowest=0)
-        return views.rollback(self._store.preview_rollback(request.version), preview=True, held=False)
+        found, refused = self._store.preview_rollback(request.version), ""
+        try:
+            self._refuse_doubles(found)
+        except Conflict as error:
+            refused = str(error)
+        return {**views.rollback(found, preview=True, held=False), "refused": refused}
 
     def rollback(self, request: Rollback) -> Json:
         """Move `main` to a version. The same op_key again is the same rollback."""

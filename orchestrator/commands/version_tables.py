@@ -98,6 +98,8 @@ def rollback(answer: Json) -> None:
             console.print("  no task vanishes or returns")
         if not answer["preview"]:
             console.print(f"nothing is lost: `onebasis rollback {answer['from_version']}` undoes this")
+    if answer.get("refused"):
+        console.print(f"it would be refused now: {shown(answer['refused'])}", soft_wrap=True)
     if answer["held"]:
         console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
 

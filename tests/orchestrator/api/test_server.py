@@ -412,11 +412,13 @@ def test_a_task_does_not_return_while_another_of_its_name_is_alive(site: Site) -
         new = site.client.ask(again)["task_id"]
         with pytest.raises(Conflict, match=rf"(?s)red/twice \({new}\).*holds an older task of this name.*cancel {new}"):
             site.client.ask(Rollback(version=with_it))
+        assert f"red/twice ({new})" in site.client.ask(PreviewRollback(version=with_it))["refused"]
         assert site.plant.state.refs["main"] == main
         site.client.ask(Cancel(reference=new))
         site.wait_for("red/twice", "cancelled")
     finally:
         site.plant.cluster.release()
+    assert site.client.ask(PreviewRollback(version=with_it))["refused"] == ""
     assert site.client.ask(Rollback(version=with_it))["returning"] == ["red/twice"]
     until = time.monotonic() + 10
     while site.client.ask(ShowTask(reference=old))["state"] != "published":
