@@ -230,6 +230,7 @@ def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
         "to_version": 1,
         "vanishing": ["blue/beta"],
         "returning": [],
+        "refused": "",
     }
     assert site.plant.state == before
     assert site.client.ask(Status())["tasks"] == {"published": 2}
