@@ -1,8 +1,9 @@
 """Parts `unrelated` and `related` of capacity.py: what `auto` keeps of real tasks, and what a subspace of them stores.
 
-Each task is trained once per candidate, on its training rows without the validation rows; the adapters are kept in a
-folder outside the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which
-nothing else is chosen by.
+Each task is trained once per candidate, on its training rows without the validation rows, and then on all of them with
+`lora`, which is what the result is compared with, and with the method that was chosen. The adapters are kept in a folder
+outside the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which nothing else
+is chosen by.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS: Mapping[str, Method] = {"share": share, "lora": lora}
 TEST_ROWS = 500
 ALL_ROWS = 10**6
+ALL = "-all"
+"""Mark of adapters that were trained on the validation rows as well."""
 TEXT_STEPS = 120
 """Steps of a text set's task: a minute or two on one core."""
 LABELS = 11
@@ -95,25 +98,38 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
         found = {name: _trained(base, case, name, rest, folder) for name in METHODS}
 
         def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
-            return score_adapter(base, adapter, validation, case.spec).per_row
+            return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
+
+        def final(form: auto.Form, case: Case = case, rest: Any = rest, validation: Any = validation) -> Adapter:
+            if not auto.needs_all_rows(rest, validation):
+                return auto.sized(form.adapter, 1.0)
+            return auto.sized(_trained(base, case, form.method, case.train, folder, ALL), form.share)
 
         kept, _ = auto.chosen(found, judge, case.spec.method.loss_max)
         alone, _ = auto.chosen({"lora": found["lora"]}, judge, case.spec.method.loss_max)
+        adapter, separate = final(kept), final(alone)
+        whole = _trained(base, case, "lora", case.train, folder, ALL)
         row: Figures = {
             "task": case.spec.name,
             "kept": kept.method,
-            "numbers": kept.numbers,
-            "numbers_alone": alone.numbers,
-            "numbers_trained": found["lora"].parameter_count,
-            "score": _score(base, kept.adapter, case),
-            "score_share": _score(base, found["share"], case),
-            "score_lora": _score(base, found["lora"], case),
-            "score_alone": _score(base, alone.adapter, case),
+            "share_of_energy": kept.share,
+            "numbers": numbers(adapter),
+            "numbers_alone": numbers(separate),
+            "numbers_trained": whole.parameter_count,
+            "rows": len(case.test),
+            "score": _score(base, adapter, case),
+            "score_lora": _score(base, whole, case),
+            "score_alone": _score(base, separate, case),
         }
         rows.append(row)
-        delivered[case.spec.name], held[case.spec.name], trained[case.spec.name] = kept.adapter, case, found["lora"]
+        delivered[case.spec.name], held[case.spec.name], trained[case.spec.name] = adapter, case, whole
         say(json.dumps(row))
     return {"tasks": rows} | _stored(base, rows, delivered, held) | {"trained_apart": _apart(base, trained)}
+
+
+def numbers(adapter: Adapter) -> int:
+    """Numbers in which an adapter is kept by itself."""
+    return sum(update.numbers for update in adapter.modules.values())
 
 
 def _apart(base: BaseModel, trained: Mapping[str, Adapter]) -> Figures:
@@ -180,8 +196,8 @@ def _stored(
     }
 
 
-def _trained(base: BaseModel, case: Case, name: str, rows: Any, folder: Path) -> Adapter:
-    file = folder / f"{case.spec.name}-{name}.safetensors"
+def _trained(base: BaseModel, case: Case, name: str, rows: Any, folder: Path, which: str = "") -> Adapter:
+    file = folder / f"{case.spec.name}-{name}{which}.safetensors"
     if not file.is_file():
         method = METHODS[name]
         model = method.prepare(base, case.spec, NOTHING)

@@ -24,13 +24,14 @@ Metric = Literal[
     "accuracy",
     "f1_macro",
     "matthews_correlation",
+    "probability",
     "pearson",
     "spearman",
     "log_likelihood",
     "exact_match",
     "rouge_l",
 ]
-_CLASSIFICATION: tuple[Metric, ...] = ("accuracy", "f1_macro", "matthews_correlation")
+_CLASSIFICATION: tuple[Metric, ...] = ("accuracy", "f1_macro", "matthews_correlation", "probability")
 METRICS: dict[Kind, tuple[Metric, ...]] = {
     "sequence_classification": _CLASSIFICATION,
     "sequence_regression": ("pearson", "spearman"),
@@ -158,8 +159,8 @@ class MethodSpec(Section):
     candidates: tuple[Literal["share", "lora", "codyra"], ...] = Field(("share", "lora"), min_length=1)
     """Methods that `auto` trains the task with, each to its end. With one of them it only finds the size."""
     loss_max: float = Field(0.005, ge=0)
-    """Largest loss of score, on rows that are set aside for it, that `auto` accepts for fewer numbers even where it is
-    more than chance."""
+    """Largest loss that `auto` accepts for fewer numbers, with one standard error, on rows that are set aside for it: a
+    loss of the right label's probability, of a token's log-likelihood, of a correlation."""
     adapter: Annotated[str | None, Located(real)] = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"

@@ -94,6 +94,10 @@ class ModuleUpdate:
         return self.u_NR.double() @ self.gauge_out_RR.double(), self.gauge_in_RR.double() @ self.v_DR.double().T
 
 
+SIZED = "sized"
+"""Key of `Adapter.info`: how an adapter's size was found, if it has no more numbers than its task needs."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One task's update of a base model, and its head.
@@ -116,6 +120,11 @@ class Adapter:
     def label_names(self) -> tuple[str, ...]:
         """The label of each output, in order; empty if the adapter has no outputs or their labels are not known."""
         return tuple(json.loads(self.info.get("label_names") or "[]"))
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether it has no more numbers than its task's score needs, so that none may be taken from it."""
+        return SIZED in self.info
 
     @property
     def parameter_count(self) -> int:

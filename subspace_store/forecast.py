@@ -62,7 +62,12 @@ def forecast(
 
     rest, exact = apart(adapters, settings)
     tally.add_exact(exact)
-    spanned |= {id_: sum(map(update_energy, updates.values())) for id_, updates in exact.items()}
+    for id_, updates in exact.items():
+        for name, update in updates.items():
+            if update.foundation:
+                spanned[id_] += update_energy(update)
+            elif name in homes:
+                spanned[id_] += spanned_energy(tensors.module_basis(parent, name), update)
     for name, merge in merge_modules(read, rest, settings):
         tally.add(merge, merge.settle()[1])
         before = (0, 0)

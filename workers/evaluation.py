@@ -161,6 +161,7 @@ def _predictions(
     collate, regression = collator(base, spec), spec.kind == "sequence_regression"
     expected: list[Any] = [0] * len(rows)
     predicted: list[Any] = [0] * len(rows)
+    of_right: list[float] = [0.0] * len(rows)
     broken: list[int] = []
     for chosen in batches_by_length(counts):
         between_batches()
@@ -172,10 +173,14 @@ def _predictions(
         broken += [index for index, is_number in zip(chosen, numbers, strict=True) if not is_number]
         for index, label, answer in zip(chosen, labels, answers.tolist(), strict=True):
             expected[index], predicted[index] = label, answer
+        if not regression:
+            of_label = logits.float().softmax(dim=-1).gather(1, torch.tensor(labels, device=logits.device)[:, None])
+            for index, value in zip(chosen, of_label.squeeze(-1).tolist(), strict=True):
+                of_right[index] = value
     _check_numbers(broken, len(rows), spec)
     if regression:
         return metrics.regression(expected, predicted)
-    return metrics.classification(expected, predicted, len(spec.data.label_names))
+    return metrics.classification(expected, predicted, of_right, len(spec.data.label_names))
 
 
 def _likelihood(

@@ -44,11 +44,16 @@ class Measure:
     """Each row's share, in the order of the rows; the mean is the value."""
 
 
-def classification(expected: Sequence[int], predicted: Sequence[int], label_count: int) -> dict[str, Measure]:
-    """`accuracy`, `f1_macro` (mean over all labels, one never seen or predicted counts 0) and `matthews_correlation`.
+def classification(
+    expected: Sequence[int], predicted: Sequence[int], of_right: Sequence[float], label_count: int
+) -> dict[str, Measure]:
+    """`accuracy`, `f1_macro` (mean over all labels, one never seen or predicted counts 0), `matthews_correlation`, and
+    `probability`, the mean probability of the right label: it moves long before an answer does, so that a hundred rows
+    tell two models apart that answer alike.
 
     Args:
         expected, predicted: Indices below label_count, one per row.
+        of_right: Probability that the model gives to each row's label.
 
     Returns:
         Values by scikit-learn's definitions; Matthews correlation is 0 when all answers are the same.
@@ -71,6 +76,7 @@ def classification(expected: Sequence[int], predicted: Sequence[int], label_coun
         "accuracy": Measure(float(accuracy_score(given, said)), right),
         "f1_macro": Measure(float(f1_C.mean()), f1_C.mean() + influence / label_count),
         "matthews_correlation": Measure(float(matthews), _correlation_shares(products, *squares)),
+        "probability": Measure(float(np.mean(of_right)), np.asarray(of_right, dtype=np.float64)),
     }
 
 
@@ -139,7 +145,8 @@ def constant_score(metric: Metric, rows_per_label: Sequence[int]) -> float | Non
         rows_per_label: One number for each label; empty for regression.
 
     Returns:
-        For a correlation 0, as `classification` and `regression` have it. None where answers are texts.
+        For a correlation 0, as `classification` and `regression` have it. None where answers are texts, or
+        probabilities, of which a constant answer may have any.
     """
     if metric in CORRELATIONS:
         return 0.0

@@ -195,9 +195,10 @@ class _Attempt:
             return self._adopt(alone := self._candidate("lora", self._report), alone._trained(rows))
         finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
         failed: InvalidInput | None = None
-        names = spec.method.candidates
+        names, again = spec.method.candidates, auto.needs_all_rows(rest, validation)
+        runs = len(names) + again
         for place, name in enumerate(names):
-            attempt = self._candidate(name, auto.among(self._report, place, len(names)))
+            attempt = self._candidate(name, auto.among(self._report, place, runs))
             try:
                 finished[name] = attempt, *(attempt._raced_before() or attempt._race(rest))
             except InvalidInput as error:
@@ -219,16 +220,27 @@ class _Attempt:
             )
             for line in lines:
                 self._say(line)
-        attempt, adapter, run = finished[group.agree(kept.method if kept else "")]
+        name, share = group.agree([kept.method, kept.share] if kept else [])
+        attempt, adapter, run = finished[name]
         began = min(run.first_step_at for _, _, run in finished.values())
-        return self._adopt(attempt, (kept.adapter if kept else adapter, replace(run, first_step_at=began)))
+        if again:
+            self._say(f"auto: {name} is trained once more, on all {len(rows):,} rows")
+            attempt = self._candidate(name, auto.among(self._report, len(names), runs), " all rows")
+            adapter, run = attempt._trained(rows)
+        return self._adopt(attempt, (auto.sized(adapter, share), replace(run, first_step_at=began)))
 
-    def _candidate(self, name: str, report: Report) -> _Attempt:
-        """The same order for one method of `auto`, with checkpoints of its own."""
+    def _candidate(self, name: str, report: Report, rows: str = "") -> _Attempt:
+        """The same order for one method of `auto`, with checkpoints of its own.
+
+        Args:
+            rows: Words that tell runs of one method on different rows apart.
+        """
         spec = self._order.spec
         method = spec.method.model_copy(update={"name": name})
         order = replace(self._order, spec=spec.model_copy(update={"method": method}))
-        return _Attempt(order, self._base, self._storage, self._store, report, self._asked, self._group)
+        candidate = _Attempt(order, self._base, self._storage, self._store, report, self._asked, self._group)
+        candidate._run += rows
+        return candidate
 
     def _adopt(self, candidate: _Attempt, trained: tuple[Adapter, TrainingRun]) -> tuple[Adapter, TrainingRun]:
         self.method_name, self.version = candidate.method_name, candidate.version

@@ -220,23 +220,24 @@ def merge_adapters(
 def apart(
     adapters: Mapping[str, Adapter], settings: SubspaceSettings
 ) -> tuple[dict[str, Adapter], dict[str, dict[str, ModuleUpdate]]]:
-    """Divide adapters into what is to be merged and what lies in the foundation.
+    """Divide adapters into what is to be merged and what is kept exactly, so that no merge needs to know of it.
 
-    What lies there is kept as coefficients, exactly: no merge needs to know of it.
+    Kept exactly are updates in the foundation, and adapters whose size was found by what their score needs: to keep
+    a share of their energy would take that from them.
 
     Returns:
-        Task id to the adapter that is left, without tasks of which nothing is; and task id to the updates in the
-        foundation, by module.
+        Task id to the adapter that is left, without tasks of which nothing is; and task id to the updates that are kept
+        exactly, by module.
     """
     if not _promises(settings):
         return dict(adapters), {}
     left, exact = {}, {}
     for task, adapter in adapters.items():
-        inside = {name: update for name, update in adapter.modules.items() if update.foundation}
-        if inside:
-            exact[task] = inside
-        if rest := {name: update for name, update in adapter.modules.items() if name not in inside}:
-            left[task] = replace(adapter, modules=rest) if inside else adapter
+        kept = {name: u for name, u in adapter.modules.items() if u.foundation or adapter.is_sized}
+        if kept:
+            exact[task] = kept
+        if rest := {name: update for name, update in adapter.modules.items() if name not in kept}:
+            left[task] = replace(adapter, modules=rest) if kept else adapter
     return left, exact
 
 

@@ -82,7 +82,7 @@ def test_answers_come_back_in_the_order_of_the_rows_though_batches_go_by_length(
     assert (score.value, score.count) == (0.75, 4)
     # F1 of a: 2·1/(2+1); of b: 2·1/(1+2); of c: 1
     assert score.metrics["f1_macro"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    assert sorted(score.metrics) == ["accuracy", "f1_macro", "matthews_correlation"]
+    assert sorted(score.metrics) == ["accuracy", "f1_macro", "matthews_correlation", "probability"]
     assert model.batches == [(2, 3), (2, 7)]  # two short rows padded to 3 tokens, two long ones to 7
 
 

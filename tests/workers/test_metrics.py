@@ -15,8 +15,9 @@ from workers.metrics import Measure, answers, classification, constant_score, li
 Draw = np.random.Generator
 
 
-def test_the_three_classification_scores_are_what_the_hand_computes() -> None:
-    two, three = (classification([0, 0, 1, 1], [0, 1, 1, 1], count) for count in (2, 3))
+def test_the_classification_scores_are_what_the_hand_computes() -> None:
+    two, three = (classification([0, 0, 1, 1], [0, 1, 1, 1], [0.5, 0.1, 0.7, 0.9], count) for count in (2, 3))
+    assert two["probability"].value == pytest.approx((0.5 + 0.1 + 0.7 + 0.9) / 4)
     assert two["accuracy"].value == 0.75
     # F1 of 0: precision 1, recall 1/2: 2/3; of 1: precision 2/3, recall 1: 4/5; a third label without rows: 0.
     assert two["f1_macro"].value == pytest.approx((2 / 3 + 4 / 5) / 2)
@@ -67,14 +68,14 @@ def test_a_correlation_that_is_not_defined_is_0_and_not_missing(expected: list[f
 
 @pytest.mark.parametrize("expected", [[0, 1, 1], [1, 1, 1]])
 def test_answers_that_are_all_the_same_have_no_matthews_correlation(expected: list[int]) -> None:
-    measure = classification(expected, [1, 1, 1], 2)["matthews_correlation"]
+    measure = classification(expected, [1, 1, 1], [0.5] * 3, 2)["matthews_correlation"]
     assert (measure.value, measure.per_row.tolist()) == (0.0, [0, 0, 0])
 
 
 def labels(draw: Draw, count: int) -> dict[str, Measure]:
     given = draw.choice(4, count, p=[0.4, 0.3, 0.2, 0.1])  # the fifth label is in no row
     said = np.where(draw.random(count) < 0.6, given, draw.integers(0, 4, count))
-    return classification(given.tolist(), said.tolist(), 5)
+    return classification(given.tolist(), said.tolist(), draw.random(count).tolist(), 5)
 
 
 def numbers(draw: Draw, count: int) -> dict[str, Measure]:
@@ -109,7 +110,7 @@ def test_the_spread_of_the_shares_is_that_of_the_score(make: Callable[[Draw, int
 def test_always_giving_the_most_frequent_label_scores_what_the_metrics_say(counts: tuple[int, ...]) -> None:
     expected = [label for label, count in enumerate(counts) for _ in range(count)]
     most = counts.index(max(counts))
-    measures = classification(expected, [most] * len(expected), len(counts))
+    measures = classification(expected, [most] * len(expected), [1.0] * len(expected), len(counts))
     for name in ("accuracy", "f1_macro", "matthews_correlation"):
         assert constant_score(name, counts) == pytest.approx(measures[name].value)  # type: ignore[arg-type]
 

@@ -1,17 +1,26 @@
-"""Method `auto`: train the task in each of a few ways, and keep the fewest numbers that lose nothing to speak of.
+"""Method `auto`: train the task in each of a few ways, and keep the fewest numbers that are shown to lose nothing.
 
 Some of the training rows are set aside and not trained on: they are the validation rows. Each candidate is trained to
 its end on the others: which is better differs from task to task (subspace_store/foundation.py has figures). Then each
-candidate is cut to smaller and smaller forms. Taken is the form with the fewest numbers that loses no more against the
-best candidate, row by row on the validation rows, than `method.loss_max` or than chance: some hundred rows cannot tell
-losses apart that are smaller than the standard error of their paired difference. The rows that scores are reported on
-are never looked at.
+candidate is cut to smaller and smaller forms. Taken is the form with the fewest numbers whose loss against the best
+candidate, row by row on the validation rows, is at most `method.loss_max`, one standard error included: what some
+hundred rows cannot show is not assumed. Unless the validation rows are few among all, the method that was chosen is
+then trained once more on all rows and cut in the same way. The rows that scores are reported on are never looked at.
+
+Forms of a classifier are compared by the probability that they give to the right label, whatever metric the task is
+scored by. Of four tasks with 70 validation rows (eleven intents of BANKING77 each), the rule kept 0.63 of LoRA's
+numbers and lost 0.2 points of accuracy on test rows, 0.7 at most. Compared by accuracy, with one standard error in
+favour of the smaller form, it kept 0.16 and lost 3.3 points, 7.7 at most; without one, 0.35, 2.0 and 4.9.
 
 A form keeps the largest singular values of all modules together, so that a module which does little has few directions
-or none. Its cost is what it takes to store it: 2·K·R numbers in the foundation, (N+D)·R elsewhere.
+or none. Its cost is what it takes to store it: 2·K·R numbers in the foundation, (N+D)·R elsewhere. The store keeps a
+form to the last number (`SIZED`): it has no more than its score needs. Cutting by the energy that reaches a module's
+output (the second moments of its inputs known) took 12 to 15 % fewer numbers for the same probability where much was
+cut, and 3 % where the rule cuts, which is not worth another pass over the rows.
 
-Source: the rule of one standard error for the choice among nested models: Breiman, Friedman, Olshen and Stone,
-Classification and Regression Trees (1984), section 3.4.3; here on paired differences.
+Source: the rule is one-sided: a form passes when a test for a loss above the limit, at one standard error, rejects it;
+the other way round from the one-standard-error rule of Breiman, Friedman, Olshen and Stone, Classification and
+Regression Trees (1984), section 3.4.3, which takes the smallest that cannot be told from the best.
 """
 
 from __future__ import annotations
@@ -25,10 +34,9 @@ from functools import partial
 
 import torch
 
-from configs.task_spec import TaskSpec
-from subspace_store.adapter import Adapter
+from configs.task_spec import CLASSIFICATION_KINDS, TaskSpec
+from subspace_store.adapter import SIZED, Adapter
 from workers.deepspeed_engine import is_parted
-from workers.metrics import GENERATED
 from workers.orders import Progress
 from workers.rows.frozen_rows import SomeRows
 from workers.rows.task_data import Row, input_digest, label_of
@@ -40,10 +48,12 @@ LEAST_IN = 4
 """Never more than one of so many, however often equal rows recur."""
 ROWS_MIN, ROWS_MAX = 24, 256
 """Fewest validation rows that are worth a comparison, and the most: scoring them has to stay cheap beside training."""
-SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+FEW = 0.05
+"""Share of the rows that a task can do without."""
+SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 """Shares of an update's energy that its forms keep."""
-CHANCE = 1.0
-"""Standard errors of the paired difference that count as chance."""
+DOUBT = 1.0
+"""Standard errors of the paired difference that are added to a loss."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Form:
     """A candidate, cut to some share of its energy."""
 
     method: str
+    share: float
+    """Share of its energy, one of `SHARES`."""
     adapter: Adapter
     per_row: tuple[float, ...]
     """Each validation row's share in the score."""
@@ -61,9 +73,10 @@ class Form:
         return statistics.fmean(self.per_row)
 
     def is_as_good_as(self, best: Form, loss_max: float) -> bool:
-        """Whether it loses no more than is allowed, or than chance explains."""
+        """Whether it is shown to lose no more than is allowed."""
         losses = [theirs - ours for theirs, ours in zip(best.per_row, self.per_row, strict=True)]
-        return statistics.fmean(losses) <= max(loss_max, CHANCE * statistics.stdev(losses) / math.sqrt(len(losses)))
+        doubt = DOUBT * statistics.stdev(losses) / math.sqrt(len(losses))
+        return statistics.fmean(losses) + doubt <= loss_max
 
     @property
     def numbers(self) -> int:
@@ -135,10 +148,16 @@ def among(report: Report, place: int, count: int) -> Report:
     return told
 
 
+def needs_all_rows(rest: Sequence[Row], validation: Sequence[Row]) -> bool:
+    """Whether what is chosen is trained once more, on all rows: whether those set aside are more than a few."""
+    return len(validation) > FEW * (len(rest) + len(validation))
+
+
 def validation_spec(spec: TaskSpec) -> TaskSpec:
-    """The task with the metric that forms are compared by: its own, but where that takes written answers, which cost a
-    pass for every token, the likelihood of the right ones."""
-    return spec.model_copy(update={"metric": "log_likelihood"}) if spec.metric in GENERATED else spec
+    """The task with the metric that forms are compared by: for classes the probability of the right one, for texts the
+    likelihood of the right one (written answers cost a pass for every token), else the task's own."""
+    metrics = dict.fromkeys(CLASSIFICATION_KINDS, "probability") | {"causal_lm": "log_likelihood"}
+    return spec.model_copy(update={"metric": metrics.get(spec.kind, spec.metric)})
 
 
 def chosen(
@@ -149,12 +168,12 @@ def chosen(
     Args:
         candidates: Method to trained adapter, at least one.
         score: Each validation row's share in the score of an adapter; higher is better.
-        loss_max: Largest loss against the best candidate that is accepted for sure.
+        loss_max: Largest loss against the best candidate that is accepted.
 
     Cost:
         For each candidate at most 1 + log2(`SHARES`) scores: a form that keeps more is taken to score no worse.
     """
-    whole = {method: Form(method, adapter, tuple(score(adapter))) for method, adapter in candidates.items()}
+    whole = {method: Form(method, 1.0, adapter, tuple(score(adapter))) for method, adapter in candidates.items()}
     best = max(whole.values(), key=lambda form: form.score)
     fits = partial(Form.is_as_good_as, best=best, loss_max=loss_max)
     smallest = [_smallest(form, score, fits) for form in whole.values() if fits(form)]
@@ -169,12 +188,19 @@ def chosen(
 
 def forms(adapter: Adapter) -> Iterator[Adapter]:
     """The adapter cut to each of `SHARES` of its energy, smallest first; the last is the adapter itself."""
-    for share in SHARES[:-1]:
-        yield _cut(adapter, share)
-    yield adapter
+    return (cut(adapter, share) for share in SHARES)
 
 
-def _cut(adapter: Adapter, share: float) -> Adapter:
+def sized(adapter: Adapter, share: float) -> Adapter:
+    """The adapter cut to a share of its energy that its score was found to need; no merge takes anything from it."""
+    kept = cut(adapter, share)
+    return replace(kept, info=dict(kept.info) | {SIZED: "score"})
+
+
+def cut(adapter: Adapter, share: float) -> Adapter:
+    """The adapter with its largest singular values, of all modules together, that hold a share of its energy."""
+    if share == 1.0:
+        return adapter
     names = list(adapter.modules)
     energies = [adapter.modules[name].sigma_R.double().square() for name in names]
     whole_C, order = torch.cat(energies).sort(descending=True)
@@ -191,7 +217,7 @@ def _smallest(whole: Form, score: Callable[[Adapter], Sequence[float]], fits: Ca
     best, low, high = whole, 0, len(sizes) - 1
     while low < high:
         middle = (low + high) // 2
-        form = Form(whole.method, sizes[middle], tuple(score(sizes[middle])))
+        form = Form(whole.method, SHARES[middle], sizes[middle], tuple(score(sizes[middle])))
         if fits(form):
             best, high = form, middle
         else:
