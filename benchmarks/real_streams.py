@@ -1,9 +1,9 @@
 """Parts `unrelated` and `related` of capacity.py: what `auto` keeps of real tasks, and what a subspace of them stores.
 
 Each task is trained once per candidate, on its training rows without the validation rows, and then on all of them with
-`lora`, which is what the result is compared with, and with the method that was chosen. The adapters are kept in a folder
-outside the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which nothing else
-is chosen by.
+`lora`, which is what the result is compared with, and with the method that was chosen. The adapters are kept in a
+folder outside the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which
+nothing else is chosen by.
 """
 
 from __future__ import annotations
