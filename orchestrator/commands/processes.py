@@ -30,6 +30,8 @@ from orchestrator.commands.attention import tell_new
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
 from orchestrator.signs_of_life import Life, end_now, life_of, ray_processes, ray_trouble, stopped, title_of
 from subspace_store.commands.state_folder import (
+    LOCK_FILE,
+    SERVER_FILE,
     make_private,
     open_private,
     process_of,
@@ -48,6 +50,8 @@ STOP_SECONDS = 150.0
 
 QUICK_SECONDS = 10.0
 """The same for a start that failed: nothing trains yet."""
+UNSEEN_SECONDS = 40.0
+"""Longest wait for a control plane that has no address: it gives the store up before it ends, or is about to start."""
 UNFINISHED = frozenset({AlarmCode.RAY_DOWN, AlarmCode.LOOP_SILENT, AlarmCode.STORE_SILENT, AlarmCode.WORKER_SILENT})
 """Alarms with which the service is not up yet: `up` reports them and waits for their end."""
 
@@ -75,6 +79,7 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
     try:
         with _alone(state_dir, say):
             _end_what_stands_still(settings, state_dir, say)
+            _await_what_ends(state_dir, say)
             if running_server(state_dir) is None:
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
@@ -118,6 +123,32 @@ def _silence(state_dir: Path, server: int) -> str:
     return ""
 
 
+def _await_what_ends(state_dir: Path, say: Say) -> None:
+    """Wait for a control plane that ends already, as after Ctrl-C in `down`: it takes no requests, and keeps the next
+    one from starting."""
+    server = running_server(state_dir)
+    if server is not None and not Client(state_dir, lambda _: None).ask(Health())["running"]:
+        say(f"the control plane (pid {server}) is ending, as it was told before: waiting for it, then starting anew")
+        with telling("waiting for what trains to write a checkpoint", say):
+            _end(server, STOP_SECONDS)
+        (state_dir / SERVER_FILE).unlink(missing_ok=True)
+    elif server is None and _is_locked(state_dir):
+        say("a control plane is there that takes no requests: waiting until it has ended, or has started")
+        until = time.monotonic() + UNSEEN_SECONDS
+        while _is_locked(state_dir) and running_server(state_dir) is None and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _is_locked(state_dir: Path) -> bool:
+    """Whether a control plane has this folder: before it announces itself, and until its last moment."""
+    with open_private(state_dir / LOCK_FILE, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def _kill_server(pid: int) -> None:
     """Kill it, which is safe at any moment: its records are made for that."""
     with contextlib.suppress(ProcessLookupError):
@@ -146,7 +177,7 @@ def _end_started(started: list[subprocess.Popen[bytes]], state_dir: Path) -> Non
         if MODULE in process.args:  # type: ignore[operator]
             _end_ray(state_dir)
         else:
-            (state_dir / "server.json").unlink(missing_ok=True)
+            (state_dir / SERVER_FILE).unlink(missing_ok=True)
 
 
 def _prepare(settings: Settings, state_dir: Path) -> None:
@@ -208,7 +239,7 @@ def _start_what_is_missing(
         if head is not None:
             started.append(head)
         say("starting the control plane")
-        (state_dir / "server.json").unlink(missing_ok=True)
+        (state_dir / SERVER_FILE).unlink(missing_ok=True)
         # Beside Ray, not after it: its imports take as long as Ray's start, and it waits for Ray's address itself.
         command = [sys.executable, "-m", "orchestrator.api.server", str(state_dir)]
         server = _start(command, state_dir, "control-plane.log", _umask(settings))
@@ -244,7 +275,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
             say("ending the control plane, which cannot end in order; what trains goes on from its last checkpoint")
             _kill_server(server)
         ended = True
-    (state_dir / "server.json").unlink(missing_ok=True)
+    (state_dir / SERVER_FILE).unlink(missing_ok=True)
     if _running_ray(state_dir) is not None or ray_processes(state_dir):
         say("ending the Ray cluster")
         _end_ray(state_dir, 0.0 if ray_trouble(state_dir) else QUICK_SECONDS)

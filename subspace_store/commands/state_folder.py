@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "settings.yaml"
 SERVER_FILE = "server.json"
+LOCK_FILE = "server.lock"
+"""Locked by the control plane for as long as its process lives."""
 SERVICE_FILE = "service_id"
 SERVER_MODULE = "orchestrator.api.server"
 

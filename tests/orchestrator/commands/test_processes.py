@@ -81,6 +81,45 @@ def test_a_cluster_whose_token_is_not_there_is_not_joined_and_none_is_made_up(
     assert not (tmp_path / "no-such-token").exists()
 
 
+ENDS_SLOWLY = """
+import fcntl, pathlib, signal, sys, time
+lock = open(pathlib.Path(sys.argv[2]) / "server.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has been told already
+print("locked", flush=True)
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("has_address", [True, False], ids=["it trains", "it gives the store up"])
+def test_up_waits_for_a_control_plane_that_an_interrupted_down_is_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_address: bool
+) -> None:
+    ours = settings(tmp_path)
+    processes._keep_settings(ours, tmp_path, is_running=False)
+    command = [sys.executable, "-c", ENDS_SLOWLY, "orchestrator.api.server", str(tmp_path)]
+    ending = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert ending.stdout is not None
+    ending.stdout.readline()
+    if has_address:  # as after SIGTERM: nobody listens there any more
+        facts = {"url": "http://127.0.0.1:1", "token": "t", "pid": ending.pid}
+        (tmp_path / "server.json").write_text(json.dumps(facts))
+    alive: list[int | None] = []
+    monkeypatch.setattr(processes, "_own_the_store", lambda *_: None)
+    monkeypatch.setattr(processes, "_start_what_is_missing", lambda *_: alive.append(ending.poll()))
+    monkeypatch.setattr(processes, "_wait_for_workers", lambda *_: {})
+    said: list[str] = []
+    try:
+        processes.up(ours, said.append)
+        assert alive == [0]
+        assert len(said) == 1
+        assert not (tmp_path / "server.json").exists()
+    finally:
+        ending.kill()
+        ending.wait()
+        ending.stdout.close()
+
+
 def test_the_status_of_an_ended_service_names_what_still_runs_of_it(
     tmp_path: Path, head: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
