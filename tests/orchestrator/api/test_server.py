@@ -509,6 +509,14 @@ def test_a_rollback_without_the_server_is_followed_by_the_service(site: Site, of
     gone = offline.ask(Rollback(version=1, actor="ann", op_key="rollback:off-1"))["vanishing"]
     assert sorted([*gone, "red/alpha"]) == held
     assert site.client.ask(Status())["main"] == 1
+    # Nobody has parked what vanished yet.
+    lost = offline.ask(ShowTask(reference="blue/beta"))
+    assert (lost["state"], lost["gone_from_main"]) == ("published", True)
+    assert lost["why"] == "main (version 1) no longer holds it; the next `onebasis up` parks it"
+    listed = {row["title"]: row["gone_from_main"] for row in offline.ask(ListTasks(state=TaskState.PUBLISHED))}
+    assert (listed["red/alpha"], listed["blue/beta"]) == (False, True)
+    assert offline.ask(Status())["gone_from_main"] == len(gone)
+    assert offline.ask(ShowTask(reference="red/alpha"))["why"] == "main holds it since version 1"
     site.plant.controller.wake(log_moved=True)  # as a start of the service does
     site.wait_for("blue/beta", "parked")
     site.publish("red/gamma")
