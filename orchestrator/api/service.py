@@ -381,10 +381,14 @@ class Service:
         return [f"{title} (pid {pid})" for pid, title in found.items()]
 
     def health(self) -> Json:
-        """Whether the service runs, which alarms ring, what the workers do: what this process knows by itself."""
+        """Whether the service runs, which alarms ring, what the workers do, who held `main` when the log was last read:
+        what this process knows by itself."""
         alarms = [alarm.as_dict() for alarm in self._alarms]
         name = self._settings.base_model.name
-        return {"base_model": name, "running": self._controller is not None, **self._health(), "alarms": alarms}
+        state = self._log_read.last  # `look` reads it every few seconds
+        held = asdict(state.held) if state and state.held else None
+        running = self._controller is not None
+        return {"base_model": name, "running": running, "held": held, **self._health(), "alarms": alarms}
 
     def look(self) -> None:
         """Look at the store and the database as `status` does, and ring if one is away: nobody else would notice while

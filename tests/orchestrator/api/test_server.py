@@ -25,6 +25,7 @@ from orchestrator.api.requests import (
     Cancel,
     Diff,
     Export,
+    Health,
     ListTasks,
     ListVersions,
     Preempt,
@@ -549,3 +550,4 @@ def test_a_write_that_the_store_refuses_is_an_alarm_until_one_succeeds(
         assert [alarm["code"] for alarm in site.client.ask(Status())["alarms"]] == ["store-full"]
     site.client.ask(Hold(reason="audit", actor="ann"))
     assert site.client.ask(Status())["alarms"] == []
+    assert (site.client.ask(Health())["held"] or {})["reason"] == "audit"
