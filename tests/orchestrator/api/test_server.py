@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, StoreFull, Unavailable
+from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, OutcomeUnknown, StoreFull, Unavailable
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -497,9 +497,15 @@ def _must_not_be_called(*_: object) -> None:
     raise AssertionError("nothing needs to be read for that")
 
 
-def test_a_folder_in_which_nothing_ever_ran_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match=r"(?s)no onebasis service has run here.*onebasis up"):
-        Client(tmp_path).ask(ListVersions())
+@pytest.mark.parametrize(
+    "request_",
+    [ListVersions(), Rollback(version=0), Submit(task=TaskSpec.model_validate(task_document("red/x")))],
+    ids=lambda request: type(request).__name__,
+)
+def test_a_folder_in_which_nothing_ever_ran_says_so(tmp_path: Path, request_: ServiceRequest[Any]) -> None:
+    with pytest.raises(Unavailable, match=r"(?s)^no onebasis service has run here.*onebasis up") as told:
+        Client(tmp_path).ask(request_)
+    assert not isinstance(told.value, OutcomeUnknown)  # nothing was sent
 
 
 @pytest.mark.changes
