@@ -171,7 +171,8 @@ def _no_complaint(row: Row) -> str:
 def _warnings(rows: FrozenTask) -> Iterator[str]:
     trained, evaluated = (side.per_label if side else {} for side in (rows.train, rows.evaluation))
     if unseen := [name for name, count in trained.items() if not count]:
-        yield f"{len(unseen)} of {len(trained)} labels have no training row: {shown(unseen)}"
+        have = "has" if len(unseen) == 1 else "have"
+        yield f"{len(unseen)} of {len(trained)} labels {have} no training row: {shown(unseen)}"
     if evaluated and rows.evaluation and 1 < rows.evaluation.count == max(evaluated.values()):
         yield f"all {rows.evaluation.count} evaluation rows have the same label: always giving it is right each time"
     both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
@@ -182,6 +183,18 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
             f"{rows.shared_rows} of {rows.evaluation.count} evaluation rows are also training rows: the scores flatter "
             "the task"
         )
+    if rows.evaluation and (more := rows.alike_rows - rows.shared_rows) > 0:
+        of = "others of the" if rows.shared_rows else "of"
+        yield (
+            f"{more} {of} {rows.evaluation.count} evaluation rows differ from training rows in capital letters, white "
+            "space or Unicode's form alone: the scores flatter the task"
+        )
+    for name, side in (("training", rows.train), ("evaluation", rows.evaluation)):
+        if side and side.inputs == 1 < side.count:
+            yield f"all {side.count} {name} rows have the same input"
+        elif side and side.contradicted:
+            inputs = "1 input has" if side.contradicted == 1 else f"{side.contradicted} inputs have"
+            yield f"{inputs} several labels in the {name} rows: no answer is right for all of them"
 
 
 def admit(
