@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
 from configs.settings import Settings
-from configs.task_spec import TaskSpec
+from configs.task_spec import SCORE_MAX, TaskSpec
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
@@ -127,6 +127,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         )
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
+    _check_least_score(spec)
     check_lengths(spec, layout.length_max)
     check_template(spec, layout.chat_template is not None)
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint
@@ -154,6 +155,18 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
     return Draft(spec, rows, None, tuple(_warnings(rows)))
+
+
+def _check_least_score(spec: TaskSpec) -> None:
+    """Refuse a task that would be trained and then rejected for certain. Here and not in the task's own checks: a task
+    of an earlier release may have such a rule, and is to stay readable."""
+    least, best = spec.gate.min_score, SCORE_MAX[spec.metric]
+    if least is not None and least > best:
+        raise InvalidInput(
+            f"{least:g} is more than {spec.metric} can be, which is {best:g} at most: the task would be rejected",
+            "gate.min_score",
+            "lower it, or leave it out",
+        )
 
 
 def _frozen(adapter: Adapter) -> FrozenAdapter:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from configs.document import check_document
 from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
 from configs.settings import Settings
-from configs.task_spec import TaskSpec
+from configs.task_spec import METRICS, SCORE_MAX, TaskSpec
 from orchestrator.tasks.admission import admit, check_submission
 from orchestrator.tasks.task_events import CancelRequested, Claimed, TrainingFailed
 from orchestrator.tasks.task_queue import TaskQueue
@@ -267,6 +267,20 @@ def test_the_training_file_as_evaluation_file_is_refused_unless_asked_for(desk: 
     same["data"]["eval_is_train"] = True
     record, _ = desk.submit(same)
     assert record.warnings == ("6 of 6 evaluation rows are also training rows: the scores flatter the task",)
+
+
+@pytest.mark.parametrize(("least", "is_refused"), [(1.5, True), (1.0000001, True), (1.0, False), (-3.0, False)])
+def test_a_least_score_that_no_training_can_reach_is_refused(desk: Desk, least: float, is_refused: bool) -> None:
+    document = desk.document(gate={"min_score": least})
+    if is_refused:
+        assert "is more than accuracy can be, which is 1 at most" in desk.refuse(document)
+    else:
+        desk.submit(document)
+
+
+def test_the_best_score_of_each_metric_is_known() -> None:
+    assert set(SCORE_MAX) == {metric for metrics in METRICS.values() for metric in metrics}
+    assert SCORE_MAX["log_likelihood"] == 0  # the logarithm of a probability
 
 
 def test_rows_that_are_alike_and_contradict_each_other_are_warned_of(desk: Desk) -> None:
