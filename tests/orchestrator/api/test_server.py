@@ -71,7 +71,7 @@ def test_the_name_of_the_scheme_may_be_written_in_any_case(site: Site) -> None:
 
 def test_a_key_names_the_operation_and_not_a_word_that_begins_like_it() -> None:
     assert Hold(reason="audit", op_key="hold:1").op_key == "hold:1"
-    with pytest.raises(InvalidInput, match="op_key has to begin with hold"):
+    with pytest.raises(InvalidInput, match=r"^Hold: op_key: has to begin with hold.*as in hold:monday"):
         Hold(reason="audit", op_key="holdtag:1")
 
 

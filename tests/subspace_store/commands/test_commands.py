@@ -341,7 +341,7 @@ def test_a_command_that_is_asked_again_under_its_key_is_done_once(
 
 def test_a_key_begins_with_what_it_is_a_key_of(run: Command, store: SubspaceStore) -> None:
     refused = run("tag", "gold", "2", "--op-key", "release of monday")
-    assert (refused.exit_code, "op_key has to begin with tag" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "op_key: has to begin with tag" in refused.stderr) == (2, True)
     assert store.refresh().tags == {}
 
 
