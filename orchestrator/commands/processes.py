@@ -58,11 +58,12 @@ UNFINISHED = frozenset({AlarmCode.RAY_DOWN, AlarmCode.LOOP_SILENT, AlarmCode.STO
 Say = Callable[[str], None]
 
 
-def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
+def up(settings: Settings, say: Say, take_over: bool = False, config: Path | None = None) -> dict[str, Any]:
     """Start what is not running; safe to repeat, also after a kill -9 of anything.
 
     Args:
         take_over: Make the store this service's, even if another service owns it: that one stops.
+        config: The file that the settings were read from, if it was named.
 
     Returns:
         The service's status, with every worker warm.
@@ -84,7 +85,7 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
             with telling("starting Ray and the control plane", say):
-                _start_what_is_missing(settings, state_dir, say, started)
+                _start_what_is_missing(settings, state_dir, say, started, config)
         return _wait_for_workers(settings, state_dir, say)
     except BaseException:
         if started:
@@ -222,7 +223,7 @@ def _alone(state_dir: Path, say: Say) -> Iterator[None]:
 
 
 def _start_what_is_missing(
-    settings: Settings, state_dir: Path, say: Say, started: list[subprocess.Popen[bytes]]
+    settings: Settings, state_dir: Path, say: Say, started: list[subprocess.Popen[bytes]], config: Path | None
 ) -> None:
     """started: Collects the processes that were started, so that they can be ended when the rest fails."""
     running = running_server(state_dir)
@@ -233,7 +234,7 @@ def _start_what_is_missing(
     if running is None:
         _refuse_taken_port(settings)
         _end_ray_of_other_settings(settings, state_dir, say)
-    _keep_settings(settings, state_dir, running is not None)
+    _keep_settings(settings, state_dir, running is not None, config)
     if running is None:
         head = _start_ray(settings, state_dir, say) if settings.ray.address == "local" else None
         if head is not None:
@@ -380,11 +381,12 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         time.sleep(0.1)
 
 
-def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> None:
+def _keep_settings(settings: Settings, state_dir: Path, is_running: bool, config: Path | None = None) -> None:
     """Write the settings beside what they made, so that later commands need no option."""
     text, file = _as_text(settings), state_dir / "settings.yaml"
     if is_running and file.read_text() != text:
-        raise Conflict("the service runs with other settings", str(file), "`onebasis down`, then `onebasis up` again")
+        again = f"onebasis up --config {config}" if config else "onebasis up"  # alone it would take those of before
+        raise Conflict("the service runs with other settings", str(file), f"`onebasis down`, then `{again}`")
     with open_private(file, "w") as kept:
         kept.write(text)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, UnsafeStorage
+from configs.errors import Conflict, Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, UnsafeStorage
 from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
@@ -60,6 +60,17 @@ def test_a_ray_that_was_started_with_other_settings_is_ended(tmp_path: Path, hea
     processes._end_ray_of_other_settings(other, tmp_path, said.append)
     assert head.wait(5) != 0
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(("config", "again"), [(None, "onebasis up"), ("o.yaml", "onebasis up --config o.yaml")])
+def test_other_settings_of_a_running_service_are_refused_with_how_to_change_to_them(
+    tmp_path: Path, config: str | None, again: str
+) -> None:
+    processes._keep_settings(settings(tmp_path), tmp_path, is_running=False)
+    other = settings(tmp_path, storage={"url": "s3://elsewhere"})
+    with pytest.raises(Conflict, match="runs with other settings") as told:
+        processes._keep_settings(other, tmp_path, True, Path(config) if config else None)
+    assert told.value.todo == f"`onebasis down`, then `{again}`"
 
 
 def test_services_of_one_base_model_with_their_own_storage_have_their_own_actors(tmp_path: Path) -> None:
