@@ -108,6 +108,7 @@ def submitted_file(result: Json) -> None:
         return
     where = "" if error["where"] == result["file"] else f"{result['file']}: "
     errors.print(f"[red]error:[/red] {shown(where)}{shown(error['text'])}", soft_wrap=True)
+    errors.print(f"  see {row_of(error['code'])}", style="dim", markup=False, soft_wrap=True)
 
 
 def tasks(answer: Sequence[Json]) -> None:

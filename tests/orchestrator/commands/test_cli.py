@@ -213,6 +213,9 @@ def test_of_several_files_none_is_submitted_if_one_is_wrong(site: Site, onebasis
     assert re.search(r"zwei.yaml: unknown key 'lora.rank'", result.stderr)
     assert re.search(r"one.yaml: is red/one, and so is .*drei.yaml", result.stderr)
     assert "taken.yaml: red/alpha: task" in result.stderr
+    assert "or take the old task out first: `onebasis store remove red/alpha`" in result.stderr
+    assert result.stderr.count("see docs/trouble.md#") == 3  # each error its own row
+    assert "see docs/trouble.md#name-taken" in result.stderr
     assert "red/two is fine: 6 training rows, 1 evaluation row" in result.stdout
     assert "nothing was submitted" in result.stderr
     told = json.loads(onebasis("submit", str(many), "--json").stdout)

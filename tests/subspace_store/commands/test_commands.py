@@ -26,6 +26,7 @@ from subspace_store.commands.app import SERVICE, app
 from subspace_store.commands.state_folder import SERVER_MODULE, running_server
 from subspace_store.commands.terminal import me
 from subspace_store.formats.peft import write_peft_folder
+from subspace_store.log.version import TaskScore
 from subspace_store.merging.reorder import reorder
 from subspace_store.merging.variants import VARIANTS, merge_all
 from subspace_store.requests import Tag
@@ -241,14 +242,16 @@ def test_adapters_are_let_go_of_by_name_and_then_collected(run: Command, store: 
     assert run("drop-adapters", "team/t1", "--yes").stderr == "nothing to let go\n"
 
 
-def test_the_log_is_shown_whole_or_its_end(run: Command) -> None:
+def test_the_log_is_shown_whole_or_its_end(run: Command, store: SubspaceStore) -> None:
+    store.record_scores(3, [TaskScore(task_id="t3", score=0.5, count=1)], op_key="scores 3", actor="test")
     run("hold", "[red]why[/red]")
     entries = answer(run("log", "--json"))
-    assert [entry["op"] for entry in entries] == ["acquire", *["merge", "publish"] * 3, "acquire", "hold"]
+    assert [entry["op"] for entry in entries] == ["acquire", *["merge", "publish"] * 3, "scores", "acquire", "hold"]
     assert answer(run("log", "--last", "2", "--json")) == entries[-2:]
     assert run("log", "--last", "0").exit_code == 2
     shown = run("log").stdout
     assert "version 1: team/t1" in shown
+    assert re.search(r"version 3: 1 score$", shown, re.MULTILINE)
     assert "[red]why[/red]" in shown
 
 
