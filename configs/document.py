@@ -62,7 +62,7 @@ Line = Annotated[str, Field(max_length=LINE_MAX), AfterValidator(_one_line)]
 """A sentence that a person or a program wrote: one line of text."""
 
 
-VersionNumber = Annotated[int, Field(ge=0, le=2**53)]
+VersionNumber = Annotated[int, Field(ge=0, le=2**53, description="the number of a version: 0, 1, 2, …")]
 """Of a subspace; 0 is the empty one. No larger than what JSON's readers keep exactly."""
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -80,7 +80,7 @@ class Request(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise told(error, type(self), type(self).__name__) from error
+            raise _refused(error, type(self)) from error
 
     # Read from JSON, a record is not made by way of __init__, which knows Python's types alone.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ class Request(Section):
             placed = _strings_as_json(cls, in_path)
             return cls.model_validate_json(pydantic_core.to_json({**fields, **placed}), strict=True)
         except ValidationError as error:
-            raise told(error, cls, where) from error
+            raise _refused(error, cls) from error
         except (ValueError, RecursionError) as error:  # no JSON, a number without end, half a character
             raise InvalidInput(
                 f"the body is not JSON: {short_text(str(error))}", where, "send a JSON object"
@@ -222,6 +222,17 @@ def told(error: ValidationError, kind: type[Section], where: str, words: Words =
     return InvalidInput(_listed(lines), where, "correct the keys named above; every key is described in configs/")
 
 
+def _refused(error: ValidationError, kind: type[Request]) -> InvalidInput:
+    """As `told`, of a request: it names each argument, and what is right there."""
+    found = told(error, kind, kind.__name__)
+    names = dict.fromkeys(str(mistake["loc"][0]) for mistake in error.errors(include_url=False) if mistake["loc"])
+    if "task" in names:  # a document in a request
+        return found
+    right = [f"{name} is {field.description}" for name, field in kind.model_fields.items() if field.description]
+    todo = "; ".join(words for words in right if words.partition(" ")[0] in names)
+    return InvalidInput(found.what, found.where, todo or "correct what is named above; /openapi.json describes it")
+
+
 def _listed(lines: Sequence[str]) -> str:
     return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
 
@@ -235,11 +246,25 @@ def _describe(mistake: Any, kind: type[Section], words: Words) -> str:
         return f"unknown key '{path}' ({hint})"
     if mistake["type"] == "string_type" and (word := words.get(mistake["loc"])) is not None:
         return f"{path}: {word}"
-    message, got = mistake["msg"].removeprefix("Value error, "), mistake["input"]
+    in_our_words = _in_our_words(mistake) if issubclass(kind, Request) else ""
+    message, got = in_our_words or mistake["msg"].removeprefix("Value error, "), mistake["input"]
     # A whole section is not shown: it may hold a password.
     return f"{path}: {message[:MESSAGE_MAX]}" + (
         "" if isinstance(got, dict) else f" (got {without_password(short(got))})"
     )
+
+
+def _in_our_words(mistake: Any) -> str:
+    """What is wrong with an argument, where pydantic would say it with more words; else empty."""
+    limits = mistake.get("ctx", {})
+    match mistake["type"]:
+        case "string_too_short" | "too_short" if not mistake["input"]:
+            return "is empty"
+        case "greater_than_equal":
+            return f"has to be {limits['ge']} or more"
+        case "less_than_equal":
+            return f"has to be {limits['le']} at most"
+    return ""
 
 
 def _keys_at(kind: type[Section], location: tuple[Any, ...]) -> list[str]:

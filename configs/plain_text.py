@@ -14,6 +14,14 @@ import re
 _ODD = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _ODD_IN_LINES = re.compile(_ODD.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 
+# Zero-width spaces and joiners, marks of direction, the soft hyphen, the byte order mark.
+_UNSEEN = re.compile("[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+
+
+def visible(text: str) -> str:
+    """The same text without characters that show nothing, and without white space around it."""
+    return (text if text.isascii() else _UNSEEN.sub("", text)).strip()
+
 
 def odd_character(text: str) -> str | None:
     """The first character that is no plain text, written as an escape; None: there is none."""

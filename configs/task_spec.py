@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,6 +39,8 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
     "image_classification": _CLASSIFICATION,
 }
 """Metrics of each kind of task, the default first. For all of them a larger value is better."""
+SCORE_MAX: dict[Metric, float] = dict.fromkeys(get_args(Metric), 1.0) | {"log_likelihood": 0.0}
+"""The score that cannot be surpassed, by metric."""
 CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification")
 _WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|comet|autotuning|nebula)$")
 """Keys of DeepSpeed that make it write files, most of them at a place that the task chooses."""
@@ -192,7 +194,8 @@ class GateSpec(Section):
     """Rules of the task for the gate, in addition to those of the service."""
 
     min_score: float | None = None
-    """Least score of the task right after its merge; below it the version is not published."""
+    """Least score of the task right after its merge; below it the version is not published. No more than the metric can
+    be: 1, for log_likelihood 0."""
 
 
 def _first_metric(values: dict[str, Any]) -> Metric:

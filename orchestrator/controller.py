@@ -105,6 +105,7 @@ class Controller:
         self._writer = StoreWriter(cluster, self._pending_calls, self.alarms, lease_seconds, self._candidate.stop)
         self._started_at = time.time()
         self._main_followed = -1
+        self._is_ending = False
         self.wake(log_moved=True)
         self.healthy_at = 0.0
         """Unix time of the last step that went through."""
@@ -207,6 +208,7 @@ class Controller:
 
         A task whose worker does not answer in time is still that worker's, and goes on from an older checkpoint.
         """
+        self._is_ending = True
         training = [worker for worker in self._pool.workers.values() if isinstance(worker.order, Train)]
         for worker in training:
             assert worker.order is not None
@@ -315,8 +317,10 @@ class Controller:
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
         else:
+            is_ours = self._is_ending and outcome.fault == "preempted"  # the worker knows only that it was to stop
+            message = "the service ended; it goes on from its last checkpoint" if is_ours else outcome.message
             event = TrainingFailed(
-                token=order.token, fault=outcome.fault, message=outcome.message, at=now, seconds=outcome.worker_seconds
+                token=order.token, fault=outcome.fault, message=message, at=now, seconds=outcome.worker_seconds
             )
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)

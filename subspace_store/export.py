@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from configs.errors import Conflict, InvalidInput, NotFound
+from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from subspace_store.digests import digest
 from subspace_store.formats import diffusers
 from subspace_store.formats.diffusers import write_diffusers_file
@@ -131,6 +131,7 @@ def export_tasks(
     Raises:
         NotFound: No such version, or a task that it does not hold.
         Conflict: A folder of that name holds something else. Those written before it stay.
+        Corrupt: A stored object is damaged; names the task, and tells how many were written before it and stay.
         InvalidInput: The folder cannot be written to, or two tasks have one name.
 
     Cost:
@@ -140,8 +141,17 @@ def export_tasks(
     chosen = _chosen(reader, number, tasks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        exported: list[Exported] = []
         try:
-            return [_export(reader, folder, number, task, base_source) for task in chosen]
+            for task in chosen:
+                exported.append(_export(reader, folder, number, task, base_source))
+            return exported
+        except Corrupt as error:
+            todo = (
+                f"{len(exported)} of {len(chosen)} adapters were written to {folder} before it, and {INDEX_FILE} lists "
+                f"what is whole; name tasks to export others than {chosen[len(exported)].name}"
+            )
+            raise Corrupt(error.what, error.where, "; ".join(filter(None, (error.todo, todo)))) from error
         finally:
             _write_index(folder)
     except OSError as error:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from configs.document import NAME_PATTERN, Line, Request, VersionNumber
 from configs.errors import NotWritten, OutcomeUnknown, Unavailable
@@ -34,15 +34,18 @@ class StoreRequest(Request, Generic[Answer]):
     """Name of the operation in routes, commands and keys."""
     actor: Line = "somebody"
     """Person or part of the service that asks; kept in the log."""
-    op_key: Line = ""
+    op_key: Line = Field("", description="a text that begins with the name of the request")
     """Key of this request, beginning with the operation: a request that is repeated under its key is done once."""
 
-    @model_validator(mode="after")
-    def _key_names_no_other_request(self) -> StoreRequest[Answer]:
-        rest = self.op_key.removeprefix(self.operation)
-        if self.op_key and (rest == self.op_key or rest[:1].isalpha()):
-            raise ValueError(f"op_key has to begin with {self.operation}: it names no other request")
-        return self
+    @field_validator("op_key")
+    @classmethod
+    def _key_names_no_other_request(cls, key: str) -> str:
+        rest = key.removeprefix(cls.operation)
+        if key and (rest == key or rest[:1].isalpha()):
+            raise ValueError(
+                f"has to begin with {cls.operation}, the name of the request, as in {cls.operation}:monday"
+            )
+        return key
 
     def named(self) -> Self:
         """The same request under a key, so that it can be asked again until it is answered."""

@@ -554,7 +554,8 @@ def _summary(record: fold.Record) -> str:
         names = ", ".join(task["name"] for task in brought)
         return f"version {body['version']['number']}: {names}"
     if record.op == fold.SCORES:
-        return f"version {body['version']}: {len(body['scores'])} scores"
+        count = len(body["scores"])
+        return f"version {body['version']}: {count} {'score' if count == 1 else 'scores'}"
     if record.op == fold.REJECT:
         return f"version {body['version']}: {body['reason']}"
     if record.op == fold.ROLLBACK:
@@ -570,6 +571,7 @@ def _summary(record: fold.Record) -> str:
         why = f": {body['reason']}" if body["reason"] else ""
         return f"{body['task']}: version {body['from']} → {body['version']}{why}"
     if record.op == fold.DROP_ADAPTERS:
-        return f"{len(body['heads'])} adapters"
+        count = len(body["heads"])
+        return f"{count} {'adapter' if count == 1 else 'adapters'}"
     about = [f"version {body['version']}"] if "version" in body else []
     return ": ".join(about + [body[key] for key in ("name", "task_id", "owner", "reason") if body.get(key)])

@@ -22,7 +22,7 @@ from subspace_store.files.tensor_file import TensorFile
 from subspace_store.files.version_heads import TRANSPORT
 from subspace_store.log import retention
 from subspace_store.log.fold import to_plain
-from subspace_store.log.version import BlobRef, Version
+from subspace_store.log.version import BlobRef, SubspaceState, Version
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import Transport
@@ -44,6 +44,8 @@ class Finding:
 
     where: str
     what: str
+    of: str = ""
+    """What the object at `where` holds, and of which version or task; empty where that is not known."""
 
 
 def verify(store: SubspaceReader, deep: bool = True) -> list[Finding]:
@@ -61,10 +63,39 @@ def verify(store: SubspaceReader, deep: bool = True) -> list[Finding]:
     if findings:
         return findings
     reader = SubspaceReader.open(store.storage)
+    check = _verify_objects if deep else _verify_sizes
+    holds = {f"{store.storage.url}/{key}": what for key, what in _contents(reader.state).items()}
+    # A damaged object is met once more by each version that needs it.
+    return list(dict.fromkeys(replace(found, of=holds.get(found.where, "")) for found in check(reader)))
+
+
+def _contents(state: SubspaceState) -> dict[str, str]:
+    """Key of each object that a version names to what it holds, for people."""
+    held: dict[str, str] = {}
+    for number, version in state.versions.items():
+        named = [(version.basis, "the bases"), (version.transport, "the transports"), (version.snapshot, "a snapshot")]
+        found = [(ref, f"{what} of version {number}") for ref, what in named]
+        for task in version.brought:
+            found += [
+                (task.adapter, f"the adapter of {task.name} as it was delivered"),
+                (task.coefficients, f"the coefficients of {task.name}, of version {number}"),
+                (task.private, f"the private part of {task.name}, of version {number}"),
+            ]
+        for ref, what in found:
+            if ref is not None:
+                held.setdefault(ref.key, what)
+    return held | {ref.key: "the head of an adapter that was given up" for ref in state.heads.values()}
+
+
+def _verify_sizes(reader: SubspaceReader) -> list[Finding]:
+    needed = retention.needed(reader.state).values()
+    found = in_order(partial(_verify_size, reader.storage), list(needed), AT_ONCE)
+    return [finding for findings in found for finding in findings]
+
+
+def _verify_objects(reader: SubspaceReader) -> list[Finding]:
+    findings: list[Finding] = []
     needed, checked = retention.needed(reader.state), set()
-    if not deep:
-        found = in_order(partial(_verify_size, reader.storage), list(needed.values()), AT_ONCE)
-        return [finding for findings in found for finding in findings]
     for version in retention.alive(reader.state):
         refs = [needed[ref.key] for ref in version.blobs if ref.key in needed]
         broken = [finding for ref in refs for finding in _verify_blob(reader.storage, ref)]

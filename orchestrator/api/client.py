@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dic
 from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit, not_running
 from orchestrator.api.routes import route_of
-from subspace_store.commands.state_folder import SERVER_FILE
+from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, never_ran
 from subspace_store.requests import StoreRequest
 
 if TYPE_CHECKING:
@@ -48,31 +49,30 @@ class Client:
                 when its process is there and answers nothing.
             OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
-        if isinstance(request, StoreRequest):
-            request = request.named()
-            with request.told_with_its_key():
-                return self._ask(request)
-        return self._ask(request)
-
-    def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         from orchestrator.api.waiting import Waiting, named
 
+        request = request.named() if isinstance(request, StoreRequest) else request
         server = server_facts(self._state_dir)
         if server is not None:
             from orchestrator.api.exchange import NobodyListensError
 
             try:
-                return _over_http(server, request, Waiting(server, self._say))
+                with _told_with_its_key(request):
+                    return _over_http(server, request, Waiting(server, self._say))
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
             except NoSignOfLife as error:
                 raise named(error, self._state_dir) from error
         if isinstance(request, ServiceRequest) and request.needs_service:
+            if not (self._state_dir / SETTINGS_FILE).exists():
+                raise never_ran(self._state_dir)
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
         from subspace_store.commands.terminal import telling
 
         with telling("reading the store and the task database, without a service", self._say):
-            return self._local().answer(request)
+            local = self._local()  # if that fails, nothing was asked, and the outcome is known
+            with _told_with_its_key(request):
+                return local.answer(request)
 
     def _local(self) -> Service:
         if self._service is None:
@@ -84,6 +84,10 @@ class Client:
             storage = open_storage(settings.storage, settings.base_model.name)
             self._service = Service(settings, None, storage)
         return self._service
+
+
+def _told_with_its_key(request: ServiceRequest[Any] | StoreRequest[Any]) -> contextlib.AbstractContextManager[None]:
+    return request.told_with_its_key() if isinstance(request, StoreRequest) else contextlib.nullcontext()
 
 
 def server_facts(state_dir: Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ PAGE = 200
 """Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
 
-Reference = Annotated[Line, Field(min_length=1)]
+Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, or team/name")]
 """An id, the beginning of one, or team/name."""
 EventNumber = Annotated[int, Field(ge=0, le=2**53)]
 

@@ -42,11 +42,10 @@ from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from orchestrator.signs_of_life import ray_trouble
 from subspace_store import SubspaceReader
-from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, open_private, service_identity
+from subspace_store.commands.state_folder import LOCK_FILE, SERVER_FILE, SETTINGS_FILE, open_private, service_identity
 
 log = logging.getLogger("onebasis.server")
 
-LOCK_FILE = "server.lock"
 RAY_SECONDS = 180.0
 STOP_SECONDS = 10
 """Longest wait at the end for requests that are not answered yet."""

@@ -12,7 +12,7 @@ import io
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
     from orchestrator.tasks.admission import Draft
-    from orchestrator.tasks.task_queue import TaskQueue
+    from orchestrator.tasks.task_queue import Placed, TaskQueue
     from subspace_store.subspace_reader import RollbackPreview, SubspaceReader
     from workers.orders import BaseLayout
 
@@ -167,9 +167,14 @@ class Service:
         places = self._places() if is_any_queued else {}
         starts = self._starts() if is_any_queued else None
         scores, problem = self._main_scores(records)
+        gone = set() if problem else self._gone_from_main(records)
         return [
             self._summary(record, places.get(record.task_id), starts)
-            | {"main_score": scores.get(record.task_id), "main_score_problem": problem}
+            | {
+                "main_score": scores.get(record.task_id),
+                "main_score_problem": problem,
+                "gone_from_main": record.task_id in gone,
+            }
             for record in records
         ]
 
@@ -184,6 +189,7 @@ class Service:
             **self._summary(record, place, starts),
             "main_score": scores.get(record.task_id),
             "main_score_problem": problem,
+            "gone_from_main": record.task_id in self._gone_from_main([record]),
             "why": why(record, self._surroundings(record, place, starts)),
             "result": result,
             "alarms": [alarm.as_dict() for alarm in self._alarms] if record.state in LIVE else [],
@@ -353,6 +359,7 @@ class Service:
             "candidate": state.refs[CANDIDATE] if state else None,
             "held": asdict(state.held) if state and state.held else None,
             "tasks": counted,
+            "gone_from_main": self._count_gone() if state and counted and counted.get(TaskState.PUBLISHED) else 0,
             "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state),
             "left_running": self._left_running(),
@@ -374,10 +381,14 @@ class Service:
         return [f"{title} (pid {pid})" for pid, title in found.items()]
 
     def health(self) -> Json:
-        """Whether the service runs, which alarms ring, what the workers do: what this process knows by itself."""
+        """Whether the service runs, which alarms ring, what the workers do, who held `main` when the log was last read:
+        what this process knows by itself."""
         alarms = [alarm.as_dict() for alarm in self._alarms]
         name = self._settings.base_model.name
-        return {"base_model": name, "running": self._controller is not None, **self._health(), "alarms": alarms}
+        state = self._log_read.last  # `look` reads it every few seconds
+        held = asdict(state.held) if state and state.held else None
+        running = self._controller is not None
+        return {"base_model": name, "running": running, "held": held, **self._health(), "alarms": alarms}
 
     def look(self) -> None:
         """Look at the store and the database as `status` does, and ring if one is away: nobody else would notice while
@@ -551,10 +562,28 @@ class Service:
             self._scored_at = (state.seq, {t: views.number_or_none(cell.score) for t, cell in scores.items()})
         return self._scored_at[1], ""
 
+    def _gone_from_main(self, tasks: Collection[TaskRecord | Placed]) -> set[str]:
+        """Ids of published tasks that `main` no longer holds, since it was moved while no service ran; the next start
+        parks them. None while a service runs, which does so by itself."""
+        if self._controller is not None or not any(task.state is TaskState.PUBLISHED for task in tasks):
+            return set()
+        state = self._store.refresh()
+        held = state.tasks_at(state.refs[MAIN])
+        found = {t.task_id for t in tasks if t.state is TaskState.PUBLISHED and t.task_id not in held}
+        return found if state.seq else set()  # a place without any log: is its disk mounted?
+
+    def _count_gone(self) -> int:
+        with contextlib.suppress(OnebasisError):
+            return len(self._gone_from_main(self._queue.placed()))
+        return 0
+
     def _surroundings(self, record: TaskRecord, place: int | None, starts: Starts | None) -> Surroundings:
         controller = self._controller
+        state = self._store.refresh()
         return Surroundings(
             is_running=controller is not None,
+            main=state.refs[MAIN],
+            is_gone_from_main=record.task_id in self._gone_from_main([record]),
             place=place,
             pace=starts.pace if starts else None,
             starts_in_seconds=starts.of(place) if starts else None,
@@ -563,7 +592,7 @@ class Service:
             if controller and not controller.ready_workers
             else (),
             phase=str(self._queue.progress(record.task_id).get("phase", "")) if views.is_at_work(record) else "",
-            held=self._store.refresh().held,
+            held=state.held,
             is_version_refined=controller is not None and controller.is_refining(record.version),
         )
 

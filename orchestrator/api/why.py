@@ -17,6 +17,10 @@ class Surroundings:
 
     is_running: bool
     """Whether there is a control plane."""
+    main: int = 0
+    """Version that `main` names."""
+    is_gone_from_main: bool = False
+    """Whether `main` was moved while no service ran, so that it no longer holds this published task."""
     place: int | None = None
     """Place in the queue, from 1."""
     pace: Pace | None = None
@@ -45,6 +49,8 @@ def why(record: TaskRecord, around: Surroundings) -> str:
         return f"version {record.version} waits: main is held by {around.held.actor}: {reason}"
     if record.state is TaskState.EVALUATING and around.is_version_refined:
         return f"version {record.version} is scored when tasks of it have been refined on their own rows"
+    if around.is_gone_from_main:
+        return f"main (version {around.main}) no longer holds it; the next `onebasis up` parks it"
     return {
         TaskState.TRAINING: f"{record.worker} is fine-tuning its adapter (attempt {record.attempt})",
         TaskState.MERGING: "its adapter waits for the version before to be judged, then it is merged",

@@ -1,4 +1,5 @@
-"""What a command that waits tells of the service meanwhile: that it is down, and what is wrong with it."""
+"""What a command that waits tells of the service meanwhile: that it is down, what is wrong with it, and that
+somebody holds `main`."""
 
 from __future__ import annotations
 
@@ -37,6 +38,7 @@ class Attention:
         self._next_look = 0.0
         self._down_since: float | None = None
         self._told: set[str] = set()
+        self._held: Json | None = None
 
     def look(self) -> None:
         """Tell what is new, if it is time to look.
@@ -56,6 +58,20 @@ class Attention:
             self._say("the service is up again")
             self._down_since = None
         tell_new(health["alarms"], self._told, self._say)
+        self._tell_hold(health.get("held"))
+
+    def _tell_hold(self, held: Json | None) -> None:
+        """Say that `main` is held, or no longer: what is trained waits as long, without a sign of its own."""
+        if held == self._held:
+            return
+        self._held = held
+        if held is None:
+            self._say("main is no longer held")
+            return
+        self._say(
+            f"main is held by {held['actor']}: {held['reason'] or 'no reason given'}; new versions wait until "
+            "`onebasis store release` lets it move"
+        )
 
     def _is_down(self, now: float) -> None:
         if self._down_since is None:

@@ -102,7 +102,7 @@ def up(
             str(chosen),
             f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
         )
-    status = processes.up(settings, note if not as_json else _silent, take_over)
+    status = processes.up(settings, note if not as_json else _silent, take_over, config)
     show(status, display.status, as_json)
 
 

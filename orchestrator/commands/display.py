@@ -49,7 +49,9 @@ def status(answer: Json) -> None:
             soft_wrap=True,
         )
         _print_rows("held")
-    console.print(f"  tasks    {in_states if counts is not None else 'unknown'}")
+    if gone := answer.get("gone_from_main"):
+        in_states += f" ({gone:,} of the published ones main no longer holds; the next `onebasis up` parks them)"
+    console.print(f"  tasks    {in_states if counts is not None else 'unknown'}", soft_wrap=True)
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     if (footprint := answer.get("footprint")) and footprint["tasks"]:
@@ -106,6 +108,7 @@ def submitted_file(result: Json) -> None:
         return
     where = "" if error["where"] == result["file"] else f"{result['file']}: "
     errors.print(f"[red]error:[/red] {shown(where)}{shown(error['text'])}", soft_wrap=True)
+    errors.print(f"  see {row_of(error['code'])}", style="dim", markup=False, soft_wrap=True)
 
 
 def tasks(answer: Sequence[Json]) -> None:
@@ -278,8 +281,9 @@ def _note(row: Json) -> str:
         return str(row["worker"] if phase in ("", "training") else phase)
     place = f"place {row['place']}" if row["place"] else ""
     reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
+    gone = "main no longer holds it" if row.get("gone_from_main") else ""
     doubt = "warning: see `onebasis task`" if row.get("doubt") and row["state"] == "published" else ""
-    return " · ".join(part for part in (place, reason, doubt) if part)
+    return " · ".join(part for part in (place, reason, gone, doubt) if part)
 
 
 def _print_training(training: Json) -> None:

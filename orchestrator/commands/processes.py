@@ -30,6 +30,8 @@ from orchestrator.commands.attention import tell_new
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
 from orchestrator.signs_of_life import Life, end_now, life_of, ray_processes, ray_trouble, stopped, title_of
 from subspace_store.commands.state_folder import (
+    LOCK_FILE,
+    SERVER_FILE,
     make_private,
     open_private,
     process_of,
@@ -48,17 +50,20 @@ STOP_SECONDS = 150.0
 
 QUICK_SECONDS = 10.0
 """The same for a start that failed: nothing trains yet."""
+UNSEEN_SECONDS = 40.0
+"""Longest wait for a control plane that has no address: it gives the store up before it ends, or is about to start."""
 UNFINISHED = frozenset({AlarmCode.RAY_DOWN, AlarmCode.LOOP_SILENT, AlarmCode.STORE_SILENT, AlarmCode.WORKER_SILENT})
 """Alarms with which the service is not up yet: `up` reports them and waits for their end."""
 
 Say = Callable[[str], None]
 
 
-def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
+def up(settings: Settings, say: Say, take_over: bool = False, config: Path | None = None) -> dict[str, Any]:
     """Start what is not running; safe to repeat, also after a kill -9 of anything.
 
     Args:
         take_over: Make the store this service's, even if another service owns it: that one stops.
+        config: The file that the settings were read from, if it was named.
 
     Returns:
         The service's status, with every worker warm.
@@ -75,11 +80,12 @@ def up(settings: Settings, say: Say, take_over: bool = False) -> dict[str, Any]:
     try:
         with _alone(state_dir, say):
             _end_what_stands_still(settings, state_dir, say)
+            _await_what_ends(state_dir, say)
             if running_server(state_dir) is None:
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
             with telling("starting Ray and the control plane", say):
-                _start_what_is_missing(settings, state_dir, say, started)
+                _start_what_is_missing(settings, state_dir, say, started, config)
         return _wait_for_workers(settings, state_dir, say)
     except BaseException:
         if started:
@@ -118,6 +124,32 @@ def _silence(state_dir: Path, server: int) -> str:
     return ""
 
 
+def _await_what_ends(state_dir: Path, say: Say) -> None:
+    """Wait for a control plane that ends already, as after Ctrl-C in `down`: it takes no requests, and keeps the next
+    one from starting."""
+    server = running_server(state_dir)
+    if server is not None and not Client(state_dir, lambda _: None).ask(Health())["running"]:
+        say(f"the control plane (pid {server}) is ending, as it was told before: waiting for it, then starting anew")
+        with telling("waiting for what trains to write a checkpoint", say):
+            _end(server, STOP_SECONDS)
+        (state_dir / SERVER_FILE).unlink(missing_ok=True)
+    elif server is None and _is_locked(state_dir):
+        say("a control plane is there that takes no requests: waiting until it has ended, or has started")
+        until = time.monotonic() + UNSEEN_SECONDS
+        while _is_locked(state_dir) and running_server(state_dir) is None and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _is_locked(state_dir: Path) -> bool:
+    """Whether a control plane has this folder: before it announces itself, and until its last moment."""
+    with open_private(state_dir / LOCK_FILE, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def _kill_server(pid: int) -> None:
     """Kill it, which is safe at any moment: its records are made for that."""
     with contextlib.suppress(ProcessLookupError):
@@ -146,7 +178,7 @@ def _end_started(started: list[subprocess.Popen[bytes]], state_dir: Path) -> Non
         if MODULE in process.args:  # type: ignore[operator]
             _end_ray(state_dir)
         else:
-            (state_dir / "server.json").unlink(missing_ok=True)
+            (state_dir / SERVER_FILE).unlink(missing_ok=True)
 
 
 def _prepare(settings: Settings, state_dir: Path) -> None:
@@ -191,7 +223,7 @@ def _alone(state_dir: Path, say: Say) -> Iterator[None]:
 
 
 def _start_what_is_missing(
-    settings: Settings, state_dir: Path, say: Say, started: list[subprocess.Popen[bytes]]
+    settings: Settings, state_dir: Path, say: Say, started: list[subprocess.Popen[bytes]], config: Path | None
 ) -> None:
     """started: Collects the processes that were started, so that they can be ended when the rest fails."""
     running = running_server(state_dir)
@@ -202,13 +234,13 @@ def _start_what_is_missing(
     if running is None:
         _refuse_taken_port(settings)
         _end_ray_of_other_settings(settings, state_dir, say)
-    _keep_settings(settings, state_dir, running is not None)
+    _keep_settings(settings, state_dir, running is not None, config)
     if running is None:
         head = _start_ray(settings, state_dir, say) if settings.ray.address == "local" else None
         if head is not None:
             started.append(head)
         say("starting the control plane")
-        (state_dir / "server.json").unlink(missing_ok=True)
+        (state_dir / SERVER_FILE).unlink(missing_ok=True)
         # Beside Ray, not after it: its imports take as long as Ray's start, and it waits for Ray's address itself.
         command = [sys.executable, "-m", "orchestrator.api.server", str(state_dir)]
         server = _start(command, state_dir, "control-plane.log", _umask(settings))
@@ -244,7 +276,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
             say("ending the control plane, which cannot end in order; what trains goes on from its last checkpoint")
             _kill_server(server)
         ended = True
-    (state_dir / "server.json").unlink(missing_ok=True)
+    (state_dir / SERVER_FILE).unlink(missing_ok=True)
     if _running_ray(state_dir) is not None or ray_processes(state_dir):
         say("ending the Ray cluster")
         _end_ray(state_dir, 0.0 if ray_trouble(state_dir) else QUICK_SECONDS)
@@ -349,11 +381,12 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         time.sleep(0.1)
 
 
-def _keep_settings(settings: Settings, state_dir: Path, is_running: bool) -> None:
+def _keep_settings(settings: Settings, state_dir: Path, is_running: bool, config: Path | None = None) -> None:
     """Write the settings beside what they made, so that later commands need no option."""
     text, file = _as_text(settings), state_dir / "settings.yaml"
     if is_running and file.read_text() != text:
-        raise Conflict("the service runs with other settings", str(file), "`onebasis down`, then `onebasis up` again")
+        again = f"onebasis up --config {config}" if config else "onebasis up"  # alone it would take those of before
+        raise Conflict("the service runs with other settings", str(file), f"`onebasis down`, then `{again}`")
     with open_private(file, "w") as kept:
         kept.write(text)
 

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
 from configs.settings import Settings
-from configs.task_spec import TaskSpec
+from configs.task_spec import SCORE_MAX, TaskSpec
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
@@ -127,6 +127,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         )
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
+    _check_least_score(spec)
     check_lengths(spec, layout.length_max)
     check_template(spec, layout.chat_template is not None)
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint
@@ -156,6 +157,18 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     return Draft(spec, rows, None, tuple(_warnings(rows)))
 
 
+def _check_least_score(spec: TaskSpec) -> None:
+    """Refuse a task that would be trained and then rejected for certain. Here and not in the task's own checks: a task
+    of an earlier release may have such a rule, and is to stay readable."""
+    least, best = spec.gate.min_score, SCORE_MAX[spec.metric]
+    if least is not None and least > best:
+        raise InvalidInput(
+            f"{least:g} is more than {spec.metric} can be, which is {best:g} at most: the task would be rejected",
+            "gate.min_score",
+            "lower it, or leave it out",
+        )
+
+
 def _frozen(adapter: Adapter) -> FrozenAdapter:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "adapter")
@@ -171,7 +184,8 @@ def _no_complaint(row: Row) -> str:
 def _warnings(rows: FrozenTask) -> Iterator[str]:
     trained, evaluated = (side.per_label if side else {} for side in (rows.train, rows.evaluation))
     if unseen := [name for name, count in trained.items() if not count]:
-        yield f"{len(unseen)} of {len(trained)} labels have no training row: {shown(unseen)}"
+        have = "has" if len(unseen) == 1 else "have"
+        yield f"{len(unseen)} of {len(trained)} labels {have} no training row: {shown(unseen)}"
     if evaluated and rows.evaluation and 1 < rows.evaluation.count == max(evaluated.values()):
         yield f"all {rows.evaluation.count} evaluation rows have the same label: always giving it is right each time"
     both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
@@ -182,6 +196,18 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
             f"{rows.shared_rows} of {rows.evaluation.count} evaluation rows are also training rows: the scores flatter "
             "the task"
         )
+    if rows.evaluation and (more := rows.alike_rows - rows.shared_rows) > 0:
+        of = "others of the" if rows.shared_rows else "of"
+        yield (
+            f"{more} {of} {rows.evaluation.count} evaluation rows differ from training rows in capital letters, white "
+            "space or Unicode's form alone: the scores flatter the task"
+        )
+    for name, side in (("training", rows.train), ("evaluation", rows.evaluation)):
+        if side and side.inputs == 1 < side.count:
+            yield f"all {side.count} {name} rows have the same input"
+        elif side and side.contradicted:
+            inputs = "1 input has" if side.contradicted == 1 else f"{side.contradicted} inputs have"
+            yield f"{inputs} several labels in the {name} rows: no answer is right for all of them"
 
 
 def admit(

@@ -560,6 +560,8 @@ class TaskQueue:
             what, todo = "and nobody knows whether it is the same submission", "choose another name"
         if taken.state != TaskState.PUBLISHED and not same and not record.version:
             todo += ", or cancel the old task first"
+        elif taken.state == TaskState.PUBLISHED and not same and not record.version:
+            todo += f", or take the old task out first: `onebasis store remove {record.title}`"
         raise NameTaken(
             f"task {taken.task_id} of that name is {taken.state}, {what}",
             record.title,

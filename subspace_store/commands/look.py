@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from configs.errors import Corrupt, InvalidInput
+from configs.errors import Corrupt, InvalidInput, row_of
 from subspace_store.commands.place import (
     OnVersion,
     Url,
@@ -74,9 +74,19 @@ def verify(
 
     def as_text(_: object) -> None:
         for finding in findings:
-            console.print(f"[red]{shown(finding.where)}[/red]: {shown(finding.what)}", soft_wrap=True)
-        if not findings:
-            console.print(f"{reader.storage.url} is as its log says", soft_wrap=True)
+            of = f" ({shown(finding.of)})" if finding.of else ""
+            console.print(f"[red]{shown(finding.where)}[/red]{of}: {shown(finding.what)}", soft_wrap=True)
+        if findings:
+            more = "" if deep else "find all that is damaged with --deep, "
+            note(f"  → change nothing, {more}restore what is named from a backup, then run this again")
+            note(f"  see {row_of(Corrupt.kind)}")
+        elif deep:
+            console.print(f"{reader.storage.url} is as its log says: every byte was read", soft_wrap=True)
+        else:
+            console.print(
+                f"{reader.storage.url}: the log and the sizes of all objects are right; --deep reads their bytes too",
+                soft_wrap=True,
+            )
 
     show([asdict(finding) for finding in findings], as_text, as_json)
     if findings:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "settings.yaml"
 SERVER_FILE = "server.json"
+LOCK_FILE = "server.lock"
+"""Locked by the control plane for as long as its process lives."""
 SERVICE_FILE = "service_id"
 SERVER_MODULE = "orchestrator.api.server"
 
@@ -32,7 +34,7 @@ def service_settings(state_dir: Path) -> Settings:
 
     file = state_dir / SETTINGS_FILE
     if not file.exists():
-        raise Unavailable(f"no onebasis service has run here ({state_dir})", todo="start one with `onebasis up`")
+        raise never_ran(state_dir)
     settings = read_settings(file)
     if Path(settings.state_dir).resolve() != state_dir.resolve():
         # Its database and store are named by their full paths: another service's may be there by now.
@@ -42,6 +44,12 @@ def service_settings(state_dir: Path) -> Settings:
             "move it back to look at it",
         )
     return settings
+
+
+def never_ran(state_dir: Path) -> Unavailable:
+    """The error for a command in a folder where there is nothing to ask."""
+    what = f"no onebasis service has run here ({state_dir})"
+    return Unavailable(what, todo="start one with `onebasis up`, or go to the folder where one is")
 
 
 def make_private(folder: Path) -> None:

@@ -591,6 +591,7 @@ def test_when_the_service_ends_what_trains_writes_a_checkpoint_and_goes_on_at_th
     plant.run(lambda: len(plant.cluster.held) == 2)
     plant.controller.run(_stopped())
     assert plant.states() == dict.fromkeys(("red/a", "red/b", "red/c"), "queued")  # and none was begun
+    assert plant.get("red/a").reason == "the service ended; it goes on from its last checkpoint"
     assert [plant.get(title).preemptions for title in ("red/a", "red/b", "red/c")] == [1, 1, 0]
     assert len([key for key in plant.storage.keys("staging/") if key.endswith("state")]) == 2
     plant.cluster.release()

@@ -17,7 +17,7 @@ import mmap
 import struct
 import tempfile
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from configs.task_spec import Kind, TaskSpec
 from subspace_store.storage.protocol import Storage
 from workers.metrics import CORRELATIONS, constant_score
 from workers.rows.columns import UNPACKED_BYTES_FREE, check_unpacked
+from workers.rows.recurrence import COMPARED_ROWS_MAX, Labelled, Met
 from workers.rows.row_files import size_bytes
 from workers.rows.task_data import (
     Complaint,
@@ -40,6 +41,7 @@ from workers.rows.task_data import (
     decode_picture,
     input_digest,
     label_of,
+    likenesses,
     read_rows,
     rows_in,
 )
@@ -70,6 +72,10 @@ class FrozenRows:
     """Label name to rows, in the order of label_names; a label without rows has 0."""
     constant_score: float | None
     """Score, by the task's metric, of always giving these rows' most frequent label; see `metrics.constant_score`."""
+    inputs: int = 0
+    """Number of different inputs, as a reader sees them, among the first `COMPARED_ROWS_MAX` rows."""
+    contradicted: int = 0
+    """Number of those that have several labels, in classification."""
 
     def key(self, folder: str, name: str) -> str:
         """Storage key to keep them under."""
@@ -96,7 +102,10 @@ class FrozenTask:
     train: FrozenRows | None = None
     evaluation: FrozenRows | None = None
     shared_rows: int = 0
-    """Number of evaluation rows that are also training rows, whatever their labels."""
+    """Number of evaluation rows that are also training rows to a reader (`as_read`), whatever their labels."""
+    alike_rows: int = 0
+    """Number of those and of others that are training rows but for capital letters. Where data.eval_fraction parted the
+    rows: of all, as equal ones are on one side."""
 
     def close(self) -> None:
         """Delete the temporary files."""
@@ -130,41 +139,55 @@ def freeze(
         Unavailable: No space for the temporary files.
 
     Cost:
-        About 10 µs for a row of text. Memory for one batch of rows, and 9 bytes for each evaluation row. Of what a file
+        About 15 µs for a row of text. Memory for one batch of rows, 18 bytes for each evaluation row, and 16 for each
+        of the first `COMPARED_ROWS_MAX` rows of either side. Of what a file
         holds, no more is read than `columns.ROWS_FREE` and `columns.UNPACKED_RATIO_MAX` allow for its size.
     """
     fraction = 0.0 if evaluation else spec.data.eval_fraction or 0.0
     evaluated, trained = _Writer(spec, evaluation or train), _Writer(spec, train)
-    seen = _Seen()
+    shared, alike, parted = Met(), Met(), array("Q")
     with contextlib.ExitStack() as undo, _space_needed("the rows"):
         undo.callback(trained.file.close)
         undo.callback(evaluated.file.close)
         if evaluation:
             for row in rows_in(evaluation, spec, open_file, complaint):
                 digest = input_digest(row)
-                seen.add(_number(digest))
-                evaluated.add(row, digest)
+                read, folded = map(_number, likenesses(row, digest))
+                shared.add(read)
+                alike.add(folded)
+                evaluated.add(row, digest, read)
             _some(evaluated, str(evaluation), "give at least one row")
-            seen.close()
+            shared.close()
+            alike.close()
         if train:
             for row in rows_in(train, spec, open_file, complaint):
                 digest = input_digest(row)
-                number = _number(digest)
-                seen.meet(number)
-                (evaluated if number < fraction * 2**64 else trained).add(row, digest)
+                read, folded = map(_number, likenesses(row, digest))
+                is_evaluated = _number(digest) < fraction * 2**64
+                (evaluated if is_evaluated else trained).add(row, digest, read)
+                if not fraction:
+                    shared.meet(read)
+                    alike.meet(folded)
+                elif is_evaluated:
+                    alike.add(folded)
+                elif len(parted) < COMPARED_ROWS_MAX:
+                    parted.append(folded)
             _some(trained, str(train), "give at least one row" if not fraction else "lower data.eval_fraction")
             if fraction:
                 _some(evaluated, str(train), "raise data.eval_fraction or give more rows", " for evaluation")
+                alike.close()
+                for number in parted:
+                    alike.meet(number)
         if evaluated.count and not evaluated.varies and spec.metric in CORRELATIONS:
             raise InvalidInput(
                 f"all {evaluated.count} evaluation rows have the same label: {spec.metric} is not defined",
                 str(evaluation or train),
                 "give evaluation rows with several labels, or choose another metric",
             )
-        shared = seen.met
-        if shared and shared >= SHARED_RATIO_MAX * evaluated.count and not spec.data.eval_is_train:
+        count = shared.count
+        if count and count >= SHARED_RATIO_MAX * evaluated.count and not spec.data.eval_is_train:
             raise InvalidInput(
-                f"{shared} of {evaluated.count} evaluation rows are also training rows: the score would say how well "
+                f"{count} of {evaluated.count} evaluation rows are also training rows: the score would say how well "
                 "they were memorised, and nothing about new ones",
                 str(evaluation),
                 "give other rows, or data.eval_fraction instead of data.eval_file; if this is what is to be measured, "
@@ -173,7 +196,8 @@ def freeze(
         frozen = FrozenTask(
             trained.finish() if train else None,
             evaluated.finish() if evaluation or fraction else None,
-            shared,
+            count,
+            alike.count,
         )
         undo.pop_all()
     return frozen
@@ -290,42 +314,6 @@ class StoredRows(Rows):
                 yield self._make(*values)
 
 
-class _Seen:
-    """Finds evaluation rows that are also training rows, by 8 bytes of each row's digest."""
-
-    def __init__(self) -> None:
-        self._numbers = array("Q")
-        self._met = bytearray()
-
-    def add(self, number: int) -> None:
-        """Note an evaluation row."""
-        self._numbers.append(number)
-
-    def close(self) -> None:
-        """End the notes of `add`, before the first `meet`."""
-        import numpy as np
-
-        np.frombuffer(self._numbers, np.uint64).sort()
-        self._met = bytearray(len(self._numbers))
-
-    def meet(self, number: int) -> None:
-        """Look for a training row."""
-        at = bisect_left(self._numbers, number)
-        if at < len(self._numbers) and self._numbers[at] == number:
-            self._met[at] = 1
-
-    @property
-    def met(self) -> int:
-        """How many evaluation rows were met, equal ones counted each."""
-        import numpy as np
-
-        if not any(self._met):
-            return 0
-        numbers = np.frombuffer(self._numbers, np.uint64)
-        firsts = numbers[np.frombuffer(self._met, np.bool_)]
-        return int((np.searchsorted(numbers, firsts, "right") - np.searchsorted(numbers, firsts, "left")).sum())
-
-
 class _Writer:
     """Rows on their way into a temporary file.
 
@@ -338,6 +326,7 @@ class _Writer:
         self.count = 0
         self._spec, self._source = spec, source
         self._labels: Counter[Any] = Counter()
+        self._inputs = Labelled()
         self.varies = False
         """Whether there are two labels that differ."""
         self._first = b""
@@ -346,11 +335,12 @@ class _Writer:
         self._bytes = 0
         self._out: Any = None
 
-    def add(self, row: Row, digest: bytes) -> None:
-        """Take a row and its `input_digest`."""
+    def add(self, row: Row, digest: bytes, read: int) -> None:
+        """Take a row, its `input_digest`, and the number of its input as it is read."""
         values, size = _values(row)
         label = label_of(row)
         self._digest.update(digest + repr(label).encode())
+        self._inputs.add(read, label if isinstance(label, int) else 0)
         if isinstance(label, int):
             self._labels[label] += 1
         if not self.varies and label is not None:
@@ -375,6 +365,7 @@ class _Writer:
             self.count,
             {name: self._labels[index] for index, name in enumerate(names)},
             constant_score(self._spec.metric, [self._labels[index] for index in range(len(names))]),
+            *self._inputs.counts(),
         )
 
     def _flush(self) -> None:

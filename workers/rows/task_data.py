@@ -8,7 +8,8 @@ tokenising happens batch by batch while training, so that the first step does no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from io import BytesIO
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
+from configs.plain_text import visible
 from configs.task_spec import DataSpec, TaskSpec
 from workers.rows.columns import Columns, Values
 from workers.rows.labels import Labels, earlier_index, is_missing, missing
@@ -39,6 +41,8 @@ shorter side to their size: of 1×80,000,000 pixels they would make 224×17,920,
 TEXT_CHARACTERS_MAX = 2**22
 """Most characters of one text in any format: eight times what data.max_length allows, at four characters a token. A
 tokenizer takes a hundred bytes and a microsecond for each, before it truncates."""
+NORMALISED_MAX = 2**14
+"""Most characters of a text that is brought into form NFKC: Python's takes the square of a run of combining marks."""
 MESSAGES_MAX = 4096
 """Most messages of one chat."""
 FLOAT32_MAX = 3.4e38
@@ -147,13 +151,44 @@ def columns_of(spec: TaskSpec) -> Columns:
 
 def input_digest(row: Row) -> bytes:
     """A digest of all of a row but its label, the same whichever file it came from."""
-    match row:
-        case TextRow():
-            parts = [row.text] if row.text_pair is None else [row.text, row.text_pair]
-        case CompletionRow():
-            parts = [str(row.is_chat), *(part for turn in row.turns for part in turn)]
-        case ImageRow():
-            return hashlib.sha256(str(row.image.shape).encode() + row.image.tobytes()).digest()
+    if isinstance(row, ImageRow):
+        return hashlib.sha256(str(row.image.shape).encode() + row.image.tobytes()).digest()
+    return _digest_of(_parts(row))
+
+
+def likenesses(row: Row, digest: bytes) -> tuple[bytes, bytes]:
+    """Two more digests of a row's input: of its texts as they are read (`as_read`), and of that in small letters.
+
+    They are for finding rows that are the same to a reader. What is kept is identified by `input_digest`, whatever
+    later releases call the same.
+
+    Args:
+        digest: Its `input_digest`, which is also that of a picture's likenesses.
+    """
+    if isinstance(row, ImageRow):
+        return digest, digest
+    parts = _parts(row)
+    read = [as_read(part) for part in parts]
+    folded = [part.casefold() for part in read]
+    alike = digest if read == parts else _digest_of(read)
+    return alike, alike if folded == read else _digest_of(folded)
+
+
+def as_read(text: str) -> str:
+    """A text as a reader sees it: in Unicode's form NFKC, one space in the place of any white space and none around it,
+    without characters that show nothing."""
+    if not text.isascii():
+        text = visible(unicodedata.normalize("NFKC", text) if len(text) <= NORMALISED_MAX else text)
+    return " ".join(text.split())
+
+
+def _parts(row: TextRow | CompletionRow) -> list[str]:
+    if isinstance(row, TextRow):
+        return [row.text] if row.text_pair is None else [row.text, row.text_pair]
+    return [str(row.is_chat), *(part for turn in row.turns for part in turn)]
+
+
+def _digest_of(parts: Sequence[str]) -> bytes:
     # The lengths say where each part ends, so that different rows never give the same text.
     return hashlib.sha256("".join([*(f"{len(part)} " for part in parts), "\n", *parts]).encode()).digest()
 
@@ -260,7 +295,7 @@ def _checked_text(text: Any, name: str, where: str) -> str:
         raise InvalidInput(
             f"{name} has {len(text)} characters, more than {TEXT_CHARACTERS_MAX}", where, "shorten it, or drop the row"
         )
-    if not text.strip():
+    if not visible(text):
         raise InvalidInput(f"{name} is empty", where, "drop the row or fill in the text")
     if not text.isascii():
         try:

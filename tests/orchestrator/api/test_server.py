@@ -18,13 +18,14 @@ import pytest
 import torch
 import yaml
 
-from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, StoreFull, Unavailable
+from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, OutcomeUnknown, StoreFull, Unavailable
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
     Cancel,
     Diff,
     Export,
+    Health,
     ListTasks,
     ListVersions,
     Preempt,
@@ -70,7 +71,7 @@ def test_the_name_of_the_scheme_may_be_written_in_any_case(site: Site) -> None:
 
 def test_a_key_names_the_operation_and_not_a_word_that_begins_like_it() -> None:
     assert Hold(reason="audit", op_key="hold:1").op_key == "hold:1"
-    with pytest.raises(InvalidInput, match="op_key has to begin with hold"):
+    with pytest.raises(InvalidInput, match=r"^Hold: op_key: has to begin with hold.*as in hold:monday"):
         Hold(reason="audit", op_key="holdtag:1")
 
 
@@ -496,9 +497,15 @@ def _must_not_be_called(*_: object) -> None:
     raise AssertionError("nothing needs to be read for that")
 
 
-def test_a_folder_in_which_nothing_ever_ran_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match=r"(?s)no onebasis service has run here.*onebasis up"):
-        Client(tmp_path).ask(ListVersions())
+@pytest.mark.parametrize(
+    "request_",
+    [ListVersions(), Rollback(version=0), Submit(task=TaskSpec.model_validate(task_document("red/x")))],
+    ids=lambda request: type(request).__name__,
+)
+def test_a_folder_in_which_nothing_ever_ran_says_so(tmp_path: Path, request_: ServiceRequest[Any]) -> None:
+    with pytest.raises(Unavailable, match=r"(?s)^no onebasis service has run here.*onebasis up") as told:
+        Client(tmp_path).ask(request_)
+    assert not isinstance(told.value, OutcomeUnknown)  # nothing was sent
 
 
 @pytest.mark.changes
@@ -509,6 +516,14 @@ def test_a_rollback_without_the_server_is_followed_by_the_service(site: Site, of
     gone = offline.ask(Rollback(version=1, actor="ann", op_key="rollback:off-1"))["vanishing"]
     assert sorted([*gone, "red/alpha"]) == held
     assert site.client.ask(Status())["main"] == 1
+    # Nobody has parked what vanished yet.
+    lost = offline.ask(ShowTask(reference="blue/beta"))
+    assert (lost["state"], lost["gone_from_main"]) == ("published", True)
+    assert lost["why"] == "main (version 1) no longer holds it; the next `onebasis up` parks it"
+    listed = {row["title"]: row["gone_from_main"] for row in offline.ask(ListTasks(state=TaskState.PUBLISHED))}
+    assert (listed["red/alpha"], listed["blue/beta"]) == (False, True)
+    assert offline.ask(Status())["gone_from_main"] == len(gone)
+    assert offline.ask(ShowTask(reference="red/alpha"))["why"] == "main holds it since version 1"
     site.plant.controller.wake(log_moved=True)  # as a start of the service does
     site.wait_for("blue/beta", "parked")
     site.publish("red/gamma")
@@ -541,3 +556,4 @@ def test_a_write_that_the_store_refuses_is_an_alarm_until_one_succeeds(
         assert [alarm["code"] for alarm in site.client.ask(Status())["alarms"]] == ["store-full"]
     site.client.ask(Hold(reason="audit", actor="ann"))
     assert site.client.ask(Status())["alarms"] == []
+    assert (site.client.ask(Health())["held"] or {})["reason"] == "audit"

@@ -64,3 +64,17 @@ def test_an_alarm_is_told_once_and_between_two_looks_nothing_is_asked(clock: lis
     clock[0] += 2
     service.look()
     assert said == ["ALARM store-full: no space", "ALARM ray-down: gone"]
+
+
+def test_a_hold_is_told_once_with_whose_it_is_and_so_is_its_end(clock: list[float]) -> None:
+    client, said = StandInClient(), list[str]()
+    service = Attention(client, said.append)  # type: ignore[arg-type]
+    service.look()
+    for held in ({"actor": "ann", "reason": "audit", "time": 1.0},) * 3 + (None,) * 2:
+        client.health["held"] = held
+        clock[0] += attention.LOOK_SECONDS
+        service.look()
+    assert said == [
+        "main is held by ann: audit; new versions wait until `onebasis store release` lets it move",
+        "main is no longer held",
+    ]

@@ -213,6 +213,9 @@ def test_of_several_files_none_is_submitted_if_one_is_wrong(site: Site, onebasis
     assert re.search(r"zwei.yaml: unknown key 'lora.rank'", result.stderr)
     assert re.search(r"one.yaml: is red/one, and so is .*drei.yaml", result.stderr)
     assert "taken.yaml: red/alpha: task" in result.stderr
+    assert "or take the old task out first: `onebasis store remove red/alpha`" in result.stderr
+    assert result.stderr.count("see docs/trouble.md#") == 3  # each error its own row
+    assert "see docs/trouble.md#name-taken" in result.stderr
     assert "red/two is fine: 6 training rows, 1 evaluation row" in result.stdout
     assert "nothing was submitted" in result.stderr
     told = json.loads(onebasis("submit", str(many), "--json").stdout)
@@ -385,8 +388,21 @@ def test_a_service_removes_nothing_that_it_would_reject_at_once(site: Site) -> N
     task_id = site.client.ask(ShowTask(reference="red/alpha"))["task_id"]
     with pytest.raises(InvalidInput, match="publish has to be true"):
         site.client.ask(Remove(task_id=task_id))
-    with pytest.raises(InvalidInput, match="op_key has to begin with remove"):
+    with pytest.raises(InvalidInput, match="op_key: has to begin with remove"):
         Remove(task_id=task_id, publish=True, op_key="publish:9")
+
+
+def test_an_argument_that_is_wrong_is_named_with_what_would_be_right(site: Site, onebasis: Onebasis) -> None:
+    said = onebasis("task", "").stderr
+    assert "reference: is empty" in said
+    assert "→ reference is an id, the beginning of one, or team/name" in said
+    with pytest.raises(
+        InvalidInput, match=r"(?s)version: has to be 0 or more \(got -1\).*version is the number of a vers"
+    ):
+        ShowVersion(version=-1)
+    said = onebasis("rollback", "0", "--op-key", "monday").stderr
+    assert "op_key: has to begin with rollback, the name of the request, as in rollback:monday (got 'monday')" in said
+    assert "configs/" not in said
 
 
 def test_a_team_that_is_not_there_is_not_answered_with_an_empty_list(site: Site, onebasis: Onebasis) -> None:

@@ -103,6 +103,17 @@ def test_columns_that_nobody_fills_are_not_there(monkeypatch: pytest.MonkeyPatch
     assert head.split() == ["id", "task", "state", "own", "in", "main", "version"]
 
 
+def test_a_published_task_that_main_lost_while_nothing_ran_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "main no longer holds it" in lines([DONE | {"gone_from_main": True}], 200, monkeypatch)[1]
+    answer = {
+        "running": False, "tasks": {"published": 3}, "gone_from_main": 2, "main": 1, "base_model": "tiny", "held": None,
+        "storage": "file:store", "mlflow": "sqlite:///m.db",
+    }  # fmt: skip
+    with display.console.capture() as captured:
+        display.status(answer)
+    assert "3 published (2 of the published ones main no longer holds; the next `onebasis up`" in captured.get()
+
+
 def test_a_long_reason_breaks_its_own_lines_only(monkeypatch: pytest.MonkeyPatch) -> None:
     parked = TASK | {"state": "parked", "reason": "the loss is nan at step 3 of 40 " * 3, "progress": {}}
     found = lines([parked], 80, monkeypatch)

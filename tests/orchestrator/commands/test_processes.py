@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, UnsafeStorage
+from configs.errors import Conflict, Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, UnsafeStorage
 from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
@@ -62,6 +62,17 @@ def test_a_ray_that_was_started_with_other_settings_is_ended(tmp_path: Path, hea
     assert len(said) == 1
 
 
+@pytest.mark.parametrize(("config", "again"), [(None, "onebasis up"), ("o.yaml", "onebasis up --config o.yaml")])
+def test_other_settings_of_a_running_service_are_refused_with_how_to_change_to_them(
+    tmp_path: Path, config: str | None, again: str
+) -> None:
+    processes._keep_settings(settings(tmp_path), tmp_path, is_running=False)
+    other = settings(tmp_path, storage={"url": "s3://elsewhere"})
+    with pytest.raises(Conflict, match="runs with other settings") as told:
+        processes._keep_settings(other, tmp_path, True, Path(config) if config else None)
+    assert told.value.todo == f"`onebasis down`, then `{again}`"
+
+
 def test_services_of_one_base_model_with_their_own_storage_have_their_own_actors(tmp_path: Path) -> None:
     mine = Identity("one", "here")
     one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"}), mine) for name in "ab")
@@ -79,6 +90,45 @@ def test_a_cluster_whose_token_is_not_there_is_not_joined_and_none_is_made_up(
     with pytest.raises(InvalidInput, match=r"ray\.auth_token_path"):
         ControlPlane(there, tmp_path)._ray()
     assert not (tmp_path / "no-such-token").exists()
+
+
+ENDS_SLOWLY = """
+import fcntl, pathlib, signal, sys, time
+lock = open(pathlib.Path(sys.argv[2]) / "server.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has been told already
+print("locked", flush=True)
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("has_address", [True, False], ids=["it trains", "it gives the store up"])
+def test_up_waits_for_a_control_plane_that_an_interrupted_down_is_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_address: bool
+) -> None:
+    ours = settings(tmp_path)
+    processes._keep_settings(ours, tmp_path, is_running=False)
+    command = [sys.executable, "-c", ENDS_SLOWLY, "orchestrator.api.server", str(tmp_path)]
+    ending = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert ending.stdout is not None
+    ending.stdout.readline()
+    if has_address:  # as after SIGTERM: nobody listens there any more
+        facts = {"url": "http://127.0.0.1:1", "token": "t", "pid": ending.pid}
+        (tmp_path / "server.json").write_text(json.dumps(facts))
+    alive: list[int | None] = []
+    monkeypatch.setattr(processes, "_own_the_store", lambda *_: None)
+    monkeypatch.setattr(processes, "_start_what_is_missing", lambda *_: alive.append(ending.poll()))
+    monkeypatch.setattr(processes, "_wait_for_workers", lambda *_: {})
+    said: list[str] = []
+    try:
+        processes.up(ours, said.append)
+        assert alive == [0]
+        assert len(said) == 1
+        assert not (tmp_path / "server.json").exists()
+    finally:
+        ending.kill()
+        ending.wait()
+        ending.stdout.close()
 
 
 def test_the_status_of_an_ended_service_names_what_still_runs_of_it(

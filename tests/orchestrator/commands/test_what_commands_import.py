@@ -63,7 +63,7 @@ def test_while_the_service_is_down_no_model_library_is_imported(state_folder: Pa
     assert imported_by(command, state_folder) & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", ["versions", "diff 1 2", "rollback 1 --preview"])
+@pytest.mark.parametrize("command", ["versions", "diff 1 2"])
 def test_who_asks_about_versions_alone_opens_no_database(state_folder: Path, command: str) -> None:
     assert "sqlalchemy" not in imported_by(command, state_folder)
 

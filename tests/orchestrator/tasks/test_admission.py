@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from configs.document import check_document
 from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
 from configs.settings import Settings
-from configs.task_spec import TaskSpec
+from configs.task_spec import METRICS, SCORE_MAX, TaskSpec
 from orchestrator.tasks.admission import admit, check_submission
 from orchestrator.tasks.task_events import CancelRequested, Claimed, TrainingFailed
 from orchestrator.tasks.task_queue import TaskQueue
@@ -173,7 +173,7 @@ def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
     write_rows(desk.data / "train.jsonl", rows(6, label="no"))
     draft = check_submission(check_document(desk.document(), TaskSpec, "task"), desk.settings, LAYOUT)
     assert draft.warnings == (
-        "1 of 2 labels have no training row: 'yes'",
+        "1 of 2 labels has no training row: 'yes'",
         "2 of 5 evaluation rows are also training rows: the scores flatter the task",
     )
 
@@ -267,6 +267,36 @@ def test_the_training_file_as_evaluation_file_is_refused_unless_asked_for(desk: 
     same["data"]["eval_is_train"] = True
     record, _ = desk.submit(same)
     assert record.warnings == ("6 of 6 evaluation rows are also training rows: the scores flatter the task",)
+
+
+@pytest.mark.parametrize(("least", "is_refused"), [(1.5, True), (1.0000001, True), (1.0, False), (-3.0, False)])
+def test_a_least_score_that_no_training_can_reach_is_refused(desk: Desk, least: float, is_refused: bool) -> None:
+    document = desk.document(gate={"min_score": least})
+    if is_refused:
+        assert "is more than accuracy can be, which is 1 at most" in desk.refuse(document)
+    else:
+        desk.submit(document)
+
+
+def test_the_best_score_of_each_metric_is_known() -> None:
+    assert set(SCORE_MAX) == {metric for metrics in METRICS.values() for metric in metrics}
+    assert SCORE_MAX["log_likelihood"] == 0  # the logarithm of a probability
+
+
+def test_rows_that_are_alike_and_contradict_each_other_are_warned_of(desk: Desk) -> None:
+    one_text = [{"text": "the same", "label": "yes"}] * 3
+    write_rows(desk.data / "train.jsonl", one_text)
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": "The Same", "label": "yes"}, {"text": "else", "label": "no"}])
+    record, _ = desk.submit(desk.document())
+    assert record.warnings == (
+        "1 of 2 labels has no training row: 'no'",
+        "1 of 2 evaluation rows differ from training rows in capital letters, white space or Unicode's form alone: the "
+        "scores flatter the task",
+        "all 3 training rows have the same input",
+    )
+    write_rows(desk.data / "train.jsonl", [*one_text, {"text": "the same", "label": "no"}, *rows(2)])
+    record, _ = desk.submit(desk.document("red/beta"))
+    assert record.warnings[-1] == "1 input has several labels in the training rows: no answer is right for all of them"
 
 
 def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:

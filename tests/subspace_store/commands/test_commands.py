@@ -26,6 +26,7 @@ from subspace_store.commands.app import SERVICE, app
 from subspace_store.commands.state_folder import SERVER_MODULE, running_server
 from subspace_store.commands.terminal import me
 from subspace_store.formats.peft import write_peft_folder
+from subspace_store.log.version import TaskScore
 from subspace_store.merging.reorder import reorder
 from subspace_store.merging.variants import VARIANTS, merge_all
 from subspace_store.requests import Tag
@@ -241,26 +242,35 @@ def test_adapters_are_let_go_of_by_name_and_then_collected(run: Command, store: 
     assert run("drop-adapters", "team/t1", "--yes").stderr == "nothing to let go\n"
 
 
-def test_the_log_is_shown_whole_or_its_end(run: Command) -> None:
+def test_the_log_is_shown_whole_or_its_end(run: Command, store: SubspaceStore) -> None:
+    store.record_scores(3, [TaskScore(task_id="t3", score=0.5, count=1)], op_key="scores 3", actor="test")
     run("hold", "[red]why[/red]")
     entries = answer(run("log", "--json"))
-    assert [entry["op"] for entry in entries] == ["acquire", *["merge", "publish"] * 3, "acquire", "hold"]
+    assert [entry["op"] for entry in entries] == ["acquire", *["merge", "publish"] * 3, "scores", "acquire", "hold"]
     assert answer(run("log", "--last", "2", "--json")) == entries[-2:]
     assert run("log", "--last", "0").exit_code == 2
     shown = run("log").stdout
     assert "version 1: team/t1" in shown
+    assert re.search(r"version 3: 1 score$", shown, re.MULTILINE)
     assert "[red]why[/red]" in shown
 
 
 def test_verify_finds_a_lost_object_at_once_and_a_changed_one_with_deep(run: Command, store: SubspaceStore) -> None:
-    assert "is as its log says" in run("verify").stdout
+    assert "the log and the sizes of all objects are right; --deep reads their bytes too" in run("verify").stdout
+    assert "is as its log says: every byte was read" in run("verify", "--deep").stdout
     version = store.state.versions[2]
     content = store.storage.read(version.basis.key)
     store.storage.write(version.basis.key, content[:-1] + bytes([content[-1] ^ 1]))
     assert run("verify").exit_code == 0
     deep = run("verify", "--deep", "--json")
     assert deep.exit_code == 7
-    assert version.basis.key in json.loads(deep.stdout)[0]["where"]
+    (told,) = json.loads(deep.stdout)  # once, though version 3 needs it as well
+    assert told["where"].endswith(version.basis.key)
+    assert told["of"] == "the bases of version 2"
+    said = run("verify", "--deep")
+    assert f"{version.basis.key} (the bases of version 2): " in said.stdout
+    assert "restore what is named from a backup" in said.stderr
+    assert "docs/trouble.md#corrupt" in said.stderr
     store.storage.write(version.basis.key, content + b"x")
     assert run("verify").exit_code == 7
     store.storage.delete(version.basis.key)
@@ -334,7 +344,7 @@ def test_a_command_that_is_asked_again_under_its_key_is_done_once(
 
 def test_a_key_begins_with_what_it_is_a_key_of(run: Command, store: SubspaceStore) -> None:
     refused = run("tag", "gold", "2", "--op-key", "release of monday")
-    assert (refused.exit_code, "op_key has to begin with tag" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "op_key: has to begin with tag" in refused.stderr) == (2, True)
     assert store.refresh().tags == {}
 
 

@@ -410,7 +410,7 @@ def test_an_adapter_that_was_let_go_leaves_its_head_and_what_the_subspace_holds(
     before, facts = contents(store.storage), store.delivered("t2")
     wanted = store.state.versions[2].added[0].adapter.key
     store.drop_adapters(["t2"], actor="test")
-    assert store.history()[-1].summary == "1 adapters"
+    assert store.history()[-1].summary == "1 adapter"
     found = store.collect()
     assert found.blobs == (wanted,)
     assert found.size_bytes == store.state.versions[2].added[0].adapter.size_bytes

@@ -158,6 +158,43 @@ def test_evaluation_rows_that_are_training_rows_are_refused_unless_asked_for(suf
             assert task.shared_rows == 6
 
 
+DISGUISED = ["an order of cards\n", "an  order\tof cards", "an order of cards\u200b", "ａｎ order of cards"]
+"""What to a reader, or to a tokenizer, is `an order of cards`."""
+
+
+def test_evaluation_rows_that_to_a_reader_are_training_rows_are_refused(tmp_path: Path) -> None:
+    train = written(tmp_path / "t.jsonl", {"text": "an order of cards", "label": 0}, {"text": "else", "label": 1})
+    for number, text in enumerate(DISGUISED):
+        evaluation = written(tmp_path / f"{number}.jsonl", {"text": text, "label": 0})
+        with pytest.raises(InvalidInput, match="1 of 1 evaluation rows are also training rows"):
+            freeze(SPEC, train, evaluation)
+    evaluation = written(tmp_path / "e.jsonl", {"text": "AN ORDER OF CARDS", "label": 0}, {"text": "Else", "label": 1})
+    with frozen(SPEC, train, evaluation) as task:  # which a model may tell apart
+        assert (task.shared_rows, task.alike_rows) == (0, 2)
+
+
+def test_rows_that_only_look_alike_and_that_a_share_has_parted_are_counted(tmp_path: Path) -> None:
+    lines = written(
+        tmp_path / "t.jsonl", *({"text": f"x{space}y", "label": 0} for space in (" " * n for n in range(1, 30)))
+    )
+    with frozen(spec_of(eval_fraction=0.3), lines) as task:
+        assert task.train
+        assert task.evaluation
+        assert (task.shared_rows, task.alike_rows) == (0, task.evaluation.count)
+        assert (task.train.inputs, task.evaluation.inputs) == (1, 1)
+
+
+def test_inputs_with_several_labels_are_counted(tmp_path: Path) -> None:
+    texts = [("a", 0), ("a ", 1), ("b", 1), ("b", 1), ("c", 0)]
+    lines = written(tmp_path / "t.jsonl", *({"text": text, "label": label} for text, label in texts))
+    with frozen(SPEC, lines) as task:
+        assert task.train
+        assert (task.train.inputs, task.train.contradicted) == (3, 1)
+    with frozen(spec_of("sequence_regression"), lines) as task:  # of several opinions the mean is right
+        assert task.train
+        assert (task.train.inputs, task.train.contradicted) == (3, 0)
+
+
 def test_what_rows_unpack_to_is_bounded_by_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (columns, frozen_rows):
         monkeypatch.setattr(module, "UNPACKED_BYTES_FREE", 10**6)

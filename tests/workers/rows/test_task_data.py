@@ -105,6 +105,7 @@ def test_a_regression_label_is_a_number_however_it_is_written() -> None:
         ({"text": 3}, "must be a string, not int"),
         ({"text": None}, "must be a string, not NoneType"),
         ({"text": " \t"}, "is empty"),
+        ({"text": "\u200b \ufeff"}, "is empty"),
         ({"text": "half \ud83d"}, "is no Unicode text"),
         ({"label": "maybe"}, "'maybe' is not one of the 2 labels"),
         ({"label": 2}, "2 is not one of the 2 labels"),
