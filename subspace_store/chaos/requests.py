@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import Corrupt, NotFound
-from subspace_store.adapter import Adapter, adapter_to_bytes, canonical_update, update_in_foundation
+from subspace_store.adapter import SIZED, Adapter, adapter_to_bytes, canonical_update, update_in_foundation
 from subspace_store.chaos.model import Model
 from subspace_store.digests import digest
 from subspace_store.log import retention
@@ -244,7 +244,8 @@ def dense(adapter: Adapter) -> dict[str, Tensor]:
 
 @functools.cache
 def _adapter(number: int) -> Adapter:
-    """One of a few random adapters: ranks 1 to 3, most on one module, some on both, some in the foundation."""
+    """One of a few random adapters: ranks 1 to 3, most on one module, some on both, some in the foundation, some kept
+    whole."""
     generator = torch.Generator().manual_seed(number)
     rank = 1 + number % 3
     modules = {}
@@ -255,4 +256,5 @@ def _adapter(number: int) -> Adapter:
         else:
             b_NR, a_RD = torch.randn(n, rank, generator=generator), torch.randn(rank, d, generator=generator)
             modules[name] = canonical_update(b_NR, a_RD, scale=0.5)
-    return Adapter(BASE, "", modules, {"head": torch.randn(2, generator=generator)}, {})
+    info = {SIZED: "score"} if number % 7 == 2 else {}
+    return Adapter(BASE, "", modules, {"head": torch.randn(2, generator=generator)}, info)
