@@ -2,6 +2,9 @@
 
 A task's data is copied and frozen under the task's id on the object storage, so that a file that changes later
 changes no score, and workers on other machines can read it.
+
+What reads adapters is imported where a submission is checked, in a process of its own (checking.py): the control plane,
+which imports this module too, needs no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
@@ -24,25 +27,15 @@ from configs.task_spec import SCORE_MAX, TaskSpec
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
-from subspace_store.adapter import Adapter, adapter_to_file
 from subspace_store.digests import digest
-from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
-from workers.compatibility import (
-    check_lengths,
-    check_template,
-    chosen_modules,
-    incomplete,
-    not_understood,
-    trained_elsewhere,
-    with_full_names,
-    without_effect,
-)
-from workers.heads import check_head, doubtful_labels
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
 from workers.rows.frozen_rows import FrozenTask, freeze, upload
 from workers.rows.labels import two_readings
-from workers.rows.task_data import Row
+from workers.rows.task_data import Complaint, Row
+
+if TYPE_CHECKING:
+    from subspace_store.adapter import Adapter
 
 _PLACES: Any = {"client_key": True, "data": {"train_file", "eval_file"}, "method": {"adapter"}}
 
@@ -115,6 +108,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         InvalidInput: The team, the base model, a path, a row, the target modules or the adapter to
             import; names the key, file and row.
     """
+    from workers.compatibility import check_lengths, check_template, chosen_modules
+
     if spec.team not in settings.teams:
         raise InvalidInput(
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
@@ -133,28 +128,38 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint
     evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
     if spec.method.name == "import":
-        if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
-            raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
-        folder = _allowed(spec.method.adapter or "", settings, "method.adapter")
-        for name in (CONFIG_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE):  # each may be a link to somewhere else
-            _allowed_file(str(folder / name), settings, "method.adapter")
-        brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
-        named = with_full_names(brought, layout.module_shapes, layout.heads[spec.kind], str(folder))
-        check_head(named, spec, layout.heads[spec.kind], is_scored=evaluation is not None)
-        called = layout.called or (settings.base_model.source,)
-        doubts = (
-            trained_elsewhere(named, called),
-            not_understood(named),
-            incomplete(named, layout.module_shapes),
-            without_effect(named),
-            doubtful_labels(named, spec, layout.heads[spec.kind]),
-        )
-        rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
-        return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows)))
+        return _imported(spec, settings, layout, evaluation, complaint)
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
     return Draft(spec, rows, None, tuple(_warnings(rows)))
+
+
+def _imported(
+    spec: TaskSpec, settings: Settings, layout: BaseLayout, evaluation: Path | None, complaint: Complaint
+) -> Draft:
+    """Check the adapter to import and the rows to score it on."""
+    from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
+    from workers.compatibility import incomplete, not_understood, trained_elsewhere, with_full_names, without_effect
+    from workers.heads import check_head, doubtful_labels
+
+    if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
+        raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
+    folder, head = _allowed(spec.method.adapter or "", settings, "method.adapter"), layout.heads[spec.kind]
+    for name in (CONFIG_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE):  # each may be a link to somewhere else
+        _allowed_file(str(folder / name), settings, "method.adapter")
+    brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
+    named = with_full_names(brought, layout.module_shapes, head, str(folder))
+    check_head(named, spec, head, is_scored=evaluation is not None)
+    doubts = (
+        trained_elsewhere(named, layout.called or (settings.base_model.source,)),
+        not_understood(named),
+        incomplete(named, layout.module_shapes),
+        without_effect(named),
+        doubtful_labels(named, spec, head),
+    )
+    rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
+    return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows)))
 
 
 def _check_least_score(spec: TaskSpec) -> None:
@@ -170,6 +175,8 @@ def _check_least_score(spec: TaskSpec) -> None:
 
 
 def _frozen(adapter: Adapter) -> FrozenAdapter:
+    from subspace_store.adapter import adapter_to_file
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "adapter")
         adapter_to_file(adapter, path)

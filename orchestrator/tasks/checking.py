@@ -207,7 +207,8 @@ def _exactly(source: socket.socket, count: int) -> bytearray:
 
 def import_beforehand() -> None:
     """Import what a check would import itself, every time: pandas by pyarrow, transformers to write chats with."""
-    for name in ("numpy", "pyarrow", "pandas", "jinja2.sandbox", "transformers.utils.chat_template_utils"):
+    ours = ("subspace_store.formats.peft", "workers.compatibility", "workers.heads")
+    for name in (*ours, "numpy", "pyarrow", "pandas", "jinja2.sandbox", "transformers.utils.chat_template_utils"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 

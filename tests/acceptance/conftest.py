@@ -75,10 +75,13 @@ class Site:
         head = json.loads((self.folder / ".onebasis/ray.json").read_text())["pid"]
         return [pid for pid in _descendants(head) if _title(pid).startswith(title)]
 
+    def control_plane(self) -> int:
+        """Its process id."""
+        return int(json.loads((self.folder / ".onebasis/server.json").read_text())["pid"])
+
     def kill_control_plane(self) -> None:
         """kill -9, as a power cut would."""
-        pid = json.loads((self.folder / ".onebasis/server.json").read_text())["pid"]
-        os.kill(pid, signal.SIGKILL)
+        os.kill(self.control_plane(), signal.SIGKILL)
 
     def task_file(self, name: str, team: str = "payments", steps: int = 6, rows: int = 120, **changes: Any) -> Path:
         """A small real task: three intents of BANKING77."""

@@ -57,6 +57,8 @@ def test_a_killed_control_plane_finds_its_running_training_again(site: Site) -> 
     assert len(workers) == 2
     assert workers == set(site.processes("ray::WorkerActor"))  # the warm workers were kept
     assert merged_once(site, "payments/found-again")
+    # Its memory is for tasks and versions: what needs torch is done by other processes.
+    assert "libtorch" not in Path(f"/proc/{site.control_plane()}/maps").read_text()
 
 
 @pytest.mark.parametrize("delay_seconds", [0.0, 1.5, 2.5, 3.2])

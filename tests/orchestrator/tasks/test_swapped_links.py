@@ -16,6 +16,7 @@ import pytest
 
 from configs.places import OutsideError, open_below
 from orchestrator.tasks import admission
+from subspace_store.formats import peft
 from tests.builders import LABELS, rows, write_rows
 from tests.orchestrator.tasks.test_admission import Desk
 
@@ -82,7 +83,8 @@ def refused_without_reading(
     desk: Desk, document: dict[str, Any], read: list[Path], swapped: Callable[[], Path], step: str, monkeypatch: Any
 ) -> None:
     """Swap right before `step` begins to read; the submission is refused, and nothing outside was opened."""
-    real, outside = getattr(admission, step), []
+    module = admission if step == "freeze" else peft
+    real, outside = getattr(module, step), []
 
     def after_the_swap(*arguments: Any) -> Any:
         if not outside:
@@ -90,7 +92,7 @@ def refused_without_reading(
             read.clear()
         return real(*arguments)
 
-    monkeypatch.setattr(admission, step, after_the_swap)
+    monkeypatch.setattr(module, step, after_the_swap)
     said = desk.refuse(document)
     assert "does not read" in said
     assert outside
