@@ -180,7 +180,10 @@ def _stored(
     trained, alone = (sum(row[key] for row in rows) for key in ("numbers_trained", "numbers_alone"))
     losses = [100 * (row["score_alone"] - row["score_lora"]) for row in rows]
     return {
-        "broken_promises": sum(share < settings.energy_ratio_min - 1e-6 for share in shares.values()),
+        "broken_promises": sum(
+            share < (1.0 if delivered[name].is_sized else settings.energy_ratio_min) - 1e-6
+            for name, share in shares.items()
+        ),
         "loss_points": {"mean": statistics.fmean(points.values()), "worst": min(points.values())},
         "loss_points_alone": {"mean": statistics.fmean(losses), "worst": min(losses)},
         "numbers_over_trained_lora": foot.total_numbers / trained,

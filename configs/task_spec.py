@@ -269,8 +269,6 @@ class TaskSpec(Section):
             raise ValueError(
                 f"kind '{self.kind}' has no labels to smooth: training.label_smoothing_factor has no meaning"
             )
-        if not all(name.strip() for name in data.label_names):
-            raise ValueError("data.label_names has an empty name")
         if len(set(data.label_names)) != len(data.label_names):
             raise ValueError("data.label_names has duplicates")
         return self

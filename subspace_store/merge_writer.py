@@ -306,7 +306,7 @@ class _Merging:
         new = {n: u.shape for a in draft.arrivals for n, u in a.adapter.modules.items() if n not in self._homes}
         changed = {name for adapter in self._adapters.values() for name in adapter.modules}
         self._empty = {name: empty_module(shape).basis for name, shape in sorted(new.items()) if name not in changed}
-        """Bases without directions, of modules that are new and in which all tasks are in the foundation."""
+        """Bases without directions, of modules that are new and whose tasks are all kept exactly, see `apart`."""
         self.touched = [*sorted(changed), *self._empty]
         self.elsewhere = dict(self._homes)
         """Module to the version whose file holds its basis; until it is merged, that of a changed one too."""

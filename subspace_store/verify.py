@@ -78,7 +78,7 @@ def _contents(state: SubspaceState) -> dict[str, str]:
         for task in version.brought:
             found += [
                 (task.adapter, f"the adapter of {task.name} as it was delivered"),
-                (task.coefficients, f"the coefficients of {task.name}, of version {number}"),
+                (task.coefficients, f"the coefficients of the tasks of version {number}"),
                 (task.private, f"the private part of {task.name}, of version {number}"),
             ]
         for ref, what in found:

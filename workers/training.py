@@ -186,7 +186,8 @@ class _Attempt:
         return self._raced(rows) if method is None and not order.refine_version else self._trained(rows)
 
     def _raced(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
-        """Train each candidate of `auto`, and cut the best to what its score needs. Each is a run of its own."""
+        """Train each candidate of `auto`, find the smallest that its score needs, and train that once more on all rows.
+        Each is a run of its own."""
         spec, group = self._order.spec, self._group
         rest, validation = auto.set_aside(rows)
         if why := auto.reason_not_to_race(spec, validation):
@@ -206,6 +207,7 @@ class _Attempt:
                     raise  # the other ranks wait for this one
                 self._say(f"auto: {name} cannot be trained: {error}")
                 failed = error
+                attempt._delete_checkpoints()
         if failed is not None and not finished:
             raise failed
         kept: auto.Form | None = None
@@ -225,8 +227,14 @@ class _Attempt:
         began = min(run.first_step_at for _, _, run in finished.values())
         if again:
             self._say(f"auto: {name} is trained once more, on all {len(rows):,} rows")
-            attempt = self._candidate(name, auto.among(self._report, len(names), runs), " all rows")
-            adapter, run = attempt._trained(rows)
+            last = self._candidate(name, auto.among(self._report, len(names), runs), " all rows")
+            try:
+                adapter, run = last._trained(rows)
+                attempt = last
+            except InvalidInput as error:
+                if isinstance(error, OutOfMemory) and group.rank.size > 1:
+                    raise
+                self.warnings = (f"auto kept what was trained without the validation rows; with them: {error}",)
         return self._adopt(attempt, (auto.sized(adapter, share), replace(run, first_step_at=began)))
 
     def _candidate(self, name: str, report: Report, rows: str = "") -> _Attempt:
@@ -263,10 +271,13 @@ class _Attempt:
                 self._storage.write(self._raced_key, content)
             except Unavailable as error:
                 self._say(f"the trained candidate could not be kept for a later attempt: {error.what}")
-            # The next candidate's checkpoints begin at step 1 again, and only those furthest on are kept.
-            for key in self._storage.keys(f"{self._folder}/checkpoint-"):
-                self._storage.delete(key)
+        self._delete_checkpoints()
         return self._from_race(content)  # read again, to be to the bit what a later attempt would read
+
+    def _delete_checkpoints(self) -> None:
+        """The next candidate's begin at step 1 again, and only those furthest on are kept."""
+        for key in self._storage.keys(f"{self._folder}/checkpoint-") if self._group.rank.leads else ():
+            self._storage.delete(key)
 
     def _raced_before(self) -> tuple[Adapter, TrainingRun] | None:
         """What an earlier attempt at this order made of this candidate. All ranks see what rank 0 sees."""

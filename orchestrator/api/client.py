@@ -58,11 +58,12 @@ class Client:
 
             try:
                 with _told_with_its_key(request):
-                    return _over_http(server, request, Waiting(server, self._say))
+                    try:
+                        return _over_http(server, request, Waiting(server, self._say))
+                    except NoSignOfLife as error:
+                        raise named(error, self._state_dir) from error
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-            except NoSignOfLife as error:
-                raise named(error, self._state_dir) from error
         if isinstance(request, ServiceRequest) and request.needs_service:
             if not (self._state_dir / SETTINGS_FILE).exists():
                 raise never_ran(self._state_dir)
@@ -70,9 +71,7 @@ class Client:
         from subspace_store.commands.terminal import telling
 
         with telling("reading the store and the task database, without a service", self._say):
-            local = self._local()  # if that fails, nothing was asked, and the outcome is known
-            with _told_with_its_key(request):
-                return local.answer(request)
+            return self._local().answer(request)  # which knows what it has written, and what may have been
 
     def _local(self) -> Service:
         if self._service is None:

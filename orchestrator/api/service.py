@@ -386,9 +386,9 @@ class Service:
         alarms = [alarm.as_dict() for alarm in self._alarms]
         name = self._settings.base_model.name
         state = self._log_read.last  # `look` reads it every few seconds
-        held = asdict(state.held) if state and state.held else None
+        held = {"held": asdict(state.held) if state.held else None} if state else {}
         running = self._controller is not None
-        return {"base_model": name, "running": running, "held": held, **self._health(), "alarms": alarms}
+        return {"base_model": name, "running": running, **held, **self._health(), "alarms": alarms}
 
     def look(self) -> None:
         """Look at the store and the database as `status` does, and ring if one is away: nobody else would notice while
@@ -449,8 +449,10 @@ class Service:
     def _write(self, request: StoreRequest[Answer]) -> Answer:
         """Make a writing call. A request whose outcome is unknown is kept, and shown, until the log has the answer."""
         if self._cluster is not None and self._alarms.rings(AlarmCode.RAY_DOWN):
-            what = "Ray does not work, so the store's writer cannot be reached: nothing was written"
-            raise NotWritten(what, todo="`onebasis up` starts it again; then repeat this")
+            what = "Ray does not work, so the store's writer cannot be reached: this call wrote nothing"
+            raise NotWritten(
+                what, todo="`onebasis up` starts it again; then repeat it, with its --op-key if it had one"
+            )
         try:
             with noted(Path(self._settings.state_dir), request), request.told_with_its_key():
                 answer = self._write_once(request)

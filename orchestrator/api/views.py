@@ -227,4 +227,5 @@ def _names(state: SubspaceState, task_ids: Collection[str]) -> list[str]:
 
 
 def _between(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else end - start
+    # An earlier attempt may have begun before this one was claimed.
+    return None if start is None or end is None else max(0.0, end - start)

@@ -58,7 +58,8 @@ class Attention:
             self._say("the service is up again")
             self._down_since = None
         tell_new(health["alarms"], self._told, self._say)
-        self._tell_hold(health.get("held"))
+        if "held" in health:  # the service has read the log since it started
+            self._tell_hold(health["held"])
 
     def _tell_hold(self, held: Json | None) -> None:
         """Say that `main` is held, or no longer: what is trained waits as long, without a sign of its own."""

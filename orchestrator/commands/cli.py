@@ -387,7 +387,7 @@ def _version_or_main(client: Client, name: str) -> int | None:
 
 def _version(client: Client, name: str) -> int:
     """The version that a number, a tag or a branch names now."""
-    if name.isdecimal():
+    if name.isascii() and name.isdecimal() and len(name) <= 15:
         return int(name)
     for row in client.ask(ListVersions()):
         if name in (*row["refs"], *row["tags"]):

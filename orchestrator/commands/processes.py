@@ -128,7 +128,7 @@ def _await_what_ends(state_dir: Path, say: Say) -> None:
     """Wait for a control plane that ends already, as after Ctrl-C in `down`: it takes no requests, and keeps the next
     one from starting."""
     server = running_server(state_dir)
-    if server is not None and not Client(state_dir, lambda _: None).ask(Health())["running"]:
+    if server is not None and not _is_running(state_dir):
         say(f"the control plane (pid {server}) is ending, as it was told before: waiting for it, then starting anew")
         with telling("waiting for what trains to write a checkpoint", say):
             _end(server, STOP_SECONDS)
@@ -138,6 +138,14 @@ def _await_what_ends(state_dir: Path, say: Say) -> None:
         until = time.monotonic() + UNSEEN_SECONDS
         while _is_locked(state_dir) and running_server(state_dir) is None and time.monotonic() < until:
             time.sleep(0.05)
+
+
+def _is_running(state_dir: Path) -> bool:
+    """Whether the control plane takes requests and means to go on."""
+    try:
+        return bool(Client(state_dir, lambda _: None).ask(Health())["running"])
+    except Unavailable:  # it ended while it was asked: one that hangs has been ended before
+        return False
 
 
 def _is_locked(state_dir: Path) -> bool:

@@ -35,8 +35,10 @@ log = logging.getLogger("onebasis.mlflow")
 RETRY_SECONDS = 10.0
 LIVE_SECONDS = 10.0
 """Shortest interval at which the curves of running tasks are shown anew."""
+LIVE_SECONDS_MAX = 60.0
+"""The longest. Between the two it is such that the mirror works for `LIVE_SHARE` of the time: with many tasks, or an
+MLflow that is slow, it becomes longer."""
 LIVE_SHARE = 0.05
-"""Largest share of its time that the mirror spends on curves that grow: with many tasks the interval becomes longer."""
 TASK_TAG = "onebasis.task_id"
 SUBSPACE_TAG = "onebasis.subspace"
 DONE_TAG = "onebasis.logged"
@@ -130,7 +132,8 @@ class Mirror:
         elif len(state.published) > 1:
             self._unpoint_alias(self._settings.base_model.name)
         self._seen = following  # not before all is there: what failed is read again
-        self._live_seconds = max(LIVE_SECONDS, (time.monotonic() - begun) / LIVE_SHARE)
+        wanted = (time.monotonic() - begun) / LIVE_SHARE
+        self._live_seconds = min(max(LIVE_SECONDS, wanted), LIVE_SECONDS_MAX)
         self._look_at = time.monotonic() + self._live_seconds if training else math.inf
 
     def _open(self) -> None:
@@ -207,8 +210,10 @@ class Mirror:
         if rows and rows[0] == table.birth[record.task_id] and record.local_score is not None:
             gap = record.local_score - table.score(rows[0], record.task_id)
             metrics["merge_gap", rows[0], made[rows[0]]] = gap
-        for point in self._queue.curve(record.task_id):
-            metrics |= _figures(point)
+        # Of a task that has ended, the curve was shown with it: a new version changes no more than its score.
+        if record.state in LIVE or data.tags.get(DONE_TAG, "").partition(":")[0] != str(record.revision):
+            for point in self._queue.curve(record.task_id):
+                metrics |= _figures(point)
         if (plot := plot_file(self._settings.state_dir, record)).exists():
             self._log_plot(run, plot)
         tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}

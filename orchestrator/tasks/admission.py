@@ -123,6 +123,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
     _check_least_score(spec)
+    if not all(name.strip() for name in spec.data.label_names):
+        raise InvalidInput("one of the names is empty", "data.label_names", "write each label's name")
     check_lengths(spec, layout.length_max)
     check_template(spec, layout.chat_template is not None)
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint

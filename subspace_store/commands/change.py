@@ -341,6 +341,6 @@ def remove(
     text = f"version {number} is as if {task} had never been merged"
     if repeated:
         text = f"this was done before under {op_key!r} (version {number}), and nothing was changed now"
-    if approximate:
+    if approximate and not repeated:
         text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
     show(answer, lambda _: note(text), as_json)

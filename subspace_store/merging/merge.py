@@ -130,7 +130,7 @@ class Tally:
         _add(self._delivered, tasks.task_ids, tasks.delivered_T)
 
     def add_exact(self, private: Mapping[str, Mapping[str, ModuleUpdate]]) -> None:
-        """Add what is kept as it was delivered: task id to its updates in the foundation, see `apart`."""
+        """Add what is kept as it was delivered: task id to its updates, see `apart`."""
         for task, updates in private.items():
             energy = torch.tensor([sum(map(update_energy, updates.values()))], dtype=torch.float64)
             _add(self._missed, (task,), torch.zeros_like(energy))

@@ -180,7 +180,7 @@ def test_a_form_is_kept_only_where_the_rows_show_that_it_loses_no_more_than_is_a
     assert best.is_as_good_as(best, 0.0)
 
 
-def test_classes_are_compared_by_the_probability_of_the_right_one_whatever_the_metric(tiny: Tiny) -> None:
+def test_classes_are_compared_by_the_probability_of_the_right_one_whatever_the_metric() -> None:
     for kind in ("sequence_classification", "image_classification"):
         assert auto.validation_spec(task_of_kind(kind)).metric == "probability"
     assert auto.validation_spec(task_of_kind("sequence_regression")).metric == "pearson"
@@ -216,11 +216,14 @@ def test_both_are_trained_without_the_validation_rows_and_what_is_kept_once_more
     desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[set[str]] = []
+    forms: list[auto.Form] = []
     candidates = auto.chosen
 
-    def seen(found: Any, *others: Any) -> Any:
+    def seen(found: Any, score: Any, loss_max: float) -> Any:
         asked.append(set(found))
-        return candidates(found, *others)
+        kept, said = candidates(found, score, 0.2)  # enough for something to be cut off
+        forms.append(kept)
+        return kept, said
 
     monkeypatch.setattr(auto, "chosen", seen)
     base, spec = tiny("bert"), task()
@@ -234,8 +237,40 @@ def test_both_are_trained_without_the_validation_rows_and_what_is_kept_once_more
     assert adapter.is_sized
     alone = Desk("alone", train_count=COUNT)
     whole = alone.staged(alone.train(base, task(method={"name": trained.method})))
-    for name, update in adapter.modules.items():  # a cut of what the method makes of all rows
-        assert torch.allclose(update.sigma_R, whole.modules[name].sigma_R[: update.rank], rtol=1e-5)
+    (form,) = forms
+    assert form.share < 1.0
+    expected = auto.cut(whole, form.share)  # of what the method makes of all rows
+    assert adapter.parameter_count < whole.parameter_count
+    assert adapter.modules.keys() == expected.modules.keys()
+    for name, update in adapter.modules.items():
+        assert update.rank == expected.modules[name].rank
+        assert torch.allclose(update.sigma_R, expected.modules[name].sigma_R, rtol=1e-5)
+
+
+def test_where_few_rows_were_set_aside_what_was_chosen_is_not_trained_again(
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not auto.needs_all_rows(texts(95), texts(5))
+    assert auto.needs_all_rows(texts(94), texts(6))
+    monkeypatch.setattr(auto, "FEW", 1.0)
+    trained = desk.train(tiny("bert"), task())
+    assert desk.staged(trained).is_sized
+    assert not any("once more" in line for line in lines(desk))
+    assert {beat.steps for beat in desk.heartbeats if beat.phase is Phase.TRAINING} == {2 * trained.steps}
+
+
+def test_if_the_last_training_fails_what_was_judged_is_kept_and_the_owner_is_told(
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(model: Any, base: Any, rows: Any, *others: Any) -> Any:
+        if len(rows) == COUNT:
+            raise InvalidInput("the loss is nan at step 3 of 12", "training.learning_rate", "lower it")
+        return fit(model, base, rows, *others)
+
+    monkeypatch.setattr(training, "fit", failing)
+    trained = desk.train(tiny("bert"), task())
+    assert desk.staged(trained).is_sized
+    assert any("auto kept what was trained without the validation rows" in said for said in trained.warnings)
 
 
 def test_the_candidates_see_no_validation_row_and_the_choice_sees_no_other(
@@ -370,4 +405,4 @@ def test_the_ranks_of_a_gang_agree_on_the_form(
     told = json.loads((tmp_path / "race-0.json").read_text())
     assert told["method"] in ("share", "lora")
     assert told["steps"] == 12
-    assert [step for step, _ in told["losses"]] == [*range(1, 13)] * 2  # both candidates, on both ranks
+    assert [step for step, _ in told["losses"]] == [*range(1, 13)] * 3  # both candidates, and what was chosen once more

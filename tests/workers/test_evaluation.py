@@ -84,6 +84,11 @@ def test_answers_come_back_in_the_order_of_the_rows_though_batches_go_by_length(
     assert score.metrics["f1_macro"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     assert sorted(score.metrics) == ["accuracy", "f1_macro", "matthews_correlation", "probability"]
     assert model.batches == [(2, 3), (2, 7)]  # two short rows padded to 3 tokens, two long ones to 7
+    # Softmax of the outputs 1, 0, 0: what the right label gets, row by row; the third row's is not the answer.
+    answer, other = math.e / (math.e + 2), 1 / (math.e + 2)
+    by_row = score_rows(model, tiny("bert"), rows, ABC.model_copy(update={"metric": "probability"}))
+    assert by_row.per_row == pytest.approx((answer, answer, other, answer))
+    assert by_row.value == score.metrics["probability"] == pytest.approx((3 * answer + other) / 4)
 
 
 def test_the_value_and_the_rows_are_those_of_the_tasks_own_metric(tiny: Tiny) -> None:

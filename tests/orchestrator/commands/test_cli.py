@@ -22,7 +22,7 @@ from orchestrator.api.requests import Health, ListTasks, ShowTask, ShowVersion, 
 from orchestrator.commands import attention, cli, display
 from orchestrator.commands.cli import ENDS, app
 from subspace_store.formats.peft import read_peft_folder, write_peft_folder
-from subspace_store.requests import Remove
+from subspace_store.requests import Remove, Tag
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.site import Site
 
@@ -102,10 +102,13 @@ def test_json_is_exactly_what_the_service_answered(site: Site, onebasis: Onebasi
     assert json.loads(onebasis("tasks", "--team", "blue", "--json").stdout) == site.client.ask(ListTasks(team="blue"))
 
 
+@pytest.mark.changes
 def test_a_version_is_named_by_its_number_a_branch_or_a_tag(site: Site, onebasis: Onebasis) -> None:
     wanted = site.client.ask(ShowVersion(version=2))
     for name in ("2", "main", "candidate"):
         assert json.loads(onebasis("version", name, "--json").stdout) == wanted
+    site.client.ask(Tag(name="gold", version=2, actor="ann"))
+    assert json.loads(onebasis("version", "gold", "--json").stdout) == wanted | {"tags": ["gold"]}
     assert onebasis("scores", "--version", "main", "--json").stdout == onebasis("scores", "--json").stdout
     assert "main would move from version 2 to version 0" in onebasis("rollback", "0", "--preview").stdout
     result = onebasis("diff", "1", "nothing")

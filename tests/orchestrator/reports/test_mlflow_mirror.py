@@ -270,6 +270,26 @@ def test_the_picture_is_beside_the_state_and_among_the_artifacts(mirrored: Mirro
     assert kept["tasks"] == ["blue/b", "red/a"]
 
 
+@pytest.mark.changes
+def test_a_new_version_sends_no_curve_of_what_ended_again(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, sent = mirrored.mirror._client, list[str]()
+    send = client.log_batch
+    noting = lambda run, **what: (sent.extend(m.key for m in what.get("metrics", ())), send(run, **what))  # noqa: E731
+    monkeypatch.setattr(client, "log_batch", noting)
+    mirrored.roll(1)
+    mirrored.roll(2)
+    assert "score" in sent
+    assert "train.loss" not in sent
+
+
+def test_the_interval_of_what_grows_has_an_end(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirrored.mirror.sync()
+    assert mirrored.mirror._live_seconds == mlflow_mirror.LIVE_SECONDS
+    monkeypatch.setattr(mlflow_mirror, "LIVE_SHARE", 1e-9)
+    mirrored.mirror.sync()
+    assert mirrored.mirror._live_seconds == mlflow_mirror.LIVE_SECONDS_MAX
+
+
 def test_a_second_sync_changes_nothing(mirrored: Mirrored) -> None:
     before = mirrored.everything()
     mirrored.mirror.sync()
