@@ -184,13 +184,12 @@ class Service:
         place = self._places().get(record.task_id) if record.state is TaskState.QUEUED else None
         starts = self._starts() if place is not None else None
         plot, result = plot_file(self._settings.state_dir, record), self._result(record)
-        scores, problem = self._main_scores([record])
+        around = self._surroundings(record, place, starts)
         return {
             **self._summary(record, place, starts),
-            "main_score": scores.get(record.task_id),
-            "main_score_problem": problem,
-            "gone_from_main": record.task_id in self._gone_from_main([record]),
-            "why": why(record, self._surroundings(record, place, starts)),
+            "main_score": result["score_under_main"] if result else None,
+            "gone_from_main": around.is_gone_from_main,
+            "why": why(record, around),
             "result": result,
             "alarms": [alarm.as_dict() for alarm in self._alarms] if record.state in LIVE else [],
             **views.task_details(record, self._queue.events(record.task_id), plot),
