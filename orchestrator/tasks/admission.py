@@ -125,6 +125,12 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     _check_least_score(spec)
     if not all(name.strip() for name in spec.data.label_names):
         raise InvalidInput("one of the names is empty", "data.label_names", "write each label's name")
+    if settings.subspace.variant == "paper" and spec.method.name == "auto":
+        raise InvalidInput(
+            "auto cuts what it trains, and subspace.variant paper merges B and A as they were trained",
+            "method.name",
+            "write lora, or another method",
+        )
     check_lengths(spec, layout.length_max)
     check_template(spec, layout.chat_template is not None)
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint

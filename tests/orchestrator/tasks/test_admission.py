@@ -519,6 +519,13 @@ def test_an_import_that_was_trained_on_another_base_model_of_the_same_shapes_is_
     assert "base weights with sha256 cdcdcdcdcdcdcdcd…, and this service's are abababababababab…" in said
 
 
+def test_auto_is_refused_where_factors_are_merged_as_they_were_trained(desk: Desk) -> None:
+    paper = desk.settings.subspace.model_copy(update={"variant": "paper"})
+    desk.settings = desk.settings.model_copy(update={"subspace": paper})
+    assert "auto cuts what it trains" in desk.refuse(desk.document())
+    assert desk.submit(desk.document(method={"name": "lora"}))[1]
+
+
 def test_an_import_that_lacks_a_module_which_it_names_is_taken_with_a_warning(desk: Desk) -> None:
     layout = replace(LAYOUT, module_shapes=dict(LAYOUT.module_shapes) | {"layer.1.query": (12, 10)})
 
