@@ -269,6 +269,8 @@ class TaskSpec(Section):
             raise ValueError(
                 f"kind '{self.kind}' has no labels to smooth: training.label_smoothing_factor has no meaning"
             )
+        if len(set(self.method.candidates)) != len(self.method.candidates):
+            raise ValueError("method.candidates has duplicates")
         if len(set(data.label_names)) != len(data.label_names):
             raise ValueError("data.label_names has duplicates")
         return self

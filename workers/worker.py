@@ -166,9 +166,7 @@ class Worker:
         except Cancelled:
             outcome = Failed(token=order.token, fault="cancelled", message="cancelled while it was running")
         except Preempted as error:
-            outcome = Failed(
-                token=order.token, fault="preempted", message=str(error) or "its worker was wanted for something else"
-            )
+            outcome = Failed(token=order.token, fault="preempted", message=str(error) or "its worker was taken from it")
         except InvalidInput as error:
             outcome = Failed(token=order.token, fault="input", message=str(error))
         except Unavailable:

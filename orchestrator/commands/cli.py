@@ -68,7 +68,7 @@ ending_command = command_of(app, "interrupted; `onebasis status` shows what stil
 waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
-AtVersion = Annotated[str, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
+AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
@@ -318,7 +318,7 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
     ],
-    number: AtVersion = "",
+    number: AtVersion = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -345,7 +345,7 @@ def export(
 
 @command
 def scores(
-    number: AtVersion = "",
+    number: AtVersion = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -356,7 +356,7 @@ def scores(
 
 @command
 def capacity(
-    number: AtVersion = "",
+    number: AtVersion = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -381,19 +381,22 @@ def store(context: typer.Context) -> None:
         store_cli.SERVICE.reset(token)
 
 
-def _version_or_main(client: Client, name: str) -> int | None:
-    return _version(client, name) if name else None
+def _version_or_main(client: Client, name: str | None) -> int | None:
+    return None if name is None else _version(client, name)
 
 
 def _version(client: Client, name: str) -> int:
     """The version that a number, a tag or a branch names now."""
     if name.isascii() and name.isdecimal() and len(name) <= 15:
-        return int(name)
+        return int(name)  # without asking which versions there are
     for row in client.ask(ListVersions()):
         if name in (*row["refs"], *row["tags"]):
             return int(row["version"])
     if name in (MAIN, CANDIDATE):  # no version has it: it is the empty one
         return 0
+    digits = name.removeprefix("v")  # as tables show it
+    if digits.isascii() and digits.isdecimal() and len(digits) <= 15:
+        return int(digits)
     raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 

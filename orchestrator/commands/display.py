@@ -298,7 +298,7 @@ def _print_training(training: Json) -> None:
     if training["method"]:
         basis = f" in the basis of version {training['basis_version']}" if training["basis_version"] else ""
         trained = training["trainable_parameters"]
-        chosen = ", chosen by auto" if training["asked_method"] == "auto" else ""
+        chosen = ", by auto" if training["asked_method"] == "auto" else ""
         console.print(
             f"  method     {training['method']}{chosen}{basis}"
             + (f" · {counted(trained, 'number')} trained beside the head" if trained else "")

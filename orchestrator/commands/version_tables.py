@@ -107,7 +107,7 @@ def rollback(answer: Json) -> None:
 def scores(answer: Json) -> None:
     """`onebasis scores`."""
     if not answer["versions"]:
-        console.print("no scores yet: main is empty")
+        console.print(f"no scores: version {answer['version']} holds no task")
         return
     across = _across(answer)
     fits = Measurement.get(console, console.options.update(max_width=WIDE), across).maximum <= console.width
@@ -131,9 +131,7 @@ def scores(answer: Json) -> None:
 
 def _across(answer: Json) -> Table:
     """The matrix: a row for each version, a column for each task."""
-    table = Table(
-        box=None, pad_edge=False, title=f"Score of each task under each version of main (v{answer['version']})"
-    )
+    table = Table(box=None, pad_edge=False, title=f"Score of each task under each version up to v{answer['version']}")
     table.add_column("")
     for column in answer["tasks"]:
         team, _, name = shown(column["title"]).partition("/")
@@ -152,7 +150,7 @@ def _across(answer: Json) -> Table:
 
 def _down(answer: Json) -> Table:
     """A row for each task, where a column for each would be too narrow to read."""
-    table = Table(box=None, pad_edge=False, title=f"Score of each task under main (v{answer['version']})")
+    table = Table(box=None, pad_edge=False, title=f"Score of each task under version {answer['version']}")
     for name in ("task", "rows", "base", "own adapter", "born in", "at birth", "now", "change"):
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=name != "task")
     rows = dict(zip(answer["versions"], answer["matrix"], strict=True))

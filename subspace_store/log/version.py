@@ -233,8 +233,9 @@ class SubspaceState:
             NotFound: Nothing of this name.
         """
         names, text = {**self.tags, **self.refs}, str(ref)
-        is_number = text.isascii() and text.isdecimal() and len(text) <= DIGITS_MAX
-        number = names[text] if text in names else int(text) if is_number else -1
+        digits = text.removeprefix("v")  # as tables show it
+        is_number = digits.isascii() and digits.isdecimal() and len(digits) <= DIGITS_MAX
+        number = names[text] if text in names else int(digits) if is_number else -1
         if number != 0 and number not in self.versions:
             newest = max(self.versions, default=0)
             raise NotFound(f"there is no version {ref!r:.80}", todo=f"name 0 to {newest}, or one of {', '.join(names)}")

@@ -170,7 +170,7 @@ def test_the_picture_of_the_scores_is_what_the_program_prints_of_them(monkeypatc
     ]
     empty = {"value": None, "n": 0, "half_width_95": None}
     answer = {
-        "version": int(title.split("(v")[1].strip(")")),
+        "version": int(title.rpartition(" v")[2]),
         "versions": [*range(1, len(versions) + 1)],
         "tasks": columns,
         "matrix": [

@@ -105,12 +105,13 @@ def test_json_is_exactly_what_the_service_answered(site: Site, onebasis: Onebasi
 @pytest.mark.changes
 def test_a_version_is_named_by_its_number_a_branch_or_a_tag(site: Site, onebasis: Onebasis) -> None:
     wanted = site.client.ask(ShowVersion(version=2))
-    for name in ("2", "main", "candidate"):
+    for name in ("2", "v2", "main", "candidate"):
         assert json.loads(onebasis("version", name, "--json").stdout) == wanted
     site.client.ask(Tag(name="gold", version=2, actor="ann"))
     assert json.loads(onebasis("version", "gold", "--json").stdout) == wanted | {"tags": ["gold"]}
     assert onebasis("scores", "--version", "main", "--json").stdout == onebasis("scores", "--json").stdout
     assert "main would move from version 2 to version 0" in onebasis("rollback", "0", "--preview").stdout
+    assert onebasis("scores", "--version", "").exit_code == 3  # an unset variable is not main
     result = onebasis("diff", "1", "nothing")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "there is no version, tag or branch 'nothing'" in result.stderr

@@ -54,7 +54,7 @@ def test_a_tag_stays_where_it_was_put(store: SubspaceStore) -> None:
         again(store).tag("v1.0", 3, actor="ann")
 
 
-@pytest.mark.parametrize("name", ["main", "candidate", "12", "", "Upper", "-dash", "a b", "a/b", "x" * 64, "a\n"])
+@pytest.mark.parametrize("name", ["v3", "main", "candidate", "12", "", "Upper", "-dash", "a b", "a/b", "x" * 64, "a\n"])
 def test_a_name_that_is_another_kind_of_name_is_no_tag(store: SubspaceStore, name: str) -> None:
     with pytest.raises(InvalidInput, match=r"cannot be a tag|must be one line"):
         store.tag(name, 1, actor="ann")
