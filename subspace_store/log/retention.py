@@ -33,8 +33,8 @@ def tag(state: SubspaceState, name: str, version: int) -> Change:
     if not re.fullmatch(NAME_PATTERN, name) or name in state.refs or re.fullmatch("v?[0-9]+", name):
         raise InvalidInput(
             f"{name!r} cannot be a tag",
-            todo="use up to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit; no branch, and no number, "
-            "with or without the v of the tables",
+            todo="use up to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit; no branch, and no "
+            "number, with or without the v of the tables",
         )
     check_usable(state, version)
     if state.tags.get(name, version) != version:
