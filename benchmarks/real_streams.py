@@ -113,8 +113,8 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
             "task": case.spec.name,
             "kept": kept.method,
             "share_of_energy": kept.share,
-            "numbers": numbers(adapter),
-            "numbers_alone": numbers(separate),
+            "numbers": adapter.numbers,
+            "numbers_alone": separate.numbers,
             "numbers_trained": whole.parameter_count,
             "rows": len(case.test),
             "score": _score(base, adapter, case),
@@ -125,11 +125,6 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
         delivered[case.spec.name], held[case.spec.name], trained[case.spec.name] = adapter, case, whole
         say(json.dumps(row))
     return {"tasks": rows} | _stored(base, rows, delivered, held) | {"trained_apart": _apart(base, trained)}
-
-
-def numbers(adapter: Adapter) -> int:
-    """Numbers in which an adapter is kept by itself."""
-    return sum(update.numbers for update in adapter.modules.values())
 
 
 def _apart(base: BaseModel, trained: Mapping[str, Adapter]) -> Figures:

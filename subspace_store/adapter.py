@@ -127,6 +127,11 @@ class Adapter:
         return SIZED in self.info
 
     @property
+    def numbers(self) -> int:
+        """Numbers in which its updates are kept by themselves; the head is not counted."""
+        return sum(update.numbers for update in self.modules.values())
+
+    @property
     def parameter_count(self) -> int:
         """Numbers in an equivalent separate LoRA, head not counted: Σ r·(n+d)."""
         return sum(update.rank * sum(update.shape) for update in self.modules.values())

@@ -167,7 +167,7 @@ class Service:
         places = self._places() if is_any_queued else {}
         starts = self._starts() if is_any_queued else None
         scores, problem = self._main_scores(records)
-        gone = set() if problem else self._gone_from_main(records)
+        gone = set() if problem else self._gone_from_main(self._store.state, records)
         return [
             self._summary(record, places.get(record.task_id), starts)
             | {
@@ -358,7 +358,7 @@ class Service:
             "candidate": state.refs[CANDIDATE] if state else None,
             "held": asdict(state.held) if state and state.held else None,
             "tasks": counted,
-            "gone_from_main": self._count_gone() if state and counted and counted.get(TaskState.PUBLISHED) else 0,
+            "gone_from_main": self._count_gone(state) if state and counted and counted.get(TaskState.PUBLISHED) else 0,
             "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state),
             "left_running": self._left_running(),
@@ -563,19 +563,18 @@ class Service:
             self._scored_at = (state.seq, {t: views.number_or_none(cell.score) for t, cell in scores.items()})
         return self._scored_at[1], ""
 
-    def _gone_from_main(self, tasks: Collection[TaskRecord | Placed]) -> set[str]:
+    def _gone_from_main(self, state: SubspaceState, tasks: Collection[TaskRecord | Placed]) -> set[str]:
         """Ids of published tasks that `main` no longer holds, since it was moved while no service ran; the next start
         parks them. None while a service runs, which does so by itself."""
         if self._controller is not None or not any(task.state is TaskState.PUBLISHED for task in tasks):
             return set()
-        state = self._store.refresh()
         held = state.tasks_at(state.refs[MAIN])
         found = {t.task_id for t in tasks if t.state is TaskState.PUBLISHED and t.task_id not in held}
         return found if state.seq else set()  # a place without any log: is its disk mounted?
 
-    def _count_gone(self) -> int:
+    def _count_gone(self, state: SubspaceState) -> int:
         with contextlib.suppress(OnebasisError):
-            return len(self._gone_from_main(self._queue.placed()))
+            return len(self._gone_from_main(state, self._queue.placed()))
         return 0
 
     def _surroundings(self, record: TaskRecord, place: int | None, starts: Starts | None) -> Surroundings:
@@ -584,7 +583,7 @@ class Service:
         return Surroundings(
             is_running=controller is not None,
             main=state.refs[MAIN],
-            is_gone_from_main=record.task_id in self._gone_from_main([record]),
+            is_gone_from_main=record.task_id in self._gone_from_main(state, [record]),
             place=place,
             pace=starts.pace if starts else None,
             starts_in_seconds=starts.of(place) if starts else None,

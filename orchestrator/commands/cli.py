@@ -55,7 +55,7 @@ from subspace_store.commands.terminal import (
     show,
     telling,
 )
-from subspace_store.log.version import CANDIDATE, MAIN
+from subspace_store.log.version import CANDIDATE, MAIN, number_in
 from subspace_store.requests import Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
@@ -387,16 +387,16 @@ def _version_or_main(client: Client, name: str | None) -> int | None:
 
 def _version(client: Client, name: str) -> int:
     """The version that a number, a tag or a branch names now."""
-    if name.isascii() and name.isdecimal() and len(name) <= 15:
-        return int(name)  # without asking which versions there are
+    number = number_in(name)
+    if number is not None and not name.startswith("v"):
+        return number  # no tag is a number: there is no need to ask for them
     for row in client.ask(ListVersions()):
         if name in (*row["refs"], *row["tags"]):
             return int(row["version"])
     if name in (MAIN, CANDIDATE):  # no version has it: it is the empty one
         return 0
-    digits = name.removeprefix("v")  # as tables show it
-    if digits.isascii() and digits.isdecimal() and len(digits) <= 15:
-        return int(digits)
+    if number is not None:  # and no tag of an earlier release is called so
+        return number
     raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 

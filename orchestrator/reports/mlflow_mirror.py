@@ -68,9 +68,9 @@ class Mirror:
         """Task id to what its loss plot shows."""
         self._counted: dict[str, tuple[float, int]] = {}
         """Id of a running task to the time until which its curve is taken to be as long as it was, and that length."""
-        self._logged: dict[str, Points] = {}
-        """Id of a task that has not ended to the points that its run has: MLflow looks for each point that it has
-        already, one by one, and a curve would be sent as often as it grows."""
+        self._sent: dict[str, int] = {}
+        """Id of a task that has not ended to the number of points of its curve that its run has: MLflow looks for each
+        figure that it has already, one by one, and a curve would be sent as often as it grows."""
         self._live_seconds = LIVE_SECONDS
         self._seen = 0
         """Number up to which the queue's changes are mirrored: see `TaskQueue.changes`."""
@@ -162,7 +162,7 @@ class Mirror:
         self._client = None
         self._runs.clear()
         self._marks.clear()
-        self._logged.clear()
+        self._sent.clear()
         self._seen = 0
 
     def _artifact_location(self) -> str | None:
@@ -210,18 +210,20 @@ class Mirror:
         if rows and rows[0] == table.birth[record.task_id] and record.local_score is not None:
             gap = record.local_score - table.score(rows[0], record.task_id)
             metrics["merge_gap", rows[0], made[rows[0]]] = gap
+        curve: list[Point] = []
         # Of a task that has ended, the curve was shown with it: a new version changes no more than its score.
         if record.state in LIVE or data.tags.get(DONE_TAG, "").partition(":")[0] != str(record.revision):
-            for point in self._queue.curve(record.task_id):
+            curve = self._queue.curve(record.task_id)
+            for point in curve[self._sent.get(record.task_id, 0) :]:
                 metrics |= _figures(point)
         if (plot := plot_file(self._settings.state_dir, record)).exists():
             self._log_plot(run, plot)
         tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
-        logged = self._logged.setdefault(record.task_id, {})
-        self._log_batch(run, {at: value for at, value in metrics.items() if logged.get(at) != value}, tags=tags)
-        logged |= metrics
-        if record.state not in LIVE:
-            del self._logged[record.task_id]
+        self._log_batch(run, metrics, tags=tags)
+        if record.state in LIVE:
+            self._sent[record.task_id] = len(curve)
+        else:
+            self._sent.pop(record.task_id, None)
             self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
         self._marks[record.task_id] = mark
 

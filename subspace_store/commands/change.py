@@ -17,6 +17,7 @@ from subspace_store.commands.place import (
     Url,
     change,
     command,
+    done_before,
     is_served,
     place_of,
     reader_at,
@@ -340,7 +341,7 @@ def remove(
     }
     text = f"version {number} is as if {task} had never been merged"
     if repeated:
-        text = f"this was done before under {op_key!r} (version {number}), and nothing was changed now"
-    if approximate and not repeated:
+        text = f"version {number}: {done_before(op_key)}"
+    elif approximate:
         text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
     show(answer, lambda _: note(text), as_json)

@@ -127,8 +127,13 @@ def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRe
     request = request.named()
     write(place, force, request)
     facts = request.model_dump(mode="json", exclude={"actor"}, exclude_none=True)
-    said = f"this was done before under {request.op_key!r}, and nothing was changed now" if repeated else done
+    said = done_before(request.op_key) if repeated else done
     show({"operation": request.operation, "repeated": repeated, **facts}, lambda _: note(said), as_json)
+
+
+def done_before(op_key: str) -> str:
+    """The sentence for a request that is repeated under its key."""
+    return f"this was done before under {op_key!r}, and nothing was changed now"
 
 
 def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:

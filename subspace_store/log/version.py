@@ -23,6 +23,12 @@ DIGITS_MAX = 15
 """Most digits of a version's number that a person types."""
 
 
+def number_in(text: str) -> int | None:
+    """The version's number that a person typed, also as tables show it (v3); None: it is no number."""
+    digits = text.removeprefix("v")
+    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) <= DIGITS_MAX else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlobRef:
     """An immutable object: its key, its length and its digest."""
@@ -233,10 +239,8 @@ class SubspaceState:
             NotFound: Nothing of this name.
         """
         names, text = {**self.tags, **self.refs}, str(ref)
-        digits = text.removeprefix("v")  # as tables show it
-        is_number = digits.isascii() and digits.isdecimal() and len(digits) <= DIGITS_MAX
-        number = names[text] if text in names else int(digits) if is_number else -1
-        if number != 0 and number not in self.versions:
+        number = names[text] if text in names else number_in(text)
+        if number is None or (number != 0 and number not in self.versions):
             newest = max(self.versions, default=0)
             raise NotFound(f"there is no version {ref!r:.80}", todo=f"name 0 to {newest}, or one of {', '.join(names)}")
         return number

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from configs.errors import InvalidInput
 from subspace_store import Adapter, canonical_update
+from subspace_store.adapter import SIZED
 from tests.subspace_store.builders import BASE, SHAPES, merged, opened, random_adapter
 
 
@@ -53,3 +56,16 @@ def test_what_could_not_be_merged_is_refused() -> None:
         store.forecast({"x": random_adapter(2, shapes={"layer.0.query": (5, 5)})})
     with pytest.raises(InvalidInput, match="a: is a task that this version holds already"):
         store.forecast({"a": random_adapter(2)})
+
+
+def test_what_is_kept_whole_is_spanned_as_far_as_the_basis_spans_it_and_loses_nothing() -> None:
+    store = opened()
+    known = random_adapter(1)
+    merged(store, {"a": known})
+    whole = {
+        name: replace(adapter, info={SIZED: "score"}) for name, adapter in (("k", known), ("n", random_adapter(2)))
+    }
+    found = store.forecast(whole, version=1)
+    assert found.spanned["k"] == pytest.approx(1.0, abs=1e-5)
+    assert found.spanned["n"] < 0.9
+    assert found.error_at_birth == {"k": 0.0, "n": 0.0}

@@ -154,9 +154,9 @@ def test_the_fewest_numbers_that_lose_no_more_than_is_allowed_are_kept() -> None
     assert kept.score == pytest.approx(0.80)
     sizes = [form.modules.keys() for form in auto.forms(share)]
     assert kept.adapter.modules.keys() == sizes[auto.SHARES.index(0.8)]
-    assert kept.numbers < sum(u.numbers for u in share.modules.values())
+    assert kept.adapter.numbers < sum(u.numbers for u in share.modules.values())
     assert len(said) == 3
-    assert f"{kept.numbers:,} numbers" in said[-1]
+    assert f"{kept.adapter.numbers:,} numbers" in said[-1]
     assert auto.chosen({"share": share, "lora": lora}, score, 0.005)[0].method == "lora"  # 0.01 would be lost
 
 
@@ -164,7 +164,7 @@ def test_where_every_cut_loses_the_adapter_stays_whole() -> None:
     lora = random_adapter(2)
     whole = sum(u.energy for u in lora.modules.values())
     kept, _ = auto.chosen({"lora": lora}, lambda a: [sum(u.energy for u in a.modules.values()) / whole] * 30, 0.0)
-    assert kept.numbers == sum(update.numbers for update in lora.modules.values())
+    assert kept.adapter.numbers == sum(update.numbers for update in lora.modules.values())
 
 
 def test_a_form_is_kept_only_where_the_rows_show_that_it_loses_no_more_than_is_allowed() -> None:
@@ -334,6 +334,14 @@ def test_a_candidate_whose_loss_is_no_number_loses_and_the_other_is_kept(desk: D
     assert any("codyra cannot be trained: " in line for line in lines(desk))
     with pytest.raises(InvalidInput, match="closed all"):
         desk.train(tiny("bert"), task(method={"candidates": ("codyra",), "kappa_max": 1e6, "dense_fraction": 0.0}))
+
+
+def test_a_candidate_that_fails_at_its_end_leaves_no_checkpoint_in_the_way_of_the_next(desk: Desk, tiny: Tiny) -> None:
+    spec = task(method={"candidates": ("codyra",), "kappa_max": 1e6, "dense_fraction": 0.0}, training={"save_steps": 2})
+    with pytest.raises(InvalidInput, match="closed all"):
+        desk.train(tiny("bert"), spec)
+    assert any(isinstance(line, Point) and line.step == 12 for beat in desk.heartbeats for line in beat.log_lines)
+    assert [key for key in desk.storage.keys("staging/") if "checkpoint-" in key] == []
 
 
 def test_a_preempted_race_goes_on_from_the_candidate_and_the_step_it_was_at(desk: Desk, tiny: Tiny) -> None:

@@ -17,7 +17,7 @@ from tests.workers.test_share import outside
 from tests.workers.worker_builders import sentiment_task
 from workers.base_model import BaseModel
 from workers.evaluation import adapted_model
-from workers.methods import Given, lora, refine
+from workers.methods import Given, auto, lora, refine
 from workers.methods.factors import lora_layers, trainable_numbers
 
 Tiny = Callable[[str], BaseModel]
@@ -60,6 +60,21 @@ def test_refined_coefficients_and_head_are_handed_over_and_nothing_leaves_the_ba
         assert not torch.allclose(update.delta(), given.adapter.modules[name].delta(), atol=1e-2)
     assert not torch.equal(refined.head["classifier.weight"], given.adapter.head["classifier.weight"])
     assert refined.info == {**given.adapter.info, "refined_in": "2"}
+
+
+def test_an_adapter_that_auto_sized_has_no_more_directions_afterwards(tiny: Tiny) -> None:
+    base = tiny("bert")
+    given, _ = served(base)
+    assert given.adapter is not None
+    sized = replace(given, adapter=auto.sized(given.adapter, 0.5))
+    assert sized.adapter is not None
+    model = refine.prepare(base, SPEC, sized)
+    train_by_chance(model)
+    refined = refine.finish(model, base, SPEC, sized)
+    assert refined.is_sized
+    ranks = {name: update.rank for name, update in sized.adapter.modules.items()}
+    assert {name: update.rank for name, update in refined.modules.items()} == ranks
+    assert min(ranks.values()) < SPEC.lora.r
 
 
 def test_only_coefficients_and_the_head_are_trained(tiny: Tiny) -> None:

@@ -79,11 +79,6 @@ class Form:
         doubt = DOUBT * statistics.stdev(losses) / math.sqrt(len(losses))
         return statistics.fmean(losses) + doubt <= loss_max
 
-    @property
-    def numbers(self) -> int:
-        """Numbers that storing the update takes; the head is not counted."""
-        return sum(update.numbers for update in self.adapter.modules.values())
-
 
 def reason_not_to_race(spec: TaskSpec, validation: Sequence[Row]) -> str:
     """Why nothing is compared and the task is a plain `lora`; empty if there is no such reason."""
@@ -130,19 +125,20 @@ def among(report: Report, place: int, count: int) -> Report:
         place: Of the candidate, from 0.
         count: Number of runs, the last training on all rows among them.
     """
-    seconds_per_step = [0.0]
+    seconds_per_step = 0.0
 
     def told(progress: Progress) -> None:
-        here, steps = progress, progress.steps
-        if here.step < steps and here.seconds_left == here.seconds_left:
-            seconds_per_step[0] = here.seconds_left / (steps - here.step)
+        nonlocal seconds_per_step
+        steps = progress.steps
+        if progress.step < steps and not math.isnan(progress.seconds_left):
+            seconds_per_step = progress.seconds_left / (steps - progress.step)
         later = (count - 1 - place) * steps
         report(
             replace(
-                here,
-                step=here.step + place * steps,
+                progress,
+                step=progress.step + place * steps,
                 steps=count * steps,
-                seconds_left=here.seconds_left + seconds_per_step[0] * later,
+                seconds_left=progress.seconds_left + seconds_per_step * later,
             )
         )
 
@@ -178,12 +174,12 @@ def chosen(
     best = max(whole.values(), key=lambda form: form.score)
     fits = partial(Form.is_as_good_as, best=best, loss_max=loss_max)
     smallest = [_smallest(form, score, fits) for form in whole.values() if fits(form)]
-    kept = min(smallest, key=lambda form: (form.numbers, -form.score))
+    kept = min(smallest, key=lambda form: (form.adapter.numbers, -form.score))
     lines = [
-        f"auto: {form.method} scores {form.score:.4f} on the validation rows with {form.numbers:,} numbers"
+        f"auto: {form.method} scores {form.score:.4f} on the validation rows with {form.adapter.numbers:,} numbers"
         for form in whole.values()
     ]
-    said = f"auto: {kept.method}, cut to {kept.numbers:,} numbers, scores {kept.score:.4f} there"
+    said = f"auto: {kept.method}, cut to {kept.adapter.numbers:,} numbers, scores {kept.score:.4f} there"
     return kept, (*lines, said)
 
 

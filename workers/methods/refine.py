@@ -79,9 +79,9 @@ def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHIN
     assert given.adapter is not None
     refined = lora.finish(prepared, base, spec, given)
     # As served, a task with a private part has both ranks; refined, it has its own again, so that ranks do not grow.
-    served, modules = given.adapter, {}
-    for name, update in refined.modules.items():
-        rank = served.modules[name].rank if served.is_sized else spec.lora.r
-        modules[name] = replace(update.leading(rank), foundation=served.modules[name].foundation)
+    modules = {
+        name: replace(update.leading(spec.lora.r), foundation=given.adapter.modules[name].foundation)
+        for name, update in refined.modules.items()
+    }
     refined = replace(refined, modules=modules)
     return replace(refined, info=dict(given.adapter.info) | {"refined_in": str(given.version)})
