@@ -189,9 +189,9 @@ def test_classes_are_compared_by_the_probability_of_the_right_one_whatever_the_m
 
 def test_a_form_of_auto_is_kept_to_the_last_number_and_any_other_adapter_to_a_share_of_its_energy() -> None:
     whole = random_adapter(1)
-    sized = auto.sized(whole, 0.8)
+    sized = auto.sized(whole, 0.95)
     assert sized.parameter_count < whole.parameter_count
-    settings = SubspaceSettings(energy_ratio_min=0.9)
+    settings = SubspaceSettings(energy_ratio_min=0.7)
     store = SubspaceStore.open(fresh_storage(), writer="test", base_model=BASE, settings=settings)
     merged(store, {"first": random_adapter(2)})
     merged(store, {"sized": sized})

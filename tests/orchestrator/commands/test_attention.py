@@ -78,3 +78,12 @@ def test_a_hold_is_told_once_with_whose_it_is_and_so_is_its_end(clock: list[floa
         "main is held by ann: audit; new versions wait until `onebasis store release` lets it move",
         "main is no longer held",
     ]
+    client.health["held"] = {"actor": "bob", "reason": "", "time": 2.0}
+    clock[0] += attention.LOOK_SECONDS
+    service.look()
+    del client.health["held"]  # it was started anew, and has not read the log yet: nobody knows
+    clock[0] += attention.LOOK_SECONDS
+    service.look()
+    assert said[2:] == [
+        "main is held by bob: no reason given; new versions wait until `onebasis store release` lets it move"
+    ]
