@@ -124,6 +124,9 @@ def test_tasks_are_listed_and_chosen(site: Site) -> None:
         ("blue/beta", "published", 2),
     ]
     assert [(t["local_score"], t["main_score"]) for t in site.client.ask(ListTasks())] == [(0.9, 0.9), (0.9, 0.9)]
+    assert (
+        site.client.ask(ShowTask(reference="red/alpha"))["main_score"] == 0.9
+    )  # what `submit --wait` shows at its end
     assert [t["title"] for t in site.client.ask(ListTasks(team="blue"))] == ["blue/beta"]
     assert site.client.ask(ListTasks(state=TaskState("parked"))) == []
 
