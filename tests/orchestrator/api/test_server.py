@@ -20,6 +20,7 @@ import yaml
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, OutcomeUnknown, StoreFull, Unavailable
 from configs.task_spec import TaskSpec
+from orchestrator.api import views
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
     Cancel,
@@ -159,6 +160,14 @@ def test_versions_are_listed_with_their_branches(site: Site) -> None:
     assert (one["status"], two["status"], sorted(two["refs"])) == ("published", "published", ["candidate", "main"])
     # Two adapters of two directions each and nothing cut away: four directions.
     assert (one["rank_max"], two["rank_max"]) == (2, 4)
+
+
+def test_a_first_step_of_an_earlier_attempt_is_not_shown_as_a_negative_wait(site: Site) -> None:
+    record = site.plant.queue.find("red/alpha")
+    assert record.claimed_at is not None
+    earlier = record.model_copy(update={"first_step_at": record.claimed_at - 5})
+    shown = views.task_details(earlier, [], site.folder / "none.png")["training"]
+    assert shown["claim_to_first_step_seconds"] == 0.0
 
 
 def test_one_version_is_shown_with_scores_ranks_and_what_it_takes(site: Site) -> None:

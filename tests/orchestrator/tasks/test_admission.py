@@ -526,6 +526,12 @@ def test_auto_is_refused_where_factors_are_merged_as_they_were_trained(desk: Des
     assert desk.submit(desk.document(method={"name": "lora"}))[1]
 
 
+def test_an_empty_label_name_is_refused_where_no_rows_would_tell(desk: Desk) -> None:
+    desk.peft()
+    names = desk.imported(data={"label_names": ["a", " "], "eval_file": None})
+    assert "data.label_names: one of the names is empty" in desk.refuse(names)
+
+
 def test_an_import_that_lacks_a_module_which_it_names_is_taken_with_a_warning(desk: Desk) -> None:
     layout = replace(LAYOUT, module_shapes=dict(LAYOUT.module_shapes) | {"layer.1.query": (12, 10)})
 

@@ -278,12 +278,15 @@ def test_a_page_of_parquet_is_not_unpacked_to_gigabytes(tmp_path: Path, monkeypa
 
 def test_a_damaged_page_of_parquet_is_told_as_damage_and_not_as_a_wrong_path(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["some text"] * 500, "label": [0] * 500}), path, compression="snappy")
-    whole = bytearray(path.read_bytes())
-    start = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
-    for place in range(start, start + 60):
+    table = pa.table({"text": [f"some text {n}" for n in range(500)], "label": [0] * 500})
+    pq.write_table(table, path, compression="snappy", use_dictionary=False)
+    whole, column = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(0).column(0)
+    end = column.data_page_offset + column.total_compressed_size
+    for place in range(end - 400, end):  # behind the page's head: it is pyarrow's own OSError that tells
         whole[place] ^= 0x5A
     path.write_bytes(whole)
+    with pytest.raises(OSError, match="Corrupt snappy"):
+        pq.read_table(path)
     said = complaint(path)
     assert "is not a readable parquet file" in said
     assert "check the path" not in said
