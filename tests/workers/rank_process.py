@@ -1,13 +1,14 @@
 """One rank of a gang in a process of its own: `python -m tests.workers.rank_process INDEX SIZE FOLDER SOURCE`.
 
-Runs every order in FOLDER/orders.json (name, port, training section) one after another, as a warm rank does, and
-writes what it saw to FOLDER/<name>-<index>.json.
+Runs every order in FOLDER/orders.json (name, training section) one after another, as a warm rank does, and writes what
+it saw to FOLDER/<name>-<index>.json.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,8 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
             eval_key=f"data/{spec.kind}",
             staging_key=key,
         )
-        rank = Rank(index=index, size=size, master_address="127.0.0.1", master_port=wanted["port"])
-        if rank.leads:
-            listen(rank.master_address, rank.master_port)
+        port = meeting_point(folder / f"{name}.port", index)
+        rank = Rank(index=index, size=size, master_address="127.0.0.1", master_port=port)
         try:
             trained = train_task(order, base, storage, store, report, asked, rank)
             told = {
@@ -73,6 +73,18 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
         told["imported_deepspeed"] = "deepspeed" in sys.modules
         told["losses"] = [[point.step, point.loss] for point in points]
         (folder / f"{name}-{index}.json").write_text(json.dumps(told))
+
+
+def meeting_point(file: Path, index: int) -> int:
+    """The port at which rank 0 listens: it takes one and tells the others, as a gang does over Ray."""
+    if index == 0:
+        port = listen("127.0.0.1")
+        LocalStorage(str(file.parent)).write(file.name, str(port).encode())  # complete or not there at all
+        return port
+    deadline = time.monotonic() + 120
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return int(file.read_text())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from subspace_store.adapter import Adapter
 from subspace_store.storage.local import LocalStorage
 from tests.subspace_store.builders import BASE, deltas, foundation_adapter, fresh_storage, merged, random_adapter
 from tests.workers.test_deepspeed_engine import zero
-from tests.workers.test_rank_group import free_port
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, task_of_kind
 from workers import training
@@ -401,7 +400,7 @@ def test_the_ranks_of_a_gang_agree_on_the_form(
     spec = task(training={"deepspeed": deepspeed, "per_device_train_batch_size": 4}).model_dump(
         mode="json", include={"kind", "metric", "training", "lora", "method"}
     )
-    orders = [{"name": "race", "port": free_port(), "spec": spec}]
+    orders = [{"name": "race", "spec": spec}]
     (tmp_path / "orders.json").write_text(json.dumps(orders))
     command = [sys.executable, "-m", "tests.workers.rank_process"]
     ranks = [subprocess.Popen([*command, str(index), "2", str(tmp_path), tiny_source("bert")]) for index in range(2)]

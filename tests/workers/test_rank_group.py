@@ -51,11 +51,6 @@ ANSWERING = {"kind": "causal_lm", "metric": "log_likelihood", "data": {"label_na
 ANSWERS: dict[str, dict[str, Any] | None] = {"answers-ddp": None, "answers-zero2": zero(2)}
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def gang(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], str]) -> Path:
     """The folder in which two ranks have trained each task: 2 × 4 rows a step, and one task in two attempts."""
@@ -66,14 +61,14 @@ def gang(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], 
     orders = []
     for name, config in ANSWERS.items():
         training = TRAINING | {"per_device_train_batch_size": 2} | ({"deepspeed": config} if config else {})
-        orders.append({"name": name, "port": free_port(), "spec": ANSWERING | {"training": training}})
+        orders.append({"name": name, "spec": ANSWERING | {"training": training}})
     for name, config in KINDS.items():
         training = TRAINING | {"per_device_train_batch_size": 4} | ({"deepspeed": config} if config else {})
         spec = {"training": training, "lora": TARGETS}
-        orders.append({"name": name, "port": free_port(), "spec": spec})
+        orders.append({"name": name, "spec": spec})
         if name in ("ddp", "zero3"):
-            first = {"name": f"{name}-first", "task": f"{name}-resumed", "port": free_port(), "spec": spec}
-            orders += [first | {"preempt_at": 3}, first | {"name": f"{name}-second", "port": free_port()}]
+            first = {"name": f"{name}-first", "task": f"{name}-resumed", "spec": spec}
+            orders += [first | {"preempt_at": 3}, first | {"name": f"{name}-second"}]
     (folder / "orders.json").write_text(json.dumps(orders))
     command = [sys.executable, "-m", "tests.workers.rank_process"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
