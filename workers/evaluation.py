@@ -30,6 +30,7 @@ from workers.peft_model import TASK_TYPES, put_tensors, with_lora
 from workers.results import Results, write_results
 from workers.rows.frozen_rows import StoredRows
 from workers.rows.task_data import CompletionRow, Row
+from workers.truncation import check_answers, losses, losses_of_generation
 
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
 TOKENS_PER_BATCH = 8192  # padding counted; with a cache of half a megabyte per token (7B, bfloat16) that is 4 GB
@@ -125,7 +126,9 @@ def score_rows(
             one, which could be as bad as the one before merging and pass the gate. Or the completions have no tokens.
     """
     model.eval()
-    counts = lengths(base, spec, rows)
+    measured = lengths(base, spec, rows)
+    check_answers(measured, spec, base.name, "evaluation rows")
+    counts = [length.read(spec.data.max_length) for length in measured]
     with torch.inference_mode():
         if spec.kind == "causal_lm":
             measures = _likelihood(model, base, rows, counts, spec, between_batches)
@@ -135,19 +138,8 @@ def score_rows(
         else:
             measures = _predictions(model, base, rows, counts, spec, between_batches)
     chosen = measures[spec.metric]
-    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), _cut(counts, spec))
-
-
-def _cut(counts: Sequence[int], spec: TaskSpec) -> tuple[str, ...]:
-    """A warning if rows were truncated. counts: Tokens of each row after truncation."""
-    longest = spec.data.max_length
-    if not (full := sum(count >= longest for count in counts)):
-        return ()
-    lost = "the beginning of the prompt" if spec.kind == "causal_lm" else "the end"
-    return (
-        f"{full} of {len(counts)} evaluation rows have {longest} tokens or more: where a row has more than "
-        f"data.max_length, {lost} is not read",
-    )
+    warnings = (*losses(measured, spec, "evaluation rows"), *losses_of_generation(measured, spec, base.length_max))
+    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), warnings)
 
 
 def _predictions(
@@ -204,12 +196,6 @@ def _likelihood(
             sums[index] = _log_probability(logits_TV[scored], labels_T[scored])
             scored_counts[index] = int(scored.sum())
     _check_numbers([index for index, value in enumerate(sums) if value != value], len(rows), spec)
-    if not any(scored_counts):
-        raise InvalidInput(
-            f"the tokenizer of the base model {base.name!r} makes no token of any evaluation row's completion",
-            "data",
-            "give completions in a script that it knows",
-        )
     return metrics.likelihood(sums, scored_counts)
 
 

@@ -17,13 +17,19 @@ from configs.task_spec import TaskSpec
 from workers.base_model import BaseModel
 from workers.chat_template import template_of
 from workers.compatibility import check_template
-from workers.rows.task_data import CompletionRow, ImageRow, Row
+from workers.rows.frozen_rows import SomeRows
+from workers.rows.task_data import CompletionRow, ImageRow, Row, parts_of
+from workers.truncation import Length
 
 Batch = dict[str, Any]
 IGNORED = -100
 """The label of a token that has no loss, by transformers' convention."""
 ROWS_AT_ONCE = 256
 """Rows whose tokens are counted at once: a tokenizer takes a hundred bytes for each character, truncated or not."""
+MEASURED_CHARACTERS = 2**22
+"""About so many characters of the training rows are tokenised before the first step, to tell how many rows are cut:
+one to four seconds on one core. A row counts `ROW_CHARACTERS` more than it has."""
+ROW_CHARACTERS = 100
 
 
 def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Iterable[Row]], Batch]:
@@ -48,17 +54,33 @@ def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Iterable[Row]], Batch
     return lambda rows: texts(tokenizer, list(rows), length_max, label_type)
 
 
-def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[int]:
-    """Number of tokens of each row in a batch, after truncation; 0 for images, which are all the same size."""
+def lengths(base: BaseModel, spec: TaskSpec, rows: Sequence[Any]) -> list[Length]:
+    """Number of tokens of each row before anything is cut; 0 for pictures, which are all the same size.
+
+    Cost:
+        As tokenising the rows for training once.
+    """
     if spec.kind == "image_classification":
-        return [0] * len(rows)
+        return [Length(0)] * len(rows)
     if spec.kind == "causal_lm":
-        return [sum(len(ids) for ids in encode_completion(base.tokenizer, row, spec.data.max_length)) for row in rows]
+        return [Length(*map(len, _encode(base.tokenizer, row))) for row in rows]
     return [
-        len(ids)
+        Length(len(ids))
         for start in range(0, len(rows), ROWS_AT_ONCE)
-        for ids in _tokenize(base.tokenizer, rows[start : start + ROWS_AT_ONCE], spec.data.max_length)["input_ids"]
+        for ids in _tokenize(base.tokenizer, rows[start : start + ROWS_AT_ONCE], spec.data.max_length + 1)["input_ids"]
     ]
+
+
+def measured_rows(rows: Sequence[Row]) -> Sequence[Row]:
+    """The first of some rows, as many as `MEASURED_CHARACTERS` allow, at least one; of pictures all."""
+    left = MEASURED_CHARACTERS
+    for place, row in enumerate(rows):
+        if isinstance(row, ImageRow):
+            break
+        left -= ROW_CHARACTERS + sum(map(len, parts_of(row)))
+        if left <= 0:
+            return SomeRows(rows, range(place + 1))
+    return rows
 
 
 def texts(tokenizer: Any, rows: Sequence[Any], length_max: int, label_type: torch.dtype) -> Batch:

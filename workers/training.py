@@ -25,6 +25,7 @@ from workers.compatibility import check_lengths
 from workers.compiled_ops import watched
 from workers.deepspeed_engine import is_parted, refusals_named, release
 from workers.evaluation import Score, score_adapter, score_and_keep
+from workers.features import lengths, measured_rows
 from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
@@ -45,6 +46,7 @@ from workers.trainer import (
     free_memory,
 )
 from workers.training_state import fits
+from workers.truncation import check_answers, losses
 
 METHODS: dict[str, Method] = {
     "lora": lora,
@@ -183,7 +185,25 @@ class _Attempt:
             frozen = self._storage.read(order.train_key) if order.train_key else b""
             return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
         rows = open_rows(self._storage, order.train_key, spec)
+        if self._group.rank.leads and not order.refine_version:  # a refinement reads the same rows
+            self.warnings = self._losses(rows)
         return self._raced(rows) if method is None and not order.refine_version else self._trained(rows)
+
+    def _losses(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """Sentences on training rows of which a part is not read; said in the log before the first step, too.
+
+        Raises:
+            InvalidInput: No answer has a token.
+        """
+        spec = self._order.spec
+        some = measured_rows(rows)
+        which = f"{'first ' * (len(some) < len(rows))}training rows"
+        found = lengths(self._base, spec, some)
+        check_answers(found, spec, self._base.name, which)
+        said = losses(found, spec, which)
+        for warning in said:
+            self._say(f"warning: {warning}")
+        return said
 
     def _raced(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
         """Train each candidate of `auto`, find the smallest that its score needs, and train that once more on all rows.
@@ -192,7 +212,7 @@ class _Attempt:
         rest, validation = auto.set_aside(rows)
         if why := auto.reason_not_to_race(spec, validation):
             self._say(f"auto: lora, because {why}")
-            self.warnings = (f"auto compared nothing and trained a lora of rank {spec.lora.r}: {why}",)
+            self.warnings += (f"auto compared nothing and trained a lora of rank {spec.lora.r}: {why}",)
             return self._adopt(alone := self._candidate("lora", self._report), alone._trained(rows))
         finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
         failed: InvalidInput | None = None
@@ -234,7 +254,7 @@ class _Attempt:
             except InvalidInput as error:
                 if isinstance(error, OutOfMemory) and group.rank.size > 1:
                     raise
-                self.warnings = (f"auto kept what was trained without the validation rows; with them: {error}",)
+                self.warnings += (f"auto kept what was trained without the validation rows; with them: {error}",)
         return self._adopt(attempt, (auto.sized(adapter, share), replace(run, first_step_at=began)))
 
     def _candidate(self, name: str, report: Report, rows: str = "") -> _Attempt:

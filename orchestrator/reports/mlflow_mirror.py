@@ -46,6 +46,8 @@ DONE_TAG = "onebasis.logged"
 Points = dict[tuple[str, int, float], float | None]
 """(metric, step, Unix time at which it came about) to value. MLflow ignores a point that it has with the same time;
 with the time of logging, every sync would add it once more."""
+TAG_CHARACTERS = 5000
+"""Most characters of a tag, for any MLflow."""
 BATCH = 1000
 """Metrics in one call: MLflow's own limit, and 100 times faster than one by one."""
 
@@ -219,6 +221,7 @@ class Mirror:
         if (plot := plot_file(self._settings.state_dir, record)).exists():
             self._log_plot(run, plot)
         tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
+        tags |= {"onebasis.warnings": "\n".join(record.warnings)[:TAG_CHARACTERS]} if record.warnings else {}
         self._log_batch(run, metrics, tags=tags)
         if record.state in LIVE:
             self._sent[record.task_id] = len(curve)

@@ -103,7 +103,8 @@ def narrate(record: TaskRecord, event: Event) -> str:
     message = getattr(event, "message", "")
     if isinstance(event, TrainingDone):
         facts += _trained(event.outcome)
-        message = record.doubt(event.outcome.local_score, event.outcome.base_score)
+        doubt = record.doubt(event.outcome.local_score, event.outcome.base_score)
+        message = "; ".join(filter(None, (*event.outcome.warnings, doubt)))
     if isinstance(event, TrainingFailed | RefinementRefused) and record.unrefined:
         message = f"goes on as it was merged: {record.unrefined}"
     return " · ".join([f"now {record.state}", *facts, *([message] if message else [])])

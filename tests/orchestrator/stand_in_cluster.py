@@ -57,6 +57,8 @@ class StandInCluster:
         self.training_faults: dict[str, list[str]] = {}
         """Title to what goes wrong with its next trainings: `lost`, `away`, `input`, `bug`, `nan`, `crash`, and
         `outside`: its refinement left the span of the basis. An empty one goes well."""
+        self.training_warnings: tuple[str, ...] = ()
+        """Warnings of every training."""
         self.evaluation_faults: dict[str, list[str]] = {}
         """Title to what goes wrong with its next evaluations: `lost`, `rank lost`, `away`, `bug`."""
         self.store_faults: list[tuple[str, str]] = []
@@ -250,6 +252,7 @@ class StandInCluster:
             adapter_parameters=made.parameter_count,
             score_count=RowCount if order.eval_key else 0,
             local_score=score,
+            warnings=self.training_warnings,
             base_score=0.5,
             steps=10,
             train_loss=0.25,

@@ -21,6 +21,7 @@ from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import adapted_model, batches_by_length, generate, score_adapter, score_rows
 from workers.features import encode_completion, encode_prompt
 from workers.rows.task_data import CompletionRow, Row, TextRow
+from workers.truncation import Length
 
 Tiny = Callable[[str], BaseModel]
 
@@ -104,11 +105,19 @@ def test_rows_that_are_read_in_part_are_told(tiny: Tiny) -> None:
     ids = tiny("bert").tokenizer.convert_tokens_to_ids(["one"])
     rows = [TextRow("one" + " x" * words, None, 0) for words in (0, 5, 12, 13, 99)]  # and the two marks
     score = score_rows(ByFirstToken({ids[0]: 0}), tiny("bert"), rows, ABC)
-    said = (
-        "2 of 5 evaluation rows have 16 tokens or more: where a row has more than data.max_length, the end is not read"
-    )
-    assert score.warnings == (said,)
-    assert score_rows(ByFirstToken({ids[0]: 0}), tiny("bert"), rows[:3], ABC).warnings == ()
+    (said,) = score.warnings
+    assert said.startswith("1 of 5 evaluation rows have more tokens than data.max_length, 16: their end is not read → ")
+    assert score_rows(ByFirstToken({ids[0]: 0}), tiny("bert"), rows[:4], ABC).warnings == ()  # one has just 16
+
+
+def test_answers_that_cannot_be_written_and_prompts_that_generation_has_no_room_for_are_told(talker: BaseModel) -> None:
+    spec = task("causal_lm", metric="exact_match", max_length=64, max_new_tokens=60)  # of 64 positions
+    said = score_rows(talker.task_model(spec), talker, QUESTIONS[:1], spec).warnings
+    assert [line.partition(": ")[0] for line in said] == ["1 of 1 evaluation rows have a prompt of more than 4 tokens"]
+    spec = task("causal_lm", metric="exact_match", max_length=32, max_new_tokens=1)
+    rows = [question("The", " grass"), question("The", " grass is green and the grass is green")]
+    (line,) = score_rows(talker.task_model(spec), talker, rows, spec).warnings
+    assert line.startswith("1 of 2 evaluation rows have an answer of more tokens than data.max_new_tokens, 1: ")
 
 
 @pytest.mark.parametrize(("tokens_max", "batches"), [(100, [[2, 0, 3], [1]]), (6, [[2, 0], [3], [1]]), (1, None)])
@@ -304,11 +313,8 @@ def test_a_language_model_whose_output_is_no_number_has_no_score(metric: str, ta
 def test_completions_of_which_the_tokenizer_makes_nothing_have_no_score(
     talker: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "lengths", lambda base, spec, rows: [1] * len(rows))
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    batch = {"input_ids": ids, "attention_mask": ids + 1, "labels": ids - 100}
-    monkeypatch.setattr(evaluation, "collator", lambda base, spec: lambda rows: dict(batch))
-    with pytest.raises(InvalidInput, match="makes no token of any evaluation row's completion"):
+    monkeypatch.setattr(evaluation, "lengths", lambda base, spec, rows: [Length(1)] * len(rows))
+    with pytest.raises(InvalidInput, match="makes no token of the answer of any of the evaluation rows"):
         score_rows(Says([0.0] * len(talker.tokenizer)), talker, [question("x", "y")], task("causal_lm"))
 
 

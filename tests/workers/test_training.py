@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -20,11 +21,13 @@ from subspace_store.digests import digest
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.storage.memory import MemoryStorage
 from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task, task_of_kind
+from workers import features, training
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Point, Progress, Train, Trained
 from workers.rows.task_data import TextRow
 from workers.trainer import Asked, Cancelled, OutOfMemory, _start_at_the_mean
 from workers.training import train_task
+from workers.truncation import Length
 
 Tiny = Callable[[str], BaseModel]
 
@@ -138,6 +141,35 @@ def test_heartbeats_tell_phase_step_loss_and_when_the_first_step_began(desk: Des
     assert points[0].samples_per_second > 0
     assert points[0].at <= points[-1].at <= time.time()
     assert points[-1].machine.keys() >= {"cpu_utilization_percentage", "system_memory_usage_megabytes"}
+
+
+def test_training_rows_that_are_read_in_part_are_told_before_the_first_step_and_with_the_result(tiny: Tiny) -> None:
+    desk = Desk("long", train_count=24)  # rows of 8 tokens with their two marks
+    trained = desk.train(tiny("bert"), sentiment_task(data={"max_length": 7}))
+    said = "24 of 24 training rows have more tokens than data.max_length, 7: their end is not read → "
+    assert [line.startswith(said) for line in trained.warnings if "training rows" in line] == [True]
+    before = list(itertools.takewhile(lambda beat: beat.phase == "loading", desk.heartbeats))
+    assert any(str(line).startswith(f"warning: {said}") for beat in before for line in beat.log_lines)
+    assert not any("training rows" in line for line in desk.train(tiny("bert"), sentiment_task()).warnings)
+
+
+def test_of_many_training_rows_the_first_are_measured_and_the_warning_says_so(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "MEASURED_CHARACTERS", 1000)
+    trained = Desk("many", train_count=24).train(tiny("bert"), sentiment_task(data={"max_length": 7}))
+    assert any(line.startswith("8 of 8 first training rows have more tokens") for line in trained.warnings)
+
+
+def test_rows_without_any_answer_for_the_base_model_are_refused_before_training(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk("mute")
+    rows = [json.dumps({"prompt": f"say {i}", "completion": "x"}) for i in range(4)]
+    desk.storage.write("data/chat", "\n".join(rows).encode())
+    monkeypatch.setattr(training, "lengths", lambda base, spec, rows: [Length(3)] * len(rows))
+    with pytest.raises(InvalidInput, match="makes no token of the answer of any of the training rows"):
+        desk.train(tiny("llama-lm"), task_of_kind("causal_lm"), train_key="data/chat")
 
 
 def test_a_loss_that_is_no_number_tells_to_lower_the_learning_rate(desk: Desk, tiny: Tiny) -> None:

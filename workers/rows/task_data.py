@@ -153,7 +153,7 @@ def input_digest(row: Row) -> bytes:
     """A digest of all of a row but its label, the same whichever file it came from."""
     if isinstance(row, ImageRow):
         return hashlib.sha256(str(row.image.shape).encode() + row.image.tobytes()).digest()
-    return _digest_of(_parts(row))
+    return _digest_of(parts_of(row))
 
 
 def likenesses(row: Row, digest: bytes) -> tuple[bytes, bytes]:
@@ -167,7 +167,7 @@ def likenesses(row: Row, digest: bytes) -> tuple[bytes, bytes]:
     """
     if isinstance(row, ImageRow):
         return digest, digest
-    parts = _parts(row)
+    parts = parts_of(row)
     read = [as_read(part) for part in parts]
     folded = [part.casefold() for part in read]
     alike = digest if read == parts else _digest_of(read)
@@ -182,7 +182,8 @@ def as_read(text: str) -> str:
     return " ".join(text.split())
 
 
-def _parts(row: TextRow | CompletionRow) -> list[str]:
+def parts_of(row: TextRow | CompletionRow) -> list[str]:
+    """The texts of a row, and what tells rows of the same texts apart."""
     if isinstance(row, TextRow):
         return [row.text] if row.text_pair is None else [row.text, row.text_pair]
     return [str(row.is_chat), *(part for turn in row.turns for part in turn)]

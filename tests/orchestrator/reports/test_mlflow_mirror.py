@@ -49,6 +49,7 @@ class Mirrored:
         self.plant = Plant(folder, gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"})
         self.plant.cluster.score = _score
         self.plant.cluster.training_faults = {"red/wrong": ["input"]}
+        self.plant.cluster.training_warnings = ("2 of 4 training rows are cut",)
         for title in ("red/a", "blue/b", "red/bad", "red/wrong"):
             (task,) = self.plant.submit(title)
             if title == "red/a":
@@ -163,6 +164,8 @@ def test_every_task_is_a_run_with_its_parameters_and_scores(mirrored: Mirrored) 
         "red/wrong": "FAILED",
     }
     assert runs["red/wrong"].data.tags["onebasis.reason"] == "fault of kind input"
+    assert runs["red/a"].data.tags["onebasis.warnings"].startswith("2 of 4 training rows are cut")
+    assert "onebasis.warnings" not in runs["red/wrong"].data.tags
     assert "local_score" not in runs["red/wrong"].data.metrics  # not measured is absent, not 0
 
 

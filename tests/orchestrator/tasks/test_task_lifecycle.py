@@ -34,6 +34,7 @@ from orchestrator.tasks.task_events import (
 )
 from orchestrator.tasks.task_lifecycle import Step, advance, needs_training_rows, next_step, used_by
 from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_rows import narrate
 from orchestrator.worker_pool import train_order
 from tests.builders import task_record, trained
 
@@ -663,6 +664,12 @@ def test_a_score_that_the_most_frequent_label_gets_too_is_a_warning_on_the_task(
     )
     assert record.warnings[0] == "said at submission"
     assert [warning.startswith(said) for warning in record.warnings[1:]] == [True] * is_doubtful
+
+
+def test_the_line_of_a_trained_task_holds_the_warnings_of_its_training() -> None:
+    event = TrainingDone(trained("tok", 0.8, warnings=("3 of 4 training rows are cut", "nothing was compared")), 1010.0)
+    line = narrate(after(training(), event), event)
+    assert line.endswith(" · 3 of 4 training rows are cut; nothing was compared")
 
 
 @pytest.mark.parametrize(("base", "is_doubtful"), [(0.8, True), (0.79, False), (math.nan, False)])
