@@ -193,13 +193,13 @@ class _Attempt:
         """Sentences on training rows of which a part is not read; said in the log before the first step, too.
 
         Raises:
-            InvalidInput: No answer has a token.
+            InvalidInput: An answer has no token.
         """
         spec = self._order.spec
         some = measured_rows(rows)
         which = f"{'first ' * (len(some) < len(rows))}training rows"
         found = lengths(self._base, spec, some)
-        check_answers(found, spec, self._base.name, which)
+        check_answers(found, spec, self._base.name, which, each=True)
         said = losses(found, spec, which)
         for warning in said:
             self._say(f"warning: {warning}")

@@ -65,25 +65,31 @@ def losses_of_generation(lengths: Sequence[Length], spec: TaskSpec, positions: i
     return tuple(said)
 
 
-def check_answers(lengths: Sequence[Length], spec: TaskSpec, base_model: str, rows: str) -> None:
-    """Refuse rows of a language model if no answer has a token: nothing could be learnt or scored. Raises InvalidInput.
+def check_answers(lengths: Sequence[Length], spec: TaskSpec, base_model: str, rows: str, each: bool) -> None:
+    """Refuse answers of which a language model reads no token: they can be neither learnt nor scored.
 
     Args:
         rows: As in `losses`.
+        each: Refuse one such row (in a step by itself, its loss would be 0/0), and not only if all are such.
+
+    Raises:
+        InvalidInput: With how many there are, and the first of them.
     """
-    if spec.kind == "causal_lm" and lengths and not any(length.answer for length in lengths):
+    empty = [row for row, length in enumerate(lengths, start=1) if not length.answer]
+    if spec.kind == "causal_lm" and empty and (each or len(empty) == len(lengths)):
         raise InvalidInput(
-            f"the tokenizer of the base model {base_model!r} makes no token of the answer of any of the {rows}",
+            f"the tokenizer of the base model {base_model!r} makes no token of the answer of {len(empty):,} of "
+            f"{len(lengths):,} {rows}, the first of them row {empty[0]:,}",
             "data",
-            "give completions in a script that it knows",
+            "give answers in a script that it knows, or drop these rows",
         )
 
 
 def _of_completions(lengths: Sequence[Length], longest: int, count: str) -> Iterator[str]:
     if empty := sum(not length.answer for length in lengths):
         yield (
-            f"{empty:,} {count} teach and test nothing: the tokenizer of the base model makes no token of their answer "
-            "→ write the answers in a script that it knows, or drop these rows"
+            f"{empty:,} {count} say nothing about the task: the tokenizer of the base model makes no token of their "
+            "answer → write the answers in a script that it knows, or drop these rows"
         )
     answers = sum(length.answer > longest - 1 for length in lengths)
     if answers:

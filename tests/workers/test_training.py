@@ -161,14 +161,15 @@ def test_of_many_training_rows_the_first_are_measured_and_the_warning_says_so(
     assert any(line.startswith("8 of 8 first training rows have more tokens") for line in trained.warnings)
 
 
-def test_rows_without_any_answer_for_the_base_model_are_refused_before_training(
+def test_a_row_without_a_token_of_an_answer_is_refused_before_training_and_named(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = Desk("mute")
     rows = [json.dumps({"prompt": f"say {i}", "completion": "x"}) for i in range(4)]
     desk.storage.write("data/chat", "\n".join(rows).encode())
-    monkeypatch.setattr(training, "lengths", lambda base, spec, rows: [Length(3)] * len(rows))
-    with pytest.raises(InvalidInput, match="makes no token of the answer of any of the training rows"):
+    found = [Length(3, 2), Length(3, 2), Length(3), Length(3)]
+    monkeypatch.setattr(training, "lengths", lambda base, spec, rows: found)
+    with pytest.raises(InvalidInput, match="no token of the answer of 2 of 4 training rows, the first of them row 3"):
         desk.train(tiny("llama-lm"), task_of_kind("causal_lm"), train_key="data/chat")
 
 

@@ -23,8 +23,8 @@ def test_where_the_answer_is_cut_it_is_not_told_as_a_cut_prompt() -> None:
 
 
 def test_rows_of_whose_answer_nothing_is_left_are_told_first() -> None:
-    (empty,) = losses([Length(3, 0), Length(3, 2)], COMPLETIONS, "training rows")
-    assert empty.startswith("1 of 2 training rows teach and test nothing: ")
+    (empty,) = losses([Length(3, 0), Length(3, 2)], COMPLETIONS, "evaluation rows")
+    assert empty.startswith("1 of 2 evaluation rows say nothing about the task: ")
 
 
 def test_of_pairs_the_longer_text_is_cut() -> None:
