@@ -26,6 +26,7 @@ from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
 from workers.methods import NOTHING, Method, auto, lora, share
 from workers.rows.task_data import Row
+from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,9 +92,9 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
     base = load_base_model(settings.model_copy(update={"device": "cpu"}))
     rows, delivered, held, trained = [], {}, {}, {}
     for case in cases:
-        rest, validation = auto.set_aside(case.train)
-        if why := auto.reason_not_to_race(case.spec, validation):
-            say(f"{case.spec.name}: left out, {why}")
+        rest, validation = set_aside(case.train)
+        if why := not_compared(case.spec, validation):
+            say(f"{case.spec.name}: left out: {why}")
             continue
         found = {name: _trained(base, case, name, rest, folder) for name in METHODS}
 
@@ -101,7 +102,7 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
             return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
 
         def final(form: auto.Form, case: Case = case, rest: Any = rest, validation: Any = validation) -> Adapter:
-            if not auto.needs_all_rows(rest, validation):
+            if not needs_all_rows(rest, validation):
                 return auto.sized(form.adapter, 1.0)
             return auto.sized(_trained(base, case, form.method, case.train, folder, ALL), form.share)
 

@@ -7,7 +7,7 @@ values only: no code, no pickles, no dataset scripts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -128,6 +128,11 @@ class TrainingSpec(Section):
             if writing := next((key for key in _keys(config) if _WRITES_FILES.search(key)), None):
                 raise ValueError(f"'{writing}' would write files on the workers; leave it out")
         return config
+
+
+def zero_stage(config: Mapping[str, Any] | None) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for; 0 without one."""
+    return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
 def _keys(value: Any) -> Iterator[str]:

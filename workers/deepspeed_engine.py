@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec
+from configs.task_spec import TaskSpec, zero_stage
 from workers.compiled_ops import compile_first, interruption, python
 
 
@@ -113,12 +113,7 @@ def refusals_named(config: dict[str, Any] | None) -> Iterator[None]:
 
 def is_parted(spec: TaskSpec) -> bool:
     """Whether no rank holds the whole base model (ZeRO-3): then all of them score together, else rank 0 alone."""
-    return stage_of(spec.training.deepspeed) == 3
-
-
-def stage_of(config: dict[str, Any] | None) -> int:
-    """The ZeRO stage that a configuration asks for; 0 without one."""
-    return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
+    return zero_stage(spec.training.deepspeed) == 3
 
 
 def check_config(config: dict[str, Any] | None, bf16: bool, quantized: bool) -> None:
@@ -129,13 +124,13 @@ def check_config(config: dict[str, Any] | None, bf16: bool, quantized: bool) -> 
     """
     if config is None:
         return
-    if quantized and stage_of(config) == 3:
+    if quantized and zero_stage(config) == 3:
         raise InvalidInput(
             "stage 3 would part quantised weights from their scales, and they belong to all tasks",
             "training.deepspeed",
             "set zero_optimization.stage to 2 or less; every GPU holds the whole quantised base model anyway",
         )
-    if bf16 and stage_of(config) == 0:
+    if bf16 and zero_stage(config) == 0:
         raise InvalidInput(
             "stage 0 in bf16 steps from float32 numbers that checkpoints cannot reach",
             "training.deepspeed",
@@ -149,7 +144,7 @@ def parted(model: Any, config: dict[str, Any] | None) -> Iterator[Any]:
 
     Every rank must then run the same batches: each forward gathers from all.
     """
-    if config is None or stage_of(config) < 3 or not torch.distributed.is_initialized():
+    if config is None or zero_stage(config) < 3 or not torch.distributed.is_initialized():
         # Weights that are kept on the host (base_model.device: cpu) are scored where they are trained.
         yield model.to("cuda") if torch.cuda.is_available() and model.device.type == "cpu" else model
         return

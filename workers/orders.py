@@ -116,6 +116,9 @@ class Point:
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
     method: str = ""
     """Method; `refine` for a refinement, whose steps are counted separately."""
+    candidate: str = ""
+    """Which of the trainings of `auto` it belongs to, each with a curve of its own: a method, or `METHOD on all rows`
+    for the last. Empty where the task is trained once."""
     machine: Mapping[str, float] = field(default_factory=dict)
     """Figures of the machine of rank 0, see workers/machine.py."""
 
@@ -138,7 +141,9 @@ class Trained:
     base_score: float
     """Score of the base model under the task's own head, without the adapter."""
     steps: int
+    """Steps of all trainings: `auto` has several."""
     train_loss: float
+    """Mean loss of the training that the adapter comes from."""
     seconds: float
     first_step_at: float
     """Unix time at which the first optimisation step began; 0 for an import."""
@@ -146,6 +151,8 @@ class Trained:
     """Lines that no heartbeat has fetched."""
     method: str = ""
     """Method that `auto` chose, else method.name."""
+    compared: tuple[str, ...] | None = None
+    """Methods that `auto` compared, none if it was trained as a plain `lora`. None: the task did not ask for `auto`."""
     trainable_parameters: int = 0
     """Numbers that were trained, the head not counted."""
     basis_version: int = 0
@@ -214,6 +221,8 @@ class Progress:
     phase: Phase = Phase.IDLE
     trouble: OnebasisError | None = None
     """Error that keeps it from going on: the storage does not take its writes, or a rank does not answer."""
+    candidate: str = ""
+    """As in `Point`; its steps are then a part of those of all."""
     step: int = 0
     steps: int = 0
     loss: float = float("nan")

@@ -24,12 +24,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec, TrainingSpec
+from configs.task_spec import TaskSpec, TrainingSpec, zero_stage
 from workers import training_state
 from workers.base_model import BaseModel
 from workers.batches import Batches, Schedule, schedule
 from workers.checkpoint import Checkpoint, in_steps_of
-from workers.deepspeed_engine import check_config, let_go, part, release, stage_of
+from workers.deepspeed_engine import check_config, let_go, part, release
 from workers.features import collator
 from workers.machine import machine_figures
 from workers.orders import Phase, Point, Progress
@@ -133,7 +133,7 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
             )
     steps = _Steps(plan, spec, around)
     try:
-        if stage_of(config) == 3:
+        if zero_stage(config) == 3:
             part(model, config or {}, torch.bfloat16 if spec.training.bf16 else None)
         trainer = _Trainer(
             model=model,
@@ -151,7 +151,7 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         engine = getattr(steps.trainer, "model_wrapped", None)
         if hasattr(engine, "destroy"):
             release(engine)
-        elif stage_of(config) == 3:
+        elif zero_stage(config) == 3:
             let_go(model)
         raise
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None

@@ -34,6 +34,7 @@ from workers.patience import Patience
 from workers.rank_group import RankGroup, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import Row
+from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.trainer import (
     Asked,
     Cancelled,
@@ -138,9 +139,10 @@ def train_task(
         base_score=alone,
         steps=run.steps,
         train_loss=run.train_loss,
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - started + attempt.seconds_before,
         first_step_at=run.first_step_at,
         method=attempt.method_name,
+        compared=attempt.compared,
         trainable_parameters=attempt.trained_numbers,
         basis_version=attempt.version,
         resumed_from=run.resumed_from,
@@ -173,6 +175,10 @@ class _Attempt:
         self.version = 0
         """Version whose basis was leased."""
         self.trained_numbers = 0
+        self.seconds_before = 0.0
+        """Time that earlier attempts spent on trainings of `auto` that this one took over."""
+        self.compared: tuple[str, ...] | None = None
+        """As in `Trained`."""
         self.warnings: tuple[str, ...] = ()
         """Sentences on what was not done as the task asks, for its owner."""
 
@@ -209,17 +215,18 @@ class _Attempt:
         """Train each candidate of `auto`, find the smallest that its score needs, and train that once more on all rows.
         Each is a run of its own."""
         spec, group = self._order.spec, self._group
-        rest, validation = auto.set_aside(rows)
-        if why := auto.reason_not_to_race(spec, validation):
-            self._say(f"auto: lora, because {why}")
-            self.warnings += (f"auto compared nothing and trained a lora of rank {spec.lora.r}: {why}",)
+        rest, validation = set_aside(rows)
+        if why := not_compared(spec, validation):
+            self._say(why)
+            self.warnings += (why,)
+            self.compared = ()
             return self._adopt(alone := self._candidate("lora", self._report), alone._trained(rows))
         finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
         failed: InvalidInput | None = None
-        names, again = spec.method.candidates, auto.needs_all_rows(rest, validation)
+        names, again = spec.method.candidates, needs_all_rows(rest, validation)
         runs = len(names) + again
         for place, name in enumerate(names):
-            attempt = self._candidate(name, auto.among(self._report, place, runs))
+            attempt = self._candidate(name, auto.among(self._report, name, place, runs))
             try:
                 finished[name] = attempt, *(attempt._raced_before() or attempt._race(rest))
             except InvalidInput as error:
@@ -245,17 +252,22 @@ class _Attempt:
         name, share = group.agree([kept.method, kept.share] if kept else [])
         attempt, adapter, run = finished[name]
         began = min(run.first_step_at for _, _, run in finished.values())
+        steps = sum(run.steps for _, _, run in finished.values())
+        self.seconds_before = sum(before.seconds_before for before, _, _ in finished.values())
+        self.compared = tuple(finished)
         if again:
             self._say(f"auto: {name} is trained once more, on all {len(rows):,} rows")
-            last = self._candidate(name, auto.among(self._report, len(names), runs), " all rows")
+            report = auto.among(self._report, f"{name} on all rows", len(names), runs)
+            last = self._candidate(name, report, " all rows")
             try:
                 adapter, run = last._trained(rows)
-                attempt = last
+                attempt, steps = last, steps + run.steps
             except InvalidInput as error:
                 if isinstance(error, OutOfMemory) and group.rank.size > 1:
                     raise
                 self.warnings += (f"auto kept what was trained without the validation rows; with them: {error}",)
-        return self._adopt(attempt, (auto.sized(adapter, share), replace(run, first_step_at=began)))
+        run = replace(run, first_step_at=began, steps=steps)
+        return self._adopt(attempt, (auto.sized(adapter, share), run))
 
     def _candidate(self, name: str, report: Report, rows: str = "") -> _Attempt:
         """The same order for one method of `auto`, with checkpoints of its own.
@@ -277,6 +289,7 @@ class _Attempt:
 
     def _race(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
         """Train, and leave the result for later attempts at the same order."""
+        started = time.monotonic()
         adapter, run = self._trained(rows)
         facts = {
             "steps": run.steps,
@@ -284,6 +297,7 @@ class _Attempt:
             "first_step_at": run.first_step_at,
             "version": self.version,
             "trained_numbers": self.trained_numbers,
+            "seconds": time.monotonic() - started,
         }
         content = adapter_to_bytes(replace(adapter, info=dict(adapter.info) | {"race": json.dumps(facts)}))
         if self._group.rank.leads:
@@ -292,7 +306,7 @@ class _Attempt:
             except Unavailable as error:
                 self._say(f"the trained candidate could not be kept for a later attempt: {error.what}")
         self._delete_checkpoints()
-        return self._from_race(content)  # read again, to be to the bit what a later attempt would read
+        return self._from_race(content)[:2]  # read again, to be to the bit what a later attempt would read
 
     def _delete_checkpoints(self) -> None:
         """The next candidate's begin at step 1 again, and only those furthest on are kept."""
@@ -304,15 +318,18 @@ class _Attempt:
         found = self._storage.keys(self._raced_key) if self._group.rank.leads else []
         if not self._group.agree(bool(found)):
             return None
-        self._say(f"auto: {self.method_name} was trained by an earlier attempt")
-        return self._from_race(self._storage.read(self._raced_key))
+        self._say("was trained by an earlier attempt")
+        adapter, run, self.seconds_before = self._from_race(self._storage.read(self._raced_key))
+        return adapter, run
 
-    def _from_race(self, content: bytes) -> tuple[Adapter, TrainingRun]:
+    def _from_race(self, content: bytes) -> tuple[Adapter, TrainingRun, float]:
+        """What `_race` left: the adapter, its run, and how many seconds that took."""
         adapter = adapter_from_bytes(content, self._raced_key)
         facts = json.loads(adapter.info["race"])
         self.version, self.trained_numbers = facts.pop("version"), facts.pop("trained_numbers")
+        seconds = facts.pop("seconds", 0.0)  # a release of 2026-11 did not keep it
         info = {name: fact for name, fact in adapter.info.items() if name != "race"}
-        return replace(adapter, info=info), TrainingRun(**facts)
+        return replace(adapter, info=info), TrainingRun(**facts), seconds
 
     @property
     def _raced_key(self) -> str:

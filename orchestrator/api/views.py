@@ -83,6 +83,7 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
             "share_full": record.spec.method.share_full,
             "asked_method": record.spec.method.name,
             "method": record.method,
+            "compared": plain(record.compared),
             "trainable_parameters": record.trainable_parameters,
             "basis_version": record.basis_version,
             "resumed_from": record.resumed_from,

@@ -278,7 +278,8 @@ def _note(row: Json) -> str:
     """Where it stands in the queue, what it does beside its steps, or why it is where it is."""
     if row["state"] in AT_WORK:
         phase = row["progress"].get("phase", "")
-        return str(row["worker"] if phase in ("", "training") else phase)
+        candidate = [row["progress"]["candidate"]] if row["progress"].get("candidate") else []
+        return " · ".join([row["worker"], *candidate]) if phase in ("", "training") else str(phase)
     place = f"place {row['place']}" if row["place"] else ""
     reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
     gone = "main no longer holds it" if row.get("gone_from_main") else ""
@@ -290,15 +291,20 @@ def _print_training(training: Json) -> None:
     if training["seconds"] is not None:
         start = training["submit_to_first_step_seconds"]
         resumed = f", resumed from step {training['resumed_from']}" if training["resumed_from"] else ""
+        of = " of all trainings" if training["compared"] else ""
         console.print(
-            f"  training   {counted(training['steps'], 'step')} in {training['seconds']:.1f} s"
+            f"  training   {counted(training['steps'], 'step')}{of} in {training['seconds']:.1f} s"
             + (f", first step {start:.2f} s after submission" if start is not None else "")
             + resumed
         )
     if training["method"]:
         basis = f" in the basis of version {training['basis_version']}" if training["basis_version"] else ""
         trained = training["trainable_parameters"]
-        chosen = ", by auto" if training["asked_method"] == "auto" else ""
+        chosen = ""
+        if training["asked_method"] == "auto":
+            chosen = ", by auto"
+            if (compared := training["compared"]) is not None:
+                chosen += f", which compared {' and '.join(compared) or 'nothing'}"
         console.print(
             f"  method     {training['method']}{chosen}{basis}"
             + (f" · {counted(trained, 'number')} trained beside the head" if trained else "")
@@ -334,7 +340,8 @@ def _point_of(text: str) -> str:
 
 
 def _point(told: Json) -> str:
-    """Step, loss, learning rate, speed, memory, end: those that were reported."""
+    """Which training of several, step, loss, learning rate, speed, memory, end: those that were reported."""
+    candidate = f"{told['candidate']}: " if told.get("candidate") else ""
     steps = f"/{told['steps']}" if told.get("steps") else ""
     forms = (
         ("loss", "loss {:z.4f}"), ("learning_rate", "learning rate {:.2e}"), ("samples_per_second", "{:,.1f} rows/s"),
@@ -343,7 +350,7 @@ def _point(told: Json) -> str:
     parts = [form.format(told[name]) for name, form in forms if told.get(name) is not None]
     memory = [size_text(told["memory_bytes"])] if told.get("memory_bytes") else []
     left = [f"{duration(told['seconds_left'])} left"] if told.get("seconds_left") is not None else []
-    return " · ".join([f"step {told['step']}{steps}", *parts, *memory, *left])
+    return " · ".join([f"{candidate}step {told['step']}{steps}", *parts, *memory, *left])
 
 
 def _share(row: Json) -> float:

@@ -373,6 +373,8 @@ class Mirror:
 def _figures(point: Point) -> Points:
     told = ("loss", "learning_rate", "samples_per_second", "tokens_per_second")
     part = "refine" if point.method == "refine" else "train"
+    if point.candidate:  # of `auto`, whose trainings have the same steps
+        part += f".{point.candidate.replace(' ', '_')}"
     values = {f"{part}.{name}": getattr(point, name) for name in told}
     if point.memory_bytes:
         values[f"{part}.memory_megabytes"] = point.memory_bytes / 1e6
@@ -397,6 +399,7 @@ def _params(record: TaskRecord) -> dict[str, str]:
     if record.train_seconds is not None:  # a run's parameters never change
         flat |= {
             "trained.method": record.method,
+            **({"trained.compared": ", ".join(record.compared) or "nothing"} if record.compared is not None else {}),
             "trained.parameters": record.trainable_parameters,
             "trained.basis_version": record.basis_version,
             "trained.resumed_from": record.resumed_from,

@@ -30,9 +30,10 @@ from subspace_store import Storage
 from subspace_store.digests import digest
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
-from workers.rows.frozen_rows import FrozenTask, freeze, upload
+from workers.rows.frozen_rows import FrozenRows, FrozenTask, freeze, upload
 from workers.rows.labels import two_readings
 from workers.rows.task_data import Complaint, Row
+from workers.rows.validation import INPUTS_ENOUGH, not_compared, set_aside
 
 if TYPE_CHECKING:
     from subspace_store.adapter import Adapter
@@ -140,7 +141,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
-    return Draft(spec, rows, None, tuple(_warnings(rows)))
+    doubt = _not_compared(spec, rows.train) if spec.method.name == "auto" and rows.train else ""
+    return Draft(spec, rows, None, (*_warnings(rows), *filter(None, [doubt])))
 
 
 def _imported(
@@ -194,6 +196,11 @@ def _frozen(adapter: Adapter) -> FrozenAdapter:
 
 def _no_complaint(row: Row) -> str:
     return ""
+
+
+def _not_compared(spec: TaskSpec, train: FrozenRows) -> str:
+    """The sentence that `auto` will say if it finds too little to compare by; looked for where that can be."""
+    return "" if train.inputs > INPUTS_ENOUGH else not_compared(spec, set_aside(train.rows(spec.kind))[1])
 
 
 def _warnings(rows: FrozenTask) -> Iterator[str]:

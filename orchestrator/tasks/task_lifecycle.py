@@ -158,6 +158,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 metrics={name: value for name, value in outcome.metrics.items() if value == value},
                 warnings=_warnings(record, outcome),
                 method=outcome.method,
+                compared=outcome.compared,
                 trainable_parameters=outcome.trainable_parameters,
                 basis_version=outcome.basis_version,
                 resumed_from=outcome.resumed_from,

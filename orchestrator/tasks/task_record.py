@@ -114,6 +114,8 @@ class TaskRecord(Section):
     """All metrics of the kind for its own adapter before merging."""
     method: str = ""
     """Method that `auto` chose, else the spec's method.name."""
+    compared: tuple[str, ...] | None = None
+    """Methods that `auto` compared, none if it was trained as a plain `lora`; None: not `auto`, or not known."""
     trainable_parameters: int = 0
     """Numbers that were trained, the head not counted."""
     basis_version: int = 0

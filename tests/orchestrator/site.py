@@ -68,7 +68,8 @@ class Site:
         """A task document whose files are there."""
         train = write_rows(self.folder / "data" / "train.jsonl", rows(6))
         evaluation = write_rows(self.folder / "data" / "eval.jsonl", [{"text": "other", "label": "no"}])
-        return task_document(title, **{**changes, "data": {"train_file": str(train), "eval_file": str(evaluation)}})
+        files = {"train_file": str(train), "eval_file": str(evaluation)}
+        return task_document(title, **{"method": {"name": "lora"}, **changes, "data": files})
 
     def publish(self, title: str) -> dict[str, Any]:
         """Submit a task and wait until main holds it."""

@@ -29,6 +29,7 @@ from workers.base_model import BaseModel
 from workers.evaluation import score_adapter
 from workers.methods import auto
 from workers.orders import Phase, Point, Progress
+from workers.rows import validation
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
 from workers.trainer import Cancelled, Preempted, fit
@@ -52,65 +53,16 @@ def lines(desk: Desk) -> list[str]:
     return [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, str)]
 
 
-# What is set aside
-
-
-def test_equal_rows_are_on_one_side_and_the_split_is_the_same_whatever_else_is_there() -> None:
-    rows = [TextRow(text=f"text {i % 300}", text_pair=None, label=i % 2) for i in range(900)]
-    trained, validation = auto.set_aside(rows)
-    assert len(trained) + len(validation) == 900
-    assert 900 / 16 < len(validation) < 900 / 5
-    aside = {row.text for row in validation}
-    assert not aside & {row.text for row in trained}
-    more = [TextRow(text=f"other {i}", text_pair=None, label=0) for i in range(300)]
-    assert aside <= {row.text for row in auto.set_aside(more + rows[::-1])[1]}
-
-
-def test_of_many_rows_a_bounded_number_is_set_aside_and_the_others_are_trained_on() -> None:
-    rows = [TextRow(text=f"text {i}", text_pair=None, label=i // 5000) for i in range(10_000)]
-    trained, validation = auto.set_aside(rows)
-    assert len(validation) == auto.ROWS_MAX
-    assert len(trained) == 10_000 - auto.ROWS_MAX
-    assert 0.35 < sum(row.label for row in validation) / len(validation) < 0.65  # of sorted rows too
-
-
-def test_no_label_loses_its_last_row_to_validation() -> None:
-    rows = [TextRow(text=f"text {i}", text_pair=None, label=i // 2) for i in range(400)]  # two rows for each label
-    trained, validation = auto.set_aside(rows)
-    assert validation
-    assert {row.label for row in trained} == set(range(200))
-
-
-@pytest.mark.parametrize("copies", [50, 900])
-def test_a_text_that_recurs_is_whole_on_one_side_and_no_row_is_lost(copies: int) -> None:
-    chosen = next(row for row in auto.set_aside(texts(1000))[1] if isinstance(row, TextRow))  # set aside by itself
-    rows = texts(1000) + [chosen] * copies
-    trained, validation = auto.set_aside(rows)
-    assert len(trained) + len(validation) == len(rows)
-    assert len(validation) <= min(auto.ROWS_MAX, len(rows) // auto.LEAST_IN)
-    assert {row.text for row in validation}.isdisjoint(row.text for row in trained)
-    assert (chosen in list(trained)) is (copies == 900)
-
-
-def texts(count: int) -> list[TextRow]:
-    return [TextRow(text=f"text {i}", text_pair=None, label=i % 2) for i in range(count)]
-
-
 def test_too_few_rows_are_not_divided_and_the_log_says_what_was_done(tiny: Tiny) -> None:
     few = Desk("few", train_count=40)
     trained = few.train(tiny("bert"), task())
     assert trained.method == "lora"
-    assert any("too few to compare by" in line for line in lines(few))
-    (said,) = (line for line in trained.warnings if line.startswith("auto compared nothing"))
-    assert said.endswith("validation rows are too few to compare by")
+    assert any("fewer than 24 are too few" in line for line in lines(few))
+    (said,) = trained.warnings
+    assert said.startswith("auto compares nothing and trains a lora of rank 4: ")
+    assert trained.compared == ()
     plain = few.train(tiny("bert"), task(method={"name": "lora"}))
     assert plain.adapter_sha256 == trained.adapter_sha256
-
-
-def test_a_model_that_one_process_may_not_hold_is_trained_once() -> None:
-    rows = [TextRow(text=str(i), text_pair=None, label=0) for i in range(auto.ROWS_MIN)]
-    assert "ZeRO stage 3" in auto.reason_not_to_race(task(training={"deepspeed": zero(3)}), rows)
-    assert auto.reason_not_to_race(task(training={"deepspeed": zero(2)}), rows) == ""
 
 
 def test_answers_are_not_generated_to_choose_a_form() -> None:
@@ -249,13 +201,11 @@ def test_both_are_trained_without_the_validation_rows_and_what_is_kept_once_more
 def test_where_few_rows_were_set_aside_what_was_chosen_is_not_trained_again(
     desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not auto.needs_all_rows(texts(95), texts(5))
-    assert auto.needs_all_rows(texts(94), texts(6))
-    monkeypatch.setattr(auto, "FEW", 1.0)
+    monkeypatch.setattr(validation, "FEW", 1.0)
     trained = desk.train(tiny("bert"), task())
     assert desk.staged(trained).is_sized
     assert not any("once more" in line for line in lines(desk))
-    assert {beat.steps for beat in desk.heartbeats if beat.phase is Phase.TRAINING} == {2 * trained.steps}
+    assert {beat.steps for beat in desk.heartbeats if beat.phase is Phase.TRAINING} == {trained.steps} == {2 * 12}
 
 
 def test_if_the_last_training_fails_what_was_judged_is_kept_and_the_owner_is_told(
@@ -288,11 +238,11 @@ def test_the_candidates_see_no_validation_row_and_the_choice_sees_no_other(
     monkeypatch.setattr(training, "fit", fitting)
     monkeypatch.setattr(training, "score_adapter", judging)
     desk.train(tiny("bert"), task())
-    sides = auto.set_aside(open_rows(desk.storage, "data/train", task()))
-    rest, validation = ({row.text for row in side if isinstance(row, TextRow)} for side in sides)
-    assert trained_on == [rest, rest, rest | validation]
+    sides = validation.set_aside(open_rows(desk.storage, "data/train", task()))
+    rest, aside = ({row.text for row in side if isinstance(row, TextRow)} for side in sides)
+    assert trained_on == [rest, rest, rest | aside]
     assert len(judged_on) > 2
-    assert all(texts == validation for texts in judged_on[:-1])  # the last are the rows that are reported on
+    assert all(texts == aside for texts in judged_on[:-1])  # the last are the rows that are reported on
 
 
 def test_progress_counts_the_steps_of_all_candidates_and_never_goes_back(desk: Desk, tiny: Tiny) -> None:
@@ -300,22 +250,40 @@ def test_progress_counts_the_steps_of_all_candidates_and_never_goes_back(desk: D
     beats = [beat for beat in desk.heartbeats if beat.step]
     steps = [beat.step for beat in beats if beat.phase is Phase.TRAINING]
     assert steps == sorted(steps)
-    assert {beat.steps for beat in beats if beat.phase is Phase.TRAINING} == {3 * trained.steps}
-    assert max(steps) == 3 * trained.steps
+    assert {beat.steps for beat in beats if beat.phase is Phase.TRAINING} == {trained.steps} == {3 * 12}
+    assert max(steps) == trained.steps
     assert trained.first_step_at == min(beat.first_step_at for beat in beats if beat.first_step_at)
 
 
 def test_the_time_that_is_left_has_the_candidates_that_follow_in_it() -> None:
     said: list[Progress] = []
-    report = auto.among(said.append, 0, 3)
+    report = auto.among(said.append, "share", 0, 3)
     report(Progress(step=5, steps=10, seconds_left=20.0))
     report(Progress(step=10, steps=10, seconds_left=0.0))
-    auto.among(said.append, 2, 3)(Progress(step=5, steps=10, seconds_left=20.0))
+    auto.among(said.append, "lora", 2, 3)(Progress(step=5, steps=10, seconds_left=20.0))
     assert [(beat.step, beat.steps, beat.seconds_left) for beat in said] == [
         (5, 30, 100.0),
         (10, 30, 80.0),
         (25, 30, 20.0),
     ]
+
+
+def test_each_line_point_and_heartbeat_names_the_training_that_it_belongs_to(desk: Desk, tiny: Tiny) -> None:
+    trained = desk.train(tiny("bert"), task())
+    last = f"{trained.method} on all rows"
+    points = [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, Point)]
+    assert list(dict.fromkeys(point.candidate for point in points)) == ["share", "lora", last]
+    assert {(point.candidate.partition(" ")[0], point.method) for point in points} == {
+        ("share", "share"),
+        ("lora", "lora"),
+    }
+    assert {beat.candidate for beat in desk.heartbeats if beat.phase is Phase.TRAINING} == {"share", "lora", last}
+    for name in ("share", "lora", last):
+        assert f"{name}: task task-1: method {name.partition(' ')[0]}" in lines(desk)
+    assert trained.compared == ("share", "lora")
+    alone = Desk("alone", train_count=COUNT)
+    assert alone.train(tiny("bert"), task(method={"name": "lora"})).compared is None
+    assert {p.candidate for beat in alone.heartbeats for p in beat.log_lines if isinstance(p, Point)} == {""}
 
 
 def test_one_candidate_means_that_only_the_size_is_found(desk: Desk, tiny: Tiny) -> None:
@@ -359,7 +327,7 @@ def test_a_preempted_race_goes_on_from_the_candidate_and_the_step_it_was_at(desk
     desk._asked = plain  # type: ignore[method-assign]
     desk.heartbeats.clear()
     trained = desk.train(base, spec)
-    assert "auto: share was trained by an earlier attempt" in lines(desk)
+    assert "share: was trained by an earlier attempt" in lines(desk)
     points = [p for beat in desk.heartbeats for p in beat.log_lines if isinstance(p, Point)]
     assert points[0].method == "lora"
     assert points[0].resumed_from >= 4
@@ -368,6 +336,7 @@ def test_a_preempted_race_goes_on_from_the_candidate_and_the_step_it_was_at(desk
     }
     assert (trained.method, trained.adapter_sha256) == (expected.method, expected.adapter_sha256)
     assert (trained.steps, trained.trainable_parameters) == (expected.steps, expected.trainable_parameters)
+    assert trained.compared == ("share", "lora")
 
 
 def test_preempted_in_the_last_training_it_goes_on_there(desk: Desk, tiny: Tiny) -> None:
@@ -411,5 +380,5 @@ def test_the_ranks_of_a_gang_agree_on_the_form(
             rank.kill()
     told = json.loads((tmp_path / "race-0.json").read_text())
     assert told["method"] in ("share", "lora")
-    assert told["steps"] == 12
+    assert told["steps"] == 3 * 12
     assert [step for step, _ in told["losses"]] == [*range(1, 13)] * 3  # both candidates, and what was chosen once more

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,20 +36,9 @@ import torch
 
 from configs.task_spec import CLASSIFICATION_KINDS, TaskSpec
 from subspace_store.adapter import SIZED, Adapter
-from workers.deepspeed_engine import is_parted
-from workers.orders import Progress
-from workers.rows.frozen_rows import SomeRows
-from workers.rows.task_data import Row, input_digest, label_of
+from workers.orders import LogLine, Progress
 from workers.trainer import Report
 
-ONE_IN = 8
-"""One of so many rows is set aside."""
-LEAST_IN = 4
-"""Never more than one of so many, however often equal rows recur."""
-ROWS_MIN, ROWS_MAX = 24, 256
-"""Fewest validation rows that are worth a comparison, and the most: scoring them has to stay cheap beside training."""
-FEW = 0.05
-"""Share of the rows that a task can do without."""
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 """Shares of an update's energy that its forms keep."""
 DOUBT = 1.0
@@ -80,52 +68,19 @@ class Form:
         return statistics.fmean(losses) + doubt <= loss_max
 
 
-def reason_not_to_race(spec: TaskSpec, validation: Sequence[Row]) -> str:
-    """Why nothing is compared and the task is a plain `lora`; empty if there is no such reason."""
-    if is_parted(spec):
-        return "with ZeRO stage 3 the task is trained once"
-    if len(validation) < ROWS_MIN:
-        return f"{len(validation)} validation rows are too few to compare by"
-    return ""
-
-
-def set_aside(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
-    """The rows to train on, and the validation rows: each row is one of the two, and the split is the same every time.
-
-    A digest of each input decides, so that equal inputs are on one side. What would take the last row of a label from
-    training is trained on, and so are inputs that recur so often that setting them aside would leave too little.
-
-    Cost:
-        Reads every row once.
-    """
-    left: Counter[int] = Counter()
-    candidates: dict[bytes, list[tuple[int, int | float | None]]] = {}
-    for place, row in enumerate(rows):
-        digest, label = input_digest(row), label_of(row)
-        if isinstance(label, int):
-            left[label] += 1
-        if int.from_bytes(digest[:8], "big") % ONE_IN == 0:
-            candidates.setdefault(digest, []).append((place, label))
-    room, aside = min(ROWS_MAX, len(rows) // LEAST_IN), set[int]()
-    for digest in sorted(candidates):
-        equal = candidates[digest]
-        taken = Counter(label for _, label in equal if isinstance(label, int))
-        if len(aside) + len(equal) <= room and all(left[label] > count for label, count in taken.items()):
-            aside |= {place for place, _ in equal}
-            left.subtract(taken)
-    trained = [place for place in range(len(rows)) if place not in aside]
-    return SomeRows(rows, trained), SomeRows(rows, sorted(aside))
-
-
-def among(report: Report, place: int, count: int) -> Report:
+def among(report: Report, name: str, place: int, count: int) -> Report:
     """A report in which one candidate's steps are a part of the steps of all: those before it are done, and those after
-    it take as long.
+    it take as long. Its points and lines name it.
 
     Args:
+        name: Of the candidate, see `Point.candidate`.
         place: Of the candidate, from 0.
         count: Number of runs, the last training on all rows among them.
     """
     seconds_per_step = 0.0
+
+    def named(line: LogLine) -> LogLine:
+        return f"{name}: {line}" if isinstance(line, str) else replace(line, candidate=name)
 
     def told(progress: Progress) -> None:
         nonlocal seconds_per_step
@@ -136,18 +91,15 @@ def among(report: Report, place: int, count: int) -> Report:
         report(
             replace(
                 progress,
+                candidate=name,
                 step=progress.step + place * steps,
                 steps=count * steps,
                 seconds_left=progress.seconds_left + seconds_per_step * later,
+                log_lines=tuple(map(named, progress.log_lines)),
             )
         )
 
     return told
-
-
-def needs_all_rows(rest: Sequence[Row], validation: Sequence[Row]) -> bool:
-    """Whether what is chosen is trained once more, on all rows: whether those set aside are more than a few."""
-    return len(validation) > FEW * (len(rest) + len(validation))
 
 
 def validation_spec(spec: TaskSpec) -> TaskSpec:

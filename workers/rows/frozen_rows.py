@@ -81,6 +81,14 @@ class FrozenRows:
         """Storage key to keep them under."""
         return f"{folder}/{name}-{self.file_sha256}.arrow"
 
+    def rows(self, kind: Kind) -> StoredRows:
+        """The rows, read from the file, which must stay open."""
+        import pyarrow as pa
+
+        self.file.seek(0)
+        found = pa.ipc.open_file(self.file)
+        return StoredRows([found.get_batch(number) for number in range(found.num_record_batches)], kind, self.sha256)
+
     def write(self, storage: Storage, key: str) -> None:
         """Upload them piece by piece."""
         upload(self.file, storage, key)

@@ -167,6 +167,36 @@ def test_a_point_of_the_curves_is_a_line_of_the_log() -> None:
     assert line.endswith("task t1: method lora")
 
 
+def test_a_point_and_the_table_name_the_training_of_auto_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = {"step": 3, "steps": 12, "loss": 0.5, "learning_rate": 0.001, "candidate": "lora on all rows"}
+    with display.console.capture() as captured:
+        display.log_lines([{"at": 0.0, "kind": "progress", "text": json.dumps(point)}])
+    assert "  lora on all rows: step 3/12 · loss" in captured.get()
+    row = TASK | {"progress": TASK["progress"] | {"candidate": "share"}}
+    assert lines([row], 200, monkeypatch)[1].endswith("worker-0 · share")
+
+
+@pytest.mark.parametrize(
+    ("compared", "method", "trainings"),
+    [
+        (["share", "lora"], "lora, by auto, which compared share and lora · ", "36 steps of all trainings in 2.0 s"),
+        ([], "lora, by auto, which compared nothing · ", "36 steps in 2.0 s"),
+        (None, "lora, by auto · ", "36 steps in 2.0 s"),
+    ],
+)
+def test_what_auto_compared_is_told_of_a_trained_task(compared: list[str] | None, method: str, trainings: str) -> None:
+    training = {
+        "steps": 36, "seconds": 2.0, "submit_to_first_step_seconds": None, "resumed_from": 0, "method": "lora",
+        "asked_method": "auto", "compared": compared, "basis_version": 0, "trainable_parameters": 96,
+        "refined_seconds": None, "share_full": False, "unrefined": "", "last_point": None, "plot": None,
+    }  # fmt: skip
+    with display.console.capture() as captured:
+        display._print_training(training)
+    first, second = captured.get().splitlines()
+    assert first.split(maxsplit=1)[1] == trainings
+    assert second.split(maxsplit=1)[1].startswith(method)
+
+
 # --- what came from somebody else --------------------------------------------------------------------------------
 
 EVIL = "\x1b[2J\x1b]0;title\x07[red]\u202edone\udc80[/bold]"

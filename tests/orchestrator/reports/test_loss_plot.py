@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_loss_and_rate_are_lines_and_each_resume_is_marked(tmp_path: Path, monke
     assert [text.get_text() for text in loss.texts] == ["resumed from step 10"]
     assert [list(line.get_ydata()) for line in rate.lines] == [[1e-3, 1e-3], [1e-3, 1e-3]]
     assert loss.get_xlim() == (0, 100)  # of 100 steps, 20 are done
+
+
+def test_each_training_of_auto_is_a_curve_with_its_name_and_none_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda me, path, **_: (figures.append(me), path.touch()))
+    told = [replace(point, candidate=name) for name in ("share", "lora") for point in points(1, 10, 20)]
+    told += [replace(point, candidate="lora on all rows") for point in points(1, 10) + points(6, 10, resumed_from=5)]
+    draw_loss_plot(told, "red/alpha", tmp_path / "x.png")
+    loss, _ = figures[0].axes
+    assert loss.get_title() == "red/alpha: loss 0.1 at step 10 of lora on all rows"
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["share", "lora", "lora on all rows"]
+    assert [text.get_text() for text in loss.texts] == ["resumed from step 5"]
+    named = {line.get_label(): line.get_color() for line in loss.lines if not str(line.get_label()).startswith("_")}
+    assert len(set(named.values())) == len(named) == 3
 
 
 def test_a_single_point_is_a_picture_too(tmp_path: Path) -> None:

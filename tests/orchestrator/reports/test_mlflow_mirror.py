@@ -38,6 +38,8 @@ POINTS = (
         machine={"cpu_utilization_percentage": 75.0},
     ),
 )
+SHARE = Point(at=2003.0, step=1, loss=0.3, learning_rate=0.001, method="share", candidate="share")
+AGAIN = Point(at=2004.0, step=1, loss=0.1, learning_rate=0.001, method="share", candidate="share on all rows")
 REFINED = Point(at=2002.0, step=1, loss=0.2, learning_rate=0.001, steps=10, method="refine")
 
 
@@ -53,7 +55,7 @@ class Mirrored:
         for title in ("red/a", "blue/b", "red/bad", "red/wrong"):
             (task,) = self.plant.submit(title)
             if title == "red/a":
-                self.plant.queue.append_log(task.task_id, ["a line", *POINTS, REFINED])
+                self.plant.queue.append_log(task.task_id, ["a line", *POINTS, REFINED, SHARE, AGAIN])
             self.plant.run()
         self.mirror = self.fresh_mirror()
         self.mirror.sync()
@@ -178,6 +180,11 @@ def test_a_tasks_score_and_loss_are_curves_over_versions_and_steps(mirrored: Mir
     assert mirrored.history("red/a", "train.tokens_per_second") == [(10, 900.0)]
     assert mirrored.history("red/a", "train.memory_megabytes") == [(10, 512.0)]
     assert mirrored.history("red/a", "refine.loss") == [(1, 0.2)]  # its steps are its own
+
+
+def test_each_training_of_auto_is_a_curve_of_its_own(mirrored: Mirrored) -> None:
+    assert mirrored.history("red/a", "train.share.loss") == [(1, 0.3)]
+    assert mirrored.history("red/a", "train.share_on_all_rows.loss") == [(1, 0.1)]
 
 
 def test_what_the_workers_machine_did_is_where_mlflow_shows_system_metrics(mirrored: Mirrored) -> None:

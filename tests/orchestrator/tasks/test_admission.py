@@ -47,7 +47,8 @@ class Desk:
 
     def document(self, title: str = "red/alpha", **changes: Any) -> dict[str, Any]:
         files = {"train_file": str(self.data / "train.jsonl"), "eval_file": str(self.data / "eval.jsonl.gz")}
-        return task_document(title, **{**changes, "data": files | changes.get("data", {})})
+        method = {"name": "lora"} | (changes.get("method") or {})
+        return task_document(title, **{**changes, "method": method, "data": files | changes.get("data", {})})
 
     def imported(self, **changes: Any) -> dict[str, Any]:
         """A submission of the PEFT folder `peft`."""
@@ -299,6 +300,17 @@ def test_rows_that_are_alike_and_contradict_each_other_are_warned_of(desk: Desk)
     assert record.warnings[-1] == "1 input has several labels in the training rows: no answer is right for all of them"
 
 
+def test_auto_with_too_few_rows_to_compare_by_is_told_at_submission(desk: Desk) -> None:
+    few, _ = desk.submit(desk.document(method={"name": "auto"}))
+    (said,) = few.warnings
+    assert said.startswith("auto compares nothing and trains a lora of rank 8: the training rows ")
+    write_rows(desk.data / "train.jsonl", rows(400))
+    enough, _ = desk.submit(desk.document("red/beta", method={"name": "auto"}))
+    assert enough.warnings == ()
+    plain, _ = desk.submit(desk.document("red/gamma"))
+    assert plain.warnings == ()
+
+
 def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
     write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": "yes"} for i in range(4)])
     record, _ = desk.submit(desk.document())
@@ -522,7 +534,7 @@ def test_an_import_that_was_trained_on_another_base_model_of_the_same_shapes_is_
 def test_auto_is_refused_where_factors_are_merged_as_they_were_trained(desk: Desk) -> None:
     paper = desk.settings.subspace.model_copy(update={"variant": "paper"})
     desk.settings = desk.settings.model_copy(update={"subspace": paper})
-    assert "auto cuts what it trains" in desk.refuse(desk.document())
+    assert "auto cuts what it trains" in desk.refuse(desk.document(method={"name": "auto"}))
     assert desk.submit(desk.document(method={"name": "lora"}))[1]
 
 
