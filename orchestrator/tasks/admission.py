@@ -204,6 +204,7 @@ def _not_compared(spec: TaskSpec, train: FrozenRows) -> str:
 
 
 def _warnings(rows: FrozenTask) -> Iterator[str]:
+    yield from rows.unread
     trained, evaluated = (side.per_label if side else {} for side in (rows.train, rows.evaluation))
     if unseen := [name for name, count in trained.items() if not count]:
         have = "has" if len(unseen) == 1 else "have"

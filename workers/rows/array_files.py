@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.errors import InvalidInput
 from configs.places import OpenFile
-from workers.rows.columns import ROW_BYTES_MAX, Columns, Values, check_header
+from workers.rows.columns import ROW_BYTES_MAX, Columns, Unread, Values, check_header
 from workers.rows.text_lines import HEAD_BYTES, ZIP_MAGIC, check_format
 
 ARRAY_BYTES = 2**20
@@ -23,7 +23,7 @@ NUMPYS_OWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Compression methods that numpy uses. Others can ask for gigabytes of memory in a few bytes."""
 
 
-def read_npz(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+def read_npz(path: Path, columns: Columns, open_file: OpenFile, unread: Unread) -> Iterator[tuple[str, Values]]:
     """See `row_files.read_file`."""
     try:
         with contextlib.ExitStack() as opening:
@@ -31,7 +31,7 @@ def read_npz(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tupl
             check_format(file.read(HEAD_BYTES), str(path), ZIP_MAGIC)
             archive = opening.enter_context(zipfile.ZipFile(file))
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            check_header(columns, names, str(path))
+            check_header(columns, names, str(path), unread)
             arrays = [_Array(archive, column, str(path)) for column in columns.values()]
             for array in arrays[1:]:
                 if array.length != arrays[0].length:

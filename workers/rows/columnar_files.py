@@ -21,6 +21,7 @@ from configs.places import OpenFile
 from workers.rows.columns import (
     ROW_BYTES_MAX,
     Columns,
+    Unread,
     Values,
     check_count,
     check_header,
@@ -48,7 +49,7 @@ UNREADABLE = (ValueError, OverflowError, TypeError, LookupError, ImportError, Ar
 """What pyarrow raises on single values: no UTF-8, a date before the first, an unknown time zone, a type of its own."""
 
 
-def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+def read_parquet(path: Path, columns: Columns, open_file: OpenFile, unread: Unread) -> Iterator[tuple[str, Values]]:
     """See `row_files.read_file`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -62,7 +63,7 @@ def read_parquet(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[
             _check_footer(opened, str(path))
             descriptor = f"/proc/self/fd/{opened.fileno()}"
             file = opening.enter_context(pq.ParquetFile(descriptor, pre_buffer=False, buffer_size=READ_BYTES))
-            check_header(columns, file.schema_arrow.names, str(path))
+            check_header(columns, file.schema_arrow.names, str(path), unread)
             size = os.fstat(opened.fileno()).st_size
             check_count(file.metadata.num_rows, size, str(path))
             names = list(columns.values())
@@ -140,7 +141,7 @@ def _page_bytes(head: bytes) -> int:
     return value >> 1
 
 
-def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+def read_folder(path: Path, columns: Columns, open_file: OpenFile, unread: Unread) -> Iterator[tuple[str, Values]]:
     """See `row_files.read_file`. Without `datasets`: importing it takes a second, and it follows paths."""
     import pyarrow as pa
 
@@ -151,7 +152,7 @@ def read_folder(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[t
             with open_file(path / name) as file:
                 _check_packing(file, where)
             with open_file(path / name) as file, pa.ipc.open_stream(pa.PythonFile(_Guarded(file))) as stream:
-                check_header(columns, stream.schema.names, str(path))
+                check_header(columns, stream.schema.names, str(path), unread)
                 _check_types(stream.schema, list(columns.values()), str(path))
                 for batch in stream:
                     where = f"{path / name}, rows {first + 1} to {first + batch.num_rows} of the folder"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from configs.errors import InvalidInput
@@ -29,9 +29,47 @@ SHOWN_CHARACTERS = 100
 NEAR_NAMES_MAX = 200
 """Number of names that are searched for one that resembles a wrong one."""
 
+UNREAD_MAX = 1000
+"""Most names of unread columns that are remembered: each row of JSON lines may have others."""
+PARTS_OF_INPUTS = (
+    "tools", "functions", "documents", "system", "system_prompt", "instruction", "input", "context", "history",
+    "question", "passage", "premise", "hypothesis", "text_pair", "sentence1", "sentence2",
+)  # fmt: skip
+"""Names of columns which in common formats are a part of what the model is given."""
+OF_MESSAGES = "[]."
+"""Mark in the name of a key of messages, `messages[].name`: chat templates may write any of them."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
+
 Values = Mapping[str, Any]
 Columns = Mapping[str, str]
 """Key of the task file's section `data` to the column that it names."""
+
+
+class Unread:
+    """Names of columns that files have and the task does not name, each with the place where it was met first."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+
+    def meet(self, columns: Columns, names: Iterable[str], where: str) -> None:
+        """Take the names of a file's or a row's columns."""
+        if len(self._places) < UNREAD_MAX:
+            for name in names:
+                if name not in self._places and name not in columns.values():
+                    self._places[name] = where
+
+    def told(self) -> Iterator[str]:
+        """Sentences for the owner of the task; none where all is read."""
+        parts = [name for name in self._places if name in PARTS_OF_INPUTS or OF_MESSAGES in name]
+        if parts:
+            yield (
+                f"not read, though in common formats a part of what the model is given: {shown(parts)} (first in "
+                f"{self._places[parts[0]]}): the rows are learnt and scored without it → write it into the texts that "
+                "are read, or name its column in data"
+            )
+        if others := [name for name in self._places if name not in parts]:
+            yield f"columns that are not read: {shown(others)} (first in {self._places[others[0]]})"
 
 
 def too_large(where: str, characters: int = 0) -> InvalidInput:
@@ -75,8 +113,12 @@ def check_columns(columns: Columns, names: Collection[str], where: str) -> None:
             )
 
 
-def check_header(columns: Columns, names: Sequence[str], where: str) -> None:
-    """As `check_columns`; and refuse a file that has such a column twice, or too many. Raises InvalidInput."""
+def check_header(columns: Columns, names: Sequence[str], where: str, unread: Unread) -> None:
+    """As `check_columns`; and refuse a file that has such a column twice, or too many. Raises InvalidInput.
+
+    Args:
+        unread: Takes the names of the others.
+    """
     if len(names) > COLUMNS_MAX:
         raise InvalidInput(
             f"has {len(names)} columns, more than {COLUMNS_MAX}", where, "leave out those that the task does not name"
@@ -85,6 +127,7 @@ def check_header(columns: Columns, names: Sequence[str], where: str) -> None:
     for column in columns.values():
         if names.count(column) > 1:
             raise InvalidInput(f"has the column {shown([column])} twice", where, "name each column once")
+    unread.meet(columns, names, where)
 
 
 def shown(names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from configs.places import OpenFile, open_anywhere
 from configs.task_spec import Kind, TaskSpec
 from subspace_store.storage.protocol import Storage
 from workers.metrics import CORRELATIONS, constant_score
-from workers.rows.columns import UNPACKED_BYTES_FREE, check_unpacked
+from workers.rows.columns import UNPACKED_BYTES_FREE, Unread, check_unpacked
 from workers.rows.recurrence import COMPARED_ROWS_MAX, Labelled, Met
 from workers.rows.row_files import size_bytes
 from workers.rows.task_data import (
@@ -115,6 +115,9 @@ class FrozenTask:
     """Number of those and of others that are training rows but for capital letters. Where data.eval_fraction parted the
     rows: of all, as equal ones are on one side."""
 
+    unread: tuple[str, ...] = ()
+    """Sentences on columns that are not read, see `columns.Unread`."""
+
     def close(self) -> None:
         """Delete the temporary files."""
         for rows in (self.train, self.evaluation):
@@ -153,12 +156,12 @@ def freeze(
     """
     fraction = 0.0 if evaluation else spec.data.eval_fraction or 0.0
     evaluated, trained = _Writer(spec, evaluation or train), _Writer(spec, train)
-    shared, alike, parted = Met(), Met(), array("Q")
+    shared, alike, parted, unread = Met(), Met(), array("Q"), Unread()
     with contextlib.ExitStack() as undo, _space_needed("the rows"):
         undo.callback(trained.file.close)
         undo.callback(evaluated.file.close)
         if evaluation:
-            for row in rows_in(evaluation, spec, open_file, complaint):
+            for row in rows_in(evaluation, spec, open_file, complaint, unread):
                 digest = input_digest(row)
                 read, folded = map(_number, likenesses(row, digest))
                 shared.add(read)
@@ -168,7 +171,7 @@ def freeze(
             shared.close()
             alike.close()
         if train:
-            for row in rows_in(train, spec, open_file, complaint):
+            for row in rows_in(train, spec, open_file, complaint, unread):
                 digest = input_digest(row)
                 read, folded = map(_number, likenesses(row, digest))
                 is_evaluated = _number(digest) < fraction * 2**64
@@ -206,6 +209,7 @@ def freeze(
             evaluated.finish() if evaluation or fraction else None,
             count,
             alike.count,
+            tuple(unread.told()),
         )
         undo.pop_all()
     return frozen

@@ -17,7 +17,7 @@ from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from workers.rows.array_files import read_npz
 from workers.rows.columnar_files import read_folder, read_parquet
-from workers.rows.columns import Columns, Values, check_columns, check_count
+from workers.rows.columns import NOTHING, Columns, Unread, Values, check_columns, check_count
 from workers.rows.table_files import read_csv, read_tsv
 from workers.rows.text_lines import numbered_lines
 
@@ -25,13 +25,16 @@ ROWS_BETWEEN_LOOKS = 2**16
 """Rows between two checks for changes of the file: one that grows faster than it is read would be read for ever."""
 
 
-def read_file(path: Path, columns: Columns, open_file: OpenFile = open_anywhere) -> Iterator[tuple[str, Values]]:
+def read_file(
+    path: Path, columns: Columns, open_file: OpenFile = open_anywhere, unread: Unread | None = None
+) -> Iterator[tuple[str, Values]]:
     """Read a file, or a folder of `datasets`, row by row.
 
     Args:
         path: .jsonl, .csv or .tsv, each also .gz; .parquet; .npz; or a folder written by `Dataset.save_to_disk`.
         columns: What the rows must have. Other columns may be there, and may be left out of the values.
         open_file: Opens every file that is read.
+        unread: Takes the names of other columns; of JSON lines, of those that hold something.
 
     Returns:
         (file and row, counted from 1; the row's values), in the order of the file.
@@ -42,7 +45,7 @@ def read_file(path: Path, columns: Columns, open_file: OpenFile = open_anywhere)
     """
     try:
         seen, size = _state(path), size_bytes(path)
-        rows = _reader(path)(path, columns, open_file)
+        rows = _reader(path)(path, columns, open_file, unread or Unread())
         for count in itertools.count(0, ROWS_BETWEEN_LOOKS):
             some = itertools.islice(rows, ROWS_BETWEEN_LOOKS)
             if (first := next(some, None)) is None:
@@ -71,7 +74,9 @@ def _check_unchanged(path: Path, seen: list[tuple[int, int]]) -> None:
         raise InvalidInput("was written while it was read", str(path), "submit it again when it is complete")
 
 
-def read_json_lines(lines: Iterable[tuple[int, str]], path: str, columns: Columns) -> Iterator[tuple[str, Values]]:
+def read_json_lines(
+    lines: Iterable[tuple[int, str]], path: str, columns: Columns, unread: Unread
+) -> Iterator[tuple[str, Values]]:
     """Rows of numbered lines; blank ones are skipped. Raises InvalidInput."""
     for number, line in lines:
         if not line.strip():
@@ -86,6 +91,7 @@ def read_json_lines(lines: Iterable[tuple[int, str]], path: str, columns: Column
                 f"must be a JSON object, not {type(values).__name__}", where, "write one JSON object per line"
             )
         check_columns(columns, values, where)
+        unread.meet(columns, (name for name, value in values.items() if value not in NOTHING), where)
         yield where, values
 
 
@@ -112,7 +118,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _reader(path: Path) -> Callable[[Path, Columns, OpenFile], Iterator[tuple[str, Values]]]:
+def _reader(path: Path) -> Callable[[Path, Columns, OpenFile, Unread], Iterator[tuple[str, Values]]]:
     if path.is_dir():
         return read_folder
     readers = {
@@ -136,6 +142,6 @@ def _reader(path: Path) -> Callable[[Path, Columns, OpenFile], Iterator[tuple[st
     return readers[suffix]
 
 
-def _read_jsonl(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+def _read_jsonl(path: Path, columns: Columns, open_file: OpenFile, unread: Unread) -> Iterator[tuple[str, Values]]:
     with open_file(path) as file:
-        yield from read_json_lines(numbered_lines(file, str(path)), str(path), columns)
+        yield from read_json_lines(numbered_lines(file, str(path)), str(path), columns, unread)

@@ -14,26 +14,28 @@ from pathlib import Path
 
 from configs.errors import InvalidInput
 from configs.places import OpenFile
-from workers.rows.columns import LINE_CHARACTERS_MAX, Columns, Values, check_header
+from workers.rows.columns import LINE_CHARACTERS_MAX, Columns, Unread, Values, check_header
 from workers.rows.text_lines import numbered_lines
 
 SEPARATORS = (",", "\t", ";", "|")
 """Separators of fields, tried in this order after the one that the file's name suggests."""
 
 
-def read_csv(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+def read_csv(path: Path, columns: Columns, open_file: OpenFile, unread: Unread) -> Iterator[tuple[str, Values]]:
     """See `row_files.read_file`."""
-    return _read(path, columns, open_file, ",")
+    return _read(path, columns, open_file, unread, ",")
 
 
-def read_tsv(path: Path, columns: Columns, open_file: OpenFile) -> Iterator[tuple[str, Values]]:
+def read_tsv(path: Path, columns: Columns, open_file: OpenFile, unread: Unread) -> Iterator[tuple[str, Values]]:
     """See `row_files.read_file`."""
-    return _read(path, columns, open_file, "\t")
+    return _read(path, columns, open_file, unread, "\t")
 
 
-def _read(path: Path, columns: Columns, open_file: OpenFile, promised: str) -> Iterator[tuple[str, Values]]:
+def _read(
+    path: Path, columns: Columns, open_file: OpenFile, unread: Unread, promised: str
+) -> Iterator[tuple[str, Values]]:
     with open_file(path) as file:
-        table = _Table(numbered_lines(file, str(path)), columns, promised, str(path))
+        table = _Table(numbered_lines(file, str(path)), columns, unread, promised, str(path))
         places = {column: table.names.index(column) for column in columns.values()} if table.names else {}
         for number, (line, row) in enumerate(table, start=1):
             where = f"{path}, row {number} (line {line})"
@@ -49,7 +51,9 @@ class _Table:
         InvalidInput: The first line does not name the columns; or a row cannot be read.
     """
 
-    def __init__(self, lines: Iterator[tuple[int, str]], columns: Columns, promised: str, path: str) -> None:
+    def __init__(
+        self, lines: Iterator[tuple[int, str]], columns: Columns, unread: Unread, promised: str, path: str
+    ) -> None:
         csv.field_size_limit(LINE_CHARACTERS_MAX)  # a row is not longer either, see `_texts`; Python's own is 2**17
         self._path, self._lines = path, lines
         self._line = 0
@@ -74,7 +78,7 @@ class _Table:
         self._reader = csv.reader(self._texts(), delimiter=separator, strict=True, skipinitialspace=is_spaced)
         number, names = next(self)
         self.names = _stripped(names, columns)
-        check_header(columns, self.names, f"{path}, line {number} (the names of the columns)")
+        check_header(columns, self.names, f"{path}, line {number} (the names of the columns)", unread)
 
     def __iter__(self) -> _Table:
         return self

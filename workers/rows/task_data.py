@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from io import BytesIO
@@ -20,7 +20,7 @@ from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from configs.plain_text import visible
 from configs.task_spec import DataSpec, TaskSpec
-from workers.rows.columns import Columns, Values
+from workers.rows.columns import NOTHING, OF_MESSAGES, Columns, Unread, Values
 from workers.rows.labels import Labels, earlier_index, is_missing, missing
 from workers.rows.row_files import read_file, read_json_lines
 from workers.rows.text_lines import numbered_lines
@@ -101,17 +101,26 @@ Complaint = Callable[[Row], str]
 
 
 def rows_in(
-    path: Path, spec: TaskSpec, open_file: OpenFile = open_anywhere, complaint: Complaint = lambda row: ""
+    path: Path,
+    spec: TaskSpec,
+    open_file: OpenFile = open_anywhere,
+    complaint: Complaint = lambda row: "",
+    unread: Unread | None = None,
 ) -> Iterator[Row]:
     """The rows of a file of any format, each checked; the file is never in memory.
+
+    Args:
+        unread: Takes the names of what is not read, of keys of messages too.
 
     Raises:
         InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown; or the
             base model cannot read the row. Names the file and the row, counted from 1.
     """
-    make = _maker(spec)
-    for where, values in read_file(path, columns_of(spec), open_file):
+    make, columns, unread = _maker(spec), columns_of(spec), unread or Unread()
+    for where, values in read_file(path, columns, open_file, unread):
         row = _made(make, values, where)
+        if messages := columns.get("messages_column"):
+            unread.meet(columns, _other_keys(values[messages], messages), where)
         if said := complaint(row):
             raise InvalidInput(said, where, "mend the row, or drop it")
         yield row
@@ -128,7 +137,9 @@ def read_rows(content: bytes, spec: TaskSpec, where: str = "rows", are_earlier: 
     """
     make = _maker(spec, are_earlier)
     lines = numbered_lines(BytesIO(content), where)
-    rows = tuple(_made(make, values, place) for place, values in read_json_lines(lines, where, columns_of(spec)))
+    rows = tuple(
+        _made(make, values, place) for place, values in read_json_lines(lines, where, columns_of(spec), Unread())
+    )
     if not rows:
         raise InvalidInput("has no rows", where, "give at least one row")
     return rows
@@ -361,6 +372,13 @@ def _chat(values: Values, column: str, where: str) -> CompletionRow:
             "it is what the model learns to answer: end with the assistant's, after at least one other",
         )
     return CompletionRow(tuple(turns), is_chat=True)
+
+
+def _other_keys(messages: Sequence[Mapping[str, Any]], column: str) -> Iterator[str]:
+    """Names of what messages hold beside role and content."""
+    for message in messages:
+        others = message.keys() - {"role", "content"}
+        yield from (f"{column}{OF_MESSAGES}{key}" for key in sorted(others) if message[key] not in NOTHING)
 
 
 def _picture(values: Values, data: DataSpec, index: LabelIndex, where: str) -> ImageRow:

@@ -1,0 +1,93 @@
+"""What files hold beside what the task reads is named once, when it is submitted; nothing is dropped without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from tests.workers.data_builders import spec_of, written
+from workers.rows import columns
+from workers.rows.columns import Unread
+from workers.rows.frozen_rows import freeze
+from workers.rows.task_data import rows_in
+
+ROWS: list[dict[str, Any]] = [{"text": f"t{i}", "label": "yes", "idx": i, "context": "c"} for i in range(2)]
+
+
+def jsonl(folder: Path) -> Path:
+    return written(folder / "a.jsonl", *ROWS)
+
+
+def csv(folder: Path) -> Path:
+    lines = [",".join(ROWS[0]), *(",".join(map(str, row.values())) for row in ROWS)]
+    (folder / "a.csv").write_text("\n".join(lines))
+    return folder / "a.csv"
+
+
+def parquet(folder: Path) -> Path:
+    Dataset.from_list(ROWS).to_parquet(folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def saved(folder: Path) -> Path:
+    Dataset.from_list(ROWS).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def told(path: Path, spec: Any) -> list[str]:
+    unread = Unread()
+    list(rows_in(path, spec, unread=unread))
+    return list(unread.told())
+
+
+@pytest.mark.parametrize("write", [jsonl, csv, parquet, saved])
+def test_a_column_that_no_key_names_is_told_in_every_format(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = write(tmp_path)
+    part, other = told(path, spec_of())
+    assert part.startswith("not read, though in common formats a part of what the model is given: 'context' (first in ")
+    assert other.startswith(f"columns that are not read: 'idx' (first in {path}")
+    assert told(path, spec_of(text_pair_column="context")) == [other]
+
+
+def test_an_array_that_no_key_names_is_told(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", image=np.zeros((2, 4, 4, 3), dtype=np.uint8), label=np.array([0, 1]), fold=np.zeros(2))
+    path = tmp_path / "a.npz"
+    assert told(path, spec_of("image_classification")) == [f"columns that are not read: 'fold' (first in {path})"]
+
+
+def test_what_a_chat_would_be_written_with_is_named_with_the_row_that_has_it(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    weighted = [messages[0], messages[1] | {"weight": 0}]
+    rows = [{"messages": messages, "tools": []}, {"messages": messages, "tools": [{"name": "f"}], "id": 3}]
+    path = written(tmp_path / "a.jsonl", *rows, {"messages": weighted})
+    part, other = told(path, spec_of("causal_lm", messages_column="messages"))
+    assert f"'tools', 'messages[].weight' (first in {path}, row 2): " in part
+    assert other == f"columns that are not read: 'id' (first in {path}, row 2)"
+    assert told(written(tmp_path / "b.jsonl", rows[0]), spec_of("causal_lm", messages_column="messages")) == []
+
+
+def test_an_input_beside_the_instruction_is_named(tmp_path: Path) -> None:
+    alpaca = {"instruction": "add", "input": "1 and 2", "output": "3"}
+    path = written(tmp_path / "a.jsonl", alpaca | {"input": ""}, alpaca)
+    (part,) = told(path, spec_of("causal_lm", prompt_column="instruction", completion_column="output"))
+    assert f"'input' (first in {path}, row 2)" in part
+
+
+def test_both_files_of_a_task_are_looked_at_and_each_name_is_told_once(tmp_path: Path) -> None:
+    row = {"text": "t", "label": "yes"}
+    train = written(tmp_path / "train.jsonl", row | {"a": 1, "b": 2})
+    evaluation = written(tmp_path / "eval.jsonl", row | {"text": "u", "b": 3})
+    frozen = freeze(spec_of(), train, evaluation)
+    assert frozen.unread == (f"columns that are not read: 'b', 'a' (first in {evaluation}, row 1)",)
+
+
+def test_of_very_many_names_some_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "UNREAD_MAX", 2)
+    rows = [{"text": "t", "label": "yes", f"k{i}": 1} for i in range(5)]
+    (said,) = told(written(tmp_path / "a.jsonl", *rows), spec_of())
+    assert said.startswith("columns that are not read: 'k0', 'k1' (first in ")
