@@ -187,8 +187,8 @@ class Failed:
 
     token: str
     fault: str
-    """`input` (the user's: never retried), `bug` (ours), `cancelled`, `preempted` (a checkpoint was written; costs no
-    budget), or `lost` (a machine, as the controller says; or a rank, as its gang says)."""
+    """`input` (the user's: never retried), `bug` (ours), `cancelled`, `preempted` (a checkpoint is there, unless no
+    step was done; costs no budget), or `lost` (a machine, as the controller says; or a rank, as its gang says)."""
     message: str
     detail: str = ""
     """Traceback, for `bug`."""

@@ -226,10 +226,8 @@ def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJso
 
 @command
 def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """Take the worker from a running task, which writes a checkpoint, keeps its place and goes on from there."""
-    answer = Client(state_dir).ask(Preempt(reference=reference, by=me()))
-    show(answer, lambda a: note(f"{a['title']}: {a['state']}" + (", writing a checkpoint" if a["state"] == "training"
-          else "")), as_json)  # fmt: skip
+    """Take the worker from a running task, which keeps its place and goes on from its checkpoint."""
+    show(Client(state_dir).ask(Preempt(reference=reference, by=me())), display.preempted, as_json)
 
 
 @command

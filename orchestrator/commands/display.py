@@ -12,7 +12,7 @@ from rich.table import Table
 
 from configs.errors import row_of
 from orchestrator.scheduling.estimate import duration
-from subspace_store.commands.terminal import console, counted, decimals, errors, shown
+from subspace_store.commands.terminal import console, counted, decimals, errors, note, shown
 
 Json = dict[str, Any]
 
@@ -20,7 +20,7 @@ COLOURS = {
     "queued": "cyan", "training": "yellow", "merging": "yellow", "refining": "yellow",
     "evaluating": "yellow", "published": "green",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
-    "removed": "dim", "expired": "dim",
+    "removed": "dim", "expired": "dim", "empty": "dim",
 }  # fmt: skip
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
@@ -147,6 +147,22 @@ def task(answer: Json) -> None:
     _print_training(answer["training"])
     for event in answer["events"]:
         console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(event['text'])}", soft_wrap=True)
+
+
+PREEMPTED = {
+    "waiting": "its ranks give up their places, and no step is lost",
+    "loading": "it stops after its next step and writes a checkpoint",
+    "scoring": "it is being scored, stops after this batch and writes no checkpoint; what was trained is kept, and it "
+    "goes on with scoring",
+    "saving": "it is trained and scored, its adapter is being stored, and it does not stop any more",
+}
+"""What becomes of a preempted task, by the phase that its worker reported last."""
+
+
+def preempted(answer: Json) -> None:
+    """`onebasis preempt`."""
+    does = PREEMPTED.get(answer["progress"].get("phase", "loading"), "it stops after this step and writes a checkpoint")
+    note(f"{answer['title']}: {answer['state']}" + (f": {does}" if answer["state"] in AT_WORK else ""))
 
 
 def log_line(text: str) -> None:

@@ -197,6 +197,33 @@ def test_what_auto_compared_is_told_of_a_trained_task(compared: list[str] | None
     assert second.split(maxsplit=1)[1].startswith(method)
 
 
+@pytest.mark.parametrize(
+    ("state", "progress", "said"),
+    [
+        ("training", {"phase": "training"}, "training: it stops after this step and writes a checkpoint"),
+        ("refining", {"phase": "training"}, "refining: it stops after this step and writes a checkpoint"),
+        ("training", {}, "training: it stops after its next step and writes a checkpoint"),
+        (
+            "training",
+            {"phase": "scoring"},
+            "training: it is being scored, stops after this batch and writes no checkpoint",
+        ),
+        (
+            "training",
+            {"phase": "saving"},
+            "training: it is trained and scored, its adapter is being stored, and it does ",
+        ),
+        ("queued", {}, "queued"),
+    ],
+)
+def test_what_becomes_of_a_preempted_task_depends_on_what_it_does(
+    state: str, progress: dict[str, Any], said: str
+) -> None:
+    with display.errors.capture() as captured:
+        display.preempted(TASK | {"state": state, "progress": progress})
+    assert captured.get().startswith(f"red/card-orders: {said}")
+
+
 # --- what came from somebody else --------------------------------------------------------------------------------
 
 EVIL = "\x1b[2J\x1b]0;title\x07[red]\u202edone\udc80[/bold]"
