@@ -43,7 +43,7 @@ from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
-from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
+from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, SubspaceState
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
@@ -237,7 +237,7 @@ class Service:
         _check_version(state, number)
         table = self._table(state, number)
         return {
-            **views.version_summary(state, state.versions[number]),
+            **views.version_summary(state, state.versions.get(number, EMPTY)),
             "tasks": [views.task_in_version(state, table, number, task_id) for task_id in state.tasks_at(number)],
             "ranks": {name: list(ranks) for name, ranks in self._store.ranks(number).items()},
             "footprint": self._footprint(number),
@@ -248,7 +248,7 @@ class Service:
         """What lies between two versions: tasks, ranks, how far the basis turned, drift and scores per task."""
         state, old, new = self._store.refresh(), request.old, request.new
         for number in (old, new):
-            _check_version(state, number, lowest=0)
+            _check_version(state, number)
         before, after = self._table(state, old), self._table(state, new)
         titles = {t.task_id: t.name for v in state.versions.values() for t in v.added}
         scores = {
@@ -263,7 +263,7 @@ class Service:
     def preview_rollback(self, request: requests.PreviewRollback) -> Json:
         """What moving `main` to a version would do."""
         state = self._store.refresh()
-        _check_version(state, request.version, lowest=0)
+        _check_version(state, request.version)
         found, refused = self._store.preview_rollback(request.version), ""
         try:
             self._refuse_doubles(found)
@@ -274,7 +274,7 @@ class Service:
     def rollback(self, request: Rollback) -> Json:
         """Move `main` to a version. The same op_key again is the same rollback."""
         state = self._store.refresh()
-        _check_version(state, request.version, lowest=0)
+        _check_version(state, request.version)
         request = request.named()
         is_new = request.op_key not in state.op_keys
         if is_new:
@@ -316,7 +316,7 @@ class Service:
         """The matrix A[version][task] of the lineage that ends in a version (default `main`), and its means."""
         state = self._store.refresh()
         number = state.refs[MAIN] if request.version is None else request.version
-        _check_version(state, number, lowest=0)
+        _check_version(state, number)
         table = self._table(state, number)
         names = {task_id: task.name for task_id, task in state.tasks_at(number).items()}
         records = self._queue.among(table.tasks)
@@ -333,7 +333,7 @@ class Service:
         """The numbers that serving a version (default `main`) needs, task by task, and how they came to be so many."""
         state = self._store.refresh()
         number = state.refs[MAIN] if request.version is None else request.version
-        _check_version(state, number, lowest=0)
+        _check_version(state, number)
         errors = state.errors(number)
         line = [0, *(version.number for version in state.lineage(number))][-TREND_VERSIONS:]
         return {
@@ -650,9 +650,9 @@ def _worker_seconds(record: TaskRecord) -> float | None:
     return start + record.train_seconds
 
 
-def _check_version(state: SubspaceState, number: int, lowest: int = 1) -> None:
+def _check_version(state: SubspaceState, number: int) -> None:
     """Raise NotFound, with the versions there are, for an unknown one. Version 0 is the empty subspace."""
-    if number not in state.versions and not (number == 0 and lowest == 0):
+    if number and number not in state.versions:
         newest = max(state.versions, default=0)
-        todo = f"versions go from 1 to {newest}; `onebasis versions` lists them" if newest else "none is made yet"
+        todo = f"versions go from 0 to {newest}; `onebasis versions` lists them" if newest else "none is made yet"
         raise NotFound(f"there is no version {number}", todo=todo)

@@ -111,6 +111,7 @@ def version_summary(state: SubspaceState, version: Version) -> Json:
     names = [name for name, number in state.refs.items() if number == version.number]
     on_main = any(v.number == version.number for v in state.lineage(state.refs[MAIN]))
     status = (
+        "empty" if not version.number else
         "expired" if version.number in state.expired else
         "rejected" if version.number in state.rejected else "published" if on_main else
         "candidate" if CANDIDATE in names else "removed" if version.number in state.replaced else "rolled back"

@@ -192,6 +192,12 @@ class Hold:
     time: float
 
 
+EMPTY = Version(
+    number=0, parent=0, created_at=0.0, added=(), basis=BlobRef(key="", size_bytes=0, sha256=""), transport=None
+)
+"""Version 0, the empty subspace, for those who show it: no record names it, and it has no blob."""
+
+
 @dataclass(frozen=True)
 class SubspaceState:
     """The fold of the log: everything that is known about versions at one sequence number."""

@@ -111,6 +111,14 @@ def test_a_version_is_named_by_its_number_a_branch_or_a_tag(site: Site, onebasis
     assert json.loads(onebasis("version", "gold", "--json").stdout) == wanted | {"tags": ["gold"]}
     assert onebasis("scores", "--version", "main", "--json").stdout == onebasis("scores", "--json").stdout
     assert "main would move from version 2 to version 0" in onebasis("rollback", "0", "--preview").stdout
+    empty = json.loads(onebasis("version", "0", "--json").stdout)  # which every command knows
+    assert (empty["version"], empty["status"], empty["tasks"], empty["footprint"]["tasks"]) == (0, "empty", [], 0)
+    assert "empty" in onebasis("version", "0").stdout
+    for command in (["scores", "--version", "0"], ["capacity", "--version", "0"], ["diff", "0", "2"]):
+        assert onebasis(*command).exit_code == 0
+    refused = onebasis("export", "red/alpha", "--version", "0", "-o", "nowhere")
+    assert (refused.exit_code, "version 0 has no task 'red/alpha'" in refused.stderr) == (3, True)
+    assert "versions go from 0 to 2" in onebasis("version", "9").stderr
     assert onebasis("scores", "--version", "").exit_code == 3  # an unset variable is not main
     result = onebasis("diff", "1", "nothing")
     assert (result.exit_code, result.stdout) == (3, "")
@@ -124,7 +132,7 @@ def test_an_unknown_version_is_exit_code_3_with_the_next_step_on_stderr(onebasis
     result = onebasis("version", "99")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "error: there is no version 99" in result.stderr
-    assert "→ versions go from 1 to 2" in result.stderr
+    assert "→ versions go from 0 to 2" in result.stderr
 
 
 def test_an_error_with_json_is_json_on_stdout(onebasis: Onebasis) -> None:
@@ -136,7 +144,7 @@ def test_an_error_with_json_is_json_on_stdout(onebasis: Onebasis) -> None:
             "code": "not-found",
             "what": "there is no version 99",
             "where": "",
-            "todo": "versions go from 1 to 2; `onebasis versions` lists them",
+            "todo": "versions go from 0 to 2; `onebasis versions` lists them",
         }
     }
 
