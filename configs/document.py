@@ -248,10 +248,22 @@ def _describe(mistake: Any, kind: type[Section], words: Words) -> str:
         return f"{path}: {word}"
     in_our_words = _in_our_words(mistake) if issubclass(kind, Request) else ""
     message, got = in_our_words or mistake["msg"].removeprefix("Value error, "), mistake["input"]
+    if not issubclass(kind, Request):
+        if mistake["type"] == "missing":
+            return f"{path} is missing{_wanted(kind, mistake['loc'])}"
+        if mistake["type"] in ("string_pattern_mismatch", "string_type"):
+            message += _wanted(kind, mistake["loc"])
     # A whole section is not shown: it may hold a password.
     return f"{path}: {message[:MESSAGE_MAX]}" + (
         "" if isinstance(got, dict) else f" (got {without_password(short(got))})"
     )
+
+
+def _wanted(kind: type[Section], location: tuple[Any, ...]) -> str:
+    """What a person is to write there, where the schema says it."""
+    fields = {field.alias or name: field for name, field in _section_at(kind, location[:-1]).model_fields.items()}
+    said = field.description if (field := fields.get(location[-1])) else None
+    return f": {said}" if said else ""
 
 
 def _in_our_words(mistake: Any) -> str:
@@ -269,14 +281,16 @@ def _in_our_words(mistake: Any) -> str:
 
 def _keys_at(kind: type[Section], location: tuple[Any, ...]) -> list[str]:
     """Names of the keys that the schema knows at a location."""
-    section: Any = kind
+    return [field.alias or name for name, field in _section_at(kind, location).model_fields.items()]
+
+
+def _section_at(kind: type[Section], location: tuple[Any, ...]) -> type[Section]:
+    """The innermost section on the way to a location."""
+    section = kind
     for part in location:
-        field = getattr(section, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        found = _section_in(field.annotation)
-        section = found or section
-    return [field.alias or name for name, field in section.model_fields.items()]
+        if (field := section.model_fields.get(part)) is not None:
+            section = _section_in(field.annotation) or section
+    return section
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

@@ -23,7 +23,11 @@ class BaseModelSettings(Section):
     """What task files call it."""
     source: Annotated[str, Located(places.model)]
     """Where the weights are: a folder, a hub id, or `package:NAME/FOLDER` inside an installed Python package."""
-    weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    weights_sha256: str = Field(
+        pattern="^[0-9a-f]{64}$",
+        description='write `weights_sha256: "…"` below `base_model:`, the 64 hexadecimal digits of the digest of the '
+        "weights, in quotes; if you do not know it, write 64 zeros: `onebasis up` then says which it is",
+    )
     """sha256 of `model.safetensors`; of a model in several files, the sha256 of the text of their digests in the order
     of the file names. A worker refuses other weights, since a subspace belongs to one base model, to the bit. If the
     value is wrong, the message has the right one."""

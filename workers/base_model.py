@@ -295,7 +295,8 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
         raise InvalidInput(
             f"weights have sha256 {sha256}, but base_model.weights_sha256 is {settings.weights_sha256}",
             str(folder),
-            "restore the original weights, or start a new service with a new subspace for these",
+            f'if these are the weights that you mean, write `weights_sha256: "{sha256}"` below `base_model:` in the '
+            "settings file of `onebasis up --config FILE`; else, and for a store of the other weights, restore those",
         )
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -175,3 +175,20 @@ def test_a_url_is_shown_without_its_password_and_otherwise_as_it_is() -> None:
     )
     for plain in ("http://host:5000/a", "s3://bucket/prefix", "sqlite:////home/a.db", "u@host", "postgresql://u@h/d"):
         assert without_password(plain) == plain
+
+
+@pytest.mark.parametrize("digest", ["", "weights_sha256: TODO"])
+def test_without_a_digest_of_the_weights_the_message_is_the_line_to_write(digest: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"base_model:\n  name: tiny\n  source: folder\n  {digest}\nteams: {{red: {{}}}}\n")
+    with pytest.raises(InvalidInput) as caught:
+        read_settings(path)
+    assert str(path) in str(caught.value)
+    assert 'write `weights_sha256: "…"` below `base_model:`' in str(caught.value)
+    assert "write 64 zeros: `onebasis up` then says which it is" in str(caught.value)
+
+
+def test_a_section_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("teams: {red: {}}\n")
+    with pytest.raises(InvalidInput, match="base_model is missing"):
+        read_settings(tmp_path / "settings.yaml")

@@ -88,7 +88,9 @@ def test_other_weights_than_the_settings_say_are_refused_with_both_digests(tiny_
     settings = BaseModelSettings(name="tiny", source=tiny_source("bert"), weights_sha256="0" * 64)
     with pytest.raises(InvalidInput, match="0" * 64) as caught:
         load_base_model(settings)
-    assert weights_digest(Path(settings.source)) in str(caught.value)
+    right = weights_digest(Path(settings.source))
+    assert f"weights have sha256 {right}, " in str(caught.value)
+    assert f'write `weights_sha256: "{right}"` below `base_model:`' in str(caught.value)  # the line to write
 
 
 @pytest.mark.parametrize(
