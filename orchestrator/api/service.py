@@ -35,7 +35,7 @@ from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
-from orchestrator.api.why import Surroundings, why
+from orchestrator.api.why import Surroundings, who_holds, why
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
 from orchestrator.reports.loss_plot import plot_file
@@ -43,7 +43,7 @@ from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
-from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, SubspaceState
+from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
 from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
@@ -168,12 +168,14 @@ class Service:
         starts = self._starts() if is_any_queued else None
         scores, problem = self._main_scores(records)
         gone = set() if problem else self._gone_from_main(self._store.state, records)
+        waiting = self._held_up(records)
         return [
             self._summary(record, places.get(record.task_id), starts)
             | {
                 "main_score": scores.get(record.task_id),
                 "main_score_problem": problem,
                 "gone_from_main": record.task_id in gone,
+                "held": waiting.get(record.task_id, ""),
             }
             for record in records
         ]
@@ -563,6 +565,15 @@ class Service:
             self._scored_at = (state.seq, {t: views.number_or_none(cell.score) for t, cell in scores.items()})
         return self._scored_at[1], ""
 
+    def _held_up(self, records: Sequence[TaskRecord]) -> dict[str, str]:
+        """Id of each task that waits since `main` is held, to who holds it and why; none if the log cannot be read."""
+        if not any(record.state in (TaskState.MERGING, TaskState.EVALUATING) for record in records):
+            return {}
+        with contextlib.suppress(OnebasisError):  # `main_score_problem` and the alarms tell of it
+            state = self._store.refresh()
+            return {record.task_id: who_holds(held) for record in records if (held := _hold_over(record, state))}
+        return {}
+
     def _gone_from_main(self, state: SubspaceState, tasks: Collection[TaskRecord | Placed]) -> set[str]:
         """Ids of published tasks that `main` no longer holds, since it was moved while no service ran; the next start
         parks them. None while a service runs, which does so by itself."""
@@ -592,7 +603,7 @@ class Service:
             if controller and not controller.ready_workers
             else (),
             phase=str(self._queue.progress(record.task_id).get("phase", "")) if views.is_at_work(record) else "",
-            held=state.held,
+            held=_hold_over(record, state),
             is_version_refined=controller is not None and controller.is_refining(record.version),
         )
 
@@ -640,6 +651,12 @@ class Starts:
     def of(self, place: int | None) -> float | None:
         """Seconds until the task at a place starts; None where it is not known."""
         return None if place is None else starts_in(place, self.left, self.free, self.pace)
+
+
+def _hold_over(record: TaskRecord, state: SubspaceState) -> Hold | None:
+    """The hold of `main` that a task waits for: in the version that is the candidate, or trained and behind it."""
+    is_behind = record.state is TaskState.MERGING and state.refs[CANDIDATE] != state.refs[MAIN]
+    return state.held if record.state is TaskState.EVALUATING or is_behind else None
 
 
 def _worker_seconds(record: TaskRecord) -> float | None:

@@ -33,7 +33,7 @@ class Surroundings:
     phase: str = ""
     """Phase that the task's worker reported last."""
     held: Hold | None = None
-    """Hold that keeps `main` where it is."""
+    """Hold of `main` that the task waits for."""
     is_version_refined: bool = False
     """Whether workers refine tasks for the task's version."""
 
@@ -44,9 +44,9 @@ def why(record: TaskRecord, around: Surroundings) -> str:
         return _why_queued(record, around)
     if next_step(record) is Step.AWAIT_ADAPTER and around.phase == "waiting":
         return f"{record.worker} waits for places for its ranks; the task's log says for what"
-    if record.state is TaskState.EVALUATING and around.held is not None:
-        reason = around.held.reason or "no reason given"
-        return f"version {record.version} waits: main is held by {around.held.actor}: {reason}"
+    if around.held is not None:
+        what = f"version {record.version}" if record.version else "its adapter, behind the version before it,"
+        return f"{what} waits: {who_holds(around.held)}"
     if record.state is TaskState.EVALUATING and around.is_version_refined:
         return f"version {record.version} is scored when tasks of it have been refined on their own rows"
     if around.is_gone_from_main:
@@ -58,6 +58,11 @@ def why(record: TaskRecord, around: Surroundings) -> str:
         TaskState.EVALUATING: f"version {record.version} is being scored on every task it could have changed",
         TaskState.PUBLISHED: f"main holds it since version {record.version}",
     }.get(record.state, record.reason)
+
+
+def who_holds(held: Hold) -> str:
+    """Who holds `main`, and why."""
+    return f"main is held by {held.actor}: {held.reason or 'no reason given'}"
 
 
 def _why_queued(record: TaskRecord, around: Surroundings) -> str:

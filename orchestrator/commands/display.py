@@ -300,7 +300,7 @@ def _note(row: Json) -> str:
     reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
     gone = "main no longer holds it" if row.get("gone_from_main") else ""
     doubt = "warning: see `onebasis task`" if row.get("doubt") and row["state"] == "published" else ""
-    return " · ".join(part for part in (place, reason, gone, doubt) if part)
+    return " · ".join(part for part in (place, reason, row.get("held", ""), gone, doubt) if part)
 
 
 def _print_training(training: Json) -> None:

@@ -324,6 +324,24 @@ def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monke
 
 
 @pytest.mark.changes
+def test_tasks_that_wait_because_main_is_held_say_so_and_who_holds_it(site: Site) -> None:
+    site.client.ask(Hold(reason="audit", actor="ann"))
+    site.client.ask(Submit(task=TaskSpec.model_validate(site.document("red/first")), by="ann"))
+    site.wait_for("red/first", "evaluating")
+    site.client.ask(Submit(task=TaskSpec.model_validate(site.document("red/behind")), by="ann"))
+    site.wait_for("red/behind", "merging")
+    said = "main is held by ann: audit"
+    rows = {row["title"]: row["held"] for row in site.client.ask(ListTasks())}
+    assert (rows["red/first"], rows["red/behind"], rows["red/alpha"]) == (said, said, "")
+    assert site.client.ask(ShowTask(reference="red/behind"))["why"] == (
+        f"its adapter, behind the version before it, waits: {said}"
+    )
+    site.client.ask(Release(actor="ann"))
+    site.wait_for("red/behind", "published")
+    assert {row["held"] for row in site.client.ask(ListTasks())} == {""}
+
+
+@pytest.mark.changes
 def test_a_preempted_task_waits_in_its_place_and_asking_again_changes_nothing(site: Site) -> None:
     cluster = site.plant.cluster
     cluster.hold = lambda order: isinstance(order, Train)

@@ -114,6 +114,11 @@ def test_a_published_task_that_main_lost_while_nothing_ran_says_so(monkeypatch: 
     assert "3 published (2 of the published ones main no longer holds; the next `onebasis up`" in captured.get()
 
 
+def test_a_task_that_waits_since_main_is_held_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = TASK | {"state": "evaluating", "progress": {}, "held": "main is held by ann: audit"}
+    assert lines([waits], 200, monkeypatch)[1].endswith("main is held by ann: audit")
+
+
 def test_a_long_reason_breaks_its_own_lines_only(monkeypatch: pytest.MonkeyPatch) -> None:
     parked = TASK | {"state": "parked", "reason": "the loss is nan at step 3 of 40 " * 3, "progress": {}}
     found = lines([parked], 80, monkeypatch)
