@@ -49,12 +49,12 @@ class Client:
                 when its process is there and answers nothing.
             OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
-        from orchestrator.api.waiting import Waiting, named
+        from orchestrator.api.waiting import Waiting, named, not_asked
 
         request = request.named() if isinstance(request, StoreRequest) else request
         server = server_facts(self._state_dir)
         if server is not None:
-            from orchestrator.api.exchange import NobodyListensError
+            from orchestrator.api.exchange import NobodyListensError, NotTakenError
 
             try:
                 with _told_with_its_key(request):
@@ -64,6 +64,8 @@ class Client:
                         raise named(error, self._state_dir) from error
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
+            except NotTakenError as error:
+                raise not_asked(error.told, self._state_dir) from error
         if isinstance(request, ServiceRequest) and request.needs_service:
             if not (self._state_dir / SETTINGS_FILE).exists():
                 raise never_ran(self._state_dir)

@@ -40,6 +40,14 @@ class NobodyListensError(Exception):
     """No connection came about, so nothing was asked."""
 
 
+class NotTakenError(Exception):
+    """A process listens and took no connection in time: nothing was asked of it. `told`: the error for people."""
+
+    def __init__(self, told: NoSignOfLife) -> None:
+        super().__init__(told)
+        self.told = told
+
+
 def exchange(
     url: str,
     verb: str,
@@ -62,6 +70,7 @@ def exchange(
 
     Raises:
         NobodyListensError: The server is not there.
+        NotTakenError: It is there and takes no connection. Said within SIGN_SECONDS.
         NoSignOfLife: It is there, stopped or hanging. Said within 2 · SIGN_SECONDS.
         Unavailable: It went away before it replied, or the time was over.
     """
@@ -69,8 +78,8 @@ def exchange(
     connection = HTTPConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS)
     try:
         connection.connect()
-    except TimeoutError as error:  # the listening process takes no more connections
-        raise _no_sign(url) from error
+    except TimeoutError as error:  # the listening process takes no more connections, or its machine does not answer
+        raise NotTakenError(_no_sign(url)) from error
     except OSError as error:
         raise NobodyListensError from error
     headers = {"Authorization": f"Bearer {token}"}

@@ -36,14 +36,22 @@ class Waiting:
         self._told = alarms
 
     def _alarms(self) -> tuple[str, ...]:
-        from orchestrator.api.exchange import NobodyListensError, exchange
+        from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange
 
         try:
             url, token = self._server["url"], self._server["token"]
             reply = exchange(f"{url}/health", "GET", token=token, timeout_seconds=HEALTH_SECONDS)
             return tuple(alarm["text"] for alarm in json.loads(reply.content).get("alarms", ()))
-        except (NobodyListensError, Unavailable, ValueError):
+        except (NobodyListensError, NotTakenError, Unavailable, ValueError):
             return self._told
+
+
+def not_asked(error: NoSignOfLife, state_dir: Path) -> NoSignOfLife:
+    """As `named`, of a process that took no connection."""
+    told = named(error, state_dir)
+    return NoSignOfLife(
+        f"{told.what}; it took no connection, so nothing was asked of it or done", told.where, told.todo
+    )
 
 
 def named(error: NoSignOfLife, state_dir: Path) -> NoSignOfLife:

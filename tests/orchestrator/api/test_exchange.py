@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 from configs.errors import NoSignOfLife, Unavailable
 from orchestrator.api import exchange as module
 from orchestrator.api.client import Client
-from orchestrator.api.exchange import NobodyListensError, exchange
+from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange
 from orchestrator.api.requests import ListTasks, Status
 from subspace_store.requests import Hold
 from tests.orchestrator.site import Site
@@ -82,22 +83,36 @@ def test_a_long_request_to_a_stopped_server_is_told_as_soon(server: tuple[str, s
     assert time.monotonic() - started < TOLD_SECONDS
 
 
-def test_a_server_that_takes_no_connection_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a process that listens and takes no more connections."""
     monkeypatch.setattr(module, "SIGN_SECONDS", 0.5)
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        waiting = [socket.socket() for _ in range(4)]
-        for one in waiting:
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            one = opened.enter_context(socket.socket())
             one.setblocking(False)
-            one.connect_ex(full.getsockname())
+            one.connect_ex(listener.getsockname())
         time.sleep(0.1)
-        with pytest.raises(NoSignOfLife):  # a command that took it for dead would write beside it
-            exchange(f"http://127.0.0.1:{full.getsockname()[1]}/", "GET", timeout_seconds=100)
-        for one in waiting:
-            one.close()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_takes_no_connection_is_not_taken_for_none(full: str) -> None:
+    with pytest.raises(NotTakenError):  # a command that took it for dead would write beside it
+        exchange(f"{full}/", "GET", timeout_seconds=100)
     with pytest.raises(NobodyListensError):
-        exchange(f"http://127.0.0.1:{full.getsockname()[1] if full.fileno() > 0 else 1}/", "GET", timeout_seconds=1)
+        exchange("http://127.0.0.1:1/", "GET", timeout_seconds=1)
+
+
+@pytest.mark.parametrize("request_", [Status(), Hold(reason="x")], ids=lambda it: type(it).__name__)
+def test_where_no_connection_came_about_nothing_was_asked_and_no_outcome_is_unknown(
+    full: str, tmp_path: Path, request_: Status
+) -> None:
+    (tmp_path / "server.json").write_text(json.dumps({"url": full, "token": "t", "pid": 0}))
+    with pytest.raises(NoSignOfLife, match="it took no connection, so nothing was asked of it or done"):
+        Client(tmp_path).ask(request_)
 
 
 def test_a_slow_server_that_is_alive_is_waited_for_and_the_wait_is_told(
