@@ -198,11 +198,8 @@ def tasks(
         service.look()
         return client.ask(asked)
 
-    if watch and as_json:
-        while any(row["state"] not in ENDS for row in ask()):
-            time.sleep(WATCH_SECONDS)
-    elif watch:
-        display.follow(ask, WATCH_SECONDS)
+    if watch:
+        (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
     if len(rows) == limit:
@@ -251,8 +248,8 @@ def logs(
         if not follow:
             break
         now = client.ask(ShowTask(reference=reference))
-        if (said := places.moved(now)) and not as_json:
-            display.log_line(said)
+        if said := places.moved(now):
+            (note if as_json else display.log_line)(said)
         if now["state"] in ENDS:
             break
         time.sleep(WATCH_SECONDS)

@@ -232,6 +232,19 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
         time.sleep(every_seconds)
 
 
+def follow_quietly(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
+    """As `follow`, where stdout is for JSON: only that a task is overtaken in the queue is said, on stderr."""
+    places = Places()
+    while True:
+        rows = ask()
+        for row in rows:
+            if said := places.moved(row, only_back=True):
+                note(f"{row['title']}: {said}")
+        if all(row["state"] in ENDED for row in rows):
+            return
+        time.sleep(every_seconds)
+
+
 def _task_table(rows: Sequence[Json]) -> Table:
     """The columns that fit into the terminal; only the last one may break its lines."""
     cells: dict[str, list[str]] = {

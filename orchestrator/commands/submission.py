@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,13 +134,8 @@ def _ended(client: Client, task_ids: Sequence[str], as_json: bool) -> list[Json]
         service.look()
         return [client.ask(ShowTask(reference=task_id)) for task_id in task_ids]
 
-    if not as_json:
-        display.follow(ask, WATCH_SECONDS)
-    while True:
-        answers = ask()
-        if all(found["state"] in ENDS for found in answers):
-            return answers
-        time.sleep(WATCH_SECONDS)
+    (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
+    return ask()
 
 
 def _nothing(_: Any) -> None:
