@@ -37,6 +37,7 @@ class AlarmCode(StrEnum):
     STORE_FULL = "store-full"
     STORE_READ_ONLY = "store-read-only"
     STORE_AWAY = "store-away"
+    STORE_SLOW = "store-slow"
     NOT_WRITTEN = "not-written"
     STORE_UNUSABLE = "unusable-store"
     STORE_SILENT = "store-writer-silent"
@@ -57,6 +58,7 @@ NEXT_STEP: dict[AlarmCode, str] = {
     AlarmCode.STORE_FULL: "make space there; what waits for it goes on by itself",
     AlarmCode.STORE_READ_ONLY: "let this user write there; what waits for it goes on by itself",
     AlarmCode.STORE_AWAY: "check the address and the network; what waits for it goes on by itself",
+    AlarmCode.STORE_SLOW: "look at the network, the server and its disk; all goes on, as slowly",
     AlarmCode.NOT_WRITTEN: "look at what the storage says; what waits for it goes on by itself",
     AlarmCode.STORE_UNUSABLE: "correct what it says, then `onebasis down` and `onebasis up`",
     AlarmCode.STORE_SILENT: "it is replaced by itself when its lease ends, and by `onebasis up` at once",

@@ -36,7 +36,7 @@ from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster, MachineLost
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
-from orchestrator.pending_calls import PendingCalls
+from orchestrator.pending_calls import PendingCalls, Writing
 from orchestrator.refinement import Refinement
 from orchestrator.tasks.task_events import (
     Event,
@@ -65,6 +65,8 @@ log = logging.getLogger("onebasis.controller")
 EVALUATION_TRIES = 3
 FULL_SECONDS = 5.0
 """Interval at which a full store is asked again: there is no space until a person makes some."""
+SLOW_SECONDS = 10.0
+"""A write of one small record that takes longer rings: it is two or three requests to the storage."""
 UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
 HELD_SECONDS = 5.0
 """Interval at which the log is read while `main` is held: somebody may release it without telling this process."""
@@ -350,8 +352,9 @@ class Candidate:
 
     # --- what the store answered ------------------------------------------------------------------------------
 
-    def take(self, call: Call, request: StoreRequest[Any]) -> None:
+    def take(self, call: Call, pending: Writing) -> None:
         """Take what the store's writer answered."""
+        request = pending.request
         self._pending_calls.wake(log_moved=True)
         try:
             answer = self._cluster.result(call)
@@ -400,9 +403,23 @@ class Candidate:
                     self._pending_calls.later("store", FULL_SECONDS)
         else:
             self._alarms.end_all(WRITING, *WRITE_CODES, AlarmCode.STEP_FAILED)
+            self._hear_how_long(request, time.monotonic() - pending.asked_at)
             if isinstance(request, Merge):
                 self._apply(_tasks(request), Merged(answer.number))
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
+
+    def _hear_how_long(self, request: StoreRequest[Any], seconds: float) -> None:
+        """Ring if a small record took long; merging and refining compute, and may."""
+        if isinstance(request, Merge | Refine):
+            return
+        if seconds > SLOW_SECONDS:
+            what = (
+                f"'{request.operation}', one small record, took {seconds:.0f} s: the storage is slow, or the store's "
+                "writer had something else to do first"
+            )
+            self._alarms.ring(AlarmCode.STORE_SLOW, WRITING, what)
+        else:
+            self._alarms.end(AlarmCode.STORE_SLOW, WRITING)
 
     def stop(self, error: OnebasisError) -> None:
         """Stop writing, for errors that only a person can end: stored bytes are not what was written, or the store

@@ -306,8 +306,8 @@ class Controller:
                         self._finish_training(order, outcome)
                     case Evaluate() as order, outcome:
                         self._candidate.take_evaluation(order, outcome)
-            case Writing(request):
-                self._candidate.take(call, request)
+            case Writing():
+                self._candidate.take(call, pending)
 
     def _finish_training(self, order: Train, outcome: Outcome) -> None:
         now = time.time()

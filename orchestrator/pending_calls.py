@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.cluster import Call, Cluster
@@ -51,6 +51,8 @@ class Writing:
     """The store's writer was asked for something; one at a time."""
 
     request: StoreRequest[Any]
+    asked_at: float = field(default=0.0, compare=False)
+    """When, by the monotonic clock."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class PendingCalls:
 
     def write(self, request: StoreRequest[Any]) -> None:
         """Ask the store's writer."""
-        self.send(Writing(request), lambda: self._cluster.write(request))
+        self.send(Writing(request, time.monotonic()), lambda: self._cluster.write(request))
 
     def landed(self, wait_seconds: float | None = None) -> Iterator[tuple[Call, PendingCall]]:
         """Calls that came back, each no longer pending once it is taken.

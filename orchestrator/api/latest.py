@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -25,8 +26,17 @@ class Latest(Generic[Answer]):
         self._where = where
         self._lock = threading.Lock()
         self._asking: Future[Answer] | None = None
+        self._asked_at = 0.0
         self.last: Answer | None = None
-        """The newest answer; None before the first."""
+        """The newest answer, also one that came too late for whoever asked; None before the first."""
+        self.seconds = 0.0
+        """How long the newest answer took."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a question waits for its answer no longer than two of the kind that the last one was."""
+        waits = self._asking is not None and not self._asking.done()
+        return waits and time.monotonic() - self._asked_at <= 2 * self.seconds
 
     def within(self, seconds: float) -> Answer:
         """The answer, if it comes in time.
@@ -36,18 +46,20 @@ class Latest(Generic[Answer]):
         """
         with self._lock:
             if self._asking is None or self._asking.done():
-                self._asking = Future()
+                self._asking, self._asked_at = Future(), time.monotonic()
                 # No pool: its threads are waited for when the process ends.
                 threading.Thread(target=self._run, args=(self._asking,), daemon=True).start()
             asking = self._asking
         try:
-            self.last = asking.result(seconds)
+            return asking.result(seconds)
         except TimeoutError:
             raise Unavailable(f"no answer within {seconds:.0f} s", self._where) from None
-        return self.last
 
     def _run(self, asking: Future[Answer]) -> None:
         try:
-            asking.set_result(self._ask())
+            answer = self._ask()
         except Exception as error:
             asking.set_exception(error)
+            return
+        self.last, self.seconds = answer, time.monotonic() - self._asked_at
+        asking.set_result(answer)

@@ -409,12 +409,19 @@ class Service:
         return state
 
     def _state_soon(self) -> SubspaceState | None:
+        read, state = self._log_read, self._log_read.last
         try:
-            state = self._log_read.within(LOOK_SECONDS)
+            state = read.within(LOOK_SECONDS)
         except Unavailable as error:
-            self._alarms.ring_for(error, LOOKING)
-            return self._log_read.last
+            if read.seconds <= LOOK_SECONDS or not read.is_late:  # not slow, as far as is known, but away
+                self._alarms.ring_for(error, LOOKING)
+                return state
         self._alarms.end_all(LOOKING, *WRITE_CODES)
+        if read.seconds > LOOK_SECONDS:
+            what = f"{self._storage.url} answers, but a read that takes a moment elsewhere took {read.seconds:.0f} s"
+            self._alarms.ring(AlarmCode.STORE_SLOW, LOOKING, what)
+        else:
+            self._alarms.end(AlarmCode.STORE_SLOW, LOOKING)
         return state
 
     def _footprint_soon(self) -> Json | None:

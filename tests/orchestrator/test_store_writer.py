@@ -87,6 +87,21 @@ def test_a_publication_that_cannot_be_written_rings_and_goes_on_when_it_can(
     assert codes(plant) == set()
 
 
+def test_a_small_record_that_takes_long_to_write_rings_until_one_is_quick(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidate, "SLOW_SECONDS", 0.0)
+    plant.submit("red/alpha")
+    plant.run()
+    assert codes(plant) == {"store-slow"}
+    (alarm,) = plant.controller.alarms
+    assert "'publish', one small record, took 0 s: the storage is slow" in alarm.what
+    monkeypatch.setattr(candidate, "SLOW_SECONDS", 60.0)
+    plant.submit("red/beta")
+    plant.run()
+    assert codes(plant) == set()
+
+
 class NoDeletes:
     """A storage that lets nobody delete."""
 
