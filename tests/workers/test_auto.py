@@ -280,6 +280,7 @@ def test_each_line_point_and_heartbeat_names_the_training_that_it_belongs_to(des
     assert {beat.candidate for beat in desk.heartbeats if beat.phase is Phase.TRAINING} == {"share", "lora", last}
     for name in ("share", "lora", last):
         assert f"{name}: task task-1: method {name.partition(' ')[0]}" in lines(desk)
+    assert not any(line.startswith("lora: lora: ") for line in lines(desk))
     assert trained.compared == ("share", "lora")
     alone = Desk("alone", train_count=COUNT)
     assert alone.train(tiny("bert"), task(method={"name": "lora"})).compared is None

@@ -80,7 +80,7 @@ def among(report: Report, name: str, place: int, count: int) -> Report:
     seconds_per_step = 0.0
 
     def named(line: LogLine) -> LogLine:
-        return f"{name}: {line}" if isinstance(line, str) else replace(line, candidate=name)
+        return f"{name}: {line.removeprefix(f'{name}: ')}" if isinstance(line, str) else replace(line, candidate=name)
 
     def told(progress: Progress) -> None:
         nonlocal seconds_per_step
