@@ -12,6 +12,7 @@ Which process watches which:
 | rank | an answer to `pid` | `gang.NOTICE_SECONDS`; the lease | its gang | the gang; `up` |
 | store's writer | an answer to `sign` | `store_writer.SILENT_SECONDS`; the lease | the loop | the same; `up` |
 | store, database | a read that is answered | `service.LOOK_SECONDS` | `Service.look` | themselves |
+| store that is slow | how long a record took to write | `candidate.SLOW_SECONDS` | the loop | itself |
 | MLflow mirror | no error, and a round that ends | at once; `MIRROR_SECONDS` | here | itself |
 
 `up` looks at all of them by itself, ends what stands still, and starts what is missing. What a task has reached is in

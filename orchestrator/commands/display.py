@@ -89,7 +89,7 @@ def _print_alarms(alarms: Sequence[Json]) -> None:
 def submitted(answer: Json) -> None:
     """`onebasis submit`."""
     for warning in answer["warnings"]:
-        errors.print(f"[yellow]warning:[/yellow] {shown(warning)}")
+        errors.print(f"[yellow]warning:[/yellow] {shown(warning)}", soft_wrap=True)
     if answer.get("dry_run"):
         known = "" if answer["is_new"] else " (known already)"
         console.print(
