@@ -1,14 +1,16 @@
 """What a subspace of many tasks stores, and what the tasks lose: writes benchmarks/results/capacity.json.
 
     make bench-capacity                                    two minutes: random adapters, the worst case
+    make bench-capacity BENCH=sharing                      two minutes: 1,000 tasks that were trained in one basis
     make bench-capacity BENCH="unrelated [--data FOLDER]"  real tasks that have nothing in common: the six of examples/,
                                                            with --data ten; two to four minutes a task on one core, once
     make bench-capacity BENCH="related --data FOLDER --tasks N"    N tasks cut from one data set
 
 `random`: adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall
 by a third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max:
-drop`). Every task is then read back from the files and compared with what was delivered, module by module. The others
-are in benchmarks/real_streams.py. --keep FOLDER: where trained adapters are kept (default: the temporary folder).
+drop`). Every task is then read back from the files and compared with what was delivered, module by module. `sharing`:
+six such adapters make the basis, then tasks come that lie in its span, as coefficients trained in it do. The others are
+in benchmarks/real_streams.py. --keep FOLDER: where trained adapters are kept (default: the temporary folder).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks import real_streams  # noqa: E402
 from configs.settings import SubspaceSettings  # noqa: E402
-from subspace_store import Adapter, SubspaceReader, SubspaceStore  # noqa: E402
+from subspace_store import Adapter, SubspaceReader, SubspaceStore, canonical_update  # noqa: E402
+from subspace_store.merging.basis import ModuleBasis  # noqa: E402
 from tests.subspace_store.builders import BASE, fresh_storage, merged, random_adapter  # noqa: E402
+from workers.methods import auto  # noqa: E402
 
 TASKS, RANK = 120, 8
+SHARING, SEEDS, SEED_RANK = 1000, 6, 5
 SHAPES = {f"layer.{layer}.{part}": (384, 384) for layer in range(6) for part in ("query", "value")}
 RESULTS = ROOT / "benchmarks/results/capacity.json"
 
@@ -42,7 +48,7 @@ RESULTS = ROOT / "benchmarks/results/capacity.json"
 def main() -> None:
     """Measure a part, print it and write its figures beside those of the other parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("random", "unrelated", "related"), default="random")
+    parser.add_argument("part", nargs="?", choices=("random", "sharing", "unrelated", "related"), default="random")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", type=int, default=30)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-capacity")
@@ -51,6 +57,8 @@ def main() -> None:
     if name == "random":
         adapters = {f"t{i}": random_adapter(i, RANK, SHAPES) for i in range(TASKS)}
         found = {"tasks": TASKS, "private": stream(adapters, "private"), "drop": stream(adapters, "drop")}
+    elif name == "sharing":
+        found = sharing()
     else:
         related = name == "related"
         cases = real_streams.related(asked.data, asked.tasks) if related else real_streams.unrelated(asked.data)
@@ -60,6 +68,40 @@ def main() -> None:
     known[name] = {"date": time.strftime("%Y-%m-%d")} | found
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(known[name], indent=1))
+
+
+def sharing() -> dict[str, Any]:
+    """Merge tasks that lie in the span of a basis, one by one, and measure what they cost."""
+    store = SubspaceStore.open(fresh_storage(), settings=SubspaceSettings(), base_model=BASE, writer="benchmark")
+    for i in range(SEEDS):
+        merged(store, {f"seed-{i}": auto.sized(random_adapter(i, SEED_RANK, SHAPES), 1.0)})
+    bases, before = store.basis(SEEDS), store.footprint(SEEDS).total_numbers
+    adapters = {f"t{i}": auto.sized(trained_in(bases, i), 1.0) for i in range(SHARING)}
+    seconds = []
+    for task, adapter in adapters.items():
+        started = time.perf_counter()
+        merged(store, {task: adapter})
+        seconds.append(time.perf_counter() - started)
+    last = store.state.refs["candidate"]
+    reader = SubspaceReader.open(store.storage, base_model=BASE)
+    numbers = reader.footprint(last).total_numbers - before
+    return {
+        "tasks": SHARING,
+        "broken_promises": sum(held(reader, last, task, adapter) < 1 - 1e-6 for task, adapter in adapters.items()),
+        "worst_error": max(missing(reader, last, task, adapter) for task, adapter in list(adapters.items())[::100]),
+        "numbers_per_task_over_lora_r8": numbers / SHARING / sum(RANK * sum(shape) for shape in SHAPES.values()),
+        "merge_seconds_1000_over_10": statistics.median(seconds[-10:]) / statistics.median(seconds[:10]),
+        "seconds": {"first_ten": statistics.median(seconds[:10]), "last_ten": statistics.median(seconds[-10:])},
+    }
+
+
+def trained_in(bases: Mapping[str, ModuleBasis], seed: int) -> Adapter:
+    """What a worker makes of random coefficients in a basis."""
+    draw, modules = torch.Generator().manual_seed(seed), {}
+    for name, basis in bases.items():
+        e_KR, f_KR = (torch.randn(k, RANK, generator=draw) for k in basis.ranks)
+        modules[name] = canonical_update(basis.p_NK @ e_KR, (basis.q_DK @ f_KR).T, 0.1)
+    return Adapter(BASE, "", modules, {}, {})
 
 
 def stream(adapters: dict[str, Adapter], beyond: str) -> dict[str, Any]:
@@ -78,11 +120,13 @@ def stream(adapters: dict[str, Adapter], beyond: str) -> dict[str, Any]:
     foot = reader.footprint(last)
     trained = sum(adapter.parameter_count for adapter in adapters.values())
     alone = sum(real_streams.truncated_alone(adapter, settings.energy_ratio_min) for adapter in adapters.values())
+    at_once = reader.preview_compact().numbers_after
     return {
         "broken_promises": sum(share < settings.energy_ratio_min - 1e-6 for share in shares.values()),
         "error": {"median": statistics.median(errors), "worst": max(errors)},
         "numbers_over_trained_lora": foot.total_numbers / trained,
         "numbers_over_best_separate": foot.total_numbers / alone,
+        "over_offline_optimum": foot.total_numbers / at_once,
         "merge_seconds_last_ten_over_first_ten": statistics.median(seconds[-10:]) / statistics.median(seconds[:10]),
     }
 

@@ -1,9 +1,10 @@
 """Parts `unrelated` and `related` of capacity.py: what `auto` keeps of real tasks, and what a subspace of them stores.
 
-Each task is trained once per candidate, on its training rows without the validation rows, and then on all of them with
-`lora`, which is what the result is compared with, and with the method that was chosen. The adapters are kept in a
-folder outside the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which
-nothing else is chosen by.
+The tasks come one after another, as to a service: each is trained once per candidate, on its training rows without the
+validation rows (`share` in the basis that the tasks before it have left), then on all of them with the method that was
+chosen, and merged. `lora` on all rows is what the result is compared with. The adapters are kept in a folder outside
+the repository, so that a second run only measures. Reported scores are on the tasks' test rows, which nothing else is
+chosen by.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from benchmarks.real_adapters import tasks as text_tasks
 from configs.settings import SubspaceSettings, read_settings
 from configs.task_spec import TaskSpec, TrainingSpec, read_task_spec
 from subspace_store import Adapter, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes
+from subspace_store.digests import digest
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
-from workers.methods import NOTHING, Method, auto, lora, share
+from workers.methods import NOTHING, Given, Method, auto, lora, share
 from workers.rows.task_data import Row
 from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.trainer import Surroundings, fit
@@ -90,31 +92,48 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
     """What is kept of each task, and what a subspace of all of them stores."""
     settings = read_settings(ROOT / "configs/local.yaml").base_model
     base = load_base_model(settings.model_copy(update={"device": "cpu"}))
+    store = SubspaceStore.open(fresh_storage(), settings=SubspaceSettings(), base_model=base.name, writer="benchmark")
     rows, delivered, held, trained = [], {}, {}, {}
     for case in cases:
         rest, validation = set_aside(case.train)
         if why := not_compared(case.spec, validation):
-            say(f"{case.spec.name}: left out: {why}")
+            say(f"{case.spec.name}: left out, {why}")
             continue
-        found = {name: _trained(base, case, name, rest, folder) for name in METHODS}
+        version = store.state.refs["candidate"]
+        ranks, leased = store.ranks(version), Given(version=version, basis=store.basis(version))
+        adapted = lora.target_modules(base, case.spec.lora, case.spec.kind)
+        is_large = auto.is_large_enough(ranks, adapted)
+        found = {"lora": _trained(base, case, "lora", rest, folder)}
+        if is_large:
+            found["share"] = _trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
+        in_basis = {"lora": {}, "share": ranks}
 
         def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
             return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
 
-        def final(form: auto.Form, case: Case = case, rest: Any = rest, validation: Any = validation) -> Adapter:
+        def final(
+            form: auto.Form, case: Case = case, rest: Any = rest, validation: Any = validation, given: Given = leased
+        ) -> Adapter:
             if not needs_all_rows(rest, validation):
                 return auto.sized(form.adapter, 1.0)
-            return auto.sized(_trained(base, case, form.method, case.train, folder, ALL), form.share)
+            which = ALL if form.method == "lora" else f"{ALL}-in-{_name_of(given)}"
+            return auto.sized(_trained(base, case, form.method, case.train, folder, which, given), form.share)
 
-        kept, _ = auto.chosen(found, judge, case.spec.method.loss_max)
-        alone, _ = auto.chosen({"lora": found["lora"]}, judge, case.spec.method.loss_max)
+        loss_max = case.spec.method.loss_max
+        kept, said = auto.chosen(
+            found, judge, loss_max, lambda name, adapter, of=in_basis: auto.numbers(adapter, of[name])
+        )
+        alone, _ = auto.chosen({"lora": found["lora"]}, judge, loss_max)
         adapter, separate = final(kept), final(alone)
         whole = _trained(base, case, "lora", case.train, folder, ALL)
+        before = store.footprint(version).total_numbers if version else 0
+        merged(store, {case.spec.name: adapter})
         row: Figures = {
             "task": case.spec.name,
             "kept": kept.method,
+            "compared": list(found),
             "share_of_energy": kept.share,
-            "numbers": adapter.numbers,
+            "numbers": store.footprint(store.state.refs["candidate"]).total_numbers - before,
             "numbers_alone": separate.numbers,
             "numbers_trained": whole.parameter_count,
             "rows": len(case.test),
@@ -125,7 +144,9 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
         rows.append(row)
         delivered[case.spec.name], held[case.spec.name], trained[case.spec.name] = adapter, case, whole
         say(json.dumps(row))
-    return {"tasks": rows} | _stored(base, rows, delivered, held) | {"trained_apart": _apart(base, trained)}
+        for line in said:
+            say(line)
+    return {"tasks": rows} | _stored(base, store, rows, delivered, held) | {"trained_apart": _apart(base, trained)}
 
 
 def _apart(base: BaseModel, trained: Mapping[str, Adapter]) -> Figures:
@@ -158,11 +179,14 @@ def _store(base: BaseModel, adapters: Mapping[str, Adapter], settings: SubspaceS
 
 
 def _stored(
-    base: BaseModel, rows: list[Figures], delivered: Mapping[str, Adapter], cases: Mapping[str, Case]
+    base: BaseModel,
+    store: SubspaceStore,
+    rows: list[Figures],
+    delivered: Mapping[str, Adapter],
+    cases: Mapping[str, Case],
 ) -> Figures:
-    """Merge what was kept, one by one under the default settings, and measure the last version."""
-    settings = SubspaceSettings()
-    store = _store(base, delivered, settings)
+    """Measure the last version, read anew from its files."""
+    settings = store.settings
     last = store.state.refs["candidate"]
     reader = SubspaceReader.open(store.storage, settings=settings, base_model=base.name)
     shares, points = {}, {}
@@ -184,26 +208,35 @@ def _stored(
         "loss_points_alone": {"mean": statistics.fmean(losses), "worst": min(losses)},
         "numbers_over_trained_lora": foot.total_numbers / trained,
         "numbers_over_best_separate": foot.total_numbers / alone,
+        "over_offline_optimum": foot.total_numbers / reader.preview_compact().numbers_after,
         "numbers": {
             "basis": foot.basis_numbers,
             "coefficients": foot.coefficient_numbers,
             "private": foot.private_numbers,
-            "kept": sum(row["numbers"] for row in rows),
             "alone": alone,
             "trained": trained,
         },
     }
 
 
-def _trained(base: BaseModel, case: Case, name: str, rows: Any, folder: Path, which: str = "") -> Adapter:
+def _trained(
+    base: BaseModel, case: Case, name: str, rows: Any, folder: Path, which: str = "", given: Given = NOTHING
+) -> Adapter:
     file = folder / f"{case.spec.name}-{name}{which}.safetensors"
     if not file.is_file():
         method = METHODS[name]
-        model = method.prepare(base, case.spec, NOTHING)
-        fit(model, base, rows, case.spec, Surroundings())
+        columns = case.spec.method.model_copy(update={"temporary_columns": 0})
+        spec = case.spec.model_copy(update={"method": columns})
+        model = method.prepare(base, spec, given)
+        fit(model, base, rows, spec, Surroundings())
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(adapter_to_bytes(method.finish(model, base, case.spec, NOTHING)))
+        file.write_bytes(adapter_to_bytes(method.finish(model, base, spec, given)))
     return adapter_from_bytes(file.read_bytes(), str(file))
+
+
+def _name_of(leased: Given) -> str:
+    """Tells bases apart."""
+    return digest(b"".join(basis.p_NK.numpy().tobytes() for basis in leased.basis.values()))[:12]
 
 
 def _score(base: BaseModel, adapter: Adapter, case: Case) -> float:

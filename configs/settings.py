@@ -78,6 +78,9 @@ class SubspaceSettings(Section):
     """When the directions of a new task join the shared basis. `if-it-pays`: where that stores fewer numbers than
     keeping what the basis lacks as the task's private part, so that a store is hardly larger than separate adapters
     that are truncated to the same promise; `always`: up to rank_max, as Share does."""
+    seed_directions: int = Field(32, ge=0)
+    """Directions, per module and side, until it has which the basis takes those of the first tasks whether that pays or
+    not: later tasks are trained in them. For `if-it-pays`."""
     beyond_rank_max: Literal["private", "drop"] = "private"
     """What happens where rank_max leaves a task less than it was promised. `private`: the rest of its update is kept
     beside the basis, for this task alone, and no earlier task loses anything; `drop`, for comparison: it is lost."""

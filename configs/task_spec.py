@@ -172,15 +172,15 @@ class MethodSpec(Section):
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"
     """Start of A, for `lora`. `basis`: inside the span of the subspace's basis, which merges with less error."""
-    directions: Literal["foundation", "learned"] = "foundation"
-    """Directions in which `share` trains coefficients. `foundation`: those that no task made, so that nothing moves
-    them; `learned`: those of the subspace's basis, and temporary columns beside them."""
+    directions: Literal["learned", "foundation"] = "learned"
+    """Directions in which `share` trains coefficients. `learned`: those of the subspace's basis, and temporary columns
+    beside them; `foundation`: those that no task made, so that nothing moves them."""
     foundation: int = Field(64, ge=1, le=4096)
     """Number of the foundation's directions, per module and side. A task stores 2·foundation·lora.r numbers per module,
     where a LoRA has lora.r·(outputs + inputs)."""
     temporary_columns: int | None = Field(None, ge=0)
     """Number of trainable directions beside the basis, per module and side (φ), for `share` with learned directions; 0
-    trains coefficients alone. Default: a quarter of the basis, at most lora.r."""
+    trains coefficients alone. Default: a quarter of the basis, at most lora.r; as a candidate of `auto` none."""
     kappa_max: float = Field(0.005, ge=0)
     """Threshold κ at the end of its ramp, for `codyra`; it is applied after every step."""
     dense_fraction: float = Field(0.5, ge=0, lt=1)

@@ -133,8 +133,13 @@ class Adapter:
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in an equivalent separate LoRA, head not counted: Σ r·(n+d)."""
-        return sum(update.rank * sum(update.shape) for update in self.modules.values())
+        """Numbers in an equivalent separate LoRA, head not counted: Σ r·(n+d).
+
+        Coefficients in a basis may have a higher rank than the LoRA that was asked for: no larger one is counted.
+        """
+        asked = json.loads(self.info.get("lora") or "{}").get("r")
+        ranks = ((min(update.rank, asked or update.rank), update.shape) for update in self.modules.values())
+        return sum(rank * sum(shape) for rank, shape in ranks)
 
 
 def canonical_update(b_NR: Tensor, a_RD: Tensor, scale: float) -> ModuleUpdate:

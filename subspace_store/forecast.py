@@ -54,6 +54,7 @@ def forecast(
     """
     homes, tasks = tensors.homes(parent), tensors.tasks(parent)
     known = state.tasks_at(parent)
+    sized = {task.task_id for task in known.values() if task.is_sized}
     tally, ranks = Tally({task.task_id: task.delivered_energy for task in known.values()}), {}
     spanned, none = dict.fromkeys(adapters, 0.0), ModuleTasks()  # none: a module whose tasks are all private
 
@@ -68,7 +69,7 @@ def forecast(
                 spanned[id_] += update_energy(update)
             elif name in homes:
                 spanned[id_] += spanned_energy(tensors.module_basis(parent, name), update)
-    for name, merge in merge_modules(read, rest, settings):
+    for name, merge in merge_modules(read, rest, settings, sized):
         tally.add(merge, merge.settle()[1])
         before = (0, 0)
         if name in homes:

@@ -26,7 +26,7 @@ from subspace_store.files.version_tensors import VersionTensors, moved
 from subspace_store.log.version import BlobRef, MergedTask, SubspaceState, Version
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merging.merge import ModuleMerge, Tally, apart, merge_modules, place_in_basis
+from subspace_store.merging.merge import ModuleMerge, Tally, apart, merge_modules, place_in_basis, sized_among
 from subspace_store.merging.subspace_math import update_energy
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
@@ -125,6 +125,7 @@ class Draft:
                 private=rest,
                 private_count=sum(update.numbers for update in parts.get(arrival.task_id, ())),
                 foundation_count=sum(u.numbers for u in parts.get(arrival.task_id, ()) if u.foundation),
+                is_sized=arrival.adapter.is_sized,
             )
             for arrival, adapter, rest in zip(self.arrivals, adapters, private, strict=True)
         )
@@ -269,6 +270,7 @@ def _placed(draft: Draft) -> _Placed:
     blocks: dict[str, TaskBlock] = {}
     may_be_private = frozenset(arrival.task_id for arrival in arrivals if before[arrival.task_id].private is not None)
     adapters, private = apart({arrival.task_id: arrival.adapter for arrival in arrivals}, draft.settings)
+    sized = sized_among(adapters)
     delivered = {
         arrival.task_id: sum(map(update_energy, private.get(arrival.task_id, {}).values())) for arrival in arrivals
     }
@@ -278,7 +280,7 @@ def _placed(draft: Draft) -> _Placed:
         if name not in tensors.homes(parent):
             what = f"adapts {name}, which version {parent} has no basis for"
             raise RefusedAdapters(what, _who(arrivals, incoming), "", tuple(incoming))
-        place = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings, may_be_private)
+        place = place_in_basis(tensors.module_basis(parent, name), incoming, draft.settings, may_be_private, sized)
         if place.arrivals.task_ids:
             blocks[name] = place.arrivals
         for task, update in place.private.items():
@@ -302,6 +304,7 @@ class _Merging:
         self._draft = draft
         tensors, parent = draft.tensors, draft.parent
         self._adapters, self.private = apart({a.task_id: a.adapter for a in draft.arrivals}, draft.settings)
+        self._sized = {task.task_id for task in draft.state.tasks_at(parent).values() if task.is_sized}
         self._homes = tensors.homes(parent)
         new = {n: u.shape for a in draft.arrivals for n, u in a.adapter.modules.items() if n not in self._homes}
         changed = {name for adapter in self._adapters.values() for name in adapter.modules}
@@ -340,7 +343,7 @@ class _Merging:
 
     def _parts(self) -> Iterator[Part]:
         started = time.perf_counter()
-        for name, merge in merge_modules(self._read, self._adapters, self._draft.settings):
+        for name, merge in merge_modules(self._read, self._adapters, self._draft.settings, self._sized):
             self.merges[name] = merge
             if name in self._homes and not merge.stays:
                 self.transports[name] = merge.transport

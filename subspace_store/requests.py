@@ -259,6 +259,17 @@ class Remove(StoreRequest["Version | None"]):
         )
 
 
+class Compact(StoreRequest["Version"]):
+    """Merge all tasks of the candidate at once."""
+
+    operation = "compact"
+    publish: bool = False
+    """Whether to move `main` as well."""
+
+    def on(self, store: SubspaceStore) -> Version:
+        return store.compact(op_key=self.op_key, actor=self.actor, publish=self.publish)
+
+
 class Withdraw(StoreRequest[None]):
     """Make sure that a request whose outcome is unknown is not done any more, or tell that it was done."""
 

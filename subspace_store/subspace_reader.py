@@ -119,6 +119,20 @@ class Footprint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompactionPreview:
+    """The effect of merging all tasks at once."""
+
+    version: int
+    """The candidate."""
+    tasks: int
+    numbers_before: int
+    """Numbers that serving it needs now, heads not counted."""
+    numbers_after: int
+    rank_max: int
+    """Most directions that a module would have on one side."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RollbackPreview:
     """The effect of moving `main`."""
 
@@ -334,6 +348,27 @@ class SubspaceReader:
         return rollback_preview(self.state, self.state.refs[MAIN], self._allowed(version))
 
     @strict
+    def preview_compact(self) -> CompactionPreview:
+        """The effect that `SubspaceStore.compact` would have; changes nothing.
+
+        Cost:
+            As `SubspaceStore.compact`, but for writing.
+        """
+        from subspace_store.merging.merge import merge_adapters
+
+        with self._reading(self.state.refs[CANDIDATE]) as number:
+            tasks = self.state.tasks_at(number)
+            adapters = {id_: self._to_merge_again(task, number) for id_, task in tasks.items()}
+            merge = merge_adapters({}, adapters, self.settings)
+            return CompactionPreview(
+                version=number,
+                tasks=len(tasks),
+                numbers_before=self.footprint(number).total_numbers,
+                numbers_after=sum(module.numbers for module in merge.modules.values()),
+                rank_max=max((max(module.basis.ranks) for module in merge.modules.values()), default=0),
+            )
+
+    @strict
     def collectable(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:
         """The objects that no live version needs; deletes nothing. See `garbage.collect`."""
         return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=False)
@@ -490,6 +525,16 @@ class SubspaceReader:
             "read it as a version holds it (`adapter`, `onebasis export`)",
         )
 
+    def _to_merge_again(self, task: MergedTask, version: int) -> Adapter:
+        """A task's adapter as it was delivered. If that is gone, as a version has it, and then to the last number, so
+        that being merged again costs it nothing."""
+        from subspace_store.adapter import SIZED
+
+        if task.adapter.key not in self.state.heads:
+            return self._read_delivered(task)
+        adapter = self.adapter(task.task_id, version)
+        return replace(adapter, info=dict(adapter.info) | {SIZED: adapter.info.get(SIZED, "held")})
+
     def _private(self, task: MergedTask, modules: Sequence[str] | None = None) -> dict[str, ModuleUpdate]:
         """A task's private parts, by module; only of these modules, where they are named."""
         from subspace_store.files import blobs
@@ -570,6 +615,8 @@ def _summary(record: fold.Record) -> str:
     if record.op == fold.REMOVE:
         why = f": {body['reason']}" if body["reason"] else ""
         return f"{body['task']}: version {body['from']} → {body['version']}{why}"
+    if record.op == fold.COMPACT:
+        return f"version {body['from']} → {body['version']}: all tasks at once"
     if record.op == fold.DROP_ADAPTERS:
         count = len(body["heads"])
         return f"{count} {'adapter' if count == 1 else 'adapters'}"

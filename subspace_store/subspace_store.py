@@ -187,7 +187,63 @@ class SubspaceStore(Refs):
                 self._log.commit(fold.REMOVE, op_key=op_key, actor=actor, refs=refs, body=body)
             return self.state.versions.get(done)
 
+    @strict
+    def compact(self, *, op_key: Line, actor: Line, publish: bool = False) -> Version:
+        """Merge all tasks of the candidate at once, from the adapters as they were delivered: the cheapest basis for
+        them together, in place of the one that grew task by task. It becomes the candidate.
+
+        Every task keeps its promise. Where an adapter as delivered is gone, the task is kept as the candidate has it
+        now, and the version names it in `approximate`. The versions before stay until they expire.
+
+        Args:
+            publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`
+                is the candidate: what no gate has judged yet does not come along.
+
+        Raises:
+            InvalidInput: The candidate is the empty subspace.
+            Conflict: `main` should move, and is held or is not the candidate.
+
+        Cost:
+            One merge of all tasks: O(N·(T·R)²) per module of width N where T·R < N. Memory: all adapters.
+        """
+        with self._writing():
+            done = self._done(op_key, fold.asked(fold.COMPACT, publish=publish))
+            if done is None:
+                before = self.state.refs[CANDIDATE]
+                if not before:
+                    raise InvalidInput("the candidate is the empty subspace", "compact", "merge tasks first")
+                if publish:
+                    retention.check_not_held(self.state)
+                    retention.check_judged(self.state)
+                done = self._made_at_once(before, op_key, actor)
+                refs = {CANDIDATE: done, **({MAIN: done} if publish else {})}
+                body = {"version": done, "from": before}
+                self._log.commit(fold.COMPACT, op_key=op_key, actor=actor, refs=refs, body=body)
+            return self.state.versions[done]
+
     # One merge, step by step
+
+    def _made_at_once(self, candidate: int, op_key: str, actor: str) -> int:
+        """A version of all tasks of the candidate, with a record of its own that no branch names yet."""
+        step_key = f"{op_key} {candidate}"
+        known = self._done(step_key, fold.asked(fold.MERGE))
+        if known is not None and known not in self.state.expired:
+            return known
+        arrivals = [self._again(task, candidate) for task in self.state.tasks_at(candidate).values()]
+        written = write_version(replace(self._draft(0, arrivals), remakes=candidate))
+        return self._step(written, step_key if known is None else "", actor)
+
+    def _step(self, written: Written, key: str, actor: str) -> int:
+        """Commit one version of a request that makes several; no branch names it yet.
+
+        Args:
+            key: Of this step; empty if a version that has expired has it already.
+        """
+        try:
+            return self._commit(fold.MERGE, written, key, actor, {}).number
+        except OutcomeUnknown as error:  # of this step; the request itself is not done
+            what = f"version {written.version.remakes} was not made again for certain: {error.what}"
+            raise NotWritten(what, error.where, "ask again under the same key: it goes on from there") from error
 
     def _remake_without(self, task: MergedTask, op_key: str, actor: str) -> int:
         """The newest of the versions made again, each with a record of its own that no branch names yet."""
@@ -205,19 +261,15 @@ class SubspaceStore(Refs):
                 continue
             removed = (*version.removed, task.task_id)
             written = write_version(replace(self._draft(parent, arrivals), remakes=version.number, removed=removed))
-            key = step_key if known is None else ""  # a key names one version, and that one has expired
-            try:
-                parent = self._commit(fold.MERGE, written, key, actor, {}).number
-            except OutcomeUnknown as error:  # of this step; the removal itself is not done
-                what = f"version {version.number} was not made again for certain: {error.what}"
-                raise NotWritten(what, error.where, "ask again under the same key: it goes on from there") from error
+            # A key names one version, and that one has expired.
+            parent = self._step(written, step_key if known is None else "", actor)
         return parent
 
     def _again(self, task: MergedTask, candidate: int) -> Arrival:
-        """A task that was merged before: as it was delivered, or else as the candidate has it."""
+        """A task that was merged before, see `_to_merge_again`."""
+        adapter = self._to_merge_again(task, candidate)
         if task.adapter.key not in self.state.heads:
-            return Arrival(task.task_id, task.name, self._read_delivered(task), task.adapter)
-        adapter = self.adapter(task.task_id, candidate)
+            return Arrival(task.task_id, task.name, adapter, task.adapter)
         return Arrival(task.task_id, task.name, adapter, adapter_to_bytes(adapter), approximate=True)
 
     def _refuse_doubles(self, adapters: Sequence[StagedAdapter], parent: int) -> None:

@@ -29,6 +29,7 @@ from workers.features import lengths, measured_rows
 from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
+from workers.methods.lora import target_modules
 from workers.orders import ALONE, Phase, Progress, Rank, Train, Trained
 from workers.patience import Patience
 from workers.rank_group import RankGroup, joined
@@ -174,6 +175,8 @@ class _Attempt:
         self.method_name: str = order.spec.method.name
         self.version = 0
         """Version whose basis was leased."""
+        self.leased: dict[str, tuple[int, int]] = {}
+        """Module to (k_out, k_in) of that basis."""
         self.trained_numbers = 0
         self.seconds_before = 0.0
         """Time that earlier attempts spent on trainings of `auto` that this one took over."""
@@ -223,7 +226,7 @@ class _Attempt:
             return self._adopt(alone := self._candidate("lora", self._report), alone._trained(rows))
         finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
         failed: InvalidInput | None = None
-        names, again = spec.method.candidates, needs_all_rows(rest, validation)
+        names, again = self._worth_a_race(), needs_all_rows(rest, validation)
         runs = len(names) + again
         for place, name in enumerate(names):
             attempt = self._candidate(name, auto.among(self._report, name, place, runs))
@@ -246,6 +249,7 @@ class _Attempt:
                 {method: adapter for method, (_, adapter, _) in finished.items()},
                 lambda adapter: score_adapter(self._base, adapter, validation, judged, stop).per_row,
                 spec.method.loss_max,
+                lambda method, adapter: auto.numbers(adapter, finished[method][0].leased),
             )
             for line in lines:
                 self._say(line)
@@ -269,6 +273,19 @@ class _Attempt:
         run = replace(run, first_step_at=began, steps=steps)
         return self._adopt(attempt, (auto.sized(adapter, share), run))
 
+    def _worth_a_race(self) -> tuple[str, ...]:
+        """The candidates of `auto`, without `share` as long as the basis is too small to train a task in."""
+        spec, group = self._order.spec, self._group
+        names = spec.method.candidates
+        if "share" not in names or not METHODS["share"].needs_basis(spec):
+            return names
+        self._store.refresh()
+        adapted = target_modules(self._base, spec.lora, spec.kind)
+        if group.agree(auto.is_large_enough(self._store.ranks(), adapted)):
+            return names
+        self._say("auto: no coefficients are trained, the basis of `main` has too few directions yet")
+        return tuple(name for name in names if name != "share") or ("lora",)
+
     def _candidate(self, name: str, report: Report, rows: str = "") -> _Attempt:
         """The same order for one method of `auto`, with checkpoints of its own.
 
@@ -276,7 +293,8 @@ class _Attempt:
             rows: Words that tell runs of one method on different rows apart.
         """
         spec = self._order.spec
-        method = spec.method.model_copy(update={"name": name})
+        columns = spec.method.temporary_columns or 0  # each costs as many numbers as a rank of a LoRA
+        method = spec.method.model_copy(update={"name": name, "temporary_columns": columns})
         order = replace(self._order, spec=spec.model_copy(update={"method": method}))
         candidate = _Attempt(order, self._base, self._storage, self._store, report, self._asked, self._group)
         candidate._run += rows
@@ -296,6 +314,7 @@ class _Attempt:
             "train_loss": run.train_loss,
             "first_step_at": run.first_step_at,
             "version": self.version,
+            "leased": self.leased,
             "trained_numbers": self.trained_numbers,
             "seconds": time.monotonic() - started,
         }
@@ -327,6 +346,7 @@ class _Attempt:
         adapter = adapter_from_bytes(content, self._raced_key)
         facts = json.loads(adapter.info["race"])
         self.version, self.trained_numbers = facts.pop("version"), facts.pop("trained_numbers")
+        self.leased = {name: (k_out, k_in) for name, (k_out, k_in) in facts.pop("leased", {}).items()}
         seconds = facts.pop("seconds", 0.0)  # a release of 2026-11 did not keep it
         info = {name: fact for name, fact in adapter.info.items() if name != "race"}
         return replace(adapter, info=info), TrainingRun(**facts), seconds
@@ -419,6 +439,7 @@ class _Attempt:
                 raise
             self._forget_checkpoint(checkpoint, f"its basis is gone ({error.what})")
             return self._given(self._checkpoint())
+        self.leased = {name: one.ranks for name, one in basis.items()}
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
         basis_of = f", in the basis of version {self.version}" if self.version else ""
         self._say(f"task {order.task_id}: method {self.method_name}{basis_of}")

@@ -67,6 +67,7 @@ ROUTES: tuple[Route, ...] = (
     Route("expire", "POST", "/store/expire", Role.MAINTAINER, store.Expire),
     Route("drop-adapters", "POST", "/store/drop-adapters", Role.MAINTAINER, store.DropAdapters),
     Route("remove", "POST", "/store/remove", Role.MAINTAINER, store.Remove),
+    Route("compact", "POST", "/store/compact", Role.MAINTAINER, store.Compact),
     Route("withdraw", "POST", "/store/withdraw", Role.MAINTAINER, store.Withdraw),
 )
 

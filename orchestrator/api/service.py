@@ -44,7 +44,7 @@ from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
-from subspace_store.requests import Answer, Remove, Rollback, StoreRequest
+from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -288,10 +288,9 @@ class Service:
 
     def change(self, request: StoreRequest[Any]) -> Json:
         """Tag, hold, pin, expire … through the store's one writer. The same op_key again is the same request."""
-        if isinstance(request, Remove) and not request.publish:
-            raise InvalidInput(
-                "publish has to be true: a candidate that no task waits for is rejected", "remove", "set publish"
-            )
+        if isinstance(request, (Remove, Compact)) and not request.publish:
+            what = "publish has to be true: a candidate that no task waits for is rejected"
+            raise InvalidInput(what, request.operation, "set publish")
         request = request.named()
         self._store.refresh()
         self._write(request)

@@ -114,7 +114,8 @@ def version_summary(state: SubspaceState, version: Version) -> Json:
         "empty" if not version.number else
         "expired" if version.number in state.expired else
         "rejected" if version.number in state.rejected else "published" if on_main else
-        "candidate" if CANDIDATE in names else "removed" if version.number in state.replaced else "rolled back"
+        "candidate" if CANDIDATE in names else "compacted" if version.number in state.compacted else
+        "removed" if version.number in state.replaced else "rolled back"
     )  # fmt: skip
     return {
         "version": version.number,

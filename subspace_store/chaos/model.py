@@ -231,10 +231,13 @@ class Model:
             mine = (record["epoch"], record["writer"]) == (self.epoch, self.owner)
             self._must(mine, f"fenced: {what} of epoch {record['epoch']} after {self.owner} took {self.epoch}")
             self._must(record["op_key"] not in self.done, f"acknowledged: {record['op_key']} was done twice")
-            request = record["op_key"].split(" ")[0]  # a removal's versions have keys of their own, after a space
+            request = record["op_key"].split(" ")[
+                0
+            ]  # versions that are made again have keys of their own, after a space
             unasked = self.lands_late() and request not in self.failed
             # Made again once more, because what it made the first time has expired, such a version has no key.
-            is_step = not request and any(count and key.startswith("remove") for key, count in self.in_work.items())
+            makes_again = any(count and key.startswith(("remove", "compact")) for key, count in self.in_work.items())
+            is_step = not request and makes_again
             is_asked = bool(self.in_work[request]) or is_step
             self._must(is_asked or unasked, f"asked for: {what} does {request} by itself")
             moves = self._moves(op, record)
@@ -257,9 +260,10 @@ class Model:
             return {"main": body["version"]}
         if op == "reject":
             return {"candidate": self.refs["main"]}
-        if op == "rollback" or (op == "remove" and "main" in record["refs"]):
+        makes_again = op in ("remove", "compact")
+        if op == "rollback" or (makes_again and "main" in record["refs"]):
             return {"main": body["version"], "candidate": body["version"]}
-        return {"candidate": body["version"]} if op == "remove" else {}
+        return {"candidate": body["version"]} if makes_again else {}
 
     def _state(self) -> dict[str, object]:
         """The state that every reader must have that has folded the log up to here."""
@@ -280,7 +284,8 @@ class Model:
         version = body["version"]
         number = int(version["number"])
         is_private = what.split("(")[1].split(" ")[0].endswith("-private")
-        self._must(is_private == bool(self._private(version)), f"{what} does not say whether it has private parts")
+        needs = bool(self._private(version)) or any(task["is_sized"] for task in self._brought(version))
+        self._must(is_private == needs, f"{what} does not say whether it has private parts")
         self._must(number == max(self.versions, default=0) + 1, f"{what} uses the number {number}")
         self.versions[number] = version
         tasks = self._tasks_at(number)
@@ -324,6 +329,11 @@ class Model:
     def _remove(self, body: Plain, what: str) -> None:
         others = set(self._tasks_at(self.refs["candidate"])) - {body["task_id"]}
         self._must(set(self._tasks_at(body["version"])) == others, f"acknowledged: {what} loses more than its task")
+        self._must(body["version"] not in self.expired, f"{what}: it has expired")
+
+    def _compact(self, body: Plain, what: str) -> None:
+        tasks = set(self._tasks_at(self.refs["candidate"]))
+        self._must(set(self._tasks_at(body["version"])) == tasks, f"acknowledged: {what} holds other tasks")
         self._must(body["version"] not in self.expired, f"{what}: it has expired")
 
     def _scores(self, body: Plain, what: str) -> None:

@@ -82,6 +82,7 @@ class Requests:
             self._quarantine: 1,
             self._expire: 6,
             self._remove: 4,
+            self._compact: 2,
             self._drop: 2,
         }
 
@@ -208,6 +209,12 @@ class Requests:
             return version.number if version else 0
 
         return self._request("remove", None, ask)
+
+    def _compact(self, store: SubspaceStore) -> Request | None:
+        if not store.state.refs[CANDIDATE]:
+            return None
+        publish = self._random.random() < 0.3
+        return self._request("compact", None, lambda s, **keys: s.compact(publish=publish, **keys).number)
 
     def _drop(self, store: SubspaceStore) -> Request | None:
         tasks = list(store.state.tasks_at(store.state.refs[MAIN]))

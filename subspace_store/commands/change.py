@@ -12,6 +12,7 @@ import typer
 from configs.errors import Conflict, InvalidInput, NotFound
 from subspace_store.commands.place import (
     Force,
+    Place,
     Reference,
     TaskId,
     Url,
@@ -44,6 +45,7 @@ from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE
 from subspace_store.refs import SECONDS_A_DAY
 from subspace_store.requests import (
+    Compact,
     DropAdapters,
     Expire,
     Hold,
@@ -280,14 +282,26 @@ def collect(
     show(asdict(found), as_text, as_json)
 
 
+CandidateOnly = Annotated[
+    bool, typer.Option("--candidate-only", help="Leave `main` where it is; not while a service runs.")
+]
+
+
+def _refuse_an_orphan(place: Place, candidate_only: bool, force: bool) -> None:
+    if candidate_only and place.is_served and not (force and place.is_named):
+        raise Conflict(
+            "the service rejects a candidate that no task waits for",
+            place.storage.url,
+            "leave --candidate-only out, or end the service with `onebasis down`",
+        )
+
+
 @command
 def remove(
     task: TaskId,
     reason: Annotated[str, typer.Option(help="Kept in the log.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be made again.")] = False,
-    candidate_only: Annotated[
-        bool, typer.Option("--candidate-only", help="Leave `main` where it is; not while a service runs.")
-    ] = False,
+    candidate_only: CandidateOnly = False,
     store: Url = None,
     force: Force = False,
     op_key: OpKey = "",
@@ -319,12 +333,7 @@ def remove(
         # request was done and the task is there again, there was a rollback: it is a new request.
         asked = f"remove {task_id} from {candidate}"
         op_key = op_key or next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
-    if candidate_only and place.is_served and not (force and place.is_named):
-        raise Conflict(
-            "the service rejects a candidate that no task waits for",
-            place.storage.url,
-            "leave --candidate-only out, or end the service with `onebasis down`",
-        )
+    _refuse_an_orphan(place, candidate_only, force)
     request = Remove(task_id=task_id, reason=reason, publish=not candidate_only, op_key=op_key, actor=me())
     write(place, force, request)
     after = reader_at(place).state
@@ -344,4 +353,60 @@ def remove(
         text = f"version {number}: {done_before(op_key)}"
     elif approximate:
         text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
+    show(answer, lambda _: note(text), as_json)
+
+
+@command
+def compact(
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what it would save.")] = False,
+    candidate_only: CandidateOnly = False,
+    store: Url = None,
+    force: Force = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Merge all tasks at once, for the basis that stores them in the fewest numbers, and move `main` there.
+
+    Every task keeps its promise. The gate does not judge it; a service scores every task right after, and `onebasis
+    rollback` goes back.
+    """
+    place = place_of(store, state_dir)
+    reader = reader_at(place)
+    state = reader.state
+    candidate = state.refs[CANDIDATE]
+    repeated = op_key in state.op_keys
+    if not repeated:
+        if not candidate:
+            raise NotFound("there are no tasks yet", place.storage.url, "merge tasks first")
+        if not yes:
+            with telling(f"merging the tasks of version {candidate} at once, in memory"):
+                found = reader.preview_compact()
+            saved = 1 - found.numbers_after / found.numbers_before if found.numbers_before else 0.0
+            text = (
+                f"{counted(found.tasks, 'task')} of version {candidate} would take {found.numbers_after:,} numbers "
+                f"instead of {found.numbers_before:,}, with at most {found.rank_max} directions in a module"
+            )
+            text += f": {saved:.0%} less (--yes does it)" if saved >= 0.005 else ": nothing is gained"
+            show(asdict(found) | {"compacted": False}, lambda _: note(text), as_json)
+            return
+        asked = f"compact {candidate}"
+        op_key = op_key or next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
+    _refuse_an_orphan(place, candidate_only, force)
+    with telling(f"merging the tasks of version {candidate} at once"):
+        write(place, force, Compact(publish=not candidate_only, op_key=op_key, actor=me()))
+    after = reader_at(place)
+    number = after.state.op_keys[op_key]
+    foot = after.footprint(number)
+    answer = {
+        "version": number,
+        "numbers": foot.total_numbers,
+        "approximate": list(after.state.versions[number].approximate),
+        "compacted": not repeated,
+        "repeated": repeated,
+        "op_key": op_key,
+    }
+    text = f"version {number} holds {counted(foot.tasks, 'task')} in {foot.total_numbers:,} numbers"
+    if repeated:
+        text = f"version {number}: {done_before(op_key)}"
     show(answer, lambda _: note(text), as_json)

@@ -37,6 +37,8 @@ ROLLBACK = "rollback"
 
 REMOVE = "remove"
 
+COMPACT = "compact"
+
 TAG = "tag"
 
 HOLD = "hold"
@@ -61,6 +63,7 @@ IDENTITY: Mapping[str, tuple[str, ...]] = {
     REJECT: ("version",),
     ROLLBACK: ("version", "hold"),
     REMOVE: ("task_id", "publish"),
+    COMPACT: ("publish",),
     TAG: ("name", "version"),
     HOLD: ("reason",),
     QUARANTINE: ("task_id", "reason"),
@@ -119,7 +122,7 @@ def to_plain(record: Any) -> Any:
 
 def making(op: str, version: Version) -> str:
     """The operation of the record that names a version."""
-    return PRIVATE[op] if any(task.private is not None for task in version.brought) else op
+    return PRIVATE[op] if any(task.private is not None or task.is_sized for task in version.brought) else op
 
 
 def asked(op: str, **named: Any) -> str:
@@ -216,11 +219,12 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     if op == DROP_ADAPTERS:
         heads = checked(dict[str, BlobRef], body["heads"], where)
         return {"heads": {**state.heads, **heads}}
-    if op == REMOVE:
+    if op in (REMOVE, COMPACT):
         done, moved = int(body["version"]), int(body["version"]) if MAIN in record.refs else 0
         gone = {v.number for v in state.lineage(int(body.get("from", done)))} - {v.number for v in state.lineage(done)}
         published = tuple(sorted({*state.published, moved}))
-        return {"published": published, "replaced": {**state.replaced, **dict.fromkeys(sorted(gone), done)}}
+        ended = {"compacted": tuple(sorted({*state.compacted, *gone}))} if op == COMPACT else {}
+        return {"published": published, "replaced": {**state.replaced, **dict.fromkeys(sorted(gone), done)}} | ended
     if op == ACQUIRE:
         if "owner" not in body:  # by a writer that leaves the owner as it is, or before 0.4
             return {}

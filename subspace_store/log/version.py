@@ -71,6 +71,8 @@ class MergedTask:
     """Numbers in the private parts."""
     foundation_count: int = 0
     """How many of these are coefficients in the foundation."""
+    is_sized: bool = False
+    """Whether it has no more numbers than its score needs, so that no merge may take anything from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,8 @@ class Version:
         merge_seconds: Time of the computations that the new basis depends on.
         snapshot: File with all coefficients in this version's basis; None for most versions. Some have one, so that a
             reader need not start at version 1.
-        remakes: The version that this one is made again from, without `removed`; None for an ordinary merge.
+        remakes: The version that this one is made again from, without `removed`; None for an ordinary merge. Compacted,
+            it holds all tasks of that version, and its parent is the empty subspace.
         removed: Ids of tasks that this version was made without.
         approximate: Ids of added tasks that were merged from their coefficients, because the adapters as delivered
             were gone.
@@ -232,7 +235,9 @@ class SubspaceState:
     expired: tuple[int, ...] = ()
     """Versions that were given up for ever: nothing may name them again, and their blobs may be deleted."""
     replaced: Mapping[int, int] = field(default_factory=dict)
-    """Version with a task that was removed to the version that is as if that task had never been merged."""
+    """Version that was made again, without a task or all tasks at once, to the version in its place."""
+    compacted: tuple[int, ...] = ()
+    """Versions that were made again as one, all tasks at once."""
     owner: Owner | None = None
     """The service that the store belongs to; None: any writer may open it."""
     heads: Mapping[str, BlobRef] = field(default_factory=dict)

@@ -51,6 +51,13 @@ class ModuleSubspace:
     private: Mapping[str, ModuleUpdate] = field(default_factory=dict)
     """Task id to its private part; none for a task whose update the basis holds."""
 
+    @property
+    def numbers(self) -> int:
+        """Numbers in both bases, in every task's coefficients, and in private parts."""
+        (n, d), ranks = self.basis.shape, self.basis.ranks
+        own = sum(update.numbers for update in self.private.values())
+        return n * ranks[0] + d * ranks[1] + sum(self.tasks.ranks) * sum(ranks) + own
+
 
 def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str, ModuleUpdate]:
     """One task's update as the subspace holds it, in canonical form, per module it adapts.

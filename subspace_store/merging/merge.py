@@ -19,7 +19,7 @@ from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merging.private_part import ROUNDED, Frame, divided
+from subspace_store.merging.private_part import ROUNDED, Frame, divided, rank_needed
 from subspace_store.merging.subspace_math import (
     SLACK,
     choose_ranks,
@@ -174,13 +174,17 @@ class Merge:
 
 
 def merge_adapters(
-    modules: Mapping[str, ModuleSubspace], adapters: Mapping[str, Adapter], settings: SubspaceSettings
+    modules: Mapping[str, ModuleSubspace],
+    adapters: Mapping[str, Adapter],
+    settings: SubspaceSettings,
+    sized: Collection[str] = (),
 ) -> Merge:
     """Merge one adapter, or several in one step, in memory.
 
     Args:
         modules: The subspace before; empty for the first merge.
         adapters: Task id to adapter, checked, with shapes that fit the modules that have a basis.
+        sized: Ids of earlier tasks whose adapters are sized: they lose nothing.
 
     Returns:
         The subspace after. Every old task's update is the orthogonal projection of what it was, as a full SVD of
@@ -200,7 +204,7 @@ def merge_adapters(
     tally.add_exact(exact)
     transports: dict[str, Transport] = {}
     arrivals: dict[str, TaskBlock] = {}
-    for name, merge in merge_modules(modules.get, adapters, settings):
+    for name, merge in merge_modules(modules.get, adapters, settings, sized):
         tasks, lost_T = merge.settle()
         tally.add(merge, lost_T)
         known = modules[name].private if name in modules else {}
@@ -222,8 +226,8 @@ def apart(
 ) -> tuple[dict[str, Adapter], dict[str, dict[str, ModuleUpdate]]]:
     """Divide adapters into what is to be merged and what is kept exactly, so that no merge needs to know of it.
 
-    Kept exactly are updates in the foundation, and adapters whose size was found by what their score needs: to keep
-    a share of their energy would take that from them.
+    Kept exactly are updates in the foundation; and where earlier tasks may lose a share of their energy (`share:
+    always`), adapters whose size was found by what their score needs.
 
     Returns:
         Task id to the adapter that is left, without tasks of which nothing is; and task id to the updates that are kept
@@ -233,7 +237,8 @@ def apart(
         return dict(adapters), {}
     left, exact = {}, {}
     for task, adapter in adapters.items():
-        kept = {name: u for name, u in adapter.modules.items() if u.foundation or adapter.is_sized}
+        is_exact = adapter.is_sized and settings.share == "always"
+        kept = {name: update for name, update in adapter.modules.items() if update.foundation or is_exact}
         if kept:
             exact[task] = kept
         if rest := {name: update for name, update in adapter.modules.items() if name not in kept}:
@@ -242,19 +247,24 @@ def apart(
 
 
 def merge_modules(
-    read: Callable[[str], ModuleSubspace | None], adapters: Mapping[str, Adapter], settings: SubspaceSettings
+    read: Callable[[str], ModuleSubspace | None],
+    adapters: Mapping[str, Adapter],
+    settings: SubspaceSettings,
+    sized: Collection[str] = (),
 ) -> Iterator[tuple[str, ModuleMerge]]:
     """Merge the changed modules, in the order of their names; a few at the same time, never all.
 
     Args:
         read: Gives a module as it was before, None if it has no basis yet. Called from threads.
+        sized: Ids of earlier tasks whose adapters are sized: they lose nothing.
     """
 
     def merge(name: str) -> ModuleMerge:
         incoming = {task: adapter.modules[name] for task, adapter in adapters.items() if name in adapter.modules}
         before = read(name) or empty_module(next(iter(incoming.values())).shape)
-        return merge_module(before, incoming, settings)
+        return merge_module(before, incoming, settings, sized)
 
+    sized = sized_among(adapters).union(sized)
     shapes = {name: update.shape for adapter in adapters.values() for name, update in adapter.modules.items()}
     names = sorted(shapes)
     yield from zip(names, in_order(merge, names, threads(sum(map(sum, shapes.values())))), strict=True)
@@ -265,42 +275,111 @@ def threads(rows: int) -> int:
     return min(os.cpu_count() or 1, MOST_THREADS) if rows > WIDE else 1
 
 
+def sized_among(adapters: Mapping[str, Adapter]) -> frozenset[str]:
+    """Ids of the tasks whose adapters have no more numbers than their scores need."""
+    return frozenset(task for task, adapter in adapters.items() if adapter.is_sized)
+
+
 def merge_module(
-    before: ModuleSubspace, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings
+    before: ModuleSubspace,
+    incoming: Mapping[str, ModuleUpdate],
+    settings: SubspaceSettings,
+    sized: Collection[str] = (),
 ) -> ModuleMerge:
-    """Merge the updates of one module: see `merge_adapters`."""
+    """Merge the updates of one module: see `merge_adapters`.
+
+    Args:
+        sized: Ids of tasks, new and earlier, that are promised all their energy.
+    """
     p_NK, q_DK = orthonormalise(before.basis.p_NK), orthonormalise(before.basis.q_DK)
     factors = _Factors.of(incoming, settings)
-    out = extend_basis(p_NK, before.basis.lam_out_K, *factors.stack_out())
-    inward = extend_basis(q_DK, before.basis.lam_in_K, *factors.stack_in())
+    # A sized task needs all its directions. Among them, others would keep more than they were promised.
+    stays = any(task in sized for task in before.tasks.task_ids)
+    out = extend_basis(p_NK, before.basis.lam_out_K, *factors.stack_out(), stays=stays)
+    inward = extend_basis(q_DK, before.basis.lam_in_K, *factors.stack_in(), stays=stays)
     to_full = Transport(out.transport_JK, inward.transport_JK)
     arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
+    share_T = _promised(arriving, settings, sized)
     cap = settings.rank_max
     is_full = _promises(settings) and max(len(arriving.e_KS), len(arriving.f_KS)) > cap
+    frame = Frame(out.directions_NJ, inward.directions_NJ)
     if is_full and _loses(before.tasks, to_full.split(cap, cap)[1]):
-        return _merge_in_place(before, to_full, arriving, Frame(out.directions_NJ, inward.directions_NJ), settings)
+        return _merge_in_place(before, to_full, arriving, frame, settings, share_T)
     if _misses_everybody(before.tasks, to_full, arriving, settings):
         inward = inward.ordered(_partners(before.tasks, to_full, arriving, settings))
         to_full = Transport(out.transport_JK, inward.transport_JK)
         arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
-    k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings)
-    frame = Frame(out.directions_NJ, inward.directions_NJ)
-    if is_full and _loses(before.tasks, to_full.split(k_out, k_in)[1]):
-        return _merge_in_place(before, to_full, arriving, frame, settings)
-    # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
-    basis = ModuleBasis(
-        out.directions_NJ[:, :k_out].float().contiguous(),
-        inward.directions_NJ[:, :k_in].float().contiguous(),
-        out.energy_J[:k_out].clone(),
-        inward.energy_J[:k_in].clone(),
-    )
-    spans = _first_directions(arriving, k_out, k_in)
-    new = _new_tasks(frame, arriving, arriving.first(k_out, k_in), spans, settings)
-    extended = ModuleMerge(basis, *to_full.split(k_out, k_in), new, before.tasks)
-    if _promises(settings) and settings.share == "if-it-pays" and before.tasks.task_ids:
-        same = _merge_in_place(before, to_full, arriving, frame, settings)
-        return extended if extended.numbers < same.numbers else same
-    return extended
+        frame = Frame(out.directions_NJ, inward.directions_NJ)
+
+    def extended(most: int) -> ModuleMerge:
+        k_out, k_in = _ranks(before.tasks, to_full, arriving, before.basis.shape, settings, share_T, sized, most)
+        # A reader finds the bases rounded to float32 and orthonormalised again: off by 6e-8, whatever is done here.
+        basis = ModuleBasis(
+            out.directions_NJ[:, :k_out].float().contiguous(),
+            inward.directions_NJ[:, :k_in].float().contiguous(),
+            out.energy_J[:k_out].clone(),
+            inward.energy_J[:k_in].clone(),
+        )
+        spans = _first_directions(arriving, k_out, k_in)
+        new = _new_tasks(frame, arriving, arriving.first(k_out, k_in), spans, settings, share_T)
+        return ModuleMerge(basis, *to_full.split(k_out, k_in), new, before.tasks)
+
+    chooses = _promises(settings) and settings.share == "if-it-pays"
+    if chooses and not any(before.basis.ranks) and len(incoming) > 1:
+        tried = [_seeded(before, incoming, settings, sized), *map(extended, _sizes(settings))]
+        return min(tried, key=lambda merge: merge.numbers)
+    largest = extended(cap)
+    ranks = largest.basis.ranks
+    if is_full and _loses(before.tasks, to_full.split(*ranks)[1]):
+        return _merge_in_place(before, to_full, arriving, frame, settings, share_T)
+    if not chooses or not before.tasks.task_ids:
+        return largest
+    same = _merge_in_place(before, to_full, arriving, frame, settings, share_T)
+    grows = ranks != before.basis.ranks and max(before.basis.ranks) < settings.seed_directions
+    return largest if grows or largest.numbers < same.numbers else same
+
+
+def _seeded(
+    before: ModuleSubspace, incoming: Mapping[str, ModuleUpdate], settings: SubspaceSettings, sized: Collection[str]
+) -> ModuleMerge:
+    """A group of tasks in a basis of the first ones alone, until it has `seed_directions`: what they would find that
+    came one by one and have nothing in common.
+
+    Args:
+        before: A module without a basis.
+    """
+    first: dict[str, ModuleUpdate] = {}
+    for task, update in incoming.items():
+        rank = update.rank if task in sized else rank_needed(update.sigma_R.double(), settings.energy_ratio_min)
+        total = sum(one.rank for one in first.values())
+        if total < settings.seed_directions and total + rank <= settings.rank_max:
+            first[task] = update.leading(rank)
+    p_NK, q_DK = (torch.zeros(size, 0, dtype=torch.float64) for size in before.basis.shape)
+    none = torch.zeros(0, dtype=torch.float64)
+    basis = empty_module(before.basis.shape).basis
+    if first:
+        factors = _Factors.of(first, settings)
+        out, inward = (
+            extend_basis(p_NK, none, *factors.stack_out()),
+            extend_basis(q_DK, none, *factors.stack_in()),
+        )
+        basis = ModuleBasis(
+            out.directions_NJ.float().contiguous(),
+            inward.directions_NJ.float().contiguous(),
+            out.energy_J,
+            inward.energy_J,
+        )
+    transport = Transport(*(torch.zeros(k, 0, dtype=torch.float64) for k in basis.ranks))
+    new = place_in_basis(basis, incoming, settings, tuple(incoming), sized)
+    return ModuleMerge(basis, transport, Transport(none[:, None], none[:, None]), new, before.tasks)
+
+
+def _sizes(settings: SubspaceSettings) -> list[int]:
+    """The sizes of a basis that are tried for a group of tasks at once: doubled from the smallest that is wanted."""
+    sizes = [min(settings.seed_directions, settings.rank_max)]
+    while sizes[-1] < settings.rank_max:
+        sizes.append(min(2 * max(1, sizes[-1]), settings.rank_max))
+    return sizes
 
 
 def _loses(tasks: ModuleTasks, dropped: Transport) -> bool:
@@ -320,8 +399,19 @@ def _promises(settings: SubspaceSettings) -> bool:
     return settings.beyond_rank_max == "private" and settings.variant == "canonical" and settings.rank_fixed is None
 
 
+def _promised(arriving: TaskBlock, settings: SubspaceSettings, sized: Collection[str]) -> Tensor:
+    """Share of its energy that each new task is promised."""
+    shares = [1.0 if task in sized else settings.energy_ratio_min for task in arriving.task_ids]
+    return torch.tensor(shares, dtype=torch.float64)
+
+
 def _merge_in_place(
-    before: ModuleSubspace, to_full: Transport, arriving: TaskBlock, frame: Frame, settings: SubspaceSettings
+    before: ModuleSubspace,
+    to_full: Transport,
+    arriving: TaskBlock,
+    frame: Frame,
+    settings: SubspaceSettings,
+    share_T: Tensor,
 ) -> ModuleMerge:
     """The merge where the basis stays as it is, so that no earlier task pays for it.
 
@@ -330,16 +420,22 @@ def _merge_in_place(
     Args:
         to_full: The basis in the frame.
         arriving: The new tasks in the frame.
+        share_T: Share of its energy that each of them is promised.
     """
     same = Transport(*(torch.eye(k, dtype=torch.float64) for k in before.basis.ranks))
     none = Transport(*(torch.zeros(0, k, dtype=torch.float64) for k in before.basis.ranks))
     held = arriving.moved(Transport(to_full.out.T, to_full.inward.T))
-    new = _new_tasks(frame, arriving, held, (to_full.out, to_full.inward), settings)
+    new = _new_tasks(frame, arriving, held, (to_full.out, to_full.inward), settings, share_T)
     return ModuleMerge(before.basis, same, none, new, before.tasks, stays=True)
 
 
 def _new_tasks(
-    frame: Frame, arriving: TaskBlock, held: TaskBlock, spans: tuple[Tensor, Tensor], settings: SubspaceSettings
+    frame: Frame,
+    arriving: TaskBlock,
+    held: TaskBlock,
+    spans: tuple[Tensor, Tensor],
+    settings: SubspaceSettings,
+    share_T: Tensor,
 ) -> Placed:
     """The new tasks in a chosen basis.
 
@@ -347,10 +443,11 @@ def _new_tasks(
         arriving: Their updates in the frame.
         held: Their coefficients in the basis.
         spans: The basis in the frame.
+        share_T: Share of its energy that each is promised.
     """
     # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
     missed_T = (held.delivered_T - held.kept()).clamp(min=0)
-    return _placed(frame, arriving, held, missed_T, spans, settings, held.task_ids if _promises(settings) else ())
+    return _placed(frame, arriving, held, missed_T, spans, share_T, held.task_ids if _promises(settings) else ())
 
 
 def place_in_basis(
@@ -358,11 +455,13 @@ def place_in_basis(
     incoming: Mapping[str, ModuleUpdate],
     settings: SubspaceSettings,
     may_be_private: Collection[str] = (),
+    sized: Collection[str] = (),
 ) -> Placed:
     """Write updates of one module in an unchanged basis.
 
     Args:
         may_be_private: Tasks that may have private parts, for what lies outside the basis.
+        sized: Tasks that are promised all their energy.
     """
     p_NK, q_DK = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
     factors = _Factors.of(incoming, settings)
@@ -376,9 +475,8 @@ def place_in_basis(
     (fresh_NC, e_CS), (fresh_DC, f_CS) = torch.linalg.qr(left_NC), torch.linalg.qr(right_DC)
     frame = Frame(torch.cat([p_NK, fresh_NC], dim=1), torch.cat([q_DK, fresh_DC], dim=1))
     arriving = replace(block, e_KS=torch.cat([block.e_KS, e_CS]), f_KS=torch.cat([block.f_KS, f_CS]))
-    return _placed(
-        frame, arriving, block, missed_T, _first_directions(arriving, *basis.ranks), settings, may_be_private
-    )
+    spans, share_T = _first_directions(arriving, *basis.ranks), _promised(block, settings, sized)
+    return _placed(frame, arriving, block, missed_T, spans, share_T, may_be_private)
 
 
 def _first_directions(arriving: TaskBlock, k_out: int, k_in: int) -> tuple[Tensor, Tensor]:
@@ -394,7 +492,7 @@ def _placed(
     held: TaskBlock,
     missed_T: Tensor,
     spans: tuple[Tensor, Tensor],
-    settings: SubspaceSettings,
+    share_T: Tensor,
     may_be_private: Collection[str],
 ) -> Placed:
     """Divide the updates between coefficients and private parts, so that the promises are kept.
@@ -404,16 +502,17 @@ def _placed(
         held: Their coefficients in the basis, float64.
         missed_T: Energy of each update outside the basis.
         spans: The basis in the frame.
+        share_T: Share of its energy that each is promised.
         may_be_private: Tasks that may have private parts.
     """
     private: dict[str, ModuleUpdate] = {}
     shared = list(held.task_ids)
     missed_T = missed_T.clone()
-    allowed_T = (1 - settings.energy_ratio_min + ROUNDED) * held.delivered_T
+    allowed_T = (1 - share_T + ROUNDED) * held.delivered_T
     for place, ((task, whole), (_, one)) in enumerate(zip(arriving.each(), held.each(), strict=True)):
         if task in may_be_private and missed_T[place] > allowed_T[place]:
             update, coefficients = (whole.e_KS, whole.f_KS), (one.e_KS, one.f_KS)
-            division = divided(frame, update, spans, coefficients, settings.energy_ratio_min)
+            division = divided(frame, update, spans, coefficients, float(share_T[place]))
             missed_T[place] = division.missed
             if division.update is not None:
                 private[task] = division.update
@@ -518,32 +617,45 @@ def _partners(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, setti
 
 
 def _ranks(
-    tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, shape: tuple[int, int], settings: SubspaceSettings
+    tasks: ModuleTasks,
+    to_full: Transport,
+    arrivals: TaskBlock,
+    shape: tuple[int, int],
+    settings: SubspaceSettings,
+    share_T: Tensor,
+    sized: Collection[str],
+    most: int,
 ) -> tuple[int, int]:
     """How many directions each side keeps: a fixed number, or the result of `choose_ranks` for all tasks.
 
-    A task is promised `energy_ratio_min` of its energy. `choose_ranks` is first run for the few tasks that are nearest
-    to this limit. Tasks for which the result breaks the promise are added and it is run again, until it breaks none.
-    This gives the same result as running it for all tasks.
+    A task is promised `energy_ratio_min` of its energy, a sized one all that it has. `choose_ranks` is first run for
+    the few tasks that are nearest to this limit. Tasks for which the result breaks the promise are added and it is run
+    again, until it breaks none. This gives the same result as running it for all tasks.
+
+    Args:
+        most: Most directions of a side.
     """
     most_out, most_in = len(arrivals.e_KS), len(arrivals.f_KS)
     fixed = settings.rank_max if settings.variant == "paper" else None
     if (fixed := settings.rank_fixed or fixed) is not None:
         return min(fixed, most_out), min(fixed, most_in)
-    cap_out, cap_in = min(settings.rank_max, most_out), min(settings.rank_max, most_in)
+    cap_out, cap_in = min(most, most_out), min(most, most_in)
     promised_T = settings.energy_ratio_min * tasks.delivered_T
+    if sized:
+        promised_T[[task in sized for task in tasks.task_ids]] = torch.inf
     kept_T, at_cap_T = tasks.kept(), None
     asked = set((kept_T - promised_T).argsort()[:TIGHTEST].tolist())
     while True:
-        old = tasks.only([tasks.task_ids[place] for place in sorted(asked)])
+        some = sorted(asked)
+        old = tasks.only([tasks.task_ids[place] for place in some])
         everyone = arrivals if old is None else TaskBlock.joined([old.moved(to_full), arrivals])
         k_out, k_in = choose_ranks(
             everyone.e_KS,
             everyone.f_KS,
             everyone.ranks,
             everyone.delivered_T,
-            energy_ratio_min=settings.energy_ratio_min,
-            rank_max=settings.rank_max,
+            torch.cat([promised_T[some], share_T * arrivals.delivered_T]),
+            rank_max=most,
             cost=shape,
         )
         if (k_out, k_in) == (cap_out, cap_in) or len(asked) == len(kept_T):

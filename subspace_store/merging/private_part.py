@@ -80,7 +80,7 @@ def divided(
     rest = thin_svd(
         torch.cat([left_JR - inside_JR, inside_JR], dim=1), torch.cat([right_JR, right_JR - q_JK @ f_KR], dim=1)
     )
-    ranks = [_rank_needed(sigma_R, allowed) for _, sigma_R, _ in (whole, rest)]
+    ranks = [_rank_beyond(sigma_R, allowed) for _, sigma_R, _ in (whole, rest)]
     if not ranks[1]:
         return Division(None, False, float(rest[1].square().sum()))
     is_whole = (ranks[0] - ranks[1]) * sum(frame.shape) < e_KR.numel() + f_KR.numel()
@@ -102,7 +102,12 @@ def with_private(shared: ModuleUpdate | None, private: ModuleUpdate | None) -> M
     return weighted_sum((shared, private), (1.0, 1.0))
 
 
-def _rank_needed(sigma_R: Tensor, allowed: float) -> int:
+def rank_needed(sigma_R: Tensor, energy_ratio_min: float) -> int:
+    """The fewest leading directions of an update that keep a promise."""
+    return _rank_beyond(sigma_R, (1 - energy_ratio_min + ROUNDED) * float(sigma_R.square().sum()))
+
+
+def _rank_beyond(sigma_R: Tensor, allowed: float) -> int:
     """The fewest leading directions beyond which at most `allowed` energy is lost."""
     tail_R = sigma_R.square().flip(0).cumsum(0).flip(0)  # tail_R[i]: lost if i directions are kept
     return int((tail_R > allowed).sum())

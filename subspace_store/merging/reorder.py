@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter
 from subspace_store.merging.basis import ModuleSubspace, reconstruct
-from subspace_store.merging.merge import merge_adapters
+from subspace_store.merging.merge import merge_adapters, sized_among
 from subspace_store.merging.variants import merge_all, relative_error
 
 
@@ -77,6 +77,7 @@ def reorder(
 
 def _one_by_one(adapters: Mapping[str, Adapter], order: Sequence[str], settings: SubspaceSettings) -> dict[str, float]:
     modules: Mapping[str, ModuleSubspace] = {}
+    sized = sized_among(adapters)
     for task in order:
-        modules = merge_adapters(modules, {task: adapters[task]}, settings).modules
+        modules = merge_adapters(modules, {task: adapters[task]}, settings, sized).modules
     return {task: relative_error(adapters[task].modules, reconstruct(modules, task)) for task in adapters}

@@ -69,7 +69,9 @@ class Extension:
         return Extension(self.directions_NJ[:, places_J], self.energy_J[places_J], self.transport_JK[places_J])
 
 
-def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C: Tensor) -> Extension:
+def extend_basis(
+    basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C: Tensor, *, stays: bool = False
+) -> Extension:
     """Left singular vectors of [P·√λ, X] without forming more than a (K+C)×(K+C) core.
 
     Args:
@@ -77,6 +79,7 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C:
         energy_K: λ, the squared singular values of everything merged before.
         columns_NC: X, the weighted columns that arrive, float64.
         size_C: Norm of the update that each column belongs to; rounding is relative to it, see `ROUNDING`.
+        stays: Whether the basis is wanted as it is, with what the columns add after it, strongest first.
 
     Returns:
         J ≤ K + C directions that span the basis and, of each column, everything above its rounding.
@@ -104,11 +107,18 @@ def extend_basis(basis_NK: Tensor, energy_K: Tensor, columns_NC: Tensor, size_C:
     core[count_K:, count_K:] = fresh_CF.T @ triangle_CC * size_C
     if core.numel() == 0:
         return Extension(basis_NK, energy_K, torch.eye(count_K, dtype=basis_NK.dtype))
-    turn_JJ, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
+    if stays:
+        fresh_FF, sigma_F, _ = torch.linalg.svd(core[count_K:], full_matrices=False)
+        turn_JJ = torch.eye(len(core), dtype=core.dtype)
+        turn_JJ[count_K:, count_K:] = fresh_FF
+        energy_J = torch.cat([core[:count_K].square().sum(dim=1), sigma_F.square()])
+    else:
+        turn_JJ, sigma_J, _ = torch.linalg.svd(core, full_matrices=False)
+        energy_J = sigma_J.square()
     # Transposed: a basis lies in memory column by column (`orthonormalise`), and this product takes half the time.
     fresh_JC = (fresh_CF @ turn_JJ[count_K:]).T
     directions_JN = torch.addmm(fresh_JC @ fresh_NC.T, turn_JJ[:count_K].T, basis_NK.T)
-    return Extension(directions_JN.T, sigma_J.square(), turn_JJ[:count_K].T)
+    return Extension(directions_JN.T, energy_J, turn_JJ[:count_K].T)
 
 
 def update_energy(update: ModuleUpdate) -> float:
@@ -132,20 +142,21 @@ def choose_ranks(
     f_JS: Tensor,
     ranks: Sequence[int],
     delivered_T: Tensor,
+    promised_T: Tensor,
     *,
-    energy_ratio_min: float,
     rank_max: int,
     cost: tuple[int, int],
 ) -> tuple[int, int]:
     """How many leading directions each side keeps.
 
-    Each task must keep min(energy_ratio_min · delivered, what rank_max directions per side can hold). So a task that
-    rank_max has already taken below its share in an earlier merge loses more only where rank_max forces it again.
+    Each task must keep min(promised, what rank_max directions per side can hold). So a task that rank_max has already
+    taken below its share in an earlier merge loses more only where rank_max forces it again.
 
     Args:
         e_JS, f_JS: Coefficients of all tasks in the full bases after the merge, strongest direction first.
         ranks: Rank of each task; they add up to S.
         delivered_T: ‖ΔW_i‖²_F of each task in this module.
+        promised_T: Energy that each is promised, of what it was delivered; infinite: all that it has.
         cost: Count of numbers that one direction of each side stores: (N, D).
 
     Returns:
@@ -156,8 +167,9 @@ def choose_ranks(
     """
     e_KS, f_KS = e_JS[:rank_max], f_JS[:rank_max]
     worst: Tensor | None = None
-    for kept_TKK, delivered_t in _kept_tables(e_KS, f_KS, ranks, delivered_T):
-        required_T = torch.minimum(kept_TKK[:, -1, -1], energy_ratio_min * delivered_t)
+    for kept_TKK, some in _kept_tables(e_KS, f_KS, ranks):
+        delivered_t = delivered_T[some]
+        required_T = torch.minimum(kept_TKK[:, -1, -1], promised_T[some])
         scale_T = torch.where(delivered_t > 0, delivered_t, torch.ones_like(delivered_t))
         spare_KK = ((kept_TKK - required_T[:, None, None]) / scale_T[:, None, None]).amin(dim=0)
         worst = spare_KK if worst is None else torch.minimum(worst, spare_KK)
@@ -198,11 +210,8 @@ def rounded_update(u_NR: Tensor, sigma_R: Tensor, v_DR: Tensor) -> ModuleUpdate:
     return ModuleUpdate(*(part.float().contiguous() for part in (u_NR, sigma_R, v_DR)))
 
 
-def _kept_tables(
-    e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int], delivered_T: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each chunk of tasks: table[i, a, b] = energy of task i in the leading a and b directions; delivered
-    energies."""
+def _kept_tables(e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int]) -> Iterator[tuple[Tensor, slice]]:
+    """For each chunk of tasks: table[i, a, b] = energy of task i in the leading a and b directions; their places."""
     column = 0
     for first in range(0, len(ranks), TASKS_PER_CHUNK):
         chunk = ranks[first : first + TASKS_PER_CHUNK]
@@ -212,7 +221,7 @@ def _kept_tables(
         squares_TKK = (e_TRK.mT @ f_TRK).square()
         kept_TKK = squares_TKK.new_zeros(len(chunk), len(e_KS) + 1, len(f_KS) + 1)
         kept_TKK[:, 1:, 1:] = squares_TKK.cumsum(dim=1).cumsum(dim=2)
-        yield kept_TKK, delivered_T[first : first + TASKS_PER_CHUNK]
+        yield kept_TKK, slice(first, first + len(chunk))
 
 
 def by_task(stack_KS: Tensor, ranks: Sequence[int]) -> Tensor:

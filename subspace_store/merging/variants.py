@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.merging.basis import ModuleSubspace, reconstruct
+from subspace_store.merging.basis import reconstruct
 from subspace_store.merging.merge import merge_adapters
 from subspace_store.merging.subspace_math import weighted_sum
 
@@ -69,7 +69,7 @@ def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: Subsp
     if variant in ("canonical", "paper"):
         modules = merge_adapters({}, adapters, settings.model_copy(update={"variant": variant})).modules
         updates = {task: reconstruct(modules, task) for task in adapters}
-        return Merged(updates, sum(map(_numbers, modules.values())), _errors(adapters, updates))
+        return Merged(updates, sum(module.numbers for module in modules.values()), _errors(adapters, updates))
     rank = settings.rank_fixed or settings.rank_max
     common = {
         name: ONE_FOR_ALL[variant](list(updates.values())).leading(rank)
@@ -121,12 +121,6 @@ def _by_module(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, ModuleUpd
     """Module to task to update, for the tasks that adapt it."""
     names = sorted({name for adapter in adapters.values() for name in adapter.modules})
     return {name: {task: a.modules[name] for task, a in adapters.items() if name in a.modules} for name in names}
-
-
-def _numbers(module: ModuleSubspace) -> int:
-    """Count of the numbers in both bases and in every task's coefficients."""
-    (n, d), (k_out, k_in) = module.basis.shape, module.basis.ranks
-    return n * k_out + d * k_in + sum(module.tasks.ranks) * (k_out + k_in)
 
 
 def _errors(adapters: Mapping[str, Adapter], found: Mapping[str, Mapping[str, ModuleUpdate]]) -> dict[str, float]:

@@ -1,16 +1,31 @@
 """A direction joins the shared basis where that stores fewer numbers, and only there."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, SubspaceStore, canonical_update
+from subspace_store.adapter import SIZED
+from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.merge import ModuleMerge, merge_adapters, merge_module
 from subspace_store.verify import verify
-from tests.subspace_store.builders import BASE, deltas, merged, opened, random_adapter, reading, relative_distance
+from tests.subspace_store.builders import (
+    BASE,
+    deltas,
+    merged,
+    opened,
+    random_adapter,
+    reading,
+    refined,
+    relative_distance,
+)
 
 SHAPES = {"layer.0.query": (96, 80), "layer.0.value": (64, 80)}
-PAYS = {"share": "if-it-pays", "energy_ratio_min": 0.98}
+PAYS: dict[str, Any] = {"share": "if-it-pays", "energy_ratio_min": 0.98, "seed_directions": 0}
 SHARED = 6
 
 
@@ -97,11 +112,15 @@ def numbers_of(merge: ModuleMerge) -> int:
     return basis.p_NK.numel() + basis.q_DK.numel() + settled.e_KS.numel() + settled.f_KS.numel() + own
 
 
-def test_a_first_group_makes_the_basis() -> None:
-    store = opened(**PAYS)
-    merged(store, {"a": random_adapter(1), "b": random_adapter(2)})
-    assert min(min(pair) for pair in store.ranks(1).values()) > 0
-    assert store.footprint(1).private_numbers == 0
+@pytest.mark.parametrize(("room", "in_basis"), [(0, 0), (4, 1), (5, 2), (8, 2), (9, 3), (32, 3)])
+def test_of_a_first_group_as_many_make_the_basis_as_are_needed_for_its_size(room: int, in_basis: int) -> None:
+    store = opened(**PAYS | {"seed_directions": room})
+    merged(store, {task: sized(random_adapter(seed, shapes=SHAPES)) for seed, task in enumerate("abc")})
+    assert set(store.ranks(1).values()) == {(4 * in_basis, 4 * in_basis)}
+    assert [task.private is None for task in store.state.tasks_at(1).values()].count(True) == in_basis
+    for seed, task in enumerate("abc"):
+        whole = deltas(random_adapter(seed, shapes=SHAPES))
+        assert relative_distance(deltas(store.adapter(task, 1)), whole, whole) < 1e-6
 
 
 def test_a_basis_that_stays_is_not_written_again_and_outlives_the_version_that_made_it() -> None:
@@ -122,3 +141,99 @@ def test_a_basis_that_stays_is_not_written_again_and_outlives_the_version_that_m
     for task, known in before.items():
         assert all(torch.equal(delta, known[name]) for name, delta in deltas(reader.adapter(task, 3)).items())
     assert verify(reader, deep=True) == []
+
+
+# Tasks whose size was found by what their score needs
+
+
+def sized(adapter: Adapter) -> Adapter:
+    return replace(adapter, info=dict(adapter.info) | {SIZED: "score"})
+
+
+def trained_in(bases: Mapping[str, ModuleBasis], seed: int, rank: int = 3) -> Adapter:
+    """An update inside the span of a basis, as coefficients trained in it are."""
+    draw, modules = torch.Generator().manual_seed(seed), {}
+    for name, basis in bases.items():
+        e_KR, f_KR = (torch.randn(k, rank, generator=draw) for k in basis.ranks)
+        modules[name] = canonical_update(basis.p_NK @ e_KR, (basis.q_DK @ f_KR).T, 0.1)
+    return Adapter(BASE, "", modules, {}, {SIZED: "score"})
+
+
+def seeded(directions: int) -> SubspaceStore:
+    """A store of three sized tasks of rank 4, the first of which made the basis."""
+    store = opened(**PAYS | {"seed_directions": directions})
+    for number in range(3):
+        merged(store, {f"t{number}": sized(random_adapter(number, shapes=SHAPES))})
+    return store
+
+
+def test_the_first_tasks_make_the_basis_and_are_kept_to_the_last_number() -> None:
+    store = seeded(5)
+    assert set(store.ranks(3).values()) == {(8, 8)}  # one task of rank 4 is too few, two are enough
+    assert [task.private is None for task in store.state.tasks_at(3).values()] == [True, True, False]
+    foot = store.footprint(3)
+    sides = sum(sum(shape) for shape in SHAPES.values())
+    assert (foot.basis_numbers, foot.private_numbers) == (8 * sides, 4 * sides)
+    for number in range(3):
+        whole = deltas(random_adapter(number, shapes=SHAPES))
+        assert relative_distance(deltas(store.adapter(f"t{number}", 3)), whole, whole) < 1e-6
+
+
+def test_what_is_trained_in_the_basis_costs_its_coefficients_alone_and_moves_nothing() -> None:
+    store = seeded(5)
+    before = store.footprint(3)
+    adapters = {f"in-{number}": trained_in(store.basis(3), number) for number in range(5)}
+    for task, adapter in adapters.items():
+        merged(store, {task: adapter})
+    foot = store.footprint(8)
+    assert (foot.basis_numbers, foot.private_numbers) == (before.basis_numbers, before.private_numbers)
+    assert foot.coefficient_numbers - before.coefficient_numbers == 5 * len(SHAPES) * 3 * (8 + 8)
+    assert store.state.versions[8].basis_versions  # the file of the version that made the basis
+    reader = reading(store.storage)
+    assert verify(reader, deep=True) == []
+    for task, adapter in adapters.items():
+        whole = deltas(adapter)
+        assert relative_distance(deltas(reader.adapter(task, 8)), whole, whole) < 1e-6
+    ops = [entry.op for entry in store.history() if entry.op.startswith("merge")]
+    assert ops == ["merge-private"] * 8  # an older release stops there, instead of taking from them in a merge
+
+
+def test_a_later_task_takes_nothing_from_a_sized_one_and_gets_no_more_than_it_was_promised() -> None:
+    store = opened(**PAYS | {"seed_directions": 40, "energy_ratio_min": 0.8})
+    adapters = {f"t{number}": random_adapter(number, shapes=SHAPES) for number in range(8)}
+    for number, (task, adapter) in enumerate(adapters.items()):
+        merged(store, {task: sized(adapter) if number % 3 == 1 else adapter})
+        errors = store.state.errors(number + 1)
+        for place, error in enumerate(errors.values()):
+            assert error < 1e-6 if place % 3 == 1 else 0.1 < error <= 0.2**0.5 + 1e-6
+    for task, adapter in adapters.items():
+        whole, error = deltas(adapter), store.state.errors(8)[task]
+        assert relative_distance(deltas(store.adapter(task, 8)), whole, whole) == pytest.approx(error, abs=1e-6)
+
+
+def test_a_refined_task_that_is_sized_keeps_all_it_was_trained_to() -> None:
+    store = seeded(5)
+    merged(store, {"in": trained_in(store.basis(3), 1)})
+    again = trained_in(store.basis(4), 2)
+    refined(store, {"in": again})
+    whole = deltas(again)
+    assert relative_distance(deltas(store.adapter("in", 5)), whole, whole) < 1e-6
+    assert store.state.tasks_at(5)["in"].private is None
+
+
+def test_removing_a_task_that_made_the_basis_leaves_those_that_were_trained_in_it_as_they_were() -> None:
+    store = seeded(5)
+    adapters = {f"in-{number}": trained_in(store.basis(3), number, rank=6) for number in range(6)}
+    for task, adapter in adapters.items():
+        merged(store, {task: adapter})
+    before = store.footprint(9).total_numbers
+    version = store.remove("t0", op_key="remove", actor="test")
+    assert version is not None
+    # The first of them brings the directions back that it needs, and the others find them there.
+    after = store.footprint(version.number)
+    assert (after.private_numbers, set(store.ranks(version.number).values())) == (0, {(12, 12)})
+    assert after.total_numbers < 1.2 * before
+    for task, adapter in adapters.items():
+        whole = deltas(adapter)
+        assert relative_distance(deltas(store.adapter(task, version.number)), whole, whole) < 1e-6
+    assert verify(store, deep=True) == []

@@ -19,9 +19,11 @@ from configs.settings import SubspaceSettings
 from configs.task_spec import TaskSpec
 from subspace_store import SubspaceStore
 from subspace_store.adapter import Adapter
+from subspace_store.log.version import StagedAdapter
 from subspace_store.storage.local import LocalStorage
 from tests.subspace_store.builders import BASE, deltas, foundation_adapter, fresh_storage, merged, random_adapter
 from tests.workers.test_deepspeed_engine import zero
+from tests.workers.test_share import outside
 from tests.workers.test_training import Desk
 from tests.workers.worker_builders import sentiment_rows, sentiment_task, task_of_kind
 from workers import training
@@ -39,7 +41,7 @@ COUNT = 400
 
 
 def task(**changes: Any) -> TaskSpec:
-    method = {"name": "auto", "foundation": 8} | changes.pop("method", {})
+    method = {"name": "auto", "directions": "foundation", "foundation": 8} | changes.pop("method", {})
     training = {"learning_rate": 0.05, "max_steps": 12} | changes.pop("training", {})
     return sentiment_task(method=method, training=training, lora={"r": 4}, **changes)
 
@@ -120,7 +122,7 @@ def test_where_every_cut_loses_the_adapter_stays_whole() -> None:
 
 def test_a_form_is_kept_only_where_the_rows_show_that_it_loses_no_more_than_is_allowed() -> None:
     def form(*losses: float) -> auto.Form:
-        return auto.Form("lora", 1.0, random_adapter(1), tuple(0.9 - loss for loss in losses * 50))
+        return auto.Form("lora", 1.0, random_adapter(1), 1, tuple(0.9 - loss for loss in losses * 50))
 
     best = form(0.0, 0.0)
     assert form(0.004, 0.004).is_as_good_as(best, 0.005)
@@ -138,26 +140,30 @@ def test_classes_are_compared_by_the_probability_of_the_right_one_whatever_the_m
     assert auto.validation_spec(task_of_kind("causal_lm", metric="rouge_l")).metric == "log_likelihood"
 
 
-def test_a_form_of_auto_is_kept_to_the_last_number_and_any_other_adapter_to_a_share_of_its_energy() -> None:
+@pytest.mark.parametrize("seed_directions", [0, 32], ids=["beside the basis", "in the basis"])
+def test_a_form_of_auto_is_kept_to_the_last_number_and_any_other_adapter_to_a_share_of_its_energy(
+    seed_directions: int,
+) -> None:
     whole = random_adapter(1)
     sized = auto.sized(whole, 0.95)
     assert sized.parameter_count < whole.parameter_count
-    settings = SubspaceSettings(energy_ratio_min=0.7)
+    settings = SubspaceSettings(energy_ratio_min=0.7, seed_directions=seed_directions)
     store = SubspaceStore.open(fresh_storage(), writer="test", base_model=BASE, settings=settings)
     merged(store, {"first": random_adapter(2)})
     merged(store, {"sized": sized})
-    merged(store, {"other": whole})
+    merged(store, {"other": random_adapter(4)})
     merged(store, {"last": random_adapter(3)})
     state = store.refresh()
     served = store.adapter("sized", 4)
     for name, update in sized.modules.items():
         assert torch.allclose(served.modules[name].delta(), update.delta(), atol=1e-6)
+    assert (state.tasks_at(4)["sized"].private is None) is (seed_directions > 0)
     errors = state.errors(4)
-    assert errors["sized"] == 0.0
+    assert errors["sized"] < 1e-6  # float32
     assert errors["other"] > 0.1
     again = store.remove("other", op_key="remove", actor="test")  # made again from what was delivered
     assert again is not None
-    assert store.refresh().errors(again.number)["sized"] == 0.0
+    assert store.refresh().errors(again.number)["sized"] < 1e-6
 
 
 # The candidates as runs
@@ -170,9 +176,9 @@ def test_both_are_trained_without_the_validation_rows_and_what_is_kept_once_more
     forms: list[auto.Form] = []
     candidates = auto.chosen
 
-    def seen(found: Any, score: Any, loss_max: float) -> Any:
+    def seen(found: Any, score: Any, loss_max: float, *others: Any) -> Any:
         asked.append(set(found))
-        kept, said = candidates(found, score, 0.2)  # enough for something to be cut off
+        kept, said = candidates(found, score, 0.2, *others)  # enough for something to be cut off
         forms.append(kept)
         return kept, said
 
@@ -285,6 +291,82 @@ def test_each_line_point_and_heartbeat_names_the_training_that_it_belongs_to(des
     alone = Desk("alone", train_count=COUNT)
     assert alone.train(tiny("bert"), task(method={"name": "lora"})).compared is None
     assert {p.candidate for beat in alone.heartbeats for p in beat.log_lines if isinstance(p, Point)} == {""}
+
+
+# Coefficients in the basis of main
+
+
+def published(desk: Desk, base: BaseModel) -> SubspaceStore:
+    """A store whose `main` holds one task, a LoRA of rank 4: four directions in every module."""
+    first = desk.train(base, sentiment_task(lora={"r": 4}, training={"learning_rate": 0.05}))
+    settings = SubspaceSettings(energy_ratio_min=1.0, seed_directions=4)
+    store = SubspaceStore.open(
+        desk.storage, settings=settings, writer="test", base_model=base.name, base_sha256=base.sha256
+    )
+    staged = StagedAdapter(task_id="t1", name="team-a/first", key=first.staging_key, sha256=first.adapter_sha256)
+    store.publish(store.merge([staged], op_key="m1", actor="test").number, op_key="p1", actor="test")
+    desk.heartbeats.clear()
+    return store
+
+
+def in_the_basis(**lora: Any) -> TaskSpec:
+    training = {"learning_rate": 0.05, "max_steps": 12}
+    return sentiment_task(method={"name": "auto"}, training=training, lora=lora)
+
+
+def test_what_was_trained_in_the_basis_of_main_costs_its_coefficients_and_is_kept_exactly(
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms: list[auto.Form] = []
+    choose = auto.chosen
+
+    def share_wins(found: Any, score: Any, loss_max: float, numbers: Any) -> Any:
+        assert set(found) == {"share", "lora"}
+        kept, said = choose({"share": found["share"]}, score, loss_max, numbers)
+        forms.append(kept)
+        return kept, said
+
+    monkeypatch.setattr(auto, "chosen", share_wins)
+    monkeypatch.setattr(auto, "WORTH_TRAINING_IN", 4)
+    base = tiny("bert")
+    store = published(desk, base)
+    trained = desk.train(base, in_the_basis(r=2), staging_key="staging/t2/1-a/adapter.safetensors")
+    assert (trained.method, trained.basis_version, trained.compared) == ("share", 1, ("share", "lora"))
+    basis, adapter, (form,) = store.basis(1), desk.staged(trained), forms
+    assert adapter.is_sized
+    assert form.numbers == sum(update.rank * 8 for update in form.adapter.modules.values())
+    for name, update in adapter.modules.items():
+        assert outside(update.delta(), basis[name]) < 1e-6
+    before = store.footprint(1).total_numbers
+    staged = StagedAdapter(task_id="t2", name="team-a/second", key=trained.staging_key, sha256=trained.adapter_sha256)
+    store.merge([staged], op_key="m2", actor="test")
+    task = store.state.tasks_at(2)["t2"]
+    assert (task.private, task.is_sized) == (None, True)
+    assert store.footprint(2).total_numbers - before == sum(8 * update.rank for update in adapter.modules.values())
+    served = store.adapter("t2", 2)
+    for name, update in adapter.modules.items():
+        assert torch.allclose(served.modules[name].delta(), update.delta(), atol=1e-6)
+
+
+def test_a_basis_with_few_directions_is_not_trained_in(desk: Desk, tiny: Tiny) -> None:
+    base = tiny("bert")
+    published(desk, base)
+    trained = desk.train(base, in_the_basis(r=2), staging_key="staging/t2/1-a/adapter.safetensors")
+    assert (trained.method, trained.compared) == ("lora", ("lora",))
+    assert "auto: no coefficients are trained, the basis of `main` has too few directions yet" in lines(desk)
+    points = [p for beat in desk.heartbeats for p in beat.log_lines if isinstance(p, Point)]
+    assert {point.method for point in points} == {"lora"}
+    assert trained.steps == 2 * 12
+
+
+def test_the_directions_that_count_are_those_of_the_layers_that_are_adapted() -> None:
+    ranks = {"query": (24, 25), "value": (40, 23)}
+    assert auto.is_large_enough(ranks, ("query", "value"))
+    assert not auto.is_large_enough(ranks, ("value", "key"))
+    adapter = random_adapter(1, rank=3)
+    (query, _), (value, other) = adapter.modules.items()
+    assert auto.numbers(adapter, {}) == adapter.numbers
+    assert auto.numbers(adapter, {query: (5, 7), value: (4, 0)}) == 3 * 12 + 3 * sum(other.shape)
 
 
 def test_one_candidate_means_that_only_the_size_is_found(desk: Desk, tiny: Tiny) -> None:

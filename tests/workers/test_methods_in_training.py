@@ -65,8 +65,8 @@ def test_a_method_trains_in_the_published_basis_and_says_what_it_trains(
     trained = train(desk, tiny("bert"), method)
     assert (trained.method, trained.basis_version) == (method, version)
     lines = [line for beat in desk.heartbeats for line in beat.log_lines]
-    # Bases of 4 directions and one column beside them: 2·(4 + 1)·4 + 2·32 = 104; LoRA: 4·64.
-    expected = {"lora": "lora: 256", "share": "share: 104", "codyra": "codyra: 260"}[method]
+    # Bases of 4 directions and one column beside them: (4 + 1)² + 2·32 = 89; LoRA: 4·64.
+    expected = {"lora": "lora: 256", "share": "share: 89", "codyra": "codyra: 260"}[method]
     assert any(line.startswith(f"{expected} trained numbers per module in 4 modules") for line in lines)
     assert all(update.energy > 0 for update in desk.staged(trained).modules.values())
 

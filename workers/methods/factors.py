@@ -36,21 +36,31 @@ class SpannedFactor(nn.Module):
     Args:
         basis_NK: Orthonormal, float32; never copied, never changed.
         columns_NC: Trained; may have no columns.
-        weight_JR: Coefficients, trained.
+        weight_JR: Coefficients.
         inward: Whether it is A, whose rows are the combinations, or B, whose columns are.
+        frozen: Whether the coefficients stay what they are.
     """
 
     basis_NK: Tensor
 
-    def __init__(self, basis_NK: Tensor, columns_NC: Tensor, weight_JR: Tensor, inward: bool, device: Any) -> None:
+    def __init__(
+        self,
+        basis_NK: Tensor,
+        columns_NC: Tensor,
+        weight_JR: Tensor,
+        inward: bool,
+        device: Any,
+        *,
+        frozen: bool = False,
+    ) -> None:
         super().__init__()
         self.inward = inward
-        self.reach = math.sqrt(len(basis_NK) / len(weight_JR))
+        self.reach = reach(len(basis_NK), len(weight_JR))
         # A buffer, which DeepSpeed neither partitions nor optimises. The one on the host, as leased, is kept too.
         self.register_buffer("basis_NK", basis_NK.to(device), persistent=False)
         self._exact_NK = basis_NK
         self.columns_NC = _parameter(columns_NC, device) if columns_NC.shape[1] else None
-        self.weight = _parameter(weight_JR, device)
+        self.weight = _parameter(weight_JR, device).requires_grad_(not frozen)
 
     @classmethod
     def holding(cls, factor_NR: Tensor, basis_NK: Tensor, inward: bool, device: Any) -> SpannedFactor:
@@ -59,8 +69,8 @@ class SpannedFactor(nn.Module):
         Args:
             factor_NR: B, or Aᵀ.
         """
-        reach = math.sqrt(len(basis_NK) / basis_NK.shape[1])
-        weight_KR = (basis_NK.double().T @ factor_NR.double() / reach).float()
+        scale = reach(len(basis_NK), basis_NK.shape[1])
+        weight_KR = (basis_NK.double().T @ factor_NR.double() / scale).float()
         return cls(basis_NK, basis_NK.new_empty(len(basis_NK), 0), weight_KR, inward, device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,6 +94,11 @@ class SpannedFactor(nn.Module):
         if columns_NC is not None:
             factor_NR = torch.addmm(factor_NR, columns_NC, weight_JR[count_K:])
         return factor_NR.T if self.inward else factor_NR
+
+
+def reach(size: int, directions: int) -> float:
+    """√(N/J), see `SpannedFactor`."""
+    return math.sqrt(size / directions)
 
 
 class GatedFactor(nn.Module):

@@ -148,7 +148,8 @@ def _stored_transposed(base: BaseModel, adapted: tuple[str, ...]) -> bool:
 
 def whole(model: Any) -> Any:
     """Under DeepSpeed stage 3 parameters are partitioned, and small ones only look whole: gather them."""
-    partitioned = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    own = (p for name, p in model.named_parameters() if p.requires_grad or ".lora_" in name)
+    partitioned = [parameter for parameter in own if hasattr(parameter, "ds_id")]
     if not partitioned:
         return contextlib.nullcontext()
     from workers.deepspeed_engine import gathered

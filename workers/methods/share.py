@@ -1,11 +1,23 @@
-"""Method `share`: directions are frozen, and a task's coefficients in them are trained: B = P·E and A = Fᵀ·Qᵀ.
+"""Method `share`: directions are frozen, and a task's coefficients in them are trained.
 
-In the foundation's directions (the default) nothing else is needed, and the merge keeps the coefficients as they are.
+In the learned directions of a leased basis (the default) the coefficients are a matrix C: ΔW = P·C·Qᵀ, as B = P·C and
+A = Qᵀ. With temporary columns beside the basis it is [P, P⁺]·C·[Q, Q⁺]ᵀ, and the columns are trained as well. The
+result is an adapter like any other; columns are merged, not thrown away, and a basis that has moved on since the lease
+does not matter. A module that the basis does not have (the first tasks of a subspace, new target modules) is trained as
+a plain LoRA.
 
-In the learned ones of a leased basis a few temporary columns beside it are trained as well: B = [P, P⁺]·E. Afterwards
-they are an adapter like any other; the columns are merged, not thrown away, and a basis that has moved on since the
-lease does not matter. A module that the basis does not have (the first tasks of a subspace, new target modules) is
-trained as a plain LoRA.
+Three tasks of eleven BANKING77 intents each, after six others had made the basis (one seed, 100 steps; on test rows):
+
+                                                numbers per module    probability of the right label    accuracy
+    LoRA r 8                                                 6,144                             0.872       0.942
+    C in 32 learned directions                               1,024                             0.884       0.953
+    E and F in 64 directions of the foundation, r 8          1,024                             0.763       0.902
+
+Started at the mean of the six tasks instead of at zero, C reached 0.891 and 0.949. With rows of A half as long as
+PEFT draws them it reached (from the mean) 0.875 and 0.946, with rows twice as long 0.884 and 0.944.
+
+In the foundation's directions nothing else is needed, and the merge keeps the coefficients as they are. There B = P·E
+and A = Fᵀ·Qᵀ, of the LoRA's rank.
 
 Source: Share (arXiv:2602.06043), phase 2, with all K directions trainable from the start.
 """
@@ -13,7 +25,7 @@ Source: Share (arXiv:2602.06043), phase 2, with all K directions trainable from 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +38,14 @@ from subspace_store.adapter import Adapter
 from subspace_store.merging.basis import ModuleBasis, foundation_basis
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, lora
-from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers, spanned
+from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers, reach, spanned
 
 TRAINS = True
 COLUMNS_SHARE = 4
 """At most K/4 temporary columns: the range in which the paper found them useful."""
+ROW = 3**-0.5
+"""Length of a row of A as PEFT draws it (kaiming_uniform with a = √5), and of a direction here: so that one learning
+rate moves ΔW as far under both."""
 
 
 def needs_basis(spec: TaskSpec) -> bool:
@@ -42,35 +57,46 @@ def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
-    """A PEFT model with coefficients in the place of A and B: ΔW = 0 at the start, because E = 0.
-
-    F is drawn so that A is as large as PEFT's own start. Both zero would be a saddle without gradient.
+    """A PEFT model with coefficients in the place of A and B. ΔW = 0 at the start.
 
     Raises:
         InvalidInput: More temporary columns than a quarter of every module's basis. Or see `lora`.
     """
     model = lora.prepare(base, spec)
-    put_into_span(model, spec, given.basis if needs_basis(spec) else _foundations(base, spec, lora_layers(model)))
+    if needs_basis(spec):
+        put_into_basis(model, spec, given.basis)
+    else:
+        _put_into_foundation(model, base, spec)
     return model
 
 
-def put_into_span(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) -> None:
+def put_into_basis(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) -> None:
     """Replace A and B by coefficients in every layer of a PEFT model for which there is a basis."""
     draw, layers = torch.Generator().manual_seed(spec.training.seed), lora_layers(model)
     found = {name: basis for name in layers if (basis := spanned(bases, name)) is not None}
-    if needs_basis(spec):
-        _check_columns(spec.method.temporary_columns, found)
+    _check_columns(spec.method.temporary_columns, found)
     for name, basis in found.items():
         layer = layers[name]
-        count_out, count_in = _temporary_columns(spec, basis) if needs_basis(spec) else (0, 0)
-        out_NC = _columns_beside(basis.p_NK, count_out, draw)
-        in_DC = _columns_beside(basis.q_DK, count_in, draw)
-        e_JR = torch.zeros(basis.ranks[0] + count_out, spec.lora.r)
-        f_JR = torch.empty(basis.ranks[1] + count_in, spec.lora.r)
-        f_JR.uniform_(-1, 1, generator=draw).div_(len(in_DC) ** 0.5)  # with the factor's reach: kaiming_uniform of A
+        count_out, count_in = _temporary_columns(spec, basis)
+        out_NC, in_DC = _columns_beside(basis.p_NK, count_out, draw), _columns_beside(basis.q_DK, count_in, draw)
+        j_out, j_in = basis.ranks[0] + count_out, basis.ranks[1] + count_in
         device = layer.lora_A[ADAPTER].weight.device
-        layer.lora_B[ADAPTER] = SpannedFactor(basis.p_NK, out_NC, e_JR, inward=False, device=device)
-        layer.lora_A[ADAPTER] = SpannedFactor(basis.q_DK, in_DC, f_JR, inward=True, device=device)
+        c_JJ, one_JJ = torch.zeros(j_out, j_in), torch.eye(j_in) * (ROW / reach(len(in_DC), j_in))
+        layer.lora_B[ADAPTER] = SpannedFactor(basis.p_NK, out_NC, c_JJ, inward=False, device=device)
+        layer.lora_A[ADAPTER] = SpannedFactor(basis.q_DK, in_DC, one_JJ, inward=True, device=device, frozen=True)
+
+
+def _put_into_foundation(model: Any, base: BaseModel, spec: TaskSpec) -> None:
+    """Replace A and B by coefficients in the foundation. E = 0; F is drawn so that A is as large as PEFT's own start.
+    Both zero would be a saddle without gradient."""
+    draw, shapes = torch.Generator().manual_seed(spec.training.seed), base.module_shapes(spec.kind)
+    for name, layer in lora_layers(model).items():
+        basis = foundation_basis(name, shapes[name], spec.method.foundation)
+        e_KR, f_KR = (torch.zeros(k, spec.lora.r) for k in basis.ranks)
+        f_KR.uniform_(-1, 1, generator=draw).div_(len(basis.q_DK) ** 0.5)  # with the factor's reach: kaiming_uniform
+        device, none = layer.lora_A[ADAPTER].weight.device, basis.q_DK.new_empty(0, 0)
+        layer.lora_B[ADAPTER] = SpannedFactor(basis.p_NK, none, e_KR, inward=False, device=device)
+        layer.lora_A[ADAPTER] = SpannedFactor(basis.q_DK, none, f_KR, inward=True, device=device)
 
 
 def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
@@ -83,11 +109,6 @@ def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHIN
     directions = spec.method.foundation
     modules = {name: replace(u.leading(directions), foundation=directions) for name, u in adapter.modules.items()}
     return replace(adapter, modules=modules)
-
-
-def _foundations(base: BaseModel, spec: TaskSpec, names: Iterable[str]) -> dict[str, ModuleBasis]:
-    shapes = base.module_shapes(spec.kind)
-    return {name: foundation_basis(name, shapes[name], spec.method.foundation) for name in names}
 
 
 def _check_columns(asked: int | None, bases: Mapping[str, ModuleBasis]) -> None:

@@ -79,6 +79,7 @@ SLOW = {
     "hold": ["why"],
     "withdraw": ["hold:1"],
     "remove": ["t3", "--yes"],
+    "compact": ["--yes"],
     "pin": ["3", "--owner", "ann"],
     "collect": ["--really"],
     "verify": [],
@@ -318,6 +319,7 @@ WRITES = {
     "expire": ["1", "--yes"],
     "drop-adapters": ["t1", "--yes"],
     "remove": ["t1", "--yes"],
+    "compact": ["--yes"],
 }
 """A command to arguments with which it writes a record."""
 
@@ -521,6 +523,27 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     assert "t2" in store.refresh().tasks_at(store.state.refs["main"])
     assert answer(run("remove", "team/t2", "--yes", "--json"))["version"] == 5
     assert list(store.refresh().tasks_at(store.state.refs["main"])) == ["t1", "t3"]
+
+
+def test_tasks_are_merged_at_once_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
+    shown = answer(run("compact", "--json"))
+    assert (shown["version"], shown["tasks"], shown["compacted"]) == (3, 3, False)
+    assert shown["numbers_before"] == store.footprint(3).total_numbers
+    assert f"{shown['numbers_after']:,} numbers instead of {shown['numbers_before']:,}" in run("compact").stderr
+    assert store.refresh().refs["main"] == 3
+    done = answer(run("compact", "--yes", "--json"))
+    key = "compact 3, time 1"
+    numbers = reading(store.storage).footprint(4).total_numbers
+    assert done == {
+        "version": 4, "numbers": numbers, "approximate": [], "compacted": True, "repeated": False, "op_key": key,
+    }  # fmt: skip
+    assert numbers == shown["numbers_after"]
+    assert store.refresh().refs == {"candidate": 4, "main": 4}
+    assert list(store.state.tasks_at(4)) == ["t1", "t2", "t3"]
+    assert "version 3 → 4: all tasks at once" in run("log").stdout
+    again = answer(run("compact", "--yes", "--op-key", key, "--json"))
+    assert (again["version"], again["repeated"], again["compacted"]) == (4, True, False)
+    assert "was done before under" in run("compact", "--op-key", key).stderr
 
 
 def test_removing_tells_of_every_task_that_was_merged_from_its_coefficients(run: Command, store: SubspaceStore) -> None:

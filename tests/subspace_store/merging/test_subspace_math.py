@@ -45,6 +45,26 @@ def test_extending_equals_the_svd_of_weighted_basis_and_columns(
     assert bool((energies.diff() <= 0).all())
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(n=st.integers(1, 12), k=st.integers(0, 6), c=st.integers(0, 6), inside=st.booleans(), seed=st.integers(0, 99))
+def test_a_basis_that_stays_is_followed_by_what_the_columns_add(
+    n: int, k: int, c: int, inside: bool, seed: int
+) -> None:
+    k = min(k, n)
+    basis, energy = orthonormal(n, k, seed), random(k, seed=seed + 1).square()
+    columns = basis @ random(k, c, seed=seed + 2) if inside else random(n, c, seed=seed + 2)
+    extension = extend_basis(basis, energy, columns, columns.norm(dim=0), stays=True)
+    directions, energies = extension.directions_NJ, extension.energy_J
+    assert torch.allclose(directions[:, :k], basis, atol=1e-12)
+    assert torch.allclose(extension.transport_JK, directions.T @ basis, atol=1e-12)
+    assert torch.allclose(directions.T @ directions, torch.eye(len(energies), dtype=torch.float64), atol=1e-9)
+    rest = columns - basis @ (basis.T @ columns)
+    assert torch.allclose(rest, directions[:, k:] @ (directions[:, k:].T @ rest), atol=1e-9)
+    held = (directions.T @ columns).square().sum(dim=1)
+    assert torch.allclose(energies, held + torch.cat([energy, torch.zeros(len(energies) - k).double()]), atol=1e-9)
+    assert bool((energies[k:].diff() <= 1e-12).all())
+
+
 def test_columns_almost_inside_the_span_do_not_spoil_orthogonality() -> None:
     basis = orthonormal(50, 8)
     columns = basis @ random(8, 3, seed=1) + 1e-6 * random(50, 3, seed=2)
@@ -97,7 +117,7 @@ def test_the_chosen_ranks_are_the_cheapest_of_all_that_keep_every_tasks_share(se
         return bool((torch.stack(parts) >= (ratio - 1e-12) * delivered).all())
 
     best = min(n * a + d * b for a, b in itertools.product(range(7), range(6)) if keeps(a, b))
-    a, b = choose_ranks(e, f, ranks, delivered, energy_ratio_min=ratio, rank_max=64, cost=(n, d))
+    a, b = choose_ranks(e, f, ranks, delivered, ratio * delivered, rank_max=64, cost=(n, d))
     assert keeps(a, b)
     assert n * a + d * b == best
 
@@ -106,18 +126,18 @@ def test_a_task_below_its_share_loses_nothing_more_unless_the_cap_forces_it() ->
     # One task, energy 1 in each of four directions, of eight delivered: below 90 % already.
     e = f = torch.eye(4, dtype=torch.float64)
     delivered = torch.tensor([8.0], dtype=torch.float64)
-    assert choose_ranks(e, f, (4,), delivered, energy_ratio_min=0.9, rank_max=64, cost=(1, 1)) == (4, 4)
-    assert choose_ranks(e, f, (4,), delivered, energy_ratio_min=0.9, rank_max=3, cost=(1, 1)) == (3, 3)
+    assert choose_ranks(e, f, (4,), delivered, 0.9 * delivered, rank_max=64, cost=(1, 1)) == (4, 4)
+    assert choose_ranks(e, f, (4,), delivered, 0.9 * delivered, rank_max=3, cost=(1, 1)) == (3, 3)
     # With 4 of 8 delivered and a share of one quarter, 2 of the 4 may go.
-    assert choose_ranks(e, f, (4,), delivered, energy_ratio_min=0.25, rank_max=64, cost=(1, 1)) == (2, 2)
+    assert choose_ranks(e, f, (4,), delivered, 0.25 * delivered, rank_max=64, cost=(1, 1)) == (2, 2)
 
 
 def test_more_tasks_than_one_chunk_give_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     e, f = random(6, 12, seed=3), random(6, 12, seed=4)
     ranks, delivered = (2, 3, 1, 4, 2), kept_energy(e, f, (2, 3, 1, 4, 2))
-    whole = choose_ranks(e, f, ranks, delivered, energy_ratio_min=0.8, rank_max=64, cost=(3, 2))
+    whole = choose_ranks(e, f, ranks, delivered, 0.8 * delivered, rank_max=64, cost=(3, 2))
     monkeypatch.setattr("subspace_store.merging.subspace_math.TASKS_PER_CHUNK", 2)
-    assert choose_ranks(e, f, ranks, delivered, energy_ratio_min=0.8, rank_max=64, cost=(3, 2)) == whole
+    assert choose_ranks(e, f, ranks, delivered, 0.8 * delivered, rank_max=64, cost=(3, 2)) == whole
 
 
 @pytest.mark.parametrize(("k_out", "k_in", "rank"), [(5, 4, 3), (2, 4, 3), (3, 1, 3), (0, 4, 3), (4, 4, 0)])
