@@ -16,6 +16,7 @@ in benchmarks/real_streams.py. --keep FOLDER: where trained adapters are kept (d
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -68,6 +69,37 @@ def main() -> None:
     known[name] = {"date": time.strftime("%Y-%m-%d")} | found
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(known[name], indent=1))
+    if isinstance(found["tasks"], list):
+        draw(found["tasks"], ROOT / "docs" / f"capacity-{name.replace('_', '-')}.png")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A stream of tasks: what all of them take together, task by task, and what each scores beside LoRA."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    places = range(1, len(rows) + 1)
+    sums = {
+        "LoRA of rank 8": [row["numbers_trained"] for row in rows],
+        "each LoRA alone, cut to what its score needs": [row["numbers_alone"] for row in rows],
+        "in the subspace": [row["numbers"] for row in rows],
+    }
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for label, numbers in sums.items():
+        left.plot(places, [total / 1e6 for total in itertools.accumulate(numbers)], label=label)
+    left.set(xlabel="tasks", ylabel="million numbers, heads aside")
+    left.legend(fontsize=8)
+    for kept in ("lora", "share"):
+        chosen = [row for row in rows if row["kept"] == kept]
+        points = [100 * (row["score"] - row["score_lora"]) for row in chosen]
+        label = {"lora": "kept as a LoRA", "share": "kept as coefficients in the basis"}[kept]
+        right.scatter([row["numbers"] for row in chosen], points, label=label, s=18)
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.set(xlabel="numbers that the task added", ylabel="points of accuracy beside LoRA of rank 8", xscale="log")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def sharing() -> dict[str, Any]:
