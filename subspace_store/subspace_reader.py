@@ -401,17 +401,27 @@ class SubspaceReader:
             return forecast(self._tensors, self.state, parent, adapters, self.settings)
 
     @strict
+    def coefficient_numbers(self, version: VersionNumber | None = None) -> dict[str, int]:
+        """Numbers of each task's coefficients in the basis of a version, default `main`; none for a task without any.
+        Reads no tensors."""
+        with self._reading(version) as number:
+            shapes = self._heads.shapes(number)
+            return {
+                task: sum(rank * sum(shapes[name][1]) for name, rank in layout)
+                for task, layout in self._heads.layouts(number).items()
+            }
+
+    @strict
     def footprint(self, version: VersionNumber | None = None) -> Footprint:
         """How many numbers serving a version needs, and separate LoRAs of the same tasks. Reads no tensors."""
         with self._reading(version) as number:
-            merged, columns = self.state.tasks_at(number).values(), self._heads.columns(number)
+            merged, coefficients = self.state.tasks_at(number).values(), self.coefficient_numbers(number)
             shapes = self._heads.shapes(number)
         return Footprint(
             number,
             len(merged),
             basis_numbers=sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in shapes.values()),
-            coefficient_numbers=sum(sum(shapes[name][1]) * count for name, count in columns.items())
-            + sum(task.foundation_count for task in merged),
+            coefficient_numbers=sum(coefficients.values()) + sum(task.foundation_count for task in merged),
             private_numbers=sum(task.private_count - task.foundation_count for task in merged),
             head_numbers=sum(task.head_count for task in merged),
             separate_numbers=sum(task.parameter_count for task in merged),

@@ -335,13 +335,16 @@ class Service:
         state = self._store.refresh()
         number = state.refs[MAIN] if request.version is None else request.version
         _check_version(state, number)
-        errors = state.errors(number)
+        errors, coefficients = state.errors(number), self._store.coefficient_numbers(number)
         line = [0, *(version.number for version in state.lineage(number))][-TREND_VERSIONS:]
         return {
             "version": number,
             "footprint": self._footprint(number),
             "rank_max": self._settings.subspace.rank_max,
-            "tasks": [views.task_size(task, errors[task_id]) for task_id, task in state.tasks_at(number).items()],
+            "tasks": [
+                views.task_size(task, errors[task_id], coefficients.get(task_id, 0))
+                for task_id, task in state.tasks_at(number).items()
+            ],
             "trend": [asdict(self._store.footprint(version)) for version in line if version not in state.expired],
         }
 

@@ -150,12 +150,17 @@ def task_in_version(state: SubspaceState, table: ScoreTable, number: int, task_i
     }
 
 
-def task_size(task: MergedTask, error: float) -> Json:
-    """What one task stores for itself, and how exactly a version holds it."""
+def task_size(task: MergedTask, error: float, coefficients: int) -> Json:
+    """What one task stores for itself, and how exactly a version holds it.
+
+    Args:
+        coefficients: Numbers of its coefficients in the basis.
+    """
     return {
         "task_id": task.task_id,
         "title": task.name,
         "separate_numbers": task.parameter_count,
+        "coefficient_numbers": coefficients,
         "private_numbers": task.private_count - task.foundation_count,
         "foundation_numbers": task.foundation_count,
         "error_at_birth": task.error_at_birth,

@@ -172,13 +172,14 @@ def capacity(answer: Json) -> None:
         console.print(f"version {answer['version']} holds no task: nothing is stored")
         return
     table = Table(box=None, pad_edge=False, title=f"What the tasks of version {answer['version']} store")
-    for name in ("task", "as a separate LoRA", "in the foundation", "private part", "error at birth", "error now"):
+    columns = ("task", "as a separate LoRA", "coefficients", "in the foundation", "private part")
+    for name in (*columns, "error at birth", "error now"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task in answer["tasks"]:
-        separate, private = task["separate_numbers"], task["private_numbers"]
+        separate = task["separate_numbers"]
         own = (
             f"{size_text(4 * numbers)} ({numbers / separate:.0%})" if numbers and separate else "–"
-            for numbers in (task["foundation_numbers"], private)
+            for numbers in (task[f"{name}_numbers"] for name in ("coefficient", "foundation", "private"))
         )
         table.add_row(
             shown(task["title"]), size_text(4 * separate), *own,

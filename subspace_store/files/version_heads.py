@@ -68,8 +68,9 @@ class VersionHeads:
             found[name] = (n, d), (k_out, k_in)
         return found
 
-    def columns(self, number: int) -> dict[str, int]:
-        """Every adapted module to the sum of its tasks' ranks there; a merge changes no task's rank.
+    def layouts(self, number: int) -> dict[str, list[tuple[str, int]]]:
+        """Every task that has coefficients to the modules in which it has them, each with its rank there; a merge
+        changes no task's rank.
 
         Cost:
             The heads of the coefficients' files since the last snapshot.
@@ -78,16 +79,14 @@ class VersionHeads:
             line = self.lineage(number)
             start = max((index for index, version in enumerate(line) if version.snapshot is not None), default=-1)
             snapshot = line[start].snapshot if start >= 0 else None
-            ranks = _ranks(self.file(snapshot, COEFFICIENTS)) if snapshot is not None else {}
+            layouts = _layouts(self.file(snapshot, COEFFICIENTS)) if snapshot is not None else {}
             self.fetch(line[start + 1 :], transports=False)
             for version in line[start + 1 :]:
+                for task in version.refined:  # it may be private altogether now
+                    layouts.pop(task.task_id, None)
                 for ref in coefficient_files(version):
-                    ranks |= _ranks(self.file(ref, COEFFICIENTS))
-        columns: dict[str, int] = {}
-        for layout in ranks.values():
-            for name, rank in layout:
-                columns[name] = columns.get(name, 0) + rank
-        return columns
+                    layouts |= _layouts(self.file(ref, COEFFICIENTS))
+        return layouts
 
     def basis_arrays(self, number: int, module: str) -> dict[str, np.ndarray[Any, Any]]:
         """P and Q of one module (`p`, `q`, float32), for a reader without torch. Their digest is checked."""
@@ -127,7 +126,7 @@ def task_layout(info: Mapping[str, Any], task: str) -> list[tuple[str, int]]:
     return [(name, rank) for name, rank in info["layouts"][info["tasks"][task]]]
 
 
-def _ranks(file: TensorFile) -> dict[str, list[tuple[str, int]]]:
+def _layouts(file: TensorFile) -> dict[str, list[tuple[str, int]]]:
     return {task: task_layout(file.info, task) for task in file.info["tasks"]}
 
 

@@ -201,6 +201,8 @@ def test_the_capacity_tells_what_each_task_stores_and_how_that_grew(site: Site) 
     assert found["trend"][-1].items() <= found["footprint"].items()
     assert {task["title"]: task["separate_numbers"] for task in found["tasks"]} == {"red/alpha": 80, "blue/beta": 80}
     assert sum(task["private_numbers"] for task in found["tasks"]) == found["footprint"]["private_numbers"] == 0
+    coefficients = sum(task["coefficient_numbers"] for task in found["tasks"])
+    assert coefficients == found["footprint"]["coefficient_numbers"] > 0
     assert found["rank_max"] == 64
     assert found["footprint"]["stored_bytes"] > found["footprint"]["basis_numbers"] * 4
     assert site.client.ask(ShowCapacity(version=0))["tasks"] == []

@@ -301,13 +301,17 @@ def test_the_status_says_in_a_line_what_is_stored() -> None:
 def test_the_capacity_tells_which_tasks_have_private_parts_and_counts_them_in_the_sum() -> None:
     sizes = {"basis_numbers": 1000, "coefficient_numbers": 500, "private_numbers": 250, "separate_numbers": 3500}
     footprint = {**sizes, "version": 2, "tasks": 2, "head_numbers": 0, "stored_bytes": 123_000}
-    task = {"task_id": "t", "separate_numbers": 1000, "error_at_birth": 0.1, "error": 0.1, "foundation_numbers": 0}
+    task = {
+        "task_id": "t", "separate_numbers": 1000, "error_at_birth": 0.1, "error": 0.1, "foundation_numbers": 0,
+        "coefficient_numbers": 75,
+    }  # fmt: skip
     answer = {
         "version": 2, "rank_max": 4, "footprint": footprint, "trend": [footprint],
         "tasks": [{**task, "title": "red/a", "private_numbers": 250}, {**task, "title": EVIL, "private_numbers": 0}],
     }  # fmt: skip
     text = printed(lambda: version_tables.capacity(answer))
     assert "1.00 KB (25%)" in text
+    assert "300 B (8%)" in text
     assert "what the basis (at most rank_max 4 directions) does not hold of 1 task is in private parts" in text
     assert "+ private parts 1.00 KB = 7.00 KB; as separate LoRAs 14.00 KB" in text
     assert "2.00× smaller with the basis" in text
