@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -185,14 +185,27 @@ def check_document(values: Any, kind: type[T], where: str, words: Words = Mappin
         made = kind.model_validate(values)
     except ValidationError as error:
         raise told(error, kind, where, words) from error
+    # `true` is 1 to Python, and nobody means that.
+    if truths := [(path, value) for path, value in _truths(values) if type(_at(made, path)) in (int, float)]:
+        lines = [f"{key_path(path)}: has to be a number, not {str(value).lower()}" for path, value in truths]
+        raise InvalidInput(_listed(lines), where, "correct the keys named above")
     unclear = [f"{key_path(path)}: {word}" for path, word in words.items() if _is_unclear(word, made, path)]
     if unclear:
         raise InvalidInput(_listed(unclear), where, "say which is meant")
     return made
 
 
-def _is_unclear(word: Word, made: Section, path: tuple[Any, ...]) -> bool:
-    """Whether other programs would make another value of the word at its place in the document."""
+def _truths(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], bool]]:
+    """Each `true` and `false` in a document, with its place."""
+    if isinstance(values, bool):
+        yield path, values
+    parts = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for part, value in parts:
+        yield from _truths(value, (*path, part))
+
+
+def _at(made: Section, path: tuple[Any, ...]) -> Any:
+    """The value at a place in a document; None where the document has none."""
     value: Any = made
     for part in path:
         if isinstance(value, Section):
@@ -202,6 +215,12 @@ def _is_unclear(word: Word, made: Section, path: tuple[Any, ...]) -> bool:
             value = value.get(part)
         else:
             value = value[part] if isinstance(value, list | tuple) and part < len(value) else None
+    return value
+
+
+def _is_unclear(word: Word, made: Section, path: tuple[Any, ...]) -> bool:
+    """Whether other programs would make another value of the word at its place in the document."""
+    value = _at(made, path)
     if isinstance(value, str):
         return not word.is_clear
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -62,7 +62,7 @@ NEXT_STEP: dict[AlarmCode, str] = {
     AlarmCode.NOT_WRITTEN: "look at what the storage says; what waits for it goes on by itself",
     AlarmCode.STORE_UNUSABLE: "correct what it says, then `onebasis down` and `onebasis up`",
     AlarmCode.STORE_SILENT: "it is replaced by itself when its lease ends, and by `onebasis up` at once",
-    AlarmCode.RAY_DOWN: "`onebasis up` starts it again; tasks go on from their checkpoints",
+    AlarmCode.RAY_DOWN: "`onebasis up` starts it again; tasks go on from their last checkpoints, or begin again",
     AlarmCode.WORKER_SILENT: "it is replaced by itself when its lease ends, and by `onebasis up` at once",
     AlarmCode.WORKER_SLOW: "a large model takes minutes; else look at what the machine does, and at the worker's log",
     AlarmCode.LOAD_FAILED: "correct what it says; it is tried again every 30 s, and after `onebasis down` and `up`",

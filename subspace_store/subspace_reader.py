@@ -358,8 +358,7 @@ class SubspaceReader:
 
         with self._reading(self.state.refs[CANDIDATE]) as number:
             tasks = self.state.tasks_at(number)
-            adapters = {id_: self._to_merge_again(task, number) for id_, task in tasks.items()}
-            merge = merge_adapters({}, adapters, self.settings)
+            merge = merge_adapters({}, self._held(number), self.settings)
             return CompactionPreview(
                 version=number,
                 tasks=len(tasks),
@@ -538,12 +537,13 @@ class SubspaceReader:
     def _to_merge_again(self, task: MergedTask, version: int) -> Adapter:
         """A task's adapter as it was delivered. If that is gone, as a version has it, and then to the last number, so
         that being merged again costs it nothing."""
-        from subspace_store.adapter import SIZED
-
         if task.adapter.key not in self.state.heads:
             return self._read_delivered(task)
-        adapter = self.adapter(task.task_id, version)
-        return replace(adapter, info=dict(adapter.info) | {SIZED: adapter.info.get(SIZED, "held")})
+        return _to_the_last_number(self.adapter(task.task_id, version))
+
+    def _held(self, version: int) -> dict[str, Adapter]:
+        """All tasks as a version holds them, to the last number."""
+        return {id_: _to_the_last_number(self.adapter(id_, version)) for id_ in self.state.tasks_at(version)}
 
     def _private(self, task: MergedTask, modules: Sequence[str] | None = None) -> dict[str, ModuleUpdate]:
         """A task's private parts, by module; only of these modules, where they are named."""
@@ -576,6 +576,13 @@ class SubspaceReader:
         except NotFound:
             head = self.state.heads[task.adapter.key]
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
+
+
+def _to_the_last_number(adapter: Adapter) -> Adapter:
+    """The same adapter, from which no merge takes anything."""
+    from subspace_store.adapter import SIZED
+
+    return replace(adapter, info=dict(adapter.info) | {SIZED: adapter.info.get(SIZED, "held")})
 
 
 def rollback_preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:

@@ -189,11 +189,11 @@ class SubspaceStore(Refs):
 
     @strict
     def compact(self, *, op_key: Line, actor: Line, publish: bool = False) -> Version:
-        """Merge all tasks of the candidate at once, from the adapters as they were delivered: the cheapest basis for
-        them together, in place of the one that grew task by task. It becomes the candidate.
+        """Merge all tasks of the candidate at once: the cheapest basis for them together, in place of the one that grew
+        task by task. It becomes the candidate.
 
-        Every task keeps its promise. Where an adapter as delivered is gone, the task is kept as the candidate has it
-        now, and the version names it in `approximate`. The versions before stay until they expire.
+        No task moves: each is held to the last number as the candidate held it, so its scores and its error stay what
+        they are, and no later merge takes anything from it. The versions before stay until they expire.
 
         Args:
             publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`
@@ -229,8 +229,21 @@ class SubspaceStore(Refs):
         known = self._done(step_key, fold.asked(fold.MERGE))
         if known is not None and known not in self.state.expired:
             return known
-        arrivals = [self._again(task, candidate) for task in self.state.tasks_at(candidate).values()]
+        held, errors = self.state.tasks_at(candidate), self.state.errors(candidate)
+        adapters = self._held(candidate)
+        arrivals = [Arrival(id_, task.name, adapters[id_], task.adapter) for id_, task in held.items()]
         written = write_version(replace(self._draft(0, arrivals), remakes=candidate))
+        added = [
+            replace(
+                task,
+                delivered_energy=held[task.task_id].delivered_energy,
+                error_at_birth=errors[task.task_id],
+                rank_total=held[task.task_id].rank_total,
+                parameter_count=held[task.task_id].parameter_count,
+            )
+            for task in written.version.added
+        ]
+        written = replace(written, version=replace(written.version, added=tuple(added)))
         return self._step(written, step_key if known is None else "", actor)
 
     def _step(self, written: Written, key: str, actor: str) -> int:

@@ -270,8 +270,9 @@ class _Attempt:
                 if isinstance(error, OutOfMemory) and group.rank.size > 1:
                     raise
                 self.warnings += (f"auto kept what was trained without the validation rows; with them: {error}",)
-        run = replace(run, first_step_at=began, steps=steps)
-        return self._adopt(attempt, (auto.sized(adapter, share), run))
+        run, kept_adapter = replace(run, first_step_at=began, steps=steps), auto.sized(adapter, share)
+        self._say(f"auto: {auto.numbers(kept_adapter, attempt.leased):,} numbers are kept")
+        return self._adopt(attempt, (kept_adapter, run))
 
     def _worth_a_race(self) -> tuple[str, ...]:
         """The candidates of `auto`, without `share` as long as the basis is too small to train a task in."""

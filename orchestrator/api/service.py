@@ -336,7 +336,7 @@ class Service:
         number = state.refs[MAIN] if request.version is None else request.version
         _check_version(state, number)
         errors, coefficients = state.errors(number), self._store.coefficient_numbers(number)
-        line = [0, *(version.number for version in state.lineage(number))][-TREND_VERSIONS:]
+        line = [0, *(version.number for version in state.history(number))][-TREND_VERSIONS:]
         return {
             "version": number,
             "footprint": self._footprint(number),

@@ -103,7 +103,7 @@ def _end_what_stands_still(settings: Settings, state_dir: Path, say: Say) -> Non
     if settings.ray.address != "local":
         return  # its machines are not the service's; the control plane replaces its own actors
     if (state_dir / ADDRESS_FILE).exists() and (trouble := ray_trouble(state_dir)):
-        say(f"Ray does not work: {trouble}. Ending what is left of it; tasks go on from their checkpoints")
+        say(f"Ray does not work: {trouble}. Ending what is left; tasks go on from a checkpoint or begin again")
         if (server := running_server(state_dir)) is not None:
             _kill_server(server)  # on SIGTERM it would wait for the cluster that is not there
         _end_ray(state_dir, 0.0)

@@ -37,7 +37,8 @@ def versions(answer: Sequence[Json]) -> None:
             console.print(f"version {row['version']} was rejected: {shown(row['reason'])}", soft_wrap=True)
         if row["remakes"]:
             without = shown(", ".join(row["removed"]))
-            console.print(f"version {row['version']} is version {row['remakes']} without {without}", soft_wrap=True)
+            how = f"without {without}" if without else "with all tasks merged at once"
+            console.print(f"version {row['version']} is version {row['remakes']} {how}", soft_wrap=True)
 
 
 def version(answer: Json) -> None:

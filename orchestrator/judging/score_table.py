@@ -43,18 +43,15 @@ class ScoreTable:
 
 
 def score_table(state: SubspaceState, version: int, drift_max: float) -> ScoreTable:
-    """The table of a version and its ancestors.
+    """The table of a version and those before it.
 
     Args:
         drift_max: A score is carried over while the task's accumulated relative drift since it was measured is
             below this.
     """
-    cells: dict[int, Mapping[str, Cell]] = {}
-    tasks: list[str] = []
-    for row, known in _along(state, version, drift_max):
-        cells[row.number] = known.cells()
-        tasks += [task.task_id for task in row.added]
-    return ScoreTable(tuple(cells), tuple(tasks), state.births(version), cells)
+    cells = {row.number: known.cells() for row, known in _along(state, version, drift_max)}
+    births = state.births(version)
+    return ScoreTable(tuple(cells), tuple(births), births, cells)
 
 
 def newest_scores(state: SubspaceState, version: int, drift_max: float) -> Mapping[str, Cell]:
@@ -86,10 +83,14 @@ class _Known:
 
 
 def _along(state: SubspaceState, version: int, drift_max: float) -> Iterator[tuple[Version, _Known]]:
-    """The versions of a lineage, oldest first, and what is known then: one object, which changes."""
+    """The versions of a history, oldest first, and what is known then: one object, which changes."""
     tasks: list[str] = []
     known = _Known(drift_max)
-    for row in state.lineage(version):
+    for row in state.history(version):
+        if not row.parent:
+            tasks = []
+            if not row.is_compaction:  # else all tasks are what they were
+                known.last.clear()
         # The drifts of a row are those of the tasks that were there before, in the order in which they came.
         for task_id, drift in zip(tasks, row.drift, strict=bool(row.drift)):
             known.drifted[task_id] = known.drifted.get(task_id, 0.0) + drift

@@ -368,7 +368,7 @@ def compact(
 ) -> None:
     """Merge all tasks at once, for the basis that stores them in the fewest numbers, and move `main` there.
 
-    Every task keeps its promise. The gate does not judge it; a service scores every task right after, and `onebasis
+    No task moves: what the version before held of it is held to the last number, so its scores stay valid. `onebasis
     rollback` goes back.
     """
     place = place_of(store, state_dir)
@@ -379,15 +379,15 @@ def compact(
     if not repeated:
         if not candidate:
             raise NotFound("there are no tasks yet", place.storage.url, "merge tasks first")
-        if not yes:
-            with telling(f"merging the tasks of version {candidate} at once, in memory"):
-                found = reader.preview_compact()
-            saved = 1 - found.numbers_after / found.numbers_before if found.numbers_before else 0.0
+        with telling(f"merging the tasks of version {candidate} at once, in memory"):
+            found = reader.preview_compact()
+        saved = found.numbers_before - found.numbers_after
+        if not yes or saved <= 0:
             text = (
                 f"{counted(found.tasks, 'task')} of version {candidate} would take {found.numbers_after:,} numbers "
                 f"instead of {found.numbers_before:,}, with at most {found.rank_max} directions in a module"
             )
-            text += f": {saved:.0%} less (--yes does it)" if saved >= 0.005 else ": nothing is gained"
+            text += f": {saved:,} less (--yes does it)" if saved > 0 else ": nothing is gained, and nothing is done"
             show(asdict(found) | {"compacted": False}, lambda _: note(text), as_json)
             return
         asked = f"compact {candidate}"
@@ -401,7 +401,6 @@ def compact(
     answer = {
         "version": number,
         "numbers": foot.total_numbers,
-        "approximate": list(after.state.versions[number].approximate),
         "compacted": not repeated,
         "repeated": repeated,
         "op_key": op_key,

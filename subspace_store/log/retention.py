@@ -177,7 +177,7 @@ def named_by(state: SubspaceState, version: int, now: float) -> list[str]:
 
 
 def expirable(state: SubspaceState, keep_last: int, now: float) -> list[int]:
-    """Versions that may expire: rejected ones, and those older than the newest `keep_last` of `main`'s lineage, unless
+    """Versions that may expire: rejected ones, and those older than the newest `keep_last` of `main`'s history, unless
     a branch, a tag or a pin names them.
 
     Args:
@@ -186,7 +186,7 @@ def expirable(state: SubspaceState, keep_last: int, now: float) -> list[int]:
     """
     if keep_last < 1:
         raise InvalidInput(f"keep_last is {keep_last}", todo="keep at least one version")
-    kept = state.lineage(state.refs[MAIN])[-keep_last:]
+    kept = state.history(state.refs[MAIN])[-keep_last:]
     oldest = kept[0].number if kept else 0
     old = (n for n in sorted(state.versions) if n < oldest or n in state.rejected)
     return [n for n in old if n not in state.expired and not named_by(state, n, now)]

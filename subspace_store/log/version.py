@@ -160,6 +160,11 @@ class Version:
     refined: tuple[MergedTask, ...] = ()
 
     @property
+    def is_compaction(self) -> bool:
+        """Whether it holds the tasks of another version, merged at once; none of them moved."""
+        return not self.parent and self.remakes is not None and not self.removed
+
+    @property
     def brought(self) -> tuple[MergedTask, ...]:
         """The tasks whose adapters and coefficients this version's own record names."""
         return (*self.added, *self.refined)
@@ -264,6 +269,16 @@ class SubspaceState:
             number = line[-1].parent
         return tuple(reversed(line))
 
+    def history(self, number: int) -> tuple[Version, ...]:
+        """The lineage, and before a compaction the versions that it put into one: what the tasks went through."""
+        line = self.lineage(number)
+        if not line:
+            return line
+        first = line[0]
+        while first.removed and first.remakes is not None:  # a removal made it again
+            first = self.versions[first.remakes]
+        return (*self.history(first.remakes), *line) if first.is_compaction and first.remakes else line
+
     def tasks_at(self, number: int) -> dict[str, MergedTask]:
         """The tasks that a version holds, oldest first; of one that was refined, the newest entry in its old place."""
         return {task.task_id: task for version in self.lineage(number) for task in version.brought}
@@ -272,11 +287,12 @@ class SubspaceState:
         """Task id to the version that was the first to be judged by its score, of all tasks that a version holds: the
         one that brought it, or the refinement that was made of that one before anybody scored it."""
         births: dict[str, int] = {}
-        for version in self.lineage(number):
+        for version in self.history(number):
             replaces = version.refined and not self.scores.get(version.parent)
             unjudged = self.versions[version.parent].added if replaces else ()
-            births |= {task.task_id: version.number for task in (*unjudged, *version.added)}
-        return births
+            births |= {task.task_id: version.number for task in unjudged}
+            births |= {task.task_id: version.number for task in version.added if task.task_id not in births}
+        return {task_id: births[task_id] for task_id in self.tasks_at(number)}
 
     def drift(self, number: int) -> dict[str, float]:
         """Task id to how far the merge of a version moved it, for every task that was there before."""

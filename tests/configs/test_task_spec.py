@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -129,3 +130,13 @@ def test_a_default_that_follows_a_wrong_field_is_no_mistake_of_its_own() -> None
     assert "name:" in str(caught.value)
     assert "metric" not in str(caught.value)
     assert "default factory" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("training", "max_steps"), ("training", "learning_rate"), ("lora", "r"), ("", "priority")]
+)
+def test_true_is_no_number(section: str, key: str) -> None:
+    values: dict[str, Any] = {key: True} if not section else {section: {key: True}}
+    with pytest.raises(InvalidInput, match="has to be a number, not true") as caught:
+        check_document(task_document(**values), TaskSpec, "task.yaml")
+    assert key in str(caught.value)

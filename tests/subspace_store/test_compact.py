@@ -11,7 +11,7 @@ import pytest
 from configs.errors import Conflict, InvalidInput
 from subspace_store import Adapter, SubspaceStore
 from subspace_store.adapter import SIZED
-from subspace_store.log.version import CANDIDATE, MAIN, TaskScore
+from subspace_store.log.version import CANDIDATE, MAIN
 from subspace_store.verify import verify
 from tests.subspace_store.builders import (
     crash_at_merge,
@@ -73,19 +73,25 @@ def test_tasks_that_have_nothing_in_common_take_no_more_than_before() -> None:
     assert set(store.ranks(version.number).values()) == {(4, 4)}  # the first task's
 
 
-def test_what_a_sized_task_or_one_without_its_adapter_has_is_kept_to_the_last_number() -> None:
+def test_no_task_moves_and_none_forgets_what_it_was_promised() -> None:
     adapters = {f"t{number}": random_adapter(number, shapes=SHAPES) for number in range(5)}
     adapters["t1"] = replace(adapters["t1"], info={SIZED: "score"})
     store = filled(adapters)
     store.drop_adapters(["t2", "t3"], op_key="d", actor="test")
-    before = {task: deltas(store.adapter(task, 5)) for task in adapters}
-    version = store.compact(op_key="c", actor="test")
-    assert version.approximate == ("t2", "t3")
-    for task in ("t1", "t2", "t3"):
-        assert relative_distance(deltas(store.adapter(task, version.number)), before[task], before[task]) < 1e-6
-    again = store.compact(op_key="again", actor="test")
-    for task in ("t1", "t2", "t3"):
-        assert relative_distance(deltas(store.adapter(task, again.number)), before[task], before[task]) < 1e-6
+    before, errors = {task: deltas(store.adapter(task, 5)) for task in adapters}, store.state.errors(5)
+    store = opened(store.storage, **PAYS | {"energy_ratio_min": 0.5})  # of what will be merged from now on
+    for key in ("c", "again"):
+        version = store.compact(op_key=key, actor="test")
+        assert version.approximate == ()
+        assert store.state.errors(version.number) == pytest.approx(errors)
+        for task in adapters:
+            now = deltas(store.adapter(task, version.number))
+            assert relative_distance(now, before[task], before[task]) < 1e-6
+    merged(store, {"later": random_adapter(9, shapes=SHAPES)})
+    for task in adapters:
+        now = deltas(store.adapter(task, store.state.refs[CANDIDATE]))
+        assert relative_distance(now, before[task], before[task]) < 1e-6
+    assert verify(store, deep=True) == []
 
 
 def test_it_is_the_candidate_and_main_follows_if_asked_and_a_rollback_goes_back() -> None:
@@ -94,7 +100,8 @@ def test_it_is_the_candidate_and_main_follows_if_asked_and_a_rollback_goes_back(
     assert (version.parent, version.remakes, version.number) == (0, 4, 5)
     assert store.state.refs == {CANDIDATE: 5, MAIN: 5}
     assert store.state.compacted == (1, 2, 3, 4)
-    store.record_scores(5, [TaskScore(task_id="other", score=0.5, count=9)], op_key="s", actor="test")
+    assert [v.number for v in store.state.history(5)] == [1, 2, 3, 4, 5]
+    assert store.state.births(5) == {"other": 1, "same-0": 2, "same-1": 3, "same-2": 4}
     later = merged(store, {"new": random_adapter(9, shapes=SHAPES)})
     assert later.parent == 5
     store.reject(later.number, "the gate", op_key="r", actor="test")
@@ -144,7 +151,7 @@ def test_a_task_that_is_removed_afterwards_leaves_the_others_as_they_were() -> N
     store.compact(op_key="c", actor="test", publish=True)
     version = store.remove("same-1", op_key="r", actor="test")
     assert version is not None
-    assert set(store.state.tasks_at(version.number)) == {"other", "same-0", "same-2"}
+    assert store.state.births(version.number) == {"other": 1, "same-0": 2, "same-2": 4}
     assert verify(store, deep=True) == []
 
 

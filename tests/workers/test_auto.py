@@ -188,7 +188,9 @@ def test_both_are_trained_without_the_validation_rows_and_what_is_kept_once_more
     adapter = desk.staged(trained)
     assert asked == [{"share", "lora"}]
     said = [line for line in lines(desk) if line.startswith("auto: ")]
-    assert len(said) == 4
+    assert len(said) == 5
+    assert sum("; it loses 0." in line for line in said[:2]) == 1  # the other one is the best
+    assert said[4] == f"auto: {adapter.numbers:,} numbers are kept"
     assert said[2].startswith(f"auto: {trained.method}, cut to ")
     assert said[3] == f"auto: {trained.method} is trained once more, on all {COUNT} rows"
     assert adapter.is_sized

@@ -69,11 +69,15 @@ class Form:
         """Its score on the validation rows."""
         return statistics.fmean(self.per_row)
 
+    def loss(self, best: Form) -> tuple[float, float]:
+        """What it loses against another form, and one standard error of that."""
+        losses = [theirs - ours for theirs, ours in zip(best.per_row, self.per_row, strict=True)]
+        return statistics.fmean(losses), statistics.stdev(losses) / math.sqrt(len(losses))
+
     def is_as_good_as(self, best: Form, loss_max: float) -> bool:
         """Whether it is shown to lose no more than is allowed."""
-        losses = [theirs - ours for theirs, ours in zip(best.per_row, self.per_row, strict=True)]
-        doubt = DOUBT * statistics.stdev(losses) / math.sqrt(len(losses))
-        return statistics.fmean(losses) + doubt <= loss_max
+        loss, error = self.loss(best)
+        return loss + DOUBT * error <= loss_max
 
 
 def among(report: Report, name: str, place: int, count: int) -> Report:
@@ -164,10 +168,13 @@ def chosen(
     fits = partial(Form.is_as_good_as, best=best, loss_max=loss_max)
     smallest = [_smallest(one, form, fits) for one in whole.values() if fits(one)]
     kept = min(smallest, key=lambda one: (one.numbers, -one.score))
-    lines = [
-        f"auto: {one.method} scores {one.score:.4f} on the validation rows with {one.numbers:,} numbers"
-        for one in whole.values()
-    ]
+    lines = []
+    for one in whole.values():
+        said = f"auto: {one.method} scores {one.score:.4f} on the validation rows with {one.numbers:,} numbers"
+        if one is not best:
+            loss, error = one.loss(best)
+            said += f"; it loses {loss:.4f} ±{error:.4f}, and at most {loss_max} may be lost in all"
+        lines.append(said)
     said = f"auto: {kept.method}, cut to {kept.numbers:,} numbers, scores {kept.score:.4f} there"
     return kept, (*lines, said)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.judging.score_table import Cell, evaluations_due, score_table
-from tests.orchestrator.tables import state, version
+from tests.orchestrator.tables import Drifts, state, version
 
 NAN = math.nan
 
@@ -45,6 +46,21 @@ def test_measuring_again_starts_the_sum_anew() -> None:
         {1: {"a": 0.8}, 2: {"a": 0.7}},
     )
     assert score_table(log, 3, drift_max=0.1).cells[3]["a"] == Cell(0.7, 100, 2)
+
+
+def test_a_compaction_moves_no_task_and_a_removal_from_it_is_measured_anew() -> None:
+    compact = replace(version(3, 0, ["a", "b"])[0], remakes=2), {}
+    without = replace(version(4, 0, ["b"])[0], remakes=3, removed=("a",)), {}
+    scores = {1: {"a": 0.8}, 2: {"b": 0.6}}
+    versions: list[Drifts] = [version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 0.01}), compact, without]
+    log = state(versions, scores)
+    table = score_table(log, 3, drift_max=0.1)
+    assert (table.versions, table.tasks, table.birth) == ((1, 2, 3), ("a", "b"), {"a": 1, "b": 2})
+    assert table.cells[3] == {"a": Cell(0.8, 100, 1), "b": Cell(0.6, 100, 2)}
+    assert evaluations_due(log, 3, 0.1) == ()
+    table = score_table(log, 4, drift_max=0.1)
+    assert (table.versions, table.tasks, table.birth) == ((1, 2, 4), ("b",), {"b": 2})  # in the place of 3
+    assert evaluations_due(log, 4, 0.1) == ("b",)
 
 
 def test_a_task_that_did_not_move_at_all_keeps_its_score_even_with_limit_zero() -> None:

@@ -59,6 +59,15 @@ def run(store: SubspaceStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     )
 
 
+def with_doubles(store: SubspaceStore) -> None:
+    """Eight tasks more, all of the same adapter, that came one by one: merged at once they take less."""
+    writer = opened(store.storage, share="if-it-pays", seed_directions=0)
+    for number in range(4, 12):
+        merged(writer, {f"t{number}": random_adapter(7)})
+        writer.publish(number, op_key=f"publish {number}", actor="test")
+    store.refresh()
+
+
 def answer(result: Result) -> Any:
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
@@ -334,6 +343,8 @@ def test_a_command_that_is_asked_again_under_its_key_is_done_once(
         store.quarantine("t1", "why", actor="ann")
     elif command == "unpin":
         store.pin(2, "me", actor="ann")
+    elif command == "compact":
+        with_doubles(store)
     first = answer(run(command, *WRITES[command], "--op-key", f"{command} of monday", "--json"))
     assert first["op_key"] == f"{command} of monday"
     store.refresh()
@@ -525,25 +536,30 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     assert list(store.refresh().tasks_at(store.state.refs["main"])) == ["t1", "t3"]
 
 
-def test_tasks_are_merged_at_once_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
+def test_tasks_are_merged_at_once_only_with_yes_and_only_if_that_takes_less(run: Command, store: SubspaceStore) -> None:
+    assert "nothing is gained, and nothing is done" in run("compact", "--yes").stderr
+    assert max(store.refresh().versions) == 3
+    with_doubles(store)
+    tasks = list(store.state.tasks_at(11))
     shown = answer(run("compact", "--json"))
-    assert (shown["version"], shown["tasks"], shown["compacted"]) == (3, 3, False)
-    assert shown["numbers_before"] == store.footprint(3).total_numbers
+    assert (shown["version"], shown["tasks"], shown["compacted"]) == (11, 11, False)
+    assert shown["numbers_before"] == store.footprint(11).total_numbers
     assert f"{shown['numbers_after']:,} numbers instead of {shown['numbers_before']:,}" in run("compact").stderr
-    assert store.refresh().refs["main"] == 3
+    assert store.refresh().refs["main"] == 11
     done = answer(run("compact", "--yes", "--json"))
-    key = "compact 3, time 1"
-    numbers = reading(store.storage).footprint(4).total_numbers
+    key = "compact 11, time 1"
     assert done == {
-        "version": 4, "numbers": numbers, "approximate": [], "compacted": True, "repeated": False, "op_key": key,
+        "version": 12, "numbers": shown["numbers_after"], "compacted": True, "repeated": False, "op_key": key,
     }  # fmt: skip
-    assert numbers == shown["numbers_after"]
-    assert store.refresh().refs == {"candidate": 4, "main": 4}
-    assert list(store.state.tasks_at(4)) == ["t1", "t2", "t3"]
-    assert "version 3 → 4: all tasks at once" in run("log").stdout
+    assert store.refresh().refs == {"candidate": 12, "main": 12}
+    assert store.footprint(12).total_numbers == shown["numbers_after"] < shown["numbers_before"]
+    assert list(store.state.tasks_at(12)) == tasks
+    assert "version 11 → 12: all tasks at once" in run("log").stdout
     again = answer(run("compact", "--yes", "--op-key", key, "--json"))
-    assert (again["version"], again["repeated"], again["compacted"]) == (4, True, False)
+    assert (again["version"], again["repeated"], again["compacted"]) == (12, True, False)
     assert "was done before under" in run("compact", "--op-key", key).stderr
+    assert "would expire: versions 1, 2" in (said := run("expire", "--keep-last", "10").stderr)  # of all that main was
+    assert "3" not in said.partition("versions")[2].partition("(")[0]
 
 
 def test_removing_tells_of_every_task_that_was_merged_from_its_coefficients(run: Command, store: SubspaceStore) -> None:
