@@ -194,6 +194,28 @@ class MethodSpec(Section):
     """Whether the training rows are kept while the task lives, and its coefficients trained again, for refine_epochs,
     in every later version whose merge moved it: the paper's Share-full, which is not strict continual learning."""
 
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Settings that another method has and this one does not read; a value that is the default is none."""
+        names = (self.name, *(self.candidates if self.name == "auto" else ()))
+        read = {setting for name in names for setting in SETTINGS_OF[name]}
+        others = {setting for settings in SETTINGS_OF.values() for setting in settings} - read
+        return tuple(
+            setting
+            for setting, field in type(self).model_fields.items()
+            if setting in others and getattr(self, setting) != field.get_default()
+        )
+
+
+SETTINGS_OF: Mapping[str, tuple[str, ...]] = {
+    "lora": ("start_of_a",),
+    "share": ("directions", "foundation", "temporary_columns"),
+    "codyra": ("kappa_max", "dense_fraction", "gate_start"),
+    "auto": ("candidates", "loss_max"),
+    "import": ("adapter",),
+}
+"""The settings that belong to each method; the others belong to all that train."""
+
 
 class GateSpec(Section):
     """Rules of the task for the gate, in addition to those of the service."""

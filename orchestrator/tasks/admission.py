@@ -142,7 +142,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
     doubt = _not_compared(spec, rows.train) if spec.method.name == "auto" and rows.train else ""
-    return Draft(spec, rows, None, (*_warnings(rows), *filter(None, [doubt])))
+    return Draft(spec, rows, None, (*_warnings(rows), *filter(None, [doubt, _idle_settings(spec)])))
 
 
 def _imported(
@@ -167,6 +167,7 @@ def _imported(
         incomplete(named, layout.module_shapes),
         without_effect(named),
         doubtful_labels(named, spec, head),
+        _idle_settings(spec),
     )
     rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
     return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows)))
@@ -201,6 +202,13 @@ def _no_complaint(row: Row) -> str:
 def _not_compared(spec: TaskSpec, train: FrozenRows) -> str:
     """The sentence that `auto` will say if it finds too little to compare by; looked for where that can be."""
     return "" if train.inputs > INPUTS_ENOUGH else not_compared(spec, set_aside(train.rows(spec.kind))[1])
+
+
+def _idle_settings(spec: TaskSpec) -> str:
+    """Names what is set for another method than the task's."""
+    names = ", ".join(f"method.{name}" for name in spec.method.without_effect)
+    said = f"the method {spec.method.name} does not read {names} → take that out, or name the method that it is for"
+    return said if names else ""
 
 
 def _warnings(rows: FrozenTask) -> Iterator[str]:

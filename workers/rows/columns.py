@@ -47,10 +47,13 @@ Columns = Mapping[str, str]
 
 
 class Unread:
-    """Names of columns that files have and the task does not name, each with the place where it was met first."""
+    """What files have and the task does not read: columns that it does not name, lines inside a field that look like
+    rows, answers before a chat's last. Each with the place where it was met first."""
 
     def __init__(self) -> None:
         self._places: dict[str, str] = {}
+        self._lines = self._answers = 0
+        self._first_lines = self._first_answers = ""
 
     def meet(self, columns: Columns, names: Iterable[str], where: str) -> None:
         """Take the names of a file's or a row's columns."""
@@ -59,8 +62,32 @@ class Unread:
                 if name not in self._places and name not in columns.values():
                     self._places[name] = where
 
+    def meet_lines(self, count: int, where: str) -> None:
+        """Take the number of lines inside one field that look like rows of their own."""
+        self._first_lines = self._first_lines or where
+        self._lines += count
+
+    def meet_answers(self, where: str) -> None:
+        """Take a chat in which the assistant answers more than once."""
+        self._first_answers = self._first_answers or where
+        self._answers += 1
+
     def told(self) -> Iterator[str]:
         """Sentences for the owner of the task; none where all is read."""
+        if self._answers:
+            chats = "1 chat has" if self._answers == 1 else f"{self._answers:,} chats have"
+            yield (
+                f"{chats} more than one message of the assistant's (first in {self._first_answers}): only the last is "
+                "learnt and scored, those before are read as given → write a chat for each answer that is to be learnt"
+            )
+        if self._lines:
+            lines = (
+                "1 line looks like a row of its own" if self._lines == 1 else f"{self._lines:,} lines look like rows"
+            )
+            yield (
+                f"{lines}, inside a field in double quotes (first in {self._first_lines}): read as a part of that "
+                "field → if rows are meant, a double quote is opened there that a later row closes: double it"
+            )
         parts = [name for name in self._places if name in PARTS_OF_INPUTS or OF_MESSAGES in name]
         if parts:
             yield (

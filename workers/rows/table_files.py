@@ -41,6 +41,8 @@ def _read(
             where = f"{path}, row {number} (line {line})"
             if len(row) != len(table.names):
                 raise _uneven(row, table.names, where)
+            if inside := sum(_rows_inside(field, len(row), table.separator) for field in row if "\n" in field):
+                unread.meet_lines(inside, where)
             yield where, {column: row[place] for column, place in places.items()}
 
 
@@ -61,6 +63,7 @@ class _Table:
         self._row_line = self._row_characters = 0
         self.names: Sequence[str] = ()
         """Names of the columns; empty where the file is."""
+        self.separator = promised
         number, first = self._said()
         if told := re.fullmatch(r'"?sep=([^\s"]|\t)"?\s*', first, re.IGNORECASE):  # a line for Excel
             promised = told[1]
@@ -68,7 +71,7 @@ class _Table:
         if not first:
             self._reader = csv.reader([])
             return
-        separator = _separator(first, columns, promised)
+        self.separator = separator = _separator(first, columns, promised)
         fields = _fields(first, separator)
         if first.lstrip().startswith(("{", "[")) and not _has(columns, _stripped(fields, columns)):
             raise InvalidInput("is not what its name says: it holds JSON", path, "name a file of JSON lines .jsonl")
@@ -134,6 +137,12 @@ def _stripped(names: Sequence[str], columns: Columns) -> Sequence[str]:
 
 def _has(columns: Columns, names: Sequence[str]) -> bool:
     return set(columns.values()) <= {*names}
+
+
+def _rows_inside(field: str, count: int, separator: str) -> int:
+    """How many whole lines inside a field look like rows of so many fields; 0 unless all of them do."""
+    lines = field.split("\n")[1:-1]
+    return len(lines) if all(len(_fields(line, separator)) == count for line in lines) else 0
 
 
 def _uneven(row: Sequence[str], names: Sequence[str], where: str) -> InvalidInput:

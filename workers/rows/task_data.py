@@ -110,7 +110,7 @@ def rows_in(
     """The rows of a file of any format, each checked; the file is never in memory.
 
     Args:
-        unread: Takes the names of what is not read, of keys of messages too.
+        unread: Takes what is not read: names of columns and of keys of messages, earlier answers.
 
     Raises:
         InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown; or the
@@ -121,6 +121,8 @@ def rows_in(
         row = _made(make, values, where)
         if messages := columns.get("messages_column"):
             unread.meet(columns, _other_keys(values[messages], messages), where)
+            if sum(message["role"] == "assistant" for message in values[messages]) > 1:
+                unread.meet_answers(where)
         if said := complaint(row):
             raise InvalidInput(said, where, "mend the row, or drop it")
         yield row

@@ -311,6 +311,17 @@ def test_auto_with_too_few_rows_to_compare_by_is_told_at_submission(desk: Desk) 
     assert plain.warnings == ()
 
 
+def test_settings_of_another_method_are_warned_of(desk: Desk) -> None:
+    idle = {"name": "lora", "candidates": ["lora"], "kappa_max": 3.0, "foundation": 3, "dense_fraction": 0.5}
+    record, _ = desk.submit(desk.document(method=idle))  # 0.5 is the default
+    assert record.warnings == (
+        "the method lora does not read method.candidates, method.foundation, method.kappa_max → take that out, or name "
+        "the method that it is for",
+    )
+    record, _ = desk.submit(desk.document("red/beta", method={"name": "lora", "start_of_a": "basis"}))
+    assert record.warnings == ()
+
+
 def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
     write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": "yes"} for i in range(4)])
     record, _ = desk.submit(desk.document())

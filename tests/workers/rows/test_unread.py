@@ -91,3 +91,25 @@ def test_of_very_many_names_some_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     rows = [{"text": "t", "label": "yes", f"k{i}": 1} for i in range(5)]
     (said,) = told(written(tmp_path / "a.jsonl", *rows), spec_of())
     assert said.startswith("columns that are not read: 'k0', 'k1' (first in ")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_rows_that_an_unbalanced_quote_swallows_are_told_and_paragraphs_are_not(name: str, tmp_path: Path) -> None:
+    path, mark = tmp_path / name, "," if name == "a.csv" else "\t"
+    rows = [f"text{mark}label", f"one{mark}yes", f'"two{mark}no', f"three{mark}yes", f"four{mark}no", f'five"{mark}no']
+    path.write_text("\n".join(rows))
+    (said,) = told(path, spec_of("sequence_classification"))
+    assert said.startswith("2 lines look like rows, inside a field in double quotes (first in ")
+    assert f"{name}, row 2 (line 3)): read as a part of that field" in said
+    path.write_text("\n".join([rows[0], rows[1], f'"Hello\n\nI was charged{mark} twice{mark} today.\nBye"{mark}no']))
+    assert told(path, spec_of("sequence_classification")) == []
+
+
+def test_answers_before_a_chats_last_are_told(tmp_path: Path) -> None:
+    spec = spec_of("causal_lm", messages_column="messages")
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    path = written(tmp_path / "a.jsonl", {"messages": turns[:2]}, {"messages": turns}, {"messages": turns})
+    (said,) = told(path, spec)
+    assert said.startswith("2 chats have more than one message of the assistant's (first in ")
+    assert "row 2" in said
+    assert told(written(tmp_path / "b.jsonl", {"messages": turns[:2]}), spec) == []
