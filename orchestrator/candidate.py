@@ -108,6 +108,8 @@ class Candidate:
         self._alarms = alarms
         self._verdict = VerdictInProgress()
         self._refinement = Refinement(settings, queue, store, cluster, pending_calls, pool, unused_files, self._verdict)
+        self._scores_main = False
+        """Whether `main` holds tasks that are to be scored before anything is merged."""
         self._is_stopped = False
         """Whether an error that only a person can end stops all writes: nothing is merged or published any more."""
         self.ousted_by: OwnedByAnother | None = None
@@ -126,17 +128,19 @@ class Candidate:
         unjudged = [record for record in live if record.state in UNJUDGED]
         if not unjudged:
             merging = [record for record in live if next_step(record) is Step.MERGE]
-            if merging:
+            # What nobody has scored, the next verdict cannot compare with. One that is to be reached once more, with no
+            # task refined again, goes on from what it knows.
+            goes_on = bool(merging) and self._verdict.plain
+            if (goes_on or not self._score_main()) and merging:
                 self._merge(merging)
-            else:
-                self._score_main()
         elif not self._refinement.advance(unjudged, others_wait):
             self._judge(unjudged)
 
     def is_awaited(self, live: Sequence[TaskRecord]) -> bool:
         """Whether a version is about to be scored, so that a worker should be free for it."""
         unjudged = any(record.state in UNJUDGED for record in live)
-        return (unjudged or isinstance(self._pending_calls.writing, Merge)) and self._store.state.held is None
+        is_soon = unjudged or isinstance(self._pending_calls.writing, Merge)
+        return (is_soon and self._store.state.held is None) or self._scores_main
 
     # --- merging ----------------------------------------------------------------------------------------------
 
@@ -246,20 +250,25 @@ class Candidate:
                 culprits = tuple(rule.task_id for rule in decision.broken)
                 self._reject(version, decision.summary, culprits, decision.codes)
 
-    def _score_main(self) -> None:
+    def _score_main(self) -> bool:
         """Score the tasks that `main` holds without a score: a removal makes versions again that no gate judges.
 
         A task that cannot be scored stays without a score.
+
+        Returns:
+            Whether there is something to score.
         """
         refs = self._store.state.refs
-        version = refs[MAIN]
+        version, self._scores_main = refs[MAIN], False
         if not version or refs[CANDIDATE] != version:
-            return
+            return False
         if self._verdict.version != version:
             self._verdict.begin(version)
         self._read_due(version)
         if self._verdict.due and not self._why_hopeless(self._verdict.records):
+            self._scores_main = True
             self._score(version)
+        return self._scores_main
 
     def _read_due(self, version: int) -> None:
         """Find out which tasks of the version have no score there, if the log has changed since that was last done."""

@@ -1053,6 +1053,20 @@ def test_what_a_removal_made_again_is_scored_without_being_asked_for_and_once(ma
     assert plant.cluster.store_calls.count("scores") == scorings
 
 
+def test_what_a_removal_made_again_is_scored_before_the_next_task_is_merged_and_judged(make_plant: MakePlant) -> None:
+    plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"})
+    for title in ("red/a", "red/b"):
+        plant.submit(title)
+        plant.run()
+    plant.cluster.score = lambda title, held: 0.2 if title == "red/b" and "red/c" in held else 0.9
+    plant.submit("red/c")
+    plant.run(lambda: plant.states()["red/c"] == "training")
+    _remove(plant, "red/a")
+    plant.run()
+    assert plant.states()["red/c"] == "rejected"
+    assert "red/b would fall from 0.9000 at birth to 0.2000" in plant.get("red/c").reason
+
+
 def test_what_cannot_be_scored_after_a_removal_stays_without_a_score_and_stops_nothing(make_plant: MakePlant) -> None:
     plant = make_plant(gate={"drift_min": 0}, subspace={"rank_max": 2, "beyond_rank_max": "drop"})
     for title in ("red/a", "red/b"):
