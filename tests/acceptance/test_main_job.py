@@ -119,7 +119,9 @@ def test_every_task_is_held_as_promised_and_costs_no_more_than_alone(store: Subs
         assert (missed / energy) ** 0.5 == pytest.approx(state.errors(state.refs["main"])[task_id], abs=0.02)
     foot = store.footprint()
     assert foot.basis_numbers + foot.private_numbers <= 1.02 * alone
-    assert foot.total_numbers <= 1.12 * alone  # the first tasks' coefficients are a constant, paid once
+    # The first tasks' coefficients are a constant, paid once: here at most six tasks of rank 8 in 40 directions, 3,840
+    # numbers a module, where the tasks that it holds alone take some 16,000.
+    assert foot.total_numbers <= 1.25 * alone
 
 
 def test_the_merged_updates_equal_the_full_svd_of_all_reconstructions(store: SubspaceStore) -> None:
