@@ -351,6 +351,9 @@ class SubspaceReader:
     def preview_compact(self) -> CompactionPreview:
         """The effect that `SubspaceStore.compact` would have; changes nothing.
 
+        Raises:
+            InvalidInput: See `SubspaceStore.compact`.
+
         Cost:
             As `SubspaceStore.compact`, but for writing.
         """
@@ -542,7 +545,17 @@ class SubspaceReader:
         return _to_the_last_number(self.adapter(task.task_id, version))
 
     def _held(self, version: int) -> dict[str, Adapter]:
-        """All tasks as a version holds them, to the last number."""
+        """All tasks as a version holds them, to be merged at once without any of them moving.
+
+        Raises:
+            InvalidInput: Merges are made under settings that take from tasks.
+        """
+        from subspace_store.merging.merge import keeps_promises
+
+        if not keeps_promises(self.settings):
+            what = "a compaction takes nothing from any task, and under these settings a merge does"
+            todo = "leave out subspace.rank_fixed, variant: paper and beyond_rank_max: drop"
+            raise InvalidInput(what, "compact", todo)
         return {id_: _to_the_last_number(self.adapter(id_, version)) for id_ in self.state.tasks_at(version)}
 
     def _private(self, task: MergedTask, modules: Sequence[str] | None = None) -> dict[str, ModuleUpdate]:

@@ -200,7 +200,7 @@ class SubspaceStore(Refs):
                 is the candidate: what no gate has judged yet does not come along.
 
         Raises:
-            InvalidInput: The candidate is the empty subspace.
+            InvalidInput: The candidate is the empty subspace; or merges are made under settings that take from tasks.
             Conflict: `main` should move, and is held or is not the candidate.
 
         Cost:

@@ -231,9 +231,7 @@ class Model:
             mine = (record["epoch"], record["writer"]) == (self.epoch, self.owner)
             self._must(mine, f"fenced: {what} of epoch {record['epoch']} after {self.owner} took {self.epoch}")
             self._must(record["op_key"] not in self.done, f"acknowledged: {record['op_key']} was done twice")
-            request = record["op_key"].split(" ")[
-                0
-            ]  # versions that are made again have keys of their own, after a space
+            request = record["op_key"].split(" ")[0]  # a version made again has a key of its own, after a space
             unasked = self.lands_late() and request not in self.failed
             # Made again once more, because what it made the first time has expired, such a version has no key.
             makes_again = any(count and key.startswith(("remove", "compact")) for key, count in self.in_work.items())

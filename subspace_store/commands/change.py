@@ -42,7 +42,7 @@ from subspace_store.commands.terminal import (
 from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
-from subspace_store.log.version import CANDIDATE
+from subspace_store.log.version import CANDIDATE, SubspaceState
 from subspace_store.refs import SECONDS_A_DAY
 from subspace_store.requests import (
     Compact,
@@ -287,6 +287,11 @@ CandidateOnly = Annotated[
 ]
 
 
+def _next_key(asked: str, state: SubspaceState) -> str:
+    """A key under which this was not done yet: an interrupted command that is typed again goes on under it."""
+    return next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
+
+
 def _refuse_an_orphan(place: Place, candidate_only: bool, force: bool) -> None:
     if candidate_only and place.is_served and not (force and place.is_named):
         raise Conflict(
@@ -331,8 +336,7 @@ def remove(
             return
         # The same task of the same candidate is the same request, so that an interrupted command goes on. If that
         # request was done and the task is there again, there was a rollback: it is a new request.
-        asked = f"remove {task_id} from {candidate}"
-        op_key = op_key or next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
+        op_key = op_key or _next_key(f"remove {task_id} from {candidate}", state)
     _refuse_an_orphan(place, candidate_only, force)
     request = Remove(task_id=task_id, reason=reason, publish=not candidate_only, op_key=op_key, actor=me())
     write(place, force, request)
@@ -390,8 +394,7 @@ def compact(
             text += f": {saved:,} less (--yes does it)" if saved > 0 else ": nothing is gained, and nothing is done"
             show(asdict(found) | {"compacted": False}, lambda _: note(text), as_json)
             return
-        asked = f"compact {candidate}"
-        op_key = op_key or next(key for n in count(1) if (key := f"{asked}, time {n}") not in state.op_keys)
+        op_key = op_key or _next_key(f"compact {candidate}", state)
     _refuse_an_orphan(place, candidate_only, force)
     with telling(f"merging the tasks of version {candidate} at once"):
         write(place, force, Compact(publish=not candidate_only, op_key=op_key, actor=me()))

@@ -233,7 +233,7 @@ def apart(
         Task id to the adapter that is left, without tasks of which nothing is; and task id to the updates that are kept
         exactly, by module.
     """
-    if not _promises(settings):
+    if not keeps_promises(settings):
         return dict(adapters), {}
     left, exact = {}, {}
     for task, adapter in adapters.items():
@@ -301,7 +301,7 @@ def merge_module(
     arriving = factors.coefficients(out.directions_NJ, inward.directions_NJ)
     share_T = _promised(arriving, settings, sized)
     cap = settings.rank_max
-    is_full = _promises(settings) and max(len(arriving.e_KS), len(arriving.f_KS)) > cap
+    is_full = keeps_promises(settings) and max(len(arriving.e_KS), len(arriving.f_KS)) > cap
     frame = Frame(out.directions_NJ, inward.directions_NJ)
     if is_full and _loses(before.tasks, to_full.split(cap, cap)[1]):
         return _merge_in_place(before, to_full, arriving, frame, settings, share_T)
@@ -324,7 +324,7 @@ def merge_module(
         new = _new_tasks(frame, arriving, arriving.first(k_out, k_in), spans, settings, share_T)
         return ModuleMerge(basis, *to_full.split(k_out, k_in), new, before.tasks)
 
-    chooses = _promises(settings) and settings.share == "if-it-pays"
+    chooses = keeps_promises(settings) and settings.share == "if-it-pays"
     if chooses and not any(before.basis.ranks) and len(incoming) > 1:
         tried = [_seeded(before, incoming, settings, sized), *map(extended, _sizes(settings))]
         return min(tried, key=lambda merge: merge.numbers)
@@ -394,7 +394,7 @@ def _loses(tasks: ModuleTasks, dropped: Transport) -> bool:
     return bool((tasks.lost(dropped) > ROUNDED * tasks.delivered_T).any())
 
 
-def _promises(settings: SubspaceSettings) -> bool:
+def keeps_promises(settings: SubspaceSettings) -> bool:
     """Whether private parts keep what the basis has no room for."""
     return settings.beyond_rank_max == "private" and settings.variant == "canonical" and settings.rank_fixed is None
 
@@ -447,7 +447,7 @@ def _new_tasks(
     """
     # Orthogonal projection: what was lost is the difference of the energies. Rounding may make it negative.
     missed_T = (held.delivered_T - held.kept()).clamp(min=0)
-    return _placed(frame, arriving, held, missed_T, spans, share_T, held.task_ids if _promises(settings) else ())
+    return _placed(frame, arriving, held, missed_T, spans, share_T, held.task_ids if keeps_promises(settings) else ())
 
 
 def place_in_basis(

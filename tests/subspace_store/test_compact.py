@@ -167,3 +167,12 @@ def test_main_does_not_move_past_a_hold_or_to_what_no_gate_has_judged_and_nothin
     with pytest.raises(Conflict, match="held"):
         store.compact(op_key="c2", actor="test", publish=True)
     assert max(store.state.versions) == 4
+
+
+@pytest.mark.parametrize("settings", [{"rank_fixed": 4}, {"variant": "paper"}, {"beyond_rank_max": "drop"}])
+def test_under_settings_that_take_from_tasks_nothing_is_compacted(settings: dict[str, Any]) -> None:
+    store = opened(filled(equals(2)).storage, **PAYS | settings)
+    for act in (store.preview_compact, lambda: store.compact(op_key="c", actor="test")):
+        with pytest.raises(InvalidInput, match="takes nothing from any task"):
+            act()
+    assert max(store.state.versions) == 3
