@@ -12,6 +12,7 @@ from subspace_store import Adapter, SubspaceStore, canonical_update
 from subspace_store.adapter import SIZED
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.merge import ModuleMerge, merge_adapters, merge_module
+from subspace_store.merging.subspace_math import weighted_sum
 from subspace_store.verify import verify
 from tests.subspace_store.builders import (
     BASE,
@@ -237,3 +238,25 @@ def test_removing_a_task_that_made_the_basis_leaves_those_that_were_trained_in_i
         whole = deltas(adapter)
         assert relative_distance(deltas(store.adapter(task, version.number)), whole, whole) < 1e-6
     assert verify(store, deep=True) == []
+
+
+def test_a_task_that_needs_few_directions_leaves_sized_ones_all_of_theirs() -> None:
+    store = opened(**PAYS | {"energy_ratio_min": 0.5})
+    first = sized(random_adapter(1, shapes=SHAPES))
+    merged(store, {"first": first})
+    leading = {name: update.leading(1) for name, update in first.modules.items()}
+    merged(store, {"small": replace(first, modules=leading, info={})})  # half of all energy is in one direction
+    assert set(store.ranks(2).values()) == {(4, 4)}
+    assert relative_distance(deltas(store.adapter("first", 2)), deltas(first), deltas(first)) < 1e-6
+
+
+def test_a_refined_task_that_is_private_altogether_has_no_coefficients_any_more() -> None:
+    store = opened(seeded(5).storage, **PAYS | {"rank_max": 8})  # the basis is full
+    inside, outside = trained_in(store.basis(3), 1), random_adapter(5, rank=1, shapes=SHAPES)
+    both = {n: weighted_sum((update, outside.modules[n]), (1.0, 0.5)) for n, update in inside.modules.items()}
+    merged(store, {"x": replace(inside, modules=both)})
+    assert store.coefficient_numbers(4)["x"] > 0
+    assert store.state.tasks_at(4)["x"].private is not None
+    refined(store, {"x": sized(random_adapter(6, shapes=SHAPES))})
+    assert "x" not in store.coefficient_numbers(5)
+    assert store.footprint(5).coefficient_numbers == store.footprint(3).coefficient_numbers
