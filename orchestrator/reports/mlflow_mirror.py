@@ -299,10 +299,11 @@ class Mirror:
         titles = {task_id: task.name for task_id, task in state.tasks_at(table.versions[-1]).items()}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "scores.png"
-            draw_heat_map(table, titles, path)
+            if not draw_heat_map(table, titles, path):
+                return
             self._client.log_artifact(run, str(path))
-        if self._settings.mlflow.tracking_uri.startswith("sqlite"):
-            draw_heat_map(table, titles, Path(self._settings.state_dir) / "scores.png")
+            if self._settings.mlflow.tracking_uri.startswith("sqlite"):
+                shutil.copy(path, Path(self._settings.state_dir) / "scores.png")
 
     # --- the registry ------------------------------------------------------------------------------------------
 

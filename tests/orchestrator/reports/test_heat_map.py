@@ -48,3 +48,22 @@ def test_every_score_is_written_into_its_cell_and_a_carried_one_says_so(
     }
     assert [label.get_text() for label in axes.get_xticklabels()] == ["red/\na", "blue/\nb"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["version 1", "version 2"]
+
+
+def test_a_picture_of_many_tasks_is_no_larger_than_one_of_a_few_dozen(tmp_path: Path) -> None:
+    # At 1.15 inches a column 500 tasks would be 75,000 pixels wide: matplotlib refuses that, and half of it takes 4 GB.
+    width, height = drawn(tmp_path / "scores.png", 120)
+    assert (width, height) == drawn(tmp_path / "scores.png", 60) == (3913, 2574)
+
+
+def test_tasks_without_a_score_have_no_column_and_without_any_nothing_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.png"
+    versions = [version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 0.0})]
+    assert not draw_heat_map(score_table(state(versions, {}), 2, 0.1), {"a": "red/a", "b": "blue/b"}, path)
+    assert not path.exists()
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), path.write_bytes(b"")))
+    assert draw_heat_map(score_table(state(versions, {2: {"b": 0.5}}), 2, 0.1), {"a": "red/a", "b": "blue/b"}, path)
+    assert [label.get_text() for label in figures[0].axes[0].get_xticklabels()] == ["blue/\nb"]
