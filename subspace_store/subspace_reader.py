@@ -278,14 +278,26 @@ class SubspaceReader:
             return {name: ranks for name, (_, ranks) in self._heads.shapes(number).items()}
 
     @strict
+    def homes(self, version: VersionNumber | None = None) -> dict[str, int]:
+        """Module to the version whose file holds its basis at a version, default `main`: the one that changed it last.
+        Reads no tensors."""
+        with self._reading(version) as number:
+            return self._heads.homes(number)
+
+    @strict
     def basis(self, version: VersionNumber | None = None) -> dict[str, ModuleBasis]:
         """P, Q and λ per module at a version, default `main`; nothing at version 0."""
         with self._reading(version) as number:
             return self._tensors.basis(number)
 
     @strict
-    def module(self, name: str, version: VersionNumber | None = None) -> ModuleSubspace:
+    def module(
+        self, name: str, version: VersionNumber | None = None, private_of: Sequence[str] | None = None
+    ) -> ModuleSubspace:
         """One module at a version, default `main`: its bases, and all tasks' coefficients in it.
+
+        Args:
+            private_of: Ids of the tasks whose private parts are read; default all. Each is a file.
 
         Raises:
             NotFound: The version has no such module.
@@ -293,7 +305,7 @@ class SubspaceReader:
         with self._reading(version) as number:
             if name not in self._heads.homes(number):
                 raise NotFound(f"version {number} has no module {name}", self.storage.url)
-            private = self._private_by_module(number, (name,)).get(name, {})
+            private = self._private_by_module(number, (name,), private_of).get(name, {})
             return replace(self._tensors.module(number, name), private=private)
 
     @strict
@@ -569,10 +581,11 @@ class SubspaceReader:
         return {name: blobs.read_private(file, name) for name in names}
 
     def _private_by_module(
-        self, number: int, modules: Sequence[str] | None = None
+        self, number: int, modules: Sequence[str] | None = None, of: Collection[str] | None = None
     ) -> dict[str, dict[str, ModuleUpdate]]:
-        """Module to task id to private part, of the tasks of a version that have some."""
-        tasks = [task for task in self.state.tasks_at(number).values() if task.private is not None]
+        """Module to task id to private part, of the tasks of a version that have some; of these only, if named."""
+        held = self.state.tasks_at(number)
+        tasks = [task for id_, task in held.items() if task.private is not None and (of is None or id_ in of)]
         found: dict[str, dict[str, ModuleUpdate]] = {}
         for task, parts in zip(tasks, in_order(lambda t: self._private(t, modules), tasks, AT_ONCE), strict=True):
             for name, update in parts.items():
