@@ -24,6 +24,7 @@ from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
 from configs.settings import Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
+from orchestrator.tasks.doubtful_settings import doubtful_settings
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
@@ -142,7 +143,9 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
     doubt = _not_compared(spec, rows.train) if spec.method.name == "auto" and rows.train else ""
-    return Draft(spec, rows, None, (*_warnings(rows), *filter(None, [doubt, _idle_settings(spec)])))
+    row_count = rows.train.count if rows.train else 0
+    doubts = (*filter(None, [doubt]), *doubtful_settings(spec, row_count, settings.workers.ranks))
+    return Draft(spec, rows, None, (*_warnings(rows), *doubts))
 
 
 def _imported(
@@ -167,7 +170,7 @@ def _imported(
         incomplete(named, layout.module_shapes),
         without_effect(named),
         doubtful_labels(named, spec, head),
-        _idle_settings(spec),
+        *doubtful_settings(spec, 0, settings.workers.ranks),
     )
     rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
     return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows)))
@@ -202,13 +205,6 @@ def _no_complaint(row: Row) -> str:
 def _not_compared(spec: TaskSpec, train: FrozenRows) -> str:
     """The sentence that `auto` will say if it finds too little to compare by; looked for where that can be."""
     return "" if train.inputs > INPUTS_ENOUGH else not_compared(spec, set_aside(train.rows(spec.kind))[1])
-
-
-def _idle_settings(spec: TaskSpec) -> str:
-    """Names what is set for another method than the task's."""
-    names = ", ".join(f"method.{name}" for name in spec.method.without_effect)
-    said = f"the method {spec.method.name} does not read {names} → take that out, or name the method that it is for"
-    return said if names else ""
 
 
 def _warnings(rows: FrozenTask) -> Iterator[str]:

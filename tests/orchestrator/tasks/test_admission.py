@@ -48,7 +48,12 @@ class Desk:
     def document(self, title: str = "red/alpha", **changes: Any) -> dict[str, Any]:
         files = {"train_file": str(self.data / "train.jsonl"), "eval_file": str(self.data / "eval.jsonl.gz")}
         method = {"name": "lora"} | (changes.get("method") or {})
-        return task_document(title, **{**changes, "method": method, "data": files | changes.get("data", {})})
+        # No more rows in a step than there are.
+        training = {} if method["name"] == "import" else {"per_device_train_batch_size": 1}
+        parts = {"data": files, "training": training}
+        return task_document(
+            title, **{**changes, "method": method} | {key: part | changes.get(key, {}) for key, part in parts.items()}
+        )
 
     def imported(self, **changes: Any) -> dict[str, Any]:
         """A submission of the PEFT folder `peft`."""
@@ -320,6 +325,17 @@ def test_settings_of_another_method_are_warned_of(desk: Desk) -> None:
     )
     record, _ = desk.submit(desk.document("red/beta", method={"name": "lora", "start_of_a": "basis"}))
     assert record.warnings == ()
+
+
+def test_a_training_that_is_other_than_its_settings_say_is_warned_of(desk: Desk) -> None:
+    record, _ = desk.submit(desk.document(training={"warmup_steps": 100, "max_steps": 10, "learning_rate": 0.5}))
+    assert record.warnings == (
+        "the warm-up of 100 steps (training.warmup_steps) is not over when the training ends after 10 steps: the "
+        "learning rate gets to 0.045, never to 0.5 → write fewer, or a share of all steps, below 1",
+    )
+    desk.settings = desk.settings.model_copy(update={"workers": desk.settings.workers.model_copy(update={"ranks": 8})})
+    record, _ = desk.submit(desk.document("red/beta"))  # each of eight ranks takes one row
+    assert record.warnings[0].startswith("one step takes 8 rows, more than the 6 training rows")
 
 
 def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
