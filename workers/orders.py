@@ -95,6 +95,9 @@ class BaseLayout:
     """Names by which the checkpoint itself says it is known; often none."""
     chat_template: ChatTemplate | None = None
     """How its tokenizer renders messages; None where it cannot."""
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    """Layer to the spectral norm below which an update of it is lost in the rounding of the layer's own outputs;
+    without the quantised ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

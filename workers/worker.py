@@ -107,6 +107,7 @@ class Worker:
             heads=base.heads,
             called=base.called,
             chat_template=template_of(base.tokenizer),
+            rounding=base.rounding(),
         )
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:

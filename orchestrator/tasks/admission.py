@@ -168,7 +168,7 @@ def _imported(
         trained_elsewhere(named, layout.called or (settings.base_model.source,)),
         not_understood(named),
         incomplete(named, layout.module_shapes),
-        without_effect(named),
+        without_effect(named, layout.rounding),
         doubtful_labels(named, spec, head),
         *doubtful_settings(spec, 0, settings.workers.ranks),
     )

@@ -30,6 +30,7 @@ from subspace_store.storage.memory import MemoryStorage
 from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
 from tests.workers.tiny_bases import CHAT_TEMPLATE
 from workers.chat_template import ChatTemplate
+from workers.orders import BaseLayout
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
 
@@ -535,6 +536,26 @@ def test_an_import_that_changes_nothing_is_taken_with_a_warning(desk: Desk) -> N
     (said,) = desk.submit(desk.imported())[0].warnings
     assert said.startswith("the adapter changes nothing: in every module lora_A or lora_B is all zeros")
     assert said.endswith("its head alone is its own")
+
+
+def test_an_import_whose_update_is_lost_in_rounding_is_taken_with_a_warning(desk: Desk) -> None:
+    layout = replace(LAYOUT, rounding={"layer.0.query": 6e-8, "layer.0.value": 3e-8})
+
+    def warnings(query: float, value: float, layout: BaseLayout = layout) -> tuple[str, ...]:
+        sized = {
+            name: replace(update, sigma_R=update.sigma_R / update.sigma_R[0] * norm)
+            for (name, update), norm in zip(adapter(1).modules.items(), (query, value), strict=True)
+        }
+        write_peft_folder(desk.data / "peft", replace(adapter(1), modules=sized), "tiny-source")
+        return check_submission(check_document(desk.imported(), TaskSpec, "task"), desk.settings, layout).warnings
+
+    (said,) = warnings(1e-9, 2e-9)
+    assert said.startswith("the adapter changes nothing: in every module its update is less than the rounding of the")
+    assert said.endswith("'layer.0.value', with norm 2.0e-09, where that is 3.0e-08; its head alone is its own")
+    (said,) = warnings(5e-8, 2e-8)  # of 6e-8 and of 3e-8: the first is nearer
+    assert "'layer.0.query', with norm 5.0e-08, where that is 6.0e-08;" in said
+    assert warnings(7e-8, 2e-9) == warnings(5e-8, 4e-8) == ()  # one module is enough
+    assert warnings(1e-9, 2e-9, LAYOUT) == ()  # quantised layers: nobody knows
 
 
 def test_an_import_that_was_trained_on_another_base_model_of_the_same_shapes_is_taken_with_a_warning(
