@@ -145,7 +145,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     doubt = _not_compared(spec, rows.train) if spec.method.name == "auto" and rows.train else ""
     row_count = rows.train.count if rows.train else 0
     doubts = (*filter(None, [doubt]), *doubtful_settings(spec, row_count, settings.workers.ranks))
-    return Draft(spec, rows, None, (*_warnings(rows), *doubts))
+    return Draft(spec, rows, None, (*_warnings(rows), *doubts, *_cut(spec, rows, layout)))
 
 
 def _imported(
@@ -173,7 +173,7 @@ def _imported(
         *doubtful_settings(spec, 0, settings.workers.ranks),
     )
     rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
-    return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows)))
+    return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows), *_cut(spec, rows, layout)))
 
 
 def _check_least_score(spec: TaskSpec) -> None:
@@ -205,6 +205,24 @@ def _no_complaint(row: Row) -> str:
 def _not_compared(spec: TaskSpec, train: FrozenRows) -> str:
     """The sentence that `auto` will say if it finds too little to compare by; looked for where that can be."""
     return "" if train.inputs > INPUTS_ENOUGH else not_compared(spec, set_aside(train.rows(spec.kind))[1])
+
+
+def _cut(spec: TaskSpec, rows: FrozenTask, layout: BaseLayout) -> Iterator[str]:
+    """The sentences on rows longer than the model reads that training and scoring say.
+
+    Raises:
+        InvalidInput: They would be refused there, since answers have no token.
+    """
+    from workers.tokens import evaluation_losses, training_losses, unpacked
+
+    if not layout.tokenizer or spec.kind == "image_classification":
+        return
+    tokenizer = unpacked(layout.tokenizer)
+    if rows.train:
+        yield from training_losses(tokenizer, spec, rows.train.rows(spec.kind), spec.base_model)
+    if rows.evaluation:
+        held = rows.evaluation.rows(spec.kind)
+        yield from evaluation_losses(tokenizer, spec, held, spec.base_model, layout.length_max)
 
 
 def _warnings(rows: FrozenTask) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
 from configs.document import check_document
 from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
@@ -28,11 +30,13 @@ from subspace_store import adapter_from_bytes
 from subspace_store.formats.peft import write_peft_folder
 from subspace_store.storage.memory import MemoryStorage
 from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
-from tests.workers.tiny_bases import CHAT_TEMPLATE
+from tests.workers.tiny_bases import CHAT_TEMPLATE, talking_tokenizer
+from workers import tokens
 from workers.chat_template import ChatTemplate
 from workers.orders import BaseLayout
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
+from workers.tokens import packed
 
 
 class Desk:
@@ -337,6 +341,63 @@ def test_a_training_that_is_other_than_its_settings_say_is_warned_of(desk: Desk)
     desk.settings = desk.settings.model_copy(update={"workers": desk.settings.workers.model_copy(update={"ranks": 8})})
     record, _ = desk.submit(desk.document("red/beta"))  # each of eight ranks takes one row
     assert record.warnings[0].startswith("one step takes 8 rows, more than the 6 training rows")
+
+
+TALKING = replace(LAYOUT, tokenizer=packed(talking_tokenizer()))
+"""A token for each byte of a word that is not one of two sentences, and `<s>` before every text."""
+
+
+def warnings_of(desk: Desk, document: dict[str, Any], layout: BaseLayout = TALKING) -> tuple[str, ...]:
+    with contextlib.closing(
+        check_submission(check_document(document, TaskSpec, "task"), desk.settings, layout)
+    ) as draft:
+        return draft.warnings
+
+
+def test_rows_that_are_longer_than_max_length_are_told_at_submission_as_training_tells_them(desk: Desk) -> None:
+    write_rows(desk.data / "train.jsonl", [{"text": "x" * (5 + n), "label": n % 2} for n in range(6)])  # 6 to 11 tokens
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": "y" * n, "label": n % 2} for n in (6, 7, 8, 9)])  # 7 to 10 tokens
+    count = "have more tokens than data.max_length, 8: their end is not read → raise it as far as the base model allows"
+    said = warnings_of(desk, desk.document(data={"max_length": 8}))
+    parts = ("3 of 6 training rows", "2 of 4 evaluation rows")
+    assert [line[: len(f"{part} {count}")] for line, part in zip(said, parts, strict=True)] == [
+        f"{part} {count}" for part in parts
+    ]
+    assert warnings_of(desk, desk.document(data={"max_length": 11})) == ()
+    assert warnings_of(desk, desk.document(data={"max_length": 8}), LAYOUT) == ()  # no tokenizer to count with
+
+
+def test_of_an_import_the_evaluation_rows_are_counted(desk: Desk) -> None:
+    desk.peft()
+    (said,) = warnings_of(desk, desk.imported(data={"max_length": 5}))  # `<s>`, and `other 0` in seven
+    assert said.startswith("4 of 4 evaluation rows have more tokens than data.max_length, 5")
+
+
+def test_answers_that_are_cut_are_told_and_such_without_a_token_refused(desk: Desk) -> None:
+    rows = [{"prompt": "say", "completion": "x" * n} for n in (3, 30)]
+    write_rows(desk.data / "train.jsonl", rows)
+    write_rows(desk.data / "eval.jsonl.gz", [{"prompt": "s", "completion": "x" * 12}])
+    document = desk.document(
+        kind="causal_lm", metric="exact_match", data={"label_names": None, "max_length": 16, "max_new_tokens": 4}
+    )
+    training, late = warnings_of(desk, document)
+    assert training.startswith(
+        "1 of 2 training rows have an answer for which data.max_length, 16 tokens, leaves no room"
+    )
+    assert late.startswith("1 of 1 evaluation rows have an answer of more tokens than data.max_new_tokens, 4")
+    mute = talking_tokenizer()
+    mute.eos_token = None
+    mute.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(
+        InvalidInput, match="makes no token of the answer of 2 of 2 training rows, the first of them row"
+    ):
+        warnings_of(desk, document, replace(LAYOUT, tokenizer=packed(mute)))
+
+
+def test_of_very_many_rows_the_first_are_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MEASURED_CHARACTERS", 350)  # three rows of 100 characters more than they have
+    said = warnings_of(desk, desk.document(data={"max_length": 4}))
+    assert said[0].startswith("4 of 4 first training rows have more tokens")
 
 
 def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
