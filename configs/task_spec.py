@@ -6,6 +6,7 @@ values only: no code, no pickles, no dataset scripts.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -128,6 +129,16 @@ class TrainingSpec(Section):
             if writing := next((key for key in _keys(config) if _WRITES_FILES.search(key)), None):
                 raise ValueError(f"'{writing}' would write files on the workers; leave it out")
         return config
+
+    def rows_per_step(self, ranks: int) -> int:
+        """Rows that all ranks together take in one step; every step is full."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
+
+    def steps(self, row_count: int, ranks: int) -> int:
+        """`max_steps`, or as many steps as `num_train_epochs` epochs take, rounded up; at least one."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return max(1, math.ceil(self.num_train_epochs * row_count / self.rows_per_step(ranks)))
 
 
 def zero_stage(config: Mapping[str, Any] | None) -> int:

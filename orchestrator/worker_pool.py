@@ -32,6 +32,9 @@ WARM_SLOW_SECONDS = 180.0
 WARM_SILENT_SECONDS = 300.0
 """Longest silence of a worker that loads: while it imports its libraries and maps its weights it may leave a question
 unanswered, a new process on a crowded machine for minutes."""
+SURE_SECONDS = 2.0
+"""Time from the loss of a machine until an answer proves that a worker was not on it. A process of Ray looks once a
+second whether its raylet lives; a worker whose raylet was killed answers until then."""
 LOAD_TRIES = 2
 """Number of ends of a process while it loads that cannot be chance."""
 LOAD_AGAIN_SECONDS = 30.0
@@ -58,10 +61,18 @@ class WorkerStatus:
     """Unix time of its last answer."""
     is_silent: bool = False
     """It has left a question unanswered for longer than `SILENT_SECONDS`."""
+    sure_at: float = 0.0
+    """Unix time of the earliest question whose answer shows that it survived the last loss of a machine; 0: it did.
+    Before that it gets no order: one machine may hold several workers, and a task would lose that machine twice."""
     loads_since: float = 0.0
     """Unix time at which it was first asked to load the base model, since it was last ready."""
     ends: int = 0
     """How often its process ended while it loaded, since it was last ready."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it would begin an order at once."""
+        return self.ready and self.order is None and not self.is_silent and not self.sure_at
 
     def __str__(self) -> str:
         before = "waits for places for its ranks, then " if self.waits else ""
@@ -73,7 +84,7 @@ class WorkerStatus:
             case Evaluate(task_id=task_id, version=version):
                 return f"{before}scoring {task_id} at version {version}"
         if self.ready:
-            return f"{before}free"
+            return f"{before}free" if not self.sure_at else f"{before}asked whether it was lost with another worker"
         if self.error is not None:
             return f"cannot load the base model: {self.error.what}"
         return f"loading the base model for {time.time() - self.loads_since:.0f} s" if self.loads_since else "starting"
@@ -108,7 +119,7 @@ class WorkerPool:
 
     @property
     def free(self) -> int:
-        return sum(worker.ready and worker.order is None for worker in self.workers.values())
+        return sum(worker.is_free for worker in self.workers.values())
 
     @property
     def orders(self) -> list[Order]:
@@ -116,7 +127,7 @@ class WorkerPool:
         return [worker.order for worker in self.workers.values() if worker.order is not None]
 
     def free_workers(self) -> list[WorkerStatus]:
-        free = (worker for worker in self.workers.values() if worker.ready and worker.order is None)
+        free = (worker for worker in self.workers.values() if worker.is_free)
         return [worker for worker in free if self._pending_calls.may(f"order:{worker.name}")]
 
     def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
@@ -180,6 +191,8 @@ class WorkerPool:
             log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
             outcome = Failed(token=order.token, fault="lost", message=f"{worker.name}: {error}")
         self._alarms.end_all(worker.name, *WRITE_CODES)
+        if isinstance(outcome, Failed) and outcome.fault == "lost":  # a gang reports a rank's machine itself
+            self._doubt_all()
         if not has_lease(order):  # else its cost is written with the task's event
             seconds = outcome.worker_seconds
             what = "score" if isinstance(order, Evaluate) else "refine again"
@@ -235,7 +248,7 @@ class WorkerPool:
                 loads_for = now - worker.loads_since if worker.loads_since else 0.0
                 if loads_for > WARM_SLOW_SECONDS:
                     self._alarms.ring(AlarmCode.WORKER_SLOW, worker.name, f"{worker.name} still loads the base model")
-            elif self._pending_calls.may(f"warm:{worker.name}"):
+            elif self._pending_calls.may(f"warm:{worker.name}") and now >= worker.sure_at:
                 worker.loads_since = worker.loads_since or now
                 worker.asked_at = now
                 self._pending_calls.send(warming, partial(self._cluster.warm, worker.name))
@@ -244,7 +257,7 @@ class WorkerPool:
         asking = Asking(worker.name)
         silence = now - worker.asked_at
         if not self._pending_calls.under_way(asking):
-            if silence >= self._settings.heartbeat_seconds:
+            if silence >= self._settings.heartbeat_seconds or 0.0 < worker.sure_at <= now:
                 worker.asked_at = now
                 self._pending_calls.send(asking, partial(self._cluster.progress, worker.name))
             return
@@ -293,7 +306,12 @@ class WorkerPool:
 
     def _hear(self, worker: WorkerStatus, trouble: OnebasisError | None) -> None:
         """Note that a worker answered; ring an alarm for the trouble that it reports."""
+        was_free = worker.is_free
         worker.heard_at, worker.is_silent = time.time(), False
+        if worker.sure_at <= worker.asked_at:
+            worker.sure_at = 0.0
+        if worker.is_free and not was_free:
+            self._pending_calls.wake()
         if isinstance(trouble, RankLost):
             self._alarms.ring(AlarmCode.WORKER_SILENT, worker.name, f"{worker.name}: {trouble.what}")
             return
@@ -304,9 +322,15 @@ class WorkerPool:
     def _is_away(self, worker: WorkerStatus, error: OnebasisError) -> None:
         if worker.ready:
             log.warning("%s is away: %s", worker.name, error)
+            self._doubt_all()
         worker.ready, worker.is_silent = False, False
         worker.loads_since = worker.loads_since or time.time()
         self._pending_calls.later(f"warm:{worker.name}")
+
+    def _doubt_all(self) -> None:
+        """A machine was lost: no worker gets an order before it has shown that it was not on it."""
+        for worker in self.workers.values():
+            worker.sure_at = time.time() + SURE_SECONDS
 
 
 def has_lease(order: Order) -> bool:

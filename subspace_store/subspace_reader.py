@@ -21,6 +21,7 @@ from configs.errors import Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
 from subspace_store.files.version_heads import PRIVATE, VersionHeads
 from subspace_store.log import fold, garbage, retention
+from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.store_format import check_format
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState
@@ -130,6 +131,20 @@ class CompactionPreview:
     numbers_after: int
     rank_max: int
     """Most directions that a module would have on one side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalPreview:
+    """The effect of making the candidate again without a task."""
+
+    start: int
+    """The version that it begins after; 0: the empty subspace."""
+    versions: tuple[int, ...]
+    """Numbers of the versions that would be made again, oldest first."""
+    numbers_before: int
+    """Numbers that serving the candidate needs now, heads not counted."""
+    numbers_after: int
+    """The same without the task. It can be more: directions that it brought into the basis may have served others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +396,41 @@ class SubspaceReader:
                 numbers_after=sum(module.numbers for module in merge.modules.values()),
                 rank_max=max((max(module.basis.ranks) for module in merge.modules.values()), default=0),
             )
+
+    @strict
+    def preview_remove(self, task_id: Line) -> RemovalPreview:
+        """The effect that `SubspaceStore.remove` would have; changes nothing.
+
+        Raises:
+            NotFound: The candidate does not hold the task.
+
+        Cost:
+            As `SubspaceStore.remove`, but for writing. Memory: the whole subspace, and one group of adapters.
+        """
+        from subspace_store.merging.merge import merge_adapters, sized_among
+
+        with self._reading(self.state.refs[CANDIDATE]) as number:
+            self._find(task_id, number)
+            newest = self.state.tasks_at(number)
+            start = start_of_remakes(self.state, task_id, number)
+            again = remakes(self.state, task_id, number)
+            before = self.footprint(number).total_numbers
+            if again:
+                modules: Mapping[str, ModuleSubspace] = self.subspace(start) if start else {}
+                sized = {task.task_id for task in self.state.tasks_at(start).values() if task.is_sized}
+                for remake in again:
+                    adapters = {id_: self._to_merge_again(newest[id_], number) for id_ in remake.task_ids}
+                    modules = merge_adapters(modules, adapters, self.settings, sized).modules
+                    sized |= sized_among(adapters)
+                after = sum(module.numbers for module in modules.values())
+            else:
+                after = self.footprint(start).total_numbers
+        return RemovalPreview(
+            start=start,
+            versions=tuple(remake.version.number for remake in again),
+            numbers_before=before,
+            numbers_after=after,
+        )
 
     @strict
     def collectable(self, *, uploads_in_use: Callable[[], Collection[str]] | None = None) -> garbage.Collected:

@@ -52,6 +52,9 @@ QUANTIZED_FLAGS = (
     "hf_device_map",
 )
 
+ROWS_OF_EACH = 64
+"""Rows of a weight matrix that tell how large its rows are."""
+
 
 class BaseModel:
     """A loaded base model. Make it with `load_base_model`.
@@ -158,6 +161,27 @@ class BaseModel:
         if kind is not None:
             return dict(self._shapes[kind])
         return {name: shape for shapes in self._shapes.values() for name, shape in shapes.items()}
+
+    def rounding(self) -> dict[str, float]:
+        """Layer to the spectral norm below which an update of it is lost in the rounding of the layer's own outputs.
+
+        An input x moves an output by |ΔW·x| ≤ ‖ΔW‖₂·‖x‖, where the output itself is about ‖w‖·‖x‖ for a row w of W. So
+        it is u·‖w‖, with the unit roundoff u of the base model's dtype and the root mean square over rows.
+
+        Returns:
+            Only layers whose weights are shared as they are: those of a head and quantised ones are left out.
+
+        Cost:
+            Reads `ROWS_OF_EACH` rows of each layer.
+        """
+        found = {}
+        for name, (rows, _) in self.module_shapes().items():
+            weight = self._shared.get(f"{name}.weight")
+            if weight is not None:
+                some = torch.linspace(0, rows - 1, min(rows, ROWS_OF_EACH), device=weight.device).long()
+                rows_SD = (weight.T if name in self.stores_transposed else weight)[some].float()
+                found[name] = float(rows_SD.square().sum(1).mean().sqrt()) * torch.finfo(weight.dtype).eps / 2
+        return found
 
     def head_modules(self, kind: Kind) -> tuple[str, ...]:
         """Modules of the task model that are trained with the task, see `HeadLayout.trained`."""

@@ -8,7 +8,6 @@ memory, and step 500 can be computed without the steps before it.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,19 +57,13 @@ def schedule(training: TrainingSpec, row_count: int, rank: Rank, halvings: int =
         halvings: How often the micro-batch was halved and accumulation doubled.
 
     Returns:
-        A schedule of as many steps as `num_train_epochs` epochs take, rounded up, or of `max_steps`.
+        A schedule of `TrainingSpec.steps` steps.
     """
-    size = training.per_device_train_batch_size >> halvings
-    accumulation = training.gradient_accumulation_steps << halvings
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * rank.size
-    steps = (
-        training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * row_count / per_step)
-    )
     return Schedule(
         row_count=row_count,
-        steps=max(1, steps),
-        rows_per_micro_batch=size,
-        accumulation=accumulation,
+        steps=training.steps(row_count, rank.size),
+        rows_per_micro_batch=training.per_device_train_batch_size >> halvings,
+        accumulation=training.gradient_accumulation_steps << halvings,
         rank=rank,
         seed=training.seed,
     )

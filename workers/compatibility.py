@@ -166,11 +166,25 @@ def incomplete(adapter: Adapter, shapes: Shapes) -> str:
     )
 
 
-def without_effect(adapter: Adapter) -> str:
-    """A warning if an adapter's update is zero in every module; else empty."""
-    if any(update.energy for update in adapter.modules.values()):
+def without_effect(adapter: Adapter, rounding: Mapping[str, float]) -> str:
+    """A warning if an adapter's update is zero in every module, or too small to change an output; else empty.
+
+    Args:
+        adapter: With full names.
+        rounding: As in `BaseLayout`. A module that is not in it may change something, however little.
+    """
+    norms = {name: float(update.sigma_R[0]) if update.rank else 0.0 for name, update in adapter.modules.items()}
+    if not any(norms.values()):
+        what = "the adapter changes nothing: in every module lora_A or lora_B is all zeros, as before training"
+    elif all(norm < rounding.get(name, 0.0) or not norm for name, norm in norms.items()):
+        largest = max(norms, key=lambda name: norms[name] / rounding.get(name, 1.0))
+        what = (
+            "the adapter changes nothing: in every module its update is less than the rounding of the base model's own "
+            f"numbers; it comes nearest in '{largest}', with norm {norms[largest]:.1e}, where that is "
+            f"{rounding[largest]:.1e}"
+        )
+    else:
         return ""
-    what = "the adapter changes nothing: in every module lora_A or lora_B is all zeros, as before training"
     return what + ("; its head alone is its own" if adapter.head else "")
 
 

@@ -23,13 +23,14 @@ from subspace_store.storage.protocol import Storage
 from workers import metrics
 from workers.base_model import BaseModel
 from workers.deepspeed_engine import parted
-from workers.features import IGNORED, collator, encode_prompt, lengths
+from workers.features import IGNORED, collator
 from workers.metrics import GENERATED, Measure
 from workers.orders import Evaluate, Rank, Train
 from workers.peft_model import TASK_TYPES, put_tensors, with_lora
 from workers.results import Results, write_results
 from workers.rows.frozen_rows import StoredRows
 from workers.rows.task_data import CompletionRow, Row
+from workers.tokens import encode_prompt, lengths
 from workers.truncation import check_answers, losses, losses_of_generation
 
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
@@ -126,7 +127,7 @@ def score_rows(
             one, which could be as bad as the one before merging and pass the gate. Or the completions have no tokens.
     """
     model.eval()
-    measured = lengths(base, spec, rows)
+    measured = lengths(base.tokenizer, spec, rows)
     check_answers(measured, spec, base.name, "evaluation rows", each=False)
     counts = [length.read(spec.data.max_length) for length in measured]
     with torch.inference_mode():

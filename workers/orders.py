@@ -95,6 +95,11 @@ class BaseLayout:
     """Names by which the checkpoint itself says it is known; often none."""
     chat_template: ChatTemplate | None = None
     """How its tokenizer renders messages; None where it cannot."""
+    tokenizer: bytes = field(default=b"", repr=False)
+    """Its tokenizer, as `workers.tokens.packed` has it; empty without one. A vocabulary of 30,000 words takes 1 MB."""
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    """Layer to the spectral norm below which an update of it is lost in the rounding of the layer's own outputs;
+    without the quantised ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

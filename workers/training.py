@@ -25,7 +25,6 @@ from workers.compatibility import check_lengths
 from workers.compiled_ops import watched
 from workers.deepspeed_engine import is_parted, refusals_named, release
 from workers.evaluation import Score, score_adapter, score_and_keep
-from workers.features import lengths, measured_rows
 from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
@@ -36,6 +35,7 @@ from workers.rank_group import RankGroup, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import Row
 from workers.rows.validation import needs_all_rows, not_compared, set_aside
+from workers.tokens import training_losses
 from workers.trainer import (
     Asked,
     Cancelled,
@@ -48,7 +48,6 @@ from workers.trainer import (
     free_memory,
 )
 from workers.training_state import fits
-from workers.truncation import check_answers, losses
 
 METHODS: dict[str, Method] = {
     "lora": lora,
@@ -204,12 +203,7 @@ class _Attempt:
         Raises:
             InvalidInput: An answer has no token.
         """
-        spec = self._order.spec
-        some = measured_rows(rows)
-        which = f"{'first ' * (len(some) < len(rows))}training rows"
-        found = lengths(self._base, spec, some)
-        check_answers(found, spec, self._base.name, which, each=True)
-        said = losses(found, spec, which)
+        said = training_losses(self._base.tokenizer, self._order.spec, rows, self._base.name)
         for warning in said:
             self._say(f"warning: {warning}")
         return said

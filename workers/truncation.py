@@ -41,7 +41,9 @@ def losses(lengths: Sequence[Length], spec: TaskSpec, rows: str) -> tuple[str, .
     return tuple(_of_completions(lengths, longest, count))
 
 
-def losses_of_generation(lengths: Sequence[Length], spec: TaskSpec, positions: int) -> tuple[str, ...]:
+def losses_of_generation(
+    lengths: Sequence[Length], spec: TaskSpec, positions: int, rows: str = "evaluation rows"
+) -> tuple[str, ...]:
     """As `losses`, for answers that a language model generates.
 
     Args:
@@ -49,7 +51,7 @@ def losses_of_generation(lengths: Sequence[Length], spec: TaskSpec, positions: i
     """
     if spec.metric not in GENERATED:
         return ()
-    count, new_max = f"of {len(lengths):,} evaluation rows", spec.data.max_new_tokens
+    count, new_max = f"of {len(lengths):,} {rows}", spec.data.max_new_tokens
     said = []
     room = positions - new_max
     if room < spec.data.max_length and (cut := sum(length.given > room for length in lengths)):

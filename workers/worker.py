@@ -52,6 +52,7 @@ from workers.patience import Patience
 from workers.rank_group import NOBODY_ELSE, joined
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
+from workers.tokens import packed
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
 from workers.training import stopper, train_task
 
@@ -107,6 +108,8 @@ class Worker:
             heads=base.heads,
             called=base.called,
             chat_template=template_of(base.tokenizer),
+            tokenizer=packed(base.tokenizer),
+            rounding=base.rounding(),
         )
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:

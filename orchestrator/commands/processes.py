@@ -87,9 +87,11 @@ def up(settings: Settings, say: Say, take_over: bool = False, config: Path | Non
             with telling("starting Ray and the control plane", say):
                 _start_what_is_missing(settings, state_dir, say, started, config)
         return _wait_for_workers(settings, state_dir, say)
-    except BaseException:
+    except BaseException as error:
         if started:
-            say("it did not come up: ending what was started")
+            # Of Ctrl-C the command tells, once: nothing failed.
+            why = "" if isinstance(error, KeyboardInterrupt) else "it did not come up: "
+            say(f"{why}ending what was started")
             _end_started(started, state_dir)
         raise
 

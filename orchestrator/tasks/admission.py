@@ -24,6 +24,7 @@ from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
 from configs.settings import Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
+from orchestrator.tasks.doubtful_settings import doubtful_settings
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
@@ -142,7 +143,9 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
     doubt = _not_compared(spec, rows.train) if spec.method.name == "auto" and rows.train else ""
-    return Draft(spec, rows, None, (*_warnings(rows), *filter(None, [doubt, _idle_settings(spec)])))
+    row_count = rows.train.count if rows.train else 0
+    doubts = (*filter(None, [doubt]), *doubtful_settings(spec, row_count, settings.workers.ranks))
+    return Draft(spec, rows, None, (*_warnings(rows), *doubts, *_cut(spec, rows, layout)))
 
 
 def _imported(
@@ -165,12 +168,12 @@ def _imported(
         trained_elsewhere(named, layout.called or (settings.base_model.source,)),
         not_understood(named),
         incomplete(named, layout.module_shapes),
-        without_effect(named),
+        without_effect(named, layout.rounding),
         doubtful_labels(named, spec, head),
-        _idle_settings(spec),
+        *doubtful_settings(spec, 0, settings.workers.ranks),
     )
     rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
-    return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows)))
+    return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows), *_cut(spec, rows, layout)))
 
 
 def _check_least_score(spec: TaskSpec) -> None:
@@ -204,11 +207,22 @@ def _not_compared(spec: TaskSpec, train: FrozenRows) -> str:
     return "" if train.inputs > INPUTS_ENOUGH else not_compared(spec, set_aside(train.rows(spec.kind))[1])
 
 
-def _idle_settings(spec: TaskSpec) -> str:
-    """Names what is set for another method than the task's."""
-    names = ", ".join(f"method.{name}" for name in spec.method.without_effect)
-    said = f"the method {spec.method.name} does not read {names} → take that out, or name the method that it is for"
-    return said if names else ""
+def _cut(spec: TaskSpec, rows: FrozenTask, layout: BaseLayout) -> Iterator[str]:
+    """The sentences on rows longer than the model reads that training and scoring say.
+
+    Raises:
+        InvalidInput: They would be refused there, since answers have no token.
+    """
+    from workers.tokens import evaluation_losses, training_losses, unpacked
+
+    if not layout.tokenizer or spec.kind == "image_classification":
+        return
+    tokenizer = unpacked(layout.tokenizer)
+    if rows.train:
+        yield from training_losses(tokenizer, spec, rows.train.rows(spec.kind), spec.base_model)
+    if rows.evaluation:
+        held = rows.evaluation.rows(spec.kind)
+        yield from evaluation_losses(tokenizer, spec, held, spec.base_model, layout.length_max)
 
 
 def _warnings(rows: FrozenTask) -> Iterator[str]:

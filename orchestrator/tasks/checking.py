@@ -41,7 +41,9 @@ GRACE_SECONDS = 5.0
 """Time after the deadline, at which the control plane ends a check and says why, until the check ends without that."""
 START_SECONDS = 60.0
 """Longest wait until the forking process takes a check: on a busy machine its imports take ten seconds."""
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"} | {
+    "TOKENIZERS_PARALLELISM": "false"
+}
 """Environment in which numpy, torch and pyarrow start no thread when they are imported: a fork would lose it."""
 Part = TypeVar("Part", FrozenRows, FrozenAdapter)
 FILES_MAX = 3
@@ -207,7 +209,7 @@ def _exactly(source: socket.socket, count: int) -> bytearray:
 
 def import_beforehand() -> None:
     """Import what a check would import itself, every time: pandas by pyarrow, transformers to write chats with."""
-    ours = ("subspace_store.formats.peft", "workers.compatibility", "workers.heads")
+    ours = ("subspace_store.formats.peft", "workers.compatibility", "workers.heads", "workers.tokens")
     for name in (*ours, "numpy", "pyarrow", "pandas", "jinja2.sandbox", "transformers.utils.chat_template_utils"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

@@ -39,7 +39,6 @@ from subspace_store.commands.terminal import (
     show,
     telling,
 )
-from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE, SubspaceState
@@ -324,23 +323,26 @@ def remove(
         if task_id not in held:
             raise NotFound(f"the candidate, version {candidate}, does not hold {task}", place.storage.url)
         if not yes:
-            again = [remake.version.number for remake in remakes(state, task_id, candidate)]
-            last = start_of_remakes(state, task_id, candidate)
+            with telling(f"merging without {task}, in memory"):
+                found = reader.preview_remove(task_id)
             what = (
-                f"make {counted(len(again), 'version')} again: {', '.join(map(str, again))}"
-                if again
+                f"make {counted(len(found.versions), 'version')} again: {', '.join(map(str, found.versions))}"
+                if found.versions
                 else "make none again"
             )
-            text = f"would go back to version {last} and {what} (--yes does it)"
-            show({"task_id": task_id, "versions": again, "removed": False}, lambda _: note(text), as_json)
+            size = _growth(found.numbers_before, found.numbers_after)
+            text = f"would go back to version {found.start} and {what} (--yes does it); all tasks would take {size}"
+            show({"task_id": task_id, **asdict(found), "removed": False}, lambda _: note(text), as_json)
             return
         # The same task of the same candidate is the same request, so that an interrupted command goes on. If that
         # request was done and the task is there again, there was a rollback: it is a new request.
         op_key = op_key or _next_key(f"remove {task_id} from {candidate}", state)
     _refuse_an_orphan(place, candidate_only, force)
+    numbers = {} if repeated else {"numbers_before": reader.footprint(candidate).total_numbers}
     request = Remove(task_id=task_id, reason=reason, publish=not candidate_only, op_key=op_key, actor=me())
     write(place, force, request)
-    after = reader_at(place).state
+    reader = reader_at(place)
+    after = reader.state
     number = after.op_keys[op_key]
     remade = [v for v in after.lineage(number) if task_id in v.removed]
     approximate = [task for version in remade for task in version.approximate]
@@ -355,9 +357,23 @@ def remove(
     text = f"version {number} is as if {task} had never been merged"
     if repeated:
         text = f"version {number}: {done_before(op_key)}"
-    elif approximate:
-        text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
-    show(answer, lambda _: note(text), as_json)
+    else:
+        numbers["numbers_after"] = reader.footprint(number).total_numbers
+        if approximate:
+            text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
+        text += f"; all tasks take {_growth(**numbers)}"
+    show(answer | numbers, lambda _: note(text), as_json)
+
+
+def _growth(numbers_before: int, numbers_after: int) -> str:
+    """What a version takes after a removal, and what to do where that is more."""
+    said = f"{numbers_after:,} numbers instead of {numbers_before:,}"
+    if numbers_after <= numbers_before:
+        return said
+    return (
+        f"{said}, {numbers_after - numbers_before:,} more: without it they share less → afterwards `onebasis store "
+        "compact` shows what merging all of them at once would save"
+    )
 
 
 @command

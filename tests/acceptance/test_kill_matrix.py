@@ -261,5 +261,6 @@ def test_an_up_that_is_interrupted_leaves_nothing_running(tmp_path: Path) -> Non
     said += starting.communicate(timeout=120)[0]
     assert starting.returncode == 130
     assert b"ending what was started" in said
+    assert b"did not come up" not in said
     left = [p.info for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
     assert left == []

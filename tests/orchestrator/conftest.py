@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator import pending_calls
+from orchestrator import pending_calls, worker_pool
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
 
@@ -22,6 +22,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending_calls, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(pending_calls, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(pending_calls.PendingCalls.later, "__defaults__", (0.0,))
+    monkeypatch.setattr(worker_pool, "SURE_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -69,7 +69,8 @@ class Site:
         train = write_rows(self.folder / "data" / "train.jsonl", rows(6))
         evaluation = write_rows(self.folder / "data" / "eval.jsonl", [{"text": "other", "label": "no"}])
         files = {"train_file": str(train), "eval_file": str(evaluation)}
-        return task_document(title, **{"method": {"name": "lora"}, **changes, "data": files})
+        defaults = {"method": {"name": "lora"}, "training": {"per_device_train_batch_size": 2}}
+        return task_document(title, **{**defaults, **changes, "data": files})
 
     def publish(self, title: str) -> dict[str, Any]:
         """Submit a task and wait until main holds it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -75,6 +76,10 @@ class StandInCluster:
         """(version, title), in the order in which they were scored."""
         self.store_calls: list[str] = []
         self.replaced: list[str] = []
+        self.lost_orders = 0
+        """Number of orders that ended with the machine they were on."""
+        self._dying: set[str] = set()
+        self._dead_at = 0.0
         self._held: list[tuple[str, Order, Future[Any]]] = []
 
     # --- Cluster ---------------------------------------------------------------------------------------------
@@ -85,6 +90,9 @@ class StandInCluster:
 
     def run(self, worker: str, order: Order) -> Future[Any]:
         with self._lock:
+            if worker in self._dying:
+                self.lost_orders += 1
+                return _lost(worker)
             future = self._memory[worker].get(order.token)
             if future is None:
                 future = self._memory[worker][order.token] = Future()
@@ -95,11 +103,15 @@ class StandInCluster:
             return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
+        if self._has_died(worker):
+            return _lost(worker)
         return _landed(LAYOUT) if self.load_error is None else _failed(self.load_error)
 
     def progress(self, worker: str) -> Future[Any]:
         if worker in self.silent:
             return Future()
+        if self._has_died(worker):
+            return _lost(worker)
         held = next((order for name, order, _ in self._held if name == worker), None)
         if held is None:
             return _landed(Progress())
@@ -197,6 +209,22 @@ class StandInCluster:
         held, self._held = self._held, []
         for worker, order, future in held:
             self._do(worker, order, future)
+
+    def machine_dies(self) -> None:
+        """One machine held all workers. Who works is lost at once; the others answer for a moment more, as processes do
+        that look once a second whether their raylet lives, and then it takes a call to notice. Fresh ones follow."""
+        self._dying, self._dead_at = set(self._memory), time.monotonic() + 0.1
+        held, self._held = self._held, []
+        for worker, _, future in held:
+            self.lost_orders += 1
+            self._memory[worker] = {}
+            future.set_exception(MachineLost(f"{worker} is gone"))
+
+    def _has_died(self, worker: str) -> bool:
+        """Whether the process that is asked is gone; the next one takes its place."""
+        died = worker in self._dying and time.monotonic() > self._dead_at
+        self._dying -= {worker} if died else set()
+        return died
 
     # --- workers ---------------------------------------------------------------------------------------------
 

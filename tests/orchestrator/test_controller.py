@@ -28,7 +28,7 @@ from subspace_store.storage.protocol import Storage
 from tests.builders import BASE, LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
-from workers.orders import Evaluate, Point, Train
+from workers.orders import Evaluate, Order, Point, Train
 from workers.results import Results, write_results
 
 MakePlant = Callable[..., Plant]
@@ -479,6 +479,35 @@ def test_a_task_whose_worker_is_lost_is_trained_again_and_published(plant: Plant
     task = plant.get("red/alpha")
     assert (task.state, task.attempt, task.lost_machines, task.own_bugs) == (TaskState.PUBLISHED, 2, 1, 0)
     assert task.staging_key.startswith(f"staging/{task.task_id}/2-")
+
+
+@pytest.mark.parametrize("kind", [Train, Evaluate])
+def test_a_machine_that_takes_several_workers_with_it_is_one_loss_for_its_task(
+    make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch, kind: type[Order]
+) -> None:
+    monkeypatch.setattr(worker_pool, "SURE_SECONDS", 0.2)
+    plant = _asks_at_every_step(make_plant(workers=3, failures={"lost_machines_max": 1}))
+    plant.cluster.hold = lambda order: isinstance(order, kind)
+    plant.submit("red/alpha")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    plant.cluster.machine_dies()  # with all three: two are idle, and answer until they notice
+    plant.cluster.hold = lambda order: False
+    plant.run()
+    task = plant.get("red/alpha")
+    assert (task.state, task.lost_machines) == (TaskState.PUBLISHED, int(kind is Train))
+    assert plant.cluster.lost_orders == 1
+
+
+def test_a_worker_that_does_not_answer_gets_no_order(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "SILENT_SECONDS", 0.0)
+    plant = _asks_at_every_step(plant)
+    plant.run(lambda: plant.controller.ready_workers == 2)
+    plant.cluster.silent = {"worker-0"}
+    plant.run(lambda: "worker-silent" in alarms_of(plant), 5)
+    plant.submit("red/alpha")
+    plant.run()
+    assert plant.states() == {"red/alpha": "published"}
+    assert plant.cluster._memory["worker-0"] == {}
 
 
 def test_an_error_outside_the_workers_own_handling_counts_as_a_lost_machine(plant: Plant) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from configs.errors import Conflict, NotFound
 from subspace_store import CANDIDATE, MAIN, Adapter, SubspaceStore
+from subspace_store.adapter import SIZED
 from subspace_store.log.removal import remakes
 from subspace_store.verify import verify
 from tests.subspace_store.builders import (
@@ -77,6 +81,37 @@ def test_what_is_told_before_is_what_is_made(gone: str) -> None:
     assert set(store.state.replaced) == {v.number for v in before.lineage(4)} - line
     assert set(store.state.replaced.values()) <= {done.number if done else 0}
     assert reading(store.storage, **SETTINGS).state == store.state
+
+
+@pytest.mark.parametrize("gone", ["a", "b", "d", "e"])
+@pytest.mark.parametrize("changes", [{}, {"share": "if-it-pays"}, {"rank_max": 4}], ids=str)
+def test_the_numbers_that_are_told_before_are_those_that_it_takes(gone: str, changes: dict[str, Any]) -> None:
+    store = opened(fresh_storage(), **SETTINGS | changes)
+    for group in ("a", "b", "cd", "e"):
+        merged(store, {letter: adapter_of(letter) for letter in group})
+    old = store.footprint(4).total_numbers
+    told = store.preview_remove(gone)
+    assert store.state.refs[CANDIDATE] == 4
+    store.remove(gone, op_key="r", actor="me")
+    new = store.footprint(store.state.refs[CANDIDATE]).total_numbers
+    assert (told.numbers_before, told.numbers_after) == (old, new)
+    assert told.versions == {"a": (2, 3, 4), "b": (3, 4), "d": (3, 4), "e": ()}[gone]
+    assert told.start == {"a": 0, "b": 1, "d": 2, "e": 3}[gone]
+
+
+def test_a_task_that_was_sized_is_counted_as_it_will_be_merged_again() -> None:
+    store = opened(fresh_storage(), **SETTINGS)
+    merged(store, {"a": adapter_of("a")})
+    merged(store, {"b": replace(adapter_of("b"), info={SIZED: "held"})})
+    merged(store, {"c": adapter_of("c")})
+    told = store.preview_remove("a")
+    store.remove("a", op_key="r", actor="me")
+    assert told.numbers_after == store.footprint(store.state.refs[CANDIDATE]).total_numbers
+
+
+def test_only_a_task_that_the_candidate_holds_can_be_previewed() -> None:
+    with pytest.raises(NotFound):
+        grown("a").preview_remove("z")
 
 
 @pytest.mark.parametrize(("dead", "begins_after"), [([2], 1), ([1, 2], 0)])

@@ -295,6 +295,31 @@ def test_linear_layers_are_listed_as_outputs_by_inputs_also_where_they_are_store
     assert "score" not in tiny("llama").module_shapes()
 
 
+@pytest.mark.parametrize("architecture", ["bert", "gpt2-lm"])
+def test_an_update_below_a_layers_rounding_moves_hardly_any_of_its_outputs(architecture: str, tiny: Tiny) -> None:
+    base, draw = tiny(architecture), torch.Generator().manual_seed(0)
+    rounding = base.rounding()
+    assert rounding.keys() <= base.module_shapes().keys()
+    for name, limit in rounding.items():
+        weight = base._shared[f"{name}.weight"]
+        weight_ND = weight.T if name in base.stores_transposed else weight
+        rows, inputs = base.module_shapes()[name]
+        assert weight_ND.shape == (rows, inputs)
+        if rows <= 64:  # else some of them are looked at
+            assert limit == pytest.approx(float(weight_ND.norm()) / rows**0.5 * 2.0**-24, rel=1e-5)
+        u_N = nn.functional.normalize(torch.randn(rows, generator=draw), dim=0)
+        v_D = nn.functional.normalize(torch.randn(inputs, generator=draw), dim=0)
+        x_BD = torch.randn(200, inputs, generator=draw)
+        outputs = x_BD @ weight_ND.T
+
+        def moved(norm: float) -> float:
+            """Share of the outputs that an update of this norm changes."""
+            return float((outputs + norm * (x_BD @ v_D)[:, None] * u_N != outputs).float().mean())  # noqa: B023
+
+        assert moved(limit) < 0.25
+        assert moved(1000 * limit) > 0.9
+
+
 def test_pictures_are_read_with_the_checkpoints_own_processor_and_have_no_length(tiny: Tiny) -> None:
     base = tiny("vit")
     pixels = base.image_processor(torch.zeros(1, 20, 30, 3, dtype=torch.uint8).numpy(), return_tensors="pt")

@@ -19,8 +19,8 @@ from tests.workers.worker_builders import tiny_settings
 from workers import evaluation
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import adapted_model, batches_by_length, generate, score_adapter, score_rows
-from workers.features import encode_completion, encode_prompt
 from workers.rows.task_data import CompletionRow, Row, TextRow
+from workers.tokens import encode_completion, encode_prompt
 from workers.truncation import Length
 
 Tiny = Callable[[str], BaseModel]

@@ -16,10 +16,11 @@ from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
 from tests.workers.tiny_bases import save_vit, talking_tokenizer
 from tests.workers.worker_builders import tiny_settings
-from workers import features
+from workers import tokens
 from workers.base_model import BaseModel, load_base_model
-from workers.features import IGNORED, collator, completions, encode_completion, encode_prompt, lengths
+from workers.features import IGNORED, collator, completions
 from workers.rows.task_data import CompletionRow, ImageRow, TextRow
+from workers.tokens import encode_completion, encode_prompt, lengths
 from workers.truncation import Length
 
 Tiny = Callable[[str], BaseModel]
@@ -52,7 +53,7 @@ def chatting() -> Any:
 
 
 def test_the_tokens_of_many_rows_are_counted_some_rows_at_a_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 3)
     base, seen = tiny("bert"), list[int]()
 
     def tokenizer(texts: list[str], pairs: list[str], **options: Any) -> Any:
@@ -61,19 +62,19 @@ def test_the_tokens_of_many_rows_are_counted_some_rows_at_a_time(tiny: Tiny, mon
 
     counting: Any = SimpleNamespace(tokenizer=tokenizer)
     rows = [TextRow("x " * words, "y", 0) for words in (1, 2, 5, 3, 1, 2, 9)]
-    counts = lengths(counting, spec("sequence_classification", text_pair_column="p"), rows)
+    counts = lengths(counting.tokenizer, spec("sequence_classification", text_pair_column="p"), rows)
     assert [length.given for length in counts] == [5, 6, 9, 7, 5, 6, 13]  # the words, y, and three marks
     assert seen == [3, 3, 1]
 
 
 def test_as_many_rows_are_measured_as_a_number_of_characters_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "MEASURED_CHARACTERS", 300)
+    monkeypatch.setattr(tokens, "MEASURED_CHARACTERS", 300)
     rows = [TextRow("x" * 20, "y" * 5, 0)] * 7  # 125 each
-    assert list(features.measured_rows(rows)) == rows[:3]
-    assert list(features.measured_rows(rows[:3])) == rows[:3]
-    assert list(features.measured_rows([question("x" * 1000, "y")] * 2)) == [question("x" * 1000, "y")]
+    assert list(tokens.measured_rows(rows)) == rows[:3]
+    assert list(tokens.measured_rows(rows[:3])) == rows[:3]
+    assert list(tokens.measured_rows([question("x" * 1000, "y")] * 2)) == [question("x" * 1000, "y")]
     pictures = [ImageRow(np.zeros((1, 1, 3), dtype=np.uint8), 0)] * 9
-    assert features.measured_rows(pictures) == pictures
+    assert tokens.measured_rows(pictures) == pictures
 
 
 def test_class_labels_are_whole_numbers_and_what_a_regression_learns_is_not(tiny: Tiny) -> None:
@@ -93,7 +94,7 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_prefers(tiny: Tiny, monk
     monkeypatch.setattr(tiny("bert").tokenizer, "padding_side", "left")
     rows, task = [TextRow("one", None, 0), TextRow("one two three", None, 0)], spec("sequence_classification")
     assert collator(tiny("bert"), task)(rows)["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert lengths(tiny("bert"), task, rows) == [Length(3), Length(5)]
+    assert lengths(tiny("bert").tokenizer, task, rows) == [Length(3), Length(5)]
 
 
 def test_the_loss_of_a_language_model_is_on_the_completion_and_its_end_alone(talking: Any) -> None:

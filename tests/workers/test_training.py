@@ -21,7 +21,7 @@ from subspace_store.digests import digest
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.storage.memory import MemoryStorage
 from tests.workers.worker_builders import MINILM, sentiment_rows, sentiment_task, task_of_kind
-from workers import features, training
+from workers import tokens
 from workers.base_model import BaseModel, load_base_model
 from workers.orders import Point, Progress, Train, Trained
 from workers.rows.task_data import TextRow
@@ -156,7 +156,7 @@ def test_training_rows_that_are_read_in_part_are_told_before_the_first_step_and_
 def test_of_many_training_rows_the_first_are_measured_and_the_warning_says_so(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "MEASURED_CHARACTERS", 1000)
+    monkeypatch.setattr(tokens, "MEASURED_CHARACTERS", 1000)
     trained = Desk("many", train_count=24).train(tiny("bert"), sentiment_task(data={"max_length": 7}))
     assert any(line.startswith("8 of 8 first training rows have more tokens") for line in trained.warnings)
 
@@ -168,7 +168,7 @@ def test_a_row_without_a_token_of_an_answer_is_refused_before_training_and_named
     rows = [json.dumps({"prompt": f"say {i}", "completion": "x"}) for i in range(4)]
     desk.storage.write("data/chat", "\n".join(rows).encode())
     found = [Length(3, 2), Length(3, 2), Length(3), Length(3)]
-    monkeypatch.setattr(training, "lengths", lambda base, spec, rows: found)
+    monkeypatch.setattr(tokens, "lengths", lambda tokenizer, spec, rows: found)
     with pytest.raises(InvalidInput, match="no token of the answer of 2 of 4 training rows, the first of them row 3"):
         desk.train(tiny("llama-lm"), task_of_kind("causal_lm"), train_key="data/chat")
 

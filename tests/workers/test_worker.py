@@ -19,14 +19,16 @@ from configs.settings import BaseModelSettings, StorageSettings
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.opening import open_storage
 from tests.workers.tiny_bases import save_llama
-from tests.workers.worker_builders import sentiment_rows, sentiment_task, tiny_settings
+from tests.workers.worker_builders import sentiment_rows, sentiment_task, task_of_kind, tiny_settings
 from workers import worker as worker_module
 from workers.base_model import BaseModel
 from workers.order_book import OUTCOMES_KEPT
 from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
 from workers.results import read_results
 from workers.rows.task_data import CompletionRow
+from workers.tokens import lengths, unpacked
 from workers.trainer import Cancelled, Preempted
+from workers.truncation import Length
 from workers.worker import Worker
 
 STORAGE = StorageSettings(url="memory:worker-tests")
@@ -104,12 +106,14 @@ def test_a_worker_rehearses_a_kind_that_its_base_model_has_and_says_which_those_
     assert cold.warm().kinds == tiny(architecture).kinds
 
 
-def test_a_worker_tells_how_its_base_model_writes_a_chat(tmp_path: Path) -> None:
+def test_a_worker_tells_how_its_base_model_writes_a_chat_and_how_long_it_is(tmp_path: Path) -> None:
     layout = Worker(tiny_settings(save_llama(tmp_path / "chat", chat=True)), STORAGE, "tiny").warm()
     template = pickle.loads(pickle.dumps(layout)).chat_template
     turns = (("user", "grass?"), ("assistant", "green"))
     assert template.render(turns) == ("<|user|>grass?</s>\n<|assistant|>", "green</s>\n")
     assert "only user and assistant" in template.complaint(CompletionRow((("system", "x"), *turns), is_chat=True))
+    row = CompletionRow((("user", "zz"), ("assistant", "xyz")), is_chat=False)  # `<s>zz` and `xyz</s>`, byte by byte
+    assert lengths(unpacked(layout.tokenizer), task_of_kind("causal_lm"), [row]) == [Length(3, 4)]
     silent = Worker(tiny_settings(save_llama(tmp_path / "plain")), STORAGE, "tiny").warm()
     assert silent.chat_template is None
 

@@ -38,6 +38,8 @@ PARTS_OF_INPUTS = (
 """Names of columns which in common formats are a part of what the model is given."""
 OF_MESSAGES = "[]."
 """Mark in the name of a key of messages, `messages[].name`: chat templates may write any of them."""
+QUOTES = {"'": "'", '"': '"', "`": "`", "‘": "’", "“": "”", "„": "“", "«": "»"}
+"""Marks around a quotation, each with the one that ends it."""
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing."""
 
@@ -46,14 +48,38 @@ Columns = Mapping[str, str]
 """Key of the task file's section `data` to the column that it names."""
 
 
+class Quotes:
+    """Quotes that stand around every text of a column: of a program that writes a field in others than double ones, or
+    puts it into quotes twice."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._mark = ""
+
+    def meet(self, text: str) -> None:
+        """Take the text of the next row."""
+        if not self._rows or self._mark:
+            text = text.strip()
+            is_quoted = len(text) > 1 and QUOTES.get(text[0]) == text[-1]
+            self._mark = text[0] if is_quoted and self._mark in ("", text[0]) else ""
+            self._rows += 1
+
+    @property
+    def around_all(self) -> str:
+        """The opening and the closing mark; empty unless all texts have them, and there are several."""
+        return f"{self._mark}…{QUOTES[self._mark]}" if self._mark and self._rows > 1 else ""
+
+
 class Unread:
-    """What files have and the task does not read: columns that it does not name, lines inside a field that look like
-    rows, answers before a chat's last. Each with the place where it was met first."""
+    """What files have and the task does not read, or not as it may be meant: columns that it does not name, lines
+    inside a field that look like rows, answers before a chat's last, quotes around every text of a column. Each with
+    the place where it was met first."""
 
     def __init__(self) -> None:
         self._places: dict[str, str] = {}
         self._lines = self._answers = 0
         self._first_lines = self._first_answers = ""
+        self._quoted: list[str] = []
 
     def meet(self, columns: Columns, names: Iterable[str], where: str) -> None:
         """Take the names of a file's or a row's columns."""
@@ -72,8 +98,18 @@ class Unread:
         self._first_answers = self._first_answers or where
         self._answers += 1
 
+    def meet_quotes(self, column: str, quotes: Quotes, path: str) -> None:
+        """Take what is around the texts of a column of a file, when all its rows were read."""
+        if quotes.around_all:
+            self._quoted.append(
+                f"every text of the column {shown([column])} in {path} stands in quotes, {quotes.around_all}: they are "
+                "read as a part of the text → if they are not meant, take them away: around a field of a table only "
+                "double quotes are taken off"
+            )
+
     def told(self) -> Iterator[str]:
         """Sentences for the owner of the task; none where all is read."""
+        yield from self._quoted
         if self._answers:
             chats = "1 chat has" if self._answers == 1 else f"{self._answers:,} chats have"
             yield (

@@ -11,6 +11,8 @@ by its type:
   label_names ["1", "2", "3"] the value 1 could be the first label by name or the second by index: numbers are names
   there, and one that is no name is refused. The same holds where a name is a truth value, unless both readings agree
   (["false", "true"] with 0 and 1).
+* One file says all its labels in one way, by name or by index. Where it mixes them, a number may as well be a name that
+  label_names lacks: that is refused. (Of a truth value and its index, which agree, the file may say either.)
 * A missing label (null, NaN, an empty cell) is refused, and so is what is neither text nor number.
 """
 
@@ -36,7 +38,7 @@ NUMBER_CHARACTERS_MAX = 40
 
 
 class Labels:
-    """The labels of one task.
+    """The labels of one file of a task.
 
     Args:
         names: The task's label_names; the index of a label is its place among them.
@@ -65,6 +67,8 @@ class Labels:
         )
         self._indices = {str(index): index for index in range(len(self._names))} if has_indices else {}
         """Text of a value to the index that it means; empty where numbers are names."""
+        self._first: dict[bool, tuple[str, str]] = {}
+        """Whether a value was read as an index, to the first such value and its place."""
 
     def index(self, value: Any, column: str, where: str) -> int:
         """The index of the label that a value says.
@@ -75,10 +79,11 @@ class Labels:
             where: File and row.
 
         Raises:
-            InvalidInput: No label of this task, missing, or of a type that no label has.
+            InvalidInput: No label of this task, missing, or of a type that no label has; or the rows before said theirs
+                by name and this one by index, or the other way round.
         """
         if isinstance(value, str) and value in self._index_of:
-            return self._index_of[value]
+            return self._read(value, self._index_of[value], column, where, as_index=False)
         if value is not None and not isinstance(value, str | int | float | Decimal):
             raise InvalidInput(
                 f"column '{column}' must hold a label's name or its index, not {type(value).__name__}",
@@ -87,12 +92,28 @@ class Labels:
             )
         said = "" if value is None else _said(value)
         if said in self._index_of:
-            return self._index_of[said]
+            return self._read(said, self._index_of[said], column, where, as_index=False)
         if said in self._indices:
-            return self._indices[said]
+            return self._read(said, self._indices[said], column, where, as_index=True)
         if is_missing(value):
             raise missing(column, where, value)
         raise InvalidInput(f"label {value!r:.100} is not one of the {len(self._names)} labels", where, self._todo(said))
+
+    def _read(self, said: str, index: int, column: str, where: str, as_index: bool) -> int:
+        """The index, unless the file's other labels are read in the other way."""
+        if not self._indices or _said(self._names[index]) in TRUTH:
+            return index
+        self._first.setdefault(as_index, (said, where))
+        if len(self._first) == 2:
+            (name, named), (number, numbered) = self._first[False], self._first[True]
+            raise InvalidInput(
+                f"column '{column}' says some labels by name ({name!r:.40}: {named}) and others by number ({number}: "
+                f"{numbered}). The number can be an index, and mean {self._names[self._indices[number]]!r:.40}, or a "
+                "name that is missing in data.label_names",
+                where,
+                "write the name of its label into every row; if the number is a name, add it to data.label_names",
+            )
+        return index
 
     def _todo(self, said: str) -> str:
         known = f"data.label_names are: {shown(self._names)}"

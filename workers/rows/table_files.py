@@ -41,7 +41,7 @@ def _read(
             where = f"{path}, row {number} (line {line})"
             if len(row) != len(table.names):
                 raise _uneven(row, table.names, where)
-            if inside := sum(_rows_inside(field, len(row), table.separator) for field in row if "\n" in field):
+            if inside := sum(table.rows_inside(row, place) for place, field in enumerate(row) if "\n" in field):
                 unread.meet_lines(inside, where)
             yield where, {column: row[place] for column, place in places.items()}
 
@@ -75,7 +75,8 @@ class _Table:
         fields = _fields(first, separator)
         if first.lstrip().startswith(("{", "[")) and not _has(columns, _stripped(fields, columns)):
             raise InvalidInput("is not what its name says: it holds JSON", path, "name a file of JSON lines .jsonl")
-        is_spaced = any(name.startswith(" ") for name in fields[1:])  # "text, label": the separator's space
+        # "text, label": the separator's space
+        self._is_spaced = is_spaced = any(name.startswith(" ") for name in fields[1:])
         self._lines, self._line = itertools.chain([(number, first)], lines), number - 1
         # Strict: a quote that is not closed, or text after one, would else join rows silently.
         self._reader = csv.reader(self._texts(), delimiter=separator, strict=True, skipinitialspace=is_spaced)
@@ -100,6 +101,21 @@ class _Table:
                 ) from error
             if len(row) > 1 or (row and row[0].strip()):
                 return first, row
+
+    def rows_inside(self, row: Sequence[str], place: int) -> int:
+        """How many lines inside the field at this place of a row look like rows of their own.
+
+        They are the whole lines inside it; 0 unless all of them look like rows. Where there is none, it is the last
+        line: if that and the first, with the fields after and before, are as many fields as a row has. A text's own
+        separators do not count there, which a space follows.
+        """
+        first, *inside, last = row[place].split("\n")
+        if inside:
+            return len(inside) if all(len(_fields(line, self.separator)) == len(row) for line in inside) else 0
+        begins, ends = _fields(first, self.separator), _fields(last, self.separator)
+        is_spaced = any(text.startswith(" ") for text in (*begins[1:], *ends[1:]))
+        are_rows = place + len(begins) == len(row) == len(ends) + len(row) - place - 1
+        return int(are_rows and is_spaced <= self._is_spaced)
 
     def _said(self) -> tuple[int, str]:
         """The next line that is not blank; (0, "") at the end."""
@@ -137,12 +153,6 @@ def _stripped(names: Sequence[str], columns: Columns) -> Sequence[str]:
 
 def _has(columns: Columns, names: Sequence[str]) -> bool:
     return set(columns.values()) <= {*names}
-
-
-def _rows_inside(field: str, count: int, separator: str) -> int:
-    """How many whole lines inside a field look like rows of so many fields; 0 unless all of them do."""
-    lines = field.split("\n")[1:-1]
-    return len(lines) if all(len(_fields(line, separator)) == count for line in lines) else 0
 
 
 def _uneven(row: Sequence[str], names: Sequence[str], where: str) -> InvalidInput:

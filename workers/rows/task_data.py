@@ -20,7 +20,7 @@ from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from configs.plain_text import visible
 from configs.task_spec import DataSpec, TaskSpec
-from workers.rows.columns import NOTHING, OF_MESSAGES, Columns, Unread, Values
+from workers.rows.columns import NOTHING, OF_MESSAGES, Columns, Quotes, Unread, Values
 from workers.rows.labels import Labels, earlier_index, is_missing, missing
 from workers.rows.row_files import read_file, read_json_lines
 from workers.rows.text_lines import numbered_lines
@@ -58,6 +58,8 @@ class TextRow:
     """Index into the task's label_names; for sequence_regression a finite number."""
 
 
+TEXT_COLUMNS = ("text_column", "text_pair_column", "prompt_column", "completion_column")
+"""Keys that name columns of texts."""
 Turn = tuple[str, str]
 """(role, content) of one message; the role is `system`, `user` or `assistant`."""
 ROLES = ("system", "user", "assistant")
@@ -117,8 +119,11 @@ def rows_in(
             base model cannot read the row. Names the file and the row, counted from 1.
     """
     make, columns, unread = _maker(spec), columns_of(spec), unread or Unread()
+    quotes = {columns[key]: Quotes() for key in TEXT_COLUMNS if key in columns}
     for where, values in read_file(path, columns, open_file, unread):
         row = _made(make, values, where)
+        for column, found in quotes.items():
+            found.meet(values[column])
         if messages := columns.get("messages_column"):
             unread.meet(columns, _other_keys(values[messages], messages), where)
             if sum(message["role"] == "assistant" for message in values[messages]) > 1:
@@ -126,6 +131,8 @@ def rows_in(
         if said := complaint(row):
             raise InvalidInput(said, where, "mend the row, or drop it")
         yield row
+    for column, found in quotes.items():
+        unread.meet_quotes(column, found, str(path))
 
 
 def read_rows(content: bytes, spec: TaskSpec, where: str = "rows", are_earlier: bool = False) -> tuple[Row, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import Conflict, Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, UnsafeStorage
+from configs.errors import Conflict, Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, Unavailable, UnsafeStorage
 from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
@@ -100,6 +100,37 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has been told already
 print("locked", flush=True)
 time.sleep(1)
 """
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "said_of_it"),
+    [
+        (KeyboardInterrupt(), "ending what was started"),
+        (Unavailable("worker-0 cannot load the base model"), "it did not come up: ending what was started"),
+    ],
+    ids=["Ctrl-C", "a failure"],
+)
+def test_up_ends_what_it_started_and_says_that_it_did_not_come_up_only_where_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_with: BaseException, said_of_it: str
+) -> None:
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+    def starts(
+        ours: object, state_dir: object, say: object, processes: list[subprocess.Popen[bytes]], *_: object
+    ) -> None:
+        processes.append(started)
+
+    def waits(*_: object) -> None:
+        raise ends_with
+
+    monkeypatch.setattr(processes, "_own_the_store", lambda *_: None)
+    monkeypatch.setattr(processes, "_start_what_is_missing", starts)
+    monkeypatch.setattr(processes, "_wait_for_workers", waits)
+    said: list[str] = []
+    with pytest.raises(type(ends_with)):
+        processes.up(settings(tmp_path), said.append)
+    assert said == [said_of_it]
+    assert started.poll() is not None
 
 
 @pytest.mark.parametrize("has_address", [True, False], ids=["it trains", "it gives the store up"])

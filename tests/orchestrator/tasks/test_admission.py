@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
 from configs.document import check_document
 from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
@@ -28,10 +30,13 @@ from subspace_store import adapter_from_bytes
 from subspace_store.formats.peft import write_peft_folder
 from subspace_store.storage.memory import MemoryStorage
 from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
-from tests.workers.tiny_bases import CHAT_TEMPLATE
+from tests.workers.tiny_bases import CHAT_TEMPLATE, talking_tokenizer
+from workers import tokens
 from workers.chat_template import ChatTemplate
+from workers.orders import BaseLayout
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
+from workers.tokens import packed
 
 
 class Desk:
@@ -48,7 +53,12 @@ class Desk:
     def document(self, title: str = "red/alpha", **changes: Any) -> dict[str, Any]:
         files = {"train_file": str(self.data / "train.jsonl"), "eval_file": str(self.data / "eval.jsonl.gz")}
         method = {"name": "lora"} | (changes.get("method") or {})
-        return task_document(title, **{**changes, "method": method, "data": files | changes.get("data", {})})
+        # No more rows in a step than there are.
+        training = {} if method["name"] == "import" else {"per_device_train_batch_size": 1}
+        parts = {"data": files, "training": training}
+        return task_document(
+            title, **{**changes, "method": method} | {key: part | changes.get(key, {}) for key, part in parts.items()}
+        )
 
     def imported(self, **changes: Any) -> dict[str, Any]:
         """A submission of the PEFT folder `peft`."""
@@ -322,6 +332,74 @@ def test_settings_of_another_method_are_warned_of(desk: Desk) -> None:
     assert record.warnings == ()
 
 
+def test_a_training_that_is_other_than_its_settings_say_is_warned_of(desk: Desk) -> None:
+    record, _ = desk.submit(desk.document(training={"warmup_steps": 100, "max_steps": 10, "learning_rate": 0.5}))
+    assert record.warnings == (
+        "the warm-up of 100 steps (training.warmup_steps) is not over when the training ends after 10 steps: the "
+        "learning rate gets to 0.045, never to 0.5 → write fewer, or a share of all steps, below 1",
+    )
+    desk.settings = desk.settings.model_copy(update={"workers": desk.settings.workers.model_copy(update={"ranks": 8})})
+    record, _ = desk.submit(desk.document("red/beta"))  # each of eight ranks takes one row
+    assert record.warnings[0].startswith("one step takes 8 rows, more than the 6 training rows")
+
+
+TALKING = replace(LAYOUT, tokenizer=packed(talking_tokenizer()))
+"""A token for each byte of a word that is not one of two sentences, and `<s>` before every text."""
+
+
+def warnings_of(desk: Desk, document: dict[str, Any], layout: BaseLayout = TALKING) -> tuple[str, ...]:
+    with contextlib.closing(
+        check_submission(check_document(document, TaskSpec, "task"), desk.settings, layout)
+    ) as draft:
+        return draft.warnings
+
+
+def test_rows_that_are_longer_than_max_length_are_told_at_submission_as_training_tells_them(desk: Desk) -> None:
+    write_rows(desk.data / "train.jsonl", [{"text": "x" * (5 + n), "label": n % 2} for n in range(6)])  # 6 to 11 tokens
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": "y" * n, "label": n % 2} for n in (6, 7, 8, 9)])  # 7 to 10 tokens
+    count = "have more tokens than data.max_length, 8: their end is not read → raise it as far as the base model allows"
+    said = warnings_of(desk, desk.document(data={"max_length": 8}))
+    parts = ("3 of 6 training rows", "2 of 4 evaluation rows")
+    assert [line[: len(f"{part} {count}")] for line, part in zip(said, parts, strict=True)] == [
+        f"{part} {count}" for part in parts
+    ]
+    assert warnings_of(desk, desk.document(data={"max_length": 11})) == ()
+    assert warnings_of(desk, desk.document(data={"max_length": 8}), LAYOUT) == ()  # no tokenizer to count with
+
+
+def test_of_an_import_the_evaluation_rows_are_counted(desk: Desk) -> None:
+    desk.peft()
+    (said,) = warnings_of(desk, desk.imported(data={"max_length": 5}))  # `<s>`, and `other 0` in seven
+    assert said.startswith("4 of 4 evaluation rows have more tokens than data.max_length, 5")
+
+
+def test_answers_that_are_cut_are_told_and_such_without_a_token_refused(desk: Desk) -> None:
+    rows = [{"prompt": "say", "completion": "x" * n} for n in (3, 30)]
+    write_rows(desk.data / "train.jsonl", rows)
+    write_rows(desk.data / "eval.jsonl.gz", [{"prompt": "s", "completion": "x" * 12}])
+    document = desk.document(
+        kind="causal_lm", metric="exact_match", data={"label_names": None, "max_length": 16, "max_new_tokens": 4}
+    )
+    training, late = warnings_of(desk, document)
+    assert training.startswith(
+        "1 of 2 training rows have an answer for which data.max_length, 16 tokens, leaves no room"
+    )
+    assert late.startswith("1 of 1 evaluation rows have an answer of more tokens than data.max_new_tokens, 4")
+    mute = talking_tokenizer()
+    mute.eos_token = None
+    mute.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(
+        InvalidInput, match="makes no token of the answer of 2 of 2 training rows, the first of them row"
+    ):
+        warnings_of(desk, document, replace(LAYOUT, tokenizer=packed(mute)))
+
+
+def test_of_very_many_rows_the_first_are_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MEASURED_CHARACTERS", 350)  # three rows of 100 characters more than they have
+    said = warnings_of(desk, desk.document(data={"max_length": 4}))
+    assert said[0].startswith("4 of 4 first training rows have more tokens")
+
+
 def test_evaluation_rows_of_one_label_are_warned_of(desk: Desk) -> None:
     write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": "yes"} for i in range(4)])
     record, _ = desk.submit(desk.document())
@@ -519,6 +597,26 @@ def test_an_import_that_changes_nothing_is_taken_with_a_warning(desk: Desk) -> N
     (said,) = desk.submit(desk.imported())[0].warnings
     assert said.startswith("the adapter changes nothing: in every module lora_A or lora_B is all zeros")
     assert said.endswith("its head alone is its own")
+
+
+def test_an_import_whose_update_is_lost_in_rounding_is_taken_with_a_warning(desk: Desk) -> None:
+    layout = replace(LAYOUT, rounding={"layer.0.query": 6e-8, "layer.0.value": 3e-8})
+
+    def warnings(query: float, value: float, layout: BaseLayout = layout) -> tuple[str, ...]:
+        sized = {
+            name: replace(update, sigma_R=update.sigma_R / update.sigma_R[0] * norm)
+            for (name, update), norm in zip(adapter(1).modules.items(), (query, value), strict=True)
+        }
+        write_peft_folder(desk.data / "peft", replace(adapter(1), modules=sized), "tiny-source")
+        return check_submission(check_document(desk.imported(), TaskSpec, "task"), desk.settings, layout).warnings
+
+    (said,) = warnings(1e-9, 2e-9)
+    assert said.startswith("the adapter changes nothing: in every module its update is less than the rounding of the")
+    assert said.endswith("'layer.0.value', with norm 2.0e-09, where that is 3.0e-08; its head alone is its own")
+    (said,) = warnings(5e-8, 2e-8)  # of 6e-8 and of 3e-8: the first is nearer
+    assert "'layer.0.query', with norm 5.0e-08, where that is 6.0e-08;" in said
+    assert warnings(7e-8, 2e-9) == warnings(5e-8, 4e-8) == ()  # one module is enough
+    assert warnings(1e-9, 2e-9, LAYOUT) == ()  # quantised layers: nobody knows
 
 
 def test_an_import_that_was_trained_on_another_base_model_of_the_same_shapes_is_taken_with_a_warning(

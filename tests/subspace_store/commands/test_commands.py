@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from configs.errors import Unavailable
 from configs.settings import SubspaceSettings
-from subspace_store import SubspaceStore
+from subspace_store import SubspaceStore, canonical_update
+from subspace_store.adapter import SIZED
 from subspace_store.commands import terminal
 from subspace_store.commands.app import SERVICE, app
 from subspace_store.commands.state_folder import SERVER_MODULE, running_server
@@ -64,6 +66,23 @@ def with_doubles(store: SubspaceStore) -> None:
     writer = opened(store.storage, share="if-it-pays", seed_directions=0)
     for number in range(4, 12):
         merged(writer, {f"t{number}": random_adapter(7)})
+        writer.publish(number, op_key=f"publish {number}", actor="test")
+    store.refresh()
+
+
+def in_the_span_of_one(store: SubspaceStore) -> None:
+    """A task that makes sixty directions of a module, and after it eight that need a mixture of them each, of rank 16:
+    they cost little. Without it the first two of them would make 32 directions, of which the others have no use."""
+    draw = torch.Generator().manual_seed(0)
+    update = canonical_update(torch.randn(400, 60, generator=draw), torch.randn(60, 300, generator=draw), 1.0)
+    wide = replace(random_adapter(8), modules={"wide": update}, info={})
+    tasks = {"wide": replace(wide, info={SIZED: "held"})}  # all its directions are kept
+    for number in range(8):
+        b_NR, a_DR = (columns @ torch.randn(60, 16, generator=draw) for columns in (update.u_NR, update.v_DR))
+        tasks[f"narrow-{number}"] = replace(wide, modules={"wide": canonical_update(b_NR, a_DR.T, 1.0)})
+    for number, (task, adapter) in enumerate(tasks.items(), start=4):
+        writer = opened(store.storage, share="if-it-pays", seed_directions=64 if task == "wide" else 32)
+        merged(writer, {task: adapter})
         writer.publish(number, op_key=f"publish {number}", actor="test")
     store.refresh()
 
@@ -513,7 +532,10 @@ def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
 
 
 def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
-    assert answer(run("remove", "team/t2", "--json")) == {"task_id": "t2", "versions": [3], "removed": False}
+    before, told = store.footprint(3).total_numbers, answer(run("remove", "team/t2", "--json"))
+    after = told.pop("numbers_after")
+    assert told == {"task_id": "t2", "start": 1, "versions": [3], "numbers_before": before, "removed": False}
+    assert f"all tasks would take {after:,} numbers instead of {before:,}\n" in run("remove", "team/t2").stderr
     assert "would go back to version 1 and make 1 version again: 3 " in run("remove", "team/t2").stderr
     assert "would go back to version 2 and make none again " in run("remove", "team/t3").stderr
     assert store.refresh().refs["main"] == 3
@@ -521,8 +543,10 @@ def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: S
     key = "remove t2 from 3, time 1"
     assert done == {
         "task_id": "t2", "version": 4, "approximate": [], "removed": True, "repeated": False, "op_key": key,
+        "numbers_before": before, "numbers_after": after,
     }  # fmt: skip
     reader = reading(store.storage)
+    assert reader.footprint(4).total_numbers == after < before
     assert reader.state.refs == {"candidate": 4, "main": 4}
     assert list(reader.state.tasks_at(4)) == ["t1", "t3"]
     assert "team/t2: version 3 → 4: licence" in run("log").stdout
@@ -569,7 +593,21 @@ def test_removing_tells_of_every_task_that_was_merged_from_its_coefficients(run:
     opened(store.storage).rollback(3, op_key="back", actor="me")
     told = run("remove", "t1", "--yes").stderr
     assert "version 7 is as if t1 had never been merged, but approximate" in told
-    assert told.endswith("from their coefficients were t2\n")
+    assert "from their coefficients were t2; all tasks take " in told
+
+
+def test_a_removal_that_makes_the_rest_larger_is_told_with_what_helps(run: Command, store: SubspaceStore) -> None:
+    in_the_span_of_one(store)
+    before = store.footprint(store.state.refs["candidate"]).total_numbers
+    told = run("remove", "wide").stderr
+    after = answer(run("remove", "wide", "--json"))["numbers_after"]
+    assert after > before
+    more = f"{after:,} numbers instead of {before:,}, {after - before:,} more: "
+    assert f"all tasks would take {more}" in told
+    assert "`onebasis store compact`" in told
+    done = run("remove", "wide", "--yes").stderr
+    assert f"all tasks take {more}" in done
+    assert "`onebasis store compact`" in done
 
 
 def test_all_tasks_of_a_version_are_exported_and_listed(run: Command, tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ NOT_DEFINED = [
     ("sequence_regression", "pearson", NUMBERS),
     ("sequence_regression", "spearman", NUMBERS[:1]),
     ("sequence_classification", "matthews_correlation", ALIKE),
-    ("image_classification", "matthews_correlation", [{"image": [[n]], "label": "yes"} for n in range(2)]),
+    ("image_classification", "matthews_correlation", [{"image": [[n]], "label": 1} for n in range(2)]),
 ]
 
 

@@ -105,6 +105,35 @@ def test_names_that_no_file_can_tell_apart_are_refused(names: Sequence[str], sai
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("values", [["good", 0], ["bad", "bad", "1"], [1, 0, "good"], [0.0, " bad "]])
+def test_a_file_that_says_some_labels_by_name_and_some_by_index_is_refused_with_both_readings(
+    values: list[Any],
+) -> None:
+    labels, *places = Labels(WORDS), *(f"rows.csv, row {number}" for number in range(1, len(values) + 1))
+    for value, place in zip(values[:-1], places, strict=False):
+        labels.index(value, "label", place)
+    with pytest.raises(InvalidInput) as caught:
+        labels.index(values[-1], "label", places[-1])
+    number = next(int(value) for value in values if value not in ("good", "bad", " bad "))
+    assert caught.value.where == places[-1]
+    assert "column 'label' says some labels by name" in str(caught.value)
+    assert "row 1)" in str(caught.value)
+    assert f"{places[-1]})" in str(caught.value)
+    assert f"can be an index, and mean {WORDS[number]!r}, or a name that is missing" in str(caught.value)
+
+
+def test_truth_values_and_the_indices_that_agree_with_them_may_stand_in_one_file() -> None:
+    labels = Labels(("false", "true"))
+    assert [labels.index(value, "label", "a") for value in (True, 0, "1", "FALSE")] == [1, 0, 1, 0]
+
+
+def test_two_files_may_say_their_labels_in_two_ways(tmp_path: Path) -> None:
+    assert [read(written_as("csv", labels, tmp_path), WORDS) for labels in ([0, 1], ["good", "bad"])] == [
+        [0, 1],
+        [1, 0],
+    ]
+
+
 def test_names_that_differ_in_capitals_alone_are_two_labels() -> None:
     assert [index(("us", "US"), value) for value in ("us", "US")] == [0, 1]
 
@@ -151,6 +180,8 @@ TABLES: dict[str, tuple[Sequence[str], list[Any]]] = {
     "a number out of range": (STARS, [1, 6]),
     "truth values as words": (WORDS, [True, False]),
     "another word": (WORDS, ["good", "fine"]),
+    "names and numbers": (("bad", "good", "2"), ["good", "2", "bad"]),
+    "names and indices": (WORDS, ["good", "0"]),
 }
 
 
@@ -186,7 +217,7 @@ def test_one_table_means_the_same_as_csv_json_lines_and_parquet(name: str, tmp_p
     )
     assert as_csv == as_jsonl == as_parquet
     assert (as_csv == "refused") == (
-        name in ("a gap", "a number out of range", "truth values as words", "another word")
+        name in ("a gap", "a number out of range", "truth values as words", "another word", "names and indices")
     )
 
 

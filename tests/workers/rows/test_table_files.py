@@ -59,7 +59,7 @@ def test_line_ends_inside_quotes_are_part_of_the_text(tmp_path: Path) -> None:
 
 
 def test_json_lines_of_an_old_macintosh_or_in_utf_16_are_read(tmp_path: Path) -> None:
-    lines = '{"text": "so dull", "label": "bad"}\n{"text": "a joy; truly", "label": 1}\n'
+    lines = '{"text": "so dull", "label": "bad"}\n{"text": "a joy; truly", "label": "good"}\n'
     for content in (lines.replace("\n", "\r").encode(), b"\xff\xfe" + lines.encode("utf-16-le")):
         (tmp_path / "a.jsonl").write_bytes(content)
         assert list(rows_in(tmp_path / "a.jsonl", SPEC)) == ROWS

@@ -105,6 +105,71 @@ def test_rows_that_an_unbalanced_quote_swallows_are_told_and_paragraphs_are_not(
     assert told(path, spec_of("sequence_classification")) == []
 
 
+@pytest.mark.parametrize(
+    ("swallowing", "header"),
+    [
+        ('"two{0}no\nthree"{0}yes', "text{0}label"),  # the text's quote is opened in one row and closed in the next
+        ('no{0}"two\nyes{0}three"', "label{0}text"),
+        ('7{0}"two{0}no\n8{0}three"{0}yes', "id{0}text{0}label"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_the_very_next_row_that_an_unbalanced_quote_swallows_is_told(
+    name: str, swallowing: str, header: str, tmp_path: Path
+) -> None:
+    mark = "," if name == "a.csv" else "\t"
+    (tmp_path / name).write_text(f"{header}\n{swallowing}\n".format(mark))
+    said = told(tmp_path / name, spec_of())[0]
+    assert said.startswith("1 line looks like a row of its own, inside a field in double quotes (first in ")
+    assert f"{name}, row 1 (line 2)): read as a part of that field" in said
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'text,label\n"Hello\nyou",yes\n',
+        'text,label\n"Hello, you\nthere",yes\n',  # commas of a sentence
+        'text,label\n"one,two,three\nfour",yes\n',  # more than a row has
+        'label,text\nyes,"Hello\nyou"\n',
+        'label,text\nyes,"Hello\nyou, there"\n',
+    ],
+)
+def test_a_text_of_two_lines_is_no_swallowed_row(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    assert told(tmp_path / "a.csv", spec_of()) == []
+
+
+def test_in_a_table_with_a_space_after_each_separator_a_swallowed_row_has_it_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text, label\n"two, no\nthree", yes\n')
+    (said,) = told(tmp_path / "a.csv", spec_of())
+    assert said.startswith("1 line looks like a row of its own")
+
+
+@pytest.mark.parametrize("marks", ["''", "``", "‘’", "“”", '""'])
+@pytest.mark.parametrize("name", ["a.tsv", "a.jsonl", "a.parquet"])
+def test_quotes_around_every_text_of_a_column_are_told_with_its_name(name: str, marks: str, tmp_path: Path) -> None:
+    texts = [f"{marks[0]}it is {n}{marks[1]}" for n in range(3)]
+    path, rows = tmp_path / name, [{"text": text, "pair": "plain", "label": "yes"} for text in texts]
+    if name == "a.tsv":
+        doubled = (text.replace('"', '""') for text in texts)
+        lines = (f'"{text}"\tplain\tyes' if marks == '""' else f"{text}\tplain\tyes" for text in doubled)
+        path.write_text("\n".join(["text\tpair\tlabel", *lines]))
+    elif name == "a.jsonl":
+        written(path, *rows)
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    (said,) = told(path, spec_of(text_pair_column="pair"))
+    assert said.startswith(f"every text of the column 'text' in {path} stands in quotes, {marks[0]}…{marks[1]}: ")
+
+
+@pytest.mark.parametrize(
+    "texts", [["'one'", "two"], ["'one'", '"two"'], ["'one'"], ["'", "'"], ["one", "'two'", "'3'"]]
+)
+def test_quotes_around_some_texts_are_quotations(texts: list[str], tmp_path: Path) -> None:
+    rows = [{"prompt": text, "completion": f"{text}!"} for text in texts]
+    assert told(written(tmp_path / "a.jsonl", *rows), spec_of("causal_lm")) == []
+
+
 def test_answers_before_a_chats_last_are_told(tmp_path: Path) -> None:
     spec = spec_of("causal_lm", messages_column="messages")
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
