@@ -208,9 +208,12 @@ def _exactly(source: socket.socket, count: int) -> bytearray:
 
 
 def import_beforehand() -> None:
-    """Import what a check would import itself, every time: pandas by pyarrow, transformers to write chats with."""
+    """Import what a check would import itself, every time: pandas by pyarrow, transformers to write chats with and to
+    count tokens."""
     ours = ("subspace_store.formats.peft", "workers.compatibility", "workers.heads", "workers.tokens")
-    for name in (*ours, "numpy", "pyarrow", "pandas", "jinja2.sandbox", "transformers.utils.chat_template_utils"):
+    chats, tokens = "transformers.utils.chat_template_utils", "transformers.tokenization_utils_fast"
+    # transformers.models looks through its hundreds of folders: ten times what reading a tokenizer takes after that.
+    for name in (*ours, "numpy", "pyarrow", "pandas", "jinja2.sandbox", chats, tokens, "transformers.models"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 

