@@ -5,6 +5,7 @@
     make bench-capacity BENCH="unrelated [--data FOLDER]"  real tasks that have nothing in common: the six of examples/,
                                                            with --data ten; two to four minutes a task on one core, once
     make bench-capacity BENCH="related --data FOLDER --tasks N"    N tasks cut from one data set
+    make bench-capacity BENCH="directions --data FOLDER"           what a basis is worth, by the tasks that made it
 
 `random`: adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall
 by a third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max:
@@ -49,7 +50,9 @@ RESULTS = ROOT / "benchmarks/results/capacity.json"
 def main() -> None:
     """Measure a part, print it and write its figures beside those of the other parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("random", "sharing", "unrelated", "related"), default="random")
+    parser.add_argument(
+        "part", nargs="?", choices=("random", "sharing", "unrelated", "related", "directions"), default="random"
+    )
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", type=int, default=30)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-capacity")
@@ -60,6 +63,8 @@ def main() -> None:
         found = {"tasks": TASKS, "private": stream(adapters, "private"), "drop": stream(adapters, "drop")}
     elif name == "sharing":
         found = sharing()
+    elif name == "directions":
+        found = real_streams.directions(asked.data, asked.keep / "related", lambda line: print(line, flush=True))
     else:
         related = name == "related"
         cases = real_streams.related(asked.data, asked.tasks) if related else real_streams.unrelated(asked.data)
@@ -69,7 +74,7 @@ def main() -> None:
     known[name] = {"date": time.strftime("%Y-%m-%d")} | found
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(known[name], indent=1))
-    if isinstance(found["tasks"], list):
+    if isinstance(found.get("tasks"), list):
         draw(found["tasks"], ROOT / "docs" / f"capacity-{name.replace('_', '-')}.png")
 
 

@@ -1,4 +1,4 @@
-"""Parts `unrelated` and `related` of capacity.py: what `auto` keeps of real tasks, and what a subspace of them stores.
+"""Parts `unrelated`, `related` and `directions` of capacity.py: what `auto` keeps of real tasks, and what they store.
 
 The tasks come one after another, as to a service: each is trained once per candidate, on its training rows without the
 validation rows (`share` in the basis that the tasks before it have left), then on all of them with the method that was
@@ -10,12 +10,15 @@ chosen by.
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.real_adapters import TRAIN_ROWS, read
 from benchmarks.real_adapters import tasks as text_tasks
@@ -23,6 +26,7 @@ from configs.settings import SubspaceSettings, read_settings
 from configs.task_spec import TaskSpec, TrainingSpec, read_task_spec
 from subspace_store import Adapter, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes
 from subspace_store.digests import digest
+from subspace_store.merging.basis import ModuleBasis
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
@@ -41,6 +45,10 @@ TEXT_STEPS = 120
 """Steps of a text set's task: a minute or two on one core."""
 LABELS = 11
 """Labels of each related task."""
+BASES = ((5, 32), (8, 24), (12, 24), (16, 24), (20, 16), (20, 24), (20, 32))
+"""(tasks that make a basis, directions that it has) of `directions`."""
+NEW_TASKS = range(30, 33)
+"""Numbers of the related tasks that are trained in them."""
 
 Figures = dict[str, Any]
 
@@ -90,8 +98,7 @@ def related(data: Path | None, count: int) -> Iterator[Case]:
 
 def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> Figures:
     """What is kept of each task, and what a subspace of all of them stores."""
-    settings = read_settings(ROOT / "configs/local.yaml").base_model
-    base = load_base_model(settings.model_copy(update={"device": "cpu"}))
+    base = _base()
     store = SubspaceStore.open(fresh_storage(), settings=SubspaceSettings(), base_model=base.name, writer="benchmark")
     rows, delivered, held, trained = [], {}, {}, {}
     for case in cases:
@@ -147,6 +154,60 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
         for line in said:
             say(line)
     return {"tasks": rows} | _stored(base, store, rows, delivered, held) | {"trained_apart": _apart(base, trained)}
+
+
+def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> Figures:
+    """What a basis is worth to the tasks after it, by how many tasks made it and how many directions it has: related
+    tasks are trained in it (`share`) and raced against their LoRAs, on the validation rows."""
+    base = _base()
+    cases = list(related(data, NEW_TASKS.stop))
+    made_of = [_trained(base, case, "lora", set_aside(case.train)[0], folder) for case in cases[: max(BASES)[0]]]
+    found: list[Figures] = []
+    for case in (cases[number] for number in NEW_TASKS):
+        rest, validation = set_aside(case.train)
+        whole = _trained(base, case, "lora", rest, folder)
+        row: Figures = {"task": case.spec.name, "rows": len(validation)}
+
+        def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
+            return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
+
+        row["lora"] = {"score": statistics.fmean(judge(whole)), "numbers": whole.numbers}
+        for tasks, count in BASES:
+            leased = Given(version=1, basis=leading_basis(made_of[:tasks], count))
+            ranks = {name: basis.ranks for name, basis in leased.basis.items()}
+            adapter = _trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
+            kept, _ = auto.chosen(
+                {"lora": whole, "share": adapter},
+                judge,
+                case.spec.method.loss_max,
+                lambda name, form, of=ranks: auto.numbers(form, {"lora": {}, "share": of}[name]),
+            )
+            scored = {"score": statistics.fmean(judge(adapter)), "kept": kept.method, "numbers": kept.numbers}
+            row[f"{count} of {tasks}"] = scored
+        found.append(row)
+        say(json.dumps(row))
+    return {"new_tasks": found}
+
+
+def leading_basis(adapters: Sequence[Adapter], count: int) -> dict[str, ModuleBasis]:
+    """The leading directions of each module's updates, each divided by its norm, side by side."""
+    bases = {}
+    for name in adapters[0].modules:
+        updates = [adapter.modules[name] for adapter in adapters]
+        scales = [u.sigma_R.double() / math.sqrt(u.energy) for u in updates]
+        sides = []
+        for factors in ([u.u_NR for u in updates], [u.v_DR for u in updates]):
+            stack = torch.cat([factor.double() * scale for factor, scale in zip(factors, scales, strict=True)], dim=1)
+            columns, sigma, _ = torch.linalg.svd(stack, full_matrices=False)
+            sides.append((columns[:, :count].float().contiguous(), sigma[:count].square()))
+        (p_NK, lam_out_K), (q_DK, lam_in_K) = sides
+        bases[name] = ModuleBasis(p_NK, q_DK, lam_out_K, lam_in_K)
+    return bases
+
+
+def _base() -> BaseModel:
+    settings = read_settings(ROOT / "configs/local.yaml").base_model
+    return load_base_model(settings.model_copy(update={"device": "cpu"}))
 
 
 def _apart(base: BaseModel, trained: Mapping[str, Adapter]) -> Figures:
