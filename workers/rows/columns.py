@@ -70,16 +70,38 @@ class Quotes:
         return f"{self._mark}…{QUOTES[self._mark]}" if self._mark and self._rows > 1 else ""
 
 
+class GivenAway:
+    """Rows whose input says the answer: a column of labels, or a copy of one, is read as a text."""
+
+    def __init__(self) -> None:
+        self._rows = self._count = 0
+
+    def meet(self, texts: Iterable[str], answer: Collection[str]) -> None:
+        """Take the texts of the next row's input, and its answer as it may be written, in small letters."""
+        longest = max(map(len, answer), default=0)
+        self._rows += 1
+        self._count += any(len(text) <= longest + 2 and text.strip().casefold() in answer for text in texts)
+
+    def told(self, path: str) -> Iterator[str]:
+        """A sentence where half of a file's rows or more are so, and there are several."""
+        if self._rows > 1 and self._count >= self._rows / 2:
+            yield (
+                f"in {self._count} of {self._rows} rows of {path} a text of the input is the answer itself: the score "
+                "would say that the model can copy it → name another column in data"
+            )
+
+
 class Unread:
     """What files have and the task does not read, or not as it may be meant: columns that it does not name, lines
-    inside a field that look like rows, answers before a chat's last, quotes around every text of a column. Each with
-    the place where it was met first."""
+    inside a field that look like rows, answers before a chat's last, quotes around every text of a column, inputs that
+    say the answer. Each with the place where it was met first."""
 
     def __init__(self) -> None:
         self._places: dict[str, str] = {}
         self._lines = self._answers = 0
         self._first_lines = self._first_answers = ""
         self._quoted: list[str] = []
+        self._given_away: list[str] = []
 
     def meet(self, columns: Columns, names: Iterable[str], where: str) -> None:
         """Take the names of a file's or a row's columns."""
@@ -107,8 +129,13 @@ class Unread:
                 "double quotes are taken off"
             )
 
+    def meet_given_away(self, given: GivenAway, path: str) -> None:
+        """Take how many inputs of a file say their answers, when all its rows were read."""
+        self._given_away += given.told(path)
+
     def told(self) -> Iterator[str]:
         """Sentences for the owner of the task; none where all is read."""
+        yield from self._given_away
         yield from self._quoted
         if self._answers:
             chats = "1 chat has" if self._answers == 1 else f"{self._answers:,} chats have"
@@ -133,6 +160,18 @@ class Unread:
             )
         if others := [name for name in self._places if name not in parts]:
             yield f"columns that are not read: {shown(others)} (first in {self._places[others[0]]})"
+
+
+def check_different(columns: Columns) -> None:
+    """Refuse columns of a task that are one: a label that is also read as a text is given away, and a text that is its
+    own pair says nothing. Raises InvalidInput."""
+    for (key, column), (other, same) in itertools.combinations(columns.items(), 2):
+        if column == same:
+            raise InvalidInput(
+                f"is '{column}', and data.{key} is that column too",
+                f"data.{other}",
+                "name the column that holds it; what the model is given and what it should answer are two columns",
+            )
 
 
 def too_large(where: str, characters: int = 0) -> InvalidInput:

@@ -20,7 +20,16 @@ from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from configs.plain_text import visible
 from configs.task_spec import DataSpec, TaskSpec
-from workers.rows.columns import NOTHING, OF_MESSAGES, Columns, Quotes, Unread, Values
+from workers.rows.columns import (
+    NOTHING,
+    OF_MESSAGES,
+    Columns,
+    GivenAway,
+    Quotes,
+    Unread,
+    Values,
+    check_different,
+)
 from workers.rows.labels import Labels, earlier_index, is_missing, missing
 from workers.rows.row_files import read_file, read_json_lines
 from workers.rows.text_lines import numbered_lines
@@ -118,12 +127,15 @@ def rows_in(
         InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown; or the
             base model cannot read the row. Names the file and the row, counted from 1.
     """
-    make, columns, unread = _maker(spec), columns_of(spec), unread or Unread()
+    make, columns, unread, given = _maker(spec), columns_of(spec), unread or Unread(), GivenAway()
+    check_different(columns)
     quotes = {columns[key]: Quotes() for key in TEXT_COLUMNS if key in columns}
     for where, values in read_file(path, columns, open_file, unread):
         row = _made(make, values, where)
         for column, found in quotes.items():
             found.meet(values[column])
+        if not isinstance(row, ImageRow):
+            given.meet(_inputs_of(row), _answer_of(row, spec.data))
         if messages := columns.get("messages_column"):
             unread.meet(columns, _other_keys(values[messages], messages), where)
             if sum(message["role"] == "assistant" for message in values[messages]) > 1:
@@ -133,6 +145,7 @@ def rows_in(
         yield row
     for column, found in quotes.items():
         unread.meet_quotes(column, found, str(path))
+    unread.meet_given_away(given, str(path))
 
 
 def read_rows(content: bytes, spec: TaskSpec, where: str = "rows", are_earlier: bool = False) -> tuple[Row, ...]:
@@ -212,6 +225,19 @@ def parts_of(row: TextRow | CompletionRow) -> list[str]:
 def _digest_of(parts: Sequence[str]) -> bytes:
     # The lengths say where each part ends, so that different rows never give the same text.
     return hashlib.sha256("".join([*(f"{len(part)} " for part in parts), "\n", *parts]).encode()).digest()
+
+
+def _inputs_of(row: TextRow | CompletionRow) -> list[str]:
+    """The texts that the model is given."""
+    return parts_of(row) if isinstance(row, TextRow) else [text for _, text in row.turns[:-1]]
+
+
+def _answer_of(row: TextRow | CompletionRow, data: DataSpec) -> tuple[str, ...]:
+    """What the model should answer, as a column of answers may write it, in small letters."""
+    if isinstance(row, CompletionRow):
+        return (row.completion.strip().casefold(),)
+    label = row.label
+    return (f"{label:g}", str(label)) if isinstance(label, float) else (str(label), data.label_names[label].casefold())
 
 
 def label_of(row: Row) -> int | float | None:

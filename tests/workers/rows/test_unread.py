@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from configs.errors import InvalidInput
 from tests.workers.data_builders import spec_of, written
 from workers.rows import columns
 from workers.rows.columns import Unread
@@ -178,3 +179,46 @@ def test_answers_before_a_chats_last_are_told(tmp_path: Path) -> None:
     assert said.startswith("2 chats have more than one message of the assistant's (first in ")
     assert "row 2" in said
     assert told(written(tmp_path / "b.jsonl", {"messages": turns[:2]}), spec) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "key"),
+    [
+        ("sequence_classification", {"text_pair_column": "label"}, "data.label_column"),
+        ("sequence_classification", {"text_column": "label"}, "data.label_column"),
+        ("sequence_classification", {"text_pair_column": "text"}, "data.text_pair_column"),
+        ("sequence_regression", {"text_column": "label"}, "data.label_column"),
+        ("causal_lm", {"completion_column": "prompt"}, "data.completion_column"),
+        ("image_classification", {"image_column": "label"}, "data.label_column"),
+    ],
+)
+def test_what_the_model_is_given_and_what_it_should_answer_are_two_columns(
+    kind: Any, columns: dict[str, str], key: str, tmp_path: Path
+) -> None:
+    # With the label as second text a task was published with 1.0000.
+    with pytest.raises(InvalidInput, match="is that column too") as refused:
+        list(rows_in(written(tmp_path / "a.jsonl", *ROWS), spec_of(kind, **columns)))
+    assert refused.value.where == key
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns"),
+    [
+        ("sequence_classification", [{"text": f"t{i}", "b": "Yes ", "label": "yes"} for i in range(4)], {}),
+        ("sequence_classification", [{"text": f"t{i}", "b": str(i % 2), "label": i % 2} for i in range(4)], {}),
+        ("sequence_regression", [{"text": f"t{i}", "b": f"{i}.5", "label": i + 0.5} for i in range(4)], {}),
+        ("causal_lm", [{"prompt": f"a{i}", "completion": f"A{i} "} for i in range(4)], {"text_pair_column": None}),
+    ],
+)
+def test_an_input_that_is_the_answer_itself_is_told(
+    kind: Any, rows: list[dict[str, Any]], columns: dict[str, Any], tmp_path: Path
+) -> None:
+    path = written(tmp_path / "a.jsonl", *rows)
+    assert [line[:34] for line in told(path, spec_of(kind, **{"text_pair_column": "b"} | columns))] == [
+        f"in 4 of 4 rows of {path}"[:34]
+    ]
+
+
+def test_a_word_that_is_now_and_then_the_answer_is_not_told(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": "yes"} for text in ("yes", "of course", "surely")]
+    assert told(written(tmp_path / "a.jsonl", *rows), spec_of()) == []
