@@ -23,6 +23,8 @@ from subspace_store.merging.subspace_math import by_task
 
 SIMILAR = 8
 """Largest ratio of the sizes of two neighbouring blocks (older to newer) at which they are joined into one."""
+SMALLEST_ENERGY = 1e-74
+"""Smallest ‖ΔW‖² whose root a float32 can be divided by."""
 
 
 @dataclass(frozen=True)
@@ -161,22 +163,37 @@ class _Moving:
 
     @cached_property
     def grams(self) -> tuple[Tensor, Tensor]:
-        """EᵀE and FᵀF of each task in the present basis, T×R×R, float32: enough for losses to six digits."""
+        """EᵀE / ‖ΔW‖² and FᵀF of each task in the present basis, T×R×R, float32: enough for losses to six digits."""
         if self.known_grams is not None:
             return self.known_grams
         now = self.block if self.transport is None else self.settled.rounded()
-        return _grams(now.e_KS, now.ranks), _grams(now.f_KS, now.ranks)
+        return _grams(now.e_KS * self._scale_S, now.ranks), _grams(now.f_KS, now.ranks)
+
+    @cached_property
+    def _scale_S(self) -> Tensor:
+        """1/‖ΔW‖ for each column: the square of an update of 1e-25 would be 0 in float32, and no loss of it seen."""
+        scale_T = self.block.delivered_T.clamp(min=SMALLEST_ENERGY).rsqrt().float()
+        return scale_T.repeat_interleave(torch.tensor(self.block.ranks))
+
+    def kept(self) -> Tensor:
+        """‖E·Fᵀ‖²_F of each task in the present basis, float64."""
+        return self._energy_T * (self.grams[0] * self.grams[1]).sum(dim=(1, 2))
+
+    @property
+    def _energy_T(self) -> Tensor:
+        return self.block.delivered_T.clamp(min=SMALLEST_ENERGY)
 
     def without(self, dropped: Transport) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The loss of ‖E·Fᵀ‖²_F of each task without these directions, and the remaining Gram matrices; O(D·K·S)."""
+        """The loss of ‖E·Fᵀ‖²_F of each task without these directions, float64, and the remaining Gram matrices;
+        O(D·K·S)."""
         way, ranks = dropped.after(self.transport), self.block.ranks
-        less_out = _grams(way.out.float() @ self.block.e_KS, ranks)
+        less_out = _grams(way.out.float() @ (self.block.e_KS * self._scale_S), ranks)
         less_in = _grams(way.inward.float() @ self.block.f_KS, ranks)
         rest = (self.grams[0] - less_out, self.grams[1] - less_in)
         # ‖E·Fᵀ‖² − ‖E'·F'ᵀ‖² = ‖E_d·Fᵀ‖² + ‖E'·F_dᵀ‖²: sums of squares, so nothing cancels. Rounding can make a
         # square of 0 negative.
         lost_T = (less_out * self.grams[1]).sum(dim=(1, 2)) + (rest[0] * less_in).sum(dim=(1, 2))
-        return lost_T.clamp(min=0), rest
+        return self._energy_T * lost_T.clamp(min=0), rest
 
 
 @dataclass(frozen=True)
@@ -235,7 +252,7 @@ class ModuleTasks:
 
     def kept(self) -> Tensor:
         """‖E_i·F_iᵀ‖²_F per task, in the present basis."""
-        return _each((moving.grams[0] * moving.grams[1]).sum(dim=(1, 2)) for moving in self.blocks)
+        return _each(moving.kept() for moving in self.blocks)
 
     def lost(self, dropped: Transport) -> Tensor:
         """The loss of ‖E_i·F_iᵀ‖²_F of each task if these directions were dropped.

@@ -140,3 +140,22 @@ def test_each_private_part_is_read_once_however_many_versions_hold_it(monkeypatc
     assert verify(store) == []
     assert reads
     assert len(reads) == len(set(reads))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-25, 1e-36])
+def test_what_a_merge_takes_from_a_small_update_is_told_whatever_its_size(size: float) -> None:
+    # The square of 1e-25 is 0 in float32: the log said that nothing was lost, and verify called that damage.
+    store = opened(energy_ratio_min=0.8)
+    tiny = random_adapter(1)
+    modules = {name: replace(update, sigma_R=update.sigma_R * size) for name, update in tiny.modules.items()}
+    merged(store, {"tiny": replace(tiny, modules=modules)})
+    for number in range(2, 5):
+        merged(store, {f"t{number}": random_adapter(number)})
+    assert verify(store) == []
+    held = store.adapter("tiny", 4)
+    lost = sum(
+        float((update.delta() / size - tiny.modules[name].delta()).square().sum())
+        for name, update in held.modules.items()
+    )
+    error = (lost / sum(update.energy for update in tiny.modules.values())) ** 0.5
+    assert 0.1 < error == pytest.approx(store.state.errors(4)["tiny"], rel=0.01)
