@@ -21,7 +21,7 @@ from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
 from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, run_digest, save_checkpoint
-from workers.compatibility import check_lengths
+from workers.compatibility import check_lengths, without_effect
 from workers.compiled_ops import watched
 from workers.deepspeed_engine import is_parted, refusals_named, release
 from workers.evaluation import Score, score_adapter, score_and_keep
@@ -129,6 +129,9 @@ def train_task(
         )
     )
     staged = keep(lambda: blobs.stage(storage, order.staging_key, adapter))
+    # What an import brings was looked at when it was submitted. Parted weights are not here to be compared with.
+    is_trained = spec.method.name != "import"
+    idle = without_effect(adapter, {} if is_parted(spec) else base.rounding()) if is_trained else ""
     return Trained(
         token=order.token,
         staging_key=order.staging_key,
@@ -147,7 +150,7 @@ def train_task(
         basis_version=attempt.version,
         resumed_from=run.resumed_from,
         metrics=local.metrics,
-        warnings=(*attempt.warnings, *local.warnings),
+        warnings=(*attempt.warnings, *filter(None, [idle]), *local.warnings),
     )
 
 

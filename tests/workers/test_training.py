@@ -153,6 +153,15 @@ def test_training_rows_that_are_read_in_part_are_told_before_the_first_step_and_
     assert not any("training rows" in line for line in desk.train(tiny("bert"), sentiment_task()).warnings)
 
 
+def test_a_training_that_changes_nothing_says_so_with_its_result(tiny: Tiny) -> None:
+    idle = Desk("idle").train(tiny("bert"), sentiment_task(training={"learning_rate": 1e-30}))
+    assert any(
+        line.startswith("the adapter changes nothing: in every module its update is less") for line in idle.warnings
+    )
+    moved = Desk("moved").train(tiny("bert"), sentiment_task())
+    assert not any("changes nothing" in line for line in moved.warnings)
+
+
 def test_of_many_training_rows_the_first_are_measured_and_the_warning_says_so(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
