@@ -167,7 +167,7 @@ class Rig:
 
         def claim() -> None:
             now = time.time()
-            order = running_order(self.queue.waiting(limit=1), self.queue.use_of_teams(now), {}, {}, limit=1)
+            order = running_order(self.queue.waiting(limit=1), self.queue.use_of_teams(now), now=now, limit=1)
             found.append(self.queue.apply(order[0], Claimed(token="bench", worker="worker-x", at=now)).task_id)
 
         seconds = timed(claim)

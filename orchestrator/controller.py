@@ -29,9 +29,18 @@ from orchestrator.pending_calls import (
     Warming,
     Writing,
 )
-from orchestrator.scheduling.fair_share import running_order, running_seconds
+from orchestrator.scheduling.fair_share import POOL, running_order, shares_of
+from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
 from orchestrator.store_writer import StoreWriter
-from orchestrator.tasks.task_events import Event, Reason, Restored, RolledBack, TrainingDone, TrainingFailed
+from orchestrator.tasks.task_events import (
+    Event,
+    PreemptRequested,
+    Reason,
+    Restored,
+    RolledBack,
+    TrainingDone,
+    TrainingFailed,
+)
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
@@ -106,6 +115,9 @@ class Controller:
         self._started_at = time.time()
         self._main_followed = -1
         self._is_ending = False
+        self._shares = shares_of(settings.teams)
+        self.decision = Decision()
+        """The last decision on who starts."""
         self.wake(log_moved=True)
         self.healthy_at = 0.0
         """Unix time of the last step that went through."""
@@ -372,13 +384,50 @@ class Controller:
 
     def _train(self, live: Sequence[TaskRecord]) -> None:
         free = self._pool.unclaimed_workers(live)
-        if self._candidate.is_awaited(live):
+        kept = 0
+        if self._candidate.is_awaited(live) and not any(is_of_a_version(order) for order in self._pool.orders):
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
-            busy_scoring = any(is_of_a_version(order) for order in self._pool.orders)
-            free = free if busy_scoring else free[1:]
-        if free:
-            for worker, task_id in zip(free, self._order(live, len(free)), strict=False):
-                self._pool.claim(worker, task_id)
+            kept, free = len(free[:1]), free[1:]
+        self.decision = self._decide(live, len(free), kept)
+        for worker, start in zip(free, self.decision.starts, strict=False):
+            self._pool.claim(worker, start.task_id)
+        for preemption in self.decision.preemptions:
+            by = f"team {preemption.for_team}, which is within its quota"
+            self._apply((preemption.task_id,), PreemptRequested(by, gives_back=True))
+
+    def _decide(self, live: Sequence[TaskRecord], free: int, kept: int) -> Decision:
+        """Who starts, and who gives a place back.
+
+        Args:
+            free, kept: Workers that have nothing to do: those for tasks, those for a version.
+        """
+        now, ranks = time.time(), self._settings.workers.ranks
+        waiting = self._queue.waiting(free + LOOK, ranks=ranks)
+        if not waiting:
+            return Decision()
+        pool = Pool(
+            capacity=ranks * len(self._pool.workers),
+            ready=ranks * self._pool.ready,
+            free=ranks * free,
+            kept=ranks * kept,
+        )
+        return decide(
+            Situation(
+                now=now,
+                pools={POOL: pool},
+                waiting=waiting,
+                running=self._pool.running(live),
+                use_seconds=self._use_seconds(now),
+                shares=self._shares,
+                reserved=self.decision.reserved,
+                waits=self.decision.waits,
+            )
+        )
+
+    def _use_seconds(self, now: float) -> dict[str, float]:
+        """Place-seconds of each team: all workers have as many ranks."""
+        ranks = self._settings.workers.ranks
+        return {team: ranks * seconds for team, seconds in self._queue.use_of_teams(now).items()}
 
     def places(self) -> dict[str, int]:
         """Id of each task that waits for a worker to its place in the queue, from 1. Thread-safe.
@@ -386,17 +435,10 @@ class Controller:
         Cost:
             O(n·log n) for n waiting tasks: 30 ms for 10,000.
         """
-        return {task_id: place for place, task_id in enumerate(self._order(self._queue.in_flight()), 1)}
-
-    def _order(self, live: Sequence[TaskRecord], limit: int | None = None) -> tuple[str, ...]:
-        """Ids of the queued tasks in the order in which they would start, all or the first `limit`."""
-        now = time.time()
-        waiting = self._queue.waiting(limit)
-        if not waiting:
-            return ()
-        weights = {team: settings.weight for team, settings in self._settings.teams.items()}
-        running = running_seconds(self._pool.running(live), now)
-        return running_order(waiting, self._queue.use_of_teams(now), running, weights, limit)
+        now, live = time.time(), self._queue.in_flight()
+        waiting = self._queue.waiting(ranks=self._settings.workers.ranks)
+        order = running_order(waiting, self._use_seconds(now), self._pool.running(live), self._shares, now=now)
+        return {task_id: place for place, task_id in enumerate(order, 1)}
 
     def _follow_main(self) -> None:
         """Park tasks that `main` no longer holds; publish those that it holds again, or holds since another version

@@ -164,6 +164,8 @@ class PreemptRequested:
     """Somebody wants its worker for something else: the task should write a checkpoint and go back to the queue."""
 
     by: str
+    gives_back: bool = False
+    """Whether its team is beyond its quota, and another wants the places: `by` names that team."""
 
 
 Event = (

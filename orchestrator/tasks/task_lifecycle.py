@@ -209,7 +209,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
         case PreemptRequested() if next_step(record) in (Step.TRAIN, Step.REFINE) or record.preempt_requested:
             return record
         case PreemptRequested() if next_step(record) is Step.AWAIT_ADAPTER:
-            return _with(record, preempt_requested=True)
+            return _with(record, preempt_requested=True, gives_back=event.gives_back)
         case PreemptRequested():
             raise Conflict(f"is {state} and uses no worker that could be taken from it", record.title)
     raise Conflict(
@@ -247,6 +247,8 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         own_bugs=bugs,
         preemptions=preemptions,
         preempt_requested=False,
+        gives_back=False,
+        gave_back_at=event.at if record.gives_back and event.fault == "preempted" else None,
         token="",
         worker="",
     )

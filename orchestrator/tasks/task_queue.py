@@ -289,11 +289,12 @@ class TaskQueue:
         with self._database.reading() as connection:
             return connection.execute(select(literal(1)).where(_tasks.c.state == _QUEUED).limit(1)).first() is not None
 
-    def waiting(self, limit: int | None = None) -> list[Waiting]:
+    def waiting(self, limit: int | None = None, ranks: int = 1) -> list[Waiting]:
         """The tasks that wait for a worker, without their records.
 
         Args:
             limit: Number of tasks of each team, the first ones in its order; default: all.
+            ranks: Places that each of them takes.
 
         Cost:
             One read of an index for each team, as long as what it brings.
@@ -315,7 +316,7 @@ class TaskQueue:
                     for row in connection.execute(line.where(_tasks.c.team == team).limit(limit + len(aside)))
                 ]
         return [
-            Waiting(task_id=task_id, team=team, priority=priority, submitted_at=submitted_at)
+            Waiting(task_id=task_id, team=team, priority=priority, submitted_at=submitted_at, ranks=ranks)
             for task_id, team, priority, submitted_at in rows
             if task_id not in aside
         ]

@@ -98,6 +98,11 @@ class TaskRecord(Section):
     """How often it gave up its worker, with a checkpoint. For people: it counts against no budget."""
     preempt_requested: bool = False
     """Whether its running attempt should write a checkpoint and go back to the queue."""
+    gives_back: bool = False
+    """Whether it should do so because its team is beyond its quota."""
+    gave_back_at: float | None = None
+    """When the attempt before the running, or the next, one ended for that; None: it ended otherwise, or there was
+    none."""
 
     first_step_at: float | None = None
     train_seconds: float | None = None
