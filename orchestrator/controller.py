@@ -30,19 +30,22 @@ from orchestrator.pending_calls import (
     Writing,
 )
 from orchestrator.scheduling.fair_share import POOL, running_order, shares_of
+from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
 from orchestrator.store_writer import StoreWriter
 from orchestrator.tasks.task_events import (
+    CameDue,
     Event,
     PreemptRequested,
     Reason,
     Restored,
     RolledBack,
+    RunsTooLong,
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step
-from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step, seconds_left
+from orchestrator.tasks.task_queue import SERVICE, TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
 from orchestrator.unused_files import Held, UnusedFiles
@@ -269,6 +272,7 @@ class Controller:
         # First the orders that workers have already: after a restart any other order would wait behind them.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
         self._candidate.advance(live, self._queue.is_anyone_waiting())
+        self._look_at_the_clock(live)
         self._train(live)
         return True
 
@@ -355,8 +359,8 @@ class Controller:
         for record in training:
             worker = self._pool.workers.get(record.worker)
             if record.token in busy:
-                if worker is not None and (record.cancel_requested or record.preempt_requested):
-                    self._pool.tell(worker, "cancel" if record.cancel_requested else "preempt", record.token)
+                if worker is not None and (what := _stop_for(record)):
+                    self._pool.tell(worker, what, record.token)
             elif worker is None:
                 failed = TrainingFailed(
                     token=record.token, fault="lost", message=f"{record.worker} is no longer there", at=time.time()
@@ -382,6 +386,21 @@ class Controller:
         self._queue.apply(record.task_id, failed)
         self.wake()
 
+    def _look_at_the_clock(self, live: Sequence[TaskRecord]) -> None:
+        """Let tasks stand in line whose time has come; stop those that have run for as long as they may."""
+        now = time.time()
+        come, following = self._queue.due(now)
+        for task_id in come:
+            self._apply((task_id,), CameDue())
+        if following is not None:
+            self._pending_calls.not_before("due", following)
+        for record in live:
+            left = None if record.ran_too_long else seconds_left(record, now)
+            if left is not None and left <= 0:
+                self._apply((record.task_id,), RunsTooLong(now))
+            elif left is not None:
+                self._pending_calls.not_before(f"longest:{record.token}", now + left)
+
     def _train(self, live: Sequence[TaskRecord]) -> None:
         free = self._pool.unclaimed_workers(live)
         kept = 0
@@ -402,7 +421,8 @@ class Controller:
             free, kept: Workers that have nothing to do: those for tasks, those for a version.
         """
         now, ranks = time.time(), self._settings.workers.ranks
-        waiting = self._queue.waiting(free + LOOK, ranks=ranks)
+        pauses = self._queue.pauses()
+        waiting = [] if SERVICE in pauses else self._queue.waiting(free + LOOK, ranks=ranks, without=pauses)
         if not waiting:
             return Decision()
         pool = Pool(
@@ -428,6 +448,15 @@ class Controller:
         """Place-seconds of each team: all workers have as many ranks."""
         ranks = self._settings.workers.ranks
         return {team: ranks * seconds for team, seconds in self._queue.use_of_teams(now).items()}
+
+    def wait_in_line(self, record: TaskRecord) -> Wait:
+        """Why a task that stands in line does not start, by the last decision. Thread-safe."""
+        if not self.ready_workers:
+            return Wait(code=WaitCode.BASE_MODEL_LOADING)
+        found = self.decision.wait_of(record.task_id, record.team)
+        if found is None:  # it came after that
+            return Wait(code=WaitCode.ABOUT_TO_START if self.free_workers else WaitCode.NO_FREE_PLACE)
+        return found
 
     def places(self) -> dict[str, int]:
         """Id of each task that waits for a worker to its place in the queue, from 1. Thread-safe.
@@ -481,6 +510,13 @@ class Controller:
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> None:
         self.wake()
         self._queue.try_apply(task_ids, event)
+
+
+def _stop_for(record: TaskRecord) -> str:
+    """What a worker is told that has the task: `cancel`, `preempt`, or nothing."""
+    if record.cancel_requested or record.ran_too_long:
+        return "cancel"
+    return "preempt" if record.preempt_requested else ""
 
 
 def _how_it_vanished(store: SubspaceReader, record: TaskRecord, now: float) -> RolledBack:

@@ -22,6 +22,12 @@ COLOURS = {
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
     "removed": "dim", "expired": "dim", "empty": "dim",
 }  # fmt: skip
+WHO_CAN = {
+    "team": "its team can change that",
+    "platform": "the people who run the service can change that",
+    "nobody": "it ends by itself",
+}
+"""Sentence for those who can end what a task waits for, by `orchestrator.scheduling.reasons.Who`."""
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
 DROPPED_FIRST = ("id", "MB", "rows/s", "version", "starts in", "in main", "tokens/s", "own", "loss")
@@ -49,6 +55,7 @@ def status(answer: Json) -> None:
             soft_wrap=True,
         )
         _print_rows("held")
+    _print_pauses(answer.get("paused"))
     if gone := answer.get("gone_from_main"):
         in_states += f" ({gone:,} of the published ones main no longer holds; the next `onebasis up` parks them)"
     console.print(f"  tasks    {in_states if counts is not None else 'unknown'}", soft_wrap=True)
@@ -78,6 +85,20 @@ def status(answer: Json) -> None:
             soft_wrap=True,
         )
         _print_rows("outcome-unknown")
+
+
+def _print_pauses(paused: Json | None) -> None:
+    """What is paused: the service, teams. None: not known."""
+    found = {"the service": paused["service"]} if paused else {}
+    found |= {f"team {team}": pause for team, pause in (paused or {}).get("teams", {}).items()}
+    for what, pause in found.items():
+        if pause is not None:
+            console.print(
+                f"  [yellow]{shown(what)} is paused[/yellow] by {shown(pause['by'])} for "
+                f"{duration(time.time() - pause['at'])}: {shown(pause['reason'] or 'no reason given')} "
+                "(`onebasis resume` starts it again)",
+                soft_wrap=True,
+            )
 
 
 def _print_alarms(alarms: Sequence[Json]) -> None:
@@ -127,7 +148,10 @@ def task(answer: Json) -> None:
     """`onebasis task`."""
     console.print(f"[bold]{shown(answer['title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {shown(answer['why'])}", soft_wrap=True)
-    _print_rows(*answer["trouble"])
+    if wait := answer.get("wait"):
+        since = f"for {duration(time.time() - wait['since'])}; " if wait["since"] is not None else ""
+        console.print(f"  {since}{WHO_CAN[wait['who']]}", style="dim", soft_wrap=True)
+    _print_rows(*answer["trouble"], *([wait["code"]] if wait else []))
     _print_alarms(answer.get("alarms", ()))
     if answer["progress"]:
         console.print(f"  progress   {shown(_progress(answer))}")
@@ -163,6 +187,27 @@ def preempted(answer: Json) -> None:
     """`onebasis preempt`."""
     does = PREEMPTED.get(answer["progress"].get("phase", "loading"), "it stops after this step and writes a checkpoint")
     note(f"{answer['title']}: {answer['state']}" + (f": {does}" if answer["state"] in AT_WORK else ""))
+
+
+def paused(answer: Json) -> None:
+    """`onebasis pause` and `resume`."""
+    what = answer.get("title") or (f"team {answer['team']}" if answer["team"] else "the service")
+    pause = answer["paused"]
+    if pause is None:
+        note(f"{what}: not paused")
+        return
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pause["at"]))
+    note(f"{what}: paused by {pause['by']} since {since}: {pause['reason'] or 'no reason given'}")
+
+
+def changed(answer: Json) -> None:
+    """`onebasis cancel`, `retry`, `pause` and `resume` of many tasks."""
+    for title in answer["done"]:
+        note(f"{title}: {answer['change']} asked for")
+    for one in answer["refused"]:
+        errors.print(f"[yellow]not[/yellow] {shown(one['title'])}: {shown(one['error']['text'])}", soft_wrap=True)
+    if not answer["done"]:
+        note("no such task")
 
 
 def log_line(text: str) -> None:
@@ -310,10 +355,11 @@ def _note(row: Json) -> str:
         candidate = [row["progress"]["candidate"]] if row["progress"].get("candidate") else []
         return " · ".join([row["worker"], *candidate]) if phase in ("", "training") else str(phase)
     place = f"place {row['place']}" if row["place"] else ""
+    wait = (row.get("wait") or {}).get("code", "") if row["state"] == "queued" else ""
     reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
     gone = "main no longer holds it" if row.get("gone_from_main") else ""
     doubt = "warning: see `onebasis task`" if row.get("doubt") and row["state"] == "published" else ""
-    return " · ".join(part for part in (place, reason, row.get("held", ""), gone, doubt) if part)
+    return " · ".join(part for part in (place, wait, reason, row.get("held", ""), gone, doubt) if part)
 
 
 def _print_training(training: Json) -> None:

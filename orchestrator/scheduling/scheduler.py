@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from orchestrator.scheduling.fair_share import Running, Share, Turns, Waiting
 from orchestrator.scheduling.reasons import Wait, WaitCode
@@ -92,8 +92,16 @@ class Decision:
     preemptions: tuple[Preemption, ...] = ()
     waits: Mapping[str, Wait] = field(default_factory=dict)
     """Reason of each task that was looked at and does not start."""
+    behind: Mapping[str, Wait] = field(default_factory=dict)
+    """Team to the reason of its tasks that were not looked at: they wait for what those before them wait for."""
     reserved: Mapping[str, str] = field(default_factory=dict)
     """Pool to the task that its places are reserved for."""
+
+    def wait_of(self, task_id: str, team: str) -> Wait | None:
+        """Why a task in line waits; None where its team had none in line when this was decided."""
+        if any(start.task_id == task_id for start in self.starts):
+            return Wait(code=WaitCode.ABOUT_TO_START)
+        return self.waits.get(task_id) or self.behind.get(team)
 
 
 def decide(situation: Situation) -> Decision:
@@ -185,7 +193,17 @@ class _Round:
                 self._turns.take()
             else:
                 self._turns.skip()
-        return Decision(tuple(self._starts), tuple(self._preemptions), self._waits, self._reserved)
+        return Decision(tuple(self._starts), tuple(self._preemptions), self._waits, self._behind(), self._reserved)
+
+    def _behind(self) -> dict[str, Wait]:
+        found = {}
+        for task in self._situation.waiting:
+            wait = self._waits.get(task.task_id)
+            if wait is not None and wait.code in _OF_ALL:
+                found[task.team] = Wait(code=wait.code, since=wait.since)
+            else:
+                found.setdefault(task.team, Wait(code=WaitCode.NO_FREE_PLACE))
+        return found
 
     def _may_start(self, task: Waiting) -> bool:
         room = self._rooms.get(task.pool)
@@ -261,20 +279,6 @@ class _Round:
         before = self._situation.waits.get(task.task_id)
         since = before.since if before is not None and before.code is code else self._situation.now
         self._waits[task.task_id] = Wait(code=code, about=about, since=since, until=until)
-
-
-def reason_behind(task: Waiting, decision: Decision, ahead: Sequence[Waiting], pool: Pool | None) -> Wait:
-    """Why a task waits that the decision did not look at: for what its team's tasks before it wait for.
-
-    Args:
-        ahead: Tasks of its team that were looked at.
-        pool: The task's pool; None: there is none of that name.
-    """
-    if pool is None or task.ranks > pool.capacity:
-        return Wait(code=WaitCode.NEVER_FITS)
-    waits = [wait for other in ahead if (wait := decision.waits.get(other.task_id)) is not None]
-    general = [wait for wait in waits if wait.code in _OF_ALL]
-    return replace(general[-1], about="", until=None) if general else Wait(code=WaitCode.NO_FREE_PLACE)
 
 
 _OF_ALL = (WaitCode.OVER_QUOTA, WaitCode.BASE_MODEL_LOADING)

@@ -278,7 +278,8 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
         waiting = site.client.ask(ShowTask(reference="red/three"))
         assert (waiting["state"], waiting["place"]) == ("queued", 1)
         start = r"starts (at once|in about \d s) \(the median of the last 2 tasks is 2 s\)"
-        assert re.fullmatch(rf"place 1: 0 before it, 0 workers free; {start}", waiting["why"])
+        assert re.fullmatch(rf"all places are in use; place 1, 0 before it; {start}", waiting["why"])
+        assert (waiting["wait"]["code"], waiting["wait"]["who"]) == ("no-free-place", "nobody")
         assert 0 <= waiting["starts_in_seconds"] <= 2
         assert site.client.ask(Cancel(reference="red/three", by="ann"))["state"] == "cancelled"
         rows, until = f"data/{waiting['task_id']}/", time.monotonic() + 10

@@ -18,7 +18,6 @@ from orchestrator.scheduling.scheduler import (
     Pool,
     Situation,
     decide,
-    reason_behind,
 )
 
 NOW = 10_000.0
@@ -358,10 +357,10 @@ def test_whatever_is_handed_in_the_promises_hold(situation: Situation) -> None:
 
 
 def test_a_task_that_was_not_looked_at_waits_for_what_its_team_waits_for() -> None:
-    first, last = waits("red/a", 1), waits("red/z", 99)
-    pool = Pool(capacity=1, ready=1, free=0)
+    first = waits("red/a", 1)
     over = decided([first], [runs("red/x")], capacity=1, quotas={"red": 1})
-    assert reason_behind(last, over, [first], pool).code is WaitCode.OVER_QUOTA
+    assert over.wait_of("red/z", "red") == Wait(code=WaitCode.OVER_QUOTA, since=NOW)
     full = decided([first], [runs("red/x")], capacity=1)
-    assert reason_behind(last, full, [first], pool).code is WaitCode.NO_FREE_PLACE
-    assert reason_behind(replace(last, ranks=2), full, [first], pool).code is WaitCode.NEVER_FITS
+    assert full.wait_of("red/z", "red") == Wait(code=WaitCode.NO_FREE_PLACE)
+    assert full.wait_of("blue/z", "blue") is None
+    assert decided([first]).wait_of("red/a", "red") == Wait(code=WaitCode.ABOUT_TO_START)
