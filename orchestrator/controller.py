@@ -29,7 +29,7 @@ from orchestrator.pending_calls import (
     Warming,
     Writing,
 )
-from orchestrator.scheduling.fair_share import POOL, running_order, shares_of
+from orchestrator.scheduling.fair_share import POOL, Running, Waiting, running_order, shares_of
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
 from orchestrator.store_writer import StoreWriter
@@ -408,6 +408,8 @@ class Controller:
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
             kept, free = len(free[:1]), free[1:]
         self.decision = self._decide(live, len(free), kept)
+        if (again_at := self.decision.again_at) is not None:
+            self._pending_calls.not_before("decide", again_at)
         for worker, start in zip(free, self.decision.starts, strict=False):
             self._pool.claim(worker, start.task_id)
         for preemption in self.decision.preemptions:
@@ -420,28 +422,35 @@ class Controller:
         Args:
             free, kept: Workers that have nothing to do: those for tasks, those for a version.
         """
-        now, ranks = time.time(), self._settings.workers.ranks
+        now = time.time()
         pauses = self._queue.pauses()
-        waiting = [] if SERVICE in pauses else self._queue.waiting(free + LOOK, ranks=ranks, without=pauses)
+        waiting = [] if SERVICE in pauses else self._queue.waiting(free + LOOK, ranks=self.ranks, without=pauses)
         if not waiting:
             return Decision()
-        pool = Pool(
-            capacity=ranks * len(self._pool.workers),
-            ready=ranks * self._pool.ready,
-            free=ranks * free,
-            kept=ranks * kept,
+        return decide(self._situation(now, self._pool_of(free, kept), waiting, self._pool.running(live)))
+
+    def _pool_of(self, free: int, kept: int) -> Pool:
+        """The pool with so many workers that have nothing to do."""
+        workers = len(self._pool.workers)
+        return Pool(
+            capacity=self.ranks * workers,
+            ready=self.ranks * self._pool.ready,
+            free=self.ranks * free,
+            kept=self.ranks * kept,
         )
-        return decide(
-            Situation(
-                now=now,
-                pools={POOL: pool},
-                waiting=waiting,
-                running=self._pool.running(live),
-                use_seconds=self._use_seconds(now),
-                shares=self._shares,
-                reserved=self.decision.reserved,
-                waits=self.decision.waits,
-            )
+
+    def _situation(self, now: float, pool: Pool, waiting: Sequence[Waiting], running: Sequence[Running]) -> Situation:
+        before = self.decision
+        return Situation(
+            now=now,
+            pools={POOL: pool},
+            waiting=waiting,
+            running=running,
+            use_seconds=self._use_seconds(now),
+            shares=self._shares,
+            reserved=before.reserved,
+            promised=before.promised,
+            waits=before.waits,
         )
 
     def _use_seconds(self, now: float) -> dict[str, float]:
@@ -458,16 +467,38 @@ class Controller:
             return Wait(code=WaitCode.ABOUT_TO_START if self.free_workers else WaitCode.NO_FREE_PLACE)
         return found
 
-    def places(self) -> dict[str, int]:
-        """Id of each task that waits for a worker to its place in the queue, from 1. Thread-safe.
+    def line(self, extra: Waiting | None = None) -> tuple[tuple[Waiting, ...], list[Running]]:
+        """The tasks that stand in line for a worker, in their running order, and what runs. Thread-safe.
+
+        Args:
+            extra: A task that is not there yet, and is shown where it would stand.
 
         Cost:
             O(n·log n) for n waiting tasks: 30 ms for 10,000.
         """
-        now, live = time.time(), self._queue.in_flight()
-        waiting = self._queue.waiting(ranks=self._settings.workers.ranks)
-        order = running_order(waiting, self._use_seconds(now), self._pool.running(live), self._shares, now=now)
-        return {task_id: place for place, task_id in enumerate(order, 1)}
+        now, pauses = time.time(), self._queue.pauses()
+        running = self._pool.running(self._queue.in_flight())
+        waiting = [] if SERVICE in pauses else self._queue.waiting(ranks=self.ranks, without=pauses)
+        if extra is not None and SERVICE not in pauses and extra.team not in pauses:
+            waiting.append(extra)
+        by_id = {task.task_id: task for task in waiting}
+        order = running_order(waiting, self._use_seconds(now), running, self._shares, now=now)
+        return tuple(by_id[task_id] for task_id in order), running
+
+    @property
+    def ranks(self) -> int:
+        """Places that each task takes: all workers are alike."""
+        return self._settings.workers.ranks
+
+    def places(self) -> dict[str, int]:
+        """Id of each task that stands in line to its place, from 1. Thread-safe."""
+        return {task.task_id: place for place, task in enumerate(self.line()[0], 1)}
+
+    def wait_of_another(self, extra: Waiting) -> Wait | None:
+        """Why a task that is not there yet would not start at once; None where it would. Thread-safe."""
+        line, running = self.line(extra)
+        situation = self._situation(time.time(), self._pool_of(self.free_workers, 0), line, running)
+        return decide(situation).waits.get(extra.task_id)
 
     def _follow_main(self) -> None:
         """Park tasks that `main` no longer holds; publish those that it holds again, or holds since another version

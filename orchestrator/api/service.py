@@ -13,7 +13,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,13 +33,15 @@ from configs.errors import (
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
+from orchestrator.api.estimates import Estimates, Line
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, wait_of, who_holds, why
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
 from orchestrator.reports.loss_plot import plot_file
-from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
+from orchestrator.scheduling.estimate import Pace, ends, pace_of
+from orchestrator.scheduling.fair_share import Waiting
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, Pause, TaskRecord, TaskState
@@ -113,6 +115,7 @@ class Service:
         )
         self._sized = Latest(lambda: self._footprint(self._store.state.refs[MAIN]), storage.url)
         self._check = check
+        self._estimates = Estimates(lambda: self._queue)
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
 
@@ -152,8 +155,9 @@ class Service:
             raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
         with contextlib.closing(check(request.task, self._settings, controller.layout)) as draft:
             if request.dry_run:
-                _, is_new = would_admit(draft, self._settings, self._queue, request.by, request.beside)
+                record, is_new = would_admit(draft, self._settings, self._queue, request.by, request.beside)
                 return {
+                    **(self._outlook(record) if is_new else {}),
                     "accepted": False,
                     "dry_run": True,
                     "is_new": is_new,
@@ -166,6 +170,46 @@ class Service:
         controller.wake()
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record)}
 
+    def _outlook(self, record: TaskRecord) -> Json:
+        """What a task that is not there yet would meet: why it would not start at once, when it starts and ends, and
+        what it costs, both from what the last tasks took."""
+        controller = self._running("submit")
+        task = Waiting(
+            task_id=record.task_id,
+            team=record.team,
+            priority=record.spec.priority,
+            submitted_at=record.submitted_at,
+            ranks=controller.ranks,
+            seconds_max=record.spec.max_run_seconds,
+        )
+        stands = not record.blocked
+        line = self._line([record.task_id], task if stands else None)
+        pauses = self._queue.pauses()
+        around = Surroundings(
+            is_running=True,
+            place=line.places.get(record.task_id),
+            pace=line.pace,
+            start=line.starts.get(record.task_id),
+            pauses=pauses,
+            decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
+            idle_causes=tuple(controller.describe_workers().values()) if not controller.ready_workers else (),
+            titles={task_id: found.title for task_id, found in self._queue.among(record.awaits).items()},
+            alarms={alarm.code: str(alarm) for alarm in self._alarms},
+        )
+        wait = wait_of(record, around)
+        start, pace = around.start, line.pace
+        end = ends(start, pace) if start and pace else None
+        return {
+            "fits": wait is None or wait.code is not WaitCode.NEVER_FITS,
+            "why": why(record, around),
+            "wait": _wait_json(wait),
+            "place": around.place,
+            "start": views.interval(start),
+            "end": views.interval(end),
+            "cost_worker_seconds": None if pace is None else pace.seconds,
+            "deadline": views.deadline(record, end, record.submitted_at),
+        }
+
     def tasks(self, request: requests.ListTasks) -> list[Json]:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
@@ -173,14 +217,13 @@ class Service:
         if not records and request.team is not None and request.team not in self._settings.teams:
             self._known_team(request.team)
         is_any_queued = any(record.state is TaskState.QUEUED for record in records)
-        places = self._places() if is_any_queued else {}
-        starts = self._starts() if is_any_queued else None
+        line = self._line([record.task_id for record in records]) if is_any_queued else Line()
         scores, problem = self._main_scores(records)
         gone = set() if problem else self._gone_from_main(self._store.state, records)
         waiting = self._held_up(records)
         reasons = self._waits(records)
         return [
-            self._summary(record, places.get(record.task_id), starts)
+            self._summary(record, line)
             | {
                 "main_score": scores.get(record.task_id),
                 "main_score_problem": problem,
@@ -194,12 +237,11 @@ class Service:
     def task(self, request: requests.ShowTask) -> Json:
         """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
         record = self._queue.find(request.reference)
-        place = self._places().get(record.task_id) if record.state is TaskState.QUEUED else None
-        starts = self._starts() if place is not None else None
+        line = self._line([record.task_id]) if record.state is TaskState.QUEUED else Line()
         plot, result = plot_file(self._settings.state_dir, record), self._result(record)
-        around = self._surroundings(record, place, starts)
+        around = self._surroundings(record, line)
         return {
-            **self._summary(record, place, starts),
+            **self._summary(record, line),
             "main_score": result["score_under_main"] if result else None,
             "gone_from_main": around.is_gone_from_main,
             "why": why(record, around),
@@ -634,31 +676,29 @@ class Service:
                     f"`onebasis cancel {record.task_id}` first, or wait until it has ended, then roll back again",
                 )
 
-    def _places(self) -> dict[str, int]:
-        """Task id to place in the queue, from 1."""
-        if self._controller is None:
-            return {}
-        return self._controller.places()
-
-    def _summary(self, record: TaskRecord, place: int | None = None, starts: Starts | None = None) -> Json:
+    def _summary(self, record: TaskRecord, line: Line | None = None) -> Json:
         progress = self._queue.progress(record.task_id) if views.is_at_work(record) else {}
-        return views.task_summary(record, place, starts.of(place) if starts else None, progress)
+        return views.task_summary(record, line or Line(), progress, time.time())
 
-    def _starts(self) -> Starts | None:
-        """When waiting tasks would start; None where no worker is ready."""
+    def _line(self, asked: Sequence[str], extra: Waiting | None = None) -> Line:
+        """The tasks that stand in line, with the estimates of some; an empty one where no service runs.
+
+        Args:
+            extra: A task that is not there yet, and is shown where it would stand.
+        """
         controller = self._controller
-        if controller is None or not controller.ready_workers:
-            return None
+        if controller is None:
+            return Line()
+        tasks, running = controller.line(extra)
+        if not controller.ready_workers:
+            return Line({task.task_id: place for place, task in enumerate(tasks, 1)})
+        free = controller.ranks * controller.free_workers
+        return self._estimates.tell(tasks, running, free, self._pace(), asked, remembered=extra is None)
+
+    def _pace(self) -> Pace | None:
+        """How long tasks have a worker here, from the last that ended."""
         ended = self._queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS)
-        pace = pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
-        now = time.time()
-        left = []
-        for record in self._queue.in_flight():
-            if views.is_at_work(record):
-                told = self._queue.progress(record.task_id).get("seconds_left")
-                usual = (pace.seconds if pace else 0.0) - (now - (record.order_at or record.claimed_at or now))
-                left.append(float(told) if told is not None else usual)
-        return Starts(pace, tuple(left), controller.free_workers)
+        return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
 
     def _main_scores(self, records: Sequence[TaskRecord]) -> tuple[Mapping[str, float | None], str]:
         """Task id to the score under `main` now, for published tasks; and the reason, if the scores are not known. What
@@ -736,16 +776,16 @@ class Service:
             named.add(decided.about)
         return {task_id: found.title for task_id, found in self._queue.among(named - {""}).items()}
 
-    def _surroundings(self, record: TaskRecord, place: int | None, starts: Starts | None) -> Surroundings:
+    def _surroundings(self, record: TaskRecord, line: Line) -> Surroundings:
         controller, queued = self._controller, record.state is TaskState.QUEUED
         state = self._store.refresh()
         return Surroundings(
             is_running=controller is not None,
             main=state.refs[MAIN],
             is_gone_from_main=record.task_id in self._gone_from_main(state, [record]),
-            place=place,
-            pace=starts.pace if starts else None,
-            starts_in_seconds=starts.of(place) if starts else None,
+            place=line.places.get(record.task_id),
+            pace=line.pace,
+            start=line.starts.get(record.task_id),
             idle_causes=tuple(controller.describe_workers().values())
             if controller and not controller.ready_workers
             else (),
@@ -787,21 +827,6 @@ class Service:
             names = ", ".join(task.name for task in held.values()) or "no tasks"
             raise NotFound(f"version {version} has no task '{reference}'", todo=f"it holds: {names}")
         return found[0]
-
-
-@dataclass(frozen=True)
-class Starts:
-    """Facts from which the starts of waiting tasks are estimated."""
-
-    pace: Pace | None
-    left: tuple[float, ...]
-    """Seconds until each worker that has a task is done."""
-    free: int
-    """Number of workers without a task."""
-
-    def of(self, place: int | None) -> float | None:
-        """Seconds until the task at a place starts; None where it is not known."""
-        return None if place is None else starts_in(place, self.left, self.free, self.pace)
 
 
 def _hold_over(record: TaskRecord, state: SubspaceState) -> Hold | None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.alarms import AlarmCode
-from orchestrator.scheduling.estimate import Pace, duration
+from orchestrator.scheduling.estimate import Estimate, Pace, duration
 from orchestrator.scheduling.reasons import Wait, WaitCode, first_of
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
@@ -40,8 +40,8 @@ class Surroundings:
     """Place in the queue, from 1."""
     pace: Pace | None = None
     """How long tasks have a worker here; None: not known."""
-    starts_in_seconds: float | None = None
-    """Estimate; None: not known."""
+    start: Estimate | None = None
+    """When it starts; None: not known."""
     idle_causes: Collection[str] = ()
     """What the workers do, where none of them is ready."""
     phase: str = ""
@@ -172,11 +172,21 @@ def _cause(wait: Wait, around: Surroundings) -> str:
 
 
 def _start(around: Surroundings) -> str:
-    if around.pace is None or around.starts_in_seconds is None:
-        return "its start cannot be estimated: no task has been trained here yet"
-    if around.pace.count == 1:
-        basis = f"the one task before took {duration(around.pace.seconds)}"
+    start, pace = around.start, around.pace
+    if pace is None or start is None:
+        return (
+            "its start cannot be estimated: no task has been trained here yet"
+            if pace is None
+            else "its start is not known"
+        )
+    if pace.count == 1:
+        basis = f"the one task before took {duration(pace.seconds)}"
     else:
-        basis = f"the median of the last {around.pace.count} tasks is {duration(around.pace.seconds)}"
-    start = "at once" if around.starts_in_seconds < 1 else f"in about {duration(around.starts_in_seconds)}"
-    return f"starts {start} ({basis})"
+        basis = f"the median of the last {pace.count} tasks is {duration(pace.seconds)}"
+    about = "at once" if start.seconds < 1 else f"in about {duration(start.seconds)}"
+    return f"starts {about}, in four of five cases {span(start)} ({basis})"
+
+
+def span(estimate: Estimate) -> str:
+    """The interval of an estimate, for people."""
+    return f"between {duration(estimate.earliest)} and {duration(estimate.latest)}"

@@ -336,6 +336,43 @@ def logs(
 
 
 @command
+def simulate(
+    arrivals: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ARRIVALS.csv", help="Columns at_seconds, team, seconds; ranks, priority, max_run_seconds."
+        ),
+    ],
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="Settings (YAML), for `teams` and `workers`; default: those of the last `up` here."),
+    ] = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show what these arrivals would wait for under some settings: the real scheduler, weeks in seconds.
+
+    at_seconds is when a task is submitted, seconds how long it runs. Nothing is started and no service is asked.
+    """
+    from configs.settings import read_settings
+    from orchestrator.scheduling import simulation
+    from orchestrator.scheduling.fair_share import shares_of
+
+    read = read_settings(settings or state_dir / "settings.yaml")
+    try:
+        lines = arrivals.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot be read: {error}", str(arrivals), "name a CSV file") from error
+    found = simulation.read_arrivals(lines, read.workers.ranks)
+    if strangers := sorted({one.team for one in found} - read.teams.keys()):
+        teams = ", ".join(sorted(read.teams))
+        raise InvalidInput(f"there is no team '{strangers[0]}'", str(arrivals), f"teams of these settings: {teams}")
+    with telling("simulating"):
+        done = simulation.simulate(found, shares_of(read.teams), read.workers.count * read.workers.ranks)
+    show(simulation.report(done), display.simulation, as_json)
+
+
+@command
 def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """List the subspace's versions."""
     show(Client(state_dir).ask(ListVersions()), version_tables.versions, as_json)

@@ -117,9 +117,32 @@ def submitted(answer: Json) -> None:
             f"{shown(answer['title'])} is fine{known}: {counted(answer['train_rows'], 'training row')},"
             f" {counted(answer['eval_rows'], 'evaluation row')}"
         )
+        _print_outlook(answer)
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
     console.print(f"{shown(answer['title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+
+
+def _print_outlook(answer: Json) -> None:
+    """What a task would meet that is not submitted yet."""
+    if "why" not in answer:
+        return
+    console.print(f"  now        {shown(answer['why'])}", soft_wrap=True)
+    if (end := answer["end"]) is not None:
+        earliest, latest, cost = map(duration, (end["earliest"], end["latest"], answer["cost_worker_seconds"]))
+        console.print(f"  trained    between {earliest} and {latest} from now, in four of five cases")
+        console.print(f"  cost       about {cost} of a worker, as the last tasks")
+    if said := _deadline(answer):
+        console.print(f"  [yellow]deadline[/yellow]   {shown(said)}", soft_wrap=True)
+
+
+def _deadline(row: Json) -> str:
+    """What is to be said of a task's deadline; empty where it will be met."""
+    told = row.get("deadline")
+    if told is None or told["outlook"] in ("met", "unknown"):
+        return ""
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(told["at"]))
+    return f"deadline {at} {'was' if told['outlook'] == 'missed' else ''} {told['outlook']}".replace("  ", " ")
 
 
 def submitted_file(result: Json) -> None:
@@ -166,6 +189,8 @@ def task(answer: Json) -> None:
             f"  in main    {score_text(result['score_under_main'])} now (version {result['main']}) · "
             f"{score_text(result['score_at_birth'])} at birth (version {result['version']})"
         )
+    if said := _deadline(answer):
+        console.print(f"  [yellow]warning[/yellow]    {shown(said)}", soft_wrap=True)
     for warning in answer["warnings"]:
         console.print(f"  [yellow]warning[/yellow]    {shown(warning)}", soft_wrap=True)
     _print_training(answer["training"])
@@ -208,6 +233,33 @@ def changed(answer: Json) -> None:
         errors.print(f"[yellow]not[/yellow] {shown(one['title'])}: {shown(one['error']['text'])}", soft_wrap=True)
     if not answer["done"]:
         note("no such task")
+
+
+def simulation(answer: Json) -> None:
+    """`onebasis simulate`."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    names = ("team", "ranks", "tasks", "mean wait", "median", "nine of ten", "longest")
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="left" if name == "team" else "right")
+    for row in answer["waits"]:
+        waits = [duration(row[f"{name}_seconds"]) if row["tasks"] else "" for name in ("mean", "p50", "p90", "max")]
+        table.add_row(shown(row["team"]), str(row["ranks"]), str(row["tasks"]), *waits)
+    console.print(table)
+    share = answer["start_in_stated_interval"]
+    back = answer["give_back_seconds_max"]
+    facts = (
+        ("weeks", f"{answer['weeks']:.1f}"),
+        ("utilisation", "–" if answer["utilisation"] is None else f"{answer['utilisation']:.2f}"),
+        ("Jain index", f"{answer['jain']:.3f}"),
+        (
+            "preemptions",
+            f"{answer['preemptions']:,}" + ("" if back is None else f", given back within {duration(back)}"),
+        ),
+        ("in the interval", "–" if share is None else f"{share:.0%} of the starts that were estimated"),
+        ("never started", f"{answer['never_started']:,}"),
+    )
+    for name, text in facts:
+        console.print(f"  {name:16} {text}")
 
 
 def log_line(text: str) -> None:
@@ -359,7 +411,7 @@ def _note(row: Json) -> str:
     reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
     gone = "main no longer holds it" if row.get("gone_from_main") else ""
     doubt = "warning: see `onebasis task`" if row.get("doubt") and row["state"] == "published" else ""
-    return " · ".join(part for part in (place, wait, reason, row.get("held", ""), gone, doubt) if part)
+    return " · ".join(part for part in (place, wait, reason, _deadline(row), row.get("held", ""), gone, doubt) if part)
 
 
 def _print_training(training: Json) -> None:

@@ -180,38 +180,42 @@ class Turns:
 
     def next(self) -> Waiting | None:
         """The task whose turn it is; None when all have had theirs."""
-        return self._task(self._heads[0][-1]) if self._heads else None
+        while self._heads:
+            entry = self._heads[0]
+            team = entry[-1]
+            if self._place[team] == len(self._lines[team]):
+                heapq.heappop(self._heads)
+            elif entry != (
+                now := self._entry(team)
+            ):  # its load, or its first task, is another one by now: it goes back
+                heapq.heapreplace(self._heads, now)
+            else:
+                return self._task(team)
+        return None
 
-    def take(self) -> None:
-        """The task whose turn it is starts: its team is charged."""
-        self._charge(self._task(self._heads[0][-1]))
-        self.skip()
+    def take(self, task: Waiting) -> None:
+        """A task starts, in its turn or before: its team is charged."""
+        self.load[task.team] += CHARGE_SECONDS * task.ranks
+        self.promise(task)
+        self.skip(task)
 
-    def start(self, task: Waiting) -> None:
-        """A task starts before its turn: its team is charged."""
+    def promise(self, task: Waiting) -> None:
+        """Places that come back are a task's: its team has them as far as its quota goes."""
+        self.held[task.team] = self.held.get(task.team, 0) + task.ranks
+
+    def skip(self, task: Waiting) -> None:
+        """A task is no longer in line."""
         line, place = self._lines[task.team], self._place[task.team]
         if task is line[place]:
             self._place[task.team] += 1
         else:
             line.remove(task)
-        self._charge(task)
-        self._heads = [self._entry(team) for team, line in self._lines.items() if self._place[team] < len(line)]
-        heapq.heapify(self._heads)
-
-    def skip(self) -> None:
-        """The task whose turn it is does not start."""
-        team = self._heads[0][-1]
-        self._place[team] += 1
-        if self._place[team] < len(self._lines[team]):
-            heapq.heapreplace(self._heads, self._entry(team))
-        else:
-            heapq.heappop(self._heads)
 
     def all(self) -> Iterator[Waiting]:
         """All tasks, each started when it is its turn."""
         while (task := self.next()) is not None:
             yield task
-            self.take()
+            self.take(task)
 
     def borrows(self, task: Waiting) -> bool:
         """Whether the task, started now, would take its team beyond its quota."""
@@ -224,10 +228,6 @@ class Turns:
         if team in self._spent:
             return held
         return 0 if quota is None else max(0, held - quota)
-
-    def _charge(self, task: Waiting) -> None:
-        self.load[task.team] += CHARGE_SECONDS * task.ranks
-        self.held[task.team] = self.held.get(task.team, 0) + task.ranks
 
     def _is_spent(self, team: str) -> bool:
         quota = self._share(team).place_seconds_a_week

@@ -59,6 +59,8 @@ class Situation:
     shares: Mapping[str, Share] = field(default_factory=dict)
     reserved: Mapping[str, str] = field(default_factory=dict)
     """Pool to the task that its places were reserved for by the decision before."""
+    promised: Sequence[str] = ()
+    """Tasks for which others were told to stop, and which have not started."""
     waits: Mapping[str, Wait] = field(default_factory=dict)
     """Reasons that the decision before gave: one that is still the same keeps its time."""
 
@@ -96,6 +98,13 @@ class Decision:
     """Team to the reason of its tasks that were not looked at: they wait for what those before them wait for."""
     reserved: Mapping[str, str] = field(default_factory=dict)
     """Pool to the task that its places are reserved for."""
+    promised: tuple[str, ...] = ()
+    """Tasks for which others were told to stop, and which do not start yet."""
+
+    @property
+    def again_at(self) -> float | None:
+        """Unix time at which to decide anew though nothing has happened; None: there is none."""
+        return min((wait.until for wait in self.waits.values() if wait.until is not None), default=None)
 
     def wait_of(self, task_id: str, team: str) -> Wait | None:
         """Why a task in line waits; None where its team had none in line when this was decided."""
@@ -179,21 +188,35 @@ class _Round:
         self._preemptions: list[Preemption] = []
         self._waits: dict[str, Wait] = {}
         self._reserved: dict[str, str] = {}
+        self._promised: list[str] = []
 
     def decision(self) -> Decision:
-        for task in self._situation.waiting:
-            # Before all others: it has been the first in turn, and the room that it waits for must not go to another.
-            is_first = self._situation.reserved.get(task.pool) == task.task_id and not self._turns.borrows(task)
-            if is_first and self._may_start(task):
+        for task in self._kept():
+            if not self._turns.borrows(task) and self._may_start(task):
                 self._starts.append(Start(task.task_id, task.pool))
-                self._turns.start(task)
+                self._turns.take(task)
         while (following := self._turns.next()) is not None:
             if following.task_id not in self._waits and self._may_start(following):
                 self._starts.append(Start(following.task_id, following.pool))
-                self._turns.take()
+                self._turns.take(following)
             else:
-                self._turns.skip()
-        return Decision(tuple(self._starts), tuple(self._preemptions), self._waits, self._behind(), self._reserved)
+                self._turns.skip(following)
+        return Decision(
+            tuple(self._starts),
+            tuple(self._preemptions),
+            self._waits,
+            self._behind(),
+            self._reserved,
+            tuple(self._promised),
+        )
+
+    def _kept(self) -> list[Waiting]:
+        """Tasks that are looked at before all others. Each has been the first in turn, and the places that it waits
+        for, or for which others were stopped, must not go to another."""
+        reserved = self._situation.reserved.values()
+        kept = {task_id: place for place, task_id in enumerate((*self._situation.promised, *reserved))}
+        found = (task for task in self._situation.waiting if task.task_id in kept)
+        return sorted(found, key=lambda task: kept[task.task_id])
 
     def _behind(self) -> dict[str, Wait]:
         found = {}
@@ -237,9 +260,12 @@ class _Round:
             room.soon += order.ranks
         is_first = task.pool not in self._reserved
         if lacks <= room.soon:
-            if is_first and (taken or room.open_places):
+            if taken or task.task_id in self._situation.promised:
+                self._promised.append(task.task_id)
+            elif is_first and room.open_places:
                 self._reserved[task.pool] = task.task_id
             room.promise(task)
+            self._turns.promise(task)
             self._wait(task, WaitCode.ABOUT_TO_START, about=next((order.task_id for order in taken), ""))
         elif room.open_places and is_first:
             self._reserved[task.pool] = task.task_id

@@ -332,8 +332,8 @@ def would_admit(
         content_sha256=content,
         warnings=draft.warnings,
     )
-    queue.check(record, settings.teams[spec.team].queued_max, beside)
-    return record, True
+    awaits = queue.check(record, settings.teams[spec.team].queued_max, beside)
+    return record.model_copy(update={"awaits": awaits}), True
 
 
 def _same(known: TaskRecord, draft: Draft, client_key: str) -> TaskRecord:

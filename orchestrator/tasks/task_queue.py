@@ -175,11 +175,14 @@ class TaskQueue:
             alive = connection.execute(select(*_RECORD).where(*same, _tasks.c.state.not_in(_ENDED))).first()
         return SameContent(self._read(alive) if alive else None, count)
 
-    def check(self, record: TaskRecord, queued_max: int, beside: Collection[str] = ()) -> None:
+    def check(self, record: TaskRecord, queued_max: int, beside: Collection[str] = ()) -> tuple[str, ...]:
         """Refuse what `add` will refuse, before anything is uploaded.
 
         Args:
             beside: Tasks (`team/name`) that are submitted before it and are not there yet.
+
+        Returns:
+            Ids of the tasks that it comes after and that are not published.
 
         Raises:
             NameTaken, QueueFull, InvalidInput: As `add`.
@@ -187,7 +190,7 @@ class TaskQueue:
         with self._database.reading() as connection:
             self._refuse_taken_name(connection, record)
             self._refuse_full_queue(connection, record.team, queued_max)
-            self._before(connection, [title for title in record.spec.after if title not in beside])
+            return self._before(connection, [title for title in record.spec.after if title not in beside])
 
     # --- reading -----------------------------------------------------------------------------------------------
 

@@ -198,6 +198,29 @@ def test_whoever_was_told_to_stop_is_not_told_twice_and_its_place_is_promised_on
     assert preempted(decided([waits("blue/a"), waits("blue/b")], running, quotas=QUOTAS)) == ["red/mid"]
 
 
+def test_a_team_gets_back_no_more_than_its_quota_however_many_of_its_tasks_wait() -> None:
+    running = [runs(f"red/{n}", n) for n in range(4)]
+    decision = decided([waits("blue/a", 1), waits("blue/b", 2)], running, quotas={"red": 1, "blue": 1})
+    assert preempted(decision) == ["red/3"]
+    assert codes(decision) == {"blue/a": "about-to-start", "blue/b": "over-quota"}
+
+
+def test_what_was_given_back_for_a_task_goes_to_no_other() -> None:
+    tasks = [waits("blue/a"), waits("green/first")]
+    more = {"quotas": QUOTAS | {"green": 1}, "use_seconds": {"blue": 1e6}}
+    before = decided(tasks[:1], BORROWED, **more)
+    assert before.promised == ("blue/a",)
+    now = decided(tasks, [*BORROWED[:2], BORROWED[3]], promised=before.promised, **more)
+    assert started(now) == ["blue/a"]  # though it is green's turn
+    assert now.promised == ("green/first",)  # for which red gives its other one back
+
+
+def test_it_is_decided_anew_when_a_task_may_borrow_again() -> None:
+    tasks, running = [waits("red/again", preempted_at=NOW)], [runs("red/x")]
+    assert decided(tasks, running, capacity=2, quotas={"red": 1}).again_at == NOW + PATIENCE_SECONDS
+    assert decided(tasks, running, capacity=2).again_at is None
+
+
 def test_nothing_is_given_back_where_it_would_not_be_enough() -> None:
     decision = decided([waits("blue/large", ranks=4)], BORROWED, quotas={"red": 1, "blue": 8})
     assert preempted(decision) == []
