@@ -24,13 +24,16 @@ DRAWS = 30
 """Number of times that the future is drawn: the ends of the interval are then known to a few of a hundred."""
 DEPTH_MAX = 1000
 """Longest line for whose last task a start is estimated: what is behind a thousand tasks starts nobody knows when."""
-KNOWN_MIN = 10
-"""Least number of estimates of which it is known how they ended, before later ones are corrected by them."""
+KNOWN_MIN = 30
+"""Number of estimates of which it is known how they ended, from which on nothing but them counts."""
+PRIOR = [math.log(factor) for factor in (1 / 3, 1 / 2, 2 / 3, 0.8, 1.0, 1.0, 1.25, 1.5, 2.0, 3.0)]
+"""What estimates miss before anything is known, as logarithms of factors: who comes later and goes first makes a start
+three times as late as easily as who is cancelled makes it earlier."""
 KNOWN_MAX = 400
 """Number of those that count, the newest: work changes."""
 NEAR = 60
 """Number of those that correct one estimate: the ones that were most like it."""
-MARGIN = 0.04
+MARGIN = 0.06
 """Share by which more starts than promised should fall inside: of the last ones half miss the promise by chance."""
 GAIN = 2.0
 """How strongly the interval is widened for each start too few inside: twice as far as the shortfall, so that a few
@@ -139,7 +142,7 @@ def tail_of(told: Sequence[Told]) -> float:
         missed is a signal to widen, whatever the reason.
     """
     hits = [one.inside for one in told if one.inside is not None][-NEAR:]
-    if len(hits) < KNOWN_MIN:
+    if len(hits) < len(PRIOR):
         return (1 - SHARE_INSIDE) / 2
     missing = max(0.0, SHARE_INSIDE + MARGIN - sum(hits) / len(hits))
     return max(0.0, (1 - SHARE_INSIDE) / 2 - GAIN * missing)
@@ -155,16 +158,16 @@ def _corrected(drawn: Sequence[float], known: Sequence[tuple[float, float]], tai
         known: Logarithms of what was estimated and what it took, of earlier estimates.
     """
     drawn_median = drawn[len(drawn) // 2]
-    if len(known) < KNOWN_MIN:
-        low, high = drawn[int(tail * len(drawn))], drawn[min(len(drawn) - 1, int((1 - tail) * len(drawn)))]
-        return Estimate(drawn_median, low, high + GRAIN_SECONDS, drawn_median)
     level = _log(drawn_median)
     like = sorted(known, key=lambda one: abs(one[0] - level))[:NEAR]
-    missed = sorted(took - estimated for estimated, took in like)
+    missed = sorted([took - estimated for estimated, took in like] + (PRIOR if len(like) < KNOWN_MIN else []))
     below = math.floor(tail * (len(missed) + 1)) - 1
     low, median, high = (
         _seconds(level + missed[place]) for place in (max(0, below), len(missed) // 2, min(-1, -1 - below))
     )
+    if len(like) < KNOWN_MIN:
+        low = min(low, drawn[int(tail * len(drawn))])
+        high = max(high, drawn[min(len(drawn) - 1, int((1 - tail) * len(drawn)))])
     return Estimate(median, low, high + GRAIN_SECONDS, drawn_median)
 
 
