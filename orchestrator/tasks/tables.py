@@ -36,6 +36,7 @@ tasks = Table(
     Column("blocked", String(20), nullable=False, server_default=""),
     Column("not_before", Float),
     Column("gave_back_at", Float),
+    Column("max_run_seconds", Float),
     Column("lease_until", Float),
     Column("progress", Text),
     Column("record", Text, nullable=False),

@@ -224,6 +224,8 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             raise Conflict(f"is {state} and uses no worker that could be taken from it", record.title)
         case Paused() | Resumed() if state in (TaskState.QUEUED, TaskState.TRAINING):
             return _after_pause(record, event)
+        case Paused():
+            raise Conflict(f"is {state}: only what waits or trains can be paused", record.title)
         case Resumed():  # it has gone on without
             return record
         case CameDue() if state is TaskState.QUEUED:

@@ -333,7 +333,14 @@ class TaskQueue:
             One read of an index for each team, as long as what it brings.
         """
         line = (
-            select(_tasks.c.task_id, _tasks.c.team, -_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.gave_back_at)
+            select(
+                _tasks.c.task_id,
+                _tasks.c.team,
+                -_tasks.c.priority,
+                _tasks.c.submitted_at,
+                _tasks.c.gave_back_at,
+                _tasks.c.max_run_seconds,
+            )
             .where(*_IN_LINE)
             .order_by(_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.task_id)
         )
@@ -357,8 +364,9 @@ class TaskQueue:
                 submitted_at=submitted_at,
                 ranks=ranks,
                 preempted_at=gave_back_at,
+                seconds_max=seconds_max,
             )
-            for task_id, team, priority, submitted_at, gave_back_at in rows
+            for task_id, team, priority, submitted_at, gave_back_at, seconds_max in rows
             if task_id not in aside and team not in without
         ]
 

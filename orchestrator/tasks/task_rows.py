@@ -75,6 +75,7 @@ def columns_of(record: TaskRecord, before: str = "") -> dict[str, Any]:
         "blocked": record.blocked,
         "not_before": record.spec.not_before.timestamp() if record.spec.not_before else None,
         "gave_back_at": record.gave_back_at,
+        "max_run_seconds": record.spec.max_run_seconds,
         "record": text,
     }
 

@@ -189,7 +189,8 @@ class TaskQueueContract:
         assert queue.pauses() == {"": bob}
 
     def test_who_gave_its_place_back_is_known_in_the_line(self, queue: TaskQueue) -> None:
-        queue.add(task_record())
+        queue.add(task_record(spec={"max_run_seconds": 50.0}))
+        assert queue.waiting()[0].seconds_max == 50.0
         queue.apply("t-red-alpha", Claimed(token="tok", worker="worker-0", at=1.0))
         queue.apply("t-red-alpha", PreemptRequested("team blue", gives_back=True))
         queue.apply("t-red-alpha", TrainingFailed(token="tok", fault="preempted", message="x", at=9.0))

@@ -511,6 +511,14 @@ def test_a_paused_task_keeps_its_place_and_is_claimed_by_nobody_until_it_is_resu
     assert after(resumed, CLAIMED).state is TaskState.TRAINING
 
 
+@pytest.mark.parametrize("state", [state for state in ALL if state not in (queued, training)])
+def test_what_neither_waits_nor_trains_cannot_be_paused_and_resuming_it_changes_nothing(state: Any) -> None:
+    with pytest.raises(Conflict, match="only what waits or trains can be paused"):
+        after(state(), PAUSE)
+    record = state()
+    assert advance(record, Resumed("ann"), BUDGETS) is record
+
+
 def test_a_task_that_is_paused_while_it_runs_writes_a_checkpoint_and_waits() -> None:
     record = after(training(), PAUSE)
     assert (record.state, record.preempt_requested, record.gives_back) == (TaskState.TRAINING, True, False)
@@ -658,12 +666,11 @@ EVENTS: tuple[Event, ...] = (
     Judged(True, "x", 1.0),
     RolledBack("x", 1.0),
     Restored("x", 3),
-    Paused(by="ann", at=1.0),
     CameDue(),
     RunsTooLong(1.0),
 )
 LEGAL = {
-    (queued, Paused), (queued, CameDue), (training, Paused), (training, RunsTooLong),
+    (queued, CameDue), (training, RunsTooLong),
     (queued, Claimed),
     (merging, MergeBegun), (merging, Merged), (merging, MergeRefused), (merging, MergeUndone),
     (begun, MergeBegun), (begun, Merged), (begun, MergeRefused), (begun, MergeUndone),

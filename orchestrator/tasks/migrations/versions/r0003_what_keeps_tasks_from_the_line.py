@@ -13,6 +13,7 @@ def upgrade() -> None:
     op.add_column("tasks", sa.Column("blocked", sa.String(20), nullable=False, server_default=""))
     op.add_column("tasks", sa.Column("not_before", sa.Float))
     op.add_column("tasks", sa.Column("gave_back_at", sa.Float))
+    op.add_column("tasks", sa.Column("max_run_seconds", sa.Float))
     op.drop_index("tasks_in_line", "tasks")
     op.create_index("tasks_in_line", "tasks", ["state", "blocked", "team", "priority", "submitted_at", "task_id"])
     op.create_index("tasks_by_due", "tasks", ["state", "blocked", "not_before"])
