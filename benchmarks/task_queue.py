@@ -51,7 +51,7 @@ from orchestrator.tasks.task_record import TaskState, new_task_id  # noqa: E402
 from orchestrator.tasks.task_rows import columns_of  # noqa: E402
 from subspace_store import SubspaceReader, open_storage  # noqa: E402
 from tests.builders import BASE, LAYOUT, rows, settings, task_record, task_spec, write_rows  # noqa: E402
-from tests.orchestrator.scheduling.arrivals import weeks  # noqa: E402
+from tests.orchestrator.scheduling.invented import weeks  # noqa: E402
 from tests.orchestrator.stand_in_cluster import StandInCluster  # noqa: E402
 from workers.orders import Train  # noqa: E402
 

@@ -356,6 +356,7 @@ def simulate(
     """
     from configs.settings import read_settings
     from orchestrator.scheduling import simulation
+    from orchestrator.scheduling.arrivals import read_arrivals
     from orchestrator.scheduling.fair_share import shares_of
 
     read = read_settings(settings or state_dir / "settings.yaml")
@@ -363,7 +364,7 @@ def simulate(
         lines = arrivals.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot be read: {error}", str(arrivals), "name a CSV file") from error
-    found = simulation.read_arrivals(lines, read.workers.ranks)
+    found = read_arrivals(lines, read.workers.ranks)
     if strangers := sorted({one.team for one in found} - read.teams.keys()):
         teams = ", ".join(sorted(read.teams))
         raise InvalidInput(f"there is no team '{strangers[0]}'", str(arrivals), f"teams of these settings: {teams}")

@@ -59,6 +59,9 @@ def status(answer: Json) -> None:
     if gone := answer.get("gone_from_main"):
         in_states += f" ({gone:,} of the published ones main no longer holds; the next `onebasis up` parks them)"
     console.print(f"  tasks    {in_states if counts is not None else 'unknown'}", soft_wrap=True)
+    for team, codes in answer.get("waiting", {}).items():
+        reasons = ", ".join(f"{count:,} {code}" for code, count in codes.items())
+        console.print(f"  waiting  {shown(team)}: {reasons}", soft_wrap=True)
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     if (footprint := answer.get("footprint")) and footprint["tasks"]:

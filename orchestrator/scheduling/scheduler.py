@@ -6,8 +6,9 @@ Pure: no SQL, no Ray, no clock. The loop carries a decision out (controller.py),
 In the order of their turns (fair_share.py) tasks start while places are free. One that does not fit may
 * have places given back by teams that are beyond their quotas, if its own team is within its own: their newest
   attempts write a checkpoint and wait again. Never one that ends within a minute, and never the same task in two
-  attempts running, so that each gets on. What was given back is not borrowed again by that task for an hour; a team
-  that reclaims is within its quota and one that gives back is beyond it, so no two can take turns.
+  attempts running, so that each gets on. The places are promised to the task that they were taken for. A task that gave
+  its places back does not borrow for an hour; a team that reclaims is within its quota and one that gives back is
+  beyond it, so no two can take turns.
 * or, where some places are free but too few, have them reserved: until it has started, only tasks start that end
   before it could, or that it leaves room for. The first in turn that does not fit gets the reservation, and it alone
   keeps it, so that no stream of small tasks starves a large one.

@@ -10,20 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import InvalidInput
+from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.fair_share import Share
 from orchestrator.scheduling.scheduler import SOON_SECONDS
 from orchestrator.scheduling.simulation import (
     CHECKPOINT_SECONDS,
-    Arrival,
     Simulation,
     inside,
     jain_index,
-    read_arrivals,
     report,
     simulate,
 )
-from tests.orchestrator.scheduling.arrivals import TEAMS, weeks
+from tests.orchestrator.scheduling.invented import TEAMS, weeks
 
 
 def longest_wait(simulation: Simulation, team: str = "") -> float:
@@ -198,29 +196,3 @@ def test_jains_index_is_one_for_equals_and_one_of_n_for_one_that_has_all() -> No
     assert jain_index([3.0, 3.0, 3.0]) == 1.0
     assert jain_index([5.0, 0.0, 0.0, 0.0]) == 0.25
     assert jain_index([]) == jain_index([0.0]) == 1.0
-
-
-def test_arrivals_are_read_from_a_table_in_any_order() -> None:
-    lines = ["team,seconds,at_seconds,ranks,max_run_seconds", "red,5,9,,", "blue,6.5,1,2,70"]
-    assert read_arrivals(lines, ranks=3) == (
-        Arrival(at_seconds=1.0, team="blue", seconds=6.5, ranks=2, max_run_seconds=70.0),
-        Arrival(at_seconds=9.0, team="red", seconds=5.0, ranks=3),
-    )
-
-
-@pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        (["at_seconds,team"], "has no column seconds"),
-        ([], "has no column at_seconds, team, seconds"),
-        (["at_seconds,team,seconds,gpus"], "unknown column gpus"),
-        (["at_seconds,team,seconds", "1,red,soon"], "line 2 cannot be read: .*soon"),
-        (["at_seconds,team,seconds", "1,red"], "line 2 cannot be read"),
-        (["at_seconds,team,seconds", "1,red,-5"], "line 2 has a number"),
-        (["at_seconds,team,seconds", "1,red,inf"], "line 2 has a number"),
-        (["at_seconds,team,seconds,ranks", "1,red,1,0"], "line 2 has a number"),
-    ],
-)
-def test_a_table_that_cannot_be_read_is_refused_with_its_line(lines: list[str], said: str) -> None:
-    with pytest.raises(InvalidInput, match=said):
-        read_arrivals(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from orchestrator.scheduling.simulation import Arrival
+from orchestrator.scheduling.arrivals import Arrival
 
 WEEK = 7 * 24 * 3600.0
 TEAMS = 6
