@@ -168,7 +168,8 @@ class Service:
                 }
             record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by, controller.submission)
         controller.wake()
-        return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record)}
+        line = self._line([record.task_id]) if record.spec.deadline else None  # else nobody is told when it starts
+        return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record, line)}
 
     def _outlook(self, record: TaskRecord) -> Json:
         """What a task that is not there yet would meet: why it would not start at once, when it starts and ends, and

@@ -114,6 +114,8 @@ def submitted(answer: Json) -> None:
     """`onebasis submit`."""
     for warning in answer["warnings"]:
         errors.print(f"[yellow]warning:[/yellow] {shown(warning)}", soft_wrap=True)
+    if said := _deadline(answer):
+        errors.print(f"[yellow]warning:[/yellow] {shown(said)}", soft_wrap=True)
     if answer.get("dry_run"):
         known = "" if answer["is_new"] else " (known already)"
         console.print(
@@ -135,8 +137,6 @@ def _print_outlook(answer: Json) -> None:
         earliest, latest, cost = map(duration, (end["earliest"], end["latest"], answer["cost_worker_seconds"]))
         console.print(f"  trained    between {earliest} and {latest} from now, in four of five cases")
         console.print(f"  cost       about {cost} of a worker, as the last tasks")
-    if said := _deadline(answer):
-        console.print(f"  [yellow]deadline[/yellow]   {shown(said)}", soft_wrap=True)
 
 
 def _deadline(row: Json) -> str:
