@@ -203,6 +203,16 @@ class Settings(Section):
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 
+    @model_validator(mode="after")
+    def _a_quota_has_room_for_a_task(self) -> Settings:
+        for team, settings in self.teams.items():
+            if settings.places is not None and settings.places < self.workers.ranks:
+                raise ValueError(
+                    f"teams.{team}.places is {settings.places}, and a task takes {self.workers.ranks} (workers.ranks): "
+                    "none of the team's would ever be within its quota"
+                )
+        return self
+
 
 def read_settings(path: Path, root: Path | None = None) -> Settings:
     """Read a settings file and make its relative paths absolute.

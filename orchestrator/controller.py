@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from configs.errors import OnebasisError, OwnedByAnother, Unavailable
@@ -46,7 +46,7 @@ from orchestrator.tasks.task_events import (
 )
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step, seconds_left
 from orchestrator.tasks.task_queue import SERVICE, TaskQueue
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
 from orchestrator.unused_files import Held, UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
@@ -271,9 +271,10 @@ class Controller:
         live = self._queue.in_flight()
         # First the orders that workers have already: after a restart any other order would wait behind them.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
-        self._candidate.advance(live, self._queue.is_anyone_waiting())
+        pauses = self._queue.pauses()
+        self._candidate.advance(live, SERVICE not in pauses and self._queue.is_anyone_waiting(without=pauses))
         self._look_at_the_clock(live)
-        self._train(live)
+        self._train(live, pauses)
         return True
 
     def _delete_unused(self) -> None:
@@ -401,13 +402,13 @@ class Controller:
             elif left is not None:
                 self._pending_calls.not_before(f"longest:{record.token}", now + left)
 
-    def _train(self, live: Sequence[TaskRecord]) -> None:
+    def _train(self, live: Sequence[TaskRecord], pauses: Mapping[str, Pause]) -> None:
         free = self._pool.unclaimed_workers(live)
         kept = 0
         if self._candidate.is_awaited(live) and not any(is_of_a_version(order) for order in self._pool.orders):
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
             kept, free = len(free[:1]), free[1:]
-        self.decision = self._decide(live, len(free), kept)
+        self.decision = self._decide(live, len(free), kept, pauses)
         if (again_at := self.decision.again_at) is not None:
             self._pending_calls.not_before("decide", again_at)
         for worker, start in zip(free, self.decision.starts, strict=False):
@@ -416,14 +417,14 @@ class Controller:
             by = f"team {preemption.for_team}, which is within its quota"
             self._apply((preemption.task_id,), PreemptRequested(by, gives_back=True))
 
-    def _decide(self, live: Sequence[TaskRecord], free: int, kept: int) -> Decision:
+    def _decide(self, live: Sequence[TaskRecord], free: int, kept: int, pauses: Mapping[str, Pause]) -> Decision:
         """Who starts, and who gives a place back.
 
         Args:
             free, kept: Workers that have nothing to do: those for tasks, those for a version.
+            pauses: Team to its pause; that of the service under `SERVICE`.
         """
         now = time.time()
-        pauses = self._queue.pauses()
         waiting = [] if SERVICE in pauses else self._queue.waiting(free + LOOK, ranks=self.ranks, without=pauses)
         if not waiting:
             return Decision()

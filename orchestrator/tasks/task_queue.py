@@ -316,10 +316,10 @@ class TaskQueue:
         """Tasks that are not done and do not wait for a worker to train them, by age: as many as are at work."""
         return self.tasks(IN_FLIGHT)
 
-    def is_anyone_waiting(self) -> bool:
-        """Whether a task waits for a worker to train it."""
+    def is_anyone_waiting(self, without: Collection[str] = ()) -> bool:
+        """Whether a task of any other team than these stands in line for a worker to train it."""
         with self._database.reading() as connection:
-            return connection.execute(select(literal(1)).where(*_IN_LINE).limit(1)).first() is not None
+            return any(team not in without for team in connection.execute(_teams_that_wait()).scalars())
 
     def waiting(self, limit: int | None = None, ranks: int = 1, without: Collection[str] = ()) -> list[Waiting]:
         """The tasks that stand in line for a worker, without their records: those that nothing blocks.

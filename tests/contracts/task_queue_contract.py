@@ -195,6 +195,7 @@ class TaskQueueContract:
         queue.apply("t-red-alpha", PreemptRequested("team blue", gives_back=True))
         queue.apply("t-red-alpha", TrainingFailed(token="tok", fault="preempted", message="x", at=9.0))
         assert [waiting.preempted_at for waiting in queue.waiting()] == [9.0]
+        assert (queue.is_anyone_waiting(), queue.is_anyone_waiting(without=["red"])) == (True, False)
         assert queue.waiting(without=["red"]) == queue.waiting(limit=1, without=["red"]) == []
 
     # --- advancing ---
