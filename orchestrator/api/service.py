@@ -33,7 +33,7 @@ from configs.errors import (
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
-from orchestrator.api.estimates import Estimates, Line
+from orchestrator.api.estimates import Estimates, KeptLine, Line
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, wait_of, who_holds, why
@@ -116,6 +116,7 @@ class Service:
         self._sized = Latest(lambda: self._footprint(self._store.state.refs[MAIN]), storage.url)
         self._check = check
         self._estimates = Estimates(lambda: self._queue)
+        self._kept_line = KeptLine(controller.line if controller is not None else lambda: ((), ()))
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
 
@@ -690,7 +691,7 @@ class Service:
         controller = self._controller
         if controller is None:
             return Line()
-        tasks, running = controller.line(extra)
+        tasks, running = self._kept_line() if extra is None else controller.line(extra)
         if not controller.ready_workers:
             return Line({task.task_id: place for place, task in enumerate(tasks, 1)})
         free = controller.ranks * controller.free_workers

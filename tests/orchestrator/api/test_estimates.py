@@ -63,3 +63,23 @@ def test_what_is_only_tried_is_not_remembered(plant: Plant, clock: list[float]) 
     (record,) = plant.submit("red/there")
     found.tell(plant.queue.waiting(), [], 1, PACE, [record.task_id], remembered=False)
     assert found._asked == {}
+
+
+def test_a_long_line_is_put_in_order_a_tenth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took, reads = [0.0], [0.05], [0]
+
+    def read() -> tuple[tuple[()], tuple[()]]:
+        reads[0] += 1
+        now[0] += took[0]
+        return (), ()
+
+    monkeypatch.setattr(estimates.time, "monotonic", lambda: now[0])
+    line = estimates.KeptLine(read)
+    for _ in range(3):
+        line()
+    assert reads == [3]  # a short one is always as it is now
+    took[0] = 1.0
+    for second in range(23):
+        now[0] = 100.0 + second
+        line()
+    assert reads == [3 + 3]  # at 100, 111 and 122
