@@ -68,7 +68,8 @@ bench-commands: $(READY)
 bench-capacity: $(READY)
 	$(BIN)/python benchmarks/capacity.py $(BENCH)
 
-# What 100,000 tasks that ended cost one step of the loop, one submission and one claim: a minute.
+# What 100,000 tasks that ended and 100,000 that wait cost one step of the loop, one submission and one claim; how even
+# and how well foretold the scheduler's simulated weeks are: five minutes.
 bench-queue: $(READY)
 	$(BIN)/python benchmarks/task_queue.py
 

@@ -132,6 +132,13 @@ class TeamSettings(Section):
     """Share of the cluster, relative to the weights of the other teams."""
     queued_max: int = Field(1000, ge=1)
     """Most tasks of the team that may wait at the same time."""
+    places: int | None = Field(None, ge=1)
+    """Quota of places at once; a place is room for one rank, a worker where `workers.ranks` is 1. The team borrows what
+    others leave idle, and gives it back when a team within its quota wants it: what was started last writes a
+    checkpoint and waits again. Default: no quota."""
+    place_hours_a_week: float | None = Field(None, gt=0)
+    """Quota of hours of places in a week, on average: older use counts less, by half for every seven days. Beyond it
+    the team borrows. Default: no quota."""
 
 
 class GateSettings(Section):
@@ -195,6 +202,16 @@ class Settings(Section):
     failures: FailureSettings = Field(default_factory=FailureSettings)
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
+
+    @model_validator(mode="after")
+    def _a_quota_has_room_for_a_task(self) -> Settings:
+        for team, settings in self.teams.items():
+            if settings.places is not None and settings.places < self.workers.ranks:
+                raise ValueError(
+                    f"teams.{team}.places is {settings.places}, and a task takes {self.workers.ranks} (workers.ranks): "
+                    "none of the team's would ever be within its quota"
+                )
+        return self
 
 
 def read_settings(path: Path, root: Path | None = None) -> Settings:

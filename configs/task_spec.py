@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from configs.document import NAME_PATTERN, Name, Section, check_document, read_json
+from configs.document import NAME_PATTERN, Name, Section, Title, check_document, read_json
 from configs.errors import InvalidInput
 from configs.limits import read_bytes
 from configs.places import Located, located, real
@@ -258,6 +258,16 @@ class TaskSpec(Section):
     gate: GateSpec = Field(default_factory=GateSpec)
     priority: int = Field(0, ge=-100, le=100)
     """Priority inside the team, higher first; between teams fair share decides."""
+    after: tuple[Title, ...] = Field((), max_length=100)
+    """Tasks, each `team/name`, that have to be published before this one starts; if one of them ends otherwise, this
+    one is parked. They are submitted before it."""
+    not_before: AwareDatetime | None = None
+    """Moment before which it does not start, with its offset from UTC: 2026-12-01T08:00:00+01:00."""
+    deadline: AwareDatetime | None = None
+    """Moment by which it should be trained, with its offset from UTC. Nothing is given up for it: you are told when it
+    cannot be met."""
+    max_run_seconds: float | None = Field(None, gt=0)
+    """Longest time, all attempts together, that workers may have it; then it is stopped and parked."""
     client_key: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     """Key of the submission: a second one with the same key is the same task. Default: a digest of document and
     data."""
@@ -268,6 +278,16 @@ class TaskSpec(Section):
             self.model_dump_json()
         except ValueError as error:  # YAML can write half of a character, and no database keeps it
             raise ValueError(f"holds what is no Unicode text: {error}; write characters, not surrogates") from error
+        return self
+
+    @model_validator(mode="after")
+    def _times_fit(self) -> TaskSpec:
+        if f"{self.team}/{self.name}" in self.after:
+            raise ValueError("after names the task itself")
+        if len(set(self.after)) != len(self.after):
+            raise ValueError("after has duplicates")
+        if self.not_before and self.deadline and self.deadline <= self.not_before:
+            raise ValueError("deadline is not later than not_before")
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from configs.errors import OnebasisError, OwnedByAnother, Unavailable
@@ -29,12 +29,24 @@ from orchestrator.pending_calls import (
     Warming,
     Writing,
 )
-from orchestrator.scheduling.fair_share import running_order, running_seconds
+from orchestrator.scheduling.fair_share import POOL, Running, Waiting, running_order, shares_of
+from orchestrator.scheduling.reasons import Wait, WaitCode
+from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
 from orchestrator.store_writer import StoreWriter
-from orchestrator.tasks.task_events import Event, Reason, Restored, RolledBack, TrainingDone, TrainingFailed
-from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step
-from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_events import (
+    CameDue,
+    Event,
+    PreemptRequested,
+    Reason,
+    Restored,
+    RolledBack,
+    RunsTooLong,
+    TrainingDone,
+    TrainingFailed,
+)
+from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step, seconds_left
+from orchestrator.tasks.task_queue import SERVICE, TaskQueue
+from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
 from orchestrator.unused_files import Held, UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
@@ -106,6 +118,9 @@ class Controller:
         self._started_at = time.time()
         self._main_followed = -1
         self._is_ending = False
+        self._shares = shares_of(settings.teams)
+        self.decision = Decision()
+        """The last decision on who starts."""
         self.wake(log_moved=True)
         self.healthy_at = 0.0
         """Unix time of the last step that went through."""
@@ -256,8 +271,10 @@ class Controller:
         live = self._queue.in_flight()
         # First the orders that workers have already: after a restart any other order would wait behind them.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
-        self._candidate.advance(live, self._queue.is_anyone_waiting())
-        self._train(live)
+        pauses = self._queue.pauses()
+        self._candidate.advance(live, SERVICE not in pauses and self._queue.is_anyone_waiting(without=pauses))
+        self._look_at_the_clock(live)
+        self._train(live, pauses)
         return True
 
     def _delete_unused(self) -> None:
@@ -343,8 +360,8 @@ class Controller:
         for record in training:
             worker = self._pool.workers.get(record.worker)
             if record.token in busy:
-                if worker is not None and (record.cancel_requested or record.preempt_requested):
-                    self._pool.tell(worker, "cancel" if record.cancel_requested else "preempt", record.token)
+                if worker is not None and (what := _stop_for(record)):
+                    self._pool.tell(worker, what, record.token)
             elif worker is None:
                 failed = TrainingFailed(
                     token=record.token, fault="lost", message=f"{record.worker} is no longer there", at=time.time()
@@ -370,33 +387,119 @@ class Controller:
         self._queue.apply(record.task_id, failed)
         self.wake()
 
-    def _train(self, live: Sequence[TaskRecord]) -> None:
-        free = self._pool.unclaimed_workers(live)
-        if self._candidate.is_awaited(live):
-            # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
-            busy_scoring = any(is_of_a_version(order) for order in self._pool.orders)
-            free = free if busy_scoring else free[1:]
-        if free:
-            for worker, task_id in zip(free, self._order(live, len(free)), strict=False):
-                self._pool.claim(worker, task_id)
+    def _look_at_the_clock(self, live: Sequence[TaskRecord]) -> None:
+        """Let tasks stand in line whose time has come; stop those that have run for as long as they may."""
+        now = time.time()
+        come, following = self._queue.due(now)
+        for task_id in come:
+            self._apply((task_id,), CameDue())
+        if following is not None:
+            self._pending_calls.not_before("due", following)
+        for record in live:
+            left = None if record.ran_too_long else seconds_left(record, now)
+            if left is not None and left <= 0:
+                self._apply((record.task_id,), RunsTooLong(now))
+            elif left is not None:
+                self._pending_calls.not_before(f"longest:{record.token}", now + left)
 
-    def places(self) -> dict[str, int]:
-        """Id of each task that waits for a worker to its place in the queue, from 1. Thread-safe.
+    def _train(self, live: Sequence[TaskRecord], pauses: Mapping[str, Pause]) -> None:
+        free = self._pool.unclaimed_workers(live)
+        kept = 0
+        if self._candidate.is_awaited(live) and not any(is_of_a_version(order) for order in self._pool.orders):
+            # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
+            kept, free = len(free[:1]), free[1:]
+        self.decision = self._decide(live, len(free), kept, pauses)
+        if (again_at := self.decision.again_at) is not None:
+            self._pending_calls.not_before("decide", again_at)
+        for worker, start in zip(free, self.decision.starts, strict=False):
+            self._pool.claim(worker, start.task_id)
+        for preemption in self.decision.preemptions:
+            by = f"team {preemption.for_team}, which is within its quota"
+            self._apply((preemption.task_id,), PreemptRequested(by, gives_back=True))
+
+    def _decide(self, live: Sequence[TaskRecord], free: int, kept: int, pauses: Mapping[str, Pause]) -> Decision:
+        """Who starts, and who gives a place back.
+
+        Args:
+            free, kept: Workers that have nothing to do: those for tasks, those for a version.
+            pauses: Team to its pause; that of the service under `SERVICE`.
+        """
+        now = time.time()
+        waiting = [] if SERVICE in pauses else self._queue.waiting(free + LOOK, ranks=self.ranks, without=pauses)
+        if not waiting:
+            return Decision()
+        return decide(self._situation(now, self._pool_of(free, kept), waiting, self._pool.running(live)))
+
+    def _pool_of(self, free: int, kept: int) -> Pool:
+        """The pool with so many workers that have nothing to do."""
+        workers = len(self._pool.workers)
+        return Pool(
+            capacity=self.ranks * workers,
+            ready=self.ranks * self._pool.ready,
+            free=self.ranks * free,
+            kept=self.ranks * kept,
+        )
+
+    def _situation(self, now: float, pool: Pool, waiting: Sequence[Waiting], running: Sequence[Running]) -> Situation:
+        before = self.decision
+        return Situation(
+            now=now,
+            pools={POOL: pool},
+            waiting=waiting,
+            running=running,
+            use_seconds=self._use_seconds(now),
+            shares=self._shares,
+            reserved=before.reserved,
+            promised=before.promised,
+            waits=before.waits,
+        )
+
+    def _use_seconds(self, now: float) -> dict[str, float]:
+        """Place-seconds of each team: all workers have as many ranks."""
+        ranks = self._settings.workers.ranks
+        return {team: ranks * seconds for team, seconds in self._queue.use_of_teams(now).items()}
+
+    def wait_in_line(self, record: TaskRecord) -> Wait:
+        """Why a task that stands in line does not start, by the last decision. Thread-safe."""
+        if not self.ready_workers:
+            return Wait(code=WaitCode.BASE_MODEL_LOADING)
+        found = self.decision.wait_of(record.task_id, record.team)
+        if found is None:  # it came after that
+            return Wait(code=WaitCode.ABOUT_TO_START if self.free_workers else WaitCode.NO_FREE_PLACE)
+        return found
+
+    def line(self, extra: Waiting | None = None) -> tuple[tuple[Waiting, ...], list[Running]]:
+        """The tasks that stand in line for a worker, in their running order, and what runs. Thread-safe.
+
+        Args:
+            extra: A task that is not there yet, and is shown where it would stand.
 
         Cost:
             O(n·log n) for n waiting tasks: 30 ms for 10,000.
         """
-        return {task_id: place for place, task_id in enumerate(self._order(self._queue.in_flight()), 1)}
+        now, pauses = time.time(), self._queue.pauses()
+        running = self._pool.running(self._queue.in_flight())
+        waiting = [] if SERVICE in pauses else self._queue.waiting(ranks=self.ranks, without=pauses)
+        if extra is not None and SERVICE not in pauses and extra.team not in pauses:
+            waiting.append(extra)
+        by_id = {task.task_id: task for task in waiting}
+        order = running_order(waiting, self._use_seconds(now), running, self._shares, now=now)
+        return tuple(by_id[task_id] for task_id in order), running
 
-    def _order(self, live: Sequence[TaskRecord], limit: int | None = None) -> tuple[str, ...]:
-        """Ids of the queued tasks in the order in which they would start, all or the first `limit`."""
-        now = time.time()
-        waiting = self._queue.waiting(limit)
-        if not waiting:
-            return ()
-        weights = {team: settings.weight for team, settings in self._settings.teams.items()}
-        running = running_seconds(self._pool.running(live), now)
-        return running_order(waiting, self._queue.use_of_teams(now), running, weights, limit)
+    @property
+    def ranks(self) -> int:
+        """Places that each task takes: all workers are alike."""
+        return self._settings.workers.ranks
+
+    def places(self) -> dict[str, int]:
+        """Id of each task that stands in line to its place, from 1. Thread-safe."""
+        return {task.task_id: place for place, task in enumerate(self.line()[0], 1)}
+
+    def wait_of_another(self, extra: Waiting) -> Wait | None:
+        """Why a task that is not there yet would not start at once; None where it would. Thread-safe."""
+        line, running = self.line(extra)
+        situation = self._situation(time.time(), self._pool_of(self.free_workers, 0), line, running)
+        return decide(situation).waits.get(extra.task_id)
 
     def _follow_main(self) -> None:
         """Park tasks that `main` no longer holds; publish those that it holds again, or holds since another version
@@ -439,6 +542,13 @@ class Controller:
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> None:
         self.wake()
         self._queue.try_apply(task_ids, event)
+
+
+def _stop_for(record: TaskRecord) -> str:
+    """What a worker is told that has the task: `cancel`, `preempt`, or nothing."""
+    if record.cancel_requested or record.ran_too_long:
+        return "cancel"
+    return "preempt" if record.preempt_requested else ""
 
 
 def _how_it_vanished(store: SubspaceReader, record: TaskRecord, now: float) -> RolledBack:

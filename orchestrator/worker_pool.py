@@ -66,6 +66,8 @@ class WorkerStatus:
     Before that it gets no order: one machine may hold several workers, and a task would lose that machine twice."""
     loads_since: float = 0.0
     """Unix time at which it was first asked to load the base model, since it was last ready."""
+    ends_at: float | None = None
+    """Unix time at which it expects to have done its order; None: it has not said."""
     ends: int = 0
     """How often its process ended while it loaded, since it was last ready."""
 
@@ -148,17 +150,32 @@ class WorkerPool:
     def give(self, worker: WorkerStatus, order: Order) -> None:
         # Sent first: an order that could not be sent must not occupy the worker.
         self._pending_calls.send(Ordered(worker.name), lambda: self._cluster.run(worker.name, order))
-        worker.order, worker.told, worker.waits = order, ("", ""), False
+        worker.order, worker.told, worker.waits, worker.ends_at = order, ("", ""), False, None
         worker.asked_at = worker.given_at = time.time()
 
     def running(self, live: Sequence[TaskRecord]) -> list[Running]:
         """What fair share charges for while it runs: the attempts of tasks, and what is done for versions."""
+        now, ranks = time.time(), self._settings.ranks
         attempts = (record for record in live if next_step(record) is Step.AWAIT_ADAPTER)
         for_versions = (worker for worker in self.workers.values() if worker.order and not has_lease(worker.order))
         return [
-            *(Running(r.team, r.order_at or r.claimed_at or time.time()) for r in attempts),
-            *(Running(w.order.spec.team, w.given_at, least_seconds=0.0) for w in for_versions if w.order),
+            *(self._attempt(record, now) for record in attempts),
+            *(Running(w.order.spec.team, w.given_at, least_seconds=0.0, ranks=ranks) for w in for_versions if w.order),
         ]
+
+    def _attempt(self, record: TaskRecord, now: float) -> Running:
+        worker = self.workers.get(record.worker)
+        ends_at = worker.ends_at if worker is not None else None
+        return Running(
+            record.team,
+            record.order_at or record.claimed_at or now,
+            # A version waits for what is being refined: that is not preempted.
+            task_id=record.task_id if record.state is TaskState.TRAINING else "",
+            ranks=self._settings.ranks,
+            seconds_left=None if ends_at is None else max(0.0, ends_at - now),
+            stops=record.preempt_requested or record.cancel_requested,
+            was_preempted=record.gave_back_at is not None,
+        )
 
     def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
         """Tell a worker to stop, once for each time that it got the order. what: `cancel` or `preempt`."""
@@ -290,6 +307,8 @@ class WorkerPool:
         if order is None or progress.token != order.token:
             return
         worker.waits = progress.phase is Phase.WAITING
+        if progress.seconds_left == progress.seconds_left:  # else NaN: it does not know
+            worker.ends_at = time.time() + progress.seconds_left
         if not isinstance(order, Train):
             return
         self._queue.append_log(order.task_id, progress.log_lines)

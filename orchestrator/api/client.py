@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dict
 from configs.limits import BYTES_MAX
-from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit, not_running
+from orchestrator.api.requests import Answer, ChangeMany, Json, Retry, ServiceRequest, Submit, not_running
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, never_ran
 from subspace_store.requests import StoreRequest
@@ -127,7 +127,7 @@ def _over_http(
         query=fields if route.verb == "GET" else None,
         body=content,
         token=server["token"],
-        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, Submit) else TIMEOUT_SECONDS,
+        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, (Submit, Retry, ChangeMany)) else TIMEOUT_SECONDS,
         waiting=waiting,
     )
     if answer.is_success:

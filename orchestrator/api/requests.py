@@ -7,11 +7,11 @@ to its `on`, and from there to the method of the service. Requests to the store'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from configs.document import Line, Name, Request, VersionNumber
+from configs.document import Line, Name, Request, Title, VersionNumber
 from configs.errors import Unavailable
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_record import TaskState
@@ -68,6 +68,8 @@ class Submit(ServiceRequest[Json]):
     task: TaskSpec
     dry_run: bool = False
     """Check everything, take nothing in."""
+    beside: tuple[Title, ...] = ()
+    """Tasks that will be submitted before this one: a dry run lets it come after them."""
     by: Line = "somebody"
     """Person who submits."""
 
@@ -118,6 +120,54 @@ class Preempt(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.preempt(self)
+
+
+class Retry(ServiceRequest[Json]):
+    """Submit a task again that is parked, rejected or cancelled: the same document, its files as they are now."""
+
+    needs_service = True
+    reference: Reference
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.retry(self)
+
+
+class Pause(ServiceRequest[Json]):
+    """Start a task no more, or nothing of a team, or, with neither of them, nothing at all."""
+
+    reference: Reference | None = None
+    team: Name | None = None
+    reason: Line = ""
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.pause(self)
+
+
+class Resume(ServiceRequest[Json]):
+    """Take a pause back: of a task, a team or, with neither of them, of the service."""
+
+    reference: Reference | None = None
+    team: Name | None = None
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.resume(self)
+
+
+class ChangeMany(ServiceRequest[Json]):
+    """Cancel, retry, pause or resume the tasks of a team, or in a state, or both."""
+
+    needs_service = True
+    change: Literal["cancel", "retry", "pause", "resume"]
+    team: Name | None = None
+    state: TaskState | None = None
+    reason: Line = ""
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.change_many(self)
 
 
 class ReadLog(ServiceRequest[list[Json]]):

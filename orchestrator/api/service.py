@@ -13,7 +13,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,15 +33,18 @@ from configs.errors import (
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
+from orchestrator.api.estimates import Estimates, KeptLine, Line
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
-from orchestrator.api.why import Surroundings, who_holds, why
+from orchestrator.api.why import Surroundings, wait_of, who_holds, why
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
 from orchestrator.reports.loss_plot import plot_file
-from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
-from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
-from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
+from orchestrator.scheduling.estimate import Pace, ends, pace_of
+from orchestrator.scheduling.fair_share import Waiting
+from orchestrator.scheduling.reasons import Wait, WaitCode
+from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
+from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, Pause, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
 from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest
@@ -67,6 +70,13 @@ TREND_VERSIONS = 20
 """Newest versions of a lineage whose sizes `capacity` tells."""
 PACE_TASKS = 50
 """Number of tasks, the newest that ended, from which the pace of the next ones is estimated."""
+CHANGES = {
+    "cancel": (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING),
+    "retry": ENDED_WITHOUT_RESULT,
+    "pause": (TaskState.QUEUED, TaskState.TRAINING),
+    "resume": (TaskState.QUEUED, TaskState.TRAINING),
+}
+"""States of the tasks that a change of many is about, unless it names one."""
 STORE_SECONDS = 120.0
 """Longest wait for one call to the store: a merge of a large model may be before it."""
 
@@ -100,9 +110,13 @@ class Service:
         self._health = health
         self._alarms = alarms or (controller.alarms if controller is not None else Alarms())
         self._log_read = Latest(self._read_log, storage.url)
-        self._counted = Latest(lambda: (self._queue.counts(), self._queue.unreadable()), "the task database")
+        self._counted = Latest(
+            lambda: (self._queue.counts(), self._waiting(), self._queue.unreadable()), "the task database"
+        )
         self._sized = Latest(lambda: self._footprint(self._store.state.refs[MAIN]), storage.url)
         self._check = check
+        self._estimates = Estimates(lambda: self._queue)
+        self._kept_line = KeptLine(controller.line if controller is not None else lambda: ((), ()))
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
 
@@ -142,8 +156,9 @@ class Service:
             raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
         with contextlib.closing(check(request.task, self._settings, controller.layout)) as draft:
             if request.dry_run:
-                _, is_new = would_admit(draft, self._settings, self._queue, request.by)
+                record, is_new = would_admit(draft, self._settings, self._queue, request.by, request.beside)
                 return {
+                    **(self._outlook(record) if is_new else {}),
                     "accepted": False,
                     "dry_run": True,
                     "is_new": is_new,
@@ -154,28 +169,69 @@ class Service:
                 }
             record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by, controller.submission)
         controller.wake()
-        return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record)}
+        line = self._line([record.task_id]) if record.spec.deadline else None  # else nobody is told when it starts
+        return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record, line)}
+
+    def _outlook(self, record: TaskRecord) -> Json:
+        """What a task that is not there yet would meet: why it would not start at once, when it starts and ends, and
+        what it costs, both from what the last tasks took."""
+        controller = self._running("submit")
+        task = Waiting(
+            task_id=record.task_id,
+            team=record.team,
+            priority=record.spec.priority,
+            submitted_at=record.submitted_at,
+            ranks=controller.ranks,
+            seconds_max=record.spec.max_run_seconds,
+        )
+        stands = not record.blocked
+        line = self._line([record.task_id], task if stands else None)
+        pauses = self._queue.pauses()
+        around = Surroundings(
+            is_running=True,
+            place=line.places.get(record.task_id),
+            pace=line.pace,
+            start=line.starts.get(record.task_id),
+            pauses=pauses,
+            decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
+            idle_causes=tuple(controller.describe_workers().values()) if not controller.ready_workers else (),
+            titles={task_id: found.title for task_id, found in self._queue.among(record.awaits).items()},
+            alarms={alarm.code: str(alarm) for alarm in self._alarms},
+        )
+        wait = wait_of(record, around)
+        start, pace = around.start, line.pace
+        end = ends(start, pace) if start and pace else None
+        return {
+            "fits": wait is None or wait.code is not WaitCode.NEVER_FITS,
+            "why": why(record, around),
+            "wait": _wait_json(wait),
+            "place": around.place,
+            "start": views.interval(start),
+            "end": views.interval(end),
+            "cost_worker_seconds": None if pace is None else pace.seconds,
+            "deadline": views.deadline(record, end, record.submitted_at),
+        }
 
     def tasks(self, request: requests.ListTasks) -> list[Json]:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
         records = self._queue.page(states, request.team, request.before, request.limit)
         if not records and request.team is not None and request.team not in self._settings.teams:
-            known = ", ".join(sorted(self._settings.teams))
-            raise InvalidInput(f"there is no team '{request.team}'", "team", f"teams of this service: {known}")
+            self._known_team(request.team)
         is_any_queued = any(record.state is TaskState.QUEUED for record in records)
-        places = self._places() if is_any_queued else {}
-        starts = self._starts() if is_any_queued else None
+        line = self._line([record.task_id for record in records]) if is_any_queued else Line()
         scores, problem = self._main_scores(records)
         gone = set() if problem else self._gone_from_main(self._store.state, records)
         waiting = self._held_up(records)
+        reasons = self._waits(records)
         return [
-            self._summary(record, places.get(record.task_id), starts)
+            self._summary(record, line)
             | {
                 "main_score": scores.get(record.task_id),
                 "main_score_problem": problem,
                 "gone_from_main": record.task_id in gone,
                 "held": waiting.get(record.task_id, ""),
+                "wait": reasons.get(record.task_id),
             }
             for record in records
         ]
@@ -183,15 +239,15 @@ class Service:
     def task(self, request: requests.ShowTask) -> Json:
         """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
         record = self._queue.find(request.reference)
-        place = self._places().get(record.task_id) if record.state is TaskState.QUEUED else None
-        starts = self._starts() if place is not None else None
+        line = self._line([record.task_id]) if record.state is TaskState.QUEUED else Line()
         plot, result = plot_file(self._settings.state_dir, record), self._result(record)
-        around = self._surroundings(record, place, starts)
+        around = self._surroundings(record, line)
         return {
-            **self._summary(record, place, starts),
+            **self._summary(record, line),
             "main_score": result["score_under_main"] if result else None,
             "gone_from_main": around.is_gone_from_main,
             "why": why(record, around),
+            "wait": _wait_json(wait_of(record, around)),
             "result": result,
             "alarms": [alarm.as_dict() for alarm in self._alarms] if record.state in LIVE else [],
             **views.task_details(record, self._queue.events(record.task_id), plot),
@@ -220,6 +276,92 @@ class Service:
         after = self._queue.apply(record.task_id, PreemptRequested(request.by))
         controller.wake()
         return self._summary(after)
+
+    def retry(self, request: requests.Retry) -> Json:
+        """Submit a task again that ended without a result; one that is alive stays as it is."""
+        return self._retry(self._queue.find(request.reference), request.by)
+
+    def _retry(self, record: TaskRecord, by: str) -> Json:
+        if record.state in LIVE:
+            return {"accepted": True, "is_new": False, "warnings": [], **self._summary(record)}
+        if record.state is TaskState.PUBLISHED:
+            raise Conflict("is published", record.title, "submit it under another name to train it anew")
+        spec = record.spec.model_copy(update={"client_key": None})  # which is the old task's for ever
+        return self.submit(requests.Submit(task=spec, by=by))
+
+    def pause(self, request: requests.Pause) -> Json:
+        """Start a task no more, or nothing of a team or of the service. What a task did goes on from its checkpoint."""
+        now = time.time()
+        if request.reference is not None:
+            self._refuse_two(request)
+            record = self._queue.find(request.reference)
+            after = self._queue.apply(record.task_id, Paused(by=request.by, message=request.reason, at=now))
+            self._wake()
+            return {**self._summary(after), "paused": _pause_json(after.paused)}
+        team = self._known_team(request.team)
+        asked = Pause(by=request.by, reason=request.reason, at=now)
+        before = self._queue.set_pause(team, asked)
+        self._wake()
+        return {"team": request.team, "is_new": before is None, "paused": _pause_json(before or asked)}
+
+    def resume(self, request: requests.Resume) -> Json:
+        """Take a pause back. Without one nothing changes."""
+        if request.reference is not None:
+            self._refuse_two(request)
+            record = self._queue.find(request.reference)
+            after = self._queue.apply(record.task_id, Resumed(request.by))
+            self._wake()
+            return {**self._summary(after), "paused": None}
+        before = self._queue.set_pause(self._known_team(request.team), None)
+        self._wake()
+        return {"team": request.team, "is_new": before is not None, "paused": None}
+
+    def change_many(self, request: requests.ChangeMany) -> Json:
+        """The same for many tasks, the oldest first; of several of one name only the newest. What does not belong to a
+        task's state is no error: it is told."""
+        self._running(request.change)
+        if request.team is None and request.state is None:
+            raise InvalidInput("names neither a team nor a state", request.change, "add --team, --state or both")
+        if request.team is not None:
+            self._known_team(request.team)
+        states = (request.state,) if request.state else CHANGES[request.change]
+        newest = {record.title: record for record in self._queue.tasks(states, request.team)}
+        done, refused = [], []
+        for record in newest.values():
+            try:
+                done.append(self._change_one(request, record)["title"])
+            except OnebasisError as error:
+                refused.append({"title": record.title, "error": {**error.as_dict(), "text": str(error)}})
+        return {"change": request.change, "done": done, "refused": refused}
+
+    def _change_one(self, request: requests.ChangeMany, record: TaskRecord) -> Json:
+        asked, by = record.task_id, request.by
+        match request.change:
+            case "cancel":
+                return self.cancel(requests.Cancel(reference=asked, by=by))
+            case "retry":
+                return self._retry(self._queue.find(record.title), by)
+            case "pause":
+                return self.pause(requests.Pause(reference=asked, reason=request.reason, by=by))
+            case "resume":
+                return self.resume(requests.Resume(reference=asked, by=by))
+
+    def _known_team(self, team: str | None) -> str:
+        """The team as the pauses name it; the service where there is none. Raises InvalidInput for an unknown one."""
+        from orchestrator.tasks.task_queue import SERVICE
+
+        if team is not None and team not in self._settings.teams:
+            known = ", ".join(sorted(self._settings.teams))
+            raise InvalidInput(f"there is no team '{team}'", "team", f"teams of this service: {known}")
+        return SERVICE if team is None else team
+
+    def _refuse_two(self, request: requests.Pause | requests.Resume) -> None:
+        if request.team is not None:
+            raise InvalidInput("names a task and a team", "team", "name one of them")
+
+    def _wake(self) -> None:
+        if self._controller is not None:
+            self._controller.wake()
 
     def logs(self, request: requests.ReadLog) -> list[Json]:
         """A task's history after an event id; the points of its curves as JSON."""
@@ -354,7 +496,7 @@ class Service:
         Answered within seconds: if the store or the database is late, an alarm rings and its last answer, or None,
         counts.
         """
-        state, counted = self._state_soon(), self._counts_soon()
+        state, (counted, waiting) = self._state_soon(), self._counts_soon()
         return {
             "storage": self._storage.url,
             "mlflow": without_password(self._settings.mlflow.tracking_uri),
@@ -362,6 +504,7 @@ class Service:
             "candidate": state.refs[CANDIDATE] if state else None,
             "held": asdict(state.held) if state and state.held else None,
             "tasks": counted,
+            **waiting,
             "gone_from_main": self._count_gone(state) if state and counted and counted.get(TaskState.PUBLISHED) else 0,
             "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state),
@@ -432,20 +575,21 @@ class Service:
             return self._sized.within(LOOK_SECONDS)
         return self._sized.last
 
-    def _counts_soon(self) -> dict[str, int] | None:
+    def _counts_soon(self) -> tuple[dict[str, int] | None, Json]:
+        """State to number of tasks, and why they wait; None and nothing where the database is late."""
         try:
-            counts, unreadable = self._counted.within(LOOK_SECONDS)
+            counts, waiting, unreadable = self._counted.within(LOOK_SECONDS)
         except Unavailable as error:
             told = DatabaseAway(error.what, error.where, error.todo)
             self._alarms.ring_for(told, LOOKING)
-            return None
+            return None, {}
         self._alarms.end(AlarmCode.DATABASE_AWAY, LOOKING)
         for about in unreadable:
             self._alarms.ring(AlarmCode.UNREADABLE_TASK, about.task_id, about.sentence, about.todo)
         for alarm in self._alarms:
             if alarm.code is AlarmCode.UNREADABLE_TASK and alarm.about not in {told.task_id for told in unreadable}:
                 self._alarms.end(alarm.code, alarm.about)
-        return counts
+        return counts, waiting
 
     # --- helpers -----------------------------------------------------------------------------------------------
 
@@ -534,31 +678,29 @@ class Service:
                     f"`onebasis cancel {record.task_id}` first, or wait until it has ended, then roll back again",
                 )
 
-    def _places(self) -> dict[str, int]:
-        """Task id to place in the queue, from 1."""
-        if self._controller is None:
-            return {}
-        return self._controller.places()
-
-    def _summary(self, record: TaskRecord, place: int | None = None, starts: Starts | None = None) -> Json:
+    def _summary(self, record: TaskRecord, line: Line | None = None) -> Json:
         progress = self._queue.progress(record.task_id) if views.is_at_work(record) else {}
-        return views.task_summary(record, place, starts.of(place) if starts else None, progress)
+        return views.task_summary(record, line or Line(), progress, time.time())
 
-    def _starts(self) -> Starts | None:
-        """When waiting tasks would start; None where no worker is ready."""
+    def _line(self, asked: Sequence[str], extra: Waiting | None = None) -> Line:
+        """The tasks that stand in line, with the estimates of some; an empty one where no service runs.
+
+        Args:
+            extra: A task that is not there yet, and is shown where it would stand.
+        """
         controller = self._controller
-        if controller is None or not controller.ready_workers:
-            return None
+        if controller is None:
+            return Line()
+        tasks, running = self._kept_line() if extra is None else controller.line(extra)
+        if not controller.ready_workers:
+            return Line({task.task_id: place for place, task in enumerate(tasks, 1)})
+        free = controller.ranks * controller.free_workers
+        return self._estimates.tell(tasks, running, free, self._pace(), asked, remembered=extra is None)
+
+    def _pace(self) -> Pace | None:
+        """How long tasks have a worker here, from the last that ended."""
         ended = self._queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS)
-        pace = pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
-        now = time.time()
-        left = []
-        for record in self._queue.in_flight():
-            if views.is_at_work(record):
-                told = self._queue.progress(record.task_id).get("seconds_left")
-                usual = (pace.seconds if pace else 0.0) - (now - (record.order_at or record.claimed_at or now))
-                left.append(float(told) if told is not None else usual)
-        return Starts(pace, tuple(left), controller.free_workers)
+        return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
 
     def _main_scores(self, records: Sequence[TaskRecord]) -> tuple[Mapping[str, float | None], str]:
         """Task id to the score under `main` now, for published tasks; and the reason, if the scores are not known. What
@@ -597,23 +739,65 @@ class Service:
             return len(self._gone_from_main(state, self._queue.placed()))
         return 0
 
-    def _surroundings(self, record: TaskRecord, place: int | None, starts: Starts | None) -> Surroundings:
-        controller = self._controller
+    def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:
+        """Id of each of these tasks that is queued to the record of why it waits."""
+        queued = [record for record in records if record.state is TaskState.QUEUED]
+        if not queued:
+            return {}
+        pauses, alarms = self._queue.pauses(), {alarm.code: str(alarm) for alarm in self._alarms}
+        found = {}
+        for record in queued:
+            around = Surroundings(
+                is_running=self._controller is not None, pauses=pauses, decided=self._decided(record), alarms=alarms
+            )
+            found[record.task_id] = _wait_json(wait_of(record, around))
+        return found
+
+    def _decided(self, record: TaskRecord) -> Wait | None:
+        """The scheduler's reason for a task that stands in line."""
+        stands = self._controller is not None and record.state is TaskState.QUEUED and not record.blocked
+        return self._controller.wait_in_line(record) if self._controller is not None and stands else None
+
+    def _waiting(self) -> Json:
+        """Number of queued tasks by team and by the code of their reason; and what is paused."""
+        pauses = self._queue.pauses()
+        found: dict[str, dict[str, int]] = {}
+        for team, blocked, count in self._queue.queued():
+            decided = self._controller.decision.behind.get(team) if self._controller is not None else None
+            line = decided.code if decided is not None else WaitCode.NO_FREE_PLACE
+            code = WaitCode.PAUSED if {team, ""} & pauses.keys() else blocked or line
+            counts = found.setdefault(team, {})
+            counts[str(code)] = counts.get(str(code), 0) + count
+        paused = {team: _pause_json(pause) for team, pause in pauses.items() if team}
+        return {"waiting": found, "paused": {"service": _pause_json(pauses.get("")), "teams": paused}}
+
+    def _titles(self, record: TaskRecord) -> dict[str, str]:
+        """Names of the tasks that may be named in the reason why a task waits."""
+        named = set(record.awaits)
+        if (decided := self._decided(record)) is not None:
+            named.add(decided.about)
+        return {task_id: found.title for task_id, found in self._queue.among(named - {""}).items()}
+
+    def _surroundings(self, record: TaskRecord, line: Line) -> Surroundings:
+        controller, queued = self._controller, record.state is TaskState.QUEUED
         state = self._store.refresh()
         return Surroundings(
             is_running=controller is not None,
             main=state.refs[MAIN],
             is_gone_from_main=record.task_id in self._gone_from_main(state, [record]),
-            place=place,
-            pace=starts.pace if starts else None,
-            starts_in_seconds=starts.of(place) if starts else None,
-            free_workers=controller.free_workers if controller else 0,
+            place=line.places.get(record.task_id),
+            pace=line.pace,
+            start=line.starts.get(record.task_id),
             idle_causes=tuple(controller.describe_workers().values())
             if controller and not controller.ready_workers
             else (),
             phase=str(self._queue.progress(record.task_id).get("phase", "")) if views.is_at_work(record) else "",
             held=_hold_over(record, state),
             is_version_refined=controller is not None and controller.is_refining(record.version),
+            pauses=self._queue.pauses() if queued else {},
+            decided=self._decided(record),
+            titles=self._titles(record),
+            alarms={alarm.code: str(alarm) for alarm in self._alarms},
         )
 
     def _result(self, record: TaskRecord) -> Json | None:
@@ -647,25 +831,18 @@ class Service:
         return found[0]
 
 
-@dataclass(frozen=True)
-class Starts:
-    """Facts from which the starts of waiting tasks are estimated."""
-
-    pace: Pace | None
-    left: tuple[float, ...]
-    """Seconds until each worker that has a task is done."""
-    free: int
-    """Number of workers without a task."""
-
-    def of(self, place: int | None) -> float | None:
-        """Seconds until the task at a place starts; None where it is not known."""
-        return None if place is None else starts_in(place, self.left, self.free, self.pace)
-
-
 def _hold_over(record: TaskRecord, state: SubspaceState) -> Hold | None:
     """The hold of `main` that a task waits for: in the version that is the candidate, or trained and behind it."""
     is_behind = record.state is TaskState.MERGING and state.refs[CANDIDATE] != state.refs[MAIN]
     return state.held if record.state is TaskState.EVALUATING or is_behind else None
+
+
+def _wait_json(wait: Wait | None) -> Json | None:
+    return None if wait is None else {**asdict(wait), "who": str(wait.who)}
+
+
+def _pause_json(pause: Pause | None) -> Json | None:
+    return None if pause is None else pause.model_dump(mode="json")
 
 
 def _worker_seconds(record: TaskRecord) -> float | None:

@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orchestrator.api.estimates import Line
 from orchestrator.judging.forgetting import ForgettingReport, Mean
 from orchestrator.judging.score_table import ScoreTable
+from orchestrator.scheduling.estimate import Estimate, ends
 from orchestrator.tasks.task_lifecycle import Step, next_step
-from orchestrator.tasks.task_record import TaskRecord
+from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS, TaskEvent, points_of
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState, Version
 from subspace_store.subspace_reader import RollbackPreview
@@ -19,16 +21,15 @@ from subspace_store.subspace_reader import RollbackPreview
 Json = dict[str, Any]
 
 
-def task_summary(
-    record: TaskRecord, place: int | None, starts_in_seconds: float | None, progress: Mapping[str, Any]
-) -> Json:
+def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], now: float) -> Json:
     """A row of `onebasis tasks`.
 
     Args:
-        place: Place in the queue, from 1; None where it does not wait.
-        starts_in_seconds: Estimate; None where it does not wait, or where it is not known.
+        line: Where tasks stand, and when they start.
         progress: Last progress that its worker reported; empty where no worker has it.
     """
+    start = line.starts.get(record.task_id)
+    end = ends(start, line.pace) if start and line.pace else None
     return {
         "task_id": record.task_id,
         "title": record.title,
@@ -37,8 +38,11 @@ def task_summary(
         "state": str(record.state),
         "reason": record.reason,
         "trouble": list(record.trouble),
-        "place": place,
-        "starts_in_seconds": starts_in_seconds,
+        "place": line.places.get(record.task_id),
+        "starts_in_seconds": start.seconds if start else None,
+        "start": interval(start),
+        "end": interval(end),
+        "deadline": deadline(record, end, now, progress.get("seconds_left")),
         "submitted_at": record.submitted_at,
         "attempt": record.attempt,
         "worker": record.worker if is_at_work(record) else "",
@@ -50,6 +54,32 @@ def task_summary(
         "doubt": record.doubt(record.local_score),
         "progress": dict(progress),
     }
+
+
+def interval(estimate: Estimate | None) -> Json | None:
+    """An estimate: seconds from now, the median and the ends between which four of five fall."""
+    if estimate is None:
+        return None
+    return {"seconds": estimate.seconds, "earliest": estimate.earliest, "latest": estimate.latest}
+
+
+def deadline(record: TaskRecord, end: Estimate | None, now: float, seconds_left: float | None = None) -> Json | None:
+    """Whether a task's deadline can be met; None where it has none, or is trained.
+
+    Args:
+        end: When it is trained, where it waits.
+        seconds_left: The same, where it trains.
+    """
+    if record.spec.deadline is None or record.state not in (TaskState.QUEUED, TaskState.TRAINING):
+        return None
+    at = record.spec.deadline.timestamp()
+    earliest, latest = (end.earliest, end.latest) if end else (seconds_left, seconds_left)
+    risk = (
+        "missed" if at <= now else
+        "unknown" if earliest is None or latest is None else
+        "cannot be met" if now + earliest > at else "may be missed" if now + latest > at else "met"
+    )  # fmt: skip
+    return {"at": at, "outlook": risk}
 
 
 def is_at_work(record: TaskRecord) -> bool:

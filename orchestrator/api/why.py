@@ -1,19 +1,34 @@
-"""Why a task is where it is, in one sentence for people."""
+"""Why a task is where it is: a record for programs, and one sentence for people made from it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
-from orchestrator.scheduling.estimate import Pace, duration
+from orchestrator.alarms import AlarmCode
+from orchestrator.scheduling.estimate import Estimate, Pace, duration
+from orchestrator.scheduling.reasons import Wait, WaitCode, first_of
 from orchestrator.tasks.task_lifecycle import Step, next_step
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from subspace_store.log.version import Hold
+
+AWAY = (AlarmCode.STORE_AWAY, AlarmCode.DATABASE_AWAY, AlarmCode.STORE_SILENT)
+"""Alarms for which a task waits as for a storage that does not answer."""
+STORE_ALARMS = (
+    AlarmCode.STORE_DAMAGED,
+    AlarmCode.STORE_FULL,
+    AlarmCode.STORE_READ_ONLY,
+    AlarmCode.NOT_WRITTEN,
+    AlarmCode.STORE_UNUSABLE,
+    AlarmCode.OUSTED,
+)
+"""Alarms for which a task waits as for a store that takes nothing."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Facts that the sentence is made of, beside the record."""
+    """Facts that the answer is made of, beside the record."""
 
     is_running: bool
     """Whether there is a control plane."""
@@ -25,9 +40,8 @@ class Surroundings:
     """Place in the queue, from 1."""
     pace: Pace | None = None
     """How long tasks have a worker here; None: not known."""
-    starts_in_seconds: float | None = None
-    """Estimate; None: not known."""
-    free_workers: int = 0
+    start: Estimate | None = None
+    """When it starts; None: not known."""
     idle_causes: Collection[str] = ()
     """What the workers do, where none of them is ready."""
     phase: str = ""
@@ -36,17 +50,75 @@ class Surroundings:
     """Hold of `main` that the task waits for."""
     is_version_refined: bool = False
     """Whether workers refine tasks for the task's version."""
+    pauses: Mapping[str, Pause] = field(default_factory=dict)
+    """Team to its pause; that of the service under an empty name."""
+    decided: Wait | None = None
+    """Reason that the scheduler gave for a task that stands in line."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """Id to name of tasks that the answer names."""
+    alarms: Mapping[AlarmCode, str] = field(default_factory=dict)
+    """Code to text of the alarms that ring."""
+
+
+def wait_of(record: TaskRecord, around: Surroundings) -> Wait | None:
+    """Why the task waits; None where it does not, or where no service runs."""
+    if not around.is_running:
+        return None
+    queued = record.state is TaskState.QUEUED
+    waits = [_held(around.held), *(_of_the_queue(record, around) if queued else ())]
+    if next_step(record) is Step.AWAIT_ADAPTER and around.phase == "waiting":
+        waits.append(Wait(code=WaitCode.GANG_INCOMPLETE, about=record.worker))
+    if queued or record.state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):
+        waits += [
+            Wait(code=code, about=text)
+            for codes, code in ((AWAY, WaitCode.STORAGE_AWAY), (STORE_ALARMS, WaitCode.STORE_ALARM))
+            for alarm, text in around.alarms.items()
+            if alarm in codes
+        ]
+    return first_of(*waits)
+
+
+def _held(held: Hold | None) -> Wait | None:
+    return None if held is None else Wait(code=WaitCode.HELD, about=who_holds(held), since=held.time)
+
+
+def _of_the_queue(record: TaskRecord, around: Surroundings) -> list[Wait | None]:
+    spec = record.spec
+    pauses = {
+        "the service": around.pauses.get(""),
+        f"team {record.team}": around.pauses.get(record.team),
+        "it": record.paused,
+    }
+    paused = (
+        Wait(
+            code=WaitCode.PAUSED,
+            about=f"{what} is paused by {pause.by}: {pause.reason or 'no reason given'}",
+            since=pause.at,
+        )
+        for what, pause in pauses.items()
+        if pause is not None
+    )
+    awaited = ", ".join(around.titles.get(task_id, task_id) for task_id in record.awaits)
+    return [
+        next(paused, None),
+        Wait(code=WaitCode.DEPENDENCY, about=awaited, since=record.submitted_at) if awaited else None,
+        Wait(code=WaitCode.NOT_BEFORE, since=record.submitted_at, until=spec.not_before.timestamp())
+        if record.not_due and spec.not_before
+        else None,
+        around.decided or (None if record.blocked else Wait(code=WaitCode.ABOUT_TO_START)),
+    ]
 
 
 def why(record: TaskRecord, around: Surroundings) -> str:
     """One sentence on why the task is where it is."""
+    wait = wait_of(record, around)
     if record.state is TaskState.QUEUED:
-        return _why_queued(record, around)
-    if next_step(record) is Step.AWAIT_ADAPTER and around.phase == "waiting":
-        return f"{record.worker} waits for places for its ranks; the task's log says for what"
-    if around.held is not None:
-        what = f"version {record.version}" if record.version else "its adapter, behind the version before it,"
-        return f"{what} waits: {who_holds(around.held)}"
+        return _why_queued(record, around, wait)
+    if wait is not None:
+        return {
+            WaitCode.GANG_INCOMPLETE: f"{wait.about} waits for places for its ranks; the task's log says for what",
+            WaitCode.HELD: f"{_what_waits(record)} waits: {wait.about}",
+        }.get(wait.code, f"waits for the store: {wait.about}")
     if record.state is TaskState.EVALUATING and around.is_version_refined:
         return f"version {record.version} is scored when tasks of it have been refined on their own rows"
     if around.is_gone_from_main:
@@ -65,23 +137,56 @@ def who_holds(held: Hold) -> str:
     return f"main is held by {held.actor}: {held.reason or 'no reason given'}"
 
 
-def _why_queued(record: TaskRecord, around: Surroundings) -> str:
-    if not around.is_running:
+def _what_waits(record: TaskRecord) -> str:
+    return f"version {record.version}" if record.version else "its adapter, behind the version before it,"
+
+
+def _why_queued(record: TaskRecord, around: Surroundings, wait: Wait | None) -> str:
+    if wait is None:
         return "the service is not running; `onebasis up` starts it"
-    if around.idle_causes:
-        return f"no worker is ready: {'; '.join(sorted(set(around.idle_causes)))}"
-    ahead = f"{around.place - 1} before it" if around.place else "its turn is coming"
-    workers = "1 worker" if around.free_workers == 1 else f"{around.free_workers} workers"
     note = f"; last attempt: {record.reason}" if record.reason else ""
-    return f"place {around.place}: {ahead}, {workers} free; {_start(around)}{note}"
+    if record.blocked or wait.code in (WaitCode.PAUSED, WaitCode.NEVER_FITS):
+        return _cause(wait, around) + note
+    if wait.code is WaitCode.BASE_MODEL_LOADING:
+        return _cause(wait, around)
+    ahead = f"place {around.place}, {around.place - 1} before it" if around.place else "its turn is coming"
+    return f"{_cause(wait, around)}; {ahead}; {_start(around)}{note}"
+
+
+def _cause(wait: Wait, around: Surroundings) -> str:
+    about = around.titles.get(wait.about, wait.about)
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wait.until)) if wait.until is not None else ""
+    return {
+        WaitCode.PAUSED: about,
+        WaitCode.DEPENDENCY: f"comes after {about}",
+        WaitCode.NOT_BEFORE: f"is not started before {at}",
+        WaitCode.NEVER_FITS: "asks for more places than there are",
+        WaitCode.OVER_QUOTA: f"gave its place back, and borrows none before {at}"
+        if at
+        else "its team has its quota, and others leave it nothing to borrow",
+        WaitCode.NO_FREE_PLACE: "all places are in use",
+        WaitCode.RESERVED_FOR: f"free places are kept for {about or 'a version that is about to be scored'}",
+        WaitCode.BASE_MODEL_LOADING: f"no worker is ready: {'; '.join(sorted(set(around.idle_causes)))}",
+        WaitCode.ABOUT_TO_START: "is about to start" + (f", when {about} has written its checkpoint" if about else ""),
+    }.get(wait.code, f"waits for the store: {about}")
 
 
 def _start(around: Surroundings) -> str:
-    if around.pace is None or around.starts_in_seconds is None:
-        return "its start cannot be estimated: no task has been trained here yet"
-    if around.pace.count == 1:
-        basis = f"the one task before took {duration(around.pace.seconds)}"
+    start, pace = around.start, around.pace
+    if pace is None or start is None:
+        return (
+            "its start cannot be estimated: no task has been trained here yet"
+            if pace is None
+            else "its start is not known"
+        )
+    if pace.count == 1:
+        basis = f"the one task before took {duration(pace.seconds)}"
     else:
-        basis = f"the median of the last {around.pace.count} tasks is {duration(around.pace.seconds)}"
-    start = "at once" if around.starts_in_seconds < 1 else f"in about {duration(around.starts_in_seconds)}"
-    return f"starts {start} ({basis})"
+        basis = f"the median of the last {pace.count} tasks is {duration(pace.seconds)}"
+    about = "at once" if start.seconds < 1 else f"in about {duration(start.seconds)}"
+    return f"starts {about}, in four of five cases {span(start)} ({basis})"
+
+
+def span(estimate: Estimate) -> str:
+    """The interval of an estimate, for people."""
+    return f"between {duration(estimate.earliest)} and {duration(estimate.latest)}"

@@ -23,14 +23,18 @@ from orchestrator.api.requests import (
     PAGE,
     PAGE_MAX,
     Cancel,
+    ChangeMany,
     Diff,
     Export,
     Health,
     ListTasks,
     ListVersions,
+    Pause,
     Preempt,
     PreviewRollback,
     ReadLog,
+    Resume,
+    Retry,
     ShowCapacity,
     ShowScores,
     ShowTask,
@@ -70,6 +74,9 @@ waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
 AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
+OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help="Id, beginning of an id, or team/name.")]
+OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
+InState = Annotated[str | None, typer.Option("--state", help="Those in this state.")]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
 
@@ -214,11 +221,82 @@ def task(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson 
 
 
 @command
-def cancel(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """Stop a task that is not part of a version yet."""
-    answer = Client(state_dir).ask(Cancel(reference=reference, by=me()))
+def cancel(
+    reference: OneTask = None,
+    team: OfTeam = None,
+    state: InState = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a task that is not part of a version yet; or those of a team, or in a state."""
+    client = Client(state_dir)
+    if reference is None:
+        asked = ChangeMany(change="cancel", team=team, state=_state(state), by=me())
+        show(client.ask(asked), display.changed, as_json)
+        return
+    _refuse_both(team, state)
+    answer = client.ask(Cancel(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
           else f"{a['title']}: {a['state']}"), as_json)  # fmt: skip
+
+
+@command
+def retry(
+    reference: OneTask = None,
+    team: OfTeam = None,
+    state: InState = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a task again that is parked, rejected or cancelled, its files as they are now; or those of a team."""
+    client = Client(state_dir)
+    if reference is None:
+        asked = ChangeMany(change="retry", team=team, state=_state(state), by=me())
+        show(client.ask(asked), display.changed, as_json)
+        return
+    _refuse_both(team, state)
+    show(client.ask(Retry(reference=reference, by=me())), display.submitted, as_json)
+
+
+@command
+def pause(
+    reference: OneTask = None,
+    team: OfTeam = None,
+    state: InState = None,
+    service: Annotated[bool, typer.Option("--service", help="Pause the whole service.")] = False,
+    reason: Annotated[str, typer.Option(help="Reason, shown to all who wait.")] = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Start a task no more, or nothing of a team, or, with --service, nothing at all; what runs in a paused team goes
+    on, a paused task writes a checkpoint. With --state: each of these tasks."""
+    client = Client(state_dir)
+    if state is not None and reference is None and not service:
+        many = ChangeMany(change="pause", team=team, state=_state(state), reason=reason, by=me())
+        show(client.ask(many), display.changed, as_json)
+        return
+    _refuse_all_but_one(reference, team, service, state)
+    asked = Pause(reference=reference, team=team, reason=reason, by=me())
+    show(client.ask(asked), display.paused, as_json)
+
+
+@command
+def resume(
+    reference: OneTask = None,
+    team: OfTeam = None,
+    state: InState = None,
+    service: Annotated[bool, typer.Option("--service", help="Resume the whole service.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Take a pause back: of a task, a team or, with --service, the service. With --state: of each of these tasks."""
+    client = Client(state_dir)
+    if state is not None and reference is None and not service:
+        many = ChangeMany(change="resume", team=team, state=_state(state), by=me())
+        show(client.ask(many), display.changed, as_json)
+        return
+    _refuse_all_but_one(reference, team, service, state)
+    show(client.ask(Resume(reference=reference, team=team, by=me())), display.paused, as_json)
 
 
 @command
@@ -255,6 +333,44 @@ def logs(
         time.sleep(WATCH_SECONDS)
     if as_json:
         print(json.dumps(lines))
+
+
+@command
+def simulate(
+    arrivals: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ARRIVALS.csv", help="Columns at_seconds, team, seconds; ranks, priority, max_run_seconds."
+        ),
+    ],
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="Settings (YAML), for `teams` and `workers`; default: those of the last `up` here."),
+    ] = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show what these arrivals would wait for under some settings: the real scheduler, weeks in seconds.
+
+    at_seconds is when a task is submitted, seconds how long it runs. Nothing is started and no service is asked.
+    """
+    from configs.settings import read_settings
+    from orchestrator.scheduling import simulation
+    from orchestrator.scheduling.arrivals import read_arrivals
+    from orchestrator.scheduling.fair_share import shares_of
+
+    read = read_settings(settings or state_dir / "settings.yaml")
+    try:
+        lines = arrivals.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot be read: {error}", str(arrivals), "name a CSV file") from error
+    found = read_arrivals(lines, read.workers.ranks)
+    if strangers := sorted({one.team for one in found} - read.teams.keys()):
+        teams = ", ".join(sorted(read.teams))
+        raise InvalidInput(f"there is no team '{strangers[0]}'", str(arrivals), f"teams of these settings: {teams}")
+    with telling("simulating"):
+        done = simulation.simulate(found, shares_of(read.teams), read.workers.count * read.workers.ranks)
+    show(simulation.report(done), display.simulation, as_json)
 
 
 @command
@@ -399,6 +515,18 @@ def _state(name: str | None) -> TaskState | None:
     if name is not None and name not in list(TaskState):
         raise InvalidInput(f"there is no state '{name}'", "state", f"states: {', '.join(TaskState)}")
     return TaskState(name) if name else None
+
+
+def _refuse_both(team: str | None, state: str | None) -> None:
+    if team is not None or state is not None:
+        raise InvalidInput("a task is named, and a team or a state", "--team, --state", "name the task, or those")
+
+
+def _refuse_all_but_one(reference: str | None, team: str | None, service: bool, state: str | None) -> None:
+    """Nothing is meant by default: a forgotten name must not pause everybody."""
+    if [reference is not None, team is not None, service].count(True) != 1 or state is not None:
+        what = "names not exactly one of a task, --team and --service"
+        raise InvalidInput(what, "onebasis", "name one of them; --state stands alone or beside --team")
 
 
 def _silent(_: str) -> None:

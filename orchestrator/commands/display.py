@@ -22,6 +22,12 @@ COLOURS = {
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
     "removed": "dim", "expired": "dim", "empty": "dim",
 }  # fmt: skip
+WHO_CAN = {
+    "team": "its team can change that",
+    "platform": "the people who run the service can change that",
+    "nobody": "it ends by itself",
+}
+"""Sentence for those who can end what a task waits for, by `orchestrator.scheduling.reasons.Who`."""
 AT_WORK = ("training", "refining")
 ENDED = ("published", "rejected", "parked", "cancelled")
 DROPPED_FIRST = ("id", "MB", "rows/s", "version", "starts in", "in main", "tokens/s", "own", "loss")
@@ -49,9 +55,13 @@ def status(answer: Json) -> None:
             soft_wrap=True,
         )
         _print_rows("held")
+    _print_pauses(answer.get("paused"))
     if gone := answer.get("gone_from_main"):
         in_states += f" ({gone:,} of the published ones main no longer holds; the next `onebasis up` parks them)"
     console.print(f"  tasks    {in_states if counts is not None else 'unknown'}", soft_wrap=True)
+    for team, codes in answer.get("waiting", {}).items():
+        reasons = ", ".join(f"{count:,} {code}" for code, count in codes.items())
+        console.print(f"  waiting  {shown(team)}: {reasons}", soft_wrap=True)
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     if (footprint := answer.get("footprint")) and footprint["tasks"]:
@@ -80,6 +90,20 @@ def status(answer: Json) -> None:
         _print_rows("outcome-unknown")
 
 
+def _print_pauses(paused: Json | None) -> None:
+    """What is paused: the service, teams. None: not known."""
+    found = {"the service": paused["service"]} if paused else {}
+    found |= {f"team {team}": pause for team, pause in (paused or {}).get("teams", {}).items()}
+    for what, pause in found.items():
+        if pause is not None:
+            console.print(
+                f"  [yellow]{shown(what)} is paused[/yellow] by {shown(pause['by'])} for "
+                f"{duration(time.time() - pause['at'])}: {shown(pause['reason'] or 'no reason given')} "
+                "(`onebasis resume` starts it again)",
+                soft_wrap=True,
+            )
+
+
 def _print_alarms(alarms: Sequence[Json]) -> None:
     for alarm in alarms:
         since = duration(time.time() - alarm["since"])
@@ -90,15 +114,38 @@ def submitted(answer: Json) -> None:
     """`onebasis submit`."""
     for warning in answer["warnings"]:
         errors.print(f"[yellow]warning:[/yellow] {shown(warning)}", soft_wrap=True)
+    if said := _deadline(answer):
+        errors.print(f"[yellow]warning:[/yellow] {shown(said)}", soft_wrap=True)
     if answer.get("dry_run"):
         known = "" if answer["is_new"] else " (known already)"
         console.print(
             f"{shown(answer['title'])} is fine{known}: {counted(answer['train_rows'], 'training row')},"
             f" {counted(answer['eval_rows'], 'evaluation row')}"
         )
+        _print_outlook(answer)
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
     console.print(f"{shown(answer['title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+
+
+def _print_outlook(answer: Json) -> None:
+    """What a task would meet that is not submitted yet."""
+    if "why" not in answer:
+        return
+    console.print(f"  now        {shown(answer['why'])}", soft_wrap=True)
+    if (end := answer["end"]) is not None:
+        earliest, latest, cost = map(duration, (end["earliest"], end["latest"], answer["cost_worker_seconds"]))
+        console.print(f"  trained    between {earliest} and {latest} from now, in four of five cases")
+        console.print(f"  cost       about {cost} of a worker, as the last tasks")
+
+
+def _deadline(row: Json) -> str:
+    """What is to be said of a task's deadline; empty where it will be met."""
+    told = row.get("deadline")
+    if told is None or told["outlook"] in ("met", "unknown"):
+        return ""
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(told["at"]))
+    return f"deadline {at} {'was' if told['outlook'] == 'missed' else ''} {told['outlook']}".replace("  ", " ")
 
 
 def submitted_file(result: Json) -> None:
@@ -127,7 +174,10 @@ def task(answer: Json) -> None:
     """`onebasis task`."""
     console.print(f"[bold]{shown(answer['title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {shown(answer['why'])}", soft_wrap=True)
-    _print_rows(*answer["trouble"])
+    if wait := answer.get("wait"):
+        since = f"for {duration(time.time() - wait['since'])}; " if wait["since"] is not None else ""
+        console.print(f"  {since}{WHO_CAN[wait['who']]}", style="dim", soft_wrap=True)
+    _print_rows(*answer["trouble"], *([wait["code"]] if wait else []))
     _print_alarms(answer.get("alarms", ()))
     if answer["progress"]:
         console.print(f"  progress   {shown(_progress(answer))}")
@@ -142,6 +192,8 @@ def task(answer: Json) -> None:
             f"  in main    {score_text(result['score_under_main'])} now (version {result['main']}) · "
             f"{score_text(result['score_at_birth'])} at birth (version {result['version']})"
         )
+    if said := _deadline(answer):
+        console.print(f"  [yellow]warning[/yellow]    {shown(said)}", soft_wrap=True)
     for warning in answer["warnings"]:
         console.print(f"  [yellow]warning[/yellow]    {shown(warning)}", soft_wrap=True)
     _print_training(answer["training"])
@@ -163,6 +215,54 @@ def preempted(answer: Json) -> None:
     """`onebasis preempt`."""
     does = PREEMPTED.get(answer["progress"].get("phase", "loading"), "it stops after this step and writes a checkpoint")
     note(f"{answer['title']}: {answer['state']}" + (f": {does}" if answer["state"] in AT_WORK else ""))
+
+
+def paused(answer: Json) -> None:
+    """`onebasis pause` and `resume`."""
+    what = answer.get("title") or (f"team {answer['team']}" if answer["team"] else "the service")
+    pause = answer["paused"]
+    if pause is None:
+        note(f"{what}: not paused")
+        return
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pause["at"]))
+    note(f"{what}: paused by {pause['by']} since {since}: {pause['reason'] or 'no reason given'}")
+
+
+def changed(answer: Json) -> None:
+    """`onebasis cancel`, `retry`, `pause` and `resume` of many tasks."""
+    for title in answer["done"]:
+        note(f"{title}: {answer['change']} asked for")
+    for one in answer["refused"]:
+        errors.print(f"[yellow]not[/yellow] {shown(one['title'])}: {shown(one['error']['text'])}", soft_wrap=True)
+    if not answer["done"]:
+        note("no such task")
+
+
+def simulation(answer: Json) -> None:
+    """`onebasis simulate`."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    names = ("team", "ranks", "tasks", "mean wait", "median", "nine of ten", "longest")
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="left" if name == "team" else "right")
+    for row in answer["waits"]:
+        waits = [duration(row[f"{name}_seconds"]) if row["tasks"] else "" for name in ("mean", "p50", "p90", "max")]
+        table.add_row(shown(row["team"]), str(row["ranks"]), str(row["tasks"]), *waits)
+    console.print(table)
+    share = answer["start_in_stated_interval"]
+    back = answer["give_back_seconds_max"]
+    facts = (
+        ("weeks", f"{answer['weeks']:.1f}"),
+        ("utilisation", "–" if answer["utilisation"] is None else f"{answer['utilisation']:.2f}"),
+        ("Jain index", f"{answer['jain']:.3f}"),
+        (
+            "preemptions",
+            f"{answer['preemptions']:,}" + ("" if back is None else f", given back within {duration(back)}"),
+        ),
+        ("in the interval", "–" if share is None else f"{share:.0%} of the starts that were estimated"),
+        ("never started", f"{answer['never_started']:,}"),
+    )
+    for name, text in facts:
+        console.print(f"  {name:16} {text}")
 
 
 def log_line(text: str) -> None:
@@ -310,10 +410,11 @@ def _note(row: Json) -> str:
         candidate = [row["progress"]["candidate"]] if row["progress"].get("candidate") else []
         return " · ".join([row["worker"], *candidate]) if phase in ("", "training") else str(phase)
     place = f"place {row['place']}" if row["place"] else ""
+    wait = (row.get("wait") or {}).get("code", "") if row["state"] == "queued" else ""
     reason = row["reason"].split("\n")[0] if row["state"] in ("queued", "rejected", "parked", "cancelled") else ""
     gone = "main no longer holds it" if row.get("gone_from_main") else ""
     doubt = "warning: see `onebasis task`" if row.get("doubt") and row["state"] == "published" else ""
-    return " · ".join(part for part in (place, reason, row.get("held", ""), gone, doubt) if part)
+    return " · ".join(part for part in (place, wait, reason, _deadline(row), row.get("held", ""), gone, doubt) if part)
 
 
 def _print_training(training: Json) -> None:

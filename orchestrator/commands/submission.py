@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def submit_all(client: Client, files: Sequence[Path], wait: bool, dry_run: bool,
     results, specs = _checked(client, files)
     is_fine = not any("error" in result for result in results)
     if is_fine and not dry_run:
-        results = _submitted(client, files, specs)
+        results = _submitted(client, *_in_turn(files, specs))
     if not as_json:
         for result in results:
             display.submitted_file(result)
@@ -82,22 +83,54 @@ def submit_all(client: Client, files: Sequence[Path], wait: bool, dry_run: bool,
 
 def _checked(client: Client, files: Sequence[Path]) -> tuple[list[Json], list[TaskSpec]]:
     """The service's answer to each file, without submitting it, and the documents of those that can be read."""
-    results: list[Json] = []
-    specs: list[TaskSpec] = []
+    results: dict[Path, Json] = {}
+    specs: dict[Path, TaskSpec] = {}
     named: dict[str, Path] = {}
     for file in files:
         try:
             spec = read_task_spec(file)
-            title = f"{spec.team}/{spec.name}"
-            if (other := named.setdefault(title, file)) != file:
-                raise InvalidInput(f"is {title}, and so is {other}", str(file), "give each task a name of its own")
-            results.append(_of(file, client.ask(Submit(task=spec, dry_run=True, by=me()))))
-            specs.append(spec)
+            if (other := named.setdefault(_title(spec), file)) != file:
+                raise InvalidInput(
+                    f"is {_title(spec)}, and so is {other}", str(file), "give each task a name of its own"
+                )
+            specs[file] = spec
+        except OnebasisError as error:
+            results[file] = _failed(file, error)
+    for file, spec in specs.items():
+        try:
+            _refuse_circle(spec, {_title(other): other.after for other in specs.values()})
+            beside = tuple(title for title in spec.after if title in named)
+            results[file] = _of(file, client.ask(Submit(task=spec, dry_run=True, beside=beside, by=me())))
         except Unavailable:
             raise
         except OnebasisError as error:
-            results.append(_failed(file, error))
-    return results, specs
+            results[file] = _failed(file, error)
+    return [results[file] for file in files], list(specs.values())
+
+
+def _title(spec: TaskSpec) -> str:
+    return f"{spec.team}/{spec.name}"
+
+
+def _refuse_circle(spec: TaskSpec, after: Mapping[str, Sequence[str]]) -> None:
+    """Raise InvalidInput where a task comes, by way of others that are submitted with it, after itself."""
+    line, seen = [_title(spec)], set[str]()
+    while line:
+        title = line.pop()
+        for before in after.get(title, ()):
+            if before == _title(spec):
+                raise InvalidInput(f"comes after {title}, which comes after it", "after", "take it out of one of them")
+            if before not in seen:
+                seen.add(before)
+                line.append(before)
+
+
+def _in_turn(files: Sequence[Path], specs: Sequence[TaskSpec]) -> tuple[list[Path], list[TaskSpec]]:
+    """The files and their documents, each behind those that it comes after; else in the order that they had."""
+    by_title = {_title(spec): (file, spec) for file, spec in zip(files, specs, strict=True)}
+    order = TopologicalSorter({title: spec.after for title, (_, spec) in by_title.items()}).static_order()
+    found = [by_title[title] for title in order if title in by_title]
+    return [file for file, _ in found], [spec for _, spec in found]
 
 
 def _submitted(client: Client, files: Sequence[Path], specs: Sequence[TaskSpec]) -> list[Json]:

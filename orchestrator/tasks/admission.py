@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,7 +291,11 @@ def admit(
             rows.evaluation.write(storage, record.eval_key)
         try:
             taken, is_new = queue.add(record, "; ".join(("submitted", *draft.warnings)), limit)
-        except (Conflict, QueueFull):  # of any other error the outcome is unknown, and then nothing is deleted
+        except (
+            Conflict,
+            QueueFull,
+            InvalidInput,
+        ):  # of any other error the outcome is unknown, and then nothing is deleted
             _delete_data(record, storage)
             raise
         if not is_new:
@@ -299,8 +303,13 @@ def admit(
     return (taken, True) if is_new else (_same(taken, draft, record.client_key), False)
 
 
-def would_admit(draft: Draft, settings: Settings, queue: TaskQueue, submitted_by: str) -> tuple[TaskRecord, bool]:
+def would_admit(
+    draft: Draft, settings: Settings, queue: TaskQueue, submitted_by: str, beside: Collection[str] = ()
+) -> tuple[TaskRecord, bool]:
     """What `admit` would return for a submission now. Nothing is kept, and nothing reserved.
+
+    Args:
+        beside: Tasks (`team/name`) that are submitted before it and are not there yet.
 
     Returns, Raises:
         As `admit`.
@@ -314,6 +323,9 @@ def would_admit(draft: Draft, settings: Settings, queue: TaskQueue, submitted_by
         client_key, known = f"auto-{content[:24]}{f'.{before.count}' if before.count else ''}", before.alive
     if known is not None:
         return _same(known, draft, client_key), False
+    now = time.time()
+    if spec.deadline and spec.deadline.timestamp() <= now:
+        raise InvalidInput("has passed already", "deadline", "name a later moment, or leave it out")
     task_id = new_task_id()
     rows, folder = draft.rows, f"data/{task_id}"
     record = TaskRecord(
@@ -322,7 +334,8 @@ def would_admit(draft: Draft, settings: Settings, queue: TaskQueue, submitted_by
         name=spec.name,
         client_key=client_key,
         spec=spec,
-        submitted_at=time.time(),
+        submitted_at=now,
+        not_due=spec.not_before is not None and spec.not_before.timestamp() > now,
         submitted_by=submitted_by,
         train_key=rows.train.key(folder, "train") if rows.train else f"{folder}/adapter.safetensors",
         train_count=draft.train_count,
@@ -333,8 +346,8 @@ def would_admit(draft: Draft, settings: Settings, queue: TaskQueue, submitted_by
         content_sha256=content,
         warnings=draft.warnings,
     )
-    queue.check(record, settings.teams[spec.team].queued_max)
-    return record, True
+    awaits = queue.check(record, settings.teams[spec.team].queued_max, beside)
+    return record.model_copy(update={"awaits": awaits}), True
 
 
 def _same(known: TaskRecord, draft: Draft, client_key: str) -> TaskRecord:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-HEAD = "0002"
+HEAD = "0003"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -33,6 +33,10 @@ tasks = Table(
     Column("priority", Integer, nullable=False, server_default="0"),
     Column("version", Integer, nullable=False, server_default="0"),
     Column("content_sha256", String(64), nullable=False, server_default=""),
+    Column("blocked", String(20), nullable=False, server_default=""),
+    Column("not_before", Float),
+    Column("gave_back_at", Float),
+    Column("max_run_seconds", Float),
     Column("lease_until", Float),
     Column("progress", Text),
     Column("record", Text, nullable=False),
@@ -43,9 +47,29 @@ tasks = Table(
     Index("tasks_by_team", "team", "submitted_at", "task_id"),
     Index("tasks_by_state", "state", "submitted_at", "task_id"),
     Index("tasks_by_version", "state", "version", "task_id"),
-    Index("tasks_in_line", "state", "team", "priority", "submitted_at", "task_id"),
+    Index("tasks_in_line", "state", "blocked", "team", "priority", "submitted_at", "task_id"),
+    Index("tasks_by_due", "state", "blocked", "not_before"),
 )
-"""`priority` is kept negative, as `-spec.priority`: so a team's waiting tasks are one index read forwards."""
+"""`priority` is kept negative, as `-spec.priority`: so a team's waiting tasks are one index read forwards. `blocked`
+says what keeps a queued task from standing in line: however many there are, they are no part of what is read."""
+
+awaits = Table(
+    "awaits",
+    metadata,
+    Column("after_id", String(40), primary_key=True),
+    Column("task_id", String(40), primary_key=True),
+)
+"""Tasks that come after another, until that one is published: a copy of `record.awaits`, to be found by the other."""
+
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("team", String(63), primary_key=True),
+    Column("by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)
+"""Pauses of teams, and of the service, whose team is empty. Those of single tasks are in their records."""
 
 events = Table(
     "events",

@@ -32,6 +32,10 @@ class Reason(StrEnum):
     """The versions were made again without it."""
     CANCELLED = "cancelled"
     """Somebody asked for it."""
+    DEPENDENCY_FAILED = "dependency-failed"
+    """A task that it was to come after ended without being published."""
+    RAN_TOO_LONG = "ran-too-long"
+    """Workers had it for longer than its own `max_run_seconds`."""
     UNREFINED = "unrefined"
     """It goes on as it was merged, though it was to be refined."""
 
@@ -164,6 +168,48 @@ class PreemptRequested:
     """Somebody wants its worker for something else: the task should write a checkpoint and go back to the queue."""
 
     by: str
+    gives_back: bool = False
+    """Whether its team is beyond its quota, and another wants the places: `by` names that team."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused:
+    """Somebody wants it not to run: what waits stays in its place, what runs writes a checkpoint and waits."""
+
+    by: str
+    message: str = ""
+    at: float
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Somebody lets it go on."""
+
+    by: str
+
+
+@dataclass(frozen=True)
+class CameDue:
+    """Its `not_before` has come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DependencyEnded:
+    """A task that it comes after is published, or ended otherwise."""
+
+    task_id: str
+    title: str
+    state: str
+    """What became of that task."""
+    is_published: bool
+    at: float
+
+
+@dataclass(frozen=True)
+class RunsTooLong:
+    """Its workers have had it for longer than its `max_run_seconds`."""
+
+    at: float
 
 
 Event = (
@@ -182,4 +228,9 @@ Event = (
     | Restored
     | CancelRequested
     | PreemptRequested
+    | Paused
+    | Resumed
+    | CameDue
+    | DependencyEnded
+    | RunsTooLong
 )

@@ -22,11 +22,16 @@ moves there. Or it could not be refined: then it goes on as it was merged, and i
 once: merged again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later
 versions, and stays published meanwhile. Cancelled can be reached until it is part of a merge.
 
+A queued task stands in line, or something keeps it from that (`TaskRecord.blocked`): it is paused, it comes after a
+task that is not published, its time has not come. (c) leads there too, where it was paused while it ran; and to parked
+where it ran for longer than it may. A task behind one that ends without being published is parked.
+
 No Ray, no SQL, no torch in this file.
 """
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Any
 
@@ -34,25 +39,30 @@ from configs.errors import Conflict
 from configs.settings import FailureSettings
 from orchestrator.scheduling.fair_share import Use
 from orchestrator.tasks.task_events import (
+    CameDue,
     CancelRequested,
     Claimed,
+    DependencyEnded,
     Event,
     Judged,
     MergeBegun,
     Merged,
     MergeRefused,
     MergeUndone,
+    Paused,
     PreemptRequested,
     Reason,
     Refined,
     RefinedAgain,
     RefinementRefused,
     Restored,
+    Resumed,
     RolledBack,
+    RunsTooLong,
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
+from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState, local_results, staging_key
 from workers.orders import Trained
 
 CODE_OF_FAULT = {
@@ -108,7 +118,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
     """
     state = record.state
     match event:
-        case Claimed() if state is TaskState.QUEUED:
+        case Claimed() if state is TaskState.QUEUED and not record.blocked:
             return _with(
                 record,
                 state=TaskState.TRAINING,
@@ -209,9 +219,21 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
         case PreemptRequested() if next_step(record) in (Step.TRAIN, Step.REFINE) or record.preempt_requested:
             return record
         case PreemptRequested() if next_step(record) is Step.AWAIT_ADAPTER:
-            return _with(record, preempt_requested=True)
+            return _with(record, preempt_requested=True, gives_back=event.gives_back)
         case PreemptRequested():
             raise Conflict(f"is {state} and uses no worker that could be taken from it", record.title)
+        case Paused() | Resumed() if state in (TaskState.QUEUED, TaskState.TRAINING):
+            return _after_pause(record, event)
+        case Paused():
+            raise Conflict(f"is {state}: only what waits or trains can be paused", record.title)
+        case Resumed():  # it has gone on without
+            return record
+        case CameDue() if state is TaskState.QUEUED:
+            return _with(record, not_due=False) if record.not_due else record
+        case DependencyEnded():
+            return _after_dependency(record, event)
+        case RunsTooLong() if state is TaskState.TRAINING:
+            return record if record.ran_too_long else _with(record, ran_too_long=True)
     raise Conflict(
         f"'{type(event).__name__}' cannot happen to a task that is {state}", record.title, "read the task again"
     )
@@ -236,23 +258,29 @@ def used_by(record: TaskRecord, event: Event, heard_until: float | None = None) 
 def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureSettings) -> TaskRecord:
     """Requeue or give up, by whose fault it was. Each fault has a budget of its own."""
     refines = record.state is TaskState.REFINING
-    if not refines and (event.fault == "cancelled" or record.cancel_requested):
+    if not refines and (record.cancel_requested or (event.fault == "cancelled" and not record.ran_too_long)):
         return _end(record, TaskState.CANCELLED, event.message, event.at, Reason.CANCELLED)
     lost = record.lost_machines + (event.fault == "lost")
     bugs = record.own_bugs + (event.fault == "bug")
     preemptions = record.preemptions + (event.fault == "preempted")
     counted = _with(
         record,
+        ran_seconds=record.ran_seconds + _ran(record, event),
+        ran_too_long=False,
         lost_machines=lost,
         own_bugs=bugs,
         preemptions=preemptions,
         preempt_requested=False,
+        gives_back=False,
+        gave_back_at=event.at if record.gives_back and event.fault == "preempted" else None,
         token="",
         worker="",
     )
     reason, code = "", CODE_OF_FAULT.get(event.fault, Reason.INTERNAL_ERROR)
     if event.fault == "input":
         reason = event.message
+    elif record.ran_too_long:
+        reason, code = f"ran for longer than its max_run_seconds, {_seconds_max(record):g}", Reason.RAN_TOO_LONG
     elif lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
         reason = f"gave up after {lost} lost machines and {bugs} internal errors; last: {event.message}"
     if refines:
@@ -260,6 +288,41 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
     if reason:
         return _end(counted, TaskState.PARKED, reason, event.at, code)
     return _with(counted, state=TaskState.QUEUED, reason=event.message, reason_codes=(code,))
+
+
+def _ran(record: TaskRecord, event: TrainingFailed) -> float:
+    """Seconds for which a worker had the attempt that an event ends."""
+    return max(0.0, event.at - (record.order_at or event.at)) if event.seconds is None else event.seconds
+
+
+def seconds_left(record: TaskRecord, now: float) -> float | None:
+    """Seconds for which a worker may still have a task that trains; None where it names no longest time."""
+    if record.spec.max_run_seconds is None or record.state is not TaskState.TRAINING:
+        return None
+    return _seconds_max(record) - record.ran_seconds - (now - (record.order_at or now))
+
+
+def _seconds_max(record: TaskRecord) -> float:
+    return record.spec.max_run_seconds or math.inf
+
+
+def _after_pause(record: TaskRecord, event: Paused | Resumed) -> TaskRecord:
+    if isinstance(event, Resumed):
+        return _with(record, paused=None) if record.paused else record
+    if record.paused:
+        return record
+    pause = Pause(by=event.by, reason=event.message, at=event.at)
+    runs = record.state is TaskState.TRAINING
+    return _with(record, paused=pause, preempt_requested=record.preempt_requested or runs)
+
+
+def _after_dependency(record: TaskRecord, event: DependencyEnded) -> TaskRecord:
+    if record.state is not TaskState.QUEUED or event.task_id not in record.awaits:
+        return record
+    if event.is_published:
+        return _with(record, awaits=tuple(other for other in record.awaits if other != event.task_id))
+    reason = f"comes after {event.title} ({event.task_id}), which is {event.state}"
+    return _end(record, TaskState.PARKED, reason, event.at, Reason.DEPENDENCY_FAILED)
 
 
 def _after_cancel(record: TaskRecord, event: CancelRequested) -> TaskRecord:

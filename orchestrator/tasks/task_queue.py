@@ -9,6 +9,7 @@ No method costs more because many tasks ended long ago, except `tasks`, which ha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -16,18 +17,18 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import BigInteger, Row, Select, and_, func, insert, literal, or_, select, update
+from sqlalchemy import BigInteger, Row, Select, and_, delete, func, insert, literal, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-from configs.errors import Conflict, NameTaken, NotFound, QueueFull, UnreadableTask
+from configs.errors import Conflict, InvalidInput, NameTaken, NotFound, QueueFull, UnreadableTask
 from configs.settings import FailureSettings
 from orchestrator.scheduling.fair_share import DecayedSum, Use, Waiting
 from orchestrator.tasks import tables
 from orchestrator.tasks.database import Database
-from orchestrator.tasks.task_events import Claimed, Event, Restored
+from orchestrator.tasks.task_events import Claimed, DependencyEnded, Event, Restored
 from orchestrator.tasks.task_lifecycle import advance, used_by
-from orchestrator.tasks.task_record import AT_WORK, ENDED_WITHOUT_RESULT, IN_FLIGHT, TaskRecord, TaskState
+from orchestrator.tasks.task_record import AT_WORK, ENDED_WITHOUT_RESULT, IN_FLIGHT, Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import (
     LOG,
     PROGRESS,
@@ -43,9 +44,17 @@ from workers.orders import LogLine, Point
 log = logging.getLogger("onebasis.controller")
 
 _tasks, _events, _uses, _team_uses = tables.tasks, tables.events, tables.uses, tables.team_uses
+_awaits, _pauses = tables.awaits, tables.pauses
 _RECORD = (_tasks.c.task_id, _tasks.c.team, _tasks.c.name, _tasks.c.record)
 _ENDED = [str(state) for state in ENDED_WITHOUT_RESULT]
 _QUEUED = str(TaskState.QUEUED)
+_IN_LINE = (_tasks.c.state == _QUEUED, _tasks.c.blocked == "")
+_BLOCKED = ("paused", "dependency", "not-before")
+"""What `TaskRecord.blocked` may say, other than that the task stands in line."""
+SERVICE = ""
+"""Team of a pause that holds for the whole service."""
+DUE_AT_ONCE = 100
+"""Tasks that one `due` names."""
 
 AnyRow = Row[*tuple[Any, ...]]
 
@@ -132,6 +141,7 @@ class TaskQueue:
         Raises:
             NameTaken: Another task of that name is alive or published.
             QueueFull: The team has `queued_max` tasks waiting.
+            InvalidInput: It comes after a task that is not there, or that ended without being published.
         """
         with self._database.writing() as connection:
             self._lock_team(connection, record.team)
@@ -141,10 +151,14 @@ class TaskQueue:
             self._refuse_taken_name(connection, record)
             if queued_max is not None:
                 self._refuse_full_queue(connection, record.team, queued_max)
+            record = record.model_copy(update={"awaits": self._before(connection, record.spec.after)})
             try:
                 connection.execute(insert(_tasks).values(task_id=record.task_id, **columns_of(record)))
             except IntegrityError as error:  # name and key are free, and no other writer of this team is at work
                 raise Conflict("the task id is taken", record.task_id, "submit again") from error
+            rows = [{"after_id": other, "task_id": record.task_id} for other in record.awaits]
+            if rows:
+                connection.execute(insert(_awaits), rows)
             self._append(connection, record.task_id, [("submitted", note)], record.submitted_at)
         return record, True
 
@@ -161,11 +175,22 @@ class TaskQueue:
             alive = connection.execute(select(*_RECORD).where(*same, _tasks.c.state.not_in(_ENDED))).first()
         return SameContent(self._read(alive) if alive else None, count)
 
-    def check(self, record: TaskRecord, queued_max: int) -> None:
-        """Refuse what `add` will refuse, before anything is uploaded. Raises NameTaken, QueueFull."""
+    def check(self, record: TaskRecord, queued_max: int, beside: Collection[str] = ()) -> tuple[str, ...]:
+        """Refuse what `add` will refuse, before anything is uploaded.
+
+        Args:
+            beside: Tasks (`team/name`) that are submitted before it and are not there yet.
+
+        Returns:
+            Ids of the tasks that it comes after and that are not published.
+
+        Raises:
+            NameTaken, QueueFull, InvalidInput: As `add`.
+        """
         with self._database.reading() as connection:
             self._refuse_taken_name(connection, record)
             self._refuse_full_queue(connection, record.team, queued_max)
+            return self._before(connection, [title for title in record.spec.after if title not in beside])
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -273,6 +298,13 @@ class TaskQueue:
         with self._database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(chosen)}
 
+    def queued(self) -> list[tuple[str, str, int]]:
+        """(team, what blocks them, number) of queued tasks, from an index alone; see `TaskRecord.blocked`."""
+        chosen = select(_tasks.c.team, _tasks.c.blocked, func.count()).where(_tasks.c.state == _QUEUED)
+        with self._database.reading() as connection:
+            rows = connection.execute(chosen.group_by(_tasks.c.blocked, _tasks.c.team).order_by(_tasks.c.team))
+            return [(team, blocked, count) for team, blocked, count in rows]
+
     def unreadable(self) -> tuple[UnreadableTask, ...]:
         """Rows that this process met and could not read. They are left out of every list, and nothing is done for
         them; each says what to do."""
@@ -284,23 +316,32 @@ class TaskQueue:
         """Tasks that are not done and do not wait for a worker to train them, by age: as many as are at work."""
         return self.tasks(IN_FLIGHT)
 
-    def is_anyone_waiting(self) -> bool:
-        """Whether a task waits for a worker to train it."""
+    def is_anyone_waiting(self, without: Collection[str] = ()) -> bool:
+        """Whether a task of any other team than these stands in line for a worker to train it."""
         with self._database.reading() as connection:
-            return connection.execute(select(literal(1)).where(_tasks.c.state == _QUEUED).limit(1)).first() is not None
+            return any(team not in without for team in connection.execute(_teams_that_wait()).scalars())
 
-    def waiting(self, limit: int | None = None) -> list[Waiting]:
-        """The tasks that wait for a worker, without their records.
+    def waiting(self, limit: int | None = None, ranks: int = 1, without: Collection[str] = ()) -> list[Waiting]:
+        """The tasks that stand in line for a worker, without their records: those that nothing blocks.
 
         Args:
             limit: Number of tasks of each team, the first ones in its order; default: all.
+            ranks: Places that each of them takes.
+            without: Teams that are left out.
 
         Cost:
             One read of an index for each team, as long as what it brings.
         """
         line = (
-            select(_tasks.c.task_id, _tasks.c.team, -_tasks.c.priority, _tasks.c.submitted_at)
-            .where(_tasks.c.state == _QUEUED)
+            select(
+                _tasks.c.task_id,
+                _tasks.c.team,
+                -_tasks.c.priority,
+                _tasks.c.submitted_at,
+                _tasks.c.gave_back_at,
+                _tasks.c.max_run_seconds,
+            )
+            .where(*_IN_LINE)
             .order_by(_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.task_id)
         )
         aside = {*self._unreadable}
@@ -312,13 +353,61 @@ class TaskQueue:
                 rows = [
                     row
                     for team in teams
+                    if team not in without
                     for row in connection.execute(line.where(_tasks.c.team == team).limit(limit + len(aside)))
                 ]
         return [
-            Waiting(task_id=task_id, team=team, priority=priority, submitted_at=submitted_at)
-            for task_id, team, priority, submitted_at in rows
-            if task_id not in aside
+            Waiting(
+                task_id=task_id,
+                team=team,
+                priority=priority,
+                submitted_at=submitted_at,
+                ranks=ranks,
+                preempted_at=gave_back_at,
+                seconds_max=seconds_max,
+            )
+            for task_id, team, priority, submitted_at, gave_back_at, seconds_max in rows
+            if task_id not in aside and team not in without
         ]
+
+    def due(self, now: float) -> tuple[list[str], float | None]:
+        """Ids of tasks whose `not_before` has come and that do not stand in line yet, a hundred at most; and the Unix
+        time at which the next one's comes, None where none waits for its time.
+
+        Cost:
+            As many rows of an index as have come due.
+        """
+        timed = (_tasks.c.state == _QUEUED, _tasks.c.blocked == "not-before")
+        chosen = select(_tasks.c.task_id, _tasks.c.not_before).where(*timed).order_by(_tasks.c.not_before)
+        with self._database.reading() as connection:
+            rows = list(connection.execute(chosen.limit(DUE_AT_ONCE + 1)))
+        come = [task_id for task_id, at in rows[:DUE_AT_ONCE] if at <= now]
+        return come, next((float(at) for _, at in rows[len(come) :]), None)
+
+    # --- pauses ------------------------------------------------------------------------------------------------
+
+    def pauses(self) -> dict[str, Pause]:
+        """Team to its pause; that of the whole service under `SERVICE`."""
+        with self._database.reading() as connection:
+            rows = connection.execute(select(_pauses.c.team, _pauses.c.by, _pauses.c.reason, _pauses.c.at))
+            return {team: Pause(by=by, reason=reason, at=at) for team, by, reason, at in rows}
+
+    def set_pause(self, team: str, pause: Pause | None) -> Pause | None:
+        """Start nothing of a team, or of the service (`SERVICE`), from now on; None: start its tasks again.
+
+        Returns:
+            The pause that was in force before: paused twice, the first pause counts.
+        """
+        mine = _pauses.c.team == team
+        with self._database.writing() as connection:
+            self._lock_team(connection, team)
+            row = connection.execute(select(_pauses.c.by, _pauses.c.reason, _pauses.c.at).where(mine)).first()
+            before = Pause(by=row.by, reason=row.reason, at=row.at) if row else None
+            if pause is None:
+                connection.execute(delete(_pauses).where(mine))
+            elif before is None:
+                connection.execute(insert(_pauses).values(team=team, by=pause.by, reason=pause.reason, at=pause.at))
+        return before
 
     def placed(self) -> list[Placed]:
         """The published tasks, and the parked ones that are in a version, without their records."""
@@ -478,6 +567,8 @@ class TaskQueue:
         if written.rowcount != 1:
             raise _OvertakenError
         self._append(connection, task_id, [(type(event).__name__, narrate(after, event))], time.time())
+        if after.state is not record.state:
+            self._tell_those_behind(connection, after)
         if use := used_by(record, event, row.lease_until):
             what = "refine" if record.state is TaskState.REFINING else "train"
             self._charge(
@@ -492,6 +583,45 @@ class TaskQueue:
                 ),
             )
         return after
+
+    def _before(self, connection: Connection, titles: Sequence[str]) -> tuple[str, ...]:
+        """Ids of the newest tasks of these names, without those that are published. Raises InvalidInput."""
+        found = []
+        for title in titles:
+            team, _, name = title.partition("/")
+            named = select(_tasks.c.task_id, _tasks.c.state).where(_tasks.c.team == team, _tasks.c.name == name)
+            newest = named.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(1)
+            row = connection.execute(newest).first()
+            if row is None:
+                raise InvalidInput(f"there is no task {title}", "after", "submit that one first, or leave it out")
+            if row.state in _ENDED:
+                todo = f"`onebasis retry {title}` first, or leave it out"
+                raise InvalidInput(f"{title} is {row.state}, so this task could never start", "after", todo)
+            if row.state != TaskState.PUBLISHED:
+                found.append(row.task_id)
+        return tuple(found)
+
+    def _tell_those_behind(self, connection: Connection, record: TaskRecord) -> None:
+        """Tasks that come after one that is published, or ended otherwise, stand in line or are parked: with it, in one
+        transaction."""
+        is_published = record.state is TaskState.PUBLISHED
+        if not is_published and record.state not in ENDED_WITHOUT_RESULT:
+            return
+        behind = _awaits.c.after_id == record.task_id
+        ids = connection.execute(select(_awaits.c.task_id).where(behind).order_by(_awaits.c.task_id)).scalars().all()
+        if not ids:
+            return
+        told = DependencyEnded(
+            task_id=record.task_id,
+            title=record.title,
+            state=str(record.state),
+            is_published=is_published,
+            at=time.time(),
+        )
+        connection.execute(delete(_awaits).where(behind))
+        for task_id in ids:
+            with contextlib.suppress(UnreadableTask):
+                self._apply(connection, task_id, told)
 
     def _charge(self, connection: Connection, spent: Spent) -> None:
         team = _team_uses.c.team == spent.team
@@ -571,7 +701,8 @@ class TaskQueue:
         )
 
     def _refuse_full_queue(self, connection: Connection, team: str, queued_max: int) -> None:
-        mine = select(literal(1)).where(_tasks.c.state == _QUEUED, _tasks.c.team == team).limit(queued_max)
+        mine = select(literal(1)).where(_tasks.c.state == _QUEUED, _tasks.c.team == team)
+        mine = mine.where(_tasks.c.blocked.in_(("", *_BLOCKED))).limit(queued_max)  # so that an index has them together
         if connection.execute(select(func.count()).select_from(mine.subquery())).scalar_one() >= queued_max:
             raise QueueFull(
                 f"team '{team}' has {queued_max} tasks waiting, its limit",
@@ -608,9 +739,8 @@ class _OvertakenError(Exception):
 
 def _teams_that_wait() -> Select[Any]:
     """Teams with a waiting task, found by steps from team to team in the index, not by reading all its rows."""
-    waits = _tasks.c.state == _QUEUED
-    first = select(func.min(_tasks.c.team).label("team")).where(waits).cte("teams", recursive=True)
-    following = select(func.min(_tasks.c.team)).where(waits, _tasks.c.team > first.c.team).scalar_subquery()
+    first = select(func.min(_tasks.c.team).label("team")).where(*_IN_LINE).cte("teams", recursive=True)
+    following = select(func.min(_tasks.c.team)).where(*_IN_LINE, _tasks.c.team > first.c.team).scalar_subquery()
     teams = first.union_all(select(following).where(first.c.team.is_not(None)))
     return select(teams.c.team).where(teams.c.team.is_not(None))
 

@@ -49,6 +49,14 @@ ROUNDING = 1e-9
 """Scores are quotients of integers, computed in several ways."""
 
 
+class Pause(Section):
+    """A person's wish that nothing is started."""
+
+    by: str
+    reason: str = ""
+    at: float
+
+
 class TaskRecord(Section):
     """One task. Optional numbers are None where not measured, never 0."""
 
@@ -83,6 +91,12 @@ class TaskRecord(Section):
     """The same for programs: codes of `task_events.Reason` and `gate.Rule`, each a row of docs/trouble.md. Text,
     because a newer release may know more of them. Empty in records of releases up to 0.3."""
     cancel_requested: bool = False
+    paused: Pause | None = None
+    """Pause of this task alone; those of its team and of the service are no part of it."""
+    awaits: tuple[str, ...] = ()
+    """Ids of the tasks in `spec.after` that are not published yet."""
+    not_due: bool = False
+    """Whether its `spec.not_before` has not come."""
 
     attempt: int = 0
     token: str = ""
@@ -98,6 +112,16 @@ class TaskRecord(Section):
     """How often it gave up its worker, with a checkpoint. For people: it counts against no budget."""
     preempt_requested: bool = False
     """Whether its running attempt should write a checkpoint and go back to the queue."""
+    gives_back: bool = False
+    """Whether it should do so because its team is beyond its quota."""
+    gave_back_at: float | None = None
+    """When the attempt before the running, or the next, one ended for that; None: it ended otherwise, or there was
+    none."""
+
+    ran_seconds: float = 0.0
+    """Seconds for which workers had it in earlier attempts."""
+    ran_too_long: bool = False
+    """Whether its running attempt is stopped for `spec.max_run_seconds`."""
 
     first_step_at: float | None = None
     train_seconds: float | None = None
@@ -138,6 +162,14 @@ class TaskRecord(Section):
     unrefined: str = ""
     """Why it was not refined, though it was to be."""
     ended_at: float | None = None
+
+    @property
+    def blocked(self) -> str:
+        """Code of what keeps it from standing in line, while it is queued; empty where it stands in line. Of several
+        the first in the order of `orchestrator.scheduling.reasons.WaitCode`."""
+        if self.state is not TaskState.QUEUED:
+            return ""
+        return "paused" if self.paused else "dependency" if self.awaits else "not-before" if self.not_due else ""
 
     @property
     def trouble(self) -> tuple[str, ...]:

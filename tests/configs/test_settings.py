@@ -192,3 +192,12 @@ def test_a_section_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("teams: {red: {}}\n")
     with pytest.raises(InvalidInput, match="base_model is missing"):
         read_settings(tmp_path / "settings.yaml")
+
+
+def test_a_quota_has_room_for_one_task_at_least(tmp_path: Path) -> None:
+    read = read_settings(
+        written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 4, "place_hours_a_week": 0.5}})
+    )
+    assert read.teams["red"].places == 4
+    with pytest.raises(InvalidInput, match=r"teams.red.places is 3, and a task takes 4 \(workers.ranks\)"):
+        read_settings(written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 3}}))

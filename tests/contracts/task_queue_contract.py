@@ -16,17 +16,19 @@ from configs.settings import FailureSettings
 from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Use, Waiting
 from orchestrator.tasks import tables, task_queue
 from orchestrator.tasks.task_events import (
+    CameDue,
     CancelRequested,
     Claimed,
     Judged,
     MergeBegun,
     Merged,
+    PreemptRequested,
     Restored,
     TrainingDone,
     TrainingFailed,
 )
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS
 from tests.builders import task_record, trained
 from workers.orders import Point
@@ -45,6 +47,11 @@ def at_once(count: int, act: Callable[[int], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
+
+
+def narrated(queue: TaskQueue, task_id: str) -> str:
+    """All that is told of a task."""
+    return "\n".join(event.text for event in queue.events(task_id))
 
 
 def stored_text(queue: TaskQueue, task_id: str) -> str:
@@ -127,6 +134,69 @@ class TaskQueueContract:
             found = at_once(8, lambda n, tasks=tasks: queue.add(tasks[n]))
             assert sum(isinstance(answer, Conflict) for answer in found) == 7
         assert len(queue.tasks()) == 4
+
+    # --- what keeps a task from standing in line ---
+
+    def test_a_task_stands_in_line_when_what_it_comes_after_is_published(self, queue: TaskQueue) -> None:
+        queue.add(task_record("red/first", state=TaskState.EVALUATING, version=3))
+        queue.add(task_record("blue/done", state=TaskState.PUBLISHED, version=2))
+        behind, _ = queue.add(task_record("red/behind", {"after": ["red/first", "blue/done"]}))
+        assert (behind.awaits, queue.waiting(), queue.is_anyone_waiting()) == (("t-red-first",), [], False)
+        queue.apply("t-red-first", Judged(True, "fine", 5.0))
+        assert [waiting.task_id for waiting in queue.waiting(limit=1)] == ["t-red-behind"]
+        assert "red/first" in narrated(queue, "t-red-behind")
+
+    def test_all_tasks_behind_one_that_is_not_published_are_parked_with_it(self, queue: TaskQueue) -> None:
+        queue.add(task_record("red/first"))
+        queue.add(task_record("red/second", {"after": ["red/first"]}))
+        queue.add(task_record("blue/third", {"after": ["red/second"]}))
+        queue.apply("t-red-first", CancelRequested("ann", 5.0))
+        for title, before in (("red/second", "red/first"), ("blue/third", "red/second")):
+            record = queue.find(title)
+            assert (record.state, record.reason_codes) == (TaskState.PARKED, ("dependency-failed",))
+            assert record.reason.startswith(f"comes after {before} ")
+
+    def test_a_task_behind_what_is_not_there_or_has_failed_is_refused(self, queue: TaskQueue) -> None:
+        queue.add(task_record("red/failed", state=TaskState.PARKED))
+        for title in ("red/failed", "red/nobody"):
+            record = task_record("red/behind", {"after": [title]})
+            with pytest.raises(InvalidInput, match=title):
+                queue.check(record, 5)
+            with pytest.raises(InvalidInput, match=title):
+                queue.add(record)
+        queue.check(task_record("red/behind", {"after": ["red/nobody"]}), 5, beside=["red/nobody"])
+        assert len(queue.tasks()) == 1
+
+    def test_tasks_come_due_in_the_order_of_their_times(self, queue: TaskQueue) -> None:
+        for number in (3, 1, 2):
+            spec = {"not_before": f"1970-01-01T00:0{number}:00Z"}
+            queue.add(task_record(f"red/at-{number}", spec, not_due=True))
+        assert queue.waiting() == []
+        assert queue.due(now=30.0) == ([], 60.0)
+        assert queue.due(now=130.0) == (["t-red-at-1", "t-red-at-2"], 180.0)
+        for task_id in queue.due(now=130.0)[0]:
+            queue.apply(task_id, CameDue())
+        assert queue.due(now=500.0) == (["t-red-at-3"], None)
+        assert {waiting.task_id for waiting in queue.waiting()} == {"t-red-at-1", "t-red-at-2"}
+
+    def test_a_pause_is_kept_until_it_is_taken_back_and_the_first_counts(self, queue: TaskQueue) -> None:
+        ann, bob = Pause(by="ann", reason="audit", at=2.0), Pause(by="bob", at=3.0)
+        assert queue.set_pause("red", ann) is None
+        assert queue.set_pause("red", bob) == ann
+        assert queue.set_pause("", bob) is None
+        assert queue.pauses() == {"red": ann, "": bob}
+        assert (queue.set_pause("red", None), queue.set_pause("red", None)) == (ann, None)
+        assert queue.pauses() == {"": bob}
+
+    def test_who_gave_its_place_back_is_known_in_the_line(self, queue: TaskQueue) -> None:
+        queue.add(task_record(spec={"max_run_seconds": 50.0}))
+        assert queue.waiting()[0].seconds_max == 50.0
+        queue.apply("t-red-alpha", Claimed(token="tok", worker="worker-0", at=1.0))
+        queue.apply("t-red-alpha", PreemptRequested("team blue", gives_back=True))
+        queue.apply("t-red-alpha", TrainingFailed(token="tok", fault="preempted", message="x", at=9.0))
+        assert [waiting.preempted_at for waiting in queue.waiting()] == [9.0]
+        assert (queue.is_anyone_waiting(), queue.is_anyone_waiting(without=["red"])) == (True, False)
+        assert queue.waiting(without=["red"]) == queue.waiting(limit=1, without=["red"]) == []
 
     # --- advancing ---
 

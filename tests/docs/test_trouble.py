@@ -14,6 +14,7 @@ from configs.errors import Exit, OnebasisError, StoreFull, row_of
 from orchestrator.alarms import AlarmCode
 from orchestrator.commands import display
 from orchestrator.judging.gate import Rule
+from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_events import Reason
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT
 from subspace_store.commands import terminal
@@ -46,7 +47,7 @@ def codes() -> set[str]:
     """Every code that a message, an alarm or a task can name."""
     of_errors = {leaf.code or leaf.kind for leaf in leaves() if leaf.__module__.split(".")[0] != "tests"}
     of_tasks = {*map(str, Reason), *map(str, Rule), *map(str, ENDED_WITHOUT_RESULT)}
-    return of_errors | of_tasks | {*map(str, AlarmCode)} | {"held"}
+    return of_errors | of_tasks | {*map(str, AlarmCode), *map(str, WaitCode)}
 
 
 def test_every_code_has_a_row_and_every_row_a_code() -> None:

@@ -51,7 +51,19 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 
 def test_the_commands_are_these() -> None:
     running = {"up", "down", "status"}
-    of_tasks = {"submit", "import", "tasks", "task", "cancel", "preempt", "logs"}
+    of_tasks = {
+        "submit",
+        "import",
+        "tasks",
+        "task",
+        "cancel",
+        "retry",
+        "pause",
+        "resume",
+        "preempt",
+        "logs",
+        "simulate",
+    }
     of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
     assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
 
@@ -177,7 +189,11 @@ def test_a_number_with_brackets_is_shown_as_it_is_and_not_as_colour(onebasis: On
 def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: Onebasis) -> None:
     before = site.client.ask(ListTasks())
     result = onebasis("submit", "--dry-run", task_file(site, "red/dry"))
-    assert (result.exit_code, result.stdout) == (0, "red/dry is fine: 6 training rows, 1 evaluation row\n")
+    first, now, end, cost = result.stdout.splitlines()
+    assert (result.exit_code, first) == (0, "red/dry is fine: 6 training rows, 1 evaluation row")
+    assert now.startswith("  now        is about to start; place 1, 0 before it; starts at once")
+    assert end == "  trained    between 2 s and 17 s from now, in four of five cases"
+    assert cost == "  cost       about 2 s of a worker, as the last tasks"
     assert site.client.ask(ListTasks()) == before
 
 
@@ -212,6 +228,53 @@ def test_a_folder_and_files_are_submitted_together(site: Site, onebasis: Onebasi
     result = onebasis("submit", str(many), "--wait")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("published") >= 2
+
+
+@pytest.mark.changes
+def test_files_are_submitted_behind_those_that_they_come_after(site: Site, onebasis: Onebasis, many: Path) -> None:
+    (many / "a-last.yaml").write_text(yaml.safe_dump(site.document("red/last", after=["red/one", "red/alpha"])))
+    told = json.loads(onebasis("submit", str(many), "--json").stdout)
+    titles = [one["title"] for one in told]
+    assert titles.index("red/last") > titles.index("red/one")
+    assert sorted(titles) == ["red/last", "red/one", "red/two"]
+    site.wait_for("red/last", "published")
+
+
+def test_tasks_that_come_after_each_other_in_a_circle_are_refused(site: Site, onebasis: Onebasis, many: Path) -> None:
+    for name, before in (("egg", "hen"), ("hen", "cock"), ("cock", "egg")):
+        (many / f"{name}.yaml").write_text(yaml.safe_dump(site.document(f"blue/{name}", after=[f"blue/{before}"])))
+    result = onebasis("submit", str(many), "--dry-run")
+    assert result.exit_code == 2
+    assert result.stderr.count("comes after blue/") == 3
+    assert "comes after blue/cock, which comes after it" in result.stderr
+
+
+def test_arrivals_are_simulated_under_the_settings_of_the_service(onebasis: Onebasis, tmp_path: Path) -> None:
+    table = tmp_path / "arrivals.csv"
+    table.write_text("at_seconds,team,seconds\n0,red,100\n0,red,100\n30,blue,50\n")
+    found = json.loads(onebasis("simulate", str(table), "--json").stdout)
+    assert found["waits"][0] == {"team": "blue", "ranks": 1, "tasks": 1} | dict.fromkeys(
+        ("mean_seconds", "p50_seconds", "p90_seconds", "max_seconds"), 70.0
+    )
+    assert "never started" in onebasis("simulate", str(table)).stdout
+    table.write_text("at_seconds,team,seconds\n0,green,100\n")
+    refused = onebasis("simulate", str(table))
+    assert (refused.exit_code, "there is no team 'green'" in refused.stderr) == (2, True)
+
+
+@pytest.mark.changes
+def test_pausing_names_what_is_paused_and_never_everything_by_default(site: Site, onebasis: Onebasis) -> None:
+    for nothing in ("pause", "resume"):
+        refused = onebasis(nothing)
+        assert (refused.exit_code, "names not exactly one of" in refused.stderr) == (2, True)
+    assert onebasis("pause", "--service", "--reason", "audit").exit_code == 0
+    assert "the service is paused by ann for" in onebasis("status").stdout
+    resumed = onebasis("resume", "--service", "--json")
+    assert json.loads(resumed.stdout) == {"team": None, "is_new": True, "paused": None}
+    assert "paused" not in onebasis("status").stdout
+    assert json.loads(onebasis("cancel", "--team", "red", "--json").stdout)["done"] == []
+    assert onebasis("cancel", "red/alpha", "--team", "red").exit_code == 2
+    assert "is published" in onebasis("retry", "red/alpha").stderr
 
 
 @pytest.mark.changes

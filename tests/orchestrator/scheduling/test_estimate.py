@@ -1,16 +1,43 @@
-"""When a waiting task starts: by arithmetic on what is known, and None where nothing is."""
+"""When a waiting task starts: by arithmetic on what is known, and nothing where nothing is."""
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
+from orchestrator.scheduling import estimate
+from orchestrator.scheduling.estimate import GRAIN_SECONDS, KNOWN_MIN, Estimate, Pace, Told, estimate_starts, pace_of
+from orchestrator.scheduling.fair_share import Running, Waiting
 
-PACE = Pace(10.0, 3)
+NOW = 1000.0
+TENS = pace_of([10.0] * 5)
+
+
+def line(*ranks: int) -> list[Waiting]:
+    """Tasks `1`, `2` … that take so many places each."""
+    return [
+        Waiting(task_id=str(number), team="red", priority=0, submitted_at=number, ranks=places)
+        for number, places in enumerate(ranks, 1)
+    ]
+
+
+def runs(left: float | None, since: float = NOW, ranks: int = 1) -> Running:
+    return Running("red", since, seconds_left=left, ranks=ranks)
+
+
+def starts(
+    tasks: Sequence[Waiting], running: Sequence[Running], free: int, pace: Pace | None = TENS, told: Sequence[Told] = ()
+) -> dict[str, Estimate]:
+    return estimate_starts(tasks, running, free, pace, told, now=NOW)
 
 
 def test_the_pace_is_the_median_of_what_tasks_took() -> None:
-    assert pace_of([1.0, 100.0, 10.0]) == PACE
+    assert pace_of([1.0, 100.0, 10.0]) == Pace(10.0, 3, (1.0, 10.0, 100.0))
     assert pace_of([]) is None
 
 
@@ -23,16 +50,108 @@ def test_the_pace_is_the_median_of_what_tasks_took() -> None:
         (3, (4.0, 7.0), 0, 14.0),  # the worker that is free after 4 s takes the first, for 10 s
         (4, (4.0, 7.0), 0, 17.0),
         (2, (4.0,), 1, 4.0),
-        (1, (-5.0,), 0, 0.0),  # it takes longer than usual: it may be done at any moment
+        (1, (-5.0,), 0, 0.0),  # it takes longer than it said: it may be done at any moment
         (21, (), 2, 100.0),
     ],
 )
-def test_each_task_before_it_takes_what_is_usual_on_the_worker_that_is_free_first(
+def test_each_task_before_it_takes_what_is_usual_on_the_place_that_is_free_first(
     place: int, left: tuple[float, ...], free: int, seconds: float
 ) -> None:
-    assert starts_in(place, left, free, PACE) == seconds
+    found = starts(line(*[1] * place), [runs(one) for one in left], free)[str(place)]
+    assert (found.seconds, found.drawn) == (pytest.approx(seconds), seconds)
+    # Before anything is known of how right estimates are: from a third to three times of it.
+    assert found.earliest == pytest.approx(max(0.0, (seconds + GRAIN_SECONDS) / 3 - GRAIN_SECONDS))
+    assert found.latest == pytest.approx((seconds + GRAIN_SECONDS) * 3)
 
 
-def test_nobody_can_say_without_a_worker_or_a_task_that_ended() -> None:
-    assert starts_in(1, (), 0, PACE) is None
-    assert starts_in(1, (1.0,), 1, None) is None
+def test_a_large_task_waits_for_all_its_places_and_one_that_never_fits_keeps_nobody_waiting() -> None:
+    # Places free at 0, 0, 6: three at 6, until 16; then one.
+    found = starts(line(3, 9, 1), [runs(6.0)], 2)
+    assert {task_id: one.drawn for task_id, one in found.items()} == {"1": 6.0, "3": 16.0}
+
+
+def test_what_does_not_say_when_it_ends_takes_as_long_as_those_that_took_longer() -> None:
+    pace = pace_of([10.0, 900.0, 9000.0])
+    # It has run for 15: it is one of those of 900 or 9000.
+    found = starts(line(1), [runs(None, since=NOW - 15)], 0, pace)["1"]
+    assert found.drawn in (885.0, 8985.0)
+    assert found.earliest <= 885.0
+    assert found.latest >= 8985.0 + GRAIN_SECONDS
+    assert starts(line(1), [runs(None, since=NOW - 9001)], 0, pace)["1"].drawn == 0.0  # longer than any: at any moment
+
+
+def test_nobody_can_say_without_a_place_or_a_task_that_ended() -> None:
+    assert starts(line(1), [], 0) == {}
+    assert starts(line(1), [runs(1.0)], 1, None) == {}
+
+
+def test_behind_a_thousand_tasks_nothing_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "DEPTH_MAX", 2)
+    assert set(starts(line(1, 1, 1), [], 1)) == {"1", "2"}
+
+
+def test_only_what_is_asked_for_is_told() -> None:
+    assert set(estimate_starts(line(1, 1), [], 1, TENS, now=NOW, asked=["2", "gone"])) == {"2"}
+
+
+def test_estimates_are_moved_by_what_those_like_them_missed() -> None:
+    # Those of about 100 s took three times as long, those of about 10,000 s what they were estimated at.
+    told = [Told(100.0, 300.0, False)] * 60 + [Told(10_000.0, 10_000.0, True)] * 60
+    rest = GRAIN_SECONDS
+    near = starts(line(1), [runs(100.0)], 0, told=told)["1"]
+    assert (near.seconds, near.drawn) == (pytest.approx(105.0 * (300 + rest) / (100 + rest) - rest), 100.0)
+    far = starts(line(1), [runs(10_000.0)], 0, told=told)["1"]
+    assert (far.earliest, far.latest) == (pytest.approx(10_000.0), pytest.approx(10_000.0 + rest))
+    few = starts(line(1), [runs(100.0)], 0, told=told[:5])["1"]  # ten that nobody measured count beside them
+    assert few.seconds == pytest.approx(105.0 * 1.5 - rest)
+    sure = starts(line(1), [runs(100.0)], 0, told=told[:KNOWN_MIN])["1"]
+    assert sure.earliest == sure.seconds == near.seconds
+
+
+def test_the_interval_is_what_four_of_five_of_those_before_were_in() -> None:
+    rng = random.Random(3)
+    took = [100.0 * math.exp(rng.gauss(0.5, 1.0)) for _ in range(60)]
+    told = [Told(100.0, seconds) for seconds in took]
+    found = starts(line(1), [runs(100.0)], 0, told=told)["1"]
+    # 61 · 0.1 - 1 → the sixth of each end is the end: 50 of 60 are inside, ends and all.
+    assert sum(found.earliest - 1e-6 <= seconds <= found.latest for seconds in took) in (50, 51)
+
+
+def test_while_too_few_starts_are_inside_the_interval_is_wider() -> None:
+    hits = [Told(1.0, 1.0, inside=number % 10 < 8) for number in range(60)]  # 0.80, where 0.86 is aimed at
+    assert estimate.tail_of(hits) == pytest.approx(max(0.0, 0.1 - estimate.GAIN * 0.06))
+    better = [Told(1.0, 1.0, inside=number % 20 < 17) for number in range(60)]  # 0.85
+    assert estimate.tail_of(better) == pytest.approx(0.1 - estimate.GAIN * 0.01)
+    assert estimate.tail_of([Told(1.0, 1.0, True)] * 60) == pytest.approx(0.1)
+    assert estimate.tail_of([Told(1.0, 1.0, False)] * 60) == 0.0
+    assert estimate.tail_of([Told(1.0, 1.0)] * 60) == pytest.approx(0.1)  # nobody knows yet
+
+
+def test_what_has_started_is_inside_or_not_and_what_waits_is_late_or_nothing() -> None:
+    told = Estimate(20.0, 10.0, 30.0, 18.0)
+    assert [estimate.started(told, waited).inside for waited in (9.0, 10.0, 30.0, 31.0)] == [False, True, True, False]
+    assert estimate.late(told, 18.0) is None
+    assert estimate.late(told, 19.0) == Told(18.0, 19.0)
+
+
+def test_a_task_ends_a_usual_time_after_its_start() -> None:
+    pace = pace_of([float(span) for span in range(11)])
+    assert pace is not None
+    assert estimate.ends(Estimate(20.0, 10.0, 30.0, 20.0), pace) == Estimate(25.0, 11.0, 39.0, 25.0)
+
+
+spans = st.floats(0, 1e6)
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    st.lists(st.none() | spans, max_size=4),
+    st.integers(0, 3),
+    st.lists(spans, min_size=1, max_size=9),
+    st.lists(st.builds(Told, spans, spans, st.none() | st.booleans()), max_size=40),
+)
+def test_an_interval_is_an_interval(
+    ranks: list[int], left: list[float | None], free: int, took: list[float], told: list[Told]
+) -> None:
+    for found in starts(line(*ranks), [runs(one) for one in left], free, pace_of(took), told).values():
+        assert 0 <= found.earliest <= found.seconds <= found.latest < math.inf

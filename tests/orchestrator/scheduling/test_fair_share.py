@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,6 +12,7 @@ from orchestrator.scheduling.fair_share import (
     HALF_LIFE_SECONDS,
     DecayedSum,
     Running,
+    Share,
     Use,
     Waiting,
     running_order,
@@ -41,8 +43,15 @@ def total(seconds: float, *ends: float) -> DecayedSum:
     return found
 
 
-def order(tasks: list[Waiting], use: dict[str, float] | None = None, **more: dict[str, float]) -> list[str]:
-    return list(running_order(tasks, use or {}, more.get("running", {}), more.get("weights", {})))  # type: ignore[arg-type]
+def order(
+    tasks: list[Waiting],
+    use: dict[str, float] | None = None,
+    running: Sequence[Running] = (),
+    weights: dict[str, float] | None = None,
+    now: float = 0.0,
+) -> list[str]:
+    shares = {team: Share(weight=weight) for team, weight in (weights or {}).items()}
+    return list(running_order(tasks, use or {}, running, shares, now=now))
 
 
 def test_use_halves_every_seven_days() -> None:
@@ -68,7 +77,7 @@ def test_what_runs_weighs_as_long_as_it_has_run_and_at_least_a_short_task() -> N
     assert running_seconds(running, now=hours) == {"red": hours, "blue": CHARGE_SECONDS + 5.0}
     # Ten hours that are not over: blue's four start before red's second.
     tasks = waiting("red1", "blue2", "blue3", "blue4", "blue5")
-    assert order(tasks, running=running_seconds(running, hours))[-1] == "red1"
+    assert order(tasks, running=running, now=hours)[-1] == "red1"
 
 
 def test_the_team_that_used_least_goes_first() -> None:
@@ -86,7 +95,7 @@ def test_each_admission_is_charged_so_that_a_hundred_tasks_do_not_all_go_before_
 def test_what_runs_already_is_charged_too() -> None:
     # red runs two: 120 against 0, so blue's two go first (0, 60), then at 120 = 120 the older first task: red.
     tasks = waiting("red1", "red2", "blue3", "blue4", "blue5")
-    assert order(tasks, running={"red": 2 * CHARGE_SECONDS}) == ["blue3", "blue4", "red1", "blue5", "red2"]
+    assert order(tasks, running=[Running("red", 0.0)] * 2) == ["blue3", "blue4", "red1", "blue5", "red2"]
 
 
 def test_a_team_of_twice_the_weight_goes_twice_as_often() -> None:
@@ -122,14 +131,15 @@ def test_the_first_few_are_the_same_when_only_the_head_of_each_line_is_known() -
         for team in teams
         for n in range(200)
     ]
-    everything = running_order(tasks, teams, {"blue": 90.0}, {"red": 2.0})
+    running, shares = [Running("blue", 0.0)], {"red": Share(weight=2.0)}
+    everything = running_order(tasks, teams, running, shares, now=90.0)
     assert sorted(everything) == sorted(task.task_id for task in tasks)
     heads = [
         task
         for team in teams
         for task in sorted((t for t in tasks if t.team == team), key=lambda t: (-t.priority, t.submitted_at))[:7]
     ]
-    assert running_order(heads, teams, {"blue": 90.0}, {"red": 2.0}, limit=7) == everything[:7]
+    assert running_order(heads, teams, running, shares, now=90.0, limit=7) == everything[:7]
 
 
 def test_nothing_waits() -> None:

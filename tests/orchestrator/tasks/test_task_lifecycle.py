@@ -14,26 +14,31 @@ from configs.errors import Conflict
 from configs.settings import FailureSettings
 from orchestrator.scheduling.fair_share import Use
 from orchestrator.tasks.task_events import (
+    CameDue,
     CancelRequested,
     Claimed,
+    DependencyEnded,
     Event,
     Judged,
     MergeBegun,
     Merged,
     MergeRefused,
     MergeUndone,
+    Paused,
     PreemptRequested,
     Reason,
     Refined,
     RefinedAgain,
     RefinementRefused,
     Restored,
+    Resumed,
     RolledBack,
+    RunsTooLong,
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.tasks.task_lifecycle import Step, advance, needs_training_rows, next_step, used_by
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_lifecycle import Step, advance, needs_training_rows, next_step, seconds_left, used_by
+from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import narrate
 from orchestrator.worker_pool import train_order
 from tests.builders import task_record, trained
@@ -487,6 +492,96 @@ def test_what_does_not_run_cannot_be_preempted(state: Any) -> None:
         after(state(), PREEMPT)
 
 
+# --- what keeps a task from standing in line --------------------------------------------------------------------------
+
+PAUSE = Paused(by="ann", message="audit", at=1005.0)
+
+
+def test_a_paused_task_keeps_its_place_and_is_claimed_by_nobody_until_it_is_resumed() -> None:
+    record = after(queued(), PAUSE)
+    assert (record.state, record.blocked, record.paused) == (
+        TaskState.QUEUED, "paused", Pause(by="ann", reason="audit", at=1005.0),
+    )  # fmt: skip
+    with pytest.raises(Conflict):
+        after(record, CLAIMED)
+    assert advance(record, Paused(by="bob", at=1006.0), BUDGETS) is record  # the first pause counts
+    resumed = after(record, Resumed("bob"))
+    assert (resumed.blocked, resumed.paused, resumed.submitted_at) == ("", None, 1000.0)
+    assert advance(resumed, Resumed("bob"), BUDGETS) is resumed
+    assert after(resumed, CLAIMED).state is TaskState.TRAINING
+
+
+@pytest.mark.parametrize("state", [state for state in ALL if state not in (queued, training)])
+def test_what_neither_waits_nor_trains_cannot_be_paused_and_resuming_it_changes_nothing(state: Any) -> None:
+    with pytest.raises(Conflict, match="only what waits or trains can be paused"):
+        after(state(), PAUSE)
+    record = state()
+    assert advance(record, Resumed("ann"), BUDGETS) is record
+
+
+def test_a_task_that_is_paused_while_it_runs_writes_a_checkpoint_and_waits() -> None:
+    record = after(training(), PAUSE)
+    assert (record.state, record.preempt_requested, record.gives_back) == (TaskState.TRAINING, True, False)
+    record = after(record, failed("preempted"))
+    assert (record.state, record.blocked, record.preemptions, record.gave_back_at) == (
+        TaskState.QUEUED, "paused", 1, None,
+    )  # fmt: skip
+
+
+def test_what_gave_its_places_back_is_known_until_its_next_attempt_has_ended() -> None:
+    record = after(training(), PreemptRequested("team blue", gives_back=True), failed("preempted"))
+    assert record.gave_back_at == 1010.0
+    record = after(record, CLAIMED)
+    assert (record.gave_back_at, record.gives_back) == (1010.0, False)
+    assert after(record, failed("lost")).gave_back_at is None
+    assert after(training(), PreemptRequested("team blue", gives_back=True), failed("lost")).gave_back_at is None
+
+
+def ended(task_id: str, published: bool) -> DependencyEnded:
+    state = "published" if published else "rejected"
+    return DependencyEnded(task_id=task_id, title="red/first", state=state, is_published=published, at=1009.0)
+
+
+def test_a_task_stands_in_line_when_the_last_that_it_comes_after_is_published() -> None:
+    record = task_record(awaits=("t-a", "t-b"))
+    assert record.blocked == "dependency"
+    record = after(record, ended("t-b", True))
+    assert (record.awaits, record.blocked) == (("t-a",), "dependency")
+    assert after(record, ended("t-a", True)).blocked == ""
+    assert advance(record, ended("t-b", False), BUDGETS) is record  # that was told before
+
+
+def test_a_task_behind_one_that_was_not_published_is_parked_with_its_name() -> None:
+    record = after(task_record(awaits=("t-a", "t-b")), ended("t-b", False))
+    assert (record.state, record.reason_codes) == (TaskState.PARKED, (Reason.DEPENDENCY_FAILED,))
+    assert record.reason == "comes after red/first (t-b), which is rejected"
+
+
+def test_a_task_stands_in_line_when_its_time_has_come() -> None:
+    record = task_record(not_due=True)
+    assert record.blocked == "not-before"
+    assert after(record, PAUSE).blocked == "paused"  # the first of several reasons
+    assert after(record, CameDue()).blocked == ""
+
+
+def test_a_task_that_runs_for_longer_than_it_may_is_stopped_and_parked() -> None:
+    def longest(seconds: float) -> TaskRecord:
+        return after(task_record(spec={"max_run_seconds": seconds}), CLAIMED)
+
+    record = longest(50.0)
+    assert seconds_left(record, record.order_at + 10.0) == 40.0  # type: ignore[operator]
+    preempted = TrainingFailed(token="tok", fault="preempted", message="at step 3", at=1010.0, seconds=30.0)
+    record = after(record, preempted, CLAIMED)
+    assert seconds_left(record, record.order_at + 10.0) == 10.0  # type: ignore[operator]
+    for fault in ("cancelled", "preempted", "lost"):
+        parked = after(record, RunsTooLong(1030.0), failed(fault))
+        assert (parked.state, parked.reason_codes) == (TaskState.PARKED, (Reason.RAN_TOO_LONG,))
+        assert parked.reason == "ran for longer than its max_run_seconds, 50"
+    assert after(record, RunsTooLong(1030.0), DONE).state is TaskState.MERGING  # it had finished
+    assert after(record, RunsTooLong(1030.0), CANCEL, failed("cancelled")).state is TaskState.CANCELLED
+    assert seconds_left(training(), 1e9) is None
+
+
 # --- leases ------------------------------------------------------------------------------------------------------
 
 
@@ -571,8 +666,11 @@ EVENTS: tuple[Event, ...] = (
     Judged(True, "x", 1.0),
     RolledBack("x", 1.0),
     Restored("x", 3),
+    CameDue(),
+    RunsTooLong(1.0),
 )
 LEGAL = {
+    (queued, CameDue), (training, RunsTooLong),
     (queued, Claimed),
     (merging, MergeBegun), (merging, Merged), (merging, MergeRefused), (merging, MergeUndone),
     (begun, MergeBegun), (begun, Merged), (begun, MergeRefused), (begun, MergeUndone),
@@ -618,14 +716,27 @@ any_event = st.one_of(
     st.builds(RolledBack, st.just("x"), st.floats(1, 9)),
     st.builds(Restored, st.just("x"), st.integers(1, 5)),
     st.builds(CancelRequested, st.just("ann"), st.floats(1, 9)),
-    st.builds(PreemptRequested, st.just("ann")),
+    st.builds(PreemptRequested, st.just("ann"), st.booleans()),
+    st.builds(Paused, by=st.just("ann"), at=st.floats(1, 9)),
+    st.builds(Resumed, st.just("ann")),
+    st.builds(CameDue),
+    st.builds(RunsTooLong, st.floats(1, 9)),
+    st.builds(
+        DependencyEnded,
+        task_id=st.sampled_from(["t-a", "t-b"]),
+        title=st.just("red/a"),
+        state=st.just("rejected"),
+        is_published=st.booleans(),
+        at=st.floats(1, 9),
+    ),
 )
 ENDED = (TaskState.PUBLISHED, TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
 
 
 @given(st.lists(any_event, max_size=30), st.booleans())
 def test_whatever_happens_in_whatever_order_a_task_stays_on_the_drawing(events: list[Event], refine: bool) -> None:
-    record = task_record(spec=REFINE if refine else None)
+    spec = (REFINE if refine else {}) | {"max_run_seconds": 5.0}
+    record = task_record(spec=spec, awaits=("t-a",) if refine else (), not_due=not refine)
     for event in events:
         before = record.model_dump_json()
         try:

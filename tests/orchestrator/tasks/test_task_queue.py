@@ -117,7 +117,9 @@ class TestPostgresTaskQueue(TaskQueueContract):
     def url(self, postgres: str) -> str:
         engine = create_engine(postgres)
         with engine.begin() as connection:
-            connection.exec_driver_sql("DROP TABLE IF EXISTS tasks, events, uses, team_uses, onebasis_schema")
+            connection.exec_driver_sql(
+                "DROP TABLE IF EXISTS tasks, events, uses, team_uses, awaits, pauses, onebasis_schema"
+            )
         engine.dispose()
         return postgres
 

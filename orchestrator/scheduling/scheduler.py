@@ -1,0 +1,325 @@
+"""Who starts, who gives places back, and why the others wait: one decision, from facts that are handed in.
+
+Pure: no SQL, no Ray, no clock. The loop carries a decision out (controller.py), the simulator tries thousands of them
+(simulation.py), and `onebasis task` reads its reasons.
+
+In the order of their turns (fair_share.py) tasks start while places are free. One that does not fit may
+* have places given back by teams that are beyond their quotas, if its own team is within its own: their newest
+  attempts write a checkpoint and wait again. Never one that ends within a minute, and never the same task in two
+  attempts running, so that each gets on. The places are promised to the task that they were taken for. A task that gave
+  its places back does not borrow for an hour; a team that reclaims is within its quota and one that gives back is
+  beyond it, so no two can take turns.
+* or, where some places are free but too few, have them reserved: until it has started, only tasks start that end
+  before it could, or that it leaves room for. The first in turn that does not fit gets the reservation, and it alone
+  keeps it, so that no stream of small tasks starves a large one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.scheduling.fair_share import Running, Share, Turns, Waiting
+from orchestrator.scheduling.reasons import Wait, WaitCode
+
+SOON_SECONDS = 60.0
+"""A task that ends this soon is waited for: a checkpoint and a new start cost about as much."""
+PATIENCE_SECONDS = 3600.0
+"""Time for which a task that gave its places back does not borrow again: its next attempt is left alone, so it would
+keep for its whole length what others may want back."""
+LOOK = 3
+"""Tasks of each team that are looked at beyond as many as could start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Places of workers that are all alike."""
+
+    capacity: int
+    """All places, ready or not: a task that asks for more never fits."""
+    ready: int
+    """Places whose base model is loaded."""
+    free: int
+    """Ready places that nothing uses and that are for tasks."""
+    kept: int = 0
+    """Further free places, kept for a version that is about to be scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """All that one decision is made from."""
+
+    now: float
+    pools: Mapping[str, Pool]
+    waiting: Sequence[Waiting]
+    """Tasks that nothing but places keeps from starting: of each team at least the first few."""
+    running: Sequence[Running] = ()
+    use_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Decayed use per team, in place-seconds."""
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    reserved: Mapping[str, str] = field(default_factory=dict)
+    """Pool to the task that its places were reserved for by the decision before."""
+    promised: Sequence[str] = ()
+    """Tasks for which others were told to stop, and which have not started."""
+    waits: Mapping[str, Wait] = field(default_factory=dict)
+    """Reasons that the decision before gave: one that is still the same keeps its time."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A task that starts now."""
+
+    task_id: str
+    pool: str
+
+
+@dataclass(frozen=True)
+class Preemption:
+    """A running task that is to write a checkpoint and give its places back."""
+
+    task_id: str
+    team: str
+    """Its team, which is beyond its quota."""
+    for_task: str
+    """Task that gets the places."""
+    for_team: str
+    """Team of that task, which is within its quota."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done now, and why the rest waits."""
+
+    starts: tuple[Start, ...] = ()
+    preemptions: tuple[Preemption, ...] = ()
+    waits: Mapping[str, Wait] = field(default_factory=dict)
+    """Reason of each task that was looked at and does not start."""
+    behind: Mapping[str, Wait] = field(default_factory=dict)
+    """Team to the reason of its tasks that were not looked at: they wait for what those before them wait for."""
+    reserved: Mapping[str, str] = field(default_factory=dict)
+    """Pool to the task that its places are reserved for."""
+    promised: tuple[str, ...] = ()
+    """Tasks for which others were told to stop, and which do not start yet."""
+
+    @property
+    def again_at(self) -> float | None:
+        """Unix time at which to decide anew though nothing has happened; None: there is none."""
+        return min((wait.until for wait in self.waits.values() if wait.until is not None), default=None)
+
+    def wait_of(self, task_id: str, team: str) -> Wait | None:
+        """Why a task in line waits; None where its team had none in line when this was decided."""
+        if any(start.task_id == task_id for start in self.starts):
+            return Wait(code=WaitCode.ABOUT_TO_START)
+        return self.waits.get(task_id) or self.behind.get(team)
+
+
+def decide(situation: Situation) -> Decision:
+    """The decision for a situation.
+
+    Cost:
+        O(n·log n) for the n tasks in `waiting`, and O(m·log m) for the m running ones of each task that does not fit;
+        however many more wait.
+    """
+    return _Round(situation).decision()
+
+
+class _Room:
+    """What is left of a pool's places while one decision is made."""
+
+    def __init__(self, pool: Pool, running: Iterable[Running]) -> None:
+        self.pool = pool
+        self.free = pool.free
+        self.running = sorted(running, key=_ends_in)
+        self.soon = sum(order.ranks for order in self.running if order.stops or _ends_soon(order))
+        """Places that come back within a minute and are promised to nobody."""
+        self.holder = ""
+        """Task that free places are kept for."""
+        self._gap_seconds = math.inf
+        """Seconds until that task can start."""
+        self._spare = pool.capacity
+        """Places that it leaves over then."""
+
+    @property
+    def open_places(self) -> int:
+        """Free places that a task of any length may take."""
+        return min(self.free, self._spare)
+
+    def has_place(self, task: Waiting) -> bool:
+        """Whether a task may start now; it is then taken off the room that is left."""
+        ends_before = self.holder and task.seconds_max is not None and task.seconds_max <= self._gap_seconds
+        if task.ranks > (self.free if ends_before else self.open_places):
+            return False
+        self.free -= task.ranks
+        self._spare -= 0 if ends_before else task.ranks
+        return True
+
+    def promise(self, task: Waiting) -> None:
+        """Keep what is free, and what comes back within a minute, for a task."""
+        now = min(self.open_places, task.ranks)
+        self.free -= now
+        self._spare -= now
+        self.soon -= task.ranks - now
+        self.holder = self.holder or (task.task_id if now else "")
+
+    def reserve(self, task: Waiting) -> None:
+        """Keep for a task what it needs of the places that are free when enough have come back."""
+        free = self.free
+        self.holder, self._gap_seconds = task.task_id, 0.0
+        for order in self.running:
+            if free >= task.ranks:
+                break
+            free += order.ranks
+            self._gap_seconds = _ends_in(order)
+        self._spare = max(0, free - task.ranks)
+
+
+class _Round:
+    """One decision in the making."""
+
+    def __init__(self, situation: Situation) -> None:
+        self._situation = situation
+        running = situation.running
+        self._rooms = {
+            name: _Room(pool, (order for order in running if order.pool == name))
+            for name, pool in situation.pools.items()
+        }
+        self._turns = Turns(situation.waiting, situation.use_seconds, running, situation.shares, situation.now)
+        self._starts: list[Start] = []
+        self._preemptions: list[Preemption] = []
+        self._waits: dict[str, Wait] = {}
+        self._reserved: dict[str, str] = {}
+        self._promised: list[str] = []
+
+    def decision(self) -> Decision:
+        for task in self._kept():
+            if not self._turns.borrows(task) and self._may_start(task):
+                self._starts.append(Start(task.task_id, task.pool))
+                self._turns.take(task)
+        while (following := self._turns.next()) is not None:
+            if following.task_id not in self._waits and self._may_start(following):
+                self._starts.append(Start(following.task_id, following.pool))
+                self._turns.take(following)
+            else:
+                self._turns.skip(following)
+        return Decision(
+            tuple(self._starts),
+            tuple(self._preemptions),
+            self._waits,
+            self._behind(),
+            self._reserved,
+            tuple(self._promised),
+        )
+
+    def _kept(self) -> list[Waiting]:
+        """Tasks that are looked at before all others. Each has been the first in turn, and the places that it waits
+        for, or for which others were stopped, must not go to another."""
+        reserved = self._situation.reserved.values()
+        kept = {task_id: place for place, task_id in enumerate((*self._situation.promised, *reserved))}
+        found = (task for task in self._situation.waiting if task.task_id in kept)
+        return sorted(found, key=lambda task: kept[task.task_id])
+
+    def _behind(self) -> dict[str, Wait]:
+        found = {}
+        for task in self._situation.waiting:
+            wait = self._waits.get(task.task_id)
+            if wait is not None and wait.code in _OF_ALL:
+                found[task.team] = Wait(code=wait.code, since=wait.since)
+            else:
+                found.setdefault(task.team, Wait(code=WaitCode.NO_FREE_PLACE))
+        return found
+
+    def _may_start(self, task: Waiting) -> bool:
+        room = self._rooms.get(task.pool)
+        if room is None or task.ranks > room.pool.capacity:
+            self._wait(task, WaitCode.NEVER_FITS)
+        elif not room.pool.ready:
+            self._wait(task, WaitCode.BASE_MODEL_LOADING)
+        elif (until := self._borrows_again(task)) > self._situation.now:
+            self._wait(task, WaitCode.OVER_QUOTA, until=until)
+        elif room.has_place(task):
+            return True
+        elif self._turns.borrows(task):
+            self._wait(task, WaitCode.OVER_QUOTA)
+        else:
+            self._hold_up(task, room)
+        return False
+
+    def _borrows_again(self, task: Waiting) -> float:
+        """Unix time from which a task may borrow that gave its places back; 0 where it may start at once."""
+        if task.preempted_at is None or not self._turns.borrows(task):
+            return 0.0
+        return task.preempted_at + PATIENCE_SECONDS
+
+    def _hold_up(self, task: Waiting, room: _Room) -> None:
+        """A task within its team's quota does not fit: have places given back, or reserve them, and say why it
+        waits."""
+        lacks = task.ranks - room.open_places
+        taken = self._given_back(task, room, lacks - room.soon)
+        for order in taken:
+            self._preemptions.append(Preemption(order.task_id, order.team, task.task_id, task.team))
+            room.soon += order.ranks
+        is_first = task.pool not in self._reserved
+        if lacks <= room.soon:
+            if taken or task.task_id in self._situation.promised:
+                self._promised.append(task.task_id)
+            elif is_first and room.open_places:
+                self._reserved[task.pool] = task.task_id
+            room.promise(task)
+            self._turns.promise(task)
+            self._wait(task, WaitCode.ABOUT_TO_START, about=next((order.task_id for order in taken), ""))
+        elif room.open_places and is_first:
+            self._reserved[task.pool] = task.task_id
+            room.reserve(task)
+            self._wait(task, WaitCode.NO_FREE_PLACE)
+        elif room.pool.kept or (room.holder and task.ranks <= room.pool.free):
+            self._wait(task, WaitCode.RESERVED_FOR, about=room.holder)
+        else:
+            self._wait(task, WaitCode.NO_FREE_PLACE)
+
+    def _given_back(self, task: Waiting, room: _Room, lacks: int) -> tuple[Running, ...]:
+        """Attempts of teams beyond their quotas that give so many places back; none if they have too few."""
+        if lacks <= 0:
+            return ()
+        excess: dict[str, float] = {}
+        for order in room.running:
+            excess.setdefault(order.team, self._turns.excess(order.team))
+        told = {preemption.task_id for preemption in self._preemptions}
+        for order in room.running:
+            if order.stops or order.task_id in told:
+                excess[order.team] -= order.ranks
+        can = [order for order in room.running if _may_be_preempted(order) and order.task_id not in told]
+        chosen: list[Running] = []
+        while lacks > 0:
+            of_excess = [order for order in can if excess[order.team] > 0 and order.team != task.team]
+            if not of_excess:
+                return ()
+            # The team that is furthest beyond its quota, and of its attempts the one that began last.
+            newest = max(of_excess, key=lambda order: (excess[order.team], order.team, order.since, order.task_id))
+            chosen.append(newest)
+            can.remove(newest)
+            excess[newest.team] -= newest.ranks
+            lacks -= newest.ranks
+        return tuple(chosen)
+
+    def _wait(self, task: Waiting, code: WaitCode, about: str = "", until: float | None = None) -> None:
+        before = self._situation.waits.get(task.task_id)
+        since = before.since if before is not None and before.code is code else self._situation.now
+        self._waits[task.task_id] = Wait(code=code, about=about, since=since, until=until)
+
+
+_OF_ALL = (WaitCode.OVER_QUOTA, WaitCode.BASE_MODEL_LOADING)
+"""Reasons that hold for a team's later tasks as well."""
+
+
+def _ends_in(order: Running) -> float:
+    """Seconds until its places come back. Not known counts as now: then nothing may be put into the gap before it."""
+    return 0.0 if order.stops or order.seconds_left is None else max(0.0, order.seconds_left)
+
+
+def _ends_soon(order: Running) -> bool:
+    return order.seconds_left is not None and order.seconds_left <= SOON_SECONDS
+
+
+def _may_be_preempted(order: Running) -> bool:
+    return bool(order.task_id) and not (order.stops or order.was_preempted or _ends_soon(order))

@@ -1,0 +1,198 @@
+"""What the scheduler promises, over weeks: nobody starves, nothing goes round in circles, equal demand is served
+equally, what is borrowed comes back, and estimates hold."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.scheduling.arrivals import Arrival
+from orchestrator.scheduling.fair_share import Share
+from orchestrator.scheduling.scheduler import SOON_SECONDS
+from orchestrator.scheduling.simulation import (
+    CHECKPOINT_SECONDS,
+    Simulation,
+    inside,
+    jain_index,
+    report,
+    simulate,
+)
+from tests.orchestrator.scheduling.invented import TEAMS, weeks
+
+
+def longest_wait(simulation: Simulation, team: str = "") -> float:
+    return max(course.wait_seconds or 0.0 for course in simulation.courses if not team or course.arrival.team == team)
+
+
+@cache
+def busy() -> Simulation:
+    """Two weeks at about four fifths of what six places can do."""
+    return simulate(weeks(1, hours=2.4), {}, capacity=6)
+
+
+@cache
+def overloaded() -> Simulation:
+    """Two weeks in which twice as much is asked for as six places can do."""
+    return simulate(weeks(2, hours=5.0), {}, capacity=6)
+
+
+@cache
+def mixed() -> Simulation:
+    """Tasks of one, two and eight places in a pool of eight."""
+    return simulate(weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8)), {}, capacity=8)
+
+
+QUOTAS = {f"team-{number}": Share(places=1) for number in range(TEAMS)}
+
+
+@cache
+def borrowed() -> Simulation:
+    """Each team has one of six places, and borrows what the others do not use."""
+    return simulate(weeks(4, hours=2.4), QUOTAS, capacity=6)
+
+
+@pytest.mark.parametrize("run", [busy, overloaded, mixed, borrowed])
+def test_every_task_starts_and_ends_and_no_more_is_used_than_there_is(run: object) -> None:
+    simulation: Simulation = run()  # type: ignore[operator]
+    for course in simulation.courses:
+        assert course.started_at is not None
+        assert course.ended_at is not None
+        ran = course.ended_at - course.started_at
+        assert ran >= course.arrival.seconds - 1e-6
+    assert 0 < report(simulation)["utilisation"] <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("run", [busy, overloaded, mixed, borrowed])
+def test_four_of_five_starts_are_in_the_interval_that_was_told(run: object) -> None:
+    simulation: Simulation = run()  # type: ignore[operator]
+    share = inside(simulation.courses)
+    assert share is not None
+    assert share >= 0.8
+
+
+def test_equal_demand_is_served_equally_even_where_it_cannot_be_met() -> None:
+    assert report(overloaded())["jain"] >= 0.95
+    assert report(busy())["jain"] >= 0.95
+    used = overloaded().place_seconds
+    # One team that asks for five times as much gets no more than a little more: the others wait no longer for it.
+    greedy = (*weeks(2, hours=5.0), *(a for n in range(4) for a in weeks(50 + n, hours=5.0) if a.team == "team-0"))
+    served = simulate(sorted(greedy, key=lambda one: one.at_seconds), {}, capacity=6).place_seconds
+    assert served["team-0"] <= 1.25 * used["team-0"]
+
+
+def test_a_team_of_twice_the_weight_gets_twice_as_much_while_there_is_too_little() -> None:
+    shares = {f"team-{number}": Share(weight=2.0 if number == 0 else 1.0) for number in range(TEAMS)}
+    arrivals = weeks(2, hours=12.0)
+    used = simulate(arrivals, shares, capacity=6).place_seconds
+    others = [used[f"team-{number}"] for number in range(1, TEAMS)]
+    assert used["team-0"] / (sum(others) / len(others)) == pytest.approx(2.0, rel=0.15)
+
+
+def test_a_large_task_is_not_starved_by_a_stream_of_small_ones() -> None:
+    # Small tasks of an hour that come every six minutes: more than four places can do. One of four places waits.
+    small = [Arrival(at_seconds=360.0 * n, team=f"team-{n % 5}", seconds=3600.0) for n in range(400)]
+    large = Arrival(at_seconds=50_000.0, team="large", seconds=600.0, ranks=4)
+    simulation = simulate(sorted([*small, large], key=lambda one: one.at_seconds), {}, capacity=4)
+    # Its team has used nothing: it is the next in turn, and the longest of what runs is an hour.
+    assert longest_wait(simulation, "large") <= 3600.0 + 1e-6
+    assert longest_wait(mixed()) < 2 * 86400
+
+
+def test_without_quotas_nothing_is_ever_preempted() -> None:
+    for simulation in (busy(), overloaded(), mixed()):
+        assert report(simulation)["preemptions"] == 0
+
+
+def test_a_borrower_gives_back_within_one_checkpoint() -> None:
+    found = report(borrowed())
+    assert found["preemptions"] >= 20
+    assert found["give_back_seconds_max"] == pytest.approx(CHECKPOINT_SECONDS)
+
+
+def test_nothing_is_preempted_twice_in_a_row() -> None:
+    assert report(borrowed())["preempted_in_a_row_max"] == 1
+
+
+def test_a_team_within_its_quota_waits_for_others_at_most_for_a_checkpoint() -> None:
+    # Each of six teams has one of six places: a task that comes while its team has nothing starts within a checkpoint,
+    # or the minute that a task is let end in; unless whatever is borrowed is in the attempt after it was given back.
+    simulation = borrowed()
+    at_work: dict[str, list[tuple[float, float]]] = {}
+    for course in simulation.courses:
+        at_work.setdefault(course.arrival.team, []).append((course.arrival.at_seconds, course.ended_at or math.inf))
+    waits = [
+        course.wait_seconds
+        for course in simulation.courses
+        if not any(begun < course.arrival.at_seconds < ended for begun, ended in at_work[course.arrival.team])
+    ]
+    assert len(waits) > 50
+    assert sum((wait or 0.0) > SOON_SECONDS for wait in waits) <= 0.03 * len(waits)
+
+
+arrivals_of_any_kind = st.lists(
+    st.builds(
+        Arrival,
+        at_seconds=st.floats(0, 20_000),
+        team=st.sampled_from(["red", "blue", "green"]),
+        seconds=st.floats(1, 9000),
+        ranks=st.integers(1, 4),
+        priority=st.integers(-1, 1),
+        max_run_seconds=st.none() | st.floats(1, 9000),
+    ),
+    max_size=15,
+).map(lambda found: tuple(sorted(found, key=lambda one: one.at_seconds)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(arrivals_of_any_kind, st.tuples(*[st.none() | st.integers(1, 4)] * 3), st.integers(4, 6))
+def test_whatever_arrives_all_of_it_ends_and_no_preemption_goes_round_in_circles(
+    arrivals: tuple[Arrival, ...], quotas: tuple[int | None, ...], capacity: int
+) -> None:
+    shares = {team: Share(places=places) for team, places in zip(("red", "blue", "green"), quotas, strict=True)}
+    simulation = simulate(arrivals, shares, capacity)
+    for course in simulation.courses:
+        assert course.ended_at is not None
+        assert course.preempted_in_a_row <= 1
+        assert course.preemptions <= 1 + course.arrival.seconds / CHECKPOINT_SECONDS
+
+
+def test_the_same_arrivals_have_the_same_course() -> None:
+    arrivals = weeks(7, hours=2.0, weeks=0.2)
+    assert simulate(arrivals, QUOTAS, 4) == simulate(arrivals, QUOTAS, 4)
+
+
+def test_a_task_that_never_fits_is_told_and_keeps_nobody_waiting() -> None:
+    arrivals = (
+        Arrival(at_seconds=0.0, team="red", seconds=5.0, ranks=3),
+        Arrival(at_seconds=1.0, team="red", seconds=5.0),
+    )
+    found = report(simulate(arrivals, {}, capacity=2))
+    assert found["never_started"] == 1
+    assert found["waits"] == [
+        {"team": "red", "ranks": 1, "tasks": 1}
+        | dict.fromkeys(("mean_seconds", "p50_seconds", "p90_seconds", "max_seconds"), 0.0),
+        {"team": "red", "ranks": 3, "tasks": 0},
+    ]
+
+
+def test_the_figures_are_those_of_the_courses() -> None:
+    # One place: 100 s, then 50 s, of two teams. Until the last arrival, at 60 s, red has used 60 s and blue nothing.
+    arrivals = (
+        Arrival(at_seconds=0.0, team="red", seconds=100.0),
+        Arrival(at_seconds=60.0, team="blue", seconds=50.0),
+    )
+    simulation = simulate(arrivals, {}, capacity=1)
+    assert [course.wait_seconds for course in simulation.courses] == [0.0, 40.0]
+    found = report(simulation)
+    assert (found["utilisation"], found["jain"]) == (1.0, 0.5)
+    assert simulation.end_seconds == 150.0
+
+
+def test_jains_index_is_one_for_equals_and_one_of_n_for_one_that_has_all() -> None:
+    assert jain_index([3.0, 3.0, 3.0]) == 1.0
+    assert jain_index([5.0, 0.0, 0.0, 0.0]) == 0.25
+    assert jain_index([]) == jain_index([0.0]) == 1.0
