@@ -153,13 +153,13 @@ class SubspaceStore(Refs):
         """Make the candidate again without a task: every version from the task's birth on, one after another, from
         the adapters as they were delivered and in the groups they were merged in.
 
-        The outcome is what a store would hold that never saw the task, if `settings` are what they were. If the
-        versions right before the birth have expired, it begins after the newest one that has not. Where an
-        adapter as delivered is gone, the task is merged as its coefficients have it now, and the version names it in
-        `approximate`. A task that was refined after the birth was trained in a basis that the removed one had helped to
-        make: it is merged as refined. Renewed bases are carried over as they are, since tasks that were trained in them
-        would lose theirs: they are directions of many tasks, and no task's coefficients. The versions that hold the
-        removed task stay until they expire.
+        The outcome is what a store would hold that never saw the task, if `settings` are what they were. The renewed
+        bases are the exception: they are carried over as they are, since tasks that were trained in them would lose
+        theirs; they are directions of many tasks, and no task's coefficients. If the versions right before the birth
+        have expired, it begins after the newest one that has not. Where an adapter as delivered is gone, the task is
+        merged as its coefficients have it now, and the version names it in `approximate`. A task that was refined after
+        the birth was trained in a basis that the removed one had helped to make: it is merged as refined. The versions
+        that hold the removed task stay until they expire.
 
         Args:
             publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`

@@ -52,6 +52,12 @@ def needs_basis(spec: TaskSpec) -> bool:
     return spec.method.directions == "learned"
 
 
+def stays_inside(spec: TaskSpec) -> bool:
+    """Whether nothing is trained beside the basis: a renewed basis holds all of a task or nothing, and what has columns
+    of its own is stored in the first."""
+    return needs_basis(spec) and spec.method.temporary_columns == 0
+
+
 def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
     pass
 
