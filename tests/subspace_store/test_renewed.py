@@ -34,8 +34,9 @@ from tests.subspace_store.builders import (
     reading,
     refined,
     relative_distance,
+    trained_in,
 )
-from tests.subspace_store.test_sharing import SHAPES, sized, trained_in
+from tests.subspace_store.test_sharing import SHAPES, sized
 
 TASKS, DIRECTIONS = 5, 6
 SETTINGS: dict[str, Any] = {
