@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from configs.errors import Corrupt, InvalidInput, RefusedAdapters
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, SubspaceReader, SubspaceStore
+from subspace_store.commands.app import app
 from subspace_store.export import export_tasks
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.log import fold, version_log
@@ -22,7 +24,10 @@ from subspace_store.merging.basis import reconstruct
 from subspace_store.merging.merge import merge_adapters
 from subspace_store.merging.overlap import overlap
 from subspace_store.merging.subspace_math import weighted_sum
+from subspace_store.merging.variants import merge_all
 from subspace_store.module_names import is_renewed, newest, plain, renewed
+from subspace_store.storage.local import LocalStorage
+from subspace_store.subspace_reader import without_renewal
 from subspace_store.verify import verify
 from tests.subspace_store.builders import (
     BASE,
@@ -88,6 +93,15 @@ def leading(reader: SubspaceReader, version: int, name: str) -> tuple[Tensor, Te
     return out, inward
 
 
+def spans_the_leading_directions(reader: SubspaceReader, version: int) -> None:
+    for name in SHAPES:
+        out, inward = leading(reader, version, name)
+        basis = reader.basis(version)[renewed(name)]
+        assert overlap(basis.p_NK.numpy(), out.float().numpy()) == pytest.approx(1.0, abs=1e-6)
+        assert overlap(basis.q_DK.numpy(), inward.float().numpy()) == pytest.approx(1.0, abs=1e-6)
+    assert verify(reader, deep=True) == []
+
+
 def at(store: SubspaceReader) -> int:
     return store.state.refs[CANDIDATE]
 
@@ -115,31 +129,30 @@ def test_the_renewed_basis_spans_what_a_direct_svd_of_all_tasks_spans() -> None:
     assert {name: ranks for name, ranks in reader.ranks(TASKS).items() if is_renewed(name)} == RENEWED
     held = reader.state.tasks_at(TASKS).values()
     assert [task.private is None for task in held] == [True, True, False, False, False]  # of both kinds
+    spans_the_leading_directions(reader, TASKS)
     bases = reader.basis(TASKS)
-    for name in SHAPES:
-        for found, direct in zip(
-            (bases[renewed(name)].p_NK, bases[renewed(name)].q_DK), leading(reader, TASKS, name), strict=True
-        ):
-            assert overlap(found.numpy(), direct.float().numpy()) == pytest.approx(1.0, abs=1e-6)
-        # Not the first basis, nor its first directions.
-        assert overlap(bases[name].p_NK.numpy(), bases[renewed(name)].p_NK.numpy()) < 0.9
+    for name in SHAPES:  # neither the first basis nor its first directions
+        assert overlap(bases[renewed(name)].p_NK.numpy(), bases[name].p_NK.numpy()) < 0.9
     version = reader.state.versions[TASKS]
     assert (version.module_count, version.renewed_count) == (len(SHAPES), len(SHAPES))
-    assert verify(reader, deep=True) == []
 
 
 def test_tasks_in_the_foundation_and_a_group_of_new_ones_are_among_those_that_make_it() -> None:
     store = opened(**SETTINGS)
     merged(store, {"inside": foundation_adapter(1, shapes=SHAPES)})
     merged(store, firsts(4))  # the first with a basis and the last of the five at once
-    reader = reading(store.storage)
-    assert RENEWED.items() <= reader.ranks(2).items()
-    for name in SHAPES:
-        out, inward = leading(reader, 2, name)
-        basis = reader.basis(2)[renewed(name)]
-        assert overlap(basis.p_NK.numpy(), out.float().numpy()) == pytest.approx(1.0, abs=1e-6)
-        assert overlap(basis.q_DK.numpy(), inward.float().numpy()) == pytest.approx(1.0, abs=1e-6)
-    assert verify(reader, deep=True) == []
+    assert RENEWED.items() <= store.ranks(2).items()
+    spans_the_leading_directions(reading(store.storage), 2)
+
+
+def test_a_task_that_is_partly_in_the_first_basis_and_partly_beside_it_counts_as_a_whole() -> None:
+    store = renewing(TASKS - 1, rank_max=8)  # the first basis is full
+    inside, outside = trained_in(store.basis(TASKS - 1), 1), random_adapter(7, 2, SHAPES)
+    both = {n: weighted_sum((update, outside.modules[n]), (1.0, 0.05)) for n, update in inside.modules.items()}
+    merged(store, {"both": replace(inside, modules=both)})
+    assert store.state.tasks_at(TASKS)["both"].private is not None
+    assert store.coefficient_numbers(TASKS)["both"] > 0
+    spans_the_leading_directions(reading(store.storage), TASKS)
 
 
 def test_no_task_moves_by_a_bit_in_that_merge_nor_in_later_ones() -> None:
@@ -421,6 +434,24 @@ def test_it_is_exported_and_read_from_a_snapshot_and_given_up_adapters(
     assert version is not None
     assert error(store, "in-0", adapters["in-0"], version.number) < 1e-6
     assert store.coefficient_numbers(version.number)["in-0"] == len(SHAPES) * 3 * 2 * DIRECTIONS
+
+
+def test_ways_to_merge_are_compared_and_orders_tried_with_the_bases_that_tasks_were_trained_in(tmp_path: Path) -> None:
+    store = opened(LocalStorage(str(tmp_path)), **SETTINGS)
+    adapters = firsts()
+    for task, adapter in adapters.items():
+        merged(store, {task: adapter})
+    adapters["in"] = trained_in(store.training_basis(TASKS), 1)
+    store.publish(merged(store, {"in": adapters["in"]}).number, op_key="p", actor="ann")
+    settings, start = without_renewal(SubspaceSettings()), store.renewed(TASKS + 1)
+    with_it, without = (merge_all(adapters, "canonical", settings, begin) for begin in (start, {}))
+    # In the first basis, or beside it, the task takes more than its coefficients.
+    assert with_it.stored_numbers - DIRECTIONS * SIDES < without.stored_numbers
+    run = CliRunner().invoke(app, ["compare", "--json", "--store", store.storage.url])
+    assert json.loads(run.stdout)["canonical"]["stored_numbers"] == with_it.stored_numbers
+    assert json.loads(run.stdout)["canonical"]["error"]["in"] < 1e-6
+    run = CliRunner().invoke(app, ["reorder", "--orders", "2", "--json", "--store", store.storage.url])
+    assert max(row["orders"]["high"] for row in json.loads(run.stdout)["tasks"]) < 1e-5
 
 
 def test_a_difference_of_versions_names_the_bases_that_are_new() -> None:
