@@ -37,7 +37,7 @@ from subspace_store.merging.merge import (
     sized_among,
     threads,
 )
-from subspace_store.merging.renewal import renewed_basis, routed, under_renewed
+from subspace_store.merging.renewal import most_directions, renewed_basis, routed, under_renewed
 from subspace_store.merging.subspace_math import update_energy
 from subspace_store.module_names import is_renewed, plain, renewed
 from subspace_store.parallel import AT_ONCE, in_order
@@ -340,9 +340,9 @@ class _Merging:
         self._before = tensors.take_basis(parent)
         self._carried = {} if any(map(is_renewed, self._homes)) else tensors.renewed(draft.renewed_of)
         rest, self.private = apart({a.task_id: a.adapter for a in draft.arrivals}, draft.settings)
-        self._adapters = routed(self._basis, rest)
-        shapes = {name: basis.shape for name, basis in self._carried.items()}
-        shapes |= {name: update.shape for a in draft.arrivals for name, update in a.adapter.modules.items()}
+        shapes = {name: update.shape for a in draft.arrivals for name, update in a.adapter.modules.items()}
+        self._adapters = routed(self._basis, rest, threads(sum(map(sum, shapes.values()))))
+        shapes |= {name: basis.shape for name, basis in self._carried.items()}
         new = {plain(name): shape for name, shape in shapes.items() if plain(name) not in self._homes}
         changed = {name for adapter in self._adapters.values() for name in adapter.modules}
         self._empty = {name: empty_module(shape).basis for name, shape in sorted(new.items()) if name not in changed}
@@ -408,9 +408,7 @@ class _Merging:
     def _renewed_parts(self) -> Iterator[Part]:
         """The renewed bases of all modules after the merge, a few at the same time."""
         started = time.perf_counter()
-        names = sorted(self.ranks)
-        shapes = {name: basis.shape for name, basis in self.bases.items()}
-        rows = sum(map(sum, shapes.values()))
+        names, rows = sorted(self.ranks), sum(sum(basis.shape) for basis in self.bases.values())
         for name, basis in zip(names, in_order(self._renew, names, threads(rows)), strict=True):
             if basis is not None:
                 key = renewed(name)
@@ -424,6 +422,8 @@ class _Merging:
         """The renewed basis of one module: of what the earlier tasks and the new ones are after the merge."""
         draft = self._draft
         basis = self.bases.get(name) or draft.tensors.module_basis(draft.parent, name)
+        if min(basis.shape) < most_directions(draft.settings):
+            return None  # at every merge: nothing is read for it
         tasks = self.merges[name].settle()[0] if name in self.merges else self.tasks.get(name, ModuleTasks())
         private = draft.tensors.private_by_module(self._held.values(), (name,)).get(name, {})
         private |= {task: updates[name] for task, updates in self.private.items() if name in updates}

@@ -82,7 +82,8 @@ class VersionTensors:
 
     def renewed(self, number: int) -> dict[str, ModuleBasis]:
         """The renewed bases, by their names; no other is read."""
-        return {name: self.module_basis(number, name) for name in self.homes(number) if is_renewed(name)}
+        names = [name for name in self.homes(number) if is_renewed(name)]
+        return dict(zip(names, in_order(lambda name: self.module_basis(number, name), names, AT_ONCE), strict=True))
 
     def remember_basis(self, number: int) -> None:
         """Read all bases into memory if they are small: a reader of all modules may need them again soon."""

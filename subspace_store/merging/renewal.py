@@ -42,10 +42,16 @@ from subspace_store.merging.subspace_math import (
     weight,
 )
 from subspace_store.module_names import is_renewed, renewed
+from subspace_store.parallel import in_order
 
 FOLDED_AT = 2
 """Columns beside each other, relative to their length, at which they are replaced by as few: memory does not grow with
 the number of tasks."""
+
+
+def most_directions(settings: SubspaceSettings) -> int:
+    """How many directions a renewed basis has on each side."""
+    return min(settings.renew_directions, settings.rank_max)
 
 
 def renewed_basis(module: ModuleSubspace, settings: SubspaceSettings) -> ModuleBasis | None:
@@ -55,14 +61,14 @@ def renewed_basis(module: ModuleSubspace, settings: SubspaceSettings) -> ModuleB
         module: Its first basis with all tasks, and their private parts.
 
     Returns:
-        The first `renew_directions` (at most `rank_max`) left singular vectors of [w₁·U₁·σ₁ … w_T·U_T·σ_T] and of the
+        The first left singular vectors, as many as `most_directions` says, of [w₁·U₁·σ₁ … w_T·U_T·σ_T] and of the
         same with V, ΔW_t = U_t·diag(σ_t)·V_tᵀ being what the module holds of task t; None where the tasks have fewer
         directions.
 
     Cost:
         O(N·C·min(N, C)) for N×C columns.
     """
-    count = min(settings.renew_directions, settings.rank_max)
+    count = most_directions(settings)
     if count > min(module.basis.shape):
         return None
     updates = [(weight(update, settings.weighting), update) for update in _updates(module)]
@@ -79,24 +85,31 @@ def without_tasks(bases: Mapping[str, ModuleBasis]) -> dict[str, ModuleSubspace]
     return {name: ModuleSubspace(basis, ModuleTasks()) for name, basis in bases.items() if is_renewed(name)}
 
 
-def routed(read: Callable[[str], ModuleBasis | None], adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+def routed(
+    read: Callable[[str], ModuleBasis | None], adapters: Mapping[str, Adapter], at_once: int = 1
+) -> dict[str, Adapter]:
     """The same adapters, with every update that lies in its module's renewed basis under that basis' name.
 
     An update lies there if all of it but rounding does (`ROUNDED`): pure geometry, whatever it was trained in.
 
     Args:
-        read: Gives a basis by its name, None where there is none.
+        read: Gives a basis by its name, None where there is none. Called from threads, if several `at_once`.
     """
     names = sorted({name for adapter in adapters.values() for name in adapter.modules})
-    inside: dict[str, set[str]] = {task: set() for task in adapters}
-    for name in names:
+
+    def inside(name: str) -> list[str]:
+        """The tasks whose updates of a module lie in its renewed basis."""
         if (basis := read(renewed(name))) is None:
-            continue
+            return []
         p_NK, q_DK = orthonormalise(basis.p_NK), orthonormalise(basis.q_DK)
-        for task, adapter in adapters.items():
-            if name in adapter.modules and _lies_in(p_NK, q_DK, adapter.modules[name]):
-                inside[task].add(name)
-    return {task: under_renewed(adapter, inside[task]) for task, adapter in adapters.items()}
+        some = {task: adapter.modules[name] for task, adapter in adapters.items() if name in adapter.modules}
+        return [task for task, update in some.items() if _lies_in(p_NK, q_DK, update)]
+
+    found = dict(zip(names, in_order(inside, names, at_once), strict=True))
+    return {
+        task: under_renewed(adapter, [name for name in adapter.modules if task in found[name]])
+        for task, adapter in adapters.items()
+    }
 
 
 def under_renewed(adapter: Adapter, names: Iterable[str]) -> Adapter:

@@ -304,7 +304,7 @@ def test_an_adapter_may_lie_in_it_in_one_module_and_not_in_the_other() -> None:
 
 def test_without_the_routing_such_a_task_would_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above are for: broken by hand, the numbers tell."""
-    monkeypatch.setattr("subspace_store.merge_writer.routed", lambda read, adapters: dict(adapters))
+    monkeypatch.setattr("subspace_store.merge_writer.routed", lambda read, adapters, at_once: dict(adapters))
     store, adapters = with_tasks(1)
     assert store.coefficient_numbers(TASKS + 1).get("in-0") != len(SHAPES) * 3 * 2 * DIRECTIONS
     assert error(store, "in-0", adapters["in-0"], TASKS + 1) < 1e-5  # a promise is kept anyway
