@@ -107,7 +107,8 @@ def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> 
             say(f"{case.spec.name}: left out, {why}")
             continue
         version = store.state.refs["candidate"]
-        ranks, leased = store.ranks(version), Given(version=version, basis=store.basis(version))
+        ranks = store.training_ranks(version)
+        leased = Given(version=version, basis=store.training_basis(version))
         adapted = lora.target_modules(base, case.spec.lora, case.spec.kind)
         is_large = auto.is_large_enough(ranks, adapted)
         found = {"lora": _trained(base, case, "lora", rest, folder)}

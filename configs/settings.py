@@ -81,6 +81,12 @@ class SubspaceSettings(Section):
     seed_directions: int = Field(32, ge=0)
     """Directions, per module and side, until it has which the basis takes those of the first tasks whether that pays or
     not: later tasks are trained in them. For `if-it-pays`."""
+    renew_tasks: int = Field(16, ge=0)
+    """Number of tasks whose sizes `auto` found at which each module gets a renewed basis beside the first: the leading
+    directions of all tasks that are there, in which later tasks are trained. No task moves. 0: never. For
+    `if-it-pays`."""
+    renew_directions: int = Field(24, ge=1)
+    """Directions of a renewed basis, per module and side. `auto` trains in no basis of fewer than 24."""
     beyond_rank_max: Literal["private", "drop"] = "private"
     """What happens where rank_max leaves a task less than it was promised. `private`: the rest of its update is kept
     beside the basis, for this task alone, and no earlier task loses anything; `drop`, for comparison: it is lost."""

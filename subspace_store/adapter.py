@@ -22,6 +22,7 @@ from torch import Tensor
 
 from configs.errors import Corrupt, InvalidInput
 from subspace_store.foundation import SOURCE, foundation, foundation_ranks
+from subspace_store.module_names import MARK
 
 FORMAT = "onebasis-adapter-1"
 FORMAT_WITH_FOUNDATION = "onebasis-adapter-2"
@@ -247,6 +248,8 @@ def check_adapter(adapter: Adapter) -> None:
     _check_writable(adapter)
     if not adapter.modules:
         raise InvalidInput("the adapter has no modules", todo="train it with at least one target module")
+    if marked := [name for name in adapter.modules if MARK in name]:
+        raise InvalidInput(f"has {MARK!r} in its name, which marks bases", marked[0], "rename the module")
     for name, update in adapter.modules.items():
         ranks = (update.u_NR.shape[1:], update.sigma_R.shape, update.v_DR.shape[1:])
         if update.u_NR.ndim != 2 or update.v_DR.ndim != 2 or len(set(ranks)) != 1:

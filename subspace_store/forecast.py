@@ -16,6 +16,7 @@ from subspace_store.log.version import SubspaceState
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import ModuleTasks
 from subspace_store.merging.merge import Tally, apart, merge_modules
+from subspace_store.merging.renewal import routed
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 
 
@@ -34,7 +35,8 @@ class Forecast:
     error: Mapping[str, float]
     """Error of each earlier task afterwards, by id; see `SubspaceState.errors`."""
     ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
-    """Changed module to (k_out, k_in) before and after."""
+    """Changed basis, named as by `SubspaceReader.ranks`, to (k_out, k_in) before and after. A merge that makes renewed
+    bases takes nothing from any task by that, and they are not among these."""
 
 
 def forecast(
@@ -61,7 +63,8 @@ def forecast(
     def read(name: str) -> ModuleSubspace | None:
         return ModuleSubspace(tensors.module_basis(parent, name), tasks.get(name, none)) if name in homes else None
 
-    rest, exact = apart(adapters, settings)
+    left, exact = apart(adapters, settings)
+    rest = routed(lambda name: tensors.module_basis(parent, name) if name in homes else None, left)
     tally.add_exact(exact)
     for id_, updates in exact.items():
         for name, update in updates.items():

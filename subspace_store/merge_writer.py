@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -26,8 +27,19 @@ from subspace_store.files.version_tensors import VersionTensors, moved
 from subspace_store.log.version import BlobRef, MergedTask, SubspaceState, Version
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
-from subspace_store.merging.merge import ModuleMerge, Tally, apart, merge_modules, place_in_basis, sized_among
+from subspace_store.merging.merge import (
+    ModuleMerge,
+    Tally,
+    apart,
+    merge_modules,
+    place_in_basis,
+    renews,
+    sized_among,
+    threads,
+)
+from subspace_store.merging.renewal import most_directions, renewed_basis, routed, under_renewed
 from subspace_store.merging.subspace_math import update_energy
+from subspace_store.module_names import is_renewed, plain, renewed
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 
@@ -84,6 +96,8 @@ class Draft:
     """The version that this one makes again without a task, see `Version.remakes`."""
     removed: tuple[str, ...] = ()
     """Ids of the tasks that were left out, see `Version.removed`."""
+    renewed_of: int = 0
+    """The version whose renewed bases are carried over if the parent has none; 0: none are."""
 
     @property
     def number(self) -> int:
@@ -142,7 +156,8 @@ def write_version(draft: Draft) -> Written:
 
     Cost:
         As `merge_adapters`; writes the changed modules' bases, their transports, the new tasks, and from time to time a
-        snapshot. Memory: one basis, and the arrivals.
+        snapshot. Memory: one basis, and the arrivals. The merge that makes the renewed bases reads all tasks' private
+        parts as well, module by module.
     """
     storage, epoch, state, arrivals = draft.storage, draft.epoch, draft.state, draft.arrivals
     merging = _Merging(draft)
@@ -177,7 +192,8 @@ def write_version(draft: Draft) -> Written:
         basis=basis,
         transport=transport,
         basis_versions=tuple(sorted({*merging.elsewhere.values()})),
-        module_count=len(merging.ranks),
+        module_count=len({*map(plain, merging.ranks)}),
+        renewed_count=sum(map(is_renewed, merging.ranks)),
         rank_max=max(max(ranks) for ranks in merging.ranks.values()),
         drift=tuple(round(drift[task], 7) for task in state.tasks_at(draft.parent)) if any(drift.values()) else (),
         bytes_written=sum(
@@ -195,7 +211,7 @@ def write_version(draft: Draft) -> Written:
 
 
 def write_refinement(draft: Draft) -> Written:
-    """Replace the coefficients of some tasks, in the present basis, and write everything but the record.
+    """Replace the coefficients of some tasks, each in the bases that hold it, and write everything but the record.
 
     Args:
         draft: The new version; its arrivals are tasks that the parent holds.
@@ -236,6 +252,7 @@ def write_refinement(draft: Draft) -> Written:
         transport=None,
         basis_versions=old.basis_versions,
         module_count=old.module_count,
+        renewed_count=old.renewed_count,
         rank_max=old.rank_max,
         bytes_written=sum(ref.size_bytes for ref in (coefficients, *adapters, *private) if ref is not None),
         merge_seconds=seconds,
@@ -253,7 +270,7 @@ class _Placed:
     """Refined tasks in an unchanged basis."""
 
     blocks: dict[str, TaskBlock]
-    """Module to coefficients."""
+    """Basis to coefficients in it."""
     private: dict[str, dict[str, ModuleUpdate]]
     """Task id to private parts, by module."""
     may_be_private: frozenset[str]
@@ -269,7 +286,8 @@ def _placed(draft: Draft) -> _Placed:
     before = draft.state.tasks_at(parent)
     blocks: dict[str, TaskBlock] = {}
     may_be_private = frozenset(arrival.task_id for arrival in arrivals if before[arrival.task_id].private is not None)
-    adapters, private = apart({arrival.task_id: arrival.adapter for arrival in arrivals}, draft.settings)
+    rest, private = apart({arrival.task_id: arrival.adapter for arrival in arrivals}, draft.settings)
+    adapters = _where_they_are(rest, tensors.tasks(parent))
     sized = sized_among(adapters)
     delivered = {
         arrival.task_id: sum(map(update_energy, private.get(arrival.task_id, {}).values())) for arrival in arrivals
@@ -284,13 +302,26 @@ def _placed(draft: Draft) -> _Placed:
         if place.arrivals.task_ids:
             blocks[name] = place.arrivals
         for task, update in place.private.items():
-            private.setdefault(task, {})[name] = update
+            private.setdefault(task, {})[plain(name)] = update
         for task, energy, outside in zip(
             place.task_ids, place.delivered_T.tolist(), place.missed_T.tolist(), strict=True
         ):
             delivered[task] += energy
             missed[task] += outside
     return _Placed(blocks, private, may_be_private, delivered, missed)
+
+
+def _where_they_are(adapters: Mapping[str, Adapter], tasks: Mapping[str, ModuleTasks]) -> dict[str, Adapter]:
+    """The same adapters, with their updates by the names of the bases that hold their tasks.
+
+    Args:
+        tasks: Basis to the tasks that have coefficients in it.
+    """
+    held = {name: set(block.task_ids) for name, block in tasks.items() if is_renewed(name)}
+    return {
+        task: under_renewed(adapter, [plain(name) for name, its in held.items() if task in its])
+        for task, adapter in adapters.items()
+    }
 
 
 def _who(arrivals: Sequence[Arrival], tasks: Collection[str]) -> str:
@@ -303,26 +334,32 @@ class _Merging:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         tensors, parent = draft.tensors, draft.parent
-        self._adapters, self.private = apart({a.task_id: a.adapter for a in draft.arrivals}, draft.settings)
-        self._sized = {task.task_id for task in draft.state.tasks_at(parent).values() if task.is_sized}
+        self._held = draft.state.tasks_at(parent)
+        self._sized = {task.task_id for task in self._held.values() if task.is_sized}
         self._homes = tensors.homes(parent)
-        new = {n: u.shape for a in draft.arrivals for n, u in a.adapter.modules.items() if n not in self._homes}
+        self._before = tensors.take_basis(parent)
+        self._carried = {} if any(map(is_renewed, self._homes)) else tensors.renewed(draft.renewed_of)
+        rest, self.private = apart({a.task_id: a.adapter for a in draft.arrivals}, draft.settings)
+        shapes = {name: update.shape for a in draft.arrivals for name, update in a.adapter.modules.items()}
+        self._adapters = routed(self._basis, rest, threads(sum(map(sum, shapes.values()))))
+        shapes |= {name: basis.shape for name, basis in self._carried.items()}
+        new = {plain(name): shape for name, shape in shapes.items() if plain(name) not in self._homes}
         changed = {name for adapter in self._adapters.values() for name in adapter.modules}
         self._empty = {name: empty_module(shape).basis for name, shape in sorted(new.items()) if name not in changed}
-        """Bases without directions, of modules that are new and whose tasks are all kept exactly, see `apart`."""
+        """Bases without directions, of modules that are new and of whose tasks the first basis holds nothing: they are
+        kept exactly, see `apart`, or lie in the renewed one."""
         self.touched = [*sorted(changed), *self._empty]
         self.elsewhere = dict(self._homes)
-        """Module to the version whose file holds its basis; until it is merged, that of a changed one too."""
+        """Basis to the version whose file holds it; until it is merged, that of a changed one too."""
         self.tasks = dict(tensors.tasks(parent))
-        self._before = tensors.take_basis(parent)
         others = [name for name in self._homes if name not in self.touched]
         self.bases = {name: self._before[name] for name in others if name in self._before}
-        shapes = tensors.shapes(parent)
-        self.ranks = {name: shapes[name][1] for name in others}
+        before = tensors.shapes(parent)
+        self.ranks = {name: before[name][1] for name in others}
         self.merges: dict[str, ModuleMerge] = {}
         self.transports: dict[str, Transport] = {}
         self.arrived: dict[str, TaskBlock] = {}
-        self.tally = Tally({t.task_id: t.delivered_energy for t in draft.state.tasks_at(parent).values()})
+        self.tally = Tally({task.task_id: task.delivered_energy for task in self._held.values()})
         self.seconds = 0.0
         self.tally.add_exact(self.private)
         for name in others:
@@ -330,7 +367,14 @@ class _Merging:
 
     def write_basis(self) -> BlobRef:
         """Merge and write. The new basis is kept whole in memory only if the old one was."""
-        ref = blobs.write_basis(self._draft.storage, self._draft.epoch, self.touched, self.elsewhere, self._parts())
+        draft = self._draft
+        names = [*self.touched, *self._carried]
+        sized = len(self._sized) + sum(arrival.adapter.is_sized for arrival in draft.arrivals)
+        is_renewing = renews({*self._homes, *self._carried}, sized, draft.settings)
+        if is_renewing:
+            names += [renewed(name) for name in sorted({*self._homes, *self.touched})]
+        parts = chain(self._parts(), self._renewed_parts() if is_renewing else ())
+        ref = blobs.write_basis(draft.storage, draft.epoch, names, self.elsewhere, parts)
         if len(self.bases) < len(self.ranks):
             self.bases = {}
         return ref
@@ -358,15 +402,45 @@ class _Merging:
                 self.elsewhere.pop(name, None)
                 yield blobs.pack_basis(name, merge.basis)
             started = time.perf_counter()
-        for name, basis in self._empty.items():
+        for name, basis in (self._empty | self._carried).items():
             self.bases[name], self.ranks[name] = basis, basis.ranks
             yield blobs.pack_basis(name, basis)
 
-    def _read(self, name: str) -> ModuleSubspace | None:
+    def _renewed_parts(self) -> Iterator[Part]:
+        """The renewed bases of all modules after the merge, a few at the same time."""
+        started = time.perf_counter()
+        names, rows = sorted(self.ranks), sum(sum(basis.shape) for basis in self.bases.values())
+        for name, basis in zip(names, in_order(self._renew, names, threads(rows)), strict=True):
+            if basis is not None:
+                key = renewed(name)
+                blobs.check_basis(basis, f"renewing {name}")
+                self.seconds += time.perf_counter() - started
+                self.bases[key], self.ranks[key] = basis, basis.ranks
+                yield blobs.pack_basis(key, basis)
+                started = time.perf_counter()
+
+    def _renew(self, name: str) -> ModuleBasis | None:
+        """The renewed basis of one module: of what the earlier tasks and the new ones are after the merge."""
+        draft = self._draft
+        basis = self.bases.get(name) or draft.tensors.module_basis(draft.parent, name)
+        if min(basis.shape) < most_directions(draft.settings):
+            return None  # at every merge: nothing is read for it
+        tasks = self.merges[name].settle()[0] if name in self.merges else self.tasks.get(name, ModuleTasks())
+        private = draft.tensors.private_by_module(self._held.values(), (name,)).get(name, {})
+        private |= {task: updates[name] for task, updates in self.private.items() if name in updates}
+        return renewed_basis(ModuleSubspace(basis, tasks, private), draft.settings)
+
+    def _basis(self, name: str) -> ModuleBasis | None:
+        """A basis before the merge, which stays where it is."""
         if name not in self._homes:
-            return None
-        basis = self._before.pop(name, None) or self._draft.tensors.module_basis(self._draft.parent, name)
-        return ModuleSubspace(basis, self.tasks.get(name, ModuleTasks()))
+            return self._carried.get(name)
+        return self._before.get(name) or self._draft.tensors.module_basis(self._draft.parent, name)
+
+    def _read(self, name: str) -> ModuleSubspace | None:
+        """A basis before the merge with its tasks, removed from memory."""
+        basis = self._basis(name)
+        self._before.pop(name, None)
+        return None if basis is None else ModuleSubspace(basis, self.tasks.get(name, ModuleTasks()))
 
 
 def _snapshot_is_due(line: Sequence[Version], transport: BlobRef, merging: _Merging) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from configs.document import Line, VersionNumber
 from configs.errors import Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
-from subspace_store.files.version_heads import PRIVATE, VersionHeads
+from subspace_store.files.version_heads import VersionHeads
 from subspace_store.log import fold, garbage, retention
 from subspace_store.log.removal import remakes, start_of_remakes
 from subspace_store.log.retention import tasks_alive
@@ -27,7 +27,8 @@ from subspace_store.log.store_format import check_format
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState
 from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.overlap import overlap
-from subspace_store.parallel import AT_ONCE, in_order
+from subspace_store.module_names import is_renewed, newest, plain
+from subspace_store.parallel import in_order
 from subspace_store.storage.protocol import Storage
 from subspace_store.strict import LATEST, strict
 
@@ -257,8 +258,9 @@ class SubspaceReader:
             task = self._find(task_id, number)
             kept = self._read_head(task)
             blocks = self._tensors.task(number, task_id, modules)
-            private = self._private(task, modules)
-            names = sorted({*blocks, *private})
+            private = self._tensors.private(task, modules)
+            bases = {plain(basis): basis for basis in blocks}
+            names = sorted({*bases, *private})
             if unknown := set(modules or ()) - set(names):
                 raise NotFound(f"task {task.name} does not adapt {', '.join(sorted(unknown))}", self.storage.url)
             if modules is None:
@@ -266,9 +268,9 @@ class SubspaceReader:
             rows = sum(sum(shape) for name, (shape, _) in self._heads.shapes(number).items() if name in names)
 
             def update(name: str) -> ModuleUpdate:
-                block = blocks.get(name)
-                basis = None if block is None else self._tensors.module_basis(number, name)
-                shared = None if block is None or basis is None else reconstruct_module(basis, block)
+                shared = None
+                if (basis := bases.get(name)) is not None:
+                    shared = reconstruct_module(self._tensors.module_basis(number, basis), blocks[basis])
                 return with_private(shared, private.get(name))
 
             updates = in_order(update, names, threads(rows))
@@ -288,22 +290,59 @@ class SubspaceReader:
 
     @strict
     def ranks(self, version: VersionNumber | None = None) -> dict[str, tuple[int, int]]:
-        """(k_out, k_in) per module at a version, default `main`. Reads no tensors."""
+        """(k_out, k_in) per basis at a version, default `main`: by module, and `@2` after its name for a renewed one.
+        Reads no tensors."""
         with self._reading(version) as number:
             return {name: ranks for name, (_, ranks) in self._heads.shapes(number).items()}
 
     @strict
     def homes(self, version: VersionNumber | None = None) -> dict[str, int]:
-        """Module to the version whose file holds its basis at a version, default `main`: the one that changed it last.
-        Reads no tensors."""
+        """Basis, named as by `ranks`, to the version whose file holds it at a version, default `main`: the one that
+        changed it last. Reads no tensors."""
         with self._reading(version) as number:
             return self._heads.homes(number)
 
     @strict
     def basis(self, version: VersionNumber | None = None) -> dict[str, ModuleBasis]:
-        """P, Q and λ per module at a version, default `main`; nothing at version 0."""
+        """P, Q and λ of each basis, named as by `ranks`, at a version, default `main`; nothing at version 0."""
         with self._reading(version) as number:
             return self._tensors.basis(number)
+
+    @strict
+    def training_ranks(self, version: VersionNumber | None = None) -> dict[str, tuple[int, int]]:
+        """(k_out, k_in) of `training_basis`, per module. Reads no tensors."""
+        ranks = self.ranks(version)
+        return {module: ranks[name] for module, name in newest(ranks).items()}
+
+    @strict
+    def training_basis(self, version: VersionNumber | None = None) -> dict[str, ModuleBasis]:
+        """The basis in which a task's coefficients are to be trained, per module at a version, default `main`: the
+        renewed one where there is one. What is trained in it, and nothing beside it, costs its coefficients alone."""
+        bases = self.basis(version)
+        return {module: bases[name] for module, name in newest(bases).items()}
+
+    @strict
+    def basis_of(self, task_id: Line, version: VersionNumber | None = None) -> dict[str, ModuleBasis]:
+        """The basis that holds a task, per module at a version, default `main`: the renewed one where the task has
+        coefficients in that.
+
+        Raises:
+            NotFound: The version does not hold the task.
+        """
+        with self._reading(version) as number:
+            self._find(task_id, number)
+            bases, held = self._tensors.basis(number), self._tensors.task(number, task_id)
+        names = {name: name for name in bases if not is_renewed(name)} | {plain(name): name for name in held}
+        return {module: bases[name] for module, name in names.items()}
+
+    @strict
+    def renewed(self, version: VersionNumber | None = None) -> dict[str, ModuleSubspace]:
+        """The renewed bases of a version, default `main`, named as by `ranks`, and no task in them: where a subspace
+        begins that is made again."""
+        from subspace_store.merging.renewal import without_tasks
+
+        with self._reading(version) as number:
+            return without_tasks(self._tensors.renewed(number))
 
     @strict
     def module(
@@ -312,6 +351,7 @@ class SubspaceReader:
         """One module at a version, default `main`: its bases, and all tasks' coefficients in it.
 
         Args:
+            name: Of the module; or of its renewed basis, for the tasks in that. Private parts come with the module.
             private_of: Ids of the tasks whose private parts are read; default all. Each is a file.
 
         Raises:
@@ -320,17 +360,21 @@ class SubspaceReader:
         with self._reading(version) as number:
             if name not in self._heads.homes(number):
                 raise NotFound(f"version {number} has no module {name}", self.storage.url)
-            private = self._private_by_module(number, (name,), private_of).get(name, {})
+            held = [
+                task for id_, task in self.state.tasks_at(number).items() if private_of is None or id_ in private_of
+            ]
+            private = self._tensors.private_by_module(held, (name,)).get(name, {})
             return replace(self._tensors.module(number, name), private=private)
 
     @strict
     def subspace(self, version: VersionNumber | None = None) -> dict[str, ModuleSubspace]:
-        """Everything at a version, default `main`: bases and all tasks' coefficients, per module."""
+        """Everything at a version, default `main`: bases and all tasks' coefficients, named as by `ranks`."""
         from subspace_store.merging.basis import ModuleSubspace
         from subspace_store.merging.coefficients import ModuleTasks
 
         with self._reading(version) as number:
-            tasks, private = self._tensors.tasks(number), self._private_by_module(number)
+            tasks = self._tensors.tasks(number)
+            private = self._tensors.private_by_module(self.state.tasks_at(number).values())
             return {
                 name: ModuleSubspace(basis, tasks.get(name, ModuleTasks()), private.get(name, {}))
                 for name, basis in self._tensors.basis(number).items()
@@ -388,7 +432,7 @@ class SubspaceReader:
 
         with self._reading(self.state.refs[CANDIDATE]) as number:
             tasks = self.state.tasks_at(number)
-            merge = merge_adapters({}, self._held(number), self.settings)
+            merge = merge_adapters(self.renewed(number), self._held(number), without_renewal(self.settings))
             return CompactionPreview(
                 version=number,
                 tasks=len(tasks),
@@ -417,6 +461,8 @@ class SubspaceReader:
             before = self.footprint(number).total_numbers
             if again:
                 modules: Mapping[str, ModuleSubspace] = self.subspace(start) if start else {}
+                if not any(map(is_renewed, modules)):
+                    modules = {**modules, **self.renewed(number)}
                 sized = {task.task_id for task in self.state.tasks_at(start).values() if task.is_sized}
                 for remake in again:
                     adapters = {id_: self._to_merge_again(newest[id_], number) for id_ in remake.task_ids}
@@ -455,7 +501,7 @@ class SubspaceReader:
             raise InvalidInput("a forecast needs at least one adapter")
         parent = self.state.refs[CANDIDATE] if version is None else self._known(version)
         with self._reading(parent):
-            shapes = {name: shape for name, (shape, _) in self._heads.shapes(parent).items()}
+            shapes = self._heads.module_shapes(parent)
             for id_, adapter in adapters.items():
                 if id_ in self.state.tasks_at(parent):
                     raise InvalidInput("is a task that this version holds already", id_, "choose another id")
@@ -620,28 +666,6 @@ class SubspaceReader:
             raise InvalidInput(what, "compact", todo)
         return {id_: _to_the_last_number(self.adapter(id_, version)) for id_ in self.state.tasks_at(version)}
 
-    def _private(self, task: MergedTask, modules: Sequence[str] | None = None) -> dict[str, ModuleUpdate]:
-        """A task's private parts, by module; only of these modules, where they are named."""
-        from subspace_store.files import blobs
-
-        if task.private is None:
-            return {}
-        file = self._heads.file(task.private, PRIVATE)
-        names = [name for name in file.parts if modules is None or name in modules]
-        return {name: blobs.read_private(file, name) for name in names}
-
-    def _private_by_module(
-        self, number: int, modules: Sequence[str] | None = None, of: Collection[str] | None = None
-    ) -> dict[str, dict[str, ModuleUpdate]]:
-        """Module to task id to private part, of the tasks of a version that have some; of these only, if named."""
-        held = self.state.tasks_at(number)
-        tasks = [task for id_, task in held.items() if task.private is not None and (of is None or id_ in of)]
-        found: dict[str, dict[str, ModuleUpdate]] = {}
-        for task, parts in zip(tasks, in_order(lambda t: self._private(t, modules), tasks, AT_ONCE), strict=True):
-            for name, update in parts.items():
-                found.setdefault(name, {})[task.task_id] = update
-        return found
-
     def _read_head(self, task: MergedTask) -> Adapter:
         """A task's head and facts, with or without its modules."""
         from subspace_store.adapter import adapter_from_bytes
@@ -652,6 +676,11 @@ class SubspaceReader:
         except NotFound:
             head = self.state.heads[task.adapter.key]
         return adapter_from_bytes(blobs.read_blob(self.storage, head), f"{self.storage.url}/{head.key}", head_only=True)
+
+
+def without_renewal(settings: SubspaceSettings) -> SubspaceSettings:
+    """Settings for a merge of all tasks at once: it keeps the renewed bases that are there, and makes none."""
+    return settings.model_copy(update={"renew_tasks": 0})
 
 
 def _to_the_last_number(adapter: Adapter) -> Adapter:

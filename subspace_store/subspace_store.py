@@ -34,7 +34,7 @@ from subspace_store.merge_writer import Arrival, Draft, Written, write_refinemen
 from subspace_store.refs import Refs, another_request
 from subspace_store.storage.protocol import Storage
 from subspace_store.strict import TaskId, strict
-from subspace_store.subspace_reader import DEFAULTS
+from subspace_store.subspace_reader import DEFAULTS, without_renewal
 
 
 class SubspaceStore(Refs):
@@ -153,11 +153,13 @@ class SubspaceStore(Refs):
         """Make the candidate again without a task: every version from the task's birth on, one after another, from
         the adapters as they were delivered and in the groups they were merged in.
 
-        The outcome is what a store would hold that never saw the task, if `settings` are what they were. If the
-        versions right before the birth have expired, it begins after the newest one that has not. Where an
-        adapter as delivered is gone, the task is merged as its coefficients have it now, and the version names it in
-        `approximate`. A task that was refined after the birth was trained in a basis that the removed one had helped to
-        make: it is merged as refined. The versions that hold the removed task stay until they expire.
+        The outcome is what a store would hold that never saw the task, if `settings` are what they were. The renewed
+        bases are the exception: they are carried over as they are, since tasks that were trained in them would lose
+        theirs; they are directions of many tasks, and no task's coefficients. If the versions right before the birth
+        have expired, it begins after the newest one that has not. Where an adapter as delivered is gone, the task is
+        merged as its coefficients have it now, and the version names it in `approximate`. A task that was refined after
+        the birth was trained in a basis that the removed one had helped to make: it is merged as refined. The versions
+        that hold the removed task stay until they expire.
 
         Args:
             publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`
@@ -191,6 +193,9 @@ class SubspaceStore(Refs):
     def compact(self, *, op_key: Line, actor: Line, publish: bool = False) -> Version:
         """Merge all tasks of the candidate at once: the cheapest basis for them together, in place of the one that grew
         task by task. It becomes the candidate.
+
+        Renewed bases are carried over as they are, and what lies in them is placed there; the first bases are found for
+        the rest.
 
         No task moves: each is held to the last number as the candidate held it, so its scores and its error stay what
         they are, and no later merge takes anything from it. The versions before stay until they expire.
@@ -232,7 +237,9 @@ class SubspaceStore(Refs):
         held, errors = self.state.tasks_at(candidate), self.state.errors(candidate)
         adapters = self._held(candidate)
         arrivals = [Arrival(id_, task.name, adapters[id_], task.adapter) for id_, task in held.items()]
-        written = write_version(replace(self._draft(0, arrivals), remakes=candidate))
+        settings = without_renewal(self.settings)
+        draft = replace(self._draft(0, arrivals), remakes=candidate, renewed_of=candidate, settings=settings)
+        written = write_version(draft)
         added = [
             replace(
                 task,
@@ -272,8 +279,8 @@ class SubspaceStore(Refs):
             if known is not None and known not in self.state.expired and self.state.versions[known].parent == parent:
                 parent = known
                 continue
-            removed = (*version.removed, task.task_id)
-            written = write_version(replace(self._draft(parent, arrivals), remakes=version.number, removed=removed))
+            draft = replace(self._draft(parent, arrivals), remakes=version.number, renewed_of=candidate)
+            written = write_version(replace(draft, removed=(*version.removed, task.task_id)))
             # A key names one version, and that one has expired.
             parent = self._step(written, step_key if known is None else "", actor)
         return parent
@@ -324,7 +331,7 @@ class SubspaceStore(Refs):
 
     def _arrivals(self, adapters: Sequence[StagedAdapter], parent: int) -> list[Arrival]:
         """The uploads, checked. All are looked at, so that those that are refused are told of at once."""
-        shapes = {name: shape for name, (shape, _) in self._tensors.shapes(parent).items()}
+        shapes = self._heads.module_shapes(parent)
         arrivals: list[Arrival] = []
         refusals: dict[str, InvalidInput] = {}
         missing: list[StagedAdapter] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from subspace_store.log.version_log import VersionLog
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import Transport
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
+from subspace_store.module_names import is_renewed, plain, renewed
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_reader import SubspaceReader
@@ -141,11 +142,13 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
     """Everything about one version that can be measured again, one module at a time."""
     where = f"version {version.number}"
     ranks = reader.ranks(version.number)
-    rank_max = max((max(pair) for pair in ranks.values()), default=0)
+    modules = sorted({*map(plain, ranks)})
+    found = len(modules), sum(map(is_renewed, ranks)), max((max(pair) for pair in ranks.values()), default=0)
+    logged = version.module_count, version.renewed_count, version.rank_max
     findings = []
-    if (len(ranks), rank_max) != (version.module_count, version.rank_max):
-        text = f"has {len(ranks)} modules of rank {rank_max}, the log says {version.module_count} of {version.rank_max}"
-        findings.append(Finding(where, text))
+    if found != logged:
+        text = "has {} modules, {} of them with a renewed basis, of rank {}, the log says {}, {} and {}"
+        findings.append(Finding(where, text.format(*found, *logged)))
     born = {task.task_id: task for task in version.brought if task.adapter.key not in reader.state.heads}
     delivered = {id_: adapter_from_bytes(blobs.read_blob(reader.storage, t.adapter), t.name) for id_, t in born.items()}
     # Nothing to compare it with once the parent has expired.
@@ -158,25 +161,32 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
     moved = dict.fromkeys(reader.state.tasks_at(version.parent), 0.0)
     brought = [task.task_id for task in version.brought]
     homes, before_homes = reader.homes(version.number), reader.homes(parent) if parent else {}
-    for name in ranks:
-        # Where the version wrote nothing of a module, earlier tasks are what they were, by the same bytes.
-        is_as_before = homes[name] == before_homes.get(name) and name not in written and version.snapshot is None
-        after = _orthonormal(reader.module(name, version.number, brought))
-        findings += [Finding(where, f"{name} {what}") for what in _energies(after.basis)]
-        for id_, update in after.private.items():
+    for module in modules:
+        names = [name for name in (module, renewed(module)) if name in ranks]
+        both = [_orthonormal(reader.module(name, version.number, brought)) for name in names]
+        for id_, update in both[0].private.items():
             private[id_] += update.numbers
+        twice = Counter(id_ for one in both for id_ in one.tasks.task_ids)
+        findings += [
+            Finding(where, f"task {id_} has coefficients in both bases of {module}") for id_ in twice if twice[id_] > 1
+        ]
         for id_, adapter in delivered.items():
-            if name in adapter.modules:
-                missed[id_] += _squared_distance(adapter.modules[name], after, id_)
-                energy[id_] += update_energy(adapter.modules[name])
-        if name in before_ranks and not is_as_before:
+            if module in adapter.modules:
+                missed[id_] += _squared_distance(adapter.modules[module], both, id_)
+                energy[id_] += update_energy(adapter.modules[module])
+        for name, after in zip(names, both, strict=True):
+            findings += [Finding(where, f"{name} {what}") for what in _energies(after.basis)]
+            # Where the version wrote nothing of a basis, earlier tasks are what they were, by the same bytes.
+            is_as_before = homes[name] == before_homes.get(name) and name not in written and version.snapshot is None
+            if name not in before_ranks or is_as_before:
+                continue
             before = _orthonormal(reader.module(name, parent, ()))
             if not _fits(written.get(name), before.basis, after.basis):
                 findings.append(Finding(where, f"the transport of {name} does not fit its bases"))
             for id_ in before.tasks.task_ids:
                 if id_ in refined:
                     continue
-                one, other = _dense_factors(before, id_), _dense_factors(after, id_)
+                one, other = _dense_factors([before], id_), _dense_factors([after], id_)
                 moved[id_] += _gram_norm(torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]], dim=1))
     for task in version.brought:
         if private[task.task_id] != task.private_count:
@@ -228,25 +238,25 @@ def _differs(where: str, what: str, energy: float, delivered: float, logged: flo
     return [Finding(where, f"{what} {measured:.3e}, the log says {logged:.3e}")]
 
 
-def _squared_distance(update: ModuleUpdate, module: ModuleSubspace, task_id: str) -> float:
-    """‖ΔW − ΔŴ‖²_F without a dense N×D matrix."""
-    left_NR, right_DR = _dense_factors(module, task_id)
+def _squared_distance(update: ModuleUpdate, bases: Sequence[ModuleSubspace], task_id: str) -> float:
+    """‖ΔW − ΔŴ‖²_F without a dense N×D matrix; `bases`: all of one module, the first one with the private parts."""
+    left_NR, right_DR = _dense_factors(bases, task_id)
     lefts, rights = [update.u_NR.double() * update.sigma_R.double(), -left_NR], [update.v_DR.double(), right_DR]
-    if (rest := module.private.get(task_id)) is not None:
+    if (rest := bases[0].private.get(task_id)) is not None:
         lefts.append(-rest.u_NR.double() * rest.sigma_R.double())
         rights.append(rest.v_DR.double())
     return _gram_norm(torch.cat(lefts, dim=1), torch.cat(rights, dim=1))
 
 
-def _dense_factors(module: ModuleSubspace, task_id: str) -> tuple[Tensor, Tensor]:
-    """P·E and Q·F of one task."""
-    one = module.tasks.only((task_id,))
-    if one is None and task_id in module.private:
-        n, d = module.basis.shape
-        return torch.zeros(n, 0, dtype=torch.float64), torch.zeros(d, 0, dtype=torch.float64)
-    if one is None:
+def _dense_factors(bases: Sequence[ModuleSubspace], task_id: str) -> tuple[Tensor, Tensor]:
+    """P·E and Q·F of one task, in the one of these bases of a module that holds it."""
+    for module in bases:
+        if (one := module.tasks.only((task_id,))) is not None:
+            return module.basis.p_NK @ one.e_KS, module.basis.q_DK @ one.f_KS
+    if task_id not in bases[0].private:
         raise Corrupt("its coefficients are gone", f"task {task_id}")
-    return module.basis.p_NK @ one.e_KS, module.basis.q_DK @ one.f_KS
+    n, d = bases[0].basis.shape
+    return torch.zeros(n, 0, dtype=torch.float64), torch.zeros(d, 0, dtype=torch.float64)
 
 
 def _gram_norm(left_NC: Tensor, right_DC: Tensor) -> float:

@@ -17,6 +17,7 @@ from configs.errors import InvalidInput, NotFound, Unavailable
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log.version import MAIN
+from subspace_store.merging.basis import ModuleBasis
 from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
@@ -279,7 +280,7 @@ class _Attempt:
             return names
         self._store.refresh()
         adapted = target_modules(self._base, spec.lora, spec.kind)
-        if group.agree(auto.is_large_enough(self._store.ranks(), adapted)):
+        if group.agree(auto.is_large_enough(self._store.training_ranks(), adapted)):
             return names
         self._say("auto: no coefficients are trained, the basis of `main` has too few directions yet")
         return tuple(name for name in names if name != "share") or ("lora",)
@@ -431,7 +432,7 @@ class _Attempt:
             main: int = self._group.agree(self._store.resolve(MAIN))
             self.version = main if METHODS[self.method_name].needs_basis(order.spec) else 0
         try:
-            basis = self._store.basis(self.version) if self.version else {}
+            basis = self._basis() if self.version else {}
         except NotFound as error:
             if checkpoint is None:
                 raise
@@ -444,6 +445,14 @@ class _Attempt:
         if checkpoint is not None:
             self._say(f"goes on from step {checkpoint.step}, where an earlier attempt left a checkpoint")
         return Given(version=self.version, basis=basis, adapter=served), checkpoint
+
+    def _basis(self) -> dict[str, ModuleBasis]:
+        """The basis of the leased version that the task will be stored in, per module."""
+        if self._order.refine_version:
+            return self._store.basis_of(self._order.task_id, self.version)
+        if self.method_name == "share" and share.stays_inside(self._order.spec):
+            return self._store.training_basis(self.version)
+        return self._store.basis(self.version)
 
     def _forget_checkpoint(self, checkpoint: Checkpoint, why: str) -> None:
         self._say(f"does not go on from the checkpoint of step {checkpoint.step}: {why}")

@@ -239,7 +239,7 @@ class Model:
             is_asked = bool(self.in_work[request]) or is_step
             self._must(is_asked or unasked, f"asked for: {what} does {request} by itself")
             moves = self._moves(op, record)
-            plain = op.removesuffix("-private").replace("-", "_")
+            plain = _plain(op).replace("-", "_")
             concerned = int(getattr(self, f"_{plain}")(body, what) or body.get("version", 0))
             if record["op_key"]:
                 self.done[record["op_key"]] = concerned
@@ -252,7 +252,7 @@ class Model:
     def _moves(self, op: str, record: Plain) -> dict[str, int]:
         """The refs that an operation moves."""
         body = record["body"]
-        if op.removesuffix("-private") in ("merge", "refine"):
+        if _plain(op) in ("merge", "refine"):
             return {} if body["version"]["remakes"] else {"candidate": body["version"]["number"]}
         if op == "publish":
             return {"main": body["version"]}
@@ -281,9 +281,10 @@ class Model:
     def _merge(self, body: Plain, what: str) -> int:
         version = body["version"]
         number = int(version["number"])
-        is_private = what.split("(")[1].split(" ")[0].endswith("-private")
-        needs = bool(self._private(version)) or any(task["is_sized"] for task in self._brought(version))
-        self._must(is_private == needs, f"{what} does not say whether it has private parts")
+        op = what.split("(")[1].split(" ")[0]
+        is_private = bool(self._private(version)) or any(task["is_sized"] for task in self._brought(version))
+        kind = "-renewed" if version["renewed_count"] else "-private" if is_private else ""
+        self._must(op == _plain(op) + kind, f"{what} does not say whether it has private parts or renewed bases")
         self._must(number == max(self.versions, default=0) + 1, f"{what} uses the number {number}")
         self.versions[number] = version
         tasks = self._tasks_at(number)
@@ -303,7 +304,7 @@ class Model:
     def _refine(self, body: Plain, what: str) -> int:
         version = body["version"]
         parent = self.versions[version["parent"]]
-        same = ("basis", "basis_versions", "module_count", "rank_max")
+        same = ("basis", "basis_versions", "module_count", "renewed_count", "rank_max")
         self._must([version[name] for name in same] == [parent[name] for name in same], f"{what} has another basis")
         self._must(not version["added"] and version["transport"] is None, f"{what} is a merge")
         self._must({task["task_id"] for task in version["refined"]} <= {*self._tasks_at(version["parent"])}, what)
@@ -382,3 +383,8 @@ class Model:
     def _must(holds: bool, otherwise: str) -> None:
         if not holds:
             raise Violation(otherwise)
+
+
+def _plain(op: str) -> str:
+    """An operation without what its name says of the version that it makes."""
+    return op.removesuffix("-private").removesuffix("-renewed")

@@ -22,6 +22,7 @@ from subspace_store.chaos.model import Model
 from subspace_store.digests import digest
 from subspace_store.log import retention
 from subspace_store.log.version import CANDIDATE, MAIN, StagedAdapter, TaskScore, Version
+from subspace_store.merging.basis import ModuleBasis
 from subspace_store.subspace_store import SubspaceStore
 
 BASE = "tiny"
@@ -31,6 +32,8 @@ FOUNDATION = 3
 """Directions of the foundation that some adapters lie in."""
 ADAPTERS = 12
 """Number of different adapters; each task takes one of them."""
+IN_THE_BASIS = 0.4
+"""Share of the merges whose adapters lie in the newest basis of the candidate, as coefficients trained there do."""
 MERGES_MAX = 6
 GROUP_MAX = 3
 ACTOR = "chaos"
@@ -89,7 +92,11 @@ class Requests:
     def _merge(self, store: SubspaceStore) -> Request:
         self._merges_left -= 1
         count = self._random.choices(range(1, GROUP_MAX + 1), (6, 2, 1))[0]
-        adapters = {f"t{self._next('task')}": _adapter(self._random.randrange(ADAPTERS)) for _ in range(count)}
+        renewed = store.training_basis(store.state.refs[CANDIDATE]) if self._random.random() < IN_THE_BASIS else {}
+        adapters = {
+            f"t{self._next('task')}": _in_the_basis(number, renewed) if renewed else _adapter(number)
+            for number in (self._random.randrange(ADAPTERS) for _ in range(count))
+        }
         self._adapters |= adapters
         self._model.delivered |= {task: dense(adapter) for task, adapter in adapters.items()}
         return self._merging(adapters)
@@ -265,3 +272,13 @@ def _adapter(number: int) -> Adapter:
             modules[name] = canonical_update(b_NR, a_RD, scale=0.5)
     info = {SIZED: "score"} if number % 7 == 2 else {}
     return Adapter(BASE, "", modules, {"head": torch.randn(2, generator=generator)}, info)
+
+
+def _in_the_basis(number: int, bases: Mapping[str, ModuleBasis]) -> Adapter:
+    """An adapter with one direction of each basis, kept whole, in the modules that have one."""
+    adapter, modules = _adapter(number), {}
+    for name, basis in bases.items():
+        if min(basis.ranks):
+            out, inward = (side[:, number % side.shape[1]][:, None] for side in (basis.p_NK, basis.q_DK))
+            modules[name] = canonical_update(out, inward.T, scale=1.0 + number / ADAPTERS)
+    return replace(adapter, modules=modules, info={SIZED: "score"}) if modules else adapter

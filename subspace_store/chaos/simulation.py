@@ -42,8 +42,9 @@ from subspace_store.subspace_store import SubspaceStore
 
 EXACT = SubspaceSettings(rank_fixed=max(max(shape) for shape in SHAPES.values()))
 """Settings under which nothing is truncated, so that a version must hold exactly what was delivered."""
-CAPPED = SubspaceSettings(energy_ratio_min=1.0, rank_max=2)
-"""Settings under which the same holds because private parts keep what the basis has no room for: every other seed."""
+CAPPED = SubspaceSettings(energy_ratio_min=1.0, rank_max=2, renew_tasks=2, renew_directions=2)
+"""Settings under which the same holds because private parts keep what the basis has no room for: every other seed. Two
+tasks make the renewed bases."""
 WRITERS_MAX = 3
 ACTIONS_MAX = 24
 """Most actions of all writing machines together, in one run."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -26,6 +27,10 @@ from subspace_store.commands.place import (
 )
 from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, decimals, errors, note, show, telling
 from subspace_store.log.version import MAIN
+from subspace_store.subspace_reader import without_renewal
+
+if TYPE_CHECKING:
+    from subspace_store.merging.basis import ModuleSubspace
 
 TRACE_LINES = 40
 """Number of lines that are shown of a simulated run that broke a promise; `--trace` shows all."""
@@ -42,12 +47,12 @@ def compare(
     """Merge a version's tasks in every known way, in memory. Shows what each way loses and how much it stores."""
     from subspace_store.merging.variants import VARIANTS, Merged, merge_all
 
-    adapters, settings = _as_delivered(place_of(store, state_dir), version, rank)
+    adapters, settings, start = _as_delivered(place_of(store, state_dir), version, rank)
     found: dict[str, Merged] = {}
     for variant in VARIANTS:
         try:
             with telling(f"merging all tasks as {variant}"):
-                found[variant] = merge_all(adapters, variant, settings)
+                found[variant] = merge_all(adapters, variant, settings, start)
         except InvalidInput as error:
             note(f"left out: {variant}: {error}")
     errors_of = {variant: tuple(merged.error.values()) for variant, merged in found.items()}
@@ -86,9 +91,9 @@ def reorder(
     from subspace_store.merging.reorder import Spread
     from subspace_store.merging.reorder import reorder as tried
 
-    adapters, settings = _as_delivered(place_of(store, state_dir), version, rank)
+    adapters, settings, start = _as_delivered(place_of(store, state_dir), version, rank)
     with telling(f"merging all tasks in {orders} other orders"):
-        report = tried(adapters, settings, orders, seed)
+        report = tried(adapters, settings, orders, seed, start)
     lines = [(task, report.given[task], report.of_task(task), report.at_once[task]) for task in adapters]
     means = [statistics.fmean(errors.values()) for errors in (report.given, report.at_once)]
     lines.append(("mean", means[0], report.of_mean, means[1]))
@@ -143,13 +148,18 @@ def chaos(
         raise typer.Exit(OnebasisError.exit_code)
 
 
-def _as_delivered(place: Place, version: str, rank: int | None) -> tuple[dict[str, Adapter], SubspaceSettings]:
-    """A version's adapters in the order of merging, and the merge settings: the service's, or exactly `rank`
-    directions."""
+def _as_delivered(
+    place: Place, version: str, rank: int | None
+) -> tuple[dict[str, Adapter], SubspaceSettings, Mapping[str, ModuleSubspace]]:
+    """A version's adapters in the order of merging; the merge settings, the service's or exactly `rank` directions, by
+    which no renewed basis is made; and the version's own renewed bases."""
     reader = reader_at(place)
-    tasks = reader.state.tasks_at(reader.resolve(version))
+    number = reader.resolve(version)
+    tasks = reader.state.tasks_at(number)
     if not tasks:
         raise InvalidInput(f"version {version} holds no tasks", place.storage.url)
     with telling(f"reading the adapters at {place.storage.url}"):
         adapters = {task: reader.delivered(task) for task in tasks}
-    return adapters, reader.settings.model_copy(update={} if rank is None else {"rank_fixed": rank})
+    settings = without_renewal(reader.settings)
+    settings = settings.model_copy(update={} if rank is None else {"rank_fixed": rank})
+    return adapters, settings, reader.renewed(number)

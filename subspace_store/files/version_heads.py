@@ -1,4 +1,6 @@
-"""What the heads of a version's files say: which modules have a basis, their shapes and ranks. No tensor is read.
+"""What the heads of a version's files say: which bases there are, their shapes and ranks. No tensor is read.
+
+Bases go by their names (module_names.py): a module's own for the first one, `@2` after it for the renewed one.
 
 A version's basis file holds the modules that its merge changed; for the others its head names the version that holds
 them. Works without torch, so that listing versions starts quickly.
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from subspace_store.files.tensor_file import TensorFile
 from subspace_store.log.version import BlobRef, SubspaceState, Version
+from subspace_store.module_names import plain
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 
@@ -53,14 +56,14 @@ class VersionHeads:
         return self._state().versions[number].basis.key if number else ""
 
     def homes(self, number: int) -> dict[str, int]:
-        """Every module that has a basis to the version whose file holds it. One small read."""
+        """Every basis to the version whose file holds it. One small read."""
         if not number:
             return {}
         file = self.basis_file(number)
         return dict(sorted({**dict.fromkeys(file.parts, number), **file.info["elsewhere"]}.items()))
 
     def shapes(self, number: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-        """Every module that has a basis to ((N, D), (k_out, k_in))."""
+        """Every basis to ((N, D), (k_out, k_in))."""
         found = {}
         for name, home in self.homes(number).items():
             shapes = self.basis_file(home).shapes(name)
@@ -68,9 +71,13 @@ class VersionHeads:
             found[name] = (n, d), (k_out, k_in)
         return found
 
+    def module_shapes(self, number: int) -> dict[str, tuple[int, int]]:
+        """Every module that has a basis to (N, D)."""
+        return {plain(name): shape for name, (shape, _) in self.shapes(number).items()}
+
     def layouts(self, number: int) -> dict[str, list[tuple[str, int]]]:
-        """Every task that has coefficients to the modules in which it has them, each with its rank there; a merge
-        changes no task's rank.
+        """Every task that has coefficients to the bases in which it has them, each with its rank there; a merge changes
+        no task's rank.
 
         Cost:
             The heads of the coefficients' files since the last snapshot.

@@ -1,4 +1,6 @@
-"""The tensors of a version, from its files or from memory: bases per module, coefficients per task.
+"""The tensors of a version, from its files or from memory: bases per module, coefficients and private parts per task.
+
+Bases and coefficients go by the names of bases, private parts by those of modules (module_names.py).
 
 The head of a file says what it holds (version_heads.py). Coefficients are read from the file of the task's birth or of
 the last snapshot, and brought to the version by the transports since. Safe for threads; memory has a limit in bytes, so
@@ -10,12 +12,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping
 
+from subspace_store.adapter import ModuleUpdate
 from subspace_store.files import blobs
 from subspace_store.files.tensor_file import SMALL_BYTES, TensorFile
-from subspace_store.files.version_heads import COEFFICIENTS, TRANSPORT, Recent, VersionHeads, coefficient_files
-from subspace_store.log.version import Version
+from subspace_store.files.version_heads import (
+    COEFFICIENTS,
+    PRIVATE,
+    TRANSPORT,
+    Recent,
+    VersionHeads,
+    coefficient_files,
+)
+from subspace_store.log.version import MergedTask, Version
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
+from subspace_store.module_names import is_renewed, plain
 from subspace_store.parallel import AT_ONCE, in_order
 
 BASES_BYTES = 2**30
@@ -69,6 +80,11 @@ class VersionTensors:
                 known = self._bases.keep(self._heads.basis_key(number), dict(zip(files, read, strict=True)))
             return dict(known)
 
+    def renewed(self, number: int) -> dict[str, ModuleBasis]:
+        """The renewed bases, by their names; no other is read."""
+        names = [name for name in self.homes(number) if is_renewed(name)]
+        return dict(zip(names, in_order(lambda name: self.module_basis(number, name), names, AT_ONCE), strict=True))
+
     def remember_basis(self, number: int) -> None:
         """Read all bases into memory if they are small: a reader of all modules may need them again soon."""
         if sum(n * k_out + d * k_in for (n, d), (k_out, k_in) in self.shapes(number).values()) < SMALL_BASIS:
@@ -84,6 +100,9 @@ class VersionTensors:
     def task(self, number: int, task_id: str, modules: Collection[str] | None = None) -> dict[str, TaskBlock]:
         """One task's coefficients in the basis of a version, per module it adapts, float64; no other task is read.
 
+        Args:
+            modules: Only of these modules, whichever basis they are in.
+
         The result is a fixed function of the stored bytes, whatever is in memory: the same bits for every caller.
         """
         with self._lock:
@@ -96,7 +115,7 @@ class VersionTensors:
             brought = next(task for task in line[birth].brought if task.task_id == task_id)
             is_whole = brought.private is not None and task_id not in file.info["tasks"]  # it has no coefficients
             found = {} if is_whole else blobs.read_coefficients(file, task_id)
-            blocks = {name: one.moved(None) for name, one in found.items() if modules is None or name in modules}
+            blocks = {name: one.moved(None) for name, one in found.items() if modules is None or plain(name) in modules}
             self._heads.fetch(line[start + 1 :], coefficients=False)
             for version in line[start + 1 :]:
                 transports = self._transport(version)
@@ -128,6 +147,26 @@ class VersionTensors:
     def module(self, number: int, module: str) -> ModuleSubspace:
         """One module with all its tasks."""
         return ModuleSubspace(self.module_basis(number, module), self.tasks(number).get(module, ModuleTasks()))
+
+    # Private parts
+
+    def private(self, task: MergedTask, modules: Collection[str] | None = None) -> dict[str, ModuleUpdate]:
+        """A task's private parts, by module; only of these modules, where they are named."""
+        if task.private is None:
+            return {}
+        file = self._heads.file(task.private, PRIVATE)
+        return {name: blobs.read_private(file, name) for name in file.parts if modules is None or name in modules}
+
+    def private_by_module(
+        self, tasks: Collection[MergedTask], modules: Collection[str] | None = None
+    ) -> dict[str, dict[str, ModuleUpdate]]:
+        """Module to task id to private part, of those of the tasks that have some."""
+        some = [task for task in tasks if task.private is not None]
+        found: dict[str, dict[str, ModuleUpdate]] = {}
+        for task, parts in zip(some, in_order(lambda t: self.private(t, modules), some, AT_ONCE), strict=True):
+            for name, update in parts.items():
+                found.setdefault(name, {})[task.task_id] = update
+        return found
 
     def keep(self, number: int, bases: dict[str, ModuleBasis], tasks: dict[str, ModuleTasks]) -> None:
         """Keep in memory what a merge has just written."""

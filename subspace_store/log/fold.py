@@ -27,6 +27,10 @@ MERGE_PRIVATE = "merge-private"
 
 REFINE_PRIVATE = "refine-private"
 
+MERGE_RENEWED = "merge-renewed"
+
+REFINE_RENEWED = "refine-renewed"
+
 SCORES = "scores"
 
 PUBLISH = "publish"
@@ -78,7 +82,10 @@ IDENTITY: Mapping[str, tuple[str, ...]] = {
 PRIVATE = {MERGE: MERGE_PRIVATE, REFINE: REFINE_PRIVATE}
 """What an operation is called whose version holds private parts. A release that does not know them stops at the record,
 instead of reading tasks without them."""
-MAKES_VERSION = frozenset({*PRIVATE, *PRIVATE.values()})
+RENEWED = {MERGE: MERGE_RENEWED, REFINE: REFINE_RENEWED}
+"""The same for a version that has renewed bases, with private parts or without."""
+MAKES_VERSION = frozenset({*PRIVATE, *PRIVATE.values(), *RENEWED.values()})
+_PLAIN = {said: plain for names in (PRIVATE, RENEWED) for plain, said in names.items()}
 
 T = TypeVar("T")
 
@@ -122,12 +129,14 @@ def to_plain(record: Any) -> Any:
 
 def making(op: str, version: Version) -> str:
     """The operation of the record that names a version."""
+    if version.renewed_count:
+        return RENEWED[op]
     return PRIVATE[op] if any(task.private is not None or task.is_sized for task in version.brought) else op
 
 
 def asked(op: str, **named: Any) -> str:
     """A request in short, to know it again. named: What `IDENTITY` lists for the operation; what is missing is None."""
-    op = next((plain for plain, private in PRIVATE.items() if op == private), op)
+    op = _PLAIN.get(op, op)
     values = [named.get(key) or None for key in IDENTITY.get(op, ())]
     return f"{op} {digest(json.dumps(values).encode())[:16]}"
 

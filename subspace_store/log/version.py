@@ -125,6 +125,7 @@ class Version:
             basis is the parent's (`refined`).
         basis_versions: Older versions whose basis files hold the modules that this merge did not change.
         module_count: Number of modules that have a basis.
+        renewed_count: Number of modules that have a renewed basis beside the first.
         rank_max: Most directions that a module has on one side.
         drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each earlier task, in the order of
             `SubspaceState.tasks_at(parent)`, seven decimals; empty if nothing was truncated. See `SubspaceState.drift`.
@@ -149,6 +150,7 @@ class Version:
     transport: BlobRef | None
     basis_versions: tuple[int, ...] = ()
     module_count: int = 0
+    renewed_count: int = 0
     rank_max: int = 0
     drift: tuple[float, ...] = ()
     bytes_written: int = 0

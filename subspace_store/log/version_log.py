@@ -44,6 +44,8 @@ HINT = "log/_hint"
 STATE_WITH_PRIVATE = "state_with_private"
 """Name of the state in a checkpoint that knows of private parts. A release that does not finds no `state` there, and
 stops at the record that first names one."""
+STATE_WITH_RENEWED = "state_with_renewed"
+"""The same for renewed bases."""
 TRIES = 6
 """Number of attempts at one slot: about three seconds with the waits below; then the caller decides."""
 FIRST_WAIT_SECONDS = 0.1
@@ -379,10 +381,11 @@ class VersionLog:
             where = f"{self.storage.url}/{checkpoint_key(seq)}"
             try:
                 envelope = _from_json(self.storage.read(checkpoint_key(seq)), where)
-                plain = envelope["state"] if "state" in envelope else envelope[STATE_WITH_PRIVATE]
+                names = ("state", STATE_WITH_PRIVATE, STATE_WITH_RENEWED)
+                plain = next((envelope[name] for name in names if name in envelope), None)
                 state = checked(SubspaceState, plain, where)
                 record = self.storage.read(log_key(seq))
-            except (NotFound, Corrupt, KeyError, TypeError):
+            except (NotFound, Corrupt, TypeError):
                 continue
             if envelope.get("sha256") == digest(_to_json(plain)) and (state.seq, state.head_sha256) == (
                 seq,
@@ -404,7 +407,11 @@ class VersionLog:
         if state.seq % CHECKPOINT_EVERY:
             return
         folded = _to_json(state)
-        name = STATE_WITH_PRIVATE if any(t.private for v in state.versions.values() for t in v.brought) else "state"
+        versions = state.versions.values()
+        if any(version.renewed_count for version in versions):
+            name = STATE_WITH_RENEWED
+        else:
+            name = STATE_WITH_PRIVATE if any(t.private for v in versions for t in v.brought) else "state"
         content = b'{"sha256":"%s","%s":%s}' % (digest(folded).encode(), name.encode(), folded)
         try:
             self.storage.write(checkpoint_key(state.seq), content)

@@ -16,6 +16,7 @@ from subspace_store.foundation import foundation
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock
 from subspace_store.merging.private_part import with_private
 from subspace_store.merging.subspace_math import canonical_in_basis, orthonormalise
+from subspace_store.module_names import plain
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,23 @@ class ModuleSubspace:
 def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str, ModuleUpdate]:
     """One task's update as the subspace holds it, in canonical form, per module it adapts.
 
+    Args:
+        modules: By the names of their bases; a task has coefficients in one basis of a module at most.
+
     Cost:
         O((N+D)·K·(K+R)) per module.
     """
-    updates = {}
+    shared: dict[str, ModuleUpdate] = {}
+    private: dict[str, ModuleUpdate] = {}
     for name, module in modules.items():
-        one = module.tasks.only((task_id,))
-        shared = None if one is None else reconstruct_module(module.basis, one)
-        private = module.private.get(task_id)
-        if shared is not None or private is not None:
-            updates[name] = with_private(shared, private)
-    return updates
+        if (one := module.tasks.only((task_id,))) is not None:
+            shared[plain(name)] = reconstruct_module(module.basis, one)
+        if task_id in module.private:
+            private[plain(name)] = module.private[task_id]
+    names = dict.fromkeys(map(plain, modules))
+    return {
+        name: with_private(shared.get(name), private.get(name)) for name in names if name in shared or name in private
+    }
 
 
 def reconstruct_module(basis: ModuleBasis, task: TaskBlock) -> ModuleUpdate:

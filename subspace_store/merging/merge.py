@@ -20,6 +20,7 @@ from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
 from subspace_store.merging.private_part import ROUNDED, Frame, divided, rank_needed
+from subspace_store.merging.renewal import renewed_basis, routed
 from subspace_store.merging.subspace_math import (
     SLACK,
     choose_ranks,
@@ -27,7 +28,9 @@ from subspace_store.merging.subspace_math import (
     kept_energy,
     orthonormalise,
     update_energy,
+    weight,
 )
+from subspace_store.module_names import is_renewed, plain, renewed
 from subspace_store.parallel import in_order
 
 TIGHTEST = 8
@@ -38,8 +41,6 @@ NEWEST = 8
 result."""
 NOTHING = 1e-6
 """Share of an update's energy below which it counts as lost altogether: Gram matrices in memory are float32."""
-SMALLEST_NORM = torch.finfo(torch.float32).tiny
-"""Smallest norm of an update that is not rounding: the weight of a smaller one would not be a float32."""
 MOST_THREADS = 8
 """Most modules that are merged at the same time: more would need a good part of a second basis in memory."""
 WIDE = 2**12
@@ -182,14 +183,15 @@ def merge_adapters(
     """Merge one adapter, or several in one step, in memory.
 
     Args:
-        modules: The subspace before; empty for the first merge.
+        modules: The subspace before, renewed bases among it; empty for the first merge.
         adapters: Task id to adapter, checked, with shapes that fit the modules that have a basis.
         sized: Ids of earlier tasks whose adapters are sized: they lose nothing.
 
     Returns:
         The subspace after. Every old task's update is the orthogonal projection of what it was, as a full SVD of
         all reconstructions and the new adapters would leave it, to float32 rounding of the basis. Where rank_max would
-        then break a promise, the basis stays as it is and the new tasks have private parts.
+        then break a promise, the basis stays as it is and the new tasks have private parts. What lies in a renewed
+        basis is placed there; the renewed bases are made if this is the merge for it (`renews`).
 
     Cost:
         Per changed module O((N+D)·(K+C)² + (K+C)³) for the basis, with C the sum of the new adapters' ranks, and
@@ -200,8 +202,11 @@ def merge_adapters(
         Incremental learning for robust visual tracking (2008).
     """
     tally, after = Tally(), dict(modules)
-    adapters, exact = apart(adapters, settings)
+    held = {task for module in modules.values() for task in (*module.tasks.task_ids, *module.private)}
+    is_renewing = renews(modules, len(sized_among(adapters) | held.intersection(sized)), settings)
+    rest, exact = apart(adapters, settings)
     tally.add_exact(exact)
+    adapters = routed(lambda name: modules[name].basis if name in modules else None, rest)
     transports: dict[str, Transport] = {}
     arrivals: dict[str, TaskBlock] = {}
     for name, merge in merge_modules(modules.get, adapters, settings, sized):
@@ -218,6 +223,11 @@ def merge_adapters(
         for name, update in updates.items():
             module = after.get(name) or empty_module(update.shape)
             after[name] = replace(module, private={**module.private, task: update})
+    for name, module in list(after.items()):
+        if plain(name) not in after:  # all that it holds of the module is in the renewed basis
+            after[plain(name)] = empty_module(module.basis.shape)
+        elif is_renewing and (basis := renewed_basis(module, settings)) is not None:
+            after[renewed(name)] = ModuleSubspace(basis, ModuleTasks())
     return Merge(after, transports, arrivals, tally)
 
 
@@ -256,12 +266,15 @@ def merge_modules(
 
     Args:
         read: Gives a module as it was before, None if it has no basis yet. Called from threads.
+        adapters: Their updates by the names of bases, see `routed`.
         sized: Ids of earlier tasks whose adapters are sized: they lose nothing.
     """
 
     def merge(name: str) -> ModuleMerge:
         incoming = {task: adapter.modules[name] for task, adapter in adapters.items() if name in adapter.modules}
         before = read(name) or empty_module(next(iter(incoming.values())).shape)
+        if is_renewed(name):  # they lie in it
+            return _in_place(before, place_in_basis(before.basis, incoming, settings))
         return merge_module(before, incoming, settings, sized)
 
     sized = sized_among(adapters).union(sized)
@@ -399,6 +412,19 @@ def keeps_promises(settings: SubspaceSettings) -> bool:
     return settings.beyond_rank_max == "private" and settings.variant == "canonical" and settings.rank_fixed is None
 
 
+def renews(bases: Collection[str], sized: int, settings: SubspaceSettings) -> bool:
+    """Whether a merge makes the renewed bases.
+
+    Args:
+        bases: Names of the bases before it.
+        sized: Number of sized tasks after it. Who imports adapters trains nothing in a basis, and unrelated ones would
+            pay for it: only tasks whose sizes `auto` found are a reason to make one.
+    """
+    if not settings.renew_tasks or not keeps_promises(settings) or settings.share != "if-it-pays":
+        return False
+    return sized >= settings.renew_tasks and not any(map(is_renewed, bases))
+
+
 def _promised(arriving: TaskBlock, settings: SubspaceSettings, sized: Collection[str]) -> Tensor:
     """Share of its energy that each new task is promised."""
     shares = [1.0 if task in sized else settings.energy_ratio_min for task in arriving.task_ids]
@@ -422,10 +448,14 @@ def _merge_in_place(
         arriving: The new tasks in the frame.
         share_T: Share of its energy that each of them is promised.
     """
+    held = arriving.moved(Transport(to_full.out.T, to_full.inward.T))
+    return _in_place(before, _new_tasks(frame, arriving, held, (to_full.out, to_full.inward), settings, share_T))
+
+
+def _in_place(before: ModuleSubspace, new: Placed) -> ModuleMerge:
+    """New tasks in the basis as it is."""
     same = Transport(*(torch.eye(k, dtype=torch.float64) for k in before.basis.ranks))
     none = Transport(*(torch.zeros(0, k, dtype=torch.float64) for k in before.basis.ranks))
-    held = arriving.moved(Transport(to_full.out.T, to_full.inward.T))
-    new = _new_tasks(frame, arriving, held, (to_full.out, to_full.inward), settings, share_T)
     return ModuleMerge(before.basis, same, none, new, before.tasks, stays=True)
 
 
@@ -546,7 +576,7 @@ class _Factors:
         updates = incoming.values()
         return cls(
             incoming,
-            {task: _weight(update, settings) for task, update in incoming.items()},
+            {task: weight(update, settings.weighting) for task, update in incoming.items()},
             torch.cat([u.u_NR.double() * u.sigma_R.double() for u in updates], dim=1),
             torch.cat([u.v_DR.double() for u in updates], dim=1),
             torch.cat([u.sigma_R.double() for u in updates]),
@@ -581,14 +611,6 @@ class _Factors:
 
     def _weight_C(self) -> Tensor:
         return torch.tensor([self.weights[t] for t, u in self.incoming.items() for _ in range(u.rank)]).double()
-
-
-def _weight(update: ModuleUpdate, settings: SubspaceSettings) -> float:
-    """Weight w in the stack; 1 for an update that is zero in float32, which has no direction to protect."""
-    energy = update_energy(update)
-    if settings.weighting == "energy" or energy < SMALLEST_NORM**2:
-        return 1.0
-    return 1 / math.sqrt(energy)
 
 
 def _misses_everybody(tasks: ModuleTasks, to_full: Transport, arrivals: TaskBlock, settings: SubspaceSettings) -> bool:

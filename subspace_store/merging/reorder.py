@@ -10,6 +10,7 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter
@@ -53,7 +54,11 @@ class ReorderReport:
 
 
 def reorder(
-    adapters: Mapping[str, Adapter], settings: SubspaceSettings, orders: int = 10, seed: int = 0
+    adapters: Mapping[str, Adapter],
+    settings: SubspaceSettings,
+    orders: int = 10,
+    seed: int = 0,
+    start: Mapping[str, ModuleSubspace] = MappingProxyType({}),
 ) -> ReorderReport:
     """Merge adapters one by one, in the order given and in random ones.
 
@@ -62,6 +67,7 @@ def reorder(
         settings: How to merge.
         orders: Random orders to try.
         seed: The same seed tries the same orders.
+        start: Renewed bases that are there from the start, see `merge_all`.
 
     Cost:
         (orders + 1)·T merges in memory; one state is held at a time.
@@ -69,14 +75,18 @@ def reorder(
     chance = random.Random(seed)
     tried = [chance.sample(list(adapters), len(adapters)) for _ in range(orders)]
     return ReorderReport(
-        given=_one_by_one(adapters, list(adapters), settings),
-        others=tuple(_one_by_one(adapters, order, settings) for order in tried),
-        at_once=merge_all(adapters, settings.variant, settings).error,
+        given=_one_by_one(adapters, list(adapters), settings, start),
+        others=tuple(_one_by_one(adapters, order, settings, start) for order in tried),
+        at_once=merge_all(adapters, settings.variant, settings, start).error,
     )
 
 
-def _one_by_one(adapters: Mapping[str, Adapter], order: Sequence[str], settings: SubspaceSettings) -> dict[str, float]:
-    modules: Mapping[str, ModuleSubspace] = {}
+def _one_by_one(
+    adapters: Mapping[str, Adapter],
+    order: Sequence[str],
+    settings: SubspaceSettings,
+    modules: Mapping[str, ModuleSubspace],
+) -> dict[str, float]:
     sized = sized_among(adapters)
     for task in order:
         modules = merge_adapters(modules, {task: adapters[task]}, settings, sized).modules

@@ -8,6 +8,7 @@ Everything is computed in float64 on the CPU; only what is stored is float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ not count: an update that is 1e-8 times as large as theirs is information as wel
 SLACK = 1e-12
 """Relative difference below which two energies count as equal: ROUNDING squared. Sums of float64 squares in different
 orders differ by far less."""
+
+SMALLEST_NORM = torch.finfo(torch.float32).tiny
+"""Smallest norm of an update that is not rounding: the weight of a smaller one would not be a float32."""
 
 TASKS_PER_CHUNK = 128
 """Tasks whose K×K energy tables are held at once; 128 tables of 64×64 doubles are 4 MiB."""
@@ -125,6 +129,17 @@ def update_energy(update: ModuleUpdate) -> float:
     """‖U·diag(σ)·Vᵀ‖²_F of the float32 factors as they are, not as if they were exactly orthonormal."""
     left_NR = update.u_NR.double() * update.sigma_R.double()
     return float(((left_NR.T @ left_NR) * (update.v_DR.double().T @ update.v_DR.double())).sum())
+
+
+def weight(update: ModuleUpdate, weighting: str) -> float:
+    """Weight w of a task's columns among those of all tasks; 1 for an update that is zero in float32, which has no
+    direction to protect.
+
+    Args:
+        weighting: See `SubspaceSettings`.
+    """
+    energy = update_energy(update)
+    return 1.0 if weighting == "energy" or energy < SMALLEST_NORM**2 else 1 / math.sqrt(energy)
 
 
 def kept_energy(e_KS: Tensor, f_KS: Tensor, ranks: Sequence[int]) -> Tensor:

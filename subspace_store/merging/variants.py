@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.merging.basis import reconstruct
+from subspace_store.merging.basis import ModuleSubspace, reconstruct
 from subspace_store.merging.merge import merge_adapters
 from subspace_store.merging.subspace_math import weighted_sum
 
@@ -45,7 +46,12 @@ class Merged:
     """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules; ΔW is zero in a module that the task does not adapt."""
 
 
-def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: SubspaceSettings) -> Merged:
+def merge_all(
+    adapters: Mapping[str, Adapter],
+    variant: Variant,
+    settings: SubspaceSettings,
+    start: Mapping[str, ModuleSubspace] = MappingProxyType({}),
+) -> Merged:
     """Merge all adapters at once.
 
     Args:
@@ -56,6 +62,7 @@ def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: Subsp
             adapter. `separate` keeps every LoRA. The others are one adapter for all tasks, of rank
             `settings.rank_fixed` or else `rank_max`, the mean being over the tasks that adapt a module.
         settings: `weighting` and `energy_ratio_min` count for `canonical` alone.
+        start: Renewed bases, for `canonical` alone: what was trained in them takes its coefficients there.
 
     Raises:
         InvalidInput: `paper`, and an adapter whose factors B and A are not known.
@@ -67,7 +74,8 @@ def merge_all(adapters: Mapping[str, Adapter], variant: Variant, settings: Subsp
         kept = {task: adapter.modules for task, adapter in adapters.items()}
         return Merged(kept, sum(a.parameter_count for a in adapters.values()), dict.fromkeys(adapters, 0.0))
     if variant in ("canonical", "paper"):
-        modules = merge_adapters({}, adapters, settings.model_copy(update={"variant": variant})).modules
+        begin = start if variant == "canonical" else {}
+        modules = merge_adapters(begin, adapters, settings.model_copy(update={"variant": variant})).modules
         updates = {task: reconstruct(modules, task) for task in adapters}
         return Merged(updates, sum(module.numbers for module in modules.values()), _errors(adapters, updates))
     rank = settings.rank_fixed or settings.rank_max

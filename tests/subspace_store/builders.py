@@ -23,9 +23,10 @@ from subspace_store import (
     canonical_update,
     subspace_store,
 )
-from subspace_store.adapter import update_in_foundation
+from subspace_store.adapter import SIZED, update_in_foundation
 from subspace_store.foundation import foundation_ranks
 from subspace_store.merge_writer import Draft, Written
+from subspace_store.merging.basis import ModuleBasis
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.protocol import ObjectStream
 
@@ -89,6 +90,15 @@ def in_the_basis(store: SubspaceStore, seed: int, version: int, rank: int = 3) -
         for name, basis in store.basis(version).items()
     }
     return replace(random_adapter(seed), modules=modules, info={"refined": "yes"})
+
+
+def trained_in(bases: Mapping[str, ModuleBasis], seed: int, rank: int = 3) -> Adapter:
+    """An update inside the span of a basis, as coefficients trained in it are."""
+    draw, modules = torch.Generator().manual_seed(seed), {}
+    for name, basis in bases.items():
+        e_KR, f_KR = (torch.randn(k, rank, generator=draw) for k in basis.ranks)
+        modules[name] = canonical_update(basis.p_NK @ e_KR, (basis.q_DK @ f_KR).T, 0.1)
+    return Adapter(BASE, "", modules, {}, {SIZED: "score"})
 
 
 def refined(store: SubspaceStore, adapters: dict[str, Adapter], op_key: str = "refine") -> Version:

@@ -27,6 +27,7 @@ from tests.subspace_store.builders import (
     random_adapter,
     reading,
     refined,
+    trained_in,
 )
 
 GOLDEN = Path(__file__).parents[1] / "data" / "stores"
@@ -121,6 +122,23 @@ def write_foundation(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
 
 
+def write_renewed(folder: Path) -> None:
+    """A small store with renewed bases: tasks in them, one of them refined, beside them, and one made again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    merge_writer.SNAPSHOT_EVERY, version_log.CHECKPOINT_EVERY = 3, 4
+    settings = {"share": "if-it-pays", "seed_directions": 4, "renew_tasks": 3, "renew_directions": 5}
+    store = opened(LocalStorage(str(folder / "store")), writer="first", **settings)
+    for number in range(1, 4):
+        store.publish(merged(store, {f"t{number}": random_adapter(number)}).number, op_key=f"p{number}", actor="gate")
+    inside = {f"in-{number}": trained_in(store.training_basis(3), number) for number in (1, 2)}
+    store.publish(merged(store, {**inside, "t4": random_adapter(4)}).number, op_key="p4", actor="gate")
+    again = trained_in(store.basis_of("in-1", 4), 3)
+    store.publish(refined(store, {"in-1": again}, "refine in-1").number, op_key="p5", actor="gate")
+    store.remove("t2", op_key="r", actor="ann", reason="licence", publish=True)
+    store.compact(op_key="c", actor="ann", publish=True)
+    (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
+
+
 def facts(reader: SubspaceStore) -> dict[str, Any]:
     """What any later code must read out of the store."""
     state = reader.state
@@ -161,3 +179,4 @@ if __name__ == "__main__":
     write_refined(GOLDEN / f"format-{FORMAT_NUMBER}-refined")
     write_private(GOLDEN / f"format-{FORMAT_NUMBER}-private")
     write_foundation(GOLDEN / f"format-{FORMAT_NUMBER}-foundation")
+    write_renewed(GOLDEN / f"format-{FORMAT_NUMBER}-renewed")

@@ -1,6 +1,5 @@
 """A direction joins the shared basis where that stores fewer numbers, and only there."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, SubspaceStore, canonical_update
 from subspace_store.adapter import SIZED
-from subspace_store.merging.basis import ModuleBasis
 from subspace_store.merging.merge import ModuleMerge, merge_adapters, merge_module
 from subspace_store.merging.subspace_math import weighted_sum
 from subspace_store.verify import verify
@@ -23,6 +21,7 @@ from tests.subspace_store.builders import (
     reading,
     refined,
     relative_distance,
+    trained_in,
 )
 
 SHAPES = {"layer.0.query": (96, 80), "layer.0.value": (64, 80)}
@@ -149,15 +148,6 @@ def test_a_basis_that_stays_is_not_written_again_and_outlives_the_version_that_m
 
 def sized(adapter: Adapter) -> Adapter:
     return replace(adapter, info=dict(adapter.info) | {SIZED: "score"})
-
-
-def trained_in(bases: Mapping[str, ModuleBasis], seed: int, rank: int = 3) -> Adapter:
-    """An update inside the span of a basis, as coefficients trained in it are."""
-    draw, modules = torch.Generator().manual_seed(seed), {}
-    for name, basis in bases.items():
-        e_KR, f_KR = (torch.randn(k, rank, generator=draw) for k in basis.ranks)
-        modules[name] = canonical_update(basis.p_NK @ e_KR, (basis.q_DK @ f_KR).T, 0.1)
-    return Adapter(BASE, "", modules, {}, {SIZED: "score"})
 
 
 def seeded(directions: int) -> SubspaceStore:

@@ -19,6 +19,7 @@ from configs.settings import SubspaceSettings
 from configs.task_spec import TaskSpec
 from subspace_store import SubspaceStore
 from subspace_store.adapter import Adapter
+from subspace_store.files import blobs
 from subspace_store.log.version import StagedAdapter
 from subspace_store.storage.local import LocalStorage
 from tests.subspace_store.builders import BASE, deltas, foundation_adapter, fresh_storage, merged, random_adapter
@@ -298,14 +299,16 @@ def test_each_line_point_and_heartbeat_names_the_training_that_it_belongs_to(des
 # Coefficients in the basis of main
 
 
-def published(desk: Desk, base: BaseModel) -> SubspaceStore:
+def published(desk: Desk, base: BaseModel, **settings: Any) -> SubspaceStore:
     """A store whose `main` holds one task, a LoRA of rank 4: four directions in every module."""
     first = desk.train(base, sentiment_task(lora={"r": 4}, training={"learning_rate": 0.05}))
-    settings = SubspaceSettings(energy_ratio_min=1.0, seed_directions=4)
+    settings = SubspaceSettings(energy_ratio_min=1.0, seed_directions=4, **settings)
     store = SubspaceStore.open(
         desk.storage, settings=settings, writer="test", base_model=base.name, base_sha256=base.sha256
     )
-    staged = StagedAdapter(task_id="t1", name="team-a/first", key=first.staging_key, sha256=first.adapter_sha256)
+    key = "staging/t1/sized/adapter.safetensors"
+    sha256 = blobs.stage(desk.storage, key, auto.sized(desk.staged(first), 1.0)).sha256
+    staged = StagedAdapter(task_id="t1", name="team-a/first", key=key, sha256=sha256)
     store.publish(store.merge([staged], op_key="m1", actor="test").number, op_key="p1", actor="test")
     desk.heartbeats.clear()
     return store
@@ -316,8 +319,13 @@ def in_the_basis(**lora: Any) -> TaskSpec:
     return sentiment_task(method={"name": "auto"}, training=training, lora=lora)
 
 
+RENEWED = {"renew_tasks": 1, "renew_directions": 3}
+"""As soon as the first task is there, its three leading directions stand beside its four."""
+
+
+@pytest.mark.parametrize(("settings", "directions"), [({}, 4), (RENEWED, 3)], ids=["first basis", "renewed basis"])
 def test_what_was_trained_in_the_basis_of_main_costs_its_coefficients_and_is_kept_exactly(
-    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], directions: int
 ) -> None:
     forms: list[auto.Form] = []
     choose = auto.chosen
@@ -329,14 +337,16 @@ def test_what_was_trained_in_the_basis_of_main_costs_its_coefficients_and_is_kep
         return kept, said
 
     monkeypatch.setattr(auto, "chosen", share_wins)
-    monkeypatch.setattr(auto, "WORTH_TRAINING_IN", 4)
+    monkeypatch.setattr(auto, "WORTH_TRAINING_IN", directions)
     base = tiny("bert")
-    store = published(desk, base)
+    store = published(desk, base, **settings)
     trained = desk.train(base, in_the_basis(r=2), staging_key="staging/t2/1-a/adapter.safetensors")
     assert (trained.method, trained.basis_version, trained.compared) == ("share", 1, ("share", "lora"))
-    basis, adapter, (form,) = store.basis(1), desk.staged(trained), forms
+    basis, adapter, (form,) = store.training_basis(1), desk.staged(trained), forms
+    assert {one.ranks for one in basis.values()} == {(directions, directions)}
     assert adapter.is_sized
-    assert form.numbers == sum(update.rank * 8 for update in form.adapter.modules.values())
+    each = 2 * directions
+    assert form.numbers == sum(update.rank * each for update in form.adapter.modules.values())
     for name, update in adapter.modules.items():
         assert outside(update.delta(), basis[name]) < 1e-6
     before = store.footprint(1).total_numbers
@@ -344,10 +354,41 @@ def test_what_was_trained_in_the_basis_of_main_costs_its_coefficients_and_is_kep
     store.merge([staged], op_key="m2", actor="test")
     task = store.state.tasks_at(2)["t2"]
     assert (task.private, task.is_sized) == (None, True)
-    assert store.footprint(2).total_numbers - before == sum(8 * update.rank for update in adapter.modules.values())
+    assert store.footprint(2).total_numbers - before == sum(each * update.rank for update in adapter.modules.values())
     served = store.adapter("t2", 2)
     for name, update in adapter.modules.items():
         assert torch.allclose(served.modules[name].delta(), update.delta(), atol=1e-6)
+    # A refinement goes on in the basis that holds the task, and another's in that one's.
+    for task_id, ranks in {"t2": directions, "t1": 4}.items():
+        key = f"staging/{task_id}/2-r/adapter.safetensors"
+        order = {"task_id": task_id, "refine_version": store.state.refs["candidate"], "staging_key": key}
+        again = desk.train(base, sentiment_task(lora={"r": 4}, method={"refine_epochs": 1}), **order)
+        task = StagedAdapter(
+            task_id=task_id, name=store.state.tasks_at(2)[task_id].name, key=key, sha256=again.adapter_sha256
+        )
+        version = store.refine([task], op_key=f"refine {task_id}", actor="test").number
+        held, refined = store.basis_of(task_id, version), desk.staged(again)
+        for name, update in refined.modules.items():
+            assert held[name].ranks == (ranks, ranks)
+            assert outside(update.delta(), held[name]) < 1e-5
+            found = store.adapter(task_id, version).modules[name].delta()
+            assert torch.allclose(found, update.delta(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("columns", "directions"), [(0, 3), (1, 5)])
+def test_coefficients_alone_are_trained_in_the_renewed_basis_and_with_columns_in_the_first(
+    desk: Desk, tiny: Tiny, columns: int, directions: int
+) -> None:
+    base = tiny("bert")
+    store = published(desk, base, **RENEWED)
+    method = {"name": "share", "temporary_columns": columns}
+    spec = sentiment_task(method=method, training={"learning_rate": 0.05, "max_steps": 12}, lora={"r": 2})
+    trained = desk.train(base, spec, staging_key="staging/t2/1-a/adapter.safetensors")
+    staged = StagedAdapter(task_id="t2", name="team-a/second", key=trained.staging_key, sha256=trained.adapter_sha256)
+    store.merge([staged], op_key="m2", actor="test")
+    # The first basis has four directions, and one column of each module is new to it.
+    assert {basis.ranks for basis in store.basis_of("t2", 2).values()} == {(directions, directions)}
+    assert store.state.tasks_at(2)["t2"].private is None
 
 
 def test_a_basis_with_few_directions_is_not_trained_in(desk: Desk, tiny: Tiny) -> None:

@@ -3,8 +3,9 @@
 In the learned directions of a leased basis (the default) the coefficients are a matrix C: ΔW = P·C·Qᵀ, as B = P·C and
 A = Qᵀ. With temporary columns beside the basis it is [P, P⁺]·C·[Q, Q⁺]ᵀ, and the columns are trained as well. The
 result is an adapter like any other; columns are merged, not thrown away, and a basis that has moved on since the lease
-does not matter. A module that the basis does not have (the first tasks of a subspace, new target modules) is trained as
-a plain LoRA.
+does not matter. Coefficients alone are trained in the renewed basis where there is one (merging/renewal.py), and beside
+columns in the first. A module that the basis does not have (the first tasks of a subspace, new target modules) is
+trained as a plain LoRA.
 
 Three tasks of eleven BANKING77 intents each, after six others had made the basis (one seed, 100 steps; on test rows):
 
@@ -50,6 +51,12 @@ rate moves ΔW as far under both."""
 
 def needs_basis(spec: TaskSpec) -> bool:
     return spec.method.directions == "learned"
+
+
+def stays_inside(spec: TaskSpec) -> bool:
+    """Whether nothing is trained beside the basis: a renewed basis holds all of a task or nothing, and what has columns
+    of its own is stored in the first."""
+    return needs_basis(spec) and spec.method.temporary_columns == 0
 
 
 def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:

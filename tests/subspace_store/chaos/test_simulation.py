@@ -12,11 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from configs.errors import Conflict, NotFound, NotWritten, Unavailable
-from subspace_store import SubspaceReader, SubspaceStore, merge_writer
+from subspace_store import SubspaceStore, merge_writer
 from subspace_store.chaos.simulation import Run, simulate, simulate_many
 from subspace_store.chaos.world import CONSTANTS, CRASH_AFTER, CRASH_BEFORE, FAULTS, World
 from subspace_store.commands.app import app
 from subspace_store.digests import digest
+from subspace_store.files.version_tensors import VersionTensors
 from subspace_store.log import garbage, retention, version_log
 from subspace_store.log.fold import Record, log_key
 from subspace_store.log.version_log import VersionLog, _to_json
@@ -217,7 +218,7 @@ def without_bases_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader forgets what is kept beside the basis."""
-    monkeypatch.setattr(SubspaceReader, "_private", lambda self, task, modules=None: {})
+    monkeypatch.setattr(VersionTensors, "private", lambda self, task, modules=None: {})
 
 
 def without_keeping_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
