@@ -111,7 +111,7 @@ def droppable(state: SubspaceState, task_ids: Collection[str]) -> dict[str, Merg
     held = tasks_alive(state, but=state.rejected)
     found: dict[str, MergedTask] = {}
     for task_id in task_ids:
-        births = [task for task in held if task.task_id == task_id]
+        births = sorted((task for task in held if task.task_id == task_id), key=lambda task: task.version)
         if not births:
             raise NotFound(f"no version holds the task {task_id}")
         if waiting := [task for task in births if task not in published]:
