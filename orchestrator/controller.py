@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from configs.errors import OnebasisError, OwnedByAnother, Unavailable
+from configs.errors import Corrupt, OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.candidate import Candidate
@@ -39,6 +39,7 @@ from orchestrator.tasks.task_rows import LOG
 from orchestrator.unused_files import Held, UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
 from subspace_store import Storage, SubspaceReader
+from subspace_store.files.presence import check_files
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.version import MAIN, Identity
 from subspace_store.log.version_log import owned_by_another
@@ -105,6 +106,11 @@ class Controller:
         self._writer = StoreWriter(cluster, self._pending_calls, self.alarms, lease_seconds, self._candidate.stop)
         self._started_at = time.time()
         self._main_followed = -1
+        self._is_main_looked_at = False
+        """Whether the files that `main` needs were looked at, once when the service starts."""
+        self._set_aside: set[str] = set()
+        """Ids of tasks whose training met a damaged store: it would again, until a person has mended the store and
+        started the service anew."""
         self._is_ending = False
         self.wake(log_moved=True)
         self.healthy_at = 0.0
@@ -244,6 +250,7 @@ class Controller:
                 if self._store.refresh().expired != expired:
                     self._unused_files.all_due()
                 self._look_at_the_owner()
+                self._look_at_the_files_of_main()
                 self._follow_main()
             except Exception:
                 # An old state must not be acted upon: it would undo what was just merged.
@@ -278,6 +285,20 @@ class Controller:
         owner = self._store.state.owner
         if self._service is not None and owner is not None and owner.is_another_than(self._service):
             self._candidate.stop(owned_by_another(owner, self._store.storage.url))
+
+    def damaged(self, error: Corrupt) -> None:
+        """Stop writing to the store, of which somebody has read bytes that are not what was written. Thread-safe."""
+        self._candidate.stop(error)
+
+    def _look_at_the_files_of_main(self) -> None:
+        if self._is_main_looked_at:
+            return
+        self.doing = f"looking whether the files that main needs are at {self._store.storage.url}"
+        try:
+            check_files(self._store.storage, self._store.state, self._store.state.refs[MAIN])
+        except Corrupt as error:
+            self.damaged(error)
+        self._is_main_looked_at = True
 
     def _stop_work(self) -> None:
         """Stop, since the store belongs to another service: running tasks write a checkpoint, and nothing is begun."""
@@ -314,6 +335,9 @@ class Controller:
         event: Event
         assert isinstance(outcome, Trained | Failed)
         self._queue.append_log(order.task_id, outcome.log_lines)
+        if isinstance(outcome, Failed) and outcome.cause is not None:
+            self._candidate.stop(outcome.cause)
+            self._set_aside.add(order.task_id)
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
         else:
@@ -377,7 +401,8 @@ class Controller:
             busy_scoring = any(is_of_a_version(order) for order in self._pool.orders)
             free = free if busy_scoring else free[1:]
         if free:
-            for worker, task_id in zip(free, self._order(live, len(free)), strict=False):
+            first = self._order(live, len(free) + len(self._set_aside))
+            for worker, task_id in zip(free, (id_ for id_ in first if id_ not in self._set_aside), strict=False):
                 self._pool.claim(worker, task_id)
 
     def places(self) -> dict[str, int]:

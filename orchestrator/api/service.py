@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from configs.document import Request, without_password
 from configs.errors import (
     Conflict,
+    Corrupt,
     DatabaseAway,
     Fenced,
     InvalidInput,
@@ -29,6 +30,7 @@ from configs.errors import (
     OnebasisError,
     OwnedByAnother,
     Unavailable,
+    UnreadableTask,
 )
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
@@ -43,6 +45,7 @@ from orchestrator.scheduling.estimate import Pace, pace_of, starts_in
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
+from subspace_store.files.presence import check_files
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
 from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
@@ -120,6 +123,14 @@ class Service:
 
     def answer(self, request: Request) -> Any:
         """Carry out a request of any kind."""
+        try:
+            return self._answer(request)
+        except Corrupt as error:
+            if self._controller is not None and not isinstance(error, UnreadableTask):
+                self._controller.damaged(error)
+            raise
+
+    def _answer(self, request: Request) -> Any:
         match request:
             case Rollback():
                 return self.rollback(request)
@@ -269,7 +280,8 @@ class Service:
         found, refused = self._store.preview_rollback(request.version), ""
         try:
             self._refuse_doubles(found)
-        except Conflict as error:
+            check_files(self._storage, state, request.version)
+        except (Conflict, Corrupt) as error:
             refused = str(error)
         return {**views.rollback(found, preview=True, held=False), "refused": refused}
 

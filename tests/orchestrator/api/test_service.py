@@ -1,0 +1,52 @@
+"""What the service does beside its answers: it notices what is wrong, and says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.errors import Corrupt
+from orchestrator.alarms import AlarmCode
+from orchestrator.api.requests import Export, PreviewRollback
+from orchestrator.api.service import Service
+from subspace_store.requests import Rollback
+from tests.orchestrator.plant import Plant
+
+
+def service_of(plant: Plant) -> Service:
+    return Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
+
+
+@pytest.fixture
+def damaged(plant: Plant) -> Plant:
+    """Three published versions. The files that the first one wrote are deleted, of which the others need some."""
+    for title in ("red/alpha", "blue/beta", "red/gamma"):
+        plant.submit(title)
+        plant.run()
+    for key in plant.storage.keys("blobs/"):
+        if key in {ref.key for ref in plant.state.versions[1].blobs}:
+            plant.storage.delete(key)
+    return plant
+
+
+def test_a_rollback_to_a_version_whose_files_are_gone_is_refused_and_the_damage_stops_all_writing(
+    damaged: Plant,
+) -> None:
+    service = service_of(damaged)
+    preview = service.answer(PreviewRollback(version=1))
+    assert "version 1 needs" in preview["refused"]
+    assert not list(damaged.controller.alarms)  # a preview is refused, and only that
+    with pytest.raises(Corrupt, match="version 1 needs"):
+        service.answer(Rollback(version=1, actor="ann", op_key="rollback:1"))
+    assert damaged.state.refs["main"] == 3
+    assert [alarm.code for alarm in damaged.controller.alarms] == [AlarmCode.STORE_DAMAGED]
+    damaged.submit("blue/delta")
+    damaged.run(until=lambda: damaged.states()["blue/delta"] == "merging")
+    damaged.step(20)
+    assert damaged.states()["blue/delta"] == "merging"
+    assert damaged.cluster.store_calls.count("merge") == 3
+
+
+def test_what_a_person_finds_damaged_is_an_alarm_from_then_on(damaged: Plant) -> None:
+    with pytest.raises(Corrupt):
+        service_of(damaged).answer(Export(reference="red/alpha"))
+    assert damaged.controller.alarms.rings(AlarmCode.STORE_DAMAGED)
