@@ -284,7 +284,7 @@ class Controller:
     def _look_at_the_owner(self) -> None:
         owner = self._store.state.owner
         if self._service is not None and owner is not None and owner.is_another_than(self._service):
-            self._candidate.stop(owned_by_another(owner, self._store.storage.url))
+            self._candidate.stop(owned_by_another(owner, self._store.storage.url, self._service))
 
     def damaged(self, error: Corrupt) -> None:
         """Stop writing to the store, of which somebody has read bytes that are not what was written. Thread-safe."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dict
+from configs.errors import NoSignOfLife, OnebasisError, TooLarge, Unavailable, error_from_dict
 from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, Json, ServiceRequest, Submit, not_running
 from orchestrator.api.routes import route_of
@@ -67,8 +67,7 @@ class Client:
             except NotTakenError as error:
                 raise not_asked(error.told, self._state_dir) from error
         if isinstance(request, ServiceRequest) and request.needs_service:
-            if not (self._state_dir / SETTINGS_FILE).exists():
-                raise never_ran(self._state_dir)
+            _check_ran(self._state_dir)
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
         from subspace_store.commands.terminal import telling
 
@@ -81,10 +80,24 @@ class Client:
             from subspace_store.commands.state_folder import service_settings
             from subspace_store.storage.opening import open_storage
 
+            _check_ran(self._state_dir)
             settings = service_settings(self._state_dir)
             storage = open_storage(settings.storage, settings.base_model.name)
             self._service = Service(settings, None, storage)
         return self._service
+
+
+def _check_ran(state_dir: Path) -> None:
+    """Refuse a folder where no service has run; of a service whose folder was deleted, tell what is left."""
+    if (state_dir / SETTINGS_FILE).exists():
+        return
+    from orchestrator.signs_of_life import left_behind, title_of
+
+    if left := left_behind(state_dir):
+        named = ", ".join(f"{title_of(process)} (pid {process.pid})" for process in left)
+        what = f"the state folder was deleted while its service ran; still there: {named}"
+        raise Unavailable(what, str(state_dir.resolve()), "`onebasis down` ends them")
+    raise never_ran(state_dir)
 
 
 def _told_with_its_key(request: ServiceRequest[Any] | StoreRequest[Any]) -> contextlib.AbstractContextManager[None]:

@@ -109,6 +109,9 @@ class Service:
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
 
+        self._unknown_at = (-1, 0)
+        """Sequence number of the log, and how many tasks `main` held then that the task database does not know."""
+
     @cached_property
     def _store(self) -> SubspaceReader:
         from subspace_store.subspace_reader import SubspaceReader
@@ -375,6 +378,7 @@ class Service:
             "held": asdict(state.held) if state and state.held else None,
             "tasks": counted,
             "gone_from_main": self._count_gone(state) if state and counted and counted.get(TaskState.PUBLISHED) else 0,
+            "not_in_database": self._count_unknown(state) if state and counted is not None else 0,
             "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state),
             "left_running": self._left_running(),
@@ -608,6 +612,14 @@ class Service:
         with contextlib.suppress(OnebasisError):
             return len(self._gone_from_main(state, self._queue.placed()))
         return 0
+
+    def _count_unknown(self, state: SubspaceState) -> int:
+        """How many tasks `main` holds that the task database does not know: it was lost, and the store was not."""
+        if self._unknown_at[0] != state.seq:
+            held = state.tasks_at(state.refs[MAIN])
+            with contextlib.suppress(OnebasisError):
+                self._unknown_at = (state.seq, len(held) - len(self._queue.among(held)))
+        return self._unknown_at[1]
 
     def _surroundings(self, record: TaskRecord, place: int | None, starts: Starts | None) -> Surroundings:
         controller = self._controller

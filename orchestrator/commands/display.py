@@ -30,6 +30,15 @@ NOTE_WIDTH = 24
 """Least width of the last column, if its text is that long."""
 
 
+def unknown_tasks(count: int, status: Json) -> str:
+    """That `main` holds tasks that the task database does not know, and what one can do."""
+    return (
+        f"main (version {status['main']}) holds {counted(count, 'task')} that the task database does not know: it was "
+        "lost, or is another one. They stay in main and can be exported, but are not scored any more: restore the "
+        "database from a backup; `onebasis version` shows them"
+    )
+
+
 def status(answer: Json) -> None:
     """`onebasis status` and the end of `onebasis up`."""
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
@@ -52,6 +61,8 @@ def status(answer: Json) -> None:
     if gone := answer.get("gone_from_main"):
         in_states += f" ({gone:,} of the published ones main no longer holds; the next `onebasis up` parks them)"
     console.print(f"  tasks    {in_states if counts is not None else 'unknown'}", soft_wrap=True)
+    if unknown := answer.get("not_in_database"):
+        console.print(f"  [yellow]{unknown_tasks(unknown, answer)}[/yellow]", soft_wrap=True)
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     if (footprint := answer.get("footprint")) and footprint["tasks"]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from configs.errors import Corrupt
 from orchestrator.alarms import AlarmCode
-from orchestrator.api.requests import Export, PreviewRollback
+from orchestrator.api.requests import Export, PreviewRollback, Status
 from orchestrator.api.service import Service
+from orchestrator.commands import display
+from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store.requests import Rollback
 from tests.orchestrator.plant import Plant
 
@@ -44,6 +48,20 @@ def test_a_rollback_to_a_version_whose_files_are_gone_is_refused_and_the_damage_
     damaged.step(20)
     assert damaged.states()["blue/delta"] == "merging"
     assert damaged.cluster.store_calls.count("merge") == 3
+
+
+def test_tasks_of_main_that_a_new_task_database_does_not_know_are_counted(
+    plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for title in ("red/alpha", "blue/beta"):
+        plant.submit(title)
+        plant.run()
+    assert service_of(plant).answer(Status())["not_in_database"] == 0
+    empty = TaskQueue(f"sqlite:///{tmp_path}/new.sqlite", plant.settings.failures)
+    told = Service(plant.settings, empty, plant.storage).answer(Status())
+    assert (told["main"], told["not_in_database"], told["tasks"]) == (2, 2, {})
+    display.status(told)
+    assert "main (version 2) holds 2 tasks that the task database does not know" in capsys.readouterr().out
 
 
 def test_what_a_person_finds_damaged_is_an_alarm_from_then_on(damaged: Plant) -> None:
