@@ -399,7 +399,7 @@ class Candidate:
                     self._pending_calls.later("store")
                 case _, NotWritten():
                     # Nothing was written, and no task is to blame: the same request is repeated until there is space.
-                    self._alarms.ring_for(error, WRITING)
+                    self._alarms.ring_for(error, WRITING, f"'{request.operation}' was refused")
                     self._pending_calls.later("store", FULL_SECONDS)
                 case _, MachineLost():
                     # Nobody knows whether it is in: the same operation key is asked again and answers either way.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import secrets
 import tempfile
 import time
 import zipfile
@@ -33,7 +34,7 @@ from configs.errors import (
     UnreadableTask,
 )
 from configs.settings import Settings
-from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
+from orchestrator.alarms import ASKED_FOR, WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
@@ -48,6 +49,7 @@ from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
 from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest
+from subspace_store.storage.create_rule import SCRATCH
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ LOOK_SECONDS = 3.0
 """Longest wait for the store, or for the database, when a person asks for the status."""
 LOOKING = "reading for the status"
 """Part of the service that alarms about this reading name."""
+TRIAL_BYTES = 4096
+"""Size of the object with which a store that refused a write is tried: a record of the log, and a block of a disk."""
 TREND_VERSIONS = 20
 """Newest versions of a lineage whose sizes `capacity` tells."""
 PACE_TASKS = 50
@@ -417,6 +421,20 @@ class Service:
             self._counts_soon()
         except OnebasisError as error:
             self._alarms.ring_for(error, LOOKING)
+        self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        """End the alarm about a write that a person asked for as soon as the store takes a small object: the person may
+        never ask again, and nobody else would find out. What the loop has to write, it tries again itself."""
+        if not any(alarm.about == ASKED_FOR and alarm.code in WRITE_CODES for alarm in self._alarms):
+            return
+        key = f"{SCRATCH}{secrets.token_hex(8)}"
+        try:
+            self._storage.write(key, bytes(TRIAL_BYTES))
+            self._storage.delete(key)
+        except OnebasisError:
+            return  # it rings, with what was refused
+        self._alarms.end_all(ASKED_FOR, *WRITE_CODES)
 
     def _read_log(self) -> SubspaceState:
         from subspace_store.log.store_format import read_format
@@ -484,9 +502,10 @@ class Service:
                 answer = self._write_once(request)
         except NotWritten as error:
             if self._controller is not None:  # which, while it has nothing to merge, would not find out
-                self._alarms.ring_for(error, WRITING)
+                self._alarms.ring_for(error, ASKED_FOR, f"'{request.operation}' was refused")
             raise
-        self._alarms.end_all(WRITING, *WRITE_CODES)
+        for about in (WRITING, ASKED_FOR):
+            self._alarms.end_all(about, *WRITE_CODES)
         return answer
 
     def _requests_in_doubt(self, state: SubspaceState | None) -> list[Json]:
