@@ -49,23 +49,21 @@ class Client:
                 when its process is there and answers nothing.
             OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
-        from orchestrator.api.waiting import Waiting, named, not_asked
-
         request = request.named() if isinstance(request, StoreRequest) else request
-        server = server_facts(self._state_dir)
-        if server is not None:
-            from orchestrator.api.exchange import NobodyListensError, NotTakenError
+        if (server := server_facts(self._state_dir)) is not None:
+            from orchestrator.api.exchange import HungUpError, NobodyListensError
 
             try:
-                with _told_with_its_key(request):
-                    try:
-                        return _over_http(server, request, Waiting(server, self._say))
-                    except NoSignOfLife as error:
-                        raise named(error, self._state_dir) from error
+                return self._ask_server(server, request)
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-            except NotTakenError as error:
-                raise not_asked(error.told, self._state_dir) from error
+            except HungUpError:
+                if route_of(request).verb != "GET":
+                    raise
+                # It ended while it was asked, which is the same for who only reads; perhaps another has started since.
+                if (server := server_facts(self._state_dir)) is not None:
+                    with contextlib.suppress(NobodyListensError, HungUpError):
+                        return self._ask_server(server, request)
         if isinstance(request, ServiceRequest) and request.needs_service:
             _check_ran(self._state_dir)
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
@@ -73,6 +71,19 @@ class Client:
 
         with telling("reading the store and the task database, without a service", self._say):
             return self._local().answer(request)  # which knows what it has written, and what may have been
+
+    def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+        from orchestrator.api.exchange import NotTakenError
+        from orchestrator.api.waiting import Waiting, named, not_asked
+
+        try:
+            with _told_with_its_key(request):
+                try:
+                    return _over_http(server, request, Waiting(server, self._say))
+                except NoSignOfLife as error:
+                    raise named(error, self._state_dir) from error
+        except NotTakenError as error:
+            raise not_asked(error.told, self._state_dir) from error
 
     def _local(self) -> Service:
         if self._service is None:
