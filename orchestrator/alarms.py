@@ -117,11 +117,19 @@ class Alarms:
         if before is None:
             log.error("ALARM %s (%s)", alarm, about)
 
-    def ring_for(self, error: OnebasisError, about: str) -> None:
-        """Ring for an error that a part of the service met with the store or the database, and which it tries again."""
+    def ring_for(self, error: OnebasisError, about: str, doing: str = "") -> None:
+        """Ring for an error that a part of the service met with the store or the database, and which it tries again.
+
+        Of what may keep a write from the store, the last thing that was met counts.
+
+        Args:
+            doing: What failed, for people; default: `about`.
+        """
         code = code_of(error)
+        if code in WRITE_CODES:
+            self.end_all(about, *(other for other in WRITE_CODES if other is not code))
         # The error's own next step is for a person who has to ask again; these errors are tried again here.
-        self.ring(code, about, f"{about}: {error.sentence}", "" if code in TRIED_AGAIN else error.todo)
+        self.ring(code, about, f"{doing or about}: {error.sentence}", "" if code in TRIED_AGAIN else error.todo)
 
     def end(self, code: AlarmCode, about: str) -> None:
         """End an alarm, if it rings."""
@@ -147,7 +155,9 @@ class Alarms:
 
 
 WRITING = "merging and publishing"
-"""Part of the service that alarms about writing to the store name, whoever asked for it."""
+"""Part of the service that alarms about its own writing to the store name."""
+ASKED_FOR = "what people asked for"
+"""The same where a person asked for what was to be written."""
 WRITE_CODES = (
     AlarmCode.STORE_FULL,
     AlarmCode.STORE_READ_ONLY,

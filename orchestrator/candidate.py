@@ -140,6 +140,8 @@ class Candidate:
         """Whether a version is about to be scored, so that a worker should be free for it."""
         unjudged = any(record.state in UNJUDGED for record in live)
         is_soon = unjudged or isinstance(self._pending_calls.writing, Merge)
+        if self._is_stopped:
+            return False  # what is trained waits, and the workers go on training
         return (is_soon and self._store.state.held is None) or self._scores_main
 
     # --- merging ----------------------------------------------------------------------------------------------
@@ -339,6 +341,8 @@ class Candidate:
 
     def take_refinement(self, order: Train, outcome: Outcome) -> None:
         """Take the outcome of an order to refine a published task again."""
+        if isinstance(outcome, Failed) and outcome.cause is not None and order.refine_version == self._verdict.version:
+            self.stop(outcome.cause)
         self._refinement.take(order, outcome)
 
     def take_evaluation(self, order: Evaluate, outcome: Outcome) -> None:
@@ -353,6 +357,9 @@ class Candidate:
         if isinstance(outcome, Failed) and outcome.fault == "lost":
             current.lost[order.task_id] += 1
             log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
+            return
+        if isinstance(outcome, Failed) and outcome.cause is not None:
+            self.stop(outcome.cause)
             return
         why = outcome.message if isinstance(outcome, Failed) else "its score is not a number"
         current.failures.append(ScoringFailure(order.task_id, f"{order.task_id}: {why}"))
@@ -392,7 +399,7 @@ class Candidate:
                     self._pending_calls.later("store")
                 case _, NotWritten():
                     # Nothing was written, and no task is to blame: the same request is repeated until there is space.
-                    self._alarms.ring_for(error, WRITING)
+                    self._alarms.ring_for(error, WRITING, f"'{request.operation}' was refused")
                     self._pending_calls.later("store", FULL_SECONDS)
                 case _, MachineLost():
                     # Nobody knows whether it is in: the same operation key is asked again and answers either way.

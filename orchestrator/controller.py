@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from configs.errors import OnebasisError, OwnedByAnother, Unavailable
+from configs.errors import Corrupt, OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.candidate import Candidate
@@ -51,6 +51,7 @@ from orchestrator.tasks.task_rows import LOG
 from orchestrator.unused_files import Held, UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
 from subspace_store import Storage, SubspaceReader
+from subspace_store.files.presence import check_files
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.version import MAIN, Identity
 from subspace_store.log.version_log import owned_by_another
@@ -117,6 +118,11 @@ class Controller:
         self._writer = StoreWriter(cluster, self._pending_calls, self.alarms, lease_seconds, self._candidate.stop)
         self._started_at = time.time()
         self._main_followed = -1
+        self._is_main_looked_at = False
+        """Whether the files that `main` needs were looked at, once when the service starts."""
+        self._set_aside: set[str] = set()
+        """Ids of tasks whose training met a damaged store: it would again, until a person has mended the store and
+        started the service anew."""
         self._is_ending = False
         self._shares = shares_of(settings.teams)
         self.decision = Decision()
@@ -259,6 +265,7 @@ class Controller:
                 if self._store.refresh().expired != expired:
                     self._unused_files.all_due()
                 self._look_at_the_owner()
+                self._look_at_the_files_of_main()
                 self._follow_main()
             except Exception:
                 # An old state must not be acted upon: it would undo what was just merged.
@@ -294,7 +301,21 @@ class Controller:
     def _look_at_the_owner(self) -> None:
         owner = self._store.state.owner
         if self._service is not None and owner is not None and owner.is_another_than(self._service):
-            self._candidate.stop(owned_by_another(owner, self._store.storage.url))
+            self._candidate.stop(owned_by_another(owner, self._store.storage.url, self._service))
+
+    def damaged(self, error: Corrupt) -> None:
+        """Stop writing to the store, of which somebody has read bytes that are not what was written. Thread-safe."""
+        self._candidate.stop(error)
+
+    def _look_at_the_files_of_main(self) -> None:
+        if self._is_main_looked_at:
+            return
+        self.doing = f"looking whether the files that main needs are at {self._store.storage.url}"
+        try:
+            check_files(self._store.storage, self._store.state, self._store.state.refs[MAIN])
+        except Corrupt as error:
+            self.damaged(error)
+        self._is_main_looked_at = True
 
     def _stop_work(self) -> None:
         """Stop, since the store belongs to another service: running tasks write a checkpoint, and nothing is begun."""
@@ -331,6 +352,9 @@ class Controller:
         event: Event
         assert isinstance(outcome, Trained | Failed)
         self._queue.append_log(order.task_id, outcome.log_lines)
+        if isinstance(outcome, Failed) and outcome.cause is not None:
+            self._candidate.stop(outcome.cause)
+            self._set_aside.add(order.task_id)
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
         else:
@@ -425,7 +449,9 @@ class Controller:
             pauses: Team to its pause; that of the service under `SERVICE`.
         """
         now = time.time()
-        waiting = [] if SERVICE in pauses else self._queue.waiting(free + LOOK, ranks=self.ranks, without=pauses)
+        some = free + LOOK + len(self._set_aside)
+        found = [] if SERVICE in pauses else self._queue.waiting(some, ranks=self.ranks, without=pauses)
+        waiting = [task for task in found if task.task_id not in self._set_aside]
         if not waiting:
             return Decision()
         return decide(self._situation(now, self._pool_of(free, kept), waiting, self._pool.running(live)))

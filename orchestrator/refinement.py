@@ -167,7 +167,7 @@ class Refinement:
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
             self._verdict.tries += 1
-            self._verdict.lost[order.task_id] += outcome.fault != "preempted"  # then the service ended
+            self._verdict.lost[order.task_id] += outcome.fault not in ("preempted", "damaged")
             hopeless = outcome.fault == "input" or self._verdict.is_lost_too_often(
                 order.task_id, self._settings.failures
             )

@@ -16,6 +16,10 @@ from typing import Any
 import psutil
 
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, TOKEN_VARIABLE
+from subspace_store.commands.state_folder import SERVER_MODULE, process_of, running_server
+
+CONTROL_PLANE = "control plane"
+"""Title of its process."""
 
 
 class Life(StrEnum):
@@ -62,9 +66,13 @@ def _is_head(pid: int, state_dir: Path) -> bool:
 def title_of(process: psutil.Process) -> str:
     """Name of a process for people: `ray::WorkerActor.run` is `WorkerActor`, a program is its file's name."""
     try:
-        first = (process.cmdline() or [process.name()])[0].split(" ")[0]
+        command = process.cmdline() or [process.name()]
     except psutil.Error:
         return "process"
+    for module, title in ((SERVER_MODULE, CONTROL_PLANE), (MODULE, "Ray head")):
+        if module in command:
+            return title
+    first = command[0].split(" ")[0]
     return first.removeprefix("ray::").partition(".")[0] if first.startswith("ray::") else Path(first).name
 
 
@@ -79,6 +87,21 @@ def ray_processes(state_dir: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(TOKEN_VARIABLE) == wanted and _is_rays(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def left_behind(state_dir: Path) -> list[psutil.Process]:
+    """Processes of a service whose state folder was at this path and is gone: deleted, or made anew. The files of the
+    folder that is there name none of them."""
+    folder = state_dir.resolve()
+    server, head = running_server(folder), process_of(folder / ADDRESS_FILE, MODULE)
+    found = [] if head is not None else ray_processes(folder)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            is_ours = str(folder) in command and (SERVER_MODULE in command or MODULE in command)
+            if is_ours and process.pid not in (server, head) and life_of(process.pid) is not Life.GONE:
                 found.append(process)
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from configs.errors import InvalidInput, OnebasisError, Unavailable
+from configs.errors import Corrupt, InvalidInput, OnebasisError, Unavailable
 from configs.settings import WorkerSettings
 from configs.task_spec import TaskSpec
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
@@ -204,6 +204,9 @@ class WorkerPool:
             if not worker.waits:
                 self._charge(order, "away", f"{order.token}@{worker.given_at:.3f}", time.time() - worker.given_at)
             return None
+        except Corrupt as error:  # the worker is well, and no task is to blame
+            log.error("%s: order %s met a damaged store: %s", worker.name, order.token, error.sentence)
+            outcome = Failed(token=order.token, fault="damaged", message=error.sentence, cause=error)
         except Exception as error:
             log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
             outcome = Failed(token=order.token, fault="lost", message=f"{worker.name}: {error}")

@@ -24,6 +24,7 @@ from configs.errors import (
 )
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.files import blobs
+from subspace_store.files.presence import check_files
 from subspace_store.log import fold, garbage, retention
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, TaskScore
 from subspace_store.strict import Days, Moment, TaskId, Text, strict
@@ -112,13 +113,16 @@ class Refs(SubspaceReader):
             hold: Hold `main` there as well, in the same record; see `hold`.
 
         Cost:
-            One record. Nothing is copied or deleted.
+            One record, and one byte of each object that the version needs. Nothing is copied or deleted.
 
-        Raises: As `preview_rollback`.
+        Raises:
+            Corrupt: Something that the version needs is gone.
+            Else as `preview_rollback`.
         """
         with self._writing():
             if self._done(op_key, fold.asked(fold.ROLLBACK, version=version, hold=hold)) is None:
                 preview = self.preview_rollback(version)
+                check_files(self.storage, self.state, version)
                 body = {"version": version, "from": preview.from_version, "reason": reason, "hold": hold}
                 refs = {MAIN: version, CANDIDATE: version}
                 self._log.commit(fold.ROLLBACK, op_key=op_key, actor=actor, refs=refs, body=body)

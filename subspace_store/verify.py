@@ -18,6 +18,7 @@ from torch import Tensor
 from configs.errors import Corrupt, InvalidInput, NotFound
 from subspace_store.adapter import ModuleUpdate, adapter_from_bytes
 from subspace_store.files import blobs
+from subspace_store.files.presence import missing
 from subspace_store.files.tensor_file import TensorFile
 from subspace_store.files.version_heads import TRANSPORT
 from subspace_store.log import retention
@@ -28,7 +29,6 @@ from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import Transport
 from subspace_store.merging.subspace_math import orthonormalise, update_energy
 from subspace_store.module_names import is_renewed, plain, renewed
-from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
 from subspace_store.subspace_reader import SubspaceReader
 
@@ -90,8 +90,7 @@ def _contents(state: SubspaceState) -> dict[str, str]:
 
 def _verify_sizes(reader: SubspaceReader) -> list[Finding]:
     needed = retention.needed(reader.state).values()
-    found = in_order(partial(_verify_size, reader.storage), list(needed), AT_ONCE)
-    return [finding for findings in found for finding in findings]
+    return [Finding(error.where, error.what) for error in missing(reader.storage, needed)]
 
 
 def _verify_objects(reader: SubspaceReader) -> list[Finding]:
@@ -119,15 +118,6 @@ def _verify_log(storage: Storage) -> list[Finding]:
     if to_plain(whole) != to_plain(folded) and whole.seq == folded.seq:
         return [Finding(f"{storage.url}/checkpoints", "a checkpoint differs from the log it was made of")]
     return []
-
-
-def _verify_size(storage: Storage, ref: BlobRef) -> list[Finding]:
-    where = f"{storage.url}/{ref.key}"
-    try:
-        last = storage.view(ref.key, ref.size_bytes - 1, 2)
-    except NotFound:
-        return [Finding(where, "the object that the log names is gone")]
-    return [] if len(last) == 1 else [Finding(where, f"it does not have the {ref.size_bytes} bytes that the log says")]
 
 
 def _verify_blob(storage: Storage, ref: BlobRef) -> list[Finding]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from configs.errors import InvalidInput, Unavailable
+from configs.errors import Corrupt, InvalidInput, Unavailable
 from configs.settings import WorkerSettings
 from workers.order_book import OrderBook
 from workers.orders import (
@@ -432,6 +432,7 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
 
     Raises:
         Unavailable: The first failure was one of the storage.
+        Corrupt: A rank read bytes that are not what was written.
     """
     lead = answers.get(0)
     if isinstance(lead, Trained | Evaluated):
@@ -443,6 +444,8 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
         for failure in said:
             if failure.fault == fault:
                 return replace(failure, log_lines=lines)
+    if damage := next((failure for failure in failures if isinstance(failure, Corrupt)), None):
+        raise damage
     for failure in failures:
         if isinstance(failure, RankLost):
             return Failed(token=token, fault="lost", message=str(failure), log_lines=lines)

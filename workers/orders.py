@@ -193,8 +193,11 @@ class Failed:
     token: str
     fault: str
     """`input` (the user's: never retried), `bug` (ours), `cancelled`, `preempted` (a checkpoint is there, unless no
-    step was done; costs no budget), or `lost` (a machine, as the controller says; or a rank, as its gang says)."""
+    step was done; costs no budget), `lost` (a machine, as the controller says; or a rank, as its gang says), or
+    `damaged` (the store, as the controller says: stored bytes are not what was written; costs no budget)."""
     message: str
+    cause: OnebasisError | None = None
+    """Error that says what is damaged, for `damaged`."""
     detail: str = ""
     """Traceback, for `bug`."""
     log_lines: tuple[LogLine, ...] = ()

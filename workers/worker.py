@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from configs.errors import InvalidInput, Unavailable
+from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
 from configs.task_spec import CLASSIFICATION_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
 from subspace_store.adapter import adapter_to_bytes
@@ -123,6 +123,7 @@ class Worker:
 
         Raises:
             Unavailable: The storage was away; nothing is remembered, and the order may be given again.
+            Corrupt: Stored bytes are not what was written, which is no task's fault; nothing is remembered either.
         """
         return self._book.run(order.token, lambda: self._outcome(order, rank))
 
@@ -172,7 +173,7 @@ class Worker:
             outcome = Failed(token=order.token, fault="preempted", message=str(error) or "its worker was taken from it")
         except InvalidInput as error:
             outcome = Failed(token=order.token, fault="input", message=str(error))
-        except Unavailable:
+        except (Unavailable, Corrupt):
             raise
         except torch.OutOfMemoryError as error:  # while scoring; `fit` raises its own
             told = InvalidInput(
@@ -251,6 +252,7 @@ def evaluate_version(
 
     Raises:
         NotFound: The version does not have the task.
+        Corrupt: What it reads is gone, or is not what was written.
         Unavailable, Cancelled: As for training.
     """
     started, parted = time.monotonic(), is_parted(order.spec)
@@ -258,7 +260,12 @@ def evaluate_version(
         return Evaluated(token=order.token, score=math.nan, count=0, seconds=0.0)
     report(Progress(token=order.token, phase=Phase.SCORING))
     check_lengths(order.spec, base.length_max)
-    rows = open_rows(storage, order.eval_key, order.spec)
+    try:
+        rows = open_rows(storage, order.eval_key, order.spec)
+    except NotFound as error:
+        title = f"{order.spec.team}/{order.spec.name} ({order.task_id})"
+        what = f"the evaluation rows of {title}, by which it is scored, are gone"
+        raise Corrupt(what, f"{storage.url}/{order.eval_key}", "restore them from a backup") from error
     adapter = store.adapter(order.task_id, order.version)
     with joined(rank, order.spec.training.deepspeed) if parted else contextlib.nullcontext(NOBODY_ELSE) as group:
         stop = stopper(lambda: group.agree(asked()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-from configs.errors import NoSignOfLife, OnebasisError, TooLarge, error_from_dict
+from configs.errors import NoSignOfLife, OnebasisError, TooLarge, Unavailable, error_from_dict
 from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, ChangeMany, Json, Retry, ServiceRequest, Submit, not_running
 from orchestrator.api.routes import route_of
@@ -49,31 +49,41 @@ class Client:
                 when its process is there and answers nothing.
             OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
-        from orchestrator.api.waiting import Waiting, named, not_asked
-
         request = request.named() if isinstance(request, StoreRequest) else request
-        server = server_facts(self._state_dir)
-        if server is not None:
-            from orchestrator.api.exchange import NobodyListensError, NotTakenError
+        if (server := server_facts(self._state_dir)) is not None:
+            from orchestrator.api.exchange import HungUpError, NobodyListensError
 
             try:
-                with _told_with_its_key(request):
-                    try:
-                        return _over_http(server, request, Waiting(server, self._say))
-                    except NoSignOfLife as error:
-                        raise named(error, self._state_dir) from error
+                return self._ask_server(server, request)
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
-            except NotTakenError as error:
-                raise not_asked(error.told, self._state_dir) from error
+            except HungUpError:
+                if route_of(request).verb != "GET":
+                    raise
+                # It ended while it was asked, which is the same for who only reads; perhaps another has started since.
+                if (server := server_facts(self._state_dir)) is not None:
+                    with contextlib.suppress(NobodyListensError, HungUpError):
+                        return self._ask_server(server, request)
         if isinstance(request, ServiceRequest) and request.needs_service:
-            if not (self._state_dir / SETTINGS_FILE).exists():
-                raise never_ran(self._state_dir)
+            _check_ran(self._state_dir)
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
         from subspace_store.commands.terminal import telling
 
         with telling("reading the store and the task database, without a service", self._say):
             return self._local().answer(request)  # which knows what it has written, and what may have been
+
+    def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+        from orchestrator.api.exchange import NotTakenError
+        from orchestrator.api.waiting import Waiting, named, not_asked
+
+        try:
+            with _told_with_its_key(request):
+                try:
+                    return _over_http(server, request, Waiting(server, self._say))
+                except NoSignOfLife as error:
+                    raise named(error, self._state_dir) from error
+        except NotTakenError as error:
+            raise not_asked(error.told, self._state_dir) from error
 
     def _local(self) -> Service:
         if self._service is None:
@@ -81,10 +91,24 @@ class Client:
             from subspace_store.commands.state_folder import service_settings
             from subspace_store.storage.opening import open_storage
 
+            _check_ran(self._state_dir)
             settings = service_settings(self._state_dir)
             storage = open_storage(settings.storage, settings.base_model.name)
             self._service = Service(settings, None, storage)
         return self._service
+
+
+def _check_ran(state_dir: Path) -> None:
+    """Refuse a folder where no service has run; of a service whose folder was deleted, tell what is left."""
+    if (state_dir / SETTINGS_FILE).exists():
+        return
+    from orchestrator.signs_of_life import left_behind, title_of
+
+    if left := left_behind(state_dir):
+        named = ", ".join(f"{title_of(process)} (pid {process.pid})" for process in left)
+        what = f"the state folder was deleted while its service ran; still there: {named}"
+        raise Unavailable(what, str(state_dir.resolve()), "`onebasis down` ends them")
+    raise never_ran(state_dir)
 
 
 def _told_with_its_key(request: ServiceRequest[Any] | StoreRequest[Any]) -> contextlib.AbstractContextManager[None]:

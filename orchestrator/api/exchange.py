@@ -40,6 +40,10 @@ class NobodyListensError(Exception):
     """No connection came about, so nothing was asked."""
 
 
+class HungUpError(Unavailable):
+    """The connection ended before the reply had come: the server was killed, or ended and started again."""
+
+
 class NotTakenError(Exception):
     """A process listens and took no connection in time: nothing was asked of it. `told`: the error for people."""
 
@@ -72,7 +76,8 @@ def exchange(
         NobodyListensError: The server is not there.
         NotTakenError: It is there and takes no connection. Said within SIGN_SECONDS.
         NoSignOfLife: It is there, stopped or hanging. Said within 2 · SIGN_SECONDS.
-        Unavailable: It went away before it replied, or the time was over.
+        HungUpError: It went away before it replied.
+        Unavailable: The time was over.
     """
     place = urlsplit(url)
     connection = HTTPConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS)
@@ -95,7 +100,7 @@ def exchange(
         raise _no_sign(url) from error
     except (OSError, HTTPException) as error:
         what = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise Unavailable(
+        raise HungUpError(
             f"the service did not answer: {what}",
             url,
             "`onebasis status` shows whether it runs, `onebasis up` starts it",

@@ -40,7 +40,7 @@ from orchestrator.api.requests import Export, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.api.service import Service
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
-from orchestrator.signs_of_life import ray_trouble
+from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, ray_trouble, title_of
 from subspace_store import SubspaceReader
 from subspace_store.commands.state_folder import LOCK_FILE, SERVER_FILE, SETTINGS_FILE, open_private, service_identity
 
@@ -67,6 +67,10 @@ WRITES_AT_ONCE = 16
 that `status` answers whatever else is asked for."""
 CONNECTIONS_MAX = 500
 """Connections at the same time; more are answered with 503. Below the 1,024 files that a process may open."""
+
+
+FOLDER_SECONDS = 1.0
+"""Interval at which the control plane looks whether its state folder is there."""
 
 
 class AsciiJson(JSONResponse):
@@ -272,7 +276,31 @@ def main(state_dir: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise Unavailable("another control plane runs on this state folder", str(state_dir)) from None
+    threading.Thread(target=_end_with_its_folder, args=(state_dir, lock.fileno()), name="folder", daemon=True).start()
     ControlPlane(settings, state_dir).run()
+
+
+def _end_with_its_folder(state_dir: Path, lock: int) -> None:
+    """End this process and what it started when its state folder is deleted, or another one is at its path.
+
+    Without its database and its files nothing can be done in order, and a command could not find these processes; a
+    control plane may be killed at any moment. lock: The file that this process holds there.
+    """
+    while _is_there(state_dir / LOCK_FILE, lock):
+        time.sleep(FOLDER_SECONDS)
+    log.error("the state folder %s was deleted, or another one is there: ending with all that was started", state_dir)
+    end_now([*(process for process in left_behind(state_dir) if title_of(process) != CONTROL_PLANE), *children()], 2.0)
+    os._exit(1)
+
+
+def _is_there(file: Path, handle: int) -> bool:
+    """Whether a path still names the open file."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a disk that does not answer is not a folder that is gone
+        return True
 
 
 class ControlPlane:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import secrets
 import tempfile
 import time
 import zipfile
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from configs.document import Request, without_password
 from configs.errors import (
     Conflict,
+    Corrupt,
     DatabaseAway,
     Fenced,
     InvalidInput,
@@ -29,9 +31,10 @@ from configs.errors import (
     OnebasisError,
     OwnedByAnother,
     Unavailable,
+    UnreadableTask,
 )
 from configs.settings import Settings
-from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
+from orchestrator.alarms import ASKED_FOR, WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
 from orchestrator.api.estimates import Estimates, KeptLine, Line
 from orchestrator.api.latest import Latest
@@ -46,8 +49,10 @@ from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, Pause, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
+from subspace_store.files.presence import check_files
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
 from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest
+from subspace_store.storage.create_rule import SCRATCH
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -66,6 +71,8 @@ LOOK_SECONDS = 3.0
 """Longest wait for the store, or for the database, when a person asks for the status."""
 LOOKING = "reading for the status"
 """Part of the service that alarms about this reading name."""
+TRIAL_BYTES = 4096
+"""Size of the object with which a store that refused a write is tried: a record of the log, and a block of a disk."""
 TREND_VERSIONS = 20
 """Newest versions of a lineage whose sizes `capacity` tells."""
 PACE_TASKS = 50
@@ -120,6 +127,9 @@ class Service:
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
 
+        self._unknown_at = (-1, 0)
+        """Sequence number of the log, and how many tasks `main` held then that the task database does not know."""
+
     @cached_property
     def _store(self) -> SubspaceReader:
         from subspace_store.subspace_reader import SubspaceReader
@@ -134,6 +144,14 @@ class Service:
 
     def answer(self, request: Request) -> Any:
         """Carry out a request of any kind."""
+        try:
+            return self._answer(request)
+        except Corrupt as error:
+            if self._controller is not None and not isinstance(error, UnreadableTask):
+                self._controller.damaged(error)
+            raise
+
+    def _answer(self, request: Request) -> Any:
         match request:
             case Rollback():
                 return self.rollback(request)
@@ -411,7 +429,8 @@ class Service:
         found, refused = self._store.preview_rollback(request.version), ""
         try:
             self._refuse_doubles(found)
-        except Conflict as error:
+            check_files(self._storage, state, request.version)
+        except (Conflict, Corrupt) as error:
             refused = str(error)
         return {**views.rollback(found, preview=True, held=False), "refused": refused}
 
@@ -506,6 +525,7 @@ class Service:
             "tasks": counted,
             **waiting,
             "gone_from_main": self._count_gone(state) if state and counted and counted.get(TaskState.PUBLISHED) else 0,
+            "not_in_database": self._count_unknown(state) if state and counted is not None else 0,
             "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state),
             "left_running": self._left_running(),
@@ -544,6 +564,20 @@ class Service:
             self._counts_soon()
         except OnebasisError as error:
             self._alarms.ring_for(error, LOOKING)
+        self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        """End the alarm about a write that a person asked for as soon as the store takes a small object: the person may
+        never ask again, and nobody else would find out. What the loop has to write, it tries again itself."""
+        if not any(alarm.about == ASKED_FOR and alarm.code in WRITE_CODES for alarm in self._alarms):
+            return
+        key = f"{SCRATCH}{secrets.token_hex(8)}"
+        try:
+            self._storage.write(key, bytes(TRIAL_BYTES))
+            self._storage.delete(key)
+        except OnebasisError:
+            return  # it rings, with what was refused
+        self._alarms.end_all(ASKED_FOR, *WRITE_CODES)
 
     def _read_log(self) -> SubspaceState:
         from subspace_store.log.store_format import read_format
@@ -612,9 +646,10 @@ class Service:
                 answer = self._write_once(request)
         except NotWritten as error:
             if self._controller is not None:  # which, while it has nothing to merge, would not find out
-                self._alarms.ring_for(error, WRITING)
+                self._alarms.ring_for(error, ASKED_FOR, f"'{request.operation}' was refused")
             raise
-        self._alarms.end_all(WRITING, *WRITE_CODES)
+        for about in (WRITING, ASKED_FOR):
+            self._alarms.end_all(about, *WRITE_CODES)
         return answer
 
     def _requests_in_doubt(self, state: SubspaceState | None) -> list[Json]:
@@ -738,6 +773,14 @@ class Service:
         with contextlib.suppress(OnebasisError):
             return len(self._gone_from_main(state, self._queue.placed()))
         return 0
+
+    def _count_unknown(self, state: SubspaceState) -> int:
+        """How many tasks `main` holds that the task database does not know: it was lost, and the store was not."""
+        if self._unknown_at[0] != state.seq:
+            held = state.tasks_at(state.refs[MAIN])
+            with contextlib.suppress(OnebasisError):
+                self._unknown_at = (state.seq, len(held) - len(self._queue.among(held)))
+        return self._unknown_at[1]
 
     def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:
         """Id of each of these tasks that is queued to the record of why it waits."""

@@ -209,6 +209,8 @@ def tasks(
         (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
+    if not rows and not as_json and (unknown := (now := client.ask(Status()))["not_in_database"]):
+        note(display.unknown_tasks(unknown, now))
     if len(rows) == limit:
         newest = f"the newest {counted(limit, 'task')}"
         note(f"{newest}; `--before {rows[0]['task_id']}` lists older ones, `--limit` more at once")

@@ -36,6 +36,15 @@ NOTE_WIDTH = 24
 """Least width of the last column, if its text is that long."""
 
 
+def unknown_tasks(count: int, status: Json) -> str:
+    """That `main` holds tasks that the task database does not know, and what one can do."""
+    return (
+        f"main (version {status['main']}) holds {counted(count, 'task')} that the task database does not know: it was "
+        "lost, or is another one. They stay in main and can be exported, but are not scored any more: restore the "
+        "database from a backup; `onebasis version` shows them"
+    )
+
+
 def status(answer: Json) -> None:
     """`onebasis status` and the end of `onebasis up`."""
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
@@ -62,6 +71,8 @@ def status(answer: Json) -> None:
     for team, codes in answer.get("waiting", {}).items():
         reasons = ", ".join(f"{count:,} {code}" for code, count in codes.items())
         console.print(f"  waiting  {shown(team)}: {reasons}", soft_wrap=True)
+    if unknown := answer.get("not_in_database"):
+        console.print(f"  [yellow]{unknown_tasks(unknown, answer)}[/yellow]", soft_wrap=True)
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     if (footprint := answer.get("footprint")) and footprint["tasks"]:

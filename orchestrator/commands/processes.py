@@ -28,7 +28,16 @@ from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Health, Status
 from orchestrator.commands.attention import tell_new
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
-from orchestrator.signs_of_life import Life, end_now, life_of, ray_processes, ray_trouble, stopped, title_of
+from orchestrator.signs_of_life import (
+    Life,
+    end_now,
+    left_behind,
+    life_of,
+    ray_processes,
+    ray_trouble,
+    stopped,
+    title_of,
+)
 from subspace_store.commands.state_folder import (
     LOCK_FILE,
     SERVER_FILE,
@@ -81,6 +90,7 @@ def up(settings: Settings, say: Say, take_over: bool = False, config: Path | Non
         with _alone(state_dir, say):
             _end_what_stands_still(settings, state_dir, say)
             _await_what_ends(state_dir, say)
+            _end_left_behind(state_dir, say)
             if running_server(state_dir) is None:
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
@@ -213,7 +223,7 @@ def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Sa
     if owner is None or not owner.is_another_than(service):
         return
     if not take_over:
-        raise owned_by_another(owner, storage.url)
+        raise owned_by_another(owner, storage.url, service)
     say(f"taking the store over from {owner.name}, which stops at its next write")
     writer = VersionLog(storage, f"up of {service.name}")
     writer.open()
@@ -270,9 +280,22 @@ def down(state_dir: Path, say: Say) -> bool:
         False when nothing was running.
     """
     if not state_dir.exists():
-        return False
+        return _end_left_behind(state_dir, say)
     with _alone(state_dir, say):
-        return _end_what_runs(state_dir, say)
+        ended = _end_what_runs(state_dir, say)
+        return _end_left_behind(state_dir, say) or ended
+
+
+def _end_left_behind(state_dir: Path, say: Say) -> bool:
+    """End what runs of a service whose state folder was here and is gone. Returns whether there was anything."""
+    if state_dir.exists() and _is_locked(state_dir):
+        return False  # a control plane of the folder that is there starts or ends, and has no address
+    left = left_behind(state_dir)
+    if left:
+        named = ", ".join(f"{title_of(process)} (pid {process.pid})" for process in left)
+        say(f"the state folder of a running service was deleted: ending what is left of it, {named}")
+        end_now(left)
+    return bool(left)
 
 
 def _end_what_runs(state_dir: Path, say: Say) -> bool:

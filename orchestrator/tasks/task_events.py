@@ -20,6 +20,8 @@ class Reason(StrEnum):
     """An error of ours, or one that nobody foresaw, ended an attempt."""
     PREEMPTED = "preempted"
     """Its worker was needed for something else, or the service ended: it goes on from its checkpoint."""
+    STORE_DAMAGED = "store-damaged"
+    """A worker read bytes of the store that are not what was written: it waits until a person has looked."""
     MERGE_REFUSED = "merge-refused"
     """The store cannot take its adapter."""
     NAME_TAKEN = "name-taken"

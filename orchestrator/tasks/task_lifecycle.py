@@ -70,6 +70,7 @@ CODE_OF_FAULT = {
     "lost": Reason.MACHINE_LOST,
     "bug": Reason.INTERNAL_ERROR,
     "preempted": Reason.PREEMPTED,
+    "damaged": Reason.STORE_DAMAGED,
 }
 """Fault of an attempt, see `workers.orders.Failed`, to the reason that the task waits again or is parked for."""
 

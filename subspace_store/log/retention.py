@@ -213,8 +213,18 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
     the first version on; every task's private part; and its adapter as delivered, or its head where the adapter was
     given up.
     """
+    return _by_key(state, alive(state), tasks_alive(state))
+
+
+def needed_by(state: SubspaceState, version: int) -> dict[str, BlobRef]:
+    """The blobs that one version needs, by key; none for version 0."""
+    versions = [state.versions[version]] if version else []
+    return _by_key(state, versions, state.tasks_at(version).values())
+
+
+def _by_key(state: SubspaceState, versions: Iterable[Version], tasks: Iterable[MergedTask]) -> dict[str, BlobRef]:
     refs: set[BlobRef | None] = set()
-    for version in alive(state):
+    for version in versions:
         refs |= {version.basis, version.transport}
         refs |= {state.versions[number].basis for number in version.basis_versions}
         refs |= {task.coefficients for task in version.brought}
@@ -223,7 +233,7 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
                 refs.add(before.snapshot)
             else:
                 refs |= {before.transport, *(task.coefficients for task in before.brought)}
-    for task in tasks_alive(state):
+    for task in tasks:
         refs |= {state.heads.get(task.adapter.key, task.adapter), task.private}
     return {ref.key: ref for ref in refs if ref is not None}
 

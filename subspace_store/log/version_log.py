@@ -58,9 +58,20 @@ def checkpoint_key(seq: int) -> str:
     return f"checkpoints/{seq:020d}.json"
 
 
-def owned_by_another(owner: Owner, where: str) -> OwnedByAnother:
-    """The error for a program that wants to write to a store of another service."""
+def owned_by_another(owner: Owner, where: str, service: Identity | None = None) -> OwnedByAnother:
+    """The error for a program that wants to write to a store of another service. service: The one that wants to."""
     since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(owner.since))
+    if service is not None and owner.name == service.name:
+        return OwnedByAnother(
+            f"this store belongs since {since} UTC to the service that was in this very folder, {owner.name}; its "
+            "state folder was deleted or made anew",
+            where,
+            "restore that folder from a backup; or `onebasis up --take-over` goes on with the store alone: `main` "
+            "stays as it is, and a new task database does not know its tasks",
+            owner.service_id,
+            owner.name,
+            owner.since,
+        )
     return OwnedByAnother(
         f"this store belongs to the service {owner.name} since {since} UTC",
         where,
@@ -188,7 +199,7 @@ class VersionLog:
     def _refuse_owned(self, service: Identity | None) -> None:
         owner = self.state.owner
         if owner is not None and owner.is_another_than(service):
-            raise owned_by_another(owner, self.storage.url)
+            raise owned_by_another(owner, self.storage.url, service)
 
     def commit(
         self,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import NotWritten, OnebasisError, Unavailable
+from configs.errors import Corrupt, NotWritten, OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
@@ -56,12 +56,13 @@ class StandInCluster:
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
         """Title and all titles in the version to the score under that version."""
         self.training_faults: dict[str, list[str]] = {}
-        """Title to what goes wrong with its next trainings: `lost`, `away`, `input`, `bug`, `nan`, `crash`, and
+        """Title to what goes wrong with its next trainings: `lost`, `away`, `damaged`, `input`, `bug`, `nan`,
+        `crash`, and
         `outside`: its refinement left the span of the basis. An empty one goes well."""
         self.training_warnings: tuple[str, ...] = ()
         """Warnings of every training."""
         self.evaluation_faults: dict[str, list[str]] = {}
-        """Title to what goes wrong with its next evaluations: `lost`, `rank lost`, `away`, `bug`."""
+        """Title to what goes wrong with its next evaluations: `lost`, `rank lost`, `away`, `damaged`, `bug`."""
         self.store_faults: list[tuple[str, str]] = []
         """(method, `before` or `after`): the next such call's answer is lost, before or after it was done."""
         self.hold: Callable[[Order], bool] = lambda order: False
@@ -242,6 +243,9 @@ class StandInCluster:
         elif fault == "away":
             del self._memory[worker][order.token]
             future.set_exception(Unavailable("the storage is away"))
+        elif fault == "damaged":
+            del self._memory[worker][order.token]
+            future.set_exception(Corrupt("the object that the log names is gone", "blobs/1"))
         elif fault == "crash":
             future.set_exception(RuntimeError("outside the worker's own handling"))
         elif fault == "rank lost":  # as a gang answers, which remembers it

@@ -15,10 +15,11 @@ import pytest
 
 from configs.errors import Corrupt, InvalidInput, NotFound, NotWritten, OtherBaseModel, StoreFull, Unavailable
 from orchestrator import controller, worker_pool
+from orchestrator.alarms import AlarmCode
 from orchestrator.candidate import EVALUATION_TRIES
 from orchestrator.cluster import ProcessEnded
 from orchestrator.judging.score_table import evaluations_due
-from orchestrator.tasks.task_events import CancelRequested, PreemptRequested
+from orchestrator.tasks.task_events import CancelRequested, PreemptRequested, Reason
 from orchestrator.tasks.task_record import TaskState, results_key
 from orchestrator.tasks.task_rows import LOG
 from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
@@ -467,6 +468,56 @@ def test_a_damaged_store_stops_merging_and_parks_nobody(plant: Plant, monkeypatc
     assert set(plant.states().values()) <= {"merging", "training", "queued"}
     assert plant.cluster.store_calls == ["merge"]
     assert "record 3 has another sha256" in alarms_of(plant)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_evaluation_that_meets_a_damaged_store_rejects_nobody(make_plant: MakePlant, workers: int) -> None:
+    plant = make_plant(workers=workers)
+    plant.cluster.evaluation_faults = {"red/alpha": ["damaged"] * 9}
+    plant.submit("red/alpha")
+    plant.run(until=lambda: plant.controller.alarms.rings(AlarmCode.STORE_DAMAGED))
+    plant.submit("blue/beta")
+    plant.run(until=lambda: plant.states()["blue/beta"] == "merging")  # training goes on, with one worker too
+    plant.step(20)
+    assert plant.states() == {"red/alpha": "evaluating", "blue/beta": "merging"}
+    assert plant.cluster.store_calls == ["merge"]
+    assert len(plant.cluster.evaluations) == 1
+    assert "blobs/1: the object that the log names is gone" in alarms_of(plant)
+    plant.cluster.evaluation_faults = {}  # somebody restored it, and started the service anew
+    plant.kill()
+    plant.run()
+    assert plant.states() == {"red/alpha": "published", "blue/beta": "published"}
+
+
+def test_a_training_that_meets_a_damaged_store_waits_and_keeps_nobody_from_training(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=1)
+    plant.cluster.training_faults = {"red/alpha": ["damaged"] * 9}
+    plant.submit("red/alpha", "blue/beta")
+    plant.run(until=lambda: plant.states()["blue/beta"] == "merging")
+    plant.step(20)
+    task = plant.get("red/alpha")
+    assert (task.state, task.own_bugs, task.lost_machines) == (TaskState.QUEUED, 0, 0)
+    assert task.reason_codes == (Reason.STORE_DAMAGED,)
+    assert plant.cluster.trainings == ["red/alpha", "blue/beta"]
+    assert plant.controller.alarms.rings(AlarmCode.STORE_DAMAGED)
+    plant.cluster.training_faults = {}
+    plant.kill()
+    plant.run()
+    assert plant.states() == {"red/alpha": "published", "blue/beta": "published"}
+
+
+def test_a_service_that_starts_tells_that_files_of_main_are_gone_and_merges_nothing(plant: Plant) -> None:
+    plant.submit("red/alpha")
+    plant.run()
+    gone = plant.state.versions[1].added[0].coefficients
+    plant.storage.delete(gone.key)
+    plant.kill()
+    plant.submit("blue/beta")
+    plant.run(until=lambda: plant.states()["blue/beta"] == "merging")
+    plant.step(20)
+    assert plant.cluster.store_calls == ["merge", "scores", "publish"]
+    assert "version 1 needs 1 objects that are not as they were written" in alarms_of(plant)
+    assert gone.key in alarms_of(plant)
 
 
 # --- faults of training ------------------------------------------------------------------------------------------

@@ -514,6 +514,19 @@ def test_rolling_back_is_one_record_that_copies_nothing_and_forward_again_is_the
         store.preview_rollback(7)
 
 
+@pytest.mark.parametrize("kind", ["basis", "adapter", "coefficients"])
+def test_main_is_not_moved_to_a_version_whose_files_are_gone_and_is_to_one_that_needs_them_not(kind: str) -> None:
+    store = three_published()
+    version = store.state.versions[2]
+    ref = version.basis if kind == "basis" else getattr(version.added[0], kind)
+    store.storage.delete(ref.key)
+    with pytest.raises(Corrupt, match=f"version 2 needs 1 objects that are not as they were written: .*{ref.key}"):
+        store.rollback(2, op_key="back", actor="me")
+    assert store.state.refs["main"] == 3
+    assert store.rollback(1, op_key="back", actor="me").to_version == 1
+    assert store.rollback(0, op_key="empty", actor="me").to_version == 0
+
+
 def test_main_cannot_be_moved_to_a_version_that_no_gate_has_let_pass() -> None:
     store = three_published()
     merged(store, {"d": random_adapter(4)})

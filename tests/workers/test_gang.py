@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import InvalidInput, Unavailable
+from configs.errors import Corrupt, InvalidInput, Unavailable
 from configs.settings import WorkerSettings
 from tests.builders import LAYOUT, task_spec, trained
 from workers import gang as gang_module
@@ -349,6 +349,16 @@ def test_a_storage_that_was_away_is_raised_and_the_order_may_be_given_again(gang
         rank.order.set_result(trained("token"))
     assert isinstance(gang.run(TRAIN), Trained)
     assert len(orders(ranks.now[0])) == 2
+
+
+def test_a_rank_that_reads_a_damaged_store_says_so_for_the_gang_whatever_becomes_of_the_others(
+    gang: Gang, ranks: StandInRanks
+) -> None:
+    run = Run(gang, ranks)
+    ranks.now[1].order.set_exception(Corrupt("the object that the log names is gone", "blobs/1"))
+    ranks.now[0].order.set_exception(RankLost("ended with the others"))
+    with pytest.raises(Corrupt, match="blobs/1"):
+        _ = run.outcome
 
 
 def test_an_idle_gang_that_lost_a_rank_says_so_and_is_made_whole_without_a_lost_order(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import InvalidInput, Unavailable
+from configs.errors import Corrupt, InvalidInput, Unavailable
 from configs.settings import BaseModelSettings, StorageSettings
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.opening import open_storage
@@ -219,6 +219,26 @@ def test_a_storage_that_was_away_is_raised_and_the_order_may_be_given_again(
         with pytest.raises(Unavailable):
             worker.run(train("retried"))
     assert isinstance(worker.run(train("retried")), Trained)
+
+
+def test_what_the_store_has_lost_is_raised_as_damage_and_is_no_outcome_of_the_order(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = Evaluate(token="gone", task_id="task-1", version=1, spec=sentiment_task(), eval_key="data/task-1/eval")
+    for _ in range(2):  # nothing is remembered: a control plane that starts anew asks under the same token
+        with pytest.raises(
+            Corrupt, match=r"data/task-1/eval: the evaluation rows of team-a/sentiment \(task-1\).* are gone"
+        ):
+            worker.run(order)
+    with monkeypatch.context() as patch:
+
+        def damaged(*_: Any) -> None:
+            raise Corrupt("the object that the log names is gone", "blobs/1")
+
+        patch.setattr(worker_module, "train_task", damaged)
+        with pytest.raises(Corrupt):
+            worker.run(train("again"))
+    assert isinstance(worker.run(train("again")), Trained)
 
 
 def test_a_running_order_can_be_cancelled_between_two_steps(worker: Worker) -> None:

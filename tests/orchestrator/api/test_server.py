@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import socket
+import struct
+import threading
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -514,6 +518,59 @@ def _without_dates(answer: Any) -> Any:
         return answer
     with zipfile.ZipFile(io.BytesIO(answer)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
+
+
+@contextlib.contextmanager
+def hanging_up(how: str, then: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """A server that takes every connection and ends it without a reply; `then` is called before it does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    connection.recv(65536)
+                    then()
+                    if how == "reset":
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+@pytest.mark.parametrize(
+    "request_",
+    [ShowTask(reference="red/alpha"), ListTasks(), ReadLog(reference="red/alpha"), ListVersions()],
+    ids=lambda request: type(request).__name__,
+)
+def test_a_server_that_ends_while_it_is_asked_is_as_one_that_is_not_there(
+    site: Site, offline: Client, tmp_path: Path, request_: ServiceRequest[Any], how: str
+) -> None:
+    without_server = offline.ask(request_)
+    with hanging_up(how) as url:
+        (tmp_path / "server.json").write_text(json.dumps({"url": url, "token": TOKEN, "pid": 1}))
+        assert offline.ask(request_) == without_server
+        assert offline.ask(Health())["running"] is False
+        with pytest.raises(OutcomeUnknown):  # of what changes something nobody knows whether it was done
+            offline.ask(Hold(reason="audit", actor="ann"))
+
+
+def test_a_server_that_was_started_again_while_the_one_before_was_asked_gives_the_answer(
+    site: Site, offline: Client, tmp_path: Path
+) -> None:
+    facts = tmp_path / "server.json"
+
+    def another_starts() -> None:
+        facts.write_text(json.dumps({"url": site.url, "token": TOKEN, "pid": 1}))
+
+    with hanging_up("reset", another_starts) as url:
+        facts.write_text(json.dumps({"url": url, "token": TOKEN, "pid": 1}))
+        assert offline.ask(Health())["running"] is True
 
 
 def test_the_status_says_that_it_does_not_run(offline: Client) -> None:

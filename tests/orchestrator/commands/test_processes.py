@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from orchestrator.cluster import namespace
 from orchestrator.commands import processes
 from orchestrator.commands.cli import app
 from orchestrator.ray_head import TOKEN_VARIABLE
-from orchestrator.signs_of_life import ray_processes
+from orchestrator.signs_of_life import Life, left_behind, life_of, ray_processes
 from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store.commands.state_folder import service_identity
 from subspace_store.log.version import Identity
@@ -185,6 +186,84 @@ def test_the_status_of_an_ended_service_names_what_still_runs_of_it(
             process.kill()
             process.wait()
     assert "still running" not in CliRunner().invoke(app, ["status"]).stdout
+
+
+def test_what_runs_after_its_state_folder_was_deleted_is_told_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "gone", tmp_path / "gone-too"
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    left = [subprocess.Popen([*sleep, module, str(folder)]) for module in ("orchestrator.api.server", processes.MODULE)]
+    strange = subprocess.Popen([*sleep, processes.MODULE, str(other)])
+    try:
+        while len(left_behind(folder)) < 2 or not left_behind(other):
+            time.sleep(0.01)
+        monkeypatch.setenv("ONEBASIS_STATE_DIR", str(folder))
+        told = CliRunner().invoke(app, ["status"])
+        both = f"control plane (pid {left[0].pid}), Ray head (pid {left[1].pid})"
+        assert told.exit_code == 5
+        assert f"the state folder was deleted while its service ran; still there: {both}" in told.output
+        said: list[str] = []
+        assert processes.down(folder, said.append)
+        assert said == [f"the state folder of a running service was deleted: ending what is left of it, {both}"]
+        assert [life_of(process.pid) for process in left] == [Life.GONE, Life.GONE]
+        assert strange.poll() is None  # another folder's
+        assert not processes.down(folder, said.append)
+    finally:
+        for process in (*left, strange):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_control_plane_whose_state_folder_is_deleted_ends_with_what_it_started(
+    tmp_path: Path, is_made_anew: bool
+) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    head = subprocess.Popen([*sleep, processes.MODULE, str(folder)])
+    watch = (
+        "import subprocess, sys; from pathlib import Path; from orchestrator.api import server\n"
+        "folder = Path(sys.argv[2]); lock = open(folder / server.LOCK_FILE, 'w')\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+        "server._end_with_its_folder(folder, lock.fileno())"
+    )
+    plane = subprocess.Popen(
+        [sys.executable, "-c", watch, "orchestrator.api.server", str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert plane.stdout is not None
+        child = int(plane.stdout.readline())
+        time.sleep(1.5)
+        assert plane.poll() is None  # while the folder is there, nothing happens
+        shutil.rmtree(folder)
+        if is_made_anew:
+            folder.mkdir()
+            (folder / "server.lock").touch()
+        assert plane.wait(10) == 1
+        assert head.wait(5) != 0
+        assert life_of(child) is Life.GONE
+    finally:
+        for process in (plane, head):
+            process.kill()
+            process.wait()
+        if plane.stdout is not None:
+            plane.stdout.close()
+
+
+def test_a_store_of_the_service_that_was_in_this_very_folder_is_not_told_as_a_strangers(tmp_path: Path) -> None:
+    ours = settings(tmp_path / "state", storage={"url": f"file:{tmp_path}/store"})
+    folder = Path(ours.state_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = VersionLog(open_storage(ours.storage, ours.base_model.name))
+    log.open()
+    log.acquire("before", service_identity(folder), claim=True)
+    (folder / "service_id").unlink()
+    with pytest.raises(OwnedByAnother, match="that was in this very folder") as told:
+        processes._own_the_store(ours, folder, False, lambda _: None)
+    assert "--take-over" in told.value.todo
+    assert "end that service" not in told.value.todo
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_started(tmp_path: Path) -> None:

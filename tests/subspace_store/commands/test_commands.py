@@ -287,6 +287,8 @@ def test_the_log_is_shown_whole_or_its_end(run: Command, store: SubspaceStore) -
 def test_verify_finds_a_lost_object_at_once_and_a_changed_one_with_deep(run: Command, store: SubspaceStore) -> None:
     assert "the log and the sizes of all objects are right; --deep reads their bytes too" in run("verify").stdout
     assert "is as its log says: every byte was read" in run("verify", "--deep").stdout
+    for how in ((), ("--deep",)):  # what it cannot know, it says
+        assert "not checked: the rows of the tasks (data/), which the log does not name" in run("verify", *how).stdout
     version = store.state.versions[2]
     content = store.storage.read(version.basis.key)
     store.storage.write(version.basis.key, content[:-1] + bytes([content[-1] ^ 1]))
