@@ -152,9 +152,9 @@ def _imported(
     spec: TaskSpec, settings: Settings, layout: BaseLayout, evaluation: Path | None, complaint: Complaint
 ) -> Draft:
     """Check the adapter to import and the rows to score it on."""
-    from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
+    from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, SAVED, WEIGHTS_FILE, read_peft_folder
     from workers.compatibility import incomplete, not_understood, trained_elsewhere, with_full_names, without_effect
-    from workers.heads import check_head, doubtful_labels
+    from workers.heads import check_head, check_whole, doubtful_labels
 
     if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
         raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
@@ -163,6 +163,7 @@ def _imported(
         _allowed_file(str(folder / name), settings, "method.adapter")
     brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
     named = with_full_names(brought, layout.module_shapes, head, str(folder))
+    check_whole(named, head, named.info.get(SAVED, "[]"), str(folder))
     check_head(named, spec, head, is_scored=evaluation is not None)
     doubts = (
         trained_elsewhere(named, layout.called or (settings.base_model.source,)),
@@ -170,10 +171,22 @@ def _imported(
         incomplete(named, layout.module_shapes),
         without_effect(named, layout.rounding),
         doubtful_labels(named, spec, head),
+        _not_scored(spec),
         *doubtful_settings(spec, 0, settings.workers.ranks),
     )
     rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
     return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows), *_cut(spec, rows, layout)))
+
+
+def _not_scored(spec: TaskSpec) -> str:
+    """What an import without rows gives up; else empty."""
+    if spec.data.eval_file:
+        return ""
+    own = f"; gate.min_score, {spec.gate.min_score:g}, has no effect" if spec.gate.min_score is not None else ""
+    return (
+        "there are no evaluation rows: the task will have no score, under this version or a later one, and the gate "
+        f"can judge it by the error of its merge alone, never by whether it works{own} → give data.eval_file"
+    )
 
 
 def _check_least_score(spec: TaskSpec) -> None:

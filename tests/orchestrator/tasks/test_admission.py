@@ -551,9 +551,79 @@ def test_an_import_of_the_bare_backbone_gets_the_full_names(desk: Desk) -> None:
 
 
 def test_an_import_without_a_head_is_refused_if_it_is_to_be_scored(desk: Desk) -> None:
-    desk.peft(lambda config, tensors: tensors.__delitem__("base_model.model.classifier.weight"))
+    def take_off(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["base_model.model.classifier.weight"]
+        config["modules_to_save"] = None
+
+    desk.peft(take_off)
     assert "the adapter has no head, so it cannot be scored" in desk.refuse(desk.imported())
     desk.submit(desk.imported(data={"eval_file": None}))
+
+
+@pytest.mark.parametrize("is_scored", [True, False])
+def test_an_import_whose_file_lacks_what_it_says_was_saved_is_refused(desk: Desk, is_scored: bool) -> None:
+    document = desk.imported() if is_scored else desk.imported(data={"eval_file": None})
+
+    def saved(*names: str, lost: str = "") -> None:
+        def change(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+            config["modules_to_save"] = list(names)
+            tensors.pop(lost, None)
+
+        desk.peft(change)
+
+    saved("classifier", "score", "pooler")
+    text = desk.refuse(document)
+    assert "names 'pooler' in modules_to_save but has no tensors for 'pooler'" in text
+    assert "the file is not complete" in text
+    saved("classifier", "score", lost="base_model.model.classifier.weight")
+    assert "names 'classifier' in modules_to_save but has no tensors for 'classifier'" in desk.refuse(document)
+    saved("classifier", "score")  # as PEFT writes it for every classifier; the base model has no `score`
+    desk.submit(document)
+
+
+def test_a_layer_of_which_a_part_is_in_the_file_is_refused_by_the_name_of_the_other(desk: Desk) -> None:
+    desk.peft()
+    head = LAYOUT.heads["sequence_classification"]
+    head = replace(head, shapes={**head.shapes, "classifier.bias": (1,)}, outputs=(*head.outputs, "classifier.bias"))
+    layout = replace(LAYOUT, heads={"sequence_classification": head})
+    with pytest.raises(InvalidInput, match=r"has a part of 'classifier', and not 'classifier\.bias'"):
+        check_submission(check_document(desk.imported(), TaskSpec, "task"), desk.settings, layout)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names", "said"),
+    [
+        (1, None, "has 1 output, and a sequence_classification has two or more"),
+        (0, None, "has no numbers in"),
+        (3, ["a", "b"], "has 3 outputs, and the adapter names 2 labels"),
+        (3, ["a", "b", "c"], ""),
+        (3, None, ""),
+    ],
+)
+def test_without_rows_and_label_names_the_outputs_are_counted_all_the_same(
+    desk: Desk, outputs: int, names: list[str] | None, said: str
+) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.classifier.weight"] = torch.ones(outputs, 4)
+        if names:
+            config["id2label"] = dict(enumerate(names))
+
+    desk.peft(spoil)
+    document = desk.imported(data={"eval_file": None, "label_names": None})
+    if said:
+        assert said in desk.refuse(document)
+    else:
+        desk.submit(document)
+
+
+def test_an_import_without_rows_is_told_what_it_gives_up(desk: Desk) -> None:
+    desk.peft()
+    (said,) = desk.submit(desk.imported(data={"eval_file": None}))[0].warnings
+    assert said.startswith("there are no evaluation rows: the task will have no score")
+    assert "judge it by the error of its merge alone" in said
+    (said,) = desk.submit(desk.imported(name="beta", data={"eval_file": None}, gate={"min_score": 0.8}))[0].warnings
+    assert "gate.min_score, 0.8, has no effect" in said
+    assert desk.submit(desk.imported(name="gamma"))[0].warnings == ()
 
 
 def test_an_import_whose_outputs_are_not_the_label_names_is_refused_at_once(desk: Desk) -> None:
