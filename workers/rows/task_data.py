@@ -124,6 +124,8 @@ def rows_in(
         row = _made(make, values, where)
         for column, found in quotes.items():
             found.meet(values[column])
+        if not isinstance(row, ImageRow):
+            unread.damage.meet(parts_of(row), where)
         if messages := columns.get("messages_column"):
             unread.meet(columns, _other_keys(values[messages], messages), where)
             if sum(message["role"] == "assistant" for message in values[messages]) > 1:

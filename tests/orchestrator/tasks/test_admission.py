@@ -16,7 +16,8 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from configs.document import check_document
 from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
@@ -365,6 +366,27 @@ def test_rows_that_are_longer_than_max_length_are_told_at_submission_as_training
     ]
     assert warnings_of(desk, desk.document(data={"max_length": 11})) == ()
     assert warnings_of(desk, desk.document(data={"max_length": 8}), LAYOUT) == ()  # no tokenizer to count with
+
+
+def test_rows_that_the_tokenizer_does_not_know_are_told_at_submission_and_in_training(desk: Desk) -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "good": 2, "film": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    known = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="[UNK]")
+    layout = replace(LAYOUT, tokenizer=packed(known))
+    texts = ["good film", "good 😀 film", "film 😀", "good 😀 😂", "😀", "😂"]  # unknown: 0, 1/3, 1/2, 2/3, 1, 1
+    write_rows(desk.data / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(texts)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": "good", "label": 0}, {"text": "👍", "label": 1}])
+    train, held = warnings_of(desk, desk.document(), layout)
+    said = "training rows are in characters that the base model's tokenizer does not know, 2 of them whole: "
+    assert train.startswith(f"3 of 6 {said}")
+    assert held.startswith("1 of 2 evaluation rows are in characters that the base model's tokenizer does not know, wh")
+    spec = check_document(desk.document(), TaskSpec, "task")
+    stored = [TextRow(text, None, n % 2) for n, text in enumerate(texts)]
+    assert tokens.training_losses(known, spec, stored, "tiny") == (train,)  # what the worker says
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": "good", "label": 0}, {"text": "film", "label": 1}])
+    write_rows(desk.data / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(texts[:3])])
+    assert warnings_of(desk, desk.document(), layout) == ()
 
 
 def test_of_an_import_the_evaluation_rows_are_counted(desk: Desk) -> None:
