@@ -24,7 +24,7 @@ from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
 from configs.settings import Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
-from orchestrator.tasks.doubtful_settings import doubtful_settings
+from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
@@ -246,6 +246,8 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
         yield f"{len(unseen)} of {len(trained)} labels {have} no training row: {shown(unseen)}"
     if evaluated and rows.evaluation and 1 < rows.evaluation.count == max(evaluated.values()):
         yield f"all {rows.evaluation.count} evaluation rows have the same label: always giving it is right each time"
+    if rows.evaluation and (few := few_rows(rows.evaluation.count)):
+        yield few
     both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
     if doubt := two_readings(both):
         yield doubt

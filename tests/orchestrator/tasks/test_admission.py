@@ -24,6 +24,7 @@ from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
 from configs.settings import Settings
 from configs.task_spec import METRICS, SCORE_MAX, TaskSpec
 from orchestrator.tasks.admission import admit, check_submission
+from orchestrator.tasks.doubtful_settings import EVALUATION_ROWS_FEW
 from orchestrator.tasks.task_events import CancelRequested, Claimed, TrainingFailed
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord
@@ -99,6 +100,12 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _four_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' few evaluation rows are too few for anybody else."""
+    monkeypatch.setattr("orchestrator.tasks.doubtful_settings.EVALUATION_ROWS_FEW", 1)
 
 
 # --- taken in ----------------------------------------------------------------------------------------------------
@@ -191,6 +198,13 @@ def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
 
 
 # --- refused -----------------------------------------------------------------------------------------------------
+
+
+def test_a_score_of_three_evaluation_rows_is_warned_of(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.tasks.doubtful_settings.EVALUATION_ROWS_FEW", EVALUATION_ROWS_FEW)
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": i % 2} for i in range(3)])
+    (said,) = desk.submit(desk.document())[0].warnings
+    assert said.startswith("the score rests on 3 evaluation rows: each is 33.3 points of 100")
 
 
 def test_half_a_character_in_the_document_is_refused(desk: Desk) -> None:
@@ -334,10 +348,10 @@ def test_settings_of_another_method_are_warned_of(desk: Desk) -> None:
 
 
 def test_a_training_that_is_other_than_its_settings_say_is_warned_of(desk: Desk) -> None:
-    record, _ = desk.submit(desk.document(training={"warmup_steps": 100, "max_steps": 10, "learning_rate": 0.5}))
+    record, _ = desk.submit(desk.document(training={"warmup_steps": 100, "max_steps": 10, "learning_rate": 0.05}))
     assert record.warnings == (
         "the warm-up of 100 steps (training.warmup_steps) is not over when the training ends after 10 steps: the "
-        "learning rate gets to 0.045, never to 0.5 → write fewer, or a share of all steps, below 1",
+        "learning rate gets to 0.0045, never to 0.05 → write fewer, or a share of all steps, below 1",
     )
     desk.settings = desk.settings.model_copy(update={"workers": desk.settings.workers.model_copy(update={"ranks": 8})})
     record, _ = desk.submit(desk.document("red/beta"))  # each of eight ranks takes one row
