@@ -32,7 +32,7 @@ from subspace_store.digests import digest
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
 from workers.rows.frozen_rows import FrozenRows, FrozenTask, freeze, upload
-from workers.rows.labels import two_readings
+from workers.rows.labels import check_names, counted_from_1, two_readings
 from workers.rows.task_data import Complaint, Row
 from workers.rows.validation import INPUTS_ENOUGH, not_compared, set_aside
 
@@ -125,8 +125,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
     _check_least_score(spec)
-    if not all(name.strip() for name in spec.data.label_names):
-        raise InvalidInput("one of the names is empty", "data.label_names", "write each label's name")
+    check_names(spec.data.label_names)  # not in the task's own checks: as above
     if settings.subspace.variant == "paper" and spec.method.name == "auto":
         raise InvalidInput(
             "auto cuts what it trains, and subspace.variant paper merges B and A as they were trained",
@@ -249,7 +248,7 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
     if rows.evaluation and (few := few_rows(rows.evaluation.count)):
         yield few
     both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
-    if doubt := two_readings(both):
+    if doubt := two_readings(both) or (counted_from_1(both) if rows.numbered_labels else ""):
         yield doubt
     if rows.shared_rows and rows.evaluation:
         yield (

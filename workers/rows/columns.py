@@ -127,6 +127,8 @@ class Unread:
 
     def __init__(self) -> None:
         self.damage = Damage()
+        self.numbered_labels = False
+        """Whether a file says its labels by index."""
         self._places: dict[str, str] = {}
         self._lines = self._answers = 0
         self._first_lines = self._first_answers = ""

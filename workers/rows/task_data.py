@@ -118,7 +118,8 @@ def rows_in(
         InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown; or the
             base model cannot read the row. Names the file and the row, counted from 1.
     """
-    make, columns, unread = _maker(spec), columns_of(spec), unread or Unread()
+    labels, columns, unread = Labels(spec.data.label_names), columns_of(spec), unread or Unread()
+    make = _maker(spec, labels.index)
     quotes = {columns[key]: Quotes() for key in TEXT_COLUMNS if key in columns}
     for where, values in read_file(path, columns, open_file, unread):
         row = _made(make, values, where)
@@ -133,6 +134,7 @@ def rows_in(
         if said := complaint(row):
             raise InvalidInput(said, where, "mend the row, or drop it")
         yield row
+    unread.numbered_labels |= labels.are_numbered
     for column, found in quotes.items():
         unread.meet_quotes(column, found, str(path))
 
@@ -146,7 +148,8 @@ def read_rows(content: bytes, spec: TaskSpec, where: str = "rows", are_earlier: 
     Raises:
         InvalidInput: See `rows_in`; or there are none.
     """
-    make = _maker(spec, are_earlier)
+    names = spec.data.label_names
+    make = _maker(spec, (lambda value, *_: earlier_index(value, names)) if are_earlier else Labels(names).index)
     lines = numbered_lines(BytesIO(content), where)
     rows = tuple(
         _made(make, values, place) for place, values in read_json_lines(lines, where, columns_of(spec), Unread())
@@ -274,7 +277,7 @@ def _made(make: Make, values: Values, where: str) -> Row:
         raise InvalidInput("holds lists in lists, too deep to be read", where, "drop the row") from error
 
 
-def _maker(spec: TaskSpec, are_earlier: bool = False) -> Make:
+def _maker(spec: TaskSpec, index: LabelIndex) -> Make:
     """What makes a row of checked values of the task's kind."""
     data = spec.data
     match spec.kind:
@@ -290,11 +293,6 @@ def _maker(spec: TaskSpec, are_earlier: bool = False) -> Make:
             )
         case "sequence_regression":
             return lambda values, where: TextRow(*_texts(values, data, where), _number(values, data, where))
-    index: LabelIndex = (
-        (lambda value, column, where: earlier_index(value, data.label_names))
-        if are_earlier
-        else Labels(data.label_names).index
-    )
     if spec.kind == "image_classification":
         return lambda values, where: _picture(values, data, index, where)
     return lambda values, where: TextRow(

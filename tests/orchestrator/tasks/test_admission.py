@@ -753,6 +753,22 @@ def test_auto_is_refused_where_factors_are_merged_as_they_were_trained(desk: Des
     assert desk.submit(desk.document(method={"name": "lora"}))[1]
 
 
+def test_labels_counted_from_1_and_names_that_look_alike_are_found_at_submission(desk: Desk) -> None:
+    names = ["neg", "neutral", "pos"]
+    write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": 1 + i % 2} for i in range(6)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": 1 + i % 2} for i in range(4)])
+    _, said = desk.submit(desk.document(data={"label_names": names}))[0].warnings
+    assert "counted from 0: 1 is 'neutral', and 'neg' has no row" in said
+    write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": names[1 + i % 2]} for i in range(6)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": names[1 + i % 2]} for i in range(4)])
+    (said,) = desk.submit(desk.document("red/beta", data={"label_names": names}))[0].warnings
+    assert said == "1 of 3 labels has no training row: 'neg'"  # by name there is one reading
+    for wrong in (["neg", "neutral", "pos\u200b"], ["neg", "neutral", "Neg"]):
+        assert "data.label_names: " in desk.refuse(desk.document(data={"label_names": wrong}))
+    desk.peft()  # where no rows would tell
+    desk.refuse(desk.imported(data={"label_names": ["a1", "A1"], "eval_file": None}))
+
+
 def test_an_empty_label_name_is_refused_where_no_rows_would_tell(desk: Desk) -> None:
     desk.peft()
     names = desk.imported(data={"label_names": ["a", " "], "eval_file": None})
