@@ -35,6 +35,7 @@ from tests.builders import LAYOUT, adapter, rows, settings, task_document, write
 from tests.workers.tiny_bases import CHAT_TEMPLATE, talking_tokenizer
 from workers import tokens
 from workers.chat_template import ChatTemplate
+from workers.compatibility import chosen_modules
 from workers.orders import BaseLayout
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
@@ -235,6 +236,11 @@ def test_an_unknown_target_module_is_answered_with_those_of_the_base_model(desk:
     text = desk.refuse(desk.document(lora={"target_modules": ["query", "q_proj"]}))
     assert "lora.target_modules: the base model 'tiny' has no linear layer 'q_proj'" in text
     assert "it has: query, value" in text
+
+
+def test_all_linear_is_every_layer_that_can_be_adapted(desk: Desk) -> None:
+    desk.submit(desk.document(lora={"target_modules": ["all-linear"]}))
+    assert chosen_modules(("all-linear",), LAYOUT.module_shapes, "tiny") == tuple(LAYOUT.module_shapes)
 
 
 def test_a_part_of_a_modules_name_is_no_module(desk: Desk) -> None:
