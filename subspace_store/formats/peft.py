@@ -208,7 +208,10 @@ def from_peft(
     if unknown := unknown_settings(config):
         facts[UNKNOWN_SETTINGS] = json.dumps(unknown)
     adapter = Adapter(base_model, base_sha256, modules, dict(sorted(head.items())), facts | dict(info or {}))
-    check_adapter(adapter)
+    try:
+        check_adapter(adapter)
+    except InvalidInput as error:  # it names the module alone
+        raise InvalidInput(error.sentence, where, error.todo) from error
     return adapter
 
 

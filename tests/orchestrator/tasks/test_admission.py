@@ -547,6 +547,15 @@ def test_an_import_with_nan_is_refused_with_the_tensors_name(desk: Desk) -> None
     assert "NaN or infinite values in 'base_model.model.layer.0.query.lora_A.weight'" in text
 
 
+def test_an_import_whose_product_is_infinite_is_refused_with_the_adapters_folder(desk: Desk) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for part in "AB":
+            tensors[f"base_model.model.layer.0.query.lora_{part}.weight"].fill_(3e38)
+
+    folder = desk.peft(spoil)
+    assert desk.refuse(desk.imported()).startswith(f"{folder}: layer.0.query.sigma: has NaN or infinite values")
+
+
 def test_an_import_of_another_shape_is_refused_with_both_shapes(desk: Desk) -> None:
     def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         name = "base_model.model.layer.0.query.lora_B.weight"
