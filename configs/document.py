@@ -267,7 +267,7 @@ def _describe(mistake: Any, kind: type[Section], words: Words) -> str:
         return f"unknown key '{path}' ({hint})"
     if mistake["type"] == "string_type" and (word := words.get(mistake["loc"])) is not None:
         return f"{path}: {word}"
-    in_our_words = _in_our_words(mistake) if issubclass(kind, Request) else ""
+    in_our_words = (_in_our_words(mistake) if issubclass(kind, Request) else "") or _without_jargon(mistake)
     message, got = in_our_words or mistake["msg"].removeprefix("Value error, "), mistake["input"]
     if not issubclass(kind, Request):
         if mistake["type"] == "missing":
@@ -275,7 +275,8 @@ def _describe(mistake: Any, kind: type[Section], words: Words) -> str:
         if mistake["type"] in ("string_pattern_mismatch", "string_type"):
             message += _wanted(kind, mistake["loc"])
     # A whole section is not shown: it may hold a password.
-    return f"{path}: {message[:MESSAGE_MAX]}" + (
+    place = f"{path}: " if mistake["loc"] else ""
+    return f"{place}{message[:MESSAGE_MAX]}" + (
         "" if isinstance(got, dict) else f" (got {without_password(short(got))})"
     )
 
@@ -285,6 +286,24 @@ def _wanted(kind: type[Section], location: tuple[Any, ...]) -> str:
     fields = {field.alias or name: field for name, field in _section_at(kind, location[:-1]).model_fields.items()}
     said = field.description if (field := fields.get(location[-1])) else None
     return f": {said}" if said else ""
+
+
+def _without_jargon(mistake: Any) -> str:
+    """What is wrong, where pydantic says it in words of Python; else empty."""
+    is_nothing = mistake["input"] is None
+    match mistake["type"]:
+        case "string_pattern_mismatch" if mistake["ctx"]["pattern"] == NAME_PATTERN:
+            return "has to be lower-case letters, digits, and . _ - after the first, 63 characters at most"
+        case "tuple_type" | "list_type":
+            one = mistake["input"] if isinstance(mistake["input"], str | int | float) else "first, second"
+            return f"has to be a list, written as [{short_text(str(one))}]"
+        case "too_short":
+            return f"needs {mistake['ctx']['min_length']} or more of a list"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return "is empty: write its keys below it, or take it out" if is_nothing else "has to be a mapping of keys"
+        case "string_type" if is_nothing:
+            return "is empty: write a text, or take it out"
+    return ""
 
 
 def _in_our_words(mistake: Any) -> str:

@@ -51,6 +51,8 @@ def absolute(path: str, root: Path) -> str:
 
 def real(path: str, root: Path) -> str:
     """A path from anywhere, links resolved."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/", path):
+        raise InvalidInput("is a URL, and only files and folders are read", path, "download it, and name the file")
     try:
         return str((root / home(path)).resolve())
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AwareDatetime, Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, ValidationInfo, field_validator, model_validator
 
 from configs.document import NAME_PATTERN, Name, Section, Title, check_document, read_json
 from configs.errors import InvalidInput
@@ -157,6 +157,9 @@ def _keys(value: Any) -> Iterator[str]:
             yield from _keys(inner)
 
 
+ALL_LINEAR = "all-linear"
+
+
 class LoraSpec(Section):
     """The adapter; the names are those of peft.LoraConfig."""
 
@@ -165,6 +168,7 @@ class LoraSpec(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     use_rslora: bool = False
     target_modules: tuple[str, ...] = Field(("query", "value"), min_length=1)
+    """Names of linear layers, whole or their ends; or [all-linear], PEFT's name of all of them but the head's."""
 
 
 class MethodSpec(Section):
@@ -272,6 +276,14 @@ class TaskSpec(Section):
     """Key of the submission: a second one with the same key is the same task. Default: a digest of document and
     data."""
 
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _metric_of_kind(cls, metric: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind")
+        if kind and isinstance(metric, str) and metric not in METRICS[kind]:
+            raise ValueError(f"is none of kind '{kind}': {', '.join(METRICS[kind])}")
+        return metric
+
     @model_validator(mode="after")
     def _is_text(self) -> TaskSpec:
         try:
@@ -293,8 +305,6 @@ class TaskSpec(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> TaskSpec:
         data, method = self.data, self.method
-        if self.metric not in METRICS[self.kind]:
-            raise ValueError(f"metric '{self.metric}' is none of kind '{self.kind}': {', '.join(METRICS[self.kind])}")
         needs_labels = self.kind in CLASSIFICATION_KINDS
         if data.eval_file and data.eval_fraction:
             raise ValueError("data.eval_file and data.eval_fraction exclude each other")

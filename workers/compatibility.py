@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec
+from configs.task_spec import ALL_LINEAR, TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.formats.peft import TARGETS, TRAINED_ON, TRAINED_ON_SHA256, UNKNOWN_SETTINGS
 from subspace_store.formats.peft_config import adapted
@@ -57,11 +57,14 @@ def check_template(spec: TaskSpec, has_template: bool) -> None:
 
 
 def chosen_modules(targets: Sequence[str], shapes: Shapes, base_model: str) -> tuple[str, ...]:
-    """Full names of the layers that these names match, whole or by their end, as in PEFT; in the model's order.
+    """Full names of the layers that these names match, whole or by their end, as in PEFT; in the model's order. All of
+    them for `all-linear`: the head's are none of these.
 
     Raises:
         InvalidInput: A name matches no linear layer.
     """
+    if tuple(targets) == (ALL_LINEAR,):
+        return tuple(shapes)
     for target in targets:
         if not any(_fits(name, target) for name in shapes):
             ends = sorted({name.rpartition(".")[2] for name in shapes})

@@ -9,12 +9,13 @@ No torch: the control plane checks submissions by a `HeadLayout` alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.errors import InvalidInput
-from configs.task_spec import Kind, TaskSpec
+from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
 
 if TYPE_CHECKING:
     from subspace_store.adapter import Adapter
@@ -89,6 +90,7 @@ def check_head(adapter: Adapter, spec: TaskSpec, layout: HeadLayout, is_scored: 
     """
     if not adapter.head and not is_scored:
         return
+    _check_output_count(adapter, spec, layout)
     for name, tensor in adapter.head.items():
         _check_parameter(name, tuple(tensor.shape), adapter, spec, layout)
     if absent := sorted({*layout.missing} - adapter.head.keys()):
@@ -105,6 +107,64 @@ def check_head(adapter: Adapter, spec: TaskSpec, layout: HeadLayout, is_scored: 
             "base model whose checkpoint has them",
         )
     _check_labels(adapter, spec, layout)
+
+
+def check_whole(adapter: Adapter, layout: HeadLayout, saved: str, where: str) -> None:
+    """Refuse an adapter whose file lacks a part of the head that was saved where it was trained: the checkpoint's own
+    part, taken in its place, would be another. PEFT names `classifier` and `score` for every classifier: only what the
+    base model has can be lacking.
+
+    Args:
+        adapter: With full names.
+        saved: The names in modules_to_save, as a JSON list. PEFT compares the ends of names with them.
+
+    Raises:
+        InvalidInput: A module of these without tensors, or a layer of which a part is there.
+    """
+    names, begun = tuple(json.loads(saved)), {owner(name) for name in adapter.head}
+    for name in sorted({*layout.shapes, *layout.shared} - adapter.head.keys()):
+        if owner(name) in begun:
+            raise InvalidInput(f"has a part of '{owner(name)}', and not '{name}'", where, "the file is not complete")
+        if module := next((outer for outer in _outers(name) if outer.endswith(names)), ""):
+            raise InvalidInput(
+                f"names {next(end for end in names if module.endswith(end))!r} in modules_to_save but has no tensors "
+                f"for '{owner(name)}'",
+                where,
+                "the file is not complete: save it again; or, if this module was not trained, take the name out",
+            )
+
+
+def _outers(parameter: str) -> list[str]:
+    """All modules that a parameter lies in, the outermost first."""
+    parts = parameter.split(".")
+    return [".".join(parts[:stop]) for stop in range(1, len(parts))]
+
+
+def _check_output_count(adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:
+    """Without rows to score an import needs no label names, and then any number of outputs is right that a classifier
+    can have, if it is that of the labels which the adapter itself names."""
+    if spec.kind not in CLASSIFICATION_KINDS or spec.data.label_names:
+        return
+    brought = {name: tuple(adapter.head[name].shape) for name in layout.outputs if name in adapter.head}
+    counts = {name: shape[0] if shape else 0 for name, shape in brought.items()}
+    labels = len(adapter.label_names)
+    for name, count in counts.items():
+        if count < 2:
+            raise InvalidInput(
+                f"the adapter's head has {count} output, and a {spec.kind} has two or more",
+                name,
+                "set kind: sequence_regression if it says a number; else save the adapter again",
+            )
+        if labels and count != labels:
+            raise InvalidInput(
+                f"the adapter's head has {count} outputs, and the adapter names {labels} labels",
+                name,
+                "the file is damaged, or its id2label is another model's: correct it",
+            )
+        if count != next(iter(counts.values())):
+            raise InvalidInput(
+                f"the parts of the adapter's head have other numbers of outputs: {counts}", name, "save it again"
+            )
 
 
 def _check_parameter(name: str, shape: tuple[int, ...], adapter: Adapter, spec: TaskSpec, layout: HeadLayout) -> None:

@@ -71,7 +71,8 @@ def _measured(tokenizer: Any, spec: TaskSpec, rows: Sequence[Row], name: str) ->
 
 
 def lengths(tokenizer: Any, spec: TaskSpec, rows: Sequence[Any]) -> list[Length]:
-    """Number of tokens of each row before anything is cut; 0 for pictures, which are all the same size.
+    """Number of tokens of each row before anything is cut, and the share of those that the tokenizer does not know; 0
+    for pictures, which are all the same size.
 
     Cost:
         As tokenising the rows for training once.
@@ -79,12 +80,24 @@ def lengths(tokenizer: Any, spec: TaskSpec, rows: Sequence[Any]) -> list[Length]
     if spec.kind == "image_classification":
         return [Length(0)] * len(rows)
     if spec.kind == "causal_lm":
-        return [Length(*map(len, _encode(tokenizer, row))) for row in rows]
+        encoded = (_encode(tokenizer, row) for row in rows)
+        return [Length(len(given), len(answer), _unknown(tokenizer, given + answer, 2)) for given, answer in encoded]
+    added = tokenizer.num_special_tokens_to_add(pair=bool(spec.data.text_pair_column))
     return [
-        Length(len(ids))
+        Length(len(ids), unknown=_unknown(tokenizer, ids, added))
         for start in range(0, len(rows), ROWS_AT_ONCE)
         for ids in tokenize(tokenizer, rows[start : start + ROWS_AT_ONCE], spec.data.max_length + 1)["input_ids"]
     ]
+
+
+def _unknown(tokenizer: Any, ids: Sequence[int], added: int) -> float:
+    """As in `Length.unknown`. added: How many of the tokens the tokenizer adds, at most."""
+    unknown, others = tokenizer.unk_token_id, (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    if len(ids) <= added:
+        return float(added > 0)
+    if unknown is None or unknown in others:  # to some a name for a token that ends texts: they know every byte
+        return 0.0
+    return min(1.0, ids.count(unknown) / (len(ids) - added))
 
 
 def measured_rows(rows: Sequence[Row]) -> Sequence[Row]:

@@ -1,4 +1,5 @@
-"""What rows lose because they are longer than a model reads, in sentences for the owner of the task. Pure."""
+"""What of its rows a model does not read, because they are too long, or in characters that its tokenizer does not know,
+in sentences for the owner of the task. Pure."""
 
 from __future__ import annotations
 
@@ -19,6 +20,9 @@ class Length:
     data.max_length. 0 for a picture."""
     answer: int = 0
     """Tokens of the answer, its end token among them; 0 for rows that have none."""
+    unknown: float = 0.0
+    """Share of the row's own tokens, without those that the tokenizer adds, which stand for something that it does not
+    know; 1 where it makes no token of the row."""
 
     def read(self, longest: int) -> int:
         """How many of them are read if data.max_length is so many."""
@@ -32,6 +36,21 @@ def losses(lengths: Sequence[Length], spec: TaskSpec, rows: str) -> tuple[str, .
         rows: Which rows they are, for the sentences: `evaluation rows`.
     """
     count, longest = f"of {len(lengths):,} {rows}", spec.data.max_length
+    return (*_of_unknown(lengths, count), *_of_cut(lengths, spec, count, longest))
+
+
+def _of_unknown(lengths: Sequence[Length], count: str) -> Iterator[str]:
+    if mostly := sum(length.unknown > 0.5 for length in lengths):
+        nothing = sum(length.unknown == 1 for length in lengths)
+        whole = f"{nothing:,} of them whole" if 0 < nothing < mostly else "whole" if nothing else "for more than half"
+        yield (
+            f"{mostly:,} {count} are in characters that the base model's tokenizer does not know, {whole}: in the "
+            "place of each the model reads nothing, or the same unknown token → drop these rows, or write them in a "
+            "script that it knows"
+        )
+
+
+def _of_cut(lengths: Sequence[Length], spec: TaskSpec, count: str, longest: int) -> tuple[str, ...]:
     if spec.kind != "causal_lm":
         end = "the end of the longer text" if spec.data.text_pair_column else "their end"
         if cut := sum(length.given > longest for length in lengths):

@@ -418,8 +418,11 @@ def rollback(
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
     client = Client(state_dir)
     to = _version(client, number)
+    at = {name: row["version"] for row in client.ask(ListVersions()) for name in row["refs"]}
     if preview:
         answer = client.ask(PreviewRollback(version=to))
+    elif not hold and not op_key and at.get(MAIN, 0) == at.get(CANDIDATE, 0) == to:  # nothing to write down
+        answer = client.ask(PreviewRollback(version=to)) | {"preview": False}
     else:
         answer = client.ask(Rollback(version=to, reason=reason, hold=hold, op_key=op_key, actor=me()))
     show(answer, version_tables.rollback, as_json)

@@ -112,8 +112,10 @@ def scores(answer: Json) -> None:
         return
     across = _across(answer)
     fits = Measurement.get(console, console.options.update(max_width=WIDE), across).maximum <= console.width
-    table = across if fits else _down(answer)
-    console.print(table)
+    # Not the table's title, which would be broken at the table's width.
+    up_to = "each version up to v" if fits else "version "
+    console.print(f"[italic]Score of each task under {up_to}{answer['version']}[/italic]", soft_wrap=True)
+    console.print(across if fits else _down(answer))
     carried = any(
         cell["measured_at"] not in (None, number)
         for number, row in zip(answer["versions"], answer["matrix"], strict=True)
@@ -132,7 +134,7 @@ def scores(answer: Json) -> None:
 
 def _across(answer: Json) -> Table:
     """The matrix: a row for each version, a column for each task."""
-    table = Table(box=None, pad_edge=False, title=f"Score of each task under each version up to v{answer['version']}")
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for column in answer["tasks"]:
         team, _, name = shown(column["title"]).partition("/")
@@ -151,7 +153,7 @@ def _across(answer: Json) -> Table:
 
 def _down(answer: Json) -> Table:
     """A row for each task, where a column for each would be too narrow to read."""
-    table = Table(box=None, pad_edge=False, title=f"Score of each task under version {answer['version']}")
+    table = Table(box=None, pad_edge=False)
     for name in ("task", "rows", "base", "own adapter", "born in", "at birth", "now", "change"):
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=name != "task")
     rows = dict(zip(answer["versions"], answer["matrix"], strict=True))

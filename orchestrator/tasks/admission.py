@@ -24,7 +24,7 @@ from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
 from configs.settings import Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
-from orchestrator.tasks.doubtful_settings import doubtful_settings
+from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from subspace_store import Storage
@@ -32,7 +32,7 @@ from subspace_store.digests import digest
 from workers.orders import BaseLayout
 from workers.rows.columns import shown
 from workers.rows.frozen_rows import FrozenRows, FrozenTask, freeze, upload
-from workers.rows.labels import two_readings
+from workers.rows.labels import check_names, counted_from_1, two_readings
 from workers.rows.task_data import Complaint, Row
 from workers.rows.validation import INPUTS_ENOUGH, not_compared, set_aside
 
@@ -125,8 +125,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
     _check_least_score(spec)
-    if not all(name.strip() for name in spec.data.label_names):
-        raise InvalidInput("one of the names is empty", "data.label_names", "write each label's name")
+    check_names(spec.data.label_names)  # not in the task's own checks: as above
     if settings.subspace.variant == "paper" and spec.method.name == "auto":
         raise InvalidInput(
             "auto cuts what it trains, and subspace.variant paper merges B and A as they were trained",
@@ -152,9 +151,9 @@ def _imported(
     spec: TaskSpec, settings: Settings, layout: BaseLayout, evaluation: Path | None, complaint: Complaint
 ) -> Draft:
     """Check the adapter to import and the rows to score it on."""
-    from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
+    from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, SAVED, WEIGHTS_FILE, read_peft_folder
     from workers.compatibility import incomplete, not_understood, trained_elsewhere, with_full_names, without_effect
-    from workers.heads import check_head, doubtful_labels
+    from workers.heads import check_head, check_whole, doubtful_labels
 
     if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
         raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
@@ -163,6 +162,7 @@ def _imported(
         _allowed_file(str(folder / name), settings, "method.adapter")
     brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
     named = with_full_names(brought, layout.module_shapes, head, str(folder))
+    check_whole(named, head, named.info.get(SAVED, "[]"), str(folder))
     check_head(named, spec, head, is_scored=evaluation is not None)
     doubts = (
         trained_elsewhere(named, layout.called or (settings.base_model.source,)),
@@ -170,10 +170,22 @@ def _imported(
         incomplete(named, layout.module_shapes),
         without_effect(named, layout.rounding),
         doubtful_labels(named, spec, head),
+        _not_scored(spec),
         *doubtful_settings(spec, 0, settings.workers.ranks),
     )
     rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
     return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows), *_cut(spec, rows, layout)))
+
+
+def _not_scored(spec: TaskSpec) -> str:
+    """What an import without rows gives up; else empty."""
+    if spec.data.eval_file:
+        return ""
+    own = f"; gate.min_score, {spec.gate.min_score:g}, has no effect" if spec.gate.min_score is not None else ""
+    return (
+        "there are no evaluation rows: the task will have no score, under this version or a later one, and the gate "
+        f"can judge it by the error of its merge alone, never by whether it works{own} → give data.eval_file"
+    )
 
 
 def _check_least_score(spec: TaskSpec) -> None:
@@ -233,8 +245,10 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
         yield f"{len(unseen)} of {len(trained)} labels {have} no training row: {shown(unseen)}"
     if evaluated and rows.evaluation and 1 < rows.evaluation.count == max(evaluated.values()):
         yield f"all {rows.evaluation.count} evaluation rows have the same label: always giving it is right each time"
+    if rows.evaluation and (few := few_rows(rows.evaluation.count)):
+        yield few
     both = {name: trained.get(name, 0) + evaluated.get(name, 0) for name in trained or evaluated}
-    if doubt := two_readings(both):
+    if doubt := two_readings(both) or (counted_from_1(both) if rows.numbered_labels else ""):
         yield doubt
     if rows.shared_rows and rows.evaluation:
         yield (

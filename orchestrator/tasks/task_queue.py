@@ -219,7 +219,11 @@ class TaskQueue:
                 found = [reference]  # another id begins with the whole of this one
             if not reference or len(found) != 1:
                 problem = "several tasks begin like this" if len(found) > 1 else "there is no such task"
-                raise NotFound(problem, repr(reference), "`onebasis tasks` lists ids and names")
+                named = select(_tasks.c.team).distinct().where(_tasks.c.name == reference).limit(3)
+                teams = [] if found or slash else sorted(connection.execute(named).scalars())
+                meant = " or ".join(repr(f"{team}/{reference}") for team in teams)
+                todo = f"did you mean {meant}?" if meant else "`onebasis tasks` lists ids and names"
+                raise NotFound(problem, repr(reference), todo)
             return self._get(connection, found[0])
 
     def tasks(self, states: Iterable[TaskState] = (), team: str | None = None) -> list[TaskRecord]:

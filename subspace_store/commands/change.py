@@ -135,7 +135,11 @@ def unquarantine(
 ) -> None:
     """Let a quarantined task be merged again."""
     place = place_of(store, state_dir)
-    task_id = task_id_of(reader_at(place), task)
+    reader = reader_at(place)
+    task_id = task_id_of(reader, task)
+    is_known = any(task_id == known.task_id for version in reader.state.versions.values() for known in version.added)
+    if not is_known and task_id not in reader.state.quarantined and op_key not in reader.state.op_keys:
+        raise NotFound(f"no task {task_id} is in quarantine, and none was merged", place.storage.url, "name its id")
     change(
         place, force, as_json, f"task {task_id} may be merged", Unquarantine(task_id=task_id, op_key=op_key, actor=me())
     )

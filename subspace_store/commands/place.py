@@ -100,8 +100,18 @@ def reader_at(place: Place) -> SubspaceReader:
         try:
             place.storage.read("FORMAT")
         except NotFound:
-            raise NotFound("no store is here", place.storage.url, "name the folder that FORMAT is in") from None
+            todo = "name the folder that FORMAT is in"
+            if inner := _store_below(place.storage.url):
+                todo += f": --store {inner}"
+            raise NotFound("no store is here", place.storage.url, todo) from None
         return SubspaceReader.open(place.storage, settings=place.subspace)
+
+
+def _store_below(url: str) -> str:
+    """Address of a store in one of a folder's own folders; empty without one."""
+    kind, _, folder = url.partition(":")
+    found = sorted(Path(folder).glob("*/FORMAT")) if kind == "file" else []
+    return f"file:{found[0].parent}" if found else ""
 
 
 def writer_at(place: Place, force: bool = False) -> SubspaceStore:

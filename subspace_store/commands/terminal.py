@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +21,9 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
+from typer.core import TyperGroup
 
-from configs.errors import Exit, OnebasisError, row_of
+from configs.errors import Exit, InvalidInput, OnebasisError, row_of
 from configs.places import home
 from configs.plain_text import escaped
 
@@ -78,9 +79,48 @@ EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"{code:5}  {code.meaning}" for cod
 """The end of a help text; \\b keeps its lines apart."""
 
 
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""Of unknown commands and options, missing and superfluous arguments. Typer names only this class below it."""
+
+
+class Commands(TyperGroup):
+    """A group of commands whose errors of usage are JSON as well, where --json is among the arguments."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        is_json = standalone_mode and "--json" in (sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(
+                args,
+                prog_name=prog_name,
+                complete_var=complete_var,
+                standalone_mode=standalone_mode and not is_json,
+                windows_expand_args=windows_expand_args,
+                **extra,
+            )
+        except _UsageError as wrong:
+            if not is_json:
+                raise
+            of = getattr(wrong, "ctx", None)
+            where = of.command_path if of else prog_name or self.name or ""
+            what = wrong.format_message().strip()  # type: ignore[attr-defined]
+            problem = InvalidInput(what, where, f"`{where} --help` shows what it takes")
+            print(json.dumps({"error": problem.as_dict()}))
+            sys.exit(problem.exit_code)
+        return sys.exit(code or 0) if is_json else code  # the code of typer.Exit, else None
+
+
 def new_app(name: str, help: str) -> typer.Typer:
     """A group of commands. Its help ends with the exit codes."""
     return typer.Typer(
+        cls=Commands,
         name=name,
         help=help,
         epilog=EXIT_CODES,

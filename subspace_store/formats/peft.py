@@ -49,6 +49,8 @@ UNKNOWN_SETTINGS = "unknown_settings"
 TARGETS = "targets"
 """Key of `Adapter.info`: the settings that say which modules are adapted, as a JSON object, where they do not list
 exactly those that have tensors."""
+SAVED = "modules_to_save"
+"""Key of `Adapter.info`: the modules that the adapter's settings say were saved whole, as a JSON list."""
 TRAINED_ON, TRAINED_ON_SHA256 = "trained_on", "trained_on_sha256"
 """Keys of `Adapter.info`: the base model as the adapter's folder names it (base_model_name_or_path), and its digest."""
 
@@ -201,10 +203,15 @@ def from_peft(
         facts[TRAINED_ON] = str(config["base_model_name_or_path"])
     if names.targets != {*pairs}:
         facts[TARGETS] = json.dumps({key: _listed(config[key]) for key in TARGET_SETTINGS if config.get(key)})
+    if saved := config.get("modules_to_save"):
+        facts[SAVED] = json.dumps(sorted({*saved}))
     if unknown := unknown_settings(config):
         facts[UNKNOWN_SETTINGS] = json.dumps(unknown)
     adapter = Adapter(base_model, base_sha256, modules, dict(sorted(head.items())), facts | dict(info or {}))
-    check_adapter(adapter)
+    try:
+        check_adapter(adapter)
+    except InvalidInput as error:  # it names the module alone
+        raise InvalidInput(error.sentence, where, error.todo) from error
     return adapter
 
 

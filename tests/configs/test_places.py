@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from configs.document import Section
 from configs.errors import InvalidInput
-from configs.places import Located, absolute, database, database_or_folder, storage, unless_address
+from configs.places import Located, absolute, database, database_or_folder, real, storage, unless_address
 from configs.settings import Settings, read_settings
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.commands.cli import app
@@ -149,3 +149,10 @@ def test_addresses_and_paths_that_are_absolute_stay() -> None:
 def test_the_home_of_nobody_is_named_with_what_to_write_instead() -> None:
     with pytest.raises(InvalidInput, match=r"(?s)~nobody-of-this-name/x: there is no home.*\./"):
         absolute("~nobody-of-this-name/x", Path("/"))
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.jsonl", "s3://bucket/a.jsonl", "hf://datasets/imdb"])
+def test_a_url_is_no_path(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="is a URL, and only files and folders are read") as caught:
+        real(url, tmp_path)
+    assert caught.value.where == url  # as it was written

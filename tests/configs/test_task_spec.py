@@ -52,7 +52,7 @@ def test_the_folder_of_an_import_starts_at_the_task_file(tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["team", "name", "client_key"])
 @pytest.mark.parametrize("value", ["../x", "a/b", "Upper", ".x", "a b", "", "x" * 64, "tab\t", "line\n"])
 def test_a_name_that_is_unsafe_in_a_path_is_refused(key: str, value: str) -> None:
-    with pytest.raises(InvalidInput, match=rf"{key}: (String should match pattern|must be one line)"):
+    with pytest.raises(InvalidInput, match=rf"{key}: (has to be lower-case letters, digits|must be one line)"):
         check_document(task_document() | {key: value}, TaskSpec, "task")
 
 
@@ -140,3 +140,34 @@ def test_true_is_no_number(section: str, key: str) -> None:
     with pytest.raises(InvalidInput, match="has to be a number, not true") as caught:
         check_document(task_document(**values), TaskSpec, "task.yaml")
     assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"lora": {"target_modules": "all-linear"}},
+            "lora.target_modules: has to be a list, written as [all-linear] (got",
+        ),
+        ({"lora": {"target_modules": []}}, "lora.target_modules: needs 1 or more of a list"),
+        ({"gate": None}, "gate: is empty: write its keys below it, or take it out"),
+        ({"gate": 3}, "gate: has to be a mapping of keys"),
+        ({"name": "Charges!"}, "name: has to be lower-case letters, digits"),
+        (
+            {"metric": "acc"},
+            "metric: is none of kind 'sequence_classification': accuracy, f1_macro, matthews_correlation",
+        ),
+        ({"data": {"label_names": ["a", "b"]}}, "task: method.name 'auto' needs data.train_file"),
+    ],
+)
+def test_a_mistake_is_told_in_words_of_the_task_file(changes: dict[str, Any], said: str) -> None:
+    document = {
+        "team": "red", "name": "alpha", "base_model": "tiny",
+        "data": {"train_file": "/a.jsonl", "eval_file": "/b.jsonl", "label_names": ["a", "b"]},
+    } | changes  # fmt: skip
+    with pytest.raises(InvalidInput) as caught:
+        check_document(document, TaskSpec, "task")
+    text = str(caught.value)
+    assert said in text
+    for jargon in ("Input should", "tuple", "instance of", "pattern", "(document)", "pearson"):
+        assert jargon not in text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,13 +55,16 @@ def test_the_tokens_of_many_rows_are_counted_some_rows_at_a_time(tiny: Tiny, mon
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 3)
     base, seen = tiny("bert"), list[int]()
 
-    def tokenizer(texts: list[str], pairs: list[str], **options: Any) -> Any:
-        seen.append(len(texts))
-        return base.tokenizer(texts, pairs, **options)
+    class Counting:
+        def __call__(self, texts: list[str], pairs: list[str], **options: Any) -> Any:
+            seen.append(len(texts))
+            return base.tokenizer(texts, pairs, **options)
 
-    counting: Any = SimpleNamespace(tokenizer=tokenizer)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(base.tokenizer, name)
+
     rows = [TextRow("x " * words, "y", 0) for words in (1, 2, 5, 3, 1, 2, 9)]
-    counts = lengths(counting.tokenizer, spec("sequence_classification", text_pair_column="p"), rows)
+    counts = lengths(Counting(), spec("sequence_classification", text_pair_column="p"), rows)
     assert [length.given for length in counts] == [5, 6, 9, 7, 5, 6, 13]  # the words, y, and three marks
     assert seen == [3, 3, 1]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -91,12 +93,63 @@ class GivenAway:
             )
 
 
-class Unread:
-    """What files have and the task does not read, or not as it may be meant: columns that it does not name, lines
-    inside a field that look like rows, answers before a chat's last, quotes around every text of a column, inputs that
-    say the answer. Each with the place where it was met first."""
+_BETWEEN = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+"""The bytes 80 to BF, which begin no character of UTF-8, read as Latin-1 or Windows-1252."""
+MISREAD = re.compile(
+    # Not what may follow a capital à at a word's end: quotes, dashes, dots.
+    "Ã[\x80-\x9f¡-ª¬-º¼-¿€ƒˆ‰ŠŒŽ˜™šœžŸ]|Â[\x80-ª¬-º¼-¿]|â€|â\x80|ðŸ|ð\x9f|ï»¿" + f"|(?:[ÐÑ][{_BETWEEN}]){{2}}"
+)
+"""UTF-8 that was read as Latin-1 or Windows-1252: `Ã©` for é, `â€™` for ’."""
+LOST = "\ufffd"
+"""What programs write in the place of bytes that they could not read."""
+
+
+class Damage:
+    """Texts of a file that were damaged before they came here."""
 
     def __init__(self) -> None:
+        self._rows: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def meet(self, texts: Iterable[str], where: str) -> None:
+        """Take the texts of the next row."""
+        texts = [text for text in texts if not text.isascii()]
+        if any(LOST in text for text in texts):
+            self._take("", where)
+        if found := next((found for text in texts if (found := MISREAD.search(text))), None):
+            self._take(found[0], where)
+
+    def _take(self, found: str, where: str) -> None:
+        kind = "misread" if found else "lost"
+        self._rows[kind] += 1
+        self._first.setdefault(kind, f"first in {where}" + (f": {found!r}" if found else ""))
+
+    def told(self) -> Iterator[str]:
+        """Sentences for the owner of the task."""
+        for kind, (what, todo) in {
+            "misread": (
+                "what looks like UTF-8 read as Latin-1 or Windows-1252",
+                "read the original as UTF-8 and save it again",
+            ),
+            "lost": (
+                "the character U+FFFD, which programs write for bytes that they could not read: those are lost",
+                "read the original in its own encoding and save it as UTF-8",
+            ),
+        }.items():
+            if count := self._rows[kind]:
+                rows = "1 row has" if count == 1 else f"{count:,} rows have"
+                yield f"{rows} {what} ({self._first[kind]}) → {todo}"
+
+
+class Unread:
+    """What files have and the task does not read, or not as it may be meant: columns that it does not name, lines
+    inside a field that look like rows, answers before a chat's last, quotes around every text of a column, texts that
+    were damaged before, inputs that say the answer. Each with the place where it was met first."""
+
+    def __init__(self) -> None:
+        self.damage = Damage()
+        self.numbered_labels = False
+        """Whether a file says its labels by index."""
         self._places: dict[str, str] = {}
         self._lines = self._answers = 0
         self._first_lines = self._first_answers = ""
@@ -136,6 +189,7 @@ class Unread:
     def told(self) -> Iterator[str]:
         """Sentences for the owner of the task; none where all is read."""
         yield from self._given_away
+        yield from self.damage.told()
         yield from self._quoted
         if self._answers:
             chats = "1 chat has" if self._answers == 1 else f"{self._answers:,} chats have"

@@ -117,6 +117,8 @@ class FrozenTask:
 
     unread: tuple[str, ...] = ()
     """Sentences on columns that are not read, see `columns.Unread`."""
+    numbered_labels: bool = False
+    """Whether a file says its labels by index."""
 
     def close(self) -> None:
         """Delete the temporary files."""
@@ -210,6 +212,7 @@ def freeze(
             count,
             alike.count,
             tuple(unread.told()),
+            unread.numbered_labels,
         )
         undo.pop_all()
     return frozen

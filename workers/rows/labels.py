@@ -27,14 +27,44 @@ from decimal import Decimal
 from typing import Any
 
 from configs.errors import InvalidInput
+from configs.plain_text import disguised, looks
 from workers.rows.columns import SHOWN_CHARACTERS, shown
 
 MISSING_WORDS = ("", "nan", "none", "null", "na", "n/a", "<na>", "\\n")
 """Words that programs write for a missing value, in upper or lower case."""
 TRUTH = ("false", "true")
 NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?", re.ASCII)
+_KEY = "data.label_names"
 NUMBER_CHARACTERS_MAX = 40
 """A longer text does not count as a number: no label needs it, and no name equals one."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that a person cannot tell apart, in this list or from another text: whoever writes the one and means
+    the other has another label, or none. Names of one letter may differ in capitals (A and a, of handwriting).
+
+    Raises:
+        InvalidInput: An empty name; one with a character that is not seen or taken for another; two that look the same,
+            or differ in capitals alone.
+    """
+    met: dict[str, str] = {}
+    for name in names:
+        if not name.strip():
+            raise InvalidInput("one of the names is empty", _KEY, "write each label's name")
+        if odd := disguised(name):
+            raise InvalidInput(
+                f"{shown([name])} is not what it looks like: {odd}",
+                _KEY,
+                "write it in letters of one script, without characters that show nothing, here and in the files",
+            )
+        seen = looks(name)
+        if (other := met.setdefault(seen if len(seen) == 1 else seen.lower(), name)) != name:
+            how = "look the same" if looks(other) == seen else "differ in capital letters alone"
+            raise InvalidInput(
+                f"{shown([other, name])} {how}: a person takes the one for the other",
+                _KEY,
+                "keep one of them, and write it so in the files; if they are two labels, give one another name",
+            )
 
 
 class Labels:
@@ -97,7 +127,15 @@ class Labels:
             return self._read(said, self._indices[said], column, where, as_index=True)
         if is_missing(value):
             raise missing(column, where, value)
-        raise InvalidInput(f"label {value!r:.100} is not one of the {len(self._names)} labels", where, self._todo(said))
+        odd = f" ({odd})" if isinstance(value, str) and (odd := disguised(value[:SHOWN_CHARACTERS])) else ""
+        raise InvalidInput(
+            f"label {value!r:.100}{odd} is not one of the {len(self._names)} labels", where, self._todo(said)
+        )
+
+    @property
+    def are_numbered(self) -> bool:
+        """Whether the file says its labels by index."""
+        return True in self._first
 
     def _read(self, said: str, index: int, column: str, where: str, as_index: bool) -> int:
         """The index, unless the file's other labels are read in the other way."""
@@ -149,6 +187,25 @@ def two_readings(per_label: Mapping[str, int]) -> str:
         f"the labels in the file are numbers and are read as names of data.label_names: {other[0]:.40} is the label "
         f"{other[0]!r:.40}. Read as indices they would be other labels ({other[0]:.40} would be {other[1]!r:.40}): if "
         "indices are meant, write the names into the file"
+    )
+
+
+def counted_from_1(per_label: Mapping[str, int]) -> str:
+    """A warning where a file says its labels by index and never the first: counted from 1, they would be others; else
+    empty.
+
+    Args:
+        per_label: As in `two_readings`.
+    """
+    names = list(per_label)
+    used = [index for index, name in enumerate(names) if per_label[name]]
+    if not used or used[0] == 0:
+        return ""
+    first = used[0]
+    return (
+        f"the labels in the file are numbers from {first} to {used[-1]}, and are read as indices counted from 0: "
+        f"{first} is {names[first]!r:.40}, and {names[0]!r:.40} has no row. Counted from 1 they would be other labels "
+        f"({first} would be {names[first - 1]!r:.40}): if that is meant, write the names into the file"
     )
 
 

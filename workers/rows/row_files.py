@@ -21,6 +21,7 @@ from workers.rows.columns import NOTHING, Columns, Unread, Values, check_columns
 from workers.rows.table_files import read_csv, read_tsv
 from workers.rows.text_lines import numbered_lines
 
+ARROW_FILES = (".arrow", ".feather", ".ipc")
 ROWS_BETWEEN_LOOKS = 2**16
 """Rows between two checks for changes of the file: one that grows faster than it is read would be read for ever."""
 
@@ -54,6 +55,12 @@ def read_file(
             yield first
             yield from some
             _check_unchanged(path, seen)
+    except FileNotFoundError as error:
+        raise InvalidInput(
+            "cannot read the file: there is none of this name",
+            str(path),
+            "check the path in data: only files and folders are read, never a URL or a data set's name on a hub",
+        ) from error
     except OSError as error:
         raise InvalidInput(f"cannot read the file: {error}", str(path), "check the path in data") from error
 
@@ -131,7 +138,14 @@ def _reader(path: Path) -> Callable[[Path, Columns, OpenFile, Unread], Iterator[
     name = path.name.lower()
     suffix = PurePath(name.removesuffix(".gz")).suffix
     if suffix not in readers:
-        path.stat()  # a link that leads nowhere: its name is not what is wrong
+        path.stat()  # no file, or a link that leads nowhere: its name is not what is wrong
+        if suffix in ARROW_FILES:
+            raise InvalidInput(
+                f"'{suffix}' is not a format of rows",
+                str(path),
+                "convert it: pandas.read_feather(FILE).to_parquet('rows.parquet'), or, if datasets wrote it, "
+                "datasets.Dataset.from_file(FILE).to_parquet('rows.parquet')",
+            )
         raise InvalidInput(
             f"'{suffix}' is not a format of rows",
             str(path),

@@ -127,7 +127,8 @@ def rows_in(
         InvalidInput: See `read_file`; or a value is missing, of the wrong type, empty, out of range or unknown; or the
             base model cannot read the row. Names the file and the row, counted from 1.
     """
-    make, columns, unread, given = _maker(spec), columns_of(spec), unread or Unread(), GivenAway()
+    labels, columns, unread = Labels(spec.data.label_names), columns_of(spec), unread or Unread()
+    make, given = _maker(spec, labels.index), GivenAway()
     check_different(columns)
     quotes = {columns[key]: Quotes() for key in TEXT_COLUMNS if key in columns}
     for where, values in read_file(path, columns, open_file, unread):
@@ -136,6 +137,7 @@ def rows_in(
             found.meet(values[column])
         if not isinstance(row, ImageRow):
             given.meet(_inputs_of(row), _answer_of(row, spec.data))
+            unread.damage.meet(parts_of(row), where)
         if messages := columns.get("messages_column"):
             unread.meet(columns, _other_keys(values[messages], messages), where)
             if sum(message["role"] == "assistant" for message in values[messages]) > 1:
@@ -143,6 +145,7 @@ def rows_in(
         if said := complaint(row):
             raise InvalidInput(said, where, "mend the row, or drop it")
         yield row
+    unread.numbered_labels |= labels.are_numbered
     for column, found in quotes.items():
         unread.meet_quotes(column, found, str(path))
     unread.meet_given_away(given, str(path))
@@ -157,7 +160,8 @@ def read_rows(content: bytes, spec: TaskSpec, where: str = "rows", are_earlier: 
     Raises:
         InvalidInput: See `rows_in`; or there are none.
     """
-    make = _maker(spec, are_earlier)
+    names = spec.data.label_names
+    make = _maker(spec, (lambda value, *_: earlier_index(value, names)) if are_earlier else Labels(names).index)
     lines = numbered_lines(BytesIO(content), where)
     rows = tuple(
         _made(make, values, place) for place, values in read_json_lines(lines, where, columns_of(spec), Unread())
@@ -298,7 +302,7 @@ def _made(make: Make, values: Values, where: str) -> Row:
         raise InvalidInput("holds lists in lists, too deep to be read", where, "drop the row") from error
 
 
-def _maker(spec: TaskSpec, are_earlier: bool = False) -> Make:
+def _maker(spec: TaskSpec, index: LabelIndex) -> Make:
     """What makes a row of checked values of the task's kind."""
     data = spec.data
     match spec.kind:
@@ -314,11 +318,6 @@ def _maker(spec: TaskSpec, are_earlier: bool = False) -> Make:
             )
         case "sequence_regression":
             return lambda values, where: TextRow(*_texts(values, data, where), _number(values, data, where))
-    index: LabelIndex = (
-        (lambda value, column, where: earlier_index(value, data.label_names))
-        if are_earlier
-        else Labels(data.label_names).index
-    )
     if spec.kind == "image_classification":
         return lambda values, where: _picture(values, data, index, where)
     return lambda values, where: TextRow(

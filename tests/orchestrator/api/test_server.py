@@ -45,6 +45,7 @@ from orchestrator.api.requests import (
     Submit,
 )
 from orchestrator.api.routes import ROUTES
+from orchestrator.tasks.doubtful_settings import few_rows
 from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceReader, SubspaceStore
 from subspace_store.formats.peft import read_peft_folder
@@ -103,6 +104,10 @@ def test_status_tells_what_is_where(site: Site) -> None:
     assert answer["footprint"] == site.client.ask(ShowCapacity())["footprint"]
 
 
+FEW = few_rows(1)
+"""What is said of the site's one evaluation row."""
+
+
 def test_a_dry_run_tells_what_would_be_taken_in_and_takes_nothing(site: Site) -> None:
     answer = site.client.ask(Submit(task=TaskSpec.model_validate(site.document("red/dry")), dry_run=True, by="ann"))
     assert answer == {
@@ -112,7 +117,7 @@ def test_a_dry_run_tells_what_would_be_taken_in_and_takes_nothing(site: Site) ->
         "title": "red/dry",
         "train_rows": 6,
         "eval_rows": 1,
-        "warnings": [],
+        "warnings": [FEW],
         # Two tasks of 2 s each have ended here, a worker is free; 5 s nobody can promise, and it may be three times as
         # late, as long as it is not known how right estimates are.
         "fits": True,
@@ -151,7 +156,8 @@ def test_one_task_is_shown_with_why_and_its_history(site: Site) -> None:
     task = site.client.ask(ShowTask(reference="red/alpha"))
     assert (task["local_score"], task["base_score"], task["eval_rows"]) == (0.9, 0.5, 1)
     # Of one evaluation row, its label alone gets 1: the score, in main the same, says nothing.
-    (said,) = task["warnings"]
+    few, said = task["warnings"]
+    assert few == FEW
     assert said.startswith("own adapter: accuracy 0.9000 is no better than always giving the most frequent label")
     assert task["why"] == "main holds it since version 1"
     assert task["spec"]["team"] == "red"
@@ -164,7 +170,7 @@ def test_one_task_is_shown_with_why_and_its_history(site: Site) -> None:
 
 def test_logs_go_on_after_an_event(site: Site) -> None:
     lines = site.client.ask(ReadLog(reference="red/alpha"))
-    assert lines[0]["text"] == "submitted"
+    assert lines[0]["text"] == f"submitted; {FEW}"
     assert site.client.ask(ReadLog(reference="red/alpha", after=lines[1]["event_id"])) == lines[2:]
 
 

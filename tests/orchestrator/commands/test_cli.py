@@ -527,3 +527,64 @@ def test_a_command_that_waits_ends_when_the_service_stays_down(
     result = onebasis(*arguments)
     assert result.exit_code == 5
     assert "the service has been down for" in result.output + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "where"),
+    [
+        (["statsu", "--json"], "No such command 'statsu'", "onebasis"),
+        (["--json"], "No such option: --json", "onebasis"),
+        (["scores", "payments/charges", "--json"], "unexpected extra argument", "onebasis scores"),
+        (["task", "--json"], "Missing argument 'ID'", "onebasis task"),
+        (["tasks", "--limit", "many", "--json"], "Invalid value for '--limit'", "onebasis tasks"),
+        (["tasks", "--json", "--nothing"], "No such option: --nothing", "onebasis tasks"),
+        (["store", "verfy", "--json"], "No such command 'verfy'", "onebasis store"),
+        (["store", "tag", "--json"], "Missing argument", "onebasis store tag"),
+    ],
+)
+def test_an_error_of_usage_is_json_like_any_other(arguments: list[str], what: str, where: str) -> None:
+    result = CliRunner().invoke(app, arguments, prog_name="onebasis")
+    assert (result.exit_code, result.stderr) == (2, "")
+    error = json.loads(result.stdout)["error"]
+    assert what in error["what"]
+    assert (error["where"], error["kind"], error["code"]) == (where, "invalid-input", "invalid-input")
+    assert error["todo"] == f"`{where} --help` shows what it takes"
+
+
+def test_without_json_an_error_of_usage_is_text() -> None:
+    result = CliRunner().invoke(app, ["statsu"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Did you mean 'status'" in result.stderr
+
+
+def test_with_json_a_command_ends_with_the_same_codes(onebasis: Onebasis) -> None:
+    assert onebasis("status", "--json").exit_code == 0
+    assert onebasis("task", "nope", "--json").exit_code == onebasis("task", "nope").exit_code == 3
+    assert onebasis("task", "--json", "--help").exit_code == 0
+
+
+def test_a_task_that_is_named_without_its_team_is_answered_with_the_whole_name(onebasis: Onebasis) -> None:
+    result = onebasis("task", "alpha")
+    assert result.exit_code == 3
+    assert "did you mean 'red/alpha'?" in result.stderr
+    assert "`onebasis tasks` lists ids and names" in onebasis("task", "nobody").stderr
+
+
+@pytest.mark.changes
+def test_rolling_back_to_where_main_is_writes_nothing(onebasis: Onebasis, site: Site) -> None:
+    before = len(site.plant.storage.keys("log/"))
+    for _ in range(2):
+        assert "main is version 2 already" in onebasis("rollback", "2").stdout
+    assert json.loads(onebasis("rollback", "2", "--json").stdout)["preview"] is False
+    assert len(site.plant.storage.keys("log/")) == before
+    assert "main moved from version 2 to version 1" in onebasis("rollback", "1").stdout
+
+
+def test_a_task_that_nobody_knows_cannot_be_let_out_of_quarantine(onebasis: Onebasis) -> None:
+    result = onebasis("store", "unquarantine", "nope")
+    assert result.exit_code == 3
+    assert "no task nope is in quarantine, and none was merged" in result.stderr
+
+
+def test_the_title_of_the_scores_is_one_line(onebasis: Onebasis) -> None:
+    assert onebasis("scores").stdout.splitlines()[0] == "Score of each task under each version up to v2"

@@ -16,13 +16,15 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from configs.document import check_document
 from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
 from configs.settings import Settings
 from configs.task_spec import METRICS, SCORE_MAX, TaskSpec
 from orchestrator.tasks.admission import admit, check_submission
+from orchestrator.tasks.doubtful_settings import EVALUATION_ROWS_FEW
 from orchestrator.tasks.task_events import CancelRequested, Claimed, TrainingFailed
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord
@@ -33,6 +35,7 @@ from tests.builders import LAYOUT, adapter, rows, settings, task_document, write
 from tests.workers.tiny_bases import CHAT_TEMPLATE, talking_tokenizer
 from workers import tokens
 from workers.chat_template import ChatTemplate
+from workers.compatibility import chosen_modules
 from workers.orders import BaseLayout
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
@@ -98,6 +101,12 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _four_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' few evaluation rows are too few for anybody else."""
+    monkeypatch.setattr("orchestrator.tasks.doubtful_settings.EVALUATION_ROWS_FEW", 1)
 
 
 # --- taken in ----------------------------------------------------------------------------------------------------
@@ -192,6 +201,13 @@ def test_what_flatters_a_score_is_a_warning_not_an_error(desk: Desk) -> None:
 # --- refused -----------------------------------------------------------------------------------------------------
 
 
+def test_a_score_of_three_evaluation_rows_is_warned_of(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.tasks.doubtful_settings.EVALUATION_ROWS_FEW", EVALUATION_ROWS_FEW)
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": i % 2} for i in range(3)])
+    (said,) = desk.submit(desk.document())[0].warnings
+    assert said.startswith("the score rests on 3 evaluation rows: each is 33.3 points of 100")
+
+
 def test_half_a_character_in_the_document_is_refused(desk: Desk) -> None:
     text = desk.refuse(desk.document(data={"label_names": ["no", "yes", "\ud800"]}))
     assert text.startswith("task: data.label_names.2: must be one line of plain text, and holds \\ud800")
@@ -220,6 +236,11 @@ def test_an_unknown_target_module_is_answered_with_those_of_the_base_model(desk:
     text = desk.refuse(desk.document(lora={"target_modules": ["query", "q_proj"]}))
     assert "lora.target_modules: the base model 'tiny' has no linear layer 'q_proj'" in text
     assert "it has: query, value" in text
+
+
+def test_all_linear_is_every_layer_that_can_be_adapted(desk: Desk) -> None:
+    desk.submit(desk.document(lora={"target_modules": ["all-linear"]}))
+    assert chosen_modules(("all-linear",), LAYOUT.module_shapes, "tiny") == tuple(LAYOUT.module_shapes)
 
 
 def test_a_part_of_a_modules_name_is_no_module(desk: Desk) -> None:
@@ -333,10 +354,10 @@ def test_settings_of_another_method_are_warned_of(desk: Desk) -> None:
 
 
 def test_a_training_that_is_other_than_its_settings_say_is_warned_of(desk: Desk) -> None:
-    record, _ = desk.submit(desk.document(training={"warmup_steps": 100, "max_steps": 10, "learning_rate": 0.5}))
+    record, _ = desk.submit(desk.document(training={"warmup_steps": 100, "max_steps": 10, "learning_rate": 0.05}))
     assert record.warnings == (
         "the warm-up of 100 steps (training.warmup_steps) is not over when the training ends after 10 steps: the "
-        "learning rate gets to 0.045, never to 0.5 → write fewer, or a share of all steps, below 1",
+        "learning rate gets to 0.0045, never to 0.05 → write fewer, or a share of all steps, below 1",
     )
     desk.settings = desk.settings.model_copy(update={"workers": desk.settings.workers.model_copy(update={"ranks": 8})})
     record, _ = desk.submit(desk.document("red/beta"))  # each of eight ranks takes one row
@@ -365,6 +386,27 @@ def test_rows_that_are_longer_than_max_length_are_told_at_submission_as_training
     ]
     assert warnings_of(desk, desk.document(data={"max_length": 11})) == ()
     assert warnings_of(desk, desk.document(data={"max_length": 8}), LAYOUT) == ()  # no tokenizer to count with
+
+
+def test_rows_that_the_tokenizer_does_not_know_are_told_at_submission_and_in_training(desk: Desk) -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "good": 2, "film": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    known = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="[UNK]")
+    layout = replace(LAYOUT, tokenizer=packed(known))
+    texts = ["good film", "good 😀 film", "film 😀", "good 😀 😂", "😀", "😂"]  # unknown: 0, 1/3, 1/2, 2/3, 1, 1
+    write_rows(desk.data / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(texts)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": "good", "label": 0}, {"text": "👍", "label": 1}])
+    train, held = warnings_of(desk, desk.document(), layout)
+    said = "training rows are in characters that the base model's tokenizer does not know, 2 of them whole: "
+    assert train.startswith(f"3 of 6 {said}")
+    assert held.startswith("1 of 2 evaluation rows are in characters that the base model's tokenizer does not know, wh")
+    spec = check_document(desk.document(), TaskSpec, "task")
+    stored = [TextRow(text, None, n % 2) for n, text in enumerate(texts)]
+    assert tokens.training_losses(known, spec, stored, "tiny") == (train,)  # what the worker says
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": "good", "label": 0}, {"text": "film", "label": 1}])
+    write_rows(desk.data / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(texts[:3])])
+    assert warnings_of(desk, desk.document(), layout) == ()
 
 
 def test_of_an_import_the_evaluation_rows_are_counted(desk: Desk) -> None:
@@ -505,6 +547,15 @@ def test_an_import_with_nan_is_refused_with_the_tensors_name(desk: Desk) -> None
     assert "NaN or infinite values in 'base_model.model.layer.0.query.lora_A.weight'" in text
 
 
+def test_an_import_whose_product_is_infinite_is_refused_with_the_adapters_folder(desk: Desk) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for part in "AB":
+            tensors[f"base_model.model.layer.0.query.lora_{part}.weight"].fill_(3e38)
+
+    folder = desk.peft(spoil)
+    assert desk.refuse(desk.imported()).startswith(f"{folder}: layer.0.query.sigma: has NaN or infinite values")
+
+
 def test_an_import_of_another_shape_is_refused_with_both_shapes(desk: Desk) -> None:
     def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         name = "base_model.model.layer.0.query.lora_B.weight"
@@ -551,9 +602,79 @@ def test_an_import_of_the_bare_backbone_gets_the_full_names(desk: Desk) -> None:
 
 
 def test_an_import_without_a_head_is_refused_if_it_is_to_be_scored(desk: Desk) -> None:
-    desk.peft(lambda config, tensors: tensors.__delitem__("base_model.model.classifier.weight"))
+    def take_off(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["base_model.model.classifier.weight"]
+        config["modules_to_save"] = None
+
+    desk.peft(take_off)
     assert "the adapter has no head, so it cannot be scored" in desk.refuse(desk.imported())
     desk.submit(desk.imported(data={"eval_file": None}))
+
+
+@pytest.mark.parametrize("is_scored", [True, False])
+def test_an_import_whose_file_lacks_what_it_says_was_saved_is_refused(desk: Desk, is_scored: bool) -> None:
+    document = desk.imported() if is_scored else desk.imported(data={"eval_file": None})
+
+    def saved(*names: str, lost: str = "") -> None:
+        def change(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+            config["modules_to_save"] = list(names)
+            tensors.pop(lost, None)
+
+        desk.peft(change)
+
+    saved("classifier", "score", "pooler")
+    text = desk.refuse(document)
+    assert "names 'pooler' in modules_to_save but has no tensors for 'pooler'" in text
+    assert "the file is not complete" in text
+    saved("classifier", "score", lost="base_model.model.classifier.weight")
+    assert "names 'classifier' in modules_to_save but has no tensors for 'classifier'" in desk.refuse(document)
+    saved("classifier", "score")  # as PEFT writes it for every classifier; the base model has no `score`
+    desk.submit(document)
+
+
+def test_a_layer_of_which_a_part_is_in_the_file_is_refused_by_the_name_of_the_other(desk: Desk) -> None:
+    desk.peft()
+    head = LAYOUT.heads["sequence_classification"]
+    head = replace(head, shapes={**head.shapes, "classifier.bias": (1,)}, outputs=(*head.outputs, "classifier.bias"))
+    layout = replace(LAYOUT, heads={"sequence_classification": head})
+    with pytest.raises(InvalidInput, match=r"has a part of 'classifier', and not 'classifier\.bias'"):
+        check_submission(check_document(desk.imported(), TaskSpec, "task"), desk.settings, layout)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names", "said"),
+    [
+        (1, None, "has 1 output, and a sequence_classification has two or more"),
+        (0, None, "has no numbers in"),
+        (3, ["a", "b"], "has 3 outputs, and the adapter names 2 labels"),
+        (3, ["a", "b", "c"], ""),
+        (3, None, ""),
+    ],
+)
+def test_without_rows_and_label_names_the_outputs_are_counted_all_the_same(
+    desk: Desk, outputs: int, names: list[str] | None, said: str
+) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.classifier.weight"] = torch.ones(outputs, 4)
+        if names:
+            config["id2label"] = dict(enumerate(names))
+
+    desk.peft(spoil)
+    document = desk.imported(data={"eval_file": None, "label_names": None})
+    if said:
+        assert said in desk.refuse(document)
+    else:
+        desk.submit(document)
+
+
+def test_an_import_without_rows_is_told_what_it_gives_up(desk: Desk) -> None:
+    desk.peft()
+    (said,) = desk.submit(desk.imported(data={"eval_file": None}))[0].warnings
+    assert said.startswith("there are no evaluation rows: the task will have no score")
+    assert "judge it by the error of its merge alone" in said
+    (said,) = desk.submit(desk.imported(name="beta", data={"eval_file": None}, gate={"min_score": 0.8}))[0].warnings
+    assert "gate.min_score, 0.8, has no effect" in said
+    assert desk.submit(desk.imported(name="gamma"))[0].warnings == ()
 
 
 def test_an_import_whose_outputs_are_not_the_label_names_is_refused_at_once(desk: Desk) -> None:
@@ -645,6 +766,22 @@ def test_auto_is_refused_where_factors_are_merged_as_they_were_trained(desk: Des
     desk.settings = desk.settings.model_copy(update={"subspace": paper})
     assert "auto cuts what it trains" in desk.refuse(desk.document(method={"name": "auto"}))
     assert desk.submit(desk.document(method={"name": "lora"}))[1]
+
+
+def test_labels_counted_from_1_and_names_that_look_alike_are_found_at_submission(desk: Desk) -> None:
+    names = ["neg", "neutral", "pos"]
+    write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": 1 + i % 2} for i in range(6)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": 1 + i % 2} for i in range(4)])
+    _, said = desk.submit(desk.document(data={"label_names": names}))[0].warnings
+    assert "counted from 0: 1 is 'neutral', and 'neg' has no row" in said
+    write_rows(desk.data / "train.jsonl", [{"text": f"text {i}", "label": names[1 + i % 2]} for i in range(6)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"text": f"other {i}", "label": names[1 + i % 2]} for i in range(4)])
+    (said,) = desk.submit(desk.document("red/beta", data={"label_names": names}))[0].warnings
+    assert said == "1 of 3 labels has no training row: 'neg'"  # by name there is one reading
+    for wrong in (["neg", "neutral", "pos\u200b"], ["neg", "neutral", "Neg"]):
+        assert "data.label_names: " in desk.refuse(desk.document(data={"label_names": wrong}))
+    desk.peft()  # where no rows would tell
+    desk.refuse(desk.imported(data={"label_names": ["a1", "A1"], "eval_file": None}))
 
 
 def test_an_empty_label_name_is_refused_where_no_rows_would_tell(desk: Desk) -> None:

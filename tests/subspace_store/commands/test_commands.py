@@ -621,3 +621,17 @@ def test_all_tasks_of_a_version_are_exported_and_listed(run: Command, tmp_path: 
         "adapters.json", "team+t1@v2", "team+t1@v3", "team+t2@v3", "team+t3@v3",
     ]  # fmt: skip
     assert len(json.loads((out / "adapters.json").read_text())) == 4
+
+
+def test_a_folder_above_a_store_is_answered_with_the_stores_own(store: SubspaceStore, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", "--store", f"file:{tmp_path}"])
+    assert result.exit_code == 3
+    assert f"name the folder that FORMAT is in: --store file:{tmp_path}/place" in result.stderr.replace("\n", " ")
+
+
+def test_what_was_quarantined_before_it_was_merged_is_let_out_again_and_the_unknown_is_not(run: Command) -> None:
+    assert run("unquarantine", "later").exit_code == 3
+    assert run("quarantine", "later", "broken").exit_code == 0
+    assert run("unquarantine", "later", "--op-key", "unquarantine:1").exit_code == 0
+    assert "done before" in run("unquarantine", "later", "--op-key", "unquarantine:1").stderr
+    assert run("unquarantine", "later").exit_code == 3

@@ -16,7 +16,7 @@ import pytest
 
 from configs.errors import InvalidInput
 from tests.workers.data_builders import spec_of
-from workers.rows.labels import Labels, earlier_index, two_readings
+from workers.rows.labels import Labels, check_names, counted_from_1, earlier_index, two_readings
 from workers.rows.task_data import ImageRow, TextRow, rows_in
 
 STARS = ("1", "2", "3", "4", "5")
@@ -134,7 +134,59 @@ def test_two_files_may_say_their_labels_in_two_ways(tmp_path: Path) -> None:
     ]
 
 
-def test_names_that_differ_in_capitals_alone_are_two_labels() -> None:
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("neg", "рos"), "'рos' is not what it looks like: character 1 is U+0440 CYRILLIC SMALL LETTER ER"),
+        (("neg", "pοs"), "character 2 is U+03BF GREEK SMALL LETTER OMICRON"),
+        (("neg", "very рos"), "character 6 is U+0440"),
+        (("хорoшо", "плохо"), "character 4 is U+006F LATIN SMALL LETTER O"),
+        (("neg", "pos\u200b"), "'pos\\u200b' is not what it looks like: character 4 is U+200B ZERO WIDTH SPACE"),
+        (("\ufeffneg", "pos"), "character 1 is U+FEFF ZERO WIDTH NO-BREAK SPACE"),
+        (("cop", "сор"), "'cop', 'сор' look the same"),  # one of them all Cyrillic
+        (("neg", "pos", "pos "), "'pos', 'pos ' look the same"),
+        (("new york", "new\u00a0 york"), "look the same"),
+        (("café", "cafe\u0301"), "look the same"),
+        (("می\u200cشود", "میشود"), "look the same"),
+        (("Neg", "neg", "pos"), "'Neg', 'neg' differ in capital letters alone"),
+        (("ÉTÉ", "été"), "differ in capital letters alone"),
+        (("a", " "), "one of the names is empty"),
+    ],
+)
+def test_names_that_a_person_cannot_tell_apart_are_refused(names: Sequence[str], said: str) -> None:
+    with pytest.raises(InvalidInput, match="label_names") as caught:
+        check_names(names)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("neg", "pos"), ("хорошо", "плохо"), ("A", "a", "B"), ("TNFα", "μm", "ΔT"), ("naïve", "naive"), ("m²", "m2"),
+        ("Maße", "Masse"), ("می\u200cشود", "نه"), ("👩\u200d⚕️", "👩"), ("東京タワー", "大阪"), ("Яndex", "google"),
+        ("1", "2", "10"), ("new york", "newyork"), (),
+    ],
+)  # fmt: skip
+def test_names_that_a_person_can_tell_apart_are_taken(names: Sequence[str]) -> None:
+    check_names(names)
+
+
+def test_a_label_that_only_looks_like_a_name_is_refused_with_the_odd_character() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        index(("neg", "pos"), "рos")
+    assert "label 'рos' (character 1 is U+0440 CYRILLIC SMALL LETTER ER) is not one of the 2 labels" in str(
+        caught.value
+    )
+
+
+def test_indices_that_may_be_counted_from_1_are_told_with_both_readings() -> None:
+    said = counted_from_1({"neg": 0, "neutral": 3, "pos": 2})
+    assert "numbers from 1 to 2, and are read as indices counted from 0: 1 is 'neutral', and 'neg' has no row" in said
+    assert "1 would be 'neg'" in said
+    assert counted_from_1({"neg": 1, "neutral": 3, "pos": 0}) == counted_from_1({"neg": 0, "pos": 0}) == ""
+
+
+def test_names_that_differ_in_capitals_alone_are_two_labels_to_a_file() -> None:
     assert [index(("us", "US"), value) for value in ("us", "US")] == [0, 1]
 
 

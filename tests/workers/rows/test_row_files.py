@@ -670,3 +670,15 @@ print(count, pa.default_memory_pool().max_memory())
     count, peak = map(int, done.stdout.split())
     assert count == 60_000
     assert peak < 16_000_000
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "rows.feather"])
+def test_files_of_arrow_are_refused_with_how_to_convert_them(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"ARROW1")
+    assert "to_parquet('rows.parquet')" in complaint(tmp_path / name)
+
+
+def test_the_name_of_a_data_set_on_a_hub_is_no_file(tmp_path: Path) -> None:
+    said = complaint(tmp_path / "imdb")
+    assert "there is none of this name" in said
+    assert "never a URL or a data set's name on a hub" in said

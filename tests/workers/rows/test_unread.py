@@ -222,3 +222,44 @@ def test_an_input_that_is_the_answer_itself_is_told(
 def test_a_word_that_is_now_and_then_the_answer_is_not_told(tmp_path: Path) -> None:
     rows = [{"text": text, "label": "yes"} for text in ("yes", "of course", "surely")]
     assert told(written(tmp_path / "a.jsonl", *rows), spec_of()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cafÃ©",
+        "itâ€™s",
+        "Ã¼ber",
+        "Â£5",
+        "Â\xa0x",
+        "ÃŸ",
+        "ðŸ˜€",
+        "Ð¿Ñ€Ð¸Ð²ÐµÑ‚",
+        "â\x80\x99",
+        "ï»¿a",
+        "Ã\xa0".replace("\xa0", "¨"),
+    ],
+)
+def test_utf8_that_was_read_as_latin1_is_told_with_its_row_and_what_it_looks_like(text: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", {"text": "plain", "label": "yes"}, *[{"text": text, "label": "no"}] * 2)
+    (said,) = told(path, spec_of())
+    assert said.startswith("2 rows have what looks like UTF-8 read as Latin-1 or Windows-1252 (first in ")
+    assert f"{path}, row 2: " in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "café, naïve, Ångström, Straße", "“AMANHÔ – e AMANHÔ", "AMANHÃ… «MAÇûAMANHÃ»", "10 € à 5 £", "привет, ÐÑ",
+        "chạy Ângelo", "😀 ’s", "Ã", "pâté â la carte",
+    ],
+)  # fmt: skip
+def test_letters_that_are_meant_are_not_told_as_misread(text: str, tmp_path: Path) -> None:
+    assert told(written(tmp_path / "a.jsonl", {"text": text, "label": "yes"}), spec_of()) == []
+
+
+def test_what_another_program_could_not_read_is_told(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", {"text": "caf\ufffd", "label": "yes"}, {"text": "caf", "label": "no"})
+    (said,) = told(path, spec_of())
+    assert said.startswith("1 row has the character U+FFFD, which programs write for bytes that they could not read")
+    assert f"(first in {path}, row 1) →" in said
