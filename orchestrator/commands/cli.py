@@ -17,6 +17,7 @@ import typer
 
 from configs.document import check_document
 from configs.errors import InvalidInput, NotFound
+from configs.places import located
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
@@ -151,11 +152,11 @@ def submit(
 
 @waiting_command
 def import_(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="PEFT folder: adapter_config.json and safetensors.")],
+    adapter: Annotated[str, typer.Argument(metavar="DIR", help="PEFT folder: adapter_config.json and safetensors.")],
     team: Annotated[str, typer.Option(help="Team that the task belongs to.")],
     name: Annotated[str, typer.Option(help="Name of the task.")],
     base_model: Annotated[str, typer.Option(help="Name of the base model; default: the service's.")] = "",
-    eval_file: Annotated[Path | None, typer.Option(help="Rows to score it on; without them it has no score.")] = None,
+    eval_file: Annotated[str | None, typer.Option(help="Rows to score it on; without them it has no score.")] = None,
     label_names: Annotated[str, typer.Option(help="Label names in the order of the outputs, comma-separated.")] = "",
     text_column: Annotated[str, typer.Option(help="Key of the text in each row.")] = "text",
     text_pair_column: Annotated[str | None, typer.Option(help="Key of the second text, if there is one.")] = None,
@@ -168,7 +169,7 @@ def import_(
 ) -> None:
     """Submit a PEFT adapter that was trained elsewhere as a task."""
     data = {
-        "eval_file": str(eval_file.resolve()) if eval_file else None,
+        "eval_file": eval_file or None,
         "label_names": [label.strip() for label in label_names.split(",")] if label_names else [],
         "text_column": text_column,
         "text_pair_column": text_pair_column,
@@ -179,10 +180,10 @@ def import_(
         "team": team,
         "name": name,
         "base_model": base_model or Client(state_dir).ask(Health())["base_model"],
-        "method": {"name": "import", "adapter": str(adapter.resolve())},
+        "method": {"name": "import", "adapter": adapter},
         "data": data,
     }
-    spec = check_document(document, TaskSpec, "task")
+    spec = located(check_document(document, TaskSpec, "task"), Path.cwd())  # as text: a Path makes https:/ of a URL
     raise typer.Exit(submission.submit(Client(state_dir), spec, wait, dry_run, as_json))
 
 

@@ -588,3 +588,10 @@ def test_a_task_that_nobody_knows_cannot_be_let_out_of_quarantine(onebasis: Oneb
 
 def test_the_title_of_the_scores_is_one_line(onebasis: Onebasis) -> None:
     assert onebasis("scores").stdout.splitlines()[0] == "Score of each task under each version up to v2"
+
+
+def test_an_adapter_at_a_url_is_refused_by_that_url(onebasis: Onebasis) -> None:
+    result = onebasis("import", "https://hub/a", "--team", "red", "--name", "x", "--base-model", "tiny")
+    assert result.exit_code == 2
+    assert "https://hub/a" in result.output
+    assert "is a URL, and only files and folders are read" in result.output
