@@ -55,6 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", type=int, default=30)
+    parser.add_argument("--renew-tasks", type=int, default=SubspaceSettings().renew_tasks)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-capacity")
     asked = parser.parse_args()
     name: str = asked.part
@@ -68,7 +69,8 @@ def main() -> None:
     else:
         related = name == "related"
         cases = real_streams.related(asked.data, asked.tasks) if related else real_streams.unrelated(asked.data)
-        found = real_streams.measure(cases, asked.keep / name, lambda line: print(line, flush=True))
+        merging = SubspaceSettings(renew_tasks=asked.renew_tasks)
+        found = real_streams.measure(cases, asked.keep / name, lambda line: print(line, flush=True), merging)
         name = f"{len(found['tasks'])}_{name}"
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known[name] = {"date": time.strftime("%Y-%m-%d")} | found

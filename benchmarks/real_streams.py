@@ -36,6 +36,7 @@ from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]
+DEFAULTS = SubspaceSettings()
 METHODS: Mapping[str, Method] = {"share": share, "lora": lora}
 TEST_ROWS = 500
 ALL_ROWS = 10**6
@@ -96,10 +97,12 @@ def related(data: Path | None, count: int) -> Iterator[Case]:
         yield Case(spec, _cut(train, chosen), _cut(test, chosen))
 
 
-def measure(cases: Iterator[Case], folder: Path, say: Callable[[str], None]) -> Figures:
-    """What is kept of each task, and what a subspace of all of them stores."""
+def measure(
+    cases: Iterator[Case], folder: Path, say: Callable[[str], None], merging: SubspaceSettings = DEFAULTS
+) -> Figures:
+    """What is kept of each task, and what a subspace of all of them stores, merged under some settings."""
     base = _base()
-    store = SubspaceStore.open(fresh_storage(), settings=SubspaceSettings(), base_model=base.name, writer="benchmark")
+    store = SubspaceStore.open(fresh_storage(), settings=merging, base_model=base.name, writer="benchmark")
     rows, delivered, held, trained = [], {}, {}, {}
     for case in cases:
         rest, validation = set_aside(case.train)
