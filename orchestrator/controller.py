@@ -45,8 +45,8 @@ from orchestrator.tasks.task_events import (
     TrainingFailed,
 )
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step, seconds_left
-from orchestrator.tasks.task_queue import SERVICE, TaskQueue
-from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_record import SERVICE, Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
 from orchestrator.unused_files import Held, UnusedFiles
 from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
@@ -516,10 +516,6 @@ class Controller:
     def ranks(self) -> int:
         """Places that each task takes: all workers are alike."""
         return self._settings.workers.ranks
-
-    def places(self) -> dict[str, int]:
-        """Id of each task that stands in line to its place, from 1. Thread-safe."""
-        return {task.task_id: place for place, task in enumerate(self.line()[0], 1)}
 
     def wait_of_another(self, extra: Waiting) -> Wait | None:
         """Why a task that is not there yet would not start at once; None where it would. Thread-safe."""

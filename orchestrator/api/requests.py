@@ -156,11 +156,15 @@ class Resume(ServiceRequest[Json]):
         return service.resume(self)
 
 
+Change = Literal["cancel", "retry", "pause", "resume"]
+"""What can be done to many tasks at once."""
+
+
 class ChangeMany(ServiceRequest[Json]):
     """Cancel, retry, pause or resume the tasks of a team, or in a state, or both."""
 
     needs_service = True
-    change: Literal["cancel", "retry", "pause", "resume"]
+    change: Change
     team: Name | None = None
     state: TaskState | None = None
     reason: Line = ""

@@ -47,7 +47,7 @@ from orchestrator.scheduling.estimate import Pace, ends, pace_of
 from orchestrator.scheduling.fair_share import Waiting
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
-from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Pause, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
@@ -214,7 +214,7 @@ class Service:
             decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
             idle_causes=tuple(controller.describe_workers().values()) if not controller.ready_workers else (),
             titles={task_id: found.title for task_id, found in self._queue.among(record.awaits).items()},
-            alarms={alarm.code: str(alarm) for alarm in self._alarms},
+            alarms=self._ringing(),
         )
         wait = wait_of(record, around)
         start, pace = around.start, line.pace
@@ -234,7 +234,7 @@ class Service:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
         records = self._queue.page(states, request.team, request.before, request.limit)
-        if not records and request.team is not None and request.team not in self._settings.teams:
+        if not records:
             self._known_team(request.team)
         is_any_queued = any(record.state is TaskState.QUEUED for record in records)
         line = self._line([record.task_id for record in records]) if is_any_queued else Line()
@@ -340,8 +340,7 @@ class Service:
         self._running(request.change)
         if request.team is None and request.state is None:
             raise InvalidInput("names neither a team nor a state", request.change, "add --team, --state or both")
-        if request.team is not None:
-            self._known_team(request.team)
+        self._known_team(request.team)
         states = (request.state,) if request.state else CHANGES[request.change]
         newest = {record.title: record for record in self._queue.tasks(states, request.team)}
         done, refused = [], []
@@ -366,8 +365,6 @@ class Service:
 
     def _known_team(self, team: str | None) -> str:
         """The team as the pauses name it; the service where there is none. Raises InvalidInput for an unknown one."""
-        from orchestrator.tasks.task_queue import SERVICE
-
         if team is not None and team not in self._settings.teams:
             known = ", ".join(sorted(self._settings.teams))
             raise InvalidInput(f"there is no team '{team}'", "team", f"teams of this service: {known}")
@@ -787,7 +784,7 @@ class Service:
         queued = [record for record in records if record.state is TaskState.QUEUED]
         if not queued:
             return {}
-        pauses, alarms = self._queue.pauses(), {alarm.code: str(alarm) for alarm in self._alarms}
+        pauses, alarms = self._queue.pauses(), self._ringing()
         found = {}
         for record in queued:
             around = Surroundings(
@@ -795,6 +792,10 @@ class Service:
             )
             found[record.task_id] = _wait_json(wait_of(record, around))
         return found
+
+    def _ringing(self) -> dict[AlarmCode, str]:
+        """The alarms that ring, as people read them."""
+        return {alarm.code: str(alarm) for alarm in self._alarms}
 
     def _decided(self, record: TaskRecord) -> Wait | None:
         """The scheduler's reason for a task that stands in line."""
@@ -808,11 +809,11 @@ class Service:
         for team, blocked, count in self._queue.queued():
             decided = self._controller.decision.behind.get(team) if self._controller is not None else None
             line = decided.code if decided is not None else WaitCode.NO_FREE_PLACE
-            code = WaitCode.PAUSED if {team, ""} & pauses.keys() else blocked or line
+            code = WaitCode.PAUSED if {team, SERVICE} & pauses.keys() else blocked or line
             counts = found.setdefault(team, {})
             counts[str(code)] = counts.get(str(code), 0) + count
         paused = {team: _pause_json(pause) for team, pause in pauses.items() if team}
-        return {"waiting": found, "paused": {"service": _pause_json(pauses.get("")), "teams": paused}}
+        return {"waiting": found, "paused": {"service": _pause_json(pauses.get(SERVICE)), "teams": paused}}
 
     def _titles(self, record: TaskRecord) -> dict[str, str]:
         """Names of the tasks that may be named in the reason why a task waits."""
@@ -840,7 +841,7 @@ class Service:
             pauses=self._queue.pauses() if queued else {},
             decided=self._decided(record),
             titles=self._titles(record),
-            alarms={alarm.code: str(alarm) for alarm in self._alarms},
+            alarms=self._ringing(),
         )
 
     def _result(self, record: TaskRecord) -> Json | None:

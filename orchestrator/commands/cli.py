@@ -24,6 +24,7 @@ from orchestrator.api.requests import (
     PAGE,
     PAGE_MAX,
     Cancel,
+    Change,
     ChangeMany,
     Diff,
     Export,
@@ -234,8 +235,7 @@ def cancel(
     """Stop a task that is not part of a version yet; or those of a team, or in a state."""
     client = Client(state_dir)
     if reference is None:
-        asked = ChangeMany(change="cancel", team=team, state=_state(state), by=me())
-        show(client.ask(asked), display.changed, as_json)
+        _change_many("cancel", client, team, state, as_json)
         return
     _refuse_both(team, state)
     answer = client.ask(Cancel(reference=reference, by=me()))
@@ -254,8 +254,7 @@ def retry(
     """Submit a task again that is parked, rejected or cancelled, its files as they are now; or those of a team."""
     client = Client(state_dir)
     if reference is None:
-        asked = ChangeMany(change="retry", team=team, state=_state(state), by=me())
-        show(client.ask(asked), display.changed, as_json)
+        _change_many("retry", client, team, state, as_json)
         return
     _refuse_both(team, state)
     show(client.ask(Retry(reference=reference, by=me())), display.submitted, as_json)
@@ -275,8 +274,7 @@ def pause(
     on, a paused task writes a checkpoint. With --state: each of these tasks."""
     client = Client(state_dir)
     if state is not None and reference is None and not service:
-        many = ChangeMany(change="pause", team=team, state=_state(state), reason=reason, by=me())
-        show(client.ask(many), display.changed, as_json)
+        _change_many("pause", client, team, state, as_json, reason)
         return
     _refuse_all_but_one(reference, team, service, state)
     asked = Pause(reference=reference, team=team, reason=reason, by=me())
@@ -295,8 +293,7 @@ def resume(
     """Take a pause back: of a task, a team or, with --service, the service. With --state: of each of these tasks."""
     client = Client(state_dir)
     if state is not None and reference is None and not service:
-        many = ChangeMany(change="resume", team=team, state=_state(state), by=me())
-        show(client.ask(many), display.changed, as_json)
+        _change_many("resume", client, team, state, as_json)
         return
     _refuse_all_but_one(reference, team, service, state)
     show(client.ask(Resume(reference=reference, team=team, by=me())), display.paused, as_json)
@@ -419,10 +416,9 @@ def rollback(
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
     client = Client(state_dir)
     to = _version(client, number)
-    at = {name: row["version"] for row in client.ask(ListVersions()) for name in row["refs"]}
     if preview:
         answer = client.ask(PreviewRollback(version=to))
-    elif not hold and not op_key and at.get(MAIN, 0) == at.get(CANDIDATE, 0) == to:  # nothing to write down
+    elif not hold and not op_key and _both_are_at(client, to):  # nothing to write down
         answer = client.ask(PreviewRollback(version=to)) | {"preview": False}
     else:
         answer = client.ask(Rollback(version=to, reason=reason, hold=hold, op_key=op_key, actor=me()))
@@ -517,10 +513,24 @@ def _version(client: Client, name: str) -> int:
     raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 
+def _both_are_at(client: Client, number: int) -> bool:
+    """Whether `main` and the candidate name this version."""
+    at = {name: row["version"] for row in client.ask(ListVersions()) for name in row["refs"]}
+    return bool(at.get(MAIN, 0) == at.get(CANDIDATE, 0) == number)
+
+
 def _state(name: str | None) -> TaskState | None:
     if name is not None and name not in list(TaskState):
         raise InvalidInput(f"there is no state '{name}'", "state", f"states: {', '.join(TaskState)}")
     return TaskState(name) if name else None
+
+
+def _change_many(
+    change: Change, client: Client, team: str | None, state: str | None, as_json: bool, reason: str = ""
+) -> None:
+    """Change the tasks of a team, or in a state, and show what was done to which."""
+    asked = ChangeMany(change=change, team=team, state=_state(state), reason=reason, by=me())
+    show(client.ask(asked), display.changed, as_json)
 
 
 def _refuse_both(team: str | None, state: str | None) -> None:

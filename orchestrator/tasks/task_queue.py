@@ -24,11 +24,20 @@ from sqlalchemy.exc import IntegrityError
 from configs.errors import Conflict, InvalidInput, NameTaken, NotFound, QueueFull, UnreadableTask
 from configs.settings import FailureSettings
 from orchestrator.scheduling.fair_share import DecayedSum, Use, Waiting
+from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks import tables
 from orchestrator.tasks.database import Database
 from orchestrator.tasks.task_events import Claimed, DependencyEnded, Event, Restored
 from orchestrator.tasks.task_lifecycle import advance, used_by
-from orchestrator.tasks.task_record import AT_WORK, ENDED_WITHOUT_RESULT, IN_FLIGHT, Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_record import (
+    AT_WORK,
+    BLOCKS,
+    ENDED_WITHOUT_RESULT,
+    IN_FLIGHT,
+    Pause,
+    TaskRecord,
+    TaskState,
+)
 from orchestrator.tasks.task_rows import (
     LOG,
     PROGRESS,
@@ -49,10 +58,7 @@ _RECORD = (_tasks.c.task_id, _tasks.c.team, _tasks.c.name, _tasks.c.record)
 _ENDED = [str(state) for state in ENDED_WITHOUT_RESULT]
 _QUEUED = str(TaskState.QUEUED)
 _IN_LINE = (_tasks.c.state == _QUEUED, _tasks.c.blocked == "")
-_BLOCKED = ("paused", "dependency", "not-before")
-"""What `TaskRecord.blocked` may say, other than that the task stands in line."""
-SERVICE = ""
-"""Team of a pause that holds for the whole service."""
+_BLOCKED = [str(code) for code in BLOCKS]
 DUE_AT_ONCE = 100
 """Tasks that one `due` names."""
 
@@ -381,7 +387,7 @@ class TaskQueue:
         Cost:
             As many rows of an index as have come due.
         """
-        timed = (_tasks.c.state == _QUEUED, _tasks.c.blocked == "not-before")
+        timed = (_tasks.c.state == _QUEUED, _tasks.c.blocked == str(WaitCode.NOT_BEFORE))
         chosen = select(_tasks.c.task_id, _tasks.c.not_before).where(*timed).order_by(_tasks.c.not_before)
         with self._database.reading() as connection:
             rows = list(connection.execute(chosen.limit(DUE_AT_ONCE + 1)))

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from configs.document import Section
 from configs.task_spec import TaskSpec
+from orchestrator.scheduling.reasons import WaitCode
 
 
 class TaskState(StrEnum):
@@ -43,6 +44,12 @@ AT_WORK = (TaskState.TRAINING, TaskState.REFINING)
 
 ENDED_WITHOUT_RESULT = (TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
 """States after which the same task may be submitted anew under its name."""
+
+
+SERVICE = ""
+"""Team of a pause that holds for the whole service."""
+BLOCKS = (WaitCode.PAUSED, WaitCode.DEPENDENCY, WaitCode.NOT_BEFORE)
+"""What may keep a queued task from standing in line, the first that is told before the others."""
 
 
 ROUNDING = 1e-9
@@ -169,7 +176,8 @@ class TaskRecord(Section):
         the first in the order of `orchestrator.scheduling.reasons.WaitCode`."""
         if self.state is not TaskState.QUEUED:
             return ""
-        return "paused" if self.paused else "dependency" if self.awaits else "not-before" if self.not_due else ""
+        holds = zip(BLOCKS, (self.paused, self.awaits, self.not_due), strict=True)
+        return next((str(code) for code, what in holds if what), "")
 
     @property
     def trouble(self) -> tuple[str, ...]:

@@ -337,7 +337,7 @@ def merge_module(
         new = _new_tasks(frame, arriving, arriving.first(k_out, k_in), spans, settings, share_T)
         return ModuleMerge(basis, *to_full.split(k_out, k_in), new, before.tasks)
 
-    chooses = keeps_promises(settings) and settings.share == "if-it-pays"
+    chooses = shares_if_it_pays(settings)
     if chooses and not any(before.basis.ranks) and len(incoming) > 1:
         tried = [_seeded(before, incoming, settings, sized), *map(extended, _sizes(settings))]
         return min(tried, key=lambda merge: merge.numbers)
@@ -412,6 +412,11 @@ def keeps_promises(settings: SubspaceSettings) -> bool:
     return settings.beyond_rank_max == "private" and settings.variant == "canonical" and settings.rank_fixed is None
 
 
+def shares_if_it_pays(settings: SubspaceSettings) -> bool:
+    """Whether a direction joins the basis only where that stores fewer numbers."""
+    return keeps_promises(settings) and settings.share == "if-it-pays"
+
+
 def renews(bases: Collection[str], sized: int, settings: SubspaceSettings) -> bool:
     """Whether a merge makes the renewed bases.
 
@@ -420,7 +425,7 @@ def renews(bases: Collection[str], sized: int, settings: SubspaceSettings) -> bo
         sized: Number of sized tasks after it. Who imports adapters trains nothing in a basis, and unrelated ones would
             pay for it: only tasks whose sizes `auto` found are a reason to make one.
     """
-    if not settings.renew_tasks or not keeps_promises(settings) or settings.share != "if-it-pays":
+    if not settings.renew_tasks or not shares_if_it_pays(settings):
         return False
     return sized >= settings.renew_tasks and not any(map(is_renewed, bases))
 

@@ -20,6 +20,11 @@ def spent(plant: Plant, title: str) -> list[tuple[str, float]]:
     return [(one.what, one.seconds) for one in plant.queue.spent(plant.get(title).task_id)]
 
 
+def places(plant: Plant) -> dict[str, int]:
+    """Id of each task that stands in line to its place, from 1."""
+    return {task.task_id: place for place, task in enumerate(plant.controller.line()[0], 1)}
+
+
 def test_scoring_is_charged_to_the_team_of_the_task_that_is_scored(make_plant: MakePlant) -> None:
     tight = {"energy_ratio_min": 0.5, "rank_max": 2, "beyond_rank_max": "drop"}
     plant = make_plant(subspace=tight, gate={"drop_max": 1.0, "merge_gap_max": 1.0})
@@ -56,14 +61,14 @@ def test_ten_hours_that_are_not_over_let_the_other_team_go_first(make_plant: Mak
     plant.run(lambda: len(plant.cluster.held) == 1)
     plant.submit("red/older", "blue/a", "blue/b", "blue/c")
     plant.run(lambda: len(plant.cluster.held) == 2)
-    assert list(plant.controller.places()) == ["t-red-older", "t-blue-b", "t-blue-c"]  # a minute each, so far
+    assert list(places(plant)) == ["t-red-older", "t-blue-b", "t-blue-c"]  # a minute each, so far
     with plant.queue._database.writing() as connection:
         connection.exec_driver_sql(
             "UPDATE tasks SET record = json_set(record, '$.order_at', json_extract(record, '$.order_at') - 36000) "
             f"WHERE task_id = '{long.task_id}'"
         )
-    assert list(plant.controller.places()) == ["t-blue-b", "t-blue-c", "t-red-older"]
-    assert plant.controller.places()["t-blue-b"] == 1
+    assert list(places(plant)) == ["t-blue-b", "t-blue-c", "t-red-older"]
+    assert places(plant)["t-blue-b"] == 1
 
 
 def test_a_restart_counts_nothing_twice(plant: Plant) -> None:
