@@ -276,6 +276,14 @@ class TaskSpec(Section):
     """Key of the submission: a second one with the same key is the same task. Default: a digest of document and
     data."""
 
+    @field_validator("not_before", "deadline", mode="before")
+    @classmethod
+    def _moment_is_written_out(cls, moment: Any) -> Any:
+        # Else read as seconds since 1970: 20261201 would be a day of that year, and the task would start at once.
+        if isinstance(moment, int | float) or (isinstance(moment, str) and re.fullmatch(r"\s*[-+]?[\d._]+\s*", moment)):
+            raise ValueError("has to be a moment like 2026-12-01T08:00:00+01:00, not a number")
+        return moment
+
     @field_validator("metric", mode="before")
     @classmethod
     def _metric_of_kind(cls, metric: Any, info: ValidationInfo) -> Any:

@@ -361,7 +361,7 @@ def simulate(
 
     read = read_settings(settings or state_dir / "settings.yaml")
     try:
-        lines = arrivals.read_text().splitlines()
+        lines = arrivals.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot be read: {error}", str(arrivals), "name a CSV file") from error
     found = read_arrivals(lines, read.workers.ranks)

@@ -171,3 +171,11 @@ def test_a_mistake_is_told_in_words_of_the_task_file(changes: dict[str, Any], sa
     assert said in text
     for jargon in ("Input should", "tuple", "instance of", "pattern", "(document)", "pearson"):
         assert jargon not in text
+
+
+@pytest.mark.parametrize("key", ["not_before", "deadline"])
+@pytest.mark.parametrize("value", [20261201, "20261201", 12.5, True])
+def test_a_number_is_no_moment(key: str, value: object) -> None:
+    # Read as seconds since 1970, the task would start at once.
+    with pytest.raises(InvalidInput, match="has to be a moment like 2026-12-01T08:00:00\\+01:00"):
+        check_document(task_document() | {key: value}, TaskSpec, "task")

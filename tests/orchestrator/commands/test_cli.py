@@ -257,6 +257,9 @@ def test_arrivals_are_simulated_under_the_settings_of_the_service(onebasis: Oneb
         ("mean_seconds", "p50_seconds", "p90_seconds", "max_seconds"), 70.0
     )
     assert "never started" in onebasis("simulate", str(table)).stdout
+    marked = tmp_path / "marked.csv"
+    marked.write_text(table.read_text(), encoding="utf-8-sig")  # as Excel writes UTF-8
+    assert json.loads(onebasis("simulate", str(marked), "--json").stdout) == found
     table.write_text("at_seconds,team,seconds\n0,green,100\n")
     refused = onebasis("simulate", str(table))
     assert (refused.exit_code, "there is no team 'green'" in refused.stderr) == (2, True)
