@@ -9,10 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AwareDatetime, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AwareDatetime,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from configs.document import NAME_PATTERN, Name, Section, Title, check_document, read_json
 from configs.errors import InvalidInput
@@ -45,6 +55,24 @@ SCORE_MAX: dict[Metric, float] = dict.fromkeys(get_args(Metric), 1.0) | {"log_li
 CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification")
 _WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|comet|autotuning|nebula)$")
 """Keys of DeepSpeed that make it write files, most of them at a place that the task chooses."""
+
+
+def _written_out(moment: Any) -> Any:
+    """Refuse numbers, which would be read as seconds since 1970: 20261201 as a day of that year."""
+    if isinstance(moment, int | float) or (isinstance(moment, str) and re.fullmatch(r"\s*[-+]?[\d._]+\s*", moment)):
+        raise ValueError("has to be a moment like 2026-12-01T08:00:00+01:00, not a number")
+    try:
+        read = _DATETIME.validate_python(moment, strict=False)  # text, also where requests are read strictly
+    except ValidationError:
+        return moment  # the field's own type says what is wrong
+    if read.tzinfo is None:
+        raise ValueError("has no offset from UTC: write it as in 2026-12-01T08:00:00+01:00")
+    return read
+
+
+_DATETIME = TypeAdapter(datetime)
+Moment = Annotated[AwareDatetime, BeforeValidator(_written_out)]
+"""A moment with its offset from UTC."""
 
 
 class DataSpec(Section):
@@ -265,9 +293,9 @@ class TaskSpec(Section):
     after: tuple[Title, ...] = Field((), max_length=100)
     """Tasks, each `team/name`, that have to be published before this one starts; if one of them ends otherwise, this
     one is parked. They are submitted before it."""
-    not_before: AwareDatetime | None = None
+    not_before: Moment | None = None
     """Moment before which it does not start, with its offset from UTC: 2026-12-01T08:00:00+01:00."""
-    deadline: AwareDatetime | None = None
+    deadline: Moment | None = None
     """Moment by which it should be trained, with its offset from UTC. Nothing is given up for it: you are told when it
     cannot be met."""
     max_run_seconds: float | None = Field(None, gt=0)
@@ -275,14 +303,6 @@ class TaskSpec(Section):
     client_key: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     """Key of the submission: a second one with the same key is the same task. Default: a digest of document and
     data."""
-
-    @field_validator("not_before", "deadline", mode="before")
-    @classmethod
-    def _moment_is_written_out(cls, moment: Any) -> Any:
-        # Else read as seconds since 1970: 20261201 would be a day of that year, and the task would start at once.
-        if isinstance(moment, int | float) or (isinstance(moment, str) and re.fullmatch(r"\s*[-+]?[\d._]+\s*", moment)):
-            raise ValueError("has to be a moment like 2026-12-01T08:00:00+01:00, not a number")
-        return moment
 
     @field_validator("metric", mode="before")
     @classmethod

@@ -179,3 +179,11 @@ def test_a_number_is_no_moment(key: str, value: object) -> None:
     # Read as seconds since 1970, the task would start at once.
     with pytest.raises(InvalidInput, match="has to be a moment like 2026-12-01T08:00:00\\+01:00"):
         check_document(task_document() | {key: value}, TaskSpec, "task")
+
+
+def test_a_moment_needs_its_offset_and_is_read_from_text() -> None:
+    with pytest.raises(InvalidInput, match="has no offset from UTC"):
+        check_document(task_document() | {"deadline": "2026-12-01 08:00"}, TaskSpec, "task")
+    spec = check_document(task_document() | {"deadline": "2026-12-01T08:00:00+01:00"}, TaskSpec, "task")
+    assert spec.deadline is not None
+    assert spec.deadline.isoformat() == "2026-12-01T08:00:00+01:00"
