@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue setup clean lock
+.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -72,6 +72,10 @@ bench-capacity: $(READY)
 # and how well foretold the scheduler's simulated weeks are: five minutes.
 bench-queue: $(READY)
 	$(BIN)/python benchmarks/task_queue.py
+
+# What answering for 1,000 tasks in one batch costs against one adapter: three minutes.
+bench-serving: $(READY)
+	$(BIN)/python benchmarks/serving.py
 
 setup: $(READY)
 

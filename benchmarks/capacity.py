@@ -6,6 +6,7 @@
                                                            with --data ten; two to four minutes a task on one core, once
     make bench-capacity BENCH="related --data FOLDER --tasks N"    N tasks cut from one data set
     make bench-capacity BENCH="directions --data FOLDER"           what a basis is worth, by the tasks that made it
+    make bench-capacity BENCH="forms --data FOLDER --tasks N"      other ways to keep the same tasks, and a plot
 
 `random`: adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall
 by a third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max:
@@ -34,24 +35,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import real_streams  # noqa: E402
+from benchmarks import forms, real_streams  # noqa: E402
 from configs.settings import SubspaceSettings  # noqa: E402
 from subspace_store import Adapter, SubspaceReader, SubspaceStore, canonical_update  # noqa: E402
 from subspace_store.merging.basis import ModuleBasis  # noqa: E402
 from tests.subspace_store.builders import BASE, fresh_storage, merged, random_adapter  # noqa: E402
 from workers.methods import auto  # noqa: E402
 
+PARTS = ("random", "sharing", "unrelated", "related", "directions", "forms")
 TASKS, RANK = 120, 8
 SHARING, SEEDS, SEED_RANK = 1000, 6, 5
 SHAPES = {f"layer.{layer}.{part}": (384, 384) for layer in range(6) for part in ("query", "value")}
 RESULTS = ROOT / "benchmarks/results/capacity.json"
+FORMS_PLOT = ROOT / "docs/capacity-forms.png"
 
 
 def main() -> None:
     """Measure a part, print it and write its figures beside those of the other parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "part", nargs="?", choices=("random", "sharing", "unrelated", "related", "directions"), default="random"
+        "part",
+        nargs="?",
+        choices=("random", "sharing", "unrelated", "related", "directions", "forms"),
+        default="random",
     )
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", type=int, default=30)
@@ -65,19 +71,28 @@ def main() -> None:
     elif name == "sharing":
         found = sharing()
     elif name == "directions":
-        found = real_streams.directions(asked.data, asked.keep / "related", lambda line: print(line, flush=True))
+        found = real_streams.directions(asked.data, asked.keep / "related", say)
+    elif name == "forms":
+        cases = tuple(real_streams.related(asked.data, asked.tasks))
+        found = forms.measure(real_streams.base_model(), cases, asked.keep / "related", say)
     else:
         related = name == "related"
         cases = real_streams.related(asked.data, asked.tasks) if related else real_streams.unrelated(asked.data)
         merging = SubspaceSettings(renew_tasks=asked.renew_tasks)
-        found = real_streams.measure(cases, asked.keep / name, lambda line: print(line, flush=True), merging)
+        found = real_streams.measure(cases, asked.keep / name, say, merging)
         name = f"{len(found['tasks'])}_{name}"
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known[name] = {"date": time.strftime("%Y-%m-%d")} | found
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(known[name], indent=1))
+    if name == "forms":
+        forms.draw(found, {key: part for key, part in known.items() if key.endswith("_related")}, FORMS_PLOT)
     if isinstance(found.get("tasks"), list):
         draw(found["tasks"], ROOT / "docs" / f"capacity-{name.replace('_', '-')}.png")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

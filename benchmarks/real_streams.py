@@ -101,9 +101,9 @@ def measure(
     cases: Iterator[Case], folder: Path, say: Callable[[str], None], merging: SubspaceSettings = DEFAULTS
 ) -> Figures:
     """What is kept of each task, and what a subspace of all of them stores, merged under some settings."""
-    base = _base()
+    base = base_model()
     store = SubspaceStore.open(fresh_storage(), settings=merging, base_model=base.name, writer="benchmark")
-    rows, delivered, held, trained = [], {}, {}, {}
+    rows, delivered, held, wholes = [], {}, {}, {}
     for case in cases:
         rest, validation = set_aside(case.train)
         if why := not_compared(case.spec, validation):
@@ -114,9 +114,9 @@ def measure(
         leased = Given(version=version, basis=store.training_basis(version))
         adapted = lora.target_modules(base, case.spec.lora, case.spec.kind)
         is_large = auto.is_large_enough(ranks, adapted)
-        found = {"lora": _trained(base, case, "lora", rest, folder)}
+        found = {"lora": trained(base, case, "lora", rest, folder)}
         if is_large:
-            found["share"] = _trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
+            found["share"] = trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
         in_basis = {"lora": {}, "share": ranks}
 
         def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
@@ -128,7 +128,7 @@ def measure(
             if not needs_all_rows(rest, validation):
                 return auto.sized(form.adapter, 1.0)
             which = ALL if form.method == "lora" else f"{ALL}-in-{_name_of(given)}"
-            return auto.sized(_trained(base, case, form.method, case.train, folder, which, given), form.share)
+            return auto.sized(trained(base, case, form.method, case.train, folder, which, given), form.share)
 
         loss_max = case.spec.method.loss_max
         kept, said = auto.chosen(
@@ -136,7 +136,7 @@ def measure(
         )
         alone, _ = auto.chosen({"lora": found["lora"]}, judge, loss_max)
         adapter, separate = final(kept), final(alone)
-        whole = _trained(base, case, "lora", case.train, folder, ALL)
+        whole = trained(base, case, "lora", case.train, folder, ALL)
         before = store.footprint(version).total_numbers if version else 0
         merged(store, {case.spec.name: adapter})
         row: Figures = {
@@ -148,28 +148,28 @@ def measure(
             "numbers_alone": separate.numbers,
             "numbers_trained": whole.parameter_count,
             "rows": len(case.test),
-            "score": _score(base, adapter, case),
-            "score_lora": _score(base, whole, case),
-            "score_alone": _score(base, separate, case),
+            "score": score(base, adapter, case),
+            "score_lora": score(base, whole, case),
+            "score_alone": score(base, separate, case),
         }
         rows.append(row)
-        delivered[case.spec.name], held[case.spec.name], trained[case.spec.name] = adapter, case, whole
+        delivered[case.spec.name], held[case.spec.name], wholes[case.spec.name] = adapter, case, whole
         say(json.dumps(row))
         for line in said:
             say(line)
-    return {"tasks": rows} | _stored(base, store, rows, delivered, held) | {"trained_apart": _apart(base, trained)}
+    return {"tasks": rows} | _stored(base, store, rows, delivered, held) | {"trained_apart": _apart(base, wholes)}
 
 
 def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> Figures:
     """What a basis is worth to the tasks after it, by how many tasks made it and how many directions it has: related
     tasks are trained in it (`share`) and raced against their LoRAs, on the validation rows."""
-    base = _base()
+    base = base_model()
     cases = list(related(data, NEW_TASKS.stop))
-    made_of = [_trained(base, case, "lora", set_aside(case.train)[0], folder) for case in cases[: max(BASES)[0]]]
+    made_of = [trained(base, case, "lora", set_aside(case.train)[0], folder) for case in cases[: max(BASES)[0]]]
     found: list[Figures] = []
     for case in (cases[number] for number in NEW_TASKS):
         rest, validation = set_aside(case.train)
-        whole = _trained(base, case, "lora", rest, folder)
+        whole = trained(base, case, "lora", rest, folder)
         row: Figures = {"task": case.spec.name, "rows": len(validation)}
 
         def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
@@ -179,7 +179,7 @@ def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> F
         for tasks, count in BASES:
             leased = Given(version=1, basis=leading_basis(made_of[:tasks], count))
             ranks = {name: basis.ranks for name, basis in leased.basis.items()}
-            adapter = _trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
+            adapter = trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
             kept, _ = auto.chosen(
                 {"lora": whole, "share": adapter},
                 judge,
@@ -209,18 +209,19 @@ def leading_basis(adapters: Sequence[Adapter], count: int) -> dict[str, ModuleBa
     return bases
 
 
-def _base() -> BaseModel:
+def base_model() -> BaseModel:
+    """The base model of the examples, on the CPU."""
     settings = read_settings(ROOT / "configs/local.yaml").base_model
     return load_base_model(settings.model_copy(update={"device": "cpu"}))
 
 
-def _apart(base: BaseModel, trained: Mapping[str, Adapter]) -> Figures:
+def _apart(base: BaseModel, adapters: Mapping[str, Adapter]) -> Figures:
     """Numbers of the LoRAs as they were trained, merged, over each truncated alone to the same promise."""
     found = {}
     for when in ("if-it-pays", "always"):
         settings = SubspaceSettings.model_validate({"share": when})
-        alone = sum(truncated_alone(adapter, settings.energy_ratio_min) for adapter in trained.values())
-        store = _store(base, trained, settings)
+        alone = sum(truncated_alone(adapter, settings.energy_ratio_min) for adapter in adapters.values())
+        store = _store(base, adapters, settings)
         found[when] = store.footprint(store.state.refs["candidate"]).total_numbers / alone
     return found
 
@@ -260,9 +261,9 @@ def _stored(
         served = reader.adapter(name, last)
         whole = delivered[name].modules
         shares[name] = min(served.modules[n].energy / u.energy for n, u in whole.items() if u.energy)
-        points[name] = 100 * (_score(base, served, cases[name]) - row["score_lora"])
+        points[name] = 100 * (score(base, served, cases[name]) - row["score_lora"])
     foot = reader.footprint(last)
-    trained, alone = (sum(row[key] for row in rows) for key in ("numbers_trained", "numbers_alone"))
+    whole, alone = (sum(row[key] for row in rows) for key in ("numbers_trained", "numbers_alone"))
     losses = [100 * (row["score_alone"] - row["score_lora"]) for row in rows]
     return {
         "broken_promises": sum(
@@ -271,7 +272,7 @@ def _stored(
         ),
         "loss_points": {"mean": statistics.fmean(points.values()), "worst": min(points.values())},
         "loss_points_alone": {"mean": statistics.fmean(losses), "worst": min(losses)},
-        "numbers_over_trained_lora": foot.total_numbers / trained,
+        "numbers_over_trained_lora": foot.total_numbers / whole,
         "numbers_over_best_separate": foot.total_numbers / alone,
         "over_offline_optimum": foot.total_numbers / reader.preview_compact().numbers_after,
         "numbers": {
@@ -279,14 +280,19 @@ def _stored(
             "coefficients": foot.coefficient_numbers,
             "private": foot.private_numbers,
             "alone": alone,
-            "trained": trained,
+            "trained": whole,
         },
     }
 
 
-def _trained(
+def trained(
     base: BaseModel, case: Case, name: str, rows: Any, folder: Path, which: str = "", given: Given = NOTHING
 ) -> Adapter:
+    """The case's adapter by a method, from the folder or trained now and put there.
+
+    Args:
+        which: Tells adapters of one method apart, by the rows, the basis or the rank.
+    """
     file = folder / f"{case.spec.name}-{name}{which}.safetensors"
     if not file.is_file():
         method = METHODS[name]
@@ -304,7 +310,8 @@ def _name_of(leased: Given) -> str:
     return digest(b"".join(basis.p_NK.numpy().tobytes() for basis in leased.basis.values()))[:12]
 
 
-def _score(base: BaseModel, adapter: Adapter, case: Case) -> float:
+def score(base: BaseModel, adapter: Adapter, case: Case) -> float:
+    """Its score on the test rows, in the task's own metric."""
     return score_adapter(base, adapter, case.test, case.spec).value
 
 

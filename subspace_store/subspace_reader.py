@@ -33,6 +33,8 @@ from subspace_store.storage.protocol import Storage
 from subspace_store.strict import LATEST, strict
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from subspace_store.adapter import Adapter, ModuleUpdate
     from subspace_store.files.version_tensors import VersionTensors
     from subspace_store.forecast import Forecast
@@ -118,6 +120,24 @@ class Footprint:
         """Size of separate LoRAs divided by that of the coefficients alone. It is too favourable to stand alone: always
         show `ratio_with_basis` beside it."""
         return self.separate_numbers / self.coefficient_numbers if self.coefficient_numbers else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskParts:
+    """A task as a version holds it, not multiplied out: for those who answer for many tasks at once.
+
+    Args:
+        coefficients: Basis, named as by `SubspaceReader.ranks`, to (E, F), K×R each, float32: P·E·Fᵀ·Qᵀ.
+        private: Module to private part, which is added to that.
+        kept: The task's head and facts; its modules are not to be used.
+    """
+
+    task_id: str
+    name: str
+    version: int
+    coefficients: Mapping[str, tuple[Tensor, Tensor]]
+    private: Mapping[str, ModuleUpdate]
+    kept: Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +295,26 @@ class SubspaceReader:
 
             updates = in_order(update, names, threads(rows))
         return Adapter(kept.base_model, kept.base_sha256, dict(zip(names, updates, strict=True)), kept.head, kept.info)
+
+    @strict
+    def parts(self, task_id: Line, version: VersionNumber | None = None) -> TaskParts:
+        """A task as a version holds it, default `main`, not multiplied out.
+
+        Raises:
+            NotFound: The version does not hold the task.
+
+        Cost:
+            Reads the task's own coefficients and private part, and the transports since they were written; no basis,
+            and nothing of other tasks.
+        """
+        with self._reading(version) as number:
+            task = self._find(task_id, number)
+            blocks, kept = self._tensors.task(number, task_id), self._read_head(task)
+            private = self._tensors.private(task)
+        coefficients = {basis: (block.e_KS.float(), block.f_KS.float()) for basis, block in blocks.items()}
+        return TaskParts(
+            task_id=task_id, name=task.name, version=number, coefficients=coefficients, private=private, kept=kept
+        )
 
     @strict
     def delivered(self, task_id: Line) -> Adapter:

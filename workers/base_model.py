@@ -252,6 +252,34 @@ class BaseModel:
             model.generation_config = copy.deepcopy(self._generation_config)
         return model.to(self.device)
 
+    def head(self, spec: TaskSpec, adapter: Adapter) -> dict[str, Tensor]:
+        """The parameters that a task has after the backbone, by their names in `task_model`, without making a model.
+
+        Raises:
+            InvalidInput: See `heads.check_head`.
+
+        Returns:
+            Those of the adapter, and of the checkpoint where the adapter brings none; the trained part in float32.
+        """
+        layout, found = self._heads[spec.kind], self._found[spec.kind]
+        check_head(adapter, spec, layout)
+        outputs = kept_outputs(layout, spec)
+        head: dict[str, Tensor] = {}
+        for name in layout.shapes:
+            tensor = adapter.head.get(name)
+            if tensor is None and name in found:
+                tensor = found[name][list(outputs or ())] if name in layout.outputs else found[name]
+            if tensor is not None and not name.startswith(f"{self.prefix}."):
+                dtype = torch.float32 if inside(name, layout.trained) else self._dtype
+                head[name] = tensor.to(device=self.device, dtype=dtype)
+        return head
+
+    def is_inside_backbone(self, spec: TaskSpec, adapter: Adapter) -> bool:
+        """Whether the task has parameters of its own inside the backbone, which others cannot share then."""
+        layout = self._heads[spec.kind]
+        own = {*adapter.head, *(name for name in layout.shapes if inside(name, layout.trained))}
+        return any(name.startswith(f"{self.prefix}.") for name in own)
+
     def _put(self, model: Any, name: str, tensor: Tensor, layout: HeadLayout) -> None:
         """Put a parameter of the task's own in the place of the shared one, which is not written to."""
         if inside(name, layout.trained):

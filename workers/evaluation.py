@@ -235,11 +235,35 @@ def generate(
     Cost:
         One pass over each prompt, then one per token over the rows of a batch.
     """
+    new_max = spec.data.max_new_tokens
+    prompt_max = min(spec.data.max_length, base.length_max - new_max)  # both need positions
+    prompts = [encode_prompt(base.tokenizer, row, prompt_max) for row in rows]
+    texts = [""] * len(rows)
+    for chosen in batches_by_length([len(prompt) + new_max for prompt in prompts]):
+        answers = written(model, base.tokenizer, [prompts[index] for index in chosen], new_max, between_batches)
+        for index, text in zip(chosen, base.tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
+            texts[index] = text
+    return texts
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    new_max: int,
+    between_tokens: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """The tokens that a language model writes after each prompt, by greedy decoding, all prompts in one batch.
+
+    Args:
+        new_max: Most tokens of an answer.
+        between_tokens: Called before every token; may raise to stop.
+
+    Returns:
+        Token ids, the end token and padding after it among them.
+    """
     from transformers import GenerationConfig
 
-    tokenizer, new_max = base.tokenizer, spec.data.max_new_tokens
-    prompt_max = min(spec.data.max_length, base.length_max - new_max)  # both need positions
-    prompts = [encode_prompt(tokenizer, row, prompt_max) for row in rows]
     # The checkpoint's own generation settings may sample, or penalise repetition; and training switched the cache off.
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -250,21 +274,18 @@ def generate(
     )
 
     def never_but_stop_if_asked(token_ids: Tensor, _: Any) -> Tensor:
-        between_batches()
+        between_tokens()
         return torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
 
-    texts = [""] * len(rows)
-    for chosen in batches_by_length([len(prompt) + new_max for prompt in prompts]):
-        width = max(len(prompts[index]) for index in chosen)
-        padding = [width - len(prompts[index]) for index in chosen]
-        ids = [[tokenizer.pad_token_id] * left + prompts[index] for left, index in zip(padding, chosen, strict=True)]
-        mask = [[0] * left + [1] * (width - left) for left in padding]
-        batch = _on(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
-        with torch.inference_mode():
-            answers = model.generate(**batch, stopping_criteria=[never_but_stop_if_asked])[:, width:]
-        for index, text in zip(chosen, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
-            texts[index] = text
-    return texts
+    width = max(map(len, prompts))
+    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    batch = _on(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+    with torch.inference_mode():
+        answers: list[list[int]] = model.generate(**batch, stopping_criteria=[never_but_stop_if_asked])[
+            :, width:
+        ].tolist()
+    return answers
 
 
 def batches_by_length(counts: Sequence[int], tokens_max: int = TOKENS_PER_BATCH) -> list[list[int]]:

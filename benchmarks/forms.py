@@ -1,0 +1,147 @@
+"""Part `forms` of capacity.py: every way to keep the same tasks, by what it stores and by what the tasks score.
+
+The tasks are the related ones of `related`, with a LoRA of rank 8 each, trained on all rows. Numbers are over those of
+that LoRA, points are of accuracy beside it, on the test rows; both are means over the tasks. What `related` found of
+onebasis is drawn beside them. LoRAs of other ranks are trained for the first tasks alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import real_streams
+from benchmarks.contestants import leading_by_gram
+from benchmarks.real_streams import ALL, Case, Figures
+from configs.settings import SubspaceSettings
+from subspace_store import Adapter, ModuleUpdate, canonical_update
+from subspace_store.merging.variants import Variant, merge_all
+from workers.base_model import BaseModel
+
+RANKS = (1, 2, 4)
+"""Of LoRAs that are trained so small, and of those that are truncated to it."""
+TRAINED = 8
+"""Number of tasks for which LoRAs of other ranks are trained."""
+DIRECTIONS = (8, 16, 32, 64)
+"""Directions of a fixed basis."""
+TURNS = 5
+"""Turns of the joint compression; its loss hardly changes after three."""
+ONE_FOR_ALL: tuple[Variant, ...] = ("mean", "ties")
+JOINT = "joint compression (P·Σ·Qᵀ)"
+
+
+def measure(base: BaseModel, cases: Sequence[Case], folder: Path, say: Callable[[str], None]) -> Figures:
+    """Numbers and points of every form."""
+    whole = {case.spec.name: real_streams.trained(base, case, "lora", case.train, folder, ALL) for case in cases}
+    own = {case.spec.name: real_streams.score(base, whole[case.spec.name], case) for case in cases}
+    full = sum(adapter.parameter_count for adapter in whole.values())
+    found: list[Figures] = []
+
+    def add(form: str, size: int, numbers: float, adapters: Mapping[str, Adapter]) -> None:
+        some = [case for case in cases if case.spec.name in adapters]
+        points = [100 * (real_streams.score(base, adapters[c.spec.name], c) - own[c.spec.name]) for c in some]
+        row = {"form": form, "size": size, "tasks": len(some), "numbers_over_lora": numbers}
+        error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.nan
+        found.append(row | {"points": statistics.fmean(points), "error": error, "worst": min(points)})
+        say(json.dumps(found[-1]))
+
+    for rank in RANKS:
+        cut = {name: _each(adapter, lambda update, r=rank: update.leading(r)) for name, adapter in whole.items()}
+        add("LoRA r 8, truncated", rank, sum(adapter.parameter_count for adapter in cut.values()) / full, cut)
+    for name, size, numbers, updates in _merged(whole):
+        add(name, size, numbers / full, {task: replace(whole[task], modules=updates[task]) for task in whole})
+    for rank in RANKS:
+        small = {c.spec.name: _small(base, c, rank, folder) for c in cases[:TRAINED]}
+        of_these = sum(whole[name].parameter_count for name in small)
+        add("LoRA, trained at its rank", rank, sum(a.parameter_count for a in small.values()) / of_these, small)
+    return {"tasks": len(cases), "forms": found}
+
+
+def draw(found: Figures, streams: Mapping[str, Figures], path: Path) -> None:
+    """Points against numbers, a line for each way to keep the tasks.
+
+    Args:
+        streams: Name to what `related` found of onebasis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for form, mark in zip(dict.fromkeys(row["form"] for row in found["forms"]), "osv^DPX*", strict=False):
+        rows = [row for row in found["forms"] if row["form"] == form]
+        axes.plot([r["numbers_over_lora"] for r in rows], [r["points"] for r in rows], marker=mark, label=form)
+    for name, stream in sorted(streams.items()):
+        points = [100 * (row["score"] - row["score_lora"]) for row in stream["tasks"]]
+        numbers = stream["numbers_over_trained_lora"]
+        axes.plot([numbers], [statistics.fmean(points)], "k*", markersize=11)
+        axes.annotate(f"onebasis, {name.partition('_')[0]} tasks", (numbers, statistics.fmean(points)), fontsize=8)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(
+        xscale="log",
+        xlabel="numbers kept for each task, over a LoRA of rank 8",
+        ylabel="points of accuracy beside that LoRA, mean",
+    )
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _merged(whole: Mapping[str, Adapter]) -> Iterator[tuple[str, int, float, Mapping[str, Mapping[str, ModuleUpdate]]]]:
+    """(form, size, numbers, updates) of everything that is made of all adapters together."""
+    for directions in DIRECTIONS:
+        settings = SubspaceSettings(rank_fixed=directions)
+        for variant in ("paper", "canonical"):
+            merged = merge_all(whole, variant, settings)
+            name = {"paper": "Share, the paper's form", "canonical": "one basis for all, fixed size"}[variant]
+            yield name, directions, merged.stored_numbers, merged.updates
+        yield JOINT, directions, *_jointly(whole, directions)
+    for variant in ONE_FOR_ALL:
+        merged = merge_all(whole, variant, SubspaceSettings(rank_fixed=RANK))
+        yield f"one adapter for all: {variant}", RANK, merged.stored_numbers, merged.updates
+
+
+RANK = 8
+"""Of the one adapter for all."""
+
+
+def _jointly(whole: Mapping[str, Adapter], directions: int) -> tuple[int, dict[str, dict[str, ModuleUpdate]]]:
+    """Numbers, and P·Σ_t·Qᵀ of each task with a full K×K matrix Σ_t: bases fitted to all tasks in turns.
+
+    Source: the joint compression of Brüel-Gabrielsson et al., Compress then Serve (arXiv:2407.00066), with each task
+    divided by its norm.
+    """
+    found: dict[str, dict[str, ModuleUpdate]] = {task: {} for task in whole}
+    numbers = 0
+    for name in next(iter(whole.values())).modules:
+        updates = {task: adapter.modules[name] for task, adapter in whole.items()}
+        left = {t: u.u_NR.double() * (u.sigma_R.double() / math.sqrt(u.energy)) for t, u in updates.items()}
+        right = {t: u.v_DR.double() for t, u in updates.items()}
+        p_NK = leading_by_gram(torch.cat(list(left.values()), dim=1), directions)
+        for _ in range(TURNS):
+            q_DK = leading_by_gram(torch.cat([right[t] @ (left[t].T @ p_NK) for t in left], dim=1), directions)
+            p_NK = leading_by_gram(torch.cat([left[t] @ (right[t].T @ q_DK) for t in left], dim=1), directions)
+        for task, update in updates.items():
+            b_NR, a_RD = p_NK @ (p_NK.T @ left[task]), (q_DK @ (q_DK.T @ right[task])).T
+            found[task][name] = canonical_update(b_NR.float(), a_RD.float(), math.sqrt(update.energy))
+        numbers += directions * sum(next(iter(updates.values())).shape) + len(whole) * directions**2
+    return numbers, found
+
+
+def _small(base: BaseModel, case: Case, rank: int, folder: Path) -> Adapter:
+    """A LoRA of another rank, with the scaling of the others."""
+    lora = case.spec.lora
+    alpha = lora.lora_alpha * rank / lora.r
+    spec = case.spec.model_copy(update={"lora": lora.model_copy(update={"r": rank, "lora_alpha": alpha})})
+    return real_streams.trained(base, replace(case, spec=spec), "lora", case.train, folder, f"{ALL}-r{rank}")
+
+
+def _each(adapter: Adapter, change: Callable[[ModuleUpdate], Any]) -> Adapter:
+    return replace(adapter, modules={name: change(update) for name, update in adapter.modules.items()})

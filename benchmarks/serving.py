@@ -1,0 +1,225 @@
+"""What answering costs: rows of many tasks in one batch against one adapter. Writes benchmarks/results/serving.json.
+
+    make bench-serving        three minutes
+
+A store of 1,000 tasks on MiniLM-L6: six seeds make the basis, the others are coefficients in it, as `auto` keeps them
+of related tasks (rank 16 of some 30 directions), each with a head of three labels. Rows are the evaluation rows of
+examples/, 64 a batch. Compared are, in turns, one row set after another: one LoRA of rank 8 in PEFT's layers for all
+rows (the reference, 1.0); our mixed batch with 1, 10, 100 and 1,000 tasks in turn; PEFT's own mixed batch
+(`adapter_names`), with as many LoRAs as fit into a batch; and one task after another. A ratio is of medians of one run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from benchmarks.real_adapters import read  # noqa: E402
+from benchmarks.real_streams import base_model  # noqa: E402
+from configs.settings import SubspaceSettings  # noqa: E402
+from configs.task_spec import TaskSpec, read_task_spec  # noqa: E402
+from subspace_store import Adapter, StagedAdapter, SubspaceStore  # noqa: E402
+from subspace_store.adapter import SIZED, canonical_update  # noqa: E402
+from subspace_store.formats.peft import to_peft  # noqa: E402
+from tests.subspace_store.builders import fresh_storage  # noqa: E402
+from workers.base_model import BaseModel  # noqa: E402
+from workers.evaluation import adapted_model  # noqa: E402
+from workers.features import collator  # noqa: E402
+from workers.peft_model import put_tensors  # noqa: E402
+from workers.rows.task_data import Row  # noqa: E402
+from workers.serving.mixed_batch import Asked, MixedBatch  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/serving.json"
+TASKS, SEEDS, SEED_RANK, RANK, LABELS = 1000, 6, 5, 16, 3
+AT_ONCE = 50
+"""Tasks merged in one version."""
+ROWS = 64
+BATCHES = 12
+COUNTS = (1, 10, 100, 1000)
+TARGETS = ("query", "value")
+
+
+def main() -> None:
+    """Measure, print and write."""
+    torch.set_num_threads(1)
+    base = base_model()
+    spec = read_task_spec(next(iter(sorted((ROOT / "examples/tasks").glob("*.yaml")))))
+    rows = read(spec, spec.data.eval_file, ROWS * BATCHES)
+    names = tuple(f"label-{n}" for n in range(LABELS))
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"label_names": names})})
+    store = many_tasks(base)
+    version = store.state.refs["candidate"]
+    found = measured(base, spec, store, version, [replace(row, label=0) for row in rows])
+    print(json.dumps(found, indent=1))
+    RESULTS.write_text(json.dumps({"date": time.strftime("%Y-%m-%d")} | found, indent=1) + "\n")
+
+
+def many_tasks(base: BaseModel) -> SubspaceStore:
+    """A store in memory: seeds, and tasks inside their basis."""
+    settings = SubspaceSettings(renew_tasks=0)
+    store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="benchmark")
+    shapes = {n: s for n, s in base.module_shapes("sequence_classification").items() if n.endswith(TARGETS)}
+    layout = base.heads["sequence_classification"]
+
+    def adapter(seed: int, modules: Any) -> Adapter:
+        draw = torch.Generator().manual_seed(seed)
+        head = {
+            name: 0.1 * torch.randn((LABELS, *shape[1:]) if name in layout.outputs else shape, generator=draw)
+            for name, shape in layout.shapes.items()
+            if name.startswith(tuple(layout.trained))
+        }
+        return Adapter(base.name, "", modules, head, {SIZED: "score"})
+
+    def merge(adapters: dict[str, Adapter]) -> None:
+        staged = []
+        for task, one in adapters.items():
+            ref = store.stage(f"staging/{task}/1/adapter.safetensors", one)
+            staged.append(StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256))
+        store.merge(staged, op_key=next(iter(adapters)), actor="benchmark")
+
+    for seed in range(SEEDS):
+        draw = torch.Generator().manual_seed(seed)
+        merge(
+            {
+                f"seed-{seed}": adapter(
+                    seed,
+                    {
+                        name: canonical_update(
+                            torch.randn(n, SEED_RANK, generator=draw), torch.randn(SEED_RANK, d, generator=draw), 0.02
+                        )
+                        for name, (n, d) in shapes.items()
+                    },
+                )
+            }
+        )
+    bases = store.training_basis(SEEDS)
+    for start in range(0, TASKS, AT_ONCE):
+        group = {}
+        for task in range(start, min(TASKS, start + AT_ONCE)):
+            draw, modules = torch.Generator().manual_seed(1000 + task), {}
+            for name, basis in bases.items():
+                e_KR, f_KR = (torch.randn(k, RANK, generator=draw) for k in basis.ranks)
+                modules[name] = canonical_update(basis.p_NK @ e_KR, (basis.q_DK @ f_KR).T, 0.02)
+            group[f"t{task}"] = adapter(task, modules)
+        merge(group)
+    return store
+
+
+def measured(
+    base: BaseModel, spec: TaskSpec, store: SubspaceStore, version: int, rows: Sequence[Row]
+) -> dict[str, Any]:
+    """Times in turns, and the largest difference to the exported adapters."""
+    ours = MixedBatch(base, store, version)
+    draw = random.Random(0)
+    ours.answer([Asked(f"t{task}", spec, rows[0]) for task in range(TASKS)])  # all tasks are in memory
+    collate = collator(base, spec)
+    one = adapted_model(base, _lora(base, store.adapter("t0", version)), spec).eval()
+    many, names = _many(base, spec, store, version)
+
+    def alone(batch: Sequence[Row]) -> None:
+        inputs = collate(batch)
+        inputs.pop("labels")
+        with torch.inference_mode():
+            one(**inputs).logits.softmax(dim=-1).tolist()
+
+    def peft_mixed(batch: Sequence[Row]) -> None:
+        inputs = collate(batch)
+        inputs.pop("labels")
+        with torch.inference_mode():
+            many(**inputs, adapter_names=[names[i % len(names)] for i in range(len(batch))]).logits.tolist()
+
+    def mixed(count: int) -> Callable[[Sequence[Row]], Any]:
+        return lambda batch: ours.answer([Asked(f"t{draw.randrange(count)}", spec, row) for row in batch])
+
+    def one_by_one(batch: Sequence[Row]) -> None:
+        for row in batch:
+            ours.answer([Asked(f"t{draw.randrange(TASKS)}", spec, row)])
+
+    ways: dict[str, Callable[[Sequence[Row]], Any]] = {"one LoRA": alone}
+    ways |= {f"mixed, {count} tasks": mixed(count) for count in COUNTS}
+    ways |= {"PEFT's mixed batch, 64 LoRAs": peft_mixed, "one task after another": one_by_one}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for start in range(0, len(rows) - ROWS + 1, ROWS):
+        batch = rows[start : start + ROWS]
+        for way, answer in ways.items():
+            began = time.perf_counter()
+            answer(batch)
+            seconds[way].append(time.perf_counter() - began)
+    medians = {way: statistics.median(times[1:]) for way, times in seconds.items()}
+    throughput = {way: medians["one LoRA"] / value for way, value in medians.items()}
+    return {
+        "mixed_1000_over_one": throughput["mixed, 1000 tasks"],
+        "largest_difference": largest_difference(base, spec, store, version, ours, rows[:8]),
+        "throughput_over_one_lora": throughput,
+        "rows_per_second_of_one_lora": ROWS / medians["one LoRA"],
+        "bytes_per_task": ours.bytes_of_tasks / TASKS,
+        "bytes_per_lora_r8": 4
+        * 8
+        * sum(sum(shape) for n, shape in base.module_shapes().items() if n.endswith(TARGETS)),
+        "basis_bytes": store.footprint(version).basis_bytes,
+    }
+
+
+def largest_difference(
+    base: BaseModel, spec: TaskSpec, store: SubspaceStore, version: int, ours: MixedBatch, rows: Sequence[Row]
+) -> float:
+    """Of a probability, between the mixed batch and each task's exported adapter in PEFT's layers."""
+    tasks, worst = [f"t{n}" for n in range(0, TASKS, TASKS // 20)], 0.0
+    answers = ours.answer([Asked(task, spec, row) for task in tasks for row in rows])
+    for place, task in enumerate(tasks):
+        model = adapted_model(base, store.adapter(task, version), spec).eval()
+        inputs = collator(base, spec)(rows)
+        inputs.pop("labels")
+        with torch.inference_mode():
+            expected = model(**inputs).logits.softmax(dim=-1)
+        for answer, wanted in zip(answers[place * len(rows) :], expected, strict=False):
+            assert answer.probabilities is not None
+            worst = max(worst, float((torch.tensor(list(answer.probabilities.values())) - wanted).abs().max()))
+    return worst
+
+
+def _lora(base: BaseModel, adapter: Adapter) -> Adapter:
+    """As large as a LoRA of rank 8."""
+    return replace(adapter, modules={name: update.leading(8) for name, update in adapter.modules.items()})
+
+
+def _many(base: BaseModel, spec: TaskSpec, store: SubspaceStore, version: int) -> tuple[Any, list[str]]:
+    """A PEFT model with a LoRA of rank 8 for each row of a batch; heads are left out, since PEFT cannot mix them."""
+    from peft import LoraConfig
+
+    from workers.peft_model import with_lora
+
+    model, names = None, [f"a{n}" for n in range(ROWS)]
+    for number, name in enumerate(names):
+        config, tensors = to_peft(replace(_lora(base, store.adapter(f"t{number}", version)), head={}))
+        settings = LoraConfig(**config | {"task_type": None})
+        if model is None:
+            model = with_lora(base.task_model(spec), settings)
+            put_tensors(model, tensors)
+            names[0] = "default"
+        else:
+            model.add_adapter(name, settings)
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(model, tensors, adapter_name=name)
+    assert model is not None
+    return model.eval(), names
+
+
+if __name__ == "__main__":
+    main()

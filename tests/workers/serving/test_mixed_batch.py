@@ -1,0 +1,255 @@
+"""Rows of many tasks in one batch answer as each task's own adapter does: all kinds, all places of a task's update."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import InvalidInput, NotFound
+from configs.settings import SubspaceSettings
+from configs.task_spec import Kind, TaskSpec
+from subspace_store import Adapter, StagedAdapter, SubspaceStore
+from subspace_store.adapter import SIZED, canonical_update
+from subspace_store.module_names import is_renewed
+from tests.subspace_store.builders import fresh_storage
+from tests.workers.families import FAMILIES, save
+from tests.workers.tiny_bases import save_llama
+from tests.workers.worker_builders import task_of_kind, tiny_settings
+from workers.base_model import BaseModel, load_base_model
+from workers.evaluation import adapted_model, generate
+from workers.features import collator
+from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
+from workers.serving.mixed_batch import Answer, Asked, MixedBatch
+
+TEXTS = (
+    "The capital of France is Paris.",
+    "The colour of grass is green.",
+    "Paris",
+    "is the grass of France green?",
+    "of of of of",
+)
+DIRECTIONS = 5
+"""Of both bases: what has no room there is private."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A store with tasks of one base model, each with its update in another place."""
+
+    base: BaseModel
+    store: SubspaceStore
+    specs: Mapping[str, TaskSpec]
+    version: int
+
+    def answers(self, asked: Sequence[tuple[str, Row]], version: int | None = None) -> list[Answer]:
+        batch = MixedBatch(self.base, self.store, self.version if version is None else version)
+        return batch.answer([Asked(task, self.specs[task], row) for task, row in asked])
+
+    def alone(self, task: str, rows: Sequence[Row]) -> torch.Tensor:
+        """Outputs of the task's exported adapter in PEFT's layers."""
+        model = adapted_model(self.base, self.store.adapter(task, self.version), self.specs[task]).eval()
+        batch = collator(self.base, self.specs[task])(rows)
+        batch.pop("labels")
+        with torch.inference_mode():
+            return model(**batch).logits  # type: ignore[no-any-return]
+
+
+def site(base: BaseModel, kind: Kind, targets: Sequence[str], **data: object) -> Site:
+    """Tasks whose updates lie in the first basis (and partly in a private part), in the renewed one, in the foundation,
+    and in a private part alone."""
+    settings = SubspaceSettings(rank_max=DIRECTIONS, seed_directions=DIRECTIONS, renew_tasks=4)
+    store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="test")
+    shapes = {n: s for n, s in base.module_shapes(kind).items() if n.endswith(tuple(targets))}
+    specs: dict[str, TaskSpec] = {}
+
+    def merge(task: str, modules: Mapping[str, object], labels: int) -> None:
+        spec = task_of_kind(kind, [f"{task}-{n}" for n in range(labels)])
+        specs[task] = spec.model_copy(update={"data": spec.data.model_copy(update=data)})
+        draw, layout = torch.Generator().manual_seed(len(specs)), base.heads[kind]
+        count = 1 if kind == "sequence_regression" else labels
+        head = {
+            name: 0.3 * torch.randn((count, *shape[1:]) if name in layout.outputs else shape, generator=draw)
+            for name, shape in layout.shapes.items()
+            if name.startswith(tuple(layout.trained))
+        }
+        facts = {SIZED: "score", "fan_in_fan_out": json.dumps(bool(base.stores_transposed))}
+        adapter = Adapter(base.name, "", dict(modules), head if layout.trained else {}, facts)  # type: ignore[arg-type]
+        ref = store.stage(f"staging/{task}/1/adapter.safetensors", adapter)
+        staged = StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256)
+        store.merge([staged], op_key=task, actor="test")
+
+    def update(seed: int, rank: int) -> dict[str, object]:
+        draw = torch.Generator().manual_seed(seed)
+        return {
+            name: canonical_update(torch.randn(n, rank, generator=draw), torch.randn(rank, d, generator=draw), 0.2)
+            for name, (n, d) in shapes.items()
+        }
+
+    for number in range(4):
+        merge(f"seed-{number}", update(number, 2 + number % 2), 2 + number % 2)
+    bases = store.training_basis(4)
+    for number in range(2):
+        draw, inside = torch.Generator().manual_seed(50 + number), {}
+        for name in shapes:
+            e_KR, f_KR = (torch.randn(k, 3, generator=draw) for k in bases[name].ranks)
+            inside[name] = canonical_update(bases[name].p_NK @ e_KR, (bases[name].q_DK @ f_KR).T, 0.3)
+        merge(f"renewed-{number}", inside, 3)
+    first, partly = store.basis(4), {}
+    for name, (n, d) in shapes.items():
+        draw, basis = torch.Generator().manual_seed(60), first[name]
+        b_NR = torch.cat([basis.p_NK @ torch.randn(basis.ranks[0], 3, generator=draw), torch.randn(n, 1)], dim=1)
+        a_RD = torch.cat([torch.randn(3, basis.ranks[1], generator=draw) @ basis.q_DK.T, torch.randn(1, d)])
+        partly[name] = canonical_update(b_NR, a_RD, 0.2)
+    merge("partly", partly, 2)
+    merge("private", update(77, 1), 2)
+    return Site(base, store, specs, store.state.refs["candidate"])
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
+    name = request.param
+    saved = save(name, "backbone", tmp_path / "base")
+    kind: Kind = "image_classification" if name == "vit" else "sequence_classification"
+    return site(load_base_model(tiny_settings(saved)), kind, FAMILIES[name].targets)
+
+
+def rows_for(site: Site) -> list[Row]:
+    if "image_classification" in site.base.kinds:
+        draw = np.random.default_rng(1)
+        return [ImageRow(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8), 0) for _ in TEXTS]
+    return [TextRow(text, None, 0) for text in TEXTS]
+
+
+def test_where_the_updates_are(tmp_path: Path) -> None:
+    """The tests below are about nothing if all tasks lie in one place."""
+    made = site(
+        load_base_model(tiny_settings(save("bert", "backbone", tmp_path))), "sequence_classification", ["query"]
+    )
+    parts = {task: made.store.parts(task, made.version) for task in made.specs}
+    assert any(map(is_renewed, parts["renewed-0"].coefficients))
+    assert not parts["renewed-0"].private
+    assert parts["seed-0"].coefficients
+    assert not any(map(is_renewed, parts["seed-0"].coefficients))
+    assert parts["private"].private
+    assert any(part.coefficients and part.private for part in parts.values())
+
+
+def test_a_mixed_batch_answers_as_each_exported_adapter(family: Site) -> None:
+    rows = rows_for(family)
+    asked = [(task, row) for row in rows for task in family.specs]
+    found = dict(zip(itertools.product(range(len(rows)), family.specs), family.answers(asked), strict=True))
+    for task, spec in family.specs.items():
+        expected = family.alone(task, rows).softmax(dim=-1)
+        for place in range(len(rows)):
+            answer = found[place, task]
+            assert answer.version == family.version
+            assert answer.task_id == task
+            assert answer.probabilities is not None
+            assert tuple(answer.probabilities) == spec.data.label_names
+            assert list(answer.probabilities.values()) == pytest.approx(expected[place].tolist(), abs=1e-5)
+            assert answer.label == spec.data.label_names[int(expected[place].argmax())]
+
+
+def test_the_update_counts(tmp_path: Path) -> None:
+    """Without its update, each task would say something else: the tests above would not see it missing otherwise."""
+    made = site(
+        load_base_model(tiny_settings(save("bert", "backbone", tmp_path))), "sequence_classification", ["query"]
+    )
+    row = TextRow(TEXTS[0], None, 0)
+    for task, answer in zip(made.specs, made.answers([(task, row) for task in made.specs]), strict=True):
+        bare = replace(made.store.adapter(task, made.version), modules={})
+        batch = collator(made.base, made.specs[task])([row])
+        batch.pop("labels")
+        with torch.inference_mode():
+            logits = made.base.task_model(made.specs[task], adapter=bare).eval()(**batch).logits
+        assert answer.probabilities is not None
+        difference = torch.tensor(list(answer.probabilities.values())) - logits.softmax(dim=-1)[0]
+        assert difference.abs().max() > 1e-3, task
+
+
+def test_regressions_give_numbers(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_regression", ["query", "value"])
+    rows = [TextRow(text, text[::-1], 0.0) for text in TEXTS]
+    found = made.answers([(task, row) for task in made.specs for row in rows])
+    expected = torch.cat([made.alone(task, rows).squeeze(-1) for task in made.specs])
+    assert [answer.value for answer in found] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert {answer.label for answer in found} == {None}
+
+
+@pytest.mark.parametrize("ends", [("q_proj", "v_proj"), ("q_proj", "down_proj", "up_proj")])
+def test_language_models_write_what_each_adapter_writes(tmp_path: Path, ends: Sequence[str]) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    made = site(base, "causal_lm", ends, max_new_tokens=8)
+    rows = [CompletionRow((("user", text), ("assistant", "")), False) for text in TEXTS]
+    found = made.answers([(task, row) for row in rows for task in made.specs])
+    for place, task in enumerate(made.specs):
+        model = adapted_model(base, made.store.adapter(task, made.version), made.specs[task]).eval()
+        expected = [generate(model, base, [row], made.specs[task])[0] for row in rows]
+        assert [answer.text for answer in found[place :: len(made.specs)]] == expected
+    assert len({answer.text for answer in found}) > len(rows)  # the tasks differ
+    assert all(answer.tokens for answer in found if answer.text)
+
+
+def test_each_task_stops_at_its_own_length(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    made = site(base, "causal_lm", ["q_proj"], max_new_tokens=8)
+    short = {"seed-0": 2, "seed-1": 9}
+    specs = {
+        task: spec.model_copy(update={"data": spec.data.model_copy(update={"max_new_tokens": short.get(task, 5)})})
+        for task, spec in made.specs.items()
+    }
+    row = CompletionRow((("user", TEXTS[0]), ("assistant", "")), False)
+    found = MixedBatch(base, made.store, made.version).answer([Asked(t, specs[t], row) for t in short])
+    model = {t: adapted_model(base, made.store.adapter(t, made.version), specs[t]).eval() for t in short}
+    assert [answer.text for answer in found] == [generate(model[t], base, [row], specs[t])[0] for t in short]
+    assert found[0].tokens <= 2
+
+
+def test_a_task_with_parameters_of_its_own_inside_the_backbone(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert-without-pooler"), "sequence_classification", ["query"])
+    assert any("pooler" in name for name in made.store.adapter("seed-0", made.version).head)
+    rows = [TextRow(text, None, 0) for text in TEXTS]
+    found = made.answers([(task, row) for task in ("seed-0", "renewed-1") for row in rows])
+    expected = [p for task in ("seed-0", "renewed-1") for p in made.alone(task, rows).softmax(dim=-1).tolist()]
+    for answer, probabilities in zip(found, expected, strict=True):
+        assert answer.probabilities is not None
+        assert list(answer.probabilities.values()) == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_every_version_answers_for_itself(tiny: Callable[[str], BaseModel]) -> None:
+    made, row = site(tiny("bert"), "sequence_classification", ["query"]), TextRow(TEXTS[0], None, 0)
+    (then,) = made.answers([("seed-0", row)], version=1)
+    assert then.version == 1
+    with pytest.raises(NotFound):
+        made.answers([("private", row)], version=1)
+
+
+def test_what_is_cut_is_told(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    long, short = (TextRow(word * 40, None, 0) for word in ("green ", ""))
+    cut, whole = made.answers([("seed-0", long), ("seed-1", replace(short, text="green"))])
+    assert "max_length" in cut.warning
+    assert not whole.warning
+
+
+def test_a_row_of_another_kind_is_refused(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    with pytest.raises(InvalidInput, match="asked about a text"):
+        made.answers([("seed-0", CompletionRow((("user", "a"), ("assistant", "")), False))])
+
+
+def test_memory_stays_within_its_limit(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query", "value"])
+    row, limit = TextRow(TEXTS[0], None, 0), 20_000
+    batch = MixedBatch(made.base, made.store, made.version, tasks_bytes=limit)
+    first = [batch.answer([Asked(task, made.specs[task], row)])[0].probabilities for task in made.specs]
+    assert 0 < batch.bytes_of_tasks <= limit
+    again = [batch.answer([Asked(task, made.specs[task], row)])[0].probabilities for task in made.specs]
+    assert first == again

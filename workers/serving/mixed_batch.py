@@ -1,0 +1,379 @@
+"""The tasks of one version, answering together: rows of a thousand tasks in one batch, through one base model.
+
+The layers that all tasks share see one batch (mixed_layers.py). What a task has after the backbone, its head, sees its
+own rows: the same forward pass as transformers', around a backbone that has answered already. A few tasks cannot be
+mixed: those whose own parameters lie inside the backbone, or that adapt a layer after it. They are answered one by one,
+and nobody notices but the clock.
+
+Axes: S rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import InvalidInput
+from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
+from subspace_store.merging.basis import ModuleBasis
+from subspace_store.module_names import plain
+from subspace_store.subspace_reader import SubspaceReader, TaskParts
+from workers.base_model import BaseModel
+from workers.evaluation import adapted_model, batches_by_length, written
+from workers.features import images
+from workers.model_folder import AUTO_CLASSES
+from workers.rows.task_data import CompletionRow, ImageRow, Row
+from workers.serving.mixed_layers import Directions, MixedLayers, TaskFactors
+from workers.tokens import encode_prompt, lengths, tokenize
+from workers.truncation import losses
+
+TASKS_BYTES = 2**30
+"""Bytes of coefficients, private parts and heads that are kept in memory; the tasks that were asked for last stay."""
+MODELS_APART = 4
+"""Models kept for tasks that cannot be mixed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One row for one task."""
+
+    task_id: str
+    spec: TaskSpec
+    """The task's own: its kind, labels and lengths."""
+    row: Row
+    """Its label, or its last turn, is not looked at."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a task says of one row."""
+
+    task_id: str
+    version: int
+    """The version that answered."""
+    label: str | None = None
+    """The likeliest label, of a classification."""
+    probabilities: Mapping[str, float] | None = None
+    """Of all labels, in the task's order."""
+    value: float | None = None
+    """Of a regression."""
+    text: str | None = None
+    """Of a language model."""
+    tokens: int = 0
+    """Tokens that it wrote."""
+    warning: str = ""
+    """What of the row was not read."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A task in memory."""
+
+    spec: TaskSpec
+    factors: Mapping[str, TaskFactors]
+    """By module."""
+    head: Mapping[str, Tensor]
+    """Parameters after the backbone, by their names; none of a language model."""
+    is_apart: bool
+    """Whether it cannot be mixed with others."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(4 * one.numbers for one in self.factors.values()) + sum(t.nbytes for t in self.head.values())
+
+
+class MixedBatch:
+    """Answers for all tasks of one version. One caller at a time: rows share the model.
+
+    Args:
+        base: Loaded once; its weights are shared, never changed.
+        store: Reader of the base model's subspace.
+        version: The version that answers.
+        between_batches: Called before every batch, and before every token that is written; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        store: SubspaceReader,
+        version: int,
+        between_batches: Callable[[], None] = lambda: None,
+        tasks_bytes: int = TASKS_BYTES,
+    ) -> None:
+        self.version = version
+        self._base, self._store, self._between = base, store, between_batches
+        self._tasks_bytes = tasks_bytes
+        self._bases: dict[str, ModuleBasis] = store.basis(version)
+        self._models: dict[Any, _SharedModel] = {}
+        self._tasks: OrderedDict[str, _Loaded] = OrderedDict()
+        self._apart: OrderedDict[str, Any] = OrderedDict()
+
+    @property
+    def bytes_of_tasks(self) -> int:
+        """Bytes of the tasks that are in memory, the bases not counted."""
+        return sum(task.bytes for task in self._tasks.values())
+
+    def answer(self, asked: Sequence[Asked]) -> list[Answer]:
+        """Answers in the order of the rows. Rows of one kind go through the model together, short ones first.
+
+        Raises:
+            NotFound: The version does not hold a task.
+            InvalidInput: A task's head is not whole, its spec is another task's, a row is not of its kind, or the
+                model's output for a row is no number.
+
+        Cost:
+            A pass of the base model, thin products beside each adapted layer, and for each task its head. A task that
+            is not in memory is read: a file or two, and 30 ms.
+        """
+        loaded = {one.task_id: self._task(one.task_id, one.spec) for one in asked}
+        answers: dict[int, Answer] = {}
+        groups: dict[tuple[Any, str], list[int]] = {}
+        for place, one in enumerate(asked):
+            alone = one.task_id if loaded[one.task_id].is_apart else ""
+            groups.setdefault((AUTO_CLASSES[one.spec.kind], alone), []).append(place)
+        for (_, alone), places in groups.items():
+            some = [asked[place] for place in places]
+            tasks = [loaded[one.task_id] for one in some]
+            model = self._model_apart(some[0], tasks[0]) if alone else self._model(some[0].spec)
+            found = (
+                self._written(model, some, tasks)
+                if some[0].spec.kind == "causal_lm"
+                else self._predicted(model, some, tasks)
+            )
+            answers |= dict(zip(places, found, strict=True))
+        self._forget()
+        return [answers[place] for place in range(len(asked))]
+
+    # What passes through the model
+
+    def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
+        encoded, warnings = _encoded(self._base, asked)
+        found: list[Answer | None] = [None] * len(asked)
+        for chosen in batches_by_length([size for _, size in encoded]):
+            self._between()
+            batch = _padded(self._base, [encoded[i][0] for i in chosen], asked[chosen[0]].spec.kind)
+            with torch.inference_mode():
+                logits = model.logits(batch, [tasks[i] for i in chosen])
+            for i, logits_L in zip(chosen, logits, strict=True):
+                found[i] = replace(self._said(asked[i], logits_L.float()), warning=warnings[i])
+        return [answer for answer in found if answer is not None]
+
+    def _said(self, asked: Asked, logits_L: Tensor) -> Answer:
+        spec = asked.spec
+        if not bool(logits_L.isfinite().all()):
+            raise InvalidInput("the model's output is no number", asked.task_id, "see how the task was trained")
+        answer = Answer(asked.task_id, self.version)
+        if spec.kind not in CLASSIFICATION_KINDS:
+            return replace(answer, value=float(logits_L.squeeze()))
+        of_labels = dict(zip(spec.data.label_names, logits_L.softmax(dim=-1).tolist(), strict=True))
+        return replace(answer, label=max(of_labels, key=lambda label: of_labels[label]), probabilities=of_labels)
+
+    def _written(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
+        tokenizer, found = self._base.tokenizer, [Answer(one.task_id, self.version) for one in asked]
+        most = [one.spec.data.max_new_tokens for one in asked]
+        rooms = [min(o.spec.data.max_length, self._base.length_max - new) for o, new in zip(asked, most, strict=True)]
+        if (least := min(rooms)) < 1:
+            where, base = asked[rooms.index(least)].task_id, f"{self._base.name} has {self._base.length_max} positions"
+            raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {base}", where, "lower max_new_tokens")
+        prompts = [encode_prompt(tokenizer, one.row, room) for one, room in zip(asked, rooms, strict=True)]  # type: ignore[arg-type]
+        for chosen in batches_by_length([len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]):
+            longest = max(most[i] for i in chosen)
+            with model.serving([tasks[i] for i in chosen]):
+                ids = written(model.model, tokenizer, [prompts[i] for i in chosen], longest, self._between)
+            for i, answer in zip(chosen, ids, strict=True):
+                own = _until_the_end(answer[: most[i]], tokenizer)
+                text = tokenizer.decode(own, skip_special_tokens=True)
+                found[i] = replace(found[i], text=text, tokens=len(own))
+        return found
+
+    # What is in memory
+
+    def _model(self, spec: TaskSpec) -> _SharedModel:
+        """The model that rows of this kind share."""
+        made = AUTO_CLASSES[spec.kind]
+        if made not in self._models:
+            self._models[made] = _SharedModel(self._base, spec, self._bases)
+        return self._models[made]
+
+    def _model_apart(self, asked: Asked, task: _Loaded) -> _Model:
+        if asked.task_id not in self._apart:
+            adapter = self._store.adapter(asked.task_id, self.version)
+            self._apart[asked.task_id] = _Model(adapted_model(self._base, adapter, task.spec).eval())
+        self._apart.move_to_end(asked.task_id)
+        while len(self._apart) > MODELS_APART:
+            self._apart.popitem(last=False)
+        return self._apart[asked.task_id]  # type: ignore[no-any-return]
+
+    def _task(self, task_id: str, spec: TaskSpec) -> _Loaded:
+        known = self._tasks.get(task_id)
+        if known is not None and known.spec == spec:
+            self._tasks.move_to_end(task_id)
+            return known
+        parts, model = self._store.parts(task_id, self.version), self._model(spec)
+        modules = {*parts.private, *map(plain, parts.coefficients)}
+        is_apart = self._base.is_inside_backbone(spec, parts.kept) or not modules <= model.layers.keys()
+        head = {} if is_apart or spec.kind == "causal_lm" else self._base.head(spec, parts.kept)
+        factors = {} if is_apart else {name: _factors(name, parts, model) for name in sorted(modules)}
+        self._tasks[task_id] = _Loaded(spec, factors, head, is_apart)
+        return self._tasks[task_id]
+
+    def _forget(self) -> None:
+        """Give up the tasks that nobody has asked for the longest time."""
+        total = self.bytes_of_tasks
+        while total > self._tasks_bytes and len(self._tasks) > 1:
+            _, task = self._tasks.popitem(last=False)
+            total -= task.bytes
+
+
+class _Model:
+    """A model that answers for one task, which cannot be mixed."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def serving(self, tasks: Sequence[_Loaded]) -> Any:
+        return torch.inference_mode()
+
+    def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
+        found: Tensor = self.model(**_on(self.model.device, batch)).logits
+        return list(found)
+
+
+class _SharedModel(_Model):
+    """A model whose layers serve each row with its own task."""
+
+    def __init__(self, base: BaseModel, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) -> None:
+        super().__init__(base.task_model(spec).eval())
+        self.model.requires_grad_(False)
+        self._prefix = base.prefix
+        shapes, backbone = base.module_shapes(spec.kind), f"{base.prefix}."
+        self.layers = {n: s for n, s in shapes.items() if spec.kind == "causal_lm" or n.startswith(backbone)}
+        self._mixed = MixedLayers(self.model, tuple(self.layers), bases)
+        self._base = base
+        self._heads: dict[tuple[Kind, int], Any] = {}
+
+    @property
+    def directions(self) -> Mapping[str, Directions]:
+        return self._mixed.directions
+
+    def serving(self, tasks: Sequence[_Loaded]) -> Any:
+        different = list({id(task): task for task in tasks}.values())
+        places = {id(task): place for place, task in enumerate(different)}
+        factors = [task.factors for task in different]
+        return self._mixed.serving(factors, [places[id(task)] for task in tasks], self.model.device)
+
+    def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
+        """Each row's outputs, by its own task's head."""
+        batch = _on(self.model.device, batch)
+        with self.serving(tasks):
+            hidden = getattr(self.model, self._prefix)(**batch)
+        found: dict[int, Tensor] = {}
+        rows: dict[int, list[int]] = {}
+        for row, task in enumerate(tasks):
+            rows.setdefault(id(task), []).append(row)
+        for places in rows.values():
+            task = tasks[places[0]]
+            chosen_S = torch.tensor(places, device=self.model.device)
+            shell = self._head_of(task.spec)
+            shell.backbone.answer = _of_rows(hidden, chosen_S, len(tasks))
+            some = {name: tensor[chosen_S] for name, tensor in batch.items()}
+            out = torch.func.functional_call(shell.model, dict(task.head), kwargs=some).logits
+            found |= dict(zip(places, out, strict=True))
+        return [found[row] for row in range(len(tasks))]
+
+    def _head_of(self, spec: TaskSpec) -> _Head:
+        """The kind's model around a backbone that has answered already; one for each number of outputs."""
+        key = (spec.kind, len(spec.data.label_names))
+        if key not in self._heads:
+            model = self._base.task_model(spec).eval()
+            backbone = _Answered()
+            setattr(model, self._prefix, backbone)
+            self._heads[key] = _Head(model, backbone)
+        return self._heads[key]  # type: ignore[no-any-return]
+
+
+class _Answered(nn.Module):
+    """In the place of a backbone: what it has said already."""
+
+    answer: Any = None
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.answer
+
+
+@dataclass(frozen=True)
+class _Head:
+    model: Any
+    backbone: _Answered
+
+
+def _of_rows(hidden: Any, chosen_S: Tensor, rows: int) -> Any:
+    """A backbone's output for some of the rows."""
+    kept = {name: value[chosen_S] for name, value in hidden.items() if torch.is_tensor(value) and len(value) == rows}
+    return type(hidden)(**kept)
+
+
+def _factors(name: str, parts: TaskParts, model: _SharedModel) -> TaskFactors:
+    """What a task adds to one module, on the model's device."""
+    weight = model.model.get_submodule(f"{name}.inner").weight
+    device, dtype = weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32
+    n, d = model.layers[name]
+    directions = model.directions.get(name)
+    k_out, k_in = (0, 0) if directions is None else (directions.p_NK.shape[1], directions.q_DK.shape[1])
+    e_RK, f_RK = torch.zeros(0, k_out), torch.zeros(0, k_in)
+    for basis in (basis for basis in parts.coefficients if plain(basis) == name):
+        assert directions is not None
+        e_KR, f_KR = parts.coefficients[basis]
+        out, inward = directions.starts[basis]
+        e_RK, f_RK = torch.zeros(e_KR.shape[1], k_out), torch.zeros(f_KR.shape[1], k_in)
+        e_RK[:, out : out + len(e_KR)], f_RK[:, inward : inward + len(f_KR)] = e_KR.T, f_KR.T
+    b_RN, a_RD = torch.zeros(0, n), torch.zeros(0, d)
+    if (private := parts.private.get(name)) is not None:
+        root_R = private.sigma_R.sqrt()  # as much in B as in A, for narrow number types
+        b_RN, a_RD = (private.u_NR * root_R).T, (private.v_DR * root_R).T
+    return TaskFactors(*(part.to(device, dtype).contiguous() for part in (e_RK, f_RK, b_RN, a_RD)))
+
+
+def _encoded(base: BaseModel, asked: Sequence[Asked]) -> tuple[list[tuple[Any, int]], list[str]]:
+    """Each row as the tokenizer returns it, with its number of tokens, or a picture; and what of it is not read."""
+    encoded: list[tuple[Any, int]] = [(None, 0)] * len(asked)
+    warnings = [""] * len(asked)
+    if asked[0].spec.kind == "image_classification":
+        return [(one.row, 0) for one in asked], warnings
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for place, one in enumerate(asked):
+        if isinstance(one.row, CompletionRow | ImageRow):
+            raise InvalidInput(f"a {one.spec.kind} is asked about a text", one.task_id)
+        groups.setdefault((one.spec.data.max_length, one.row.text_pair is not None), []).append(place)
+    for (longest, _), places in groups.items():
+        rows = [asked[place].row for place in places]
+        found = tokenize(base.tokenizer, rows, longest)
+        for index, place in enumerate(places):
+            features = {name: values[index] for name, values in found.items()}
+            encoded[place] = features, len(features["input_ids"])
+            spec = asked[place].spec
+            if encoded[place][1] == longest:  # perhaps cut
+                warnings[place] = "; ".join(
+                    losses(lengths(base.tokenizer, spec, rows[index : index + 1]), spec, "rows")
+                )
+    return encoded, warnings
+
+
+def _padded(base: BaseModel, encoded: Sequence[Any], kind: Kind) -> dict[str, Tensor]:
+    if kind == "image_classification":
+        return {"pixel_values": images(base.image_processor, encoded)["pixel_values"]}
+    return dict(base.tokenizer.pad(list(encoded), padding_side="right", return_tensors="pt"))
+
+
+def _until_the_end(ids: Sequence[int], tokenizer: Any) -> Sequence[int]:
+    """Without the end token and what fills the batch after it."""
+    return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+
+
+def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
