@@ -121,17 +121,39 @@ def test_where_every_cut_loses_the_adapter_stays_whole() -> None:
     assert kept.adapter.numbers == sum(update.numbers for update in lora.modules.values())
 
 
-def test_a_form_is_kept_only_where_the_rows_show_that_it_loses_no_more_than_is_allowed() -> None:
-    def form(*losses: float) -> auto.Form:
-        return auto.Form("lora", 1.0, random_adapter(1), 1, tuple(0.9 - loss for loss in losses * 50))
+def form(*losses: float) -> auto.Form:
+    """Scores 0.9 less these losses, in turn, on a hundred rows."""
+    return auto.Form("lora", 1.0, random_adapter(1), 1, tuple(0.9 - losses[n % len(losses)] for n in range(100)))
 
-    best = form(0.0, 0.0)
-    assert form(0.004, 0.004).is_as_good_as(best, 0.005)
-    assert not form(0.006, 0.006).is_as_good_as(best, 0.005)
+
+def test_a_cut_is_kept_only_where_the_rows_show_that_it_loses_no_more_than_is_allowed() -> None:
+    best = form(0.0)
+    assert form(0.004).is_as_good_as(best, best, 0.005)
+    assert not form(0.006).is_as_good_as(best, best, 0.005)
     # 0.004 on average again, but known to ± 0.005 only: what the rows cannot show is not assumed.
-    assert not form(0.054, -0.046).is_as_good_as(best, 0.005)
-    assert form(0.054, -0.046).is_as_good_as(best, 0.01)
-    assert best.is_as_good_as(best, 0.0)
+    assert not form(0.054, -0.046).is_as_good_as(best, best, 0.005)
+    assert form(0.054, -0.046).is_as_good_as(best, best, 0.01)
+    assert best.is_as_good_as(best, best, 0.0)
+
+
+def test_of_two_candidates_neither_has_to_be_shown_no_worse() -> None:
+    best, other = form(0.0), form(0.054, -0.046)  # 0.004 ± 0.005 between them
+    assert other.is_as_good_as(other, best, 0.005)
+    assert not other.is_as_good_as(other, best, 0.003)
+    # What a cut of it may lose is the rest, and of that the rows have to show it.
+    assert form(0.0545, -0.0455).is_as_good_as(other, best, 0.005)
+    assert not form(0.0555, -0.0445).is_as_good_as(other, best, 0.005)
+
+
+def test_a_candidate_that_the_rows_cannot_tell_from_the_best_is_kept_in_fewer_numbers() -> None:
+    few, many = random_adapter(1, rank=1), random_adapter(2, rank=4)
+
+    def score(adapter: Adapter) -> tuple[float, ...]:
+        is_few = torch.equal(adapter.modules["layer.0.query"].u_NR[:, 0], few.modules["layer.0.query"].u_NR[:, 0])
+        return (form(0.054, -0.046) if is_few else form(0.0)).per_row
+
+    kept, _ = auto.chosen({"share": few, "lora": many}, score, 0.005)
+    assert kept.method == "share"
 
 
 def test_classes_are_compared_by_the_probability_of_the_right_one_whatever_the_metric() -> None:

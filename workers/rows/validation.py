@@ -12,9 +12,9 @@ from configs.task_spec import TaskSpec, zero_stage
 from workers.rows.frozen_rows import SomeRows
 from workers.rows.task_data import Row, input_digest, label_of
 
-ONE_IN = 8
+ONE_IN = 4
 """One of so many rows is set aside."""
-LEAST_IN = 4
+LEAST_IN = 3
 """Never more than one of so many, however often equal rows recur."""
 ROWS_MIN, ROWS_MAX = 24, 256
 """Fewest validation rows that are worth a comparison, and the most: scoring them has to stay cheap beside training."""

@@ -11,13 +11,13 @@ from workers.rows.validation import LEAST_IN, ROWS_MAX, ROWS_MIN, needs_all_rows
 
 
 def test_equal_rows_are_on_one_side_and_the_split_is_the_same_whatever_else_is_there() -> None:
-    rows = [TextRow(text=f"text {i % 300}", text_pair=None, label=i % 2) for i in range(900)]
+    rows = [TextRow(text=f"text {i % 200}", text_pair=None, label=i % 2) for i in range(600)]
     trained, validation = set_aside(rows)
-    assert len(trained) + len(validation) == 900
-    assert 900 / 16 < len(validation) < 900 / 5
+    assert len(trained) + len(validation) == 600
+    assert 600 / 6 < len(validation) < 600 / LEAST_IN
     aside = {row.text for row in validation}
     assert not aside & {row.text for row in trained}
-    more = [TextRow(text=f"other {i}", text_pair=None, label=0) for i in range(300)]
+    more = [TextRow(text=f"other {i}", text_pair=None, label=0) for i in range(200)]
     assert aside <= {row.text for row in set_aside(more + rows[::-1])[1]}
 
 
