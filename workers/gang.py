@@ -32,9 +32,11 @@ from workers.orders import (
     Phase,
     Progress,
     Rank,
+    RankDied,
     RankLost,
     Trained,
 )
+from workers.process_monitor import ProcessEnd
 
 WATCH_SECONDS = 0.5
 """Interval at which ranks at work are asked for a sign of life, and told which order to stop."""
@@ -72,6 +74,10 @@ class Ranks(Protocol):
         Raises:
             NoPlace: There has been no place for all of them for a while.
         """
+        ...
+
+    def end_of(self, index: int) -> ProcessEnd | None:
+        """How a rank's process ended, within seconds; None: it lives, or nobody knows."""
         ...
 
     def end(self, leave: bool) -> None:
@@ -277,8 +283,12 @@ class Gang:
     def _named(self, index: int, answer: Any) -> Any:
         if isinstance(answer, RankLost):
             node = f" on {self._nodes[index]}" if self._nodes else ""
-            what = f"rank {index} of {self._ranks.size}{node} was lost: {answer.what}"
-            return RankLost(what, answer.where, answer.todo)
+            rank = f"rank {index} of {self._ranks.size}{node}"
+            end = self._ranks.end_of(index)
+            if end is not None and end.is_its_own:
+                return RankDied(f"{rank} (pid {end.pid}) died: {end}", answer.where, answer.todo)
+            cause = answer.what if end is None else str(end)
+            return RankLost(f"{rank} was lost: {cause}", answer.where, answer.todo)
         return answer
 
     def _tell(self, token: str, stop: str) -> bool:
@@ -448,7 +458,8 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
         raise damage
     for failure in failures:
         if isinstance(failure, RankLost):
-            return Failed(token=token, fault="lost", message=str(failure), log_lines=lines)
+            fault = "died" if isinstance(failure, RankDied) else "lost"
+            return Failed(token=token, fault=fault, message=str(failure), log_lines=lines)
     first = failures[0]
     if isinstance(first, Failed):
         return replace(first, log_lines=lines)

@@ -18,6 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
 from workers.gang import Call, Gang, NoPlace, needs, no_place
 from workers.orders import Order, Outcome, Rank, RankLost
+from workers.process_monitor import ProcessEnd
+from workers.process_monitor_actor import ANSWER_SECONDS, WAIT_SECONDS, ask_for_end, watch_this_process
 from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
 
 HEAD = "node:__internal_head__"
@@ -42,6 +44,7 @@ class GangActor(Forwarding):
         folder: str,
         workers: WorkerSettings,
     ) -> None:
+        watch_this_process()
         self._does = Gang(RayRanks(name, base_model, storage, folder, workers), workers.lease_seconds)
 
     def run(self, order: Order) -> Outcome:
@@ -69,6 +72,8 @@ class RayRanks:
         self._arguments = (base_model, storage, folder, workers.cpus)
         self._workers = workers
         self._actors: list[Any] = []
+        self._watched: list[Any] = []
+        """Each rank's pending answer to `watched`."""
 
     @property
     def size(self) -> int:
@@ -93,6 +98,15 @@ class RayRanks:
             ).remote(*self._arguments)
             for index in range(self.size)
         ]
+        self._watched = [actor.watched.remote() for actor in self._actors]
+
+    def end_of(self, index: int) -> ProcessEnd | None:
+        call = ask_for_end(self._watched[index], ray.get_runtime_context().namespace) if self._watched else None
+        try:
+            end: ProcessEnd | None = None if call is None else ray.get(call, timeout=WAIT_SECONDS + ANSWER_SECONDS)
+        except ray.exceptions.RayError:  # its machine is gone
+            return None
+        return end
 
     def end(self, leave: bool) -> None:
         actors, self._actors = self._actors, []

@@ -39,6 +39,10 @@ class RankLost(Unavailable):
     """A rank's process or machine is gone, does not answer, or does not reach the other ranks."""
 
 
+class RankDied(RankLost):
+    """A rank's process ended while its machine went on: what it did is to blame."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Turn a task into an adapter in staging, and score it before merging."""
@@ -193,8 +197,9 @@ class Failed:
     token: str
     fault: str
     """`input` (the user's: never retried), `bug` (ours), `cancelled`, `preempted` (a checkpoint is there, unless no
-    step was done; costs no budget), `lost` (a machine, as the controller says; or a rank, as its gang says), or
-    `damaged` (the store, as the controller says: stored bytes are not what was written; costs no budget)."""
+    step was done; costs no budget), `lost` (a machine, as the controller says; or a rank, as its gang says), `died`
+    (said by the same: the process that did it ended, by itself or by a signal, and its machine went on), or `damaged`
+    (the store, as the controller says: stored bytes are not what was written; costs no budget)."""
     message: str
     cause: OnebasisError | None = None
     """Error that says what is damaged, for `damaged`."""

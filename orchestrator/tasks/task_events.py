@@ -16,6 +16,8 @@ class Reason(StrEnum):
     """A worker found the task's rows, settings or adapter unusable."""
     MACHINE_LOST = "machine-lost"
     """The worker that had it is gone, or gave no sign of life."""
+    WORKER_DIED = "worker-died"
+    """The process that had it ended while its machine went on: the task itself may have ended it."""
     INTERNAL_ERROR = "internal-error"
     """An error of ours, or one that nobody foresaw, ended an attempt."""
     PREEMPTED = "preempted"

@@ -68,6 +68,7 @@ from workers.orders import Trained
 CODE_OF_FAULT = {
     "input": Reason.BAD_INPUT,
     "lost": Reason.MACHINE_LOST,
+    "died": Reason.WORKER_DIED,
     "bug": Reason.INTERNAL_ERROR,
     "preempted": Reason.PREEMPTED,
     "damaged": Reason.STORE_DAMAGED,
@@ -262,6 +263,7 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
     if not refines and (record.cancel_requested or (event.fault == "cancelled" and not record.ran_too_long)):
         return _end(record, TaskState.CANCELLED, event.message, event.at, Reason.CANCELLED)
     lost = record.lost_machines + (event.fault == "lost")
+    deaths = record.worker_deaths + (event.fault == "died")
     bugs = record.own_bugs + (event.fault == "bug")
     preemptions = record.preemptions + (event.fault == "preempted")
     counted = _with(
@@ -269,6 +271,7 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         ran_seconds=record.ran_seconds + _ran(record, event),
         ran_too_long=False,
         lost_machines=lost,
+        worker_deaths=deaths,
         own_bugs=bugs,
         preemptions=preemptions,
         preempt_requested=False,
@@ -282,6 +285,8 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         reason = event.message
     elif record.ran_too_long:
         reason, code = f"ran for longer than its max_run_seconds, {_seconds_max(record):g}", Reason.RAN_TOO_LONG
+    elif deaths > settings.worker_deaths_max:
+        reason = f"gave up after {deaths} workers that died while they did it; last: {event.message}"
     elif lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
         reason = f"gave up after {lost} lost machines and {bugs} internal errors; last: {event.message}"
     if refines:

@@ -240,6 +240,20 @@ def test_c_each_fault_has_a_budget_of_its_own() -> None:
     assert record.ended_at == 4.0
 
 
+def test_c_workers_that_die_are_counted_apart_from_lost_machines() -> None:
+    record = queued()
+    for number in range(BUDGETS.worker_deaths_max + 1):
+        assert record.state is TaskState.QUEUED
+        record = after(
+            record,
+            Claimed(token=str(number), worker="w", at=1.0),
+            TrainingFailed(token=str(number), fault="died", message=f"exit code {number}", at=2.0),
+        )
+    assert (record.state, record.worker_deaths, record.lost_machines) == (TaskState.PARKED, 4, 0)
+    assert record.reason == "gave up after 4 workers that died while they did it; last: exit code 3"
+    assert record.reason_codes == (Reason.WORKER_DIED,)
+
+
 def test_c_the_second_bug_parks() -> None:
     record = after(
         training(),
