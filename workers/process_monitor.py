@@ -158,9 +158,10 @@ class ProcessMonitor:
 
     def _look(self, watched: list[_Watched]) -> None:
         for one in watched:
-            if (limit := memory_limit(one.pid))[1] != "" and (oom := _oom_file(one.pid)) is not None:
-                one.limit, one.oom = limit, oom  # it may have been moved to another cgroup
+            limit, oom = memory_limit(one.pid), _oom_file(one.pid)
             peak, now = _memory(one.pid)
+            if now:  # it may have been moved to another cgroup; one that ends is in none any more
+                one.limit, one.oom = limit, oom
             one.peak_bytes, one.now_bytes = max(one.peak_bytes, peak, now), now or one.now_bytes
         at = time.monotonic()
         for file in {one.oom for one in watched}:

@@ -216,6 +216,15 @@ class RunsTooLong:
     at: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeadlineForeseen:
+    """What is foreseen of its deadline has changed."""
+
+    outlook: str
+    """`missed`, `cannot be met`; empty: it can be met again."""
+    message: str
+
+
 Event = (
     Claimed
     | TrainingDone
@@ -237,4 +246,5 @@ Event = (
     | CameDue
     | DependencyEnded
     | RunsTooLong
+    | DeadlineForeseen
 )

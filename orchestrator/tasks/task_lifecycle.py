@@ -42,6 +42,7 @@ from orchestrator.tasks.task_events import (
     CameDue,
     CancelRequested,
     Claimed,
+    DeadlineForeseen,
     DependencyEnded,
     Event,
     Judged,
@@ -234,6 +235,9 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return _with(record, not_due=False) if record.not_due else record
         case DependencyEnded():
             return _after_dependency(record, event)
+        case DeadlineForeseen() if state in (TaskState.QUEUED, TaskState.TRAINING):
+            same = event.outlook == record.deadline_outlook
+            return record if same else _with(record, deadline_outlook=event.outlook)
         case RunsTooLong() if state is TaskState.TRAINING:
             return record if record.ran_too_long else _with(record, ran_too_long=True)
     raise Conflict(

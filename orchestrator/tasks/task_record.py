@@ -105,6 +105,9 @@ class TaskRecord(Section):
     not_due: bool = False
     """Whether its `spec.not_before` has not come."""
 
+    deadline_outlook: str = ""
+    """What was foreseen last of its `spec.deadline`: `missed`, `cannot be met`; empty: nothing bad."""
+
     attempt: int = 0
     token: str = ""
     """Lease of the running attempt: a report that names another one is stale."""

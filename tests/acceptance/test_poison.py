@@ -104,6 +104,7 @@ def test_what_rays_memory_monitor_ends_is_told_in_its_own_words(
     threshold = (memory.total - memory.available + (4 << 30)) / memory.total
     if threshold > 0.94:
         pytest.skip("not enough memory is free to set a limit within it")
+    monkeypatch.delenv(poison.CGROUP, raising=False)
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{threshold:.3f}")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     site = started(tmp_path, monkeypatch, workers=1)
