@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,10 @@ LOAD_AGAIN_SECONDS = 30.0
 LOAD_AGAIN_MAX_SECONDS = 240.0
 """Longest wait before a process that ended each time while it loaded is made again; the waits before it are half, a
 quarter, an eighth of it."""
+CANCEL_GRACE_SECONDS = 10.0
+"""Longest wait for a worker that was told to cancel: it looks between two steps, two batches, two tokens. One step of a
+large model, or an upload to a slow storage, cannot be broken: then its process is ended, and a new one loads the base
+model."""
 END_SECONDS = 10.0
 """Longest wait for an answer on how a process ended: its machine may be gone with it."""
 
@@ -61,6 +66,8 @@ class WorkerStatus:
     """Why its base model cannot be loaded."""
     told: tuple[str, str] = ("", "")
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
+    told_at: float = 0.0
+    """When that was; infinite once its process was ended for it."""
     waits: bool = False
     """Its order waits for places for the ranks of a gang."""
     heard_at: float = 0.0
@@ -190,7 +197,7 @@ class WorkerPool:
     def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
         """Tell a worker to stop, once for each time that it got the order. what: `cancel` or `preempt`."""
         if worker.told != (what, token):
-            worker.told = (what, token)
+            worker.told, worker.told_at = (what, token), time.time()
             (self._cluster.cancel if what == "cancel" else self._cluster.preempt)(worker.name, token)
 
     def take_order(self, call: Call, pending: Ordered) -> tuple[Order, Outcome] | None:
@@ -202,6 +209,9 @@ class WorkerPool:
             outcome: Outcome = self._cluster.result(call)
         except MachineLost as error:
             self._is_away(worker, error)
+            if worker.told == ("cancel", order.token) and math.isinf(worker.told_at):
+                what = f"cancelled; it did not stop within {CANCEL_GRACE_SECONDS:.0f} s, so {worker.name} was ended"
+                return self._done(worker, order, Failed(token=order.token, fault="cancelled", message=what))
             return None if self._asks_for_end(worker, error) else self._lost(worker, order, error, None)
         except Unavailable as error:
             worker.order = None
@@ -331,6 +341,7 @@ class WorkerPool:
         """
         now = time.time()
         for worker in self.workers.values():
+            self._end_if_it_does_not_stop(worker, now)
             warming = Warming(worker.name)
             if worker.ready or self._pending_calls.under_way(warming):
                 self._ask(worker, now)
@@ -342,6 +353,14 @@ class WorkerPool:
                 worker.loads_since = worker.loads_since or now
                 worker.asked_at = now
                 self._pending_calls.send(warming, partial(self._cluster.warm, worker.name))
+
+    def _end_if_it_does_not_stop(self, worker: WorkerStatus, now: float) -> None:
+        order = worker.order
+        if order is None or worker.told != ("cancel", order.token) or now - worker.told_at <= CANCEL_GRACE_SECONDS:
+            return
+        log.warning("%s was told to cancel %s and does not stop: ending it", worker.name, order.token)
+        worker.told_at = math.inf
+        self._cluster.replace(worker.name)
 
     def _ask(self, worker: WorkerStatus, now: float) -> None:
         asking = Asking(worker.name)

@@ -47,7 +47,7 @@ START_SECONDS = 180.0
 GRACE_SECONDS = 10.0
 """Time from the first failure (or rank 0's outcome) until the ranks that are still at work are ended: gloo notices a
 dead peer in 3 s, and rank 0's own message says more than the supervisor's would."""
-SAID_BY_TEAMS = ("input", "cancelled", "preempted")
+SAID_BY_TEAMS = ("input", "cancelled", "preempted", "rows")
 """Faults that no other rank's end can have caused: they outweigh everything but a success."""
 
 
@@ -69,7 +69,8 @@ class Ranks(Protocol):
         """Start all of them, in the places of earlier ones where these places still exist.
 
         Args:
-            waits: Called with the reason, again and again, while there is no place. Its exception ends the wait.
+            waits: Called again and again while there is no place, with the reason, which is empty in the first seconds.
+                Its exception ends the wait.
 
         Raises:
             NoPlace: There has been no place for all of them for a while.
@@ -347,8 +348,9 @@ class Gang:
 
     def _waits(self, why: str) -> None:
         with self._lock:
-            self._progress = replace(self._progress, phase=Phase.WAITING)
-            if self._told != (self._token, why):
+            if why:
+                self._progress = replace(self._progress, phase=Phase.WAITING)
+            if why and self._told != (self._token, why):
                 self._told = (self._token, why)
                 self._lines.append(f"waits: {why}")
         if self._token in self._stops:

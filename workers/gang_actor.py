@@ -26,6 +26,8 @@ HEAD = "node:__internal_head__"
 """Resource that only Ray's head node has; Ray Serve places its controller by it too."""
 PLACE_SECONDS = 60.0
 """Wait this long for a place for every rank, then give up the places there are and ask again from the start."""
+LOOK_SECONDS = 0.5
+"""Interval at which it is looked whether the order is still wanted, while it waits for places."""
 TELL_SECONDS = 5.0
 """A longer wait for places is reported with its reason: where there are some, Ray finds them in less."""
 END_SECONDS = 10.0
@@ -83,10 +85,11 @@ class RayRanks:
         group = places(self._name, self._workers)
         # When a machine is lost, Ray finds its bundles another place by itself. A bundle is free again only when the
         # process that had it is gone, so no two generations of ranks are ever there at once.
-        until = time.monotonic() + PLACE_SECONDS
-        while not group.wait(TELL_SECONDS):
-            waits(why := no_place(self._workers, ray.nodes()))
-            if time.monotonic() > until:
+        began = time.monotonic()
+        while not group.wait(LOOK_SECONDS):
+            waited = time.monotonic() - began
+            waits(why := no_place(self._workers, ray.nodes()) if waited > TELL_SECONDS else "")
+            if waited > PLACE_SECONDS:
                 raise NoPlace(why, "workers", "add machines, or lower workers.ranks or workers.count")
         self._actors = [
             WorkerActor.options(  # type: ignore[attr-defined]

@@ -51,8 +51,9 @@ from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptReque
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Pause, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
+from subspace_store.log.retention import check_task_is_known
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
-from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest
+from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest, Unquarantine
 from subspace_store.storage.create_rule import SCRATCH
 from subspace_store.storage.protocol import Storage
 
@@ -454,7 +455,9 @@ class Service:
             what = "publish has to be true: a candidate that no task waits for is rejected"
             raise InvalidInput(what, request.operation, "set publish")
         request = request.named()
-        self._store.refresh()
+        state = self._store.refresh()
+        if isinstance(request, Unquarantine) and request.op_key not in state.op_keys:
+            check_task_is_known(state, request.task_id)
         self._write(request)
         self._written()
         return {"operation": request.operation, **request.model_dump(mode="json", exclude={"actor"})}

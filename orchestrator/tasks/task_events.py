@@ -20,6 +20,8 @@ class Reason(StrEnum):
     """The process that had it ended while its machine went on: the task itself may have ended it."""
     INTERNAL_ERROR = "internal-error"
     """An error of ours, or one that nobody foresaw, ended an attempt."""
+    ROWS_DAMAGED = "rows-damaged"
+    """The service's copy of its rows is gone, or is not what was written."""
     PREEMPTED = "preempted"
     """Its worker was needed for something else, or the service ended: it goes on from its checkpoint."""
     STORE_DAMAGED = "store-damaged"

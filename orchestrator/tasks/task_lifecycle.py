@@ -71,6 +71,7 @@ CODE_OF_FAULT = {
     "lost": Reason.MACHINE_LOST,
     "died": Reason.WORKER_DIED,
     "bug": Reason.INTERNAL_ERROR,
+    "rows": Reason.ROWS_DAMAGED,
     "preempted": Reason.PREEMPTED,
     "damaged": Reason.STORE_DAMAGED,
 }
@@ -285,7 +286,7 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         worker="",
     )
     reason, code = "", CODE_OF_FAULT.get(event.fault, Reason.INTERNAL_ERROR)
-    if event.fault == "input":
+    if event.fault in ("input", "rows"):
         reason = event.message
     elif record.ran_too_long:
         reason, code = f"ran for longer than its max_run_seconds, {_seconds_max(record):g}", Reason.RAN_TOO_LONG

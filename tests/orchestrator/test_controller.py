@@ -600,6 +600,26 @@ def test_a_task_goes_on_when_nobody_says_how_its_worker_ended(plant: Plant, monk
     assert (plant.get("red/alpha").worker_deaths, plant.get("red/alpha").lost_machines) == (0, 1)
 
 
+def test_a_worker_that_does_not_stop_when_it_is_told_to_is_ended_and_its_task_is_cancelled(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "CANCEL_GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(plant.cluster, "cancel", lambda worker, token: None)  # one step that takes for ever
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    plant.submit("red/alpha")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    plant.queue.apply(plant.get("red/alpha").task_id, CancelRequested("ann", time.time()))
+    plant.controller.wake()
+    plant.run(lambda: plant.states() == {"red/alpha": "cancelled"}, 10)
+    task = plant.get("red/alpha")
+    assert task.reason == "cancelled; it did not stop within 0 s, so worker-0 was ended"
+    assert (plant.cluster.replaced, task.lost_machines, task.worker_deaths) == (["worker-0"], 0, 0)
+    plant.cluster.hold = lambda order: False
+    plant.submit("red/beta")
+    plant.run()
+    assert plant.states()["red/beta"] == "published"
+
+
 def test_an_error_outside_the_workers_own_handling_counts_as_a_lost_machine(plant: Plant) -> None:
     plant.cluster.training_faults = {"red/alpha": ["crash"]}
     plant.submit("red/alpha")
