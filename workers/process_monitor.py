@@ -128,12 +128,19 @@ class ProcessMonitor:
                 self._changed.notify_all()
 
     def end_of(self, pid: int, wait_seconds: float) -> ProcessEnd | None:
-        """How a process ended, after waiting at most this long for its end; None: it lives, or was never watched."""
+        """How a process ended, after waiting at most this long for its end; None: it lives.
+
+        Of one that is gone and was not watched (the monitor was itself ended, and started anew) no more is known than
+        what Ray wrote of it.
+        """
         until = time.monotonic() + wait_seconds
         with self._changed:
             while pid in self._watched and time.monotonic() < until:
                 self._changed.wait(max(0.0, until - time.monotonic()))
-            return self._ends.get(pid)
+            if (end := self._ends.get(pid)) or (PROC / str(pid)).exists():
+                return end
+        verdict, is_largest = ray_verdict(self._raylet_log, pid)
+        return ProcessEnd(pid=pid, out_of_memory=verdict, is_largest=is_largest)
 
     def _look_for_ever(self) -> None:
         while True:
@@ -174,6 +181,7 @@ class ProcessMonitor:
         with self._changed:
             others = [other.now_bytes for other in self._watched.values() if other is not one]
         limit_bytes, limit_of = one.limit
+        verdict, is_largest = ray_verdict(self._raylet_log, one.pid)
         return ProcessEnd(
             pid=one.pid,
             exit_code=None if status is None or number else status >> 8 & 0xFF,
@@ -181,13 +189,11 @@ class ProcessMonitor:
             peak_bytes=one.peak_bytes,
             limit_bytes=limit_bytes,
             limit_of=limit_of,
-            out_of_memory=self._out_of_memory(one, status),
-            is_largest=one.now_bytes >= max(others, default=0),
+            out_of_memory=verdict or self._kernels_verdict(one, status),
+            is_largest=is_largest and one.now_bytes >= max(others, default=0),
         )
 
-    def _out_of_memory(self, one: _Watched, status: int | None) -> str:
-        if verdict := ray_verdict(self._raylet_log, one.pid):
-            return verdict
+    def _kernels_verdict(self, one: _Watched, status: int | None) -> str:
         before = next((count for _, file, count in self._killed if file == one.oom), None)
         is_killed = status is None or status & 0x7F == signal.SIGKILL
         if is_killed and before is not None and _oom_kills(one.oom) > before:
@@ -195,21 +201,24 @@ class ProcessMonitor:
         return ""
 
 
-def ray_verdict(raylet_log: Path | None, pid: int) -> str:
-    """What Ray's memory monitor wrote of a process that it ended; empty where it wrote nothing."""
+def ray_verdict(raylet_log: Path | None, pid: int) -> tuple[str, bool]:
+    """What Ray's memory monitor wrote of a process that it ended, empty where it wrote nothing; and whether no process
+    that it considered had more memory."""
     if raylet_log is None:
-        return ""
+        return "", True
     try:
         with raylet_log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
-        return ""
-    found = ""
-    for part in text.split("OOM kill reason: ")[1:]:
-        if re.search(rf"Selected to kill: .*\bpid={pid},", part):
-            found = f"Ray's memory monitor ended it ({part.splitlines()[0].strip()})"
-    return found
+        return "", True
+    for part in reversed(text.split("OOM kill reason: ")[1:]):
+        if re.search(rf"^Selected to kill: .*\bpid={pid},", part, re.MULTILINE):
+            used = dict(re.findall(r"\bpid=(\d+), actual memory used=([\d.]+)GB", part))
+            own = float(used.get(str(pid), 0))
+            told = f"Ray's memory monitor ended it ({part.splitlines()[0].strip()}; it used {own:g} GB)"
+            return told, own >= max(map(float, used.values()), default=0.0)
+    return "", True
 
 
 def memory_limit(pid: int) -> tuple[int, str]:

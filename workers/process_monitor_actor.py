@@ -5,6 +5,7 @@ Detached like the workers, and without any library of theirs: it outlives what i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -39,39 +40,46 @@ class ProcessMonitorActor:
         return self._does.end_of(pid, WAIT_SECONDS)
 
 
-def watch_this_process() -> Watched:
-    """Have this process, an actor's, watched by the monitor of its machine, which is started where there is none."""
-    context = ray.get_runtime_context()
-    node, name = context.get_node_id(), f"{PREFIX}{context.get_node_id()}"
-    monitor = ProcessMonitorActor.options(  # type: ignore[attr-defined]
-        name=name,
-        namespace=context.namespace,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        max_task_retries=0,
-        max_concurrency=64,
-        num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    ).remote()
-    monitor.watch.remote(os.getpid())
-    return name, os.getpid()
+def watched() -> Watched:
+    """Who watches this process, an actor's."""
+    return f"{PREFIX}{ray.get_runtime_context().get_node_id()}", os.getpid()
 
 
-def ask_for_end(watched: Any, namespace: str) -> Any:
+def watch_this_process() -> None:
+    """Have this process, an actor's, watched by the monitor of its machine, which is started where there is none.
+
+    Where that fails (the monitor is being started anew) nothing more is known of its end than that it ended.
+    """
+    context, (name, pid) = ray.get_runtime_context(), watched()
+    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+        monitor = ProcessMonitorActor.options(  # type: ignore[attr-defined]
+            name=name,
+            namespace=context.namespace,
+            get_if_exists=True,
+            lifetime="detached",
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=64,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
+        ).remote()
+        monitor.watch.remote(pid)
+
+
+def ask_for_end(told: Any, namespace: str) -> Any:
     """Ask how a process ended.
 
     Args:
-        watched: Pending answer of its actor to `watched`, asked for while it lived.
+        told: Pending answer of its actor to `watched`, asked for while it lived.
 
     Returns:
         A pending call whose result is a ProcessEnd or None; it may fail, or never come back, if the machine is gone.
         None where it is not known who watched the process.
     """
-    if not ray.wait([watched], timeout=0)[0]:
+    if not ray.wait([told], timeout=0)[0]:
         return None
     try:
-        name, pid = ray.get(watched)
+        name, pid = ray.get(told)
         return ray.get_actor(name, namespace).end_of.remote(pid)
     except (ray.exceptions.RayError, ValueError):
         return None

@@ -16,7 +16,7 @@ import ray.util
 from configs.places import is_local
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
 from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
-from workers.process_monitor_actor import Watched, watch_this_process
+from workers.process_monitor_actor import Watched, watch_this_process, watched
 
 NAMESPACE = "onebasis"
 
@@ -50,7 +50,7 @@ class Forwarding:
 
     def watched(self) -> Watched:
         """Who sees how this process ends. Asked while it lives."""
-        return watch_this_process()
+        return watched()
 
 
 @ray.remote

@@ -67,12 +67,23 @@ def test_the_memory_that_it_had_is_told_with_the_limit(monitor: ProcessMonitor) 
     assert f"; it had at least {found.peak_bytes / 2**30:.2f} GiB of the " in str(found)
 
 
-def test_of_a_process_that_lives_or_was_never_watched_there_is_no_end(monitor: ProcessMonitor) -> None:
+def test_of_a_process_that_lives_there_is_no_end(monitor: ProcessMonitor) -> None:
     started = time.monotonic()
     monitor.watch(os.getpid())
     assert monitor.end_of(os.getpid(), 0.1) is None
-    assert monitor.end_of(1, 60.0) is None  # at once: nothing is waited for
+    assert monitor.end_of(os.getppid(), 60.0) is None  # at once: nothing is waited for
     assert time.monotonic() - started < 30
+
+
+def test_of_one_that_is_gone_and_was_not_watched_it_is_known_that_it_ended(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    while Path(f"/proc/{gone.pid}").exists():
+        time.sleep(0.01)
+    assert ProcessMonitor().end_of(gone.pid, 60.0) == ProcessEnd(pid=gone.pid)
+    log = tmp_path / "raylet.out"
+    log.write_text(f"OOM kill reason: too much\nSelected to kill: (A, pid={gone.pid}, actual memory used=4.16GB)\n")
+    end = ProcessMonitor(log).end_of(gone.pid, 60.0)
+    assert str(end) == "memory ran out: Ray's memory monitor ended it (too much; it used 4.16 GB)"
 
 
 def test_one_that_was_ended_for_memory_while_another_had_more_is_not_to_blame() -> None:
@@ -93,8 +104,11 @@ def test_the_verdict_of_rays_memory_monitor_is_read_from_the_raylets_log(tmp_pat
         "Selected to kill: (Actor(1): task name=A.run, pid=66, actual memory used=4.16GB)\n"
         "OOM kill reason: Memory usage 6972481536B exceeded threshold of 6950834688B (27.5% of 25276502016B limit)\n"
         "Ray killed 1 worker(s) based on the killing policy\n"
-        "Selected to kill: (Actor(2): task name=A.run, pid=777, actual memory used=4.16GB)\n"
+        "Considered workers: [\n"
+        "Selected to kill: (Actor(2): task name=A.run, pid=777, actual memory used=4.16GB, worker ID=1)\n"
+        "Selected to kill: (Actor(3): task name=M.__init__, pid=778, actual memory used=0.06GB, worker ID=2)\n"
     )
-    told = "(Memory usage 6972481536B exceeded threshold of 6950834688B (27.5% of 25276502016B limit))"
-    assert ray_verdict(log, 777) == f"Ray's memory monitor ended it {told}"
-    assert ray_verdict(log, 77) == ray_verdict(log, 7) == ray_verdict(tmp_path / "none", 777) == ""
+    told = "(Memory usage 6972481536B exceeded threshold of 6950834688B (27.5% of 25276502016B limit); it used 4.16 GB)"
+    assert ray_verdict(log, 777) == (f"Ray's memory monitor ended it {told}", True)
+    assert ray_verdict(log, 778)[1] is False
+    assert ray_verdict(log, 77) == ray_verdict(log, 7) == ray_verdict(tmp_path / "none", 777) == ("", True)
