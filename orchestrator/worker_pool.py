@@ -47,7 +47,7 @@ CANCEL_GRACE_SECONDS = 10.0
 """Longest wait for a worker that was told to cancel: it looks between two steps, two batches, two tokens. One step of a
 large model, or an upload to a slow storage, cannot be broken: then its process is ended, and a new one loads the base
 model."""
-END_SECONDS = 10.0
+END_SECONDS = 20.0
 """Longest wait for an answer on how a process ended: its machine may be gone with it."""
 
 
@@ -321,6 +321,8 @@ class WorkerPool:
         assert error is not None
         if end is not None:
             log.warning("%s (pid %d): %s", worker.name, end.pid, end)
+        else:
+            log.warning("nobody has said how %s ended", worker.name)
         if order is not None:
             return self._lost(worker, order, error, end)
         self._ended_loading(worker, error, end)

@@ -34,6 +34,7 @@ from workers.orders import (
     Rank,
     RankDied,
     RankLost,
+    RankSilent,
     Trained,
 )
 from workers.process_monitor import ProcessEnd
@@ -257,7 +258,7 @@ class Gang:
                 lost = watch.silent(calls.values(), silence)
                 self._silent = self._noticed(watch.unanswered(calls.values(), NOTICE_SECONDS))
                 for index in lost:
-                    answers[index] = RankLost(f"no answer for {silence:.0f} s")
+                    answers[index] = RankSilent(f"no answer for {silence:.0f} s")
                     calls = {call: other for call, other in calls.items() if other != index}
                 stop = self._stops.get(self._token)
                 for index in calls.values() if stop else ():
@@ -285,7 +286,7 @@ class Gang:
         if isinstance(answer, RankLost):
             node = f" on {self._nodes[index]}" if self._nodes else ""
             rank = f"rank {index} of {self._ranks.size}{node}"
-            end = self._ranks.end_of(index)
+            end = None if isinstance(answer, RankSilent) else self._ranks.end_of(index)
             if end is not None and end.is_its_own:
                 return RankDied(f"{rank} (pid {end.pid}) died: {end}", answer.where, answer.todo)
             cause = answer.what if end is None else str(end)
@@ -380,7 +381,7 @@ class Gang:
                 answers[calls.pop(call)] = self._answer(call)
             if watch.is_due():
                 silent = watch.silent(calls.values(), silence)
-                answers |= {index: RankLost(f"no answer for {silence:.0f} s") for index in silent}
+                answers |= {index: RankSilent(f"no answer for {silence:.0f} s") for index in silent}
             for index, answer in answers.items():
                 if isinstance(answer, Exception):
                     raise self._named(index, answer)

@@ -39,6 +39,10 @@ class RankLost(Unavailable):
     """A rank's process or machine is gone, does not answer, or does not reach the other ranks."""
 
 
+class RankSilent(RankLost):
+    """A rank does not answer: nobody says that its process has ended."""
+
+
 class RowsDamaged(Corrupt):
     """The frozen rows of a task that is to be trained are gone or damaged; nothing else needs them."""
 

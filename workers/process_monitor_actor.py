@@ -16,8 +16,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from workers.process_monitor import ProcessEnd, ProcessMonitor
 
 PREFIX = "process-monitor-"
-WAIT_SECONDS = 3.0
-"""A call to a process that is gone fails before the machine has seen its end, or at most so long after."""
+WAIT_SECONDS = 15.0
+"""Longest wait for the end of a process whose calls have failed: Ray gives up a process before it has ended it, and one
+with much memory takes seconds to give it back."""
 ANSWER_SECONDS = 3.0
 """Time beyond it for an answer over the network."""
 
