@@ -42,7 +42,7 @@ CLIENTS = (1, 8, 64)
 SUBMISSIONS = 64
 """For each number of clients."""
 WAITING = (100, 1_000, 10_000, 100_000)
-STEPS = 10
+STEPS = 5
 """Tasks, and Ray jobs, of which the median is told."""
 TARGET_SECONDS = 0.5
 TEAM = {"queued_max": 1_000_000}
@@ -183,6 +183,7 @@ def first_step(site: Site) -> dict[str, Any]:
         "ray_jobs_submit_to_running_seconds": statistics.median(theirs),
     }
     told["ray_jobs_over_ours"] = told["ray_jobs_submit_to_running_seconds"] / told["submit_to_first_step_seconds"]
+    told = {name: value for name, value in told.items() if not math.isnan(value)}
     above = "" if told["submit_to_first_step_seconds"] < TARGET_SECONDS else f"  ABOVE {TARGET_SECONDS}"
     print(", ".join(f"{name} {value:.2f}" for name, value in told.items()) + above, flush=True)
     return told
@@ -193,12 +194,14 @@ import sys, time, ray
 from ray.job_submission import JobSubmissionClient
 context = ray.init(num_cpus=1, include_dashboard=True, dashboard_port=0, _node_ip_address="127.0.0.1")
 client = JobSubmissionClient(f"http://{context.dashboard_url}")
-while True:  # its agent starts later than it
+for _ in range(120):  # its agent starts later than it
     try:
         client.submit_job(entrypoint="true")
         break
     except RuntimeError:
         time.sleep(0.5)
+else:
+    sys.exit("Ray took no job")
 print("ready", flush=True)
 for line in sys.stdin:
     asked = time.time()
@@ -224,15 +227,19 @@ def ray_jobs() -> Iterator[Callable[[], float]]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    while process.stdout.readline().strip() != "ready":
-        assert process.poll() is None, "Ray with a dashboard did not start: is ray[default] installed?"
+    is_there = any(line.strip() == "ready" for line in iter(process.stdout.readline, ""))
+    if not is_there:
+        print("first-step: Ray took no job here, so there is nothing to compare with", flush=True)
 
     def job() -> float:
+        if not is_there:
+            return math.nan
         print("job", file=process.stdin, flush=True)
         return float(process.stdout.readline())
 
     try:
         yield job
     finally:
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         process.wait(60)
