@@ -194,7 +194,8 @@ import sys, time, ray
 from ray.job_submission import JobSubmissionClient
 context = ray.init(num_cpus=1, include_dashboard=True, dashboard_port=0, _node_ip_address="127.0.0.1")
 client = JobSubmissionClient(f"http://{context.dashboard_url}")
-for _ in range(120):  # its agent starts later than it
+until = time.monotonic() + 90
+while time.monotonic() < until:  # its agent starts later than it
     try:
         client.submit_job(entrypoint="true")
         break
