@@ -1,7 +1,10 @@
-"""What a long history costs the task queue: `make bench-queue`. Prints and writes benchmarks/results/queue.json.
+"""What the task queue costs, and how the scheduler serves: `make bench-queue`; one part: make bench-queue BENCH=claims.
 
-Two services side by side, on SQLite files, both with a real control loop, a real store and workers that need no time:
-one with 100 tasks that wait and 100 that ended, one with 100,000 and 100,000. In turns each does the same:
+Prints and writes benchmarks/results/queue.json, where a part that was not run keeps its figures. Parts: `history` and
+`schedule`, `claims`, and what needs a real service, `submissions`, `memory` and `first-step` (queue_service.py).
+
+`history`: two services side by side, on SQLite files, both with a real control loop, a real store and workers that need
+no time: one with 100 tasks that wait and 100 that ended, one with 100,000 and 100,000. In turns each does the same:
 
     step        one step of the loop, in which a worker comes back with a checkpoint and gets its next task
     submission  one task checked, its rows frozen, its row and event written
@@ -12,7 +15,10 @@ The ratio of the medians is what a long history costs; 1.5 is the target for the
 and of the processor's alone (on a slow disk the waits for it hide what the processor does). Tasks that ended are
 cancelled, rejected and parked ones: published ones cost what the store's own state costs, see benchmarks/store.py.
 
-Beside it, what the scheduler does with weeks of arrivals, by simulation: how evenly teams of equal demand are served
+`claims`: the next task chosen and claimed with 100, 1,000, 10,000 and 100,000 that wait, in turns: median and 99th
+percentile on the clock.
+
+`schedule`: what the scheduler does with weeks of arrivals, by simulation: how evenly teams of equal demand are served
 while there is too little for all, and how many starts fall into the interval that was told at arrival. Of these only
 `weeks_a_second` depends on the machine.
 
@@ -22,6 +28,7 @@ The file is not named queue.py: scripts in its folder would import it in place o
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -57,6 +64,8 @@ from workers.orders import Train  # noqa: E402
 
 SIZES = {"short": (100, 100), "long": (100_000, 100_000)}
 """Name to tasks that wait, and tasks that ended."""
+WAITING = (100, 1_000, 10_000, 100_000)
+"""Tasks that wait, for `claims`."""
 TEAMS = 8
 WORKERS = 4
 TURNS = 200
@@ -195,24 +204,73 @@ def timed(work: Callable[[], Any]) -> Took:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def main() -> None:
+def main(parts: list[str]) -> None:
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="onebasis-bench-queue-"))
-    try:
-        rigs = {}
-        for name, (waiting, ended) in SIZES.items():
-            started = time.perf_counter()
-            rigs[name] = Rig(folder / name, waiting, ended)
-            print(f"{name}: {waiting:,} waiting and {ended:,} ended, made in {time.perf_counter() - started:.1f} s")
-        results = [measured(what, rigs) for what in ("step", "submission", "claim", "page")]
-        for rig in rigs.values():
-            rig.close()
-    finally:
-        shutil.rmtree(folder)
+    known = ("history", "claims", "schedule", "submissions", "memory", "first-step")
+    if unknown := set(parts) - set(known):
+        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     machine = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}"
-    facts = {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "turns": TURNS, "sizes": SIZES}
-    OUT.write_text(json.dumps(facts | scheduled() | {"ratios": ratios(results), "rows": results}, indent=1) + "\n")
+    for part in parts or known:
+        told = run_part(part)
+        facts = json.loads(OUT.read_text()) if OUT.exists() else {}
+        ran = {"date": datetime.now(UTC).date().isoformat(), "load": os.getloadavg()[0]}
+        facts |= {"machine": machine, "parts": {**facts.get("parts", {}), part: ran}, **told}
+        OUT.write_text(json.dumps(facts, indent=1) + "\n")
     print(f"written to {OUT.relative_to(ROOT)}")
+
+
+def run_part(part: str) -> dict[str, Any]:
+    """Its figures, by their names in the file."""
+    if part == "schedule":
+        return scheduled()
+    if part in ("history", "claims"):
+        folder = Path(tempfile.mkdtemp(prefix="onebasis-bench-queue-"))
+        try:
+            return history(folder) if part == "history" else claims(folder)
+        finally:
+            shutil.rmtree(folder)
+    from benchmarks import queue_service  # Ray and a real service's modules: for these parts alone
+
+    with queue_service.service() as site:
+        if part == "submissions":
+            return {"submissions_a_second": queue_service.submissions(site)}
+        if part == "memory":
+            return {"control_plane_mib": queue_service.memory(site)}
+        return {"first_step": queue_service.first_step(site)}
+
+
+def history(folder: Path) -> dict[str, Any]:
+    rigs = {name: made(folder / name, *counts) for name, counts in SIZES.items()}
+    results = [measured(what, rigs) for what in ("step", "submission", "claim", "page")]
+    for rig in rigs.values():
+        rig.close()
+    return {"turns": TURNS, "sizes": SIZES, "ratios": ratios(results), "rows": results}
+
+
+def claims(folder: Path) -> dict[str, Any]:
+    """Milliseconds of one claim, by the number of tasks that wait."""
+    rigs = {waiting: made(folder / str(waiting), waiting, 100) for waiting in WAITING}
+    took: dict[int, list[float]] = {waiting: [] for waiting in WAITING}
+    for turn in range(TURNS + 10):
+        for waiting, rig in rigs.items():
+            seconds, _ = rig.claim()
+            if turn >= 10:  # the first ones find cold caches
+                took[waiting].append(1000 * seconds)
+    found = {}
+    for waiting, rig in rigs.items():
+        rig.close()
+        ordered = sorted(took[waiting])
+        p50, p99 = statistics.median(ordered), ordered[math.ceil(0.99 * len(ordered)) - 1]
+        found[str(waiting)] = {"p50": p50, "p99": p99}
+        print(f"claim with {waiting:7,} waiting: p50 {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)
+    return {"claim_ms": found}
+
+
+def made(folder: Path, waiting: int, ended: int) -> Rig:
+    started = time.perf_counter()
+    rig = Rig(folder, waiting, ended)
+    print(f"{waiting:,} waiting and {ended:,} ended, made in {time.perf_counter() - started:.1f} s", flush=True)
+    return rig
 
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -271,4 +329,4 @@ def measured(what: str, rigs: dict[str, Rig]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

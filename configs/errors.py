@@ -53,6 +53,7 @@ class Exit(IntEnum):
     CORRUPT = 7, "stored bytes are not what was written: stop"
     PARKED = 8, "the task is parked: a person decides"
     CANCELLED = 9, "the task was cancelled"
+    DOWN = 10, "the service does not run, says `onebasis status`: start it"
     INTERRUPTED = 130, "interrupted with Ctrl-C"
 
     meaning: str

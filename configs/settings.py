@@ -169,6 +169,9 @@ class FailureSettings(Section):
 
     lost_machines_max: int = Field(5, ge=0)
     """Most attempts of a task that may end because its machine was lost."""
+    worker_deaths_max: int = Field(3, ge=0)
+    """Most attempts of a task that may end because the process that did it died (an exit, a signal, memory) while its
+    machine went on. A machine that is lost with all that ran there is not counted here."""
     own_bugs_max: int = Field(1, ge=0)
     """Most attempts of a task that may end with an internal error."""
 

@@ -317,7 +317,8 @@ class Candidate:
         lost = self._verdict.lost
         for task_id, count in lost.items():
             if self._verdict.is_lost_too_often(task_id, self._settings.failures):
-                text = f"{records[task_id].title}: {count} workers were lost while they scored it"
+                what = f"{count} workers were lost while they scored it; last: {self._verdict.lost_as}"
+                text = f"{records[task_id].title}: {what}"
                 return ScoringFailure(task_id, text)
         return None
 
@@ -354,8 +355,9 @@ class Candidate:
             current.scores[order.task_id] = TaskScore(task_id=order.task_id, score=outcome.score, count=outcome.count)
             return
         current.tries += 1
-        if isinstance(outcome, Failed) and outcome.fault == "lost":
+        if isinstance(outcome, Failed) and outcome.fault in ("lost", "died"):
             current.lost[order.task_id] += 1
+            current.lost_as = outcome.message
             log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
             return
         if isinstance(outcome, Failed) and outcome.cause is not None:

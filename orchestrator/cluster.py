@@ -53,6 +53,14 @@ class Cluster(Protocol):
         """Ask a worker what it is doing; the result is a Progress."""
         ...
 
+    def end_of(self, worker: str) -> Call | None:
+        """Ask how the process of a worker ended that is gone; the result is a ProcessEnd, or None where nobody knows.
+
+        Returns:
+            The call, which may never come back; None where there is nobody to be asked.
+        """
+        ...
+
     def cancel(self, worker: str, token: str) -> None:
         """Tell a worker to stop an order."""
         ...
@@ -113,6 +121,8 @@ class RayCluster:
             raise Unavailable(f"cannot join the Ray cluster: {error}", address, "is its head running?") from error
         self._workers = {f"worker-{number}": None for number in range(settings.workers.count)}
         self._actors: dict[str, Any] = {}
+        self._watched: dict[str, Call] = {}
+        """Worker to its pending answer on who sees how its process ends."""
 
     def start(self) -> None:
         """Find the actors again or start them; returns at once, `warm` tells when a worker is ready."""
@@ -136,6 +146,9 @@ class RayCluster:
         if actors:
             for name in ("store", *self._workers):
                 self._kill(name)
+            from workers.process_monitor_actor import end_monitors
+
+            end_monitors(self._namespace)
         self._ray.shutdown()
 
     @property
@@ -146,7 +159,14 @@ class RayCluster:
         return self._actor(worker).run.remote(order)
 
     def warm(self, worker: str) -> Call:
+        self._watched[worker] = self._actor(worker).watched.remote()
         return self._actor(worker).warm.remote()
+
+    def end_of(self, worker: str) -> Call | None:
+        from workers.process_monitor_actor import ask_for_end
+
+        watched = self._watched.pop(worker, None)
+        return None if watched is None else ask_for_end(watched, self._namespace)
 
     def progress(self, worker: str) -> Call:
         return self._actor(worker).progress.remote()
@@ -214,6 +234,7 @@ class RayCluster:
 
     def _kill(self, name: str) -> None:
         self._actors.pop(name, None)
+        self._watched.pop(name, None)  # its end says nothing about what it did
         with contextlib.suppress(ValueError):  # ended already; a gang restarted to be ended would leave places
             self._ray.kill(self._ray.get_actor(name), no_restart=True)
         if name in self._workers and self._settings.workers.ranks > 1:

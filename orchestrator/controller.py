@@ -21,6 +21,7 @@ from orchestrator.pending_calls import (
     POLL_SECONDS,
     RETRY_SECONDS,
     Asking,
+    AskingForEnd,
     Opening,
     Ordered,
     PendingCall,
@@ -55,7 +56,7 @@ from subspace_store.files.presence import check_files
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.version import MAIN, Identity
 from subspace_store.log.version_log import owned_by_another
-from workers.orders import BaseLayout, Evaluate, Failed, Outcome, Train, Trained
+from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
 
@@ -252,6 +253,9 @@ class Controller:
             self._take(call, pending)
             if not isinstance(pending, Asking | Sign):
                 self.wake()
+        for found in self._pool.unanswered_ends():
+            self._take_outcome(found)
+            self.wake()
         self._pool.listen()
         if self._candidate.ousted_by is None:
             self._writer.listen(self._pool.layout)
@@ -337,15 +341,20 @@ class Controller:
             case Opening():
                 self._writer.take_opening(call)
             case Ordered():
-                match self._pool.take_order(call, pending):
-                    case Train(again=True) as order, outcome:
-                        self._candidate.take_refinement(order, outcome)
-                    case Train() as order, outcome:
-                        self._finish_training(order, outcome)
-                    case Evaluate() as order, outcome:
-                        self._candidate.take_evaluation(order, outcome)
+                self._take_outcome(self._pool.take_order(call, pending))
+            case AskingForEnd():
+                self._take_outcome(self._pool.take_end(call, pending))
             case Writing():
                 self._candidate.take(call, pending)
+
+    def _take_outcome(self, found: tuple[Order, Outcome] | None) -> None:
+        match found:
+            case Train(again=True) as order, outcome:
+                self._candidate.take_refinement(order, outcome)
+            case Train() as order, outcome:
+                self._finish_training(order, outcome)
+            case Evaluate() as order, outcome:
+                self._candidate.take_evaluation(order, outcome)
 
     def _finish_training(self, order: Train, outcome: Outcome) -> None:
         now = time.time()

@@ -42,6 +42,13 @@ class Ordered:
 
 
 @dataclass(frozen=True)
+class AskingForEnd:
+    """It was asked how the process of a worker ended that had an order, or loaded the base model."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
 class Opening:
     """The store's writer was asked to open the store, or to make it."""
 
@@ -60,7 +67,7 @@ class Sign:
     """The store's writer was asked for a sign of life."""
 
 
-PendingCall = Warming | Asking | Ordered | Opening | Writing | Sign
+PendingCall = Warming | Asking | Ordered | AskingForEnd | Opening | Writing | Sign
 
 
 class PendingCalls:

@@ -45,6 +45,8 @@ class VerdictInProgress:
     failures: list[ScoringFailure] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
     """Task id to the number of machines that were lost while they scored it, or refined it."""
+    lost_as: str = ""
+    """How the last of them was lost."""
     tries: int = 0
     """Number of orders without a result: the next one needs another token, since a worker remembers its answers."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,13 +15,14 @@ from configs.settings import WorkerSettings
 from configs.task_spec import TaskSpec
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster, MachineLost, ProcessEnded
-from orchestrator.pending_calls import Asking, Ordered, PendingCalls, Warming
+from orchestrator.pending_calls import Asking, AskingForEnd, Ordered, PendingCalls, Warming
 from orchestrator.scheduling.fair_share import Running, Use
 from orchestrator.tasks.task_events import Claimed
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
 from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Phase, Progress, RankLost, Train
+from workers.process_monitor import ProcessEnd
 
 log = logging.getLogger("onebasis.controller")
 
@@ -38,6 +40,15 @@ second whether its raylet lives; a worker whose raylet was killed answers until 
 LOAD_TRIES = 2
 """Number of ends of a process while it loads that cannot be chance."""
 LOAD_AGAIN_SECONDS = 30.0
+LOAD_AGAIN_MAX_SECONDS = 240.0
+"""Longest wait before a process that ended each time while it loaded is made again; the waits before it are half, a
+quarter, an eighth of it."""
+CANCEL_GRACE_SECONDS = 10.0
+"""Longest wait for a worker that was told to cancel: it looks between two steps, two batches, two tokens. One step of a
+large model, or an upload to a slow storage, cannot be broken: then its process is ended, and a new one loads the base
+model."""
+END_SECONDS = 20.0
+"""Longest wait for an answer on how a process ended: its machine may be gone with it."""
 
 
 @dataclass
@@ -55,6 +66,8 @@ class WorkerStatus:
     """Why its base model cannot be loaded."""
     told: tuple[str, str] = ("", "")
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
+    told_at: float = 0.0
+    """When that was; infinite once its process was ended for it."""
     waits: bool = False
     """Its order waits for places for the ranks of a gang."""
     heard_at: float = 0.0
@@ -70,6 +83,10 @@ class WorkerStatus:
     """Unix time at which it expects to have done its order; None: it has not said."""
     ends: int = 0
     """How often its process ended while it loaded, since it was last ready."""
+    lost: MachineLost | None = None
+    """Error by which its process was found to be gone, while it is asked how that ended. Its order stays its own."""
+    lost_at: float = 0.0
+    """When that was."""
 
     @property
     def is_free(self) -> bool:
@@ -180,7 +197,7 @@ class WorkerPool:
     def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
         """Tell a worker to stop, once for each time that it got the order. what: `cancel` or `preempt`."""
         if worker.told != (what, token):
-            worker.told = (what, token)
+            worker.told, worker.told_at = (what, token), time.time()
             (self._cluster.cancel if what == "cancel" else self._cluster.preempt)(worker.name, token)
 
     def take_order(self, call: Call, pending: Ordered) -> tuple[Order, Outcome] | None:
@@ -188,13 +205,16 @@ class WorkerPool:
         worker = self.workers[pending.worker]
         order = worker.order
         assert order is not None
-        worker.order = None
         try:
             outcome: Outcome = self._cluster.result(call)
         except MachineLost as error:
             self._is_away(worker, error)
-            outcome = Failed(token=order.token, fault="lost", message=f"{worker.name} was lost: {error.what}")
+            if worker.told == ("cancel", order.token) and math.isinf(worker.told_at):
+                what = f"cancelled; it did not stop within {CANCEL_GRACE_SECONDS:.0f} s, so {worker.name} was ended"
+                return self._done(worker, order, Failed(token=order.token, fault="cancelled", message=what))
+            return None if self._asks_for_end(worker, error) else self._lost(worker, order, error, None)
         except Unavailable as error:
+            worker.order = None
             # The worker is well, the storage was away. That is nobody's fault and no budget pays for it: the worker
             # has forgotten the order, and what is owed is read off the records again in a moment.
             log.warning("%s: order %s is given again: %s", worker.name, order.token, error)
@@ -210,6 +230,19 @@ class WorkerPool:
         except Exception as error:
             log.exception("%s: order %s failed outside the worker's own handling", worker.name, order.token)
             outcome = Failed(token=order.token, fault="lost", message=f"{worker.name}: {error}")
+        return self._done(worker, order, outcome)
+
+    def _lost(
+        self, worker: WorkerStatus, order: Order, error: MachineLost, end: ProcessEnd | None
+    ) -> tuple[Order, Outcome]:
+        """An order whose worker is gone. That a process died while its machine went on is put down to its order."""
+        fault, what = "lost", f"was lost: {end or error.what}"
+        if end is not None and end.is_its_own:
+            fault, what = "died", f"(pid {end.pid}) died: {end}"
+        return self._done(worker, order, Failed(token=order.token, fault=fault, message=f"{worker.name} {what}"))
+
+    def _done(self, worker: WorkerStatus, order: Order, outcome: Outcome) -> tuple[Order, Outcome]:
+        worker.order = None
         self._alarms.end_all(worker.name, *WRITE_CODES)
         if isinstance(outcome, Failed) and outcome.fault == "lost":  # a gang reports a rank's machine itself
             self._doubt_all()
@@ -230,11 +263,9 @@ class WorkerPool:
         try:
             self.layout = self._cluster.result(call)
         except MachineLost as error:
-            worker.ends += isinstance(error, ProcessEnded)
             self._is_away(worker, error)
-            if worker.ends >= LOAD_TRIES and not self._alarms.rings(AlarmCode.RAY_DOWN):
-                self._cannot_load(worker, Unavailable(f"its process ends while it loads: {error.what}"))
-                self._cluster.replace(worker.name)  # Ray does not restart an actor whose constructor failed
+            if worker.lost is not None or worker.order is not None or not self._asks_for_end(worker, error):
+                self._ended_loading(worker, error, None)
         except OnebasisError as error:
             self._cannot_load(worker, error)
         except Exception as error:  # whatever a library raises about the checkpoint
@@ -245,6 +276,57 @@ class WorkerPool:
             worker.heard_at, worker.is_silent = time.time(), False
             self._alarms.end_all(worker.name, AlarmCode.LOAD_FAILED, AlarmCode.WORKER_SLOW, AlarmCode.WORKER_SILENT)
             log.info("%s is warm", worker.name)
+
+    def _ended_loading(self, worker: WorkerStatus, error: MachineLost, end: ProcessEnd | None) -> None:
+        """Count an end while it loads; after the second that cannot be chance, and is told and waited after."""
+        worker.ends += isinstance(error, ProcessEnded) or end is not None
+        if worker.ends < LOAD_TRIES or self._alarms.rings(AlarmCode.RAY_DOWN):
+            return
+        seconds = min(LOAD_AGAIN_SECONDS * 2.0 ** (worker.ends - LOAD_TRIES), LOAD_AGAIN_MAX_SECONDS)
+        todo = f"look at the machine's memory and at the worker's log; it is tried again in {seconds:.0f} s"
+        self._cannot_load(worker, Unavailable(f"its process ends while it loads: {end or error.what}", todo=todo))
+        self._pending_calls.later(f"warm:{worker.name}", seconds)
+        self._cluster.replace(worker.name)  # Ray does not restart an actor whose constructor failed
+
+    # --- how a process ended -----------------------------------------------------------------------------------
+
+    def _asks_for_end(self, worker: WorkerStatus, error: MachineLost) -> bool:
+        """Ask how a worker's process ended that is gone; False: there is nobody to be asked."""
+        call = self._cluster.end_of(worker.name)
+        if call is None:
+            return False
+        worker.lost, worker.lost_at = error, time.time()
+        self._pending_calls.send(AskingForEnd(worker.name), lambda: call)
+        return True
+
+    def take_end(self, call: Call, pending: AskingForEnd) -> tuple[Order, Outcome] | None:
+        """Take the answer on how a process ended: the outcome of the order that it had."""
+        end: ProcessEnd | None = None
+        try:
+            end = self._cluster.result(call)
+        except Exception as error:  # whoever saw it is gone as well
+            log.warning("nobody knows how %s ended: %s", pending.worker, error)
+        return self._has_ended(self.workers[pending.worker], end)
+
+    def unanswered_ends(self) -> Iterator[tuple[Order, Outcome]]:
+        """Outcomes of orders of which nobody has said in time how their worker's process ended."""
+        for worker in self.workers.values():
+            if worker.lost is not None and time.time() - worker.lost_at > END_SECONDS:
+                self._pending_calls.forget(AskingForEnd(worker.name))
+                if found := self._has_ended(worker, None):
+                    yield found
+
+    def _has_ended(self, worker: WorkerStatus, end: ProcessEnd | None) -> tuple[Order, Outcome] | None:
+        error, order, worker.lost = worker.lost, worker.order, None
+        assert error is not None
+        if end is not None:
+            log.warning("%s (pid %d): %s", worker.name, end.pid, end)
+        else:
+            log.warning("nobody has said how %s ended", worker.name)
+        if order is not None:
+            return self._lost(worker, order, error, end)
+        self._ended_loading(worker, error, end)
+        return None
 
     def _cannot_load(self, worker: WorkerStatus, error: OnebasisError) -> None:
         what = f"{worker.name} cannot load the base model: {error.sentence}"
@@ -261,6 +343,7 @@ class WorkerPool:
         """
         now = time.time()
         for worker in self.workers.values():
+            self._end_if_it_does_not_stop(worker, now)
             warming = Warming(worker.name)
             if worker.ready or self._pending_calls.under_way(warming):
                 self._ask(worker, now)
@@ -272,6 +355,14 @@ class WorkerPool:
                 worker.loads_since = worker.loads_since or now
                 worker.asked_at = now
                 self._pending_calls.send(warming, partial(self._cluster.warm, worker.name))
+
+    def _end_if_it_does_not_stop(self, worker: WorkerStatus, now: float) -> None:
+        order = worker.order
+        if order is None or worker.told != ("cancel", order.token) or now - worker.told_at <= CANCEL_GRACE_SECONDS:
+            return
+        log.warning("%s was told to cancel %s and does not stop: ending it", worker.name, order.token)
+        worker.told_at = math.inf
+        self._cluster.replace(worker.name)
 
     def _ask(self, worker: WorkerStatus, now: float) -> None:
         asking = Asking(worker.name)

@@ -32,9 +32,12 @@ from workers.orders import (
     Phase,
     Progress,
     Rank,
+    RankDied,
     RankLost,
+    RankSilent,
     Trained,
 )
+from workers.process_monitor import ProcessEnd
 
 WATCH_SECONDS = 0.5
 """Interval at which ranks at work are asked for a sign of life, and told which order to stop."""
@@ -45,7 +48,7 @@ START_SECONDS = 180.0
 GRACE_SECONDS = 10.0
 """Time from the first failure (or rank 0's outcome) until the ranks that are still at work are ended: gloo notices a
 dead peer in 3 s, and rank 0's own message says more than the supervisor's would."""
-SAID_BY_TEAMS = ("input", "cancelled", "preempted")
+SAID_BY_TEAMS = ("input", "cancelled", "preempted", "rows")
 """Faults that no other rank's end can have caused: they outweigh everything but a success."""
 
 
@@ -67,11 +70,16 @@ class Ranks(Protocol):
         """Start all of them, in the places of earlier ones where these places still exist.
 
         Args:
-            waits: Called with the reason, again and again, while there is no place. Its exception ends the wait.
+            waits: Called again and again while there is no place, with the reason, which is empty in the first seconds.
+                Its exception ends the wait.
 
         Raises:
             NoPlace: There has been no place for all of them for a while.
         """
+        ...
+
+    def end_of(self, index: int) -> ProcessEnd | None:
+        """How a rank's process ended, within seconds; None: it lives, or nobody knows."""
         ...
 
     def end(self, leave: bool) -> None:
@@ -250,7 +258,7 @@ class Gang:
                 lost = watch.silent(calls.values(), silence)
                 self._silent = self._noticed(watch.unanswered(calls.values(), NOTICE_SECONDS))
                 for index in lost:
-                    answers[index] = RankLost(f"no answer for {silence:.0f} s")
+                    answers[index] = RankSilent(f"no answer for {silence:.0f} s")
                     calls = {call: other for call, other in calls.items() if other != index}
                 stop = self._stops.get(self._token)
                 for index in calls.values() if stop else ():
@@ -277,8 +285,12 @@ class Gang:
     def _named(self, index: int, answer: Any) -> Any:
         if isinstance(answer, RankLost):
             node = f" on {self._nodes[index]}" if self._nodes else ""
-            what = f"rank {index} of {self._ranks.size}{node} was lost: {answer.what}"
-            return RankLost(what, answer.where, answer.todo)
+            rank = f"rank {index} of {self._ranks.size}{node}"
+            end = None if isinstance(answer, RankSilent) else self._ranks.end_of(index)
+            if end is not None and end.is_its_own:
+                return RankDied(f"{rank} (pid {end.pid}) died: {end}", answer.where, answer.todo)
+            cause = answer.what if end is None else str(end)
+            return RankLost(f"{rank} was lost: {cause}", answer.where, answer.todo)
         return answer
 
     def _tell(self, token: str, stop: str) -> bool:
@@ -337,8 +349,9 @@ class Gang:
 
     def _waits(self, why: str) -> None:
         with self._lock:
-            self._progress = replace(self._progress, phase=Phase.WAITING)
-            if self._told != (self._token, why):
+            if why:
+                self._progress = replace(self._progress, phase=Phase.WAITING)
+            if why and self._told != (self._token, why):
                 self._told = (self._token, why)
                 self._lines.append(f"waits: {why}")
         if self._token in self._stops:
@@ -368,7 +381,7 @@ class Gang:
                 answers[calls.pop(call)] = self._answer(call)
             if watch.is_due():
                 silent = watch.silent(calls.values(), silence)
-                answers |= {index: RankLost(f"no answer for {silence:.0f} s") for index in silent}
+                answers |= {index: RankSilent(f"no answer for {silence:.0f} s") for index in silent}
             for index, answer in answers.items():
                 if isinstance(answer, Exception):
                     raise self._named(index, answer)
@@ -448,7 +461,8 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
         raise damage
     for failure in failures:
         if isinstance(failure, RankLost):
-            return Failed(token=token, fault="lost", message=str(failure), log_lines=lines)
+            fault = "died" if isinstance(failure, RankDied) else "lost"
+            return Failed(token=token, fault=fault, message=str(failure), log_lines=lines)
     first = failures[0]
     if isinstance(first, Failed):
         return replace(first, log_lines=lines)

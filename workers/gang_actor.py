@@ -18,12 +18,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
 from workers.gang import Call, Gang, NoPlace, needs, no_place
 from workers.orders import Order, Outcome, Rank, RankLost
+from workers.process_monitor import ProcessEnd
+from workers.process_monitor_actor import ANSWER_SECONDS, WAIT_SECONDS, ask_for_end, watch_this_process
 from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
 
 HEAD = "node:__internal_head__"
 """Resource that only Ray's head node has; Ray Serve places its controller by it too."""
 PLACE_SECONDS = 60.0
 """Wait this long for a place for every rank, then give up the places there are and ask again from the start."""
+LOOK_SECONDS = 0.5
+"""Interval at which it is looked whether the order is still wanted, while it waits for places."""
 TELL_SECONDS = 5.0
 """A longer wait for places is reported with its reason: where there are some, Ray finds them in less."""
 END_SECONDS = 10.0
@@ -42,6 +46,7 @@ class GangActor(Forwarding):
         folder: str,
         workers: WorkerSettings,
     ) -> None:
+        watch_this_process()
         self._does = Gang(RayRanks(name, base_model, storage, folder, workers), workers.lease_seconds)
 
     def run(self, order: Order) -> Outcome:
@@ -69,6 +74,8 @@ class RayRanks:
         self._arguments = (base_model, storage, folder, workers.cpus)
         self._workers = workers
         self._actors: list[Any] = []
+        self._watched: list[Any] = []
+        """Each rank's pending answer to `watched`."""
 
     @property
     def size(self) -> int:
@@ -78,10 +85,11 @@ class RayRanks:
         group = places(self._name, self._workers)
         # When a machine is lost, Ray finds its bundles another place by itself. A bundle is free again only when the
         # process that had it is gone, so no two generations of ranks are ever there at once.
-        until = time.monotonic() + PLACE_SECONDS
-        while not group.wait(TELL_SECONDS):
-            waits(why := no_place(self._workers, ray.nodes()))
-            if time.monotonic() > until:
+        began = time.monotonic()
+        while not group.wait(LOOK_SECONDS):
+            waited = time.monotonic() - began
+            waits(why := no_place(self._workers, ray.nodes()) if waited > TELL_SECONDS else "")
+            if waited > PLACE_SECONDS:
                 raise NoPlace(why, "workers", "add machines, or lower workers.ranks or workers.count")
         self._actors = [
             WorkerActor.options(  # type: ignore[attr-defined]
@@ -93,6 +101,15 @@ class RayRanks:
             ).remote(*self._arguments)
             for index in range(self.size)
         ]
+        self._watched = [actor.watched.remote() for actor in self._actors]
+
+    def end_of(self, index: int) -> ProcessEnd | None:
+        call = ask_for_end(self._watched[index], ray.get_runtime_context().namespace) if self._watched else None
+        try:
+            end: ProcessEnd | None = None if call is None else ray.get(call, timeout=WAIT_SECONDS + ANSWER_SECONDS)
+        except ray.exceptions.RayError:  # its machine is gone
+            return None
+        return end
 
     def end(self, leave: bool) -> None:
         actors, self._actors = self._actors, []

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from configs.errors import OnebasisError, Unavailable
+from configs.errors import Corrupt, OnebasisError, Unavailable
 from configs.task_spec import Kind, TaskSpec
 from workers.chat_template import ChatTemplate
 from workers.heads import HeadLayout
@@ -37,6 +37,18 @@ ALONE = Rank()
 
 class RankLost(Unavailable):
     """A rank's process or machine is gone, does not answer, or does not reach the other ranks."""
+
+
+class RankSilent(RankLost):
+    """A rank does not answer: nobody says that its process has ended."""
+
+
+class RowsDamaged(Corrupt):
+    """The frozen rows of a task that is to be trained are gone or damaged; nothing else needs them."""
+
+
+class RankDied(RankLost):
+    """A rank's process ended while its machine went on: what it did is to blame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +205,10 @@ class Failed:
     token: str
     fault: str
     """`input` (the user's: never retried), `bug` (ours), `cancelled`, `preempted` (a checkpoint is there, unless no
-    step was done; costs no budget), `lost` (a machine, as the controller says; or a rank, as its gang says), or
-    `damaged` (the store, as the controller says: stored bytes are not what was written; costs no budget)."""
+    step was done; costs no budget), `lost` (a machine, as the controller says; or a rank, as its gang says), `died`
+    (said by the same: the process that did it ended, by itself or by a signal, and its machine went on), `rows` (the
+    service's copy of the task's rows is gone or damaged: never retried), or `damaged`
+    (the store, as the controller says: stored bytes are not what was written; costs no budget)."""
     message: str
     cause: OnebasisError | None = None
     """Error that says what is damaged, for `damaged`."""

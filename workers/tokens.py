@@ -80,14 +80,26 @@ def lengths(tokenizer: Any, spec: TaskSpec, rows: Sequence[Any]) -> list[Length]
     if spec.kind == "image_classification":
         return [Length(0)] * len(rows)
     if spec.kind == "causal_lm":
-        encoded = (_encode(tokenizer, row) for row in rows)
-        return [Length(len(given), len(answer), _unknown(tokenizer, given + answer, 2)) for given, answer in encoded]
+        encoded = ((row, *_encode(tokenizer, row)) for row in rows)
+        return [
+            Length(len(given), len(answer), _unknown_of_texts(tokenizer, row, given + answer))
+            for row, given, answer in encoded
+        ]
     added = tokenizer.num_special_tokens_to_add(pair=bool(spec.data.text_pair_column))
     return [
         Length(len(ids), unknown=_unknown(tokenizer, ids, added))
         for start in range(0, len(rows), ROWS_AT_ONCE)
         for ids in tokenize(tokenizer, rows[start : start + ROWS_AT_ONCE], spec.data.max_length + 1)["input_ids"]
     ]
+
+
+def _unknown_of_texts(tokenizer: Any, row: CompletionRow, ids: Sequence[int]) -> float:
+    """As in `Length.unknown`, of what people and the model say: what the chat template puts around it is always known,
+    and would hide a short message of which nothing is. ids: All tokens of the row."""
+    if (whole := _unknown(tokenizer, ids, 2)) in (0.0, 1.0):
+        return whole
+    alone = tokenizer([text for _, text in row.turns], add_special_tokens=False)["input_ids"]
+    return _unknown(tokenizer, [token for text in alone for token in text], 0)
 
 
 def _unknown(tokenizer: Any, ids: Sequence[int], added: int) -> float:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
-from configs.errors import InvalidInput, NotFound, Unavailable
+from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log.version import MAIN
@@ -30,7 +31,7 @@ from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
 from workers.methods.lora import target_modules
-from workers.orders import ALONE, Phase, Progress, Rank, Train, Trained
+from workers.orders import ALONE, Phase, Progress, Rank, RowsDamaged, Train, Trained
 from workers.patience import Patience
 from workers.rank_group import RankGroup, joined
 from workers.rows.frozen_rows import open_rows
@@ -49,6 +50,8 @@ from workers.trainer import (
     free_memory,
 )
 from workers.training_state import fits
+
+Frozen = TypeVar("Frozen")
 
 METHODS: dict[str, Method] = {
     "lora": lora,
@@ -194,9 +197,9 @@ class _Attempt:
         method = METHODS.get(spec.method.name)  # None for `auto`, which trains
         if method is not None and not method.TRAINS:
             self._say(f"task {order.task_id}: method {self.method_name}")
-            frozen = self._storage.read(order.train_key) if order.train_key else b""
+            frozen = frozen_copy(lambda: self._storage.read(order.train_key)) if order.train_key else b""
             return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
-        rows = open_rows(self._storage, order.train_key, spec)
+        rows = frozen_copy(lambda: open_rows(self._storage, order.train_key, spec))
         if self._group.rank.leads and not order.refine_version:  # a refinement reads the same rows
             self.warnings = self._losses(rows)
         return self._raced(rows) if method is None and not order.refine_version else self._trained(rows)
@@ -503,11 +506,25 @@ def _scores(
         return Score(math.nan, {}, ()), math.nan
     report(Progress(token=order.token, phase=Phase.SCORING))
     free_memory()
-    rows = open_rows(storage, order.eval_key, order.spec)
+    rows = frozen_copy(lambda: open_rows(storage, order.eval_key, order.spec))
     stop = stopper(asked)
     local = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
     alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
     return local, alone.value
+
+
+def frozen_copy(read: Callable[[], Frozen]) -> Frozen:
+    """What was frozen when the task was submitted.
+
+    Raises:
+        RowsDamaged: It is gone, or is not what was written.
+    """
+    try:
+        return read()
+    except (NotFound, Corrupt) as error:
+        what = f"the service's own copy of its rows, made when it was submitted, is damaged: {error.what}"
+        todo = "find out what deletes or changes files there, then `onebasis retry` freezes them anew"
+        raise RowsDamaged(what, error.where, todo) from error
 
 
 def stopper(asked: Callable[[], Asked]) -> Callable[[], None]:

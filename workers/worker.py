@@ -46,6 +46,7 @@ from workers.orders import (
     Phase,
     Progress,
     Rank,
+    RowsDamaged,
     Train,
 )
 from workers.patience import Patience
@@ -173,6 +174,8 @@ class Worker:
             outcome = Failed(token=order.token, fault="preempted", message=str(error) or "its worker was taken from it")
         except InvalidInput as error:
             outcome = Failed(token=order.token, fault="input", message=str(error))
+        except RowsDamaged as error:
+            outcome = Failed(token=order.token, fault="rows", message=str(error))
         except (Unavailable, Corrupt):
             raise
         except torch.OutOfMemoryError as error:  # while scoring; `fit` raises its own

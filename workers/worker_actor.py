@@ -16,6 +16,7 @@ import ray.util
 from configs.places import is_local
 from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
 from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
+from workers.process_monitor_actor import Watched, watch_this_process, watched
 
 NAMESPACE = "onebasis"
 
@@ -47,12 +48,17 @@ class Forwarding:
     def pid(self) -> int:
         return os.getpid()
 
+    def watched(self) -> Watched:
+        """Who sees how this process ends. Asked while it lives."""
+        return watched()
+
 
 @ray.remote
 class WorkerActor(Forwarding):
     """Makes one Worker and forwards to it. Arguments as in `worker_actor`."""
 
     def __init__(self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: float) -> None:
+        watch_this_process()
         # Read when the libraries are imported, so before that.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
@@ -67,6 +73,7 @@ class WorkerActor(Forwarding):
         self._does = Worker(base_model, storage, folder, cpus)
 
     def run(self, order: Order, rank: Rank = ALONE) -> Outcome:
+        watch_this_process()  # a monitor that was killed has forgotten it
         outcome: Outcome = self._does.run(order, rank)
         return outcome
 

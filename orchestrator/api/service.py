@@ -36,6 +36,7 @@ from configs.errors import (
 from configs.settings import Settings
 from orchestrator.alarms import ASKED_FOR, WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
+from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.estimates import Estimates, KeptLine, Line
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
@@ -50,8 +51,9 @@ from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptReque
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Pause, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
+from subspace_store.log.retention import check_task_is_known
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
-from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest
+from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest, Unquarantine
 from subspace_store.storage.create_rule import SCRATCH
 from subspace_store.storage.protocol import Storage
 
@@ -124,6 +126,7 @@ class Service:
         self._check = check
         self._estimates = Estimates(lambda: self._queue)
         self._kept_line = KeptLine(controller.line if controller is not None else lambda: ((), ()))
+        self._deadlines = Deadlines(lambda: self._queue, self._line)
         self._scored_at: tuple[int, Mapping[str, float | None]] = (-1, {})
         """Sequence number of the log, and the scores under `main` then."""
 
@@ -187,6 +190,8 @@ class Service:
                 }
             record, is_new = admit(draft, self._settings, self._queue, self._storage, request.by, controller.submission)
         controller.wake()
+        if record.spec.deadline:
+            self._deadlines.add(record.task_id)
         line = self._line([record.task_id]) if record.spec.deadline else None  # else nobody is told when it starts
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record, line)}
 
@@ -450,7 +455,9 @@ class Service:
             what = "publish has to be true: a candidate that no task waits for is rejected"
             raise InvalidInput(what, request.operation, "set publish")
         request = request.named()
-        self._store.refresh()
+        state = self._store.refresh()
+        if isinstance(request, Unquarantine) and request.op_key not in state.op_keys:
+            check_task_is_known(state, request.task_id)
         self._write(request)
         self._written()
         return {"operation": request.operation, **request.model_dump(mode="json", exclude={"actor"})}
@@ -525,6 +532,7 @@ class Service:
             "not_in_database": self._count_unknown(state) if state and counted is not None else 0,
             "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state),
+            "late": [told.as_dict() for told in self._deadlines.late],
             "left_running": self._left_running(),
             **self.health(),
         }
@@ -561,6 +569,9 @@ class Service:
             self._counts_soon()
         except OnebasisError as error:
             self._alarms.ring_for(error, LOOKING)
+        if self._controller is not None:
+            with contextlib.suppress(OnebasisError):  # told by what was read before
+                self._deadlines.look()
         self._try_to_write()
 
     def _try_to_write(self) -> None:

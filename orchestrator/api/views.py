@@ -106,6 +106,7 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
             "submit_to_first_step_seconds": _between(record.submitted_at, record.first_step_at),
             "claim_to_first_step_seconds": _between(record.claimed_at, record.first_step_at),
             "lost_machines": record.lost_machines,
+            "worker_deaths": record.worker_deaths,
             "own_bugs": record.own_bugs,
             "preemptions": record.preemptions,
             "refined_seconds": record.refined_seconds,

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import InvalidInput, NotFound
+from configs.errors import Exit, InvalidInput, NotFound
 from configs.places import located
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
@@ -126,8 +126,12 @@ def down(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
 
 @command
 def status(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """Show whether the service is up, what its workers do, and how many tasks are in which state."""
-    show(Client(state_dir).ask(Status()), display.status, as_json)
+    """Show whether the service is up, what its workers do, and how many tasks are in which state. Exit code 10: it is
+    down."""
+    answer = Client(state_dir).ask(Status())
+    show(answer, display.status, as_json)
+    if not answer["running"]:
+        raise typer.Exit(Exit.DOWN)
 
 
 @waiting_command

@@ -73,6 +73,10 @@ def status(answer: Json) -> None:
         console.print(f"  waiting  {shown(team)}: {reasons}", soft_wrap=True)
     if unknown := answer.get("not_in_database"):
         console.print(f"  [yellow]{unknown_tasks(unknown, answer)}[/yellow]", soft_wrap=True)
+    for late in answer.get("late", ()):
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(late["at"]))
+        what = "was missed" if late["outlook"] == "missed" else late["outlook"]
+        console.print(f"  [yellow]warning[/yellow]  {shown(late['title'])}: its deadline {at} {what}", soft_wrap=True)
     console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     if (footprint := answer.get("footprint")) and footprint["tasks"]:

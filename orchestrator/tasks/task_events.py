@@ -16,8 +16,12 @@ class Reason(StrEnum):
     """A worker found the task's rows, settings or adapter unusable."""
     MACHINE_LOST = "machine-lost"
     """The worker that had it is gone, or gave no sign of life."""
+    WORKER_DIED = "worker-died"
+    """The process that had it ended while its machine went on: the task itself may have ended it."""
     INTERNAL_ERROR = "internal-error"
     """An error of ours, or one that nobody foresaw, ended an attempt."""
+    ROWS_DAMAGED = "rows-damaged"
+    """The service's copy of its rows is gone, or is not what was written."""
     PREEMPTED = "preempted"
     """Its worker was needed for something else, or the service ended: it goes on from its checkpoint."""
     STORE_DAMAGED = "store-damaged"
@@ -214,6 +218,15 @@ class RunsTooLong:
     at: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeadlineForeseen:
+    """What is foreseen of its deadline has changed."""
+
+    outlook: str
+    """`missed`, `cannot be met`; empty: it can be met again."""
+    message: str
+
+
 Event = (
     Claimed
     | TrainingDone
@@ -235,4 +248,5 @@ Event = (
     | CameDue
     | DependencyEnded
     | RunsTooLong
+    | DeadlineForeseen
 )

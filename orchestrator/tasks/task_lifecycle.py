@@ -42,6 +42,7 @@ from orchestrator.tasks.task_events import (
     CameDue,
     CancelRequested,
     Claimed,
+    DeadlineForeseen,
     DependencyEnded,
     Event,
     Judged,
@@ -68,7 +69,9 @@ from workers.orders import Trained
 CODE_OF_FAULT = {
     "input": Reason.BAD_INPUT,
     "lost": Reason.MACHINE_LOST,
+    "died": Reason.WORKER_DIED,
     "bug": Reason.INTERNAL_ERROR,
+    "rows": Reason.ROWS_DAMAGED,
     "preempted": Reason.PREEMPTED,
     "damaged": Reason.STORE_DAMAGED,
 }
@@ -233,6 +236,9 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             return _with(record, not_due=False) if record.not_due else record
         case DependencyEnded():
             return _after_dependency(record, event)
+        case DeadlineForeseen() if state in (TaskState.QUEUED, TaskState.TRAINING):
+            same = event.outlook == record.deadline_outlook
+            return record if same else _with(record, deadline_outlook=event.outlook)
         case RunsTooLong() if state is TaskState.TRAINING:
             return record if record.ran_too_long else _with(record, ran_too_long=True)
     raise Conflict(
@@ -262,6 +268,7 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
     if not refines and (record.cancel_requested or (event.fault == "cancelled" and not record.ran_too_long)):
         return _end(record, TaskState.CANCELLED, event.message, event.at, Reason.CANCELLED)
     lost = record.lost_machines + (event.fault == "lost")
+    deaths = record.worker_deaths + (event.fault == "died")
     bugs = record.own_bugs + (event.fault == "bug")
     preemptions = record.preemptions + (event.fault == "preempted")
     counted = _with(
@@ -269,6 +276,7 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         ran_seconds=record.ran_seconds + _ran(record, event),
         ran_too_long=False,
         lost_machines=lost,
+        worker_deaths=deaths,
         own_bugs=bugs,
         preemptions=preemptions,
         preempt_requested=False,
@@ -278,10 +286,12 @@ def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureS
         worker="",
     )
     reason, code = "", CODE_OF_FAULT.get(event.fault, Reason.INTERNAL_ERROR)
-    if event.fault == "input":
+    if event.fault in ("input", "rows"):
         reason = event.message
     elif record.ran_too_long:
         reason, code = f"ran for longer than its max_run_seconds, {_seconds_max(record):g}", Reason.RAN_TOO_LONG
+    elif deaths > settings.worker_deaths_max:
+        reason = f"gave up after {deaths} workers that died while they did it; last: {event.message}"
     elif lost > settings.lost_machines_max or bugs > settings.own_bugs_max:
         reason = f"gave up after {lost} lost machines and {bugs} internal errors; last: {event.message}"
     if refines:

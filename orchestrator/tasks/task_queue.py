@@ -394,6 +394,17 @@ class TaskQueue:
         come = [task_id for task_id, at in rows[:DUE_AT_ONCE] if at <= now]
         return come, next((float(at) for _, at in rows[len(come) :]), None)
 
+    def with_deadline(self) -> list[str]:
+        """Ids of the tasks that wait or train and have a deadline.
+
+        Cost:
+            Reads the records of all of them: once, when a service starts.
+        """
+        untrained = _tasks.c.state.in_([_QUEUED, str(TaskState.TRAINING)])
+        has_one = _tasks.c.record.not_like('%"deadline":null%')
+        with self._database.reading() as connection:
+            return list(connection.execute(select(_tasks.c.task_id).where(untrained, has_one)).scalars())
+
     # --- pauses ------------------------------------------------------------------------------------------------
 
     def pauses(self) -> dict[str, Pause]:

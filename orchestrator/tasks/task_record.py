@@ -105,6 +105,9 @@ class TaskRecord(Section):
     not_due: bool = False
     """Whether its `spec.not_before` has not come."""
 
+    deadline_outlook: str = ""
+    """What was foreseen last of its `spec.deadline`: `missed`, `cannot be met`; empty: nothing bad."""
+
     attempt: int = 0
     token: str = ""
     """Lease of the running attempt: a report that names another one is stale."""
@@ -114,6 +117,8 @@ class TaskRecord(Section):
     order_at: float | None = None
     """When a worker last got an order for it: to train it, or to refine it."""
     lost_machines: int = 0
+    worker_deaths: int = 0
+    """How many of its attempts ended with the process that did them, while the machine went on."""
     own_bugs: int = 0
     preemptions: int = 0
     """How often it gave up its worker, with a checkpoint. For people: it counts against no budget."""

@@ -39,6 +39,7 @@ from subspace_store.commands.terminal import (
     show,
     telling,
 )
+from subspace_store.log import retention
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE, SubspaceState
@@ -137,9 +138,8 @@ def unquarantine(
     place = place_of(store, state_dir)
     reader = reader_at(place)
     task_id = task_id_of(reader, task)
-    is_known = any(task_id == known.task_id for version in reader.state.versions.values() for known in version.added)
-    if not is_known and task_id not in reader.state.quarantined and op_key not in reader.state.op_keys:
-        raise NotFound(f"no task {task_id} is in quarantine, and none was merged", place.storage.url, "name its id")
+    if op_key not in reader.state.op_keys:
+        retention.check_task_is_known(reader.state, task_id)
     change(
         place, force, as_json, f"task {task_id} may be merged", Unquarantine(task_id=task_id, op_key=op_key, actor=me())
     )

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from configs.document import NAME_PATTERN
@@ -64,6 +65,20 @@ def quarantine(state: SubspaceState, task_id: str, reason: str) -> Change:
 def unquarantine(state: SubspaceState, task_id: str) -> Change:
     """Let a task be merged again."""
     return Change(fold.UNQUARANTINE, {"task_id": task_id}, task_id in state.quarantined)
+
+
+def check_task_is_known(state: SubspaceState, task_id: str) -> None:
+    """Refuse to let a task out of quarantine that is not in it, and was never merged: its id is mistyped.
+
+    Raises:
+        NotFound: With the ids that are like it.
+    """
+    known = {task.task_id: task.name for version in state.versions.values() for task in version.added}
+    if task_id not in state.quarantined and task_id not in known:
+        near = get_close_matches(task_id, [*state.quarantined, *known], n=3) or [*state.quarantined][:3]
+        meant = ", ".join(f"{name} ({known[name]})" if name in known else name for name in near)
+        todo = f"did you mean {meant}?" if meant else "no task is in quarantine"
+        raise NotFound("no task of this id is in quarantine, and none was merged", task_id, todo)
 
 
 def pin(state: SubspaceState, version: int, owner: str, until: float | None, asked: float | str | None) -> Change:

@@ -201,7 +201,7 @@ def test_everything_killed_at_once_is_started_again_and_the_task_goes_on(service
     ]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    assert "onebasis is down" in service.say("status")
+    assert "onebasis is down" in service.say("status", expect=10)
     assert "onebasis is up:" in service.say("up")
     service.wait_for_state("payments/everything", "published")
     assert merged_once(service, "payments/everything")

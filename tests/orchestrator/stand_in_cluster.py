@@ -28,6 +28,7 @@ from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from tests.builders import LAYOUT, adapter
 from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Phase, Point, Progress, Train, Trained
+from workers.process_monitor import ProcessEnd
 
 RowCount = 100
 """Evaluation rows that every score pretends to be measured on."""
@@ -69,6 +70,8 @@ class StandInCluster:
         """Which orders stay under way until `release`."""
         self.trouble: OnebasisError | None = None
         """What keeps the workers from going on, as they say it in each heartbeat."""
+        self.ends: dict[str, list[ProcessEnd]] = {}
+        """Worker to how its process ended, the next times that this is asked; else nobody knows."""
         self.silent: set[str] = set()
         """Workers that do not answer when asked what they do."""
         self.trainings: list[str] = []
@@ -129,6 +132,9 @@ class StandInCluster:
                 log_lines=lines,
             )
         )
+
+    def end_of(self, worker: str) -> Future[Any] | None:
+        return _landed(self.ends[worker].pop(0)) if self.ends.get(worker) else None
 
     def cancel(self, worker: str, token: str) -> None:
         self._stop(worker, token, "cancelled", "cancelled while it was running")

@@ -17,7 +17,7 @@ from configs.errors import Corrupt, InvalidInput, NotFound, NotWritten, OtherBas
 from orchestrator import controller, worker_pool
 from orchestrator.alarms import AlarmCode
 from orchestrator.candidate import EVALUATION_TRIES
-from orchestrator.cluster import ProcessEnded
+from orchestrator.cluster import MachineLost, ProcessEnded
 from orchestrator.judging.score_table import evaluations_due
 from orchestrator.tasks.task_events import CancelRequested, PreemptRequested, Reason
 from orchestrator.tasks.task_record import TaskState, results_key
@@ -30,6 +30,7 @@ from tests.builders import BASE, LAYOUT, adapter
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Order, Point, Train
+from workers.process_monitor import ProcessEnd
 from workers.results import Results, write_results
 
 MakePlant = Callable[..., Plant]
@@ -435,9 +436,10 @@ def test_scoring_that_takes_its_worker_down_every_time_ends_and_names_the_task(p
     plant.cluster.evaluation_faults = {"red/alpha": ["lost"] * (lost_max + 1)}
     plant.submit("red/alpha")
     plant.run()
-    reason = f"it could not be scored: red/alpha: {lost_max + 1} workers were lost while they scored it"
+    reason = f"it could not be scored: red/alpha: {lost_max + 1} workers were lost while they scored it; last: "
     assert plant.states() == {"red/alpha": "rejected"}
-    assert plant.get("red/alpha").reason == reason
+    assert plant.get("red/alpha").reason.startswith(reason)
+    assert "was lost: worker-" in plant.get("red/alpha").reason.removeprefix(reason)
     plant.submit("blue/beta")
     plant.run()
     assert plant.states() == {"red/alpha": "rejected", "blue/beta": "published"}
@@ -559,6 +561,63 @@ def test_a_worker_that_does_not_answer_gets_no_order(plant: Plant, monkeypatch: 
     plant.run()
     assert plant.states() == {"red/alpha": "published"}
     assert plant.cluster._memory["worker-0"] == {}
+
+
+def test_a_task_that_kills_its_worker_each_time_is_parked_with_what_killed_it(make_plant: MakePlant) -> None:
+    plant = make_plant(workers=1, failures={"worker_deaths_max": 1})
+    plant.cluster.training_faults = {"red/alpha": ["lost", "lost"]}
+    plant.cluster.ends = {"worker-0": [ProcessEnd(pid=7, exit_code=3), ProcessEnd(pid=8, signal=9, peak_bytes=2**30)]}
+    plant.submit("red/alpha")
+    plant.submit("blue/beta")
+    plant.run()
+    task = plant.get("red/alpha")
+    assert (task.state, task.worker_deaths, task.lost_machines) == (TaskState.PARKED, 2, 0)
+    assert task.reason_codes == (Reason.WORKER_DIED,)
+    assert task.reason == (
+        "gave up after 2 workers that died while they did it; last: worker-0 (pid 8) died: it was ended by signal 9 "
+        "(SIGKILL); it had at least 1.00 GiB"
+    )
+    other = plant.get("blue/beta")
+    assert (other.state, other.attempt, other.worker_deaths) == (TaskState.PUBLISHED, 1, 0)
+
+
+def test_a_task_whose_worker_is_ended_for_the_memory_of_another_process_is_not_charged(plant: Plant) -> None:
+    plant.cluster.training_faults = {"red/alpha": ["lost"]}
+    end = ProcessEnd(pid=7, signal=9, out_of_memory="the kernel ended it", is_largest=False)
+    plant.cluster.ends = {"worker-0": [end], "worker-1": [end]}
+    plant.submit("red/alpha")
+    plant.run()
+    task = plant.get("red/alpha")
+    assert (task.state, task.worker_deaths, task.lost_machines) == (TaskState.PUBLISHED, 0, 1)
+
+
+def test_a_task_goes_on_when_nobody_says_how_its_worker_ended(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "END_SECONDS", 0.05)
+    monkeypatch.setattr(plant.cluster, "end_of", lambda worker: Future())  # the machine is gone with who saw it
+    plant.cluster.training_faults = {"red/alpha": ["lost"]}
+    plant.submit("red/alpha")
+    plant.run(lambda: plant.states() == {"red/alpha": "published"}, 10)
+    assert (plant.get("red/alpha").worker_deaths, plant.get("red/alpha").lost_machines) == (0, 1)
+
+
+def test_a_worker_that_does_not_stop_when_it_is_told_to_is_ended_and_its_task_is_cancelled(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "CANCEL_GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(plant.cluster, "cancel", lambda worker, token: None)  # one step that takes for ever
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    plant.submit("red/alpha")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    plant.queue.apply(plant.get("red/alpha").task_id, CancelRequested("ann", time.time()))
+    plant.controller.wake()
+    plant.run(lambda: plant.states() == {"red/alpha": "cancelled"}, 10)
+    task = plant.get("red/alpha")
+    assert task.reason == "cancelled; it did not stop within 0 s, so worker-0 was ended"
+    assert (plant.cluster.replaced, task.lost_machines, task.worker_deaths) == (["worker-0"], 0, 0)
+    plant.cluster.hold = lambda order: False
+    plant.submit("red/beta")
+    plant.run()
+    assert plant.states()["red/beta"] == "published"
 
 
 def test_an_error_outside_the_workers_own_handling_counts_as_a_lost_machine(plant: Plant) -> None:
@@ -793,6 +852,31 @@ def test_a_worker_whose_process_ends_while_it_loads_is_told_of_and_made_anew(
         plant.step(6)
         assert "its process ends while it loads: the kernel killed it for its memory" in alarms_of(plant)
         assert sorted(plant.cluster.replaced) == ["worker-0", "worker-1"]
+        assert "it is tried again in 60 s" in alarms_of(plant)
+
+
+def test_a_worker_that_ends_while_it_loads_is_made_anew_after_longer_and_longer_waits(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    later = plant.controller._pending_calls.later
+
+    def no_wait(what: str, seconds: float = 1.0) -> None:
+        waits.append(seconds)
+        later(what, 0.0)
+
+    def gone(worker: str) -> Future[Any]:
+        ended: Future[Any] = Future()
+        ended.set_exception(MachineLost("its process is out of reach"))
+        plant.cluster.ends = {worker: [ProcessEnd(pid=7, signal=11)]}
+        return ended
+
+    monkeypatch.setattr(plant.controller._pending_calls, "later", no_wait)
+    monkeypatch.setattr(plant.cluster, "warm", gone)
+    plant.step(40)
+    assert "its process ends while it loads: it was ended by signal 11 (SIGSEGV)" in alarms_of(plant)
+    told = [seconds for seconds in waits if seconds >= worker_pool.LOAD_AGAIN_SECONDS]
+    assert {30.0, 60.0, 120.0, 240.0} == set(told)
 
 
 def test_a_worker_that_loads_says_for_how_long_and_one_that_never_answers_is_replaced(

@@ -17,6 +17,7 @@ from tests.builders import LAYOUT, task_spec, trained
 from workers import gang as gang_module
 from workers.gang import Gang, NoPlace, no_place
 from workers.orders import Evaluate, Evaluated, Failed, Order, Progress, Rank, RankLost, Train, Trained
+from workers.process_monitor import ProcessEnd
 
 TRAIN = Train(
     token="token",
@@ -54,6 +55,8 @@ class StandInRanks:
     """Implements workers.gang.Ranks without processes. `make` says what the ranks of each generation are like."""
 
     def __init__(self, size: int = 2) -> None:
+        self.ends: dict[int, ProcessEnd] = {}
+        """Rank to how its process ended; else nobody knows."""
         self.size = size
         self.generations: list[list[StandInRank]] = []
         self.room = True
@@ -77,6 +80,9 @@ class StandInRanks:
         self.left += leave
         for rank in self.now if self.generations else ():
             rank.die()
+
+    def end_of(self, index: int) -> ProcessEnd | None:
+        return self.ends.get(index)
 
     def warm(self, index: int) -> Future[Any]:
         return self._call(index, "warm")
@@ -230,6 +236,27 @@ def test_a_lost_rank_ends_all_and_the_next_order_finds_new_ones(gang: Gang, rank
     gang.warm()
     assert ranks.left == 0  # on the machines that are there
     assert gang.pids() == [("10.0.0.1", 200), ("10.0.0.2", 201)]
+
+
+@pytest.mark.usefixtures("short_grace")
+@pytest.mark.parametrize(
+    ("end", "fault", "told"),
+    [
+        (ProcessEnd(pid=7, exit_code=3), "died", "(pid 7) died: it ended itself with exit code 3"),
+        (
+            ProcessEnd(pid=7, signal=9, out_of_memory="the kernel ended it", is_largest=False),
+            "lost",
+            "was lost: memory ran out: the kernel ended it; another worker of the machine had more",
+        ),
+    ],
+)
+def test_a_rank_whose_process_ended_is_told_with_how_it_ended(
+    gang: Gang, ranks: StandInRanks, end: ProcessEnd, fault: str, told: str
+) -> None:
+    run = Run(gang, ranks)
+    ranks.ends = {1: end}
+    ranks.now[1].die()
+    assert (run.outcome.fault, run.outcome.message) == (fault, f"rank 1 of 2 on 10.0.0.2 {told}")
 
 
 def test_what_rank_0_says_of_the_broken_connection_is_not_taken_for_a_bug(gang: Gang, ranks: StandInRanks) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tests.workers.worker_builders import task_of_kind
+from workers.rows.task_data import CompletionRow
+from workers.tokens import _unknown_of_texts
 from workers.truncation import Length, losses
 
 COMPLETIONS = task_of_kind("causal_lm")  # data.max_length is 16
@@ -32,3 +34,22 @@ def test_of_pairs_the_longer_text_is_cut() -> None:
     pairs = spec.model_copy(update={"data": spec.data.model_copy(update={"text_pair_column": "b"})})
     (said,) = losses([Length(17)], pairs, "evaluation rows")
     assert "the end of the longer text is not read" in said
+
+
+class Words:
+    """A tokenizer that knows the words of its chat template, and no emoji."""
+
+    unk_token_id, eos_token_id, bos_token_id, pad_token_id = 0, 1, None, None
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        assert not add_special_tokens
+        return {"input_ids": [[0 if word == "\N{GRINNING FACE}" else 7 for word in text.split()] for text in texts]}
+
+
+def test_of_a_chat_only_what_is_said_counts_as_known_or_not() -> None:
+    around = [5] * 20  # what the template writes around two turns
+    emojis = CompletionRow((("user", "\N{GRINNING FACE}"), ("assistant", "\N{GRINNING FACE}")), True)
+    assert _unknown_of_texts(Words(), emojis, [*around, 0, 0, 1]) == 1.0  # not 2 of 21
+    mixed = CompletionRow((("user", "one two three"), ("assistant", "\N{GRINNING FACE}")), True)
+    assert _unknown_of_texts(Words(), mixed, [*around, 7, 7, 7, 0, 1]) == 0.25
+    assert _unknown_of_texts(Words(), mixed, [*around, 7, 7, 7, 1]) == 0.0

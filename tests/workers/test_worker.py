@@ -192,6 +192,21 @@ def test_a_bug_is_an_outcome_with_its_traceback(worker: Worker, monkeypatch: pyt
     assert "in broken" in outcome.detail
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+@pytest.mark.parametrize("key", ["train_key", "eval_key"])
+def test_rows_of_the_services_own_that_are_damaged_are_told_as_that(worker: Worker, damage: str, key: str) -> None:
+    storage = open_storage(STORAGE, "tiny")
+    named = f"data/{damage.replace(' ', '-')}-{key}-{'0' * 64}.arrow"
+    if damage == "cut short":
+        storage.write(named, b"half of what was written")
+    outcome = worker.run(replace(train(f"{damage} {key}"), **{key: named}))
+    assert isinstance(outcome, Failed)
+    assert outcome.fault == "rows"
+    assert "the service's own copy of its rows, made when it was submitted, is damaged: " in outcome.message
+    assert named in outcome.message
+    assert "`onebasis retry` freezes them anew" in outcome.message
+
+
 def test_memory_that_runs_out_while_scoring_is_told_with_the_setting_to_change(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

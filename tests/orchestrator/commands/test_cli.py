@@ -15,14 +15,14 @@ from click.testing import Result
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from configs.errors import LEAVES, Exit, InvalidInput, OnebasisError
+from configs.errors import LEAVES, Exit, InvalidInput, NotFound, OnebasisError
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import Health, ListTasks, ShowTask, ShowVersion, Submit
 from orchestrator.commands import attention, cli, display
 from orchestrator.commands.cli import ENDS, app
 from subspace_store.formats.peft import read_peft_folder, write_peft_folder
-from subspace_store.requests import Remove, Tag
+from subspace_store.requests import Quarantine, Remove, Tag, Unquarantine
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.site import Site
 
@@ -586,7 +586,21 @@ def test_rolling_back_to_where_main_is_writes_nothing(onebasis: Onebasis, site: 
 def test_a_task_that_nobody_knows_cannot_be_let_out_of_quarantine(onebasis: Onebasis) -> None:
     result = onebasis("store", "unquarantine", "nope")
     assert result.exit_code == 3
-    assert "no task nope is in quarantine, and none was merged" in result.stderr
+    assert "no task of this id is in quarantine, and none was merged" in result.stderr
+
+
+@pytest.mark.changes
+def test_nor_over_http_and_the_ids_that_are_like_it_are_named(site: Site) -> None:
+    task_id = site.client.ask(ShowTask(reference="red/alpha"))["task_id"]
+    site.client.ask(Quarantine(task_id=task_id, reason="leaks", actor="ann"))
+    before = site.plant.state.seq
+    with pytest.raises(NotFound, match=rf"did you mean {task_id} \(red/alpha\)"):
+        site.client.ask(Unquarantine(task_id=task_id[:-1] + "x", actor="ann"))
+    site.service._store.refresh()
+    assert site.plant.state.seq == before
+    for _ in range(2):  # asked twice, it is done once and no error
+        site.client.ask(Unquarantine(task_id=task_id, op_key="unquarantine of monday", actor="ann"))
+    assert site.service._store.refresh().quarantined == {}
 
 
 def test_the_title_of_the_scores_is_one_line(onebasis: Onebasis) -> None:

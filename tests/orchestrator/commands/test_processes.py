@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import Conflict, Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, Unavailable, UnsafeStorage
+from configs.errors import (
+    Conflict,
+    Exit,
+    Fenced,
+    InvalidInput,
+    OtherBaseModel,
+    OwnedByAnother,
+    Unavailable,
+    UnsafeStorage,
+)
 from configs.settings import RaySettings, ServerSettings
 from orchestrator.api.server import ControlPlane
 from orchestrator.cluster import namespace
@@ -185,7 +194,9 @@ def test_the_status_of_an_ended_service_names_what_still_runs_of_it(
         for process in (worker, head):
             process.kill()
             process.wait()
-    assert "still running" not in CliRunner().invoke(app, ["status"]).stdout
+    told = CliRunner().invoke(app, ["status"])
+    assert "still running" not in told.stdout
+    assert told.exit_code == CliRunner().invoke(app, ["status", "--json"]).exit_code == Exit.DOWN == 10
 
 
 def test_what_runs_after_its_state_folder_was_deleted_is_told_and_ended(

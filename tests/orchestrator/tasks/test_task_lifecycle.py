@@ -17,6 +17,7 @@ from orchestrator.tasks.task_events import (
     CameDue,
     CancelRequested,
     Claimed,
+    DeadlineForeseen,
     DependencyEnded,
     Event,
     Judged,
@@ -238,6 +239,37 @@ def test_c_each_fault_has_a_budget_of_its_own() -> None:
     assert record.state is TaskState.PARKED
     assert record.reason == "gave up after 3 lost machines and 1 internal errors; last: last straw"
     assert record.ended_at == 4.0
+
+
+def test_c_workers_that_die_are_counted_apart_from_lost_machines() -> None:
+    record = queued()
+    for number in range(BUDGETS.worker_deaths_max + 1):
+        assert record.state is TaskState.QUEUED
+        record = after(
+            record,
+            Claimed(token=str(number), worker="w", at=1.0),
+            TrainingFailed(token=str(number), fault="died", message=f"exit code {number}", at=2.0),
+        )
+    assert (record.state, record.worker_deaths, record.lost_machines) == (TaskState.PARKED, 4, 0)
+    assert record.reason == "gave up after 4 workers that died while they did it; last: exit code 3"
+    assert record.reason_codes == (Reason.WORKER_DIED,)
+
+
+def test_c_rows_that_are_damaged_park_at_once_as_what_they_are() -> None:
+    record = after(training(), TrainingFailed(token="tok", fault="rows", message="data/x is gone", at=1.0))
+    assert (record.state, record.reason, record.own_bugs) == (TaskState.PARKED, "data/x is gone", 0)
+    assert record.reason_codes == (Reason.ROWS_DAMAGED,)
+
+
+def test_what_is_foreseen_of_a_deadline_is_kept_and_told_once() -> None:
+    foreseen = DeadlineForeseen(outlook="cannot be met", message="its deadline cannot be met")
+    for before in (queued(), training()):
+        record = after(before, foreseen)
+        assert record.deadline_outlook == "cannot be met"
+        assert after(record, foreseen) is record
+        assert after(record, DeadlineForeseen(outlook="", message="it can")).deadline_outlook == ""
+    with pytest.raises(Conflict):
+        after(evaluating(), foreseen)
 
 
 def test_c_the_second_bug_parks() -> None:
