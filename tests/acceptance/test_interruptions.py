@@ -89,7 +89,8 @@ def test_a_killed_worker_costs_an_attempt_and_nothing_else(site: Site) -> None:
 
     task = site.wait_for_state("payments/worker-dies", "published")
     assert task["attempt"] == 2
-    assert task["training"]["lost_machines"] == 1
+    assert task["training"]["worker_deaths"] == 1
+    assert task["training"]["lost_machines"] == 0
     assert task["training"]["own_bugs"] == 0
     assert merged_once(site, "payments/worker-dies")
     site.wait("both workers to be warm again", lambda: site.status()["workers_ready"] == 2)
