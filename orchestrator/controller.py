@@ -429,7 +429,7 @@ class Controller:
                 if worker is not None and (what := _stop_for(record)):
                     self._pool.tell(worker, what, record.token)
             elif worker is None and not self._pool.recall(record.worker):
-                message = f"{record.worker} is no longer there: its pool is no longer in the settings, or smaller"
+                message = f"{record.worker} is no longer there: its pool is no longer in the settings"
                 failed = TrainingFailed(token=record.token, fault="preempted", message=message, at=time.time())
                 self._queue.apply(record.task_id, failed)
                 self.wake()
@@ -532,9 +532,10 @@ class Controller:
         for record in live:
             if next_step(record) is Step.REFINE and record.pool in found:
                 found[record.pool] += 1
-        if needs_scorer or (self.layout is None and not self._pool.workers):
-            # A base model that no worker has loaded yet: what can be submitted is known once one has.
+        # While no worker has loaded the base model, nobody knows what may be submitted.
+        if needs_scorer or (self.layout is None and not any(found.values())):
             able = [name for name, pool in self._settings.pools.items() if len(self._pool.of(name)) < pool.max]
+            able = able if needs_scorer else list(self._settings.pools)
             if smallest := min(able, key=lambda name: size(name, self._settings.pools[name]), default=""):
                 found[smallest] += 1
         return found

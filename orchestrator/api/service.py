@@ -45,7 +45,7 @@ from orchestrator.judging.score_table import ScoreTable, newest_scores, score_ta
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, ends, pace_of
 from orchestrator.scheduling.fair_share import Waiting
-from orchestrator.scheduling.pools import told
+from orchestrator.scheduling.pools import described
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Drain, Pause, TaskRecord, TaskState
@@ -215,7 +215,7 @@ class Service:
             pauses=pauses,
             decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
             idle_causes=controller.idle_causes(record.pool),
-            pools=told(self._settings.pools),
+            pools=described(self._settings.pools),
             titles={task_id: found.title for task_id, found in self._queue.among(record.awaits).items()},
             alarms=self._ringing(),
         )
@@ -879,7 +879,7 @@ class Service:
             pace=line.paces.get(record.pool),
             start=line.starts.get(record.task_id),
             idle_causes=controller.idle_causes(record.pool) if controller else (),
-            pools=told(self._settings.pools),
+            pools=described(self._settings.pools),
             phase=str(self._queue.progress(record.task_id).get("phase", "")) if views.is_at_work(record) else "",
             held=_hold_over(record, state),
             is_version_refined=controller is not None and controller.is_refining(record.version),

@@ -201,5 +201,7 @@ def test_a_quota_has_room_for_one_task_at_least(tmp_path: Path) -> None:
         written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 4, "place_hours_a_week": 0.5}})
     )
     assert read.teams["red"].places == 4
-    with pytest.raises(InvalidInput, match=r"teams.red.places is 3, and a task takes 4 \(workers.ranks\)"):
+    with pytest.raises(
+        InvalidInput, match=r"teams.red.places is 3, and a task takes 4 \(the ranks of pool 'default'\)"
+    ):
         read_settings(written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 3}}))
