@@ -7,7 +7,7 @@ chain, a Postgres password from its own file or environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -99,14 +99,21 @@ class SubspaceSettings(Section):
     well as a large one; `energy` does not."""
 
 
-class WorkerSettings(Section):
-    """The training workers: warm Ray actors, one task each at a time."""
+DEFAULT_POOL = "default"
+"""Name of the pool that `workers:` describes."""
+WORKER = "worker"
+"""First part of the names of the default pool's workers, so that no other pool may have it."""
 
-    count: int = Field(2, ge=1, le=1000)
+
+class WorkerShape(Section):
+    """What one worker of a pool is: a warm Ray actor, or a gang of them, with one task at a time."""
+
     cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for each rank; torch uses the same number of threads."""
     gpus: float = Field(0, ge=0, le=1)
     """GPUs for each rank; a fraction is allowed only with ranks: 1."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Memory that Ray reserves for each rank, in 10⁹ bytes: where it places workers, not a limit. Default: none."""
     ranks: int = Field(1, ge=1, le=1024)
     """Processes that train one task together: every worker is a gang of this size."""
     placement: Literal["PACK", "SPREAD"] = "PACK"
@@ -117,9 +124,41 @@ class WorkerSettings(Section):
     """Time without an answer after which a worker is replaced."""
 
     @model_validator(mode="after")
-    def _ranks_have_whole_gpus(self) -> WorkerSettings:
+    def _ranks_have_whole_gpus(self) -> Self:
         if self.ranks > 1 and self.gpus % 1:
             raise ValueError("the ranks of a gang cannot share a GPU: NCCL refuses it. Set gpus to 0 or 1")
+        return self
+
+
+class WorkerSettings(WorkerShape):
+    """The training workers where all of them are alike: one pool, named `default`, of a fixed size."""
+
+    count: int = Field(2, ge=1, le=1000)
+
+    @property
+    def pool(self) -> PoolSettings:
+        """The same as a pool."""
+        shape = {name: getattr(self, name) for name in WorkerShape.model_fields}
+        return PoolSettings(min=self.count, max=self.count, **shape)
+
+
+class PoolSettings(WorkerShape):
+    """A pool: workers that are all alike, as many as the tasks that wait for them need."""
+
+    base_model: Name | None = None
+    """Name of the base model that its workers load; default: the only one."""
+    min: int = Field(0, ge=0, le=1000)
+    """Workers that are always there, their base model loaded."""
+    max: int = Field(ge=1, le=1000)
+    """Most workers. While tasks wait that the pool could take, Ray is asked for more workers, and an autoscaler sees
+    that."""
+    idle_seconds: float = Field(300.0, ge=0)
+    """Time without work after which a worker beyond `min` ends, so that Ray's autoscaler can release its machine."""
+
+    @model_validator(mode="after")
+    def _min_is_no_more_than_max(self) -> PoolSettings:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, and max {self.max}: set min to {self.max} or less")
         return self
 
 
@@ -140,8 +179,8 @@ class TeamSettings(Section):
     queued_max: int = Field(1000, ge=1)
     """Most tasks of the team that may wait at the same time."""
     places: int | None = Field(None, ge=1)
-    """Quota of places at once; a place is room for one rank, a worker where `workers.ranks` is 1. The team borrows what
-    others leave idle, and gives it back when a team within its quota wants it: what was started last writes a
+    """Quota of places at once; a place is room for one rank, a worker in a pool whose `ranks` is 1. The team borrows
+    what others leave idle, and gives it back when a team within its quota wants it: what was started last writes a
     checkpoint and waits again. Default: no quota."""
     place_hours_a_week: float | None = Field(None, gt=0)
     """Quota of hours of places in a week, on average: older use counts less, by half for every seven days. Beyond it
@@ -206,7 +245,10 @@ class Settings(Section):
     database_url: Annotated[str, Located(places.database)] = "sqlite:///.onebasis/tasks.db"
     storage: StorageSettings = Field(default_factory=StorageSettings)
     subspace: SubspaceSettings = Field(default_factory=SubspaceSettings)
-    workers: WorkerSettings = Field(default_factory=WorkerSettings)
+    workers: WorkerSettings | None = None
+    """One pool of workers, named `default`; instead of `pools`."""
+    pools: dict[Name, PoolSettings] = Field(default_factory=dict)
+    """Name to pool of workers. Default: what `workers` says, or two workers."""
     ray: RaySettings = Field(default_factory=RaySettings)
     gate: GateSettings = Field(default_factory=GateSettings)
     failures: FailureSettings = Field(default_factory=FailureSettings)
@@ -214,12 +256,24 @@ class Settings(Section):
     server: ServerSettings = Field(default_factory=ServerSettings)
 
     @model_validator(mode="after")
+    def _workers_are_a_pool(self) -> Settings:
+        own = {DEFAULT_POOL: (self.workers or WorkerSettings()).pool}
+        if self.workers is not None and self.pools and self.pools != own:
+            raise ValueError(f"workers and pools exclude each other: write workers as the pool '{DEFAULT_POOL}'")
+        if WORKER in self.pools:
+            raise ValueError(f"a pool cannot be called '{WORKER}': so are the workers of the pool '{DEFAULT_POOL}'")
+        # As `setattr`, which a frozen record refuses, before anybody has the record.
+        self.__dict__["pools"] = self.pools or own
+        return self
+
+    @model_validator(mode="after")
     def _a_quota_has_room_for_a_task(self) -> Settings:
+        name, smallest = min(self.pools.items(), key=lambda named: named[1].ranks)
         for team, settings in self.teams.items():
-            if settings.places is not None and settings.places < self.workers.ranks:
+            if settings.places is not None and settings.places < smallest.ranks:
                 raise ValueError(
-                    f"teams.{team}.places is {settings.places}, and a task takes {self.workers.ranks} (workers.ranks): "
-                    "none of the team's would ever be within its quota"
+                    f"teams.{team}.places is {settings.places}, and a task takes {smallest.ranks} (the ranks of pool "
+                    f"'{name}'): none of the team's would ever be within its quota"
                 )
         return self
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from configs.errors import Unavailable
 from configs.settings import Settings
 from orchestrator.ray_head import ray_environment
+from orchestrator.scheduling.pools import pool_of
 from subspace_store.digests import digest
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from workers.orders import Order
 
+STORE = "store"
+"""Name of the store's writer."""
 Call = Any
 """A pending call; opaque to the controller."""
 
@@ -38,7 +41,29 @@ class Cluster(Protocol):
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Names of the workers."""
+        """Names of the workers that there are, whichever control plane started them."""
+        ...
+
+    def start_worker(self, worker: str) -> None:
+        """Find a worker again or start it; returns at once. Where there is no room, Ray keeps it waiting for a machine,
+        and an autoscaler sees that."""
+        ...
+
+    def end_worker(self, worker: str) -> None:
+        """End a worker, or take back that it was asked for; its places are free again."""
+        ...
+
+    def machines_of(self, worker: str) -> tuple[str, ...]:
+        """Addresses of the machines that a worker is on; none while it waits for a place."""
+        ...
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """Addresses of the machines that are up."""
+        ...
+
+    def avoid(self, machines: Collection[str]) -> None:
+        """Place nothing new on these machines from now on; they are named by their addresses."""
         ...
 
     def run(self, worker: str, order: Order) -> Call:
@@ -104,7 +129,7 @@ class Cluster(Protocol):
 
 
 class RayCluster:
-    """Detached named actors: one writer of the subspace, `workers.count` workers or gangs. They outlive us."""
+    """Detached named actors: one writer of the subspace, and the workers or gangs of all pools. They outlive us."""
 
     def __init__(self, settings: Settings, address: str, token_path: Path, service: Identity) -> None:
         """Join a running Ray cluster on behalf of a service. Actors are started by `start`."""
@@ -119,16 +144,17 @@ class RayCluster:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
         except Exception as error:
             raise Unavailable(f"cannot join the Ray cluster: {error}", address, "is its head running?") from error
-        self._workers = {f"worker-{number}": None for number in range(settings.workers.count)}
+        self._avoid: frozenset[str] = frozenset()
         self._actors: dict[str, Any] = {}
         self._watched: dict[str, Call] = {}
         """Worker to its pending answer on who sees how its process ends."""
 
     def start(self) -> None:
-        """Find the actors again or start them; returns at once, `warm` tells when a worker is ready."""
-        self._actor("store")
-        for name in self._workers:
-            self._actor(name)
+        """Find the store's writer again or start it; end workers of pools that are no longer in the settings."""
+        self._actor(STORE)
+        for name in self._named():
+            if name != STORE and pool_of(name) not in self._settings.pools:
+                self._kill(name)
 
     def release_store(self, timeout_seconds: float) -> None:
         """Have the writer give the store up, so that another service may have it.
@@ -136,7 +162,7 @@ class RayCluster:
         Raises:
             Unavailable: No answer in time: the store stays this service's.
         """
-        call = self._actor("store").release.remote()
+        call = self._actor(STORE).release.remote()
         if not self.landed([call], timeout_seconds):
             raise Unavailable("the store was not released in time", todo="it stays this service's")
         self.result(call)
@@ -144,7 +170,7 @@ class RayCluster:
     def stop(self, actors: bool) -> None:
         """Leave the cluster; with `actors`, end the store and the workers too."""
         if actors:
-            for name in ("store", *self._workers):
+            for name in self._named():
                 self._kill(name)
             from workers.process_monitor_actor import end_monitors
 
@@ -153,7 +179,37 @@ class RayCluster:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        return tuple(self._workers)
+        return tuple(name for name in self._named() if pool_of(name) in self._settings.pools)
+
+    def start_worker(self, worker: str) -> None:
+        self._actor(worker)
+
+    def end_worker(self, worker: str) -> None:
+        self._end(worker)
+
+    def machines_of(self, worker: str) -> tuple[str, ...]:
+        if self._settings.pools[pool_of(worker)].ranks > 1:
+            from workers.gang_actor import machines_of
+
+            return self._addresses(machines_of(worker))
+        # Not ray.util.state: that asks the dashboard, which a cluster may be without.
+        found = self._ray._private.state.actors(self._actor(worker)._actor_id.hex())
+        address = found.get("Address", {})
+        return self._addresses([address["NodeID"]]) if address.get("IPAddress") else ()
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        return tuple(sorted({node["NodeManagerAddress"] for node in self._ray.nodes() if node["Alive"]}))
+
+    def avoid(self, machines: Collection[str]) -> None:
+        self._avoid = frozenset(machines)
+
+    def _addresses(self, node_ids: Collection[str]) -> tuple[str, ...]:
+        return tuple(sorted({node["NodeManagerAddress"] for node in self._ray.nodes() if node["NodeID"] in node_ids}))
+
+    def _named(self) -> list[str]:
+        """Names of this service's actors."""
+        return sorted(self._ray.util.list_named_actors())
 
     def run(self, worker: str, order: Order) -> Call:
         return self._actor(worker).run.remote(order)
@@ -181,16 +237,16 @@ class RayCluster:
         self._end(worker)
 
     def write(self, request: StoreRequest[Any]) -> Call:
-        return self._actor("store").do.remote(request)
+        return self._actor(STORE).do.remote(request)
 
     def open_store(self, base_sha256: str) -> Call:
-        return self._actor("store").open.remote(base_sha256)
+        return self._actor(STORE).open.remote(base_sha256)
 
     def store_sign(self) -> Call:
-        return self._actor("store").pid.remote()
+        return self._actor(STORE).pid.remote()
 
     def replace_store(self) -> None:
-        self._end("store")
+        self._end(STORE)
 
     def probe(self) -> None:
         """Ask the GCS which machines there are.
@@ -237,7 +293,8 @@ class RayCluster:
         self._watched.pop(name, None)  # its end says nothing about what it did
         with contextlib.suppress(ValueError):  # ended already; a gang restarted to be ended would leave places
             self._ray.kill(self._ray.get_actor(name), no_restart=True)
-        if name in self._workers and self._settings.workers.ranks > 1:
+        pool = self._settings.pools.get(pool_of(name))
+        if name != STORE and (pool is None or pool.ranks > 1):
             from workers.gang_actor import end_ranks
 
             end_ranks(name)
@@ -250,8 +307,7 @@ class RayCluster:
             from workers.worker_actor import worker_actor
 
             settings = self._settings
-            one_worker = worker_actor if settings.workers.ranks == 1 else gang_actor
-            if name == "store":
+            if name == STORE:
                 self._actors[name] = store_actor(
                     name,
                     settings.storage,
@@ -262,13 +318,17 @@ class RayCluster:
                     namespace=self._namespace,
                 )
             else:
+                pool = settings.pools[pool_of(name)]
+                avoid = [node["NodeID"] for node in self._ray.nodes() if node["NodeManagerAddress"] in self._avoid]
+                one_worker = worker_actor if pool.ranks == 1 else gang_actor
                 self._actors[name] = one_worker(
                     name,
                     settings.base_model,
                     settings.storage,
                     settings.base_model.name,
-                    settings.workers,
+                    pool,
                     self._namespace,
+                    avoid,
                 )
         return self._actors[name]
 

@@ -127,5 +127,5 @@ def _end(record: TaskRecord, line: Line, progress: Mapping[str, Any]) -> Estimat
     if record.state is TaskState.TRAINING:
         left = progress.get("seconds_left")
         return None if left is None else Estimate(left, left, left, left)
-    start = line.starts.get(record.task_id)
-    return ends(start, line.pace) if start and line.pace else None
+    start, pace = line.starts.get(record.task_id), line.paces.get(record.pool)
+    return ends(start, pace) if start and pace else None

@@ -326,7 +326,7 @@ class ControlPlane:
         log.info("opening the task database and the store")
         queue = TaskQueue(settings.database_url, settings.failures)
         storage = open_storage(settings.storage, settings.base_model.name)
-        log.info("joining Ray, starting the store actor and %d workers", settings.workers.count)
+        log.info("joining Ray, starting the store actor and the workers of %d pools", len(settings.pools))
         address, token_path = self._ray()
         service = service_identity(self._state_dir)
         cluster = RayCluster(settings, address, token_path, service)

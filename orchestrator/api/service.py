@@ -37,7 +37,7 @@ from configs.settings import Settings
 from orchestrator.alarms import ASKED_FOR, WRITE_CODES, WRITING, AlarmCode, Alarms
 from orchestrator.api import requests, views
 from orchestrator.api.deadlines import Deadlines
-from orchestrator.api.estimates import Estimates, KeptLine, Line
+from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.why import Surroundings, wait_of, who_holds, why
@@ -46,9 +46,10 @@ from orchestrator.judging.score_table import ScoreTable, newest_scores, score_ta
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, ends, pace_of
 from orchestrator.scheduling.fair_share import Waiting
+from orchestrator.scheduling.pools import described
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
-from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Drain, Pause, TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
 from subspace_store.log.retention import check_task_is_known
@@ -204,7 +205,8 @@ class Service:
             team=record.team,
             priority=record.spec.priority,
             submitted_at=record.submitted_at,
-            ranks=controller.ranks,
+            pool=record.pool,
+            ranks=controller.ranks[record.pool],
             seconds_max=record.spec.max_run_seconds,
         )
         stands = not record.blocked
@@ -213,18 +215,20 @@ class Service:
         around = Surroundings(
             is_running=True,
             place=line.places.get(record.task_id),
-            pace=line.pace,
+            pace=line.paces.get(record.pool),
             start=line.starts.get(record.task_id),
             pauses=pauses,
             decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
-            idle_causes=tuple(controller.describe_workers().values()) if not controller.ready_workers else (),
+            idle_causes=controller.idle_causes(record.pool),
+            pools=described(self._settings.pools),
             titles={task_id: found.title for task_id, found in self._queue.among(record.awaits).items()},
             alarms=self._ringing(),
         )
         wait = wait_of(record, around)
-        start, pace = around.start, line.pace
+        start, pace = around.start, around.pace
         end = ends(start, pace) if start and pace else None
         return {
+            "pool": record.pool,
             "fits": wait is None or wait.code is not WaitCode.NEVER_FITS,
             "why": why(record, around),
             "wait": _wait_json(wait),
@@ -338,6 +342,37 @@ class Service:
         before = self._queue.set_pause(self._known_team(request.team), None)
         self._wake()
         return {"team": request.team, "is_new": before is not None, "paused": None}
+
+    def drain(self, request: requests.DrainWorker) -> Json:
+        """Give a worker, or all on a machine, nothing new from now on, or take that back. Kept in the database."""
+        controller, what = self._running("drain"), request.what
+        known = controller.machines if request.is_node else tuple(sorted(controller.describe_workers()))
+        about = {drain.what for drain in self._queue.drains() if drain.is_node == request.is_node}
+        if what not in known and what not in about:
+            kind = "machine of that address" if request.is_node else "worker of that name"
+            raise NotFound(f"there is no {kind}", what, f"there are: {', '.join(known) or 'none'}")
+        if request.undo:
+            before = self._queue.set_drain(what, request.is_node, None)
+            after = None
+        else:
+            after = Drain(
+                what=what,
+                is_node=request.is_node,
+                by=request.by,
+                reason=request.reason,
+                at=time.time(),
+                waits=request.wait,
+            )
+            before = self._queue.set_drain(what, request.is_node, after)
+        controller.wake()
+        workers = [one for one in controller.workers if what == one.name or what in (one.machines or ())]
+        return {
+            "what": what,
+            "is_node": request.is_node,
+            "is_new": (before is None) is not request.undo,
+            "drain": after.model_dump(mode="json") if after else None,
+            "workers": {one.name: str(one) for one in workers},
+        }
 
     def change_many(self, request: requests.ChangeMany) -> Json:
         """The same for many tasks, the oldest first; of several of one name only the newest. What does not belong to a
@@ -559,7 +594,15 @@ class Service:
         state = self._log_read.last  # `look` reads it every few seconds
         held = {"held": asdict(state.held) if state.held else None} if state else {}
         running = self._controller is not None
-        return {"base_model": name, "running": running, **held, **self._health(), "alarms": alarms}
+        return {"base_model": name, "running": running, **held, **self._pools(), **self._health(), "alarms": alarms}
+
+    def _pools(self) -> Json:
+        """The pools with their workers, and what people have drained; nothing where no service runs."""
+        controller = self._controller
+        if controller is None:
+            return {}
+        pools = {name: views.pool(found) for name, found in controller.describe_pools().items()}
+        return {"pools": pools, "drains": [drain.model_dump(mode="json") for drain in controller.drains]}
 
     def look(self) -> None:
         """Look at the store and the database as `status` does, and ring if one is away: nobody else would notice while
@@ -736,13 +779,15 @@ class Service:
             return Line()
         tasks, running = self._kept_line() if extra is None else controller.line(extra)
         if not controller.ready_workers:
-            return Line({task.task_id: place for place, task in enumerate(tasks, 1)})
-        free = controller.ranks * controller.free_workers
-        return self._estimates.tell(tasks, running, free, self._pace(), asked, remembered=extra is None)
+            return Line(places_in(tasks))
+        free = controller.free_places
+        of_pool = {task.task_id: task.pool for task in tasks}
+        paces = {pool: self._pace(pool) for pool in {of_pool[task_id] for task_id in asked if task_id in of_pool}}
+        return self._estimates.tell(tasks, running, free, paces, asked, remembered=extra is None)
 
-    def _pace(self) -> Pace | None:
-        """How long tasks have a worker here, from the last that ended."""
-        ended = self._queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS)
+    def _pace(self, pool: str) -> Pace | None:
+        """How long tasks have a worker of a pool, from the last that ended."""
+        ended = self._queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool)
         return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
 
     def _main_scores(self, records: Sequence[TaskRecord]) -> tuple[Mapping[str, float | None], str]:
@@ -817,9 +862,10 @@ class Service:
         """Number of queued tasks by team and by the code of their reason; and what is paused."""
         pauses = self._queue.pauses()
         found: dict[str, dict[str, int]] = {}
-        for team, blocked, count in self._queue.queued():
-            decided = self._controller.decision.behind.get(team) if self._controller is not None else None
+        for team, pool, blocked, count in self._queue.queued():
+            decided = self._controller.decision.behind.get((pool, team)) if self._controller is not None else None
             line = decided.code if decided is not None else WaitCode.NO_FREE_PLACE
+            line = line if pool in self._settings.pools else WaitCode.NEVER_FITS
             code = WaitCode.PAUSED if {team, SERVICE} & pauses.keys() else blocked or line
             counts = found.setdefault(team, {})
             counts[str(code)] = counts.get(str(code), 0) + count
@@ -841,11 +887,10 @@ class Service:
             main=state.refs[MAIN],
             is_gone_from_main=record.task_id in self._gone_from_main(state, [record]),
             place=line.places.get(record.task_id),
-            pace=line.pace,
+            pace=line.paces.get(record.pool),
             start=line.starts.get(record.task_id),
-            idle_causes=tuple(controller.describe_workers().values())
-            if controller and not controller.ready_workers
-            else (),
+            idle_causes=controller.idle_causes(record.pool) if controller else (),
+            pools=described(self._settings.pools),
             phase=str(self._queue.progress(record.task_id).get("phase", "")) if views.is_at_work(record) else "",
             held=_hold_over(record, state),
             is_version_refined=controller is not None and controller.is_refining(record.version),

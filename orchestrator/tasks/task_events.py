@@ -53,6 +53,8 @@ class Claimed:
     token: str
     worker: str
     at: float
+    places: int = 1
+    """Places of the worker."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,13 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class PoolGiven:
+    """It has another pool: its own is no longer in the settings, or a release without pools took it in."""
+
+    pool: str
+
+
+@dataclass(frozen=True)
 class CameDue:
     """Its `not_before` has come."""
 
@@ -245,6 +254,7 @@ Event = (
     | PreemptRequested
     | Paused
     | Resumed
+    | PoolGiven
     | CameDue
     | DependencyEnded
     | RunsTooLong

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from typing import Any
@@ -41,11 +41,19 @@ class StandInCluster:
         storage: Where the store and the workers read and write.
     """
 
-    def __init__(self, settings: Settings, storage: Storage, workers: int = 2, service: Identity | None = None) -> None:
+    def __init__(self, settings: Settings, storage: Storage, service: Identity | None = None) -> None:
         self._service = service
         self._settings = settings
         self._storage = storage
-        self._memory: dict[str, dict[str, Future[Any]]] = {f"worker-{n}": {} for n in range(workers)}
+        self._memory: dict[str, dict[str, Future[Any]]] = {}
+        self.machine_of: Callable[[str], str] = lambda worker: "10.0.0.1"
+        """Worker to the address of its machine; empty while it waits for a place."""
+        self.avoided: frozenset[str] = frozenset()
+        """Machines on which nothing new is placed."""
+        self._placeless: list[tuple[str, Future[Any]]] = []
+        """Workers that load the base model once they have a machine."""
+        self.ended: list[str] = []
+        """Workers that were ended, in their order."""
         self._lock = threading.RLock()
         self._store: SubspaceStore | None = None
         self.load_error: Exception | None = None
@@ -92,6 +100,24 @@ class StandInCluster:
     def workers(self) -> tuple[str, ...]:
         return tuple(self._memory)
 
+    def start_worker(self, worker: str) -> None:
+        self._memory.setdefault(worker, {})
+
+    def end_worker(self, worker: str) -> None:
+        self.ended.append(worker)
+        del self._memory[worker]
+
+    def machines_of(self, worker: str) -> tuple[str, ...]:
+        machine = self.machine_of(worker)
+        return (machine,) if machine and worker in self._memory else ()
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        return tuple(sorted({self.machine_of(worker) for worker in self._memory} - {""}))
+
+    def avoid(self, machines: Collection[str]) -> None:
+        self.avoided = frozenset(machines)
+
     def run(self, worker: str, order: Order) -> Future[Any]:
         with self._lock:
             if worker in self._dying:
@@ -107,6 +133,9 @@ class StandInCluster:
             return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
+        if not self.machine_of(worker):
+            self._placeless.append((worker, future := Future()))
+            return future
         if self._has_died(worker):
             return _lost(worker)
         return _landed(LAYOUT) if self.load_error is None else _failed(self.load_error)
@@ -197,6 +226,9 @@ class StandInCluster:
         self._store = None
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
+        for worker, future in [one for one in self._placeless if self.machine_of(one[0])]:
+            self._placeless.remove((worker, future))
+            future.set_result(LAYOUT)
         done = wait(calls, timeout_seconds, FIRST_COMPLETED).done
         return [call for call in calls if call in done]
 

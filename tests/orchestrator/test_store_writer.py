@@ -11,6 +11,7 @@ from configs.errors import InvalidInput, StoreFull, StoreReadOnly, Unavailable
 from orchestrator import candidate, controller, store_writer
 from orchestrator.controller import Controller
 from subspace_store import SubspaceStore
+from tests.builders import with_pools
 from tests.orchestrator.plant import Plant
 
 MakePlant = Callable[..., Plant]
@@ -21,8 +22,7 @@ def codes(plant: Plant) -> set[str]:
 
 
 def leased(plant: Plant, seconds: float) -> Plant:
-    workers = plant.settings.workers.model_copy(update={"lease_seconds": seconds})
-    plant.settings = plant.settings.model_copy(update={"workers": workers})
+    plant.settings = with_pools(plant.settings, lease_seconds=seconds)
     return plant
 
 

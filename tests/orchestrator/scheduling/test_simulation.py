@@ -4,23 +4,27 @@ equally, what is borrowed comes back, and estimates hold."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.settings import PoolSettings
 from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.fair_share import Share
 from orchestrator.scheduling.scheduler import SOON_SECONDS
 from orchestrator.scheduling.simulation import (
     CHECKPOINT_SECONDS,
+    LOAD_SECONDS,
     Simulation,
     inside,
     jain_index,
     report,
     simulate,
 )
+from tests.builders import fixed
 from tests.orchestrator.scheduling.invented import TEAMS, weeks
 
 
@@ -31,19 +35,19 @@ def longest_wait(simulation: Simulation, team: str = "") -> float:
 @cache
 def busy() -> Simulation:
     """Two weeks at about four fifths of what six places can do."""
-    return simulate(weeks(1, hours=2.4), {}, capacity=6)
+    return simulate(weeks(1, hours=2.4), {}, fixed(6))
 
 
 @cache
 def overloaded() -> Simulation:
     """Two weeks in which twice as much is asked for as six places can do."""
-    return simulate(weeks(2, hours=5.0), {}, capacity=6)
+    return simulate(weeks(2, hours=5.0), {}, fixed(6))
 
 
 @cache
 def mixed() -> Simulation:
     """Tasks of one, two and eight places in a pool of eight."""
-    return simulate(weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8)), {}, capacity=8)
+    return simulate(weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8)), {}, fixed(8))
 
 
 QUOTAS = {f"team-{number}": Share(places=1) for number in range(TEAMS)}
@@ -52,7 +56,7 @@ QUOTAS = {f"team-{number}": Share(places=1) for number in range(TEAMS)}
 @cache
 def borrowed() -> Simulation:
     """Each team has one of six places, and borrows what the others do not use."""
-    return simulate(weeks(4, hours=2.4), QUOTAS, capacity=6)
+    return simulate(weeks(4, hours=2.4), QUOTAS, fixed(6))
 
 
 @pytest.mark.parametrize("run", [busy, overloaded, mixed, borrowed])
@@ -80,14 +84,14 @@ def test_equal_demand_is_served_equally_even_where_it_cannot_be_met() -> None:
     used = overloaded().place_seconds
     # One team that asks for five times as much gets no more than a little more: the others wait no longer for it.
     greedy = (*weeks(2, hours=5.0), *(a for n in range(4) for a in weeks(50 + n, hours=5.0) if a.team == "team-0"))
-    served = simulate(sorted(greedy, key=lambda one: one.at_seconds), {}, capacity=6).place_seconds
+    served = simulate(sorted(greedy, key=lambda one: one.at_seconds), {}, fixed(6)).place_seconds
     assert served["team-0"] <= 1.25 * used["team-0"]
 
 
 def test_a_team_of_twice_the_weight_gets_twice_as_much_while_there_is_too_little() -> None:
     shares = {f"team-{number}": Share(weight=2.0 if number == 0 else 1.0) for number in range(TEAMS)}
     arrivals = weeks(2, hours=12.0)
-    used = simulate(arrivals, shares, capacity=6).place_seconds
+    used = simulate(arrivals, shares, fixed(6)).place_seconds
     others = [used[f"team-{number}"] for number in range(1, TEAMS)]
     assert used["team-0"] / (sum(others) / len(others)) == pytest.approx(2.0, rel=0.15)
 
@@ -96,7 +100,7 @@ def test_a_large_task_is_not_starved_by_a_stream_of_small_ones() -> None:
     # Small tasks of an hour that come every six minutes: more than four places can do. One of four places waits.
     small = [Arrival(at_seconds=360.0 * n, team=f"team-{n % 5}", seconds=3600.0) for n in range(400)]
     large = Arrival(at_seconds=50_000.0, team="large", seconds=600.0, ranks=4)
-    simulation = simulate(sorted([*small, large], key=lambda one: one.at_seconds), {}, capacity=4)
+    simulation = simulate(sorted([*small, large], key=lambda one: one.at_seconds), {}, fixed(4))
     # Its team has used nothing: it is the next in turn, and the longest of what runs is an hour.
     assert longest_wait(simulation, "large") <= 3600.0 + 1e-6
     assert longest_wait(mixed()) < 2 * 86400
@@ -153,7 +157,7 @@ def test_whatever_arrives_all_of_it_ends_and_no_preemption_goes_round_in_circles
     arrivals: tuple[Arrival, ...], quotas: tuple[int | None, ...], capacity: int
 ) -> None:
     shares = {team: Share(places=places) for team, places in zip(("red", "blue", "green"), quotas, strict=True)}
-    simulation = simulate(arrivals, shares, capacity)
+    simulation = simulate(arrivals, shares, fixed(capacity))
     for course in simulation.courses:
         assert course.ended_at is not None
         assert course.preempted_in_a_row <= 1
@@ -162,7 +166,7 @@ def test_whatever_arrives_all_of_it_ends_and_no_preemption_goes_round_in_circles
 
 def test_the_same_arrivals_have_the_same_course() -> None:
     arrivals = weeks(7, hours=2.0, weeks=0.2)
-    assert simulate(arrivals, QUOTAS, 4) == simulate(arrivals, QUOTAS, 4)
+    assert simulate(arrivals, QUOTAS, fixed(4)) == simulate(arrivals, QUOTAS, fixed(4))
 
 
 def test_a_task_that_never_fits_is_told_and_keeps_nobody_waiting() -> None:
@@ -170,7 +174,7 @@ def test_a_task_that_never_fits_is_told_and_keeps_nobody_waiting() -> None:
         Arrival(at_seconds=0.0, team="red", seconds=5.0, ranks=3),
         Arrival(at_seconds=1.0, team="red", seconds=5.0),
     )
-    found = report(simulate(arrivals, {}, capacity=2))
+    found = report(simulate(arrivals, {}, fixed(2)))
     assert found["never_started"] == 1
     assert found["waits"] == [
         {"team": "red", "ranks": 1, "tasks": 1}
@@ -185,7 +189,7 @@ def test_the_figures_are_those_of_the_courses() -> None:
         Arrival(at_seconds=0.0, team="red", seconds=100.0),
         Arrival(at_seconds=60.0, team="blue", seconds=50.0),
     )
-    simulation = simulate(arrivals, {}, capacity=1)
+    simulation = simulate(arrivals, {}, fixed(1))
     assert [course.wait_seconds for course in simulation.courses] == [0.0, 40.0]
     found = report(simulation)
     assert (found["utilisation"], found["jain"]) == (1.0, 0.5)
@@ -196,3 +200,37 @@ def test_jains_index_is_one_for_equals_and_one_of_n_for_one_that_has_all() -> No
     assert jain_index([3.0, 3.0, 3.0]) == 1.0
     assert jain_index([5.0, 0.0, 0.0, 0.0]) == 0.25
     assert jain_index([]) == jain_index([0.0]) == 1.0
+
+
+POOLS = {"single": PoolSettings(min=1, max=4, idle_seconds=600), "gang": PoolSettings(max=1, ranks=4, idle_seconds=0)}
+
+
+def test_pools_grow_and_give_back_and_do_not_wait_for_each_other() -> None:
+    small = [Arrival(at_seconds=0.0, team="red", seconds=1000.0, pool="single") for _ in range(5)]
+    large = Arrival(at_seconds=0.0, team="blue", seconds=2000.0, pool="gang", ranks=4)
+    last = Arrival(at_seconds=9000.0, team="red", seconds=10.0, pool="single")
+    simulation = simulate([*small, large, last], {}, POOLS)
+    # One worker is warm; three more have loaded a minute later; the fifth waits for the first to end.
+    waits = [course.wait_seconds for course in simulation.courses]
+    assert waits == [0.0, LOAD_SECONDS, LOAD_SECONDS, LOAD_SECONDS, 1000.0, LOAD_SECONDS, 0.0]
+    # Three are there until they have been idle for 600 s, which they are since 1060; the first is there all the time.
+    assert simulation.there_seconds["single"] == 9000.0 + 3 * 1660.0
+    assert simulation.there_seconds["gang"] == 4 * 2060.0  # four places, given back at once
+    assert simulation.used_seconds == {"single": 5000.0, "gang": 8000.0}
+    found = report(simulation)
+    assert [row["pool"] for row in found["waits"]] == ["gang", "single"]
+    assert [(pool["pool"], pool["workers_max"]) for pool in found["pools"]] == [("single", 4), ("gang", 1)]
+    assert found["pools"][1]["workers_mean"] == 2060.0 / 9000.0
+    assert found["utilisation"] == 13000.0 / (9000.0 + 3 * 1660.0 + 8240.0)
+
+
+def test_a_service_of_two_pools_serves_weeks_with_fewer_workers_than_its_most() -> None:
+    found = [
+        replace(one, pool="gang" if one.ranks > 1 else "single") for one in weeks(5, hours=1.0, ranks=(1, 1, 1, 4))
+    ]
+    simulation = simulate(found, {}, POOLS | {"gang": PoolSettings(max=3, ranks=4, idle_seconds=600)})
+    told = report(simulation)
+    assert told["never_started"] == 0
+    assert all(0 < pool["workers_mean"] < 0.8 * pool["workers_max"] for pool in told["pools"])
+    assert all(pool["utilisation"] <= 1 for pool in told["pools"])
+    assert told["start_in_stated_interval"] >= 0.8
