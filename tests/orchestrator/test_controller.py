@@ -936,7 +936,7 @@ def test_a_loop_that_was_held_up_does_not_take_its_own_absence_for_its_workers_s
     assert plant.cluster.replaced == []
 
 
-def test_a_task_of_a_worker_that_is_no_longer_configured_is_given_to_another(make_plant: MakePlant) -> None:
+def test_a_task_of_a_worker_that_is_gone_after_a_restart_is_given_to_one_that_is_made_in_its_place(make_plant: MakePlant) -> None:
     plant = make_plant(workers=2)
     plant.cluster.hold = lambda order: True
     plant.submit("red/a", "red/b")
@@ -946,7 +946,7 @@ def test_a_task_of_a_worker_that_is_no_longer_configured_is_given_to_another(mak
     plant.cluster.release()
     plant.run()
     assert plant.states() == {"red/a": "published", "red/b": "published"}
-    assert sorted(record.lost_machines for record in plant.queue.tasks()) == [0, 1]
+    assert [record.lost_machines for record in plant.queue.tasks()] == [0, 0]
 
 
 def test_after_a_restart_a_worker_that_trains_is_not_given_a_scoring_that_would_wait_behind_it(plant: Plant) -> None:

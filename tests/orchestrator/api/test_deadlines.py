@@ -20,7 +20,7 @@ from tests.orchestrator.site import Site
 
 def line(task_id: str, earliest: float, median: float) -> Line:
     """The line of one task that starts then; tasks have a worker for 10 s."""
-    return Line({task_id: 1}, {task_id: Estimate(median, earliest, 2 * median, median)}, pace_of([10.0]))
+    return Line({task_id: 1}, {task_id: Estimate(median, earliest, 2 * median, median)}, {"default": pace_of([10.0])})
 
 
 @pytest.mark.parametrize(

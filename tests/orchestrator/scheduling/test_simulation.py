@@ -177,9 +177,9 @@ def test_a_task_that_never_fits_is_told_and_keeps_nobody_waiting() -> None:
     found = report(simulate(arrivals, {}, fixed(2)))
     assert found["never_started"] == 1
     assert found["waits"] == [
-        {"team": "red", "ranks": 1, "tasks": 1}
+        {"team": "red", "pool": "default", "ranks": 1, "tasks": 1}
         | dict.fromkeys(("mean_seconds", "p50_seconds", "p90_seconds", "max_seconds"), 0.0),
-        {"team": "red", "ranks": 3, "tasks": 0},
+        {"team": "red", "pool": "default", "ranks": 3, "tasks": 0},
     ]
 
 
