@@ -7,6 +7,7 @@ stand-in with threads.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -113,6 +114,19 @@ class RayCluster:
             raise Unavailable(f"cannot join the Ray cluster: {error}", address, "is its head running?") from error
         self._workers = {f"worker-{number}": None for number in range(settings.workers.count)}
         self._actors: dict[str, Any] = {}
+        self._leader = 0
+        self._may: Callable[[], None] = _always
+
+    def led(self, number: int, may: Callable[[], None]) -> RayCluster:
+        """The same cluster, for one leader of several control planes.
+
+        Args:
+            number: Its number: the store's writer takes nothing from one with a lower number than it has heard of.
+            may: Raises NotLeading when this leader must give no order any more.
+        """
+        found = copy.copy(self)
+        found._leader, found._may, found._actors = number, may, {}
+        return found
 
     def start(self) -> None:
         """Find the actors again or start them; returns at once, `warm` tells when a worker is ready."""
@@ -143,6 +157,7 @@ class RayCluster:
         return tuple(self._workers)
 
     def run(self, worker: str, order: Order) -> Call:
+        self._may()
         return self._actor(worker).run.remote(order)
 
     def warm(self, worker: str) -> Call:
@@ -152,24 +167,30 @@ class RayCluster:
         return self._actor(worker).progress.remote()
 
     def cancel(self, worker: str, token: str) -> None:
+        self._may()
         self._actor(worker).cancel.remote(token)
 
     def preempt(self, worker: str, token: str) -> None:
+        self._may()
         self._actor(worker).preempt.remote(token)
 
     def replace(self, worker: str) -> None:
+        self._may()
         self._end(worker)
 
     def write(self, request: StoreRequest[Any]) -> Call:
-        return self._actor("store").do.remote(request)
+        self._may()
+        return self._actor("store").do.remote(request, self._leader)
 
     def open_store(self, base_sha256: str) -> Call:
-        return self._actor("store").open.remote(base_sha256)
+        self._may()
+        return self._actor("store").open.remote(base_sha256, self._leader)
 
     def store_sign(self) -> Call:
-        return self._actor("store").pid.remote()
+        return self._actor("store").pid.remote(self._leader)
 
     def replace_store(self) -> None:
+        self._may()
         self._end("store")
 
     def probe(self) -> None:
@@ -238,6 +259,7 @@ class RayCluster:
                     settings.subspace,
                     settings.base_model,
                     self._service,
+                    self._leader,
                     namespace=self._namespace,
                 )
             else:
@@ -250,6 +272,10 @@ class RayCluster:
                     self._namespace,
                 )
         return self._actors[name]
+
+
+def _always() -> None:
+    """A control plane without others may always give orders."""
 
 
 def _cause(error: Exception) -> str:

@@ -55,6 +55,7 @@ def status(answer: Json) -> None:
     main = "unknown" if answer["main"] is None else f"version {answer['main']}"
     console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is {main}")
     _print_alarms(alarms)
+    _print_leadership(answer.get("leadership"))
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
         reason = shown(held["reason"] or "no reason given")
@@ -99,6 +100,22 @@ def status(answer: Json) -> None:
             soft_wrap=True,
         )
         _print_rows("outcome-unknown")
+
+
+def _print_leadership(leadership: Json | None) -> None:
+    """Which control plane leads, and which stand by; nothing where there can be one alone."""
+    if leadership is None:
+        return
+    if (leader := leadership["leader"]) is None:
+        console.print("  [yellow]no control plane leads[/yellow]: the next one does within ten seconds", soft_wrap=True)
+    else:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(leader["since"]))
+        here = " (this one)" if leadership["role"] == "leads" else ""
+        console.print(
+            f"  leads    {shown(leader['name'])}{here} since {since} ({shown(leader['url'])})", soft_wrap=True
+        )
+    for member in leadership["standing_by"]:
+        console.print(f"  stands by  {shown(member['name'])} ({shown(member['url'])})", soft_wrap=True)
 
 
 def _print_pauses(paused: Json | None) -> None:

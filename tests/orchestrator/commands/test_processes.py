@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from configs.errors import Conflict, Fenced, InvalidInput, OtherBaseModel, OwnedByAnother, Unavailable, UnsafeStorage
 from configs.settings import RaySettings, ServerSettings
-from orchestrator.api.server import ControlPlane
+from orchestrator.api.control_plane import ControlPlane
 from orchestrator.cluster import namespace
 from orchestrator.commands import processes
 from orchestrator.commands.cli import app
