@@ -16,6 +16,9 @@ Beside it, what the scheduler does with weeks of arrivals, by simulation: how ev
 while there is too little for all, and how many starts fall into the interval that was told at arrival. Of these only
 `weeks_a_second` depends on the machine.
 
+Last, two real control planes on one real Postgres and one Ray: how long after a kill -9 of the one that leads the other
+does, three times. `benchmarks/task_queue.py failover` measures this alone, and leaves the other figures as they are.
+
 The file is not named queue.py: scripts in its folder would import it in place of Python's own module.
 """
 
@@ -50,9 +53,12 @@ from orchestrator.tasks.task_queue import TaskQueue  # noqa: E402
 from orchestrator.tasks.task_record import TaskState, new_task_id  # noqa: E402
 from orchestrator.tasks.task_rows import columns_of  # noqa: E402
 from subspace_store import SubspaceReader, open_storage  # noqa: E402
+from tests.acceptance.test_failover import Two, role  # noqa: E402
 from tests.builders import BASE, LAYOUT, rows, settings, task_record, task_spec, write_rows  # noqa: E402
 from tests.orchestrator.scheduling.invented import weeks  # noqa: E402
 from tests.orchestrator.stand_in_cluster import StandInCluster  # noqa: E402
+from tests.ray_cluster import ray_cluster  # noqa: E402
+from tests.servers.postgres import postgres_server  # noqa: E402
 from workers.orders import Train  # noqa: E402
 
 SIZES = {"short": (100, 100), "long": (100_000, 100_000)}
@@ -61,6 +67,7 @@ TEAMS = 8
 WORKERS = 4
 TURNS = 200
 TARGET = 1.5
+FAILOVERS = 3
 ENDED = (TaskState.CANCELLED, TaskState.REJECTED, TaskState.PARKED)
 TEMPLATE = task_record()
 """Copied, not checked: checking 110,000 documents would take longer than all that is measured."""
@@ -195,7 +202,37 @@ def timed(work: Callable[[], Any]) -> Took:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
+def failover() -> dict[str, Any]:
+    """Seconds from a kill -9 of the leader until the other control plane says that it leads."""
+    found = []
+    with (
+        tempfile.TemporaryDirectory(prefix="onebasis-bench-queue-") as folder,
+        postgres_server() as postgres,
+        ray_cluster(cpus=1) as ray,
+    ):
+        two = Two(Path(folder), postgres, ray)
+        try:
+            for site in two.sites:
+                site.run("up", "--config", "settings.yaml")
+            for _ in range(FAILOVERS):
+                leader = two.leader()
+                (other,) = (site for site in two.sites if site is not leader)
+                killed = time.monotonic()
+                leader.kill_control_plane()
+                other.wait("the other to lead", lambda other=other: role(other) == "leads", 60)
+                found.append(time.monotonic() - killed)
+                leader.run("up")
+        finally:
+            for site in two.sites:
+                site.run("down")
+    print(f"failover: {', '.join(f'{seconds:.1f}' for seconds in found)} s", flush=True)
+    return {"failover_seconds": statistics.median(found), "failover_seconds_most": max(found)}
+
+
 def main() -> None:
+    if sys.argv[1:] == ["failover"]:
+        OUT.write_text(json.dumps(json.loads(OUT.read_text()) | failover(), indent=1) + "\n")
+        return
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="onebasis-bench-queue-"))
     try:
@@ -210,8 +247,15 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     machine = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}"
-    facts = {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "turns": TURNS, "sizes": SIZES}
-    OUT.write_text(json.dumps(facts | scheduled() | {"ratios": ratios(results), "rows": results}, indent=1) + "\n")
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine,
+        "turns": TURNS,
+        "sizes": SIZES,
+    }
+    OUT.write_text(
+        json.dumps(facts | scheduled() | failover() | {"ratios": ratios(results), "rows": results}, indent=1) + "\n"
+    )
     print(f"written to {OUT.relative_to(ROOT)}")
 
 

@@ -88,7 +88,7 @@ def test_the_second_stands_by_answers_what_reads_and_names_the_leader(two: Two) 
 def test_a_killed_leader_is_followed_within_ten_seconds_and_what_trains_is_not_begun_again(two: Two) -> None:
     leader = two.leader()
     (other,) = (site for site in two.sites if site is not leader)
-    leader.run("submit", str(leader.task_file("trains", steps=250)))
+    leader.run("submit", str(leader.task_file("trains", steps=120)))
     leader.wait("training", lambda: leader.task("payments/trains")["progress"].get("step", 0) > 3)
     killed = time.monotonic()
     leader.kill_control_plane()
@@ -108,7 +108,7 @@ def test_a_killed_leader_is_followed_within_ten_seconds_and_what_trains_is_not_b
 def test_a_leader_that_stood_still_finds_another_one_writes_nothing_and_stands_by(two: Two) -> None:
     leader = two.leader()
     (other,) = (site for site in two.sites if site is not leader)
-    leader.run("submit", str(leader.task_file("stopped", steps=250)))
+    leader.run("submit", str(leader.task_file("stopped", steps=120)))
     leader.wait("training", lambda: leader.task("payments/stopped")["progress"].get("step", 0) > 3)
     pid = leader.control_plane()
     os.kill(pid, signal.SIGSTOP)
@@ -127,7 +127,7 @@ def test_a_leader_that_stood_still_finds_another_one_writes_nothing_and_stands_b
 def test_a_leader_that_is_ended_hands_over_at_once_and_what_trains_goes_on(two: Two) -> None:
     leader = two.leader()
     (other,) = (site for site in two.sites if site is not leader)
-    leader.run("submit", str(leader.task_file("handed", steps=250)))
+    leader.run("submit", str(leader.task_file("handed", steps=120)))
     leader.wait("training", lambda: leader.task("payments/handed")["progress"].get("step", 0) > 3)
     said = leader.run("down")
     assert f"one of those that stand by leads on, {os.uname().nodename}:{other.folder}" in said.replace("\n", "")
