@@ -16,7 +16,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
-	$(BIN)/pytest -m acceptance --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "acceptance" --numprocesses 2 --dist loadfile
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"

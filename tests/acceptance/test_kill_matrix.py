@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -41,7 +42,7 @@ from tests.moto_server import free_port
 from tests.servers.ministack import ministack_server
 from tests.servers.postgres import postgres_server
 from tests.servers.refusing_proxy import Mood, RefusingProxy, refusing_proxy
-from tests.servers.server import CREDENTIALS, start, stop, wait_for_port
+from tests.servers.server import CREDENTIALS, start, stop
 
 SILENT_SECONDS = 10.0
 """Nobody looks longer at a terminal that says nothing."""
@@ -150,16 +151,25 @@ class MlflowServer:
     def start(self) -> None:
         where = [f"--backend-store-uri=sqlite:///{self._folder}/mlflow.db", f"--artifacts-destination={self._folder}"]
         command = [str(Path(ONEBASIS).with_name("mlflow")), "server", "--host=127.0.0.1", f"--port={self._port}"]
-        self._process = start([*command, "--workers=1", *where], self._folder / "mlflow.log")
+        log = self._folder / "mlflow.log"
+        self._process = start([*command, "--workers=1", *where], log, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
 
     def wait(self) -> None:
-        assert self._process is not None
-        wait_for_port(self._process, self._port, self._folder / "mlflow.log")
+        """Return when it listens. Its imports take ten seconds, and a minute where there is other work."""
+        until = time.monotonic() + 180
+        while not self._listens():
+            assert time.monotonic() < until, (self._folder / "mlflow.log").read_text()[-3000:]
+            time.sleep(0.1)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
     def kill(self) -> None:
+        """kill -9 of all its processes."""
         assert self._process is not None
-        for process in psutil.Process(self._process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self._process.pid).children(recursive=True):
                 process.kill()
         stop(self._process)
 
