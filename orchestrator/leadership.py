@@ -204,13 +204,21 @@ class Leadership:
 
     def as_dict(self) -> dict[str, Any] | None:
         """Who leads, since when, and who stands by, as plain values; None before the first look."""
-        if (seen := self.seen) is None:
-            return None
-        led = bool(seen.holder) and not seen.is_over
-        leader = {"name": seen.name, "url": seen.url, "since": seen.since, "number": seen.fence} if led else None
-        standing_by = [
-            {"name": member.name, "url": member.url, "since": member.since}
-            for member in seen.present
-            if not led or member.member_id != seen.holder
-        ]
-        return {"role": "leads" if self.leads else "stands by", "leader": leader, "standing_by": standing_by}
+        role = "leads" if self.leads else "stands by"
+        return None if self.seen is None else leadership_json(self.seen, role)
+
+
+def leadership_json(seen: Seen, role: str) -> dict[str, Any]:
+    """Who leads, since when, and who stands by, as plain values.
+
+    Args:
+        role: What the control plane that says so does, `leads` or `stands by`; empty: it is down.
+    """
+    led = bool(seen.holder) and not seen.is_over
+    leader = {"name": seen.name, "url": seen.url, "since": seen.since, "number": seen.fence} if led else None
+    standing_by = [
+        {"name": member.name, "url": member.url, "since": member.since}
+        for member in seen.present
+        if not led or member.member_id != seen.holder
+    ]
+    return {"role": role, "leader": leader, "standing_by": standing_by}

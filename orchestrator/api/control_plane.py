@@ -231,8 +231,9 @@ class StandingBy:
         threading.Thread(target=look.run, args=(self._stop,), name="look", daemon=True).start()
 
     def end(self, hands_over: bool = False) -> None:
-        """Requests that are under way are answered with this queue, which is closed when they are."""
+        """Give the connections back; requests that are under way keep theirs."""
         self._stop.set()
+        self._queue.close()
 
 
 class Leading:
@@ -283,7 +284,7 @@ class Leading:
         self._loop.join(timeout=HAND_OVER_SECONDS if hands_over else PREEMPT_SECONDS + 10)
         if not hands_over:
             self._reporter.join(timeout=60)
-            self._queue.close()
+        self._queue.close()
 
     def _health(self) -> dict[str, Any]:
         controller, mirror = self._controller, self._mirror

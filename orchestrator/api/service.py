@@ -533,8 +533,22 @@ class Service:
             "footprint": self._footprint_soon() if state else None,
             "in_doubt": self._requests_in_doubt(state),
             "left_running": self._left_running(),
+            **({} if self._is_up else self._led_elsewhere()),
             **self.health(),
         }
+
+    def _led_elsewhere(self) -> Json:
+        """Which other control planes run of this service, whose own here does not."""
+        if not self._settings.database_url.startswith("postgresql"):
+            return {}
+        from orchestrator.leadership import leadership_json
+        from orchestrator.tasks.leader_lease import LeaderLease
+
+        with contextlib.suppress(OnebasisError), contextlib.closing(LeaderLease(self._settings.database_url)) as lease:
+            found = leadership_json(lease.look(), "")
+            if found["leader"] is not None:
+                return {"leadership": found}
+        return {}
 
     def _left_running(self) -> list[str]:
         """Title and process id of whatever still runs of a local service without a control plane that answers."""

@@ -48,6 +48,8 @@ def unknown_tasks(count: int, status: Json) -> str:
 def status(answer: Json) -> None:
     """`onebasis status` and the end of `onebasis up`."""
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
+    if not answer["running"] and answer.get("leadership"):
+        state = "[yellow]down here[/yellow], and led by another control plane"
     alarms, counts = answer.get("alarms", ()), answer["tasks"]
     if alarms:
         state += f", [red]with {counted(len(alarms), 'alarm')}[/red]"
