@@ -51,7 +51,9 @@ class Postgres:
     def start(self) -> None:
         """Start it, and wait until it takes connections."""
         options = [f"--{name}={value}" for name, value in (OPTIONS | {"port": self._port}).items()]
-        command = [str(self._programs / "postgres"), "-D", str(self._folder / "data"), *options]
+        # It ends with the process that started it, however that one ends.
+        program = ["setpriv", "--pdeathsig", "INT", str(self._programs / "postgres")]
+        command = [*program, "-D", str(self._folder / "data"), *options]
         with (self._folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder, **self._user
