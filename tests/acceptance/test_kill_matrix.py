@@ -301,8 +301,9 @@ STOPS = [
 def test_a_process_that_stands_still_is_told_of_and_up_mends_it_while_a_task_trains(
     service: Matrix, part: str, told: tuple[str, ...]
 ) -> None:
-    title = service.submit(f"stopped-{part.replace(' ', '-').replace('_', '-').lower()}", steps=200)
+    title = service.submit(f"stopped-{part.replace(' ', '-').replace('_', '-').lower()}", steps=5000)
     service.wait("training", lambda: service.task(title)["progress"].get("step", 0) >= 2)
+    step = service.task(title)["progress"]["step"]
     pid = service.pid(part)
     os.kill(pid, STOP)
     said = service.alarm(*told)
@@ -313,7 +314,9 @@ def test_a_process_that_stands_still_is_told_of_and_up_mends_it_while_a_task_tra
     assert "onebasis is up:" in said  # and not `up, with 1 alarm`
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     service.wait("the alarms to end", service.is_well, 60)
+    service.wait("the task to go on", lambda: service.task(title)["progress"].get("step", 0) > step + 2)
     service.run("cancel", title)
+    service.wait_for_state(title, "cancelled")
 
 
 def test_while_each_write_takes_seconds_nobody_waits_silently_and_the_task_is_published(service: Matrix) -> None:
