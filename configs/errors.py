@@ -18,6 +18,7 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── NotLeading  another control plane of the service leads: ask there
 │   ├── DatabaseAway   the task database does not answer: nothing of the request was kept
 │   ├── NoSignOfLife   the control plane is there and does not answer: it is stopped, or hangs
 │   ├── OutcomeUnknown  nobody knows whether a request was done: its key is in the error
@@ -250,6 +251,12 @@ class DatabaseAway(Unavailable):
     code = "database-away"
 
 
+class NotLeading(Unavailable):
+    """This control plane stands by, or was overtaken while it stood still: another one leads; nothing was written."""
+
+    code = "not-leading"
+
+
 class NoSignOfLife(Unavailable):
     """The control plane's process is there and answers nothing at all: it is stopped, or hangs."""
 
@@ -327,6 +334,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     Unavailable,
     QueueFull,
     DatabaseAway,
+    NotLeading,
     NoSignOfLife,
     OutcomeUnknown,
     NotWritten,

@@ -7,6 +7,7 @@ stand-in with threads.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -148,6 +149,19 @@ class RayCluster:
         self._actors: dict[str, Any] = {}
         self._watched: dict[str, Call] = {}
         """Worker to its pending answer on who sees how its process ends."""
+        self._leader = 0
+        self._may: Callable[[], None] = _always
+
+    def led(self, number: int, may: Callable[[], None]) -> RayCluster:
+        """The same cluster, for one leader of several control planes.
+
+        Args:
+            number: Its number: the store's writer takes nothing from one with a lower number than it has heard of.
+            may: Raises NotLeading when this leader must give no order any more.
+        """
+        found = copy.copy(self)
+        found._leader, found._may, found._actors, found._watched = number, may, {}, {}
+        return found
 
     def start(self) -> None:
         """Find the store's writer again or start it; end workers of pools that are no longer in the settings."""
@@ -182,9 +196,11 @@ class RayCluster:
         return tuple(name for name in self._named() if pool_of(name) in self._settings.pools)
 
     def start_worker(self, worker: str) -> None:
+        self._may()
         self._actor(worker)
 
     def end_worker(self, worker: str) -> None:
+        self._may()
         self._end(worker)
 
     def machines_of(self, worker: str) -> tuple[str, ...]:
@@ -212,6 +228,7 @@ class RayCluster:
         return sorted(self._ray.util.list_named_actors())
 
     def run(self, worker: str, order: Order) -> Call:
+        self._may()
         return self._actor(worker).run.remote(order)
 
     def warm(self, worker: str) -> Call:
@@ -228,24 +245,30 @@ class RayCluster:
         return self._actor(worker).progress.remote()
 
     def cancel(self, worker: str, token: str) -> None:
+        self._may()
         self._actor(worker).cancel.remote(token)
 
     def preempt(self, worker: str, token: str) -> None:
+        self._may()
         self._actor(worker).preempt.remote(token)
 
     def replace(self, worker: str) -> None:
+        self._may()
         self._end(worker)
 
     def write(self, request: StoreRequest[Any]) -> Call:
-        return self._actor(STORE).do.remote(request)
+        self._may()
+        return self._actor(STORE).do.remote(request, self._leader)
 
     def open_store(self, base_sha256: str) -> Call:
-        return self._actor(STORE).open.remote(base_sha256)
+        self._may()
+        return self._actor(STORE).open.remote(base_sha256, self._leader)
 
     def store_sign(self) -> Call:
-        return self._actor(STORE).pid.remote()
+        return self._actor(STORE).pid.remote(self._leader)
 
     def replace_store(self) -> None:
+        self._may()
         self._end(STORE)
 
     def probe(self) -> None:
@@ -315,6 +338,7 @@ class RayCluster:
                     settings.subspace,
                     settings.base_model,
                     self._service,
+                    self._leader,
                     namespace=self._namespace,
                 )
             else:
@@ -331,6 +355,10 @@ class RayCluster:
                     avoid,
                 )
         return self._actors[name]
+
+
+def _always() -> None:
+    """A control plane without others may always give orders."""
 
 
 def _cause(error: Exception) -> str:

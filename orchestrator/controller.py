@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from configs.errors import Corrupt, InvalidInput, OnebasisError, OwnedByAnother, Unavailable
+from configs.errors import Corrupt, InvalidInput, NotLeading, OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.candidate import Candidate
@@ -140,6 +140,8 @@ class Controller:
         """Unix time of the last step that went through."""
         self.turned_at = self._started_at
         """Unix time of the last step that ended, well or not."""
+        self.hands_over = False
+        """Whether another control plane goes on when this loop ends, so that what runs is left to run."""
         self.doing = "starting"
         """The part of a step that is under way, for people."""
 
@@ -231,12 +233,18 @@ class Controller:
                 if self.step():
                     self.alarms.end_all(LOOP, *LOOP_CODES)
                 self.healthy_at = time.time()
+            except NotLeading as error:  # it will lead again, or be ended
+                log.warning("%s", error.sentence)
+                stop.wait(RETRY_SECONDS)
+                self.wake()
             except Exception as error:
                 self._tell(error)
                 self.turned_at = time.time()
                 stop.wait(RETRY_SECONDS)
                 self.wake()
             self.turned_at = time.time()
+        if self.hands_over:
+            return
         try:
             self._preempt_all()
         except Exception:

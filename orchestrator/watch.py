@@ -5,6 +5,7 @@ Which process watches which:
 | process | its sign of life | deadline | who looks | what heals it |
 |---|---|---|---|---|
 | control plane | an answer over HTTP; its state in /proc | 5 s | every command (`client.py`), `onebasis up` | `up` |
+| the one that leads | its lease is prolonged | `leader_lease.LEASE_SECONDS` | those that stand by | one of them |
 | its loop | a turn that ends | `SILENT_SECONDS` | here | what it waits for ends by itself; `up` |
 | Ray's head, raylet, GCS | state in /proc; an answer of the GCS | 1 s; `SILENT_SECONDS` | here; the head | `up` |
 | worker, gang | an answer to `progress` | `worker_pool.SILENT_SECONDS`; the lease | the loop | the lease's end; `up` |

@@ -16,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from configs.errors import NotWritten, OnebasisError
+from configs.errors import NotLeading, NotWritten, OnebasisError
 from configs.settings import BaseModelSettings, StorageSettings, SubspaceSettings
 from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
@@ -42,7 +43,9 @@ class StoreActor:
         subspace: SubspaceSettings,
         base: BaseModelSettings,
         service: Identity,
+        leader: int = 0,
     ) -> None:
+        self._leader, self._lock = leader, threading.Lock()
         self._place, self._subspace, self._base = open_storage(storage, folder), subspace, base
         self._service = service
         self._store: SubspaceStore | None = None
@@ -50,27 +53,44 @@ class StoreActor:
         with contextlib.suppress(OnebasisError):
             self._opened()
 
-    def open(self, base_sha256: str) -> None:
+    def open(self, base_sha256: str, leader: int = 0) -> None:
         """Open the store, or make it. Called when a worker has loaded the base model and checked its weights.
 
-        Raises: As `SubspaceStore.open`.
+        Raises: As `SubspaceStore.open`, and as `do`.
         """
+        self._heed(leader)
         if self._store is None:
             self._store = self._open(base_sha256)
 
-    def do(self, request: StoreRequest[Answer]) -> Answer:
-        """Carry a request out."""
+    def do(self, request: StoreRequest[Answer], leader: int = 0) -> Answer:
+        """Carry a request out.
+
+        Args:
+            leader: Number of the control plane that asks, of several.
+
+        Raises:
+            NotLeading: One with a higher number has asked before.
+        """
+        self._heed(leader)
         return request.on(self._opened())
 
     @ray.method(concurrency_group="signs")  # type: ignore[untyped-decorator]
-    def pid(self) -> int:
-        """Process id, as a sign of life: answered beside a request that is under way."""
+    def pid(self, leader: int = 0) -> int:
+        """Process id, as a sign of life: answered beside a request that is under way. Raises NotLeading, as `do`."""
+        self._heed(leader)
         return os.getpid()
 
     def release(self) -> None:
         """Give the store up when the service ends: any service may have it then."""
         if read_format(self._place) is not None:
             self._opened().release_ownership(self._service, actor=self._service.name)
+
+    def _heed(self, leader: int) -> None:
+        with self._lock:
+            if leader < self._leader:
+                what = f"control plane number {self._leader} leads by now, and this was asked by number {leader}"
+                raise NotLeading(what, self._place.url, "nothing was written; `onebasis status` shows which one leads")
+            self._leader = leader
 
     def _opened(self) -> SubspaceStore:
         if self._store is None:
@@ -101,6 +121,7 @@ def store_actor(
     subspace: SubspaceSettings,
     base: BaseModelSettings,
     service: Identity,
+    leader: int = 0,
     **options: Any,
 ) -> Any:
     """The running store actor of this name, or a new one.
@@ -109,6 +130,7 @@ def store_actor(
         name: Ray's name for the actor; one per subspace.
         storage, folder: As for `open_storage`.
         subspace, base, service: As for `SubspaceStore.open`; the store belongs to the service then.
+        leader: Number of the control plane that makes it, of several.
         options: More of Ray's actor options, such as `namespace`.
 
     Returns:
@@ -122,4 +144,4 @@ def store_actor(
         max_task_retries=0,
         num_cpus=0,
         **options,
-    ).remote(storage, folder, subspace, base, service)
+    ).remote(storage, folder, subspace, base, service, leader)

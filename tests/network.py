@@ -25,10 +25,10 @@ PORT = 6379
 class TwoMachines:
     """A Ray head at `head`, and a second node at `other` that can be taken away and given back."""
 
-    def __init__(self, name: str, subnet: str, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, wire: str, subnet: str, folder: Path, environment: Mapping[str, str]) -> None:
         self.head, self.other = f"{subnet}.1", f"{subnet}.2"
         self.address = f"{self.head}:{PORT}"
-        self._name = name
+        self._name, self._wire = name, wire
         self._folder = folder
         self._environment = dict(os.environ) | environment
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -53,6 +53,17 @@ class TwoMachines:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 os.kill(below.pid, signal.SIGKILL)
         process.wait(10)
+
+    def cut(self) -> None:
+        """Take the wire away: what is sent from now on is lost, and nobody is told."""
+        self._link("down")
+
+    def mend(self) -> None:
+        """Give the wire back."""
+        self._link("up")
+
+    def _link(self, how: str) -> None:
+        subprocess.run(["ip", "link", "set", self._wire, how], check=True, capture_output=True)
 
     def end_all(self) -> None:
         for address in list(self._processes):
@@ -83,11 +94,11 @@ class TwoMachines:
 def why_not() -> str:
     """Why there can be no two machines here; empty when there can."""
     if shutil.which("ip") is None:
-        return "iproute2 is not installed"
+        return "iproute2 is not installed (apt-get install iproute2)"
     name = f"onebasis-probe-{os.getpid()}"
     done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    return f"ip netns add: {done.stderr.strip()}" if done.returncode else ""
+    return f"it takes root: `ip netns add` says {done.stderr.strip()}" if done.returncode else ""
 
 
 @contextlib.contextmanager
@@ -110,6 +121,6 @@ def two_machines(environment: Mapping[str, str]) -> Iterator[TwoMachines]:
         ip(f"-n {name} addr add {subnet}.2/24 dev {there}")
         ip(f"-n {name} link set {there} up")
         ip(f"-n {name} link set lo up")
-        machines = TwoMachines(name, subnet, folder, environment)
+        machines = TwoMachines(name, here, subnet, folder, environment)
         undo.callback(machines.end_all)
         yield machines

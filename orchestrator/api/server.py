@@ -12,15 +12,13 @@ import json
 import logging
 import os
 import secrets
-import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from anyio import CapacityLimiter, to_thread
@@ -31,31 +29,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from configs.document import Request as Document
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
 from configs.limits import BYTES_MAX, short, short_text
 from configs.plain_text import escaped
-from configs.settings import Settings, read_settings
+from configs.settings import read_settings
 from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.api.requests import Export, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
-from orchestrator.api.service import Service
-from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
-from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, ray_trouble, title_of
-from subspace_store import SubspaceReader
-from subspace_store.commands.state_folder import LOCK_FILE, SERVER_FILE, SETTINGS_FILE, open_private, service_identity
+from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
+from subspace_store.commands.state_folder import LOCK_FILE, SERVER_FILE, SETTINGS_FILE, open_private
 
 log = logging.getLogger("onebasis.server")
 
-RAY_SECONDS = 180.0
 STOP_SECONDS = 10
 """Longest wait at the end for requests that are not answered yet."""
-RELEASE_SECONDS = 30.0
-"""Longest wait for the writer to give the store up: one record, after a merge that is under way."""
 
 
-LOOK_EVERY_SECONDS = 3.0
-"""Pause between two looks at the store and the database, three small reads: with the looks themselves, people are told
-within ten seconds."""
 HEAD_SECONDS = 10.0
 """Longest wait for the head of a request: a connection that says nothing is closed, so that others find a place."""
 BODY_SECONDS = 60.0
@@ -80,7 +70,13 @@ class AsciiJson(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def api(service: Service, token: str) -> FastAPI:
+class Answers(Protocol):
+    """What carries requests out: a `Service`, or whichever one it is at the moment."""
+
+    def answer(self, request: Document) -> Any: ...
+
+
+def api(service: Answers, token: str) -> FastAPI:
     """The HTTP API: every route of the table, behind the bearer token."""
     app = FastAPI(title="onebasis", description="One shared low-rank subspace for every team's tasks.")
 
@@ -133,7 +129,7 @@ def api(service: Service, token: str) -> FastAPI:
 
 
 def _endpoint(
-    service: Service, route: Route, threads: CapacityLimiter | None
+    service: Answers, route: Route, threads: CapacityLimiter | None
 ) -> Callable[[Request], Awaitable[Response]]:
     """The function that answers on a route. threads: Threads for its requests; None: those for requests that read."""
 
@@ -277,6 +273,8 @@ def main(state_dir: Path) -> None:
     except OSError:
         raise Unavailable("another control plane runs on this state folder", str(state_dir)) from None
     threading.Thread(target=_end_with_its_folder, args=(state_dir, lock.fileno()), name="folder", daemon=True).start()
+    from orchestrator.api.control_plane import ControlPlane
+
     ControlPlane(settings, state_dir).run()
 
 
@@ -301,118 +299,6 @@ def _is_there(file: Path, handle: int) -> bool:
         return False
     except OSError:  # a disk that does not answer is not a folder that is gone
         return True
-
-
-class ControlPlane:
-    """The parts of the process, in the order in which they start."""
-
-    def __init__(self, settings: Settings, state_dir: Path) -> None:
-        self._settings = settings
-        self._state_dir = state_dir
-        self._stop = threading.Event()
-        self._started_at = time.time()
-
-    def run(self) -> None:
-        """Start everything, serve, and stop everything in the reverse order."""
-        from orchestrator.cluster import RayCluster
-        from orchestrator.controller import PREEMPT_SECONDS, Controller
-        from orchestrator.reports.mlflow_mirror import Mirror
-        from orchestrator.tasks.checking import Checker
-        from orchestrator.tasks.task_queue import TaskQueue
-        from orchestrator.watch import Pulse, Watch
-        from subspace_store import open_storage
-
-        settings = self._settings
-        log.info("opening the task database and the store")
-        queue = TaskQueue(settings.database_url, settings.failures)
-        storage = open_storage(settings.storage, settings.base_model.name)
-        log.info("joining Ray, starting the store actor and the workers of %d pools", len(settings.pools))
-        address, token_path = self._ray()
-        service = service_identity(self._state_dir)
-        cluster = RayCluster(settings, address, token_path, service)
-        cluster.start()
-        store = SubspaceReader.open(storage, settings=settings.subspace)
-        mirror = Mirror(settings, queue, SubspaceReader.open(storage, settings=settings.subspace))
-        controller = Controller(settings, queue, storage, store, cluster, service, changed=mirror.wake)
-        checker = Checker()
-        answers = Service(
-            settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror), checker.check
-        )
-        loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
-        is_local = settings.ray.address == "local"
-        gcs = Pulse(cluster.probe)
-        trouble = partial(ray_trouble, self._state_dir) if is_local else str
-        watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
-        store_and_database = Pulse(answers.look, LOOK_EVERY_SECONDS)
-        for name, run in (("watch", watch.run), ("gcs", gcs.run), ("look", store_and_database.run)):
-            threading.Thread(target=run, args=(self._stop,), name=name, daemon=True).start()
-        reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
-        loop.start()
-        reporter.start()
-        listener = socket.create_server((settings.server.host, settings.server.port))
-        token = secrets.token_hex(32)
-        server = http_server(api(answers, token))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        server.install_signal_handlers = lambda: None
-        self._announce(listener, token)
-        log.info("ready at %s:%d", *listener.getsockname()[:2])
-        checker.start()
-        server.run(sockets=[listener])
-        log.info("stopping")
-        checker.close()
-        self._stop.set()
-        loop.join(timeout=PREEMPT_SECONDS + 10)
-        reporter.join(timeout=60)
-        (self._state_dir / SERVER_FILE).unlink(missing_ok=True)
-        try:
-            cluster.release_store(RELEASE_SECONDS)
-        except OnebasisError as error:
-            log.warning("the store stays this service's: %s", error)
-        cluster.stop(actors=settings.ray.address != "local")
-        queue.close()
-        log.info("stopped")
-
-    def _ray(self) -> tuple[str, Path]:
-        ray = self._settings.ray
-        if ray.address != "local":
-            token_path = Path(ray.auth_token_path or "")
-            if not token_path.is_file():  # a new one would be made there, and the cluster would not know it
-                raise InvalidInput(
-                    f"{ray.auth_token_path!r} is no file, and the cluster at {ray.address} wants its token",
-                    "ray.auth_token_path",
-                    "copy the token file of the cluster's head there (RAY_AUTH_TOKEN_PATH)",
-                )
-            return ray.address, token_path
-        file, until = self._state_dir / ADDRESS_FILE, time.monotonic() + RAY_SECONDS
-        while not file.exists():
-            if time.monotonic() > until:
-                raise Unavailable("the local Ray did not start", str(self._state_dir / "logs/ray.log"))
-            time.sleep(0.05)
-        return json.loads(file.read_text())["address"], self._state_dir / TOKEN_FILE
-
-    def _announce(self, listener: socket.socket, token: str) -> None:
-        host, port = listener.getsockname()[:2]
-        facts = {"url": f"http://{host}:{port}", "token": token, "pid": os.getpid()}
-        new = self._state_dir / f"{SERVER_FILE}.new"
-        with open_private(new, "w") as file:
-            json.dump(facts, file)
-        new.rename(self._state_dir / SERVER_FILE)
-
-    def _health(self, controller: Any, mirror: Any) -> dict[str, Any]:
-        return {
-            "pid": os.getpid(),
-            "up_seconds": time.time() - self._started_at,
-            "loop_seconds_ago": time.time() - controller.healthy_at,
-            "heard_seconds_ago": time.time() - controller.heard_at,
-            "workers": controller.describe_workers(),
-            "workers_ready": controller.ready_workers,
-            "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},
-            "store_is_open": controller.store_is_open,
-            "store_error": controller.store_error.as_dict() if controller.store_error else None,
-            "mlflow_behind": mirror.behind,
-            "mlflow_error": mirror.error,
-        }
 
 
 if __name__ == "__main__":

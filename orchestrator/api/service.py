@@ -40,6 +40,7 @@ from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Json, ServiceRequest
+from orchestrator.api.routes import route_of
 from orchestrator.api.why import Surroundings, wait_of, who_holds, why
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from configs.task_spec import TaskSpec
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
+    from orchestrator.leadership import StandsBy
     from orchestrator.tasks.admission import Draft
     from orchestrator.tasks.task_queue import Placed, TaskQueue
     from subspace_store.subspace_reader import RollbackPreview, SubspaceReader
@@ -99,6 +101,7 @@ class Service:
             SQL library takes as long as all the rest of a command.
         controller, cluster: None when the service is down; then what needs a worker is refused with the next step.
         check: How a submission is checked; default: in the thread that asks, which nothing can end.
+        stands_by: Of a control plane that stands by: who leads, now.
     """
 
     def __init__(
@@ -111,7 +114,9 @@ class Service:
         health: Callable[[], Json] = dict,
         check: Check | None = None,
         alarms: Alarms | None = None,
+        stands_by: Callable[[], StandsBy] | None = None,
     ) -> None:
+        self._stands_by = stands_by
         self._settings = settings
         self._given_queue = queue
         self._storage = storage
@@ -156,6 +161,8 @@ class Service:
             raise
 
     def _answer(self, request: Request) -> Any:
+        if self._stands_by is not None and route_of(request).verb == "POST":
+            raise self._stands_by().refusal
         match request:
             case Rollback():
                 return self.rollback(request)
@@ -569,12 +576,26 @@ class Service:
             "in_doubt": self._requests_in_doubt(state),
             "late": [told.as_dict() for told in self._deadlines.late],
             "left_running": self._left_running(),
+            **({} if self._is_up else self._led_elsewhere()),
             **self.health(),
         }
 
+    def _led_elsewhere(self) -> Json:
+        """Which other control planes run of this service, whose own here does not."""
+        if not self._settings.database_url.startswith("postgresql"):
+            return {}
+        from orchestrator.leadership import leadership_json
+        from orchestrator.tasks.leader_lease import LeaderLease
+
+        with contextlib.suppress(OnebasisError), contextlib.closing(LeaderLease(self._settings.database_url)) as lease:
+            found = leadership_json(lease.look(), "")
+            if found["leader"] is not None:
+                return {"leadership": found}
+        return {}
+
     def _left_running(self) -> list[str]:
         """Title and process id of whatever still runs of a local service without a control plane that answers."""
-        if self._controller is not None or self._settings.ray.address != "local":
+        if self._is_up or self._settings.ray.address != "local":
             return []
         from orchestrator.ray_head import ADDRESS_FILE, MODULE
         from orchestrator.signs_of_life import ray_processes, title_of
@@ -593,8 +614,7 @@ class Service:
         name = self._settings.base_model.name
         state = self._log_read.last  # `look` reads it every few seconds
         held = {"held": asdict(state.held) if state.held else None} if state else {}
-        running = self._controller is not None
-        return {"base_model": name, "running": running, **held, **self._pools(), **self._health(), "alarms": alarms}
+        return {"base_model": name, "running": self._is_up, **held, **self._pools(), **self._health(), "alarms": alarms}
 
     def _pools(self) -> Json:
         """The pools with their workers, and what people have drained; nothing where no service runs."""
@@ -677,6 +697,16 @@ class Service:
         return counts, waiting
 
     # --- helpers -----------------------------------------------------------------------------------------------
+
+    @property
+    def _is_up(self) -> bool:
+        """Whether the service runs, this control plane or another one leading it."""
+        return self._controller is not None or self._stands_by is not None
+
+    @property
+    def _leader(self) -> str:
+        """Name of the control plane that leads, where this one stands by."""
+        return self._stands_by().leader if self._stands_by is not None else ""
 
     def _running(self, what: str) -> Controller:
         if self._controller is None:
@@ -816,7 +846,7 @@ class Service:
     def _gone_from_main(self, state: SubspaceState, tasks: Collection[TaskRecord | Placed]) -> set[str]:
         """Ids of published tasks that `main` no longer holds, since it was moved while no service ran; the next start
         parks them. None while a service runs, which does so by itself."""
-        if self._controller is not None or not any(task.state is TaskState.PUBLISHED for task in tasks):
+        if self._is_up or not any(task.state is TaskState.PUBLISHED for task in tasks):
             return set()
         held = state.tasks_at(state.refs[MAIN])
         found = {t.task_id for t in tasks if t.state is TaskState.PUBLISHED and t.task_id not in held}
@@ -844,7 +874,11 @@ class Service:
         found = {}
         for record in queued:
             around = Surroundings(
-                is_running=self._controller is not None, pauses=pauses, decided=self._decided(record), alarms=alarms
+                is_running=self._is_up,
+                pauses=pauses,
+                decided=self._decided(record),
+                alarms=alarms,
+                leader=self._leader,
             )
             found[record.task_id] = _wait_json(wait_of(record, around))
         return found
@@ -883,7 +917,7 @@ class Service:
         controller, queued = self._controller, record.state is TaskState.QUEUED
         state = self._store.refresh()
         return Surroundings(
-            is_running=controller is not None,
+            is_running=self._is_up,
             main=state.refs[MAIN],
             is_gone_from_main=record.task_id in self._gone_from_main(state, [record]),
             place=line.places.get(record.task_id),
@@ -898,6 +932,7 @@ class Service:
             decided=self._decided(record),
             titles=self._titles(record),
             alarms=self._ringing(),
+            leader=self._leader,
         )
 
     def _result(self, record: TaskRecord) -> Json | None:

@@ -61,6 +61,9 @@ class Surroundings:
     """Id to name of tasks that the answer names."""
     alarms: Mapping[AlarmCode, str] = field(default_factory=dict)
     """Code to text of the alarms that ring."""
+    leader: str = ""
+    """Name of the control plane that leads, where the one that answers stands by: it does not know why the other has
+    not started a task yet."""
 
 
 def wait_of(record: TaskRecord, around: Surroundings) -> Wait | None:
@@ -108,7 +111,7 @@ def _of_the_queue(record: TaskRecord, around: Surroundings) -> list[Wait | None]
         Wait(code=WaitCode.NOT_BEFORE, since=record.submitted_at, until=spec.not_before.timestamp())
         if record.not_due and spec.not_before
         else None,
-        around.decided or (None if record.blocked else Wait(code=WaitCode.ABOUT_TO_START)),
+        around.decided or (None if record.blocked or around.leader else Wait(code=WaitCode.ABOUT_TO_START)),
     ]
 
 
@@ -146,6 +149,8 @@ def _what_waits(record: TaskRecord) -> str:
 
 
 def _why_queued(record: TaskRecord, around: Surroundings, wait: Wait | None) -> str:
+    if wait is None and around.leader:
+        return f"stands in line; {around.leader} leads, and says there why it has not started it yet"
     if wait is None:
         return "the service is not running; `onebasis up` starts it"
     note = f"; last attempt: {record.reason}" if record.reason else ""

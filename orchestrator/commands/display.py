@@ -48,6 +48,8 @@ def unknown_tasks(count: int, status: Json) -> str:
 def status(answer: Json) -> None:
     """`onebasis status` and the end of `onebasis up`."""
     state = "[green]up[/green]" if answer["running"] else "[red]down[/red] (`onebasis up` starts it)"
+    if not answer["running"] and answer.get("leadership"):
+        state = "[yellow]down here[/yellow], and led by another control plane"
     alarms, counts = answer.get("alarms", ()), answer["tasks"]
     if alarms:
         state += f", [red]with {counted(len(alarms), 'alarm')}[/red]"
@@ -55,6 +57,7 @@ def status(answer: Json) -> None:
     main = "unknown" if answer["main"] is None else f"version {answer['main']}"
     console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is {main}")
     _print_alarms(alarms)
+    _print_leadership(answer.get("leadership"))
     if (held := answer["held"]) is not None:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
         reason = shown(held["reason"] or "no reason given")
@@ -152,6 +155,22 @@ def drained(answer: Json) -> None:
     note(f"{what}: gets nothing new; what trains there {does}, then its place is given back")
     for worker, text in answer["workers"].items():
         note(f"  {worker}: {text}")
+
+
+def _print_leadership(leadership: Json | None) -> None:
+    """Which control plane leads, and which stand by; nothing where there can be one alone."""
+    if leadership is None:
+        return
+    if (leader := leadership["leader"]) is None:
+        console.print("  [yellow]no control plane leads[/yellow]: the next one does within ten seconds", soft_wrap=True)
+    else:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(leader["since"]))
+        here = " (this one)" if leadership["role"] == "leads" else ""
+        console.print(
+            f"  leads    {shown(leader['name'])}{here} since {since} ({shown(leader['url'])})", soft_wrap=True
+        )
+    for member in leadership["standing_by"]:
+        console.print(f"  stands by  {shown(member['name'])} ({shown(member['url'])})", soft_wrap=True)
 
 
 def _print_pauses(paused: Json | None) -> None:

@@ -41,7 +41,9 @@ from orchestrator.signs_of_life import (
 from subspace_store.commands.state_folder import (
     LOCK_FILE,
     SERVER_FILE,
+    join_service,
     make_private,
+    member_id,
     open_private,
     process_of,
     running_server,
@@ -92,6 +94,7 @@ def up(settings: Settings, say: Say, take_over: bool = False, config: Path | Non
             _await_what_ends(state_dir, say)
             _end_left_behind(state_dir, say)
             if running_server(state_dir) is None:
+                _join_the_service(settings, state_dir, say)
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
             with telling("starting Ray and the control plane", say):
@@ -230,6 +233,31 @@ def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Sa
     writer.acquire(service.name, service, claim=True, force=True)
 
 
+def _join_the_service(settings: Settings, state_dir: Path, say: Say) -> None:
+    """Be one of the control planes of the service that the database belongs to; it is this folder's if it was nobody's.
+
+    Raises:
+        InvalidInput: Others of them run, with other settings.
+    """
+    if not settings.database_url.startswith("postgresql"):
+        return
+    # Imported here: with SQLite, which most have, there is no need to wait for the SQL library.
+    from orchestrator.leadership import refuse_other_settings, shared_settings
+    from orchestrator.tasks.leader_lease import LeaderLease
+
+    with (
+        telling("asking the task database for other control planes", say),
+        contextlib.closing(LeaderLease(settings.database_url)) as lease,
+    ):
+        seen = lease.look()
+        refuse_other_settings(seen, member_id(state_dir), settings)
+        own = service_identity(state_dir).service_id
+        if (service_id := lease.claim_service(own, shared_settings(settings))) != own:
+            who = f", which {seen.name} leads" if seen.holder and not seen.is_over else ""
+            say(f"joining the service that this database belongs to{who}")
+            join_service(state_dir, service_id)
+
+
 @contextlib.contextmanager
 def _alone(state_dir: Path, say: Say) -> Iterator[None]:
     """Allow one `up` or `down` at a time: two that start at once would start two clusters, and one would never end."""
@@ -303,7 +331,7 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
     if (server := running_server(state_dir)) is not None:
         has_ray = not (state_dir / ADDRESS_FILE).exists() or not ray_trouble(state_dir)
         if has_ray and life_of(server) is Life.RUNS:
-            say("ending the control plane; what trains writes a checkpoint")
+            say(_what_ends(state_dir))
             _end(server, STOP_SECONDS)
         else:  # it would wait for Ray, which is not there, or not get the signal
             say("ending the control plane, which cannot end in order; what trains goes on from its last checkpoint")
@@ -316,6 +344,17 @@ def _end_what_runs(state_dir: Path, say: Say) -> bool:
         ended = True
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
     return ended
+
+
+def _what_ends(state_dir: Path) -> str:
+    """What `down` does, for people: of several control planes, the others go on."""
+    with contextlib.suppress(Unavailable):
+        leadership = Client(state_dir, lambda _: None).ask(Health()).get("leadership") or {}
+        if leadership.get("role") == "stands by":
+            return f"ending this control plane, which stands by; {(leadership['leader'] or {}).get('name')} leads on"
+        if others := [member["name"] for member in leadership.get("standing_by", ())]:
+            return f"ending this control plane: one of those that stand by leads on, {', '.join(others)}"
+    return "ending the control plane; what trains writes a checkpoint"
 
 
 def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Popen[bytes] | None:
@@ -381,6 +420,9 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
     client, said, told = Client(state_dir, say), "", set[str]()
     while True:
         health: dict[str, Any] = client.ask(Health())
+        if (health.get("leadership") or {}).get("role") == "stands by":
+            found: dict[str, Any] = client.ask(Status())
+            return found
         pools: dict[str, Any] = health.get("pools", {})
         all_workers = sum(pool["min"] for pool in pools.values())
         out = sum(not drain["is_node"] for drain in health.get("drains", ()))

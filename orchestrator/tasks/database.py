@@ -15,13 +15,17 @@ from sqlalchemy import create_engine, event, inspect, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 
-from configs.errors import Corrupt, DatabaseAway, InvalidInput, OnebasisError
-from orchestrator.tasks.tables import HEAD, schema, tasks
+from configs.errors import Corrupt, DatabaseAway, InvalidInput, NotLeading, OnebasisError
+from orchestrator.tasks.tables import HEAD, leadership, schema, tasks
 
 WAIT_SECONDS = 5.0
 """Longest wait for a lock that another program holds, and for a server: a person at the command line waits as long."""
 MIGRATE_WAIT_SECONDS = 60.0
 """The same where the other program may be bringing the tables up to date, which takes a second for 30,000 tasks."""
+NOT_LEADING = "`onebasis status` shows which one leads: ask there"
+IDLE_SECONDS = 5.0
+"""Longest pause inside a transaction after which Postgres ends it: a process that is stopped, or whose machine is cut
+off, must not keep the next leader waiting with what it has locked."""
 _MIGRATION_LOCK = 7_065_213
 """Postgres's advisory lock for changing the tables: any number that no other program uses."""
 
@@ -29,8 +33,12 @@ _MIGRATION_LOCK = 7_065_213
 class Database:
     """One task database, its tables those of this release."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, fence: int | None = None) -> None:
         """Open; make the tables, or bring older ones up to date, if they are not those of this release.
+
+        Args:
+            fence: Number of the leader for which everything is written: under another leader nothing is. None: for a
+                person, or where there is one control plane alone.
 
         Raises:
             InvalidInput: No such database driver, or not a URL; or a newer release has written to it.
@@ -38,6 +46,7 @@ class Database:
             Corrupt: It is no database, or a damaged one.
         """
         self._where = _safe(url)
+        self._fence = fence
         self.engine = _engine(url)
         self._writer = self.engine.execution_options(writes=True)
         try:
@@ -70,9 +79,23 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that writes: all of it is kept when the block ends, or nothing."""
+        """A transaction that writes: all of it is kept when the block ends, or nothing.
+
+        Raises:
+            NotLeading: Another control plane leads by now, so nothing is written.
+        """
         with self._told(), self._writer.begin() as connection:
+            if self._fence is not None:
+                self._hold_the_fence(connection, self._fence)
             yield connection
+
+    def _hold_the_fence(self, connection: Connection, fence: int) -> None:
+        """Keep the leader's number as it is until this transaction ends: the next leader waits that long, and a
+        transaction that begins later is refused here. So nothing that an earlier leader writes comes after a read of
+        the next one."""
+        mine = select(leadership.c.fence).where(leadership.c.fence == fence)
+        if connection.execute(mine.with_for_update(read=True, key_share=True)).first() is None:
+            raise NotLeading("another control plane leads by now, and this one wrote nothing", self._where, NOT_LEADING)
 
     def _migrate(self) -> None:
         """Bring the tables up to date, one process at a time: one that waited for the lock finds everything done."""
@@ -80,6 +103,7 @@ class Database:
         with self._told(), patient.begin() as connection:
             if self.is_postgres:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{MIGRATE_WAIT_SECONDS:.0f}s'")
+                connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
             known = _revision(connection)
             if known != HEAD:
@@ -162,7 +186,10 @@ def _engine(database_url: str) -> Engine:
 def _connect_args(url: URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"timeout": WAIT_SECONDS}
-    return {} if "connect_timeout" in url.query else {"connect_timeout": int(WAIT_SECONDS)}
+    # A server whose machine is gone says nothing: without these, a question waits for it for a quarter of an hour.
+    patience = {"connect_timeout": int(WAIT_SECONDS), "tcp_user_timeout": int(1000 * 2 * WAIT_SECONDS)}
+    patience |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+    return {name: value for name, value in patience.items() if name not in url.query}
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
@@ -173,6 +200,7 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
 
 def _prepare_postgres(connection: Any, _: Any) -> None:
     connection.execute(f"SET lock_timeout = '{WAIT_SECONDS:.0f}s'")
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS:.0f}s'")
     connection.commit()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-HEAD = "0004"
+HEAD = "0005"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -85,6 +85,33 @@ drains = Table(
     Column("waits", Boolean, nullable=False),
 )
 """Workers, and machines by their addresses, that get nothing new before maintenance."""
+
+leadership = Table(
+    "leadership",
+    metadata,
+    Column("fence", Integer, primary_key=True, autoincrement=False),
+    Column("holder", String(120), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("since", Float, nullable=False),
+    Column("until", Float, nullable=False),
+    Column("service_id", String(40), nullable=False),
+    Column("settings", Text, nullable=False),
+)
+"""The lease of the control plane that leads: one row. `fence` grows with each new leader, and as the table's key it
+cannot change while a leader's transaction holds it; prolonging the lease changes other columns, and waits for none.
+All times are those of the database's clock."""
+
+control_planes = Table(
+    "control_planes",
+    metadata,
+    Column("member_id", String(120), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("since", Float, nullable=False),
+    Column("seen_at", Float, nullable=False),
+)
+"""The control planes that were seen, the leader too."""
 
 events = Table(
     "events",

@@ -65,6 +65,8 @@ DUE_AT_ONCE = 100
 
 AnyRow = Row[*tuple[Any, ...]]
 
+NOBODY = -1
+"""Number that no leader has."""
 IDS_AT_ONCE = 500
 """Ids in one query: SQLite takes 32,766 values at most, and longer queries are not faster."""
 EVENTS_AT_ONCE = 1000
@@ -119,15 +121,18 @@ class TaskQueue:
     Every method raises Unavailable when the database is away, locked, full or forbidden: nothing is half done then.
     """
 
-    def __init__(self, database_url: str, failures: FailureSettings | None = None) -> None:
+    def __init__(self, database_url: str, failures: FailureSettings | None = None, fence: int | None = None) -> None:
         """Open; see `Database`.
+
+        Args:
+            fence: See `Database`; NOBODY: nothing can be written.
 
         Raises:
             InvalidInput: No such database driver, or not a URL; or a newer release has written to it.
             Unavailable: The database does not answer.
         """
         self._failures = failures or FailureSettings()
-        self._database = Database(database_url)
+        self._database = Database(database_url, fence)
         self._unreadable: dict[str, UnreadableTask] = {}
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ SERVER_FILE = "server.json"
 LOCK_FILE = "server.lock"
 """Locked by the control plane for as long as its process lives."""
 SERVICE_FILE = "service_id"
+MEMBER_FILE = "control_plane_id"
 SERVER_MODULE = "orchestrator.api.server"
 
 
@@ -78,13 +79,33 @@ def service_identity(state_dir: Path) -> Identity:
 
     file = state_dir / SERVICE_FILE
     if not file.exists():
-        new = state_dir / f"{SERVICE_FILE}.{os.getpid()}"
-        with open_private(new, "w") as made:
-            made.write(secrets.token_hex(16))
-        with contextlib.suppress(FileExistsError):  # two commands at once: one id is the service's
-            os.link(new, file)
-        new.unlink()
+        _make_once(file, secrets.token_hex(16))
     return Identity(file.read_text(), f"{socket.gethostname()}:{state_dir.resolve()}")
+
+
+def member_id(state_dir: Path) -> str:
+    """Id of this folder's control plane among several of one service: with the machine's name in it, since a folder may
+    be copied to another machine."""
+    file = state_dir / MEMBER_FILE
+    if not file.exists():
+        _make_once(file, secrets.token_hex(8))
+    return f"{socket.gethostname()[:60]}:{file.read_text()}"
+
+
+def join_service(state_dir: Path, service_id: str) -> None:
+    """Let this folder be one of a service that has others, on other machines."""
+    with open_private(state_dir / SERVICE_FILE, "w") as file:
+        file.write(service_id)
+
+
+def _make_once(file: Path, text: str) -> None:
+    """Make a file, unless another command makes it at the same moment."""
+    new = file.with_name(f"{file.name}.{os.getpid()}")
+    with open_private(new, "w") as made:
+        made.write(text)
+    with contextlib.suppress(FileExistsError):
+        os.link(new, file)
+    new.unlink()
 
 
 def running_server(state_dir: Path) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from configs.errors import Conflict, InvalidInput, NameTaken, NotFound, QueueFull, UnreadableTask
+from configs.errors import Conflict, InvalidInput, NameTaken, NotFound, NotLeading, QueueFull, UnreadableTask
 from configs.settings import DEFAULT_POOL, FailureSettings
 from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Use, Waiting
 from orchestrator.tasks import tables, task_queue
@@ -27,7 +27,7 @@ from orchestrator.tasks.task_events import (
     TrainingDone,
     TrainingFailed,
 )
-from orchestrator.tasks.task_queue import TaskQueue
+from orchestrator.tasks.task_queue import NOBODY, TaskQueue
 from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS
 from tests.builders import task_record, trained
@@ -93,6 +93,26 @@ class TaskQueueContract:
         assert queue.add(record) == (record, True)
         assert queue.get(record.task_id) == record
         assert [(event.kind, event.text) for event in queue.events(record.task_id)] == [("submitted", "submitted")]
+
+    def test_under_another_leader_nothing_is_written_and_all_is_read(self, queue: TaskQueue, url: str) -> None:
+        record = task_record()
+        queue.add(record)
+        leader, late = TaskQueue(url, fence=0), TaskQueue(url, fence=NOBODY)
+        leader.apply(record.task_id, Claimed(token="tok", worker="worker-0", at=1.0))
+        before = queue.get(record.task_id)
+        for write in (
+            lambda: late.apply(record.task_id, CancelRequested("ann", 1.0)),
+            lambda: late.add(task_record("red/other", task_id="t-2")),
+            lambda: late.append(record.task_id, [("log", "late")]),
+            lambda: late.heartbeat(record.task_id, "tok", 9.0, {}),
+            lambda: late.set_pause("red", Pause(by="ann", reason="", at=1.0)),
+        ):
+            with pytest.raises(NotLeading):
+                write()
+        assert late.tasks() == queue.tasks() == [before]
+        assert [event.kind for event in queue.events(record.task_id)] == ["submitted", "Claimed"]
+        leader.close()
+        late.close()
 
     # --- taking in ---
 

@@ -936,7 +936,9 @@ def test_a_loop_that_was_held_up_does_not_take_its_own_absence_for_its_workers_s
     assert plant.cluster.replaced == []
 
 
-def test_a_task_of_a_worker_that_is_gone_after_a_restart_is_given_to_one_that_is_made_in_its_place(make_plant: MakePlant) -> None:
+def test_a_task_of_a_worker_that_is_gone_after_a_restart_goes_on_with_a_new_one(
+    make_plant: MakePlant,
+) -> None:
     plant = make_plant(workers=2)
     plant.cluster.hold = lambda order: True
     plant.submit("red/a", "red/b")

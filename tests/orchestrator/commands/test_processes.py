@@ -26,7 +26,7 @@ from configs.errors import (
     UnsafeStorage,
 )
 from configs.settings import RaySettings, ServerSettings
-from orchestrator.api.server import ControlPlane
+from orchestrator.api.control_plane import ControlPlane
 from orchestrator.cluster import namespace
 from orchestrator.commands import processes
 from orchestrator.commands.cli import app
@@ -349,9 +349,7 @@ def test_everything_below_the_state_folder_is_its_owners_alone(tmp_path: Path, o
         code = "import sys, pathlib; (pathlib.Path(sys.argv[1]) / 'made-by-the-service').touch(); print('said')"
         command = [sys.executable, "-c", code, str(folder)]
         assert processes._start(command, folder, "control-plane.log", processes._umask(secret)).wait() == 0
-        plane = ControlPlane(secret, folder)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            plane._announce(listener, "token")
+        ControlPlane(secret, folder)._announce("http://127.0.0.1:1", "token")
         written = {path.name for path in folder.rglob("*")}
         queue.close()
     finally:

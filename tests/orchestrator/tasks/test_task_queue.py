@@ -1,16 +1,13 @@
-"""The task queue on real databases: a SQLite file, and a Postgres server of its own where one is installed."""
+"""The task queue on real databases: a SQLite file, and a Postgres server of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +24,7 @@ from orchestrator.tasks.task_record import TaskState
 from tests.builders import task_record
 from tests.contracts.task_queue_contract import TaskQueueContract, at_once
 from tests.orchestrator.tasks.golden import GOLDEN, facts, unpacked
+from tests.servers.postgres import Postgres, postgres_server
 
 ROOT = Path(__file__).parents[3]
 
@@ -61,67 +59,17 @@ class TestSqliteTaskQueue(TaskQueueContract):
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
 
 
-def _server_programs() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return found[-1].parent if found else None
-
-
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """A Postgres server on the loopback, in a folder and on a port of its own; ended by its process id."""
-    programs = _server_programs()
-    if programs is None:
-        pytest.skip("Postgres is not installed: no /usr/lib/postgresql/*/bin/initdb")
-    folder = Path(tempfile.mkdtemp(prefix="onebasis-postgres-"))
-    # Postgres refuses to run as root.
-    who: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
-    if who:
-        shutil.chown(folder, "postgres", "postgres")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    data = str(folder / "data")
-    initdb = [str(programs / "initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8"]
-    subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **who)
-    options = {
-        "listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off",
-        "max_connections": 40, "shared_buffers": "16MB", "autovacuum": "off",
-    }  # fmt: skip
-    log = (folder / "log").open("wb")
-    command = [str(programs / "postgres"), "-D", data, *(f"--{key}={value}" for key, value in options.items())]
-    server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **who)
-    url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
-    try:
-        _wait_for(url, server, folder / "log")
-        yield url
-    finally:
-        server.send_signal(signal.SIGINT)  # "fast shutdown" in Postgres's words
-        server.wait(20)
-        log.close()
-        shutil.rmtree(folder)
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 30
-    while True:
-        try:
-            TaskQueue(url).close()
-            return
-        except Unavailable:
-            if server.poll() is not None or time.monotonic() > until:
-                raise AssertionError(f"Postgres did not start:\n{log.read_text()}") from None
-            time.sleep(0.05)
+def postgres() -> Iterator[Postgres]:
+    with postgres_server() as server:
+        yield server
 
 
 class TestPostgresTaskQueue(TaskQueueContract):
     @pytest.fixture
-    def url(self, postgres: str) -> str:
-        engine = create_engine(postgres)
-        with engine.begin() as connection:
-            connection.exec_driver_sql(
-                "DROP TABLE IF EXISTS tasks, events, uses, team_uses, awaits, pauses, drains, onebasis_schema"
-            )
-        engine.dispose()
-        return postgres
+    def url(self, postgres: Postgres) -> str:
+        postgres.empty()
+        return postgres.url
 
     def test_a_writer_that_was_overtaken_reads_again(self, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch) -> None:
         # Between our read and our write somebody cancels. Our claim must not bring the task back to life.
