@@ -1,7 +1,8 @@
 """What the task queue costs, and how the scheduler serves: `make bench-queue`; one part: make bench-queue BENCH=claims.
 
 Prints and writes benchmarks/results/queue.json, where a part that was not run keeps its figures. Parts: `history` and
-`schedule`, `claims`, and what needs a real service, `submissions`, `memory` and `first-step` (queue_service.py), and `failover`.
+`schedule`, `claims`, `failover`, and what needs a real service, `submissions`, `memory` and `first-step`
+(queue_service.py).
 
 `history`: two services side by side, on SQLite files, both with a real control loop, a real store and workers that need
 no time: one with 100 tasks that wait and 100 that ended, one with 100,000 and 100,000. In turns each does the same:
