@@ -51,14 +51,14 @@ class Status(ServiceRequest[Json]):
     """Whether the service is up, what its workers do, how many tasks are in which state."""
 
     def on(self, service: Service) -> Json:
-        return service.status()
+        return service.status.status()
 
 
 class Health(ServiceRequest[Json]):
     """Which alarms ring and what the workers do. Answered at once: neither the store nor the database is asked."""
 
     def on(self, service: Service) -> Json:
-        return service.health()
+        return service.status.health()
 
 
 class Submit(ServiceRequest[Json]):
@@ -74,7 +74,7 @@ class Submit(ServiceRequest[Json]):
     """Person who submits."""
 
     def on(self, service: Service) -> Json:
-        return service.submit(self)
+        return service.tasks.submit(self)
 
 
 class ListTasks(ServiceRequest[list[Json]]):
@@ -88,7 +88,7 @@ class ListTasks(ServiceRequest[list[Json]]):
     """Tasks in the answer, at most."""
 
     def on(self, service: Service) -> list[Json]:
-        return service.tasks(self)
+        return service.tasks.page(self)
 
 
 class ShowTask(ServiceRequest[Json]):
@@ -97,7 +97,7 @@ class ShowTask(ServiceRequest[Json]):
     reference: Reference
 
     def on(self, service: Service) -> Json:
-        return service.task(self)
+        return service.tasks.one(self)
 
 
 class Cancel(ServiceRequest[Json]):
@@ -108,7 +108,7 @@ class Cancel(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.cancel(self)
+        return service.tasks.cancel(self)
 
 
 class Preempt(ServiceRequest[Json]):
@@ -119,7 +119,7 @@ class Preempt(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.preempt(self)
+        return service.tasks.preempt(self)
 
 
 class Retry(ServiceRequest[Json]):
@@ -130,7 +130,7 @@ class Retry(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.retry(self)
+        return service.tasks.retry(self)
 
 
 class Pause(ServiceRequest[Json]):
@@ -142,7 +142,7 @@ class Pause(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.pause(self)
+        return service.tasks.pause(self)
 
 
 class Resume(ServiceRequest[Json]):
@@ -153,7 +153,7 @@ class Resume(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.resume(self)
+        return service.tasks.resume(self)
 
 
 Change = Literal["cancel", "retry", "pause", "resume"]
@@ -171,7 +171,7 @@ class ChangeMany(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.change_many(self)
+        return service.tasks.change_many(self)
 
 
 class ReadLog(ServiceRequest[list[Json]]):
@@ -181,14 +181,14 @@ class ReadLog(ServiceRequest[list[Json]]):
     after: EventNumber = 0
 
     def on(self, service: Service) -> list[Json]:
-        return service.logs(self)
+        return service.tasks.log(self)
 
 
 class ListVersions(ServiceRequest[list[Json]]):
     """All versions, oldest first."""
 
     def on(self, service: Service) -> list[Json]:
-        return service.versions()
+        return service.versions.all()
 
 
 class ShowVersion(ServiceRequest[Json]):
@@ -197,7 +197,7 @@ class ShowVersion(ServiceRequest[Json]):
     version: VersionNumber
 
     def on(self, service: Service) -> Json:
-        return service.version(self)
+        return service.versions.one(self)
 
 
 class Diff(ServiceRequest[Json]):
@@ -207,7 +207,7 @@ class Diff(ServiceRequest[Json]):
     new: VersionNumber
 
     def on(self, service: Service) -> Json:
-        return service.diff(self)
+        return service.versions.diff(self)
 
 
 class PreviewRollback(ServiceRequest[Json]):
@@ -216,7 +216,7 @@ class PreviewRollback(ServiceRequest[Json]):
     version: VersionNumber
 
     def on(self, service: Service) -> Json:
-        return service.preview_rollback(self)
+        return service.versions.preview_rollback(self)
 
 
 class Export(ServiceRequest[bytes]):
@@ -227,7 +227,7 @@ class Export(ServiceRequest[bytes]):
     """Default: what `main` holds."""
 
     def on(self, service: Service) -> bytes:
-        return service.export(self)
+        return service.versions.export(self)
 
 
 class ShowCapacity(ServiceRequest[Json]):
@@ -237,7 +237,7 @@ class ShowCapacity(ServiceRequest[Json]):
     """Default: what `main` holds."""
 
     def on(self, service: Service) -> Json:
-        return service.capacity(self)
+        return service.versions.capacity(self)
 
 
 class ShowScores(ServiceRequest[Json]):
@@ -247,4 +247,4 @@ class ShowScores(ServiceRequest[Json]):
     """Default: what `main` holds."""
 
     def on(self, service: Service) -> Json:
-        return service.scores(self)
+        return service.versions.scores(self)

@@ -198,7 +198,7 @@ def test_a_heartbeat_does_not_stop_it_and_it_has_no_lease(full: Plant) -> None:
     full.step(5)
     service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
     assert (
-        service.task(ShowTask(reference="blue/new"))["why"]
+        service.tasks.one(ShowTask(reference="blue/new"))["why"]
         == "version 3 is scored when tasks of it have been refined on their own rows"
     )
     assert full.cluster.held == before  # nobody told it to stop
@@ -361,9 +361,9 @@ def test_its_birth_is_told_the_same_everywhere_and_beside_it_where_it_was_refine
     full.submit("blue/new")
     full.run()
     service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
-    version = service.version(ShowVersion(version=4))
+    version = service.versions.one(ShowVersion(version=4))
     assert [(t["title"], t["birth"], t["made_in"]) for t in version["tasks"]] == [("red/old", 2, 4), ("blue/new", 4, 3)]
-    assert [t["birth"] for t in service.scores(ShowScores())["tasks"]] == [2, 4]
+    assert [t["birth"] for t in service.versions.scores(ShowScores())["tasks"]] == [2, 4]
     version_tables.version(version)
     shown = capsys.readouterr().out
     assert "v2, refined v4" in shown

@@ -124,7 +124,7 @@ def test_of_all_that_killed_processes_leave_no_key_no_file_and_no_folder_stays(
     plant.cluster.hold = lambda order: order.spec.name == "gone"
     plant.run(lambda: plant.get("red/stays").state is S.PUBLISHED and plant.get("blue/rolled").state is S.PUBLISHED)
     service = Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
-    service.cancel(Cancel(reference="red/gone", by="ann"))
+    service.tasks.cancel(Cancel(reference="red/gone", by="ann"))
     plant.run(lambda: plant.get("red/gone").state is S.CANCELLED)
     long_ago = time.time() - 2 * IDLE_SECONDS
     broken_off = new_task_id(long_ago)  # its submission was killed between two files …
@@ -253,6 +253,6 @@ def test_a_task_that_was_cancelled_in_the_queue_leaves_nothing_behind(make_plant
     plant.submit("red/first", "red/second")
     plant.run(lambda: len(plant.cluster.held) == 1)
     service = Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
-    service.cancel(Cancel(reference="red/second", by="ann"))
+    service.tasks.cancel(Cancel(reference="red/second", by="ann"))
     plant.step()
     assert [key for key in plant.storage.keys("") if "t-red-second" in key] == []

@@ -1,0 +1,63 @@
+"""What the answers of one service are made from: its settings, its database, and what runs of it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from configs.settings import Settings
+from orchestrator.alarms import AlarmCode, Alarms
+from orchestrator.api.requests import not_running
+
+if TYPE_CHECKING:
+    from orchestrator.cluster import Cluster
+    from orchestrator.controller import Controller
+    from orchestrator.tasks.task_queue import TaskQueue
+
+
+class Sources:
+    """See the module.
+
+    Args:
+        queue: Task queue; None where it is not shared: then the first request about tasks opens it, since importing the
+            SQL library takes as long as all the rest of a command.
+        controller, cluster: None when the service is down; then what needs a worker is refused with the next step.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        queue: TaskQueue | None = None,
+        controller: Controller | None = None,
+        cluster: Cluster | None = None,
+        alarms: Alarms | None = None,
+    ) -> None:
+        self.settings = settings
+        self.controller = controller
+        self.cluster = cluster
+        self.alarms = alarms or (controller.alarms if controller is not None else Alarms())
+        self._given_queue = queue
+
+    @cached_property
+    def queue(self) -> TaskQueue:
+        """The task database."""
+        from orchestrator.tasks.task_queue import TaskQueue
+
+        return self._given_queue or TaskQueue(self.settings.database_url, self.settings.failures)
+
+    def running(self, what: str) -> Controller:
+        """The loop of the running service. Raises Unavailable where there is none: what needs it; or OwnedByAnother."""
+        if self.controller is None:
+            raise not_running(what)
+        if self.controller.ousted_by is not None:
+            raise self.controller.ousted_by
+        return self.controller
+
+    def wake(self) -> None:
+        """Have the loop look at the records again, if it runs."""
+        if self.controller is not None:
+            self.controller.wake()
+
+    def ringing(self) -> dict[AlarmCode, str]:
+        """The alarms that ring, as people read them."""
+        return {alarm.code: str(alarm) for alarm in self.alarms}
