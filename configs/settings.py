@@ -13,14 +13,15 @@ from pydantic import Field, model_validator
 
 from configs import places
 from configs.document import Name, Section, read_document
+from configs.errors import InvalidInput, NotFound
 from configs.places import Located
 
 
 class BaseModelSettings(Section):
-    """The one base model whose subspace this service keeps."""
+    """A base model whose subspace this service keeps."""
 
     name: Name
-    """What task files call it."""
+    """What task files call it, and the folder of its store below `storage.url`: it cannot be changed later."""
     source: Annotated[str, Located(places.model)]
     """Where the weights are: a folder, a hub id, or `package:NAME/FOLDER` inside an installed Python package."""
     weights_sha256: str = Field(
@@ -191,12 +192,16 @@ class ServerSettings(Section):
 
 
 class Settings(Section):
-    """One service: one base model, one subspace, its teams and its machines."""
+    """One service: its base models, each with a subspace of its own, its teams and its machines."""
 
     state_dir: Annotated[str, Located(places.absolute)] = ".onebasis"
     """Folder for the service's own files (database, logs, addresses). Relative paths in this file start from the folder
     where `onebasis up` runs; `~` is the home folder."""
-    base_model: BaseModelSettings
+    base_model: BaseModelSettings | None = None
+    """The base model, where there is one; instead of `base_models`."""
+    base_models: tuple[BaseModelSettings, ...] = ()
+    """The base models, each as `base_model` would be: each has a store, branches and scores of its own, and workers as
+    `workers` says. Teams, gate and the rules of merging are the same for all."""
     teams: dict[Name, TeamSettings] = Field(min_length=1)
     data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)
     """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
@@ -209,6 +214,45 @@ class Settings(Section):
     failures: FailureSettings = Field(default_factory=FailureSettings)
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
+
+    @model_validator(mode="after")
+    def _base_models_have_names(self) -> Settings:
+        if (self.base_model is None) == (not self.base_models):
+            both = "exclude each other: move what is below base_model into the list base_models"
+            raise ValueError(f"base_model and base_models {both}" if self.base_model else "base_model is missing")
+        names = self.base_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"base_models: several are called '{twice[0]}': give each a name of its own")
+        return self
+
+    @property
+    def bases(self) -> tuple[BaseModelSettings, ...]:
+        """All base models, in the order of the file."""
+        return self.base_models or (() if self.base_model is None else (self.base_model,))
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(base.name for base in self.bases)
+
+    def base(self, name: str | None = None) -> BaseModelSettings:
+        """A base model by its name; the only one, where no name is given.
+
+        Raises:
+            NotFound: No base model has this name.
+            InvalidInput: No name is given, and there are several.
+        """
+        if name is None and len(self.bases) == 1:
+            return self.bases[0]
+        named = ", ".join(self.base_names)
+        if name is None:
+            raise InvalidInput(
+                "this service has several base models", "base_model", f"add --base-model: one of {named}"
+            )
+        found = next((base for base in self.bases if base.name == name), None)
+        if found is None:
+            raise NotFound(f"there is no base model '{name}'", todo=f"base models of this service: {named}")
+        return found
 
     @model_validator(mode="after")
     def _a_quota_has_room_for_a_task(self) -> Settings:

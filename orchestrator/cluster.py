@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs.errors import Unavailable
-from configs.settings import Settings
+from configs.settings import Settings, StorageSettings
 from orchestrator.ray_head import ray_environment
 from subspace_store.digests import digest
 from subspace_store.log.version import Identity
@@ -41,6 +41,10 @@ class Cluster(Protocol):
         """Names of the workers."""
         ...
 
+    def base_model_of(self, worker: str) -> str:
+        """Name of the base model that a worker loads."""
+        ...
+
     def run(self, worker: str, order: Order) -> Call:
         """Give an order; the call's result is an Outcome."""
         ...
@@ -65,20 +69,24 @@ class Cluster(Protocol):
         """End a worker that does not answer; a fresh one takes its name."""
         ...
 
-    def write(self, request: StoreRequest[Any]) -> Call:
-        """Ask the subspace's one writer; the call's result is the request's answer."""
+    def write(self, base_model: str, request: StoreRequest[Any]) -> Call:
+        """Ask the one writer of a base model's store; the call's result is the request's answer."""
         ...
 
-    def open_store(self, base_sha256: str) -> Call:
+    def open_store(self, base_model: str, base_sha256: str) -> Call:
         """Make the writer open or create the store: a worker has loaded the base model, and these are its weights."""
         ...
 
-    def store_sign(self) -> Call:
+    def store_sign(self, base_model: str) -> Call:
         """Ask the writer for a sign of life, beside what it is writing; the result is its process id."""
         ...
 
-    def replace_store(self) -> None:
+    def replace_store(self, base_model: str) -> None:
         """End a writer that was fenced or is silent; a fresh one acquires the next epoch."""
+        ...
+
+    def follow(self, settings: Settings) -> None:
+        """Start what further base models of new settings need: a writer and workers for each."""
         ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
@@ -96,7 +104,8 @@ class Cluster(Protocol):
 
 
 class RayCluster:
-    """Detached named actors: one writer of the subspace, `workers.count` workers or gangs. They outlive us."""
+    """Detached named actors: for each base model one writer of its store and `workers.count` workers or gangs. They
+    outlive us."""
 
     def __init__(self, settings: Settings, address: str, token_path: Path, service: Identity) -> None:
         """Join a running Ray cluster on behalf of a service. Actors are started by `start`."""
@@ -106,41 +115,51 @@ class RayCluster:
         self._ray = ray
         self._settings = settings
         self._service = service
-        self._namespace = namespace(settings, service)
+        self._namespace = namespace(settings.storage, service)
         try:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
         except Exception as error:
             raise Unavailable(f"cannot join the Ray cluster: {error}", address, "is its head running?") from error
-        self._workers = {f"worker-{number}": None for number in range(settings.workers.count)}
+        self._workers = workers_of(settings)
         self._actors: dict[str, Any] = {}
 
     def start(self) -> None:
         """Find the actors again or start them; returns at once, `warm` tells when a worker is ready."""
-        self._actor("store")
+        for base in self._settings.bases:
+            self._store(base.name)
         for name in self._workers:
             self._actor(name)
 
-    def release_store(self, timeout_seconds: float) -> None:
-        """Have the writer give the store up, so that another service may have it.
+    def follow(self, settings: Settings) -> None:
+        self._settings, self._workers = settings, workers_of(settings)
+        self.start()
+
+    def release_stores(self, timeout_seconds: float) -> None:
+        """Have the writers give their stores up, so that another service may have them.
 
         Raises:
             Unavailable: No answer in time: the store stays this service's.
         """
-        call = self._actor("store").release.remote()
-        if not self.landed([call], timeout_seconds):
-            raise Unavailable("the store was not released in time", todo="it stays this service's")
-        self.result(call)
+        calls = {base.name: self._store(base.name).release.remote() for base in self._settings.bases}
+        until = time.monotonic() + timeout_seconds
+        for name, call in calls.items():
+            if not self.landed([call], max(0.0, until - time.monotonic())):
+                raise Unavailable(f"the store of {name} was not released in time", todo="it stays this service's")
+            self.result(call)
 
     def stop(self, actors: bool) -> None:
-        """Leave the cluster; with `actors`, end the store and the workers too."""
+        """Leave the cluster; with `actors`, end the writers and the workers too."""
         if actors:
-            for name in ("store", *self._workers):
+            for name in (*(writer_name(base.name) for base in self._settings.bases), *self._workers):
                 self._kill(name)
         self._ray.shutdown()
 
     @property
     def workers(self) -> tuple[str, ...]:
         return tuple(self._workers)
+
+    def base_model_of(self, worker: str) -> str:
+        return self._workers[worker]
 
     def run(self, worker: str, order: Order) -> Call:
         return self._actor(worker).run.remote(order)
@@ -160,17 +179,17 @@ class RayCluster:
     def replace(self, worker: str) -> None:
         self._end(worker)
 
-    def write(self, request: StoreRequest[Any]) -> Call:
-        return self._actor("store").do.remote(request)
+    def write(self, base_model: str, request: StoreRequest[Any]) -> Call:
+        return self._store(base_model).do.remote(request)
 
-    def open_store(self, base_sha256: str) -> Call:
-        return self._actor("store").open.remote(base_sha256)
+    def open_store(self, base_model: str, base_sha256: str) -> Call:
+        return self._store(base_model).open.remote(base_sha256)
 
-    def store_sign(self) -> Call:
-        return self._actor("store").pid.remote()
+    def store_sign(self, base_model: str) -> Call:
+        return self._store(base_model).pid.remote()
 
-    def replace_store(self) -> None:
-        self._end("store")
+    def replace_store(self, base_model: str) -> None:
+        self._end(writer_name(base_model))
 
     def probe(self) -> None:
         """Ask the GCS which machines there are.
@@ -221,35 +240,46 @@ class RayCluster:
 
             end_ranks(name)
 
-    def _actor(self, name: str) -> Any:
+    def _store(self, base_model: str) -> Any:
+        name = writer_name(base_model)
         if name not in self._actors:
             # Here and not above: the controller and its tests need this file's Protocol, not Ray.
             from subspace_store.store_actor import store_actor
+
+            settings = self._settings
+            self._actors[name] = store_actor(
+                name,
+                settings.storage,
+                base_model,
+                settings.subspace,
+                settings.base(base_model),
+                self._service,
+                namespace=self._namespace,
+            )
+        return self._actors[name]
+
+    def _actor(self, name: str) -> Any:
+        if name not in self._actors:
             from workers.gang_actor import gang_actor
             from workers.worker_actor import worker_actor
 
-            settings = self._settings
+            settings, base = self._settings, self._settings.base(self._workers[name])
             one_worker = worker_actor if settings.workers.ranks == 1 else gang_actor
-            if name == "store":
-                self._actors[name] = store_actor(
-                    name,
-                    settings.storage,
-                    settings.base_model.name,
-                    settings.subspace,
-                    settings.base_model,
-                    self._service,
-                    namespace=self._namespace,
-                )
-            else:
-                self._actors[name] = one_worker(
-                    name,
-                    settings.base_model,
-                    settings.storage,
-                    settings.base_model.name,
-                    settings.workers,
-                    self._namespace,
-                )
+            self._actors[name] = one_worker(name, base, settings.storage, base.name, settings.workers, self._namespace)
         return self._actors[name]
+
+
+def workers_of(settings: Settings) -> dict[str, str]:
+    """Name of each worker to the base model that it loads. Those of the first base model keep their names when a
+    service gets a second one."""
+    first, *others = settings.base_names
+    prefixes = {first: "worker"} | {name: name for name in others}
+    return {f"{prefixes[name]}-{n}": name for name in settings.base_names for n in range(settings.workers.count)}
+
+
+def writer_name(base_model: str) -> str:
+    """Name of the actor that writes to a base model's store: no worker's, since no name begins with `@`."""
+    return f"@store-{base_model}"
 
 
 def _cause(error: Exception) -> str:
@@ -258,14 +288,13 @@ def _cause(error: Exception) -> str:
     return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] and len(lines) > 1 else lines[0]
 
 
-def namespace(settings: Settings, service: Identity) -> str:
-    """Ray's namespace of a service's actors.
+def namespace(storage: StorageSettings, service: Identity) -> str:
+    """Ray's namespace of a service's actors, whatever base models it has by now.
 
     With the service and its storage in it: two services on one Ray cluster must not find each other's actors.
     """
-    storage = settings.storage
-    place = f"{storage.endpoint_url or ''} {storage.url} {settings.base_model.name} {service.service_id}"
-    return f"onebasis-{settings.base_model.name}-{digest(place.encode())[:12]}"
+    place = f"{storage.endpoint_url or ''} {storage.url} {service.service_id}"
+    return f"onebasis-{digest(place.encode())[:12]}"
 
 
 def wait_for(cluster: Cluster, start: Callable[[], Call], timeout_seconds: float) -> Any:

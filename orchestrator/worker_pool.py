@@ -45,6 +45,8 @@ class WorkerStatus:
     """A worker as the control plane sees it now."""
 
     name: str
+    base_model: str
+    """Name of the base model that it loads."""
     ready: bool = False
     order: Order | None = None
     given_at: float = 0.0
@@ -108,9 +110,19 @@ class WorkerPool:
         self._queue = queue
         self._settings = settings
         self._alarms = alarms
-        self.workers = {name: WorkerStatus(name) for name in cluster.workers}
-        self.layout: BaseLayout | None = None
-        """What the first warm worker reported of the base model; None before that."""
+        self.workers: dict[str, WorkerStatus] = {}
+        self.layouts: dict[str, BaseLayout] = {}
+        """Base model to what the first warm worker reported of it; none before that."""
+        self.follow_cluster()
+
+    def follow_cluster(self) -> None:
+        """Know the workers that the cluster has by now."""
+        for name in self._cluster.workers:
+            self.workers.setdefault(name, WorkerStatus(name, self._cluster.base_model_of(name)))
+
+    def of(self, base_model: str) -> ModelWorkers:
+        """The workers that load one base model."""
+        return ModelWorkers(self, base_model)
 
     # --- who is free -------------------------------------------------------------------------------------------
 
@@ -160,7 +172,11 @@ class WorkerPool:
         for_versions = (worker for worker in self.workers.values() if worker.order and not has_lease(worker.order))
         return [
             *(self._attempt(record, now) for record in attempts),
-            *(Running(w.order.spec.team, w.given_at, least_seconds=0.0, ranks=ranks) for w in for_versions if w.order),
+            *(
+                Running(w.order.spec.team, w.given_at, least_seconds=0.0, ranks=ranks, pool=w.base_model)
+                for w in for_versions
+                if w.order
+            ),
         ]
 
     def _attempt(self, record: TaskRecord, now: float) -> Running:
@@ -172,6 +188,7 @@ class WorkerPool:
             # A version waits for what is being refined: that is not preempted.
             task_id=record.task_id if record.state is TaskState.TRAINING else "",
             ranks=self._settings.ranks,
+            pool=record.base_model,
             seconds_left=None if ends_at is None else max(0.0, ends_at - now),
             stops=record.preempt_requested or record.cancel_requested,
             was_preempted=record.gave_back_at is not None,
@@ -228,7 +245,7 @@ class WorkerPool:
     def take_warm(self, call: Call, pending: Warming) -> None:
         worker = self.workers[pending.worker]
         try:
-            self.layout = self._cluster.result(call)
+            self.layouts[worker.base_model] = self._cluster.result(call)
         except MachineLost as error:
             worker.ends += isinstance(error, ProcessEnded)
             self._is_away(worker, error)
@@ -353,6 +370,56 @@ class WorkerPool:
         """A machine was lost: no worker gets an order before it has shown that it was not on it."""
         for worker in self.workers.values():
             worker.sure_at = time.time() + SURE_SECONDS
+
+
+class ModelWorkers:
+    """The workers of one base model: those that can do something for a version of its subspace."""
+
+    def __init__(self, pool: WorkerPool, base_model: str) -> None:
+        self._pool = pool
+        self._base_model = base_model
+
+    @property
+    def workers(self) -> list[WorkerStatus]:
+        return [worker for worker in self._pool.workers.values() if worker.base_model == self._base_model]
+
+    @property
+    def layout(self) -> BaseLayout | None:
+        """What the first warm worker reported of the base model; None before that."""
+        return self._pool.layouts.get(self._base_model)
+
+    @property
+    def ready(self) -> int:
+        """Workers whose base model is loaded."""
+        return sum(worker.ready for worker in self.workers)
+
+    @property
+    def free(self) -> int:
+        return sum(worker.is_free for worker in self.workers)
+
+    @property
+    def orders(self) -> list[Order]:
+        """Orders that are under way."""
+        return [worker.order for worker in self.workers if worker.order is not None]
+
+    def free_workers(self) -> list[WorkerStatus]:
+        return [worker for worker in self._pool.free_workers() if worker.base_model == self._base_model]
+
+    def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
+        """As `WorkerPool.unclaimed_workers`."""
+        return [worker for worker in self._pool.unclaimed_workers(live) if worker.base_model == self._base_model]
+
+    def claim(self, worker: WorkerStatus, task_id: str) -> None:
+        """As `WorkerPool.claim`."""
+        self._pool.claim(worker, task_id)
+
+    def give(self, worker: WorkerStatus, order: Order) -> None:
+        """As `WorkerPool.give`."""
+        self._pool.give(worker, order)
+
+    def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
+        """As `WorkerPool.tell`."""
+        self._pool.tell(worker, what, token)
 
 
 def has_lease(order: Order) -> bool:

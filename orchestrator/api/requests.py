@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Ty
 
 from pydantic import Field
 
-from configs.document import Line, Name, Request, Title, VersionNumber
+from configs.document import Line, Name, OfBaseModel, Request, Title, VersionNumber
 from configs.errors import Unavailable
+from configs.settings import Settings
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_record import TaskState
 
@@ -82,6 +83,8 @@ class ListTasks(ServiceRequest[list[Json]]):
 
     team: Name | None = None
     state: TaskState | None = None
+    base_model: OfBaseModel = None
+    """Only tasks of this base model; None: of all."""
     before: Line = ""
     """Id of a task: only older tasks are listed. Empty: the newest ones."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
@@ -187,17 +190,20 @@ class ReadLog(ServiceRequest[list[Json]]):
 class ListVersions(ServiceRequest[list[Json]]):
     """All versions, oldest first."""
 
+    base_model: OfBaseModel = None
+
     def on(self, service: Service) -> list[Json]:
-        return service.versions.all()
+        return service.versions(self.base_model).all()
 
 
 class ShowVersion(ServiceRequest[Json]):
     """One version: tasks, scores, ranks, drift, what is stored."""
 
     version: VersionNumber
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.versions.one(self)
+        return service.versions(self.base_model).one(self)
 
 
 class Diff(ServiceRequest[Json]):
@@ -205,18 +211,20 @@ class Diff(ServiceRequest[Json]):
 
     old: VersionNumber
     new: VersionNumber
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.versions.diff(self)
+        return service.versions(self.base_model).diff(self)
 
 
 class PreviewRollback(ServiceRequest[Json]):
     """What moving `main` to a version would do. Changes nothing."""
 
     version: VersionNumber
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.versions.preview_rollback(self)
+        return service.versions(self.base_model).preview_rollback(self)
 
 
 class Export(ServiceRequest[bytes]):
@@ -225,9 +233,10 @@ class Export(ServiceRequest[bytes]):
     reference: Reference
     version: VersionNumber | None = None
     """Default: what `main` holds."""
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> bytes:
-        return service.versions.export(self)
+        return service.versions(self.base_model).export(self)
 
 
 class ShowCapacity(ServiceRequest[Json]):
@@ -235,9 +244,10 @@ class ShowCapacity(ServiceRequest[Json]):
 
     version: VersionNumber | None = None
     """Default: what `main` holds."""
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.versions.capacity(self)
+        return service.versions(self.base_model).capacity(self)
 
 
 class ShowScores(ServiceRequest[Json]):
@@ -245,6 +255,18 @@ class ShowScores(ServiceRequest[Json]):
 
     version: VersionNumber | None = None
     """Default: what `main` holds."""
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.versions.scores(self)
+        return service.versions(self.base_model).scores(self)
+
+
+class Reload(ServiceRequest[Json]):
+    """Go on with new settings, as far as they can change without a restart; the rest is refused by name."""
+
+    needs_service = True
+    settings: Settings
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.reload(self)

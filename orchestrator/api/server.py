@@ -325,18 +325,19 @@ class ControlPlane:
         settings = self._settings
         log.info("opening the task database and the store")
         queue = TaskQueue(settings.database_url, settings.failures)
-        storage = open_storage(settings.storage, settings.base_model.name)
-        log.info("joining Ray, starting the store actor and %d workers", settings.workers.count)
+        storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
+        log.info("joining Ray, starting the writers and the workers of %s", ", ".join(settings.base_names))
         address, token_path = self._ray()
         service = service_identity(self._state_dir)
         cluster = RayCluster(settings, address, token_path, service)
         cluster.start()
-        store = SubspaceReader.open(storage, settings=settings.subspace)
-        mirror = Mirror(settings, queue, SubspaceReader.open(storage, settings=settings.subspace))
-        controller = Controller(settings, queue, storage, store, cluster, service, changed=mirror.wake)
+        stores = {name: SubspaceReader.open(place, settings=settings.subspace) for name, place in storages.items()}
+        mirror = Mirror(settings, queue)
+        controller = Controller(settings, queue, stores, cluster, service, changed=mirror.wake)
+        mirror.follow(lambda: answers.settings)
         checker = Checker()
         answers = Service(
-            settings, queue, storage, controller, cluster, lambda: self._health(controller, mirror), checker.check
+            settings, queue, storages, controller, cluster, lambda: self._health(controller, mirror), checker.check
         )
         loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
         is_local = settings.ray.address == "local"
@@ -366,9 +367,9 @@ class ControlPlane:
         reporter.join(timeout=60)
         (self._state_dir / SERVER_FILE).unlink(missing_ok=True)
         try:
-            cluster.release_store(RELEASE_SECONDS)
+            cluster.release_stores(RELEASE_SECONDS)
         except OnebasisError as error:
-            log.warning("the store stays this service's: %s", error)
+            log.warning("a store stays this service's: %s", error)
         cluster.stop(actors=settings.ray.address != "local")
         queue.close()
         log.info("stopped")
@@ -408,7 +409,7 @@ class ControlPlane:
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
             "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},
-            "store_is_open": controller.store_is_open,
+            "store_is_open": controller.stores_are_open,
             "store_error": controller.store_error.as_dict() if controller.store_error else None,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,

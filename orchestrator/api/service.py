@@ -7,18 +7,24 @@ command line does, in its own process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from configs.document import Request
 from configs.errors import Corrupt, UnreadableTask
 from configs.settings import Settings
 from orchestrator.alarms import Alarms
+from orchestrator.api import requests
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.sources import Sources
 from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
 from orchestrator.api.versions import Versions
+from orchestrator.reload import in_order, taken_without_restart
+from subspace_store.commands.state_folder import keep_settings, service_identity
+from subspace_store.log.store_format import check_place
 from subspace_store.requests import Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
@@ -28,11 +34,16 @@ if TYPE_CHECKING:
     from orchestrator.tasks.task_queue import TaskQueue
 
 
+GROW_SECONDS = 60.0
+"""Longest wait for the loop to take new settings: it starts actors for them, and may have a write of its own to do."""
+
+
 class Service:
     """See the module.
 
     Args:
         queue, controller, cluster: As for `Sources`.
+        storages: Base model to where its store lies.
         health: What the process knows of itself.
         check: As for `Tasks`.
     """
@@ -41,7 +52,7 @@ class Service:
         self,
         settings: Settings,
         queue: TaskQueue | None,
-        storage: Storage,
+        storages: Mapping[str, Storage],
         controller: Controller | None = None,
         cluster: Cluster | None = None,
         health: Callable[[], Json] = dict,
@@ -49,10 +60,29 @@ class Service:
         alarms: Alarms | None = None,
     ) -> None:
         self._controller = controller
-        sources = Sources(settings, queue, controller, cluster, alarms)
-        self.versions = Versions(sources, storage)
-        self.tasks = Tasks(sources, self.versions, check)
-        self.status = ServiceStatus(sources, self.versions, health)
+        self._sources = Sources(settings, queue, controller, cluster, alarms)
+        self._reloading = Lock()
+        self._of_each = {name: Versions(self._sources, name, storage) for name, storage in storages.items()}
+        self.tasks = Tasks(self._sources, self._of_each, check)
+        self.status = ServiceStatus(self._sources, self._of_each, health)
+
+    @property
+    def settings(self) -> Settings:
+        """Those that count now."""
+        return self._sources.settings
+
+    def versions(self, base_model: str | None = None) -> Versions:
+        """The versions of a base model's subspace; None: of the only one. Of the others nothing large stays in memory.
+
+        Raises:
+            NotFound: There is no such base model.
+            InvalidInput: There are several, and none is named.
+        """
+        name = self._sources.settings.base(base_model).name
+        for other, versions in self._of_each.items():
+            if other != name:
+                versions.let_go()
+        return self._of_each[name]
 
     def look(self) -> None:
         """As `ServiceStatus.look`."""
@@ -63,16 +93,60 @@ class Service:
         try:
             return self._answer(request)
         except Corrupt as error:
-            if self._controller is not None and not isinstance(error, UnreadableTask):
-                self._controller.damaged(error)
+            subspaces = self._controller.subspaces if self._controller is not None else {}
+            if (subspace := subspaces.get(self._about(request))) is not None and not isinstance(error, UnreadableTask):
+                subspace.damaged(error)
             raise
+
+    def _about(self, request: Request) -> str:
+        """Name of the base model that a request is about; empty where that is not one."""
+        named = getattr(request, "base_model", None)
+        if named is None and isinstance(request, requests.ShowTask):
+            return self._sources.queue.find(request.reference).base_model
+        names = self._sources.settings.base_names
+        return named or (names[0] if len(names) == 1 else "")
+
+    def reload(self, request: requests.Reload) -> Json:
+        """Go on with new settings, as far as they can change without a restart.
+
+        Raises:
+            Conflict: Something else is different; names it. Nothing is changed then.
+        """
+        from subspace_store.log.version_log import VersionLog, owned_by_another
+        from subspace_store.storage.opening import open_storage
+        from subspace_store.subspace_reader import SubspaceReader
+
+        with self._reloading:
+            controller, before = self._sources.running("reload"), self._sources.settings
+            after = in_order(before, request.settings)
+            taken = taken_without_restart(before, after)
+            new = [base for base in after.bases if base.name not in before.base_names]
+            storages = {base.name: open_storage(after.storage, base.name) for base in new}
+            us = service_identity(Path(after.state_dir))
+            for base in new:
+                place = storages[base.name]
+                check_place(place, base.name, base.weights_sha256)
+                owner = VersionLog(place).open().owner
+                if owner is not None and owner.is_another_than(us):
+                    raise owned_by_another(owner, place.url, us)
+            stores = {name: SubspaceReader.open(place, settings=after.subspace) for name, place in storages.items()}
+            if taken:
+                keep_settings(after, Path(after.state_dir))
+                # First what answers, then the loop: a task of a new base model is taken in when its workers are warm.
+                further = {name: Versions(self._sources, name, place) for name, place in storages.items()}
+                self._sources.settings = after
+                self._of_each = self._of_each | further
+                self.tasks.follow(self._of_each)
+                self.status.follow(self._of_each)
+                controller.grow(after, stores, GROW_SECONDS)
+        return {"taken": taken, "base_models": list(after.base_names)}
 
     def _answer(self, request: Request) -> Any:
         match request:
             case Rollback():
-                return self.versions.rollback(request)
+                return self.versions(request.base_model).rollback(request)
             case StoreRequest():
-                return self.versions.change(request)
+                return self.versions(request.base_model).change(request)
             case ServiceRequest():
                 return request.on(self)
         raise TypeError(f"{type(request).__name__} is no request to a service")

@@ -33,6 +33,7 @@ class Sources:
         alarms: Alarms | None = None,
     ) -> None:
         self.settings = settings
+        """Those that count now: `onebasis reload` replaces them."""
         self.controller = controller
         self.cluster = cluster
         self.alarms = alarms or (controller.alarms if controller is not None else Alarms())
@@ -45,12 +46,22 @@ class Sources:
 
         return self._given_queue or TaskQueue(self.settings.database_url, self.settings.failures)
 
-    def running(self, what: str) -> Controller:
-        """The loop of the running service. Raises Unavailable where there is none: what needs it; or OwnedByAnother."""
+    def running(self, what: str, base_model: str | None = None) -> Controller:
+        """The loop of the running service.
+
+        Args:
+            what: What needs it.
+            base_model: Base model that it is about.
+
+        Raises:
+            Unavailable: No service runs.
+            OwnedByAnother: The base model's store belongs to another service by now.
+        """
         if self.controller is None:
             raise not_running(what)
-        if self.controller.ousted_by is not None:
-            raise self.controller.ousted_by
+        subspace = self.controller.subspaces.get(base_model or "")
+        if subspace is not None and subspace.ousted_by is not None:
+            raise subspace.ousted_by
         return self.controller
 
     def wake(self) -> None:
@@ -58,6 +69,6 @@ class Sources:
         if self.controller is not None:
             self.controller.wake()
 
-    def ringing(self) -> dict[AlarmCode, str]:
-        """The alarms that ring, as people read them."""
-        return {alarm.code: str(alarm) for alarm in self.alarms}
+    def ringing(self, base_model: str) -> dict[AlarmCode, str]:
+        """The alarms that ring and concern a base model, as people read them."""
+        return {alarm.code: str(alarm) for alarm in self.alarms.of(base_model)}

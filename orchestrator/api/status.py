@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,17 +18,18 @@ from orchestrator.api.versions import Versions
 from orchestrator.api.views import pause_json
 from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import SERVICE, TaskState
-from subspace_store.log.version import CANDIDATE, MAIN
+from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
 
 
 class ServiceStatus:
     """One service as its users see it.
 
     Args:
+        versions: Base model to the versions of its subspace.
         health: What the process knows of itself.
     """
 
-    def __init__(self, sources: Sources, versions: Versions, health: Callable[[], Json]) -> None:
+    def __init__(self, sources: Sources, versions: Mapping[str, Versions], health: Callable[[], Json]) -> None:
         self._sources = sources
         self._versions = versions
         self._health = health
@@ -35,50 +37,76 @@ class ServiceStatus:
             lambda: (sources.queue.counts(), self._waiting(), sources.queue.unreadable()), "the task database"
         )
 
+    def follow(self, versions: Mapping[str, Versions]) -> None:
+        """Answer for these base models from now on."""
+        self._versions = versions
+
     def status(self) -> Json:
         """Whether the service is up, what its workers do, how many tasks are in which state, what is wrong.
 
         Answered within seconds: if the store or the database is late, an alarm rings and its last answer, or None,
         counts.
         """
-        state, (counted, waiting) = self._versions.state_soon(), self._counts_soon()
+        states, (counted, waiting) = self._states_soon(), self._counts_soon()
+        of_each = [self._of_one(name, states[name], counted) for name in self._versions]
+        facts = of_each[0] if len(of_each) == 1 else _of_several(of_each)
         return {
-            "storage": self._versions.storage.url,
             "mlflow": without_password(self._sources.settings.mlflow.tracking_uri),
+            **facts,
+            "tasks": counted,
+            **waiting,
+            "left_running": self._left_running(),
+            **self.health(),
+            "base_models": of_each,
+        }
+
+    def _of_one(self, name: str, state: SubspaceState | None, counted: Mapping[str, int] | None) -> Json:
+        """What there is to tell of one base model's subspace.
+
+        Args:
+            state: What its log says; None: not known.
+            counted: State to number of tasks, of all base models; None: not known.
+        """
+        versions = self._versions[name]
+        are_published = bool(counted and counted.get(TaskState.PUBLISHED))
+        return {
+            "base_model": name,
+            "storage": versions.storage.url,
             "main": state.refs[MAIN] if state else None,
             "candidate": state.refs[CANDIDATE] if state else None,
             "held": asdict(state.held) if state and state.held else None,
-            "tasks": counted,
-            **waiting,
-            "gone_from_main": self._versions.count_gone(state)
-            if state and counted and counted.get(TaskState.PUBLISHED)
-            else 0,
-            "not_in_database": self._versions.count_unknown(state) if state and counted is not None else 0,
-            "footprint": self._versions.footprint_soon() if state else None,
-            "in_doubt": self._versions.requests_in_doubt(state),
-            "left_running": self._left_running(),
-            **self.health(),
+            "gone_from_main": versions.count_gone(state) if state and are_published else 0,
+            "not_in_database": versions.count_unknown(state) if state and counted is not None else 0,
+            "footprint": versions.footprint_soon() if state else None,
+            "in_doubt": versions.requests_in_doubt(state),
         }
+
+    def _states_soon(self) -> dict[str, SubspaceState | None]:
+        """Base model to what its log says, as `Versions.state_soon`: all are asked at once."""
+        if len(self._versions) == 1:
+            return {name: versions.state_soon() for name, versions in self._versions.items()}
+        with ThreadPoolExecutor(len(self._versions)) as threads:
+            return dict(zip(self._versions, threads.map(Versions.state_soon, self._versions.values()), strict=True))
 
     def health(self) -> Json:
         """Whether the service runs, which alarms ring, what the workers do, who held `main` when the log was last read:
         what this process knows by itself."""
         alarms = [alarm.as_dict() for alarm in self._sources.alarms]
-        name = self._sources.settings.base_model.name
-        state = self._versions.last_read  # `look` reads it every few seconds
-        held = {"held": asdict(state.held) if state.held else None} if state else {}
+        of_each = [{"base_model": name, **_held(versions)} for name, versions in self._versions.items()]
+        facts = of_each[0] if len(of_each) == 1 else {"base_model": None}
         running = self._sources.controller is not None
-        return {"base_model": name, "running": running, **held, **self._health(), "alarms": alarms}
+        return {**facts, "base_models": of_each, "running": running, **self._health(), "alarms": alarms}
 
     def look(self) -> None:
-        """Look at the store and the database as `status` does, and ring if one is away: nobody else would notice while
+        """Look at the stores and the database as `status` does, and ring if one is away: nobody else would notice while
         there is nothing to do. Takes 2 · latest.LOOK_SECONDS at most."""
         try:
-            self._versions.state_soon()
+            self._states_soon()
             self._counts_soon()
         except OnebasisError as error:
             self._sources.alarms.ring_for(error, LOOKING)
-        self._versions.try_to_write()
+        for versions in list(self._versions.values()):
+            versions.try_to_write()
 
     def _left_running(self) -> list[str]:
         """Title and process id of whatever still runs of a local service without a control plane that answers."""
@@ -124,3 +152,19 @@ class ServiceStatus:
             counts[str(code)] = counts.get(str(code), 0) + count
         paused = {team: pause_json(pause) for team, pause in pauses.items() if team}
         return {"waiting": found, "paused": {"service": pause_json(pauses.get(SERVICE)), "teams": paused}}
+
+
+def _held(versions: Versions) -> Json:
+    state = versions.last_read  # `look` reads it every few seconds
+    return {"held": asdict(state.held) if state.held else None} if state else {}
+
+
+def _of_several(of_each: Sequence[Json]) -> Json:
+    """The facts that stand for the whole service: sums. What belongs to one base model is not known of several."""
+    single = ("base_model", "storage", "main", "candidate", "held", "footprint")
+    return {
+        **dict.fromkeys(single),
+        "gone_from_main": sum(one["gone_from_main"] for one in of_each),
+        "not_in_database": sum(one["not_in_database"] for one in of_each),
+        "in_doubt": [doubt for one in of_each for doubt in one["in_doubt"]],
+    }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from orchestrator.scheduling.fair_share import Waiting
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Pause, TaskRecord, TaskState
-from subspace_store.log.version import MAIN
+from subspace_store.log.version import MAIN, SubspaceState
 
 if TYPE_CHECKING:
     from configs.task_spec import TaskSpec
@@ -51,10 +51,11 @@ class Tasks:
     """The tasks of one service as its users see them.
 
     Args:
+        versions: Base model to the versions of its subspace.
         check: How a submission is checked; default: in the thread that asks, which nothing can end.
     """
 
-    def __init__(self, sources: Sources, versions: Versions, check: Check | None = None) -> None:
+    def __init__(self, sources: Sources, versions: Mapping[str, Versions], check: Check | None = None) -> None:
         self._sources = sources
         self._versions = versions
         self._check = check
@@ -62,16 +63,22 @@ class Tasks:
         controller = sources.controller
         self._kept_line = KeptLine(controller.line if controller is not None else lambda: ((), ()))
 
+    def follow(self, versions: Mapping[str, Versions]) -> None:
+        """Answer for these base models from now on."""
+        self._versions = versions
+
     def submit(self, request: requests.Submit) -> Json:
         """Take a task in, or with dry_run only check it. The same submission again is the same task."""
         controller = self._sources.running("submit")
-        from orchestrator.tasks.admission import admit, check_submission, would_admit
+        from orchestrator.tasks.admission import admit, base_model_of, check_submission, would_admit
 
-        check = self._check or check_submission
-        if controller.layout is None:
-            causes = "; ".join(f"{name}: {what}" for name, what in sorted(controller.describe_workers().items()))
+        check, name = self._check or check_submission, base_model_of(request.task, self._sources.settings).name
+        self._sources.running("submit", name)
+        if (layout := controller.layout_of(name)) is None:
+            workers = controller.describe_workers(name)
+            causes = "; ".join(f"{worker}: {what}" for worker, what in sorted(workers.items()))
             raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
-        with contextlib.closing(check(request.task, self._sources.settings, controller.layout)) as draft:
+        with contextlib.closing(check(request.task, self._sources.settings, layout)) as draft:
             if request.dry_run:
                 record, is_new = would_admit(
                     draft, self._sources.settings, self._sources.queue, request.by, request.beside
@@ -90,12 +97,12 @@ class Tasks:
                 draft,
                 self._sources.settings,
                 self._sources.queue,
-                self._versions.storage,
+                self._versions[name].storage,
                 request.by,
-                controller.submission,
+                controller.subspaces[name].unused_files.submission,
             )
         controller.wake()
-        line = self._line([record.task_id]) if record.spec.deadline else None  # else nobody is told when it starts
+        line = self._line(name, [record.task_id]) if record.spec.deadline else None  # else nobody is told when
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record, line)}
 
     def _outlook(self, record: TaskRecord) -> Json:
@@ -107,11 +114,12 @@ class Tasks:
             team=record.team,
             priority=record.spec.priority,
             submitted_at=record.submitted_at,
+            pool=record.base_model,
             ranks=controller.ranks,
             seconds_max=record.spec.max_run_seconds,
         )
         stands = not record.blocked
-        line = self._line([record.task_id], task if stands else None)
+        line = self._line(record.base_model, [record.task_id], task if stands else None)
         pauses = self._sources.queue.pauses()
         around = Surroundings(
             is_running=True,
@@ -120,9 +128,9 @@ class Tasks:
             start=line.starts.get(record.task_id),
             pauses=pauses,
             decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
-            idle_causes=tuple(controller.describe_workers().values()) if not controller.ready_workers else (),
+            idle_causes=self._idle_causes(record.base_model),
             titles={task_id: found.title for task_id, found in self._sources.queue.among(record.awaits).items()},
-            alarms=self._sources.ringing(),
+            alarms=self._sources.ringing(record.base_model),
         )
         wait = wait_of(record, around)
         start, pace = around.start, line.pace
@@ -141,32 +149,48 @@ class Tasks:
     def page(self, request: requests.ListTasks) -> list[Json]:
         """The newest tasks, oldest first."""
         states = (request.state,) if request.state else ()
-        records = self._sources.queue.page(states, request.team, request.before, request.limit)
+        base_model = request.base_model
+        records = self._sources.queue.page(states, request.team, request.before, request.limit, base_model)
         if not records:
             self._known_team(request.team)
-        is_any_queued = any(record.state is TaskState.QUEUED for record in records)
-        line = self._line([record.task_id for record in records]) if is_any_queued else Line()
-        scores, problem = self._versions.main_scores(records)
-        gone = set() if problem else self._versions.gone_from_main(self._versions.state, records)
-        waiting = self._versions.held_up(records)
+            self._sources.settings.base(base_model) if base_model is not None else None
+        queued = [record for record in records if record.state is TaskState.QUEUED]
+        asked = [record.task_id for record in records]
+        lines = {name: self._line(name, asked) for name in {record.base_model for record in queued}}
+        found = self._in_subspaces(records)
         reasons = self._waits(records)
         return [
-            self._summary(record, line)
-            | {
-                "main_score": scores.get(record.task_id),
-                "main_score_problem": problem,
-                "gone_from_main": record.task_id in gone,
-                "held": waiting.get(record.task_id, ""),
-                "wait": reasons.get(record.task_id),
-            }
+            self._summary(record, lines.get(record.base_model))
+            | found[record.task_id]
+            | {"wait": reasons.get(record.task_id)}
             for record in records
         ]
+
+    def _in_subspaces(self, records: Sequence[TaskRecord]) -> dict[str, Json]:
+        """Id of each task to what its subspace says: its score in `main`, whether it is gone, who holds `main`."""
+        found = {}
+        for name in {record.base_model for record in records}:
+            mine, versions = [r for r in records if r.base_model == name], self._versions.get(name)
+            scores, problem = versions.main_scores(mine) if versions is not None else ({}, "")
+            gone = versions.gone_from_main(versions.state, mine) if versions is not None and not problem else set()
+            waiting = versions.held_up(mine) if versions is not None else {}
+            for record in mine:
+                found[record.task_id] = {
+                    "main_score": scores.get(record.task_id),
+                    "main_score_problem": problem,
+                    "gone_from_main": record.task_id in gone,
+                    "held": waiting.get(record.task_id, ""),
+                }
+        return found
 
     def one(self, request: requests.ShowTask) -> Json:
         """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
         record = self._sources.queue.find(request.reference)
-        line = self._line([record.task_id]) if record.state is TaskState.QUEUED else Line()
-        plot, result = plot_file(self._sources.settings.state_dir, record), self._versions.result(record)
+        is_queued = record.state is TaskState.QUEUED
+        line = self._line(record.base_model, [record.task_id]) if is_queued else Line()
+        versions = self._versions.get(record.base_model)
+        plot = plot_file(self._sources.settings.state_dir, record)
+        result = versions.result(record) if versions is not None else None
         around = self._surroundings(record, line)
         return {
             **self._summary(record, line),
@@ -175,7 +199,7 @@ class Tasks:
             "why": why(record, around),
             "wait": _wait_json(wait_of(record, around)),
             "result": result,
-            "alarms": [alarm.as_dict() for alarm in self._sources.alarms] if record.state in LIVE else [],
+            "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
             **views.task_details(record, self._sources.queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),
         }
@@ -185,10 +209,11 @@ class Tasks:
         controller = self._sources.running("cancel")
         record = self._sources.queue.find(request.reference)
         after = self._sources.queue.apply(record.task_id, CancelRequested(request.by, time.time()))
-        if after.state is TaskState.CANCELLED:
+        versions = self._versions.get(after.base_model)
+        if after.state is TaskState.CANCELLED and versions is not None:
             with contextlib.suppress(Unavailable):  # then the loop does it, which deletes all else as well
-                self._versions.storage.delete(after.train_key)
-            controller.forget_files(after.task_id)
+                versions.storage.delete(after.train_key)
+            controller.subspaces[after.base_model].unused_files.due((after.task_id,))
         controller.wake()
         return self._summary(after)
 
@@ -291,8 +316,9 @@ class Tasks:
         progress = self._sources.queue.progress(record.task_id) if views.is_at_work(record) else {}
         return views.task_summary(record, line or Line(), progress, time.time())
 
-    def _line(self, asked: Sequence[str], extra: Waiting | None = None) -> Line:
-        """The tasks that stand in line, with the estimates of some; an empty one where no service runs.
+    def _line(self, base_model: str, asked: Sequence[str], extra: Waiting | None = None) -> Line:
+        """The tasks that stand in line for a base model's workers, with the estimates of some; an empty one where no
+        service runs.
 
         Args:
             extra: A task that is not there yet, and is shown where it would stand.
@@ -300,40 +326,49 @@ class Tasks:
         controller = self._sources.controller
         if controller is None:
             return Line()
-        tasks, running = self._kept_line() if extra is None else controller.line(extra)
-        if not controller.ready_workers:
+        everyone, all_running = self._kept_line() if extra is None else controller.line(extra)
+        tasks = [task for task in everyone if task.pool == base_model]
+        if not controller.ready_workers_of(base_model):
             return Line({task.task_id: place for place, task in enumerate(tasks, 1)})
-        free = controller.ranks * controller.free_workers
-        return self._estimates.tell(tasks, running, free, self._pace(), asked, remembered=extra is None)
+        running = [order for order in all_running if order.pool == base_model]
+        free = controller.ranks * controller.free_workers_of(base_model)
+        return self._estimates.tell(tasks, running, free, self._pace(base_model), asked, remembered=extra is None)
 
-    def _pace(self) -> Pace | None:
-        """How long tasks have a worker here, from the last that ended."""
-        ended = self._sources.queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS)
+    def _pace(self, base_model: str) -> Pace | None:
+        """How long tasks of a base model have a worker here, from the last that ended."""
+        states = (TaskState.PUBLISHED, TaskState.REJECTED)
+        ended = self._sources.queue.page(states, limit=PACE_TASKS, base_model=base_model)
         return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
+
+    def _idle_causes(self, base_model: str) -> tuple[str, ...]:
+        """What a base model's workers do, where none of them is ready."""
+        controller = self._sources.controller
+        if controller is None or controller.ready_workers_of(base_model):
+            return ()
+        return tuple(controller.describe_workers(base_model).values())
 
     def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:
         """Id of each of these tasks that is queued to the record of why it waits."""
         queued = [record for record in records if record.state is TaskState.QUEUED]
         if not queued:
             return {}
-        pauses, alarms = self._sources.queue.pauses(), self._sources.ringing()
+        pauses = self._sources.queue.pauses()
+        alarms = {name: self._sources.ringing(name) for name in {record.base_model for record in queued}}
         found = {}
         for record in queued:
             around = Surroundings(
                 is_running=self._sources.controller is not None,
                 pauses=pauses,
                 decided=self._decided(record),
-                alarms=alarms,
+                alarms=alarms[record.base_model],
             )
             found[record.task_id] = _wait_json(wait_of(record, around))
         return found
 
     def _decided(self, record: TaskRecord) -> Wait | None:
         """The scheduler's reason for a task that stands in line."""
-        stands = self._sources.controller is not None and record.state is TaskState.QUEUED and not record.blocked
-        return (
-            self._sources.controller.wait_in_line(record) if self._sources.controller is not None and stands else None
-        )
+        controller, stands = self._sources.controller, record.state is TaskState.QUEUED and not record.blocked
+        return controller.wait_in_line(record) if controller is not None and stands else None
 
     def _titles(self, record: TaskRecord) -> dict[str, str]:
         """Names of the tasks that may be named in the reason why a task waits."""
@@ -344,26 +379,25 @@ class Tasks:
 
     def _surroundings(self, record: TaskRecord, line: Line) -> Surroundings:
         controller, queued = self._sources.controller, record.state is TaskState.QUEUED
-        state = self._versions.refresh()
+        versions, name = self._versions.get(record.base_model), record.base_model
+        state = versions.refresh() if versions is not None else SubspaceState()
         return Surroundings(
             is_running=controller is not None,
             main=state.refs[MAIN],
-            is_gone_from_main=record.task_id in self._versions.gone_from_main(state, [record]),
+            is_gone_from_main=versions is not None and record.task_id in versions.gone_from_main(state, [record]),
             place=line.places.get(record.task_id),
             pace=line.pace,
             start=line.starts.get(record.task_id),
-            idle_causes=tuple(controller.describe_workers().values())
-            if controller and not controller.ready_workers
-            else (),
+            idle_causes=self._idle_causes(name),
             phase=str(self._sources.queue.progress(record.task_id).get("phase", ""))
             if views.is_at_work(record)
             else "",
             held=hold_over(record, state),
-            is_version_refined=controller is not None and controller.is_refining(record.version),
+            is_version_refined=controller is not None and controller.is_refining(name, record.version),
             pauses=self._sources.queue.pauses() if queued else {},
             decided=self._decided(record),
             titles=self._titles(record),
-            alarms=self._sources.ringing(),
+            alarms=self._sources.ringing(name),
         )
 
 

@@ -56,10 +56,16 @@ STORE_SECONDS = 120.0
 
 
 class Versions:
-    """The versions of one subspace as its users see them."""
+    """The versions of one subspace as its users see them.
 
-    def __init__(self, sources: Sources, storage: Storage) -> None:
+    Args:
+        name: Of the base model.
+    """
+
+    def __init__(self, sources: Sources, name: str, storage: Storage) -> None:
+        self.name = name
         self._sources = sources
+        self._alarms = sources.alarms.of(name)
         self.storage = storage
         self._log_read = Latest(self._read_log, storage.url)
         self._sized = Latest(lambda: self._footprint(self.state.refs[MAIN]), storage.url)
@@ -88,10 +94,16 @@ class Versions:
         """What the log says now."""
         return self._store.refresh()
 
+    def let_go(self) -> None:
+        """Keep no tensors that an export or a comparison has read: the bases of one large model take gigabytes."""
+        if "_store" in self.__dict__:
+            self._store.let_go()
+
     def all(self) -> list[Json]:
         """All versions, oldest first, with the branches that name them."""
         state = self._store.refresh()
-        return [views.version_summary(state, version) for _, version in sorted(state.versions.items())]
+        found = (views.version_summary(state, version) for _, version in sorted(state.versions.items()))
+        return [{**row, "base_model": self.name} for row in found]
 
     def one(self, request: requests.ShowVersion) -> Json:
         """One version: tasks, scores, ranks, drift, what is stored."""
@@ -100,6 +112,7 @@ class Versions:
         table = self._table(state, number)
         return {
             **views.version_summary(state, state.versions.get(number, EMPTY)),
+            "base_model": self.name,
             "tasks": [views.task_in_version(state, table, number, task_id) for task_id in state.tasks_at(number)],
             "ranks": {name: list(ranks) for name, ranks in self._store.ranks(number).items()},
             "footprint": self._footprint(number),
@@ -120,7 +133,8 @@ class Versions:
             ]
             for task_id in {*before.tasks, *after.tasks}
         }
-        return {**views.plain(asdict(self._store.diff(old, new))), "scores": scores, "titles": titles}
+        found = views.plain(asdict(self._store.diff(old, new)))
+        return {**found, "base_model": self.name, "scores": scores, "titles": titles}
 
     def preview_rollback(self, request: requests.PreviewRollback) -> Json:
         """What moving `main` to a version would do."""
@@ -132,7 +146,7 @@ class Versions:
             check_files(self.storage, state, request.version)
         except (Conflict, Corrupt) as error:
             refused = str(error)
-        return {**views.rollback(found, preview=True, held=False), "refused": refused}
+        return {**views.rollback(found, preview=True, held=False), "base_model": self.name, "refused": refused}
 
     def rollback(self, request: Rollback) -> Json:
         """Move `main` to a version. The same op_key again is the same rollback."""
@@ -145,7 +159,8 @@ class Versions:
         found = self._write(request)
         self._written()
         answer = views.rollback(found, preview=False, held=request.hold, op_key=request.op_key)
-        return {**answer, "repeated": not is_new, "main": self._store.refresh().refs[MAIN]}
+        main = self._store.refresh().refs[MAIN]
+        return {**answer, "base_model": self.name, "repeated": not is_new, "main": main}
 
     def change(self, request: StoreRequest[Any]) -> Json:
         """Tag, hold, pin, expire … through the store's one writer. The same op_key again is the same request."""
@@ -156,7 +171,8 @@ class Versions:
         self._store.refresh()
         self._write(request)
         self._written()
-        return {"operation": request.operation, **request.model_dump(mode="json", exclude={"actor"})}
+        told = request.model_dump(mode="json", exclude={"actor"})
+        return {"operation": request.operation, **told, "base_model": self.name}
 
     def export(self, request: requests.Export) -> bytes:
         """One task at a version as a zipped PEFT folder; default: what `main` holds."""
@@ -169,7 +185,7 @@ class Versions:
         adapter = self._store.adapter(task_id, number)
         packed = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(packed, "w") as archive:
-            write_peft_folder(Path(folder), adapter, self._sources.settings.base_model.source)
+            write_peft_folder(Path(folder), adapter, self._sources.settings.base(self.name).source)
             for path in sorted(Path(folder).iterdir()):
                 archive.write(path, path.name)
         return packed.getvalue()
@@ -183,6 +199,7 @@ class Versions:
         names = {task_id: task.name for task_id, task in state.tasks_at(number).items()}
         records = self._sources.queue.among(table.tasks)
         return {
+            "base_model": self.name,
             "version": number,
             "versions": list(table.versions),
             "tasks": [views.score_column(t, names[t], table.birth[t], records.get(t)) for t in table.tasks],
@@ -199,6 +216,7 @@ class Versions:
         errors, coefficients = state.errors(number), self._store.coefficient_numbers(number)
         line = [0, *(version.number for version in state.history(number))][-TREND_VERSIONS:]
         return {
+            "base_model": self.name,
             "version": number,
             "footprint": self._footprint(number),
             "rank_max": self._sources.settings.subspace.rank_max,
@@ -245,7 +263,7 @@ class Versions:
 
     def count_gone(self, state: SubspaceState) -> int:
         with contextlib.suppress(OnebasisError):
-            return len(self.gone_from_main(state, self._sources.queue.placed()))
+            return len(self.gone_from_main(state, self._sources.queue.placed(self.name)))
         return 0
 
     def count_unknown(self, state: SubspaceState) -> int:
@@ -284,14 +302,14 @@ class Versions:
             state = read.within(latest.LOOK_SECONDS)
         except Unavailable as error:
             if read.seconds <= latest.LOOK_SECONDS or not read.is_late:  # not slow, as far as is known, but away
-                self._sources.alarms.ring_for(error, LOOKING)
+                self._alarms.ring_for(error, LOOKING)
                 return state
-        self._sources.alarms.end_all(LOOKING, *WRITE_CODES)
+        self._alarms.end_all(LOOKING, *WRITE_CODES)
         if read.seconds > latest.LOOK_SECONDS:
             what = f"{self.storage.url} answers, but a read that takes a moment elsewhere took {read.seconds:.0f} s"
-            self._sources.alarms.ring(AlarmCode.STORE_SLOW, LOOKING, what)
+            self._alarms.ring(AlarmCode.STORE_SLOW, LOOKING, what)
         else:
-            self._sources.alarms.end(AlarmCode.STORE_SLOW, LOOKING)
+            self._alarms.end(AlarmCode.STORE_SLOW, LOOKING)
         return state
 
     def footprint_soon(self) -> Json | None:
@@ -302,16 +320,21 @@ class Versions:
 
     def requests_in_doubt(self, state: SubspaceState | None) -> list[Json]:
         """Requests of unknown outcome: not those that the log has by now, nor those whose record can no longer come."""
-        state_dir = Path(self._sources.settings.state_dir)
-        for doubt in in_doubt(state_dir):
+        state_dir, settings = Path(self._sources.settings.state_dir), self._sources.settings
+        # Of a request that named no base model: when it was made, there was one alone.
+        mine = [doubt for doubt in in_doubt(state_dir) if (doubt.base_model or settings.base_names[0]) == self.name]
+        found = []
+        for doubt in mine:
             if state is not None and (doubt.op_key in state.op_keys or 0 < doubt.seq <= state.seq):
                 settled(state_dir, doubt.op_key)
-        return [asdict(doubt) for doubt in in_doubt(state_dir)]
+            else:
+                found.append(asdict(doubt))
+        return found
 
     def try_to_write(self) -> None:
         """End the alarm about a write that a person asked for as soon as the store takes a small object: the person may
         never ask again, and nobody else would find out. What the loop has to write, it tries again itself."""
-        if not any(alarm.about == ASKED_FOR and alarm.code in WRITE_CODES for alarm in self._sources.alarms):
+        if not any(alarm.about == ASKED_FOR and alarm.code in WRITE_CODES for alarm in self._alarms):
             return
         key = f"{SCRATCH}{secrets.token_hex(8)}"
         try:
@@ -319,11 +342,11 @@ class Versions:
             self.storage.delete(key)
         except OnebasisError:
             return  # it rings, with what was refused
-        self._sources.alarms.end_all(ASKED_FOR, *WRITE_CODES)
+        self._alarms.end_all(ASKED_FOR, *WRITE_CODES)
 
     def _write(self, request: StoreRequest[Answer]) -> Answer:
         """Make a writing call. A request whose outcome is unknown is kept, and shown, until the log has the answer."""
-        if self._sources.cluster is not None and self._sources.alarms.rings(AlarmCode.RAY_DOWN):
+        if self._sources.cluster is not None and self._alarms.rings(AlarmCode.RAY_DOWN):
             what = "Ray does not work, so the store's writer cannot be reached: this call wrote nothing"
             raise NotWritten(
                 what, todo="`onebasis up` starts it again; then repeat it, with its --op-key if it had one"
@@ -333,10 +356,10 @@ class Versions:
                 answer = self._write_once(request)
         except NotWritten as error:
             if self._sources.controller is not None:  # which, while it has nothing to merge, would not find out
-                self._sources.alarms.ring_for(error, ASKED_FOR, f"'{request.operation}' was refused")
+                self._alarms.ring_for(error, ASKED_FOR, f"'{request.operation}' was refused")
             raise
         for about in (WRITING, ASKED_FOR):
-            self._sources.alarms.end_all(about, *WRITE_CODES)
+            self._alarms.end_all(about, *WRITE_CODES)
         return answer
 
     def _write_once(self, request: StoreRequest[Answer]) -> Answer:
@@ -346,12 +369,12 @@ class Versions:
             from orchestrator.cluster import wait_for
 
             try:
-                return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
+                return cast("Answer", wait_for(cluster, lambda: cluster.write(self.name, request), STORE_SECONDS))
             except Fenced:
                 # Fenced by a command that wrote while the service was down: a fresh writer opens with the next epoch.
-                cluster.replace_store()
+                cluster.replace_store(self.name)
             try:
-                return cast("Answer", wait_for(cluster, lambda: cluster.write(request), STORE_SECONDS))
+                return cast("Answer", wait_for(cluster, lambda: cluster.write(self.name, request), STORE_SECONDS))
             except OwnedByAnother:
                 self._written()  # the loop is to see it as well
                 raise
@@ -361,7 +384,7 @@ class Versions:
 
         if read_format(self.storage) is None:
             raise NotFound("there is no store yet", self.storage.url, "the first `onebasis up` makes it")
-        base = self._sources.settings.base_model
+        base = self._sources.settings.base(self.name)
         writer = SubspaceStore.open(
             self.storage,
             settings=self._sources.settings.subspace,
@@ -378,7 +401,7 @@ class Versions:
     def _written(self) -> None:
         self._store.refresh()
         if self._sources.controller is not None:
-            self._sources.controller.wake(log_moved=True)
+            self._sources.controller.subspaces[self.name].calls.wake(log_moved=True)
 
     def _refuse_doubles(self, found: RollbackPreview) -> None:
         """A name means one task: none may return while another of its name is alive."""

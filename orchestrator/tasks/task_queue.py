@@ -103,10 +103,12 @@ class SameContent:
     """Number of all of them, however they ended."""
 
 
-def _chosen(states: Iterable[TaskState], team: str | None) -> Select[Any]:
+def _chosen(states: Iterable[TaskState], team: str | None, base_model: str | None = None) -> Select[Any]:
     chosen = select(*_RECORD)
     if wanted := [str(state) for state in states]:
         chosen = chosen.where(_tasks.c.state.in_(wanted))
+    if base_model is not None:
+        chosen = chosen.where(_tasks.c.base_model == base_model)
     return chosen if team is None else chosen.where(_tasks.c.team == team)
 
 
@@ -237,7 +239,12 @@ class TaskQueue:
         return self._records(_chosen(states, team).order_by(_tasks.c.submitted_at, _tasks.c.task_id))
 
     def page(
-        self, states: Iterable[TaskState] = (), team: str | None = None, before: str = "", limit: int = 200
+        self,
+        states: Iterable[TaskState] = (),
+        team: str | None = None,
+        before: str = "",
+        limit: int = 200,
+        base_model: str | None = None,
     ) -> list[TaskRecord]:
         """The newest tasks, or the newest of those that are older than one, by age.
 
@@ -248,7 +255,8 @@ class TaskQueue:
         Raises:
             NotFound: There is no task `before`.
         """
-        chosen = _chosen(states, team).order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(limit)
+        chosen = _chosen(states, team, base_model).limit(limit)
+        chosen = chosen.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
         if before:
             with self._database.reading() as connection:
                 at = connection.execute(select(_tasks.c.submitted_at).where(_tasks.c.task_id == before)).scalar()
@@ -308,6 +316,12 @@ class TaskQueue:
         with self._database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(chosen)}
 
+    def alive_of_base_models(self) -> dict[str, int]:
+        """Base model to number of its tasks that have not ended without a result, published ones too."""
+        chosen = select(_tasks.c.base_model, func.count()).where(_tasks.c.state.not_in(_ENDED))
+        with self._database.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(chosen.group_by(_tasks.c.base_model))}
+
     def queued(self) -> list[tuple[str, str, int]]:
         """(team, what blocks them, number) of queued tasks, from an index alone; see `TaskRecord.blocked`."""
         chosen = select(_tasks.c.team, _tasks.c.blocked, func.count()).where(_tasks.c.state == _QUEUED)
@@ -326,16 +340,31 @@ class TaskQueue:
         """Tasks that are not done and do not wait for a worker to train them, by age: as many as are at work."""
         return self.tasks(IN_FLIGHT)
 
-    def is_anyone_waiting(self, without: Collection[str] = ()) -> bool:
-        """Whether a task of any other team than these stands in line for a worker to train it."""
-        with self._database.reading() as connection:
-            return any(team not in without for team in connection.execute(_teams_that_wait()).scalars())
+    def is_anyone_waiting(self, without: Collection[str] = (), base_model: str | None = None) -> bool:
+        """Whether a task of any other team than these stands in line for a worker to train it.
 
-    def waiting(self, limit: int | None = None, ranks: int = 1, without: Collection[str] = ()) -> list[Waiting]:
+        Args:
+            base_model: Count this base model's tasks alone.
+        """
+        with self._database.reading() as connection:
+            teams = [team for team in connection.execute(_teams_that_wait()).scalars() if team not in without]
+            if base_model is None or not teams:
+                return bool(teams)
+            mine = select(literal(1)).where(*_IN_LINE, _tasks.c.team.in_(teams), _tasks.c.base_model == base_model)
+            return connection.execute(mine.limit(1)).first() is not None
+
+    def waiting(
+        self,
+        limit: int | None = None,
+        ranks: int = 1,
+        without: Collection[str] = (),
+        base_models: Collection[str] | None = None,
+    ) -> list[Waiting]:
         """The tasks that stand in line for a worker, without their records: those that nothing blocks.
 
         Args:
-            limit: Number of tasks of each team, the first ones in its order; default: all.
+            limit: Number of tasks of each team and base model, the first ones in their order; default: all.
+            base_models: Those for which there are workers; default: any, and `limit` counts a team's tasks.
             ranks: Places that each of them takes.
             without: Teams that are left out.
 
@@ -350,6 +379,7 @@ class TaskQueue:
                 _tasks.c.submitted_at,
                 _tasks.c.gave_back_at,
                 _tasks.c.max_run_seconds,
+                _tasks.c.base_model,
             )
             .where(*_IN_LINE)
             .order_by(_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.task_id)
@@ -364,7 +394,8 @@ class TaskQueue:
                     row
                     for team in teams
                     if team not in without
-                    for row in connection.execute(line.where(_tasks.c.team == team).limit(limit + len(aside)))
+                    for mine in ([_tasks.c.base_model == name for name in base_models or ()] or [literal(True)])
+                    for row in connection.execute(line.where(_tasks.c.team == team, mine).limit(limit + len(aside)))
                 ]
         return [
             Waiting(
@@ -375,9 +406,10 @@ class TaskQueue:
                 ranks=ranks,
                 preempted_at=gave_back_at,
                 seconds_max=seconds_max,
+                pool=base_model,
             )
-            for task_id, team, priority, submitted_at, gave_back_at, seconds_max in rows
-            if task_id not in aside and team not in without
+            for task_id, team, priority, submitted_at, gave_back_at, seconds_max, base_model in rows
+            if task_id not in aside and team not in without and (base_models is None or base_model in base_models)
         ]
 
     def due(self, now: float) -> tuple[list[str], float | None]:
@@ -419,18 +451,20 @@ class TaskQueue:
                 connection.execute(insert(_pauses).values(team=team, by=pause.by, reason=pause.reason, at=pause.at))
         return before
 
-    def placed(self) -> list[Placed]:
-        """The published tasks, and the parked ones that are in a version, without their records."""
-        columns = (_tasks.c.task_id, _tasks.c.state, _tasks.c.version)
-        published = select(*columns).where(_tasks.c.state == str(TaskState.PUBLISHED))
-        parked = select(*columns).where(_tasks.c.state == str(TaskState.PARKED), _tasks.c.version > 0)
+    def placed(self, base_model: str) -> list[Placed]:
+        """The published tasks of a base model, and the parked ones that are in a version, without their records."""
+        columns, mine = (_tasks.c.task_id, _tasks.c.state, _tasks.c.version), _tasks.c.base_model == base_model
+        published = select(*columns).where(mine, _tasks.c.state == str(TaskState.PUBLISHED))
+        parked = select(*columns).where(mine, _tasks.c.state == str(TaskState.PARKED), _tasks.c.version > 0)
         with self._database.reading() as connection:
             rows = [*connection.execute(published), *connection.execute(parked)]
         return [Placed(task_id, TaskState(state), version) for task_id, state, version in rows]
 
-    def is_anyone_unjudged(self) -> bool:
-        """Whether a version is being refined or scored."""
-        chosen = select(literal(1)).where(_tasks.c.state.in_([str(TaskState.REFINING), str(TaskState.EVALUATING)]))
+    def is_anyone_unjudged(self, base_model: str) -> bool:
+        """Whether a version of this base model's subspace is being refined or scored."""
+        mine = _tasks.c.base_model == base_model
+        unjudged = _tasks.c.state.in_([str(TaskState.REFINING), str(TaskState.EVALUATING)])
+        chosen = select(literal(1)).where(mine, unjudged)
         with self._database.reading() as connection:
             return connection.execute(chosen.limit(1)).first() is not None
 

@@ -56,7 +56,7 @@ def test_a_base_models_folder_and_the_other_paths_are_found_from_anywhere(tmp_pa
         mlflow={"artifact_location": "plots"},
     )
     got = read_settings(path, root=tmp_path)
-    assert got.base_model.source == f"{tmp_path}/models/tiny"
+    assert got.bases[0].source == f"{tmp_path}/models/tiny"
     assert got.ray.auth_token_path == f"{tmp_path}/token"
     assert got.mlflow.artifact_location == f"{tmp_path}/plots"
 
@@ -64,7 +64,7 @@ def test_a_base_models_folder_and_the_other_paths_are_found_from_anywhere(tmp_pa
 @pytest.mark.parametrize("source", ["package:some_package/model", "meta-llama/Llama-3.1-8B", "/models/tiny"])
 def test_a_base_model_that_is_no_relative_folder_stays(tmp_path: Path, source: str) -> None:
     path = written(tmp_path, base_model=LEAST["base_model"] | {"source": source})
-    assert read_settings(path, root=tmp_path).base_model.source == source
+    assert read_settings(path, root=tmp_path).bases[0].source == source
 
 
 def test_relative_paths_start_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,13 +104,13 @@ def test_the_status_of_a_service_whose_store_does_not_answer_comes_in_time_and_s
 ) -> None:
     monkeypatch.setattr(latest, "LOOK_SECONDS", 0.2)
     assert site.client.ask(Status())["alarms"] == []
-    answers, really = threading.Event(), site.service.versions._store.refresh
+    answers, really = threading.Event(), site.service.versions()._store.refresh
 
     def hangs() -> Any:
         answers.wait(60)
         return really()
 
-    monkeypatch.setattr(site.service.versions._store, "refresh", hangs)
+    monkeypatch.setattr(site.service.versions()._store, "refresh", hangs)
     began = time.monotonic()
     status = site.client.ask(Status())
     assert time.monotonic() - began < 5
@@ -127,7 +127,7 @@ def test_the_status_of_a_service_whose_store_does_not_answer_comes_in_time_and_s
 @pytest.mark.changes
 def test_a_store_that_answers_late_is_told_as_slow_and_not_as_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latest, "LOOK_SECONDS", 0.1)
-    really, hangs = site.service.versions._store.refresh, threading.Event()
+    really, hangs = site.service.versions()._store.refresh, threading.Event()
 
     def slowly() -> Any:
         hangs.wait(60) if hangs_for_good else time.sleep(0.4)
@@ -139,7 +139,7 @@ def test_a_store_that_answers_late_is_told_as_slow_and_not_as_away(site: Site, m
 
     hangs_for_good = False
     site.service.look()
-    monkeypatch.setattr(site.service.versions._store, "refresh", slowly)
+    monkeypatch.setattr(site.service.versions()._store, "refresh", slowly)
     assert looked() == {"store-away"}  # as far as anybody knows
     until = time.monotonic() + 10
     while looked() != {"store-slow"}:
@@ -151,7 +151,7 @@ def test_a_store_that_answers_late_is_told_as_slow_and_not_as_away(site: Site, m
     while "store-away" not in looked():
         assert time.monotonic() < until
     hangs.set()
-    monkeypatch.setattr(site.service.versions._store, "refresh", really)
+    monkeypatch.setattr(site.service.versions()._store, "refresh", really)
     while looked():
         assert time.monotonic() < until
 
@@ -169,7 +169,7 @@ def test_an_idle_service_whose_store_or_database_is_away_notices_by_itself(
     site.service.look()
     assert codes() == []
     with monkeypatch.context() as patched:
-        patched.setattr(site.service.versions._store, "refresh", away)
+        patched.setattr(site.service.versions()._store, "refresh", away)
         patched.setattr(site.plant.queue, "counts", away)
         site.service.look()
         assert sorted(codes()) == ["database-away", "store-away"]

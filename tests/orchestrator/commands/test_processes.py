@@ -76,10 +76,10 @@ def test_other_settings_of_a_running_service_are_refused_with_how_to_change_to_t
 
 def test_services_of_one_base_model_with_their_own_storage_have_their_own_actors(tmp_path: Path) -> None:
     mine = Identity("one", "here")
-    one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"}), mine) for name in "ab")
+    one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"}).storage, mine) for name in "ab")
     assert one != two
-    assert one == namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}), mine)
-    assert one != namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}), Identity("two", "there"))
+    assert one == namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}).storage, mine)
+    assert one != namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}).storage, Identity("two", "there"))
 
 
 @pytest.mark.parametrize("token", [None, "no-such-token"])
@@ -256,7 +256,7 @@ def test_a_store_of_the_service_that_was_in_this_very_folder_is_not_told_as_a_st
     ours = settings(tmp_path / "state", storage={"url": f"file:{tmp_path}/store"})
     folder = Path(ours.state_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    log = VersionLog(open_storage(ours.storage, ours.base_model.name))
+    log = VersionLog(open_storage(ours.storage, ours.bases[0].name))
     log.open()
     log.acquire("before", service_identity(folder), claim=True)
     (folder / "service_id").unlink()
@@ -295,7 +295,7 @@ def test_a_store_of_another_service_is_refused_before_anything_starts_and_taken_
         update={"state_dir": str(tmp_path / "mine")}
     )
     (tmp_path / "mine").mkdir()
-    storage = open_storage(mine.storage, mine.base_model.name)
+    storage = open_storage(mine.storage, mine.bases[0].name)
     theirs = VersionLog(storage, "theirs")
     theirs.open()
     theirs.acquire("theirs", Identity("theirs", "there:/folder"), claim=True)
@@ -360,8 +360,8 @@ def test_a_store_in_a_folder_of_its_own_is_for_whom_the_umask_lets_in(tmp_path: 
 
 def test_up_refuses_a_store_of_other_weights_before_anything_is_started(tmp_path: Path) -> None:
     mine = settings(tmp_path, storage={"url": f"file:{tmp_path / 'store'}"})
-    place = open_storage(mine.storage, mine.base_model.name)
-    other = {"format": 2, "base_model": mine.base_model.name, "base_sha256": 64 * "0"}
+    place = open_storage(mine.storage, mine.bases[0].name)
+    other = {"format": 2, "base_model": mine.bases[0].name, "base_sha256": 64 * "0"}
     place.write("FORMAT", json.dumps(other).encode())
     with pytest.raises(OtherBaseModel, match=r"(?s)weights_sha256 '0000.*correct base_model\.weights_sha256"):
         processes.up(mine, lambda _: None)
@@ -381,4 +381,4 @@ def test_up_refuses_a_storage_that_lets_two_writers_overwrite_each_other(
     with pytest.raises(UnsafeStorage, match="If-None-Match"):
         processes.up(mine, lambda _: None)
     assert list((tmp_path / "logs").iterdir()) == []
-    assert open_storage(mine.storage, mine.base_model.name).keys("") == []
+    assert open_storage(mine.storage, mine.bases[0].name).keys("") == []
