@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))  # for tests/
 import torch  # noqa: E402
 from sqlalchemy import insert  # noqa: E402
 
+from configs.settings import DEFAULT_POOL  # noqa: E402
 from orchestrator.controller import Controller  # noqa: E402
 from orchestrator.scheduling.fair_share import Use, running_order  # noqa: E402
 from orchestrator.scheduling.simulation import report, simulate  # noqa: E402
@@ -50,7 +51,7 @@ from orchestrator.tasks.task_queue import TaskQueue  # noqa: E402
 from orchestrator.tasks.task_record import TaskState, new_task_id  # noqa: E402
 from orchestrator.tasks.task_rows import columns_of  # noqa: E402
 from subspace_store import SubspaceReader, open_storage  # noqa: E402
-from tests.builders import BASE, LAYOUT, rows, settings, task_record, task_spec, write_rows  # noqa: E402
+from tests.builders import BASE, LAYOUT, fixed, rows, settings, task_record, task_spec, write_rows  # noqa: E402
 from tests.orchestrator.scheduling.invented import weeks  # noqa: E402
 from tests.orchestrator.stand_in_cluster import StandInCluster  # noqa: E402
 from workers.orders import Train  # noqa: E402
@@ -82,7 +83,7 @@ class Rig:
         self.queue = TaskQueue(self.settings.database_url)
         self._fill(waiting, ended)
         storage = open_storage(self.settings.storage, BASE)
-        self.cluster = StandInCluster(self.settings, {BASE: storage}, WORKERS)
+        self.cluster = StandInCluster(self.settings, {BASE: storage})
         self.cluster.hold = lambda order: True
         self.storage = storage
         stores = {BASE: SubspaceReader.open(storage)}
@@ -136,6 +137,7 @@ class Rig:
                 "state": TaskState.QUEUED if waits else ENDED[number % 3],
                 "submitted_at": at,
                 "content_sha256": f"{number:064x}",
+                "pool": DEFAULT_POOL,
                 "train_key": f"data/{task_id}/train.arrow",
                 "eval_key": f"data/{task_id}/eval.arrow",
             }
@@ -174,7 +176,7 @@ class Rig:
 
         def claim() -> None:
             now = time.time()
-            order = running_order(self.queue.waiting(limit=1), self.queue.use_of_teams(now), now=now, limit=1)
+            order = running_order(self.queue.waiting({DEFAULT_POOL: 1}), self.queue.use_of_teams(now), now=now, limit=1)
             found.append(self.queue.apply(order[0], Claimed(token="bench", worker="worker-x", at=now)).task_id)
 
         seconds = timed(claim)
@@ -233,7 +235,7 @@ def scheduled() -> dict[str, Any]:
     for seed in range(3):
         # Of six places: two and a half times as much is asked for as there is, and about four fifths.
         for hours, found in ((5.0, jain), (2.4, None)):
-            done = report(simulate(weeks(seed, hours=hours), {}, capacity=6))
+            done = report(simulate(weeks(seed, hours=hours), {}, fixed(6)))
             simulated += done["weeks"]
             inside.append(done["start_in_stated_interval"])
             if found is not None:

@@ -6,8 +6,9 @@ chain, a Postgres password from its own file or environment.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,14 +101,21 @@ class SubspaceSettings(Section):
     well as a large one; `energy` does not."""
 
 
-class WorkerSettings(Section):
-    """The training workers: warm Ray actors, one task each at a time."""
+DEFAULT_POOL = "default"
+"""Name of the pool that `workers:` describes."""
+WORKER = "worker"
+"""First part of the names of the default pool's workers, so that no other pool may have it."""
 
-    count: int = Field(2, ge=1, le=1000)
+
+class WorkerShape(Section):
+    """What one worker of a pool is: a warm Ray actor, or a gang of them, with one task at a time."""
+
     cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for each rank; torch uses the same number of threads."""
     gpus: float = Field(0, ge=0, le=1)
     """GPUs for each rank; a fraction is allowed only with ranks: 1."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Memory that Ray reserves for each rank, in 10⁹ bytes: where it places workers, not a limit. Default: none."""
     ranks: int = Field(1, ge=1, le=1024)
     """Processes that train one task together: every worker is a gang of this size."""
     placement: Literal["PACK", "SPREAD"] = "PACK"
@@ -118,9 +126,41 @@ class WorkerSettings(Section):
     """Time without an answer after which a worker is replaced."""
 
     @model_validator(mode="after")
-    def _ranks_have_whole_gpus(self) -> WorkerSettings:
+    def _ranks_have_whole_gpus(self) -> Self:
         if self.ranks > 1 and self.gpus % 1:
             raise ValueError("the ranks of a gang cannot share a GPU: NCCL refuses it. Set gpus to 0 or 1")
+        return self
+
+
+class WorkerSettings(WorkerShape):
+    """The training workers where all of them are alike: one pool, named `default`, of a fixed size."""
+
+    count: int = Field(2, ge=1, le=1000)
+
+    @property
+    def pool(self) -> PoolSettings:
+        """The same as a pool."""
+        shape = {name: getattr(self, name) for name in WorkerShape.model_fields}
+        return PoolSettings(min=self.count, max=self.count, **shape)
+
+
+class PoolSettings(WorkerShape):
+    """A pool: workers that are all alike, as many as the tasks that wait for them need."""
+
+    base_model: Name | None = None
+    """Name of the base model that its workers load; default: the only one."""
+    min: int = Field(0, ge=0, le=1000)
+    """Workers that are always there, their base model loaded."""
+    max: int = Field(ge=1, le=1000)
+    """Most workers. While tasks wait that the pool could take, Ray is asked for more workers, and an autoscaler sees
+    that."""
+    idle_seconds: float = Field(300.0, ge=0)
+    """Time without work after which a worker beyond `min` ends, so that Ray's autoscaler can release its machine."""
+
+    @model_validator(mode="after")
+    def _min_is_no_more_than_max(self) -> PoolSettings:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, and max {self.max}: set min to {self.max} or less")
         return self
 
 
@@ -200,15 +240,18 @@ class Settings(Section):
     base_model: BaseModelSettings | None = None
     """The base model, where there is one; instead of `base_models`."""
     base_models: tuple[BaseModelSettings, ...] = ()
-    """The base models, each as `base_model` would be: each has a store, branches and scores of its own, and workers as
-    `workers` says. Teams, gate and the rules of merging are the same for all."""
+    """The base models, each as `base_model` would be: each has a store, branches and scores of its own. Teams, gate and
+    the rules of merging are the same for all. Without `pools`, each has as many workers as `workers` says."""
     teams: dict[Name, TeamSettings] = Field(min_length=1)
     data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)
     """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
     database_url: Annotated[str, Located(places.database)] = "sqlite:///.onebasis/tasks.db"
     storage: StorageSettings = Field(default_factory=StorageSettings)
     subspace: SubspaceSettings = Field(default_factory=SubspaceSettings)
-    workers: WorkerSettings = Field(default_factory=WorkerSettings)
+    workers: WorkerSettings | None = None
+    """One pool of workers, named `default`; instead of `pools`."""
+    pools: dict[Name, PoolSettings] = Field(default_factory=dict)
+    """Name to pool of workers. Default: what `workers` says, or two workers."""
     ray: RaySettings = Field(default_factory=RaySettings)
     gate: GateSettings = Field(default_factory=GateSettings)
     failures: FailureSettings = Field(default_factory=FailureSettings)
@@ -246,23 +289,57 @@ class Settings(Section):
             return self.bases[0]
         named = ", ".join(self.base_names)
         if name is None:
-            raise InvalidInput(
-                "this service has several base models", "base_model", f"add --base-model: one of {named}"
-            )
+            todo = f"add --base-model: one of {named}"
+            raise InvalidInput("this service has several base models", "base_model", todo)
         found = next((base for base in self.bases if base.name == name), None)
         if found is None:
             raise NotFound(f"there is no base model '{name}'", todo=f"base models of this service: {named}")
         return found
 
     @model_validator(mode="after")
+    def _workers_are_a_pool(self) -> Settings:
+        own = _alike((self.workers or WorkerSettings()).pool, self.base_names)
+        pools = {name: pool.model_copy(update={"base_model": self._base_of(name, pool)}) for name, pool in
+                 (self.pools or own).items()}  # fmt: skip
+        if self.workers is not None and self.pools and pools != own:
+            raise ValueError(f"workers and pools exclude each other: write workers as the pool '{DEFAULT_POOL}'")
+        if WORKER in pools:
+            raise ValueError(f"a pool cannot be called '{WORKER}': so are the workers of the pool '{DEFAULT_POOL}'")
+        if without := [name for name in self.base_names if name not in {pool.base_model for pool in pools.values()}]:
+            raise ValueError(f"pools: none has workers for the base model '{without[0]}': add one that names it")
+        # As `setattr`, which a frozen record refuses, before anybody has the record.
+        self.__dict__["pools"] = pools
+        return self
+
+    def _base_of(self, name: str, pool: PoolSettings) -> str:
+        """Name of the base model that a pool's workers load."""
+        if pool.base_model is None and len(self.bases) > 1:
+            raise ValueError(f"pools.{name}.base_model is missing: one of {', '.join(self.base_names)}")
+        if pool.base_model is not None and pool.base_model not in self.base_names:
+            known = ", ".join(self.base_names)
+            raise ValueError(f"pools.{name}: there is no base model '{pool.base_model}'; there are: {known}")
+        return pool.base_model or self.base_names[0]
+
+    @model_validator(mode="after")
     def _a_quota_has_room_for_a_task(self) -> Settings:
+        name, smallest = min(self.pools.items(), key=lambda named: named[1].ranks)
         for team, settings in self.teams.items():
-            if settings.places is not None and settings.places < self.workers.ranks:
+            if settings.places is not None and settings.places < smallest.ranks:
                 raise ValueError(
-                    f"teams.{team}.places is {settings.places}, and a task takes {self.workers.ranks} (workers.ranks): "
-                    "none of the team's would ever be within its quota"
+                    f"teams.{team}.places is {settings.places}, and a task takes {smallest.ranks} (the ranks of pool "
+                    f"'{name}'): none of the team's would ever be within its quota"
                 )
         return self
+
+
+def _alike(pool: PoolSettings, base_models: Sequence[str]) -> dict[str, PoolSettings]:
+    """A pool of the same shape for each base model: `default` for the first one, those of the others named as they are.
+    So workers keep their names when a service gets a second base model."""
+    first, *others = base_models
+    if taken := [name for name in others if name in (DEFAULT_POOL, WORKER)]:
+        raise ValueError(f"base_models: only the first may be called '{taken[0]}', since pools are named as they are")
+    names = {DEFAULT_POOL: first} | {name: name for name in others}
+    return {name: pool.model_copy(update={"base_model": base}) for name, base in names.items()}
 
 
 def read_settings(path: Path, root: Path | None = None) -> Settings:

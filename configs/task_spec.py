@@ -273,6 +273,15 @@ def _first_metric(values: dict[str, Any]) -> Metric:
     return METRICS[values["kind"]][0] if "kind" in values else _CLASSIFICATION[0]
 
 
+class ResourceSpec(Section):
+    """What a task needs of its workers, where it names no pool: it gets the smallest that has as much."""
+
+    ranks: int = Field(1, ge=1, le=1024)
+    """Fewest processes that train it together. The pool may have more: a step then takes more rows."""
+    gpus: float = Field(0, ge=0, le=1)
+    """Least share of a GPU for each of them; 1: a whole one."""
+
+
 class TaskSpec(Section):
     """One task file."""
 
@@ -290,6 +299,10 @@ class TaskSpec(Section):
     gate: GateSpec = Field(default_factory=GateSpec)
     priority: int = Field(0, ge=-100, le=100)
     """Priority inside the team, higher first; between teams fair share decides."""
+    pool: Name | None = None
+    """Pool of workers that trains it. Default: the smallest that fits `resources`."""
+    resources: ResourceSpec | None = None
+    """What it needs, instead of `pool`. Default: any pool of its base model will do."""
     after: tuple[Title, ...] = Field((), max_length=100)
     """Tasks, each `team/name`, that have to be published before this one starts; if one of them ends otherwise, this
     one is parked. They are submitted before it."""
@@ -318,6 +331,12 @@ class TaskSpec(Section):
             self.model_dump_json()
         except ValueError as error:  # YAML can write half of a character, and no database keeps it
             raise ValueError(f"holds what is no Unicode text: {error}; write characters, not surrogates") from error
+        return self
+
+    @model_validator(mode="after")
+    def _one_pool(self) -> TaskSpec:
+        if self.pool and self.resources:
+            raise ValueError("pool and resources exclude each other: name the pool, or say what the task needs")
         return self
 
     @model_validator(mode="after")

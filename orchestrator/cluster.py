@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from configs.errors import Unavailable
 from configs.settings import Settings, StorageSettings
 from orchestrator.ray_head import ray_environment
+from orchestrator.scheduling.pools import pool_of
 from subspace_store.digests import digest
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from workers.orders import Order
 
+STORE = "@store-"
+"""Name of the store's writer."""
 Call = Any
 """A pending call; opaque to the controller."""
 
@@ -38,11 +41,29 @@ class Cluster(Protocol):
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Names of the workers."""
+        """Names of the workers that there are, whichever control plane started them."""
         ...
 
-    def base_model_of(self, worker: str) -> str:
-        """Name of the base model that a worker loads."""
+    def start_worker(self, worker: str) -> None:
+        """Find a worker again or start it; returns at once. Where there is no room, Ray keeps it waiting for a machine,
+        and an autoscaler sees that."""
+        ...
+
+    def end_worker(self, worker: str) -> None:
+        """End a worker, or take back that it was asked for; its places are free again."""
+        ...
+
+    def machines_of(self, worker: str) -> tuple[str, ...]:
+        """Addresses of the machines that a worker is on; none while it waits for a place."""
+        ...
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """Addresses of the machines that are up."""
+        ...
+
+    def avoid(self, machines: Collection[str]) -> None:
+        """Place nothing new on these machines from now on; they are named by their addresses."""
         ...
 
     def run(self, worker: str, order: Order) -> Call:
@@ -86,7 +107,7 @@ class Cluster(Protocol):
         ...
 
     def follow(self, settings: Settings) -> None:
-        """Start what further base models of new settings need: a writer and workers for each."""
+        """Start what further base models of new settings need: a writer for each."""
         ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
@@ -104,7 +125,7 @@ class Cluster(Protocol):
 
 
 class RayCluster:
-    """Detached named actors: for each base model one writer of its store and `workers.count` workers or gangs. They
+    """Detached named actors: for each base model the writer of its store, and the workers or gangs of all pools. They
     outlive us."""
 
     def __init__(self, settings: Settings, address: str, token_path: Path, service: Identity) -> None:
@@ -120,18 +141,20 @@ class RayCluster:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
         except Exception as error:
             raise Unavailable(f"cannot join the Ray cluster: {error}", address, "is its head running?") from error
-        self._workers = workers_of(settings)
+        self._avoid: frozenset[str] = frozenset()
         self._actors: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Find the actors again or start them; returns at once, `warm` tells when a worker is ready."""
-        for base in self._settings.bases:
-            self._store(base.name)
-        for name in self._workers:
-            self._actor(name)
+        """Find the stores' writers again or start them; end workers of pools that are no longer in the settings."""
+        for name in self._settings.base_names:
+            self._store(name)
+        writers = {writer_name(base) for base in self._settings.base_names}
+        for name in self._named():
+            if name not in writers and pool_of(name) not in self._settings.pools:
+                self._kill(name)
 
     def follow(self, settings: Settings) -> None:
-        self._settings, self._workers = settings, workers_of(settings)
+        self._settings = settings
         self.start()
 
     def release_stores(self, timeout_seconds: float) -> None:
@@ -150,16 +173,43 @@ class RayCluster:
     def stop(self, actors: bool) -> None:
         """Leave the cluster; with `actors`, end the writers and the workers too."""
         if actors:
-            for name in (*(writer_name(base.name) for base in self._settings.bases), *self._workers):
+            for name in self._named():
                 self._kill(name)
         self._ray.shutdown()
 
     @property
     def workers(self) -> tuple[str, ...]:
-        return tuple(self._workers)
+        return tuple(name for name in self._named() if pool_of(name) in self._settings.pools)
 
-    def base_model_of(self, worker: str) -> str:
-        return self._workers[worker]
+    def start_worker(self, worker: str) -> None:
+        self._actor(worker)
+
+    def end_worker(self, worker: str) -> None:
+        self._end(worker)
+
+    def machines_of(self, worker: str) -> tuple[str, ...]:
+        if self._settings.pools[pool_of(worker)].ranks > 1:
+            from workers.gang_actor import machines_of
+
+            return self._addresses(machines_of(worker))
+        # Not ray.util.state: that asks the dashboard, which a cluster may be without.
+        found = self._ray._private.state.actors(self._actor(worker)._actor_id.hex())
+        address = found.get("Address", {})
+        return self._addresses([address["NodeID"]]) if address.get("IPAddress") else ()
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        return tuple(sorted({node["NodeManagerAddress"] for node in self._ray.nodes() if node["Alive"]}))
+
+    def avoid(self, machines: Collection[str]) -> None:
+        self._avoid = frozenset(machines)
+
+    def _addresses(self, node_ids: Collection[str]) -> tuple[str, ...]:
+        return tuple(sorted({node["NodeManagerAddress"] for node in self._ray.nodes() if node["NodeID"] in node_ids}))
+
+    def _named(self) -> list[str]:
+        """Names of this service's actors."""
+        return sorted(self._ray.util.list_named_actors())
 
     def run(self, worker: str, order: Order) -> Call:
         return self._actor(worker).run.remote(order)
@@ -235,7 +285,8 @@ class RayCluster:
         self._actors.pop(name, None)
         with contextlib.suppress(ValueError):  # ended already; a gang restarted to be ended would leave places
             self._ray.kill(self._ray.get_actor(name), no_restart=True)
-        if name in self._workers and self._settings.workers.ranks > 1:
+        pool = self._settings.pools.get(pool_of(name))
+        if not name.startswith(STORE) and (pool is None or pool.ranks > 1):
             from workers.gang_actor import end_ranks
 
             end_ranks(name)
@@ -263,23 +314,17 @@ class RayCluster:
             from workers.gang_actor import gang_actor
             from workers.worker_actor import worker_actor
 
-            settings, base = self._settings, self._settings.base(self._workers[name])
-            one_worker = worker_actor if settings.workers.ranks == 1 else gang_actor
-            self._actors[name] = one_worker(name, base, settings.storage, base.name, settings.workers, self._namespace)
+            settings, pool = self._settings, self._settings.pools[pool_of(name)]
+            base = settings.base(pool.base_model)
+            avoid = [node["NodeID"] for node in self._ray.nodes() if node["NodeManagerAddress"] in self._avoid]
+            one_worker = worker_actor if pool.ranks == 1 else gang_actor
+            self._actors[name] = one_worker(name, base, settings.storage, base.name, pool, self._namespace, avoid)
         return self._actors[name]
-
-
-def workers_of(settings: Settings) -> dict[str, str]:
-    """Name of each worker to the base model that it loads. Those of the first base model keep their names when a
-    service gets a second one."""
-    first, *others = settings.base_names
-    prefixes = {first: "worker"} | {name: name for name in others}
-    return {f"{prefixes[name]}-{n}": name for name in settings.base_names for n in range(settings.workers.count)}
 
 
 def writer_name(base_model: str) -> str:
     """Name of the actor that writes to a base model's store: no worker's, since no name begins with `@`."""
-    return f"@store-{base_model}"
+    return f"{STORE}{base_model}"
 
 
 def _cause(error: Exception) -> str:

@@ -6,14 +6,15 @@ base model, `pending_calls.py` what is under way) keep in memory is asked for ag
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from configs.errors import OnebasisError, Unavailable
+from configs.errors import InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.alarms import LOOP, LOOP_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster
@@ -30,12 +31,14 @@ from orchestrator.pending_calls import (
     Writing,
 )
 from orchestrator.scheduling.fair_share import Running, Waiting, running_order, shares_of
+from orchestrator.scheduling.pools import chosen_pool, pool_of, pools_of, size
 from orchestrator.scheduling.reasons import Wait, WaitCode
-from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
+from orchestrator.scheduling.scheduler import LOOK, SOON_SECONDS, Decision, Pool, Situation, decide
 from orchestrator.subspace import Subspace, tell
 from orchestrator.tasks.task_events import (
     CameDue,
     Event,
+    PoolGiven,
     PreemptRequested,
     RunsTooLong,
     TrainingDone,
@@ -43,9 +46,9 @@ from orchestrator.tasks.task_events import (
 )
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step, seconds_left
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import SERVICE, Pause, TaskRecord
+from orchestrator.tasks.task_record import SERVICE, Drain, Pause, TaskRecord
 from orchestrator.tasks.task_rows import LOG
-from orchestrator.worker_pool import WorkerPool, is_of_a_version, train_order
+from orchestrator.worker_pool import PoolStatus, WorkerPool, WorkerStatus, is_of_a_version, train_order
 from subspace_store import SubspaceReader
 from subspace_store.log.version import Identity
 from workers.orders import BaseLayout, Evaluate, Failed, Outcome, Train, Trained
@@ -93,7 +96,7 @@ class Controller:
         self._service = service
         self._changed = changed
         self._pending_calls = PendingCalls(cluster)
-        self._pool = WorkerPool(cluster, self._pending_calls, queue, settings.workers, self.alarms)
+        self._pool = WorkerPool(cluster, self._pending_calls, queue, settings, self.alarms)
         self.subspaces: dict[str, Subspace] = {}
         """Base model to its subspace. Replaced as a whole when there is another one: other threads read it."""
         self._take_in(stores)
@@ -103,6 +106,10 @@ class Controller:
         """Ids of tasks whose training met a damaged store: it would again, until a person has mended the store and
         started the service anew."""
         self._is_ending = False
+        self._is_pools_given = False
+        """Whether every waiting task has a pool, as far as there is one for it."""
+        self._looked_for_pools: dict[str, str | None] = {}
+        """Pool that is not in the settings to the last of its tasks that another one was looked for; None: all were."""
         self._shares = shares_of(settings.teams)
         self.decision = Decision()
         """The last decision on who starts."""
@@ -147,17 +154,28 @@ class Controller:
         """Those that would begin an order at once."""
         return self._pool.free
 
-    def ready_workers_of(self, base_model: str) -> int:
-        """The same of one base model."""
-        return self._pool.of(base_model).ready
+    def describe_pools(self) -> dict[str, PoolStatus]:
+        """Pool to what its workers do."""
+        return self._pool.describe()
 
-    def free_workers_of(self, base_model: str) -> int:
-        """Those of one base model that would begin an order at once."""
-        return self._pool.of(base_model).free
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """Addresses of the machines that are up. Thread-safe."""
+        return self._cluster.machines
+
+    @property
+    def workers(self) -> tuple[WorkerStatus, ...]:
+        """All workers, whatever they do."""
+        return tuple(self._pool.workers.values())
+
+    @property
+    def drains(self) -> Sequence[Drain]:
+        """What people have drained, when it was last looked at."""
+        return self._pool.drains
 
     def describe_workers(self, base_model: str | None = None) -> dict[str, str]:
         """Worker to what it does, for people. base_model: Those of this one alone."""
-        workers = [w for w in self._pool.workers.values() if base_model in (None, w.base_model)]
+        workers = self.workers if base_model is None else self._pool.of_base_model(base_model).workers
         if self.alarms.rings(AlarmCode.RAY_DOWN):
             return dict.fromkeys((worker.name for worker in workers), "out of reach: Ray does not work")
         return {worker.name: str(worker) for worker in workers}
@@ -175,13 +193,14 @@ class Controller:
 
     @property
     def heard_at(self) -> float:
-        """Unix time since which every worker and the stores' writers have given a sign of life; 0 before the first."""
+        """Unix time since which every worker that is ready, and the stores' writers, have given a sign of life; 0
+        before the first."""
         writers = (subspace.writer.heard_at for subspace in self.subspaces.values())
-        return min(*writers, *(worker.heard_at for worker in self._pool.workers.values()))
+        return min([*writers, *(worker.heard_at for worker in self.workers if worker.ready)])
 
     def is_refining(self, base_model: str, version: int) -> bool:
         """Whether workers refine tasks in a version."""
-        orders = self._pool.of(base_model).orders
+        orders = self._pool.of_base_model(base_model).orders
         return any(isinstance(order, Train) and order.refine_version == version for order in orders)
 
     @property
@@ -267,13 +286,16 @@ class Controller:
             return False
         at_work = [subspace for subspace in self.subspaces.values() if self._is_read(subspace)]
         self.doing = "reading the task database and giving orders"
+        self._give_pools()
+        self._pool.look_at_drains()
         live = self._queue.in_flight()
         # First the orders that workers have already: after a restart any other order would wait behind them.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER and self._goes_on(r.base_model)])
         pauses = self._queue.pauses()
         for subspace in at_work:
             with subspace.step(self.doing):
-                others_wait = SERVICE not in pauses and self._queue.is_anyone_waiting(pauses, subspace.name)
+                pools = pools_of(self._settings.pools, subspace.name)
+                others_wait = SERVICE not in pauses and self._queue.is_anyone_waiting(pools, pauses)
                 subspace.candidate.advance(subspace.mine(live), others_wait)
                 subspace.is_well()
         self._look_at_the_clock(live)
@@ -307,7 +329,9 @@ class Controller:
             self.doing = "taking new settings"
             self._settings, self._shares = growth.settings, shares_of(growth.settings.teams)
             self._cluster.follow(growth.settings)
-            self._pool.follow_cluster()
+            self._pool.follow(growth.settings)
+            self._is_pools_given = False
+            self._looked_for_pools = {}
             self._take_in(growth.stores)
             for subspace in self.subspaces.values():
                 subspace.candidate.follow(growth.settings)
@@ -350,10 +374,9 @@ class Controller:
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
         else:
-            is_ours = self._is_ending and outcome.fault == "preempted"  # the worker knows only that it was to stop
-            message = "the service ended; it goes on from its last checkpoint" if is_ours else outcome.message
+            fault, message = self._told(order, outcome)
             event = TrainingFailed(
-                token=order.token, fault=outcome.fault, message=message, at=now, seconds=outcome.worker_seconds
+                token=order.token, fault=fault, message=message, at=now, seconds=outcome.worker_seconds
             )
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
@@ -365,6 +388,16 @@ class Controller:
             subspace.delete_files_of(order.task_id)
         self._changed()
 
+    def _told(self, order: Train, outcome: Failed) -> tuple[str, str]:
+        """Fault and message of an attempt that failed. The worker knows only that it was to stop, not why; and if it is
+        lost while its machine is maintained, that is nobody's fault."""
+        worker = self._pool.workers.get(self._queue.get(order.task_id).worker)
+        if worker is not None and worker.drain is not None and outcome.fault in ("preempted", "lost"):
+            return "preempted", f"{worker.drain}; it goes on from its last checkpoint"
+        if self._is_ending and outcome.fault == "preempted":
+            return "preempted", "the service ended; it goes on from its last checkpoint"
+        return outcome.fault, outcome.message
+
     # --- what is next ------------------------------------------------------------------------------------------
 
     def _resume(self, training: Sequence[TaskRecord]) -> None:
@@ -372,25 +405,27 @@ class Controller:
         busy = {order.token for order in self._pool.orders}
         for record in training:
             worker = self._pool.workers.get(record.worker)
+            if worker is not None and worker.drain is not None and not worker.drain.waits and not _stop_for(record):
+                self._apply((record.task_id,), PreemptRequested(str(worker.drain)))
             if record.token in busy:
                 if worker is not None and (what := _stop_for(record)):
                     self._pool.tell(worker, what, record.token)
-            elif worker is None:
-                failed = TrainingFailed(
-                    token=record.token, fault="lost", message=f"{record.worker} is no longer there", at=time.time()
-                )
+            elif worker is None and not self._pool.recall(record.worker):
+                message = f"{record.worker} is no longer there: its pool is no longer in the settings, or smaller"
+                failed = TrainingFailed(token=record.token, fault="preempted", message=message, at=time.time())
                 self._queue.apply(record.task_id, failed)
                 self.wake()
-            elif worker in self._pool.free_workers():
+            elif worker is None:
+                self.wake()
+            elif self._pool.may_go_on(worker):
                 self._pool.give(worker, train_order(record))
             elif not worker.ready:
                 self._wait_for_a_lease(record)
 
     def _wait_for_a_lease(self, record: TaskRecord) -> None:
         """Give one lease to a worker that had the task before this control plane began, and is not back."""
-        until = (
-            max(self._started_at, record.order_at or record.claimed_at or 0.0) + self._settings.workers.lease_seconds
-        )
+        lease_seconds = self._settings.pools[pool_of(record.worker)].lease_seconds
+        until = max(self._started_at, record.order_at or record.claimed_at or 0.0) + lease_seconds
         if time.time() < until:
             self._pending_calls.not_before(f"lease:{record.token}", until)
             return
@@ -416,90 +451,144 @@ class Controller:
                 self._pending_calls.not_before(f"longest:{record.token}", now + left)
 
     def _train(self, live: Sequence[TaskRecord], pauses: Mapping[str, Pause]) -> None:
-        free, kept = {}, {}
+        base_of = self._pool.base_model_of
+        free = [worker for worker in self._pool.unclaimed_workers(live) if self._goes_on(base_of(worker))]
+        kept, unscored = dict.fromkeys(self._settings.pools, 0), set()
         for name, subspace in self.subspaces.items():
-            mine = subspace.workers.unclaimed_workers(live) if subspace.ousted_by is None else []
             is_awaited = subspace.candidate.is_awaited(subspace.mine(live))
+            if not is_awaited or any(map(is_of_a_version, subspace.workers.orders)):
+                continue
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
-            keep = 1 if is_awaited and not any(is_of_a_version(order) for order in subspace.workers.orders) else 0
-            kept[name], free[name] = len(mine[:keep]), mine[keep:]
-        self.decision = self._decide(live, {name: len(workers) for name, workers in free.items()}, kept, pauses)
+            worker = next((one for one in free if base_of(one) == name), None)
+            if worker is None:
+                unscored.add(name)
+            else:
+                free.remove(worker)
+                kept[worker.pool] += 1
+        by_pool = {name: [worker for worker in free if worker.pool == name] for name in self._settings.pools}
+        pools = {name: self._places(name, len(by_pool[name]), kept[name]) for name in by_pool}
+        waiting = self._looked_at(pools, pauses)
+        self.decision = decide(self._situation(pools, waiting, self._pool.running(live))) if waiting else Decision()
         if (again_at := self.decision.again_at) is not None:
             self._pending_calls.not_before("decide", again_at)
         for start in self.decision.starts:
-            self._pool.claim(free[start.pool].pop(0), start.task_id)
+            self._pool.claim(by_pool[start.pool].pop(0), start.task_id)
         for preemption in self.decision.preemptions:
             by = f"team {preemption.for_team}, which is within its quota"
             self._apply((preemption.task_id,), PreemptRequested(by, gives_back=True))
+        wanted = self._wanted(live, waiting, unscored)
+        self._pool.resize(wanted, {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER})
 
-    def _decide(
-        self,
-        live: Sequence[TaskRecord],
-        free: Mapping[str, int],
-        kept: Mapping[str, int],
-        pauses: Mapping[str, Pause],
-    ) -> Decision:
-        """Who starts, and who gives a place back.
+    def _looked_at(self, pools: Mapping[str, Pool], pauses: Mapping[str, Pause]) -> list[Waiting]:
+        """Of each team and pool as many of those in line as could start, with workers that the pool may still get, and
+        a few more: what a decision is made from costs as much however many wait."""
+        if SERVICE in pauses:
+            return []
+        limits = {
+            name: (pool.free + pool.coming) // self.ranks[name] + LOOK + len(self._set_aside)
+            for name, pool in pools.items()
+            if self._goes_on(self._settings.pools[name].base_model or "")
+        }
+        found = self._queue.waiting(limits, self.ranks, pauses)
+        return [task for task in found if task.task_id not in self._set_aside]
 
-        Args:
-            free, kept: Base model to its workers that have nothing to do: those for tasks, those for a version.
-            pauses: Team to its pause; that of the service under `SERVICE`.
-        """
-        now = time.time()
-        served = [name for name in self.subspaces if self._goes_on(name)]
-        some = max(free.values(), default=0) + LOOK + len(self._set_aside)
-        found = [] if SERVICE in pauses else self._queue.waiting(some, self.ranks, pauses, served)
-        waiting = [task for task in found if task.task_id not in self._set_aside]
-        if not waiting:
-            return Decision()
-        pools = {name: self._pool_of(name, free[name], kept[name]) for name in self.subspaces}
-        return decide(self._situation(now, pools, waiting, self._pool.running(live)))
-
-    def _pool_of(self, base_model: str, free: int, kept: int) -> Pool:
-        """The pool of a base model's workers, so many of which have nothing to do."""
-        workers = self._pool.of(base_model)
+    def _places(self, name: str, free: int, kept: int) -> Pool:
+        """A pool with so many workers that have nothing to do, for tasks and for a version."""
+        settings, workers = self._settings.pools[name], self._pool.of(name)
+        in_use = [worker for worker in workers if worker.drain is None]
+        coming = sum(map(_comes_soon, in_use))
+        gone = sum(not drain.is_node and pool_of(drain.what) == name for drain in self._pool.drains)
         return Pool(
-            capacity=self.ranks * len(workers.workers),
-            ready=self.ranks * workers.ready,
-            free=self.ranks * free,
-            kept=self.ranks * kept,
+            capacity=settings.ranks * settings.max,
+            ready=settings.ranks * sum(worker.ready for worker in in_use),
+            free=settings.ranks * free,
+            kept=settings.ranks * kept,
+            coming=settings.ranks * (coming + max(0, settings.max - gone - len(in_use))),
+            is_forming=settings.ranks > 1 and any(worker.machines == () for worker in in_use),
         )
 
+    def _wanted(
+        self, live: Sequence[TaskRecord], waiting: Sequence[Waiting], unscored: Collection[str]
+    ) -> dict[str, int]:
+        """Pool to the workers that it could use beside those at work, those included that just got an order.
+
+        Args:
+            unscored: Base models of which a version is about to be scored, and no worker is free for that.
+        """
+        starts = {start.task_id for start in self.decision.starts}
+        waits = self.decision.waits
+        found = dict.fromkeys(self._settings.pools, 0)
+        for task in waiting:
+            wait = waits.get(task.task_id)
+            if task.task_id not in starts and wait is not None and wait.code is not WaitCode.NEVER_FITS:
+                found[task.pool] += wait.until is None  # else it borrows nothing before that
+        for record in live:
+            if next_step(record) is Step.REFINE and record.pool in found:
+                found[record.pool] += 1
+        for name, subspace in self.subspaces.items():
+            # Of a base model that no worker has loaded yet, what can be submitted is known once one has.
+            is_unknown = subspace.workers.layout is None and not subspace.workers.workers
+            if name in unscored or is_unknown:
+                pools = pools_of(self._settings.pools, name)
+                able = [pool for pool in pools if len(self._pool.of(pool)) < pools[pool].max]
+                if smallest := min(able, key=lambda pool: size(pool, pools[pool]), default=""):
+                    found[smallest] += 1
+        return found
+
     def _situation(
-        self, now: float, pools: Mapping[str, Pool], waiting: Sequence[Waiting], running: Sequence[Running]
+        self, pools: Mapping[str, Pool], waiting: Sequence[Waiting], running: Sequence[Running]
     ) -> Situation:
-        before = self.decision
+        now, before = time.time(), self.decision
         return Situation(
             now=now,
             pools=pools,
             waiting=waiting,
             running=running,
-            use_seconds=self._use_seconds(now),
+            use_seconds=self._queue.use_of_teams(now),
             shares=self._shares,
             reserved=before.reserved,
             promised=before.promised,
             waits=before.waits,
         )
 
-    def _use_seconds(self, now: float) -> dict[str, float]:
-        """Place-seconds of each team: all workers have as many ranks."""
-        ranks = self._settings.workers.ranks
-        return {team: ranks * seconds for team, seconds in self._queue.use_of_teams(now).items()}
+    def _give_pools(self) -> None:
+        """Give waiting tasks a pool that have none, or whose pool is no longer in the settings, unless they name it:
+        once, when the service starts, and some at each step."""
+        if self._is_pools_given:
+            return
+        pools = self._settings.pools
+        for old in self._queue.pools_in_line():
+            after = self._looked_for_pools.get(old, "")
+            if old in pools or after is None:
+                continue
+            found = self._queue.queued_for(old, after)
+            given: dict[str, list[str]] = {}
+            for record in found:
+                spec = record.spec
+                with contextlib.suppress(InvalidInput):  # it waits, and its reason says for what
+                    mine = pools_of(pools, spec.base_model)
+                    given.setdefault(chosen_pool(mine, spec.pool, spec.resources), []).append(record.task_id)
+            for pool, task_ids in given.items():
+                self._queue.try_apply(task_ids, PoolGiven(pool))
+            self._looked_for_pools[old] = found[-1].task_id if found else None
+            self.wake()
+            return
+        self._is_pools_given = True
 
     def wait_in_line(self, record: TaskRecord) -> Wait:
         """Why a task that stands in line does not start, by the last decision. Thread-safe."""
-        if record.base_model not in self.subspaces:
-            return Wait(code=WaitCode.NEVER_FITS, about=record.base_model)
-        if not self.ready_workers_of(record.base_model):
-            return Wait(code=WaitCode.BASE_MODEL_LOADING)
-        found = self.decision.wait_of(record.task_id, record.team)
-        if found is None:  # it came after that
-            is_free = self.free_workers_of(record.base_model) > 0
-            return Wait(code=WaitCode.ABOUT_TO_START if is_free else WaitCode.NO_FREE_PLACE)
-        return found
+        pool = self.describe_pools().get(record.pool)
+        if pool is None:
+            return Wait(code=WaitCode.NEVER_FITS, pool=record.pool)
+        found = self.decision.wait_of(record.task_id, record.pool, record.team)
+        if found is not None:
+            return found
+        is_free = any(worker.is_free for worker in pool.workers)  # it came after that
+        code = WaitCode.ABOUT_TO_START if is_free else WaitCode.NO_FREE_PLACE
+        return Wait(code=code if pool.ready else WaitCode.BASE_MODEL_LOADING, pool=record.pool)
 
     def line(self, extra: Waiting | None = None) -> tuple[tuple[Waiting, ...], list[Running]]:
-        """The tasks that stand in line for a worker, in their running order, and what runs. Thread-safe.
+        """The tasks that stand in line for workers of any pool, in their running order, and what runs. Thread-safe.
 
         Args:
             extra: A task that is not there yet, and is shown where it would stand.
@@ -509,29 +598,49 @@ class Controller:
         """
         now, pauses = time.time(), self._queue.pauses()
         running = self._pool.running(self._queue.in_flight())
-        served = None if extra is None else [extra.pool]
-        waiting = [] if SERVICE in pauses else self._queue.waiting(None, self.ranks, pauses, served)
+        everyone = dict.fromkeys(self._settings.pools)
+        waiting = [] if SERVICE in pauses else self._queue.waiting(everyone, self.ranks, pauses)
         if extra is not None and SERVICE not in pauses and extra.team not in pauses:
             waiting.append(extra)
         by_id = {task.task_id: task for task in waiting}
-        order = running_order(waiting, self._use_seconds(now), running, self._shares, now=now)
+        order = running_order(waiting, self._queue.use_of_teams(now), running, self._shares, now=now)
         return tuple(by_id[task_id] for task_id in order), running
 
     @property
-    def ranks(self) -> int:
-        """Places that each task takes: all workers are alike."""
-        return self._settings.workers.ranks
+    def ranks(self) -> dict[str, int]:
+        """Pool to the places that each of its tasks takes."""
+        return {name: pool.ranks for name, pool in self._settings.pools.items()}
+
+    @property
+    def free_places(self) -> dict[str, int]:
+        """Pool to the places that are free, or that it can get when tasks wait for them."""
+        found = {}
+        for name, pool in self.describe_pools().items():
+            free = sum(worker.is_free for worker in pool.workers)
+            places = self._places(name, free, 0)
+            found[name] = places.free + places.coming
+        return found
+
+    def idle_causes(self, pool: str) -> tuple[str, ...]:
+        """What the workers of a pool do, where none of them is ready."""
+        found = self.describe_pools().get(pool)
+        return tuple(map(str, found.workers)) if found is not None and not found.ready else ()
 
     def wait_of_another(self, extra: Waiting) -> Wait | None:
         """Why a task that is not there yet would not start at once; None where it would. Thread-safe."""
         line, running = self.line(extra)
-        pools = {name: self._pool_of(name, self.free_workers_of(name), 0) for name in self.subspaces}
-        situation = self._situation(time.time(), pools, line, running)
-        return decide(situation).waits.get(extra.task_id)
+        free = {name: sum(w.is_free for w in pool.workers) for name, pool in self.describe_pools().items()}
+        pools = {name: self._places(name, count, 0) for name, count in free.items()}
+        return decide(self._situation(pools, line, running)).waits.get(extra.task_id)
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> None:
         self.wake()
         self._queue.try_apply(task_ids, event)
+
+
+def _comes_soon(worker: WorkerStatus) -> bool:
+    """Whether a worker that is not ready will be: it has a place, or was asked for a moment ago."""
+    return not worker.ready and (bool(worker.machines) or time.time() - worker.started_at < SOON_SECONDS)
 
 
 def _stop_for(record: TaskRecord) -> str:

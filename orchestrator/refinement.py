@@ -115,7 +115,13 @@ class Refinement:
             # A merge may move a thousand tasks: while others wait to be trained, they get half of the workers.
             room = max(1, len(self._workers.workers) // 2) if others_wait else len(self._workers.workers)
             waiting += [record for record in again if record.task_id not in flying][: max(0, room - len(flying))]
-            for record, worker in zip(waiting, self._workers.unclaimed_workers(refining), strict=False):
+            free = self._workers.unclaimed_workers(refining)
+            for record in waiting:
+                is_anywhere = record.pool not in self._settings.pools
+                worker = next((one for one in free if is_anywhere or record.pool == one.pool), None)
+                if worker is None:
+                    continue
+                free.remove(worker)
                 if record.state is TaskState.REFINING:
                     self._workers.claim(worker, record.task_id)
                 else:

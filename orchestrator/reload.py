@@ -8,17 +8,11 @@ from configs.errors import Conflict
 from configs.settings import Settings
 
 TAKEN = ("teams", "data_roots", "gate")
-"""Sections that are taken whole; of `base_models` further ones are."""
-BASES = ("base_model", "base_models")
-
-
-def in_order(before: Settings, after: Settings) -> Settings:
-    """The new settings with the base models in the order of the old ones, further ones behind: workers are named by
-    that order."""
-    new = {base.name: base for base in after.bases}
-    known = [new[name] for name in before.base_names if name in new]
-    further = [base for base in after.bases if base.name not in before.base_names]
-    return after.model_copy(update={"base_model": None, "base_models": (*known, *further)})
+"""Sections that are taken whole; of `base_models` and `pools` further ones are, and new sizes of pools."""
+HANDLED = ("base_model", "base_models", "workers", "pools")
+"""What is compared in another way: base models and pools one by one; what `workers` says is in the pools."""
+SIZES = ("min", "max", "idle_seconds")
+"""Of a pool that is there."""
 
 
 def taken_without_restart(before: Settings, after: Settings) -> list[str]:
@@ -34,6 +28,9 @@ def taken_without_restart(before: Settings, after: Settings) -> list[str]:
             "write it back; or, on purpose: `onebasis down`, then `onebasis up --config FILE "
             f"{' '.join(f'--remove-base-model {name}' for name in gone)}`",
         )
+    if after.base_names[: len(before.bases)] != before.base_names:
+        what = f"the base models that are there have to come first, in their order: {', '.join(before.base_names)}"
+        raise Conflict(what, "base_models", "write further ones behind them")
     old = {base.name: base for base in before.bases}
     further = [f"base_models.{base.name}" for base in after.bases if base.name not in old]
     changed = [
@@ -43,20 +40,27 @@ def taken_without_restart(before: Settings, after: Settings) -> list[str]:
         for key in _differing(old[base.name].model_dump(), base.model_dump())
     ]
     sections = {name: (getattr(before, name), getattr(after, name)) for name in Settings.model_fields}
-    differ = [name for name, (was, now) in sections.items() if name not in BASES and was != now]
+    differ = [name for name, (was, now) in sections.items() if name not in HANDLED and was != now]
     changed += [
         key
         for name in differ
         if name not in TAKEN
         for key in _differing({name: _plain(sections[name][0])}, {name: _plain(sections[name][1])})
     ]
+    changed += [
+        f"pools.{name}.{key}" if name in after.pools else f"pools.{name}"
+        for name, pool in before.pools.items()
+        for key in _differing(pool.model_dump(), after.pools[name].model_dump() if name in after.pools else {})
+        if key not in SIZES
+    ]
+    resized = [f"pools.{name}" for name, pool in after.pools.items() if before.pools.get(name) != pool]
     if changed:
         raise Conflict(
             f"a running service cannot change {', '.join(changed)}; nothing was taken",
             "onebasis reload",
             "`onebasis down`, then `onebasis up --config FILE`, takes them all",
         )
-    return [*further, *(name for name in differ if name in TAKEN)]
+    return [*further, *resized, *(name for name in differ if name in TAKEN)]
 
 
 def _plain(value: Any) -> Any:

@@ -61,7 +61,7 @@ class Subspace:
         self.name = name
         self.store = store
         self.alarms = alarms.of(name)
-        self.workers = pool.of(name)
+        self.workers = pool.of_base_model(name)
         self.calls = StoreCalls(pending_calls, cluster, name)
         self._queue = queue
         self._service = service
@@ -82,7 +82,7 @@ class Subspace:
             self._look_at_main,
             self.alarms,
         )
-        lease_seconds = settings.workers.lease_seconds
+        lease_seconds = max(one.lease_seconds for one in settings.pools.values())
         self.writer = StoreWriter(cluster, self.calls, self.alarms, lease_seconds, self.candidate.stop)
         self._main_followed = -1
         self._is_main_looked_at = False

@@ -1,25 +1,30 @@
-"""The workers: which is warm, which is alive, which does what. Which task comes next is not decided here."""
+"""The workers of all pools: which is warm, which is alive, which does what, which starts and which ends.
+
+Which task comes next is not decided here, nor how many workers a pool has: scheduling/pools.py.
+"""
 
 from __future__ import annotations
 
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from configs.errors import Corrupt, InvalidInput, OnebasisError, Unavailable
-from configs.settings import WorkerSettings
+from configs.settings import PoolSettings, Settings
 from configs.task_spec import TaskSpec
 from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster, MachineLost, ProcessEnded
 from orchestrator.pending_calls import Asking, Ordered, PendingCalls, Warming
 from orchestrator.scheduling.fair_share import Running, Use
+from orchestrator.scheduling.pools import Seat, ends_at, number_of, pool_of, resized, size
 from orchestrator.tasks.task_events import Claimed
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import TaskRecord, TaskState, local_results, staging_key
+from orchestrator.tasks.task_record import Drain, TaskRecord, TaskState, local_results, staging_key
+from workers.gang import NoPlace, needed
 from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Phase, Progress, RankLost, Train
 
 log = logging.getLogger("onebasis.controller")
@@ -38,6 +43,8 @@ second whether its raylet lives; a worker whose raylet was killed answers until 
 LOAD_TRIES = 2
 """Number of ends of a process while it loads that cannot be chance."""
 LOAD_AGAIN_SECONDS = 30.0
+LOOK_SECONDS = 2.0
+"""Interval at which it is looked on which machines workers are."""
 
 
 @dataclass
@@ -45,8 +52,18 @@ class WorkerStatus:
     """A worker as the control plane sees it now."""
 
     name: str
-    base_model: str
-    """Name of the base model that it loads."""
+    started_at: float = 0.0
+    """Unix time at which it was asked for."""
+    idle_since: float = 0.0
+    """Unix time since which it has had no order."""
+    machines: tuple[str, ...] | None = None
+    """Addresses of the machines that it is on; none while it waits for a place. None: not known yet."""
+    placeless_since: float = 0.0
+    """Unix time since which it waits for a place; 0: it has one."""
+    looked_at: float = 0.0
+    """Unix time at which it was last looked where it is."""
+    drain: Drain | None = None
+    """Wish of a person that it gets nothing new and ends."""
     ready: bool = False
     order: Order | None = None
     given_at: float = 0.0
@@ -74,11 +91,32 @@ class WorkerStatus:
     """How often its process ended while it loaded, since it was last ready."""
 
     @property
-    def is_free(self) -> bool:
+    def pool(self) -> str:
+        """Name of its pool."""
+        return pool_of(self.name)
+
+    @property
+    def can_begin(self) -> bool:
         """Whether it would begin an order at once."""
         return self.ready and self.order is None and not self.is_silent and not self.sure_at
 
+    @property
+    def is_free(self) -> bool:
+        """The same, and it may get something new."""
+        return self.can_begin and self.drain is None
+
+    @property
+    def state(self) -> str:
+        """`drained`, `busy`, `warm` or `starting`: what workers are counted by."""
+        if self.drain is not None:
+            return "drained"
+        return "busy" if self.order is not None else "warm" if self.ready else "starting"
+
     def __str__(self) -> str:
+        does = self._does()
+        return does if self.drain is None else f"{does}; {self.drain}"
+
+    def _does(self) -> str:
         before = "waits for places for its ranks, then " if self.waits else ""
         if self.is_silent:
             before = "does not answer; last seen "
@@ -89,39 +127,65 @@ class WorkerStatus:
                 return f"{before}scoring {task_id} at version {version}"
         if self.ready:
             return f"{before}free" if not self.sure_at else f"{before}asked whether it was lost with another worker"
-        if self.error is not None:
+        if self.error is not None and not isinstance(self.error, NoPlace):
             return f"cannot load the base model: {self.error.what}"
+        if self.machines == () or isinstance(self.error, NoPlace):
+            return f"waiting for a place for {time.time() - (self.placeless_since or self.started_at):.0f} s"
         return f"loading the base model for {time.time() - self.loads_since:.0f} s" if self.loads_since else "starting"
 
 
+@dataclass(frozen=True)
+class PoolStatus:
+    """A pool as the control plane sees it now."""
+
+    settings: PoolSettings
+    workers: tuple[WorkerStatus, ...]
+
+    def count(self, state: str) -> int:
+        """Number of its workers in a state, see `WorkerStatus.state`."""
+        return sum(worker.state == state for worker in self.workers)
+
+    @property
+    def ready(self) -> int:
+        """Workers whose base model is loaded, and that are not drained."""
+        return self.count("warm") + self.count("busy")
+
+
 class WorkerPool:
-    """All workers of the service."""
+    """All workers of the service, whichever pool they belong to."""
 
     def __init__(
         self,
         cluster: Cluster,
         pending_calls: PendingCalls,
         queue: TaskQueue,
-        settings: WorkerSettings,
+        settings: Settings,
         alarms: Alarms,
     ) -> None:
         self._cluster = cluster
         self._pending_calls = pending_calls
         self._queue = queue
-        self._settings = settings
+        self._pools = settings.pools
         self._alarms = alarms
         self.workers: dict[str, WorkerStatus] = {}
+        """Name to worker. Another thread may go through it, so it is replaced and never changed."""
+        self.drains: list[Drain] = []
+        """What people have drained."""
+        for name in cluster.workers:
+            self._add(name)
         self.layouts: dict[str, BaseLayout] = {}
         """Base model to what the first warm worker reported of it; none before that."""
-        self.follow_cluster()
 
-    def follow_cluster(self) -> None:
-        """Know the workers that the cluster has by now."""
-        for name in self._cluster.workers:
-            self.workers.setdefault(name, WorkerStatus(name, self._cluster.base_model_of(name)))
+    def follow(self, settings: Settings) -> None:
+        """Go by new settings from now on: further pools, and other sizes of those that are there."""
+        self._pools = settings.pools
 
-    def of(self, base_model: str) -> ModelWorkers:
-        """The workers that load one base model."""
+    def base_model_of(self, worker: WorkerStatus) -> str:
+        """Name of the base model that a worker loads."""
+        return self._pools[worker.pool].base_model or ""
+
+    def of_base_model(self, base_model: str) -> ModelWorkers:
+        """The workers that load one base model, of whichever pool."""
         return ModelWorkers(self, base_model)
 
     # --- who is free -------------------------------------------------------------------------------------------
@@ -135,14 +199,28 @@ class WorkerPool:
     def free(self) -> int:
         return sum(worker.is_free for worker in self.workers.values())
 
+    def of(self, pool: str) -> list[WorkerStatus]:
+        """The workers of a pool."""
+        return [worker for worker in self.workers.values() if worker.pool == pool]
+
+    def ranks(self, worker: str) -> int:
+        """Ranks of a worker: places of whatever it does."""
+        return self._pools[pool_of(worker)].ranks
+
     @property
     def orders(self) -> list[Order]:
         """Orders that are under way."""
         return [worker.order for worker in self.workers.values() if worker.order is not None]
 
-    def free_workers(self) -> list[WorkerStatus]:
-        free = (worker for worker in self.workers.values() if worker.is_free)
+    def free_workers(self, pool: str | None = None) -> list[WorkerStatus]:
+        """Workers that may get something new, those of the smallest pool first. pool: Only those of this one."""
+        free = [worker for worker in self.workers.values() if worker.is_free and pool in (None, worker.pool)]
+        free.sort(key=lambda worker: (size(worker.pool, self._pools[worker.pool]), number_of(worker.name)))
         return [worker for worker in free if self._pending_calls.may(f"order:{worker.name}")]
+
+    def may_go_on(self, worker: WorkerStatus) -> bool:
+        """Whether a worker can be given an order again that it had before; also one that is drained."""
+        return worker.can_begin and self._pending_calls.may(f"order:{worker.name}")
 
     def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
         """Free workers, except those that a task waits for because it had them before."""
@@ -154,8 +232,9 @@ class WorkerPool:
     def claim(self, worker: WorkerStatus, task_id: str) -> None:
         """Give a task to a worker under a fresh lease, unless somebody cancelled it first."""
         self._pending_calls.wake()
+        token, places = secrets.token_hex(8), self.ranks(worker.name)
         if claimed := self._queue.try_apply(
-            (task_id,), Claimed(token=secrets.token_hex(8), worker=worker.name, at=time.time())
+            (task_id,), Claimed(token=token, worker=worker.name, at=time.time(), places=places)
         ):
             self.give(worker, train_order(claimed[0]))
 
@@ -167,13 +246,13 @@ class WorkerPool:
 
     def running(self, live: Sequence[TaskRecord]) -> list[Running]:
         """What fair share charges for while it runs: the attempts of tasks, and what is done for versions."""
-        now, ranks = time.time(), self._settings.ranks
+        now = time.time()
         attempts = (record for record in live if next_step(record) is Step.AWAIT_ADAPTER)
         for_versions = (worker for worker in self.workers.values() if worker.order and not has_lease(worker.order))
         return [
             *(self._attempt(record, now) for record in attempts),
             *(
-                Running(w.order.spec.team, w.given_at, least_seconds=0.0, ranks=ranks, pool=w.base_model)
+                Running(w.order.spec.team, w.given_at, 0.0, pool=w.pool, ranks=self.ranks(w.name))
                 for w in for_versions
                 if w.order
             ),
@@ -187,8 +266,8 @@ class WorkerPool:
             record.order_at or record.claimed_at or now,
             # A version waits for what is being refined: that is not preempted.
             task_id=record.task_id if record.state is TaskState.TRAINING else "",
-            ranks=self._settings.ranks,
-            pool=record.base_model,
+            pool=pool_of(record.worker),
+            ranks=record.places,
             seconds_left=None if ends_at is None else max(0.0, ends_at - now),
             stops=record.preempt_requested or record.cancel_requested,
             was_preempted=record.gave_back_at is not None,
@@ -205,7 +284,7 @@ class WorkerPool:
         worker = self.workers[pending.worker]
         order = worker.order
         assert order is not None
-        worker.order = None
+        worker.order, worker.idle_since = None, time.time()
         try:
             outcome: Outcome = self._cluster.result(call)
         except MachineLost as error:
@@ -219,7 +298,8 @@ class WorkerPool:
                 self._alarms.ring_for(error, worker.name)
             self._pending_calls.later(f"order:{worker.name}")
             if not worker.waits:
-                self._charge(order, "away", f"{order.token}@{worker.given_at:.3f}", time.time() - worker.given_at)
+                token = f"{order.token}@{worker.given_at:.3f}"
+                self._charge(worker, order, "away", token, time.time() - worker.given_at)
             return None
         except Corrupt as error:  # the worker is well, and no task is to blame
             log.error("%s: order %s met a damaged store: %s", worker.name, order.token, error.sentence)
@@ -233,11 +313,13 @@ class WorkerPool:
         if not has_lease(order):  # else its cost is written with the task's event
             seconds = outcome.worker_seconds
             what = "score" if isinstance(order, Evaluate) else "refine again"
-            self._charge(order, what, order.token, time.time() - worker.given_at if seconds is None else seconds)
+            seconds = time.time() - worker.given_at if seconds is None else seconds
+            self._charge(worker, order, what, order.token, seconds)
         return order, outcome
 
-    def _charge(self, order: Order, what: str, token: str, seconds: float) -> None:
-        use = Use(team=order.spec.team, seconds=seconds, ended_at=time.time())
+    def _charge(self, worker: WorkerStatus, order: Order, what: str, token: str, seconds: float) -> None:
+        places = self.ranks(worker.name)
+        use = Use(team=order.spec.team, seconds=seconds, ended_at=time.time(), places=places)
         self._queue.charge(order.task_id, use, token=token, what=what)
 
     # --- who is alive ------------------------------------------------------------------------------------------
@@ -245,13 +327,15 @@ class WorkerPool:
     def take_warm(self, call: Call, pending: Warming) -> None:
         worker = self.workers[pending.worker]
         try:
-            self.layouts[worker.base_model] = self._cluster.result(call)
+            self.layouts[self.base_model_of(worker)] = self._cluster.result(call)
         except MachineLost as error:
             worker.ends += isinstance(error, ProcessEnded)
             self._is_away(worker, error)
             if worker.ends >= LOAD_TRIES and not self._alarms.rings(AlarmCode.RAY_DOWN):
                 self._cannot_load(worker, Unavailable(f"its process ends while it loads: {error.what}"))
                 self._cluster.replace(worker.name)  # Ray does not restart an actor whose constructor failed
+        except NoPlace as error:
+            self._waits_for_a_place(worker, error)
         except OnebasisError as error:
             self._cannot_load(worker, error)
         except Exception as error:  # whatever a library raises about the checkpoint
@@ -260,8 +344,20 @@ class WorkerPool:
         else:
             worker.ready, worker.error, worker.loads_since, worker.ends = True, None, 0.0, 0
             worker.heard_at, worker.is_silent = time.time(), False
+            worker.idle_since, worker.looked_at = time.time(), 0.0
             self._alarms.end_all(worker.name, AlarmCode.LOAD_FAILED, AlarmCode.WORKER_SLOW, AlarmCode.WORKER_SILENT)
             log.info("%s is warm", worker.name)
+
+    def _waits_for_a_place(self, worker: WorkerStatus, error: NoPlace) -> None:
+        """A gang asks anew for places: the request in Ray stays, and an autoscaler sees it."""
+        if (
+            number_of(worker.name) < self._pools[worker.pool].min
+        ):  # of the others nobody said that they have to be there
+            what = f"{worker.name} cannot load the base model: {error.sentence}"
+            self._alarms.ring(AlarmCode.LOAD_FAILED, worker.name, what, error.todo)
+        self._alarms.end(AlarmCode.WORKER_SLOW, worker.name)
+        worker.error, worker.loads_since, worker.machines = error, 0.0, ()
+        self._pending_calls.later(f"warm:{worker.name}")
 
     def _cannot_load(self, worker: WorkerStatus, error: OnebasisError) -> None:
         what = f"{worker.name} cannot load the base model: {error.sentence}"
@@ -279,7 +375,10 @@ class WorkerPool:
         now = time.time()
         for worker in self.workers.values():
             warming = Warming(worker.name)
-            if worker.ready or self._pending_calls.under_way(warming):
+            self._locate(worker, now)
+            if not worker.ready and not worker.machines:
+                worker.asked_at = worker.loads_since = now  # it does not load yet, and nobody is there to answer
+            elif worker.ready or self._pending_calls.under_way(warming):
                 self._ask(worker, now)
             if worker.ready or self._pending_calls.under_way(warming):
                 loads_for = now - worker.loads_since if worker.loads_since else 0.0
@@ -290,15 +389,34 @@ class WorkerPool:
                 worker.asked_at = now
                 self._pending_calls.send(warming, partial(self._cluster.warm, worker.name))
 
+    def _locate(self, worker: WorkerStatus, now: float) -> None:
+        """Look on which machines a worker is, while that matters: before it is ready, or while machines are drained."""
+        if worker.ready and not any(drain.is_node for drain in self.drains):
+            return
+        if now - worker.looked_at >= LOOK_SECONDS:
+            worker.looked_at, before = now, worker.machines
+            worker.machines = self._cluster.machines_of(worker.name)
+            if worker.machines != before:
+                self._pending_calls.wake()
+        if worker.machines != ():
+            worker.placeless_since = 0.0
+            return
+        worker.placeless_since = worker.placeless_since or now
+        is_expected = number_of(worker.name) < self._pools[worker.pool].min
+        if is_expected and not worker.ready and now - worker.placeless_since > WARM_SLOW_SECONDS:
+            needs = needed(self._pools[worker.pool])
+            what = f"{worker.name} waits for a place: no machine has {needs} free for each of its ranks"
+            self._alarms.ring(AlarmCode.WORKER_SLOW, worker.name, what)
+
     def _ask(self, worker: WorkerStatus, now: float) -> None:
-        asking = Asking(worker.name)
+        asking, settings = Asking(worker.name), self._pools[worker.pool]
         silence = now - worker.asked_at
         if not self._pending_calls.under_way(asking):
-            if silence >= self._settings.heartbeat_seconds or 0.0 < worker.sure_at <= now:
+            if silence >= settings.heartbeat_seconds or 0.0 < worker.sure_at <= now:
                 worker.asked_at = now
                 self._pending_calls.send(asking, partial(self._cluster.progress, worker.name))
             return
-        limit = self._settings.lease_seconds if worker.ready else WARM_SILENT_SECONDS
+        limit = settings.lease_seconds if worker.ready else WARM_SILENT_SECONDS
         if self._alarms.rings(AlarmCode.RAY_DOWN):
             return  # that alarm says why, and a new process could not be made
         if worker.ready and silence > min(SILENT_SECONDS, limit):
@@ -339,7 +457,7 @@ class WorkerPool:
             for name, value in vars(progress).items()
             if name not in ("token", "log_lines", "trouble")
         }
-        lease_until = time.time() + self._settings.lease_seconds
+        lease_until = time.time() + self._pools[worker.pool].lease_seconds
         if not self._queue.heartbeat(order.task_id, order.token, lease_until, numbers):
             self._cluster.cancel(worker.name, order.token)
 
@@ -366,6 +484,69 @@ class WorkerPool:
         worker.loads_since = worker.loads_since or time.time()
         self._pending_calls.later(f"warm:{worker.name}")
 
+    # --- how many workers --------------------------------------------------------------------------------------
+
+    def recall(self, worker: str) -> bool:
+        """Start a worker again that a task was given to; False where its pool has no such worker any more."""
+        pool = self._pools.get(pool_of(worker))
+        if pool is None or not 0 <= number_of(worker) < pool.max:
+            return False
+        self._start(worker)
+        return True
+
+    def resize(self, wanted: Mapping[str, int], claimed: Collection[str] = ()) -> None:
+        """Start workers that there is something to do for, and end idle ones; see `scheduling.pools.resized`.
+
+        Args:
+            wanted: Pool to the workers that it could use beside those at work.
+            claimed: Workers that tasks wait for because they had them before.
+        """
+        now = time.time()
+        for name, settings in self._pools.items():
+            seats = [self._seat(worker, claimed) for worker in self.of(name)]
+            taken = [drain.what for drain in self.drains if not drain.is_node and pool_of(drain.what) == name]
+            change = resized(name, settings, seats, wanted.get(name, 0), now, taken)
+            for worker in change.starts:
+                self._start(worker)
+            for worker in change.ends:
+                self._end(worker)
+            if (at := ends_at(settings, seats)) is not None and len(seats) > settings.min and at > now:
+                self._pending_calls.not_before(f"idle:{name}", at)
+
+    def look_at_drains(self) -> None:
+        """Read what people have drained, and note it on the workers that it is about."""
+        self.drains = self._queue.drains()
+        self._cluster.avoid([drain.what for drain in self.drains if drain.is_node])
+        for worker in self.workers.values():
+            about = {worker.name, *(worker.machines or ())}
+            names = ((drain, drain.what in about) for drain in self.drains)
+            worker.drain = next((drain for drain, is_meant in names if is_meant), None)
+
+    def describe(self) -> dict[str, PoolStatus]:
+        """Pool to what its workers do."""
+        return {name: PoolStatus(settings, tuple(self.of(name))) for name, settings in self._pools.items()}
+
+    def _seat(self, worker: WorkerStatus, claimed: Collection[str]) -> Seat:
+        is_idle = worker.order is None and worker.name not in claimed
+        return Seat(name=worker.name, idle_since=worker.idle_since if is_idle else None, ends=worker.drain is not None)
+
+    def _start(self, name: str) -> None:
+        log.info("starting %s", name)
+        self._cluster.start_worker(name)
+        self._add(name)
+
+    def _add(self, name: str) -> None:
+        now = time.time()
+        self.workers = self.workers | {name: WorkerStatus(name, started_at=now, idle_since=now)}
+
+    def _end(self, name: str) -> None:
+        log.info("ending %s: %s", name, self.workers[name].drain or "it has nothing to do")
+        self.workers = {other: worker for other, worker in self.workers.items() if other != name}
+        for pending in (Asking(name), Warming(name)):
+            self._pending_calls.forget(pending)
+        self._alarms.end_all(name, *AlarmCode)
+        self._cluster.end_worker(name)
+
     def _doubt_all(self) -> None:
         """A machine was lost: no worker gets an order before it has shown that it was not on it."""
         for worker in self.workers.values():
@@ -381,7 +562,7 @@ class ModelWorkers:
 
     @property
     def workers(self) -> list[WorkerStatus]:
-        return [worker for worker in self._pool.workers.values() if worker.base_model == self._base_model]
+        return self._mine(self._pool.workers.values())
 
     @property
     def layout(self) -> BaseLayout | None:
@@ -403,11 +584,18 @@ class ModelWorkers:
         return [worker.order for worker in self.workers if worker.order is not None]
 
     def free_workers(self) -> list[WorkerStatus]:
-        return [worker for worker in self._pool.free_workers() if worker.base_model == self._base_model]
+        return self._mine(self._pool.free_workers())
 
     def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
         """As `WorkerPool.unclaimed_workers`."""
-        return [worker for worker in self._pool.unclaimed_workers(live) if worker.base_model == self._base_model]
+        return [
+            worker
+            for worker in self._pool.unclaimed_workers(live)
+            if self._pool.base_model_of(worker) == self._base_model
+        ]
+
+    def _mine(self, workers: Iterable[WorkerStatus]) -> list[WorkerStatus]:
+        return [worker for worker in workers if self._pool.base_model_of(worker) == self._base_model]
 
     def claim(self, worker: WorkerStatus, task_id: str) -> None:
         """As `WorkerPool.claim`."""

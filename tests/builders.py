@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from configs.settings import Settings
+from configs.settings import DEFAULT_POOL, PoolSettings, Settings
 from configs.task_spec import Kind, TaskSpec
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store import Adapter, canonical_update
@@ -84,6 +84,7 @@ def task_record(title: str = "red/alpha", spec: Mapping[str, Any] | None = None,
         "eval_key": f"data/{task_id}/eval.jsonl.gz",
         "eval_count": 100,
         "eval_sha256": "cd" * 32,
+        "pool": "default",
     }
     parts = {"task_id": task_id, "team": team, "name": name, "spec": task_spec(title, **(spec or {}))}
     return TaskRecord(**parts, **values | fields)
@@ -136,6 +137,17 @@ def settings(folder: Path | str = "/nowhere", **changes: Any) -> Settings:
         "subspace": {"energy_ratio_min": 1.0, "rank_max": 64, "share": "always"},
     }
     return Settings.model_validate(changed(values, changes))
+
+
+def with_pools(settings: Settings, **changes: Any) -> Settings:
+    """The settings with all pools changed in the same way."""
+    pools = {name: pool.model_copy(update=changes) for name, pool in settings.pools.items()}
+    return settings.model_copy(update={"pools": pools})
+
+
+def fixed(count: int, ranks: int = 1) -> dict[str, PoolSettings]:
+    """One pool, named `default`, of so many workers."""
+    return {DEFAULT_POOL: PoolSettings(min=count, max=count, ranks=ranks)}
 
 
 def rows(count: int = 4, label: Any = None) -> list[dict[str, Any]]:

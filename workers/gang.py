@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from configs.errors import Corrupt, InvalidInput, Unavailable
-from configs.settings import WorkerSettings
+from configs.settings import WorkerShape
 from workers.order_book import OrderBook
 from workers.orders import (
     BaseLayout,
@@ -36,6 +36,7 @@ from workers.orders import (
     Trained,
 )
 
+GB = 10**9
 WATCH_SECONDS = 0.5
 """Interval at which ranks at work are asked for a sign of life, and told which order to stop."""
 NOTICE_SECONDS = 6.0
@@ -406,13 +407,19 @@ class _Watch:
         return [index for index, at in asked.items() if self._asked_at - at > limit_seconds]
 
 
-def needs(workers: WorkerSettings) -> dict[str, float]:
+def needs(workers: WorkerShape) -> dict[str, float]:
     """Resources that one rank needs of its machine, by Ray's names."""
-    every = {"CPU": workers.cpus, "GPU": workers.gpus}
+    every = {"CPU": workers.cpus, "GPU": workers.gpus, "memory": int((workers.memory_gb or 0) * GB)}
     return {kind: count for kind, count in every.items() if count}
 
 
-def no_place(workers: WorkerSettings, nodes: Sequence[Mapping[str, Any]]) -> str:
+def needed(workers: WorkerShape) -> str:
+    """The same, for people."""
+    memory = f" and {workers.memory_gb:g} GB of memory" if workers.memory_gb else ""
+    return f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs{memory}"
+
+
+def no_place(workers: WorkerShape, nodes: Sequence[Mapping[str, Any]]) -> str:
     """Why a gang finds no place on these machines, for people. nodes: Result of `ray.nodes`."""
     up = [node for node in nodes if node["Alive"]]
     room = sum(
@@ -422,7 +429,7 @@ def no_place(workers: WorkerSettings, nodes: Sequence[Mapping[str, Any]]) -> str
     missing = f" ({', '.join(down[:8])} went away)" if down else ""
     taken = ", but something else has taken it" if room >= workers.ranks else ""
     return (
-        f"no place for {workers.ranks} ranks with {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each: the {len(up)} "
+        f"no place for {workers.ranks} ranks with {needed(workers)} each: the {len(up)} "
         f"machines that are up{missing} have room for {room}{taken}"
     )
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.util import get_placement_group, placement_group, remove_placement_group
+from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
+from configs.settings import BaseModelSettings, StorageSettings, WorkerShape
 from workers.gang import Call, Gang, NoPlace, needs, no_place
 from workers.orders import Order, Outcome, Rank, RankLost
-from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, detached
+from workers.worker_actor import MAX_CONCURRENCY, NAMESPACE, Forwarding, WorkerActor, away_from, detached, reserved
 
 HEAD = "node:__internal_head__"
 """Resource that only Ray's head node has; Ray Serve places its controller by it too."""
@@ -40,9 +40,10 @@ class GangActor(Forwarding):
         base_model: BaseModelSettings,
         storage: StorageSettings,
         folder: str,
-        workers: WorkerSettings,
+        workers: WorkerShape,
+        avoid: Sequence[str] = (),
     ) -> None:
-        self._does = Gang(RayRanks(name, base_model, storage, folder, workers), workers.lease_seconds)
+        self._does = Gang(RayRanks(name, base_model, storage, folder, workers, avoid), workers.lease_seconds)
 
     def run(self, order: Order) -> Outcome:
         outcome: Outcome = self._does.run(order)
@@ -62,12 +63,14 @@ class RayRanks:
         base_model: BaseModelSettings,
         storage: StorageSettings,
         folder: str,
-        workers: WorkerSettings,
+        workers: WorkerShape,
+        avoid: Sequence[str] = (),
     ) -> None:
         end_ranks(name)  # of a supervisor before this one
         self._name = name
         self._arguments = (base_model, storage, folder, workers.cpus)
         self._workers = workers
+        self._avoid = avoid
         self._actors: list[Any] = []
 
     @property
@@ -75,18 +78,17 @@ class RayRanks:
         return self._workers.ranks
 
     def start(self, waits: Callable[[str], None]) -> None:
-        group = places(self._name, self._workers)
+        group = places(self._name, self._workers, self._avoid)
         # When a machine is lost, Ray finds its bundles another place by itself. A bundle is free again only when the
         # process that had it is gone, so no two generations of ranks are ever there at once.
         until = time.monotonic() + PLACE_SECONDS
         while not group.wait(TELL_SECONDS):
             waits(why := no_place(self._workers, ray.nodes()))
             if time.monotonic() > until:
-                raise NoPlace(why, "workers", "add machines, or lower workers.ranks or workers.count")
+                raise NoPlace(why, self._name, "add machines, or lower the pool's ranks or its number of workers")
         self._actors = [
             WorkerActor.options(  # type: ignore[attr-defined]
-                num_cpus=self._workers.cpus,
-                num_gpus=self._workers.gpus,
+                **reserved(self._workers),
                 max_concurrency=MAX_CONCURRENCY,
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
@@ -145,13 +147,25 @@ class RayRanks:
             raise RankLost(str(error).split("\n")[0]) from error
 
 
-def places(name: str, workers: WorkerSettings) -> Any:
+def places(name: str, workers: WorkerShape, avoid: Sequence[str] = ()) -> Any:
     """The placement group of a gang of this name: the one that there is, or a new one, which may have to wait."""
     try:
         return get_placement_group(_group_name(name))
     except ValueError:
         bundles = [needs(workers)] * workers.ranks
-        return placement_group(bundles, workers.placement, name=_group_name(name), lifetime="detached")
+        selector = [away_from(avoid)] * workers.ranks if avoid else None
+        return placement_group(
+            bundles, workers.placement, _group_name(name), lifetime="detached", bundle_label_selector=selector
+        )
+
+
+def machines_of(name: str) -> tuple[str, ...]:
+    """Ids of the machines on which the ranks of a gang are; none while it has no place for each of them."""
+    try:
+        table = placement_group_table(get_placement_group(_group_name(name)))
+    except ValueError:
+        return ()
+    return tuple(sorted({*table["bundles_to_node_id"].values()})) if table["state"] == "CREATED" else ()
 
 
 def end_ranks(name: str) -> None:
@@ -168,8 +182,9 @@ def gang_actor(
     base_model: BaseModelSettings,
     storage: StorageSettings,
     folder: str,
-    workers: WorkerSettings,
+    workers: WorkerShape,
     namespace: str = NAMESPACE,
+    avoid: Sequence[str] = (),
 ) -> Any:
     """The gang of that name: the running one, or a new one that starts to form at once.
 
@@ -181,7 +196,9 @@ def gang_actor(
     """
     # On the head's machine, whose loss ends everything anyway: the gang depends on no further machine.
     options = detached(name, namespace) | {"num_cpus": 0, "resources": {HEAD: 0.001}}
-    handle = GangActor.options(**options).remote(name, base_model, storage, folder, workers)  # type: ignore[attr-defined]
+    handle = GangActor.options(**options).remote(  # type: ignore[attr-defined]
+        name, base_model, storage, folder, workers, avoid
+    )
     handle.warm.remote()
     return handle
 

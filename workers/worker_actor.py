@@ -7,6 +7,7 @@ the actor's process alone: the process that gives orders needs neither torch nor
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -14,7 +15,8 @@ import ray
 import ray.util
 
 from configs.places import is_local
-from configs.settings import BaseModelSettings, StorageSettings, WorkerSettings
+from configs.settings import BaseModelSettings, StorageSettings, WorkerShape
+from workers.gang import GB
 from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
 
 NAMESPACE = "onebasis"
@@ -83,25 +85,38 @@ def worker_actor(
     base_model: BaseModelSettings,
     storage: StorageSettings,
     folder: str,
-    workers: WorkerSettings,
+    workers: WorkerShape,
     namespace: str = NAMESPACE,
+    avoid: Sequence[str] = (),
 ) -> Any:
     """The actor of that name: the running one, or a new one that starts to load its base model at once.
 
     Args:
         name: One per worker; the same name finds the same actor from any driver.
         folder: The subspace's name, see `subspace_store.storage.protocol.open_storage`.
+        avoid: Ids of the machines on which a new one is not placed.
 
     Returns:
         A handle with WorkerActor's methods as remote calls. Ray restarts a lost actor, but never repeats a lost
         call: the control plane gives the order again, by the same token.
     """
-    options = detached(name, namespace) | {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+    options = detached(name, namespace) | reserved(workers) | ({"label_selector": away_from(avoid)} if avoid else {})
     handle = WorkerActor.options(**options).remote(  # type: ignore[attr-defined]
         base_model, storage, folder, workers.cpus
     )
     handle.warm.remote()
     return handle
+
+
+def reserved(workers: WorkerShape) -> dict[str, Any]:
+    """What Ray reserves for one rank, as options of its actor."""
+    memory = {"memory": int(workers.memory_gb * GB)} if workers.memory_gb else {}
+    return {"num_cpus": workers.cpus, "num_gpus": workers.gpus} | memory
+
+
+def away_from(nodes: Sequence[str]) -> dict[str, str]:
+    """Ray's label selector for any machine but these, by their ids."""
+    return {"ray.io/node-id": f"!in({','.join(nodes)})"}
 
 
 def detached(name: str, namespace: str) -> dict[str, Any]:

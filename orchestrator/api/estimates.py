@@ -69,8 +69,17 @@ class Line:
     """Task id to place, from 1."""
     starts: Mapping[str, Estimate] = field(default_factory=dict)
     """Task id to when it starts, where that is known."""
-    pace: Pace | None = None
-    """How long tasks have a worker here; None: not known."""
+    paces: Mapping[str, Pace | None] = field(default_factory=dict)
+    """Pool to how long tasks have a worker there; None: not known. Of the pools of the tasks that were asked for."""
+
+
+def places_in(tasks: Sequence[Waiting]) -> dict[str, int]:
+    """Task id to its place in the line of its pool, from 1."""
+    seen: dict[str, int] = {}
+    found = {}
+    for task in tasks:
+        found[task.task_id] = seen[task.pool] = seen.get(task.pool, 0) + 1
+    return found
 
 
 class Estimates:
@@ -89,8 +98,8 @@ class Estimates:
         self,
         tasks: Sequence[Waiting],
         running: Sequence[Running],
-        free: int,
-        pace: Pace | None,
+        free: Mapping[str, int],
+        paces: Mapping[str, Pace | None],
         asked: Collection[str],
         remembered: bool = True,
     ) -> Line:
@@ -98,18 +107,23 @@ class Estimates:
 
         Args:
             tasks: Those that stand in line, in their running order.
-            free: Places that are free.
+            free: Pool to the places that are free.
+            paces: Pool to how long tasks have a worker there, of all that are asked about.
             asked: Ids of the tasks.
             remembered: Whether these tasks are there, so that it will be known when they start.
         """
         now = time.time()
-        places = {task.task_id: place for place, task in enumerate(tasks, 1)}
-        starts = estimate_starts(tasks, running, free, pace, self._known(now), now=now, asked=asked)
+        starts: dict[str, Estimate] = {}
+        known = self._known(now)
+        for pool, pace in paces.items():
+            line = [task for task in tasks if task.pool == pool]
+            there = [order for order in running if order.pool == pool]
+            starts |= estimate_starts(line, there, free.get(pool, 0), pace, known, now=now, asked=asked)
         with self._lock:
             for task_id, start in starts.items():
                 if remembered and len(self._asked) < ASKED_MAX:
                     self._asked.setdefault(task_id, (now, start))
-        return Line(places, starts, pace)
+        return Line(places_in(tasks), starts, paces)
 
     def _known(self, now: float) -> list[Told]:
         with self._lock:

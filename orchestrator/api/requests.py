@@ -159,6 +159,26 @@ class Resume(ServiceRequest[Json]):
         return service.tasks.resume(self)
 
 
+class DrainWorker(ServiceRequest[Json]):
+    """Give a worker, or all that are on a machine, nothing new, and end them when they have nothing to do: before
+    maintenance."""
+
+    needs_service = True
+    what: Annotated[Line, Field(min_length=1, max_length=255)]
+    """Name of the worker, or address of the machine."""
+    is_node: bool = False
+    """Whether it is a machine."""
+    wait: bool = False
+    """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
+    undo: bool = False
+    """Take it back."""
+    reason: Line = ""
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.tasks.drain(self)
+
+
 Change = Literal["cancel", "retry", "pause", "resume"]
 """What can be done to many tasks at once."""
 

@@ -52,6 +52,7 @@ ROUTES: tuple[Route, ...] = (
     Route("pause", "POST", "/pause", Role.MAINTAINER, requests.Pause),
     Route("resume", "POST", "/resume", Role.MAINTAINER, requests.Resume),
     Route("reload", "POST", "/reload", Role.MAINTAINER, requests.Reload),
+    Route("drain", "POST", "/drain", Role.MAINTAINER, requests.DrainWorker),
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, requests.ChangeMany),
     Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, requests.ReadLog),
     Route("versions", "GET", "/versions", Role.VIEWER, requests.ListVersions),

@@ -326,7 +326,7 @@ class ControlPlane:
         log.info("opening the task database and the store")
         queue = TaskQueue(settings.database_url, settings.failures)
         storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
-        log.info("joining Ray, starting the writers and the workers of %s", ", ".join(settings.base_names))
+        log.info("joining Ray, starting the writers of %s", ", ".join(settings.base_names))
         address, token_path = self._ray()
         service = service_identity(self._state_dir)
         cluster = RayCluster(settings, address, token_path, service)

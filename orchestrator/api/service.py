@@ -22,7 +22,7 @@ from orchestrator.api.sources import Sources
 from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
 from orchestrator.api.versions import Versions
-from orchestrator.reload import in_order, taken_without_restart
+from orchestrator.reload import taken_without_restart
 from subspace_store.commands.state_folder import keep_settings, service_identity
 from subspace_store.log.store_format import check_place
 from subspace_store.requests import Rollback, StoreRequest
@@ -118,7 +118,7 @@ class Service:
 
         with self._reloading:
             controller, before = self._sources.running("reload"), self._sources.settings
-            after = in_order(before, request.settings)
+            after = request.settings
             taken = taken_without_restart(before, after)
             new = [base for base in after.bases if base.name not in before.base_names]
             storages = {base.name: open_storage(after.storage, base.name) for base in new}

@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.document import without_password
 from configs.errors import DatabaseAway, OnebasisError, Unavailable
 from orchestrator.alarms import AlarmCode
-from orchestrator.api import latest
+from orchestrator.api import latest, views
 from orchestrator.api.latest import LOOKING, Latest
 from orchestrator.api.requests import Json
 from orchestrator.api.sources import Sources
@@ -95,7 +95,22 @@ class ServiceStatus:
         of_each = [{"base_model": name, **_held(versions)} for name, versions in self._versions.items()]
         facts = of_each[0] if len(of_each) == 1 else {"base_model": None}
         running = self._sources.controller is not None
-        return {**facts, "base_models": of_each, "running": running, **self._health(), "alarms": alarms}
+        return {
+            **facts,
+            "base_models": of_each,
+            "running": running,
+            **self._pools(),
+            **self._health(),
+            "alarms": alarms,
+        }
+
+    def _pools(self) -> Json:
+        """The pools with their workers, and what people have drained; nothing where no service runs."""
+        controller = self._sources.controller
+        if controller is None:
+            return {}
+        pools = {name: views.pool(found) for name, found in controller.describe_pools().items()}
+        return {"pools": pools, "drains": [drain.model_dump(mode="json") for drain in controller.drains]}
 
     def look(self) -> None:
         """Look at the stores and the database as `status` does, and ring if one is away: nobody else would notice while
@@ -142,11 +157,11 @@ class ServiceStatus:
         """Number of queued tasks by team and by the code of their reason; and what is paused."""
         pauses = self._sources.queue.pauses()
         found: dict[str, dict[str, int]] = {}
-        for team, blocked, count in self._sources.queue.queued():
-            decided = (
-                self._sources.controller.decision.behind.get(team) if self._sources.controller is not None else None
-            )
+        controller = self._sources.controller
+        for team, pool, blocked, count in self._sources.queue.queued():
+            decided = controller.decision.behind.get((pool, team)) if controller is not None else None
             line = decided.code if decided is not None else WaitCode.NO_FREE_PLACE
+            line = line if pool in self._sources.settings.pools else WaitCode.NEVER_FITS
             code = WaitCode.PAUSED if {team, SERVICE} & pauses.keys() else blocked or line
             counts = found.setdefault(team, {})
             counts[str(code)] = counts.get(str(code), 0) + count

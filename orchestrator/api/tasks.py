@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from configs.errors import Conflict, InvalidInput, OnebasisError, Unavailable
+from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.api import requests, views
-from orchestrator.api.estimates import Estimates, KeptLine, Line
+from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
 from orchestrator.api.requests import Json
 from orchestrator.api.sources import Sources
 from orchestrator.api.versions import Versions, hold_over
@@ -23,9 +23,10 @@ from orchestrator.api.why import Surroundings, wait_of, why
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, ends, pace_of
 from orchestrator.scheduling.fair_share import Waiting
+from orchestrator.scheduling.pools import told
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
-from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Drain, Pause, TaskRecord, TaskState
 from subspace_store.log.version import MAIN, SubspaceState
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Tasks:
                 controller.subspaces[name].unused_files.submission,
             )
         controller.wake()
-        line = self._line(name, [record.task_id]) if record.spec.deadline else None  # else nobody is told when
+        line = self._line([record.task_id]) if record.spec.deadline else None  # else nobody is told when it starts
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record, line)}
 
     def _outlook(self, record: TaskRecord) -> Json:
@@ -114,28 +115,30 @@ class Tasks:
             team=record.team,
             priority=record.spec.priority,
             submitted_at=record.submitted_at,
-            pool=record.base_model,
-            ranks=controller.ranks,
+            pool=record.pool,
+            ranks=controller.ranks[record.pool],
             seconds_max=record.spec.max_run_seconds,
         )
         stands = not record.blocked
-        line = self._line(record.base_model, [record.task_id], task if stands else None)
+        line = self._line([record.task_id], task if stands else None)
         pauses = self._sources.queue.pauses()
         around = Surroundings(
             is_running=True,
             place=line.places.get(record.task_id),
-            pace=line.pace,
+            pace=line.paces.get(record.pool),
             start=line.starts.get(record.task_id),
             pauses=pauses,
             decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
-            idle_causes=self._idle_causes(record.base_model),
+            idle_causes=controller.idle_causes(record.pool),
+            pools=told(self._sources.settings.pools),
             titles={task_id: found.title for task_id, found in self._sources.queue.among(record.awaits).items()},
             alarms=self._sources.ringing(record.base_model),
         )
         wait = wait_of(record, around)
-        start, pace = around.start, line.pace
+        start, pace = around.start, around.pace
         end = ends(start, pace) if start and pace else None
         return {
+            "pool": record.pool,
             "fits": wait is None or wait.code is not WaitCode.NEVER_FITS,
             "why": why(record, around),
             "wait": _wait_json(wait),
@@ -154,15 +157,12 @@ class Tasks:
         if not records:
             self._known_team(request.team)
             self._sources.settings.base(base_model) if base_model is not None else None
-        queued = [record for record in records if record.state is TaskState.QUEUED]
-        asked = [record.task_id for record in records]
-        lines = {name: self._line(name, asked) for name in {record.base_model for record in queued}}
+        is_any_queued = any(record.state is TaskState.QUEUED for record in records)
+        line = self._line([record.task_id for record in records]) if is_any_queued else Line()
         found = self._in_subspaces(records)
         reasons = self._waits(records)
         return [
-            self._summary(record, lines.get(record.base_model))
-            | found[record.task_id]
-            | {"wait": reasons.get(record.task_id)}
+            self._summary(record, line) | found[record.task_id] | {"wait": reasons.get(record.task_id)}
             for record in records
         ]
 
@@ -187,7 +187,7 @@ class Tasks:
         """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
         record = self._sources.queue.find(request.reference)
         is_queued = record.state is TaskState.QUEUED
-        line = self._line(record.base_model, [record.task_id]) if is_queued else Line()
+        line = self._line([record.task_id]) if is_queued else Line()
         versions = self._versions.get(record.base_model)
         plot = plot_file(self._sources.settings.state_dir, record)
         result = versions.result(record) if versions is not None else None
@@ -267,6 +267,37 @@ class Tasks:
         self._sources.wake()
         return {"team": request.team, "is_new": before is not None, "paused": None}
 
+    def drain(self, request: requests.DrainWorker) -> Json:
+        """Give a worker, or all on a machine, nothing new from now on, or take that back. Kept in the database."""
+        controller, what = self._sources.running("drain"), request.what
+        known = controller.machines if request.is_node else tuple(sorted(controller.describe_workers()))
+        about = {drain.what for drain in self._sources.queue.drains() if drain.is_node == request.is_node}
+        if what not in known and what not in about:
+            kind = "machine of that address" if request.is_node else "worker of that name"
+            raise NotFound(f"there is no {kind}", what, f"there are: {', '.join(known) or 'none'}")
+        if request.undo:
+            before = self._sources.queue.set_drain(what, request.is_node, None)
+            after = None
+        else:
+            after = Drain(
+                what=what,
+                is_node=request.is_node,
+                by=request.by,
+                reason=request.reason,
+                at=time.time(),
+                waits=request.wait,
+            )
+            before = self._sources.queue.set_drain(what, request.is_node, after)
+        controller.wake()
+        workers = [one for one in controller.workers if what == one.name or what in (one.machines or ())]
+        return {
+            "what": what,
+            "is_node": request.is_node,
+            "is_new": (before is None) is not request.undo,
+            "drain": after.model_dump(mode="json") if after else None,
+            "workers": {one.name: str(one) for one in workers},
+        }
+
     def change_many(self, request: requests.ChangeMany) -> Json:
         """The same for many tasks, the oldest first; of several of one name only the newest. What does not belong to a
         task's state is no error: it is told."""
@@ -316,9 +347,8 @@ class Tasks:
         progress = self._sources.queue.progress(record.task_id) if views.is_at_work(record) else {}
         return views.task_summary(record, line or Line(), progress, time.time())
 
-    def _line(self, base_model: str, asked: Sequence[str], extra: Waiting | None = None) -> Line:
-        """The tasks that stand in line for a base model's workers, with the estimates of some; an empty one where no
-        service runs.
+    def _line(self, asked: Sequence[str], extra: Waiting | None = None) -> Line:
+        """The tasks that stand in line, with the estimates of some; an empty one where no service runs.
 
         Args:
             extra: A task that is not there yet, and is shown where it would stand.
@@ -326,26 +356,18 @@ class Tasks:
         controller = self._sources.controller
         if controller is None:
             return Line()
-        everyone, all_running = self._kept_line() if extra is None else controller.line(extra)
-        tasks = [task for task in everyone if task.pool == base_model]
-        if not controller.ready_workers_of(base_model):
-            return Line({task.task_id: place for place, task in enumerate(tasks, 1)})
-        running = [order for order in all_running if order.pool == base_model]
-        free = controller.ranks * controller.free_workers_of(base_model)
-        return self._estimates.tell(tasks, running, free, self._pace(base_model), asked, remembered=extra is None)
+        tasks, running = self._kept_line() if extra is None else controller.line(extra)
+        if not controller.ready_workers:
+            return Line(places_in(tasks))
+        free = controller.free_places
+        of_pool = {task.task_id: task.pool for task in tasks}
+        paces = {pool: self._pace(pool) for pool in {of_pool[task_id] for task_id in asked if task_id in of_pool}}
+        return self._estimates.tell(tasks, running, free, paces, asked, remembered=extra is None)
 
-    def _pace(self, base_model: str) -> Pace | None:
-        """How long tasks of a base model have a worker here, from the last that ended."""
-        states = (TaskState.PUBLISHED, TaskState.REJECTED)
-        ended = self._sources.queue.page(states, limit=PACE_TASKS, base_model=base_model)
+    def _pace(self, pool: str) -> Pace | None:
+        """How long tasks have a worker of a pool, from the last that ended."""
+        ended = self._sources.queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool)
         return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
-
-    def _idle_causes(self, base_model: str) -> tuple[str, ...]:
-        """What a base model's workers do, where none of them is ready."""
-        controller = self._sources.controller
-        if controller is None or controller.ready_workers_of(base_model):
-            return ()
-        return tuple(controller.describe_workers(base_model).values())
 
     def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:
         """Id of each of these tasks that is queued to the record of why it waits."""
@@ -386,9 +408,10 @@ class Tasks:
             main=state.refs[MAIN],
             is_gone_from_main=versions is not None and record.task_id in versions.gone_from_main(state, [record]),
             place=line.places.get(record.task_id),
-            pace=line.pace,
+            pace=line.paces.get(record.pool),
             start=line.starts.get(record.task_id),
-            idle_causes=self._idle_causes(name),
+            idle_causes=controller.idle_causes(record.pool) if controller else (),
+            pools=told(self._sources.settings.pools),
             phase=str(self._sources.queue.progress(record.task_id).get("phase", ""))
             if views.is_at_work(record)
             else "",

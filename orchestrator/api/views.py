@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.estimates import Line
 from orchestrator.judging.forgetting import ForgettingReport, Mean
@@ -17,6 +17,9 @@ from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS, TaskEvent, points_of
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState, Version
 from subspace_store.subspace_reader import RollbackPreview
+
+if TYPE_CHECKING:
+    from orchestrator.worker_pool import PoolStatus
 
 Json = dict[str, Any]
 
@@ -29,12 +32,14 @@ def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], no
         progress: Last progress that its worker reported; empty where no worker has it.
     """
     start = line.starts.get(record.task_id)
-    end = ends(start, line.pace) if start and line.pace else None
+    pace = line.paces.get(record.pool)
+    end = ends(start, pace) if start and pace else None
     return {
         "task_id": record.task_id,
         "title": record.title,
         "team": record.team,
         "name": record.name,
+        "pool": record.pool,
         "state": str(record.state),
         "reason": record.reason,
         "trouble": list(record.trouble),
@@ -53,6 +58,23 @@ def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], no
         "local_score": record.local_score,
         "doubt": record.doubt(record.local_score),
         "progress": dict(progress),
+    }
+
+
+def pool(found: PoolStatus) -> Json:
+    """A pool in `onebasis workers`, with what each of its workers does."""
+    settings = found.settings
+    return {
+        "base_model": settings.base_model,
+        "ranks": settings.ranks,
+        "min": settings.min,
+        "max": settings.max,
+        "ready": found.ready,
+        **{state: found.count(state) for state in ("busy", "warm", "starting", "drained")},
+        "workers": {
+            worker.name: {"state": worker.state, "does": str(worker), "machines": list(worker.machines or ())}
+            for worker in found.workers
+        },
     }
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from configs.settings import DEFAULT_POOL
 from orchestrator.alarms import AlarmCode
 from orchestrator.scheduling.estimate import Estimate, Pace, duration
 from orchestrator.scheduling.reasons import Wait, WaitCode, first_of
@@ -43,7 +44,9 @@ class Surroundings:
     start: Estimate | None = None
     """When it starts; None: not known."""
     idle_causes: Collection[str] = ()
-    """What the workers do, where none of them is ready."""
+    """What the workers of the task's pool do, where none of them is ready."""
+    pools: str = ""
+    """What pools there are, for people."""
     phase: str = ""
     """Phase that the task's worker reported last."""
     held: Hold | None = None
@@ -67,7 +70,7 @@ def wait_of(record: TaskRecord, around: Surroundings) -> Wait | None:
     queued = record.state is TaskState.QUEUED
     waits = [_held(around.held), *(_of_the_queue(record, around) if queued else ())]
     if next_step(record) is Step.AWAIT_ADAPTER and around.phase == "waiting":
-        waits.append(Wait(code=WaitCode.GANG_INCOMPLETE, about=record.worker))
+        waits.append(Wait(code=WaitCode.GANG_INCOMPLETE, pool=record.pool, about=record.worker))
     if queued or record.state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):
         waits += [
             Wait(code=code, about=text)
@@ -115,8 +118,9 @@ def why(record: TaskRecord, around: Surroundings) -> str:
     if record.state is TaskState.QUEUED:
         return _why_queued(record, around, wait)
     if wait is not None:
+        gang = f"{wait.about}{_of(wait)} waits for places for its ranks"
         return {
-            WaitCode.GANG_INCOMPLETE: f"{wait.about} waits for places for its ranks; the task's log says for what",
+            WaitCode.GANG_INCOMPLETE: f"{gang}; the task's log says for what",
             WaitCode.HELD: f"{_what_waits(record)} waits: {wait.about}",
         }.get(wait.code, f"waits for the store: {wait.about}")
     if record.state is TaskState.EVALUATING and around.is_version_refined:
@@ -147,7 +151,7 @@ def _why_queued(record: TaskRecord, around: Surroundings, wait: Wait | None) -> 
     note = f"; last attempt: {record.reason}" if record.reason else ""
     if record.blocked or wait.code in (WaitCode.PAUSED, WaitCode.NEVER_FITS):
         return _cause(wait, around) + note
-    if wait.code is WaitCode.BASE_MODEL_LOADING:
+    if wait.code in (WaitCode.BASE_MODEL_LOADING, WaitCode.GANG_INCOMPLETE):
         return _cause(wait, around)
     ahead = f"place {around.place}, {around.place - 1} before it" if around.place else "its turn is coming"
     return f"{_cause(wait, around)}; {ahead}; {_start(around)}{note}"
@@ -160,15 +164,26 @@ def _cause(wait: Wait, around: Surroundings) -> str:
         WaitCode.PAUSED: about,
         WaitCode.DEPENDENCY: f"comes after {about}",
         WaitCode.NOT_BEFORE: f"is not started before {at}",
-        WaitCode.NEVER_FITS: "asks for more places than there are",
+        WaitCode.NEVER_FITS: f"there is no pool '{wait.pool}' any more; pools: {around.pools}",
         WaitCode.OVER_QUOTA: f"gave its place back, and borrows none before {at}"
         if at
         else "its team has its quota, and others leave it nothing to borrow",
-        WaitCode.NO_FREE_PLACE: "all places are in use",
+        WaitCode.NO_FREE_PLACE: f"all places{_of(wait)} are in use",
         WaitCode.RESERVED_FOR: f"free places are kept for {about or 'a version that is about to be scored'}",
-        WaitCode.BASE_MODEL_LOADING: f"no worker is ready: {'; '.join(sorted(set(around.idle_causes)))}",
+        WaitCode.GANG_INCOMPLETE: f"no worker{_of(wait)} has a place for each of its ranks{_idle(around)}",
+        WaitCode.BASE_MODEL_LOADING: f"no worker{_of(wait)} is ready{_idle(around)}",
         WaitCode.ABOUT_TO_START: "is about to start" + (f", when {about} has written its checkpoint" if about else ""),
     }.get(wait.code, f"waits for the store: {about}")
+
+
+def _of(wait: Wait) -> str:
+    """The pool of a reason, where there is more than the default one to tell it from."""
+    return f" of pool {wait.pool}" if wait.pool not in ("", DEFAULT_POOL) else ""
+
+
+def _idle(around: Surroundings) -> str:
+    causes = "; ".join(sorted(set(around.idle_causes)))
+    return f": {causes}" if causes else ""
 
 
 def _start(around: Surroundings) -> str:

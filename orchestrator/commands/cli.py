@@ -27,6 +27,7 @@ from orchestrator.api.requests import (
     Change,
     ChangeMany,
     Diff,
+    DrainWorker,
     Export,
     Health,
     ListTasks,
@@ -334,6 +335,36 @@ def resume(
 
 
 @command
+def drain(
+    worker: Annotated[
+        str | None, typer.Argument(metavar="[WORKER]", help="Name of a worker; `onebasis workers` lists them.")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", metavar="ADDRESS", help="All workers on the machine of this address.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Let what trains there end first.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take it back: tasks are given there again.")] = False,
+    reason: Annotated[str, typer.Option(help="Reason, shown to those whose tasks wait again.")] = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Give a worker nothing new before maintenance: what trains there writes a checkpoint and waits in the queue again,
+    or ends first, with --wait; then the worker ends. Kept over restarts."""
+    if (worker is None) == (node is None):
+        raise InvalidInput("names not exactly one of a worker and a machine", "drain", "name a worker, or add --node")
+    asked = DrainWorker(
+        what=worker or node or "", is_node=node is not None, wait=wait, undo=undo, reason=reason, by=me()
+    )
+    show(Client(state_dir).ask(asked), display.drained, as_json)
+
+
+@command
+def workers(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """List the workers by pool, with what each of them does and where it is."""
+    show(Client(state_dir).ask(Health()), display.workers, as_json)
+
+
+@command
 def preempt(reference: Reference, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """Take the worker from a running task, which keeps its place and goes on from its checkpoint."""
     show(Client(state_dir).ask(Preempt(reference=reference, by=me())), display.preempted, as_json)
@@ -374,12 +405,13 @@ def simulate(
     arrivals: Annotated[
         Path,
         typer.Argument(
-            metavar="ARRIVALS.csv", help="Columns at_seconds, team, seconds; ranks, priority, max_run_seconds."
+            metavar="ARRIVALS.csv",
+            help="Columns at_seconds, team, seconds; pool, ranks, gpus, priority, max_run_seconds.",
         ),
     ],
     settings: Annotated[
         Path | None,
-        typer.Option(help="Settings (YAML), for `teams` and `workers`; default: those of the last `up` here."),
+        typer.Option(help="Settings (YAML), for `teams` and `pools`; default: those of the last `up` here."),
     ] = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -398,12 +430,12 @@ def simulate(
         lines = arrivals.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot be read: {error}", str(arrivals), "name a CSV file") from error
-    found = read_arrivals(lines, read.workers.ranks)
+    found = read_arrivals(lines, read.pools)
     if strangers := sorted({one.team for one in found} - read.teams.keys()):
         teams = ", ".join(sorted(read.teams))
         raise InvalidInput(f"there is no team '{strangers[0]}'", str(arrivals), f"teams of these settings: {teams}")
     with telling("simulating"):
-        done = simulation.simulate(found, shares_of(read.teams), read.workers.count * read.workers.ranks)
+        done = simulation.simulate(found, shares_of(read.teams), read.pools)
     show(simulation.report(done), display.simulation, as_json)
 
 

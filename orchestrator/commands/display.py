@@ -83,6 +83,9 @@ def status(answer: Json) -> None:
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
+    for name, pool in answer.get("pools", {}).items():
+        console.print(f"  pool     {shown(name)}: {_pool(pool)}", soft_wrap=True)
+    _print_drains(answer.get("drains", ()))
     if left := answer.get("left_running"):
         console.print(
             f"  [yellow]still running[/yellow]: {shown(', '.join(left))} (`onebasis down` ends them, `onebasis up` goes"
@@ -123,6 +126,52 @@ def reloaded(answer: Json) -> None:
     """What `onebasis reload` took."""
     taken = ", ".join(map(shown, answer["taken"])) or "nothing: these are the settings that it runs with"
     note(f"taken: {taken}")
+
+
+def _pool(pool: Json) -> str:
+    """A pool in one line: its workers by what they do, and how many there may be."""
+    counts = [f"{pool[state]} {state}" for state in ("busy", "warm", "starting", "drained") if pool[state]]
+    ranks = f", {pool['ranks']} ranks each" if pool["ranks"] > 1 else ""
+    size = str(pool["min"]) if pool["min"] == pool["max"] else f"{pool['min']} to {pool['max']}"
+    return f"{', '.join(counts) or 'no worker'} (of {size}{ranks})"
+
+
+def _print_drains(drains: Sequence[Json]) -> None:
+    for drain in drains:
+        what = f"machine {drain['what']}" if drain["is_node"] else drain["what"]
+        option = "--node " if drain["is_node"] else ""
+        console.print(
+            f"  [yellow]{shown(what)} is drained[/yellow] by {shown(drain['by'])} for "
+            f"{duration(time.time() - drain['at'])}: {shown(drain['reason'] or 'no reason given')} "
+            f"(`onebasis drain --undo {option}{shown(drain['what'])}` takes it back)",
+            soft_wrap=True,
+        )
+
+
+def workers(answer: Json) -> None:
+    """`onebasis workers`."""
+    if not answer["running"]:
+        note("the service is not running; `onebasis up` starts it")
+        return
+    for name, pool in answer["pools"].items():
+        base = f", base model {pool['base_model']}" if pool["base_model"] else ""
+        console.print(f"[bold]{shown(name)}[/bold]  {_pool(pool)}{shown(base)}", soft_wrap=True)
+        for worker, one in pool["workers"].items():
+            where = f"  on {', '.join(one['machines'])}" if one["machines"] else ""
+            console.print(f"  {shown(worker)}  {shown(one['does'])}{shown(where)}", soft_wrap=True)
+    _print_drains(answer["drains"])
+
+
+def drained(answer: Json) -> None:
+    """`onebasis drain`."""
+    what = f"machine {answer['what']}" if answer["is_node"] else answer["what"]
+    if (drain := answer["drain"]) is None:
+        note(f"{what}: {'tasks are given there again' if answer['is_new'] else 'was not drained'}")
+        return
+    does = "ends first" if drain["waits"] else "writes a checkpoint and waits in the queue again"
+    note(f"{what}: gets nothing new; what trains there {does}, then its place is given back")
+    for worker, text in answer["workers"].items():
+        note(f"  {worker}: {text}")
 
 
 def _print_pauses(paused: Json | None) -> None:
@@ -276,12 +325,12 @@ def changed(answer: Json) -> None:
 def simulation(answer: Json) -> None:
     """`onebasis simulate`."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    names = ("team", "ranks", "tasks", "mean wait", "median", "nine of ten", "longest")
+    names = ("team", "pool", "ranks", "tasks", "mean wait", "median", "nine of ten", "longest")
     for name in names:
-        table.add_column(name, no_wrap=True, justify="left" if name == "team" else "right")
+        table.add_column(name, no_wrap=True, justify="left" if name in ("team", "pool") else "right")
     for row in answer["waits"]:
         waits = [duration(row[f"{name}_seconds"]) if row["tasks"] else "" for name in ("mean", "p50", "p90", "max")]
-        table.add_row(shown(row["team"]), str(row["ranks"]), str(row["tasks"]), *waits)
+        table.add_row(shown(row["team"]), shown(row["pool"]), str(row["ranks"]), str(row["tasks"]), *waits)
     console.print(table)
     share = answer["start_in_stated_interval"]
     back = answer["give_back_seconds_max"]
@@ -298,6 +347,12 @@ def simulation(answer: Json) -> None:
     )
     for name, text in facts:
         console.print(f"  {name:16} {text}")
+    for pool in answer["pools"] if len(answer["pools"]) > 1 else ():
+        mean = "–" if pool["workers_mean"] is None else f"{pool['workers_mean']:.1f}"
+        used = "–" if pool["utilisation"] is None else f"{pool['utilisation']:.0%}"
+        console.print(
+            f"  pool {shown(pool['pool'])}: {mean} workers on average, {pool['workers_max']} at most, {used} used"
+        )
 
 
 def log_line(text: str) -> None:

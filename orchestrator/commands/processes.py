@@ -365,8 +365,8 @@ def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Pope
         return None
     say("starting Ray on this machine")
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
-    workers, bases = settings.workers, len(settings.bases)
-    cpus = max(os.cpu_count() or 1, math.ceil(bases * workers.count * workers.ranks * workers.cpus))
+    asked = sum(pool.max * pool.ranks * pool.cpus for pool in settings.pools.values())
+    cpus = max(os.cpu_count() or 1, math.ceil(asked))
     command = [sys.executable, "-m", MODULE, str(state_dir), str(cpus)]
     return _start(command, state_dir, "ray.log", _umask(settings))
 
@@ -422,7 +422,10 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
     client, said, told = Client(state_dir, say), "", set[str]()
     while True:
         health: dict[str, Any] = client.ask(Health())
-        ready, all_workers = health.get("workers_ready", 0), len(health["workers"])
+        pools: dict[str, Any] = health.get("pools", {})
+        all_workers = sum(pool["min"] for pool in pools.values())
+        out = sum(not drain["is_node"] for drain in health.get("drains", ()))
+        ready = sum(min(pool["ready"] + out, pool["min"]) for pool in pools.values())
         alarms = health["alarms"]
         unfinished = [alarm["text"] for alarm in alarms if alarm["code"] in UNFINISHED]
         heard = health.get("heard_seconds_ago", 0.0) <= time.monotonic() - began
@@ -440,7 +443,7 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
         log = state_dir / "logs/control-plane.log"
         if not health["running"]:
             raise Unavailable(f"the control plane ended; its log ends with\n  {_end_of(log)}", str(log), TRY_AGAIN)
-        workers = counted(all_workers, "worker")
+        workers = counted(max(1, all_workers), "worker")  # one has to load before anything can be submitted
         line = f"loading the base model on {workers} ({ready} warm)" if ready < all_workers else "asking every process"
         now = time.monotonic()
         if (line != said and ready < all_workers) or now - said_at > TELL_SECONDS:

@@ -5,7 +5,7 @@ team's weight; what runs is charged while it runs, and what was just given out a
 tasks do not all start before the next team's first. A team that has its quota comes after those that have not, and
 borrows what they leave. Inside a team: priority, then age.
 
-A place is room for one rank. Where all workers have one rank, a place is a worker.
+A place is room for one rank. In a pool whose workers have one rank, a place is a worker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from configs.settings import TeamSettings
+from configs.settings import DEFAULT_POOL, TeamSettings
 
 HALF_LIFE_SECONDS = 7 * 24 * 3600.0
 """Half-life of past use: long enough that a week of heavy use counts next week; Slurm's default, which people know."""
@@ -25,8 +25,6 @@ STEADY_WEEKS = 1 / math.log(2)
 decayed use is this many times the quota."""
 CHARGE_SECONDS = 60.0
 """Seconds charged for each place at the start, until the true cost is known: about one short task."""
-POOL = "workers"
-"""Name of the one pool of a service whose workers are all alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ class Waiting:
     team: str
     priority: int
     submitted_at: float
-    pool: str = POOL
+    pool: str = DEFAULT_POOL
     """Pool whose places it takes."""
     ranks: int = 1
     """Places that it takes, all at once."""
@@ -54,6 +52,8 @@ class Use:
     team: str
     seconds: float
     ended_at: float
+    places: int = 1
+    """Places of the worker, each of which is charged."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Running:
     """Seconds charged from the first moment on; then the time it has run, once that is more."""
     task_id: str = ""
     """Task whose attempt it is; empty for what is done for a version, which is not preempted."""
-    pool: str = POOL
+    pool: str = DEFAULT_POOL
     ranks: int = 1
     """Places that it has."""
     seconds_left: float | None = None
@@ -91,7 +91,7 @@ class Share:
 
 @dataclass(frozen=True)
 class DecayedSum:
-    """Worker-seconds of a team, each halved for every seven days from its end to `at`.
+    """Place-seconds of a team, each halved for every seven days from its end to `at`.
 
     One number stands for all uses so far: the same decay works on all of them alike.
     """
@@ -106,7 +106,9 @@ class DecayedSum:
     def plus(self, use: Use) -> DecayedSum:
         """The sum with one more use. In any order of the uses the sum is the same."""
         newest = max(self.at, use.ended_at)
-        return DecayedSum(self.at_time(newest) + DecayedSum(use.seconds, use.ended_at).at_time(newest), newest)
+        return DecayedSum(
+            self.at_time(newest) + DecayedSum(use.seconds * use.places, use.ended_at).at_time(newest), newest
+        )
 
 
 def running_seconds(running: Iterable[Running], now: float) -> dict[str, float]:

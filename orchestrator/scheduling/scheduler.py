@@ -44,6 +44,10 @@ class Pool:
     """Ready places that nothing uses and that are for tasks."""
     kept: int = 0
     """Further free places, kept for a version that is about to be scored."""
+    coming: int = 0
+    """Places that are expected within a minute: of workers that load, or that the pool may still start."""
+    is_forming: bool = False
+    """Whether no worker is ready because gangs wait for places for some of their ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +99,9 @@ class Decision:
     preemptions: tuple[Preemption, ...] = ()
     waits: Mapping[str, Wait] = field(default_factory=dict)
     """Reason of each task that was looked at and does not start."""
-    behind: Mapping[str, Wait] = field(default_factory=dict)
-    """Team to the reason of its tasks that were not looked at: they wait for what those before them wait for."""
+    behind: Mapping[tuple[str, str], Wait] = field(default_factory=dict)
+    """Pool and team to the reason of the tasks that were not looked at: they wait for what those before them wait
+    for."""
     reserved: Mapping[str, str] = field(default_factory=dict)
     """Pool to the task that its places are reserved for."""
     promised: tuple[str, ...] = ()
@@ -107,11 +112,11 @@ class Decision:
         """Unix time at which to decide anew though nothing has happened; None: there is none."""
         return min((wait.until for wait in self.waits.values() if wait.until is not None), default=None)
 
-    def wait_of(self, task_id: str, team: str) -> Wait | None:
-        """Why a task in line waits; None where its team had none in line when this was decided."""
+    def wait_of(self, task_id: str, pool: str, team: str) -> Wait | None:
+        """Why a task in line waits; None where its team had none in its pool's line when this was decided."""
         if any(start.task_id == task_id for start in self.starts):
             return Wait(code=WaitCode.ABOUT_TO_START)
-        return self.waits.get(task_id) or self.behind.get(team)
+        return self.waits.get(task_id) or self.behind.get((pool, team))
 
 
 def decide(situation: Situation) -> Decision:
@@ -131,7 +136,7 @@ class _Room:
         self.pool = pool
         self.free = pool.free
         self.running = sorted(running, key=_ends_in)
-        self.soon = sum(order.ranks for order in self.running if order.stops or _ends_soon(order))
+        self.soon = pool.coming + sum(order.ranks for order in self.running if order.stops or _ends_soon(order))
         """Places that come back within a minute and are promised to nobody."""
         self.holder = ""
         """Task that free places are kept for."""
@@ -219,14 +224,14 @@ class _Round:
         found = (task for task in self._situation.waiting if task.task_id in kept)
         return sorted(found, key=lambda task: kept[task.task_id])
 
-    def _behind(self) -> dict[str, Wait]:
+    def _behind(self) -> dict[tuple[str, str], Wait]:
         found = {}
         for task in self._situation.waiting:
             wait = self._waits.get(task.task_id)
             if wait is not None and wait.code in _OF_ALL:
-                found[task.team] = Wait(code=wait.code, since=wait.since)
+                found[task.pool, task.team] = Wait(code=wait.code, pool=task.pool, since=wait.since)
             else:
-                found.setdefault(task.team, Wait(code=WaitCode.NO_FREE_PLACE))
+                found.setdefault((task.pool, task.team), Wait(code=WaitCode.NO_FREE_PLACE, pool=task.pool))
         return found
 
     def _may_start(self, task: Waiting) -> bool:
@@ -234,7 +239,8 @@ class _Round:
         if room is None or task.ranks > room.pool.capacity:
             self._wait(task, WaitCode.NEVER_FITS)
         elif not room.pool.ready:
-            self._wait(task, WaitCode.BASE_MODEL_LOADING)
+            forming = room.pool.is_forming
+            self._wait(task, WaitCode.GANG_INCOMPLETE if forming else WaitCode.BASE_MODEL_LOADING)
         elif (until := self._borrows_again(task)) > self._situation.now:
             self._wait(task, WaitCode.OVER_QUOTA, until=until)
         elif room.has_place(task):
@@ -285,8 +291,8 @@ class _Round:
         for order in room.running:
             excess.setdefault(order.team, self._turns.excess(order.team))
         told = {preemption.task_id for preemption in self._preemptions}
-        for order in room.running:
-            if order.stops or order.task_id in told:
+        for order in self._situation.running:  # in other pools too: a quota is of all places
+            if order.team in excess and (order.stops or order.task_id in told):
                 excess[order.team] -= order.ranks
         can = [order for order in room.running if _may_be_preempted(order) and order.task_id not in told]
         chosen: list[Running] = []
@@ -305,10 +311,10 @@ class _Round:
     def _wait(self, task: Waiting, code: WaitCode, about: str = "", until: float | None = None) -> None:
         before = self._situation.waits.get(task.task_id)
         since = before.since if before is not None and before.code is code else self._situation.now
-        self._waits[task.task_id] = Wait(code=code, about=about, since=since, until=until)
+        self._waits[task.task_id] = Wait(code=code, pool=task.pool, about=about, since=since, until=until)
 
 
-_OF_ALL = (WaitCode.OVER_QUOTA, WaitCode.BASE_MODEL_LOADING)
+_OF_ALL = (WaitCode.OVER_QUOTA, WaitCode.GANG_INCOMPLETE, WaitCode.BASE_MODEL_LOADING)
 """Reasons that hold for a team's later tasks as well."""
 
 

@@ -1,8 +1,9 @@
 """The real scheduler over weeks of arrivals, in seconds: what people would wait for under these settings.
 
 Pure: arrivals and settings in, a report out. Time is a number that jumps from event to event: a task arrives, ends, or
-has written the checkpoint for which it was told to stop. At each of them `decide` is handed what the loop of a service
-would hand it, so a simulation shows what a service does, not what a model of it would.
+has written the checkpoint for which it was told to stop; a worker has loaded its base model, or has been idle for long.
+At each of them `decide` and `resized` are handed what the loop of a service would hand them, so a simulation shows what
+a service does, not what a model of it would.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from configs.settings import PoolSettings
 from orchestrator.scheduling import estimate
 from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.estimate import Estimate, Told, pace_of
-from orchestrator.scheduling.fair_share import POOL, DecayedSum, Running, Share, Use, Waiting, running_order
+from orchestrator.scheduling.fair_share import DecayedSum, Running, Share, Use, Waiting, running_order
+from orchestrator.scheduling.pools import Seat, ends_at, resized
 from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
 
+LOAD_SECONDS = 60.0
+"""Time from asking for a worker until its base model is loaded, where a machine is there: a small one takes ten
+seconds, one of 7B from a slow disk two minutes."""
 CHECKPOINT_SECONDS = 30.0
 """Time from the word to stop to the checkpoint: a step, and an upload."""
 TOLD_MAX = 500
@@ -55,8 +61,12 @@ class Simulation:
 
     courses: tuple[Course, ...]
     """One for each arrival, in their order."""
-    capacity: int
+    pools: Mapping[str, PoolSettings]
     shares: Mapping[str, Share]
+    there_seconds: Mapping[str, float]
+    """Pool to the place-seconds that its workers were there until the last arrival, at work or not."""
+    used_seconds: Mapping[str, float]
+    """The same of those that tasks had."""
     place_seconds: Mapping[str, float]
     """Place-seconds that each team used until the last arrival, while all of them could want places."""
     give_back_seconds: tuple[float, ...] = ()
@@ -68,12 +78,14 @@ class Simulation:
         return max((course.arrival.at_seconds for course in self.courses), default=0.0)
 
 
-def simulate(arrivals: Sequence[Arrival], shares: Mapping[str, Share], capacity: int, seed: int = 0) -> Simulation:
+def simulate(
+    arrivals: Sequence[Arrival], shares: Mapping[str, Share], pools: Mapping[str, PoolSettings], seed: int = 0
+) -> Simulation:
     """Let the arrivals go through the scheduler until the last has ended.
 
     Args:
         arrivals: By time.
-        capacity: Places of the one pool, all ready.
+        pools: Each with `min` workers that are ready at once.
         seed: Of the errors with which running tasks say when they end.
 
     Returns:
@@ -83,7 +95,7 @@ def simulate(arrivals: Sequence[Arrival], shares: Mapping[str, Share], capacity:
         A decision for each arrival and each end, some 0.1 ms for ten teams, and `TOLD_MAX` estimates of 1 ms for every
         ten tasks that wait.
     """
-    return _World(arrivals, shares, capacity, seed).run()
+    return _World(arrivals, shares, pools, seed).run()
 
 
 @dataclass
@@ -109,12 +121,22 @@ class _Task:
 
 
 @dataclass
+class _Worker:
+    """A worker that is there, or was asked for."""
+
+    name: str
+    ready_at: float
+    since: float
+    idle_since: float | None
+
+
+@dataclass
 class _World:
     """The state of a simulation."""
 
     arrivals: Sequence[Arrival]
     shares: Mapping[str, Share]
-    capacity: int
+    pools: Mapping[str, PoolSettings]
     seed: int
     now: float = 0.0
     decision: Decision = field(default_factory=Decision)
@@ -126,19 +148,28 @@ class _World:
             for number, arrival in enumerate(self.arrivals)
         ]
         self._courses = [Course(arrival=arrival) for arrival in self.arrivals]
-        self._lines: dict[str, list[tuple[int, float, int, Waiting]]] = {}
+        self._lines: dict[tuple[str, str], list[tuple[int, float, int, Waiting]]] = {}
         self._running: dict[str, _Task] = {}
         self._events: list[tuple[float, int, int, int]] = [
             (arrival.at_seconds, number, number, 0) for number, arrival in enumerate(self.arrivals)
         ]
         heapq.heapify(self._events)
-        self._order = len(self._events)
         self._used: dict[str, DecayedSum] = {}
         self._until = max((arrival.at_seconds for arrival in self.arrivals), default=0.0)
+        self._order = len(self._events)
+        self._coming: set[float] = set()
+        """Times at which it is decided anew."""
+        self._workers: dict[str, list[_Worker]] = {name: [] for name in self.pools}
+        self._has: dict[str, list[_Worker]] = {}
+        """Task to its workers."""
+        self._there: dict[str, float] = dict.fromkeys(self.pools, 0.0)
+        self._used_in: dict[str, float] = dict.fromkeys(self.pools, 0.0)
+        for name in self.pools:
+            self._resize(name, wanted=0, ready_at=0.0)
         self._place_seconds: dict[str, float] = dict.fromkeys(
             {*self.shares, *(arrival.team for arrival in self.arrivals)}, 0.0
         )
-        self._ended: list[float] = []
+        self._ended: dict[str, list[float]] = {name: [] for name in self.pools}
         self._told: list[Told] = []
         self._tell_each = max(1, -(-len(self.arrivals) // TOLD_MAX))
         self._asked: dict[int, Estimate] = {}
@@ -161,10 +192,15 @@ class _World:
                     self._leave(self._tasks[number])
             self._tell(come)
             self._decide()
+        for name in self.pools:
+            for worker in self._workers[name]:
+                self._count(name, worker)
         return Simulation(
             courses=tuple(self._courses),
-            capacity=self.capacity,
+            pools=self.pools,
             shares=self.shares,
+            there_seconds=self._there,
+            used_seconds=self._used_in,
             place_seconds=self._place_seconds,
             give_back_seconds=tuple(self._give_backs),
             end_seconds=self.now,
@@ -179,21 +215,26 @@ class _World:
             team=arrival.team,
             priority=arrival.priority,
             submitted_at=arrival.at_seconds,
+            pool=arrival.pool,
             ranks=arrival.ranks,
             seconds_max=arrival.max_run_seconds,
             preempted_at=task.preempted_at,
         )
-        line = self._lines.setdefault(arrival.team, [])
+        line = self._lines.setdefault((arrival.pool, arrival.team), [])
         bisect.insort(line, (-arrival.priority, arrival.at_seconds, task.number, waiting))
 
     def _leave(self, task: _Task) -> None:
         """A task has ended, or has written the checkpoint that it was told to write."""
         ran = self.now - task.since
         del self._running[task.name]
+        for worker in self._has.pop(task.name):
+            worker.idle_since = self.now
         team, ranks = task.arrival.team, task.arrival.ranks
         use = Use(team=team, seconds=ranks * ran, ended_at=self.now)
         self._used[team] = self._used.get(team, DecayedSum()).plus(use)
-        self._place_seconds[team] += ranks * max(0.0, min(self.now, self._until) - min(task.since, self._until))
+        in_time = ranks * max(0.0, min(self.now, self._until) - min(task.since, self._until))
+        self._place_seconds[team] += in_time
+        self._used_in[task.arrival.pool] += in_time
         task.left -= ran
         course = self._courses[task.number]
         if task.stops and task.left > 0:
@@ -206,21 +247,22 @@ class _World:
             self._queue(task)
         else:
             self._courses[task.number] = replace(course, ended_at=self.now)
-            self._ended.append(task.arrival.seconds)
+            self._ended[task.arrival.pool].append(task.arrival.seconds)
         task.stops = False
 
     def _decide(self) -> None:
         running = self._at_work()
-        free = self.capacity - sum(order.ranks for order in running)
-        look = max(0, free) + LOOK
-        waiting = [one[-1] for line in self._lines.values() for one in line[:look]]
+        pools = {name: self._pool(name) for name in self.pools}
+        look = {name: (pool.free + pool.coming) // self.pools[name].ranks + LOOK for name, pool in pools.items()}
+        waiting = [one[-1] for (pool, _), line in self._lines.items() for one in line[: look[pool]]]
         if not waiting:
             self.decision = Decision()
+            self._resize_all(())
             return
         self.decision = decide(
             Situation(
                 now=self.now,
-                pools={POOL: Pool(capacity=self.capacity, ready=self.capacity, free=free)},
+                pools=pools,
                 waiting=waiting,
                 running=running,
                 use_seconds=self._use_seconds(),
@@ -230,9 +272,10 @@ class _World:
             )
         )
         if (again_at := self.decision.again_at) is not None:
-            heapq.heappush(self._events, (again_at, self._order, -1, 0))
+            self._come_back(again_at)
         for start in self.decision.starts:
             self._start(self._tasks[int(start.task_id)])
+        self._resize_all(waiting)
         for preemption in self.decision.preemptions:
             victim = self._tasks[int(preemption.task_id)]
             victim.stops = True
@@ -240,13 +283,14 @@ class _World:
             self._reclaims.setdefault(preemption.for_team, []).append(self.now)
 
     def _start(self, task: _Task) -> None:
-        line = self._lines[task.arrival.team]
+        line = self._lines[task.arrival.pool, task.arrival.team]
         at = bisect.bisect_left(line, (-task.arrival.priority, task.arrival.at_seconds, task.number))
         del line[at]
         task.since, task.attempt = self.now, task.attempt + 1
         if task.preempted_at is None:
             task.in_a_row = 0
         self._running[task.name] = task
+        self._has[task.name] = self._given(task)
         self._later(task, self.now + task.left)
         if reclaims := self._reclaims.get(task.arrival.team):
             self._give_backs.append(self.now - reclaims.pop(0))
@@ -262,6 +306,59 @@ class _World:
         self._order += 1
         heapq.heappush(self._events, (at, self._order, task.number, task.attempt))
 
+    # --- workers -------------------------------------------------------------------------------------------------
+
+    def _given(self, task: _Task) -> list[_Worker]:
+        """The workers that a task gets: as many as have its places together."""
+        pool = task.arrival.pool
+        free = [one for one in self._workers[pool] if one.idle_since is not None and one.ready_at <= self.now]
+        given = free[: -(-task.arrival.ranks // self.pools[pool].ranks)]
+        for worker in given:
+            worker.idle_since = None
+        return given
+
+    def _resize_all(self, waiting: Sequence[Waiting]) -> None:
+        waits = self.decision.waits
+        for name in self.pools:
+            mine = (waits.get(task.task_id) for task in waiting if task.pool == name)
+            wanted = sum(wait is not None and wait.until is None for wait in mine)
+            self._resize(name, wanted, self.now + LOAD_SECONDS)
+
+    def _resize(self, pool: str, wanted: int, ready_at: float) -> None:
+        settings, workers = self.pools[pool], self._workers[pool]
+        seats = [Seat(name=one.name, idle_since=one.idle_since) for one in workers]
+        change = resized(pool, settings, seats, wanted, self.now)
+        for name in change.starts:
+            workers.append(_Worker(name, ready_at, self.now, self.now))
+            self._come_back(ready_at)
+        for worker in [one for one in workers if one.name in change.ends]:
+            self._count(pool, worker)
+            workers.remove(worker)
+        if len(workers) > settings.min and (at := ends_at(settings, seats)) is not None and at > self.now:
+            self._come_back(at)
+
+    def _count(self, pool: str, worker: _Worker) -> None:
+        """Add the time for which a worker that ends was there."""
+        there = max(0.0, min(self.now, self._until) - min(worker.since, self._until))
+        self._there[pool] += self.pools[pool].ranks * there
+
+    def _come_back(self, at: float) -> None:
+        """Decide anew at this time, though nothing happens to a task."""
+        if at > self.now and at not in self._coming:
+            self._coming.add(at)
+            self._order += 1
+            heapq.heappush(self._events, (at, self._order, -1, 0))
+
+    def _pool(self, name: str) -> Pool:
+        settings, workers = self.pools[name], self._workers[name]
+        ready = [one for one in workers if one.ready_at <= self.now]
+        return Pool(
+            capacity=settings.ranks * settings.max,
+            ready=settings.ranks * len(ready),
+            free=settings.ranks * sum(one.idle_since is not None for one in ready),
+            coming=settings.ranks * (settings.max - len(ready)),
+        )
+
     # --- what the scheduler is handed ----------------------------------------------------------------------------
 
     def _at_work(self) -> list[Running]:
@@ -270,6 +367,7 @@ class _World:
                 task.arrival.team,
                 task.since,
                 task_id=task.name,
+                pool=task.arrival.pool,
                 ranks=task.arrival.ranks,
                 seconds_left=max(0.0, task.since + task.left - self.now) * task.doubt,
                 stops=task.stops,
@@ -287,16 +385,17 @@ class _World:
         if not asking:
             return
         running = self._at_work()
-        free = self.capacity - sum(order.ranks for order in running)
         waiting = [one[-1] for line in self._lines.values() for one in line]
         by_id = {task.task_id: task for task in waiting}
         order = running_order(waiting, self._use_seconds(), running, self.shares, now=self.now)
-        pace = pace_of(self._ended[-PACE_TASKS:])
         for task in asking:
-            ahead = order[: order.index(task.name) + 1]
-            line = [by_id[task_id] for task_id in ahead]
-            known = [*self._told, *self._late()]
-            told = estimate.estimate_starts(line, running, free, pace, known, now=self.now, asked=(task.name,)).get(
+            name = task.arrival.pool
+            pool, pace = self._pool(name), pace_of(self._ended[name][-PACE_TASKS:])
+            ahead = (by_id[task_id] for task_id in order[: order.index(task.name) + 1])
+            line = [one for one in ahead if one.pool == name]
+            there = [one for one in running if one.pool == name]
+            known, free = [*self._told, *self._late()], pool.free + pool.coming
+            told = estimate.estimate_starts(line, there, free, pace, known, now=self.now, asked=(task.name,)).get(
                 task.name
             )
             if told is not None:
@@ -348,7 +447,7 @@ def report(simulation: Simulation) -> dict[str, Any]:
         "tasks": len(courses),
         "never_started": sum(course.started_at is None for course in courses),
         "weeks": until / (7 * 24 * 3600),
-        "utilisation": sum(used.values()) / (simulation.capacity * until) if until else None,
+        "utilisation": _share(simulation.used_seconds, simulation.there_seconds),
         "jain": jain_index(used[team] / shares.get(team, Share()).weight for team in used),
         "preemptions": sum(course.preemptions for course in courses),
         "preempted_in_a_row_max": max((course.preempted_in_a_row for course in courses), default=0),
@@ -356,17 +455,34 @@ def report(simulation: Simulation) -> dict[str, Any]:
         "start_in_stated_interval": inside(courses),
         "start_in_stated_interval_of_those_that_waited": inside(waited),
         "waits": [
-            {"team": team, "ranks": ranks, **_waits(courses, team, ranks)}
-            for team, ranks in sorted({(course.arrival.team, course.arrival.ranks) for course in courses})
+            {"team": team, "pool": pool, "ranks": ranks, **_waits(courses, team, pool, ranks)}
+            for team, pool, ranks in sorted({_kind(course) for course in courses})
+        ],
+        "pools": [
+            {
+                "pool": name,
+                "workers_max": pool.max,
+                "workers_mean": simulation.there_seconds[name] / pool.ranks / until if until else None,
+                "utilisation": _share({name: simulation.used_seconds[name]}, {name: simulation.there_seconds[name]}),
+            }
+            for name, pool in simulation.pools.items()
         ],
     }
 
 
-def _waits(courses: Sequence[Course], team: str, ranks: int) -> dict[str, float | int]:
+def _kind(course: Course) -> tuple[str, str, int]:
+    return course.arrival.team, course.arrival.pool, course.arrival.ranks
+
+
+def _share(used: Mapping[str, float], there: Mapping[str, float]) -> float | None:
+    """Share of the place-seconds that were there and that tasks had; None where there were none."""
+    total = sum(there.values())
+    return sum(used.values()) / total if total else None
+
+
+def _waits(courses: Sequence[Course], *kind: str | int) -> dict[str, float | int]:
     seconds = sorted(
-        course.wait_seconds
-        for course in courses
-        if (course.arrival.team, course.arrival.ranks) == (team, ranks) and course.wait_seconds is not None
+        course.wait_seconds for course in courses if _kind(course) == kind and course.wait_seconds is not None
     )
     if not seconds:
         return {"tasks": 0}

@@ -16,14 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
-from configs.settings import BaseModelSettings, Settings
+from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
+from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
@@ -59,6 +60,8 @@ class Draft:
     adapter: FrozenAdapter | None
     """What an import brings."""
     warnings: tuple[str, ...]
+    pool: str = DEFAULT_POOL
+    """Pool that will train it."""
 
     @property
     def train_count(self) -> int:
@@ -117,6 +120,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
         )
     base_model_of(spec, settings)
+    pool = chosen_pool(pools_of(settings.pools, spec.base_model), spec.pool, spec.resources)
+    ranks = settings.pools[pool].ranks
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
     _check_least_score(spec)
@@ -132,18 +137,18 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint
     evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
     if spec.method.name == "import":
-        return _imported(spec, settings, layout, evaluation, complaint)
+        return replace(_imported(spec, settings, layout, evaluation, complaint, ranks), pool=pool)
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
     train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
     rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
     doubt = _not_compared(spec, rows.train) if spec.method.name == "auto" and rows.train else ""
     row_count = rows.train.count if rows.train else 0
-    doubts = (*filter(None, [doubt]), *doubtful_settings(spec, row_count, settings.workers.ranks))
-    return Draft(spec, rows, None, (*_warnings(rows), *doubts, *_cut(spec, rows, layout)))
+    doubts = (*filter(None, [doubt]), *doubtful_settings(spec, row_count, ranks))
+    return Draft(spec, rows, None, (*_warnings(rows), *doubts, *_cut(spec, rows, layout)), pool)
 
 
 def _imported(
-    spec: TaskSpec, settings: Settings, layout: BaseLayout, evaluation: Path | None, complaint: Complaint
+    spec: TaskSpec, settings: Settings, layout: BaseLayout, evaluation: Path | None, complaint: Complaint, ranks: int
 ) -> Draft:
     """Check the adapter to import and the rows to score it on."""
     from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, SAVED, WEIGHTS_FILE, read_peft_folder
@@ -167,7 +172,7 @@ def _imported(
         without_effect(named, layout.rounding),
         doubtful_labels(named, spec, head),
         _not_scored(spec),
-        *doubtful_settings(spec, 0, settings.workers.ranks),
+        *doubtful_settings(spec, 0, ranks),
     )
     rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
     return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows), *_cut(spec, rows, layout)))
@@ -365,6 +370,7 @@ def would_admit(
         constant_score=rows.evaluation.constant_score if rows.evaluation else None,
         content_sha256=content,
         warnings=draft.warnings,
+        pool=draft.pool,
     )
     awaits = queue.check(record, settings.teams[spec.team].queued_max, beside)
     return record.model_copy(update={"awaits": awaits}), True

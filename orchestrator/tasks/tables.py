@@ -6,9 +6,9 @@ it, so that the database can choose and order rows without reading their records
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-HEAD = "0004"
+HEAD = "0005"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -35,6 +35,7 @@ tasks = Table(
     Column("content_sha256", String(64), nullable=False, server_default=""),
     Column("blocked", String(20), nullable=False, server_default=""),
     Column("base_model", String(63), nullable=False, server_default=""),
+    Column("pool", String(63), nullable=False, server_default=""),
     Column("not_before", Float),
     Column("gave_back_at", Float),
     Column("max_run_seconds", Float),
@@ -49,11 +50,13 @@ tasks = Table(
     Index("tasks_by_state", "state", "submitted_at", "task_id"),
     Index("tasks_by_version", "base_model", "state", "version", "task_id"),
     Index("tasks_by_base_model", "base_model", "submitted_at", "task_id"),
-    Index("tasks_in_line", "state", "blocked", "team", "priority", "submitted_at", "task_id"),
+    Index("tasks_in_line", "state", "blocked", "team", "pool", "priority", "submitted_at", "task_id"),
+    Index("tasks_by_pool", "state", "pool", "submitted_at", "task_id"),
     Index("tasks_by_due", "state", "blocked", "not_before"),
 )
-"""`priority` is kept negative, as `-spec.priority`: so a team's waiting tasks are one index read forwards. `blocked`
-says what keeps a queued task from standing in line: however many there are, they are no part of what is read."""
+"""`priority` is kept negative, as `-spec.priority`: so a team's waiting tasks of one pool are one index read forwards.
+`blocked` says what keeps a queued task from standing in line: however many there are, they are no part of what is
+read."""
 
 awaits = Table(
     "awaits",
@@ -72,6 +75,18 @@ pauses = Table(
     Column("at", Float, nullable=False),
 )
 """Pauses of teams, and of the service, whose team is empty. Those of single tasks are in their records."""
+
+drains = Table(
+    "drains",
+    metadata,
+    Column("what", String(255), primary_key=True),
+    Column("is_node", Boolean, primary_key=True),
+    Column("by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("waits", Boolean, nullable=False),
+)
+"""Workers, and machines by their addresses, that get nothing new before maintenance."""
 
 events = Table(
     "events",
@@ -93,8 +108,10 @@ uses = Table(
     Column("what", String(20), nullable=False),
     Column("seconds", Float, nullable=False),
     Column("ended_at", Float, nullable=False),
+    Column("places", Integer, nullable=False, server_default="1"),
 )
-"""Worker-seconds, one row for each order that a worker had. `token` is the order's: reported twice, it counts once."""
+"""Worker-seconds, one row for each order that a worker had, and the places of the worker. `token` is the order's:
+reported twice, it counts once."""
 
 team_uses = Table(
     "team_uses",
@@ -103,4 +120,4 @@ team_uses = Table(
     Column("seconds", Float, nullable=False),
     Column("at", Float, nullable=False),
 )
-"""The same summed by team, decayed to `at`, so that nobody has to add up all rows."""
+"""Place-seconds summed by team, decayed to `at`, so that nobody has to add up all rows."""

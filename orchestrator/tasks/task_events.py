@@ -49,6 +49,8 @@ class Claimed:
     token: str
     worker: str
     at: float
+    places: int = 1
+    """Places of the worker."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,13 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class PoolGiven:
+    """It has another pool: its own is no longer in the settings, or a release without pools took it in."""
+
+    pool: str
+
+
+@dataclass(frozen=True)
 class CameDue:
     """Its `not_before` has come."""
 
@@ -232,6 +241,7 @@ Event = (
     | PreemptRequested
     | Paused
     | Resumed
+    | PoolGiven
     | CameDue
     | DependencyEnded
     | RunsTooLong

@@ -50,6 +50,7 @@ from orchestrator.tasks.task_events import (
     MergeRefused,
     MergeUndone,
     Paused,
+    PoolGiven,
     PreemptRequested,
     Reason,
     Refined,
@@ -126,6 +127,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 attempt=record.attempt + 1,
                 token=event.token,
                 worker=event.worker,
+                places=event.places,
                 claimed_at=event.at,
                 order_at=event.at,
                 first_step_at=None,
@@ -138,6 +140,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 record,
                 token=event.token,
                 worker=event.worker,
+                places=event.places,
                 order_at=event.at,
                 reason_codes=(),
                 preempt_requested=False,
@@ -229,6 +232,8 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
             raise Conflict(f"is {state}: only what waits or trains can be paused", record.title)
         case Resumed():  # it has gone on without
             return record
+        case PoolGiven() if state is TaskState.QUEUED:
+            return _with(record, pool=event.pool)
         case CameDue() if state is TaskState.QUEUED:
             return _with(record, not_due=False) if record.not_due else record
         case DependencyEnded():
@@ -253,7 +258,12 @@ def used_by(record: TaskRecord, event: Event, heard_until: float | None = None) 
     # Release 0.3 did not note when a refinement began.
     started = next(at for at in (record.order_at, record.claimed_at, event.at) if at is not None)
     ended = event.at if heard_until is None else min(event.at, max(started, heard_until))
-    return Use(team=record.team, seconds=max(0.0, ended - started) if seconds is None else seconds, ended_at=ended)
+    return Use(
+        team=record.team,
+        seconds=max(0.0, ended - started) if seconds is None else seconds,
+        ended_at=ended,
+        places=record.places,
+    )
 
 
 def _after_failure(record: TaskRecord, event: TrainingFailed, settings: FailureSettings) -> TaskRecord:

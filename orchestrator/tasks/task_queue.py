@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,6 +34,7 @@ from orchestrator.tasks.task_record import (
     BLOCKS,
     ENDED_WITHOUT_RESULT,
     IN_FLIGHT,
+    Drain,
     Pause,
     TaskRecord,
     TaskState,
@@ -53,7 +54,7 @@ from workers.orders import LogLine, Point
 log = logging.getLogger("onebasis.controller")
 
 _tasks, _events, _uses, _team_uses = tables.tasks, tables.events, tables.uses, tables.team_uses
-_awaits, _pauses = tables.awaits, tables.pauses
+_awaits, _pauses, _drains = tables.awaits, tables.pauses, tables.drains
 _RECORD = (_tasks.c.task_id, _tasks.c.team, _tasks.c.name, _tasks.c.record)
 _ENDED = [str(state) for state in ENDED_WITHOUT_RESULT]
 _QUEUED = str(TaskState.QUEUED)
@@ -82,6 +83,8 @@ class Spent:
     """`train`, `refine`, `refine again`, `score` or `away`: the worker was well, but the storage was not."""
     seconds: float
     ended_at: float
+    places: int = 1
+    """Places of the worker, each of which is charged."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,7 @@ class TaskQueue:
         team: str | None = None,
         before: str = "",
         limit: int = 200,
+        pool: str | None = None,
         base_model: str | None = None,
     ) -> list[TaskRecord]:
         """The newest tasks, or the newest of those that are older than one, by age.
@@ -251,12 +255,15 @@ class TaskQueue:
         Args:
             before: Id of the oldest task of the page that was shown before.
             limit: Most rows to look at. Where one cannot be read, a page has fewer tasks.
+            pool: Only tasks of this pool.
 
         Raises:
             NotFound: There is no task `before`.
         """
         chosen = _chosen(states, team, base_model).limit(limit)
         chosen = chosen.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
+        if pool is not None:
+            chosen = chosen.where(_tasks.c.pool == pool)
         if before:
             with self._database.reading() as connection:
                 at = connection.execute(select(_tasks.c.submitted_at).where(_tasks.c.task_id == before)).scalar()
@@ -322,12 +329,13 @@ class TaskQueue:
         with self._database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(chosen.group_by(_tasks.c.base_model))}
 
-    def queued(self) -> list[tuple[str, str, int]]:
-        """(team, what blocks them, number) of queued tasks, from an index alone; see `TaskRecord.blocked`."""
-        chosen = select(_tasks.c.team, _tasks.c.blocked, func.count()).where(_tasks.c.state == _QUEUED)
+    def queued(self) -> list[tuple[str, str, str, int]]:
+        """(team, pool, what blocks them, number) of queued tasks, from an index alone; see `TaskRecord.blocked`."""
+        by = (_tasks.c.team, _tasks.c.pool, _tasks.c.blocked)
+        chosen = select(*by, func.count()).where(_tasks.c.state == _QUEUED)
+        grouped = chosen.group_by(_tasks.c.blocked, _tasks.c.team, _tasks.c.pool).order_by(*by)
         with self._database.reading() as connection:
-            rows = connection.execute(chosen.group_by(_tasks.c.blocked, _tasks.c.team).order_by(_tasks.c.team))
-            return [(team, blocked, count) for team, blocked, count in rows]
+            return [(team, pool, blocked, count) for team, pool, blocked, count in connection.execute(grouped)]
 
     def unreadable(self) -> tuple[UnreadableTask, ...]:
         """Rows that this process met and could not read. They are left out of every list, and nothing is done for
@@ -340,77 +348,67 @@ class TaskQueue:
         """Tasks that are not done and do not wait for a worker to train them, by age: as many as are at work."""
         return self.tasks(IN_FLIGHT)
 
-    def is_anyone_waiting(self, without: Collection[str] = (), base_model: str | None = None) -> bool:
-        """Whether a task of any other team than these stands in line for a worker to train it.
-
-        Args:
-            base_model: Count this base model's tasks alone.
-        """
+    def is_anyone_waiting(self, pools: Collection[str], without: Collection[str] = ()) -> bool:
+        """Whether a task of any other team than these stands in line for a worker of one of these pools."""
         with self._database.reading() as connection:
             teams = [team for team in connection.execute(_teams_that_wait()).scalars() if team not in without]
-            if base_model is None or not teams:
-                return bool(teams)
-            mine = select(literal(1)).where(*_IN_LINE, _tasks.c.team.in_(teams), _tasks.c.base_model == base_model)
-            return connection.execute(mine.limit(1)).first() is not None
+            first = (_in_line(team, pool).limit(1) for team in teams for pool in pools)
+            return any(connection.execute(chosen).first() is not None for chosen in first)
 
     def waiting(
         self,
-        limit: int | None = None,
-        ranks: int = 1,
+        limits: Mapping[str, int | None],
+        ranks: Mapping[str, int] | None = None,
         without: Collection[str] = (),
-        base_models: Collection[str] | None = None,
     ) -> list[Waiting]:
         """The tasks that stand in line for a worker, without their records: those that nothing blocks.
 
         Args:
-            limit: Number of tasks of each team and base model, the first ones in their order; default: all.
-            base_models: Those for which there are workers; default: any, and `limit` counts a team's tasks.
-            ranks: Places that each of them takes.
+            limits: Pool to the number of tasks of each team, the first ones in its order; None: all of them.
+            ranks: Pool to the places that each of its tasks takes; default: one.
             without: Teams that are left out.
 
         Cost:
-            One read of an index for each team, as long as what it brings.
+            One read of an index for each team and pool, as long as what it brings.
         """
-        line = (
-            select(
-                _tasks.c.task_id,
-                _tasks.c.team,
-                -_tasks.c.priority,
-                _tasks.c.submitted_at,
-                _tasks.c.gave_back_at,
-                _tasks.c.max_run_seconds,
-                _tasks.c.base_model,
-            )
-            .where(*_IN_LINE)
-            .order_by(_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.task_id)
-        )
         aside = {*self._unreadable}
+        found = []
         with self._database.reading() as connection:
-            if limit is None:
-                rows = list(connection.execute(line))
-            else:
-                teams = connection.execute(_teams_that_wait()).scalars().all()
-                rows = [
-                    row
-                    for team in teams
-                    if team not in without
-                    for mine in ([_tasks.c.base_model == name for name in base_models or ()] or [literal(True)])
-                    for row in connection.execute(line.where(_tasks.c.team == team, mine).limit(limit + len(aside)))
-                ]
-        return [
-            Waiting(
-                task_id=task_id,
-                team=team,
-                priority=priority,
-                submitted_at=submitted_at,
-                ranks=ranks,
-                preempted_at=gave_back_at,
-                seconds_max=seconds_max,
-                pool=base_model,
-            )
-            for task_id, team, priority, submitted_at, gave_back_at, seconds_max, base_model in rows
-            if task_id not in aside and team not in without and (base_models is None or base_model in base_models)
-        ]
+            teams = [team for team in connection.execute(_teams_that_wait()).scalars() if team not in without]
+            for pool, limit in limits.items():
+                for team in teams:
+                    chosen = _in_line(team, pool)
+                    if limit is not None:
+                        chosen = chosen.limit(limit + len(aside))
+                    found += [
+                        Waiting(
+                            task_id=task_id,
+                            team=team,
+                            priority=priority,
+                            submitted_at=submitted_at,
+                            pool=pool,
+                            ranks=(ranks or {}).get(pool, 1),
+                            preempted_at=gave_back_at,
+                            seconds_max=seconds_max,
+                        )
+                        for task_id, priority, submitted_at, gave_back_at, seconds_max in connection.execute(chosen)
+                        if task_id not in aside
+                    ]
+        return found
+
+    def pools_in_line(self) -> list[str]:
+        """Pools that queued tasks have, whatever blocks them; empty for those that have none yet.
+
+        Cost:
+            A step in an index for each of them.
+        """
+        with self._database.reading() as connection:
+            return list(connection.execute(_pools_of_queued()).scalars())
+
+    def queued_for(self, pool: str, after: str = "", limit: int = 500) -> list[TaskRecord]:
+        """Queued tasks of a pool by their ids. after: Id of the last one that was returned before."""
+        mine = (_tasks.c.state == _QUEUED, _tasks.c.pool == pool, _tasks.c.task_id > after)
+        return self._records(select(*_RECORD).where(*mine).order_by(_tasks.c.task_id).limit(limit))
 
     def due(self, now: float) -> tuple[list[str], float | None]:
         """Ids of tasks whose `not_before` has come and that do not stand in line yet, a hundred at most; and the Unix
@@ -450,6 +448,30 @@ class TaskQueue:
             elif before is None:
                 connection.execute(insert(_pauses).values(team=team, by=pause.by, reason=pause.reason, at=pause.at))
         return before
+
+    # --- drained workers ---------------------------------------------------------------------------------------
+
+    def drains(self) -> list[Drain]:
+        """Workers and machines that are drained, those that were first asked for first."""
+        columns = (getattr(_drains.c, name) for name in Drain.model_fields)
+        with self._database.reading() as connection:
+            rows = connection.execute(select(*columns).order_by(_drains.c.at, _drains.c.what))
+            return [Drain(**row._mapping) for row in rows]
+
+    def set_drain(self, what: str, is_node: bool, drain: Drain | None) -> Drain | None:
+        """Drain a worker or a machine from now on; None: no longer.
+
+        Returns:
+            The drain that was in force before. Asked for twice, the newer one counts: it may no longer wait.
+        """
+        mine = (_drains.c.what == what, _drains.c.is_node == is_node)
+        columns = [getattr(_drains.c, name) for name in Drain.model_fields]
+        with self._database.writing() as connection:
+            row = connection.execute(select(*columns).where(*mine)).first()
+            connection.execute(delete(_drains).where(*mine))
+            if drain is not None:
+                connection.execute(insert(_drains).values(**drain.model_dump()))
+        return Drain(**row._mapping) if row else None
 
     def placed(self, base_model: str) -> list[Placed]:
         """The published tasks of a base model, and the parked ones that are in a version, without their records."""
@@ -565,15 +587,10 @@ class TaskQueue:
     def charge(self, task_id: str, use: Use, *, token: str, what: str) -> None:
         """Add the cost of an order that is no step in a task's life (scoring it, refining it again), once per token."""
         with self._database.writing() as connection:
-            self._charge(
-                connection,
-                Spent(
-                    task_id=task_id, token=token, team=use.team, what=what, seconds=use.seconds, ended_at=use.ended_at
-                ),
-            )
+            self._charge(connection, Spent(task_id=task_id, token=token, what=what, **vars(use)))
 
     def use_of_teams(self, now: float) -> dict[str, float]:
-        """Worker-seconds per team, halved for every seven days since each was used.
+        """Place-seconds per team, halved for every seven days since each was used.
 
         Cost:
             One row for each team.
@@ -615,17 +632,7 @@ class TaskQueue:
             self._tell_those_behind(connection, after)
         if use := used_by(record, event, row.lease_until):
             what = "refine" if record.state is TaskState.REFINING else "train"
-            self._charge(
-                connection,
-                Spent(
-                    task_id=task_id,
-                    token=record.token,
-                    team=use.team,
-                    what=what,
-                    seconds=use.seconds,
-                    ended_at=use.ended_at,
-                ),
-            )
+            self._charge(connection, Spent(task_id=task_id, token=record.token, what=what, **vars(use)))
         return after
 
     def _before(self, connection: Connection, titles: Sequence[str]) -> tuple[str, ...]:
@@ -680,7 +687,7 @@ class TaskQueue:
             return
         connection.execute(insert(_uses).values(**vars(spent)))
         total = DecayedSum(*before) if before else DecayedSum()
-        total = total.plus(Use(team=spent.team, seconds=spent.seconds, ended_at=spent.ended_at))
+        total = total.plus(Use(team=spent.team, seconds=spent.seconds, ended_at=spent.ended_at, places=spent.places))
         if before is None:
             connection.execute(insert(_team_uses).values(team=spent.team, seconds=total.seconds, at=total.at))
         else:
@@ -787,6 +794,27 @@ def _teams_that_wait() -> Select[Any]:
     following = select(func.min(_tasks.c.team)).where(*_IN_LINE, _tasks.c.team > first.c.team).scalar_subquery()
     teams = first.union_all(select(following).where(first.c.team.is_not(None)))
     return select(teams.c.team).where(teams.c.team.is_not(None))
+
+
+def _pools_of_queued() -> Select[Any]:
+    """As `_teams_that_wait`, of pools."""
+    first = select(func.min(_tasks.c.pool).label("pool")).where(_tasks.c.state == _QUEUED).cte("pools", recursive=True)
+    more = select(func.min(_tasks.c.pool)).where(_tasks.c.state == _QUEUED, _tasks.c.pool > first.c.pool)
+    pools = first.union_all(select(more.scalar_subquery()).where(first.c.pool.is_not(None)))
+    return select(pools.c.pool).where(pools.c.pool.is_not(None))
+
+
+def _in_line(team: str, pool: str) -> Select[Any]:
+    """The tasks of a team that stand in line for a pool, in the team's order."""
+    columns = (
+        _tasks.c.task_id,
+        -_tasks.c.priority,
+        _tasks.c.submitted_at,
+        _tasks.c.gave_back_at,
+        _tasks.c.max_run_seconds,
+    )
+    mine = select(*columns).where(*_IN_LINE, _tasks.c.team == team, _tasks.c.pool == pool)
+    return mine.order_by(_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.task_id)
 
 
 def _batches(task_ids: Collection[str]) -> Iterator[list[str]]:

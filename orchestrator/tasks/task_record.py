@@ -64,6 +64,24 @@ class Pause(Section):
     at: float
 
 
+class Drain(Section):
+    """A person's wish that a worker, or all on a machine, get nothing new and end, before maintenance."""
+
+    what: str
+    """Name of the worker, or address of the machine."""
+    is_node: bool = False
+    """Whether it is a machine."""
+    by: str
+    reason: str = ""
+    at: float
+    waits: bool = False
+    """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
+
+    def __str__(self) -> str:
+        what = f"the machine {self.what}" if self.is_node else self.what
+        return f"{what} is drained by {self.by}: {self.reason or 'no reason given'}"
+
+
 class TaskRecord(Section):
     """One task. Optional numbers are None where not measured, never 0."""
 
@@ -89,6 +107,9 @@ class TaskRecord(Section):
     warnings: tuple[str, ...] = ()
     """Sentences on what was doubtful at submission, and on what training made doubtful."""
 
+    pool: str = ""
+    """Pool whose workers train it; empty in records of releases up to 0.3."""
+
     state: TaskState = TaskState.QUEUED
     revision: int = 0
     """Counts the writes; a writer that read an older revision is refused."""
@@ -109,6 +130,8 @@ class TaskRecord(Section):
     token: str = ""
     """Lease of the running attempt: a report that names another one is stale."""
     worker: str = ""
+    places: int = 1
+    """Places of that worker: its ranks."""
     claimed_at: float | None = None
     """When a worker last got the order to train it."""
     order_at: float | None = None

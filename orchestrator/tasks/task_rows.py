@@ -74,6 +74,7 @@ def columns_of(record: TaskRecord, before: str = "") -> dict[str, Any]:
         "content_sha256": record.content_sha256,
         "blocked": record.blocked,
         "base_model": record.base_model,
+        "pool": record.pool,
         "not_before": record.spec.not_before.timestamp() if record.spec.not_before else None,
         "gave_back_at": record.gave_back_at,
         "max_run_seconds": record.spec.max_run_seconds,
@@ -102,7 +103,7 @@ def narrate(record: TaskRecord, event: Event) -> str:
     """One line for people: what happened and what it led to."""
     facts = [
         f"{name} {getattr(event, name)}"
-        for name in ("worker", "fault", "version", "merge_key", "by", "title")
+        for name in ("worker", "fault", "version", "merge_key", "by", "title", "pool")
         if hasattr(event, name)
     ]
     message = getattr(event, "message", "")

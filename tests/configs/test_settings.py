@@ -141,8 +141,10 @@ def test_a_kms_key_without_kms_is_refused(tmp_path: Path, sse: dict[str, str]) -
 
 
 def test_ranks_of_a_gang_do_not_share_a_gpu(tmp_path: Path) -> None:
-    assert read_settings(written(tmp_path, workers={"gpus": 0.5})).workers.gpus == 0.5  # two workers on one GPU
-    assert read_settings(written(tmp_path, workers={"gpus": 1, "ranks": 4})).workers.ranks == 4
+    assert (
+        read_settings(written(tmp_path, workers={"gpus": 0.5})).pools["default"].gpus == 0.5
+    )  # two workers on one GPU
+    assert read_settings(written(tmp_path, workers={"gpus": 1, "ranks": 4})).pools["default"].ranks == 4
     with pytest.raises(InvalidInput, match="cannot share a GPU"):
         read_settings(written(tmp_path, workers={"gpus": 0.5, "ranks": 4}))
 

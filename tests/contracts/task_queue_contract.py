@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select, update
 
 from configs.errors import Conflict, InvalidInput, NameTaken, NotFound, QueueFull, UnreadableTask
-from configs.settings import FailureSettings
+from configs.settings import DEFAULT_POOL, FailureSettings
 from orchestrator.scheduling.fair_share import HALF_LIFE_SECONDS, Use, Waiting
 from orchestrator.tasks import tables, task_queue
 from orchestrator.tasks.task_events import (
@@ -32,6 +32,8 @@ from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS
 from tests.builders import task_record, trained
 from workers.orders import Point
+
+ALL = {DEFAULT_POOL: None}
 
 
 def at_once(count: int, act: Callable[[int], Any]) -> list[Any]:
@@ -141,9 +143,9 @@ class TaskQueueContract:
         queue.add(task_record("red/first", state=TaskState.EVALUATING, version=3))
         queue.add(task_record("blue/done", state=TaskState.PUBLISHED, version=2))
         behind, _ = queue.add(task_record("red/behind", {"after": ["red/first", "blue/done"]}))
-        assert (behind.awaits, queue.waiting(), queue.is_anyone_waiting()) == (("t-red-first",), [], False)
+        assert (behind.awaits, queue.waiting(ALL), queue.is_anyone_waiting(ALL)) == (("t-red-first",), [], False)
         queue.apply("t-red-first", Judged(True, "fine", 5.0))
-        assert [waiting.task_id for waiting in queue.waiting(limit=1)] == ["t-red-behind"]
+        assert [waiting.task_id for waiting in queue.waiting({DEFAULT_POOL: 1})] == ["t-red-behind"]
         assert "red/first" in narrated(queue, "t-red-behind")
 
     def test_all_tasks_behind_one_that_is_not_published_are_parked_with_it(self, queue: TaskQueue) -> None:
@@ -171,13 +173,13 @@ class TaskQueueContract:
         for number in (3, 1, 2):
             spec = {"not_before": f"1970-01-01T00:0{number}:00Z"}
             queue.add(task_record(f"red/at-{number}", spec, not_due=True))
-        assert queue.waiting() == []
+        assert queue.waiting(ALL) == []
         assert queue.due(now=30.0) == ([], 60.0)
         assert queue.due(now=130.0) == (["t-red-at-1", "t-red-at-2"], 180.0)
         for task_id in queue.due(now=130.0)[0]:
             queue.apply(task_id, CameDue())
         assert queue.due(now=500.0) == (["t-red-at-3"], None)
-        assert {waiting.task_id for waiting in queue.waiting()} == {"t-red-at-1", "t-red-at-2"}
+        assert {waiting.task_id for waiting in queue.waiting(ALL)} == {"t-red-at-1", "t-red-at-2"}
 
     def test_a_pause_is_kept_until_it_is_taken_back_and_the_first_counts(self, queue: TaskQueue) -> None:
         ann, bob = Pause(by="ann", reason="audit", at=2.0), Pause(by="bob", at=3.0)
@@ -190,13 +192,13 @@ class TaskQueueContract:
 
     def test_who_gave_its_place_back_is_known_in_the_line(self, queue: TaskQueue) -> None:
         queue.add(task_record(spec={"max_run_seconds": 50.0}))
-        assert queue.waiting()[0].seconds_max == 50.0
+        assert queue.waiting(ALL)[0].seconds_max == 50.0
         queue.apply("t-red-alpha", Claimed(token="tok", worker="worker-0", at=1.0))
         queue.apply("t-red-alpha", PreemptRequested("team blue", gives_back=True))
         queue.apply("t-red-alpha", TrainingFailed(token="tok", fault="preempted", message="x", at=9.0))
-        assert [waiting.preempted_at for waiting in queue.waiting()] == [9.0]
-        assert (queue.is_anyone_waiting(), queue.is_anyone_waiting(without=["red"])) == (True, False)
-        assert queue.waiting(without=["red"]) == queue.waiting(limit=1, without=["red"]) == []
+        assert [waiting.preempted_at for waiting in queue.waiting(ALL)] == [9.0]
+        assert (queue.is_anyone_waiting(ALL), queue.is_anyone_waiting(ALL, without=["red"])) == (True, False)
+        assert queue.waiting(ALL, without=["red"]) == queue.waiting({DEFAULT_POOL: 1}, without=["red"]) == []
 
     # --- advancing ---
 
@@ -419,14 +421,14 @@ class TaskQueueContract:
     # --- what the loop asks ---
 
     def test_waiting_tasks_come_without_their_records_and_each_teams_line_in_its_order(self, queue: TaskQueue) -> None:
-        assert queue.waiting() == queue.waiting(limit=3) == []
-        assert not queue.is_anyone_waiting()
+        assert queue.waiting(ALL) == queue.waiting({DEFAULT_POOL: 3}) == []
+        assert not queue.is_anyone_waiting(ALL)
         for team in ("red", "blue", "a-team"):
             for n in range(4):
                 queue.add(task_record(f"{team}/{n}", submitted_at=10.0 + n, spec={"priority": 5 if n == 2 else -n}))
         queue.apply("t-blue-0", Claimed(token="tok", worker="w", at=1.0))
-        assert queue.is_anyone_waiting()
-        line = {team: [w for w in queue.waiting() if w.team == team] for team in ("red", "blue", "a-team")}
+        assert queue.is_anyone_waiting(ALL)
+        line = {team: [w for w in queue.waiting(ALL) if w.team == team] for team in ("red", "blue", "a-team")}
         assert line["red"] == [
             Waiting(task_id="t-red-2", team="red", priority=5, submitted_at=12.0),
             Waiting(task_id="t-red-0", team="red", priority=0, submitted_at=10.0),
@@ -434,7 +436,7 @@ class TaskQueueContract:
             Waiting(task_id="t-red-3", team="red", priority=-3, submitted_at=13.0),
         ]
         assert [w.task_id for w in line["blue"]] == ["t-blue-2", "t-blue-1", "t-blue-3"]
-        heads = queue.waiting(limit=2)
+        heads = queue.waiting({DEFAULT_POOL: 2})
         assert len(heads) == 6
         assert all([w for w in heads if w.team == team] == tasks[:2] for team, tasks in line.items())
         assert [record.task_id for record in queue.in_flight()] == ["t-blue-0"]
@@ -609,7 +611,7 @@ class TaskQueueContract:
             with pytest.raises(UnreadableTask, match="t-red-b"):
                 ask("t-red-b")
         assert queue.try_apply(["t-red-b"], Claimed(token="tok", worker="w", at=1.0)) == []
-        assert [w.task_id for w in queue.waiting(limit=2)] == ["t-red-a", "t-red-c"]
+        assert [w.task_id for w in queue.waiting({DEFAULT_POOL: 2})] == ["t-red-a", "t-red-c"]
         assert queue.counts() == {"queued": 3}
         write_text(queue, "t-red-b", task_record("red/b").model_dump_json())  # restored from a backup
         assert len(queue.tasks()) == 3

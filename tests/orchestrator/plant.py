@@ -29,12 +29,14 @@ class Plant:
     """
 
     def __init__(self, folder: Path, workers: int = 2, **changes: Any) -> None:
+        if "pools" not in changes:
+            changes["workers"] = {"count": workers} | changes.get("workers", {})
         self.settings = settings(folder, **{"storage": {"url": f"memory:plant-{next(_places)}"}} | changes)
         self.queue = self._open_queue()
         self.storages = {name: open_storage(self.settings.storage, name) for name in self.settings.base_names}
         self.storage = self.storages[self.settings.base_names[0]]
         self.service = Identity(f"service-{next(_services)}", "here:/folder")
-        self.cluster = StandInCluster(self.settings, self.storages, workers, self.service)
+        self.cluster = StandInCluster(self.settings, self.storages, self.service)
         self.wrap: Callable[[str, Any], Any] = lambda name, part: part
         self._controller: Controller | None = None
         self._ages = itertools.count()

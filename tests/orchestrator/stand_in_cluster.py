@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from typing import Any
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from configs.errors import Corrupt, NotWritten, OnebasisError, Unavailable
-from configs.settings import Settings, WorkerSettings
-from orchestrator.cluster import MachineLost, workers_of
+from configs.settings import Settings
+from orchestrator.cluster import MachineLost
 from subspace_store import Adapter, Storage, SubspaceReader, SubspaceStore, adapter_from_bytes, adapter_to_bytes, digest
 from subspace_store.log.garbage import Collected
 from subspace_store.log.store_format import read_format
@@ -39,21 +39,19 @@ class StandInCluster:
 
     Args:
         storages: Base model to where its store and its workers read and write.
-        workers: Number of workers of each base model.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        storages: Mapping[str, Storage],
-        workers: int = 2,
-        service: Identity | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, storages: Mapping[str, Storage], service: Identity | None = None) -> None:
         self._service = service
         self._settings = settings
         self._storages = dict(storages)
-        self._workers = workers
-        self._memory: dict[str, dict[str, Future[Any]]] = {name: {} for name in self._names()}
+        self._memory: dict[str, dict[str, Future[Any]]] = {}
+        self.machine_of: Callable[[str], str] = lambda worker: "10.0.0.1"
+        """Worker to the address of its machine; empty while it waits for a place."""
+        self.avoided: frozenset[str] = frozenset()
+        """Machines on which nothing new is placed."""
+        self.ended: list[str] = []
+        """Workers that were ended, in their order."""
         self._lock = threading.RLock()
         self._stores: dict[str, SubspaceStore] = {}
         self.load_error: Exception | None = None
@@ -98,27 +96,35 @@ class StandInCluster:
             if read_format(self._storages[base_model]) is not None:
                 self._stores[base_model] = self._open_store(base_model)
 
-    def _names(self) -> dict[str, str]:
-        """Worker to its base model, named as `workers_of` names them."""
-        settings = self._settings.model_copy(update={"workers": WorkerSettings(count=self._workers)})
-        return workers_of(settings)
-
     # --- Cluster ---------------------------------------------------------------------------------------------
-
-    def base_model_of(self, worker: str) -> str:
-        return self._names()[worker]
 
     def follow(self, settings: Settings) -> None:
         self._settings = settings
         for name in set(settings.base_names) - self._storages.keys():
             self._storages[name] = open_storage(settings.storage, name)
             self._find_store(name)
-        for worker in self._names():
-            self._memory.setdefault(worker, {})
 
     @property
     def workers(self) -> tuple[str, ...]:
         return tuple(self._memory)
+
+    def start_worker(self, worker: str) -> None:
+        self._memory.setdefault(worker, {})
+
+    def end_worker(self, worker: str) -> None:
+        self.ended.append(worker)
+        del self._memory[worker]
+
+    def machines_of(self, worker: str) -> tuple[str, ...]:
+        machine = self.machine_of(worker)
+        return (machine,) if machine and worker in self._memory else ()
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        return tuple(sorted({self.machine_of(worker) for worker in self._memory} - {""}))
+
+    def avoid(self, machines: Collection[str]) -> None:
+        self.avoided = frozenset(machines)
 
     def run(self, worker: str, order: Order) -> Future[Any]:
         with self._lock:
@@ -135,6 +141,8 @@ class StandInCluster:
             return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
+        if not self.machine_of(worker):
+            return Future()
         if self._has_died(worker):
             return _lost(worker)
         return _landed(LAYOUT) if self.load_error is None else _failed(self.load_error)

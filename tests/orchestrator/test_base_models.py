@@ -35,7 +35,8 @@ def service_of(plant: Plant) -> Service:
 
 
 def submit(plant: Plant, base_model: str, *titles: str, **spec: Any) -> None:
-    plant.submit(*titles, spec={"base_model": base_model, **spec})
+    pool = {SMALL: "default"}.get(base_model, base_model)
+    plant.submit(*titles, spec={"base_model": base_model, **spec}, pool=pool)
 
 
 def test_a_task_is_trained_merged_and_published_in_the_subspace_that_it_names(two: Plant) -> None:

@@ -26,7 +26,7 @@ from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
 from subspace_store.log.version import Identity
 from subspace_store.requests import Hold, Quarantine, Release, Remove, Rollback
 from subspace_store.storage.protocol import Storage
-from tests.builders import BASE, LAYOUT, adapter
+from tests.builders import BASE, LAYOUT, adapter, with_pools
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Order, Point, Train
@@ -897,8 +897,7 @@ def test_a_task_whose_worker_does_not_come_back_after_a_restart_is_given_to_anot
 
 
 def _asks_at_every_step(plant: Plant) -> Plant:
-    workers = plant.settings.workers.model_copy(update={"heartbeat_seconds": 1e-6, "lease_seconds": 60})
-    plant.settings = plant.settings.model_copy(update={"workers": workers})
+    plant.settings = with_pools(plant.settings, heartbeat_seconds=1e-6, lease_seconds=60)
     return plant
 
 
@@ -906,7 +905,7 @@ def _with_heartbeats(make_plant: MakePlant, lease_seconds: float, heartbeat_seco
     """A plant that asks its workers at every step."""
     plant = make_plant()
     seconds = {"heartbeat_seconds": heartbeat_seconds, "lease_seconds": lease_seconds}
-    plant.settings = plant.settings.model_copy(update={"workers": plant.settings.workers.model_copy(update=seconds)})
+    plant.settings = with_pools(plant.settings, **seconds)
     return plant
 
 

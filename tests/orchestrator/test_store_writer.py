@@ -12,6 +12,7 @@ from orchestrator import candidate, store_writer, subspace
 from orchestrator.controller import Controller
 from orchestrator.subspace import tell
 from subspace_store import SubspaceStore
+from tests.builders import with_pools
 from tests.orchestrator.plant import Plant
 
 MakePlant = Callable[..., Plant]
@@ -22,8 +23,7 @@ def codes(plant: Plant) -> set[str]:
 
 
 def leased(plant: Plant, seconds: float) -> Plant:
-    workers = plant.settings.workers.model_copy(update={"lease_seconds": seconds})
-    plant.settings = plant.settings.model_copy(update={"workers": workers})
+    plant.settings = with_pools(plant.settings, lease_seconds=seconds)
     return plant
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from configs.settings import DEFAULT_POOL
 from orchestrator.api import estimates
 from orchestrator.api.estimates import Estimates
 from orchestrator.scheduling.estimate import KNOWN_MIN, pace_of
@@ -11,7 +12,7 @@ from orchestrator.scheduling.fair_share import Running
 from orchestrator.tasks.task_events import CancelRequested, Claimed
 from tests.orchestrator.plant import Plant
 
-PACE = pace_of([100.0])
+PACES = {DEFAULT_POOL: pace_of([100.0])}
 
 
 @pytest.fixture
@@ -24,7 +25,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def told(found: Estimates, plant: Plant, asked: str) -> float:
     """Seconds until a task of the line starts, behind one that has 100 s to go."""
-    line = found.tell(plant.queue.waiting(), [Running("red", 0.0, seconds_left=100.0)], 0, PACE, [asked])
+    line = found.tell(
+        plant.queue.waiting({DEFAULT_POOL: None}), [Running("red", 0.0, seconds_left=100.0)], {}, PACES, [asked]
+    )
     return line.starts[asked].seconds
 
 
@@ -51,9 +54,9 @@ def test_what_was_cancelled_says_nothing_of_starts_and_what_is_late_does(plant: 
     plant.queue.apply(record.task_id, CancelRequested("ann", clock[0]))
     for number in range(KNOWN_MIN):
         plant.submit(f"blue/{number}")
-    waiting = plant.queue.waiting()
+    waiting = plant.queue.waiting({DEFAULT_POOL: None})
     running = [Running("red", 0.0, seconds_left=100.0) for _ in waiting]
-    found.tell(waiting, running, 0, PACE, [task.task_id for task in waiting])  # each in 100 s
+    found.tell(waiting, running, {}, PACES, [task.task_id for task in waiting])  # each in 100 s
     clock[0] += 310.0
     assert told(found, plant, waiting[0].task_id) == pytest.approx(310.0)  # all of them wait still
 
@@ -61,7 +64,9 @@ def test_what_was_cancelled_says_nothing_of_starts_and_what_is_late_does(plant: 
 def test_what_is_only_tried_is_not_remembered(plant: Plant, clock: list[float]) -> None:
     found = Estimates(lambda: plant.queue)
     (record,) = plant.submit("red/there")
-    found.tell(plant.queue.waiting(), [], 1, PACE, [record.task_id], remembered=False)
+    found.tell(
+        plant.queue.waiting({DEFAULT_POOL: None}), [], {DEFAULT_POOL: 1}, PACES, [record.task_id], remembered=False
+    )
     assert found._asked == {}
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.scheduling.fair_share import POOL, STEADY_WEEKS, Running, Share, Waiting, running_order
+from configs.settings import DEFAULT_POOL
+from orchestrator.scheduling.fair_share import STEADY_WEEKS, Running, Share, Waiting, running_order
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import (
     PATIENCE_SECONDS,
@@ -43,7 +44,7 @@ def decided(
     running = running or []
     free = capacity - sum(order.ranks for order in running)
     shares = {team: Share(places=places) for team, places in (quotas or {}).items()}
-    pools = {POOL: Pool(capacity=capacity, ready=capacity, free=free)}
+    pools = {DEFAULT_POOL: Pool(capacity=capacity, ready=capacity, free=free)}
     return decide(
         Situation(**{"now": NOW, "pools": pools, "waiting": waiting, "running": running, "shares": shares} | more)
     )
@@ -90,7 +91,7 @@ tasks_of_one_size = st.lists(
 @given(tasks_of_one_size, st.integers(0, 6), st.integers(1, 3))
 def test_tasks_that_are_all_alike_start_in_their_running_order(tasks: list[Waiting], free: int, ranks: int) -> None:
     tasks = [replace(task, ranks=ranks) for task in tasks]
-    decision = decided(tasks, pools={POOL: Pool(capacity=20, ready=20, free=free * ranks)})
+    decision = decided(tasks, pools={DEFAULT_POOL: Pool(capacity=20, ready=20, free=free * ranks)})
     assert tuple(started(decision)) == running_order(tasks, {}, now=NOW, limit=free)
     assert decision.preemptions == ()
     assert decision.reserved == {}
@@ -103,12 +104,12 @@ def test_a_task_larger_than_its_pool_never_fits_and_keeps_nobody_waiting() -> No
 
 
 def test_while_no_base_model_is_loaded_that_is_the_reason() -> None:
-    decision = decided([waits("red/a")], pools={POOL: Pool(capacity=4, ready=0, free=0)})
+    decision = decided([waits("red/a")], pools={DEFAULT_POOL: Pool(capacity=4, ready=0, free=0)})
     assert codes(decision) == {"red/a": "base-model-loading"}
 
 
 def test_a_place_that_is_kept_for_a_version_is_the_reason() -> None:
-    decision = decided([waits("red/a")], pools={POOL: Pool(capacity=1, ready=1, free=0, kept=1)})
+    decision = decided([waits("red/a")], pools={DEFAULT_POOL: Pool(capacity=1, ready=1, free=0, kept=1)})
     assert codes(decision) == {"red/a": "reserved-for"}
 
 
@@ -117,7 +118,7 @@ def test_a_reason_that_stays_the_same_keeps_its_time() -> None:
     before = decided([task], full).waits
     assert before["red/a"].since == NOW
     assert decided([task], full, now=NOW + 5, waits=before).waits["red/a"].since == NOW
-    loading = {POOL: Pool(capacity=4, ready=0, free=0)}
+    loading = {DEFAULT_POOL: Pool(capacity=4, ready=0, free=0)}
     assert decided([task], full, now=NOW + 5, waits=before, pools=loading).waits["red/a"].since == NOW + 5
 
 
@@ -257,7 +258,7 @@ def test_the_first_in_turn_that_does_not_fit_gets_a_reservation_and_short_tasks_
     short, long = waits("green/short", 2.0, seconds_max=500.0), waits("green/long", 3.0, seconds_max=501.0)
     decision = decided([LARGE, long, short], TWO_OF_FOUR)
     assert started(decision) == ["green/short"]
-    assert decision.reserved == {POOL: "red/large"}
+    assert decision.reserved == {DEFAULT_POOL: "red/large"}
     assert codes(decision) == {"red/large": "no-free-place", "green/long": "reserved-for"}
     assert decision.waits["green/long"].about == "red/large"
 
@@ -273,11 +274,11 @@ def test_what_the_large_task_leaves_over_is_for_tasks_of_any_length() -> None:
 
 def test_a_reservation_is_kept_until_the_task_starts_whoever_comes_meanwhile() -> None:
     newcomer = waits("green/first", 0.0, seconds_max=1e6)
-    kept = decided([newcomer, LARGE], TWO_OF_FOUR, use_seconds={"red": 1e9}, reserved={POOL: "red/large"})
+    kept = decided([newcomer, LARGE], TWO_OF_FOUR, use_seconds={"red": 1e9}, reserved={DEFAULT_POOL: "red/large"})
     assert started(kept) == []
-    assert kept.reserved == {POOL: "red/large"}
+    assert kept.reserved == {DEFAULT_POOL: "red/large"}
     assert codes(kept)["green/first"] == "reserved-for"
-    fits = decided([newcomer, LARGE], TWO_OF_FOUR[:1], use_seconds={"red": 1e9}, reserved={POOL: "red/large"})
+    fits = decided([newcomer, LARGE], TWO_OF_FOUR[:1], use_seconds={"red": 1e9}, reserved={DEFAULT_POOL: "red/large"})
     assert started(fits) == ["red/large"]
     assert fits.reserved == {}
     without = decided([newcomer, LARGE], TWO_OF_FOUR, use_seconds={"red": 1e9})
@@ -291,7 +292,7 @@ def test_a_gap_of_unknown_length_is_not_filled() -> None:
 
 
 def test_a_reservation_ends_with_its_task() -> None:
-    decision = decided([waits("green/a")], TWO_OF_FOUR, reserved={POOL: "red/gone"})
+    decision = decided([waits("green/a")], TWO_OF_FOUR, reserved={DEFAULT_POOL: "red/gone"})
     assert started(decision) == ["green/a"]
     assert decision.reserved == {}
 
@@ -345,10 +346,10 @@ def situations(draw: st.DrawFn) -> Situation:
         for number in range(draw(st.integers(0, 10)))
     ]
     free = capacity - sum(order.ranks for order in running)
-    reserved = {POOL: draw(st.sampled_from(waiting)).task_id} if waiting and draw(st.booleans()) else {}
+    reserved = {DEFAULT_POOL: draw(st.sampled_from(waiting)).task_id} if waiting and draw(st.booleans()) else {}
     return Situation(
         now=NOW,
-        pools={POOL: Pool(capacity=capacity, ready=capacity, free=free)},
+        pools={DEFAULT_POOL: Pool(capacity=capacity, ready=capacity, free=free)},
         waiting=waiting,
         running=running,
         shares=shares,
@@ -363,7 +364,7 @@ def test_whatever_is_handed_in_the_promises_hold(situation: Situation) -> None:
     attempts = {order.task_id: order for order in situation.running}
     assert set(started(decision)) | set(decision.waits) == set(by_id)
     assert not set(started(decision)) & set(decision.waits)
-    assert sum(by_id[task_id].ranks for task_id in started(decision)) <= situation.pools[POOL].free
+    assert sum(by_id[task_id].ranks for task_id in started(decision)) <= situation.pools[DEFAULT_POOL].free
     assert len(set(preempted(decision))) == len(decision.preemptions)
     held: dict[str, int] = {}
     for order in situation.running:
@@ -382,8 +383,8 @@ def test_whatever_is_handed_in_the_promises_hold(situation: Situation) -> None:
 def test_a_task_that_was_not_looked_at_waits_for_what_its_team_waits_for() -> None:
     first = waits("red/a", 1)
     over = decided([first], [runs("red/x")], capacity=1, quotas={"red": 1})
-    assert over.wait_of("red/z", "red") == Wait(code=WaitCode.OVER_QUOTA, since=NOW)
+    assert over.wait_of("red/z", DEFAULT_POOL, "red") == Wait(code=WaitCode.OVER_QUOTA, pool=DEFAULT_POOL, since=NOW)
     full = decided([first], [runs("red/x")], capacity=1)
-    assert full.wait_of("red/z", "red") == Wait(code=WaitCode.NO_FREE_PLACE)
-    assert full.wait_of("blue/z", "blue") is None
-    assert decided([first]).wait_of("red/a", "red") == Wait(code=WaitCode.ABOUT_TO_START)
+    assert full.wait_of("red/z", DEFAULT_POOL, "red") == Wait(code=WaitCode.NO_FREE_PLACE, pool=DEFAULT_POOL)
+    assert full.wait_of("blue/z", DEFAULT_POOL, "blue") is None
+    assert decided([first]).wait_of("red/a", DEFAULT_POOL, "red") == Wait(code=WaitCode.ABOUT_TO_START)

@@ -21,6 +21,7 @@ from orchestrator.scheduling.simulation import (
     report,
     simulate,
 )
+from tests.builders import fixed
 from tests.orchestrator.scheduling.invented import TEAMS, weeks
 
 
@@ -31,19 +32,19 @@ def longest_wait(simulation: Simulation, team: str = "") -> float:
 @cache
 def busy() -> Simulation:
     """Two weeks at about four fifths of what six places can do."""
-    return simulate(weeks(1, hours=2.4), {}, capacity=6)
+    return simulate(weeks(1, hours=2.4), {}, fixed(6))
 
 
 @cache
 def overloaded() -> Simulation:
     """Two weeks in which twice as much is asked for as six places can do."""
-    return simulate(weeks(2, hours=5.0), {}, capacity=6)
+    return simulate(weeks(2, hours=5.0), {}, fixed(6))
 
 
 @cache
 def mixed() -> Simulation:
     """Tasks of one, two and eight places in a pool of eight."""
-    return simulate(weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8)), {}, capacity=8)
+    return simulate(weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8)), {}, fixed(8))
 
 
 QUOTAS = {f"team-{number}": Share(places=1) for number in range(TEAMS)}
@@ -52,7 +53,7 @@ QUOTAS = {f"team-{number}": Share(places=1) for number in range(TEAMS)}
 @cache
 def borrowed() -> Simulation:
     """Each team has one of six places, and borrows what the others do not use."""
-    return simulate(weeks(4, hours=2.4), QUOTAS, capacity=6)
+    return simulate(weeks(4, hours=2.4), QUOTAS, fixed(6))
 
 
 @pytest.mark.parametrize("run", [busy, overloaded, mixed, borrowed])
@@ -80,14 +81,14 @@ def test_equal_demand_is_served_equally_even_where_it_cannot_be_met() -> None:
     used = overloaded().place_seconds
     # One team that asks for five times as much gets no more than a little more: the others wait no longer for it.
     greedy = (*weeks(2, hours=5.0), *(a for n in range(4) for a in weeks(50 + n, hours=5.0) if a.team == "team-0"))
-    served = simulate(sorted(greedy, key=lambda one: one.at_seconds), {}, capacity=6).place_seconds
+    served = simulate(sorted(greedy, key=lambda one: one.at_seconds), {}, fixed(6)).place_seconds
     assert served["team-0"] <= 1.25 * used["team-0"]
 
 
 def test_a_team_of_twice_the_weight_gets_twice_as_much_while_there_is_too_little() -> None:
     shares = {f"team-{number}": Share(weight=2.0 if number == 0 else 1.0) for number in range(TEAMS)}
     arrivals = weeks(2, hours=12.0)
-    used = simulate(arrivals, shares, capacity=6).place_seconds
+    used = simulate(arrivals, shares, fixed(6)).place_seconds
     others = [used[f"team-{number}"] for number in range(1, TEAMS)]
     assert used["team-0"] / (sum(others) / len(others)) == pytest.approx(2.0, rel=0.15)
 
@@ -96,7 +97,7 @@ def test_a_large_task_is_not_starved_by_a_stream_of_small_ones() -> None:
     # Small tasks of an hour that come every six minutes: more than four places can do. One of four places waits.
     small = [Arrival(at_seconds=360.0 * n, team=f"team-{n % 5}", seconds=3600.0) for n in range(400)]
     large = Arrival(at_seconds=50_000.0, team="large", seconds=600.0, ranks=4)
-    simulation = simulate(sorted([*small, large], key=lambda one: one.at_seconds), {}, capacity=4)
+    simulation = simulate(sorted([*small, large], key=lambda one: one.at_seconds), {}, fixed(4))
     # Its team has used nothing: it is the next in turn, and the longest of what runs is an hour.
     assert longest_wait(simulation, "large") <= 3600.0 + 1e-6
     assert longest_wait(mixed()) < 2 * 86400
@@ -153,7 +154,7 @@ def test_whatever_arrives_all_of_it_ends_and_no_preemption_goes_round_in_circles
     arrivals: tuple[Arrival, ...], quotas: tuple[int | None, ...], capacity: int
 ) -> None:
     shares = {team: Share(places=places) for team, places in zip(("red", "blue", "green"), quotas, strict=True)}
-    simulation = simulate(arrivals, shares, capacity)
+    simulation = simulate(arrivals, shares, fixed(capacity))
     for course in simulation.courses:
         assert course.ended_at is not None
         assert course.preempted_in_a_row <= 1
@@ -162,7 +163,7 @@ def test_whatever_arrives_all_of_it_ends_and_no_preemption_goes_round_in_circles
 
 def test_the_same_arrivals_have_the_same_course() -> None:
     arrivals = weeks(7, hours=2.0, weeks=0.2)
-    assert simulate(arrivals, QUOTAS, 4) == simulate(arrivals, QUOTAS, 4)
+    assert simulate(arrivals, QUOTAS, fixed(4)) == simulate(arrivals, QUOTAS, fixed(4))
 
 
 def test_a_task_that_never_fits_is_told_and_keeps_nobody_waiting() -> None:
@@ -170,7 +171,7 @@ def test_a_task_that_never_fits_is_told_and_keeps_nobody_waiting() -> None:
         Arrival(at_seconds=0.0, team="red", seconds=5.0, ranks=3),
         Arrival(at_seconds=1.0, team="red", seconds=5.0),
     )
-    found = report(simulate(arrivals, {}, capacity=2))
+    found = report(simulate(arrivals, {}, fixed(2)))
     assert found["never_started"] == 1
     assert found["waits"] == [
         {"team": "red", "ranks": 1, "tasks": 1}
@@ -185,7 +186,7 @@ def test_the_figures_are_those_of_the_courses() -> None:
         Arrival(at_seconds=0.0, team="red", seconds=100.0),
         Arrival(at_seconds=60.0, team="blue", seconds=50.0),
     )
-    simulation = simulate(arrivals, {}, capacity=1)
+    simulation = simulate(arrivals, {}, fixed(1))
     assert [course.wait_seconds for course in simulation.courses] == [0.0, 40.0]
     found = report(simulation)
     assert (found["utilisation"], found["jain"]) == (1.0, 0.5)

@@ -31,7 +31,7 @@ from orchestrator.tasks.task_record import TaskRecord
 from subspace_store import adapter_from_bytes
 from subspace_store.formats.peft import write_peft_folder
 from subspace_store.storage.memory import MemoryStorage
-from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
+from tests.builders import LAYOUT, adapter, rows, settings, task_document, with_pools, write_rows
 from tests.workers.tiny_bases import CHAT_TEMPLATE, talking_tokenizer
 from workers import tokens
 from workers.chat_template import ChatTemplate
@@ -359,7 +359,7 @@ def test_a_training_that_is_other_than_its_settings_say_is_warned_of(desk: Desk)
         "the warm-up of 100 steps (training.warmup_steps) is not over when the training ends after 10 steps: the "
         "learning rate gets to 0.0045, never to 0.05 → write fewer, or a share of all steps, below 1",
     )
-    desk.settings = desk.settings.model_copy(update={"workers": desk.settings.workers.model_copy(update={"ranks": 8})})
+    desk.settings = with_pools(desk.settings, ranks=8)
     record, _ = desk.submit(desk.document("red/beta"))  # each of eight ranks takes one row
     assert record.warnings[0].startswith("one step takes 8 rows, more than the 6 training rows")
 

@@ -51,7 +51,7 @@ def test_a_database_of_an_earlier_release_is_read_as_it_was_written(release: str
 @every_release
 def test_a_database_of_an_earlier_release_is_gone_on_with(release: str, tmp_path: Path) -> None:
     queue = TaskQueue(unpacked(release, tmp_path))
-    assert [waiting.task_id for waiting in queue.waiting(limit=2)] == ["t-red-urgent", "t-red-queued"]
+    assert [waiting.task_id for waiting in queue.waiting({"": 2})] == ["t-red-urgent", "t-red-queued"]
     assert {at.task_id: at.version for at in queue.placed()} == {
         "t-blue-published": 3,
         "t-blue-refined": 4,
