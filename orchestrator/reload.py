@@ -47,10 +47,12 @@ def taken_without_restart(before: Settings, after: Settings) -> list[str]:
         if name not in TAKEN
         for key in _differing({name: _plain(sections[name][0])}, {name: _plain(sections[name][1])})
     ]
+    changed += [f"pools.{name}" for name in before.pools if name not in after.pools]
     changed += [
-        f"pools.{name}.{key}" if name in after.pools else f"pools.{name}"
+        f"pools.{name}.{key}"
         for name, pool in before.pools.items()
-        for key in _differing(pool.model_dump(), after.pools[name].model_dump() if name in after.pools else {})
+        if name in after.pools
+        for key in _differing(pool.model_dump(), after.pools[name].model_dump())
         if key not in SIZES
     ]
     resized = [f"pools.{name}" for name, pool in after.pools.items() if before.pools.get(name) != pool]

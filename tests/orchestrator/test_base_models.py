@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 
 from configs.errors import InvalidInput, NotFound, Unavailable
+from configs.settings import Settings
 from orchestrator.alarms import AlarmCode
-from orchestrator.api.requests import ListTasks, ListVersions, ShowScores, ShowTask, Status
+from orchestrator.api.requests import Export, ListTasks, ListVersions, ShowScores, ShowTask, Status
 from orchestrator.api.service import Service
 from subspace_store import SubspaceReader
 from subspace_store.requests import Hold, Rollback, Tag
 from tests.builders import SHA256
 from tests.orchestrator.plant import Plant
+from tests.orchestrator.stand_in_cluster import StandInCluster
 
 SMALL, LARGE, THIRD = "small", "large", "third"
 OF_LARGE = {"base_model": LARGE}
@@ -201,3 +203,44 @@ def test_a_hold_of_one_main_keeps_only_its_own_tasks_waiting(two: Plant) -> None
         LARGE: (False, 1),
     }
     assert (status["base_model"], status["main"]) == (None, None)
+
+
+def test_of_all_base_models_at_most_one_has_its_bases_in_memory(two: Plant) -> None:
+    submit(two, SMALL, "red/alpha")
+    submit(two, LARGE, "red/large")
+    two.run()
+    service = service_of(two)
+
+    def in_memory() -> list[str]:
+        return [name for name, versions in service._of_each.items() if "_tensors" in versions._store.__dict__]
+
+    service.answer(Export(reference="red/alpha", base_model=SMALL))
+    assert in_memory() == [SMALL]
+    service.answer(Export(reference="red/large", base_model=LARGE))
+    assert in_memory() == [LARGE]
+    assert not any("_tensors" in subspace.store.__dict__ for subspace in two.controller.subspaces.values())
+
+
+def test_the_tasks_of_a_base_model_that_left_on_purpose_wait_and_go_on_when_it_is_back(two: Plant) -> None:
+    submit(two, LARGE, "red/first")
+    two.run()
+    submit(two, LARGE, "red/second")
+    submit(two, SMALL, "red/alpha")
+    both = two.settings
+    alone = both.model_dump(mode="json") | {"base_models": [base(SMALL)], "pools": {}}
+    two.settings = Settings.model_validate(alone)
+    two.kill()
+    two.cluster = StandInCluster(two.settings, two.storages, two.service)
+    two.run(lambda: two.states()["red/alpha"] == "published")
+    two.step(10)
+    assert two.states() == {"red/first": "published", "red/second": "queued", "red/alpha": "published"}
+    service = service_of(two)
+    told = service.answer(ShowTask(reference="red/second"))
+    assert told["wait"]["code"] == "never-fits"
+    assert {row["title"] for row in service.answer(ListTasks())} == {"red/first", "red/second", "red/alpha"}
+    two.settings = both
+    two.kill()
+    two.cluster = StandInCluster(two.settings, two.storages, two.service)
+    two.run()
+    assert set(two.states().values()) == {"published"}
+    assert two.held(base_model=LARGE) == ["red/first", "red/second"]
