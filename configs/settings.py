@@ -181,8 +181,8 @@ class TeamSettings(Section):
     queued_max: int = Field(1000, ge=1)
     """Most tasks of the team that may wait at the same time."""
     places: int | None = Field(None, ge=1)
-    """Quota of places at once; a place is room for one rank, a worker where `workers.ranks` is 1. The team borrows what
-    others leave idle, and gives it back when a team within its quota wants it: what was started last writes a
+    """Quota of places at once; a place is room for one rank, a worker in a pool whose `ranks` is 1. The team borrows
+    what others leave idle, and gives it back when a team within its quota wants it: what was started last writes a
     checkpoint and waits again. Default: no quota."""
     place_hours_a_week: float | None = Field(None, gt=0)
     """Quota of hours of places in a week, on average: older use counts less, by half for every seven days. Beyond it

@@ -411,7 +411,7 @@ class Controller:
                 if worker is not None and (what := _stop_for(record)):
                     self._pool.tell(worker, what, record.token)
             elif worker is None and not self._pool.recall(record.worker):
-                message = f"{record.worker} is no longer there: its pool is no longer in the settings, or smaller"
+                message = f"{record.worker} is no longer there: its pool is no longer in the settings"
                 failed = TrainingFailed(token=record.token, fault="preempted", message=message, at=time.time())
                 self._queue.apply(record.task_id, failed)
                 self.wake()
@@ -526,11 +526,10 @@ class Controller:
             if next_step(record) is Step.REFINE and record.pool in found:
                 found[record.pool] += 1
         for name, subspace in self.subspaces.items():
-            # Of a base model that no worker has loaded yet, what can be submitted is known once one has.
-            is_unknown = subspace.workers.layout is None and not subspace.workers.workers
-            if name in unscored or is_unknown:
-                pools = pools_of(self._settings.pools, name)
-                able = [pool for pool in pools if len(self._pool.of(pool)) < pools[pool].max]
+            pools, needs_scorer = pools_of(self._settings.pools, name), name in unscored
+            # While no worker has loaded the base model, nobody knows what may be submitted.
+            if needs_scorer or (subspace.workers.layout is None and not any(found[pool] for pool in pools)):
+                able = [pool for pool in pools if not needs_scorer or len(self._pool.of(pool)) < pools[pool].max]
                 if smallest := min(able, key=lambda pool: size(pool, pools[pool]), default=""):
                     found[smallest] += 1
         return found

@@ -487,9 +487,8 @@ class WorkerPool:
     # --- how many workers --------------------------------------------------------------------------------------
 
     def recall(self, worker: str) -> bool:
-        """Start a worker again that a task was given to; False where its pool has no such worker any more."""
-        pool = self._pools.get(pool_of(worker))
-        if pool is None or not 0 <= number_of(worker) < pool.max:
+        """Start a worker again that a task was given to; False where its pool is no longer in the settings."""
+        if pool_of(worker) not in self._pools:
             return False
         self._start(worker)
         return True

@@ -189,7 +189,7 @@ def gang_actor(
     """The gang of that name: the running one, or a new one that starts to form at once.
 
     Args:
-        As in `worker_actor`; `workers.ranks` says how many ranks, `workers.placement` how close together.
+        As in `worker_actor`; `ranks` of `workers` says how many, its `placement` how close together.
 
     Returns:
         A handle with a worker's methods as remote calls.

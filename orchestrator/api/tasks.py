@@ -23,7 +23,7 @@ from orchestrator.api.why import Surroundings, wait_of, why
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, ends, pace_of
 from orchestrator.scheduling.fair_share import Waiting
-from orchestrator.scheduling.pools import told
+from orchestrator.scheduling.pools import described
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
 from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Drain, Pause, TaskRecord, TaskState
@@ -130,7 +130,7 @@ class Tasks:
             pauses=pauses,
             decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
             idle_causes=controller.idle_causes(record.pool),
-            pools=told(self._sources.settings.pools),
+            pools=described(self._sources.settings.pools),
             titles={task_id: found.title for task_id, found in self._sources.queue.among(record.awaits).items()},
             alarms=self._sources.ringing(record.base_model),
         )
@@ -411,7 +411,7 @@ class Tasks:
             pace=line.paces.get(record.pool),
             start=line.starts.get(record.task_id),
             idle_causes=controller.idle_causes(record.pool) if controller else (),
-            pools=told(self._sources.settings.pools),
+            pools=described(self._sources.settings.pools),
             phase=str(self._sources.queue.progress(record.task_id).get("phase", ""))
             if views.is_at_work(record)
             else "",

@@ -45,8 +45,8 @@ class Surroundings:
     """When it starts; None: not known."""
     idle_causes: Collection[str] = ()
     """What the workers of the task's pool do, where none of them is ready."""
-    pools: str = ""
-    """What pools there are, for people."""
+    pools: Mapping[str, str] = field(default_factory=dict)
+    """Pools that there are, with what each has, for people."""
     phase: str = ""
     """Phase that the task's worker reported last."""
     held: Hold | None = None
@@ -164,7 +164,7 @@ def _cause(wait: Wait, around: Surroundings) -> str:
         WaitCode.PAUSED: about,
         WaitCode.DEPENDENCY: f"comes after {about}",
         WaitCode.NOT_BEFORE: f"is not started before {at}",
-        WaitCode.NEVER_FITS: f"there is no pool '{wait.pool}' any more; pools: {around.pools}",
+        WaitCode.NEVER_FITS: _never_fits(wait, around),
         WaitCode.OVER_QUOTA: f"gave its place back, and borrows none before {at}"
         if at
         else "its team has its quota, and others leave it nothing to borrow",
@@ -181,9 +181,16 @@ def _of(wait: Wait) -> str:
     return f" of pool {wait.pool}" if wait.pool not in ("", DEFAULT_POOL) else ""
 
 
+def _never_fits(wait: Wait, around: Surroundings) -> str:
+    if not wait.pool or wait.pool in around.pools:
+        return "asks for more places than there are"
+    there_are = "; ".join(f"'{name}', {has}" for name, has in around.pools.items())
+    return f"its pool '{wait.pool}' is no longer in the settings; there are: {there_are}"
+
+
 def _idle(around: Surroundings) -> str:
     causes = "; ".join(sorted(set(around.idle_causes)))
-    return f": {causes}" if causes else ""
+    return f": {causes or 'one is started for the first task that waits'}"
 
 
 def _start(around: Surroundings) -> str:

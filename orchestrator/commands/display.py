@@ -216,6 +216,7 @@ def _print_outlook(answer: Json) -> None:
     """What a task would meet that is not submitted yet."""
     if "why" not in answer:
         return
+    console.print(f"  pool       {shown(answer['pool'])}", soft_wrap=True)
     console.print(f"  now        {shown(answer['why'])}", soft_wrap=True)
     if (end := answer["end"]) is not None:
         earliest, latest, cost = map(duration, (end["earliest"], end["latest"], answer["cost_worker_seconds"]))

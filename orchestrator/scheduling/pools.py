@@ -16,13 +16,9 @@ ANY = ResourceSpec()
 """What a task needs that asks for nothing."""
 
 
-def pools_of(pools: Mapping[str, PoolSettings], base_model: str, only: str = "") -> dict[str, PoolSettings]:
-    """The pools whose workers load a base model.
-
-    Args:
-        only: Name of the one base model of the service, which pools that name none belong to.
-    """
-    return {name: pool for name, pool in pools.items() if (pool.base_model or only or base_model) == base_model}
+def pools_of(pools: Mapping[str, PoolSettings], base_model: str) -> dict[str, PoolSettings]:
+    """The pools whose workers load a base model."""
+    return {name: pool for name, pool in pools.items() if pool.base_model == base_model}
 
 
 def chosen_pool(pools: Mapping[str, PoolSettings], named: str | None, needs: ResourceSpec | None) -> str:
@@ -56,12 +52,15 @@ def size(name: str, pool: PoolSettings) -> tuple[int, float, float, float, str]:
     return pool.ranks, pool.gpus, pool.cpus, pool.memory_gb or 0.0, name
 
 
-def told(pools: Mapping[str, PoolSettings]) -> str:
-    """Pools with what they have, for people, the smallest first."""
+def described(pools: Mapping[str, PoolSettings]) -> dict[str, str]:
+    """Pool to what it has, for people, the smallest first."""
     names = sorted(pools, key=lambda name: size(name, pools[name]))
-    return "; ".join(
-        f"'{name}', {counted_ranks(pools[name].ranks)} with {pools[name].gpus:g} GPUs each" for name in names
-    )
+    return {name: f"{counted_ranks(pools[name].ranks)} with {pools[name].gpus:g} GPUs each" for name in names}
+
+
+def told(pools: Mapping[str, PoolSettings]) -> str:
+    """The same in one line."""
+    return "; ".join(f"'{name}', {has}" for name, has in described(pools).items()) or "none"
 
 
 def counted_ranks(count: int) -> str:

@@ -33,7 +33,7 @@ def doubtful_settings(spec: TaskSpec, row_count: int, ranks: int) -> Iterator[st
 
     Args:
         row_count: Number of training rows; 0 for an import.
-        ranks: Number of processes that train one task together (`workers.ranks`).
+        ranks: Number of processes that train one task together (`ranks` of its pool).
     """
     if names := ", ".join(f"method.{name}" for name in spec.method.without_effect):
         yield (

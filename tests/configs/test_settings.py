@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from configs.document import without_password
 from configs.errors import InvalidInput
-from configs.settings import Settings, read_settings
+from configs.settings import PoolSettings, Settings, read_settings
 from tests.builders import SHA256
 
 ROOT = Path(__file__).parents[2]
@@ -203,7 +203,9 @@ def test_a_quota_has_room_for_one_task_at_least(tmp_path: Path) -> None:
         written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 4, "place_hours_a_week": 0.5}})
     )
     assert read.teams["red"].places == 4
-    with pytest.raises(InvalidInput, match=r"teams.red.places is 3, and a task takes 4 \(workers.ranks\)"):
+    with pytest.raises(
+        InvalidInput, match=r"teams.red.places is 3, and a task takes 4 \(the ranks of pool 'default'\)"
+    ):
         read_settings(written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 3}}))
 
 
@@ -247,3 +249,27 @@ def test_what_does_not_say_which_base_model_is_meant_is_refused(
 ) -> None:
     with pytest.raises(InvalidInput, match=re.escape(said)):
         several(tmp_path, **changes)
+
+
+def test_workers_are_one_pool_of_a_fixed_size(tmp_path: Path) -> None:
+    read = read_settings(written(tmp_path, workers={"count": 3, "cpus": 2, "lease_seconds": 7}))
+    assert read.pools == {"default": PoolSettings(min=3, max=3, cpus=2, lease_seconds=7, base_model="tiny")}
+    # As the state folder keeps them, with both keys, they are the same settings.
+    assert Settings.model_validate(read.model_dump(mode="json")) == read
+    assert read_settings(written(tmp_path)).pools == {"default": PoolSettings(min=2, max=2, base_model="tiny")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"workers": {"count": 1}, "pools": {"small": {"max": 2}}}, "workers and pools exclude each other"),
+        ({"pools": {"small": {"max": 2, "min": 3}}}, "pools.small: min is 3, and max 2: set min to 2 or less"),
+        ({"pools": {"small": {}}}, "pools.small.max"),
+        ({"pools": {"worker": {"max": 1}}}, "a pool cannot be called 'worker'"),
+        ({"pools": {"small": {"max": 1, "rank": 2}}}, "unknown key 'pools.small.rank'"),
+        ({"pools": {"wide": {"max": 1, "ranks": 2, "gpus": 0.5}}}, "cannot share a GPU"),
+    ],
+)
+def test_pools_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        read_settings(written(tmp_path, **changes))

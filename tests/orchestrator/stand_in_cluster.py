@@ -50,6 +50,8 @@ class StandInCluster:
         """Worker to the address of its machine; empty while it waits for a place."""
         self.avoided: frozenset[str] = frozenset()
         """Machines on which nothing new is placed."""
+        self._placeless: list[tuple[str, Future[Any]]] = []
+        """Workers that load the base model once they have a machine."""
         self.ended: list[str] = []
         """Workers that were ended, in their order."""
         self._lock = threading.RLock()
@@ -142,7 +144,8 @@ class StandInCluster:
 
     def warm(self, worker: str) -> Future[Any]:
         if not self.machine_of(worker):
-            return Future()
+            self._placeless.append((worker, future := Future()))
+            return future
         if self._has_died(worker):
             return _lost(worker)
         return _landed(LAYOUT) if self.load_error is None else _failed(self.load_error)
@@ -232,6 +235,9 @@ class StandInCluster:
         self._stores.pop(base_model, None)
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
+        for worker, future in [one for one in self._placeless if self.machine_of(one[0])]:
+            self._placeless.remove((worker, future))
+            future.set_result(LAYOUT)
         done = wait(calls, timeout_seconds, FIRST_COMPLETED).done
         return [call for call in calls if call in done]
 

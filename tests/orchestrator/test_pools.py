@@ -1,0 +1,251 @@
+"""Pools in the loop: they grow while tasks wait, give back what is idle, do not block each other, are drained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orchestrator import worker_pool
+from orchestrator.api.requests import DrainWorker, ListTasks, ShowTask
+from orchestrator.api.service import Service
+from orchestrator.scheduling.reasons import WaitCode
+from orchestrator.tasks.task_record import Drain, TaskState
+from tests.orchestrator.plant import Plant
+from workers.orders import Train
+
+MakePlant = Callable[..., Plant]
+TWO = {
+    "single": {"min": 1, "max": 3, "idle_seconds": 0},
+    "gang": {"max": 1, "ranks": 4, "idle_seconds": 0},
+}
+
+
+def at_work(plant: Plant) -> dict[str, str]:
+    """Title of each task that trains to its worker."""
+    return {record.title: record.worker for record in plant.queue.tasks((TaskState.TRAINING,))}
+
+
+def service(plant: Plant) -> Service:
+    return Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+
+
+def trains(order: Any) -> bool:
+    return isinstance(order, Train)
+
+
+@pytest.fixture
+def plant(make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    monkeypatch.setattr(worker_pool, "LOOK_SECONDS", 0.0)
+    made = make_plant(pools=TWO)
+    made.cluster.hold = trains
+    return made
+
+
+def test_a_pool_grows_to_its_most_while_tasks_wait_and_keeps_its_least_afterwards(plant: Plant) -> None:
+    plant.step(3)
+    assert plant.cluster.workers == ("single-0",)
+    tasks = [f"red/{name}" for name in "abcde"]
+    plant.submit(*tasks, pool="single")
+    plant.run(lambda: len(at_work(plant)) == 3)
+    plant.step(5)
+    assert sorted(at_work(plant).values()) == ["single-0", "single-1", "single-2"]  # three of five
+    assert plant.controller.describe_pools()["single"].count("busy") == 3
+    plant.cluster.release()
+    plant.run()
+    plant.run(lambda: len(plant.cluster.workers) == 1)  # idle for no time at all: only the least is left
+    assert sorted(plant.cluster.ended) == sorted({"single-0", "single-1", "single-2"} - {*plant.cluster.workers})
+    assert plant.states() == dict.fromkeys(tasks, "published")
+
+
+def test_an_idle_worker_stays_for_as_long_as_the_settings_say(
+    make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = make_plant(pools={"one": {"max": 2, "idle_seconds": 300}})
+    plant.submit("red/a", pool="one")
+    plant.run()
+    plant.step(5)
+    (worker,) = plant.controller._pool.workers.values()
+    now = time.time()
+    monkeypatch.setattr(worker_pool.time, "time", lambda: now + 290)
+    plant.controller.wake()
+    plant.step(3)
+    assert plant.cluster.workers == (worker.name,)
+    monkeypatch.setattr(worker_pool.time, "time", lambda: now + 310)
+    plant.step(3)  # nothing else wakes the loop
+    assert plant.cluster.workers == ()
+
+
+def test_two_pools_do_not_block_each_other_and_a_gang_is_charged_for_all_its_places(plant: Plant) -> None:
+    singles = plant.submit(*(f"red/{n}" for n in range(20)), pool="single")
+    plant.submit("red/large", pool="gang")
+    plant.run(lambda: len(at_work(plant)) == 4)
+    assert at_work(plant)["red/large"] == "gang-0"
+    assert (plant.get("red/large").places, plant.get("red/0").places) == (4, 1)
+    last = plant.get(singles[-1].title)
+    wait = plant.controller.wait_in_line(last)
+    assert (wait.code, wait.pool) == (WaitCode.NO_FREE_PLACE, "single")
+    asked = service(plant)
+    assert "all places of pool single are in use" in asked.task(ShowTask(reference=last.title))["why"]
+    rows = asked.tasks(ListTasks(limit=30))
+    assert [row["place"] for row in rows if row["state"] == "queued"] == list(range(1, 18))
+    assert [row["pool"] for row in rows[-2:]] == ["single", "gang"]
+    token = plant.get("red/large").token
+    plant.cluster.release()
+    plant.run(lambda: plant.get("red/large").state is TaskState.PUBLISHED)
+    (spent, *_) = [one for one in plant.queue.spent(plant.get("red/large").task_id) if one.token == token]
+    assert (spent.seconds, spent.places) == (2.5, 4)
+
+
+def test_a_service_whose_pools_are_all_empty_loads_the_base_model_once_and_gives_the_worker_back(
+    make_plant: MakePlant,
+) -> None:
+    plant = make_plant(
+        pools={"large": {"max": 1, "cpus": 2, "idle_seconds": 0}, "small": {"max": 1, "idle_seconds": 0}}
+    )
+    plant.run(lambda: plant.controller.layout is not None and not plant.cluster.workers)
+    assert plant.cluster.ended == ["small-0"]
+
+
+def test_a_task_whose_pool_was_taken_out_of_the_settings_says_so_and_others_get_another_pool(plant: Plant) -> None:
+    plant.submit("red/named", pool="old", spec={"pool": "old"})
+    plant.submit("red/any", pool="old")
+    plant.submit("red/large", pool="", spec={"resources": {"ranks": 2}})  # as a release without pools took it in
+    plant.run(lambda: len(at_work(plant)) == 2)
+    assert at_work(plant) == {"red/any": "single-0", "red/large": "gang-0"}
+    assert plant.controller.wait_in_line(plant.get("red/named")).code is WaitCode.NEVER_FITS
+    asked = service(plant)
+    assert asked.task(ShowTask(reference="red/named"))["why"] == (
+        "its pool 'old' is no longer in the settings; there are: 'single', 1 rank with 0 GPUs each; 'gang', 4 ranks "
+        "with 0 GPUs each"
+    )
+    assert asked.status()["waiting"] == {"red": {"never-fits": 1}}
+
+
+def test_a_grown_worker_is_found_again_after_a_restart_and_its_task_goes_on(plant: Plant) -> None:
+    plant.submit("red/a", "red/b", pool="single")
+    plant.run(lambda: len(at_work(plant)) == 2)
+    tokens = {order.token for order in plant.cluster.held}
+    plant.kill()
+    plant.step(5)
+    assert {order.token for order in plant.cluster.held} == tokens
+    plant.cluster.release()
+    plant.run()
+    assert [plant.get(title).attempt for title in ("red/a", "red/b")] == [1, 1]
+
+
+def test_a_grown_worker_that_is_gone_after_a_restart_is_started_again_for_its_task(plant: Plant) -> None:
+    plant.submit("red/a", "red/b", pool="single")
+    plant.run(lambda: len(at_work(plant)) == 2)
+    plant.cluster.machine_dies()
+    plant.cluster._dying = set()
+    plant.cluster._memory = {}  # Ray was started anew
+    plant.kill()
+    plant.cluster.release()
+    plant.run()
+    assert [(task.attempt, task.lost_machines) for task in map(plant.get, ("red/a", "red/b"))] == [(1, 0), (1, 0)]
+
+
+def test_a_worker_that_waits_for_a_machine_rings_no_alarm_and_tells_what_it_waits_for(plant: Plant) -> None:
+    plant.cluster.machine_of = lambda worker: "10.0.0.1" if worker == "single-0" else ""
+    plant.submit("red/a", "red/b", pool="single")
+    plant.submit("red/large", pool="gang")
+    plant.run(lambda: "gang-0" in plant.cluster.workers and "single-1" in plant.cluster.workers)
+    plant.step(5)
+    assert at_work(plant) == {"red/a": "single-0"}
+    assert plant.controller.describe_workers()["single-1"].startswith("waiting for a place for")
+    wait = plant.controller.wait_in_line(plant.get("red/large"))
+    assert (wait.code, wait.pool) == (WaitCode.GANG_INCOMPLETE, "gang")
+    assert not list(plant.controller.alarms)
+    plant.cluster.machine_of = lambda worker: "10.0.0.2"  # an autoscaler brought a machine
+    plant.run(lambda: len(at_work(plant)) == 3)
+
+
+# --- drain -------------------------------------------------------------------------------------------------------
+
+
+def drain(plant: Plant, what: str, **changes: Any) -> dict[str, Any]:
+    return service(plant).drain(DrainWorker(what=what, by="ann", **{"reason": "new kernel"} | changes))
+
+
+def test_what_trains_on_a_drained_worker_goes_on_elsewhere_from_its_checkpoint(plant: Plant) -> None:
+    plant.submit("red/a", pool="single")
+    plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
+    assert drain(plant, "single-0")["is_new"]
+    plant.run(lambda: at_work(plant) == {"red/a": "single-1"})
+    plant.run(lambda: "single-0" not in plant.cluster.workers)
+    task = plant.get("red/a")
+    assert (task.attempt, task.preemptions, task.lost_machines, task.own_bugs) == (2, 1, 0, 0)
+    told = [event.text for event in plant.queue.events(task.task_id) if event.kind == "TrainingFailed"]
+    assert told == [
+        "now queued · fault preempted · single-0 is drained by ann: new kernel; it goes on from its last checkpoint"
+    ]
+    (order,) = [order for order in plant.cluster.held if isinstance(order, Train)]
+    assert order.attempt == 2  # its worker looks for the checkpoint of the attempt before
+    plant.submit(*(f"red/{n}" for n in range(5)), pool="single")
+    plant.step(10)
+    assert sorted(at_work(plant).values()) == ["single-1", "single-2"]  # of three one is out
+    plant.kill()  # it is a fact in the database
+    plant.step(10)
+    assert "single-0" not in plant.cluster.workers
+    assert service(plant).health()["drains"][0]["what"] == "single-0"
+    assert not drain(plant, "single-0", undo=True)["drain"]
+    plant.run(lambda: len(at_work(plant)) == 3)
+
+
+def test_with_wait_a_drained_worker_ends_its_task_first_and_gets_nothing_new(plant: Plant) -> None:
+    plant.submit("red/a", pool="single")
+    plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
+    drain(plant, "single-0", wait=True)
+    plant.step(5)
+    assert at_work(plant) == {"red/a": "single-0"}
+    assert plant.controller.describe_workers()["single-0"].endswith("; single-0 is drained by ann: new kernel")
+    plant.cluster.release()
+    plant.run()
+    plant.run(lambda: "single-0" not in plant.cluster.workers)
+    assert (plant.get("red/a").attempt, plant.get("red/a").preemptions) == (1, 0)
+
+
+def test_a_worker_that_is_lost_while_it_is_drained_counts_as_no_lost_machine(plant: Plant) -> None:
+    plant.submit("red/a", pool="single")
+    plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
+    drain(plant, "single-0", wait=True)
+    plant.step(2)
+    plant.cluster.machine_dies()  # somebody was quicker than the training
+    plant.run(lambda: plant.get("red/a").preemptions == 1)
+    assert plant.get("red/a").lost_machines == 0
+
+
+def test_a_drained_machine_empties_and_its_workers_are_made_up_for_on_others(plant: Plant) -> None:
+    placed: dict[str, str] = {}
+    plant.cluster.machine_of = lambda worker: placed.setdefault(
+        worker, "10.0.0.9" if "10.0.0.1" in plant.cluster.avoided else "10.0.0.1"
+    )
+    plant.submit("red/a", "red/b", pool="single")
+    plant.submit("red/large", pool="gang")
+    plant.run(lambda: len(at_work(plant)) == 3)
+    answer = drain(plant, "10.0.0.1", is_node=True)
+    assert sorted(answer["workers"]) == ["gang-0", "single-0", "single-1"]
+    plant.run(lambda: len(at_work(plant)) == 3 and not {*at_work(plant).values()} & {*answer["workers"]})
+    assert sorted(at_work(plant).values()) == ["gang-1", "single-2", "single-3"]
+    assert {placed[worker] for worker in plant.cluster.workers} == {"10.0.0.9"}
+    assert plant.get("red/large").lost_machines == 0
+
+
+def test_what_is_not_there_cannot_be_drained(plant: Plant) -> None:
+    plant.step(3)
+    for what, is_node, known in (("single-7", False, "single-0"), ("10.9.9.9", True, "10.0.0.1")):
+        with pytest.raises(Exception, match=f"there is no .*\n.*there are: {known}"):
+            drain(plant, what, is_node=is_node)
+
+
+def test_drains_are_kept_and_taken_back(plant: Plant) -> None:
+    asked = Drain(what="single-0", by="ann", reason="r", at=5.0)
+    assert plant.queue.set_drain("single-0", False, asked) is None
+    assert plant.queue.set_drain("single-0", False, asked.model_copy(update={"waits": True})) == asked
+    assert [one.waits for one in plant.queue.drains()] == [True]
+    assert plant.queue.set_drain("single-0", True, None) is None  # a machine of that address is another thing
+    assert plant.queue.set_drain("single-0", False, None) is not None
+    assert plant.queue.drains() == []
