@@ -167,7 +167,7 @@ def test_a_worker_that_waits_for_a_machine_rings_no_alarm_and_tells_what_it_wait
 
 
 def drain(plant: Plant, what: str, **changes: Any) -> dict[str, Any]:
-    return service(plant).drain(DrainWorker(what=what, by="ann", **{"reason": "new kernel"} | changes))
+    return service(plant).tasks.drain(DrainWorker(what=what, by="ann", **{"reason": "new kernel"} | changes))
 
 
 def test_what_trains_on_a_drained_worker_goes_on_elsewhere_from_its_checkpoint(plant: Plant) -> None:
@@ -190,7 +190,7 @@ def test_what_trains_on_a_drained_worker_goes_on_elsewhere_from_its_checkpoint(p
     plant.kill()  # it is a fact in the database
     plant.step(10)
     assert "single-0" not in plant.cluster.workers
-    assert service(plant).health()["drains"][0]["what"] == "single-0"
+    assert service(plant).status.health()["drains"][0]["what"] == "single-0"
     assert not drain(plant, "single-0", undo=True)["drain"]
     plant.run(lambda: len(at_work(plant)) == 3)
 

@@ -260,6 +260,7 @@ def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
     before = site.plant.state
     answer = site.client.ask(PreviewRollback(version=1))
     assert answer == {
+        "base_model": "tiny",
         "preview": True,
         "held": False,
         "from_version": 2,
