@@ -462,8 +462,8 @@ def _keep_settings(settings: Settings, state_dir: Path, is_running: bool, config
     """Write the settings beside what they made, so that later commands need no option."""
     file = state_dir / SETTINGS_FILE
     if is_running and file.read_text() != settings_text(settings):
-        again = f"onebasis up --config {config}" if config else "onebasis up"  # alone it would take those of before
-        todo = f"`onebasis down`, then `{again}`; or `onebasis reload --config {config}`, which says what it can take"
+        named = f" --config {config}" if config else ""  # alone `up` would take those of before
+        todo = f"`onebasis down`, then `onebasis up{named}`; or `onebasis reload{named}`, which says what it can take"
         raise Conflict("the service runs with other settings", str(file), todo)
     keep_settings(settings, state_dir)
     if config is not None:
