@@ -50,7 +50,7 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 
 
 def test_the_commands_are_these() -> None:
-    running = {"up", "down", "status"}
+    running = {"up", "down", "reload", "status"}
     of_tasks = {
         "submit",
         "import",
@@ -63,6 +63,8 @@ def test_the_commands_are_these() -> None:
         "preempt",
         "logs",
         "simulate",
+        "drain",
+        "workers",
     }
     of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
     assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
@@ -189,8 +191,9 @@ def test_a_number_with_brackets_is_shown_as_it_is_and_not_as_colour(onebasis: On
 def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: Onebasis) -> None:
     before = site.client.ask(ListTasks())
     result = onebasis("submit", "--dry-run", task_file(site, "red/dry"))
-    first, now, end, cost = result.stdout.splitlines()
+    first, pool, now, end, cost = result.stdout.splitlines()
     assert (result.exit_code, first) == (0, "red/dry is fine: 6 training rows, 1 evaluation row")
+    assert pool == "  pool       default"
     assert now.startswith("  now        is about to start; place 1, 0 before it; starts at once")
     assert end == "  trained    between 2 s and 17 s from now, in four of five cases"
     assert cost == "  cost       about 2 s of a worker, as the last tasks"
@@ -253,7 +256,7 @@ def test_arrivals_are_simulated_under_the_settings_of_the_service(onebasis: Oneb
     table = tmp_path / "arrivals.csv"
     table.write_text("at_seconds,team,seconds\n0,red,100\n0,red,100\n30,blue,50\n")
     found = json.loads(onebasis("simulate", str(table), "--json").stdout)
-    assert found["waits"][0] == {"team": "blue", "ranks": 1, "tasks": 1} | dict.fromkeys(
+    assert found["waits"][0] == {"team": "blue", "pool": "default", "ranks": 1, "tasks": 1} | dict.fromkeys(
         ("mean_seconds", "p50_seconds", "p90_seconds", "max_seconds"), 70.0
     )
     assert "never started" in onebasis("simulate", str(table)).stdout
@@ -598,3 +601,24 @@ def test_an_adapter_at_a_url_is_refused_by_that_url(onebasis: Onebasis) -> None:
     assert result.exit_code == 2
     assert "https://hub/a" in result.output
     assert "is a URL, and only files and folders are read" in result.output
+
+
+@pytest.mark.changes
+def test_a_worker_is_drained_and_taken_back_and_shown_by_its_pool(site: Site, onebasis: Onebasis) -> None:
+    shown = onebasis("workers").stdout
+    assert "default  2 warm (of 2)" in shown
+    assert "worker-0  free  on 10.0.0.1" in shown
+    for nothing in ((), ("worker-0", "--node", "10.0.0.1")):
+        refused = onebasis("drain", *nothing)
+        assert (refused.exit_code, "names not exactly one of" in refused.stderr) == (2, True)
+    assert "there is no worker of that name" in onebasis("drain", "worker-7").stderr
+    drained = onebasis("drain", "worker-0", "--reason", "new kernel", "--json")
+    assert json.loads(drained.stdout)["drain"]["reason"] == "new kernel"
+    until = time.monotonic() + 10
+    while "worker-0" in json.loads(onebasis("workers", "--json").stdout)["pools"]["default"]["workers"]:
+        assert time.monotonic() < until
+    status = onebasis("status").stdout
+    assert "pool     default: 1 warm (of 2)" in status
+    assert "worker-0 is drained by ann for" in status
+    assert "`onebasis drain --undo worker-0` takes it back" in status
+    assert "tasks are given there again" in onebasis("drain", "worker-0", "--undo").stderr

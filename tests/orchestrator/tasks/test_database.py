@@ -17,7 +17,7 @@ from orchestrator.scheduling.fair_share import Use
 from orchestrator.tasks import database
 from orchestrator.tasks.task_events import CancelRequested, Claimed
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import Pause
+from orchestrator.tasks.task_record import Drain, Pause
 from tests.builders import task_record
 
 KNOWN = "t-red-alpha"
@@ -38,8 +38,11 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "waiting": lambda q: q.waiting({"default": 3}),
     "queued": lambda q: q.queued(),
     "alive_of_base_models": lambda q: q.alive_of_base_models(),
+    "pools_in_line": lambda q: q.pools_in_line(),
+    "queued_for": lambda q: q.queued_for("default"),
     "due": lambda q: q.due(5.0),
     "pauses": lambda q: q.pauses(),
+    "drains": lambda q: q.drains(),
     "placed": lambda q: q.placed("tiny"),
     "is_anyone_unjudged": lambda q: q.is_anyone_unjudged("tiny"),
     "living_of_names": lambda q: q.living_of_names(["red/alpha"]),
@@ -56,6 +59,7 @@ WRITES: dict[str, Callable[[TaskQueue], Any]] = {
     "try_apply": lambda q: q.try_apply([KNOWN], CancelRequested("ann", 2.0)),
     "heartbeat": lambda q: q.heartbeat(KNOWN, "tok", 9.0, {"step": 1}),
     "set_pause": lambda q: q.set_pause("red", Pause(by="ann", at=2.0)),
+    "set_drain": lambda q: q.set_drain("worker-0", False, Drain(what="worker-0", by="ann", at=2.0)),
     "append": lambda q: q.append(KNOWN, [("log", "a line")]),
     "append_log": lambda q: q.append_log(KNOWN, ["a line"]),
     "charge": lambda q: q.charge(KNOWN, Use(team="red", seconds=1.0, ended_at=2.0), token="t", what="score"),
@@ -154,7 +158,7 @@ def test_a_database_that_may_not_be_written_is_unavailable_with_what_to_allow(
 @every_method
 def test_a_table_that_is_gone_is_unavailable(file: Path, queue: TaskQueue, ask: Callable[[TaskQueue], Any]) -> None:
     with sqlite3.connect(file) as connection:
-        for table in ("tasks", "events", "uses", "team_uses", "pauses"):
+        for table in ("tasks", "events", "uses", "team_uses", "pauses", "drains"):
             connection.execute(f"DROP TABLE {table}")
     with pytest.raises(Unavailable, match="the task database does not answer: no such table"):
         ask(queue)
