@@ -122,7 +122,7 @@ def test_a_task_whose_pool_was_taken_out_of_the_settings_says_so_and_others_get_
         "its pool 'old' is no longer in the settings; there are: 'single', 1 rank with 0 GPUs each; 'gang', 4 ranks "
         "with 0 GPUs each"
     )
-    assert asked.status()["waiting"] == {"red": {"never-fits": 1}}
+    assert service(plant).status.status()["waiting"] == {"red": {"never-fits": 1}}
 
 
 def test_a_grown_worker_is_found_again_after_a_restart_and_its_task_goes_on(plant: Plant) -> None:

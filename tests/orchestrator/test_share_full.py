@@ -381,7 +381,7 @@ def test_after_a_removal_records_follow_what_was_made_again(full: Plant, gone: s
         full.submit(title)
         full.run()
     full.cluster.write(
-        BASE, BASE, Remove(task_id=full.get(gone).task_id, op_key="remove:r", actor="ann", publish=True)
+        BASE, Remove(task_id=full.get(gone).task_id, op_key="remove:r", actor="ann", publish=True)
     ).result()
     full.controller.wake(log_moved=True)
     full.run(lambda: full.get(gone).state is TaskState.PARKED)

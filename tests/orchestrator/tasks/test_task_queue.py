@@ -118,7 +118,7 @@ class TestPostgresTaskQueue(TaskQueueContract):
         engine = create_engine(postgres)
         with engine.begin() as connection:
             connection.exec_driver_sql(
-                "DROP TABLE IF EXISTS tasks, events, uses, team_uses, awaits, pauses, onebasis_schema"
+                "DROP TABLE IF EXISTS tasks, events, uses, team_uses, awaits, pauses, drains, onebasis_schema"
             )
         engine.dispose()
         return postgres
