@@ -63,7 +63,7 @@ def measure(
         say("no --data: the six tasks of examples/ instead of ten text sets")
         folder = folder / "examples"
     specs = tasks(data)
-    settings = read_settings(ROOT / "configs/local.yaml").base_model
+    settings = read_settings(ROOT / "configs/local.yaml").bases[0]
     base = load_base_model(settings.model_copy(update={"device": "cpu"}))
     result: Figures = {"tasks": list(specs), "data": "examples/" if data is None else "text sets given by --data"}
     for kind, adapters in trained(base, specs, folder, kinds).items():

@@ -211,7 +211,7 @@ def leading_basis(adapters: Sequence[Adapter], count: int) -> dict[str, ModuleBa
 
 def base_model() -> BaseModel:
     """The base model of the examples, on the CPU."""
-    settings = read_settings(ROOT / "configs/local.yaml").base_model
+    settings = read_settings(ROOT / "configs/local.yaml").bases[0]
     return load_base_model(settings.model_copy(update={"device": "cpu"}))
 
 

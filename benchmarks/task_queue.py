@@ -100,10 +100,11 @@ class Rig:
         self.queue = TaskQueue(self.settings.database_url)
         self._fill(waiting, ended)
         storage = open_storage(self.settings.storage, BASE)
-        self.cluster = StandInCluster(self.settings, storage)
+        self.cluster = StandInCluster(self.settings, {BASE: storage})
         self.cluster.hold = lambda order: True
         self.storage = storage
-        self.controller = Controller(self.settings, self.queue, storage, SubspaceReader.open(storage), self.cluster)
+        stores = {BASE: SubspaceReader.open(storage)}
+        self.controller = Controller(self.settings, self.queue, stores, self.cluster)
         while len(self.cluster.held) < WORKERS:
             self.controller.step()
         self._turn = 0

@@ -65,6 +65,8 @@ Line = Annotated[str, Field(max_length=LINE_MAX), AfterValidator(_one_line)]
 VersionNumber = Annotated[int, Field(ge=0, le=2**53, description="the number of a version: 0, 1, 2, …")]
 """Of a subspace; 0 is the empty one. No larger than what JSON's readers keep exactly."""
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+OfBaseModel = Annotated[Name | None, Field(description="the name of a base model of this service")]
+"""Base model that is meant; None: the only one. Where a service has several, None is refused with their names."""
 Title = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}/[a-z0-9][a-z0-9._-]{0,62}$")]
 """`team/name` of a task."""
 

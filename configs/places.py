@@ -147,6 +147,8 @@ def located(section: S, root: Path) -> S:
             changes[name] = _each(value, mark, root)
         elif isinstance(value, Section):
             changes[name] = located(value, root)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            changes[name] = tuple(located(one, root) for one in value)
     return section.model_copy(update=changes)
 
 

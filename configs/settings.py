@@ -6,6 +6,7 @@ chain, a Postgres password from its own file or environment.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -13,14 +14,15 @@ from pydantic import Field, model_validator
 
 from configs import places
 from configs.document import Name, Section, read_document
+from configs.errors import InvalidInput, NotFound
 from configs.places import Located
 
 
 class BaseModelSettings(Section):
-    """The one base model whose subspace this service keeps."""
+    """A base model whose subspace this service keeps."""
 
     name: Name
-    """What task files call it."""
+    """What task files call it, and the folder of its store below `storage.url`: it cannot be changed later."""
     source: Annotated[str, Located(places.model)]
     """Where the weights are: a folder, a hub id, or `package:NAME/FOLDER` inside an installed Python package."""
     weights_sha256: str = Field(
@@ -233,12 +235,16 @@ class ServerSettings(Section):
 
 
 class Settings(Section):
-    """One service: one base model, one subspace, its teams and its machines."""
+    """One service: its base models, each with a subspace of its own, its teams and its machines."""
 
     state_dir: Annotated[str, Located(places.absolute)] = ".onebasis"
     """Folder for the service's own files (database, logs, addresses). Relative paths in this file start from the folder
     where `onebasis up` runs; `~` is the home folder."""
-    base_model: BaseModelSettings
+    base_model: BaseModelSettings | None = None
+    """The base model, where there is one; instead of `base_models`."""
+    base_models: tuple[BaseModelSettings, ...] = ()
+    """The base models, each as `base_model` would be: each has a store, branches and scores of its own. Teams, gate and
+    the rules of merging are the same for all. Without `pools`, each has as many workers as `workers` says."""
     teams: dict[Name, TeamSettings] = Field(min_length=1)
     data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)
     """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
@@ -256,15 +262,66 @@ class Settings(Section):
     server: ServerSettings = Field(default_factory=ServerSettings)
 
     @model_validator(mode="after")
-    def _workers_are_a_pool(self) -> Settings:
-        own = {DEFAULT_POOL: (self.workers or WorkerSettings()).pool}
-        if self.workers is not None and self.pools and self.pools != own:
-            raise ValueError(f"workers and pools exclude each other: write workers as the pool '{DEFAULT_POOL}'")
-        if WORKER in self.pools:
-            raise ValueError(f"a pool cannot be called '{WORKER}': so are the workers of the pool '{DEFAULT_POOL}'")
-        # As `setattr`, which a frozen record refuses, before anybody has the record.
-        self.__dict__["pools"] = self.pools or own
+    def _base_models_have_names(self) -> Settings:
+        if (self.base_model is None) == (not self.base_models):
+            both = "exclude each other: move what is below base_model into the list base_models"
+            raise ValueError(f"base_model and base_models {both}" if self.base_model else "base_model is missing")
+        names = self.base_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"base_models: several are called '{twice[0]}': give each a name of its own")
         return self
+
+    @property
+    def bases(self) -> tuple[BaseModelSettings, ...]:
+        """All base models, in the order of the file."""
+        return self.base_models or (() if self.base_model is None else (self.base_model,))
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(base.name for base in self.bases)
+
+    def base(self, name: str | None = None) -> BaseModelSettings:
+        """A base model by its name; the only one, where no name is given.
+
+        Raises:
+            NotFound: No base model has this name.
+            InvalidInput: No name is given, and there are several.
+        """
+        if name is None and len(self.bases) == 1:
+            return self.bases[0]
+        named = ", ".join(self.base_names)
+        if name is None:
+            todo = f"add --base-model: one of {named}"
+            raise InvalidInput("this service has several base models", "base_model", todo)
+        found = next((base for base in self.bases if base.name == name), None)
+        if found is None:
+            raise NotFound(f"there is no base model '{name}'", todo=f"base models of this service: {named}")
+        return found
+
+    @model_validator(mode="after")
+    def _workers_are_a_pool(self) -> Settings:
+        own = _alike((self.workers or WorkerSettings()).pool, self.base_names)
+        pools = {name: pool.model_copy(update={"base_model": self._base_of(name, pool)}) for name, pool in
+                 (self.pools or own).items()}  # fmt: skip
+        if self.workers is not None and self.pools and pools != own:
+            raise ValueError(f"workers and pools exclude each other: write workers as the pool '{DEFAULT_POOL}'")
+        if WORKER in pools:
+            raise ValueError(f"a pool cannot be called '{WORKER}': so are the workers of the pool '{DEFAULT_POOL}'")
+        if without := [name for name in self.base_names if name not in {pool.base_model for pool in pools.values()}]:
+            raise ValueError(f"pools: none has workers for the base model '{without[0]}': add one that names it")
+        # As `setattr`, which a frozen record refuses, before anybody has the record.
+        self.__dict__["pools"] = pools
+        return self
+
+    def _base_of(self, name: str, pool: PoolSettings) -> str:
+        """Name of the base model that a pool's workers load."""
+        if pool.base_model is None and len(self.bases) > 1:
+            raise ValueError(f"pools.{name}.base_model is missing: one of {', '.join(self.base_names)}")
+        if pool.base_model is not None and pool.base_model not in self.base_names:
+            known = ", ".join(self.base_names)
+            raise ValueError(f"pools.{name}: there is no base model '{pool.base_model}'; there are: {known}")
+        return pool.base_model or self.base_names[0]
 
     @model_validator(mode="after")
     def _a_quota_has_room_for_a_task(self) -> Settings:
@@ -276,6 +333,16 @@ class Settings(Section):
                     f"'{name}'): none of the team's would ever be within its quota"
                 )
         return self
+
+
+def _alike(pool: PoolSettings, base_models: Sequence[str]) -> dict[str, PoolSettings]:
+    """A pool of the same shape for each base model: `default` for the first one, those of the others named as they are.
+    So workers keep their names when a service gets a second base model."""
+    first, *others = base_models
+    if taken := [name for name in others if name in (DEFAULT_POOL, WORKER)]:
+        raise ValueError(f"base_models: only the first may be called '{taken[0]}', since pools are named as they are")
+    names = {DEFAULT_POOL: first} | {name: name for name in others}
+    return {name: pool.model_copy(update={"base_model": base}) for name, base in names.items()}
 
 
 def read_settings(path: Path, root: Path | None = None) -> Settings:

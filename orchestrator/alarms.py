@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from configs.errors import (
     Corrupt,
@@ -87,6 +87,8 @@ class Alarm:
     """Next step for the person who reads it."""
     since: float
     """Unix time at which it began to ring."""
+    base_model: str = ""
+    """Base model that it concerns; empty where it concerns all."""
 
     def __str__(self) -> str:
         return f"{self.code}: {self.what} → {self.todo} ({row_of(self.code)})"
@@ -96,28 +98,51 @@ class Alarm:
         return {**asdict(self), "text": str(self)}
 
 
+class Ringing(Protocol):
+    """What a part of the service needs of the alarms."""
+
+    def ring(self, code: AlarmCode, about: str, what: str, todo: str = "") -> None: ...
+
+    def ring_for(self, error: OnebasisError, about: str, doing: str = "") -> None: ...
+
+    def end(self, code: AlarmCode, about: str) -> None: ...
+
+    def end_all(self, about: str, *codes: AlarmCode) -> None: ...
+
+    def rings(self, code: AlarmCode) -> bool: ...
+
+
 class Alarms:
     """The alarms that ring now. Every method may be called from any thread; none waits for anything."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ringing: dict[tuple[AlarmCode, str], Alarm] = {}
+        self._ringing: dict[tuple[AlarmCode, str, str], Alarm] = {}
+        self.names_base_models = False
+        """Whether an alarm's text says which base model it concerns: with a single one there is nothing to say."""
 
-    def ring(self, code: AlarmCode, about: str, what: str, todo: str = "") -> None:
+    def of(self, base_model: str) -> AlarmsOf:
+        """The alarms of one base model: one that rings or ends there leaves those of the others as they are."""
+        return AlarmsOf(self, base_model)
+
+    def ring(self, code: AlarmCode, about: str, what: str, todo: str = "", base_model: str = "") -> None:
         """Begin to ring an alarm, or change its cause. It is written to the log once, not at every try.
 
         Args:
             todo: Default: the next step that the code has.
+            base_model: Base model that it concerns; default: all.
         """
+        if base_model and self.names_base_models:
+            what = f"base model {base_model}: {what}"
         with self._lock:
-            before = self._ringing.get((code, about))
+            before = self._ringing.get((code, about, base_model))
             since = before.since if before else time.time()
-            alarm = Alarm(code, about, what, todo or NEXT_STEP[code], since)
-            self._ringing[code, about] = alarm
+            alarm = Alarm(code, about, what, todo or NEXT_STEP[code], since, base_model)
+            self._ringing[code, about, base_model] = alarm
         if before is None:
             log.error("ALARM %s (%s)", alarm, about)
 
-    def ring_for(self, error: OnebasisError, about: str, doing: str = "") -> None:
+    def ring_for(self, error: OnebasisError, about: str, doing: str = "", base_model: str = "") -> None:
         """Ring for an error that a part of the service met with the store or the database, and which it tries again.
 
         Of what may keep a write from the store, the last thing that was met counts.
@@ -127,21 +152,22 @@ class Alarms:
         """
         code = code_of(error)
         if code in WRITE_CODES:
-            self.end_all(about, *(other for other in WRITE_CODES if other is not code))
+            self.end_all(about, *(other for other in WRITE_CODES if other is not code), base_model=base_model)
         # The error's own next step is for a person who has to ask again; these errors are tried again here.
-        self.ring(code, about, f"{doing or about}: {error.sentence}", "" if code in TRIED_AGAIN else error.todo)
+        todo = "" if code in TRIED_AGAIN else error.todo
+        self.ring(code, about, f"{doing or about}: {error.sentence}", todo, base_model)
 
-    def end(self, code: AlarmCode, about: str) -> None:
+    def end(self, code: AlarmCode, about: str, base_model: str = "") -> None:
         """End an alarm, if it rings."""
         with self._lock:
-            alarm = self._ringing.pop((code, about), None)
+            alarm = self._ringing.pop((code, about, base_model), None)
         if alarm is not None:
             log.info("over after %.0f s: %s (%s)", time.time() - alarm.since, alarm.code, about)
 
-    def end_all(self, about: str, *codes: AlarmCode) -> None:
+    def end_all(self, about: str, *codes: AlarmCode, base_model: str = "") -> None:
         """End the alarms of these codes for a part of the service."""
         for code in codes:
-            self.end(code, about)
+            self.end(code, about, base_model)
 
     def __iter__(self) -> Iterator[Alarm]:
         """Those that ring, the oldest first."""
@@ -152,6 +178,38 @@ class Alarms:
     def rings(self, code: AlarmCode) -> bool:
         """Whether one of this code rings."""
         return any(alarm.code is code for alarm in self)
+
+
+class AlarmsOf:
+    """The alarms of one base model; those that concern all are no part of it, except in `rings`."""
+
+    def __init__(self, alarms: Alarms, base_model: str) -> None:
+        self._alarms = alarms
+        self._base_model = base_model
+
+    def ring(self, code: AlarmCode, about: str, what: str, todo: str = "") -> None:
+        """As `Alarms.ring`."""
+        self._alarms.ring(code, about, what, todo, self._base_model)
+
+    def ring_for(self, error: OnebasisError, about: str, doing: str = "") -> None:
+        """As `Alarms.ring_for`."""
+        self._alarms.ring_for(error, about, doing, self._base_model)
+
+    def end(self, code: AlarmCode, about: str) -> None:
+        """As `Alarms.end`."""
+        self._alarms.end(code, about, self._base_model)
+
+    def end_all(self, about: str, *codes: AlarmCode) -> None:
+        """As `Alarms.end_all`."""
+        self._alarms.end_all(about, *codes, base_model=self._base_model)
+
+    def rings(self, code: AlarmCode) -> bool:
+        """Whether one of this code rings that concerns this base model, or all."""
+        return any(alarm.code is code for alarm in self)
+
+    def __iter__(self) -> Iterator[Alarm]:
+        """Those that ring and concern this base model, or all."""
+        return (alarm for alarm in self._alarms if alarm.base_model in ("", self._base_model))
 
 
 WRITING = "merging and publishing"
@@ -167,6 +225,11 @@ WRITE_CODES = (
 )
 """Alarms of what may keep a write from the store; a write that went through ends them."""
 
+
+LOOP = "the control plane's loop"
+"""Part of the service that alarms about a failed step name."""
+LOOP_CODES = (*WRITE_CODES, AlarmCode.DATABASE_AWAY, AlarmCode.STEP_FAILED)
+"""Alarms that a step which goes through ends."""
 
 TRIED_AGAIN = frozenset({AlarmCode.STORE_FULL, AlarmCode.STORE_READ_ONLY, AlarmCode.NOT_WRITTEN, AlarmCode.STORE_AWAY})
 

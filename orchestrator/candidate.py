@@ -1,4 +1,4 @@
-"""The one unjudged version: from the tasks that wait to be merged to the gate's verdict.
+"""The one unjudged version of a subspace: from the tasks that wait to be merged to the gate's verdict.
 
 Merging waits until the version before is judged, and then takes every task that waits in one version (group
 commit). So there is at most one unjudged candidate, and refusing it is one record. A group that the gate refuses is
@@ -32,11 +32,11 @@ from configs.errors import (
     UnusableStore,
 )
 from configs.settings import Settings
-from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Alarms
+from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
 from orchestrator.cluster import Call, Cluster, MachineLost
 from orchestrator.judging.gate import PairedDifference, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
-from orchestrator.pending_calls import PendingCalls, Writing
+from orchestrator.pending_calls import StoreCalls, Writing
 from orchestrator.refinement import Refinement
 from orchestrator.tasks.task_events import (
     Event,
@@ -52,7 +52,7 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState, results_key
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.verdict import ScoringFailure, VerdictInProgress
-from orchestrator.worker_pool import WorkerPool
+from orchestrator.worker_pool import ModelWorkers
 from subspace_store import StagedAdapter, Storage, SubspaceReader
 from subspace_store.log.version import CANDIDATE, MAIN, TaskScore
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
@@ -82,12 +82,12 @@ class Candidate:
         storage: Storage,
         store: SubspaceReader,
         cluster: Cluster,
-        pending_calls: PendingCalls,
-        pool: WorkerPool,
+        calls: StoreCalls,
+        workers: ModelWorkers,
         unused_files: UnusedFiles,
         changed: Callable[[], None],
         main_moved: Callable[[], None],
-        alarms: Alarms,
+        alarms: Ringing,
     ) -> None:
         """
         Args:
@@ -100,20 +100,25 @@ class Candidate:
         self._storage = storage
         self._store = store
         self._cluster = cluster
-        self._pending_calls = pending_calls
-        self._pool = pool
+        self._calls = calls
+        self._workers = workers
         self._unused_files = unused_files
         self._changed = changed
         self._main_moved = main_moved
         self._alarms = alarms
         self._verdict = VerdictInProgress()
-        self._refinement = Refinement(settings, queue, store, cluster, pending_calls, pool, unused_files, self._verdict)
+        self._refinement = Refinement(settings, queue, store, calls, workers, unused_files, self._verdict)
         self._scores_main = False
         """Whether `main` holds tasks that are to be scored before anything is merged."""
         self._is_stopped = False
         """Whether an error that only a person can end stops all writes: nothing is merged or published any more."""
         self.ousted_by: OwnedByAnother | None = None
         """Error with the service that owns the store by now: nothing is begun any more."""
+
+    def follow(self, settings: Settings) -> None:
+        """Judge by new settings from now on."""
+        self._settings = settings
+        self._refinement.follow(settings)
 
     def advance(self, live: Sequence[TaskRecord], others_wait: bool) -> None:
         """Begin the next piece of work.
@@ -122,7 +127,7 @@ class Candidate:
             live: The tasks that have not ended and do not wait for a worker.
             others_wait: Whether tasks wait for a worker to be trained.
         """
-        if self._is_stopped or self._pending_calls.writing or not self._pending_calls.may("store"):
+        if self._is_stopped or self._calls.writing or not self._calls.may("store"):
             return
         self._refinement.call_off()
         unjudged = [record for record in live if record.state in UNJUDGED]
@@ -139,7 +144,7 @@ class Candidate:
     def is_awaited(self, live: Sequence[TaskRecord]) -> bool:
         """Whether a version is about to be scored, so that a worker should be free for it."""
         unjudged = any(record.state in UNJUDGED for record in live)
-        is_soon = unjudged or isinstance(self._pending_calls.writing, Merge)
+        is_soon = unjudged or isinstance(self._calls.writing, Merge)
         if self._is_stopped:
             return False  # what is trained waits, and the workers go on training
         return (is_soon and self._store.state.held is None) or self._scores_main
@@ -159,7 +164,7 @@ class Candidate:
         staged = tuple(
             StagedAdapter(task_id=r.task_id, name=r.title, key=r.staging_key, sha256=r.adapter_sha256) for r in group
         )
-        self._pending_calls.write(Merge(adapters=staged, op_key=begun, actor="controller"))
+        self._calls.write(Merge(adapters=staged, op_key=begun, actor="controller"))
 
     def _drop_orphan(self) -> bool:
         """Reject a candidate that no task waits for (a lost database). Returns whether there was one."""
@@ -210,7 +215,7 @@ class Candidate:
         self._unused_files.due((*ids, *(task.task_id for task in refined)))
         self._verdict.begin(plain=plain)
         self._changed()
-        self._pending_calls.wake()
+        self._calls.wake()
 
     def _refused(self, ids: tuple[str, ...], version: int) -> bool:
         """Returns: Whether the task is to be judged once more, in a version for which no task is refined again."""
@@ -244,10 +249,10 @@ class Candidate:
                 paired = _paired_differences(self._storage, table, version, records)
                 decision = judge(table, version, records, self._settings.gate, paired, errors)
             if decision.passed and state.held is not None:
-                self._pending_calls.log_moved.set()
-                self._pending_calls.later("held", HELD_SECONDS)
+                self._calls.log_moved.set()
+                self._calls.later("held", HELD_SECONDS)
             elif decision.passed:
-                self._pending_calls.write(Publish(version=version, op_key=f"publish:{version}", actor="gate"))
+                self._calls.write(Publish(version=version, op_key=f"publish:{version}", actor="gate"))
             else:
                 culprits = tuple(rule.task_id for rule in decision.broken)
                 self._reject(version, decision.summary, culprits, decision.codes)
@@ -291,7 +296,7 @@ class Candidate:
         scores = tuple(found[task_id] for task_id in due)
         # The key counts the scores written before: a restart with a lower gate.drift_min asks for more.
         key = f"scores:{version}:{len(self._store.state.scores.get(version, {}))}"
-        self._pending_calls.write(RecordScores(version=version, scores=scores, op_key=key, actor="controller"))
+        self._calls.write(RecordScores(version=version, scores=scores, op_key=key, actor="controller"))
 
     def _reject(self, version: int, reason: str, culprits: tuple[str, ...], codes: tuple[str, ...] = ()) -> None:
         """
@@ -308,7 +313,7 @@ class Candidate:
             op_key=f"reject:{version}",
             actor="gate",
         )
-        self._pending_calls.write(rejection)
+        self._calls.write(rejection)
 
     def _why_hopeless(self, records: Mapping[str, TaskRecord]) -> ScoringFailure | None:
         """Why the version will never have its scores; None while it may."""
@@ -323,12 +328,12 @@ class Candidate:
         return None
 
     def _send_evaluations(self, version: int, missing: Sequence[TaskRecord]) -> None:
-        flying = {o.task_id for o in self._pool.orders if isinstance(o, Evaluate) and o.version == version}
+        flying = {o.task_id for o in self._workers.orders if isinstance(o, Evaluate) and o.version == version}
         waiting = [record for record in missing if record.task_id not in flying]
-        for worker, record in zip(self._pool.free_workers(), waiting, strict=False):
+        for worker, record in zip(self._workers.free_workers(), waiting, strict=False):
             token = f"{version}-{record.task_id}-{self._verdict.tries}"
             results = results_key(record.task_id, version)
-            self._pool.give(
+            self._workers.give(
                 worker,
                 Evaluate(
                     token=token,
@@ -373,7 +378,7 @@ class Candidate:
     def take(self, call: Call, pending: Writing) -> None:
         """Take what the store's writer answered."""
         request = pending.request
-        self._pending_calls.wake(log_moved=True)
+        self._calls.wake(log_moved=True)
         try:
             answer = self._cluster.result(call)
         except (Corrupt, UnusableStore, OwnedByAnother) as error:
@@ -381,8 +386,8 @@ class Candidate:
         except Fenced as error:
             # Another writer took over (a rollback from outside): ours must open anew.
             log.warning("'%s' was fenced: %s", request.operation, error)
-            self._cluster.replace_store()
-            self._pending_calls.later("store")
+            self._calls.replace_writer()
+            self._calls.later("store")
         except Exception as error:
             match request, error:
                 case Merge(), InvalidInput() | NotFound():
@@ -395,30 +400,30 @@ class Candidate:
                     # Nothing was written: somebody moved the candidate, or the database is older than the log.
                     log.info("merging is begun anew: %s", error)
                     self._apply(_tasks(request), MergeUndone(error.what, alone=False))
-                    self._pending_calls.later("store")
+                    self._calls.later("store")
                 case _, Conflict():
                     log.info("'%s' is out of date, the log is read again: %s", request.operation, error)
-                    self._pending_calls.later("store")
+                    self._calls.later("store")
                 case _, NotWritten():
                     # Nothing was written, and no task is to blame: the same request is repeated until there is space.
                     self._alarms.ring_for(error, WRITING, f"'{request.operation}' was refused")
-                    self._pending_calls.later("store", FULL_SECONDS)
+                    self._calls.later("store", FULL_SECONDS)
                 case _, MachineLost():
                     # Nobody knows whether it is in: the same operation key is asked again and answers either way.
                     log.warning("the outcome of '%s' is unknown, asking again: %s", request.operation, error)
-                    self._pending_calls.later("store")
+                    self._calls.later("store")
                 case _, Unavailable():
                     self._alarms.ring_for(error, WRITING)
-                    self._pending_calls.later("store")
+                    self._calls.later("store")
                 case _, OnebasisError():
                     self._alarms.ring_for(error, WRITING)
-                    self._pending_calls.later("store", FULL_SECONDS)
+                    self._calls.later("store", FULL_SECONDS)
                 case _:
                     what = f"'{request.operation}' failed inside the store's writer: {type(error).__name__}: {error}"
                     if not self._alarms.rings(AlarmCode.STEP_FAILED):
                         log.error("%s", what, exc_info=error)
                     self._alarms.ring(AlarmCode.STEP_FAILED, WRITING, what)
-                    self._pending_calls.later("store", FULL_SECONDS)
+                    self._calls.later("store", FULL_SECONDS)
         else:
             self._alarms.end_all(WRITING, *WRITE_CODES, AlarmCode.STEP_FAILED)
             self._hear_how_long(request, time.monotonic() - pending.asked_at)
@@ -472,7 +477,7 @@ class Candidate:
     # --- helpers ----------------------------------------------------------------------------------------------
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:
-        self._pending_calls.wake()
+        self._calls.wake()
         return self._queue.try_apply(task_ids, event)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs.errors import Unavailable
-from configs.settings import Settings
+from configs.settings import Settings, StorageSettings
 from orchestrator.ray_head import ray_environment
 from orchestrator.scheduling.pools import pool_of
 from subspace_store.digests import digest
@@ -23,7 +23,7 @@ from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from workers.orders import Order
 
-STORE = "store"
+STORE = "@store-"
 """Name of the store's writer."""
 Call = Any
 """A pending call; opaque to the controller."""
@@ -99,20 +99,24 @@ class Cluster(Protocol):
         """End a worker that does not answer; a fresh one takes its name."""
         ...
 
-    def write(self, request: StoreRequest[Any]) -> Call:
-        """Ask the subspace's one writer; the call's result is the request's answer."""
+    def write(self, base_model: str, request: StoreRequest[Any]) -> Call:
+        """Ask the one writer of a base model's store; the call's result is the request's answer."""
         ...
 
-    def open_store(self, base_sha256: str) -> Call:
+    def open_store(self, base_model: str, base_sha256: str) -> Call:
         """Make the writer open or create the store: a worker has loaded the base model, and these are its weights."""
         ...
 
-    def store_sign(self) -> Call:
+    def store_sign(self, base_model: str) -> Call:
         """Ask the writer for a sign of life, beside what it is writing; the result is its process id."""
         ...
 
-    def replace_store(self) -> None:
+    def replace_store(self, base_model: str) -> None:
         """End a writer that was fenced or is silent; a fresh one acquires the next epoch."""
+        ...
+
+    def follow(self, settings: Settings) -> None:
+        """Start what further base models of new settings need: a writer for each."""
         ...
 
     def landed(self, calls: Sequence[Call], timeout_seconds: float) -> list[Call]:
@@ -130,7 +134,8 @@ class Cluster(Protocol):
 
 
 class RayCluster:
-    """Detached named actors: one writer of the subspace, and the workers or gangs of all pools. They outlive us."""
+    """Detached named actors: for each base model the writer of its store, and the workers or gangs of all pools. They
+    outlive us."""
 
     def __init__(self, settings: Settings, address: str, token_path: Path, service: Identity) -> None:
         """Join a running Ray cluster on behalf of a service. Actors are started by `start`."""
@@ -140,7 +145,7 @@ class RayCluster:
         self._ray = ray
         self._settings = settings
         self._service = service
-        self._namespace = namespace(settings, service)
+        self._namespace = namespace(settings.storage, service)
         try:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
         except Exception as error:
@@ -164,25 +169,33 @@ class RayCluster:
         return found
 
     def start(self) -> None:
-        """Find the store's writer again or start it; end workers of pools that are no longer in the settings."""
-        self._actor(STORE)
+        """Find the stores' writers again or start them; end workers of pools that are no longer in the settings."""
+        for name in self._settings.base_names:
+            self._store(name)
+        writers = {writer_name(base) for base in self._settings.base_names}
         for name in self._named():
-            if name != STORE and pool_of(name) not in self._settings.pools:
+            if name not in writers and pool_of(name) not in self._settings.pools:
                 self._kill(name)
 
-    def release_store(self, timeout_seconds: float) -> None:
-        """Have the writer give the store up, so that another service may have it.
+    def follow(self, settings: Settings) -> None:
+        self._settings = settings
+        self.start()
+
+    def release_stores(self, timeout_seconds: float) -> None:
+        """Have the writers give their stores up, so that another service may have them.
 
         Raises:
             Unavailable: No answer in time: the store stays this service's.
         """
-        call = self._actor(STORE).release.remote()
-        if not self.landed([call], timeout_seconds):
-            raise Unavailable("the store was not released in time", todo="it stays this service's")
-        self.result(call)
+        calls = {base.name: self._store(base.name).release.remote() for base in self._settings.bases}
+        until = time.monotonic() + timeout_seconds
+        for name, call in calls.items():
+            if not self.landed([call], max(0.0, until - time.monotonic())):
+                raise Unavailable(f"the store of {name} was not released in time", todo="it stays this service's")
+            self.result(call)
 
     def stop(self, actors: bool) -> None:
-        """Leave the cluster; with `actors`, end the store and the workers too."""
+        """Leave the cluster; with `actors`, end the writers and the workers too."""
         if actors:
             for name in self._named():
                 self._kill(name)
@@ -256,20 +269,20 @@ class RayCluster:
         self._may()
         self._end(worker)
 
-    def write(self, request: StoreRequest[Any]) -> Call:
+    def write(self, base_model: str, request: StoreRequest[Any]) -> Call:
         self._may()
-        return self._actor(STORE).do.remote(request, self._leader)
+        return self._store(base_model).do.remote(request, self._leader)
 
-    def open_store(self, base_sha256: str) -> Call:
+    def open_store(self, base_model: str, base_sha256: str) -> Call:
         self._may()
-        return self._actor(STORE).open.remote(base_sha256, self._leader)
+        return self._store(base_model).open.remote(base_sha256, self._leader)
 
-    def store_sign(self) -> Call:
-        return self._actor(STORE).pid.remote(self._leader)
+    def store_sign(self, base_model: str) -> Call:
+        return self._store(base_model).pid.remote(self._leader)
 
-    def replace_store(self) -> None:
+    def replace_store(self, base_model: str) -> None:
         self._may()
-        self._end(STORE)
+        self._end(writer_name(base_model))
 
     def probe(self) -> None:
         """Ask the GCS which machines there are.
@@ -317,44 +330,46 @@ class RayCluster:
         with contextlib.suppress(ValueError):  # ended already; a gang restarted to be ended would leave places
             self._ray.kill(self._ray.get_actor(name), no_restart=True)
         pool = self._settings.pools.get(pool_of(name))
-        if name != STORE and (pool is None or pool.ranks > 1):
+        if not name.startswith(STORE) and (pool is None or pool.ranks > 1):
             from workers.gang_actor import end_ranks
 
             end_ranks(name)
 
-    def _actor(self, name: str) -> Any:
+    def _store(self, base_model: str) -> Any:
+        name = writer_name(base_model)
         if name not in self._actors:
             # Here and not above: the controller and its tests need this file's Protocol, not Ray.
             from subspace_store.store_actor import store_actor
+
+            settings = self._settings
+            self._actors[name] = store_actor(
+                name,
+                settings.storage,
+                base_model,
+                settings.subspace,
+                settings.base(base_model),
+                self._service,
+                self._leader,
+                namespace=self._namespace,
+            )
+        return self._actors[name]
+
+    def _actor(self, name: str) -> Any:
+        if name not in self._actors:
             from workers.gang_actor import gang_actor
             from workers.worker_actor import worker_actor
 
-            settings = self._settings
-            if name == STORE:
-                self._actors[name] = store_actor(
-                    name,
-                    settings.storage,
-                    settings.base_model.name,
-                    settings.subspace,
-                    settings.base_model,
-                    self._service,
-                    self._leader,
-                    namespace=self._namespace,
-                )
-            else:
-                pool = settings.pools[pool_of(name)]
-                avoid = [node["NodeID"] for node in self._ray.nodes() if node["NodeManagerAddress"] in self._avoid]
-                one_worker = worker_actor if pool.ranks == 1 else gang_actor
-                self._actors[name] = one_worker(
-                    name,
-                    settings.base_model,
-                    settings.storage,
-                    settings.base_model.name,
-                    pool,
-                    self._namespace,
-                    avoid,
-                )
+            settings, pool = self._settings, self._settings.pools[pool_of(name)]
+            base = settings.base(pool.base_model)
+            avoid = [node["NodeID"] for node in self._ray.nodes() if node["NodeManagerAddress"] in self._avoid]
+            one_worker = worker_actor if pool.ranks == 1 else gang_actor
+            self._actors[name] = one_worker(name, base, settings.storage, base.name, pool, self._namespace, avoid)
         return self._actors[name]
+
+
+def writer_name(base_model: str) -> str:
+    """Name of the actor that writes to a base model's store: no worker's, since no name begins with `@`."""
+    return f"{STORE}{base_model}"
 
 
 def _always() -> None:
@@ -367,14 +382,13 @@ def _cause(error: Exception) -> str:
     return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] and len(lines) > 1 else lines[0]
 
 
-def namespace(settings: Settings, service: Identity) -> str:
-    """Ray's namespace of a service's actors.
+def namespace(storage: StorageSettings, service: Identity) -> str:
+    """Ray's namespace of a service's actors, whatever base models it has by now.
 
     With the service and its storage in it: two services on one Ray cluster must not find each other's actors.
     """
-    storage = settings.storage
-    place = f"{storage.endpoint_url or ''} {storage.url} {settings.base_model.name} {service.service_id}"
-    return f"onebasis-{settings.base_model.name}-{digest(place.encode())[:12]}"
+    place = f"{storage.endpoint_url or ''} {storage.url} {service.service_id}"
+    return f"onebasis-{digest(place.encode())[:12]}"
 
 
 def wait_for(cluster: Cluster, start: Callable[[], Call], timeout_seconds: float) -> Any:

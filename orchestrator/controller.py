@@ -1,7 +1,7 @@
 """The one loop: take the results that came back, advance the records, give the next orders.
 
-It holds no truth of its own: what it and its parts (`worker_pool.py` the workers, `candidate.py` the version that is
-being made, `pending_calls.py` what is under way) keep in memory is asked for again after a restart.
+It holds no truth of its own: what it and its parts (`worker_pool.py` the workers, `subspace.py` what belongs to one
+base model, `pending_calls.py` what is under way) keep in memory is asked for again after a restart.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 
-from configs.errors import Corrupt, InvalidInput, NotLeading, OnebasisError, OwnedByAnother, Unavailable
+from configs.errors import InvalidInput, NotLeading, OnebasisError, Unavailable
 from configs.settings import Settings
-from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
-from orchestrator.candidate import Candidate
+from orchestrator.alarms import LOOP, LOOP_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster
 from orchestrator.pending_calls import (
     POLL_SECONDS,
@@ -35,41 +35,39 @@ from orchestrator.scheduling.fair_share import Running, Waiting, running_order, 
 from orchestrator.scheduling.pools import chosen_pool, pool_of, pools_of, size
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import LOOK, SOON_SECONDS, Decision, Pool, Situation, decide
-from orchestrator.store_writer import StoreWriter
+from orchestrator.subspace import Subspace, tell
 from orchestrator.tasks.task_events import (
     CameDue,
     Event,
     PoolGiven,
     PreemptRequested,
-    Reason,
-    Restored,
-    RolledBack,
     RunsTooLong,
     TrainingDone,
     TrainingFailed,
 )
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step, seconds_left
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import SERVICE, Drain, Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_record import SERVICE, Drain, Pause, TaskRecord
 from orchestrator.tasks.task_rows import LOG
-from orchestrator.unused_files import Held, UnusedFiles
 from orchestrator.worker_pool import PoolStatus, WorkerPool, WorkerStatus, is_of_a_version, train_order
-from subspace_store import Storage, SubspaceReader
-from subspace_store.files.presence import check_files
-from subspace_store.log.retention import tasks_alive
-from subspace_store.log.version import MAIN, Identity
-from subspace_store.log.version_log import owned_by_another
+from subspace_store import SubspaceReader
+from subspace_store.log.version import Identity
 from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
 
-LOOP = "the control plane's loop"
-"""Part of the service that alarms about a failed step name."""
-LOOP_CODES = (*WRITE_CODES, AlarmCode.DATABASE_AWAY, AlarmCode.STEP_FAILED)
-DELETING = "deleting unused files"
-DELETE_AGAIN_SECONDS = 10.0
 PREEMPT_SECONDS = 60.0
 """Longest wait for the checkpoints of running tasks when the service ends: a step, and an upload."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """New settings on their way to the loop."""
+
+    settings: Settings
+    stores: Mapping[str, SubspaceReader]
+    """Further base model to a reader of its store."""
+    is_done: threading.Event = field(default_factory=threading.Event)
 
 
 class Controller:
@@ -79,8 +77,7 @@ class Controller:
         self,
         settings: Settings,
         queue: TaskQueue,
-        storage: Storage,
-        store: SubspaceReader,
+        stores: Mapping[str, SubspaceReader],
         cluster: Cluster,
         service: Identity | None = None,
         changed: Callable[[], None] = lambda: None,
@@ -88,42 +85,24 @@ class Controller:
     ) -> None:
         """
         Args:
-            store: A reader; writing goes through the cluster's store actor.
-            service: Identity of this service; None where the store has no owner.
+            stores: Base model to a reader of its store; writing goes through the cluster's store actors.
+            service: Identity of this service; None where the stores have no owner.
             changed: Called when there is something new to report.
             alarms: The service's alarms; default: its own.
         """
         self.alarms = Alarms() if alarms is None else alarms
         self._settings = settings
         self._queue = queue
-        self._store = store
         self._cluster = cluster
         self._service = service
         self._changed = changed
         self._pending_calls = PendingCalls(cluster)
         self._pool = WorkerPool(cluster, self._pending_calls, queue, settings, self.alarms)
-        self._unused_files = UnusedFiles(queue, storage, self._held)
-        self._held_at: tuple[int, Held] = (-1, Held())
-        """Sequence number of the log, and what the versions held then."""
-        self._candidate = Candidate(
-            settings,
-            queue,
-            storage,
-            store,
-            cluster,
-            self._pending_calls,
-            self._pool,
-            self._unused_files,
-            changed,
-            self._look_at_main,
-            self.alarms,
-        )
-        lease_seconds = max(pool.lease_seconds for pool in settings.pools.values())
-        self._writer = StoreWriter(cluster, self._pending_calls, self.alarms, lease_seconds, self._candidate.stop)
+        self.subspaces: dict[str, Subspace] = {}
+        """Base model to its subspace. Replaced as a whole when there is another one: other threads read it."""
+        self._take_in(stores)
+        self._growing: SimpleQueue[Growth] = SimpleQueue()
         self._started_at = time.time()
-        self._main_followed = -1
-        self._is_main_looked_at = False
-        """Whether the files that `main` needs were looked at, once when the service starts."""
         self._set_aside: set[str] = set()
         """Ids of tasks whose training met a damaged store: it would again, until a person has mended the store and
         started the service anew."""
@@ -135,7 +114,7 @@ class Controller:
         self._shares = shares_of(settings.teams)
         self.decision = Decision()
         """The last decision on who starts."""
-        self.wake(log_moved=True)
+        self.wake()
         self.healthy_at = 0.0
         """Unix time of the last step that went through."""
         self.turned_at = self._started_at
@@ -145,15 +124,28 @@ class Controller:
         self.doing = "starting"
         """The part of a step that is under way, for people."""
 
-    @property
-    def ousted_by(self) -> OwnedByAnother | None:
-        """Error with the service that owns the store by now, if this service has stopped for it."""
-        return self._candidate.ousted_by
+    def _take_in(self, stores: Mapping[str, SubspaceReader]) -> None:
+        made = {
+            name: Subspace(
+                name,
+                self._settings,
+                self._queue,
+                store,
+                self._cluster,
+                self._pending_calls,
+                self._pool,
+                self.alarms,
+                self._service,
+                self._changed,
+            )
+            for name, store in stores.items()
+        }
+        self.subspaces = self.subspaces | made
+        self.alarms.names_base_models = len(self.subspaces) > 1
 
-    @property
-    def layout(self) -> BaseLayout | None:
-        """What the first warm worker reported of the base model; None before that."""
-        return self._pool.layout
+    def layout_of(self, base_model: str) -> BaseLayout | None:
+        """What the first warm worker reported of a base model; None before that."""
+        return self._pool.layouts.get(base_model)
 
     @property
     def ready_workers(self) -> int:
@@ -162,6 +154,7 @@ class Controller:
 
     @property
     def free_workers(self) -> int:
+        """Those that would begin an order at once."""
         return self._pool.free
 
     def describe_pools(self) -> dict[str, PoolStatus]:
@@ -183,31 +176,35 @@ class Controller:
         """What people have drained, when it was last looked at."""
         return self._pool.drains
 
-    def describe_workers(self) -> dict[str, str]:
-        """Worker to what it does, for people."""
+    def describe_workers(self, base_model: str | None = None) -> dict[str, str]:
+        """Worker to what it does, for people. base_model: Those of this one alone."""
+        workers = self.workers if base_model is None else self._pool.of_base_model(base_model).workers
         if self.alarms.rings(AlarmCode.RAY_DOWN):
-            return dict.fromkeys(self._pool.workers, "out of reach: Ray does not work")
-        return {name: str(worker) for name, worker in self._pool.workers.items()}
+            return dict.fromkeys((worker.name for worker in workers), "out of reach: Ray does not work")
+        return {worker.name: str(worker) for worker in workers}
 
     @property
-    def store_is_open(self) -> bool:
-        """Whether the writer has opened the store for the base model that the workers have loaded."""
-        return self._writer.is_open
+    def stores_are_open(self) -> bool:
+        """Whether the writers have opened the stores for the base models that the workers have loaded."""
+        return all(subspace.writer.is_open for subspace in self.subspaces.values())
 
     @property
     def store_error(self) -> OnebasisError | None:
-        """Why the writer cannot open the store."""
-        return self._writer.error
+        """Why a writer cannot open its store: the first such error."""
+        errors = (subspace.writer.error for subspace in self.subspaces.values())
+        return next((error for error in errors if error is not None), None)
 
     @property
     def heard_at(self) -> float:
-        """Unix time since which every worker that is ready, and the store's writer, have given a sign of life; 0 before
-        the first."""
-        return min([self._writer.heard_at, *(w.heard_at for w in self._pool.workers.values() if w.ready)])
+        """Unix time since which every worker that is ready, and the stores' writers, have given a sign of life; 0
+        before the first."""
+        writers = (subspace.writer.heard_at for subspace in self.subspaces.values())
+        return min([*writers, *(worker.heard_at for worker in self.workers if worker.ready)])
 
-    def is_refining(self, version: int) -> bool:
+    def is_refining(self, base_model: str, version: int) -> bool:
         """Whether workers refine tasks in a version."""
-        return any(isinstance(order, Train) and order.refine_version == version for order in self._pool.orders)
+        orders = self._pool.of_base_model(base_model).orders
+        return any(isinstance(order, Train) and order.refine_version == version for order in orders)
 
     @property
     def load_errors(self) -> dict[str, OnebasisError]:
@@ -215,16 +212,25 @@ class Controller:
         return {name: worker.error for name, worker in self._pool.workers.items() if worker.error is not None}
 
     def wake(self, log_moved: bool = False) -> None:
-        """Something changed that the loop should look at now; `log_moved`: in the version log too. Thread-safe."""
-        self._pending_calls.wake(log_moved)
+        """Something changed that the loop should look at now; `log_moved`: in the version logs too. Thread-safe."""
+        for subspace in self.subspaces.values():
+            subspace.calls.wake(log_moved)
+        self._pending_calls.wake()
 
-    def forget_files(self, task_id: str) -> None:
-        """A task ended outside the loop: the next step deletes the files that it no longer needs. Thread-safe."""
-        self._unused_files.due((task_id,))
+    def grow(self, settings: Settings, stores: Mapping[str, SubspaceReader], timeout_seconds: float) -> None:
+        """Go on with new settings: further base models and their workers, other teams, another gate. Thread-safe.
 
-    def submission(self, task_id: str) -> AbstractContextManager[None]:
-        """While this context lasts, a task that has no row yet may have files. Thread-safe."""
-        return self._unused_files.submission(task_id)
+        Args:
+            stores: Further base model to a reader of its store.
+
+        Raises:
+            Unavailable: The loop did not come to it in time; it will.
+        """
+        growth = Growth(settings, stores)
+        self._growing.put(growth)
+        self.wake()
+        if not growth.is_done.wait(timeout_seconds):
+            raise Unavailable("the loop has not taken the settings yet", todo="`onebasis status` shows when it has")
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. A step that fails is logged and tried again: the truth is in the records."""
@@ -238,7 +244,7 @@ class Controller:
                 stop.wait(RETRY_SECONDS)
                 self.wake()
             except Exception as error:
-                self._tell(error)
+                tell(error, self.alarms, self.doing)
                 self.turned_at = time.time()
                 stop.wait(RETRY_SECONDS)
                 self.wake()
@@ -249,16 +255,6 @@ class Controller:
             self._preempt_all()
         except Exception:
             log.exception("what trains goes on from its last checkpoint")
-
-    def _tell(self, error: Exception) -> None:
-        """Ring an alarm with the reason why a step failed; log it once, however often the step is tried again."""
-        if isinstance(error, OnebasisError):
-            self.alarms.ring_for(error, LOOP)
-            return
-        if not self.alarms.rings(AlarmCode.STEP_FAILED):
-            log.error("a step failed; it is tried again", exc_info=error)
-        what = f"{LOOP} fails while it is {self.doing}: {type(error).__name__}: {error}"
-        self.alarms.ring(AlarmCode.STEP_FAILED, LOOP, what)
 
     def _preempt_all(self) -> None:
         """Make all running tasks write a checkpoint, and wait until they have; nothing new is begun.
@@ -282,8 +278,12 @@ class Controller:
         Returns:
             Whether it looked at everything: the log if it has moved, and the database.
         """
-        self._delete_unused()
-        self.doing = "taking in what the workers and the store's writer answered"
+        self._grow()
+        for subspace in self.subspaces.values():
+            self.doing = "deleting files that no task needs"
+            with subspace.step(self.doing):
+                subspace.delete_unused()
+        self.doing = "taking in what the workers and the stores' writers answered"
         for call, pending in self._pending_calls.landed():
             self._take(call, pending)
             if not isinstance(pending, Asking | Sign):
@@ -292,79 +292,63 @@ class Controller:
             self._take_outcome(found)
             self.wake()
         self._pool.listen()
-        if self._candidate.ousted_by is None:
-            self._writer.listen(self._pool.layout)
+        for subspace in self.subspaces.values():
+            subspace.listen()
         if not self._pending_calls.woken():
             return False
-        if self._pending_calls.log_moved.is_set():
-            self.doing = f"reading the version log at {self._store.storage.url}"
-            self._pending_calls.log_moved.clear()
-            try:
-                expired = self._store.state.expired
-                if self._store.refresh().expired != expired:
-                    self._unused_files.all_due()
-                self._look_at_the_owner()
-                self._look_at_the_files_of_main()
-                self._follow_main()
-            except Exception:
-                # An old state must not be acted upon: it would undo what was just merged.
-                self._pending_calls.log_moved.set()
-                raise
-        if self._candidate.ousted_by is not None:
-            self._stop_work()
-            return True
+        at_work = [subspace for subspace in self.subspaces.values() if self._is_read(subspace)]
         self.doing = "reading the task database and giving orders"
         self._give_pools()
         self._pool.look_at_drains()
         live = self._queue.in_flight()
         # First the orders that workers have already: after a restart any other order would wait behind them.
-        self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER])
+        self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER and self._goes_on(r.base_model)])
         pauses = self._queue.pauses()
-        self._candidate.advance(
-            live, SERVICE not in pauses and self._queue.is_anyone_waiting(self._settings.pools, pauses)
-        )
+        for subspace in at_work:
+            with subspace.step(self.doing):
+                pools = pools_of(self._settings.pools, subspace.name)
+                others_wait = SERVICE not in pauses and self._queue.is_anyone_waiting(pools, pauses)
+                subspace.candidate.advance(subspace.mine(live), others_wait)
+                subspace.is_well()
         self._look_at_the_clock(live)
         self._train(live, pauses)
         return True
 
-    def _delete_unused(self) -> None:
-        """Delete files that nobody needs. A storage that refuses to delete stops nothing else."""
-        if self._main_followed < 0 or self._candidate.ousted_by is not None or not self._pending_calls.may("delete"):
-            # Not before the log was read: files that another service's tasks need are not ours to delete.
-            return
-        self.doing = "deleting files that no task needs"
-        try:
-            self._unused_files.delete_due()
-        except Unavailable as error:
-            self.alarms.ring_for(error, DELETING)
-            self._pending_calls.later("delete", DELETE_AGAIN_SECONDS)
-        else:
-            self.alarms.end_all(DELETING, *WRITE_CODES, AlarmCode.DATABASE_AWAY)
+    def _is_read(self, subspace: Subspace) -> bool:
+        """Whether the log was read, so that something can be done for the subspace: not where its store is away, or
+        belongs to another service by now; then running tasks write a checkpoint, and nothing is begun."""
+        if not subspace.may_step:
+            return False
+        self.doing = f"reading the version log at {subspace.storage.url}"
+        with subspace.step(self.doing):
+            subspace.read_log()
+            if subspace.ousted_by is None:
+                return True
+            for worker in subspace.workers.workers:
+                if isinstance(worker.order, Train):
+                    self._pool.tell(worker, "preempt", worker.order.token)
+        return False
 
-    def _look_at_the_owner(self) -> None:
-        owner = self._store.state.owner
-        if self._service is not None and owner is not None and owner.is_another_than(self._service):
-            self._candidate.stop(owned_by_another(owner, self._store.storage.url, self._service))
+    def _goes_on(self, base_model: str) -> bool:
+        """Whether this service has the base model, and its store is not another service's."""
+        subspace = self.subspaces.get(base_model)
+        return subspace is not None and subspace.ousted_by is None
 
-    def damaged(self, error: Corrupt) -> None:
-        """Stop writing to the store, of which somebody has read bytes that are not what was written. Thread-safe."""
-        self._candidate.stop(error)
-
-    def _look_at_the_files_of_main(self) -> None:
-        if self._is_main_looked_at:
-            return
-        self.doing = f"looking whether the files that main needs are at {self._store.storage.url}"
-        try:
-            check_files(self._store.storage, self._store.state, self._store.state.refs[MAIN])
-        except Corrupt as error:
-            self.damaged(error)
-        self._is_main_looked_at = True
-
-    def _stop_work(self) -> None:
-        """Stop, since the store belongs to another service: running tasks write a checkpoint, and nothing is begun."""
-        for worker in self._pool.workers.values():
-            if isinstance(worker.order, Train):
-                self._pool.tell(worker, "preempt", worker.order.token)
+    def _grow(self) -> None:
+        """Take what `grow` was handed."""
+        while not self._growing.empty():
+            growth = self._growing.get()
+            self.doing = "taking new settings"
+            self._settings, self._shares = growth.settings, shares_of(growth.settings.teams)
+            self._cluster.follow(growth.settings)
+            self._pool.follow(growth.settings)
+            self._is_pools_given = False
+            self._looked_for_pools = {}
+            self._take_in(growth.stores)
+            for subspace in self.subspaces.values():
+                subspace.candidate.follow(growth.settings)
+            self.wake()
+            growth.is_done.set()
 
     # --- what landed -------------------------------------------------------------------------------------------
 
@@ -375,33 +359,34 @@ class Controller:
                 self._changed()
             case Asking():
                 self._pool.take_progress(call, pending)
-            case Sign():
-                self._writer.take_sign(call)
-            case Opening():
-                self._writer.take_opening(call)
+            case Sign(base_model):
+                self.subspaces[base_model].writer.take_sign(call)
+            case Opening(base_model):
+                self.subspaces[base_model].writer.take_opening(call)
             case Ordered():
                 self._take_outcome(self._pool.take_order(call, pending))
             case AskingForEnd():
                 self._take_outcome(self._pool.take_end(call, pending))
-            case Writing():
-                self._candidate.take(call, pending)
+            case Writing(base_model):
+                self.subspaces[base_model].candidate.take(call, pending)
 
     def _take_outcome(self, found: tuple[Order, Outcome] | None) -> None:
         match found:
             case Train(again=True) as order, outcome:
-                self._candidate.take_refinement(order, outcome)
+                self.subspaces[order.spec.base_model].candidate.take_refinement(order, outcome)
             case Train() as order, outcome:
                 self._finish_training(order, outcome)
             case Evaluate() as order, outcome:
-                self._candidate.take_evaluation(order, outcome)
+                self.subspaces[order.spec.base_model].candidate.take_evaluation(order, outcome)
 
     def _finish_training(self, order: Train, outcome: Outcome) -> None:
         now = time.time()
         event: Event
         assert isinstance(outcome, Trained | Failed)
+        subspace = self.subspaces[order.spec.base_model]
         self._queue.append_log(order.task_id, outcome.log_lines)
         if isinstance(outcome, Failed) and outcome.cause is not None:
-            self._candidate.stop(outcome.cause)
+            subspace.candidate.stop(outcome.cause)
             self._set_aside.add(order.task_id)
         if isinstance(outcome, Trained):
             event = TrainingDone(outcome, now)
@@ -417,10 +402,7 @@ class Controller:
         if not needs_training_rows(record):
             # Strict continual learning: training data is never read again once its task is trained (and refined, if it
             # asks for that) or given up.
-            try:
-                self._unused_files.delete(order.task_id)
-            except Unavailable:
-                self._unused_files.due((order.task_id,))
+            subspace.delete_files_of(order.task_id)
         self._changed()
 
     def _told(self, order: Train, outcome: Failed) -> tuple[str, str]:
@@ -486,14 +468,22 @@ class Controller:
                 self._pending_calls.not_before(f"longest:{record.token}", now + left)
 
     def _train(self, live: Sequence[TaskRecord], pauses: Mapping[str, Pause]) -> None:
-        free = self._pool.unclaimed_workers(live)
-        is_awaited = self._candidate.is_awaited(live) and not any(map(is_of_a_version, self._pool.orders))
-        kept = ""
-        if is_awaited and free:
+        base_of = self._pool.base_model_of
+        free = [worker for worker in self._pool.unclaimed_workers(live) if self._goes_on(base_of(worker))]
+        kept, unscored = dict.fromkeys(self._settings.pools, 0), set()
+        for name, subspace in self.subspaces.items():
+            is_awaited = subspace.candidate.is_awaited(subspace.mine(live))
+            if not is_awaited or any(map(is_of_a_version, subspace.workers.orders)):
+                continue
             # A version is about to be scored: keep one worker for it, else it waits for a whole training run.
-            kept, free = free[0].pool, free[1:]
+            worker = next((one for one in free if base_of(one) == name), None)
+            if worker is None:
+                unscored.add(name)
+            else:
+                free.remove(worker)
+                kept[worker.pool] += 1
         by_pool = {name: [worker for worker in free if worker.pool == name] for name in self._settings.pools}
-        pools = {name: self._places(name, len(by_pool[name]), int(name == kept)) for name in by_pool}
+        pools = {name: self._places(name, len(by_pool[name]), kept[name]) for name in by_pool}
         waiting = self._looked_at(pools, pauses)
         self.decision = decide(self._situation(pools, waiting, self._pool.running(live))) if waiting else Decision()
         if (again_at := self.decision.again_at) is not None:
@@ -503,7 +493,7 @@ class Controller:
         for preemption in self.decision.preemptions:
             by = f"team {preemption.for_team}, which is within its quota"
             self._apply((preemption.task_id,), PreemptRequested(by, gives_back=True))
-        wanted = self._wanted(live, waiting, is_awaited and not kept)
+        wanted = self._wanted(live, waiting, unscored)
         self._pool.resize(wanted, {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER})
 
     def _looked_at(self, pools: Mapping[str, Pool], pauses: Mapping[str, Pause]) -> list[Waiting]:
@@ -514,6 +504,7 @@ class Controller:
         limits = {
             name: (pool.free + pool.coming) // self.ranks[name] + LOOK + len(self._set_aside)
             for name, pool in pools.items()
+            if self._goes_on(self._settings.pools[name].base_model or "")
         }
         found = self._queue.waiting(limits, self.ranks, pauses)
         return [task for task in found if task.task_id not in self._set_aside]
@@ -533,11 +524,13 @@ class Controller:
             is_forming=settings.ranks > 1 and any(worker.machines == () for worker in in_use),
         )
 
-    def _wanted(self, live: Sequence[TaskRecord], waiting: Sequence[Waiting], needs_scorer: bool) -> dict[str, int]:
+    def _wanted(
+        self, live: Sequence[TaskRecord], waiting: Sequence[Waiting], unscored: Collection[str]
+    ) -> dict[str, int]:
         """Pool to the workers that it could use beside those at work, those included that just got an order.
 
         Args:
-            needs_scorer: Whether a version is about to be scored, and no worker is free for that.
+            unscored: Base models of which a version is about to be scored, and no worker is free for that.
         """
         starts = {start.task_id for start in self.decision.starts}
         waits = self.decision.waits
@@ -549,12 +542,13 @@ class Controller:
         for record in live:
             if next_step(record) is Step.REFINE and record.pool in found:
                 found[record.pool] += 1
-        # While no worker has loaded the base model, nobody knows what may be submitted.
-        if needs_scorer or (self.layout is None and not any(found.values())):
-            able = [name for name, pool in self._settings.pools.items() if len(self._pool.of(name)) < pool.max]
-            able = able if needs_scorer else list(self._settings.pools)
-            if smallest := min(able, key=lambda name: size(name, self._settings.pools[name]), default=""):
-                found[smallest] += 1
+        for name, subspace in self.subspaces.items():
+            pools, needs_scorer = pools_of(self._settings.pools, name), name in unscored
+            # While no worker has loaded the base model, nobody knows what may be submitted.
+            if needs_scorer or (subspace.workers.layout is None and not any(found[pool] for pool in pools)):
+                able = [pool for pool in pools if not needs_scorer or len(self._pool.of(pool)) < pools[pool].max]
+                if smallest := min(able, key=lambda pool: size(pool, pools[pool]), default=""):
+                    found[smallest] += 1
         return found
 
     def _situation(
@@ -578,7 +572,7 @@ class Controller:
         once, when the service starts, and some at each step."""
         if self._is_pools_given:
             return
-        pools, base = self._settings.pools, self._settings.base_model.name
+        pools = self._settings.pools
         for old in self._queue.pools_in_line():
             after = self._looked_for_pools.get(old, "")
             if old in pools or after is None:
@@ -588,7 +582,7 @@ class Controller:
             for record in found:
                 spec = record.spec
                 with contextlib.suppress(InvalidInput):  # it waits, and its reason says for what
-                    mine = pools_of(pools, spec.base_model, only=base)
+                    mine = pools_of(pools, spec.base_model)
                     given.setdefault(chosen_pool(mine, spec.pool, spec.resources), []).append(record.task_id)
             for pool, task_ids in given.items():
                 self._queue.try_apply(task_ids, PoolGiven(pool))
@@ -655,44 +649,6 @@ class Controller:
         pools = {name: self._places(name, count, 0) for name, count in free.items()}
         return decide(self._situation(pools, line, running)).waits.get(extra.task_id)
 
-    def _follow_main(self) -> None:
-        """Park tasks that `main` no longer holds; publish those that it holds again, or holds since another version
-        because versions were made again without a task."""
-        state = self._store.state
-        if state.refs[MAIN] == self._main_followed:
-            return
-        held = state.births(state.refs[MAIN])
-        now = time.time()
-        placed = self._queue.placed()
-        gone = [at.task_id for at in placed if at.state is TaskState.PUBLISHED and at.task_id not in held]
-        back = [
-            at.task_id
-            for at in placed
-            if at.task_id in held and (at.state is TaskState.PARKED or at.version != held[at.task_id])
-        ]
-        for record in self._queue.among(gone).values():  # first: one that comes back may have the same name
-            self._apply((record.task_id,), _how_it_vanished(self._store, record, now))
-        for task_id in back:
-            self._apply((task_id,), Restored(f"main holds it since version {held[task_id]}", held[task_id]))
-        if gone or back:
-            self._unused_files.due((*gone, *back))
-            self._changed()
-        self._main_followed = state.refs[MAIN]
-
-    def _held(self) -> Held:
-        """What the versions hold, for `UnusedFiles`."""
-        state = self._store.state
-        if self._held_at[0] != state.seq:
-            held = Held(frozenset(task.task_id for task in tasks_alive(state)), frozenset(state.expired))
-            self._held_at = (state.seq, held)
-        return self._held_at[1]
-
-    def _look_at_main(self) -> None:
-        """Look at `main` again: a task was published in a version that was rolled back before this was seen. It is
-        parked like all tasks that vanish."""
-        self._main_followed = -1
-        self.wake(log_moved=True)
-
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> None:
         self.wake()
         self._queue.try_apply(task_ids, event)
@@ -708,24 +664,3 @@ def _stop_for(record: TaskRecord) -> str:
     if record.cancel_requested or record.ran_too_long:
         return "cancel"
     return "preempt" if record.preempt_requested else ""
-
-
-def _how_it_vanished(store: SubspaceReader, record: TaskRecord, now: float) -> RolledBack:
-    state = store.state
-    main = state.refs[MAIN]
-    without = next((v.number for v in state.lineage(main) if record.task_id in v.removed), None)
-    lost = store.lost_by(record.task_id)
-    if without is not None:
-        what = f"version {without} was made again without it"
-    elif lost is not None and lost.op == "remove":  # the newest task: nothing had to be made again
-        what = f"main is version {main} again"
-    else:
-        # Its version of birth, unless that one was made on the way to another without a task: no gate let it pass.
-        usable = (n for n in state.published if n >= record.version and n not in state.expired)
-        back = next((n for n in usable if record.task_id in state.tasks_at(n)), record.version)
-        message = (
-            f"main was rolled back to version {main}, before this task's {record.version}; "
-            f"`onebasis rollback {back}` brings it back, or submit it again"
-        )
-        return RolledBack(message, now)
-    return RolledBack(f"removed from the subspace: {what}; submit it again to merge it", now, Reason.REMOVED)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from configs.errors import InvalidInput, NotLeading, OnebasisError
+from configs.errors import Conflict, InvalidInput, NotLeading, OnebasisError
 from configs.settings import Settings
 from orchestrator.tasks.leader_lease import LEASE_SECONDS, LeaderLease, Member, Seen, Standing
 
@@ -180,6 +180,20 @@ class Leadership:
         """The other control planes that are there, by age."""
         present = self.seen.present if self.seen else ()
         return tuple(member for member in present if member.member_id != self._member.member_id)
+
+    def follow(self, settings: str) -> None:
+        """Lead with these settings from now on (`shared_settings`), which others have to have to join.
+
+        Raises:
+            Conflict: Others stand by, with the old ones.
+        """
+        if others := self.others():
+            names = ", ".join(member.name for member in others)
+            what = f"other control planes of this service run with the old settings: {names}"
+            raise Conflict(what, "", "`onebasis down` there, reload here, then `onebasis up --config FILE` there")
+        self._settings = settings
+        if self._fence is not None:
+            self._lease.keep_settings(self._fence, settings)
 
     def give_up(self) -> None:
         """Lead no longer, so that another may at once."""

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 
 from configs.errors import MissingAdapters, OnebasisError, RefusedAdapters
 from configs.settings import Settings
-from orchestrator.cluster import Cluster
 from orchestrator.judging.score_table import evaluations_due
-from orchestrator.pending_calls import PendingCalls
+from orchestrator.pending_calls import StoreCalls
 from orchestrator.tasks.task_events import (
     Event,
     MergeUndone,
@@ -28,7 +27,7 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.verdict import VerdictInProgress
-from orchestrator.worker_pool import WorkerPool, again_order
+from orchestrator.worker_pool import ModelWorkers, again_order
 from subspace_store import StagedAdapter, SubspaceReader, digest
 from subspace_store.log.version import CANDIDATE
 from subspace_store.requests import Refine
@@ -50,27 +49,29 @@ class Refinement:
         settings: Settings,
         queue: TaskQueue,
         store: SubspaceReader,
-        cluster: Cluster,
-        pending_calls: PendingCalls,
-        pool: WorkerPool,
+        calls: StoreCalls,
+        workers: ModelWorkers,
         unused_files: UnusedFiles,
         verdict: VerdictInProgress,
     ) -> None:
         self._settings = settings
         self._queue = queue
         self._store = store
-        self._cluster = cluster
-        self._pending_calls = pending_calls
-        self._pool = pool
+        self._calls = calls
+        self._workers = workers
         self._unused_files = unused_files
         self._verdict = verdict
 
+    def follow(self, settings: Settings) -> None:
+        """Go by new settings from now on."""
+        self._settings = settings
+
     def call_off(self) -> None:
         """Stop refinements of published tasks for a version that is gone: they hold no lease that would end with it."""
-        for worker in self._pool.workers.values():
+        for worker in self._workers.workers:
             order = worker.order
             if isinstance(order, Train) and order.again and order.refine_version != self._store.state.refs[CANDIDATE]:
-                self._pool.tell(worker, "cancel", order.token)
+                self._workers.tell(worker, "cancel", order.token)
 
     def advance(self, group: Sequence[TaskRecord], others_wait: bool) -> bool:
         """Bring the candidate's tasks through their refinement; those of its group that ask for none wait.
@@ -109,12 +110,12 @@ class Refinement:
         ready = [record for record in refining if next_step(record) is Step.MERGE_REFINED]
         again = [r for r in self._verdict.again if r.task_id not in done and r.task_id not in given_up]
         if again or len(ready) < len(refining):
-            flying = {order.task_id for order in self._pool.orders if isinstance(order, Train) and order.again}
+            flying = {order.task_id for order in self._workers.orders if isinstance(order, Train) and order.again}
             waiting = [record for record in refining if next_step(record) is Step.REFINE]
             # A merge may move a thousand tasks: while others wait to be trained, they get half of the workers.
-            room = max(1, len(self._pool.workers) // 2) if others_wait else len(self._pool.workers)
+            room = max(1, len(self._workers.workers) // 2) if others_wait else len(self._workers.workers)
             waiting += [record for record in again if record.task_id not in flying][: max(0, room - len(flying))]
-            free = self._pool.unclaimed_workers(refining)
+            free = self._workers.unclaimed_workers(refining)
             for record in waiting:
                 is_anywhere = record.pool not in self._settings.pools
                 worker = next((one for one in free if is_anywhere or record.pool == one.pool), None)
@@ -122,9 +123,9 @@ class Refinement:
                     continue
                 free.remove(worker)
                 if record.state is TaskState.REFINING:
-                    self._pool.claim(worker, record.task_id)
+                    self._workers.claim(worker, record.task_id)
                 else:
-                    self._pool.give(worker, again_order(record, version, self._verdict.tries))
+                    self._workers.give(worker, again_order(record, version, self._verdict.tries))
             return True
         own = (
             StagedAdapter(task_id=r.task_id, name=r.title, key=r.refined_key, sha256=r.refined_sha256) for r in ready
@@ -132,7 +133,7 @@ class Refinement:
         staged = (*own, *done.values())
         if staged:
             key = f"refine:{version}:{digest(repr(staged).encode())[:16]}"
-            self._pending_calls.write(Refine(adapters=staged, op_key=key, actor="controller"))
+            self._calls.write(Refine(adapters=staged, op_key=key, actor="controller"))
         return bool(staged)
 
     def _moved(self, version: int) -> tuple[TaskRecord, ...]:
@@ -201,5 +202,5 @@ class Refinement:
         self._unused_files.due(asked)
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> list[TaskRecord]:
-        self._pending_calls.wake()
+        self._calls.wake()
         return self._queue.try_apply(task_ids, event)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 
 from configs.errors import Fenced, OnebasisError
-from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
+from orchestrator.alarms import WRITE_CODES, AlarmCode, Ringing
 from orchestrator.cluster import Call, Cluster, MachineLost
-from orchestrator.pending_calls import Opening, PendingCalls, Sign
+from orchestrator.pending_calls import StoreCalls
 from workers.orders import BaseLayout
 
 log = logging.getLogger("onebasis.controller")
@@ -38,13 +37,13 @@ class StoreWriter:
     def __init__(
         self,
         cluster: Cluster,
-        pending_calls: PendingCalls,
-        alarms: Alarms,
+        calls: StoreCalls,
+        alarms: Ringing,
         lease_seconds: float,
         refused: Callable[[OnebasisError], None],
     ) -> None:
         self._cluster = cluster
-        self._pending_calls = pending_calls
+        self._calls = calls
         self._alarms = alarms
         self._lease_seconds = lease_seconds
         self._refused = refused
@@ -66,13 +65,13 @@ class StoreWriter:
             layout: Of the base model that the first worker has loaded and checked; a store is made for these weights
                 alone. None before that.
         """
-        calls, now = self._pending_calls, time.time()
-        if layout and not (self.is_open or calls.under_way(Opening())) and calls.may("open"):
-            calls.send(Opening(), partial(self._cluster.open_store, layout.sha256))
-        if not calls.under_way(Sign()):
+        now = time.time()
+        if layout and not self.is_open:
+            self._calls.open(layout.sha256)
+        if not self._calls.asking:
             if now - self._asked_at >= ASK_SECONDS:
                 self._asked_at = now
-                calls.send(Sign(), self._cluster.store_sign)
+                self._calls.ask()
             return
         if self._alarms.rings(AlarmCode.RAY_DOWN):
             return  # that alarm says why, and a new process could not be made
@@ -82,10 +81,8 @@ class StoreWriter:
             self._alarms.ring(AlarmCode.STORE_SILENT, ABOUT, what)
         if silence > (self._lease_seconds if self._is_there else 2 * START_SECONDS):
             log.warning("the store's writer has been silent for %.0f s: replacing it", silence)
-            calls.forget(Sign())
-            calls.forget(Opening())
             self.is_open, self._is_there, self._asked_at = False, False, now
-            self._cluster.replace_store()
+            self._calls.replace_silent_writer()
 
     def take_sign(self, call: Call) -> None:
         """It answered, or is gone; then Ray makes another, and the next question waits for that one."""
@@ -105,16 +102,16 @@ class StoreWriter:
             self._cluster.result(call)
         except MachineLost as error:
             log.debug("the store's writer was lost while it opened the store: %s", error.what)
-            self._pending_calls.later("open")
+            self._calls.later("open")
         except Fenced:
-            self._cluster.replace_store()
-            self._pending_calls.later("open")
+            self._calls.replace_writer()
+            self._calls.later("open")
         except OnebasisError as error:
             self.error = error
             self._alarms.ring_for(error, "opening the store")
             self._refused(error)
-            self._pending_calls.later("open", RETRY_SECONDS)
+            self._calls.later("open", RETRY_SECONDS)
         else:
             self.is_open, self.error = True, None
-            self._pending_calls.wake(log_moved=True)
+            self._calls.wake(log_moved=True)
             self._alarms.end_all("opening the store", *WRITE_CODES)

@@ -84,13 +84,16 @@ def nobodys_at(task_id: str) -> float:
 
 
 class UnusedFiles:
-    """Deletes unused files: those of tasks to which something happened, and now and then those of all tasks.
+    """Deletes unused files of one base model's tasks: of those to which something happened, and now and then of all.
 
     Args:
+        base_model: Name of the base model.
+        storage: Where its store lies, and the files of its tasks.
         held: What the versions hold now.
     """
 
-    def __init__(self, queue: TaskQueue, storage: Storage, held: Callable[[], Held]) -> None:
+    def __init__(self, base_model: str, queue: TaskQueue, storage: Storage, held: Callable[[], Held]) -> None:
+        self._base_model = base_model
         self._queue = queue
         self._storage = storage
         self._held = held
@@ -160,7 +163,7 @@ class UnusedFiles:
         held, by_task = self._held(), {key: key.split("/")[1] for key in keys}
         ids = set(by_task.values())
         records, known = self._queue.among(ids), self._queue.known(ids)
-        unjudged = self._queue.is_anyone_unjudged()
+        unjudged = self._queue.is_anyone_unjudged(self._base_model)
         for key, task_id in by_task.items():
             record = records.get(task_id)
             if record is None:  # a row that cannot be read keeps its files

@@ -12,7 +12,7 @@ Which process watches which:
 | worker that loads | the same | `worker_pool.WARM_SILENT_SECONDS` | the loop | the same |
 | rank | an answer to `pid` | `gang.NOTICE_SECONDS`; the lease | its gang | the gang; `up` |
 | store's writer | an answer to `sign` | `store_writer.SILENT_SECONDS`; the lease | the loop | the same; `up` |
-| store, database | a read that is answered | `service.LOOK_SECONDS` | `Service.look` | themselves |
+| store, database | a read that is answered | `latest.LOOK_SECONDS` | `Service.look` | themselves |
 | store that is slow | how long a record took to write | `candidate.SLOW_SECONDS` | the loop | itself |
 | MLflow mirror | no error, and a round that ends | at once; `MIRROR_SECONDS` | here | itself |
 

@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -190,8 +190,20 @@ class WorkerPool:
         """What people have drained."""
         for name in cluster.workers:
             self._add(name)
-        self.layout: BaseLayout | None = None
-        """What the first warm worker reported of the base model; None before that."""
+        self.layouts: dict[str, BaseLayout] = {}
+        """Base model to what the first warm worker reported of it; none before that."""
+
+    def follow(self, settings: Settings) -> None:
+        """Go by new settings from now on: further pools, and other sizes of those that are there."""
+        self._pools = settings.pools
+
+    def base_model_of(self, worker: WorkerStatus) -> str:
+        """Name of the base model that a worker loads."""
+        return self._pools[worker.pool].base_model or ""
+
+    def of_base_model(self, base_model: str) -> ModelWorkers:
+        """The workers that load one base model, of whichever pool."""
+        return ModelWorkers(self, base_model)
 
     # --- who is free -------------------------------------------------------------------------------------------
 
@@ -348,7 +360,7 @@ class WorkerPool:
     def take_warm(self, call: Call, pending: Warming) -> None:
         worker = self.workers[pending.worker]
         try:
-            self.layout = self._cluster.result(call)
+            self.layouts[self.base_model_of(worker)] = self._cluster.result(call)
         except MachineLost as error:
             self._is_away(worker, error)
             if worker.lost is not None or worker.order is not None or not self._asks_for_end(worker, error):
@@ -629,6 +641,63 @@ class WorkerPool:
         """A machine was lost: no worker gets an order before it has shown that it was not on it."""
         for worker in self.workers.values():
             worker.sure_at = time.time() + SURE_SECONDS
+
+
+class ModelWorkers:
+    """The workers of one base model: those that can do something for a version of its subspace."""
+
+    def __init__(self, pool: WorkerPool, base_model: str) -> None:
+        self._pool = pool
+        self._base_model = base_model
+
+    @property
+    def workers(self) -> list[WorkerStatus]:
+        return self._mine(self._pool.workers.values())
+
+    @property
+    def layout(self) -> BaseLayout | None:
+        """What the first warm worker reported of the base model; None before that."""
+        return self._pool.layouts.get(self._base_model)
+
+    @property
+    def ready(self) -> int:
+        """Workers whose base model is loaded."""
+        return sum(worker.ready for worker in self.workers)
+
+    @property
+    def free(self) -> int:
+        return sum(worker.is_free for worker in self.workers)
+
+    @property
+    def orders(self) -> list[Order]:
+        """Orders that are under way."""
+        return [worker.order for worker in self.workers if worker.order is not None]
+
+    def free_workers(self) -> list[WorkerStatus]:
+        return self._mine(self._pool.free_workers())
+
+    def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
+        """As `WorkerPool.unclaimed_workers`."""
+        return [
+            worker
+            for worker in self._pool.unclaimed_workers(live)
+            if self._pool.base_model_of(worker) == self._base_model
+        ]
+
+    def _mine(self, workers: Iterable[WorkerStatus]) -> list[WorkerStatus]:
+        return [worker for worker in workers if self._pool.base_model_of(worker) == self._base_model]
+
+    def claim(self, worker: WorkerStatus, task_id: str) -> None:
+        """As `WorkerPool.claim`."""
+        self._pool.claim(worker, task_id)
+
+    def give(self, worker: WorkerStatus, order: Order) -> None:
+        """As `WorkerPool.give`."""
+        self._pool.give(worker, order)
+
+    def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
+        """As `WorkerPool.tell`."""
+        self._pool.tell(worker, what, token)
 
 
 def has_lease(order: Order) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field, field_validator
 
-from configs.document import NAME_PATTERN, Line, Request, VersionNumber
+from configs.document import NAME_PATTERN, Line, OfBaseModel, Request, VersionNumber
 from configs.errors import NotWritten, OutcomeUnknown, Unavailable
 from subspace_store.log.version import StagedAdapter, TaskScore
 from subspace_store.log.version_log import outcome_unknown
@@ -34,6 +34,8 @@ class StoreRequest(Request, Generic[Answer]):
     """Name of the operation in routes, commands and keys."""
     actor: Line = "somebody"
     """Person or part of the service that asks; kept in the log."""
+    base_model: OfBaseModel = None
+    """Names the store for a service that has several; a writer has one, and does not look at it."""
     op_key: Line = Field("", description="a text that begins with the name of the request")
     """Key of this request, beginning with the operation: a request that is repeated under its key is done once."""
 

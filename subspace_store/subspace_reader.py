@@ -232,6 +232,10 @@ class SubspaceReader:
 
         return VersionTensors(self._heads)
 
+    def let_go(self) -> None:
+        """Keep no tensors that were read: whoever asks again reads them again."""
+        self.__dict__.pop("_tensors", None)
+
     @property
     def state(self) -> SubspaceState:
         """The state of the log when it was last read."""

@@ -93,8 +93,8 @@ class Client:
 
             _check_ran(self._state_dir)
             settings = service_settings(self._state_dir)
-            storage = open_storage(settings.storage, settings.base_model.name)
-            self._service = Service(settings, None, storage)
+            storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
+            self._service = Service(settings, None, storages)
         return self._service
 
 

@@ -55,7 +55,7 @@ class ControlPlane:
         self.settings = settings
         self.state_dir = state_dir
         self.identity = service_identity(state_dir)
-        self.storage = open_storage(settings.storage, settings.base_model.name)
+        self.storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
         self.leadership: Leadership | None = None
         """Part in the leadership, where several control planes may share a database."""
         self.cluster: RayCluster
@@ -101,6 +101,13 @@ class ControlPlane:
         if duty is None:
             raise Unavailable("this control plane begins or ends to lead", todo="try again in a moment")
         return duty.service.answer(request)
+
+    def agree(self, settings: Settings) -> None:
+        """Go on with these settings, if no other control plane has the old ones. Raises Conflict."""
+        if self.leadership is not None:
+            self.leadership.follow(shared_settings(settings))
+        self.settings = settings
+        self.storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
 
     def _join(self, lease: LeaderLease, url: str) -> None:
         """Lead if nobody does; else stand by, and look from now on whether somebody still does."""
@@ -170,9 +177,9 @@ class ControlPlane:
         (self.state_dir / SERVER_FILE).unlink(missing_ok=True)
         if leads and not hands_over:
             try:
-                self.cluster.release_store(RELEASE_SECONDS)
+                self.cluster.release_stores(RELEASE_SECONDS)
             except OnebasisError as error:
-                log.warning("the store stays this service's: %s", error)
+                log.warning("a store stays this service's: %s", error)
         if leadership is not None and self._looking is not None:
             self._looking.join(timeout=RELEASE_SECONDS)  # it would take the lease again
             try:
@@ -225,7 +232,7 @@ class StandingBy:
         assert leadership is not None
         self._queue = TaskQueue(settings.database_url, settings.failures, NOBODY)
         self.service = Service(
-            settings, self._queue, process.storage, health=process.health, stands_by=leadership.stands_by
+            settings, self._queue, process.storages, health=process.health, stands_by=leadership.stands_by
         )
         look = Pulse(self.service.look, LOOK_EVERY_SECONDS)
         threading.Thread(target=look.run, args=(self._stop,), name="look", daemon=True).start()
@@ -246,23 +253,25 @@ class Leading:
         if fence is not None and process.leadership is not None:
             self._cluster = cluster = cluster.led(fence, partial(process.leadership.check, fence))
         cluster.start()
-        store = SubspaceReader.open(process.storage, settings=settings.subspace)
-        self._mirror = mirror = Mirror(
-            settings, queue, SubspaceReader.open(process.storage, settings=settings.subspace)
-        )
+        stores = {
+            name: SubspaceReader.open(place, settings=settings.subspace) for name, place in process.storages.items()
+        }
+        self._mirror = mirror = Mirror(settings, queue)
         self._controller = controller = Controller(
-            settings, queue, process.storage, store, cluster, process.identity, changed=mirror.wake
+            settings, queue, stores, cluster, process.identity, changed=mirror.wake
         )
         self._checker = Checker()
         self.service = Service(
             settings,
             queue,
-            process.storage,
+            process.storages,
             controller,
             cluster,
             lambda: process.health() | self._health(),
             self._checker.check,
+            agree=process.agree,
         )
+        mirror.follow(lambda: self.service.settings)
         self._loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
         is_local = settings.ray.address == "local"
         gcs = Pulse(cluster.probe)
@@ -294,7 +303,7 @@ class Leading:
             "workers": controller.describe_workers(),
             "workers_ready": controller.ready_workers,
             "load_errors": {name: error.as_dict() for name, error in controller.load_errors.items()},
-            "store_is_open": controller.store_is_open,
+            "store_is_open": controller.stores_are_open,
             "store_error": controller.store_error.as_dict() if controller.store_error else None,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,

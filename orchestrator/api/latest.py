@@ -12,6 +12,11 @@ from configs.errors import Unavailable
 
 Answer = TypeVar("Answer")
 
+LOOK_SECONDS = 3.0
+"""Longest wait for the store, or for the database, when a person asks for the status."""
+LOOKING = "reading for the status"
+"""Part of the service that alarms about this reading name."""
+
 
 class Latest(Generic[Answer]):
     """Asks in a thread of its own, one at a time, and keeps the last answer.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Ty
 
 from pydantic import Field
 
-from configs.document import Line, Name, Request, Title, VersionNumber
+from configs.document import Line, Name, OfBaseModel, Request, Title, VersionNumber
 from configs.errors import Unavailable
+from configs.settings import Settings
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_record import TaskState
 
@@ -51,14 +52,14 @@ class Status(ServiceRequest[Json]):
     """Whether the service is up, what its workers do, how many tasks are in which state."""
 
     def on(self, service: Service) -> Json:
-        return service.status()
+        return service.status.status()
 
 
 class Health(ServiceRequest[Json]):
     """Which alarms ring and what the workers do. Answered at once: neither the store nor the database is asked."""
 
     def on(self, service: Service) -> Json:
-        return service.health()
+        return service.status.health()
 
 
 class Submit(ServiceRequest[Json]):
@@ -74,7 +75,7 @@ class Submit(ServiceRequest[Json]):
     """Person who submits."""
 
     def on(self, service: Service) -> Json:
-        return service.submit(self)
+        return service.tasks.submit(self)
 
 
 class ListTasks(ServiceRequest[list[Json]]):
@@ -82,13 +83,15 @@ class ListTasks(ServiceRequest[list[Json]]):
 
     team: Name | None = None
     state: TaskState | None = None
+    base_model: OfBaseModel = None
+    """Only tasks of this base model; None: of all."""
     before: Line = ""
     """Id of a task: only older tasks are listed. Empty: the newest ones."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
     """Tasks in the answer, at most."""
 
     def on(self, service: Service) -> list[Json]:
-        return service.tasks(self)
+        return service.tasks.page(self)
 
 
 class ShowTask(ServiceRequest[Json]):
@@ -97,7 +100,7 @@ class ShowTask(ServiceRequest[Json]):
     reference: Reference
 
     def on(self, service: Service) -> Json:
-        return service.task(self)
+        return service.tasks.one(self)
 
 
 class Cancel(ServiceRequest[Json]):
@@ -108,7 +111,7 @@ class Cancel(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.cancel(self)
+        return service.tasks.cancel(self)
 
 
 class Preempt(ServiceRequest[Json]):
@@ -119,7 +122,7 @@ class Preempt(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.preempt(self)
+        return service.tasks.preempt(self)
 
 
 class Retry(ServiceRequest[Json]):
@@ -130,7 +133,7 @@ class Retry(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.retry(self)
+        return service.tasks.retry(self)
 
 
 class Pause(ServiceRequest[Json]):
@@ -142,7 +145,7 @@ class Pause(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.pause(self)
+        return service.tasks.pause(self)
 
 
 class Resume(ServiceRequest[Json]):
@@ -153,7 +156,7 @@ class Resume(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.resume(self)
+        return service.tasks.resume(self)
 
 
 class DrainWorker(ServiceRequest[Json]):
@@ -173,7 +176,7 @@ class DrainWorker(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.drain(self)
+        return service.tasks.drain(self)
 
 
 Change = Literal["cancel", "retry", "pause", "resume"]
@@ -191,7 +194,7 @@ class ChangeMany(ServiceRequest[Json]):
     by: Line = "somebody"
 
     def on(self, service: Service) -> Json:
-        return service.change_many(self)
+        return service.tasks.change_many(self)
 
 
 class ReadLog(ServiceRequest[list[Json]]):
@@ -201,23 +204,26 @@ class ReadLog(ServiceRequest[list[Json]]):
     after: EventNumber = 0
 
     def on(self, service: Service) -> list[Json]:
-        return service.logs(self)
+        return service.tasks.log(self)
 
 
 class ListVersions(ServiceRequest[list[Json]]):
     """All versions, oldest first."""
 
+    base_model: OfBaseModel = None
+
     def on(self, service: Service) -> list[Json]:
-        return service.versions()
+        return service.versions(self.base_model).all()
 
 
 class ShowVersion(ServiceRequest[Json]):
     """One version: tasks, scores, ranks, drift, what is stored."""
 
     version: VersionNumber
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.version(self)
+        return service.versions(self.base_model).one(self)
 
 
 class Diff(ServiceRequest[Json]):
@@ -225,18 +231,20 @@ class Diff(ServiceRequest[Json]):
 
     old: VersionNumber
     new: VersionNumber
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.diff(self)
+        return service.versions(self.base_model).diff(self)
 
 
 class PreviewRollback(ServiceRequest[Json]):
     """What moving `main` to a version would do. Changes nothing."""
 
     version: VersionNumber
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.preview_rollback(self)
+        return service.versions(self.base_model).preview_rollback(self)
 
 
 class Export(ServiceRequest[bytes]):
@@ -245,9 +253,10 @@ class Export(ServiceRequest[bytes]):
     reference: Reference
     version: VersionNumber | None = None
     """Default: what `main` holds."""
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> bytes:
-        return service.export(self)
+        return service.versions(self.base_model).export(self)
 
 
 class ShowCapacity(ServiceRequest[Json]):
@@ -255,9 +264,10 @@ class ShowCapacity(ServiceRequest[Json]):
 
     version: VersionNumber | None = None
     """Default: what `main` holds."""
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.capacity(self)
+        return service.versions(self.base_model).capacity(self)
 
 
 class ShowScores(ServiceRequest[Json]):
@@ -265,6 +275,18 @@ class ShowScores(ServiceRequest[Json]):
 
     version: VersionNumber | None = None
     """Default: what `main` holds."""
+    base_model: OfBaseModel = None
 
     def on(self, service: Service) -> Json:
-        return service.scores(self)
+        return service.versions(self.base_model).scores(self)
+
+
+class Reload(ServiceRequest[Json]):
+    """Go on with new settings, as far as they can change without a restart; the rest is refused by name."""
+
+    needs_service = True
+    settings: Settings
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.reload(self)

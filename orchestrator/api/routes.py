@@ -51,6 +51,7 @@ ROUTES: tuple[Route, ...] = (
     Route("retry", "POST", "/retry/{reference:path}", Role.SUBMITTER, requests.Retry),
     Route("pause", "POST", "/pause", Role.MAINTAINER, requests.Pause),
     Route("resume", "POST", "/resume", Role.MAINTAINER, requests.Resume),
+    Route("reload", "POST", "/reload", Role.MAINTAINER, requests.Reload),
     Route("drain", "POST", "/drain", Role.MAINTAINER, requests.DrainWorker),
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, requests.ChangeMany),
     Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, requests.ReadLog),

@@ -13,7 +13,7 @@ from orchestrator.judging.forgetting import ForgettingReport, Mean
 from orchestrator.judging.score_table import ScoreTable
 from orchestrator.scheduling.estimate import Estimate, ends
 from orchestrator.tasks.task_lifecycle import Step, next_step
-from orchestrator.tasks.task_record import TaskRecord, TaskState
+from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS, TaskEvent, points_of
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState, Version
 from subspace_store.subspace_reader import RollbackPreview
@@ -290,3 +290,8 @@ def _names(state: SubspaceState, task_ids: Collection[str]) -> list[str]:
 def _between(start: float | None, end: float | None) -> float | None:
     # An earlier attempt may have begun before this one was claimed.
     return None if start is None or end is None else max(0.0, end - start)
+
+
+def pause_json(pause: Pause | None) -> Json | None:
+    """A pause; None where there is none."""
+    return None if pause is None else pause.model_dump(mode="json")

@@ -38,7 +38,7 @@ class Attention:
         self._next_look = 0.0
         self._down_since: float | None = None
         self._told: set[str] = set()
-        self._held: Json | None = None
+        self._held: dict[str | None, Json | None] = {}
 
     def look(self) -> None:
         """Tell what is new, if it is time to look.
@@ -58,20 +58,27 @@ class Attention:
             self._say("the service is up again")
             self._down_since = None
         tell_new(health["alarms"], self._told, self._say)
-        if "held" in health:  # the service has read the log since it started
-            self._tell_hold(health["held"])
+        bases = health.get("base_models") or [health]
+        for base in bases:
+            if "held" in base:  # the service has read the log since it started
+                self._tell_hold(base["held"], base.get("base_model") if len(bases) > 1 else None)
 
-    def _tell_hold(self, held: Json | None) -> None:
-        """Say that `main` is held, or no longer: what is trained waits as long, without a sign of its own."""
-        if held == self._held:
+    def _tell_hold(self, held: Json | None, base_model: str | None) -> None:
+        """Say that `main` is held, or no longer: what is trained waits as long, without a sign of its own.
+
+        Args:
+            base_model: Base model whose `main` it is; None: of the only one.
+        """
+        if held == self._held.get(base_model):
             return
-        self._held = held
+        self._held[base_model] = held
+        main, option = ("main", "") if base_model is None else (f"main of {base_model}", f" --base-model {base_model}")
         if held is None:
-            self._say("main is no longer held")
+            self._say(f"{main} is no longer held")
             return
         self._say(
-            f"main is held by {held['actor']}: {held['reason'] or 'no reason given'}; new versions wait until "
-            "`onebasis store release` lets it move"
+            f"{main} is held by {held['actor']}: {held['reason'] or 'no reason given'}; new versions wait until "
+            f"`onebasis store release{option}` lets it move"
         )
 
     def _is_down(self, now: float) -> None:

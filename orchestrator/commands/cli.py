@@ -36,6 +36,7 @@ from orchestrator.api.requests import (
     Preempt,
     PreviewRollback,
     ReadLog,
+    Reload,
     Resume,
     Retry,
     ShowCapacity,
@@ -48,10 +49,12 @@ from orchestrator.commands import display, submission, version_tables
 from orchestrator.commands.attention import Attention
 from orchestrator.commands.submission import ENDS, WATCH_SECONDS
 from orchestrator.tasks.task_record import TaskState
+from subspace_store.commands.state_folder import keep_source, settings_source
 from subspace_store.commands.terminal import (
     EXIT_CODES,
     STATE_DIR,
     AsJson,
+    OfBaseModel,
     OpKey,
     StateDir,
     command_of,
@@ -94,6 +97,10 @@ def up(
         bool,
         typer.Option("--take-over", help="Take the store over from the service that it belongs to, which then stops."),
     ] = False,
+    remove_base_model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A base model that may leave the service though it has tasks, which wait."),
+    ] = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -112,8 +119,32 @@ def up(
             str(chosen),
             f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
         )
-    status = processes.up(settings, note if not as_json else _silent, take_over, config)
+    status = processes.up(settings, note if not as_json else _silent, take_over, config, remove_base_model or ())
     show(status, display.status, as_json)
+
+
+@command
+def reload(
+    config: Annotated[
+        Path | None, typer.Option(help="Settings (YAML); default: the file that the last `up` or `reload` named.")
+    ] = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Read the settings again: a running service takes further base models, teams, data_roots and the gate.
+
+    Anything else that is different is refused by name, and nothing is taken then.
+    """
+    from configs.settings import read_settings
+
+    noted = settings_source(state_dir)
+    if config is None and noted is None:
+        raise InvalidInput("no settings file was ever named here", "onebasis reload", "add --config FILE")
+    file, root = (config, None) if config is not None else noted or (Path(), None)
+    settings = read_settings(file, root)
+    show(Client(state_dir).ask(Reload(settings=settings, by=me())), display.reloaded, as_json)
+    if config is not None:
+        keep_source(state_dir, config)
 
 
 @ending_command
@@ -161,7 +192,7 @@ def import_(
     adapter: Annotated[str, typer.Argument(metavar="DIR", help="PEFT folder: adapter_config.json and safetensors.")],
     team: Annotated[str, typer.Option(help="Team that the task belongs to.")],
     name: Annotated[str, typer.Option(help="Name of the task.")],
-    base_model: Annotated[str, typer.Option(help="Name of the base model; default: the service's.")] = "",
+    base_model: OfBaseModel = None,
     eval_file: Annotated[str | None, typer.Option(help="Rows to score it on; without them it has no score.")] = None,
     label_names: Annotated[str, typer.Option(help="Label names in the order of the outputs, comma-separated.")] = "",
     text_column: Annotated[str, typer.Option(help="Key of the text in each row.")] = "text",
@@ -185,7 +216,7 @@ def import_(
     document = {
         "team": team,
         "name": name,
-        "base_model": base_model or Client(state_dir).ask(Health())["base_model"],
+        "base_model": base_model or _only_base_model(Client(state_dir)),
         "method": {"name": "import", "adapter": adapter},
         "data": data,
     }
@@ -198,6 +229,7 @@ def tasks(
     team: Annotated[str | None, typer.Option(help="Only tasks of this team.")] = None,
     state: Annotated[str | None, typer.Option(help="Only tasks in this state.")] = None,
     limit: Annotated[int, typer.Option(help="Number of tasks, the newest ones.", min=1, max=PAGE_MAX)] = PAGE,
+    base_model: Annotated[str | None, typer.Option(metavar="NAME", help="Only tasks of this base model.")] = None,
     before: Annotated[str, typer.Option(metavar="ID", help="Only tasks older than this one: the page before.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Follow until every task that is listed has ended.")] = False,
     state_dir: StateDir = STATE_DIR,
@@ -205,7 +237,7 @@ def tasks(
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
-    asked = ListTasks(team=team, state=_state(state), before=before, limit=limit)
+    asked = ListTasks(team=team, state=_state(state), base_model=base_model, before=before, limit=limit)
     service = Attention(client)
 
     def ask() -> list[display.Json]:
@@ -216,8 +248,10 @@ def tasks(
         (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
-    if not rows and not as_json and (unknown := (now := client.ask(Status()))["not_in_database"]):
-        note(display.unknown_tasks(unknown, now))
+    if not rows and not as_json:
+        for base in client.ask(Status())["base_models"]:
+            if unknown := base["not_in_database"]:
+                note(display.unknown_tasks(unknown, base))
     if len(rows) == limit:
         newest = f"the newest {counted(limit, 'task')}"
         note(f"{newest}; `--before {rows[0]['task_id']}` lists older ones, `--limit` more at once")
@@ -410,32 +444,35 @@ def simulate(
 
 
 @command
-def versions(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+def versions(base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
     """List the subspace's versions."""
-    show(Client(state_dir).ask(ListVersions()), version_tables.versions, as_json)
+    show(Client(state_dir).ask(ListVersions(base_model=base_model)), version_tables.versions, as_json)
 
 
 @command
 def version(
     number: Annotated[str, typer.Argument(metavar="V", help=VERSION)],
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show one version: its tasks with scores and drift, ranks, what is stored."""
     client = Client(state_dir)
-    show(client.ask(ShowVersion(version=_version(client, number))), version_tables.version, as_json)
+    asked = ShowVersion(base_model=base_model, version=_version(client, number, base_model))
+    show(client.ask(asked), version_tables.version, as_json)
 
 
 @command
 def diff(
     old: Annotated[str, typer.Argument(metavar="V", help=f"The version before; 0 is empty. {VERSION}")],
     new: Annotated[str, typer.Argument(metavar="W", help="The version after.")],
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show what changed between two versions."""
     client = Client(state_dir)
-    asked = Diff(old=_version(client, old), new=_version(client, new))
+    asked = Diff(base_model=base_model, old=_version(client, old, base_model), new=_version(client, new, base_model))
     show(client.ask(asked), version_tables.diff, as_json)
 
 
@@ -446,18 +483,21 @@ def rollback(
     reason: Annotated[str, typer.Option(help="Reason, kept in the version log.")] = "",
     hold: Annotated[bool, typer.Option("--hold", help="Keep `main` there until `onebasis store release`.")] = False,
     op_key: OpKey = "",
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Move `main` to a version, backward or forward. Nothing is copied and nothing is lost."""
     client = Client(state_dir)
-    to = _version(client, number)
+    to = _version(client, number, base_model)
     if preview:
-        answer = client.ask(PreviewRollback(version=to))
-    elif not hold and not op_key and _both_are_at(client, to):  # nothing to write down
-        answer = client.ask(PreviewRollback(version=to)) | {"preview": False}
+        answer = client.ask(PreviewRollback(base_model=base_model, version=to))
+    elif not hold and not op_key and _both_are_at(client, to, base_model):  # nothing to write down
+        answer = client.ask(PreviewRollback(base_model=base_model, version=to)) | {"preview": False}
     else:
-        answer = client.ask(Rollback(version=to, reason=reason, hold=hold, op_key=op_key, actor=me()))
+        answer = client.ask(
+            Rollback(base_model=base_model, version=to, reason=reason, hold=hold, op_key=op_key, actor=me())
+        )
     show(answer, version_tables.rollback, as_json)
 
 
@@ -468,6 +508,7 @@ def export(
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
     ],
     number: AtVersion = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -475,7 +516,9 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
     client = Client(state_dir)
-    packed = client.ask(Export(reference=reference, version=_version_or_main(client, number)))
+    packed = client.ask(
+        Export(base_model=base_model, reference=reference, version=_version_or_main(client, number, base_model))
+    )
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -495,23 +538,27 @@ def export(
 @command
 def scores(
     number: AtVersion = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
     client = Client(state_dir)
-    show(client.ask(ShowScores(version=_version_or_main(client, number))), version_tables.scores, as_json)
+    asked = ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model))
+    show(client.ask(asked), version_tables.scores, as_json)
 
 
 @command
 def capacity(
     number: AtVersion = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show what the tasks store, shared and each for itself, against separate adapters."""
     client = Client(state_dir)
-    show(client.ask(ShowCapacity(version=_version_or_main(client, number))), version_tables.capacity, as_json)
+    asked = ShowCapacity(base_model=base_model, version=_version_or_main(client, number, base_model))
+    show(client.ask(asked), version_tables.capacity, as_json)
 
 
 @app.command("store", context_settings=RAW, add_help_option=False)
@@ -530,16 +577,25 @@ def store(context: typer.Context) -> None:
         store_cli.SERVICE.reset(token)
 
 
-def _version_or_main(client: Client, name: str | None) -> int | None:
-    return None if name is None else _version(client, name)
+def _only_base_model(client: Client) -> str:
+    """The service's base model, where it has one alone. Raises InvalidInput where it has several."""
+    names = [base["base_model"] for base in client.ask(Health())["base_models"]]
+    if len(names) > 1:
+        todo = f"add --base-model: one of {', '.join(names)}"
+        raise InvalidInput("this service has several base models", "base_model", todo)
+    return str(names[0])
 
 
-def _version(client: Client, name: str) -> int:
+def _version_or_main(client: Client, name: str | None, base_model: str | None) -> int | None:
+    return None if name is None else _version(client, name, base_model)
+
+
+def _version(client: Client, name: str, base_model: str | None) -> int:
     """The version that a number, a tag or a branch names now."""
     number = number_in(name)
     if number is not None and not name.startswith("v"):
         return number  # no tag is a number: there is no need to ask for them
-    for row in client.ask(ListVersions()):
+    for row in client.ask(ListVersions(base_model=base_model)):
         if name in (*row["refs"], *row["tags"]):
             return int(row["version"])
     if name in (MAIN, CANDIDATE):  # no version has it: it is the empty one
@@ -549,9 +605,9 @@ def _version(client: Client, name: str) -> int:
     raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 
-def _both_are_at(client: Client, number: int) -> bool:
+def _both_are_at(client: Client, number: int, base_model: str | None) -> bool:
     """Whether `main` and the candidate name this version."""
-    at = {name: row["version"] for row in client.ask(ListVersions()) for name in row["refs"]}
+    at = {name: row["version"] for row in client.ask(ListVersions(base_model=base_model)) for name in row["refs"]}
     return bool(at.get(MAIN, 0) == at.get(CANDIDATE, 0) == number)
 
 

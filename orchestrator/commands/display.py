@@ -54,19 +54,15 @@ def status(answer: Json) -> None:
     if alarms:
         state += f", [red]with {counted(len(alarms), 'alarm')}[/red]"
     in_states = ", ".join(f"{count} {name}" for name, count in (counts or {}).items()) or "none yet"
-    main = "unknown" if answer["main"] is None else f"version {answer['main']}"
-    console.print(f"onebasis is {state}: base model {shown(answer['base_model'])}, main is {main}")
+    bases: list[Json] = answer.get("base_models") or [answer]
+    if len(bases) == 1:
+        console.print(f"onebasis is {state}: base model {shown(bases[0]['base_model'])}, main is {_main(bases[0])}")
+    else:
+        console.print(f"onebasis is {state}: {counted(len(bases), 'base model')}")
     _print_alarms(alarms)
     _print_leadership(answer.get("leadership"))
-    if (held := answer["held"]) is not None:
-        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
-        reason = shown(held["reason"] or "no reason given")
-        console.print(
-            f"  [yellow]main is held[/yellow] by {shown(held['actor'])} since {since}: {reason}"
-            " (`onebasis store release` lets it move)",
-            soft_wrap=True,
-        )
-        _print_rows("held")
+    for base in bases:
+        _print_hold(base["held"], f" --base-model {base['base_model']}" if len(bases) > 1 else "")
     _print_pauses(answer.get("paused"))
     if gone := answer.get("gone_from_main"):
         in_states += f" ({gone:,} of the published ones main no longer holds; the next `onebasis up` parks them)"
@@ -74,21 +70,24 @@ def status(answer: Json) -> None:
     for team, codes in answer.get("waiting", {}).items():
         reasons = ", ".join(f"{count:,} {code}" for code, count in codes.items())
         console.print(f"  waiting  {shown(team)}: {reasons}", soft_wrap=True)
-    if unknown := answer.get("not_in_database"):
-        console.print(f"  [yellow]{unknown_tasks(unknown, answer)}[/yellow]", soft_wrap=True)
     for late in answer.get("late", ()):
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(late["at"]))
         what = "was missed" if late["outlook"] == "missed" else late["outlook"]
         console.print(f"  [yellow]warning[/yellow]  {shown(late['title'])}: its deadline {at} {what}", soft_wrap=True)
-    console.print(f"  store    {shown(answer['storage'])}", soft_wrap=True)
+    for base in bases:
+        if len(bases) > 1:
+            console.print(f"  {shown(base['base_model'])}: main is {_main(base)}", soft_wrap=True)
+        if unknown := base.get("not_in_database"):
+            console.print(f"  [yellow]{unknown_tasks(unknown, base)}[/yellow]", soft_wrap=True)
+        console.print(f"  store    {shown(base['storage'])}", soft_wrap=True)
+        if (footprint := base.get("footprint")) and footprint["tasks"]:
+            numbers = sum(footprint[f"{part}_numbers"] for part in ("basis", "coefficient", "private"))
+            console.print(
+                f"  stored   {size_text(4 * numbers)} for {counted(footprint['tasks'], 'task')}; as separate LoRAs "
+                f"{size_text(4 * footprint['separate_numbers'])} (`onebasis capacity`)",
+                soft_wrap=True,
+            )
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
-    if (footprint := answer.get("footprint")) and footprint["tasks"]:
-        numbers = sum(footprint[f"{part}_numbers"] for part in ("basis", "coefficient", "private"))
-        console.print(
-            f"  stored   {size_text(4 * numbers)} for {counted(footprint['tasks'], 'task')}; as separate LoRAs "
-            f"{size_text(4 * footprint['separate_numbers'])} (`onebasis capacity`)",
-            soft_wrap=True,
-        )
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
     for name, pool in answer.get("pools", {}).items():
@@ -105,10 +104,35 @@ def status(answer: Json) -> None:
         what, key = f"{doubt['operation']} by {doubt['actor']} since {since}", shown(doubt["op_key"])
         console.print(
             f"  [yellow]IN DOUBT[/yellow] {shown(what)}: nobody knows whether it was done. Ask again with "
-            f"--op-key {key}, or `onebasis store withdraw {key}`",
+            f"--op-key {key}, or `onebasis store withdraw {key}"
+            f"{' --base-model ' + doubt['base_model'] if doubt.get('base_model') else ''}`",
             soft_wrap=True,
         )
         _print_rows("outcome-unknown")
+
+
+def _main(base: Json) -> str:
+    return "unknown" if base["main"] is None else f"version {base['main']}"
+
+
+def _print_hold(held: Json | None, option: str) -> None:
+    """That `main` is held. option: What `release` needs to know which `main` is meant."""
+    if held is None:
+        return
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["time"]))
+    reason = shown(held["reason"] or "no reason given")
+    console.print(
+        f"  [yellow]main is held[/yellow] by {shown(held['actor'])} since {since}: {reason}"
+        f" (`onebasis store release{option}` lets it move)",
+        soft_wrap=True,
+    )
+    _print_rows("held")
+
+
+def reloaded(answer: Json) -> None:
+    """What `onebasis reload` took."""
+    taken = ", ".join(map(shown, answer["taken"])) or "nothing: these are the settings that it runs with"
+    note(f"taken: {taken}")
 
 
 def _pool(pool: Json) -> str:

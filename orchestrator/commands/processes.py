@@ -15,11 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from configs.errors import Conflict, InvalidInput, NoSignOfLife, OwnedByAnother, Unavailable, error_from_dict
 from configs.settings import Settings
@@ -41,16 +39,22 @@ from orchestrator.signs_of_life import (
 from subspace_store.commands.state_folder import (
     LOCK_FILE,
     SERVER_FILE,
+    SETTINGS_FILE,
     join_service,
+    keep_settings,
+    keep_source,
     make_private,
     member_id,
     open_private,
     process_of,
     running_server,
     service_identity,
+    service_settings,
+    settings_text,
 )
 from subspace_store.commands.terminal import TELL_SECONDS, counted, telling
 from subspace_store.log.store_format import check_place
+from subspace_store.log.version import MAIN
 from subspace_store.log.version_log import VersionLog, owned_by_another
 from subspace_store.storage.opening import open_storage
 
@@ -69,10 +73,17 @@ UNFINISHED = frozenset({AlarmCode.RAY_DOWN, AlarmCode.LOOP_SILENT, AlarmCode.STO
 Say = Callable[[str], None]
 
 
-def up(settings: Settings, say: Say, take_over: bool = False, config: Path | None = None) -> dict[str, Any]:
+def up(
+    settings: Settings,
+    say: Say,
+    take_over: bool = False,
+    config: Path | None = None,
+    removed: Collection[str] = (),
+) -> dict[str, Any]:
     """Start what is not running; safe to repeat, also after a kill -9 of anything.
 
     Args:
+        removed: Base models that may leave the service although they have tasks.
         take_over: Make the store this service's, even if another service owns it: that one stops.
         config: The file that the settings were read from, if it was named.
 
@@ -80,7 +91,7 @@ def up(settings: Settings, say: Say, take_over: bool = False, config: Path | Non
         The service's status, with every worker warm.
 
     Raises:
-        Conflict: It runs with other settings.
+        Conflict: It runs with other settings, or a base model that has tasks is not in these.
         UnusableStore: The store belongs to another base model, or lies where two writers overwrite each other.
         OwnedByAnother: The store belongs to another service.
         Unavailable: Something did not start; quotes the end of its log.
@@ -95,6 +106,7 @@ def up(settings: Settings, say: Say, take_over: bool = False, config: Path | Non
             _end_left_behind(state_dir, say)
             if running_server(state_dir) is None:
                 _join_the_service(settings, state_dir, say)
+                _refuse_lost_base_models(settings, state_dir, removed)
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
             with telling("starting Ray and the control plane", say):
@@ -219,18 +231,47 @@ def _prepare(settings: Settings, state_dir: Path) -> None:
 def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:
     """Refuse a place that cannot hold this service's store, and a store of another service, before anything is started;
     or take the store over."""
-    storage = open_storage(settings.storage, settings.base_model.name)
-    check_place(storage, settings.base_model.name, settings.base_model.weights_sha256)
-    log = VersionLog(storage)
-    owner, service = log.open().owner, service_identity(state_dir)
-    if owner is None or not owner.is_another_than(service):
+    service = service_identity(state_dir)
+    for base in settings.bases:
+        storage = open_storage(settings.storage, base.name)
+        check_place(storage, base.name, base.weights_sha256)
+        log = VersionLog(storage)
+        owner = log.open().owner
+        if owner is None or not owner.is_another_than(service):
+            continue
+        if not take_over:
+            raise owned_by_another(owner, storage.url, service)
+        say(f"taking the store at {storage.url} over from {owner.name}, which stops at its next write")
+        writer = VersionLog(storage, f"up of {service.name}")
+        writer.open()
+        writer.acquire(service.name, service, claim=True, force=True)
+
+
+def _refuse_lost_base_models(settings: Settings, state_dir: Path, removed: Collection[str]) -> None:
+    """Refuse settings without a base model that had tasks when the service last ran, unless it is meant."""
+    if not (state_dir / SETTINGS_FILE).exists():
         return
-    if not take_over:
-        raise owned_by_another(owner, storage.url, service)
-    say(f"taking the store over from {owner.name}, which stops at its next write")
-    writer = VersionLog(storage, f"up of {service.name}")
-    writer.open()
-    writer.acquire(service.name, service, claim=True, force=True)
+    before = service_settings(state_dir)
+    for name in before.base_names:
+        if name in settings.base_names or name in removed:
+            continue
+        from orchestrator.tasks.task_queue import TaskQueue
+
+        queue = TaskQueue(before.database_url, before.failures)
+        try:
+            alive = queue.alive_of_base_models().get(name, 0)
+        finally:
+            queue.close()
+        state = VersionLog(open_storage(before.storage, name)).open()
+        held = len(state.tasks_at(state.refs[MAIN]))
+        if alive or held:
+            raise Conflict(
+                f"these settings no longer have the base model {name}, of which the database has "
+                f"{counted(alive, 'living task')} and main holds {counted(held, 'task')}",
+                "base_models",
+                f"write it back; or, on purpose: add `--remove-base-model {name}`. Its store stays where it is, and "
+                "its tasks wait until it is back",
+            )
 
 
 def _join_the_service(settings: Settings, state_dir: Path, say: Say) -> None:
@@ -461,24 +502,22 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
 
 def _keep_settings(settings: Settings, state_dir: Path, is_running: bool, config: Path | None = None) -> None:
     """Write the settings beside what they made, so that later commands need no option."""
-    text, file = _as_text(settings), state_dir / "settings.yaml"
-    if is_running and file.read_text() != text:
-        again = f"onebasis up --config {config}" if config else "onebasis up"  # alone it would take those of before
-        raise Conflict("the service runs with other settings", str(file), f"`onebasis down`, then `{again}`")
-    with open_private(file, "w") as kept:
-        kept.write(text)
+    file = state_dir / SETTINGS_FILE
+    if is_running and file.read_text() != settings_text(settings):
+        named = f" --config {config}" if config else ""  # alone `up` would take those of before
+        todo = f"`onebasis down`, then `onebasis up{named}`; or `onebasis reload{named}`, which says what it can take"
+        raise Conflict("the service runs with other settings", str(file), todo)
+    keep_settings(settings, state_dir)
+    if config is not None:
+        keep_source(state_dir, config)
 
 
 def _end_ray_of_other_settings(settings: Settings, state_dir: Path, say: Say) -> None:
     """End a Ray that outlived a killed control plane if its store and workers have the settings of then."""
-    file, pid = state_dir / "settings.yaml", _running_ray(state_dir)
-    if pid is not None and (not file.exists() or file.read_text() != _as_text(settings)):
+    file, pid = state_dir / SETTINGS_FILE, _running_ray(state_dir)
+    if pid is not None and (not file.exists() or file.read_text() != settings_text(settings)):
         say("the settings have changed: ending the Ray that was started with the old ones")
         _end_ray(state_dir)
-
-
-def _as_text(settings: Settings) -> str:
-    return "# Written by `onebasis up`.\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
 def _running_ray(state_dir: Path) -> int | None:

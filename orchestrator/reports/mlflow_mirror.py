@@ -15,11 +15,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.document import without_password
+from configs.errors import OnebasisError
 from configs.settings import Settings
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, score_table
@@ -27,7 +28,7 @@ from orchestrator.reports.heat_map import draw_heat_map
 from orchestrator.reports.loss_plot import draw_loss_plot, plot_file
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
-from subspace_store import SubspaceReader
+from subspace_store import SubspaceReader, open_storage
 from subspace_store.log.version import MAIN, SubspaceState
 from workers.orders import Point
 
@@ -54,12 +55,14 @@ BATCH = 1000
 
 
 class Mirror:
-    """Brings MLflow up to date whenever it is woken."""
+    """Brings MLflow up to date whenever it is woken. It reads the stores by itself: nobody else waits for it."""
 
-    def __init__(self, settings: Settings, queue: TaskQueue, store: SubspaceReader) -> None:
+    def __init__(self, settings: Settings, queue: TaskQueue) -> None:
         self._settings = settings
         self._queue = queue
-        self._store = store
+        self._stores: dict[str, SubspaceReader] = {}
+        """Base model to a reader of its store, opened when it is first looked at."""
+        self._newest: Callable[[], Settings] = lambda: settings
         self._awake = threading.Event()
         self._awake.set()
         self._client: Any = None
@@ -85,6 +88,10 @@ class Mirror:
         """Unix time at which the round under way began; 0 between two."""
         self.error = ""
         """Why the last try failed, for people."""
+
+    def follow(self, settings: Callable[[], Settings]) -> None:
+        """Go by the settings that count whenever it looks: `reload` may bring another base model."""
+        self._newest = settings
 
     def wake(self) -> None:
         """Call when there is something new. Safe from any thread; returns at once."""
@@ -125,19 +132,35 @@ class Mirror:
         for record in records.values():
             self._draw_loss(record)
         self._open()
-        state = self._store.refresh()
-        table = score_table(state, state.refs[MAIN], self._settings.gate.drift_min)
-        held = self._queue.among(table.tasks)  # each new version may have new scores of them
-        for record in (records | held).values():
-            self._mirror_task(record, state, table)
-        if table.versions:
-            self._mirror_subspace(state, table, held)
-        elif len(state.published) > 1:
-            self._unpoint_alias(self._settings.base_model.name)
+        self._settings = self._newest()
+        errors = []
+        for name in self._settings.base_names:
+            mine = {task_id: record for task_id, record in records.items() if record.base_model == name}
+            try:
+                self._mirror_base_model(name, mine)
+            except OnebasisError as error:  # its store is away or damaged: the others are shown all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
         self._seen = following  # not before all is there: what failed is read again
         wanted = (time.monotonic() - begun) / LIVE_SHARE
         self._live_seconds = min(max(LIVE_SECONDS, wanted), LIVE_SECONDS_MAX)
         self._look_at = time.monotonic() + self._live_seconds if training else math.inf
+
+    def _mirror_base_model(self, name: str, records: Mapping[str, TaskRecord]) -> None:
+        """Bring MLflow to what the log of a base model's store says, and these tasks of it to their records."""
+        if name not in self._stores:
+            storage = open_storage(self._settings.storage, name)
+            self._stores[name] = SubspaceReader.open(storage, settings=self._settings.subspace)
+        state = self._stores[name].refresh()
+        table = score_table(state, state.refs[MAIN], self._settings.gate.drift_min)
+        held = self._queue.among(table.tasks)  # each new version may have new scores of them
+        for record in {**records, **held}.values():
+            self._mirror_task(record, state, table)
+        if table.versions:
+            self._mirror_subspace(name, state, table, held)
+        elif len(state.published) > 1:
+            self._unpoint_alias(name)
 
     def _open(self) -> None:
         if self._client is not None:
@@ -263,8 +286,9 @@ class Mirror:
 
     # --- the subspace ------------------------------------------------------------------------------------------
 
-    def _mirror_subspace(self, state: SubspaceState, table: ScoreTable, records: Mapping[str, TaskRecord]) -> None:
-        name = self._settings.base_model.name
+    def _mirror_subspace(
+        self, name: str, state: SubspaceState, table: ScoreTable, records: Mapping[str, TaskRecord]
+    ) -> None:
         run = self._run(SUBSPACE_TAG, name, f"subspace {name}")
         main = state.refs[MAIN]
         done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
@@ -278,8 +302,8 @@ class Mirror:
             if version > logged or version not in registered:
                 self._mirror_version(run, state, table, version, local)
                 if version not in registered:
-                    self._register(run, state, version)
-        self._draw(run, state, table)
+                    self._register(name, run, state, version)
+        self._draw(name, run, state, table)
         self._point_alias(name, main)
         self._client.set_tag(run, DONE_TAG, str(main))
 
@@ -300,7 +324,7 @@ class Mirror:
         }
         self._log_batch(run, {(key, number, version.created_at): value for key, value in values.items()})
 
-    def _draw(self, run: str, state: SubspaceState, table: ScoreTable) -> None:
+    def _draw(self, name: str, run: str, state: SubspaceState, table: ScoreTable) -> None:
         titles = {task_id: task.name for task_id, task in state.tasks_at(table.versions[-1]).items()}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "scores.png"
@@ -308,7 +332,8 @@ class Mirror:
                 return
             self._client.log_artifact(run, str(path))
             if self._settings.mlflow.tracking_uri.startswith("sqlite"):
-                shutil.copy(path, Path(self._settings.state_dir) / "scores.png")
+                file = "scores.png" if name == self._settings.base_names[0] else f"scores-{name}.png"
+                shutil.copy(path, Path(self._settings.state_dir) / file)
 
     # --- the registry ------------------------------------------------------------------------------------------
 
@@ -326,8 +351,8 @@ class Mirror:
         found = self._client.search_model_versions(f"name = '{name}'", max_results=10_000)
         return {int(v.tags["onebasis.version"]): v.version for v in found if "onebasis.version" in v.tags}
 
-    def _register(self, run: str, state: SubspaceState, number: int) -> None:
-        name, version = self._settings.base_model.name, state.versions[number]
+    def _register(self, name: str, run: str, state: SubspaceState, number: int) -> None:
+        version = state.versions[number]
         titles = sorted(task.name for task in state.tasks_at(number).values())
         facts = {
             "onebasis.version": str(number),

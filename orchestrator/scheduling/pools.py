@@ -16,13 +16,9 @@ ANY = ResourceSpec()
 """What a task needs that asks for nothing."""
 
 
-def pools_of(pools: Mapping[str, PoolSettings], base_model: str, only: str = "") -> dict[str, PoolSettings]:
-    """The pools whose workers load a base model.
-
-    Args:
-        only: Name of the one base model of the service, which pools that name none belong to.
-    """
-    return {name: pool for name, pool in pools.items() if (pool.base_model or only or base_model) == base_model}
+def pools_of(pools: Mapping[str, PoolSettings], base_model: str) -> dict[str, PoolSettings]:
+    """The pools whose workers load a base model."""
+    return {name: pool for name, pool in pools.items() if pool.base_model == base_model}
 
 
 def chosen_pool(pools: Mapping[str, PoolSettings], named: str | None, needs: ResourceSpec | None) -> str:

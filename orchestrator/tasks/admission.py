@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from configs.errors import Conflict, InvalidInput, QueueFull
 from configs.places import OpenFile, OutsideError, open_below
-from configs.settings import DEFAULT_POOL, Settings
+from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
@@ -119,14 +119,8 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         raise InvalidInput(
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
         )
-    if spec.base_model != settings.base_model.name:
-        raise InvalidInput(
-            f"'{spec.base_model}' is not allowed here",
-            "base_model",
-            f"this service serves '{settings.base_model.name}'",
-        )
-    base = settings.base_model.name
-    pool = chosen_pool(pools_of(settings.pools, spec.base_model, only=base), spec.pool, spec.resources)
+    base_model_of(spec, settings)
+    pool = chosen_pool(pools_of(settings.pools, spec.base_model), spec.pool, spec.resources)
     ranks = settings.pools[pool].ranks
     if spec.kind not in layout.kinds:
         raise InvalidInput(f"the base model has no '{spec.kind}'", "kind", f"it has: {', '.join(layout.kinds)}")
@@ -166,12 +160,13 @@ def _imported(
     folder, head = _allowed(spec.method.adapter or "", settings, "method.adapter"), layout.heads[spec.kind]
     for name in (CONFIG_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE):  # each may be a link to somewhere else
         _allowed_file(str(folder / name), settings, "method.adapter")
-    brought = read_peft_folder(folder, settings.base_model.name, layout.sha256, _opener(settings, "method.adapter"))
+    base = base_model_of(spec, settings)
+    brought = read_peft_folder(folder, base.name, layout.sha256, _opener(settings, "method.adapter"))
     named = with_full_names(brought, layout.module_shapes, head, str(folder))
     check_whole(named, head, named.info.get(SAVED, "[]"), str(folder))
     check_head(named, spec, head, is_scored=evaluation is not None)
     doubts = (
-        trained_elsewhere(named, layout.called or (settings.base_model.source,)),
+        trained_elsewhere(named, layout.called or (base.source,)),
         not_understood(named),
         incomplete(named, layout.module_shapes),
         without_effect(named, layout.rounding),
@@ -273,6 +268,16 @@ def _warnings(rows: FrozenTask) -> Iterator[str]:
         elif side and side.contradicted:
             inputs = "1 input has" if side.contradicted == 1 else f"{side.contradicted} inputs have"
             yield f"{inputs} several labels in the {name} rows: no answer is right for all of them"
+
+
+def base_model_of(spec: TaskSpec, settings: Settings) -> BaseModelSettings:
+    """The base model that a task names, whose subspace it will belong to. Raises InvalidInput for one that is not
+    here."""
+    found = next((base for base in settings.bases if base.name == spec.base_model), None)
+    if found is None:
+        served = ", ".join(f"'{name}'" for name in settings.base_names)
+        raise InvalidInput(f"'{spec.base_model}' is not allowed here", "base_model", f"this service serves {served}")
+    return found
 
 
 def admit(

@@ -101,6 +101,11 @@ class LeaderLease:
             connection.execute(free)
             return str(connection.execute(select(_lease.c.service_id)).scalar_one())
 
+    def keep_settings(self, fence: int, settings: str) -> None:
+        """Write down with which settings a leader leads now, if it still does."""
+        with self._database.writing() as connection:
+            connection.execute(update(_lease).where(_lease.c.fence == fence).values(settings=settings))
+
     def beat(self, member: Member) -> None:
         """Say that a member is there."""
         mine = _members.c.member_id == member.member_id

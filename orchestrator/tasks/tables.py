@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-HEAD = "0005"
+HEAD = "0006"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -34,6 +34,7 @@ tasks = Table(
     Column("version", Integer, nullable=False, server_default="0"),
     Column("content_sha256", String(64), nullable=False, server_default=""),
     Column("blocked", String(20), nullable=False, server_default=""),
+    Column("base_model", String(63), nullable=False, server_default=""),
     Column("pool", String(63), nullable=False, server_default=""),
     Column("not_before", Float),
     Column("gave_back_at", Float),
@@ -47,7 +48,8 @@ tasks = Table(
     Index("tasks_by_age", "submitted_at", "task_id"),
     Index("tasks_by_team", "team", "submitted_at", "task_id"),
     Index("tasks_by_state", "state", "submitted_at", "task_id"),
-    Index("tasks_by_version", "state", "version", "task_id"),
+    Index("tasks_by_version", "base_model", "state", "version", "task_id"),
+    Index("tasks_by_base_model", "base_model", "submitted_at", "task_id"),
     Index("tasks_in_line", "state", "blocked", "team", "pool", "priority", "submitted_at", "task_id"),
     Index("tasks_by_pool", "state", "pool", "submitted_at", "task_id"),
     Index("tasks_by_due", "state", "blocked", "not_before"),

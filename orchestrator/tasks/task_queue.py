@@ -108,10 +108,12 @@ class SameContent:
     """Number of all of them, however they ended."""
 
 
-def _chosen(states: Iterable[TaskState], team: str | None) -> Select[Any]:
+def _chosen(states: Iterable[TaskState], team: str | None, base_model: str | None = None) -> Select[Any]:
     chosen = select(*_RECORD)
     if wanted := [str(state) for state in states]:
         chosen = chosen.where(_tasks.c.state.in_(wanted))
+    if base_model is not None:
+        chosen = chosen.where(_tasks.c.base_model == base_model)
     return chosen if team is None else chosen.where(_tasks.c.team == team)
 
 
@@ -251,6 +253,7 @@ class TaskQueue:
         before: str = "",
         limit: int = 200,
         pool: str | None = None,
+        base_model: str | None = None,
     ) -> list[TaskRecord]:
         """The newest tasks, or the newest of those that are older than one, by age.
 
@@ -262,7 +265,8 @@ class TaskQueue:
         Raises:
             NotFound: There is no task `before`.
         """
-        chosen = _chosen(states, team).order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(limit)
+        chosen = _chosen(states, team, base_model).limit(limit)
+        chosen = chosen.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
         if pool is not None:
             chosen = chosen.where(_tasks.c.pool == pool)
         if before:
@@ -323,6 +327,12 @@ class TaskQueue:
         chosen = select(_tasks.c.state, func.count()).group_by(_tasks.c.state).order_by(_tasks.c.state)
         with self._database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(chosen)}
+
+    def alive_of_base_models(self) -> dict[str, int]:
+        """Base model to number of its tasks that have not ended without a result, published ones too."""
+        chosen = select(_tasks.c.base_model, func.count()).where(_tasks.c.state.not_in(_ENDED))
+        with self._database.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(chosen.group_by(_tasks.c.base_model))}
 
     def queued(self) -> list[tuple[str, str, str, int]]:
         """(team, pool, what blocks them, number) of queued tasks, from an index alone; see `TaskRecord.blocked`."""
@@ -479,18 +489,20 @@ class TaskQueue:
                 connection.execute(insert(_drains).values(**drain.model_dump()))
         return Drain(**row._mapping) if row else None
 
-    def placed(self) -> list[Placed]:
-        """The published tasks, and the parked ones that are in a version, without their records."""
-        columns = (_tasks.c.task_id, _tasks.c.state, _tasks.c.version)
-        published = select(*columns).where(_tasks.c.state == str(TaskState.PUBLISHED))
-        parked = select(*columns).where(_tasks.c.state == str(TaskState.PARKED), _tasks.c.version > 0)
+    def placed(self, base_model: str) -> list[Placed]:
+        """The published tasks of a base model, and the parked ones that are in a version, without their records."""
+        columns, mine = (_tasks.c.task_id, _tasks.c.state, _tasks.c.version), _tasks.c.base_model == base_model
+        published = select(*columns).where(mine, _tasks.c.state == str(TaskState.PUBLISHED))
+        parked = select(*columns).where(mine, _tasks.c.state == str(TaskState.PARKED), _tasks.c.version > 0)
         with self._database.reading() as connection:
             rows = [*connection.execute(published), *connection.execute(parked)]
         return [Placed(task_id, TaskState(state), version) for task_id, state, version in rows]
 
-    def is_anyone_unjudged(self) -> bool:
-        """Whether a version is being refined or scored."""
-        chosen = select(literal(1)).where(_tasks.c.state.in_([str(TaskState.REFINING), str(TaskState.EVALUATING)]))
+    def is_anyone_unjudged(self, base_model: str) -> bool:
+        """Whether a version of this base model's subspace is being refined or scored."""
+        mine = _tasks.c.base_model == base_model
+        unjudged = _tasks.c.state.in_([str(TaskState.REFINING), str(TaskState.EVALUATING)])
+        chosen = select(literal(1)).where(mine, unjudged)
         with self._database.reading() as connection:
             return connection.execute(chosen.limit(1)).first() is not None
 

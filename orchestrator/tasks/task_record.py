@@ -214,8 +214,13 @@ class TaskRecord(Section):
         return self.reason_codes or ended
 
     @property
+    def base_model(self) -> str:
+        """Name of the base model whose subspace it belongs to."""
+        return self.spec.base_model
+
+    @property
     def title(self) -> str:
-        """`team/name`, what people call it."""
+        """`team/name`, what people call it: one task of the service, whatever its base model."""
         return f"{self.team}/{self.name}"
 
     def doubt(self, score: float | None, base_score: float | None = None) -> str:

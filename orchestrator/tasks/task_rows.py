@@ -73,6 +73,7 @@ def columns_of(record: TaskRecord, before: str = "") -> dict[str, Any]:
         "version": record.version,
         "content_sha256": record.content_sha256,
         "blocked": record.blocked,
+        "base_model": record.base_model,
         "pool": record.pool,
         "not_before": record.spec.not_before.timestamp() if record.spec.not_before else None,
         "gave_back_at": record.gave_back_at,

@@ -30,6 +30,7 @@ from subspace_store.commands.place import (
 from subspace_store.commands.terminal import (
     STATE_DIR,
     AsJson,
+    OfBaseModel,
     OpKey,
     StateDir,
     console,
@@ -65,13 +66,14 @@ def tag(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name for the version.")],
     version: Reference,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Name a version for ever; it never expires then."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     number = reader_at(place).resolve(version)
     change(
         place, force, as_json, f"{name} is version {number}", Tag(name=name, version=number, op_key=op_key, actor=me())
@@ -84,25 +86,33 @@ def hold(
         str, typer.Argument(metavar="REASON", help="Shown in `status`, and with requests that wait for it.")
     ],
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Keep `main` where it is: what passes the gate waits until `release`."""
-    change(place_of(store, state_dir), force, as_json, "main is held", Hold(reason=reason, op_key=op_key, actor=me()))
+    change(
+        place_of(store, state_dir, base_model),
+        force,
+        as_json,
+        "main is held",
+        Hold(reason=reason, op_key=op_key, actor=me()),
+    )
 
 
 @command
 def release(
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Let `main` move again after `hold` or `rollback --hold`."""
-    change(place_of(store, state_dir), force, as_json, "main may move", Release(op_key=op_key, actor=me()))
+    change(place_of(store, state_dir, base_model), force, as_json, "main may move", Release(op_key=op_key, actor=me()))
 
 
 @command
@@ -110,13 +120,14 @@ def quarantine(
     task: TaskId,
     reason: Annotated[str, typer.Argument(metavar="REASON", help="Shown when somebody tries to merge the task.")],
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Keep a task from being merged again. Versions that hold it stay as they are."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     task_id = task_id_of(reader, task)
     done = f"task {task_id} will not be merged"
@@ -129,13 +140,14 @@ def quarantine(
 def unquarantine(
     task: TaskId,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Let a quarantined task be merged again."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     task_id = task_id_of(reader, task)
     if op_key not in reader.state.op_keys:
@@ -153,13 +165,14 @@ def pin(
         float | None, typer.Option(help="Days until it ends; default: until `unpin`.", min=0, max=36500)
     ] = None,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Keep a version from expiring. A second pin of the same owner moves the end."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     number = reader_at(place).resolve(version)
     end = "until unpinned" if days is None else until_text(time.time() + days * SECONDS_A_DAY)
     done = f"version {number} is kept for {owner or me()} {end}"
@@ -171,13 +184,14 @@ def unpin(
     version: Reference,
     owner: Annotated[str, typer.Option(help="Owner of the pin; default: you.")] = "",
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Give a pin up."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     number = reader_at(place).resolve(version)
     done = f"{owner or me()} does not keep version {number}"
     change(place, force, as_json, done, Unpin(version=number, owner=owner or me(), op_key=op_key, actor=me()))
@@ -192,13 +206,14 @@ def expire(
     keep_last: Annotated[int | None, typer.Option(help="Number of `main`'s newest versions to keep.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would expire.")] = False,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Give old and rejected versions up for ever. What a branch, a tag or a pin names stays."""
-    place, now = place_of(store, state_dir), time.time()
+    place, now = place_of(store, state_dir, base_model), time.time()
     state = reader_at(place).state
     if bool(versions) == (keep_last is not None):
         raise InvalidInput("name the versions, or say with --keep-last how many stay")
@@ -223,13 +238,14 @@ def drop_adapters(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Ids, or team/name; published ones.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be let go.")] = False,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Give up tasks' adapters as they were delivered, for ever; `collect` deletes them. Heads and versions stay."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     task_ids = [task_id_of(reader, task) for task in tasks]
     found = droppable(reader.state, task_ids)
@@ -248,12 +264,13 @@ def drop_adapters(
 def withdraw(
     request: Annotated[str, typer.Argument(metavar="KEY", help="The op_key that the message named.")],
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Make sure that a request whose outcome is unknown is not done any more; says so if it was done."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     done = f"{request} was not done, and will not be unless somebody asks for it again"
     change(place, force, as_json, done, Withdraw(request_key=request, actor=me()))
 
@@ -262,12 +279,13 @@ def withdraw(
 def collect(
     really: Annotated[bool, typer.Option("--really", help="Delete; otherwise only show what would be.")] = False,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Find objects that no version needs any more, and with --really delete them."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     if really and place.is_served and not (force and place.is_named):
         raise is_served(place)
     with telling(f"looking for objects to delete at {place.storage.url}"):
@@ -311,13 +329,14 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be made again.")] = False,
     candidate_only: CandidateOnly = False,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Make every version since a task's birth again without it, and move `main` there. The gate does not judge it."""
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     state, task_id = reader.state, task_id_of(reader, task)
     candidate = state.refs[CANDIDATE]
@@ -385,6 +404,7 @@ def compact(
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what it would save.")] = False,
     candidate_only: CandidateOnly = False,
     store: Url = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
@@ -395,7 +415,7 @@ def compact(
     No task moves: what the version before held of it is held to the last number, so its scores stay valid. `onebasis
     rollback` goes back.
     """
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     state = reader.state
     candidate = state.refs[CANDIDATE]

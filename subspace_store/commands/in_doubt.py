@@ -36,6 +36,8 @@ class Doubt:
     """What went wrong."""
     seq: int = 0
     """Sequence number of the record that it may become; 0: not known."""
+    base_model: str | None = None
+    """Name of the base model whose store was meant; None: of the only one."""
 
 
 @contextlib.contextmanager
@@ -43,7 +45,7 @@ def noted(state_dir: Path, request: StoreRequest[Any]) -> Iterator[None]:
     """A context to carry a request out in."""
     file = _file(state_dir, request.op_key)
     was_in_doubt = file.exists()
-    doubt = Doubt(request.op_key, request.operation, request.actor, time.time())
+    doubt = Doubt(request.op_key, request.operation, request.actor, time.time(), base_model=request.base_model)
     with contextlib.ExitStack() as open_files:
         note: TextIO | None = None
         with contextlib.suppress(OSError):  # a full disk keeps nobody from asking

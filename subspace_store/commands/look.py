@@ -22,6 +22,7 @@ from subspace_store.commands.place import (
 from subspace_store.commands.terminal import (
     STATE_DIR,
     AsJson,
+    OfBaseModel,
     StateDir,
     console,
     counted,
@@ -38,11 +39,13 @@ NAMED = 5
 
 
 @command
-def doctor(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+def doctor(
+    store: Url = None, base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
     """Test whether a folder or bucket keeps the promises that a store needs. No object of a store is changed."""
     from subspace_store.doctor import examine
 
-    storage = place_of(store, state_dir).storage
+    storage = place_of(store, state_dir, base_model).storage
     with telling(f"examining {storage.url}"):
         checks = examine(storage)
 
@@ -68,6 +71,7 @@ ROWS_NOT_CHECKED = (
 def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and measure every task again.")] = False,
     store: Url = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -77,7 +81,7 @@ def verify(
     """
     from subspace_store.verify import verify as check
 
-    reader = reader_at(place_of(store, state_dir))
+    reader = reader_at(place_of(store, state_dir, base_model))
     with telling(f"checking what is at {reader.storage.url}"):
         findings = check(reader, deep=deep)
 
@@ -109,11 +113,12 @@ def log(
         int | None, typer.Option(help="Number of records to show, the newest; default: all.", min=1)
     ] = None,
     store: Url = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show the version log, oldest record first."""
-    reader = reader_at(place_of(store, state_dir))
+    reader = reader_at(place_of(store, state_dir, base_model))
     with telling(f"reading the log at {reader.storage.url}"):
         entries = reader.history()[-last if last else None :]
 
@@ -125,9 +130,11 @@ def log(
 
 
 @command
-def tags(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+def tags(
+    store: Url = None, base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
     """List tags and the versions they name."""
-    found = reader_at(place_of(store, state_dir)).state.tags
+    found = reader_at(place_of(store, state_dir, base_model)).state.tags
 
     def as_text(_: object) -> None:
         rows = [(name, str(number)) for name, number in sorted(found.items(), key=lambda item: (item[1], item[0]))]
@@ -137,9 +144,11 @@ def tags(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = F
 
 
 @command
-def pins(store: Url = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+def pins(
+    store: Url = None, base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
     """List pinned versions, with the owner and the end of each pin."""
-    state = reader_at(place_of(store, state_dir)).state
+    state = reader_at(place_of(store, state_dir, base_model)).state
     found = [(number, owner, until) for number, owners in sorted(state.pins.items()) for owner, until in owners.items()]
 
     def as_text(_: object) -> None:
@@ -154,13 +163,14 @@ def forecast(
     adapters: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="PEFT folders or diffusers LoRA files.")],
     version: OnVersion = CANDIDATE,
     store: Url = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show what merging adapters would cost every task, without merging them and without data."""
     from subspace_store.formats.reading import read_adapter
 
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     with telling("computing what a merge would cost"):
         news = {str(path): read_adapter(path, reader.base_model) for path in adapters}
@@ -196,6 +206,7 @@ def export(
         typer.Option("--base", metavar="SOURCE", help="Path or hub id from which servers load the base model."),
     ] = None,
     store: Url = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -203,9 +214,9 @@ def export(
     without a head of their own."""
     from subspace_store.export import export_tasks
 
-    place = place_of(store, state_dir)
+    place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
-    source = base or (place.settings.base_model.source if place.settings else reader.base_model)
+    source = base or (place.base_source if place.base_source else reader.base_model)
     with telling(f"writing to {output}"):
         found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
 

@@ -66,6 +66,15 @@ class Place:
     """Settings of the service in this folder; None if none has run here."""
     is_named: bool
     """Whether the person gave the address."""
+    base_model: str | None = None
+    """Name of the base model of the service here whose store it is; None where the person gave the address."""
+
+    @property
+    def base_source(self) -> str:
+        """From where the base model is loaded; empty where that is not known."""
+        bases = self.settings.bases if self.settings else ()
+        names = (self.base_model, *([] if len(bases) != 1 else [bases[0].name]))
+        return next((base.source for base in bases if base.name in names), "")
 
     @property
     def subspace(self) -> SubspaceSettings:
@@ -77,10 +86,21 @@ class Place:
         """Whether a service that runs here writes to this store."""
         if self.settings is None or running_server(Path(self.settings.state_dir)) is None:
             return False
-        return open_storage(self.settings.storage, self.settings.base_model.name).url == self.storage.url
+        storage = self.settings.storage
+        return any(open_storage(storage, name).url == self.storage.url for name in self.settings.base_names)
 
 
-def place_of(url: str | None, state_dir: Path) -> Place:
+def place_of(url: str | None, state_dir: Path, base_model: str | None = None) -> Place:
+    """The store that a command works on.
+
+    Args:
+        base_model: Base model of the service here; None: the only one.
+
+    Raises:
+        InvalidInput: The service has several base models, and neither one of them nor an address is named.
+    """
+    if url is not None and base_model is not None:
+        raise InvalidInput("--store and --base-model both name a store", "--base-model", "leave one of them out")
     try:
         settings = service_settings(state_dir)
     except Unavailable as error:
@@ -89,7 +109,8 @@ def place_of(url: str | None, state_dir: Path) -> Place:
         settings = None
     if url is None:
         assert settings is not None
-        return Place(open_storage(settings.storage, settings.base_model.name), state_dir, settings, False)
+        name = settings.base(base_model).name
+        return Place(open_storage(settings.storage, name), state_dir, settings, False, name)
     url = storage_place(url, Path.cwd())
     how = settings.storage.model_copy(update={"url": url}) if settings else StorageSettings(url=url)
     return Place(open_storage(how), state_dir, settings, True)
@@ -137,6 +158,7 @@ def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRe
     request = request.named()
     write(place, force, request)
     facts = request.model_dump(mode="json", exclude={"actor"}, exclude_none=True)
+    facts |= {"base_model": place.base_model} if place.base_model else {}
     said = done_before(request.op_key) if repeated else done
     show({"operation": request.operation, "repeated": repeated, **facts}, lambda _: note(said), as_json)
 
@@ -153,6 +175,7 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
         OutcomeUnknown: Nobody knows whether it was done; the error names the key to ask again under.
         NotWritten: It was not done.
     """
+    request = request.model_copy(update={"base_model": place.base_model})
     service = service_of(place, force)
     if service is not None:
         service(request)

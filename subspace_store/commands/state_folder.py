@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from subspace_store.log.version import Identity
 
 SETTINGS_FILE = "settings.yaml"
+SOURCE_FILE = "settings_source.json"
 SERVER_FILE = "server.json"
 LOCK_FILE = "server.lock"
 """Locked by the control plane for as long as its process lives."""
@@ -45,6 +46,37 @@ def service_settings(state_dir: Path) -> Settings:
             "move it back to look at it",
         )
     return settings
+
+
+def settings_text(settings: Settings) -> str:
+    """The settings as the state folder keeps them."""
+    import yaml
+
+    return "# Written by `onebasis up`.\n" + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def keep_settings(settings: Settings, state_dir: Path) -> None:
+    """Write the settings beside what they made, so that later commands need no option. A process that is killed
+    meanwhile leaves the ones of before."""
+    new = state_dir / f"{SETTINGS_FILE}.{os.getpid()}"
+    with open_private(new, "w") as kept:
+        kept.write(settings_text(settings))
+    new.replace(state_dir / SETTINGS_FILE)
+
+
+def keep_source(state_dir: Path, config: Path) -> None:
+    """Note the file that the settings came from, and the folder that its relative paths start from, for `reload`."""
+    with open_private(state_dir / SOURCE_FILE, "w") as kept:
+        json.dump({"file": str(config.resolve()), "root": str(Path.cwd())}, kept)
+
+
+def settings_source(state_dir: Path) -> tuple[Path, Path] | None:
+    """What `keep_source` noted: file and folder; None where no file was named."""
+    try:
+        facts = json.loads((state_dir / SOURCE_FILE).read_text())
+        return Path(facts["file"]), Path(facts["root"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def never_ran(state_dir: Path) -> Unavailable:

@@ -60,6 +60,12 @@ console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else 1
 errors = PlainConsole(stderr=True, highlight=False)
 
 
+OfBaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="NAME", help="Base model, needed where the service has several."),
+]
+
+
 def shown(text: str) -> str:
     """Foreign text, escaped so that it can stand between our own words and colours, and a table knows its width."""
     return escape(escaped(text))
@@ -146,6 +152,8 @@ def command_of(
         @functools.wraps(function)
         def run(*args: Any, **options: Any) -> None:
             try:
+                if options.get("base_model") and not options.get("as_json"):
+                    note(f"base model {options['base_model']}")
                 function(*args, **{name: _with_home(value) for name, value in options.items()})
             except OnebasisError as problem:
                 if options.get("as_json"):

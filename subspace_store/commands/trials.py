@@ -25,7 +25,18 @@ from subspace_store.commands.place import (
     print_table,
     reader_at,
 )
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, decimals, errors, note, show, telling
+from subspace_store.commands.terminal import (
+    STATE_DIR,
+    AsJson,
+    OfBaseModel,
+    StateDir,
+    console,
+    decimals,
+    errors,
+    note,
+    show,
+    telling,
+)
 from subspace_store.log.version import MAIN
 from subspace_store.subspace_reader import without_renewal
 
@@ -41,13 +52,14 @@ def compare(
     version: AtVersion = MAIN,
     rank: FixedRank = None,
     store: Url = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Merge a version's tasks in every known way, in memory. Shows what each way loses and how much it stores."""
     from subspace_store.merging.variants import VARIANTS, Merged, merge_all
 
-    adapters, settings, start = _as_delivered(place_of(store, state_dir), version, rank)
+    adapters, settings, start = _as_delivered(place_of(store, state_dir, base_model), version, rank)
     found: dict[str, Merged] = {}
     for variant in VARIANTS:
         try:
@@ -84,6 +96,7 @@ def reorder(
     seed: Annotated[int, typer.Option(help="Seed of the random orders; the same seed gives the same orders.")] = 0,
     rank: FixedRank = None,
     store: Url = None,
+    base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -91,7 +104,7 @@ def reorder(
     from subspace_store.merging.reorder import Spread
     from subspace_store.merging.reorder import reorder as tried
 
-    adapters, settings, start = _as_delivered(place_of(store, state_dir), version, rank)
+    adapters, settings, start = _as_delivered(place_of(store, state_dir, base_model), version, rank)
     with telling(f"merging all tasks in {orders} other orders"):
         report = tried(adapters, settings, orders, seed, start)
     lines = [(task, report.given[task], report.of_task(task), report.at_once[task]) for task in adapters]

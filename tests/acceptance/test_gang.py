@@ -145,7 +145,7 @@ def site(base_model: BaseModelSettings, tmp_path_factory: pytest.TempPathFactory
         pytest.skip(f"two machines cannot be made here: {reason}")
     folder = tmp_path_factory.mktemp("gang")
     ours = settings(folder, base_model=base_model.model_dump(), workers={"count": 1, "ranks": 2, "placement": "SPREAD"})
-    storage = open_storage(ours.storage, ours.base_model.name)
+    storage = open_storage(ours.storage, ours.bases[0].name)
     storage.write("data/train", sentiment_rows(16, seed=1))
     storage.write("data/eval", sentiment_rows(10, seed=2))
     answers = ({"prompt": f"say {n}", "completion": "yes " * (1 + 5 * (n % 2) + n % 3)} for n in range(16))
@@ -181,7 +181,7 @@ def worker(site: Site, base_model: BaseModelSettings) -> Any:
     """One process beside the gang."""
     from workers.worker import Worker
 
-    return Worker(base_model, site.settings.storage, site.settings.base_model.name)
+    return Worker(base_model, site.settings.storage, site.settings.bases[0].name)
 
 
 @pytest.fixture(scope="module")

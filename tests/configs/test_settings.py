@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_a_base_models_folder_and_the_other_paths_are_found_from_anywhere(tmp_pa
         mlflow={"artifact_location": "plots"},
     )
     got = read_settings(path, root=tmp_path)
-    assert got.base_model.source == f"{tmp_path}/models/tiny"
+    assert got.bases[0].source == f"{tmp_path}/models/tiny"
     assert got.ray.auth_token_path == f"{tmp_path}/token"
     assert got.mlflow.artifact_location == f"{tmp_path}/plots"
 
@@ -65,7 +66,7 @@ def test_a_base_models_folder_and_the_other_paths_are_found_from_anywhere(tmp_pa
 @pytest.mark.parametrize("source", ["package:some_package/model", "meta-llama/Llama-3.1-8B", "/models/tiny"])
 def test_a_base_model_that_is_no_relative_folder_stays(tmp_path: Path, source: str) -> None:
     path = written(tmp_path, base_model=LEAST["base_model"] | {"source": source})
-    assert read_settings(path, root=tmp_path).base_model.source == source
+    assert read_settings(path, root=tmp_path).bases[0].source == source
 
 
 def test_relative_paths_start_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,12 +209,54 @@ def test_a_quota_has_room_for_one_task_at_least(tmp_path: Path) -> None:
         read_settings(written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 3}}))
 
 
+BASES = [{"name": name, "source": "x", "weights_sha256": SHA256} for name in ("tiny", "large")]
+
+
+def several(tmp_path: Path, **changes: Any) -> Settings:
+    """Settings with two base models."""
+    whole = {key: value for key, value in LEAST.items() if key != "base_model"}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(whole | {"base_models": BASES} | changes))
+    return read_settings(tmp_path / "settings.yaml")
+
+
+def test_base_model_is_short_for_a_list_of_one_and_several_have_workers_each(tmp_path: Path) -> None:
+    one = read_settings(written(tmp_path))
+    assert (one.base_names, one.base().name) == (("tiny",), "tiny")
+    assert {name: pool.base_model for name, pool in one.pools.items()} == {"default": "tiny"}
+    both = several(tmp_path, workers={"count": 3})
+    assert both.base("large").name == "large"
+    assert {name: (pool.base_model, pool.min, pool.max) for name, pool in both.pools.items()} == {
+        "default": ("tiny", 3, 3),
+        "large": ("large", 3, 3),
+    }
+    with pytest.raises(InvalidInput, match="has several base models"):
+        both.base()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base_model": BASES[0]}, "base_model and base_models exclude each other"),
+        ({"base_models": [BASES[0], BASES[0]]}, "several are called 'tiny'"),
+        ({"base_models": [BASES[0], BASES[1] | {"name": "default"}]}, "only the first may be called 'default'"),
+        ({"pools": {"a": {"max": 1}}}, "pools.a.base_model is missing: one of tiny, large"),
+        ({"pools": {"a": {"max": 1, "base_model": "huge"}}}, "there is no base model 'huge'; there are: tiny, large"),
+        ({"pools": {"a": {"max": 1, "base_model": "tiny"}}}, "none has workers for the base model 'large'"),
+    ],
+)
+def test_what_does_not_say_which_base_model_is_meant_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(said)):
+        several(tmp_path, **changes)
+
+
 def test_workers_are_one_pool_of_a_fixed_size(tmp_path: Path) -> None:
     read = read_settings(written(tmp_path, workers={"count": 3, "cpus": 2, "lease_seconds": 7}))
-    assert read.pools == {"default": PoolSettings(min=3, max=3, cpus=2, lease_seconds=7)}
+    assert read.pools == {"default": PoolSettings(min=3, max=3, cpus=2, lease_seconds=7, base_model="tiny")}
     # As the state folder keeps them, with both keys, they are the same settings.
     assert Settings.model_validate(read.model_dump(mode="json")) == read
-    assert read_settings(written(tmp_path)).pools == {"default": PoolSettings(min=2, max=2)}
+    assert read_settings(written(tmp_path)).pools == {"default": PoolSettings(min=2, max=2, base_model="tiny")}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from orchestrator.tasks.task_events import (
 from orchestrator.tasks.task_queue import NOBODY, TaskQueue
 from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS
-from tests.builders import task_record, trained
+from tests.builders import BASE, task_record, trained
 from workers.orders import Point
 
 ALL = {DEFAULT_POOL: None}
@@ -464,11 +464,11 @@ class TaskQueueContract:
     def test_the_places_of_tasks_that_main_may_hold_come_without_their_records(self, queue: TaskQueue) -> None:
         for n, state in enumerate(("published", "parked", "parked", "rejected", "evaluating")):
             queue.add(task_record(f"red/{n}", state=TaskState(state), version=0 if n == 2 else n + 1))
-        assert sorted((at.task_id, at.version) for at in queue.placed()) == [("t-red-0", 1), ("t-red-1", 2)]
-        assert queue.is_anyone_unjudged()
+        assert sorted((at.task_id, at.version) for at in queue.placed(BASE)) == [("t-red-0", 1), ("t-red-1", 2)]
+        assert queue.is_anyone_unjudged(BASE)
         queue.apply("t-red-4", Judged(True, "", 1.0))
-        assert not queue.is_anyone_unjudged()
-        assert ("t-red-4", TaskState.PUBLISHED, 5) in [(at.task_id, at.state, at.version) for at in queue.placed()]
+        assert not queue.is_anyone_unjudged(BASE)
+        assert ("t-red-4", TaskState.PUBLISHED, 5) in [(at.task_id, at.state, at.version) for at in queue.placed(BASE)]
 
     # --- names that can return ---
 

@@ -33,9 +33,10 @@ class Plant:
             changes["workers"] = {"count": workers} | changes.get("workers", {})
         self.settings = settings(folder, **{"storage": {"url": f"memory:plant-{next(_places)}"}} | changes)
         self.queue = self._open_queue()
-        self.storage = open_storage(self.settings.storage, BASE)
+        self.storages = {name: open_storage(self.settings.storage, name) for name in self.settings.base_names}
+        self.storage = self.storages[self.settings.base_names[0]]
         self.service = Identity(f"service-{next(_services)}", "here:/folder")
-        self.cluster = StandInCluster(self.settings, self.storage, self.service)
+        self.cluster = StandInCluster(self.settings, self.storages, self.service)
         self.wrap: Callable[[str, Any], Any] = lambda name, part: part
         self._controller: Controller | None = None
         self._ages = itertools.count()
@@ -43,9 +44,12 @@ class Plant:
     @property
     def controller(self) -> Controller:
         if self._controller is None:
-            queue, storage, cluster = (self.wrap(name, getattr(self, name)) for name in ("queue", "storage", "cluster"))
-            store = SubspaceReader.open(storage, settings=self.settings.subspace)
-            self._controller = Controller(self.settings, queue, storage, store, cluster, self.service)
+            queue, cluster = (self.wrap(name, getattr(self, name)) for name in ("queue", "cluster"))
+            stores = {
+                name: SubspaceReader.open(self.wrap("storage", storage), settings=self.settings.subspace)
+                for name, storage in self.storages.items()
+            }
+            self._controller = Controller(self.settings, queue, stores, cluster, self.service)
         return self._controller
 
     def kill(self) -> None:
@@ -69,9 +73,10 @@ class Plant:
         records = []
         for title in titles:
             record = task_record(title, **{"submitted_at": 1000.0 + next(self._ages)} | fields)
-            self.storage.write(record.train_key, b"training rows")
+            storage = self.storages[record.base_model]
+            storage.write(record.train_key, b"training rows")
             if record.eval_key:
-                self.storage.write(record.eval_key, b"evaluation rows")
+                storage.write(record.eval_key, b"evaluation rows")
             self.queue.add(record)
             records.append(record)
         if self._controller is not None:
@@ -82,11 +87,10 @@ class Plant:
         for _ in range(times):
             self.controller.step()
 
-    def open_store(self) -> SubspaceStore:
+    def open_store(self, base_model: str = BASE) -> SubspaceStore:
         """The writer, as after the first worker has loaded the base model."""
-        self.cluster.open_store(LAYOUT.sha256).result()
-        assert self.cluster._store is not None
-        return self.cluster._store
+        self.cluster.open_store(base_model, LAYOUT.sha256).result()
+        return self.cluster._stores[base_model]
 
     def run(self, until: Callable[[], bool] | None = None, limit_seconds: float = 60.0) -> None:
         """Step until something is so; default: until every task has ended."""
@@ -106,12 +110,16 @@ class Plant:
 
     @property
     def state(self) -> SubspaceState:
-        """What the version log says."""
-        return SubspaceReader.open(self.storage).state
+        """What the version log says, of the first base model."""
+        return self.state_of(self.settings.base_names[0])
 
-    def held(self, ref: str = "main") -> list[str]:
+    def state_of(self, base_model: str) -> SubspaceState:
+        """What a base model's version log says."""
+        return SubspaceReader.open(self.storages[base_model]).state
+
+    def held(self, ref: str = "main", base_model: str | None = None) -> list[str]:
         """Titles that a branch holds, sorted, doubles and all."""
-        state = self.state
+        state = self.state_of(base_model or self.settings.base_names[0])
         return sorted(task.name for version in state.lineage(state.refs[ref]) for task in version.added)
 
     def merges(self) -> list[list[str]]:

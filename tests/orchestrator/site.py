@@ -35,7 +35,7 @@ class Site:
         self.service = Service(
             self.plant.settings,
             self.plant.queue,
-            self.plant.storage,
+            self.plant.storages,
             controller,
             self.plant.cluster,
             lambda: {"workers_ready": controller.ready_workers, "workers": controller.describe_workers()},

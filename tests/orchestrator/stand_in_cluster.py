@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from subspace_store.log.garbage import Collected
 from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
+from subspace_store.storage.opening import open_storage
 from tests.builders import LAYOUT, adapter
 from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Phase, Point, Progress, Train, Trained
 from workers.process_monitor import ProcessEnd
@@ -38,13 +39,13 @@ class StandInCluster:
     """Implements orchestrator.cluster.Cluster.
 
     Args:
-        storage: Where the store and the workers read and write.
+        storages: Base model to where its store and its workers read and write.
     """
 
-    def __init__(self, settings: Settings, storage: Storage, service: Identity | None = None) -> None:
+    def __init__(self, settings: Settings, storages: Mapping[str, Storage], service: Identity | None = None) -> None:
         self._service = service
         self._settings = settings
-        self._storage = storage
+        self._storages = dict(storages)
         self._memory: dict[str, dict[str, Future[Any]]] = {}
         self.machine_of: Callable[[str], str] = lambda worker: "10.0.0.1"
         """Worker to the address of its machine; empty while it waits for a place."""
@@ -55,11 +56,11 @@ class StandInCluster:
         self.ended: list[str] = []
         """Workers that were ended, in their order."""
         self._lock = threading.RLock()
-        self._store: SubspaceStore | None = None
+        self._stores: dict[str, SubspaceStore] = {}
         self.load_error: Exception | None = None
         """Why no worker can load the base model."""
-        with contextlib.suppress(OnebasisError):  # as the actor's constructor
-            self._store = None if read_format(storage) is None else self._open_store()
+        for name in self._storages:
+            self._find_store(name)
         self.local: Callable[[str], float] = lambda title: 0.9
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
@@ -94,7 +95,19 @@ class StandInCluster:
         self._dead_at = 0.0
         self._held: list[tuple[str, Order, Future[Any]]] = []
 
+    def _find_store(self, base_model: str) -> None:
+        """As the actor's constructor."""
+        with contextlib.suppress(OnebasisError):
+            if read_format(self._storages[base_model]) is not None:
+                self._stores[base_model] = self._open_store(base_model)
+
     # --- Cluster ---------------------------------------------------------------------------------------------
+
+    def follow(self, settings: Settings) -> None:
+        self._settings = settings
+        for name in set(settings.base_names) - self._storages.keys():
+            self._storages[name] = open_storage(settings.storage, name)
+            self._find_store(name)
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -176,7 +189,8 @@ class StandInCluster:
             if name == worker and order.token == token:
                 self._held.remove((name, order, future))
                 if fault == "preempted" and isinstance(order, Train):
-                    self._storage.write(order.staging_key.replace("adapter.safetensors", "step-3/state"), b"checkpoint")
+                    key = order.staging_key.replace("adapter.safetensors", "step-3/state")
+                    self._storages[order.spec.base_model].write(key, b"checkpoint")
                 future.set_result(Failed(token=token, fault=fault, message=message))
 
     def replace(self, worker: str) -> None:
@@ -189,7 +203,7 @@ class StandInCluster:
                     self._held.remove((name, order, future))
                     future.set_exception(MachineLost(f"{worker} is gone"))
 
-    def write(self, request: StoreRequest[Any]) -> Future[Any]:
+    def write(self, base_model: str, request: StoreRequest[Any]) -> Future[Any]:
         with self._lock:
             method = request.operation
             self.store_calls.append(method)
@@ -199,31 +213,32 @@ class StandInCluster:
             if fault[1] == "before":
                 return _lost("store")
             try:
-                result = request.on(self._opened())
+                result = request.on(self._opened(base_model))
             except Exception as error:
                 return _failed(error)
             return _lost("store") if fault[1] == "after" else _landed(result)
 
-    def open_store(self, base_sha256: str) -> Future[Any]:
+    def open_store(self, base_model: str, base_sha256: str) -> Future[Any]:
         assert base_sha256 == LAYOUT.sha256
         with self._lock:
             try:
-                self._store = self._store or self._open_store()
+                if base_model not in self._stores:
+                    self._stores[base_model] = self._open_store(base_model)
             except Exception as error:
                 return _failed(error)
             return _landed(None)
 
-    def store_sign(self) -> Future[Any]:
+    def store_sign(self, base_model: str) -> Future[Any]:
         return Future() if "store" in self.silent else _landed(1)
 
     def collect(self) -> Collected:
         """What `onebasis store collect --really` does."""
-        return self._opened().collect()
+        return self._opened(self._settings.base_names[0]).collect()
 
-    def replace_store(self) -> None:
+    def replace_store(self, base_model: str) -> None:
         self.replaced.append("store")
         self.silent.discard("store")
-        self._store = None
+        self._stores.pop(base_model, None)
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
         for worker, future in [one for one in self._placeless if self.machine_of(one[0])]:
@@ -298,22 +313,23 @@ class StandInCluster:
             future.set_result(self._train(order, title, fault) if isinstance(order, Train) else self._evaluate(order))
 
     def _train(self, order: Train, title: str, fault: str) -> Outcome:
-        content = self._storage.read(order.train_key)  # NotFound if it was deleted too early
+        storage, base = self._storages[order.spec.base_model], order.spec.base_model
+        content = storage.read(order.train_key)  # NotFound if it was deleted too early
         if order.refine_version:
             # Twice what the version serves: in the span of its basis, whatever that is.
-            served = SubspaceReader.open(self._storage).adapter(order.task_id, order.refine_version)
+            served = SubspaceReader.open(storage).adapter(order.task_id, order.refine_version)
             twice = {name: replace(update, sigma_R=2 * update.sigma_R) for name, update in served.modules.items()}
             made = replace(served, modules=twice)
             if fault == "outside":
-                made = adapter(zlib.crc32(title.encode()) + 1)
+                made = adapter(zlib.crc32(title.encode()) + 1, base=base)
         elif order.spec.method.name == "import":
             made = adapter_from_bytes(content)
         else:
-            made = adapter(zlib.crc32(title.encode()))
+            made = adapter(zlib.crc32(title.encode()), base=base)
         if fault == "nan":
             made = _with_nan(made)
         packed = adapter_to_bytes(made)
-        self._storage.write(order.staging_key, packed)
+        storage.write(order.staging_key, packed)
         score = self.local(title) if order.eval_key else float("nan")
         return Trained(
             token=order.token,
@@ -336,27 +352,28 @@ class StandInCluster:
         )
 
     def _evaluate(self, order: Evaluate) -> Outcome:
-        reader = SubspaceReader.open(self._storage)
+        storage = self._storages[order.spec.base_model]
+        reader = SubspaceReader.open(storage)
         reader.adapter(order.task_id, order.version)  # NotFound if the version does not hold it
-        self._storage.read(order.eval_key)
+        storage.read(order.eval_key)
         title = f"{order.spec.team}/{order.spec.name}"
         held = frozenset(task.name for task in reader.state.tasks_at(order.version).values())
         return Evaluated(
             token=order.token, score=self.score(title, held), count=RowCount, seconds=0.1, worker_seconds=0.5
         )
 
-    def _opened(self) -> SubspaceStore:
+    def _opened(self, base_model: str) -> SubspaceStore:
         """As the actor's, whose store is made when a worker has loaded the base model: here that takes no time."""
-        if self._store is None:
-            if self.load_error is not None and read_format(self._storage) is None:
+        if base_model not in self._stores:
+            if self.load_error is not None and read_format(self._storages[base_model]) is None:
                 raise NotWritten("there is no store yet")
-            self._store = self._open_store()
-        return self._store
+            self._stores[base_model] = self._open_store(base_model)
+        return self._stores[base_model]
 
-    def _open_store(self) -> SubspaceStore:
-        base = self._settings.base_model
+    def _open_store(self, base_model: str) -> SubspaceStore:
+        base = self._settings.base(base_model)
         return SubspaceStore.open(
-            self._storage,
+            self._storages[base_model],
             settings=self._settings.subspace,
             base_model=base.name,
             base_sha256=base.weights_sha256,

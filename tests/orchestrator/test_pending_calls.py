@@ -22,6 +22,6 @@ class SetMeanwhile(threading.Event):
 
 def test_a_wake_that_comes_while_the_loop_looks_is_seen_at_its_next_look(tmp_path: Path) -> None:
     chosen = settings(tmp_path, storage={"url": "memory:pending_calls"})
-    pending_calls = PendingCalls(StandInCluster(chosen, open_storage(chosen.storage, BASE)))
+    pending_calls = PendingCalls(StandInCluster(chosen, {BASE: open_storage(chosen.storage, BASE)}))
     pending_calls._awake = SetMeanwhile()
     assert [pending_calls.woken(), pending_calls.woken()] == [False, True]

@@ -13,6 +13,7 @@ from orchestrator.api.requests import DrainWorker, ListTasks, ShowTask
 from orchestrator.api.service import Service
 from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import Drain, TaskState
+from tests.builders import BASE
 from tests.orchestrator.plant import Plant
 from workers.orders import Train
 
@@ -29,7 +30,7 @@ def at_work(plant: Plant) -> dict[str, str]:
 
 
 def service(plant: Plant) -> Service:
-    return Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
+    return Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
 
 
 def trains(order: Any) -> bool:
@@ -87,9 +88,9 @@ def test_two_pools_do_not_block_each_other_and_a_gang_is_charged_for_all_its_pla
     last = plant.get(singles[-1].title)
     wait = plant.controller.wait_in_line(last)
     assert (wait.code, wait.pool) == (WaitCode.NO_FREE_PLACE, "single")
-    asked = service(plant)
-    assert "all places of pool single are in use" in asked.task(ShowTask(reference=last.title))["why"]
-    rows = asked.tasks(ListTasks(limit=30))
+    asked = service(plant).tasks
+    assert "all places of pool single are in use" in asked.one(ShowTask(reference=last.title))["why"]
+    rows = asked.page(ListTasks(limit=30))
     assert [row["place"] for row in rows if row["state"] == "queued"] == list(range(1, 18))
     assert [row["pool"] for row in rows[-2:]] == ["single", "gang"]
     token = plant.get("red/large").token
@@ -105,7 +106,7 @@ def test_a_service_whose_pools_are_all_empty_loads_the_base_model_once_and_gives
     plant = make_plant(
         pools={"large": {"max": 1, "cpus": 2, "idle_seconds": 0}, "small": {"max": 1, "idle_seconds": 0}}
     )
-    plant.run(lambda: plant.controller.layout is not None and not plant.cluster.workers)
+    plant.run(lambda: plant.controller.layout_of(BASE) is not None and not plant.cluster.workers)
     assert plant.cluster.ended == ["small-0"]
 
 
@@ -116,12 +117,12 @@ def test_a_task_whose_pool_was_taken_out_of_the_settings_says_so_and_others_get_
     plant.run(lambda: len(at_work(plant)) == 2)
     assert at_work(plant) == {"red/any": "single-0", "red/large": "gang-0"}
     assert plant.controller.wait_in_line(plant.get("red/named")).code is WaitCode.NEVER_FITS
-    asked = service(plant)
-    assert asked.task(ShowTask(reference="red/named"))["why"] == (
+    asked = service(plant).tasks
+    assert asked.one(ShowTask(reference="red/named"))["why"] == (
         "its pool 'old' is no longer in the settings; there are: 'single', 1 rank with 0 GPUs each; 'gang', 4 ranks "
         "with 0 GPUs each"
     )
-    assert asked.status()["waiting"] == {"red": {"never-fits": 1}}
+    assert service(plant).status.status()["waiting"] == {"red": {"never-fits": 1}}
 
 
 def test_a_grown_worker_is_found_again_after_a_restart_and_its_task_goes_on(plant: Plant) -> None:
@@ -167,7 +168,7 @@ def test_a_worker_that_waits_for_a_machine_rings_no_alarm_and_tells_what_it_wait
 
 
 def drain(plant: Plant, what: str, **changes: Any) -> dict[str, Any]:
-    return service(plant).drain(DrainWorker(what=what, by="ann", **{"reason": "new kernel"} | changes))
+    return service(plant).tasks.drain(DrainWorker(what=what, by="ann", **{"reason": "new kernel"} | changes))
 
 
 def test_what_trains_on_a_drained_worker_goes_on_elsewhere_from_its_checkpoint(plant: Plant) -> None:
@@ -190,7 +191,7 @@ def test_what_trains_on_a_drained_worker_goes_on_elsewhere_from_its_checkpoint(p
     plant.kill()  # it is a fact in the database
     plant.step(10)
     assert "single-0" not in plant.cluster.workers
-    assert service(plant).health()["drains"][0]["what"] == "single-0"
+    assert service(plant).status.health()["drains"][0]["what"] == "single-0"
     assert not drain(plant, "single-0", undo=True)["drain"]
     plant.run(lambda: len(at_work(plant)) == 3)
 

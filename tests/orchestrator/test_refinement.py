@@ -15,6 +15,7 @@ from orchestrator.tasks.task_events import PreemptRequested
 from orchestrator.tasks.task_record import TaskState
 from subspace_store import SubspaceReader
 from subspace_store.requests import Rollback
+from tests.builders import BASE
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.site import Site
 from tests.orchestrator.test_controller import Killed, Mortal
@@ -222,7 +223,7 @@ def test_a_rollback_while_it_is_refined_merges_it_again_and_refines_it_there(pla
     plant.cluster.hold = refines
     plant.submit("red/alpha", spec=REFINE)
     plant.run(lambda: len(plant.cluster.held) == 1)
-    plant.cluster.write(Rollback(version=0, op_key="rollback:roll", actor="ann")).result()
+    plant.cluster.write(BASE, Rollback(version=0, op_key="rollback:roll", actor="ann")).result()
     plant.controller.wake(log_moved=True)
     plant.run(lambda: plant.state.refs["candidate"] == 3)
     plant.cluster.release()
@@ -239,7 +240,7 @@ def test_after_a_rollback_and_forward_again_the_group_has_its_version_of_birth(m
     plant.submit("blue/b")
     plant.run()
     for version, state in ((0, "parked"), (2, "published")):
-        plant.cluster.write(Rollback(version=version, op_key=f"rollback:roll-{version}", actor="ann")).result()
+        plant.cluster.write(BASE, Rollback(version=version, op_key=f"rollback:roll-{version}", actor="ann")).result()
         plant.controller.wake(log_moved=True)
         plant.run(lambda state=state: set(plant.states().values()) == {state})  # type: ignore[misc]
     assert {record.title: record.version for record in plant.queue.tasks()} == {"red/a": 2, "blue/b": 2}

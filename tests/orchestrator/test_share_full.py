@@ -17,7 +17,7 @@ from orchestrator.tasks.task_rows import LOG
 from subspace_store import SubspaceReader, adapter_to_bytes
 from subspace_store.requests import Expire, Quarantine, Remove, Rollback
 from subspace_store.verify import verify
-from tests.builders import task_document
+from tests.builders import BASE, task_document
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.test_controller import Killed, Mortal
 from tests.orchestrator.test_refinement import energy, refines
@@ -135,10 +135,10 @@ def test_its_rows_are_kept_while_it_lives_and_no_longer(full: Plant) -> None:
     old = full.get("red/old")
     full.step(3)
     assert full.storage.read(old.train_key) == b"training rows"
-    full.cluster.write(Rollback(version=0, op_key="rollback:r", actor="ann")).result()
+    full.cluster.write(BASE, Rollback(version=0, op_key="rollback:r", actor="ann")).result()
     full.controller.wake(log_moved=True)
     full.run(lambda: full.get("red/old").state is TaskState.PARKED)
-    full.controller._unused_files.delete_all(time.time())
+    full.controller.subspaces[BASE].unused_files.delete_all(time.time())
     assert full.storage.read(old.train_key) == b"training rows"  # main may come back
     rejected = full.submit("red/bad", spec=FULL | {"gate": {"min_score": 0.99}})[0]
     full.run()
@@ -196,9 +196,9 @@ def test_a_heartbeat_does_not_stop_it_and_it_has_no_lease(full: Plant) -> None:
         worker.asked_at = 0.0
     before = list(full.cluster.held)
     full.step(5)
-    service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
+    service = Service(full.settings, full.queue, full.storages, full.controller, full.cluster)
     assert (
-        service.task(ShowTask(reference="blue/new"))["why"]
+        service.tasks.one(ShowTask(reference="blue/new"))["why"]
         == "version 3 is scored when tasks of it have been refined on their own rows"
     )
     assert full.cluster.held == before  # nobody told it to stop
@@ -215,7 +215,7 @@ def test_its_adapter_is_not_swept_away_while_the_version_waits(full: Plant) -> N
     full.submit("blue/new", spec={"method": {"refine_epochs": 1}})
     full.run(lambda: len(full.cluster.held) == 1 and full.get("red/old").refined_seconds == 4.0)
     staged = [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key]
-    full.controller._unused_files.delete_all(time.time())
+    full.controller.subspaces[BASE].unused_files.delete_all(time.time())
     assert [key for key in full.storage.keys("staging/") if full.get("red/old").task_id in key] == staged != []
     full.cluster.release()
     full.run()
@@ -287,7 +287,7 @@ def test_without_rows_it_is_refined_again_only_when_it_moved_as_far_as_would_be_
 
 
 def test_a_quarantined_task_is_not_trained_for_a_version_that_would_not_take_it(full: Plant) -> None:
-    full.cluster.write(Quarantine(task_id=full.get("red/old").task_id, reason="suspicious", actor="ann")).result()
+    full.cluster.write(BASE, Quarantine(task_id=full.get("red/old").task_id, reason="suspicious", actor="ann")).result()
     full.controller.wake(log_moved=True)
     full.cluster.trainings.clear()
     full.submit("blue/new")
@@ -299,7 +299,7 @@ def test_a_rollback_calls_off_the_refinement_of_a_version_that_is_gone_and_nothi
     full.cluster.hold = refines
     full.submit("blue/new")
     full.run(lambda: len(full.cluster.held) == 1)
-    full.cluster.write(Rollback(version=0, op_key="rollback:r", actor="ann")).result()
+    full.cluster.write(BASE, Rollback(version=0, op_key="rollback:r", actor="ann")).result()
     full.controller.wake(log_moved=True)
     full.run()
     assert full.cluster.held == []
@@ -360,10 +360,10 @@ def test_its_birth_is_told_the_same_everywhere_and_beside_it_where_it_was_refine
 ) -> None:
     full.submit("blue/new")
     full.run()
-    service = Service(full.settings, full.queue, full.storage, full.controller, full.cluster)
-    version = service.version(ShowVersion(version=4))
+    service = Service(full.settings, full.queue, full.storages, full.controller, full.cluster)
+    version = service.versions().one(ShowVersion(version=4))
     assert [(t["title"], t["birth"], t["made_in"]) for t in version["tasks"]] == [("red/old", 2, 4), ("blue/new", 4, 3)]
-    assert [t["birth"] for t in service.scores(ShowScores())["tasks"]] == [2, 4]
+    assert [t["birth"] for t in service.versions().scores(ShowScores())["tasks"]] == [2, 4]
     version_tables.version(version)
     shown = capsys.readouterr().out
     assert "v2, refined v4" in shown
@@ -380,7 +380,9 @@ def test_after_a_removal_records_follow_what_was_made_again(full: Plant, gone: s
     for title in ("blue/new", "blue/newer"):
         full.submit(title)
         full.run()
-    full.cluster.write(Remove(task_id=full.get(gone).task_id, op_key="remove:r", actor="ann", publish=True)).result()
+    full.cluster.write(
+        BASE, Remove(task_id=full.get(gone).task_id, op_key="remove:r", actor="ann", publish=True)
+    ).result()
     full.controller.wake(log_moved=True)
     full.run(lambda: full.get(gone).state is TaskState.PARKED)
     births = full.state.births(full.state.refs["main"])
@@ -401,7 +403,7 @@ def test_a_rollback_while_it_is_refined_and_forward_again_serves_the_same_number
     full.submit("blue/later")
     full.run(lambda: len(full.cluster.held) == 1)
     for version in (2, main):
-        full.cluster.write(Rollback(version=version, op_key=f"rollback:to {version}", actor="ann")).result()
+        full.cluster.write(BASE, Rollback(version=version, op_key=f"rollback:to {version}", actor="ann")).result()
     assert served(full, "red/old") == before
     full.controller.wake(log_moved=True)
     full.cluster.release()
@@ -415,8 +417,8 @@ def test_expired_versions_take_nothing_that_it_needs(full: Plant) -> None:
     full.submit("blue/new")
     full.run()
     before = served(full, "red/old")
-    full.cluster.write(Expire(versions=(1, 2, 3), actor="ann", op_key="expire:expire")).result()
-    full.cluster.replace_store()  # of a later epoch, which may collect
+    full.cluster.write(BASE, Expire(versions=(1, 2, 3), actor="ann", op_key="expire:expire")).result()
+    full.cluster.replace_store(BASE)  # of a later epoch, which may collect
     assert full.cluster.collect().blobs
     assert served(full, "red/old") == before
     full.submit("blue/later")

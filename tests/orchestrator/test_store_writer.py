@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from configs.errors import InvalidInput, StoreFull, StoreReadOnly, Unavailable
-from orchestrator import candidate, controller, store_writer
+from orchestrator import candidate, store_writer, subspace
 from orchestrator.controller import Controller
+from orchestrator.subspace import tell
 from subspace_store import SubspaceStore
 from tests.builders import with_pools
 from tests.orchestrator.plant import Plant
@@ -47,12 +48,12 @@ def test_a_writer_that_cannot_open_the_store_is_told_of_before_any_task(
     monkeypatch.setattr(store_writer, "RETRY_SECONDS", 0.0)
     refuses = True
 
-    def opened() -> SubspaceStore:
+    def opened(base_model: str) -> SubspaceStore:
         if refuses:
             raise StoreReadOnly("the file system refused: Read-only file system", "/store/log/0.json")
-        return really()
+        return really(base_model)
 
-    plant.cluster._store, really = None, plant.cluster._open_store
+    really = plant.cluster._open_store
     monkeypatch.setattr(plant.cluster, "_open_store", opened)
     plant.run(lambda: codes(plant) == {"store-read-only"}, 10)
     (alarm,) = plant.controller.alarms
@@ -116,7 +117,7 @@ class NoDeletes:
 
 
 def test_a_storage_that_lets_nobody_delete_stops_no_task(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "DELETE_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(subspace, "DELETE_AGAIN_SECONDS", 0.0)
     plant.wrap = lambda name, part: NoDeletes(part) if name == "storage" else part
     plant.submit("red/alpha", "blue/beta")
     plant.run()
@@ -134,7 +135,7 @@ def test_a_step_that_fails_rings_with_what_the_loop_was_doing(plant: Plant, monk
         try:
             loop.step()
         except ZeroDivisionError as error:
-            loop._tell(error)
+            tell(error, loop.alarms, loop.doing)
         loop.wake()
     (alarm,) = loop.alarms
     assert alarm.code == "step-failed"

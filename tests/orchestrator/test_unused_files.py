@@ -98,7 +98,7 @@ def test_rows_of_a_submission_that_broke_off_go_and_those_of_others_stay(plant: 
     plant.cluster.hold = lambda order: True
     for task_id in (old, young, slow, "t-red-other"):
         plant.storage.write(f"data/{task_id}/train-ab.arrow", b"rows")
-    with plant.controller.submission(slow):  # by this very process, however long it takes
+    with plant.controller.subspaces[BASE].unused_files.submission(slow):  # by this very process, however long it takes
         plant.step(3)
     assert {key.split("/")[1] for key in plant.storage.keys("data/")} == {young, slow, "t-red-other", known.task_id}
 
@@ -123,8 +123,8 @@ def test_of_all_that_killed_processes_leave_no_key_no_file_and_no_folder_stays(
     plant.submit("red/stays", "red/gone", "blue/rolled")
     plant.cluster.hold = lambda order: order.spec.name == "gone"
     plant.run(lambda: plant.get("red/stays").state is S.PUBLISHED and plant.get("blue/rolled").state is S.PUBLISHED)
-    service = Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
-    service.cancel(Cancel(reference="red/gone", by="ann"))
+    service = Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+    service.tasks.cancel(Cancel(reference="red/gone", by="ann"))
     plant.run(lambda: plant.get("red/gone").state is S.CANCELLED)
     long_ago = time.time() - 2 * IDLE_SECONDS
     broken_off = new_task_id(long_ago)  # its submission was killed between two files …
@@ -223,18 +223,18 @@ def test_of_a_task_that_was_removed_nothing_is_left_but_what_the_log_says(plant:
             plant.storage.write(results_key(record.task_id, version), b"scores of rows")
         plant.storage.write(f"results/{record.task_id}/local-1-lost.safetensors", b"scores of rows")
     remove = Remove(task_id=gone.task_id, actor="ann", reason="licence", publish=True, op_key="remove:1")
-    plant.cluster.write(remove).result()
+    plant.cluster.write(BASE, remove).result()
     plant.controller.wake(log_moved=True)
     plant.run(lambda: plant.get("blue/gone").state is S.PARKED)
     plant.step(3)
     assert plant.storage.read(gone.eval_key) == b"evaluation rows"  # an older version holds it, and may be gone back to
     state = plant.state
     held = tuple(number for number in state.versions if gone.task_id in state.tasks_at(number))
-    plant.cluster.write(Expire(versions=held, actor="ann", op_key="expire:1")).result()
+    plant.cluster.write(BASE, Expire(versions=held, actor="ann", op_key="expire:1")).result()
     plant.controller.wake(log_moved=True)
     plant.step(3)
-    plant.cluster.replace_store()  # of a later epoch, which may collect
-    plant.cluster.write(Rollback(version=state.refs["main"], actor="ann", op_key="rollback:1")).result()
+    plant.cluster.replace_store(BASE)  # of a later epoch, which may collect
+    plant.cluster.write(BASE, Rollback(version=state.refs["main"], actor="ann", op_key="rollback:1")).result()
     plant.cluster.collect()
     keys = list(plant.storage.keys(""))
     assert [key for key in keys if gone.task_id in key] == []
@@ -252,7 +252,7 @@ def test_a_task_that_was_cancelled_in_the_queue_leaves_nothing_behind(make_plant
     plant.cluster.hold = lambda order: True
     plant.submit("red/first", "red/second")
     plant.run(lambda: len(plant.cluster.held) == 1)
-    service = Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
-    service.cancel(Cancel(reference="red/second", by="ann"))
+    service = Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+    service.tasks.cancel(Cancel(reference="red/second", by="ann"))
     plant.step()
     assert [key for key in plant.storage.keys("") if "t-red-second" in key] == []

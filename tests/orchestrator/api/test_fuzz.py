@@ -26,7 +26,7 @@ from orchestrator.api.routes import ROUTES, Route
 from orchestrator.api.server import api
 from orchestrator.api.service import Service
 from subspace_store.requests import Pin, StoreRequest, Tag
-from tests.builders import task_document
+from tests.builders import BASE, task_document
 from tests.orchestrator.plant import Plant
 
 TOKEN = "the-token"
@@ -44,11 +44,11 @@ class Still:
         self.plant = Plant(folder)
         self.plant.submit("red/a", "blue/b")
         self.plant.run()
-        self.plant.cluster.write(Tag(name="first", version=1)).result()
-        self.plant.cluster.write(Pin(version=1, owner="ann")).result()
+        self.plant.cluster.write(BASE, Tag(name="first", version=1)).result()
+        self.plant.cluster.write(BASE, Pin(version=1, owner="ann")).result()
         plant = self.plant
         self.app: FastAPI = api(
-            Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster), TOKEN
+            Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster), TOKEN
         )
 
     def facts(self) -> tuple[Any, ...]:

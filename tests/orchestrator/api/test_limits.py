@@ -157,7 +157,7 @@ def submitting(site: Site, spec: TaskSpec) -> Any:
 def test_during_a_check_of_20_seconds_status_answers_within_a_second(
     site: Site, checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site.service, "_check", checker.check)
+    monkeypatch.setattr(site.service.tasks, "_check", checker.check)
     monkeypatch.setattr(checker, "_seconds", 3.0)  # twice four of them, instead of twice 20 s
     submitting(site, spec_of(site, "quick"))
     with ThreadPoolExecutor(8) as threads:

@@ -120,13 +120,14 @@ def test_a_dry_run_tells_what_would_be_taken_in_and_takes_nothing(site: Site) ->
         "warnings": [FEW],
         # Two tasks of 2 s each have ended here, a worker is free; 5 s nobody can promise, and it may be three times as
         # late, as long as it is not known how right estimates are.
+        "pool": "default",
         "fits": True,
         "place": 1,
         "start": {"seconds": 0.0, "earliest": 0.0, "latest": 15.0},
         "end": {"seconds": 2.0, "earliest": 2.0, "latest": 17.0},
         "cost_worker_seconds": 2.0,
         "deadline": None,
-        "wait": {"code": "about-to-start", "about": "", "since": None, "until": None, "who": "nobody"},
+        "wait": {"code": "about-to-start", "pool": "", "about": "", "since": None, "until": None, "who": "nobody"},
         "why": "is about to start; place 1, 0 before it; starts at once, in four of five cases between 0 s and 15 s "
         "(the median of the last 2 tasks is 2 s)",
     }
@@ -260,6 +261,7 @@ def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
     before = site.plant.state
     answer = site.client.ask(PreviewRollback(version=1))
     assert answer == {
+        "base_model": "tiny",
         "preview": True,
         "held": False,
         "from_version": 2,

@@ -15,11 +15,12 @@ from orchestrator.commands import display
 from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store import Storage, SubspaceStore
 from subspace_store.requests import Rollback, Tag
+from tests.builders import BASE
 from tests.orchestrator.plant import Plant
 
 
 def service_of(plant: Plant) -> Service:
-    return Service(plant.settings, plant.queue, plant.storage, plant.controller, plant.cluster)
+    return Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_tasks_of_main_that_a_new_task_database_does_not_know_are_counted(
         plant.run()
     assert service_of(plant).answer(Status())["not_in_database"] == 0
     empty = TaskQueue(f"sqlite:///{tmp_path}/new.sqlite", plant.settings.failures)
-    told = Service(plant.settings, empty, plant.storage).answer(Status())
+    told = Service(plant.settings, empty, plant.storages).answer(Status())
     assert (told["main"], told["not_in_database"], told["tasks"]) == (2, 2, {})
     display.status(told)
     assert "main (version 2) holds 2 tasks that the task database does not know" in capsys.readouterr().out
@@ -88,7 +89,7 @@ def test_an_alarm_about_a_refused_request_names_it_and_ends_when_there_is_room(
     plant.submit("red/alpha")
     plant.run()
     storage = Refusing(plant.storage)
-    service = Service(plant.settings, plant.queue, cast("Storage", storage), plant.controller, plant.cluster)
+    service = Service(plant.settings, plant.queue, {BASE: cast("Storage", storage)}, plant.controller, plant.cluster)
 
     def told() -> list[tuple[str, str]]:
         return [(alarm.code, alarm.what) for alarm in plant.controller.alarms]

@@ -18,7 +18,7 @@ import pytest
 
 from configs.errors import NoSignOfLife, NotWritten, Unavailable
 from orchestrator.alarms import AlarmCode
-from orchestrator.api import exchange, service
+from orchestrator.api import exchange, latest
 from orchestrator.api.client import Client
 from orchestrator.api.latest import Latest
 from orchestrator.api.requests import Health, ListTasks, Status
@@ -67,7 +67,7 @@ def test_an_answer_that_takes_long_is_waited_for_and_the_alarms_are_told(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    really = site.service.tasks
+    really = site.service.tasks.page
 
     def slow(request: Any) -> Any:
         while not any("ALARM" in line for line in said):
@@ -75,7 +75,7 @@ def test_an_answer_that_takes_long_is_waited_for_and_the_alarms_are_told(
         return really(request)
 
     monkeypatch.setattr(exchange, "SIGN_SECONDS", 1.0)
-    monkeypatch.setattr(site.service, "tasks", slow)
+    monkeypatch.setattr(site.service.tasks, "page", slow)
     site.plant.controller.alarms.ring(AlarmCode.RAY_DOWN, "Ray", "its raylet (pid 7) is gone")
     answer = Client(site.folder, said.append).ask(ListTasks())
     assert [row["title"] for row in answer] == ["red/alpha", "blue/beta"]
@@ -102,15 +102,15 @@ def test_what_is_to_be_written_while_ray_is_down_is_refused_at_once_and_is_not_i
 def test_the_status_of_a_service_whose_store_does_not_answer_comes_in_time_and_says_so(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(latest, "LOOK_SECONDS", 0.2)
     assert site.client.ask(Status())["alarms"] == []
-    answers, really = threading.Event(), site.service._store.refresh
+    answers, really = threading.Event(), site.service.versions()._store.refresh
 
     def hangs() -> Any:
         answers.wait(60)
         return really()
 
-    monkeypatch.setattr(site.service._store, "refresh", hangs)
+    monkeypatch.setattr(site.service.versions()._store, "refresh", hangs)
     began = time.monotonic()
     status = site.client.ask(Status())
     assert time.monotonic() - began < 5
@@ -126,8 +126,8 @@ def test_the_status_of_a_service_whose_store_does_not_answer_comes_in_time_and_s
 
 @pytest.mark.changes
 def test_a_store_that_answers_late_is_told_as_slow_and_not_as_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "LOOK_SECONDS", 0.1)
-    really, hangs = site.service._store.refresh, threading.Event()
+    monkeypatch.setattr(latest, "LOOK_SECONDS", 0.1)
+    really, hangs = site.service.versions()._store.refresh, threading.Event()
 
     def slowly() -> Any:
         hangs.wait(60) if hangs_for_good else time.sleep(0.4)
@@ -139,7 +139,7 @@ def test_a_store_that_answers_late_is_told_as_slow_and_not_as_away(site: Site, m
 
     hangs_for_good = False
     site.service.look()
-    monkeypatch.setattr(site.service._store, "refresh", slowly)
+    monkeypatch.setattr(site.service.versions()._store, "refresh", slowly)
     assert looked() == {"store-away"}  # as far as anybody knows
     until = time.monotonic() + 10
     while looked() != {"store-slow"}:
@@ -151,7 +151,7 @@ def test_a_store_that_answers_late_is_told_as_slow_and_not_as_away(site: Site, m
     while "store-away" not in looked():
         assert time.monotonic() < until
     hangs.set()
-    monkeypatch.setattr(site.service._store, "refresh", really)
+    monkeypatch.setattr(site.service.versions()._store, "refresh", really)
     while looked():
         assert time.monotonic() < until
 
@@ -169,7 +169,7 @@ def test_an_idle_service_whose_store_or_database_is_away_notices_by_itself(
     site.service.look()
     assert codes() == []
     with monkeypatch.context() as patched:
-        patched.setattr(site.service._store, "refresh", away)
+        patched.setattr(site.service.versions()._store, "refresh", away)
         patched.setattr(site.plant.queue, "counts", away)
         site.service.look()
         assert sorted(codes()) == ["database-away", "store-away"]

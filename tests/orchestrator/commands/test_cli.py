@@ -50,7 +50,7 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 
 
 def test_the_commands_are_these() -> None:
-    running = {"up", "down", "status"}
+    running = {"up", "down", "reload", "status"}
     of_tasks = {
         "submit",
         "import",

@@ -125,10 +125,10 @@ def test_a_request_stays_in_doubt_when_the_control_plane_is_started_again(
     assert json.loads(onebasis("status", "--json").stdout)["in_doubt"] == before
     assert "IN DOUBT" in onebasis("status").stdout
     (site.folder / "away.json").rename(site.folder / "server.json")
-    again = Service(site.plant.settings, site.plant.queue, site.plant.storage, site.plant.controller)
-    assert again.status()["in_doubt"] == before
+    again = Service(site.plant.settings, site.plant.queue, site.plant.storages, site.plant.controller)
+    assert again.status.status()["in_doubt"] == before
     site.client.ask(Withdraw(request_key="rollback of ann", actor="ann"))
-    assert again.status()["in_doubt"] == []
+    assert again.status.status()["in_doubt"] == []
 
 
 def test_a_request_whose_process_was_killed_is_in_doubt_and_one_under_way_is_not(tmp_path: Path) -> None:

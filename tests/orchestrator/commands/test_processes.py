@@ -33,12 +33,12 @@ from orchestrator.commands.cli import app
 from orchestrator.ray_head import TOKEN_VARIABLE
 from orchestrator.signs_of_life import Life, left_behind, life_of, ray_processes
 from orchestrator.tasks.task_queue import TaskQueue
-from subspace_store.commands.state_folder import service_identity
+from subspace_store.commands.state_folder import keep_settings, service_identity
 from subspace_store.log.version import Identity
 from subspace_store.log.version_log import VersionLog
 from subspace_store.storage.local import LocalStorage
 from subspace_store.storage.opening import open_storage
-from tests.builders import settings, task_record
+from tests.builders import SHA256, settings, task_record
 
 
 @pytest.fixture
@@ -72,23 +72,42 @@ def test_a_ray_that_was_started_with_other_settings_is_ended(tmp_path: Path, hea
     assert len(said) == 1
 
 
-@pytest.mark.parametrize(("config", "again"), [(None, "onebasis up"), ("o.yaml", "onebasis up --config o.yaml")])
+@pytest.mark.parametrize(("config", "named"), [(None, ""), ("o.yaml", " --config o.yaml")])
 def test_other_settings_of_a_running_service_are_refused_with_how_to_change_to_them(
-    tmp_path: Path, config: str | None, again: str
+    tmp_path: Path, config: str | None, named: str
 ) -> None:
     processes._keep_settings(settings(tmp_path), tmp_path, is_running=False)
     other = settings(tmp_path, storage={"url": "s3://elsewhere"})
     with pytest.raises(Conflict, match="runs with other settings") as told:
         processes._keep_settings(other, tmp_path, True, Path(config) if config else None)
-    assert told.value.todo == f"`onebasis down`, then `{again}`"
+    todo = f"`onebasis down`, then `onebasis up{named}`; or `onebasis reload{named}`, which says what it can take"
+    assert told.value.todo == todo
+
+
+def test_settings_without_a_base_model_that_has_tasks_are_refused_unless_it_is_meant(tmp_path: Path) -> None:
+    names = ("small", "large")
+    bases = [{"name": name, "source": "x", "weights_sha256": SHA256} for name in names]
+    before, after = settings(tmp_path, base_model=None, base_models=bases), settings(tmp_path, base_model=bases[0])
+    processes._refuse_lost_base_models(after, tmp_path, ())  # nothing has run here yet
+    keep_settings(before, tmp_path)
+    processes._refuse_lost_base_models(after, tmp_path, ())  # it ran, and nobody submitted anything
+    queue = TaskQueue(before.database_url)
+    queue.add(task_record("red/alpha", spec={"base_model": "large"}))
+    queue.add(task_record("red/beta", spec={"base_model": "small"}))
+    queue.close()
+    with pytest.raises(Conflict, match="large, of which the database has 1 living task and main holds 0 tasks") as told:
+        processes._refuse_lost_base_models(after, tmp_path, ())
+    assert "add `--remove-base-model large`" in told.value.todo
+    processes._refuse_lost_base_models(after, tmp_path, ["large"])
+    processes._refuse_lost_base_models(before, tmp_path, ())
 
 
 def test_services_of_one_base_model_with_their_own_storage_have_their_own_actors(tmp_path: Path) -> None:
     mine = Identity("one", "here")
-    one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"}), mine) for name in "ab")
+    one, two = (namespace(settings(tmp_path, storage={"url": f"s3://bucket/{name}"}).storage, mine) for name in "ab")
     assert one != two
-    assert one == namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}), mine)
-    assert one != namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}), Identity("two", "there"))
+    assert one == namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}).storage, mine)
+    assert one != namespace(settings(tmp_path, storage={"url": "s3://bucket/a"}).storage, Identity("two", "there"))
 
 
 @pytest.mark.parametrize("token", [None, "no-such-token"])
@@ -267,7 +286,7 @@ def test_a_store_of_the_service_that_was_in_this_very_folder_is_not_told_as_a_st
     ours = settings(tmp_path / "state", storage={"url": f"file:{tmp_path}/store"})
     folder = Path(ours.state_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    log = VersionLog(open_storage(ours.storage, ours.base_model.name))
+    log = VersionLog(open_storage(ours.storage, ours.bases[0].name))
     log.open()
     log.acquire("before", service_identity(folder), claim=True)
     (folder / "service_id").unlink()
@@ -306,7 +325,7 @@ def test_a_store_of_another_service_is_refused_before_anything_starts_and_taken_
         update={"state_dir": str(tmp_path / "mine")}
     )
     (tmp_path / "mine").mkdir()
-    storage = open_storage(mine.storage, mine.base_model.name)
+    storage = open_storage(mine.storage, mine.bases[0].name)
     theirs = VersionLog(storage, "theirs")
     theirs.open()
     theirs.acquire("theirs", Identity("theirs", "there:/folder"), claim=True)
@@ -369,8 +388,8 @@ def test_a_store_in_a_folder_of_its_own_is_for_whom_the_umask_lets_in(tmp_path: 
 
 def test_up_refuses_a_store_of_other_weights_before_anything_is_started(tmp_path: Path) -> None:
     mine = settings(tmp_path, storage={"url": f"file:{tmp_path / 'store'}"})
-    place = open_storage(mine.storage, mine.base_model.name)
-    other = {"format": 2, "base_model": mine.base_model.name, "base_sha256": 64 * "0"}
+    place = open_storage(mine.storage, mine.bases[0].name)
+    other = {"format": 2, "base_model": mine.bases[0].name, "base_sha256": 64 * "0"}
     place.write("FORMAT", json.dumps(other).encode())
     with pytest.raises(OtherBaseModel, match=r"(?s)weights_sha256 '0000.*correct base_model\.weights_sha256"):
         processes.up(mine, lambda _: None)
@@ -390,4 +409,4 @@ def test_up_refuses_a_storage_that_lets_two_writers_overwrite_each_other(
     with pytest.raises(UnsafeStorage, match="If-None-Match"):
         processes.up(mine, lambda _: None)
     assert list((tmp_path / "logs").iterdir()) == []
-    assert open_storage(mine.storage, mine.base_model.name).keys("") == []
+    assert open_storage(mine.storage, mine.bases[0].name).keys("") == []

@@ -14,8 +14,8 @@ from orchestrator import pending_calls
 from orchestrator.reports import mlflow_mirror
 from orchestrator.reports.mlflow_mirror import Mirror
 from orchestrator.tasks import task_queue
-from subspace_store import SubspaceReader
 from subspace_store.requests import Remove, Rollback
+from tests.builders import BASE
 from tests.orchestrator.plant import Plant
 from workers.machine import machine_figures
 from workers.orders import Point
@@ -62,7 +62,7 @@ class Mirrored:
 
     def fresh_mirror(self) -> Mirror:
         """As after a restart of the service."""
-        return Mirror(self.plant.settings, self.plant.queue, SubspaceReader.open(self.plant.storage))
+        return Mirror(self.plant.settings, self.plant.queue)
 
     @property
     def client(self) -> Any:
@@ -82,7 +82,7 @@ class Mirrored:
 
     def roll(self, version: int) -> None:
         self.plant.cluster.write(
-            Rollback(version=version, op_key=f"rollback:{self.plant.state.seq}", actor="ann")
+            BASE, Rollback(version=version, op_key=f"rollback:{self.plant.state.seq}", actor="ann")
         ).result()
         self.plant.controller.wake(log_moved=True)
         self.plant.step(2)
@@ -214,7 +214,7 @@ def test_curves_and_plot_grow_while_a_task_trains_and_though_mlflow_is_away(
     plant.cluster.hold = lambda order: True
     (task,) = plant.submit("red/a")
     plant.run(lambda: plant.states()["red/a"] == "training")
-    mirror = Mirror(plant.settings, plant.queue, SubspaceReader.open(plant.storage))
+    mirror = Mirror(plant.settings, plant.queue)
     drawn: list[list[Point]] = []
     monkeypatch.setattr(mlflow_mirror, "draw_loss_plot", lambda points, title, path: drawn.append(points))
     with monkeypatch.context() as patch:
@@ -347,7 +347,7 @@ def test_a_sync_with_nothing_new_asks_mlflow_for_no_task(mirrored: Mirrored, mon
 def test_after_a_removal_the_rest_is_shown_where_it_is_now(tmp_path: Path) -> None:
     made = Mirrored(tmp_path)  # a world of its own: the others' goes on
     task_id = made.plant.get("red/a").task_id
-    made.plant.cluster.write(Remove(task_id=task_id, op_key="remove:r", actor="ann", publish=True)).result()
+    made.plant.cluster.write(BASE, Remove(task_id=task_id, op_key="remove:r", actor="ann", publish=True)).result()
     made.plant.controller.wake(log_moved=True)
     made.plant.step(3)
     made.mirror.sync()

@@ -49,8 +49,8 @@ def test_a_task_that_names_a_pool_gets_it_and_what_can_never_fit_is_told_what_wo
 
 
 def test_a_pool_belongs_to_one_base_model() -> None:
-    pools = {"a": PoolSettings(max=1), "b": PoolSettings(max=1, base_model="llama")}
-    assert (list(pools_of(pools, "llama", only="tiny")), list(pools_of(pools, "tiny", only="tiny"))) == (["b"], ["a"])
+    pools = {"a": PoolSettings(max=1, base_model="tiny"), "b": PoolSettings(max=1, base_model="llama")}
+    assert (list(pools_of(pools, "llama")), list(pools_of(pools, "tiny"))) == (["b"], ["a"])
 
 
 def test_a_workers_name_says_its_pool_and_its_number() -> None:

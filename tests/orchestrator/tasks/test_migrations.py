@@ -22,7 +22,7 @@ from orchestrator.tasks.database import Database
 from orchestrator.tasks.task_events import Claimed, Judged, MergeBegun, Merged, TrainingDone
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskState
-from tests.builders import task_record, trained
+from tests.builders import BASE, task_record, trained
 from tests.orchestrator.tasks.golden import GOLDEN, facts, unpacked
 
 every_release = pytest.mark.parametrize("release", sorted(path.stem for path in GOLDEN.glob("*.json")))
@@ -52,7 +52,7 @@ def test_a_database_of_an_earlier_release_is_read_as_it_was_written(release: str
 def test_a_database_of_an_earlier_release_is_gone_on_with(release: str, tmp_path: Path) -> None:
     queue = TaskQueue(unpacked(release, tmp_path))
     assert [waiting.task_id for waiting in queue.waiting({"": 2})] == ["t-red-urgent", "t-red-queued"]
-    assert {at.task_id: at.version for at in queue.placed()} == {
+    assert {at.task_id: at.version for at in queue.placed(BASE)} == {
         "t-blue-published": 3,
         "t-blue-refined": 4,
         "t-red-rolled-back": 3,

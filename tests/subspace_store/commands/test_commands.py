@@ -491,7 +491,7 @@ def test_what_is_written_through_the_running_service_fences_nobody(
     ((state_dir, request),) = asked
     assert (state_dir, request) == (
         Path(served.name),
-        Tag(name="gold", version=3, op_key=request.op_key, actor=me()),
+        Tag(base_model="place", name="gold", version=3, op_key=request.op_key, actor=me()),
     )
     assert store.refresh().epoch == 1
 

@@ -1,0 +1,443 @@
+"""What people ask about tasks: submitted, listed, shown, cancelled, retried, paused.
+
+What needs torch is imported where it is used: a request that reads does not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.settings import Settings
+from orchestrator.api import requests, views
+from orchestrator.api.deadlines import Deadlines
+from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
+from orchestrator.api.requests import Json
+from orchestrator.api.sources import Sources
+from orchestrator.api.versions import Versions, hold_over
+from orchestrator.api.views import pause_json
+from orchestrator.api.why import Surroundings, wait_of, why
+from orchestrator.reports.loss_plot import plot_file
+from orchestrator.scheduling.estimate import Pace, ends, pace_of
+from orchestrator.scheduling.fair_share import Waiting
+from orchestrator.scheduling.pools import described
+from orchestrator.scheduling.reasons import Wait, WaitCode
+from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
+from orchestrator.tasks.task_record import ENDED_WITHOUT_RESULT, LIVE, SERVICE, Drain, Pause, TaskRecord, TaskState
+from subspace_store.log.version import MAIN, SubspaceState
+
+if TYPE_CHECKING:
+    from configs.task_spec import TaskSpec
+    from orchestrator.tasks.admission import Draft
+    from workers.orders import BaseLayout
+
+Check = Callable[["TaskSpec", Settings, "BaseLayout"], "Draft"]
+"""`check_submission`, in this or another process."""
+
+PACE_TASKS = 50
+"""Number of tasks, the newest that ended, from which the pace of the next ones is estimated."""
+CHANGES = {
+    "cancel": (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING),
+    "retry": ENDED_WITHOUT_RESULT,
+    "pause": (TaskState.QUEUED, TaskState.TRAINING),
+    "resume": (TaskState.QUEUED, TaskState.TRAINING),
+}
+"""States of the tasks that a change of many is about, unless it names one."""
+
+
+class Tasks:
+    """The tasks of one service as its users see them.
+
+    Args:
+        versions: Base model to the versions of its subspace.
+        check: How a submission is checked; default: in the thread that asks, which nothing can end.
+    """
+
+    def __init__(self, sources: Sources, versions: Mapping[str, Versions], check: Check | None = None) -> None:
+        self._sources = sources
+        self._versions = versions
+        self._check = check
+        self._estimates = Estimates(lambda: sources.queue)
+        controller = sources.controller
+        self._kept_line = KeptLine(controller.line if controller is not None else lambda: ((), ()))
+        self.deadlines = Deadlines(lambda: sources.queue, self._line)
+        """Those that cannot be met."""
+
+    def follow(self, versions: Mapping[str, Versions]) -> None:
+        """Answer for these base models from now on."""
+        self._versions = versions
+
+    def submit(self, request: requests.Submit) -> Json:
+        """Take a task in, or with dry_run only check it. The same submission again is the same task."""
+        controller = self._sources.running("submit")
+        from orchestrator.tasks.admission import admit, base_model_of, check_submission, would_admit
+
+        check, name = self._check or check_submission, base_model_of(request.task, self._sources.settings).name
+        self._sources.running("submit", name)
+        if (layout := controller.layout_of(name)) is None:
+            workers = controller.describe_workers(name)
+            causes = "; ".join(f"{worker}: {what}" for worker, what in sorted(workers.items()))
+            raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
+        with contextlib.closing(check(request.task, self._sources.settings, layout)) as draft:
+            if request.dry_run:
+                record, is_new = would_admit(
+                    draft, self._sources.settings, self._sources.queue, request.by, request.beside
+                )
+                return {
+                    **(self._outlook(record) if is_new else {}),
+                    "accepted": False,
+                    "dry_run": True,
+                    "is_new": is_new,
+                    "title": f"{draft.spec.team}/{draft.spec.name}",
+                    "train_rows": draft.train_count,
+                    "eval_rows": draft.eval_count,
+                    "warnings": list(draft.warnings),
+                }
+            record, is_new = admit(
+                draft,
+                self._sources.settings,
+                self._sources.queue,
+                self._versions[name].storage,
+                request.by,
+                controller.subspaces[name].unused_files.submission,
+            )
+        controller.wake()
+        if record.spec.deadline:
+            self.deadlines.add(record.task_id)
+        line = self._line([record.task_id]) if record.spec.deadline else None  # else nobody is told when it starts
+        return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record, line)}
+
+    def _outlook(self, record: TaskRecord) -> Json:
+        """What a task that is not there yet would meet: why it would not start at once, when it starts and ends, and
+        what it costs, both from what the last tasks took."""
+        controller = self._sources.running("submit")
+        task = Waiting(
+            task_id=record.task_id,
+            team=record.team,
+            priority=record.spec.priority,
+            submitted_at=record.submitted_at,
+            pool=record.pool,
+            ranks=controller.ranks[record.pool],
+            seconds_max=record.spec.max_run_seconds,
+        )
+        stands = not record.blocked
+        line = self._line([record.task_id], task if stands else None)
+        pauses = self._sources.queue.pauses()
+        around = Surroundings(
+            is_running=True,
+            place=line.places.get(record.task_id),
+            pace=line.paces.get(record.pool),
+            start=line.starts.get(record.task_id),
+            pauses=pauses,
+            decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
+            idle_causes=controller.idle_causes(record.pool),
+            pools=described(self._sources.settings.pools),
+            titles={task_id: found.title for task_id, found in self._sources.queue.among(record.awaits).items()},
+            alarms=self._sources.ringing(record.base_model),
+        )
+        wait = wait_of(record, around)
+        start, pace = around.start, around.pace
+        end = ends(start, pace) if start and pace else None
+        return {
+            "pool": record.pool,
+            "fits": wait is None or wait.code is not WaitCode.NEVER_FITS,
+            "why": why(record, around),
+            "wait": _wait_json(wait),
+            "place": around.place,
+            "start": views.interval(start),
+            "end": views.interval(end),
+            "cost_worker_seconds": None if pace is None else pace.seconds,
+            "deadline": views.deadline(record, end, record.submitted_at),
+        }
+
+    def page(self, request: requests.ListTasks) -> list[Json]:
+        """The newest tasks, oldest first."""
+        states = (request.state,) if request.state else ()
+        base_model = request.base_model
+        records = self._sources.queue.page(states, request.team, request.before, request.limit, base_model)
+        if not records:
+            self._known_team(request.team)
+            self._sources.settings.base(base_model) if base_model is not None else None
+        is_any_queued = any(record.state is TaskState.QUEUED for record in records)
+        line = self._line([record.task_id for record in records]) if is_any_queued else Line()
+        found = self._in_subspaces(records)
+        reasons = self._waits(records)
+        return [
+            self._summary(record, line) | found[record.task_id] | {"wait": reasons.get(record.task_id)}
+            for record in records
+        ]
+
+    def _in_subspaces(self, records: Sequence[TaskRecord]) -> dict[str, Json]:
+        """Id of each task to what its subspace says: its score in `main`, whether it is gone, who holds `main`."""
+        found = {}
+        for name in {record.base_model for record in records}:
+            mine, versions = [r for r in records if r.base_model == name], self._versions.get(name)
+            scores, problem = versions.main_scores(mine) if versions is not None else ({}, "")
+            gone = versions.gone_from_main(versions.state, mine) if versions is not None and not problem else set()
+            waiting = versions.held_up(mine) if versions is not None else {}
+            for record in mine:
+                found[record.task_id] = {
+                    "main_score": scores.get(record.task_id),
+                    "main_score_problem": problem,
+                    "gone_from_main": record.task_id in gone,
+                    "held": waiting.get(record.task_id, ""),
+                }
+        return found
+
+    def one(self, request: requests.ShowTask) -> Json:
+        """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
+        record = self._sources.queue.find(request.reference)
+        is_queued = record.state is TaskState.QUEUED
+        line = self._line([record.task_id]) if is_queued else Line()
+        versions = self._versions.get(record.base_model)
+        plot = plot_file(self._sources.settings.state_dir, record)
+        result = versions.result(record) if versions is not None else None
+        around = self._surroundings(record, line)
+        return {
+            **self._summary(record, line),
+            "main_score": result["score_under_main"] if result else None,
+            "gone_from_main": around.is_gone_from_main,
+            "why": why(record, around),
+            "wait": _wait_json(wait_of(record, around)),
+            "result": result,
+            "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
+            **views.task_details(record, self._sources.queue.events(record.task_id), plot),
+            "warnings": views.warnings(record, result),
+        }
+
+    def cancel(self, request: requests.Cancel) -> Json:
+        """Stop a task that is not part of a version yet."""
+        controller = self._sources.running("cancel")
+        record = self._sources.queue.find(request.reference)
+        after = self._sources.queue.apply(record.task_id, CancelRequested(request.by, time.time()))
+        versions = self._versions.get(after.base_model)
+        if after.state is TaskState.CANCELLED and versions is not None:
+            with contextlib.suppress(Unavailable):  # then the loop does it, which deletes all else as well
+                versions.storage.delete(after.train_key)
+            controller.subspaces[after.base_model].unused_files.due((after.task_id,))
+        controller.wake()
+        return self._summary(after)
+
+    def preempt(self, request: requests.Preempt) -> Json:
+        """Have a running task write a checkpoint and go back to the queue; it keeps its place and goes on from there.
+
+        A task that waits already stays as it is: asked twice, it is preempted once.
+        """
+        controller = self._sources.running("preempt")
+        record = self._sources.queue.find(request.reference)
+        after = self._sources.queue.apply(record.task_id, PreemptRequested(request.by))
+        controller.wake()
+        return self._summary(after)
+
+    def retry(self, request: requests.Retry) -> Json:
+        """Submit a task again that ended without a result; one that is alive stays as it is."""
+        return self._retry(self._sources.queue.find(request.reference), request.by)
+
+    def _retry(self, record: TaskRecord, by: str) -> Json:
+        if record.state in LIVE:
+            return {"accepted": True, "is_new": False, "warnings": [], **self._summary(record)}
+        if record.state is TaskState.PUBLISHED:
+            raise Conflict("is published", record.title, "submit it under another name to train it anew")
+        spec = record.spec.model_copy(update={"client_key": None})  # which is the old task's for ever
+        return self.submit(requests.Submit(task=spec, by=by))
+
+    def pause(self, request: requests.Pause) -> Json:
+        """Start a task no more, or nothing of a team or of the service. What a task did goes on from its checkpoint."""
+        now = time.time()
+        if request.reference is not None:
+            self._refuse_two(request)
+            record = self._sources.queue.find(request.reference)
+            after = self._sources.queue.apply(record.task_id, Paused(by=request.by, message=request.reason, at=now))
+            self._sources.wake()
+            return {**self._summary(after), "paused": pause_json(after.paused)}
+        team = self._known_team(request.team)
+        asked = Pause(by=request.by, reason=request.reason, at=now)
+        before = self._sources.queue.set_pause(team, asked)
+        self._sources.wake()
+        return {"team": request.team, "is_new": before is None, "paused": pause_json(before or asked)}
+
+    def resume(self, request: requests.Resume) -> Json:
+        """Take a pause back. Without one nothing changes."""
+        if request.reference is not None:
+            self._refuse_two(request)
+            record = self._sources.queue.find(request.reference)
+            after = self._sources.queue.apply(record.task_id, Resumed(request.by))
+            self._sources.wake()
+            return {**self._summary(after), "paused": None}
+        before = self._sources.queue.set_pause(self._known_team(request.team), None)
+        self._sources.wake()
+        return {"team": request.team, "is_new": before is not None, "paused": None}
+
+    def drain(self, request: requests.DrainWorker) -> Json:
+        """Give a worker, or all on a machine, nothing new from now on, or take that back. Kept in the database."""
+        controller, what = self._sources.running("drain"), request.what
+        known = controller.machines if request.is_node else tuple(sorted(controller.describe_workers()))
+        about = {drain.what for drain in self._sources.queue.drains() if drain.is_node == request.is_node}
+        if what not in known and what not in about:
+            kind = "machine of that address" if request.is_node else "worker of that name"
+            raise NotFound(f"there is no {kind}", what, f"there are: {', '.join(known) or 'none'}")
+        if request.undo:
+            before = self._sources.queue.set_drain(what, request.is_node, None)
+            after = None
+        else:
+            after = Drain(
+                what=what,
+                is_node=request.is_node,
+                by=request.by,
+                reason=request.reason,
+                at=time.time(),
+                waits=request.wait,
+            )
+            before = self._sources.queue.set_drain(what, request.is_node, after)
+        controller.wake()
+        workers = [one for one in controller.workers if what == one.name or what in (one.machines or ())]
+        return {
+            "what": what,
+            "is_node": request.is_node,
+            "is_new": (before is None) is not request.undo,
+            "drain": after.model_dump(mode="json") if after else None,
+            "workers": {one.name: str(one) for one in workers},
+        }
+
+    def change_many(self, request: requests.ChangeMany) -> Json:
+        """The same for many tasks, the oldest first; of several of one name only the newest. What does not belong to a
+        task's state is no error: it is told."""
+        self._sources.running(request.change)
+        if request.team is None and request.state is None:
+            raise InvalidInput("names neither a team nor a state", request.change, "add --team, --state or both")
+        self._known_team(request.team)
+        states = (request.state,) if request.state else CHANGES[request.change]
+        newest = {record.title: record for record in self._sources.queue.tasks(states, request.team)}
+        done, refused = [], []
+        for record in newest.values():
+            try:
+                done.append(self._change_one(request, record)["title"])
+            except OnebasisError as error:
+                refused.append({"title": record.title, "error": {**error.as_dict(), "text": str(error)}})
+        return {"change": request.change, "done": done, "refused": refused}
+
+    def _change_one(self, request: requests.ChangeMany, record: TaskRecord) -> Json:
+        asked, by = record.task_id, request.by
+        match request.change:
+            case "cancel":
+                return self.cancel(requests.Cancel(reference=asked, by=by))
+            case "retry":
+                return self._retry(self._sources.queue.find(record.title), by)
+            case "pause":
+                return self.pause(requests.Pause(reference=asked, reason=request.reason, by=by))
+            case "resume":
+                return self.resume(requests.Resume(reference=asked, by=by))
+
+    def _known_team(self, team: str | None) -> str:
+        """The team as the pauses name it; the service where there is none. Raises InvalidInput for an unknown one."""
+        if team is not None and team not in self._sources.settings.teams:
+            known = ", ".join(sorted(self._sources.settings.teams))
+            raise InvalidInput(f"there is no team '{team}'", "team", f"teams of this service: {known}")
+        return SERVICE if team is None else team
+
+    def _refuse_two(self, request: requests.Pause | requests.Resume) -> None:
+        if request.team is not None:
+            raise InvalidInput("names a task and a team", "team", "name one of them")
+
+    def log(self, request: requests.ReadLog) -> list[Json]:
+        """A task's history after an event id; the points of its curves as JSON."""
+        record = self._sources.queue.find(request.reference)
+        return [asdict(event) for event in self._sources.queue.events(record.task_id, request.after)]
+
+    def _summary(self, record: TaskRecord, line: Line | None = None) -> Json:
+        progress = self._sources.queue.progress(record.task_id) if views.is_at_work(record) else {}
+        return views.task_summary(record, line or Line(), progress, time.time())
+
+    def _line(self, asked: Sequence[str], extra: Waiting | None = None) -> Line:
+        """The tasks that stand in line, with the estimates of some; an empty one where no service runs.
+
+        Args:
+            extra: A task that is not there yet, and is shown where it would stand.
+        """
+        controller = self._sources.controller
+        if controller is None:
+            return Line()
+        tasks, running = self._kept_line() if extra is None else controller.line(extra)
+        if not controller.ready_workers:
+            return Line(places_in(tasks))
+        free = controller.free_places
+        of_pool = {task.task_id: task.pool for task in tasks}
+        paces = {pool: self._pace(pool) for pool in {of_pool[task_id] for task_id in asked if task_id in of_pool}}
+        return self._estimates.tell(tasks, running, free, paces, asked, remembered=extra is None)
+
+    def _pace(self, pool: str) -> Pace | None:
+        """How long tasks have a worker of a pool, from the last that ended."""
+        ended = self._sources.queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool)
+        return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
+
+    def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:
+        """Id of each of these tasks that is queued to the record of why it waits."""
+        queued = [record for record in records if record.state is TaskState.QUEUED]
+        if not queued:
+            return {}
+        pauses = self._sources.queue.pauses()
+        alarms = {name: self._sources.ringing(name) for name in {record.base_model for record in queued}}
+        found = {}
+        for record in queued:
+            around = Surroundings(
+                is_running=self._sources.is_up,
+                pauses=pauses,
+                decided=self._decided(record),
+                alarms=alarms[record.base_model],
+                leader=self._sources.leader,
+            )
+            found[record.task_id] = _wait_json(wait_of(record, around))
+        return found
+
+    def _decided(self, record: TaskRecord) -> Wait | None:
+        """The scheduler's reason for a task that stands in line."""
+        controller, stands = self._sources.controller, record.state is TaskState.QUEUED and not record.blocked
+        return controller.wait_in_line(record) if controller is not None and stands else None
+
+    def _titles(self, record: TaskRecord) -> dict[str, str]:
+        """Names of the tasks that may be named in the reason why a task waits."""
+        named = set(record.awaits)
+        if (decided := self._decided(record)) is not None:
+            named.add(decided.about)
+        return {task_id: found.title for task_id, found in self._sources.queue.among(named - {""}).items()}
+
+    def _surroundings(self, record: TaskRecord, line: Line) -> Surroundings:
+        controller, queued = self._sources.controller, record.state is TaskState.QUEUED
+        versions, name = self._versions.get(record.base_model), record.base_model
+        state = versions.refresh() if versions is not None else SubspaceState()
+        return Surroundings(
+            is_running=self._sources.is_up,
+            main=state.refs[MAIN],
+            is_gone_from_main=versions is not None and record.task_id in versions.gone_from_main(state, [record]),
+            place=line.places.get(record.task_id),
+            pace=line.paces.get(record.pool),
+            start=line.starts.get(record.task_id),
+            idle_causes=controller.idle_causes(record.pool) if controller else (),
+            pools=described(self._sources.settings.pools),
+            phase=str(self._sources.queue.progress(record.task_id).get("phase", ""))
+            if views.is_at_work(record)
+            else "",
+            held=hold_over(record, state),
+            is_version_refined=controller is not None and controller.is_refining(name, record.version),
+            pauses=self._sources.queue.pauses() if queued else {},
+            decided=self._decided(record),
+            titles=self._titles(record),
+            alarms=self._sources.ringing(name),
+            leader=self._sources.leader,
+        )
+
+
+def _wait_json(wait: Wait | None) -> Json | None:
+    return None if wait is None else {**asdict(wait), "who": str(wait.who)}
+
+
+def _worker_seconds(record: TaskRecord) -> float | None:
+    """How long a task had its worker, from the claim to the adapter; None: it was not trained here."""
+    if record.train_seconds is None or record.spec.method.name == "import":
+        return None
+    start = max(0.0, record.first_step_at - record.claimed_at) if record.first_step_at and record.claimed_at else 0.0
+    return start + record.train_seconds

@@ -1,0 +1,78 @@
+"""Which settings a running service takes as they are now, and which need a restart. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.errors import Conflict
+from configs.settings import Settings
+
+TAKEN = ("teams", "data_roots", "gate")
+"""Sections that are taken whole; of `base_models` and `pools` further ones are, and new sizes of pools."""
+HANDLED = ("base_model", "base_models", "workers", "pools")
+"""What is compared in another way: base models and pools one by one; what `workers` says is in the pools."""
+SIZES = ("min", "max", "idle_seconds")
+"""Of a pool that is there."""
+
+
+def taken_without_restart(before: Settings, after: Settings) -> list[str]:
+    """Names of the settings that are different and can be taken.
+
+    Raises:
+        Conflict: Others are different, too; names them, and how to take those. None is taken then.
+    """
+    if gone := [name for name in before.base_names if name not in after.base_names]:
+        raise Conflict(
+            f"these settings no longer have the base model {', '.join(gone)}, and none leaves a running service",
+            "base_models",
+            "write it back; or, on purpose: `onebasis down`, then `onebasis up --config FILE "
+            f"{' '.join(f'--remove-base-model {name}' for name in gone)}`",
+        )
+    if after.base_names[: len(before.bases)] != before.base_names:
+        what = f"the base models that are there have to come first, in their order: {', '.join(before.base_names)}"
+        raise Conflict(what, "base_models", "write further ones behind them")
+    old = {base.name: base for base in before.bases}
+    further = [f"base_models.{base.name}" for base in after.bases if base.name not in old]
+    changed = [
+        f"base_models.{base.name}.{key}"
+        for base in after.bases
+        if base.name in old
+        for key in _differing(old[base.name].model_dump(), base.model_dump())
+    ]
+    sections = {name: (getattr(before, name), getattr(after, name)) for name in Settings.model_fields}
+    differ = [name for name, (was, now) in sections.items() if name not in HANDLED and was != now]
+    changed += [
+        key
+        for name in differ
+        if name not in TAKEN
+        for key in _differing({name: _plain(sections[name][0])}, {name: _plain(sections[name][1])})
+    ]
+    changed += [f"pools.{name}" for name in before.pools if name not in after.pools]
+    changed += [
+        f"pools.{name}.{key}"
+        for name, pool in before.pools.items()
+        if name in after.pools
+        for key in _differing(pool.model_dump(), after.pools[name].model_dump())
+        if key not in SIZES
+    ]
+    resized = [f"pools.{name}" for name, pool in after.pools.items() if before.pools.get(name) != pool]
+    if changed:
+        raise Conflict(
+            f"a running service cannot change {', '.join(changed)}; nothing was taken",
+            "onebasis reload",
+            "`onebasis down`, then `onebasis up --config FILE`, takes them all",
+        )
+    return [*further, *resized, *(name for name in differ if name in TAKEN)]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _differing(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [path] if before != after else []
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    dot = f"{path}." if path else ""
+    return [found for key in keys for found in _differing(before.get(key), after.get(key), f"{dot}{key}")]
