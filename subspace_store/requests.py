@@ -91,6 +91,17 @@ class Refine(StoreRequest["Version"]):
         return store.refine(self.adapters, op_key=self.op_key, actor=self.actor)
 
 
+class RestoreRevision(StoreRequest["Version"]):
+    """Put an earlier revision of a task in the place of the one that the candidate holds."""
+
+    operation = "restore-revision"
+    task_id: TaskId
+    """Id of the earlier revision."""
+
+    def on(self, store: SubspaceStore) -> Version:
+        return store.restore_revision(self.task_id, op_key=self.op_key, actor=self.actor)
+
+
 class RecordScores(StoreRequest[None]):
     """Write measured scores of a version."""
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from configs.document import Line, VersionNumber
@@ -560,14 +559,14 @@ class SubspaceReader:
         self,
         adapters: Mapping[str, Adapter],
         version: VersionNumber | None = None,
-        replaces: Mapping[str, str] = MappingProxyType({}),
+        replaces: Mapping[str, str] | None = None,
     ) -> Forecast:
         """What merging adapters would cost each task, before doing it and without data. Changes nothing.
 
         Args:
             adapters: Id to adapter, at least one; ids of the version's tasks are not allowed.
             version: The version to merge onto; default the candidate.
-            replaces: Id of an adapter to the id of the task whose place it would take.
+            replaces: Id of an adapter to the id of the task whose place it would take; default: none leaves.
 
         Raises:
             InvalidInput: An adapter that could not be merged here, or an id that is taken.
@@ -587,6 +586,7 @@ class SubspaceReader:
                 check_adapter(adapter)
                 self._check(adapter, shapes)
                 shapes |= {name: update.shape for name, update in adapter.modules.items()}
+            replaces = replaces or {}
             if len({*replaces.values()}) < len(replaces) or not replaces.keys() <= adapters.keys():
                 raise InvalidInput("names a task twice, or an adapter that is not there", "replaces")
             left = [self._find(id_, parent).task_id for id_ in replaces.values()]
