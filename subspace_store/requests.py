@@ -97,9 +97,11 @@ class RestoreRevision(StoreRequest["Version"]):
     operation = "restore-revision"
     task_id: TaskId
     """Id of the earlier revision."""
+    publish: bool = False
+    """Whether to move `main` as well."""
 
     def on(self, store: SubspaceStore) -> Version:
-        return store.restore_revision(self.task_id, op_key=self.op_key, actor=self.actor)
+        return store.restore_revision(self.task_id, op_key=self.op_key, actor=self.actor, publish=self.publish)
 
 
 class RecordScores(StoreRequest[None]):

@@ -835,8 +835,8 @@ def _summary(record: fold.Record) -> str:
     body = record.body
     if record.op in fold.MAKES_VERSION:
         brought = body["version"]["added"] or body["version"]["refined"]
-        names = ", ".join(task["name"] for task in brought)
-        return f"version {body['version']['number']}: {names}"
+        names = (f"{task['name']} (revision replaced)" if task.get("replaces") else task["name"] for task in brought)
+        return f"version {body['version']['number']}: {', '.join(names)}"
     if record.op == fold.SCORES:
         count = len(body["scores"])
         return f"version {body['version']}: {count} {'score' if count == 1 else 'scores'}"

@@ -151,7 +151,7 @@ class SubspaceStore(Refs):
             return self._commit(fold.REFINE, written, op_key, actor, {CANDIDATE: written.version.number})
 
     @strict
-    def restore_revision(self, task_id: TaskId, *, op_key: Line, actor: Line) -> Version:
+    def restore_revision(self, task_id: TaskId, *, op_key: Line, actor: Line, publish: bool = False) -> Version:
         """Put an earlier revision of a task in the place of the one that the candidate holds, as one version on
         `candidate`, which is judged like any other.
 
@@ -163,11 +163,14 @@ class SubspaceStore(Refs):
         Args:
             task_id: Of the earlier revision.
             op_key: Names this request: asked again, it answers with the version it made.
+            publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`
+                is the candidate: what no gate has judged yet does not come along.
 
         Raises:
             NotFound: No version that has not expired, or been rejected, holds that revision; or the candidate holds no
                 revision of the task.
-            Conflict: The candidate holds that very revision.
+            Conflict: The candidate holds that very revision; or `main` should move, and is held or is not the
+                candidate.
             RefusedAdapters: It is quarantined.
 
         Cost:
@@ -177,14 +180,20 @@ class SubspaceStore(Refs):
             done = self._done(op_key, fold.asked(fold.MERGE))
             if done is not None:
                 made = self.state.versions.get(done)
-                if made is None or [task.task_id for task in made.added] != [task_id] or not made.left:
+                is_it = made is not None and [task.task_id for task in made.added] == [task_id] and bool(made.left)
+                if made is None or not is_it or (publish and done not in self.state.published):
                     raise another_request(op_key, "merge")
                 return made
+            if publish:
+                retention.check_not_held(self.state)
+                retention.check_judged(self.state)
             parent = self.state.refs[CANDIDATE]
             earlier, present = self._restorable(task_id)
             arrival = replace(self._again(earlier, parent), replaces=present.task_id)
             written = write_restored(self._draft(parent, [arrival]), earlier)
-            return self._commit(fold.MERGE, written, op_key, actor, {CANDIDATE: written.version.number})
+            number = written.version.number
+            refs = {CANDIDATE: number, **({MAIN: number} if publish else {})}
+            return self._commit(fold.MERGE, written, op_key, actor, refs)
 
     @strict
     def remove(

@@ -187,7 +187,9 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     op, body = record.op, record.body
     if op in MAKES_VERSION:
         version = checked(Version, body["version"], where)
-        return {"versions": {**state.versions, version.number: version}}
+        made = {"versions": {**state.versions, version.number: version}}
+        is_published = MAIN in record.refs  # a person put a revision back, and no gate was asked
+        return made | ({"published": tuple(sorted({*state.published, version.number}))} if is_published else {})
     if op == SCORES:
         number = int(body["version"])
         scores = {score.task_id: score for score in checked(tuple[TaskScore, ...], body["scores"], where)}

@@ -325,9 +325,9 @@ class SubspaceState:
         for version in self.history(number):
             for task_id in version.left:
                 births.pop(task_id, None)  # a removal may have made these versions again without it
-            replaces = version.refined and not self.scores.get(version.parent)
-            unjudged = self.versions[version.parent].added if replaces else ()
-            births |= {task.task_id: version.number for task in unjudged}
+            if version.refined and not self.scores.get(version.parent):
+                added = (task.task_id for task in self.versions[version.parent].added)
+                births |= {id_: version.number for id_ in added if births.get(id_) == version.parent}
             births |= {task.task_id: version.number for task in version.added if task.task_id not in births}
         return {task_id: births[task_id] for task_id in self.tasks_at(number)}
 

@@ -244,6 +244,13 @@ def test_births_go_on_through_a_compaction() -> None:
     assert verify(reading(store.storage), deep=True) == []
 
 
+def test_a_refinement_right_after_a_compaction_makes_no_task_younger() -> None:
+    store = grown("a", "b", **PAYS)
+    store.compact(op_key="c", actor="me")
+    refined(store, {"a": in_the_basis(store, 1, 3)})
+    assert store.state.births(4) == {"a": 1, "b": 2}
+
+
 def test_revisions_are_known_by_any_of_them_oldest_first() -> None:
     store = grown("a", "b", "a@2", "a@3", "c")
     store.restore_revision("a", op_key="restore", actor="me")

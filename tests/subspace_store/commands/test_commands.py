@@ -536,7 +536,9 @@ def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
 def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
     before, told = store.footprint(3).total_numbers, answer(run("remove", "team/t2", "--json"))
     after = told.pop("numbers_after")
-    assert told == {"task_id": "t2", "start": 1, "versions": [3], "numbers_before": before, "removed": False}
+    assert told == {
+        "task_id": "t2", "revisions": ["t2"], "start": 1, "versions": [3], "numbers_before": before, "removed": False,
+    }  # fmt: skip
     assert f"all tasks would take {after:,} numbers instead of {before:,}\n" in run("remove", "team/t2").stderr
     assert "would go back to version 1 and make 1 version again: 3 " in run("remove", "team/t2").stderr
     assert "would go back to version 2 and make none again " in run("remove", "team/t3").stderr
