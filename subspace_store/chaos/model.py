@@ -471,7 +471,8 @@ class Model:
             if id_ in version["approximate"]:
                 remade = version["remakes"] or self.refs["candidate"]
                 at = remade if id_ in self._tasks_at(remade) else None
-                known = [self._newest_of_stay(at, id_)] if at else self._living(id_)
+                before = [entry for entry in self._living(id_) if entry["version"] != version["number"]]
+                known = [self._newest_of_stay(at, id_)] if at else before
                 newest = max(known, key=lambda entry: int(entry["version"]))
                 self.contents[key] = self.contents[newest["adapter"]["key"]] if self.exact else None
             else:
