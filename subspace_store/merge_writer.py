@@ -1,5 +1,5 @@
-"""Writes one merge or refinement to storage: its files, each read back, and the version that names them. The log is not
-changed here.
+"""Writes one merge, refinement or restored revision to storage: its files, each read back, and the version that names
+them. The log is not changed here.
 
 The new basis is written module by module while the merge computes it, and the old one is freed module by module, so
 that memory never holds two of them. Until a record names the version, its files are garbage that `collect` may delete
