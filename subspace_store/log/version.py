@@ -323,8 +323,9 @@ class SubspaceState:
         restored is born again."""
         births: dict[str, int] = {}
         for version in self.history(number):
-            for task_id in version.left:
-                births.pop(task_id, None)  # a removal may have made these versions again without it
+            # What a removal took from a compaction was there before it; merged again, it is born again.
+            for task_id in (*version.left, *version.removed):
+                births.pop(task_id, None)
             if version.refined and not self.scores.get(version.parent):
                 added = (task.task_id for task in self.versions[version.parent].added)
                 births |= {id_: version.number for id_ in added if births.get(id_) == version.parent}

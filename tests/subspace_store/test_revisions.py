@@ -244,6 +244,15 @@ def test_births_go_on_through_a_compaction() -> None:
     assert verify(reading(store.storage), deep=True) == []
 
 
+def test_what_was_removed_after_a_compaction_and_merged_again_is_born_again() -> None:
+    store = grown("a", "b", **PAYS)
+    store.compact(op_key="c", actor="me")
+    store.remove("a", op_key="r", actor="me")
+    assert store.state.births(4) == {"b": 2}
+    merged(store, {"a": adapter_of("a")}, "again")
+    assert store.state.births(5) == {"b": 2, "a": 5}
+
+
 def test_a_refinement_right_after_a_compaction_makes_no_task_younger() -> None:
     store = grown("a", "b", **PAYS)
     store.compact(op_key="c", actor="me")
