@@ -631,7 +631,8 @@ class SubspaceReader:
 
     @strict
     def lost_by(self, task_id: Line) -> HistoryEntry | None:
-        """The record by which `main` lost a task: a rollback, or the task's own removal. None if `main` never held it.
+        """The record by which `main` lost a task: a rollback, the task's own removal, or the one that published another
+        revision of it. None if `main` never held it.
 
         Cost:
             Reads the log backwards, up to that record.

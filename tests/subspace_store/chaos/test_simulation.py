@@ -65,7 +65,12 @@ def test_the_constants_that_a_simulation_makes_smaller_are_still_called_so() -> 
 
 
 @pytest.mark.parametrize("kind", [CRASH_BEFORE, CRASH_AFTER])
-def test_a_crash_at_any_single_call_breaks_no_promise(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seed", "asked"), [(127, ("compact", "revise", "refine")), (253, ("revise", "restore", "remove"))]
+)
+def test_a_crash_at_any_single_call_breaks_no_promise(
+    seed: int, asked: tuple[str, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, crash_at = 0, 0
 
     def fault(self: World, kinds: tuple[str, ...], times: int) -> str | None:
@@ -74,8 +79,9 @@ def test_a_crash_at_any_single_call_breaks_no_promise(kind: str, monkeypatch: py
         return kind if calls == crash_at and kind in kinds else None
 
     monkeypatch.setattr(World, "fault", fault)
-    seed = 16  # a compaction is among what it asks for
-    assert simulate(seed).violation is None
+    run = simulate(seed)
+    assert run.violation is None
+    assert all(run.counts[f"{what} acknowledged"] for what in asked), run.counts
     total = calls
     assert 50 < total < 200
     while crash_at < total:
