@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -268,25 +268,27 @@ def write_restored(draft: Draft, known: MergedTask) -> Written:
         known: The revision as it was merged or refined last.
 
     Returns:
-        A version with the parent's basis; all other tasks keep the parent's coefficients, bit for bit. What the basis
-        lacks of the revision is its private part; where merges do not keep their promises (`keeps_promises`) it is
-        lost, and `error_at_birth` says how much that is.
+        A version with the parent's basis; all other tasks keep the parent's coefficients, bit for bit, and what the
+        basis lacks of the revision is its private part. If it cannot be `is_in_place`, it is an ordinary merge.
 
     Cost:
-        As `write_refinement`. If a compaction since has left out a module that only this revision adapts, it is an
-        ordinary merge.
+        As `write_refinement`, or as `write_version`.
     """
     if not is_in_place(draft):
-        return write_version(draft)
+        written = write_version(draft)
+        added = tuple(replace(task, parameter_count=known.parameter_count) for task in written.version.added)
+        return replace(written, version=replace(written.version, added=added))
     started = time.perf_counter()
     placed = restored_in_place(draft)
     return _write_in_place(draft, placed, time.perf_counter() - started, {known.task_id: known})
 
 
 def is_in_place(draft: Draft) -> bool:
-    """Whether the parent has bases for all modules that the arrivals adapt."""
+    """Whether a revision can be put back without moving others: merges keep their promises, by private parts; and the
+    parent has bases for all modules that the revision adapts. A compaction may have left one out."""
     homes = draft.tensors.homes(draft.parent)
-    return all(name in homes for arrival in draft.arrivals for name in arrival.adapter.modules)
+    has_all = all(name in homes for arrival in draft.arrivals for name in arrival.adapter.modules)
+    return has_all and keeps_promises(draft.settings)
 
 
 def restored_in_place(draft: Draft) -> Placement:
@@ -295,7 +297,7 @@ def restored_in_place(draft: Draft) -> Placement:
     homes = tensors.homes(parent)
     adapters, private = apart({arrival.task_id: arrival.adapter for arrival in draft.arrivals}, draft.settings)
     adapters = routed(lambda name: tensors.module_basis(parent, name) if name in homes else None, adapters)
-    return _placed(draft, adapters, private, tuple(adapters) if keeps_promises(draft.settings) else ())
+    return _placed(draft, adapters, private, may_be_private=tuple(adapters))
 
 
 def _write_in_place(draft: Draft, placed: Placement, seconds: float, known: Mapping[str, MergedTask]) -> Written:

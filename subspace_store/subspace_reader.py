@@ -190,8 +190,9 @@ class RestorePreview:
     own_numbers_before: int
     """Numbers of the coefficients and private part of the revision that leaves."""
     own_numbers_after: int | None
-    """The same of the one that would be back. None: a compaction has left out a module that only this revision adapts,
-    and it would be merged as a new task is; then other tasks may move as in any merge."""
+    """The same of the one that would be back. None: it would be merged as a new task is, so that others may move as in
+    any merge: under settings by which merges take from tasks, or where a compaction has left out a module that only
+    this revision adapts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,8 +157,8 @@ class SubspaceStore(Refs):
 
         Its basis is the candidate's and no other task moves, not by a bit. The revision is placed in it from its
         adapter as delivered, and what the basis lacks is its private part. `preview_restore` shows the error that it
-        will have. If the adapter was let go, it is placed as the newest version that holds it has it
-        (`Version.approximate`).
+        will have. Where that is not possible (`merge_writer.is_in_place`), it is an ordinary merge. If the adapter was
+        let go, the revision is placed as the newest version that holds it has it (`Version.approximate`).
 
         Args:
             task_id: Of the earlier revision.

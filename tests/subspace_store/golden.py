@@ -143,7 +143,8 @@ def write_revised(folder: Path) -> None:
     """A small store with revisions: of one of a group, of a task that was refined, put back, and made again."""
     shutil.rmtree(folder, ignore_errors=True)
     merge_writer.SNAPSHOT_EVERY, version_log.CHECKPOINT_EVERY = 3, 4
-    store = opened(LocalStorage(str(folder / "store")), writer="first", **SETTINGS)
+    settings = {**SETTINGS, "beyond_rank_max": "private"}
+    store = opened(LocalStorage(str(folder / "store")), writer="first", **settings)
     merged(store, {"t1": random_adapter(1), "t2": random_adapter(2)})
     merged(store, {"t3": random_adapter(3)})
     merged(store, {"t1@2": random_adapter(4), "t4": random_adapter(5)}, replaces={"t1@2": "t1"})
@@ -155,7 +156,7 @@ def write_revised(folder: Path) -> None:
     store.publish(7, op_key="p7", actor="gate")
     store.remove("t4", op_key="r", actor="ann", reason="licence", publish=True)
     store.expire([1, 2], actor="ann")
-    opened(LocalStorage(str(folder / "store")), writer="second", **SETTINGS).collect()
+    opened(LocalStorage(str(folder / "store")), writer="second", **settings).collect()
     (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
 
 
