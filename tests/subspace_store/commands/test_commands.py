@@ -350,6 +350,7 @@ WRITES = {
     "drop-adapters": ["t1", "--yes"],
     "remove": ["t1", "--yes"],
     "compact": ["--yes"],
+    "restore-revision": ["t1", "--yes"],
 }
 """A command to arguments with which it writes a record."""
 
@@ -366,6 +367,9 @@ def test_a_command_that_is_asked_again_under_its_key_is_done_once(
         store.pin(2, "me", actor="ann")
     elif command == "compact":
         with_doubles(store)
+    elif command == "restore-revision":
+        merged(store, {"t1@2": random_adapter(9)}, replaces={"t1@2": "t1"})
+        store.publish(4, op_key="publish 4", actor="test")
     first = answer(run(command, *WRITES[command], "--op-key", f"{command} of monday", "--json"))
     assert first["op_key"] == f"{command} of monday"
     store.refresh()
