@@ -113,7 +113,8 @@ def refined(store: SubspaceStore, adapters: dict[str, Adapter], op_key: str = "r
     uploads = []
     for task, adapter in adapters.items():
         ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
-        uploads.append(StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256))
+        name = f"team/{task.partition('@')[0]}"
+        uploads.append(StagedAdapter(task_id=task, name=name, key=ref.key, sha256=ref.sha256))
     return store.refine(uploads, op_key=op_key, actor="test")
 
 
