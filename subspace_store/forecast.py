@@ -6,12 +6,12 @@ The same mathematics as the merge, module by module, and nothing is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.files.version_tensors import VersionTensors
+from subspace_store.files.version_tensors import VersionTensors, without
 from subspace_store.log.version import SubspaceState
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace
 from subspace_store.merging.coefficients import ModuleTasks
@@ -45,17 +45,19 @@ def forecast(
     parent: int,
     adapters: Mapping[str, Adapter],
     settings: SubspaceSettings,
+    left: Collection[str] = (),
 ) -> Forecast:
     """The effect that merging these adapters with `write_version` would have.
 
     Args:
         adapters: Id to adapter, with shapes that fit.
+        left: Ids of the parent's tasks that would leave.
 
     Cost:
         As `merge_adapters`; reads the bases of the changed modules.
     """
-    homes, tasks = tensors.homes(parent), tensors.tasks(parent)
-    known = state.tasks_at(parent)
+    homes, tasks = tensors.homes(parent), without(tensors.tasks(parent), left)
+    known = {id_: task for id_, task in state.tasks_at(parent).items() if id_ not in left}
     sized = {task.task_id for task in known.values() if task.is_sized}
     tally, ranks = Tally({task.task_id: task.delivered_energy for task in known.values()}), {}
     spanned, none = dict.fromkeys(adapters, 0.0), ModuleTasks()  # none: a module whose tasks are all private
@@ -91,7 +93,7 @@ def forecast(
         error_at_birth=tally.error_at_birth,
         spanned={id_: min(1.0, share / energy[id_]) if energy[id_] else 1.0 for id_, share in spanned.items()},
         drift=drift,
-        error={id_: math.hypot(error, drift[id_]) for id_, error in state.errors(parent).items()},
+        error={id_: math.hypot(error, drift[id_]) for id_, error in state.errors(parent).items() if id_ in known},
         ranks=ranks,
     )
 

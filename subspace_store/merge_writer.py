@@ -1,5 +1,5 @@
-"""Writes one merge or refinement to storage: its files, each read back, and the version that names them. The log is not
-changed here.
+"""Writes one merge, refinement or restored revision to storage: its files, each read back, and the version that names
+them. The log is not changed here.
 
 The new basis is written module by module while the merge computes it, and the old one is freed module by module, so
 that memory never holds two of them. Until a record names the version, its files are garbage that `collect` may delete
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.files import blobs
 from subspace_store.files.tensor_file import Part
-from subspace_store.files.version_tensors import VersionTensors, moved
+from subspace_store.files.version_tensors import VersionTensors, moved, without
 from subspace_store.log.version import BlobRef, MergedTask, SubspaceState, Version
 from subspace_store.merging.basis import ModuleBasis, ModuleSubspace, empty_module
 from subspace_store.merging.coefficients import ModuleTasks, TaskBlock, Transport
@@ -31,6 +31,7 @@ from subspace_store.merging.merge import (
     ModuleMerge,
     Tally,
     apart,
+    keeps_promises,
     merge_modules,
     place_in_basis,
     renews,
@@ -66,6 +67,8 @@ class Arrival:
     content: bytes | BlobRef
     """The adapter file's bytes, or the object that holds them already."""
     approximate: bool = False
+    replaces: str | None = None
+    """Id of the task of the parent whose place it takes, see `MergedTask.replaces`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Draft:
     """State of the log before this version."""
     parent: int
     arrivals: Sequence[Arrival]
-    """Adapters, at least one, with shapes that fit the modules."""
+    """Adapters, at least one, with shapes that fit the modules. A task that one of them replaces leaves: the merge does
+    not look at it."""
     settings: SubspaceSettings
     remakes: int | None = None
     """The version that this one makes again without a task, see `Version.remakes`."""
@@ -103,6 +107,16 @@ class Draft:
     def number(self) -> int:
         """Number of the version."""
         return max(self.state.versions, default=0) + 1
+
+    def staying(self) -> dict[str, MergedTask]:
+        """The parent's tasks without those that leave, in their order."""
+        left = self.left
+        return {id_: task for id_, task in self.state.tasks_at(self.parent).items() if id_ not in left}
+
+    @property
+    def left(self) -> frozenset[str]:
+        """Ids of the tasks that leave."""
+        return frozenset(arrival.replaces for arrival in self.arrivals if arrival.replaces is not None)
 
     def keep(self, arrival: Arrival) -> BlobRef:
         """The object that holds the adapter from now on."""
@@ -121,7 +135,8 @@ class Draft:
     ) -> tuple[MergedTask, ...]:
         """The version's records of its new tasks; `adapters` and `private` are in the order of the arrivals.
 
-        known: The same tasks before, where they are refined. As a separate LoRA a task is as large as it was brought.
+        known: The same tasks before, where they are refined or restored. As a separate LoRA a task is as large as it
+            was brought.
         """
         parts = {task: list(modules.values()) for task, modules in updates.items()}
         return tuple(
@@ -140,6 +155,7 @@ class Draft:
                 private_count=sum(update.numbers for update in parts.get(arrival.task_id, ())),
                 foundation_count=sum(u.numbers for u in parts.get(arrival.task_id, ()) if u.foundation),
                 is_sized=arrival.adapter.is_sized,
+                replaces=arrival.replaces,
             )
             for arrival, adapter, rest in zip(self.arrivals, adapters, private, strict=True)
         )
@@ -195,7 +211,7 @@ def write_version(draft: Draft) -> Written:
         module_count=len({*map(plain, merging.ranks)}),
         renewed_count=sum(map(is_renewed, merging.ranks)),
         rank_max=max(max(ranks) for ranks in merging.ranks.values()),
-        drift=tuple(round(drift[task], 7) for task in state.tasks_at(draft.parent)) if any(drift.values()) else (),
+        drift=tuple(round(drift[task], 7) for task in merging.held) if any(drift.values()) else (),
         bytes_written=sum(
             ref.size_bytes
             for ref in (basis, transport, coefficients, snapshot, *adapters, *private)
@@ -227,10 +243,13 @@ def write_refinement(draft: Draft) -> Written:
         Reads the bases of the modules that the arrivals adapt; writes the arrivals and their coefficients.
     """
     started = time.perf_counter()
-    placed = _placed(draft)
-    delivered = placed.delivered
-    errors = {task: (placed.missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in delivered.items()}
-    if outside := [task for task, error in errors.items() if error > OUTSIDE_MAX and task not in placed.may_be_private]:
+    before = draft.state.tasks_at(draft.parent)
+    adapters, private = apart({arrival.task_id: arrival.adapter for arrival in draft.arrivals}, draft.settings)
+    # Those that had private parts before: theirs change with the coefficients. The others stay in the basis.
+    may_be_private = frozenset(a.task_id for a in draft.arrivals if before[a.task_id].private is not None)
+    placed = _placed(draft, _where_they_are(adapters, draft.tensors.tasks(draft.parent)), private, may_be_private)
+    errors = placed.errors
+    if outside := [task for task, error in errors.items() if error > OUTSIDE_MAX and task not in may_be_private]:
         shares = ", ".join(f"{errors[task]:.1e}" for task in outside)
         raise RefusedAdapters(
             f"has {shares} of its norm outside the basis of version {draft.parent}, more than {OUTSIDE_MAX:.0e}",
@@ -238,56 +257,122 @@ def write_refinement(draft: Draft) -> Written:
             "refine it in the basis of the version that is the candidate",
             tuple(outside),
         )
-    seconds = time.perf_counter() - started
+    return _write_in_place(draft, placed, time.perf_counter() - started, before)
+
+
+def write_restored(draft: Draft, known: MergedTask) -> Written:
+    """Put one earlier revision of a task back, in the parent's basis as it is, and write everything but the record.
+
+    Args:
+        draft: The new version; its one arrival replaces a task of the parent.
+        known: The revision as it was merged or refined last.
+
+    Returns:
+        A version with the parent's basis; all other tasks keep the parent's coefficients, bit for bit, and what the
+        basis lacks of the revision is its private part. If it cannot be `is_in_place`, it is an ordinary merge.
+
+    Cost:
+        As `write_refinement`, or as `write_version`.
+    """
+    if not is_in_place(draft):
+        written = write_version(draft)
+        added = tuple(replace(task, parameter_count=known.parameter_count) for task in written.version.added)
+        return replace(written, version=replace(written.version, added=added))
+    started = time.perf_counter()
+    placed = restored_in_place(draft)
+    return _write_in_place(draft, placed, time.perf_counter() - started, {known.task_id: known})
+
+
+def is_in_place(draft: Draft) -> bool:
+    """Whether a revision can be put back without moving others: merges keep their promises, by private parts; and the
+    parent has bases for all modules that the revision adapts. A compaction may have left one out."""
+    homes = draft.tensors.homes(draft.parent)
+    has_all = all(name in homes for arrival in draft.arrivals for name in arrival.adapter.modules)
+    return has_all and keeps_promises(draft.settings)
+
+
+def restored_in_place(draft: Draft) -> Placement:
+    """The arrivals in the parent's bases, wherever each update lies; what these lack is private."""
+    tensors, parent = draft.tensors, draft.parent
+    homes = tensors.homes(parent)
+    adapters, private = apart({arrival.task_id: arrival.adapter for arrival in draft.arrivals}, draft.settings)
+    adapters = routed(lambda name: tensors.module_basis(parent, name) if name in homes else None, adapters)
+    return _placed(draft, adapters, private, may_be_private=tuple(adapters))
+
+
+def _write_in_place(draft: Draft, placed: Placement, seconds: float, known: Mapping[str, MergedTask]) -> Written:
+    """Write a version with the parent's basis: tasks refined, or a revision restored. known: See `Draft.tasks`."""
     coefficients = blobs.write_coefficients(draft.storage, draft.epoch, placed.blocks)
     adapters = [draft.keep(arrival) for arrival in draft.arrivals]
     private = [draft.keep_private(arrival, placed.private) for arrival in draft.arrivals]
     old = draft.state.versions[draft.parent]
+    brought = draft.tasks(adapters, coefficients, private, placed.delivered, placed.errors, placed.private, known)
     version = Version(
         number=draft.number,
         parent=draft.parent,
         created_at=time.time(),
-        added=(),
+        added=brought if draft.left else (),
         basis=old.basis,
         transport=None,
         basis_versions=old.basis_versions,
         module_count=old.module_count,
         renewed_count=old.renewed_count,
         rank_max=old.rank_max,
-        bytes_written=sum(ref.size_bytes for ref in (coefficients, *adapters, *private) if ref is not None),
-        merge_seconds=seconds,
-        refined=draft.tasks(
-            adapters, coefficients, private, delivered, errors, placed.private, draft.state.tasks_at(draft.parent)
+        bytes_written=sum(
+            ref.size_bytes
+            for ref in (coefficients, *adapters, *private)
+            if ref is not None and ref.key.startswith(f"blobs/{draft.epoch:010d}/")
         ),
+        merge_seconds=seconds,
+        approximate=tuple(arrival.task_id for arrival in draft.arrivals if arrival.approximate),
+        refined=() if draft.left else brought,
     )
-    again = [arrival.task_id for arrival in draft.arrivals]
-    tasks = moved(draft.tensors.tasks(draft.parent), {}, [placed.blocks], again)
+    gone = [*draft.left, *(arrival.task_id for arrival in draft.arrivals)]
+    tasks = moved(draft.tensors.tasks(draft.parent), {}, [placed.blocks], gone)
     return Written(version, {}, tasks)
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """Refined tasks in an unchanged basis."""
+class Placement:
+    """Tasks in unchanged bases."""
 
     blocks: dict[str, TaskBlock]
     """Basis to coefficients in it."""
     private: dict[str, dict[str, ModuleUpdate]]
     """Task id to private parts, by module."""
-    may_be_private: frozenset[str]
-    """Tasks that had private parts before: theirs change with the coefficients. The others stay in the basis."""
     delivered: dict[str, float]
     """Task id to ‖ΔW‖²_F."""
     missed: dict[str, float]
     """Task id to ‖ΔW − ΔŴ‖²_F."""
 
+    @property
+    def numbers(self) -> int:
+        """Numbers of all their coefficients and private parts."""
+        own = sum(update.numbers for updates in self.private.values() for update in updates.values())
+        blocks = self.blocks.values()
+        return own + sum(block.e_KS.numel() + block.f_KS.numel() for block in blocks)
 
-def _placed(draft: Draft) -> _Placed:
+    @property
+    def errors(self) -> dict[str, float]:
+        """Task id to ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F."""
+        return {task: (self.missed[task] / energy) ** 0.5 if energy else 0.0 for task, energy in self.delivered.items()}
+
+
+def _placed(
+    draft: Draft,
+    adapters: Mapping[str, Adapter],
+    private: dict[str, dict[str, ModuleUpdate]],
+    may_be_private: Collection[str],
+) -> Placement:
+    """The arrivals in the parent's bases.
+
+    Args:
+        adapters: Their updates by the names of the bases that they are placed in.
+        private: What is kept of them exactly, see `apart`.
+        may_be_private: Tasks that may have private parts, for what lies outside the basis.
+    """
     tensors, parent, arrivals = draft.tensors, draft.parent, draft.arrivals
-    before = draft.state.tasks_at(parent)
     blocks: dict[str, TaskBlock] = {}
-    may_be_private = frozenset(arrival.task_id for arrival in arrivals if before[arrival.task_id].private is not None)
-    rest, private = apart({arrival.task_id: arrival.adapter for arrival in arrivals}, draft.settings)
-    adapters = _where_they_are(rest, tensors.tasks(parent))
     sized = sized_among(adapters)
     delivered = {
         arrival.task_id: sum(map(update_energy, private.get(arrival.task_id, {}).values())) for arrival in arrivals
@@ -308,7 +393,7 @@ def _placed(draft: Draft) -> _Placed:
         ):
             delivered[task] += energy
             missed[task] += outside
-    return _Placed(blocks, private, may_be_private, delivered, missed)
+    return Placement(blocks, private, delivered, missed)
 
 
 def _where_they_are(adapters: Mapping[str, Adapter], tasks: Mapping[str, ModuleTasks]) -> dict[str, Adapter]:
@@ -334,8 +419,9 @@ class _Merging:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         tensors, parent = draft.tensors, draft.parent
-        self._held = draft.state.tasks_at(parent)
-        self._sized = {task.task_id for task in self._held.values() if task.is_sized}
+        self.held = draft.staying()
+        """The earlier tasks that stay."""
+        self._sized = {task.task_id for task in self.held.values() if task.is_sized}
         self._homes = tensors.homes(parent)
         self._before = tensors.take_basis(parent)
         self._carried = {} if any(map(is_renewed, self._homes)) else tensors.renewed(draft.renewed_of)
@@ -351,7 +437,7 @@ class _Merging:
         self.touched = [*sorted(changed), *self._empty]
         self.elsewhere = dict(self._homes)
         """Basis to the version whose file holds it; until it is merged, that of a changed one too."""
-        self.tasks = dict(tensors.tasks(parent))
+        self.tasks = dict(without(tensors.tasks(parent), draft.left))
         others = [name for name in self._homes if name not in self.touched]
         self.bases = {name: self._before[name] for name in others if name in self._before}
         before = tensors.shapes(parent)
@@ -359,7 +445,7 @@ class _Merging:
         self.merges: dict[str, ModuleMerge] = {}
         self.transports: dict[str, Transport] = {}
         self.arrived: dict[str, TaskBlock] = {}
-        self.tally = Tally({task.task_id: task.delivered_energy for task in self._held.values()})
+        self.tally = Tally({task.task_id: task.delivered_energy for task in self.held.values()})
         self.seconds = 0.0
         self.tally.add_exact(self.private)
         for name in others:
@@ -426,7 +512,7 @@ class _Merging:
         if min(basis.shape) < most_directions(draft.settings):
             return None  # at every merge: nothing is read for it
         tasks = self.merges[name].settle()[0] if name in self.merges else self.tasks.get(name, ModuleTasks())
-        private = draft.tensors.private_by_module(self._held.values(), (name,)).get(name, {})
+        private = draft.tensors.private_by_module(self.held.values(), (name,)).get(name, {})
         private |= {task: updates[name] for task, updates in self.private.items() if name in updates}
         return renewed_basis(ModuleSubspace(basis, tasks, private), draft.settings)
 

@@ -93,6 +93,19 @@ class Refine(StoreRequest["Version"]):
         return store.refine(self.adapters, op_key=self.op_key, actor=self.actor)
 
 
+class RestoreRevision(StoreRequest["Version"]):
+    """Put an earlier revision of a task in the place of the one that the candidate holds."""
+
+    operation = "restore-revision"
+    task_id: TaskId
+    """Id of the earlier revision."""
+    publish: bool = False
+    """Whether to move `main` as well."""
+
+    def on(self, store: SubspaceStore) -> Version:
+        return store.restore_revision(self.task_id, op_key=self.op_key, actor=self.actor, publish=self.publish)
+
+
 class RecordScores(StoreRequest[None]):
     """Write measured scores of a version."""
 

@@ -11,17 +11,17 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from configs.document import Line, VersionNumber
-from configs.errors import Corrupt, InvalidInput, NotFound
+from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
 from subspace_store.files.version_heads import VersionHeads
 from subspace_store.log import fold, garbage, retention
-from subspace_store.log.removal import remakes, start_of_remakes
+from subspace_store.log.removal import remakes, revisions_along, start_of_remakes
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.store_format import check_format
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState
@@ -64,6 +64,11 @@ class VersionDiff:
     ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
     overlap: Mapping[str, tuple[float, float]]
     drift_bound: Mapping[str, float]
+
+    @property
+    def revised(self) -> tuple[tuple[MergedTask, MergedTask], ...]:
+        """Revisions of one task, in the old version and in the new: both are in `removed` and `added` as well."""
+        return exchanged(self.removed, self.added)
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,8 @@ class CompactionPreview:
 class RemovalPreview:
     """The effect of making the candidate again without a task."""
 
+    revisions: tuple[str, ...]
+    """Ids of the task and of its earlier revisions, which go with it; oldest first."""
     start: int
     """The version that it begins after; 0: the empty subspace."""
     versions: tuple[int, ...]
@@ -178,6 +185,34 @@ class RollbackPreview:
     """Tasks that `main` holds now and would not hold."""
     returning: tuple[MergedTask, ...]
     """Tasks that `main` does not hold now and would hold again."""
+
+    @property
+    def revised(self) -> tuple[tuple[MergedTask, MergedTask], ...]:
+        """Revisions of one task, now and afterwards: the one vanishes and the other returns."""
+        return exchanged(self.vanishing, self.returning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestorePreview:
+    """The effect of putting an earlier revision of a task back. No other task would move, unless `own_numbers_after`
+    is None."""
+
+    version: int
+    """The candidate."""
+    restored: MergedTask
+    """The earlier revision, as it was merged or refined last."""
+    leaving: MergedTask
+    """The revision that the candidate holds."""
+    error: float
+    """‖ΔW − ΔŴ‖_F / ‖ΔW‖_F of the earlier revision in the candidate's basis, with its private part."""
+    is_approximate: bool
+    """Whether its adapter as delivered was let go: the error is against what the newest version with it has of it."""
+    own_numbers_before: int
+    """Numbers of the coefficients and private part of the revision that leaves."""
+    own_numbers_after: int | None
+    """The same of the one that would be back. None: it would be merged as a new task is, so that others may move as in
+    any merge: under settings by which merges take from tasks, or where a compaction has left out a module that only
+    this revision adapts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,7 +534,6 @@ class SubspaceReader:
 
         with self._reading(self.state.refs[CANDIDATE]) as number:
             self._find(task_id, number)
-            newest = self.state.tasks_at(number)
             start = start_of_remakes(self.state, task_id, number)
             again = remakes(self.state, task_id, number)
             before = self.footprint(number).total_numbers
@@ -507,19 +541,57 @@ class SubspaceReader:
                 modules: Mapping[str, ModuleSubspace] = self.subspace(start) if start else {}
                 if not any(map(is_renewed, modules)):
                     modules = {**modules, **self.renewed(number)}
-                sized = {task.task_id for task in self.state.tasks_at(start).values() if task.is_sized}
+                held = self.state.tasks_at(start).values()
+                sized, names = {task.task_id for task in held if task.is_sized}, {t.name: t.task_id for t in held}
                 for remake in again:
-                    adapters = {id_: self._to_merge_again(newest[id_], number) for id_ in remake.task_ids}
-                    modules = merge_adapters(modules, adapters, self.settings, sized).modules
-                    sized |= sized_among(adapters)
+                    left = {names[task.name] for task in remake.tasks if task.name in names}
+                    adapters = {task.task_id: self._to_merge_again(task, number) for task in remake.tasks}
+                    modules = {name: module.without(left) for name, module in modules.items()}
+                    modules = merge_adapters(modules, adapters, self.settings, sized - left).modules
+                    sized = sized - left | sized_among(adapters)
+                    names |= {task.name: task.task_id for task in remake.tasks}
                 after = sum(module.numbers for module in modules.values())
             else:
                 after = self.footprint(start).total_numbers
         return RemovalPreview(
+            revisions=revisions_along(self.state, task_id, number),
             start=start,
             versions=tuple(remake.version.number for remake in again),
             numbers_before=before,
             numbers_after=after,
+        )
+
+    @strict
+    def preview_restore(self, task_id: Line) -> RestorePreview:
+        """The effect that `SubspaceStore.restore_revision` would have; changes nothing.
+
+        Raises: As `SubspaceStore.restore_revision`.
+
+        Cost:
+            Reads the bases of the modules that the revision adapts.
+        """
+        from subspace_store.merge_writer import Arrival, Draft, is_in_place, restored_in_place
+
+        with self._reading(self.state.refs[CANDIDATE]) as number:
+            earlier, present = self._restorable(task_id)
+            adapter = self._to_merge_again(earlier, number)
+            arrival = Arrival(task_id, earlier.name, adapter, earlier.adapter, replaces=present.task_id)
+            draft = Draft(self.storage, 0, self._tensors, self.state, number, [arrival], self.settings)
+            placed = restored_in_place(draft) if is_in_place(draft) else None
+            error = (
+                self.forecast({task_id: adapter}, number, {task_id: present.task_id}).error_at_birth[task_id]
+                if placed is None
+                else placed.errors[task_id]
+            )
+            own = self.coefficient_numbers(number).get(present.task_id, 0) + present.private_count
+        return RestorePreview(
+            version=number,
+            restored=earlier,
+            leaving=present,
+            error=error,
+            is_approximate=earlier.adapter.key in self.state.heads,
+            own_numbers_before=own,
+            own_numbers_after=None if placed is None else placed.numbers,
         )
 
     @strict
@@ -528,15 +600,22 @@ class SubspaceReader:
         return garbage.collect(self._log, uploads_in_use=uploads_in_use, really=False)
 
     @strict
-    def forecast(self, adapters: Mapping[str, Adapter], version: VersionNumber | None = None) -> Forecast:
+    def forecast(
+        self,
+        adapters: Mapping[str, Adapter],
+        version: VersionNumber | None = None,
+        replaces: Mapping[str, str] | None = None,
+    ) -> Forecast:
         """What merging adapters would cost each task, before doing it and without data. Changes nothing.
 
         Args:
             adapters: Id to adapter, at least one; ids of the version's tasks are not allowed.
             version: The version to merge onto; default the candidate.
+            replaces: Id of an adapter to the id of the task whose place it would take; default: none leaves.
 
         Raises:
             InvalidInput: An adapter that could not be merged here, or an id that is taken.
+            NotFound: The version does not hold a task that is to be replaced.
         """
         from subspace_store.adapter import check_adapter
         from subspace_store.forecast import forecast
@@ -552,7 +631,11 @@ class SubspaceReader:
                 check_adapter(adapter)
                 self._check(adapter, shapes)
                 shapes |= {name: update.shape for name, update in adapter.modules.items()}
-            return forecast(self._tensors, self.state, parent, adapters, self.settings)
+            replaces = replaces or {}
+            if len({*replaces.values()}) < len(replaces) or not replaces.keys() <= adapters.keys():
+                raise InvalidInput("names a task twice, or an adapter that is not there", "replaces")
+            left = [self._find(id_, parent).task_id for id_ in replaces.values()]
+            return forecast(self._tensors, self.state, parent, adapters, self.settings, left)
 
     @strict
     def coefficient_numbers(self, version: VersionNumber | None = None) -> dict[str, int]:
@@ -593,7 +676,8 @@ class SubspaceReader:
 
     @strict
     def lost_by(self, task_id: Line) -> HistoryEntry | None:
-        """The record by which `main` lost a task: a rollback, or the task's own removal. None if `main` never held it.
+        """The record by which `main` lost a task: a rollback, the task's own removal, or the one that published another
+        revision of it. None if `main` never held it.
 
         Cost:
             Reads the log backwards, up to that record.
@@ -668,7 +752,9 @@ class SubspaceReader:
     def _find(self, task_id: str, number: int) -> MergedTask:
         tasks = self.state.tasks_at(number)
         if task_id not in tasks:
-            raise NotFound(f"version {number} holds no task {task_id}", self.storage.url)
+            others = [id_ for id_ in self.state.revisions(task_id) if id_ in tasks]
+            todo = f"it holds another revision of that task, {others[0]}: name that one" if others else ""
+            raise NotFound(f"version {number} holds no task {task_id}", self.storage.url, todo)
         return tasks[task_id]
 
     def _read_delivered(self, task: MergedTask) -> Adapter:
@@ -690,11 +776,37 @@ class SubspaceReader:
         )
 
     def _to_merge_again(self, task: MergedTask, version: int) -> Adapter:
-        """A task's adapter as it was delivered. If that is gone, as a version has it, and then to the last number, so
-        that being merged again costs it nothing."""
+        """A task's adapter as it was delivered. If that is gone, as this version has it, or where it has left, the
+        newest that has it; and then to the last number, so that being merged again costs it nothing."""
         if task.adapter.key not in self.state.heads:
             return self._read_delivered(task)
+        if self.state.tasks_at(version).get(task.task_id) != task:
+            alive = (one.number for one in reversed(retention.alive(self.state)))
+            version = next(number for number in alive if self.state.tasks_at(number).get(task.task_id) == task)
         return _to_the_last_number(self.adapter(task.task_id, version))
+
+    def _restorable(self, task_id: str) -> tuple[MergedTask, MergedTask]:
+        """An earlier revision as it was merged or refined last, and the revision that the candidate holds.
+
+        Raises:
+            NotFound, Conflict, RefusedAdapters: See `SubspaceStore.restore_revision`.
+        """
+        state, candidate = self.state, self.state.refs[CANDIDATE]
+        held = state.tasks_at(candidate)
+        if task_id in held:
+            raise Conflict(f"version {candidate}, the candidate, holds it", f"task {held[task_id].name} ({task_id})")
+        entries = [task for task in tasks_alive(state, but=state.rejected) if task.task_id == task_id]
+        if not entries:
+            todo = "its adapter is gone; submit the task again"
+            raise NotFound(f"no version that can be read holds the task {task_id}", self.storage.url, todo)
+        earlier = max(entries, key=lambda task: task.version)
+        line = {*state.revisions(task_id)}
+        present = next((task for task in held.values() if task.name == earlier.name and task.task_id in line), None)
+        if present is None:
+            who, what = f"task {earlier.name} ({task_id})", "holds no other revision of it, whose place it could take"
+            raise NotFound(f"version {candidate}, the candidate, {what}", who, "submit the task again")
+        retention.check_mergeable(state, {task_id: earlier.name})
+        return earlier, present
 
     def _held(self, version: int) -> dict[str, Adapter]:
         """All tasks as a version holds them, to be merged at once without any of them moving.
@@ -734,6 +846,13 @@ def _to_the_last_number(adapter: Adapter) -> Adapter:
     return replace(adapter, info=dict(adapter.info) | {SIZED: adapter.info.get(SIZED, "held")})
 
 
+def exchanged(before: Iterable[MergedTask], after: Iterable[MergedTask]) -> tuple[tuple[MergedTask, MergedTask], ...]:
+    """Pairs of different tasks of one name: revisions of one task, of which a version holds one."""
+    names = {task.name: task for task in before}
+    pairs = ((names[task.name], task) for task in after if task.name in names)
+    return tuple((old, new) for old, new in pairs if old.task_id != new.task_id)
+
+
 def rollback_preview(state: SubspaceState, old: int, new: int) -> RollbackPreview:
     """The effect of moving `main` from one version to another."""
     before, after = state.tasks_at(old), state.tasks_at(new)
@@ -762,8 +881,8 @@ def _summary(record: fold.Record) -> str:
     body = record.body
     if record.op in fold.MAKES_VERSION:
         brought = body["version"]["added"] or body["version"]["refined"]
-        names = ", ".join(task["name"] for task in brought)
-        return f"version {body['version']['number']}: {names}"
+        names = (f"{task['name']} (revision replaced)" if task.get("replaces") else task["name"] for task in brought)
+        return f"version {body['version']['number']}: {', '.join(names)}"
     if record.op == fold.SCORES:
         count = len(body["scores"])
         return f"version {body['version']}: {count} {'score' if count == 1 else 'scores'}"

@@ -30,7 +30,7 @@ from subspace_store.log import fold, removal, retention
 from subspace_store.log.store_format import make_store
 from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, Identity, MergedTask, StagedAdapter, Version
 from subspace_store.log.version_log import VersionLog
-from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_version
+from subspace_store.merge_writer import Arrival, Draft, Written, write_refinement, write_restored, write_version
 from subspace_store.refs import Refs, another_request
 from subspace_store.storage.protocol import Storage
 from subspace_store.strict import TaskId, strict
@@ -94,14 +94,18 @@ class SubspaceStore(Refs):
     def merge(self, adapters: Sequence[StagedAdapter], *, op_key: Line, actor: Line) -> Version:
         """Merge staged adapters in one step into one version on `candidate`.
 
+        One that `replaces` a task of its name is a revision of it: the earlier one leaves with all that the version
+        stores for it, and the versions before keep it. The other tasks move as in any merge. Directions that only the
+        earlier one needed stay in the basis until a compaction.
+
         Args:
             op_key: Names this request: asked again, it answers with the version it made.
 
         Raises:
-            RefusedAdapters: Those that cannot be merged here. Nothing was written.
+            RefusedAdapters: Those that cannot be merged here, or that replace what is not there. Nothing was written.
             MissingAdapters: Those whose uploads are not there.
             Conflict: A task that the candidate holds already; or this writer is fenced.
-            NameTaken: The candidate holds another task of an adapter's name.
+            NameTaken: The candidate holds another task of an adapter's name, and not the one that it replaces.
             NotWritten: The storage was away, is full or refuses writes: nothing was done.
             OutcomeUnknown: Ask again with the same op_key.
         """
@@ -147,11 +151,57 @@ class SubspaceStore(Refs):
             return self._commit(fold.REFINE, written, op_key, actor, {CANDIDATE: written.version.number})
 
     @strict
+    def restore_revision(self, task_id: TaskId, *, op_key: Line, actor: Line, publish: bool = False) -> Version:
+        """Put an earlier revision of a task in the place of the one that the candidate holds, as one version on
+        `candidate`, which is judged like any other.
+
+        Its basis is the candidate's and no other task moves, not by a bit. The revision is placed in it from its
+        adapter as delivered, and what the basis lacks is its private part. `preview_restore` shows the error that it
+        will have. Where that is not possible (`merge_writer.is_in_place`), it is an ordinary merge. If the adapter was
+        let go, the revision is placed as the newest version that holds it has it (`Version.approximate`).
+
+        Args:
+            task_id: Of the earlier revision.
+            op_key: Names this request: asked again, it answers with the version it made.
+            publish: Move `main` as well, in the same record: a person's decision, no gate is asked. Only while `main`
+                is the candidate: what no gate has judged yet does not come along.
+
+        Raises:
+            NotFound: No version that has not expired, or been rejected, holds that revision; or the candidate holds no
+                revision of the task.
+            Conflict: The candidate holds that very revision; or `main` should move, and is held or is not the
+                candidate.
+            RefusedAdapters: It is quarantined.
+
+        Cost:
+            Reads the bases of the modules that it adapts; writes its coefficients and private part.
+        """
+        with self._writing():
+            done = self._done(op_key, fold.asked(fold.MERGE))
+            if done is not None:
+                made = self.state.versions.get(done)
+                is_it = made is not None and [task.task_id for task in made.added] == [task_id] and bool(made.left)
+                if made is None or not is_it or (publish and done not in self.state.published):
+                    raise another_request(op_key, "merge")
+                return made
+            if publish:
+                retention.check_not_held(self.state)
+                retention.check_judged(self.state)
+            parent = self.state.refs[CANDIDATE]
+            earlier, present = self._restorable(task_id)
+            arrival = replace(self._again(earlier, parent), replaces=present.task_id)
+            written = write_restored(self._draft(parent, [arrival]), earlier)
+            number = written.version.number
+            refs = {CANDIDATE: number, **({MAIN: number} if publish else {})}
+            return self._commit(fold.MERGE, written, op_key, actor, refs)
+
+    @strict
     def remove(
         self, task_id: TaskId, *, op_key: Line, actor: Line, reason: Line = "", publish: bool = False
     ) -> Version | None:
-        """Make the candidate again without a task: every version from the task's birth on, one after another, from
-        the adapters as they were delivered and in the groups they were merged in.
+        """Make the candidate again without a task and without its earlier revisions: every version since the first of
+        them was merged, one after another, from the adapters as they were delivered and in the groups they were merged
+        in. Revisions of other tasks take each other's places as they did.
 
         The outcome is what a store would hold that never saw the task, if `settings` are what they were. The renewed
         bases are the exception: they are carried over as they are, since tasks that were trained in them would lose
@@ -268,25 +318,27 @@ class SubspaceStore(Refs):
     def _remake_without(self, task: MergedTask, op_key: str, actor: str) -> int:
         """The newest of the versions made again, each with a record of its own that no branch names yet."""
         candidate = self.state.refs[CANDIDATE]
-        newest = self.state.tasks_at(candidate)
+        gone = removal.revisions_along(self.state, task.task_id, candidate)
         parent = removal.start_of_remakes(self.state, task.task_id, candidate)
         for remake in removal.remakes(self.state, task.task_id, candidate):
-            version, others = remake.version, remake.task_ids
-            arrivals = [self._again(newest[id_], candidate) for id_ in others]
-            refined = [f" {newest[id_].version}" for id_ in others if newest[id_].version != version.number]
+            version, others = remake.version, remake.tasks
+            # Whatever has the name there leaves; not all earlier revisions need be there again.
+            there = {one.name: one.task_id for one in self.state.tasks_at(parent).values()}
+            arrivals = [replace(self._again(one, candidate), replaces=there.get(one.name)) for one in others]
+            refined = [f" {one.version}" for one in others if one.version != version.number]
             step_key = f"{op_key} {version.number}{''.join(refined)}"
             known = self._done(step_key, fold.asked(fold.MERGE))
             if known is not None and known not in self.state.expired and self.state.versions[known].parent == parent:
                 parent = known
                 continue
             draft = replace(self._draft(parent, arrivals), remakes=version.number, renewed_of=candidate)
-            written = write_version(replace(draft, removed=(*version.removed, task.task_id)))
+            written = write_version(replace(draft, removed=(*version.removed, *gone)))
             # A key names one version, and that one has expired.
             parent = self._step(written, step_key if known is None else "", actor)
         return parent
 
     def _again(self, task: MergedTask, candidate: int) -> Arrival:
-        """A task that was merged before, see `_to_merge_again`."""
+        """A task that was merged before, or an earlier revision of one, see `_to_merge_again`."""
         adapter = self._to_merge_again(task, candidate)
         if task.adapter.key not in self.state.heads:
             return Arrival(task.task_id, task.name, adapter, task.adapter)
@@ -298,17 +350,23 @@ class SubspaceStore(Refs):
         held = self.state.tasks_at(parent)
         names = {task.name: task_id for task_id, task in held.items()}
         for staged in adapters:
-            who = f"task {staged.name} ({staged.task_id})"
+            who, there = f"task {staged.name} ({staged.task_id})", names.get(staged.name)
             if staged.task_id in held:
                 raise Conflict(f"was merged as version {held[staged.task_id].version}", who)
-            if staged.name in names:
-                raise NameTaken(
-                    f"version {parent} holds another task of this name, {names[staged.name]}",
-                    who,
-                    f"submit it under another name, or `onebasis store remove {names[staged.name]}` first",
-                    staged.task_id,
-                    names[staged.name],
-                )
+            if there is not None and there != staged.replaces:
+                what = f"version {parent} holds another task of this name, {there}"
+                todo = f"submit it under another name, or `onebasis store remove {there}` first"
+                if staged.replaces is not None:
+                    what = (
+                        f"version {parent} holds {there} under this name, not {staged.replaces}, which it would replace"
+                    )
+                    todo = f"train it again as a revision of {there}"
+                raise NameTaken(what, who, todo, staged.task_id, there)
+            if staged.replaces is not None and there is None:
+                other = held.get(staged.replaces)
+                holds = f"{staged.replaces} is {other.name} there" if other else "no task of this name is there"
+                what = f"would replace {staged.replaces} in version {parent}, and {holds}"
+                raise RefusedAdapters(what, who, "submit it as a task of its own", (staged.task_id,))
             names[staged.name] = staged.task_id
 
     @staticmethod
@@ -328,6 +386,9 @@ class SubspaceStore(Refs):
         if renamed := [staged for staged in adapters if staged.name != held[staged.task_id].name]:
             what = "is called otherwise: " + ", ".join(held[staged.task_id].name for staged in renamed)
             raise RefusedAdapters(what, _who(renamed), "", tuple(staged.task_id for staged in renamed))
+        if replacing := [staged for staged in adapters if staged.replaces is not None]:
+            what = "is refined, and stays the task that it is: it replaces none"
+            raise RefusedAdapters(what, _who(replacing), "merge it", tuple(staged.task_id for staged in replacing))
 
     def _arrivals(self, adapters: Sequence[StagedAdapter], parent: int) -> list[Arrival]:
         """The uploads, checked. All are looked at, so that those that are refused are told of at once."""
@@ -371,7 +432,7 @@ class SubspaceStore(Refs):
             self._check(adapter, shapes)
         except Corrupt as error:  # an upload is no part of the subspace: nothing of that is damaged
             raise InvalidInput(error.what, error.where, error.todo or "upload the adapter again") from error
-        return Arrival(staged.task_id, staged.name, adapter, content)
+        return Arrival(staged.task_id, staged.name, adapter, content, replaces=staged.replaces)
 
     def _draft(self, parent: int, arrivals: Sequence[Arrival]) -> Draft:
         return Draft(self.storage, self._log.epoch, self._tensors, self.state, parent, arrivals, self.settings)
@@ -395,7 +456,8 @@ class SubspaceStore(Refs):
             return None
         version = self.state.versions.get(done)
         brought = version.brought if version else ()
-        if version is None or not {a.task_id for a in adapters} <= {task.task_id for task in brought}:
+        made = {(task.task_id, task.replaces) for task in brought}
+        if version is None or not {(staged.task_id, staged.replaces) for staged in adapters} <= made:
             raise another_request(op_key, f"{operation} of {', '.join(task.name for task in brought) or 'nothing'}")
         return version
 

@@ -146,7 +146,9 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
     before_ranks = reader.ranks(parent) if parent else {}
     file = None if version.transport is None else TensorFile(reader.storage, version.transport, TRANSPORT)
     written = {} if file is None else blobs.read_transports(file)
-    refined = {task.task_id for task in version.refined}  # they are other adapters now: no drift to be measured
+    # They are other adapters now, or none: no drift to be measured.
+    replaced = {*version.left, *(task.task_id for task in version.refined)}
+    held_now = reader.state.tasks_at(version.number)
     missed, energy, private = dict.fromkeys(born, 0.0), defaultdict[str, float](float), Counter[str]()
     moved = dict.fromkeys(reader.state.tasks_at(version.parent), 0.0)
     brought = [task.task_id for task in version.brought]
@@ -157,6 +159,11 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
         for id_, update in both[0].private.items():
             private[id_] += update.numbers
         twice = Counter(id_ for one in both for id_ in one.tasks.task_ids)
+        findings += [
+            Finding(where, f"{module} has coefficients of task {id_}, which the version does not hold")
+            for id_ in twice
+            if id_ not in held_now
+        ]
         findings += [
             Finding(where, f"task {id_} has coefficients in both bases of {module}") for id_ in twice if twice[id_] > 1
         ]
@@ -174,7 +181,7 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
             if not _fits(written.get(name), before.basis, after.basis):
                 findings.append(Finding(where, f"the transport of {name} does not fit its bases"))
             for id_ in before.tasks.task_ids:
-                if id_ in refined:
+                if id_ in replaced:
                     continue
                 one, other = _dense_factors([before], id_), _dense_factors([after], id_)
                 moved[id_] += _gram_norm(torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]], dim=1))
@@ -189,7 +196,7 @@ def _verify_version(reader: SubspaceReader, version: Version) -> list[Finding]:
     if parent is not None:
         held = reader.state.tasks_at(parent)
         for id_, drift in reader.state.drift(version.number).items():
-            if id_ not in refined:
+            if id_ not in replaced:
                 whole = held[id_].delivered_energy
                 findings += _differs(where, f"task {id_} drifted", moved[id_], whole, drift)
     return findings

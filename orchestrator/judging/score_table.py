@@ -91,7 +91,11 @@ def _along(state: SubspaceState, version: int, drift_max: float) -> Iterator[tup
             tasks = []
             if not row.is_compaction:  # else all tasks are what they were
                 known.last.clear()
-        # The drifts of a row are those of the tasks that were there before, in the order in which they came.
+        for task_id in row.left:  # a revision took its place; put back later, it is another birth
+            known.last.pop(task_id, None)
+            known.drifted.pop(task_id, None)
+        tasks = [task_id for task_id in tasks if task_id not in row.left]
+        # The drifts of a row are those of the tasks that were there before and stay, in the order in which they came.
         for task_id, drift in zip(tasks, row.drift, strict=bool(row.drift)):
             known.drifted[task_id] = known.drifted.get(task_id, 0.0) + drift
         tasks += [task.task_id for task in row.added]

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,14 +68,16 @@ class Requests:
         self._random, self._model, self._now = random, model, now
         self._merges_left = random.randint(1, MERGES_MAX)
         self._adapters: dict[str, Adapter] = {}
+        self._names: dict[str, str] = {}
         self._numbers: Counter[str] = Counter()
 
     def kinds(self) -> dict[Callable[[SubspaceStore], Request | None], int]:
         """Functions that make a request from a writer's state, or None if there is nothing to ask for; each with its
         weight."""
-        merging = {self._merge: 12} if self._merges_left else {}
-        return merging | {
+        merging: dict[Callable[[SubspaceStore], Request | None], int] = {self._merge: 12, self._revise: 6}
+        return (merging if self._merges_left else {}) | {
             self._merge_again: 4,
+            self._restore: 4,
             self._refine: 4,
             self._judge: 12,
             self._roll_back: 2,
@@ -90,6 +93,21 @@ class Requests:
         }
 
     def _merge(self, store: SubspaceStore) -> Request:
+        return self._merging(self._new(store))
+
+    def _revise(self, store: SubspaceStore) -> Request | None:
+        """New tasks, some of which take the place of tasks of the candidate."""
+        held = list(store.state.tasks_at(store.state.refs[CANDIDATE]).values())
+        if not held:
+            return None
+        adapters = self._new(store)
+        old = self._random.sample(held, min(len(held), self._random.randint(1, len(adapters))))
+        replaces = dict(zip(adapters, [task.task_id for task in old], strict=False))
+        self._names |= dict(zip(adapters, [task.name for task in old], strict=False))
+        return self._merging(adapters, replaces)
+
+    def _new(self, store: SubspaceStore) -> dict[str, Adapter]:
+        """Adapters of one or more new tasks."""
         self._merges_left -= 1
         count = self._random.choices(range(1, GROUP_MAX + 1), (6, 2, 1))[0]
         renewed = store.training_basis(store.state.refs[CANDIDATE]) if self._random.random() < IN_THE_BASIS else {}
@@ -98,17 +116,33 @@ class Requests:
             for number in (self._random.randrange(ADAPTERS) for _ in range(count))
         }
         self._adapters |= adapters
+        self._names |= {task: f"team/{task}" for task in adapters}
         self._model.delivered |= {task: dense(adapter) for task, adapter in adapters.items()}
-        return self._merging(adapters)
+        return adapters
 
     def _merge_again(self, store: SubspaceStore) -> Request | None:
-        """A task that was merged and is not on the candidate any more: it was rejected, rolled back or removed."""
+        """A task that was merged and is not on the candidate any more: it was rejected, rolled back, removed, or is an
+        earlier revision of one that is there."""
+        task, names = self._some_that_left(store)
+        if task is None:
+            return None
+        other = names.get(self._names[task])
+        return self._merging({task: self._adapters[task]}, {task: other} if other else {})
+
+    def _restore(self, store: SubspaceStore) -> Request | None:
+        """An earlier revision of a task of the candidate, or, sometimes, what is none."""
+        task, names = self._some_that_left(store)
+        if task is None or (self._names[task] not in names and self._random.random() < 0.7):
+            return None
+        op_key, publish = f"restore-{self._next('restore')}", self._random.random() < 0.3
+        self._model.restoring[op_key] = task, publish
+        return Request(op_key, lambda s: s.restore_revision(task, op_key=op_key, actor=ACTOR, publish=publish).number)
+
+    def _some_that_left(self, store: SubspaceStore) -> tuple[str | None, dict[str, str]]:
+        """A task that was merged and is not on the candidate, and the candidate's tasks by their names."""
         held = store.state.tasks_at(store.state.refs[CANDIDATE])
         tasks = [task for task in self._merged() if task not in held]
-        if not tasks:
-            return None
-        task = self._random.choice(tasks)
-        return self._merging({task: self._adapters[task]})
+        return (self._random.choice(tasks) if tasks else None), {task.name: id_ for id_, task in held.items()}
 
     def _refine(self, store: SubspaceStore) -> Request | None:
         """Refine a task of the candidate to −ΔW, which lies in the span of its basis as ΔW does."""
@@ -125,12 +159,18 @@ class Requests:
         self._model.candidates[request.op_key] = candidate
         return request
 
-    def _merging(self, adapters: Mapping[str, Adapter]) -> Request:
-        request = self._uploading("merge", adapters, SubspaceStore.merge)
-        self._model.asked[request.op_key] = tuple(adapters)
+    def _merging(self, adapters: Mapping[str, Adapter], replaces: Mapping[str, str] = MappingProxyType({})) -> Request:
+        request = self._uploading("revise" if replaces else "merge", adapters, SubspaceStore.merge, replaces)
+        self._model.asked[request.op_key] = {task: replaces.get(task) for task in adapters}
         return request
 
-    def _uploading(self, kind: str, adapters: Mapping[str, Adapter], ask_for: Callable[..., Version]) -> Request:
+    def _uploading(
+        self,
+        kind: str,
+        adapters: Mapping[str, Adapter],
+        ask_for: Callable[..., Version],
+        replaces: Mapping[str, str] = MappingProxyType({}),
+    ) -> Request:
         number = self._next(kind)
         op_key = f"{kind}-{number}"
         uploads: dict[str, StagedAdapter] = {}
@@ -142,7 +182,13 @@ class Requests:
                         ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
                     except Corrupt as error:
                         raise NotFound("another writer was asked too, merged it, and collected the upload") from error
-                    uploads[task] = StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256)
+                    uploads[task] = StagedAdapter(
+                        task_id=task,
+                        name=self._names[task],
+                        key=ref.key,
+                        sha256=ref.sha256,
+                        replaces=replaces.get(task),
+                    )
             return ask_for(store, [uploads[task] for task in adapters], op_key=op_key, actor=ACTOR).number
 
         return Request(op_key, ask, uploads_of=tuple(adapters))

@@ -35,12 +35,14 @@ from subspace_store.commands.terminal import (
     StateDir,
     console,
     counted,
+    decimals,
     me,
     note,
     show,
     telling,
 )
 from subspace_store.log import retention
+from subspace_store.log.removal import revisions_along
 from subspace_store.log.retention import droppable, expirable
 from subspace_store.log.retention import expire as judge_expiry
 from subspace_store.log.version import CANDIDATE, SubspaceState
@@ -54,6 +56,7 @@ from subspace_store.requests import (
     Quarantine,
     Release,
     Remove,
+    RestoreRevision,
     Tag,
     Unpin,
     Unquarantine,
@@ -335,16 +338,24 @@ def remove(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Make every version since a task's birth again without it, and move `main` there. The gate does not judge it."""
+    """Make every version since a task's birth again without it, and move `main` there. The gate does not judge it.
+
+    All its revisions go."""
     place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     state, task_id = reader.state, task_id_of(reader, task)
     candidate = state.refs[CANDIDATE]
     held = state.tasks_at(candidate)
     repeated = op_key in state.op_keys
+    revisions: tuple[str, ...] = ()
     if not repeated:
         if task_id not in held:
-            raise NotFound(f"the candidate, version {candidate}, does not hold {task}", place.storage.url)
+            others = [id_ for id_ in state.revisions(task_id) if id_ in held]
+            todo = (
+                f"it holds another revision of that task, {others[0]}: with that one all revisions go" if others else ""
+            )
+            raise NotFound(f"the candidate, version {candidate}, does not hold {task}", place.storage.url, todo)
+        revisions = revisions_along(state, task_id, candidate)
         if not yes:
             with telling(f"merging without {task}, in memory"):
                 found = reader.preview_remove(task_id)
@@ -355,6 +366,8 @@ def remove(
             )
             size = _growth(found.numbers_before, found.numbers_after)
             text = f"would go back to version {found.start} and {what} (--yes does it); all tasks would take {size}"
+            if len(found.revisions) > 1:
+                text = f"all {len(found.revisions)} revisions go: {', '.join(found.revisions)}\n{text}"
             show({"task_id": task_id, **asdict(found), "removed": False}, lambda _: note(text), as_json)
             return
         # The same task of the same candidate is the same request, so that an interrupted command goes on. If that
@@ -378,6 +391,8 @@ def remove(
         "op_key": op_key,
     }
     text = f"version {number} is as if {task} had never been merged"
+    if len(revisions) > 1:
+        text += f", nor any of its revisions: {', '.join(revisions)}"
     if repeated:
         text = f"version {number}: {done_before(op_key)}"
     else:
@@ -386,6 +401,63 @@ def remove(
             text += f", but approximate: merged from their coefficients were {', '.join(approximate)}"
         text += f"; all tasks take {_growth(**numbers)}"
     show(answer | numbers, lambda _: note(text), as_json)
+
+
+@command
+def restore_revision(
+    task: Annotated[str, typer.Argument(metavar="TASK_ID", help="Id of the earlier revision.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what it would be.")] = False,
+    candidate_only: CandidateOnly = False,
+    store: Url = None,
+    base_model: BaseModel = None,
+    force: Force = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Put an earlier revision of a task back, in today's basis, and move `main` there. The gate does not judge it.
+
+    No other task moves."""
+    place = place_of(store, state_dir, base_model)
+    reader = reader_at(place)
+    state = reader.state
+    repeated = op_key in state.op_keys
+    if not repeated:
+        found = reader.preview_restore(task)
+        name = found.restored.name
+        if not yes:
+            text = (
+                f"{name}: {task} would take the place of {found.leaving.task_id} in version {found.version}, with an "
+                f"error of {decimals(found.error)} (--yes does it)"
+            )
+            if found.is_approximate:
+                text += "; its adapter as delivered was let go, so it would be what a version holds of it"
+            facts = {"task_id": task, "leaving": found.leaving.task_id, "version": found.version, "error": found.error}
+            facts |= {"approximate": found.is_approximate, "restored": False}
+            show(facts, lambda _: note(text), as_json)
+            return
+        op_key = op_key or _next_key(f"restore-revision {task} in {found.version}", state)
+    if place.is_served and not (force and place.is_named):
+        raise is_served(place)
+    write(place, force, RestoreRevision(task_id=task, publish=not candidate_only, op_key=op_key, actor=me()))
+    after = reader_at(place).state
+    number = after.op_keys[op_key]
+    entry = after.tasks_at(number)[task]
+    answer = {
+        "task_id": task,
+        "leaving": entry.replaces,
+        "version": number,
+        "error": entry.error_at_birth,
+        "approximate": bool(after.versions[number].approximate),
+        "restored": not repeated,
+        "repeated": repeated,
+        "op_key": op_key,
+    }
+    error = decimals(entry.error_at_birth)
+    text = f"version {number}: {entry.name}: revision replaced, {task} is back with an error of {error}"
+    if repeated:
+        text = f"version {number}: {done_before(op_key)}"
+    show(answer, lambda _: note(text), as_json)
 
 
 def _growth(numbers_before: int, numbers_after: int) -> str:

@@ -17,6 +17,7 @@ from subspace_store.commands.place import (
     place_of,
     print_table,
     reader_at,
+    task_id_of,
     until_text,
 )
 from subspace_store.commands.terminal import (
@@ -162,6 +163,9 @@ def pins(
 def forecast(
     adapters: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="PEFT folders or diffusers LoRA files.")],
     version: OnVersion = CANDIDATE,
+    replaces: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Task whose next revision the one adapter would be.")
+    ] = None,
     store: Url = None,
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
@@ -172,9 +176,12 @@ def forecast(
 
     place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
+    if replaces is not None and len(adapters) != 1:
+        raise InvalidInput("one adapter takes the place of a task", "--replaces", "name one FOLDER")
+    left = {} if replaces is None else {str(adapters[0]): task_id_of(reader, replaces)}
     with telling("computing what a merge would cost"):
         news = {str(path): read_adapter(path, reader.base_model) for path in adapters}
-        found = reader.forecast(news, reader.resolve(version))
+        found = reader.forecast(news, reader.resolve(version), left)
     names = {task.task_id: task.name for task in reader.state.tasks_at(found.parent).values()}
 
     def as_text(_: object) -> None:

@@ -24,6 +24,7 @@ from subspace_store import SubspaceReader
 from subspace_store.commands.in_doubt import noted
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
 from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown, telling
+from subspace_store.log.version import CANDIDATE
 from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
@@ -206,8 +207,12 @@ def is_served(place: Place) -> Conflict:
 
 
 def task_id_of(reader: SubspaceReader, reference: str) -> str:
+    """The id that a person means: of several tasks of a name the one that the candidate holds."""
     tasks = {task for version in reader.state.versions.values() for task in version.added}
     found = sorted({task.task_id for task in tasks if reference in (task.name, task.task_id)})
+    if len(found) > 1:
+        held = reader.state.tasks_at(reader.state.refs[CANDIDATE])
+        found = [task_id for task_id in found if task_id in held] or found
     if len(found) > 1:
         raise InvalidInput(f"{reference} was merged as several tasks", todo=f"name one of {', '.join(found)}")
     if not found and "/" in reference:

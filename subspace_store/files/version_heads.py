@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from subspace_store.files.tensor_file import TensorFile
-from subspace_store.log.version import BlobRef, SubspaceState, Version
+from subspace_store.log.version import BlobRef, SubspaceState, Version, still_held
 from subspace_store.module_names import plain
 from subspace_store.parallel import AT_ONCE, in_order
 from subspace_store.storage.protocol import Storage
@@ -87,11 +87,14 @@ class VersionHeads:
             start = max((index for index, version in enumerate(line) if version.snapshot is not None), default=-1)
             snapshot = line[start].snapshot if start >= 0 else None
             layouts = _layouts(self.file(snapshot, COEFFICIENTS)) if snapshot is not None else {}
-            self.fetch(line[start + 1 :], transports=False)
-            for version in line[start + 1 :]:
-                for task in version.refined:  # it may be private altogether now
-                    layouts.pop(task.task_id, None)
-                for ref in coefficient_files(version):
+            rest = line[start + 1 :]
+            files = coefficient_files(rest)
+            self.fetch(rest, transports=False)
+            for version, refs in zip(rest, files, strict=True):
+                # Those that left; and those that were refined, which may be private altogether now.
+                for task_id in (*version.left, *(task.task_id for task in version.refined)):
+                    layouts.pop(task_id, None)
+                for ref in refs:
                     layouts |= _layouts(self.file(ref, COEFFICIENTS))
         return layouts
 
@@ -109,13 +112,13 @@ class VersionHeads:
             known = self._files.get(ref.key)
             return self._files.keep(ref.key, TensorFile(self.storage, ref, kind)) if known is None else known
 
-    def fetch(self, versions: Collection[Version], *, transports: bool = True, coefficients: bool = True) -> None:
-        """Open the files of several versions at once, where waiting for each in turn would add up."""
+    def fetch(self, versions: Sequence[Version], *, transports: bool = True, coefficients: bool = True) -> None:
+        """Open the files of the end of a lineage at once, where waiting for each in turn would add up."""
         wanted: dict[str, tuple[BlobRef, str]] = {}
         if transports:
             wanted |= {v.transport.key: (v.transport, TRANSPORT) for v in versions if v.transport is not None}
         if coefficients:
-            wanted |= {ref.key: (ref, COEFFICIENTS) for v in versions for ref in coefficient_files(v)}
+            wanted |= {ref.key: (ref, COEFFICIENTS) for refs in coefficient_files(versions) for ref in refs}
         with self._lock:
             missing = [item for key, item in wanted.items() if self._files.get(key) is None]
             threads = AT_ONCE if len(missing) >= AT_ONCE else 1
@@ -123,9 +126,10 @@ class VersionHeads:
                 self._files.keep(file.ref.key, file)
 
 
-def coefficient_files(version: Version) -> list[BlobRef]:
-    """The files with the coefficients of the tasks that a version brought; several tasks share one."""
-    return list(dict.fromkeys(task.coefficients for task in version.brought))
+def coefficient_files(line: Sequence[Version]) -> list[list[BlobRef]]:
+    """Of each version at the end of a lineage the files with the coefficients of the tasks that it brought and that the
+    last one holds. Several tasks share a file; those of tasks that left are not needed, and may be gone."""
+    return [list(dict.fromkeys(task.coefficients for task in tasks)) for tasks in still_held(line)]
 
 
 def task_layout(info: Mapping[str, Any], task: str) -> list[tuple[str, int]]:

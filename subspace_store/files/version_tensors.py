@@ -136,12 +136,12 @@ class VersionTensors:
                     file = TensorFile(self._heads.storage, nearest, COEFFICIENTS)
                     tasks = {name: ModuleTasks.of(block) for name, block in blobs.read_all_coefficients(file).items()}
             rest = line[start + 1 :]
+            files = coefficient_files(rest)
             self._heads.fetch(rest)
-            for version in rest:
-                files = [self._heads.file(ref, COEFFICIENTS) for ref in coefficient_files(version)]
-                arrivals = [blobs.read_all_coefficients(file) for file in files]
-                refined = [task.task_id for task in version.refined]
-                tasks = moved(tasks, self._transport(version), arrivals, refined)
+            for version, refs in zip(rest, files, strict=True):
+                arrivals = [blobs.read_all_coefficients(self._heads.file(ref, COEFFICIENTS)) for ref in refs]
+                gone = [*version.left, *(task.task_id for task in version.refined)]
+                tasks = moved(tasks, self._transport(version), arrivals, gone)
             return self._tasks.keep(number, tasks) if number else tasks
 
     def module(self, number: int, module: str) -> ModuleSubspace:
@@ -193,15 +193,24 @@ def moved(
     before: Mapping[str, ModuleTasks],
     transports: Mapping[str, Transport],
     arrivals: Collection[Mapping[str, TaskBlock]],
-    refined: Collection[str] = (),
+    gone: Collection[str] = (),
 ) -> dict[str, ModuleTasks]:
-    """Coefficients of one version from those of its parent. `refined`: ids of arrivals that replace the parent's."""
-    before = {name: tasks.without(refined) for name, tasks in before.items()} if refined else before
+    """Coefficients of one version from those of its parent.
+
+    Args:
+        gone: Ids of the parent's tasks whose coefficients are not taken over: they left, or were refined.
+    """
+    before = without(before, gone)
     after = {name: tasks.moved(transports[name]) if name in transports else tasks for name, tasks in before.items()}
     for arrival in arrivals:
         for name, block in arrival.items():
             after[name] = after.get(name, ModuleTasks()).joined(block)
     return after
+
+
+def without(tasks: Mapping[str, ModuleTasks], gone: Collection[str]) -> Mapping[str, ModuleTasks]:
+    """The coefficients of all tasks but these, which are not looked at otherwise; the others' stay as they are."""
+    return {name: block.without(gone) for name, block in tasks.items()} if gone else tasks
 
 
 def _basis_bytes(bases: dict[str, ModuleBasis]) -> int:

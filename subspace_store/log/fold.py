@@ -31,6 +31,8 @@ MERGE_RENEWED = "merge-renewed"
 
 REFINE_RENEWED = "refine-renewed"
 
+MERGE_REPLACING = "merge-replacing"
+
 SCORES = "scores"
 
 PUBLISH = "publish"
@@ -84,8 +86,10 @@ PRIVATE = {MERGE: MERGE_PRIVATE, REFINE: REFINE_PRIVATE}
 instead of reading tasks without them."""
 RENEWED = {MERGE: MERGE_RENEWED, REFINE: REFINE_RENEWED}
 """The same for a version that has renewed bases, with private parts or without."""
-MAKES_VERSION = frozenset({*PRIVATE, *PRIVATE.values(), *RENEWED.values()})
-_PLAIN = {said: plain for names in (PRIVATE, RENEWED) for plain, said in names.items()}
+REPLACING = {MERGE: MERGE_REPLACING}
+"""The same for a version that tasks of its parent have left, whatever else it has."""
+MAKES_VERSION = frozenset({*PRIVATE, *(said for names in (PRIVATE, RENEWED, REPLACING) for said in names.values())})
+_PLAIN = {said: plain for names in (PRIVATE, RENEWED, REPLACING) for plain, said in names.items()}
 
 T = TypeVar("T")
 
@@ -129,6 +133,8 @@ def to_plain(record: Any) -> Any:
 
 def making(op: str, version: Version) -> str:
     """The operation of the record that names a version."""
+    if version.left:
+        return REPLACING[op]
     if version.renewed_count:
         return RENEWED[op]
     return PRIVATE[op] if any(task.private is not None or task.is_sized for task in version.brought) else op
@@ -181,7 +187,9 @@ def _changes(state: SubspaceState, record: Record, where: str) -> dict[str, Any]
     op, body = record.op, record.body
     if op in MAKES_VERSION:
         version = checked(Version, body["version"], where)
-        return {"versions": {**state.versions, version.number: version}}
+        made = {"versions": {**state.versions, version.number: version}}
+        is_published = MAIN in record.refs  # a person put a revision back, and no gate was asked
+        return made | ({"published": tuple(sorted({*state.published, version.number}))} if is_published else {})
     if op == SCORES:
         number = int(body["version"])
         scores = {score.task_id: score for score in checked(tuple[TaskScore, ...], body["scores"], where)}

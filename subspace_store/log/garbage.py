@@ -9,11 +9,11 @@ after it had acquired E.
    record). A record whose outcome was unknown to its writer is in its slot or has lost it; either way S says which.
 2. A version whose record is not in S has an epoch e ≥ E. What it needs was written by that writer, below
    `blobs/e`, or was needed by its parent (bases taken over unchanged; coefficients, transports, snapshots and adapters
-   of the lineage: that is how `retention.needed` is built), or, if it is made again without a task, by the then
-   candidate (adapters as delivered). Parent and candidate had not expired when it was written: a merge is made on the
-   candidate, which a branch names, and `SubspaceStore.remove` begins after a version that is alive. Expiring is for
-   ever, so these were alive in S too, or are not in S. By induction a version not in S needs only what live versions
-   of S need, and blobs of epochs ≥ E.
+   of the lineage: that is how `retention.needed` is built), or, if it is made again without a task or puts a revision
+   back, by a version that had not expired then (adapters as delivered: of tasks that the then candidate held, and of
+   earlier revisions). Nor had its parent: a merge is made on the candidate, which a branch names, and
+   `SubspaceStore.remove` begins after a version that is alive. Expiring is for ever, so these were alive in S too, or
+   are not in S. By induction a version not in S needs only what live versions of S need, and blobs of epochs ≥ E.
 3. A version in S needs later what it needs in S, or less: it may expire, and a head may take an adapter's place; the
    head is a new blob, of the epoch of the record that names it. An operation that is asked for again (same op_key) is
    answered and names no blob. No name can return to an expired version (`retention.check_alive`).

@@ -16,7 +16,7 @@ from typing import Any
 from configs.document import NAME_PATTERN
 from configs.errors import Conflict, Held, InvalidInput, NotFound, RefusedAdapters
 from subspace_store.log import fold
-from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version
+from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version, gone_before
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,18 @@ def alive(state: SubspaceState) -> list[Version]:
 
 
 def tasks_alive(state: SubspaceState, but: Collection[int] = ()) -> set[MergedTask]:
-    """Every task that some live version holds, with an entry for each time it was merged or refined. `but`: versions
-    to leave out."""
-    versions = (version for version in alive(state) if version.number not in but)
-    return {task for version in _ancestors(state, versions) for task in version.brought}
+    """Every task that some live version holds, with an entry for each time it was merged or refined until it left.
+    `but`: versions to leave out."""
+    found: set[MergedTask] = set()
+    # Version to the ids of its parent's tasks that no version alive holds any more, among it and those after it.
+    gone: dict[int, set[str]] = {version.number: set() for version in alive(state) if version.number not in but}
+    for number in sorted(state.versions, reverse=True):  # a parent has a lower number
+        if number in gone:
+            version = state.versions[number]
+            found |= {task for task in version.brought if task.task_id not in gone[number]}
+            before = gone_before(version, gone[number])
+            gone[version.parent] = gone[version.parent] & before if version.parent in gone else before
+    return found
 
 
 def needed(state: SubspaceState) -> dict[str, BlobRef]:
@@ -225,8 +233,8 @@ def needed(state: SubspaceState) -> dict[str, BlobRef]:
 
     A version needs the blobs that its own record names; the bases of modules that it took over unchanged; the
     coefficients of its tasks, that is the nearest snapshot in its lineage with everything after it, or everything from
-    the first version on; every task's private part; and its adapter as delivered, or its head where the adapter was
-    given up.
+    the first version on, but for coefficients of tasks that have left; every task's private part; and its adapter as
+    delivered, or its head where the adapter was given up.
     """
     return _by_key(state, alive(state), tasks_alive(state))
 
@@ -243,11 +251,14 @@ def _by_key(state: SubspaceState, versions: Iterable[Version], tasks: Iterable[M
         refs |= {version.basis, version.transport}
         refs |= {state.versions[number].basis for number in version.basis_versions}
         refs |= {task.coefficients for task in version.brought}
+        gone: set[str] = set()
         for before in _since_snapshot(state, version):
             if before.snapshot is not None:
                 refs.add(before.snapshot)
             else:
-                refs |= {before.transport, *(task.coefficients for task in before.brought)}
+                held = (task for task in before.brought if task.task_id not in gone)
+                refs |= {before.transport, *(task.coefficients for task in held)}
+            gone = gone_before(before, gone)
     for task in tasks:
         refs |= {state.heads.get(task.adapter.key, task.adapter), task.private}
     return {ref.key: ref for ref in refs if ref is not None}
@@ -260,18 +271,6 @@ def _since_snapshot(state: SubspaceState, version: Version) -> Iterator[Version]
         if version.snapshot is not None or version.parent == 0:
             return
         version = state.versions[version.parent]
-
-
-def _ancestors(state: SubspaceState, versions: Iterable[Version]) -> Iterator[Version]:
-    """These versions and all their ancestors, each once."""
-    seen: set[int] = {0}
-    for version in versions:
-        while version.number not in seen:
-            seen.add(version.number)
-            yield version
-            if version.parent == 0:
-                break
-            version = state.versions[version.parent]
 
 
 def _held(state: SubspaceState) -> Held:

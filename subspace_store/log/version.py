@@ -7,7 +7,7 @@ records name; the records themselves live in the log and are never changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -73,6 +73,8 @@ class MergedTask:
     """How many of these are coefficients in the foundation."""
     is_sized: bool = False
     """Whether it has no more numbers than its score needs, so that no merge may take anything from it."""
+    replaces: str | None = None
+    """Id of the task whose place it took in this version: the revision before it, of the same name. None: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ class StagedAdapter:
     key: Line
     """Storage key of the upload, as given to `SubspaceStore.stage`."""
     sha256: Line
+    replaces: TaskId | None = None
+    """Id of the revision whose place it takes: a task of the same name, which leaves; None: none leaves."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,12 @@ class Version:
         added: Tasks that it added.
         basis: File with P, Q, λ of the modules that this merge changed.
         transport: File with R_out, R_in of the changed modules, from the parent's basis to this one; None where the
-            basis is the parent's (`refined`).
+            basis is the parent's: tasks were refined, or an earlier revision was restored.
         basis_versions: Older versions whose basis files hold the modules that this merge did not change.
         module_count: Number of modules that have a basis.
         renewed_count: Number of modules that have a renewed basis beside the first.
         rank_max: Most directions that a module has on one side.
-        drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each earlier task, in the order of
+        drift: ‖ΔŴ_parent − ΔŴ_this‖_F / ‖ΔW‖_F of each earlier task that stayed, in the order of
             `SubspaceState.tasks_at(parent)`, seven decimals; empty if nothing was truncated. See `SubspaceState.drift`.
         bytes_written: Size of all blobs of this merge.
         merge_seconds: Time of the computations that the new basis depends on.
@@ -170,6 +174,11 @@ class Version:
     def brought(self) -> tuple[MergedTask, ...]:
         """The tasks whose adapters and coefficients this version's own record names."""
         return (*self.added, *self.refined)
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Ids of the tasks of the parent that it does not hold any more: another revision took their place."""
+        return tuple(task.replaces for task in self.added if task.replaces is not None)
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
@@ -282,32 +291,72 @@ class SubspaceState:
         return (*self.history(first.remakes), *line) if first.is_compaction and first.remakes else line
 
     def tasks_at(self, number: int) -> dict[str, MergedTask]:
-        """The tasks that a version holds, oldest first; of one that was refined, the newest entry in its old place."""
-        return {task.task_id: task for version in self.lineage(number) for task in version.brought}
+        """The tasks that a version holds, in the order in which they joined: a revision when it took the place of
+        another; of a task that was refined, the newest entry in its old place."""
+        held: dict[str, MergedTask] = {}
+        for version in self.lineage(number):
+            for task_id in version.left:
+                del held[task_id]
+            held |= {task.task_id: task for task in version.brought}
+        return held
+
+    def revisions(self, task_id: str) -> tuple[str, ...]:
+        """Ids of the task and of all that took its place, or whose place it took, in any version; oldest first."""
+        near: dict[str, set[str]] = {}
+        first: dict[str, int] = {}
+        for number, version in sorted(self.versions.items()):
+            for task in version.added:
+                first.setdefault(task.task_id, number)
+                if task.replaces is not None:
+                    near.setdefault(task.task_id, set()).add(task.replaces)
+                    near.setdefault(task.replaces, set()).add(task.task_id)
+        found, open_ids = {task_id}, [task_id]
+        while open_ids:
+            more = near.get(open_ids.pop(), set()) - found
+            found |= more
+            open_ids += more
+        return tuple(sorted(found, key=lambda id_: first.get(id_, 0)))
 
     def births(self, number: int) -> dict[str, int]:
         """Task id to the version that was the first to be judged by its score, of all tasks that a version holds: the
-        one that brought it, or the refinement that was made of that one before anybody scored it."""
+        one that brought it, or the refinement that was made of that one before anybody scored it. A revision that was
+        restored is born again."""
         births: dict[str, int] = {}
         for version in self.history(number):
-            replaces = version.refined and not self.scores.get(version.parent)
-            unjudged = self.versions[version.parent].added if replaces else ()
-            births |= {task.task_id: version.number for task in unjudged}
+            # What a removal took from a compaction was there before it; merged again, it is born again.
+            for task_id in (*version.left, *version.removed):
+                births.pop(task_id, None)
+            if version.refined and not self.scores.get(version.parent):
+                added = (task.task_id for task in self.versions[version.parent].added)
+                births |= {id_: version.number for id_ in added if births.get(id_) == version.parent}
             births |= {task.task_id: version.number for task in version.added if task.task_id not in births}
         return {task_id: births[task_id] for task_id in self.tasks_at(number)}
 
     def drift(self, number: int) -> dict[str, float]:
-        """Task id to how far the merge of a version moved it, for every task that was there before."""
+        """Task id to how far the merge of a version moved it, for every task that was there before and stayed."""
         version = self.versions[number]
-        before = self.tasks_at(version.parent)
-        return dict(zip(before, version.drift, strict=True)) if version.drift else dict.fromkeys(before, 0.0)
+        stayed = [task_id for task_id in self.tasks_at(version.parent) if task_id not in version.left]
+        return dict(zip(stayed, version.drift, strict=True)) if version.drift else dict.fromkeys(stayed, 0.0)
 
     def drift_bound(self, task_id: str, since: int, until: int) -> float:
-        """Sum of the task's relative drifts after version `since` up to `until`: a bound on how far it moved."""
-        # Along a lineage tasks only ever join at the end, so a task has one place in all its drifts.
-        place = list(self.tasks_at(until)).index(task_id)
-        line = (v for v in self.lineage(until) if v.number > since)
-        return sum(v.drift[place] for v in line if place < len(v.drift))
+        """Sum of the task's relative drifts after version `since` up to `until`: a bound on how far it moved. Of a
+        revision that left and was restored, since then."""
+        # Tasks join at the end, so a task's place changes only when one before it leaves.
+        joined: dict[str, int] = {}
+        count, place, bound = 0, -1, 0.0
+        for version in self.lineage(until):
+            for left in version.left:
+                place -= joined.pop(left) < joined.get(task_id, 0)
+            if task_id in joined and version.number > since and version.drift:
+                bound += version.drift[place]
+            for task in version.added:
+                count += 1
+                if task.task_id == task_id:
+                    place, bound = len(joined), 0.0
+                joined[task.task_id] = count
+        if task_id not in joined:
+            raise NotFound(f"version {until} holds no task {task_id}")
+        return bound
 
     def errors(self, number: int) -> dict[str, float]:
         """Task id to its error at a version: √(1 − ‖ΔŴ‖²/‖ΔW‖²), from the energy that the version holds of it.
@@ -317,7 +366,25 @@ class SubspaceState:
         """
         lost: dict[str, float] = {}
         for version in self.lineage(number):
+            for task_id in version.left:
+                del lost[task_id]
             for task_id, drift in zip(lost, version.drift, strict=False):
                 lost[task_id] += drift**2
             lost |= {task.task_id: task.error_at_birth**2 for task in version.brought}
         return {task_id: math.sqrt(energy) for task_id, energy in lost.items()}
+
+
+def still_held(line: Sequence[Version]) -> list[tuple[MergedTask, ...]]:
+    """Of each version of a lineage, or of its end, the tasks that it brought and that have not left since."""
+    found: list[tuple[MergedTask, ...]] = []
+    gone: set[str] = set()
+    for version in reversed(line):
+        found.append(tuple(task for task in version.brought if task.task_id not in gone))
+        gone = gone_before(version, gone)
+    return found[::-1]
+
+
+def gone_before(version: Version, gone: Collection[str]) -> set[str]:
+    """Ids of the tasks of a version's parent that a later version does not hold any more. gone: The same for the tasks
+    of this version."""
+    return {*gone} - {task.task_id for task in version.added} | {*version.left}

@@ -46,6 +46,8 @@ STATE_WITH_PRIVATE = "state_with_private"
 stops at the record that first names one."""
 STATE_WITH_RENEWED = "state_with_renewed"
 """The same for renewed bases."""
+STATE_WITH_REPLACED = "state_with_replaced"
+"""The same for revisions that took the place of others."""
 TRIES = 6
 """Number of attempts at one slot: about three seconds with the waits below; then the caller decides."""
 FIRST_WAIT_SECONDS = 0.1
@@ -392,7 +394,7 @@ class VersionLog:
             where = f"{self.storage.url}/{checkpoint_key(seq)}"
             try:
                 envelope = _from_json(self.storage.read(checkpoint_key(seq)), where)
-                names = ("state", STATE_WITH_PRIVATE, STATE_WITH_RENEWED)
+                names = ("state", STATE_WITH_PRIVATE, STATE_WITH_RENEWED, STATE_WITH_REPLACED)
                 plain = next((envelope[name] for name in names if name in envelope), None)
                 state = checked(SubspaceState, plain, where)
                 record = self.storage.read(log_key(seq))
@@ -419,7 +421,9 @@ class VersionLog:
             return
         folded = _to_json(state)
         versions = state.versions.values()
-        if any(version.renewed_count for version in versions):
+        if any(version.left for version in versions):
+            name = STATE_WITH_REPLACED
+        elif any(version.renewed_count for version in versions):
             name = STATE_WITH_RENEWED
         else:
             name = STATE_WITH_PRIVATE if any(t.private for v in versions for t in v.brought) else "state"

@@ -5,8 +5,8 @@ Axes: N outputs, D inputs, K directions, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class ModuleSubspace:
         (n, d), ranks = self.basis.shape, self.basis.ranks
         own = sum(update.numbers for update in self.private.values())
         return n * ranks[0] + d * ranks[1] + sum(self.tasks.ranks) * sum(ranks) + own
+
+    def without(self, task_ids: Collection[str]) -> ModuleSubspace:
+        """The same basis with all tasks but these."""
+        private = {task: update for task, update in self.private.items() if task not in task_ids}
+        return replace(self, tasks=self.tasks.without(task_ids), private=private)
 
 
 def reconstruct(modules: Mapping[str, ModuleSubspace], task_id: str) -> dict[str, ModuleUpdate]:

@@ -156,6 +156,16 @@ class _Moving:
     transport: Transport | None = None
     known_grams: tuple[Tensor, Tensor] | None = None
 
+    def only(self, task_ids: Collection[str]) -> _Moving:
+        """Some of the tasks, with their Gram matrices where they are known: the leaving of a task computes none."""
+        block = self.block.only(task_ids)
+        grams = self.__dict__.get("grams", self.known_grams)
+        if grams is not None:
+            rows = torch.tensor([i for i, task in enumerate(self.block.task_ids) if block.has(task)], dtype=torch.long)
+            rank = max(block.ranks)
+            grams = grams[0][rows, :rank, :rank], grams[1][rows, :rank, :rank]
+        return _Moving(block, self.transport, grams)
+
     @cached_property
     def settled(self) -> TaskBlock:
         """The block in the present basis."""
@@ -247,7 +257,7 @@ class ModuleTasks:
             if len(rest) == len(moving.block.task_ids):
                 blocks.append(moving)
             elif rest:
-                blocks.append(_Moving(moving.block.only(rest), moving.transport))
+                blocks.append(moving.only(rest))
         return ModuleTasks(tuple(blocks))
 
     def kept(self) -> Tensor:

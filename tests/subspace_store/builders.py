@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -66,15 +67,21 @@ def foundation_adapter(
     return replace(random_adapter(seed), modules=modules, info={"method": "share"})
 
 
-def staged(store: SubspaceStore, task_id: str, adapter: Adapter) -> StagedAdapter:
-    """Upload an adapter."""
+def staged(store: SubspaceStore, task_id: str, adapter: Adapter, replaces: str | None = None) -> StagedAdapter:
+    """Upload an adapter. What follows an @ in the id is no part of the task's name: a@2 is called team/a, as a is."""
     ref = store.stage(f"staging/{task_id}/1/adapter.safetensors", adapter)
-    return StagedAdapter(task_id=task_id, name=f"team/{task_id}", key=ref.key, sha256=ref.sha256)
+    name = f"team/{task_id.partition('@')[0]}"
+    return StagedAdapter(task_id=task_id, name=name, key=ref.key, sha256=ref.sha256, replaces=replaces)
 
 
-def merged(store: SubspaceStore, adapters: Mapping[str, Adapter], op_key: str = "") -> Version:
-    """Upload and merge adapters as one version."""
-    uploads = [staged(store, task_id, adapter) for task_id, adapter in adapters.items()]
+def merged(
+    store: SubspaceStore,
+    adapters: Mapping[str, Adapter],
+    op_key: str = "",
+    replaces: Mapping[str, str] = MappingProxyType({}),
+) -> Version:
+    """Upload and merge adapters as one version. `replaces`: id of a revision to the id of the one before it."""
+    uploads = [staged(store, task_id, adapter, replaces.get(task_id)) for task_id, adapter in adapters.items()]
     return store.merge(uploads, op_key=op_key or "merge " + " ".join(adapters), actor="test")
 
 
@@ -106,7 +113,8 @@ def refined(store: SubspaceStore, adapters: dict[str, Adapter], op_key: str = "r
     uploads = []
     for task, adapter in adapters.items():
         ref = store.stage(f"staging/{task}/{op_key}/adapter.safetensors", adapter)
-        uploads.append(StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256))
+        name = f"team/{task.partition('@')[0]}"
+        uploads.append(StagedAdapter(task_id=task, name=name, key=ref.key, sha256=ref.sha256))
     return store.refine(uploads, op_key=op_key, actor="test")
 
 

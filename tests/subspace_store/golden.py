@@ -139,6 +139,27 @@ def write_renewed(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
 
 
+def write_revised(folder: Path) -> None:
+    """A small store with revisions: of one of a group, of a task that was refined, put back, and made again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    merge_writer.SNAPSHOT_EVERY, version_log.CHECKPOINT_EVERY = 3, 4
+    settings = {**SETTINGS, "beyond_rank_max": "private"}
+    store = opened(LocalStorage(str(folder / "store")), writer="first", **settings)
+    merged(store, {"t1": random_adapter(1), "t2": random_adapter(2)})
+    merged(store, {"t3": random_adapter(3)})
+    merged(store, {"t1@2": random_adapter(4), "t4": random_adapter(5)}, replaces={"t1@2": "t1"})
+    refined(store, {"t3": in_the_basis(store, 6, version=3)}, "refine 3")
+    merged(store, {"t3@2": random_adapter(7)}, replaces={"t3@2": "t3"})
+    store.publish(5, op_key="p5", actor="gate")
+    store.restore_revision("t1", op_key="back", actor="ann", publish=True)
+    merged(store, {"t5": random_adapter(8)})
+    store.publish(7, op_key="p7", actor="gate")
+    store.remove("t4", op_key="r", actor="ann", reason="licence", publish=True)
+    store.expire([1, 2], actor="ann")
+    opened(LocalStorage(str(folder / "store")), writer="second", **settings).collect()
+    (folder / "expected.json").write_text(json.dumps(facts(reading(store.storage)), indent=1) + "\n")
+
+
 def facts(reader: SubspaceStore) -> dict[str, Any]:
     """What any later code must read out of the store."""
     state = reader.state
@@ -180,3 +201,4 @@ if __name__ == "__main__":
     write_private(GOLDEN / f"format-{FORMAT_NUMBER}-private")
     write_foundation(GOLDEN / f"format-{FORMAT_NUMBER}-foundation")
     write_renewed(GOLDEN / f"format-{FORMAT_NUMBER}-renewed")
+    write_revised(GOLDEN / f"format-{FORMAT_NUMBER}-revised")

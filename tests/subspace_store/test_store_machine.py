@@ -42,6 +42,11 @@ def held(store: SubspaceStore, number: int) -> Tasks:
     return {task: deltas(store.adapter(task, number)) for task in store.state.tasks_at(number)}
 
 
+def name_of(task: str) -> str:
+    """What all revisions of a task have in common."""
+    return task.partition("@")[0]
+
+
 class StoreMachine(RuleBasedStateMachine):
     """The model: what each version was when it was new, and the names."""
 
@@ -77,6 +82,39 @@ class StoreMachine(RuleBasedStateMachine):
         # Asked again, it is the same version.
         again = merged(self.store, dict(zip(names, adapters, strict=True)))
         assert again == version
+
+    @precondition(lambda self: self.versions[self.refs[CANDIDATE]])
+    @rule(choice=CHOICE, adapter=TASK, other=st.none() | TASK)
+    def revise(self, choice: int, adapter: Adapter, other: Adapter | None) -> None:
+        before = self.versions[self.refs[CANDIDATE]]
+        old = list(before)[choice % len(before)]
+        new = {f"{name_of(old)}@{self.tasks}": adapter} | ({f"t{self.tasks}": other} if other else {})
+        self.tasks += 1
+        replaces = {next(iter(new)): old}
+        version = merged(self.store, new, replaces=replaces)
+        assert version == merged(self.store, new, replaces=replaces)
+        self.versions[version.number] = held(self.store, version.number)
+        self.refs[CANDIDATE] = version.number
+        assert list(self.versions[version.number]) == [*(task for task in before if task != old), *new]
+
+    @precondition(lambda self: self.earlier_revisions())
+    @rule(choice=CHOICE, publish=st.booleans())
+    def restore(self, choice: int, publish: bool) -> None:
+        before, asked = self.versions[self.refs[CANDIDATE]], self.asked()
+        task = self.earlier_revisions()[choice % len(self.earlier_revisions())]
+        if publish and (self.held or self.refs[CANDIDATE] != self.refs[MAIN]):
+            self.refused(lambda: self.store.restore_revision(task, publish=True, **asked))
+            return
+        error = self.store.preview_restore(task).error
+        version = self.store.restore_revision(task, publish=publish, **asked)
+        assert version == self.store.restore_revision(task, publish=publish, **asked)
+        after = held(self.store, version.number)
+        assert list(after) == [*(one for one in before if name_of(one) != name_of(task)), task]
+        assert all(torch.equal(d, before[one][n]) for one in after if one != task for n, d in after[one].items())
+        assert abs(version.added[0].error_at_birth - error) < 1e-6
+        self.versions[version.number] = after
+        self.refs = {CANDIDATE: version.number, MAIN: version.number if publish else self.refs[MAIN]}
+        self.published |= {self.refs[MAIN]}
 
     @precondition(lambda self: self.versions[self.refs[CANDIDATE]])
     @rule(choice=CHOICE)
@@ -184,7 +222,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert version == self.store.remove(gone, publish=publish, **asked)
         for number in self.store.state.versions.keys() - self.versions.keys():
             self.versions[number] = held(self.store, number)  # on the way there, a version for each that was remade
-            assert gone not in self.versions[number]
+            assert name_of(gone) not in map(name_of, self.versions[number])
         number = version.number if version else 0
         assert self.versions[number].keys() == before.keys() - {gone}
         self.refs[CANDIDATE] = number
@@ -246,6 +284,13 @@ class StoreMachine(RuleBasedStateMachine):
             assert not self.storage.keys("blobs/")
 
     # Small things
+
+    def earlier_revisions(self) -> list[str]:
+        """Tasks that a version holds that may be read and that the candidate holds another revision of."""
+        there = self.versions[self.refs[CANDIDATE]]
+        alive = sorted(self.versions.keys() - self.expired - self.rejected)
+        found = dict.fromkeys(task for number in alive for task in self.versions[number])
+        return [task for task in found if task not in there and name_of(task) in map(name_of, there)]
 
     def any_version(self, choice: int) -> int:
         return sorted(self.versions)[choice % len(self.versions)]

@@ -17,9 +17,11 @@ from subspace_store.chaos.simulation import Run, simulate, simulate_many
 from subspace_store.chaos.world import CONSTANTS, CRASH_AFTER, CRASH_BEFORE, FAULTS, World
 from subspace_store.commands.app import app
 from subspace_store.digests import digest
-from subspace_store.files.version_tensors import VersionTensors
-from subspace_store.log import garbage, retention, version_log
+from subspace_store.files import version_tensors
+from subspace_store.files.version_tensors import VersionTensors, moved
+from subspace_store.log import garbage, removal, retention, version_log
 from subspace_store.log.fold import Record, log_key
+from subspace_store.log.version import MergedTask, SubspaceState
 from subspace_store.log.version_log import VersionLog, _to_json
 from tests.subspace_store.builders import FaultyStorage, fresh_storage, merged, opened, random_adapter, reading
 
@@ -45,7 +47,7 @@ def test_no_promise_is_broken_and_the_runs_meet_every_fault() -> None:
         assert counts[what] > SEEDS // 2, counts
     for what in ("publish", "reject", "rollback", "refine", "tag", "pin", "unpin", "hold", "release", "quarantine"):
         assert counts[f"{what} acknowledged"] > 2, counts
-    for what in ("expire", "remove"):
+    for what in ("expire", "remove", "revise", "restore"):
         assert counts[f"{what} acknowledged"] > 2, counts
 
 
@@ -63,7 +65,12 @@ def test_the_constants_that_a_simulation_makes_smaller_are_still_called_so() -> 
 
 
 @pytest.mark.parametrize("kind", [CRASH_BEFORE, CRASH_AFTER])
-def test_a_crash_at_any_single_call_breaks_no_promise(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seed", "asked"), [(127, ("compact", "revise", "refine")), (253, ("revise", "restore", "remove"))]
+)
+def test_a_crash_at_any_single_call_breaks_no_promise(
+    seed: int, asked: tuple[str, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, crash_at = 0, 0
 
     def fault(self: World, kinds: tuple[str, ...], times: int) -> str | None:
@@ -72,8 +79,9 @@ def test_a_crash_at_any_single_call_breaks_no_promise(kind: str, monkeypatch: py
         return kind if calls == crash_at and kind in kinds else None
 
     monkeypatch.setattr(World, "fault", fault)
-    seed = 16  # a compaction is among what it asks for
-    assert simulate(seed).violation is None
+    run = simulate(seed)
+    assert run.violation is None
+    assert all(run.counts[f"{what} acknowledged"] for what in asked), run.counts
     total = calls
     assert 50 < total < 200
     while crash_at < total:
@@ -232,6 +240,86 @@ def without_keeping_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "needed", forgetful)
 
 
+def without_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coefficients of a revision stay when another takes its place."""
+    monkeypatch.setattr(merge_writer, "without", lambda tasks, gone: tasks)
+
+
+def without_forgetting_what_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader keeps the coefficients of a revision when it follows a lineage past the version that replaced it."""
+    monkeypatch.setattr(version_tensors, "moved", lambda *args: moved(*args[:3]))
+
+
+def without_the_places_of_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a task has left, the drifts that follow are those of the tasks before it."""
+
+    def shifted(self: SubspaceState, number: int) -> dict[str, float]:
+        found = drift(self, number)
+        has_left = any(version.left for version in self.lineage(number))
+        values = [*found.values()]
+        return dict(zip(found, [*values[1:], *values[:1]], strict=True)) if has_left else found
+
+    drift = SubspaceState.drift
+    monkeypatch.setattr(SubspaceState, "drift", shifted)
+
+
+def without_writing_drifts_of_those_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge writes its drifts as if the revision that leaves were the last of its tasks."""
+
+    def kept(self: merge_writer.Draft) -> dict[str, MergedTask]:
+        tasks = [*self.state.tasks_at(self.parent).items()]
+        return dict(tasks[: len(tasks) - len(self.left)])
+
+    monkeypatch.setattr(merge_writer.Draft, "staying", kept)
+
+
+def without_errors_of_those_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of a version are added up as if no task had ever left."""
+
+    def errors(self: SubspaceState, number: int) -> dict[str, float]:
+        lost: dict[str, float] = {}
+        for version in self.lineage(number):
+            for task_id, drift in zip(lost, version.drift, strict=False):
+                lost[task_id] += drift**2
+            lost |= {task.task_id: task.error_at_birth**2 for task in version.brought}
+        return {task_id: lost[task_id] ** 0.5 for task_id in self.tasks_at(number)}
+
+    monkeypatch.setattr(SubspaceState, "errors", errors)
+
+
+def without_removing_earlier_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removal leaves the earlier revisions of its task where they were."""
+
+    def newest_only(state: SubspaceState, task_id: str, candidate: int) -> tuple[str, ...]:
+        return (task_id,)
+
+    monkeypatch.setattr(removal, "revisions_along", newest_only)
+
+
+def without_keeping_what_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting forgets that versions which live still hold a revision that the newest one does not."""
+    needed = retention.needed
+
+    def forgetful(state: retention.SubspaceState) -> dict[str, retention.BlobRef]:
+        left = {task_id for version in state.versions.values() for task_id in version.left}
+        gone = {t.adapter.key for v in state.versions.values() for t in v.added if t.task_id in left}
+        return {key: ref for key, ref in needed(state).items() if key not in gone}
+
+    monkeypatch.setattr(retention, "needed", forgetful)
+
+
+def with_another_basis_for_what_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision is put back with coefficients that are off by a hundredth."""
+    place = merge_writer.restored_in_place
+
+    def off(draft: merge_writer.Draft) -> merge_writer.Placement:
+        placed = place(draft)
+        blocks = {name: dataclasses.replace(block, e_KS=1.01 * block.e_KS) for name, block in placed.blocks.items()}
+        return dataclasses.replace(placed, blocks=blocks)
+
+    monkeypatch.setattr(merge_writer, "restored_in_place", off)
+
+
 @pytest.mark.parametrize(
     "switch_off",
     [
@@ -245,6 +333,14 @@ def without_keeping_private_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         without_bases_of_others,
         without_private_parts,
         without_keeping_private_parts,
+        without_leaving,
+        without_forgetting_what_left,
+        without_the_places_of_drifts,
+        without_writing_drifts_of_those_that_stay,
+        without_errors_of_those_that_stay,
+        without_removing_earlier_revisions,
+        without_keeping_what_left,
+        with_another_basis_for_what_is_put_back,
     ],
 )
 def test_a_missing_rule_is_noticed(

@@ -19,7 +19,7 @@ from click.testing import Result
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from configs.errors import Unavailable
+from configs.errors import InvalidInput, Unavailable
 from configs.settings import SubspaceSettings
 from subspace_store import SubspaceStore, canonical_update
 from subspace_store.adapter import SIZED
@@ -350,6 +350,7 @@ WRITES = {
     "drop-adapters": ["t1", "--yes"],
     "remove": ["t1", "--yes"],
     "compact": ["--yes"],
+    "restore-revision": ["t1", "--yes"],
 }
 """A command to arguments with which it writes a record."""
 
@@ -366,6 +367,9 @@ def test_a_command_that_is_asked_again_under_its_key_is_done_once(
         store.pin(2, "me", actor="ann")
     elif command == "compact":
         with_doubles(store)
+    elif command == "restore-revision":
+        merged(store, {"t1@2": random_adapter(9)}, replaces={"t1@2": "t1"})
+        store.publish(4, op_key="publish 4", actor="test")
     first = answer(run(command, *WRITES[command], "--op-key", f"{command} of monday", "--json"))
     assert first["op_key"] == f"{command} of monday"
     store.refresh()
@@ -536,7 +540,9 @@ def test_a_forecast_reads_adapter_folders_and_tells_what_merging_would_cost(
 def test_a_task_is_removed_only_with_yes_and_main_follows(run: Command, store: SubspaceStore) -> None:
     before, told = store.footprint(3).total_numbers, answer(run("remove", "team/t2", "--json"))
     after = told.pop("numbers_after")
-    assert told == {"task_id": "t2", "start": 1, "versions": [3], "numbers_before": before, "removed": False}
+    assert told == {
+        "task_id": "t2", "revisions": ["t2"], "start": 1, "versions": [3], "numbers_before": before, "removed": False,
+    }  # fmt: skip
     assert f"all tasks would take {after:,} numbers instead of {before:,}\n" in run("remove", "team/t2").stderr
     assert "would go back to version 1 and make 1 version again: 3 " in run("remove", "team/t2").stderr
     assert "would go back to version 2 and make none again " in run("remove", "team/t3").stderr
@@ -635,3 +641,63 @@ def test_what_was_quarantined_before_it_was_merged_is_let_out_again_and_the_unkn
     assert run("unquarantine", "later", "--op-key", "unquarantine:1").exit_code == 0
     assert "done before" in run("unquarantine", "later", "--op-key", "unquarantine:1").stderr
     assert run("unquarantine", "later").exit_code == 3
+
+
+# Revisions
+
+
+@pytest.fixture
+def revised(store: SubspaceStore) -> SubspaceStore:
+    """The store of the fixture, and a fourth version with a second revision of team/t1, published."""
+    merged(store, {"t1@2": random_adapter(9)}, replaces={"t1@2": "t1"})
+    store.publish(4, op_key="publish 4", actor="test")
+    return store
+
+
+def test_the_log_says_that_a_revision_was_replaced(run: Command, revised: SubspaceStore) -> None:
+    assert "version 4: team/t1 (revision replaced)" in run("log").stdout
+    assert answer(run("log", "--json"))[-2]["op"] == "merge-replacing"
+
+
+def test_a_revision_is_put_back_only_with_yes_and_main_follows(run: Command, revised: SubspaceStore) -> None:
+    told = answer(run("restore-revision", "t1", "--json"))
+    error = told.pop("error")
+    assert told == {"task_id": "t1", "leaving": "t1@2", "version": 4, "approximate": False, "restored": False}
+    text = run("restore-revision", "t1").stderr
+    assert "team/t1: t1 would take the place of t1@2 in version 4, with an error of" in text
+    assert "(--yes does it)" in text
+    assert revised.refresh().refs == {"candidate": 4, "main": 4}
+    done = answer(run("restore-revision", "t1", "--yes", "--json"))
+    key = "restore-revision t1 in 4, time 1"
+    assert done == {
+        "task_id": "t1", "leaving": "t1@2", "version": 5, "error": pytest.approx(error, abs=1e-6), "approximate": False,
+        "restored": True, "repeated": False, "op_key": key,
+    }  # fmt: skip
+    state = reading(revised.storage).state
+    assert (state.refs, 5 in state.published) == ({"candidate": 5, "main": 5}, True)
+    assert list(state.tasks_at(5)) == ["t2", "t3", "t1"]
+    again = answer(run("restore-revision", "t1", "--yes", "--op-key", key, "--json"))
+    assert (again["version"], again["repeated"], again["restored"]) == (5, True, False)
+    assert "version 5, the candidate, holds it" in run("restore-revision", "t1", "--yes").output
+    said = run("restore-revision", "t1@2", "--yes", "--candidate-only").stderr
+    assert "version 6: team/t1: revision replaced, t1@2 is back with an error of" in said
+    assert revised.refresh().refs == {"candidate": 6, "main": 5}
+    assert "version 6, the candidate, is not judged yet" in run("restore-revision", "t1", "--yes").output
+
+
+def test_the_name_of_a_task_means_the_revision_that_is_there(run: Command, revised: SubspaceStore) -> None:
+    text = run("remove", "team/t1").stderr
+    assert "all 2 revisions go: t1, t1@2\n" in text
+    assert "it holds another revision of that task, t1@2" in run("remove", "t1", "--yes").output
+    done = run("remove", "team/t1", "--yes")
+    assert "had never been merged, nor any of its revisions: t1, t1@2" in done.stderr.replace("\n", " ")
+    assert list(reading(revised.storage).state.tasks_at(revised.refresh().refs["main"])) == ["t2", "t3"]
+
+
+def test_a_forecast_is_told_what_an_adapter_would_replace(run: Command, store: SubspaceStore, tmp_path: Path) -> None:
+    write_peft_folder(tmp_path / "new", random_adapter(9), "tiny")
+    found = answer(run("forecast", str(tmp_path / "new"), "--replaces", "team/t1", "--json"))
+    assert set(found["drift"]) == set(found["error"]) == {"t2", "t3"}
+    assert "team/t1" not in run("forecast", str(tmp_path / "new"), "--replaces", "t1").stdout
+    both = run("forecast", str(tmp_path / "new"), str(tmp_path / "new"), "--replaces", "t1")
+    assert (both.exit_code, "one adapter takes the place of a task" in both.output) == (InvalidInput.exit_code, True)
