@@ -409,7 +409,7 @@ def restore_revision(
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what it would be.")] = False,
     candidate_only: CandidateOnly = False,
     store: Url = None,
-    base_model: BaseModel = None,
+    base_model: OfBaseModel = None,
     force: Force = False,
     op_key: OpKey = "",
     state_dir: StateDir = STATE_DIR,
