@@ -46,7 +46,10 @@ def state(
     """What a log says that holds these versions and measured scores."""
     newest = max((v.number for v, _ in versions), default=0)
     bare = SubspaceState(versions={v.number: v for v, _ in versions})
-    moved = {v.number: tuple(drift.get(task, 0.0) for task in bare.tasks_at(v.parent)) for v, drift in versions}
+    moved = {
+        v.number: tuple(drift.get(task, 0.0) for task in bare.tasks_at(v.parent) if task not in v.left)
+        for v, drift in versions
+    }
     return SubspaceState(
         versions={number: replace(v, drift=moved[number]) for number, v in bare.versions.items()},
         scores={

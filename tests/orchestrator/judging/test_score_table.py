@@ -63,6 +63,21 @@ def test_a_compaction_moves_no_task_and_a_removal_from_it_is_measured_anew() -> 
     assert evaluations_due(log, 4, 0.1) == ("b",)
 
 
+def test_a_revision_takes_the_place_of_the_one_before_and_the_others_keep_their_drifts() -> None:
+    second, moves = version(3, 2, ["a@2"], {"b": 0.04})
+    second = replace(second, added=(replace(second.added[0], name="red/a", replaces="a"),))
+    back, _ = version(4, 3, ["a"])
+    back = replace(back, added=(replace(back.added[0], replaces="a@2"),))
+    scores = {1: {"a": 0.8}, 2: {"b": 0.6}, 3: {"a@2": 0.9}}
+    log = state([version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 0.05}), (second, moves), (back, {"b": 0.04})], scores)
+    assert score_table(log, 3, drift_max=0.1).cells[3] == {"b": Cell(0.6, 100, 2), "a@2": Cell(0.9, 100, 3)}
+    assert evaluations_due(log, 3, 0.1) == ()
+    # Put back, the first revision is measured anew: in another basis it is another birth.
+    assert score_table(log, 4, drift_max=0.1).cells[4] == {"b": Cell(0.6, 100, 2)}
+    assert evaluations_due(log, 4, 0.1) == ("a",)
+    assert evaluations_due(log, 4, 0.07) == ("b", "a")  # 0.04 and 0.04
+
+
 def test_a_task_that_did_not_move_at_all_keeps_its_score_even_with_limit_zero() -> None:
     log = state([version(1, 0, ["a"]), version(2, 1, ["b"], {"a": 0.0})], {1: {"a": 0.8}})
     assert score_table(log, 2, drift_max=0.0).score(2, "a") == 0.8
