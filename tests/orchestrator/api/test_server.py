@@ -45,8 +45,10 @@ from orchestrator.api.requests import (
     Submit,
 )
 from orchestrator.api.routes import ROUTES
+from orchestrator.scheduling.scheduler import Decision
 from orchestrator.tasks.doubtful_settings import few_rows
 from orchestrator.tasks.task_record import TaskState
+from orchestrator.worker_pool import PoolStatus
 from subspace_store import SubspaceReader, SubspaceStore
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.requests import (
@@ -341,8 +343,9 @@ def test_a_task_says_why_no_worker_takes_it_or_gets_on_with_it(site: Site, monke
         doing = site.client.ask(Status())["workers"].values()
         assert f"waits for places for its ranks, then training {task_id}" in doing
         with monkeypatch.context() as patch:  # all are being formed anew, and there is no place for any
-            patch.setattr(type(controller), "ready_workers", 0)
-            patch.setattr(controller, "describe_workers", lambda: dict.fromkeys("ab", "no place for 2 ranks"))
+            patch.setattr(PoolStatus, "ready", 0)
+            patch.setattr(controller, "decision", Decision())
+            patch.setattr(controller, "idle_causes", lambda pool: ("no place for 2 ranks",) * 2)
             assert site.client.ask(ShowTask(reference=titles[2]))["why"] == "no worker is ready: no place for 2 ranks"
         for title in titles:
             site.client.ask(Cancel(reference=title, by="ann"))

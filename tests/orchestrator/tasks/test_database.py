@@ -51,6 +51,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "events": lambda q: q.events(KNOWN),
     "use_of_teams": lambda q: q.use_of_teams(5.0),
     "spent": lambda q: q.spent(KNOWN),
+    "with_deadline": lambda q: q.with_deadline(),
 }
 WRITES: dict[str, Callable[[TaskQueue], Any]] = {
     "add": lambda q: q.add(task_record("red/beta")),
