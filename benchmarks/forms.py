@@ -79,11 +79,13 @@ def draw(found: Figures, streams: Mapping[str, Figures], path: Path) -> None:
     for form, mark in zip(dict.fromkeys(row["form"] for row in found["forms"]), "osv^DPX*", strict=False):
         rows = [row for row in found["forms"] if row["form"] == form]
         axes.plot([r["numbers_over_lora"] for r in rows], [r["points"] for r in rows], marker=mark, label=form)
+    label = "onebasis (number of tasks)"
     for name, stream in sorted(streams.items()):
-        points = [100 * (row["score"] - row["score_lora"]) for row in stream["tasks"]]
+        points = statistics.fmean(100 * (row["score"] - row["score_lora"]) for row in stream["tasks"])
         numbers = stream["numbers_over_trained_lora"]
-        axes.plot([numbers], [statistics.fmean(points)], "k*", markersize=11)
-        axes.annotate(f"onebasis, {name.partition('_')[0]} tasks", (numbers, statistics.fmean(points)), fontsize=8)
+        axes.plot([numbers], [points], "k*", markersize=11, label=label)
+        label = ""  # once in the legend
+        axes.annotate(name.partition("_")[0], (numbers, points), (0, 7), textcoords="offset points", ha="center")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(
         xscale="log",
