@@ -267,6 +267,7 @@ class SubspaceReader:
 
         return VersionTensors(self._heads)
 
+    @strict
     def let_go(self) -> None:
         """Keep no tensors that were read: whoever asks again reads them again."""
         self.__dict__.pop("_tensors", None)

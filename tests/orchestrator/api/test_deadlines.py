@@ -72,7 +72,7 @@ def test_it_is_told_once_and_taken_back_once(site: Site, capsys: pytest.CaptureF
     assert len(told()) == 1
     assert "cannot be met: it is trained in 17 min at the earliest" in told()[0]
 
-    site.service._deadlines = deadlines  # what the service itself estimates depends on how quick this machine is
+    site.service.status._deadlines = deadlines  # what the service itself estimates depends on how quick this machine is
     status = site.client.ask(Status())
     assert [late["title"] for late in status["late"]] == ["red/soon"]
     display.status(status)

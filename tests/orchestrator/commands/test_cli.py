@@ -599,11 +599,11 @@ def test_nor_over_http_and_the_ids_that_are_like_it_are_named(site: Site) -> Non
     before = site.plant.state.seq
     with pytest.raises(NotFound, match=rf"did you mean {task_id} \(red/alpha\)"):
         site.client.ask(Unquarantine(task_id=task_id[:-1] + "x", actor="ann"))
-    site.service._store.refresh()
-    assert site.plant.state.seq == before
+    state = site.service.versions().refresh()
+    assert state.seq == site.plant.state.seq == before
     for _ in range(2):  # asked twice, it is done once and no error
         site.client.ask(Unquarantine(task_id=task_id, op_key="unquarantine of monday", actor="ann"))
-    assert site.service._store.refresh().quarantined == {}
+    assert site.service.versions().refresh().quarantined == {}
 
 
 def test_the_title_of_the_scores_is_one_line(onebasis: Onebasis) -> None:
