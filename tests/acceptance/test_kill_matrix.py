@@ -24,7 +24,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -217,12 +217,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
             assert left == []
 
 
-NO, YES, PERHAPS = (0,), (1,), (0, 1)
+BUDGETS = ("worker_deaths", "lost_machines")
+NO, DEATH, PERHAPS = ((0, 0),), ((1, 0),), ((0, 0), (0, 1))
 KILLS = [
-    # what, the alarm or the word that tells of it, whether the task that trains pays for a lost machine
+    # what, the alarm or the word that tells of it, what the task that trains may pay, by `BUDGETS`
     ("control plane", ("onebasis is down",), NO),
-    ("GangActor", (), YES),
-    ("WorkerActor", (), YES),
+    ("GangActor", (), DEATH),
+    ("WorkerActor", (), DEATH),
     ("StoreActor", (), NO),
     # The control plane may see the loss before `up` ends it, or not: then the order is given again.
     ("raylet", ("ray-down",), PERHAPS),
@@ -237,16 +238,16 @@ KILLS = [
 @pytest.fixture(scope="module")
 def undisturbed(service: Matrix) -> dict[str, dict[str, Any]]:
     """State in which a task was when nothing was killed, to what became of it."""
-    return {state: outcome(task, 0) for state, task in service.let_go(service.in_each("nothing")).items()}
+    return {state: outcome(task) for state, task in service.let_go(service.in_each("nothing")).items()}
 
 
-@pytest.mark.parametrize(("part", "told", "lost"), KILLS, ids=[part.replace(" ", "-") for part, _, _ in KILLS])
+@pytest.mark.parametrize(("part", "told", "may_pay"), KILLS, ids=[part.replace(" ", "-") for part, _, _ in KILLS])
 def test_what_is_killed_with_a_task_in_each_state_changes_nothing_of_what_becomes_of_them(
     service: Matrix,
     undisturbed: dict[str, dict[str, Any]],
     part: str,
     told: tuple[str, ...],
-    lost: tuple[int, ...],
+    may_pay: tuple[tuple[int, int], ...],
 ) -> None:
     titles = service.in_each(part.replace(" ", "-").replace("_", "-").lower())
     if (server := service.servers.get(part)) is not None:
@@ -265,20 +266,21 @@ def test_what_is_killed_with_a_task_in_each_state_changes_nothing_of_what_become
     tasks = service.let_go(titles)
     assert merged_once(service, *titles.values())
     assert service.status()["main"] == service.status()["candidate"]
-    paid = tasks["training"]["training"]["lost_machines"]
-    assert paid in lost
-    assert {state: outcome(task, paid if state == "training" else 0) for state, task in tasks.items()} == undisturbed
+    paid = tuple(tasks["training"]["training"][budget] for budget in BUDGETS)
+    assert paid in may_pay
+    found = {state: outcome(task, paid if state == "training" else (0, 0)) for state, task in tasks.items()}
+    assert found == undisturbed
 
 
-def outcome(task: dict[str, Any], lost_machines: int) -> dict[str, Any]:
-    """What became of a task. lost_machines: Attempts that what was killed has cost it, which are left out."""
+def outcome(task: dict[str, Any], paid: Sequence[int] = (0, 0)) -> dict[str, Any]:
+    """What became of a task. paid: Attempts that what was killed has cost it, by `BUDGETS`, which are left out."""
     training = task["training"]
     return {
         "state": task["state"],
         "score": task["local_score"],
         "steps": training["steps"],
-        "attempts": task["attempt"] - lost_machines,
-        "lost_machines": training["lost_machines"] - lost_machines,
+        "attempts": task["attempt"] - sum(paid),
+        **{budget: training[budget] - count for budget, count in zip(BUDGETS, paid, strict=True)},
         "own_bugs": training["own_bugs"],
         "preemptions": training["preemptions"],
         "merged": [event["kind"] for event in task["events"]].count("Merged"),
