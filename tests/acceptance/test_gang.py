@@ -338,8 +338,9 @@ def test_ranks_are_packed_or_spread(both: Site, placement: str, ranks: int, by_m
 def four(both: Site) -> Site:
     """The same machines, with a gang of four in the place of the gang of two."""
     both.cluster.stop(actors=False)
-    workers = both.settings.workers.model_copy(update={"ranks": 4, "placement": "PACK"})
-    both.cluster = joined(both.settings.model_copy(update={"workers": workers}), both.machines, both.token)
+    asked = both.settings.model_dump(mode="json", exclude={"pools", "base_models"})
+    both.settings = Settings.model_validate(asked | {"workers": asked["workers"] | {"ranks": 4, "placement": "PACK"}})
+    both.cluster = joined(both.settings, both.machines, both.token)
     both.warm()
     return both
 
