@@ -16,10 +16,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
-	$(BIN)/pytest -m "acceptance" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "acceptance and not stops" --numprocesses 2 --dist loadfile
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
+	@echo "         each process of a service stopped, all killed at once, and a store that is full, read-only, away or slow;"
+	@echo "         make test-kills runs these tests (10 minutes)"
 
 # Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
 # PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.

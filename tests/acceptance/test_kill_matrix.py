@@ -12,7 +12,8 @@ The table: each process is killed (SIGKILL) at a moment at which one task is in 
 
 Afterwards each of the four is what it is without any kill: published, in one version, with the same score, and with no
 attempt more than what was killed has cost it. Kills in the middle of a merge's own writes are in test_interruptions.py
-(the store's writer) and in tests/servers/test_kills.py (the S3 server and the writer, at every write).
+(the store's writer) and in tests/servers/test_kills.py (the S3 server and the writer, at every write). What is marked
+`stops` takes ten minutes more, and `make test-kills` runs it.
 """
 
 from __future__ import annotations
@@ -299,6 +300,7 @@ STOPS = [
 ]
 
 
+@pytest.mark.stops
 @pytest.mark.parametrize(("part", "told"), STOPS, ids=[part.replace(" ", "-") for part, _ in STOPS])
 def test_a_process_that_stands_still_is_told_of_and_up_mends_it_while_a_task_trains(
     service: Matrix, part: str, told: tuple[str, ...]
@@ -321,6 +323,7 @@ def test_a_process_that_stands_still_is_told_of_and_up_mends_it_while_a_task_tra
     service.wait_for_state(title, "cancelled")
 
 
+@pytest.mark.stops
 def test_while_each_write_takes_seconds_nobody_waits_silently_and_the_task_is_published(service: Matrix) -> None:
     service.proxy.mood = Mood.LATE
     try:
@@ -335,6 +338,7 @@ def test_while_each_write_takes_seconds_nobody_waits_silently_and_the_task_is_pu
     service.wait("the alarms to end", service.is_well, 60)
 
 
+@pytest.mark.stops
 def test_everything_killed_at_once_is_started_again_and_the_task_goes_on(service: Matrix) -> None:
     service.run("submit", str(service.task_file("everything", steps=30)))
     service.wait("training", lambda: service.task("payments/everything")["state"] == "training")
@@ -351,6 +355,7 @@ def test_everything_killed_at_once_is_started_again_and_the_task_goes_on(service
     assert merged_once(service, "payments/everything")
 
 
+@pytest.mark.stops
 @pytest.mark.parametrize(("mood", "code"), [(Mood.FULL, "store-full"), (Mood.READ_ONLY, "store-read-only")])
 def test_what_is_trained_waits_for_a_store_that_takes_nothing(service: Matrix, mood: Mood, code: str) -> None:
     name = f"meets-a-{mood}-store"
@@ -370,6 +375,7 @@ def test_what_is_trained_waits_for_a_store_that_takes_nothing(service: Matrix, m
     service.wait("the alarm to end", service.is_well, 30)
 
 
+@pytest.mark.stops
 @pytest.mark.parametrize("mood", [Mood.AWAY, Mood.SLOW])
 def test_a_store_that_does_not_answer_is_told_of_and_nobody_waits_silently(service: Matrix, mood: Mood) -> None:
     service.proxy.mood = mood
