@@ -257,7 +257,7 @@ def test_a_killed_rank_ends_the_gang_and_the_next_attempt_goes_on_from_the_check
     os.kill(old[1], signal.SIGKILL)
     outcome = site.answer(call, 30)
     assert isinstance(outcome, Failed)
-    assert outcome.fault == "lost"
+    assert outcome.fault == "died"
     assert "rank 1 of 2 on 10." in outcome.message
     until(lambda: not any(psutil.pid_exists(pid) for pid in old), 5)
 
