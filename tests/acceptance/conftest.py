@@ -35,10 +35,10 @@ class Site:
         assert done.returncode == expect, f"onebasis {' '.join(arguments)}\n{done.stdout}\n{done.stderr}\n{self.log()}"
         return done.stdout + done.stderr
 
-    def ask(self, *arguments: str) -> Any:
+    def ask(self, *arguments: str, expect: int = 0) -> Any:
         """The JSON answer of a command."""
         done = subprocess.run([ONEBASIS, *arguments, "--json"], cwd=self.folder, capture_output=True, text=True)
-        assert done.returncode == 0, f"onebasis {' '.join(arguments)}\n{done.stdout}\n{done.stderr}\n{self.log()}"
+        assert done.returncode == expect, f"onebasis {' '.join(arguments)}\n{done.stdout}\n{done.stderr}\n{self.log()}"
         return json.loads(done.stdout)
 
     def look(self, request: ServiceRequest[Answer]) -> Answer:

@@ -132,7 +132,7 @@ def test_a_leader_that_is_ended_hands_over_at_once_and_what_trains_goes_on(two: 
     said = leader.run("down")
     assert f"one of those that stand by leads on, {os.uname().nodename}:{other.folder}" in said.replace("\n", "")
     other.wait("the other to lead", lambda: role(other) == "leads", 5)
-    assert "down here, and led by another control plane" in leader.run("status")
+    assert "down here, and led by another control plane" in leader.run("status", expect=10)
     task = other.wait_for_state("payments/handed", "published")
     assert task["attempt"] == 1
     assert "Preempted" not in [event["kind"] for event in task["events"]]
