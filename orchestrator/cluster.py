@@ -237,8 +237,10 @@ class RayCluster:
         return tuple(sorted({node["NodeManagerAddress"] for node in self._ray.nodes() if node["NodeID"] in node_ids}))
 
     def _named(self) -> list[str]:
-        """Names of this service's actors."""
-        return sorted(self._ray.util.list_named_actors())
+        """Names of this service's writers and workers. What watches how processes end stays as long as they do."""
+        from workers.process_monitor_actor import PREFIX
+
+        return sorted(name for name in self._ray.util.list_named_actors() if not name.startswith(PREFIX))
 
     def run(self, worker: str, order: Order) -> Call:
         self._may()

@@ -150,10 +150,14 @@ def site(base_model: BaseModelSettings, tmp_path_factory: pytest.TempPathFactory
     storage.write("data/eval", sentiment_rows(10, seed=2))
     answers = ({"prompt": f"say {n}", "completion": "yes " * (1 + 5 * (n % 2) + n % 3)} for n in range(16))
     storage.write("data/answers", "\n".join(json.dumps(row) for row in answers).encode())
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
     before = dict(os.environ)
     try:
         with two_machines(ray_environment(folder / "token")) as machines:
             machines.start_head(cpus=2)
+            os.environ.update(ray_environment(folder / "token"))
+            reset_auth_token_state()  # a test before this one may have joined another cluster from this process
             cluster = joined(ours, machines, folder / "token")
             machines.start_other(cpus=2)
             until(lambda: nodes() == 2, 120)

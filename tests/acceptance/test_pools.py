@@ -46,6 +46,9 @@ class InRay:
         state_dir = site.folder / ".onebasis"
         os.environ.update(ray_environment(state_dir / "ray_token"))
         import ray
+        from ray._private.authentication_test_utils import reset_auth_token_state
+
+        reset_auth_token_state()  # a test before this one may have joined another cluster from this process
 
         self._ray = ray
         ray.init(
@@ -56,7 +59,8 @@ class InRay:
 
     def workers(self) -> set[str]:
         named = self._ray.util.list_named_actors(all_namespaces=True)
-        return {actor["name"] for actor in named} - {"store"}
+        others = ("@store-", "process-monitor-")
+        return {actor["name"] for actor in named if not actor["name"].startswith(others)}
 
     def reserved_cpus(self) -> float:
         return float(self._ray.cluster_resources()["CPU"] - self._ray.available_resources().get("CPU", 0.0))
