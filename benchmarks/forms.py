@@ -31,6 +31,8 @@ TRAINED = 8
 """Number of tasks for which LoRAs of other ranks are trained."""
 DIRECTIONS = (8, 16, 32, 64)
 """Directions of a fixed basis."""
+RANK = 8
+"""Of the one adapter for all."""
 TURNS = 5
 """Turns of the joint compression; its loss hardly changes after three."""
 ONE_FOR_ALL: tuple[Variant, ...] = ("mean", "ties")
@@ -108,10 +110,6 @@ def _merged(whole: Mapping[str, Adapter]) -> Iterator[tuple[str, int, float, Map
     for variant in ONE_FOR_ALL:
         merged = merge_all(whole, variant, SubspaceSettings(rank_fixed=RANK))
         yield f"one adapter for all: {variant}", RANK, merged.stored_numbers, merged.updates
-
-
-RANK = 8
-"""Of the one adapter for all."""
 
 
 def _jointly(whole: Mapping[str, Adapter], directions: int) -> tuple[int, dict[str, dict[str, ModuleUpdate]]]:

@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.real_adapters import read  # noqa: E402
 from benchmarks.real_streams import base_model  # noqa: E402
 from configs.settings import SubspaceSettings  # noqa: E402
-from configs.task_spec import TaskSpec, read_task_spec  # noqa: E402
-from subspace_store import Adapter, StagedAdapter, SubspaceStore  # noqa: E402
-from subspace_store.adapter import SIZED, canonical_update  # noqa: E402
+from configs.task_spec import Kind, TaskSpec, read_task_spec  # noqa: E402
+from subspace_store import Adapter, ModuleUpdate, SubspaceStore  # noqa: E402
+from subspace_store.adapter import SIZED  # noqa: E402
 from subspace_store.formats.peft import to_peft  # noqa: E402
-from tests.subspace_store.builders import fresh_storage  # noqa: E402
+from tests.subspace_store.builders import fresh_storage, merged, random_adapter, trained_in  # noqa: E402
+from tests.workers.worker_builders import random_head  # noqa: E402
 from workers.base_model import BaseModel  # noqa: E402
 from workers.evaluation import adapted_model  # noqa: E402
 from workers.features import collator  # noqa: E402
@@ -52,6 +53,7 @@ ROWS = 64
 BATCHES = 12
 COUNTS = (1, 10, 100, 1000)
 TARGETS = ("query", "value")
+KIND: Kind = "sequence_classification"
 
 
 def main() -> None:
@@ -73,50 +75,18 @@ def many_tasks(base: BaseModel) -> SubspaceStore:
     """A store in memory: seeds, and tasks inside their basis."""
     settings = SubspaceSettings(renew_tasks=0)
     store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="benchmark")
-    shapes = {n: s for n, s in base.module_shapes("sequence_classification").items() if n.endswith(TARGETS)}
-    layout = base.heads["sequence_classification"]
+    shapes = {n: s for n, s in base.module_shapes(KIND).items() if n.endswith(TARGETS)}
 
-    def adapter(seed: int, modules: Any) -> Adapter:
-        draw = torch.Generator().manual_seed(seed)
-        head = {
-            name: 0.1 * torch.randn((LABELS, *shape[1:]) if name in layout.outputs else shape, generator=draw)
-            for name, shape in layout.shapes.items()
-            if name.startswith(tuple(layout.trained))
-        }
+    def adapter(seed: int, modules: Mapping[str, ModuleUpdate]) -> Adapter:
+        head = random_head(base.heads[KIND], LABELS, seed, 0.1)
         return Adapter(base.name, "", modules, head, {SIZED: "score"})
 
-    def merge(adapters: dict[str, Adapter]) -> None:
-        staged = []
-        for task, one in adapters.items():
-            ref = store.stage(f"staging/{task}/1/adapter.safetensors", one)
-            staged.append(StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256))
-        store.merge(staged, op_key=next(iter(adapters)), actor="benchmark")
-
     for seed in range(SEEDS):
-        draw = torch.Generator().manual_seed(seed)
-        merge(
-            {
-                f"seed-{seed}": adapter(
-                    seed,
-                    {
-                        name: canonical_update(
-                            torch.randn(n, SEED_RANK, generator=draw), torch.randn(SEED_RANK, d, generator=draw), 0.02
-                        )
-                        for name, (n, d) in shapes.items()
-                    },
-                )
-            }
-        )
+        merged(store, {f"seed-{seed}": adapter(seed, random_adapter(seed, SEED_RANK, shapes, 0.02).modules)})
     bases = store.training_basis(SEEDS)
     for start in range(0, TASKS, AT_ONCE):
-        group = {}
-        for task in range(start, min(TASKS, start + AT_ONCE)):
-            draw, modules = torch.Generator().manual_seed(1000 + task), {}
-            for name, basis in bases.items():
-                e_KR, f_KR = (torch.randn(k, RANK, generator=draw) for k in basis.ranks)
-                modules[name] = canonical_update(basis.p_NK @ e_KR, (basis.q_DK @ f_KR).T, 0.02)
-            group[f"t{task}"] = adapter(task, modules)
-        merge(group)
+        tasks = range(start, min(TASKS, start + AT_ONCE))
+        merged(store, {f"t{task}": adapter(task, trained_in(bases, 1000 + task, RANK).modules) for task in tasks})
     return store
 
 

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from configs.settings import BaseModelSettings
 from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
+from workers.architecture import inside
+from workers.heads import HeadLayout
 from workers.weights import weights_digest
 
 MINILM = BaseModelSettings(
@@ -65,6 +70,16 @@ def task_of_kind(kind: Kind, label_names: Sequence[str] = ("a", "b"), **changes:
         data |= {"label_names": tuple(label_names)}
     changes = {"method": {"name": "lora"}} | changes
     return TaskSpec(team="team-a", name="any", base_model="tiny", kind=kind, data=data, **changes)
+
+
+def random_head(layout: HeadLayout, outputs: int, seed: int, size: float = 0.3) -> dict[str, Tensor]:
+    """The part of a head that is trained with a task, for so many outputs."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        name: size * torch.randn((outputs, *shape[1:]) if name in layout.outputs else shape, generator=draw)
+        for name, shape in layout.shapes.items()
+        if inside(name, layout.trained)
+    }
 
 
 def mapped_weights(folder: Path) -> dict[str, list[tuple[range, int]]]:

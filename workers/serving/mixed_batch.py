@@ -11,7 +11,7 @@ Axes: S rows of a batch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from workers.base_model import BaseModel
 from workers.evaluation import adapted_model, batches_by_length, written
 from workers.features import images
 from workers.model_folder import AUTO_CLASSES
-from workers.rows.task_data import CompletionRow, ImageRow, Row
+from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_layers import Directions, MixedLayers, TaskFactors
 from workers.tokens import encode_prompt, lengths, tokenize
 from workers.truncation import losses
@@ -130,6 +130,8 @@ class MixedBatch:
             A pass of the base model, thin products beside each adapted layer, and for each task its head. A task that
             is not in memory is read: a file or two, and 30 ms.
         """
+        for one in asked:
+            _check(one)
         loaded = {one.task_id: self._task(one.task_id, one.spec) for one in asked}
         answers: dict[int, Answer] = {}
         groups: dict[tuple[Any, str], list[int]] = {}
@@ -152,7 +154,7 @@ class MixedBatch:
     # What passes through the model
 
     def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
-        encoded, warnings = _encoded(self._base, asked)
+        encoded, warnings = _encoded(self._base, asked), _not_read(self._base, asked)
         found: list[Answer | None] = [None] * len(asked)
         for chosen in batches_by_length([size for _, size in encoded]):
             self._between()
@@ -181,6 +183,11 @@ class MixedBatch:
             where, base = asked[rooms.index(least)].task_id, f"{self._base.name} has {self._base.length_max} positions"
             raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {base}", where, "lower max_new_tokens")
         prompts = [encode_prompt(tokenizer, one.row, room) for one, room in zip(asked, rooms, strict=True)]  # type: ignore[arg-type]
+        for place, (one, room) in enumerate(zip(asked, rooms, strict=True)):
+            (given,) = (length.given for length in lengths(tokenizer, one.spec, [one.row]))
+            if given > room:
+                cut = f"the prompt has {given} tokens, and its last {room} are read"
+                found[place] = replace(found[place], warning=cut)
         for chosen in batches_by_length([len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]):
             longest = max(most[i] for i in chosen)
             with model.serving([tasks[i] for i in chosen]):
@@ -216,8 +223,10 @@ class MixedBatch:
             return known
         parts, model = self._store.parts(task_id, self.version), self._model(spec)
         modules = {*parts.private, *map(plain, parts.coefficients)}
-        is_apart = self._base.is_inside_backbone(spec, parts.kept) or not modules <= model.layers.keys()
-        head = {} if is_apart or spec.kind == "causal_lm" else self._base.head(spec, parts.kept)
+        is_writer = spec.kind == "causal_lm"  # has the base model's output layer; what it brings beside it is its own
+        is_own = bool(parts.kept.head) if is_writer else self._base.is_inside_backbone(spec, parts.kept)
+        is_apart = is_own or not modules <= model.layers.keys()
+        head = {} if is_apart or is_writer else self._base.head(spec, parts.kept)
         factors = {} if is_apart else {name: _factors(name, parts, model) for name in sorted(modules)}
         self._tasks[task_id] = _Loaded(spec, factors, head, is_apart)
         return self._tasks[task_id]
@@ -339,29 +348,51 @@ def _factors(name: str, parts: TaskParts, model: _SharedModel) -> TaskFactors:
     return TaskFactors(*(part.to(device, dtype).contiguous() for part in (e_RK, f_RK, b_RN, a_RD)))
 
 
-def _encoded(base: BaseModel, asked: Sequence[Asked]) -> tuple[list[tuple[Any, int]], list[str]]:
-    """Each row as the tokenizer returns it, with its number of tokens, or a picture; and what of it is not read."""
-    encoded: list[tuple[Any, int]] = [(None, 0)] * len(asked)
-    warnings = [""] * len(asked)
+ROWS_OF: Mapping[Kind, type[Row]] = {"causal_lm": CompletionRow, "image_classification": ImageRow}
+"""Row that a kind is asked about; the others about a text, or two."""
+
+
+def _check(asked: Asked) -> None:
+    """Refuse a row that is not of the task's kind: it would be answered, and nobody could tell."""
+    kind, row, expects_pair = asked.spec.kind, asked.row, bool(asked.spec.data.text_pair_column)
+    if not isinstance(row, ROWS_OF.get(kind, TextRow)):
+        raise InvalidInput(f"a {kind} is not asked about a {type(row).__name__}", asked.task_id)
+    if isinstance(row, TextRow) and (row.text_pair is not None) is not expects_pair:
+        given = "one text" if expects_pair else "two texts"
+        what = f"it was trained on {'two texts' if expects_pair else 'one text'} at a time, and is asked about {given}"
+        raise InvalidInput(what, asked.task_id, "ask about as many")
+
+
+def _encoded(base: BaseModel, asked: Sequence[Asked]) -> list[tuple[Any, int]]:
+    """Each row as the tokenizer returns it, with its number of tokens, or a picture."""
+    encoded: list[tuple[Any, int]] = [(one.row, 0) for one in asked]
     if asked[0].spec.kind == "image_classification":
-        return [(one.row, 0) for one in asked], warnings
-    groups: dict[tuple[int, bool], list[int]] = {}
-    for place, one in enumerate(asked):
-        if isinstance(one.row, CompletionRow | ImageRow):
-            raise InvalidInput(f"a {one.spec.kind} is asked about a text", one.task_id)
-        groups.setdefault((one.spec.data.max_length, one.row.text_pair is not None), []).append(place)
-    for (longest, _), places in groups.items():
-        rows = [asked[place].row for place in places]
-        found = tokenize(base.tokenizer, rows, longest)
+        return encoded
+    for places in _alike(asked):
+        found = tokenize(base.tokenizer, [asked[place].row for place in places], asked[places[0]].spec.data.max_length)
         for index, place in enumerate(places):
             features = {name: values[index] for name, values in found.items()}
             encoded[place] = features, len(features["input_ids"])
-            spec = asked[place].spec
-            if encoded[place][1] == longest:  # perhaps cut
-                warnings[place] = "; ".join(
-                    losses(lengths(base.tokenizer, spec, rows[index : index + 1]), spec, "rows")
-                )
-    return encoded, warnings
+    return encoded
+
+
+def _not_read(base: BaseModel, asked: Sequence[Asked]) -> list[str]:
+    """What of each row the model does not read, in words; empty where it reads all."""
+    said = [""] * len(asked)
+    for places in _alike(asked):
+        spec = asked[places[0]].spec
+        measured = lengths(base.tokenizer, spec, [asked[place].row for place in places])
+        for place, length in zip(places, measured, strict=True):
+            said[place] = "; ".join(losses([length], spec, "rows"))
+    return said
+
+
+def _alike(asked: Sequence[Asked]) -> Iterable[list[int]]:
+    """Places of the rows that a tokenizer takes at once."""
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for place, one in enumerate(asked):
+        groups.setdefault((one.spec.data.max_length, bool(one.spec.data.text_pair_column)), []).append(place)
+    return groups.values()
 
 
 def _padded(base: BaseModel, encoded: Sequence[Any], kind: Kind) -> dict[str, Tensor]:

@@ -15,13 +15,14 @@ import torch
 from configs.errors import InvalidInput, NotFound
 from configs.settings import SubspaceSettings
 from configs.task_spec import Kind, TaskSpec
-from subspace_store import Adapter, StagedAdapter, SubspaceStore
-from subspace_store.adapter import SIZED, canonical_update
+from subspace_store import Adapter, SubspaceStore
+from subspace_store.adapter import SIZED, ModuleUpdate
+from subspace_store.merging.subspace_math import weighted_sum
 from subspace_store.module_names import is_renewed
-from tests.subspace_store.builders import fresh_storage
+from tests.subspace_store.builders import foundation_adapter, fresh_storage, merged, random_adapter, trained_in
 from tests.workers.families import FAMILIES, save
 from tests.workers.tiny_bases import save_llama
-from tests.workers.worker_builders import task_of_kind, tiny_settings
+from tests.workers.worker_builders import random_head, task_of_kind, tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import adapted_model, generate
 from workers.features import collator
@@ -69,46 +70,22 @@ def site(base: BaseModel, kind: Kind, targets: Sequence[str], **data: object) ->
     shapes = {n: s for n, s in base.module_shapes(kind).items() if n.endswith(tuple(targets))}
     specs: dict[str, TaskSpec] = {}
 
-    def merge(task: str, modules: Mapping[str, object], labels: int) -> None:
+    def merge(task: str, modules: Mapping[str, ModuleUpdate], labels: int) -> None:
         spec = task_of_kind(kind, [f"{task}-{n}" for n in range(labels)])
         specs[task] = spec.model_copy(update={"data": spec.data.model_copy(update=data)})
-        draw, layout = torch.Generator().manual_seed(len(specs)), base.heads[kind]
-        count = 1 if kind == "sequence_regression" else labels
-        head = {
-            name: 0.3 * torch.randn((count, *shape[1:]) if name in layout.outputs else shape, generator=draw)
-            for name, shape in layout.shapes.items()
-            if name.startswith(tuple(layout.trained))
-        }
+        head = random_head(base.heads[kind], 1 if kind == "sequence_regression" else labels, len(specs))
         facts = {SIZED: "score", "fan_in_fan_out": json.dumps(bool(base.stores_transposed))}
-        adapter = Adapter(base.name, "", dict(modules), head if layout.trained else {}, facts)  # type: ignore[arg-type]
-        ref = store.stage(f"staging/{task}/1/adapter.safetensors", adapter)
-        staged = StagedAdapter(task_id=task, name=f"team/{task}", key=ref.key, sha256=ref.sha256)
-        store.merge([staged], op_key=task, actor="test")
-
-    def update(seed: int, rank: int) -> dict[str, object]:
-        draw = torch.Generator().manual_seed(seed)
-        return {
-            name: canonical_update(torch.randn(n, rank, generator=draw), torch.randn(rank, d, generator=draw), 0.2)
-            for name, (n, d) in shapes.items()
-        }
+        merged(store, {task: Adapter(base.name, "", modules, head, facts)})
 
     for number in range(4):
-        merge(f"seed-{number}", update(number, 2 + number % 2), 2 + number % 2)
+        merge(f"seed-{number}", random_adapter(number, 2 + number % 2, shapes, 0.4).modules, 2 + number % 2)
     bases = store.training_basis(4)
     for number in range(2):
-        draw, inside = torch.Generator().manual_seed(50 + number), {}
-        for name in shapes:
-            e_KR, f_KR = (torch.randn(k, 3, generator=draw) for k in bases[name].ranks)
-            inside[name] = canonical_update(bases[name].p_NK @ e_KR, (bases[name].q_DK @ f_KR).T, 0.3)
-        merge(f"renewed-{number}", inside, 3)
-    first, partly = store.basis(4), {}
-    for name, (n, d) in shapes.items():
-        draw, basis = torch.Generator().manual_seed(60), first[name]
-        b_NR = torch.cat([basis.p_NK @ torch.randn(basis.ranks[0], 3, generator=draw), torch.randn(n, 1)], dim=1)
-        a_RD = torch.cat([torch.randn(3, basis.ranks[1], generator=draw) @ basis.q_DK.T, torch.randn(1, d)])
-        partly[name] = canonical_update(b_NR, a_RD, 0.2)
-    merge("partly", partly, 2)
-    merge("private", update(77, 1), 2)
+        merge(f"renewed-{number}", trained_in(bases, 50 + number).modules, 3)
+    inside, beside = trained_in(store.basis(4), 60).modules, random_adapter(61, 1, shapes).modules
+    merge("partly", {name: weighted_sum([inside[name], beside[name]], [2.0, 0.2]) for name in shapes}, 2)
+    merge("foundation", foundation_adapter(70, directions=4, shapes=shapes).modules, 2)
+    merge("private", random_adapter(77, 1, shapes, 0.4).modules, 2)
     return Site(base, store, specs, store.state.refs["candidate"])
 
 
@@ -138,6 +115,7 @@ def test_where_the_updates_are(tmp_path: Path) -> None:
     assert parts["seed-0"].coefficients
     assert not any(map(is_renewed, parts["seed-0"].coefficients))
     assert parts["private"].private
+    assert all(update.foundation for update in parts["foundation"].private.values())
     assert any(part.coefficients and part.private for part in parts.values())
 
 
@@ -175,7 +153,7 @@ def test_the_update_counts(tmp_path: Path) -> None:
 
 
 def test_regressions_give_numbers(tiny: Callable[[str], BaseModel]) -> None:
-    made = site(tiny("bert"), "sequence_regression", ["query", "value"])
+    made = site(tiny("bert"), "sequence_regression", ["query", "value"], text_pair_column="other")
     rows = [TextRow(text, text[::-1], 0.0) for text in TEXTS]
     found = made.answers([(task, row) for task in made.specs for row in rows])
     expected = torch.cat([made.alone(task, rows).squeeze(-1) for task in made.specs])
@@ -239,10 +217,30 @@ def test_what_is_cut_is_told(tiny: Callable[[str], BaseModel]) -> None:
     assert not whole.warning
 
 
+def test_what_of_a_prompt_is_cut_or_of_a_text_is_unknown_is_told(
+    tiny: Callable[[str], BaseModel], tmp_path: Path
+) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    made = site(base, "causal_lm", ["q_proj"], max_new_tokens=8)
+    long, short = (CompletionRow((("user", text), ("assistant", "")), False) for text in (TEXTS[0] * 9, "Paris"))
+    cut, whole = made.answers([("seed-0", long), ("seed-0", short)])
+    assert "and its last 16 are read" in cut.warning
+    assert not whole.warning
+    (foreign,) = site(tiny("bert"), "sequence_classification", ["query"]).answers(
+        [("seed-0", TextRow("\U0001f600", None, 0))]
+    )
+    assert "characters that the base model's tokenizer does not know" in foreign.warning
+
+
 def test_a_row_of_another_kind_is_refused(tiny: Callable[[str], BaseModel]) -> None:
     made = site(tiny("bert"), "sequence_classification", ["query"])
-    with pytest.raises(InvalidInput, match="asked about a text"):
+    with pytest.raises(InvalidInput, match="a sequence_classification is not asked about a CompletionRow"):
         made.answers([("seed-0", CompletionRow((("user", "a"), ("assistant", "")), False))])
+    with pytest.raises(InvalidInput, match="was trained on one text at a time, and is asked about two texts"):
+        made.answers([("seed-0", TextRow("a", "b", 0))])
+    pairs = site(tiny("bert"), "sequence_classification", ["query"], text_pair_column="other")
+    with pytest.raises(InvalidInput, match="was trained on two texts at a time, and is asked about one text"):
+        pairs.answers([("seed-0", TextRow("a", None, 0))])
 
 
 def test_memory_stays_within_its_limit(tiny: Callable[[str], BaseModel]) -> None:
