@@ -118,6 +118,11 @@ class Draft:
         """Ids of the tasks that leave."""
         return frozenset(arrival.replaces for arrival in self.arrivals if arrival.replaces is not None)
 
+    def bytes_of(self, *refs: BlobRef | None) -> int:
+        """Size of those objects that this writer has made."""
+        mine = f"blobs/{self.epoch:010d}/"
+        return sum(ref.size_bytes for ref in refs if ref is not None and ref.key.startswith(mine))
+
     def keep(self, arrival: Arrival) -> BlobRef:
         """The object that holds the adapter from now on."""
         content = arrival.content
@@ -212,11 +217,7 @@ def write_version(draft: Draft) -> Written:
         renewed_count=sum(map(is_renewed, merging.ranks)),
         rank_max=max(max(ranks) for ranks in merging.ranks.values()),
         drift=tuple(round(drift[task], 7) for task in merging.held) if any(drift.values()) else (),
-        bytes_written=sum(
-            ref.size_bytes
-            for ref in (basis, transport, coefficients, snapshot, *adapters, *private)
-            if ref is not None and ref.key.startswith(f"blobs/{epoch:010d}/")
-        ),
+        bytes_written=draft.bytes_of(basis, transport, coefficients, snapshot, *adapters, *private),
         merge_seconds=merging.seconds,
         snapshot=snapshot,
         remakes=draft.remakes,
@@ -318,11 +319,7 @@ def _write_in_place(draft: Draft, placed: Placement, seconds: float, known: Mapp
         module_count=old.module_count,
         renewed_count=old.renewed_count,
         rank_max=old.rank_max,
-        bytes_written=sum(
-            ref.size_bytes
-            for ref in (coefficients, *adapters, *private)
-            if ref is not None and ref.key.startswith(f"blobs/{draft.epoch:010d}/")
-        ),
+        bytes_written=draft.bytes_of(coefficients, *adapters, *private),
         merge_seconds=seconds,
         approximate=tuple(arrival.task_id for arrival in draft.arrivals if arrival.approximate),
         refined=() if draft.left else brought,

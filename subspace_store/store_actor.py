@@ -80,8 +80,9 @@ class StoreActor:
         self._heed(leader)
         return os.getpid()
 
-    def release(self) -> None:
-        """Give the store up when the service ends: any service may have it then."""
+    def release(self, leader: int = 0) -> None:
+        """Give the store up when the service ends: any service may have it then. Raises NotLeading, as `do`."""
+        self._heed(leader)
         if read_format(self._place) is not None:
             self._opened().release_ownership(self._service, actor=self._service.name)
 

@@ -782,8 +782,10 @@ class SubspaceReader:
         if task.adapter.key not in self.state.heads:
             return self._read_delivered(task)
         if self.state.tasks_at(version).get(task.task_id) != task:
-            alive = (one.number for one in reversed(retention.alive(self.state)))
-            version = next(number for number in alive if self.state.tasks_at(number).get(task.task_id) == task)
+            entries = {one.number: self.state.tasks_at(one.number) for one in reversed(retention.alive(self.state))}
+            having = [number for number, held in entries.items() if task.task_id in held]
+            # Of one that was refined since, and whose versions before that have expired, what it became.
+            version = next((number for number in having if entries[number][task.task_id] == task), having[0])
         return _to_the_last_number(self.adapter(task.task_id, version))
 
     def _restorable(self, task_id: str) -> tuple[MergedTask, MergedTask]:

@@ -16,7 +16,16 @@ from typing import Any
 from configs.document import NAME_PATTERN
 from configs.errors import Conflict, Held, InvalidInput, NotFound, RefusedAdapters
 from subspace_store.log import fold
-from subspace_store.log.version import CANDIDATE, MAIN, BlobRef, MergedTask, SubspaceState, Version, gone_before
+from subspace_store.log.version import (
+    CANDIDATE,
+    MAIN,
+    BlobRef,
+    MergedTask,
+    SubspaceState,
+    Version,
+    gone_before,
+    still_held,
+)
 
 
 @dataclass(frozen=True)
@@ -251,14 +260,12 @@ def _by_key(state: SubspaceState, versions: Iterable[Version], tasks: Iterable[M
         refs |= {version.basis, version.transport}
         refs |= {state.versions[number].basis for number in version.basis_versions}
         refs |= {task.coefficients for task in version.brought}
-        gone: set[str] = set()
-        for before in _since_snapshot(state, version):
+        line = [*_since_snapshot(state, version)][::-1]
+        for before, held in zip(line, still_held(line), strict=True):
             if before.snapshot is not None:
                 refs.add(before.snapshot)
             else:
-                held = (task for task in before.brought if task.task_id not in gone)
                 refs |= {before.transport, *(task.coefficients for task in held)}
-            gone = gone_before(before, gone)
     for task in tasks:
         refs |= {state.heads.get(task.adapter.key, task.adapter), task.private}
     return {ref.key: ref for ref in refs if ref is not None}

@@ -60,6 +60,12 @@ def checkpoint_key(seq: int) -> str:
     return f"checkpoints/{seq:020d}.json"
 
 
+def other_owner(storage: Storage, service: Identity) -> Owner | None:
+    """The owner of the store at a place, if that is another service."""
+    owner = VersionLog(storage).open().owner
+    return owner if owner is not None and owner.is_another_than(service) else None
+
+
 def owned_by_another(owner: Owner, where: str, service: Identity | None = None) -> OwnedByAnother:
     """The error for a program that wants to write to a store of another service. service: The one that wants to."""
     since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(owner.since))

@@ -568,6 +568,24 @@ def test_where_an_old_revision_is_gone_the_later_one_takes_its_place_when_others
     assert verify(reading(store.storage), deep=True) == []
 
 
+def test_what_was_refined_and_then_revised_is_made_again_as_what_it_became() -> None:
+    store = grown("t u", **PAYS)
+    store.publish(1, op_key="p1", actor="me")
+    refined(store, {"t": adapter_of("t")})
+    store.publish(2, op_key="p2", actor="me")
+    store.drop_adapters(["t"], actor="me")
+    store.pin(2, owner="me", until=None, actor="me")
+    store.rollback(1, op_key="back", actor="me", reason="")
+    revise(store, "t@2")
+    store.publish(3, op_key="p3", actor="me")
+    store.expire([1], actor="me")
+    assert store.preview_remove("u").numbers_after
+    version = store.remove("u", op_key="x", actor="me")
+    assert version is not None
+    assert list(store.state.tasks_at(version.number)) == ["t@2"]
+    assert verify(reading(store.storage), deep=True) == []
+
+
 def test_a_revision_that_came_back_may_follow_itself_when_the_one_between_is_gone() -> None:
     store = grown("a", "b", "c", "a@2")
     store.restore_revision("a", op_key="r", actor="me")
