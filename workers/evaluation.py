@@ -160,7 +160,7 @@ def _predictions(
         between_batches()
         batch = collate(rows[index] for index in chosen)
         labels = batch.pop("labels").tolist()
-        logits = model(**_on(model.device, batch)).logits
+        logits = model(**on_device(model.device, batch)).logits
         answers = logits.squeeze(-1) if regression else logits.argmax(dim=-1)
         numbers = logits.isfinite().all(dim=-1).tolist()
         broken += [index for index, is_number in zip(chosen, numbers, strict=True) if not is_number]
@@ -189,7 +189,7 @@ def _likelihood(
     tokens_max = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // len(base.tokenizer))
     for chosen in batches_by_length(counts, tokens_max):
         between_batches()
-        batch = _on(model.device, collate(rows[index] for index in chosen))
+        batch = on_device(model.device, collate(rows[index] for index in chosen))
         labels_RT = batch.pop("labels")[:, 1:]
         logits_RTV = model(**batch).logits[:, :-1]
         for index, logits_TV, labels_T in zip(chosen, logits_RTV, labels_RT, strict=True):  # one row in float32 at once
@@ -280,7 +280,7 @@ def written(
     width = max(map(len, prompts))
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    batch = _on(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+    batch = on_device(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
     with torch.inference_mode():
         answers: list[list[int]] = model.generate(**batch, stopping_criteria=[never_but_stop_if_asked])[
             :, width:
@@ -303,7 +303,8 @@ def batches_by_length(counts: Sequence[int], tokens_max: int = TOKENS_PER_BATCH)
     return batches
 
 
-def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_device(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a batch where a model is."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

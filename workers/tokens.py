@@ -85,21 +85,28 @@ def lengths(tokenizer: Any, spec: TaskSpec, rows: Sequence[Any]) -> list[Length]
             Length(len(given), len(answer), _unknown_of_texts(tokenizer, row, given + answer))
             for row, given, answer in encoded
         ]
-    added = tokenizer.num_special_tokens_to_add(pair=bool(spec.data.text_pair_column))
-    return [
-        Length(len(ids), unknown=_unknown(tokenizer, ids, added))
+    found = (
+        tokenize(tokenizer, rows[start : start + ROWS_AT_ONCE], spec.data.max_length + 1)["input_ids"]
         for start in range(0, len(rows), ROWS_AT_ONCE)
-        for ids in tokenize(tokenizer, rows[start : start + ROWS_AT_ONCE], spec.data.max_length + 1)["input_ids"]
-    ]
+    )
+    return [length for ids in found for length in text_lengths(tokenizer, spec, ids)]
+
+
+def text_lengths(tokenizer: Any, spec: TaskSpec, ids: Sequence[Sequence[int]]) -> list[Length]:
+    """As `lengths`, of texts that were tokenised with one token more than data.max_length."""
+    added = tokenizer.num_special_tokens_to_add(pair=bool(spec.data.text_pair_column))
+    return [Length(len(one), unknown=_unknown(tokenizer, one, added)) for one in ids]
 
 
 def _unknown_of_texts(tokenizer: Any, row: CompletionRow, ids: Sequence[int]) -> float:
     """As in `Length.unknown`, of what people and the model say: what the chat template puts around it is always known,
     and would hide a short message of which nothing is. ids: All tokens of the row."""
-    if (whole := _unknown(tokenizer, ids, 2)) in (0.0, 1.0):
-        return whole
+    whole = _unknown(tokenizer, ids, 2)
+    if not row.is_chat or whole == 1.0 or (whole == 0.0 and tokenizer.unk_token_id is not None):
+        return whole  # without such a token, what is not known leaves no trace
     alone = tokenizer([text for _, text in row.turns], add_special_tokens=False)["input_ids"]
-    return _unknown(tokenizer, [token for text in alone for token in text], 0)
+    own = [token for text in alone for token in text]
+    return _unknown(tokenizer, own, 0) if own else 1.0
 
 
 def _unknown(tokenizer: Any, ids: Sequence[int], added: int) -> float:
@@ -145,6 +152,13 @@ def encode_completion(tokenizer: Any, row: CompletionRow, length_max: int) -> tu
 def encode_prompt(tokenizer: Any, row: CompletionRow, length_max: int) -> list[int]:
     """Token ids to generate from, the last `length_max` of them."""
     return _cut_left(tokenizer, _encode(tokenizer, row)[0], length_max)
+
+
+def measured_prompt(tokenizer: Any, row: CompletionRow, length_max: int) -> tuple[list[int], Length]:
+    """As `encode_prompt`, and what there was of it."""
+    given, _ = _encode(tokenizer, row)
+    length = Length(len(given), unknown=_unknown_of_texts(tokenizer, row, given))
+    return _cut_left(tokenizer, given, length_max), length
 
 
 def _encode(tokenizer: Any, row: CompletionRow) -> tuple[list[int], list[int]]:

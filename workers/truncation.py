@@ -36,10 +36,11 @@ def losses(lengths: Sequence[Length], spec: TaskSpec, rows: str) -> tuple[str, .
         rows: Which rows they are, for the sentences: `evaluation rows`.
     """
     count, longest = f"of {len(lengths):,} {rows}", spec.data.max_length
-    return (*_of_unknown(lengths, count), *_of_cut(lengths, spec, count, longest))
+    return (*unknown_characters(lengths, count), *_of_cut(lengths, spec, count, longest))
 
 
-def _of_unknown(lengths: Sequence[Length], count: str) -> Iterator[str]:
+def unknown_characters(lengths: Sequence[Length], count: str) -> Iterator[str]:
+    """A sentence on rows in characters that the tokenizer does not know, if there are some. count: `of 5 rows`."""
     if mostly := sum(length.unknown > 0.5 for length in lengths):
         nothing = sum(length.unknown == 1 for length in lengths)
         whole = f"{nothing:,} of them whole" if 0 < nothing < mostly else "whole" if nothing else "for more than half"

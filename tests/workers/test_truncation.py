@@ -53,3 +53,20 @@ def test_of_a_chat_only_what_is_said_counts_as_known_or_not() -> None:
     mixed = CompletionRow((("user", "one two three"), ("assistant", "\N{GRINNING FACE}")), True)
     assert _unknown_of_texts(Words(), mixed, [*around, 7, 7, 7, 0, 1]) == 0.25
     assert _unknown_of_texts(Words(), mixed, [*around, 7, 7, 7, 1]) == 0.0
+
+
+class Silent(Words):
+    """One that makes nothing at all of what it does not know."""
+
+    unk_token_id = None  # type: ignore[assignment]
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        found = super().__call__(texts, add_special_tokens)["input_ids"]
+        return {"input_ids": [[token for token in ids if token] for ids in found]}
+
+
+def test_a_chat_of_which_no_token_is_made_is_not_known() -> None:
+    emojis = CompletionRow((("user", "\N{GRINNING FACE}"), ("assistant", "\N{GRINNING FACE}")), True)
+    assert _unknown_of_texts(Silent(), emojis, [5] * 20) == 1.0
+    mixed = CompletionRow((("user", "one two three"), ("assistant", "\N{GRINNING FACE}")), True)
+    assert _unknown_of_texts(Silent(), mixed, [*[5] * 20, 7, 7, 7, 1]) == 0.0

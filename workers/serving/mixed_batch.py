@@ -11,8 +11,9 @@ Axes: S rows of a batch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from subspace_store.merging.basis import ModuleBasis
 from subspace_store.module_names import plain
 from subspace_store.subspace_reader import SubspaceReader, TaskParts
 from workers.base_model import BaseModel
-from workers.evaluation import adapted_model, batches_by_length, written
+from workers.evaluation import adapted_model, batches_by_length, on_device, written
 from workers.features import images
 from workers.model_folder import AUTO_CLASSES
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_layers import Directions, MixedLayers, TaskFactors
-from workers.tokens import encode_prompt, lengths, tokenize
-from workers.truncation import losses
+from workers.tokens import measured_prompt, text_lengths, tokenize
+from workers.truncation import losses, unknown_characters
 
 TASKS_BYTES = 2**30
 """Bytes of coefficients, private parts and heads that are kept in memory; the tasks that were asked for last stay."""
@@ -82,9 +83,9 @@ class _Loaded:
     is_apart: bool
     """Whether it cannot be mixed with others."""
 
-    @property
+    @cached_property
     def bytes(self) -> int:
-        return sum(4 * one.numbers for one in self.factors.values()) + sum(t.nbytes for t in self.head.values())
+        return sum(one.bytes for one in self.factors.values()) + sum(tensor.nbytes for tensor in self.head.values())
 
 
 class MixedBatch:
@@ -130,15 +131,19 @@ class MixedBatch:
             A pass of the base model, thin products beside each adapted layer, and for each task its head. A task that
             is not in memory is read: a file or two, and 30 ms.
         """
+        specs: dict[str, TaskSpec] = {}
         for one in asked:
             _check(one)
+            if specs.setdefault(one.task_id, one.spec) != one.spec:
+                raise InvalidInput("is asked for with two specs at once", one.task_id)
         loaded = {one.task_id: self._task(one.task_id, one.spec) for one in asked}
         answers: dict[int, Answer] = {}
-        groups: dict[tuple[Any, str], list[int]] = {}
+        groups: dict[tuple[Any, str, int], list[int]] = {}
         for place, one in enumerate(asked):
             alone = one.task_id if loaded[one.task_id].is_apart else ""
-            groups.setdefault((AUTO_CLASSES[one.spec.kind], alone), []).append(place)
-        for (_, alone), places in groups.items():
+            new_max = one.spec.data.max_new_tokens if one.spec.kind == "causal_lm" else 0
+            groups.setdefault((AUTO_CLASSES[one.spec.kind], alone, new_max), []).append(place)
+        for (_, alone, _), places in groups.items():
             some = [asked[place] for place in places]
             tasks = [loaded[one.task_id] for one in some]
             model = self._model_apart(some[0], tasks[0]) if alone else self._model(some[0].spec)
@@ -154,7 +159,7 @@ class MixedBatch:
     # What passes through the model
 
     def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
-        encoded, warnings = _encoded(self._base, asked), _not_read(self._base, asked)
+        encoded, warnings = _encoded(self._base, asked)
         found: list[Answer | None] = [None] * len(asked)
         for chosen in batches_by_length([size for _, size in encoded]):
             self._between()
@@ -176,26 +181,30 @@ class MixedBatch:
         return replace(answer, label=max(of_labels, key=lambda label: of_labels[label]), probabilities=of_labels)
 
     def _written(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
-        tokenizer, found = self._base.tokenizer, [Answer(one.task_id, self.version) for one in asked]
-        most = [one.spec.data.max_new_tokens for one in asked]
-        rooms = [min(o.spec.data.max_length, self._base.length_max - new) for o, new in zip(asked, most, strict=True)]
-        if (least := min(rooms)) < 1:
-            where, base = asked[rooms.index(least)].task_id, f"{self._base.name} has {self._base.length_max} positions"
-            raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {base}", where, "lower max_new_tokens")
-        prompts = [encode_prompt(tokenizer, one.row, room) for one, room in zip(asked, rooms, strict=True)]  # type: ignore[arg-type]
-        for place, (one, room) in enumerate(zip(asked, rooms, strict=True)):
-            (given,) = (length.given for length in lengths(tokenizer, one.spec, [one.row]))
-            if given > room:
-                cut = f"the prompt has {given} tokens, and its last {room} are read"
-                found[place] = replace(found[place], warning=cut)
-        for chosen in batches_by_length([len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]):
-            longest = max(most[i] for i in chosen)
+        """All of them write as many tokens at most."""
+        tokenizer, new_max = self._base.tokenizer, asked[0].spec.data.max_new_tokens
+        room = self._base.length_max - new_max
+        if room < 1:
+            has = f"{self._base.name} has {self._base.length_max} positions"
+            raise InvalidInput(
+                f"max_new_tokens leaves no room for a prompt: {has}", asked[0].task_id, "lower max_new_tokens"
+            )
+        found, prompts = [], []
+        for one in asked:
+            assert isinstance(one.row, CompletionRow)
+            longest = min(one.spec.data.max_length, room)
+            prompt, length = measured_prompt(tokenizer, one.row, longest)
+            said = [*unknown_characters([length], "of 1 prompts")]
+            if length.given > longest:
+                said.append(f"the prompt has {length.given} tokens, and its last {longest} are read")
+            prompts.append(prompt)
+            found.append(Answer(one.task_id, self.version, warning="; ".join(said)))
+        for chosen in batches_by_length([len(prompt) + new_max for prompt in prompts]):
             with model.serving([tasks[i] for i in chosen]):
-                ids = written(model.model, tokenizer, [prompts[i] for i in chosen], longest, self._between)
+                ids = written(model.model, tokenizer, [prompts[i] for i in chosen], new_max, self._between)
             for i, answer in zip(chosen, ids, strict=True):
-                own = _until_the_end(answer[: most[i]], tokenizer)
-                text = tokenizer.decode(own, skip_special_tokens=True)
-                found[i] = replace(found[i], text=text, tokens=len(own))
+                own = _until_the_end(answer, tokenizer)
+                found[i] = replace(found[i], text=tokenizer.decode(own, skip_special_tokens=True), tokens=len(own))
         return found
 
     # What is in memory
@@ -221,6 +230,7 @@ class MixedBatch:
         if known is not None and known.spec == spec:
             self._tasks.move_to_end(task_id)
             return known
+        self._apart.pop(task_id, None)  # made for another spec
         parts, model = self._store.parts(task_id, self.version), self._model(spec)
         modules = {*parts.private, *map(plain, parts.coefficients)}
         is_writer = spec.kind == "causal_lm"  # has the base model's output layer; what it brings beside it is its own
@@ -249,7 +259,7 @@ class _Model:
         return torch.inference_mode()
 
     def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
-        found: Tensor = self.model(**_on(self.model.device, batch)).logits
+        found: Tensor = self.model(**on_device(self.model.device, batch)).logits
         return list(found)
 
 
@@ -278,7 +288,7 @@ class _SharedModel(_Model):
 
     def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
         """Each row's outputs, by its own task's head."""
-        batch = _on(self.model.device, batch)
+        batch = on_device(self.model.device, batch)
         with self.serving(tasks):
             hidden = getattr(self.model, self._prefix)(**batch)
         found: dict[int, Tensor] = {}
@@ -363,36 +373,29 @@ def _check(asked: Asked) -> None:
         raise InvalidInput(what, asked.task_id, "ask about as many")
 
 
-def _encoded(base: BaseModel, asked: Sequence[Asked]) -> list[tuple[Any, int]]:
-    """Each row as the tokenizer returns it, with its number of tokens, or a picture."""
+def _encoded(base: BaseModel, asked: Sequence[Asked]) -> tuple[list[tuple[Any, int]], list[str]]:
+    """Each row as the tokenizer returns it, with its number of tokens, or a picture; and what of it is not read."""
     encoded: list[tuple[Any, int]] = [(one.row, 0) for one in asked]
+    warnings = [""] * len(asked)
     if asked[0].spec.kind == "image_classification":
-        return encoded
-    for places in _alike(asked):
-        found = tokenize(base.tokenizer, [asked[place].row for place in places], asked[places[0]].spec.data.max_length)
-        for index, place in enumerate(places):
-            features = {name: values[index] for name, values in found.items()}
-            encoded[place] = features, len(features["input_ids"])
-    return encoded
-
-
-def _not_read(base: BaseModel, asked: Sequence[Asked]) -> list[str]:
-    """What of each row the model does not read, in words; empty where it reads all."""
-    said = [""] * len(asked)
-    for places in _alike(asked):
-        spec = asked[places[0]].spec
-        measured = lengths(base.tokenizer, spec, [asked[place].row for place in places])
-        for place, length in zip(places, measured, strict=True):
-            said[place] = "; ".join(losses([length], spec, "rows"))
-    return said
-
-
-def _alike(asked: Sequence[Asked]) -> Iterable[list[int]]:
-    """Places of the rows that a tokenizer takes at once."""
+        return encoded, warnings
     groups: dict[tuple[int, bool], list[int]] = {}
     for place, one in enumerate(asked):
         groups.setdefault((one.spec.data.max_length, bool(one.spec.data.text_pair_column)), []).append(place)
-    return groups.values()
+    for (longest, _), places in groups.items():
+        spec, rows = asked[places[0]].spec, [asked[place].row for place in places]
+        found = tokenize(base.tokenizer, rows, longest + 1)
+        for index, (place, length) in enumerate(
+            zip(places, text_lengths(base.tokenizer, spec, found["input_ids"]), strict=True)
+        ):
+            features = {name: values[index] for name, values in found.items()}
+            if length.given > longest:
+                features = {
+                    name: values[0] for name, values in tokenize(base.tokenizer, [rows[index]], longest).items()
+                }
+            encoded[place] = features, len(features["input_ids"])
+            warnings[place] = "; ".join(losses([length], spec, "rows"))
+    return encoded, warnings
 
 
 def _padded(base: BaseModel, encoded: Sequence[Any], kind: Kind) -> dict[str, Tensor]:
@@ -404,7 +407,3 @@ def _padded(base: BaseModel, encoded: Sequence[Any], kind: Kind) -> dict[str, Te
 def _until_the_end(ids: Sequence[int], tokenizer: Any) -> Sequence[int]:
     """Without the end token and what fills the batch after it."""
     return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-
-
-def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}

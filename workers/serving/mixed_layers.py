@@ -40,8 +40,8 @@ class TaskFactors:
     a_RD: Tensor
 
     @property
-    def numbers(self) -> int:
-        return sum(part.numel() for part in (self.e_RK, self.f_RK, self.b_RN, self.a_RD))
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in (self.e_RK, self.f_RK, self.b_RN, self.a_RD))
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,16 @@ class Directions:
         return Directions(p_NK.to(device, dtype), q_DK.to(device, dtype), starts)
 
 
+@dataclass(frozen=True)
+class Product:
+    """Two thin matrices of each task in a batch, filled up with zeros to the same rank."""
+
+    out_URN: Tensor
+    in_URD: Tensor
+    is_projected: bool
+    """Whether they are E and F (U×R×K each), between the bases, instead of B and A."""
+
+
 @dataclass
 class Batch:
     """The tasks of the rows that go through the model now.
@@ -76,8 +86,8 @@ class Batch:
 
     tasks: Sequence[Mapping[str, TaskFactors]]
     task_S: Tensor
-    contracted: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Module to (B, A) of all tasks, U×R×N and U×R×D, once they were made."""
+    products: dict[str, Product] = field(default_factory=dict)
+    """Module to what all passes of the batch share, once it was made."""
 
     @property
     def rows(self) -> int:
@@ -107,15 +117,19 @@ class MixedLayer(nn.Module):
         if batch is None or all(self._name not in task for task in batch.tasks):
             return y
         x_STD = x.reshape(batch.rows, -1, x.shape[-1])  # some models lay all tokens side by side
-        factors = [task.get(self._name) for task in batch.tasks]
-        pair = batch.contracted.get(self._name)
-        if pair is None and self._is_projected(factors, batch.rows * x_STD.shape[1]):
-            added_STN = self._projected(x_STD, factors, batch)
+        made = batch.products.get(self._name)
+        if made is None:
+            factors = [task.get(self._name) for task in batch.tasks]
+            is_projected = self._is_projected(factors, batch.rows * x_STD.shape[1])
+            both = self._stack(factors) if is_projected else self._contract(factors)
+            made = batch.products[self._name] = Product(*both, is_projected)
+        x_STD = x_STD.to(made.in_URD.dtype)  # a quantised layer computes in another
+        if made.is_projected:
+            assert self._directions is not None
+            added_STN = _through(x_STD @ self._directions.q_DK, made, batch) @ self._directions.p_NK.T
         else:
-            if pair is None:
-                pair = batch.contracted[self._name] = self._contract(factors, x)
-            added_STN = _through(x_STD, *pair, batch)
-        return y + added_STN.reshape(y.shape)
+            added_STN = _through(x_STD, made, batch)
+        return y + added_STN.reshape(y.shape).to(y.dtype)
 
     def _is_projected(self, factors: Sequence[TaskFactors | None], tokens: int) -> bool:
         """Whether projecting every token takes fewer operations than making B and A of every task. Where a task has a
@@ -132,14 +146,16 @@ class MixedLayer(nn.Module):
         size = len(directions.p_NK) + len(directions.q_DK)
         return tokens * (ends + rank * (k_out + k_in)) < len(factors) * rank * ends + tokens * rank * size
 
-    def _projected(self, x_STD: Tensor, factors: Sequence[TaskFactors | None], batch: Batch) -> Tensor:
-        assert self._directions is not None
-        none_RK = [x_STD.new_empty(0, k) for k in (self._directions.p_NK.shape[1], self._directions.q_DK.shape[1])]
-        e_URK = _stacked([none_RK[0] if one is None else one.e_RK for one in factors])
-        f_URK = _stacked([none_RK[1] if one is None else one.f_RK for one in factors])
-        return _through(x_STD @ self._directions.q_DK, e_URK, f_URK, batch) @ self._directions.p_NK.T
+    def _stack(self, factors: Sequence[TaskFactors | None]) -> tuple[Tensor, Tensor]:
+        """E and F of each task, padded with zeros to the same rank."""
+        known = next(one for one in factors if one is not None)
+        none = known.e_RK[:0], known.f_RK[:0]
+        return (
+            _stacked([none[0] if one is None else one.e_RK for one in factors]),
+            _stacked([none[1] if one is None else one.f_RK for one in factors]),
+        )
 
-    def _contract(self, factors: Sequence[TaskFactors | None], x: Tensor) -> tuple[Tensor, Tensor]:
+    def _contract(self, factors: Sequence[TaskFactors | None]) -> tuple[Tensor, Tensor]:
         """B and A of each task, padded with zeros to the same rank."""
         known = next(one for one in factors if one is not None)
         none_RN, none_RD = known.b_RN[:0], known.a_RD[:0]
@@ -148,16 +164,15 @@ class MixedLayer(nn.Module):
         if self._directions is None or not any(one is not None and len(one.e_RK) for one in factors):
             return b_URN, a_URD
         p_NK, q_DK = self._directions.p_NK, self._directions.q_DK
-        e_URK = _stacked([p_NK[:0] if one is None else one.e_RK for one in factors])
-        f_URK = _stacked([q_DK[:0] if one is None else one.f_RK for one in factors])
+        e_URK, f_URK = self._stack(factors)
         return torch.cat([e_URK @ p_NK.T, b_URN], dim=1), torch.cat([f_URK @ q_DK.T, a_URD], dim=1)
 
 
-def _through(x_STD: Tensor, out_URN: Tensor, in_URD: Tensor, batch: Batch) -> Tensor:
+def _through(x_STD: Tensor, made: Product, batch: Batch) -> Tensor:
     """out_iᵀ·in_i·x of each row's task i."""
-    if len(out_URN) == 1:
-        return (x_STD @ in_URD[0].T) @ out_URN[0]
-    return torch.bmm(torch.bmm(x_STD, in_URD[batch.task_S].transpose(1, 2)), out_URN[batch.task_S])
+    if len(made.out_URN) == 1:
+        return (x_STD @ made.in_URD[0].T) @ made.out_URN[0]
+    return torch.bmm(torch.bmm(x_STD, made.in_URD[batch.task_S].transpose(1, 2)), made.out_URN[batch.task_S])
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

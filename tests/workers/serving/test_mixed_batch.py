@@ -28,6 +28,7 @@ from workers.evaluation import adapted_model, generate
 from workers.features import collator
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_batch import Answer, Asked, MixedBatch
+from workers.serving.mixed_layers import Batch, Current, MixedLayer, TaskFactors
 
 TEXTS = (
     "The capital of France is Paris.",
@@ -188,6 +189,48 @@ def test_each_task_stops_at_its_own_length(tmp_path: Path) -> None:
     model = {t: adapted_model(base, made.store.adapter(t, made.version), specs[t]).eval() for t in short}
     assert [answer.text for answer in found] == [generate(model[t], base, [row], specs[t])[0] for t in short]
     assert found[0].tokens <= 2
+
+
+def test_tasks_of_different_lengths_stay_within_the_positions_of_the_model(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save("gpt2", "language model", tmp_path)))  # 64 positions in a table
+    made = site(base, "causal_lm", FAMILIES["gpt2"].targets)
+    lengths = {"seed-0": 4, "seed-1": 30}
+    specs = {}
+    for task, new_max in lengths.items():
+        data = made.specs[task].data.model_copy(update={"max_new_tokens": new_max, "max_length": 60})
+        specs[task] = made.specs[task].model_copy(update={"data": data})
+    rows = {"seed-0": TEXTS[0] * 9, "seed-1": "Paris"}
+    asked = [Asked(t, specs[t], CompletionRow((("user", rows[t]), ("assistant", "")), False)) for t in lengths]
+    together = MixedBatch(base, made.store, made.version).answer(asked)
+    alone = [MixedBatch(base, made.store, made.version).answer([one])[0] for one in asked]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert together[1].tokens > 4
+
+
+def test_a_task_has_one_spec_at_a_time(tiny: Callable[[str], BaseModel]) -> None:
+    made, row = site(tiny("bert-without-pooler"), "sequence_classification", ["query"]), TextRow(TEXTS[0], None, 0)
+    data = made.specs["seed-0"].data.model_copy(update={"label_names": ("x", "y")})
+    other = made.specs["seed-0"].model_copy(update={"data": data})
+    batch = MixedBatch(made.base, made.store, made.version)
+    with pytest.raises(InvalidInput, match="is asked for with two specs at once"):
+        batch.answer([Asked("seed-0", made.specs["seed-0"], row), Asked("seed-0", other, row)])
+    for spec in (made.specs["seed-0"], other):
+        (answer,) = batch.answer([Asked("seed-0", spec, row)])
+        assert answer.probabilities is not None
+        assert tuple(answer.probabilities) == spec.data.label_names
+
+
+def test_a_layer_that_computes_in_another_number_type_than_its_factors() -> None:
+    """As a quantised layer does."""
+    inner, current = torch.nn.Linear(6, 5).bfloat16(), Current()
+    layer, x = MixedLayer(inner, "layer", None, current), torch.randn(2, 3, 6).bfloat16()
+    b_RN, a_RD = torch.randn(2, 5), torch.randn(2, 6)
+    none = torch.zeros(0, 0)
+    current.batch = Batch([{"layer": TaskFactors(none, none, b_RN, a_RD)}], torch.tensor([0, 0]))
+    with torch.inference_mode():
+        y, expected = layer(x), inner(x).float() + x.float() @ a_RD.T @ b_RN
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), expected, rtol=0.02, atol=0.05)
 
 
 def test_a_task_with_parameters_of_its_own_inside_the_backbone(tiny: Callable[[str], BaseModel]) -> None:
