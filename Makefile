@@ -21,7 +21,7 @@ test: $(READY)
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
 	@echo "         each process of a service stopped, all killed at once, and a store that is full, read-only, away or slow;"
-	@echo "         make test-kills runs these tests (10 minutes)"
+	@echo "         make test-kills runs these tests and all others that kill (some 25 minutes)"
 
 # Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
 # PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.
@@ -70,9 +70,8 @@ bench-commands: $(READY)
 bench-capacity: $(READY)
 	$(BIN)/python benchmarks/capacity.py $(BENCH)
 
-# What 100,000 tasks that ended and 100,000 that wait cost one step of the loop, one submission and one claim; how even
-# and how well foretold the scheduler's simulated weeks are; how long a killed leader is missed: six minutes. BENCH=failover
-# measures the last alone.
+# What a long history costs the queue, how its scheduler serves, what a real service takes; its parts: see the file, make
+# bench-queue BENCH=claims.
 bench-queue: $(READY)
 	$(BIN)/python benchmarks/task_queue.py $(BENCH)
 

@@ -53,12 +53,7 @@ FORMS_PLOT = ROOT / "docs/capacity-forms.png"
 def main() -> None:
     """Measure a part, print it and write its figures beside those of the other parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "part",
-        nargs="?",
-        choices=("random", "sharing", "unrelated", "related", "directions", "forms"),
-        default="random",
-    )
+    parser.add_argument("part", nargs="?", choices=PARTS, default=PARTS[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", type=int, default=30)
     parser.add_argument("--renew-tasks", type=int, default=SubspaceSettings().renew_tasks)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.settings import SubspaceSettings
-from subspace_store import canonical_update
+from subspace_store import ModuleUpdate, canonical_update
 from subspace_store.merging.basis import ModuleSubspace, empty_module, reconstruct
 from subspace_store.merging.merge import merge_module
 from subspace_store.merging.variants import relative_error
@@ -165,7 +165,16 @@ def distance(original: Factors, found: Factors) -> float:
 
 
 def best_fixed_subspace(originals: Sequence[Factors], rank: int, iterations: int) -> list[float]:
-    """Errors of every task in one pair of bases fitted to all originals at once, each task counting the same.
+    """Errors of every task in `fixed_bases`."""
+    updates = [canonical_update(f.b_NR, f.a_RD, 1.0) for f in originals]
+    p_NK, q_DK = fixed_bases(updates, rank, iterations)
+    sides = [(u.u_NR.double() * u.sigma_R.double(), u.v_DR.double(), u.energy) for u in updates]
+    kept = [float(((p_NK.T @ x) @ (y.T @ q_DK)).square().sum()) / energy for x, y, energy in sides]
+    return [math.sqrt(max(0.0, 1 - share)) for share in kept]
+
+
+def fixed_bases(updates: Sequence[ModuleUpdate], rank: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """One pair of bases fitted to all updates at once, each counting the same: P (N×K) and Q (D×K), float64.
 
     Args:
         iterations: 0 is the truncated HOSVD. Each further one fits each side to what the other side keeps (HOOI), which
@@ -174,7 +183,6 @@ def best_fixed_subspace(originals: Sequence[Factors], rank: int, iterations: int
     Source:
         De Lathauwer et al., On the best rank-1 and rank-(R1, …, RN) approximation of higher-order tensors (2000).
     """
-    updates = [canonical_update(f.b_NR, f.a_RD, 1.0) for f in originals]
     left = [u.u_NR.double() * (u.sigma_R.double() / math.sqrt(u.energy)) for u in updates]
     right = [u.v_DR.double() for u in updates]
     scaled = [y * (u.sigma_R.double() / math.sqrt(u.energy)) for u, y in zip(updates, right, strict=True)]
@@ -183,5 +191,4 @@ def best_fixed_subspace(originals: Sequence[Factors], rank: int, iterations: int
     for _ in range(iterations):
         p_NK = leading_by_gram(torch.cat([x @ (y.T @ q_DK) for x, y in zip(left, right, strict=True)], dim=1), rank)
         q_DK = leading_by_gram(torch.cat([y @ (x.T @ p_NK) for x, y in zip(left, right, strict=True)], dim=1), rank)
-    kept = [float(((p_NK.T @ x) @ (y.T @ q_DK)).square().sum()) for x, y in zip(left, right, strict=True)]
-    return [math.sqrt(max(0.0, 1 - energy)) for energy in kept]
+    return p_NK, q_DK

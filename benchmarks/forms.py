@@ -15,10 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import real_streams
-from benchmarks.contestants import leading_by_gram
+from benchmarks.contestants import fixed_bases
 from benchmarks.real_streams import ALL, Case, Figures
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, ModuleUpdate, canonical_update
@@ -122,15 +120,10 @@ def _jointly(whole: Mapping[str, Adapter], directions: int) -> tuple[int, dict[s
     numbers = 0
     for name in next(iter(whole.values())).modules:
         updates = {task: adapter.modules[name] for task, adapter in whole.items()}
-        left = {t: u.u_NR.double() * (u.sigma_R.double() / math.sqrt(u.energy)) for t, u in updates.items()}
-        right = {t: u.v_DR.double() for t, u in updates.items()}
-        p_NK = leading_by_gram(torch.cat(list(left.values()), dim=1), directions)
-        for _ in range(TURNS):
-            q_DK = leading_by_gram(torch.cat([right[t] @ (left[t].T @ p_NK) for t in left], dim=1), directions)
-            p_NK = leading_by_gram(torch.cat([left[t] @ (right[t].T @ q_DK) for t in left], dim=1), directions)
-        for task, update in updates.items():
-            b_NR, a_RD = p_NK @ (p_NK.T @ left[task]), (q_DK @ (q_DK.T @ right[task])).T
-            found[task][name] = canonical_update(b_NR.float(), a_RD.float(), math.sqrt(update.energy))
+        p_NK, q_DK = fixed_bases(list(updates.values()), directions, TURNS)
+        for task, u in updates.items():
+            b_NR = p_NK @ (p_NK.T @ (u.u_NR.double() * u.sigma_R.double()))
+            found[task][name] = canonical_update(b_NR.float(), (q_DK @ (q_DK.T @ u.v_DR.double())).T.float(), 1.0)
         numbers += directions * sum(next(iter(updates.values())).shape) + len(whole) * directions**2
     return numbers, found
 

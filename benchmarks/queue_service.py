@@ -5,6 +5,8 @@ memory        resident memory of the control plane with 100, 1,000, 10,000 and 1
 first-step    from a submission to the task's first optimisation step on a warm worker; beside it, in turns, Ray
               Jobs on a Ray of its own on the same machine: from `submit_job` to the first line of a program that
               does nothing
+failover      two real control planes on one real Postgres and one Ray: from a kill -9 of the one that leads until the
+              other does, three times
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,9 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, new_task_id
 from orchestrator.tasks.task_rows import columns_of
 from tests.acceptance.conftest import ROOT, Site
+from tests.acceptance.test_failover import Two, role
+from tests.ray_cluster import ray_cluster
+from tests.servers.postgres import postgres_server
 
 CLIENTS = (1, 8, 64)
 SUBMISSIONS = 64
@@ -45,6 +50,7 @@ WAITING = (100, 1_000, 10_000, 100_000)
 STEPS = 5
 """Tasks, and Ray jobs, of which the median is told."""
 TARGET_SECONDS = 0.5
+FAILOVERS = 3
 TEAM = {"queued_max": 1_000_000}
 
 
@@ -96,27 +102,9 @@ def submissions(site: Site) -> dict[str, Any]:
 
 def in_threads(count: int, things: list[Any], do: Callable[[Any], Any]) -> float:
     """Seconds that so many threads take to do something with each thing."""
-    left, lock, errors = iter(things), threading.Lock(), []
-
-    def work() -> None:
-        while True:
-            with lock:
-                thing = next(left, None)
-            if thing is None:
-                return
-            try:
-                do(thing)
-            except Exception as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(count)]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(do, things))  # raises what went wrong
     return time.perf_counter() - started
 
 
@@ -244,3 +232,30 @@ def ray_jobs() -> Iterator[Callable[[], float]]:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         process.wait(60)
+
+
+def failover() -> dict[str, Any]:
+    """Seconds from a kill -9 of the leader until the other control plane says that it leads."""
+    found = []
+    with (
+        tempfile.TemporaryDirectory(prefix="onebasis-bench-queue-") as folder,
+        postgres_server() as postgres,
+        ray_cluster(cpus=1) as ray,
+    ):
+        two = Two(Path(folder), postgres, ray)
+        try:
+            for site in two.sites:
+                site.run("up", "--config", "settings.yaml")
+            for _ in range(FAILOVERS):
+                leader = two.leader()
+                (other,) = (site for site in two.sites if site is not leader)
+                killed = time.monotonic()
+                leader.kill_control_plane()
+                other.wait("the other to lead", lambda other=other: role(other) == "leads", 60)
+                found.append(time.monotonic() - killed)
+                leader.run("up")
+        finally:
+            for site in two.sites:
+                site.run("down")
+    print(f"failover: {', '.join(f'{seconds:.1f}' for seconds in found)} s", flush=True)
+    return {"failover_seconds": statistics.median(found), "failover_seconds_most": max(found)}

@@ -1,7 +1,7 @@
 """What the task queue costs, and how the scheduler serves: `make bench-queue`; one part: make bench-queue BENCH=claims.
 
 Prints and writes benchmarks/results/queue.json, where a part that was not run keeps its figures. Parts: `history` and
-`schedule`, `claims`, `failover`, and what needs a real service, `submissions`, `memory` and `first-step`
+`schedule`, `claims`, and what needs real services, `submissions`, `memory`, `first-step` and `failover`
 (queue_service.py).
 
 `history`: two services side by side, on SQLite files, both with a real control loop, a real store and workers that need
@@ -22,9 +22,6 @@ percentile on the clock.
 `schedule`: what the scheduler does with weeks of arrivals, by simulation: how evenly teams of equal demand are served
 while there is too little for all, and how many starts fall into the interval that was told at arrival. Of these only
 `weeks_a_second` depends on the machine.
-
-`failover`: two real control planes on one real Postgres and one Ray: how long after a kill -9 of the one that leads the
-other does, three times.
 
 The file is not named queue.py: scripts in its folder would import it in place of Python's own module.
 """
@@ -62,12 +59,9 @@ from orchestrator.tasks.task_queue import TaskQueue  # noqa: E402
 from orchestrator.tasks.task_record import TaskState, new_task_id  # noqa: E402
 from orchestrator.tasks.task_rows import columns_of  # noqa: E402
 from subspace_store import SubspaceReader, open_storage  # noqa: E402
-from tests.acceptance.test_failover import Two, role  # noqa: E402
 from tests.builders import BASE, LAYOUT, fixed, rows, settings, task_record, task_spec, write_rows  # noqa: E402
 from tests.orchestrator.scheduling.invented import weeks  # noqa: E402
 from tests.orchestrator.stand_in_cluster import StandInCluster  # noqa: E402
-from tests.ray_cluster import ray_cluster  # noqa: E402
-from tests.servers.postgres import postgres_server  # noqa: E402
 from workers.orders import Train  # noqa: E402
 
 SIZES = {"short": (100, 100), "long": (100_000, 100_000)}
@@ -78,7 +72,6 @@ TEAMS = 8
 WORKERS = 4
 TURNS = 200
 TARGET = 1.5
-FAILOVERS = 3
 ENDED = (TaskState.CANCELLED, TaskState.REJECTED, TaskState.PARKED)
 TEMPLATE = task_record()
 """Copied, not checked: checking 110,000 documents would take longer than all that is measured."""
@@ -215,33 +208,6 @@ def timed(work: Callable[[], Any]) -> Took:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def failover() -> dict[str, Any]:
-    """Seconds from a kill -9 of the leader until the other control plane says that it leads."""
-    found = []
-    with (
-        tempfile.TemporaryDirectory(prefix="onebasis-bench-queue-") as folder,
-        postgres_server() as postgres,
-        ray_cluster(cpus=1) as ray,
-    ):
-        two = Two(Path(folder), postgres, ray)
-        try:
-            for site in two.sites:
-                site.run("up", "--config", "settings.yaml")
-            for _ in range(FAILOVERS):
-                leader = two.leader()
-                (other,) = (site for site in two.sites if site is not leader)
-                killed = time.monotonic()
-                leader.kill_control_plane()
-                other.wait("the other to lead", lambda other=other: role(other) == "leads", 60)
-                found.append(time.monotonic() - killed)
-                leader.run("up")
-        finally:
-            for site in two.sites:
-                site.run("down")
-    print(f"failover: {', '.join(f'{seconds:.1f}' for seconds in found)} s", flush=True)
-    return {"failover_seconds": statistics.median(found), "failover_seconds_most": max(found)}
-
-
 def main(parts: list[str]) -> None:
     torch.set_num_threads(1)
     known = ("history", "claims", "schedule", "submissions", "memory", "first-step", "failover")
@@ -261,8 +227,6 @@ def run_part(part: str) -> dict[str, Any]:
     """Its figures, by their names in the file."""
     if part == "schedule":
         return scheduled()
-    if part == "failover":
-        return failover()
     if part in ("history", "claims"):
         folder = Path(tempfile.mkdtemp(prefix="onebasis-bench-queue-"))
         try:
@@ -271,6 +235,8 @@ def run_part(part: str) -> dict[str, Any]:
             shutil.rmtree(folder)
     from benchmarks import queue_service  # Ray and a real service's modules: for these parts alone
 
+    if part == "failover":
+        return queue_service.failover()
     with queue_service.service() as site:
         if part == "submissions":
             return {"submissions_a_second": queue_service.submissions(site)}
