@@ -6,6 +6,7 @@ chain, a Postgres password from its own file or environment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -280,6 +281,11 @@ class Settings(Section):
     def base_names(self) -> tuple[str, ...]:
         """Their names."""
         return tuple(base.name for base in self.bases)
+
+    @property
+    def cpus_at_most(self) -> int:
+        """CPUs that the workers of all pools take when each pool has as many as it may."""
+        return math.ceil(sum(pool.max * pool.ranks * pool.cpus for pool in self.pools.values()))
 
     def base(self, name: str | None = None) -> BaseModelSettings:
         """A base model by its name; the only one, where no name is given.

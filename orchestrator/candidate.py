@@ -120,7 +120,7 @@ class Candidate:
         self._settings = settings
         self._refinement.follow(settings)
 
-    def advance(self, live: Sequence[TaskRecord], others_wait: bool) -> None:
+    def advance(self, live: Sequence[TaskRecord], others_wait: Callable[[], bool]) -> None:
         """Begin the next piece of work.
 
         Args:

@@ -143,7 +143,8 @@ class RayCluster:
         import ray
 
         self._ray = ray
-        self._settings = settings
+        self.settings = settings
+        """Those that count now; `follow` also starts what they need."""
         self._service = service
         self._namespace = namespace(settings.storage, service)
         try:
@@ -170,15 +171,15 @@ class RayCluster:
 
     def start(self) -> None:
         """Find the stores' writers again or start them; end workers of pools that are no longer in the settings."""
-        for name in self._settings.base_names:
+        for name in self.settings.base_names:
             self._store(name)
-        writers = {writer_name(base) for base in self._settings.base_names}
+        writers = {writer_name(base) for base in self.settings.base_names}
         for name in self._named():
-            if name not in writers and pool_of(name) not in self._settings.pools:
+            if name not in writers and pool_of(name) not in self.settings.pools:
                 self._kill(name)
 
     def follow(self, settings: Settings) -> None:
-        self._settings = settings
+        self.settings = settings
         self.start()
 
     def release_stores(self, timeout_seconds: float) -> None:
@@ -187,7 +188,7 @@ class RayCluster:
         Raises:
             Unavailable: No answer in time: the store stays this service's.
         """
-        calls = {base.name: self._store(base.name).release.remote() for base in self._settings.bases}
+        calls = {base.name: self._store(base.name).release.remote(self._leader) for base in self.settings.bases}
         until = time.monotonic() + timeout_seconds
         for name, call in calls.items():
             if not self.landed([call], max(0.0, until - time.monotonic())):
@@ -206,7 +207,7 @@ class RayCluster:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        return tuple(name for name in self._named() if pool_of(name) in self._settings.pools)
+        return tuple(name for name in self._named() if pool_of(name) in self.settings.pools)
 
     def start_worker(self, worker: str) -> None:
         self._may()
@@ -217,7 +218,7 @@ class RayCluster:
         self._end(worker)
 
     def machines_of(self, worker: str) -> tuple[str, ...]:
-        if self._settings.pools[pool_of(worker)].ranks > 1:
+        if self.settings.pools[pool_of(worker)].ranks > 1:
             from workers.gang_actor import machines_of
 
             return self._addresses(machines_of(worker))
@@ -331,7 +332,7 @@ class RayCluster:
         self._watched.pop(name, None)  # its end says nothing about what it did
         with contextlib.suppress(ValueError):  # ended already; a gang restarted to be ended would leave places
             self._ray.kill(self._ray.get_actor(name), no_restart=True)
-        pool = self._settings.pools.get(pool_of(name))
+        pool = self.settings.pools.get(pool_of(name))
         if not name.startswith(STORE) and (pool is None or pool.ranks > 1):
             from workers.gang_actor import end_ranks
 
@@ -343,7 +344,7 @@ class RayCluster:
             # Here and not above: the controller and its tests need this file's Protocol, not Ray.
             from subspace_store.store_actor import store_actor
 
-            settings = self._settings
+            settings = self.settings
             self._actors[name] = store_actor(
                 name,
                 settings.storage,
@@ -361,7 +362,7 @@ class RayCluster:
             from workers.gang_actor import gang_actor
             from workers.worker_actor import worker_actor
 
-            settings, pool = self._settings, self._settings.pools[pool_of(name)]
+            settings, pool = self.settings, self.settings.pools[pool_of(name)]
             base = settings.base(pool.base_model)
             avoid = [node["NodeID"] for node in self._ray.nodes() if node["NodeManagerAddress"] in self._avoid]
             one_worker = worker_actor if pool.ranks == 1 else gang_actor

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 
 from configs.errors import InvalidInput, NotLeading, OnebasisError, Unavailable
@@ -47,7 +48,7 @@ from orchestrator.tasks.task_events import (
 )
 from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_step, seconds_left
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import SERVICE, Drain, Pause, TaskRecord
+from orchestrator.tasks.task_record import SERVICE, Drain, Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
 from orchestrator.worker_pool import PoolStatus, WorkerPool, WorkerStatus, is_of_a_version, train_order
 from subspace_store import SubspaceReader
@@ -307,8 +308,8 @@ class Controller:
         for subspace in at_work:
             with subspace.step(self.doing):
                 pools = pools_of(self._settings.pools, subspace.name)
-                others_wait = SERVICE not in pauses and self._queue.is_anyone_waiting(pools, pauses)
-                subspace.candidate.advance(subspace.mine(live), others_wait)
+                others_wait = partial(self._queue.is_anyone_waiting, pools, pauses)
+                subspace.candidate.advance(subspace.mine(live), (lambda: False) if SERVICE in pauses else others_wait)
                 subspace.is_well()
         self._look_at_the_clock(live)
         self._train(live, pauses)
@@ -335,18 +336,21 @@ class Controller:
         return subspace is not None and subspace.ousted_by is None
 
     def _grow(self) -> None:
-        """Take what `grow` was handed."""
+        """Take what `grow` was handed; again in the next step, if Ray does not answer."""
         while not self._growing.empty():
             growth = self._growing.get()
             self.doing = "taking new settings"
+            try:
+                self._cluster.follow(growth.settings)
+            except Exception:
+                self._growing.put(growth)
+                raise
             self._settings, self._shares = growth.settings, shares_of(growth.settings.teams)
-            self._cluster.follow(growth.settings)
             self._pool.follow(growth.settings)
-            self._is_pools_given = False
-            self._looked_for_pools = {}
+            self._look_for_pools()
             self._take_in(growth.stores)
             for subspace in self.subspaces.values():
-                subspace.candidate.follow(growth.settings)
+                subspace.follow(growth.settings)
             self.wake()
             growth.is_done.set()
 
@@ -399,6 +403,7 @@ class Controller:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
                 self._queue.append(order.task_id, [(LOG, line) for line in outcome.detail.splitlines()])
         record = self._queue.apply(order.task_id, event)
+        self._look_for_a_pool(record)
         if not needs_training_rows(record):
             # Strict continual learning: training data is never read again once its task is trained (and refined, if it
             # asks for that) or given up.
@@ -409,7 +414,7 @@ class Controller:
         """Fault and message of an attempt that failed. The worker knows only that it was to stop, not why; and if it is
         lost while its machine is maintained, that is nobody's fault."""
         worker = self._pool.workers.get(self._queue.get(order.task_id).worker)
-        if worker is not None and worker.drain is not None and outcome.fault in ("preempted", "lost"):
+        if worker is not None and worker.drain is not None and outcome.fault in ("preempted", "lost", "died"):
             return "preempted", f"{worker.drain}; it goes on from its last checkpoint"
         if self._is_ending and outcome.fault == "preempted":
             return "preempted", "the service ended; it goes on from its last checkpoint"
@@ -427,12 +432,11 @@ class Controller:
             if record.token in busy:
                 if worker is not None and (what := _stop_for(record)):
                     self._pool.tell(worker, what, record.token)
-            elif worker is None and not self._pool.recall(record.worker):
-                message = f"{record.worker} is no longer there: its pool is no longer in the settings"
-                failed = TrainingFailed(token=record.token, fault="preempted", message=message, at=time.time())
-                self._queue.apply(record.task_id, failed)
-                self.wake()
+            elif not self._has_workers_for(record, pool_of(record.worker)):
+                what = "its pool is no longer in the settings, or another base model's"
+                self._has_failed(record, "preempted", f"{record.worker} is no longer there: {what}")
             elif worker is None:
+                self._pool.recall(record.worker)
                 self.wake()
             elif self._pool.may_go_on(worker):
                 self._pool.give(worker, train_order(record))
@@ -446,11 +450,17 @@ class Controller:
         if time.time() < until:
             self._pending_calls.not_before(f"lease:{record.token}", until)
             return
-        failed = TrainingFailed(
-            token=record.token, fault="lost", message=f"{record.worker} did not come back", at=time.time()
-        )
-        self._queue.apply(record.task_id, failed)
+        self._has_failed(record, "lost", f"{record.worker} did not come back")
+
+    def _has_failed(self, record: TaskRecord, fault: str, message: str) -> None:
+        """Note that an attempt ended of which no worker tells."""
+        failed = TrainingFailed(token=record.token, fault=fault, message=message, at=time.time())
+        self._look_for_a_pool(self._queue.apply(record.task_id, failed))
         self.wake()
+
+    def _has_workers_for(self, record: TaskRecord, pool: str) -> bool:
+        """Whether there is such a pool, with the task's base model."""
+        return pool in self._settings.pools and self._settings.pools[pool].base_model == record.base_model
 
     def _look_at_the_clock(self, live: Sequence[TaskRecord]) -> None:
         """Let tasks stand in line whose time has come; stop those that have run for as long as they may."""
@@ -567,28 +577,40 @@ class Controller:
             waits=before.waits,
         )
 
+    def _look_for_pools(self) -> None:
+        """Look from now on for tasks that wait without a pool of theirs."""
+        self._is_pools_given, self._looked_for_pools = False, {}
+
+    def _look_for_a_pool(self, record: TaskRecord) -> None:
+        """The same where a task that was at work waits again, and its pool has gone meanwhile."""
+        if record.state is TaskState.QUEUED and not self._has_workers_for(record, record.pool):
+            self._look_for_pools()
+
     def _give_pools(self) -> None:
-        """Give waiting tasks a pool that have none, or whose pool is no longer in the settings, unless they name it:
-        once, when the service starts, and some at each step."""
+        """Give waiting tasks a pool that have none, or whose pool is no longer in the settings or another base model's:
+        once, when the service starts, and some at each step. Where none takes one it waits, and its reason says so; it
+        is in no pool of another base model then."""
         if self._is_pools_given:
             return
         pools = self._settings.pools
         for old in self._queue.pools_in_line():
-            after = self._looked_for_pools.get(old, "")
-            if old in pools or after is None:
+            after, is_there = self._looked_for_pools.get(old, ""), old in pools
+            if after is None:
                 continue
-            found = self._queue.queued_for(old, after)
+            found = self._queue.queued_for(old, after, but_of=pools[old].base_model if is_there else None)
             given: dict[str, list[str]] = {}
             for record in found:
-                spec = record.spec
-                with contextlib.suppress(InvalidInput):  # it waits, and its reason says for what
-                    mine = pools_of(pools, spec.base_model)
-                    given.setdefault(chosen_pool(mine, spec.pool, spec.resources), []).append(record.task_id)
+                spec, pool = record.spec, "" if is_there else old
+                with contextlib.suppress(InvalidInput):
+                    pool = chosen_pool(pools_of(pools, spec.base_model), spec.pool, spec.resources)
+                if pool != old:
+                    given.setdefault(pool, []).append(record.task_id)
             for pool, task_ids in given.items():
                 self._queue.try_apply(task_ids, PoolGiven(pool))
             self._looked_for_pools[old] = found[-1].task_id if found else None
-            self.wake()
-            return
+            if found:
+                self.wake()
+                return
         self._is_pools_given = True
 
     def wait_in_line(self, record: TaskRecord) -> Wait:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from configs.errors import MissingAdapters, OnebasisError, RefusedAdapters
 from configs.settings import Settings
@@ -34,11 +34,6 @@ from subspace_store.requests import Refine
 from workers.orders import Evaluated, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
-
-EVALUATION_TRIES = 3
-UNJUDGED = (TaskState.REFINING, TaskState.EVALUATING)
-HELD_SECONDS = 5.0
-"""Interval at which the log is read while `main` is held: somebody may release it without telling this process."""
 
 
 class Refinement:
@@ -73,7 +68,7 @@ class Refinement:
             if isinstance(order, Train) and order.again and order.refine_version != self._store.state.refs[CANDIDATE]:
                 self._workers.tell(worker, "cancel", order.token)
 
-    def advance(self, group: Sequence[TaskRecord], others_wait: bool) -> bool:
+    def advance(self, group: Sequence[TaskRecord], others_wait: Callable[[], bool]) -> bool:
         """Bring the candidate's tasks through their refinement; those of its group that ask for none wait.
 
         Args:
@@ -102,7 +97,7 @@ class Refinement:
             self._apply(tuple(record.task_id for record in refining), refused)
         return bool(refining)
 
-    def _refine_in(self, version: int, refining: Sequence[TaskRecord], others_wait: bool) -> bool:
+    def _refine_in(self, version: int, refining: Sequence[TaskRecord], others_wait: Callable[[], bool]) -> bool:
         """Give out the refinements that the candidate waits for, and put them into one more version."""
         if self._verdict.version != version:
             self._verdict.begin(version, again=() if self._verdict.plain else self._moved(version))
@@ -113,7 +108,7 @@ class Refinement:
             flying = {order.task_id for order in self._workers.orders if isinstance(order, Train) and order.again}
             waiting = [record for record in refining if next_step(record) is Step.REFINE]
             # A merge may move a thousand tasks: while others wait to be trained, they get half of the workers.
-            room = max(1, len(self._workers.workers) // 2) if others_wait else len(self._workers.workers)
+            room = max(1, len(self._workers.workers) // 2) if others_wait() else len(self._workers.workers)
             waiting += [record for record in again if record.task_id not in flying][: max(0, room - len(flying))]
             free = self._workers.unclaimed_workers(refining)
             for record in waiting:

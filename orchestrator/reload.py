@@ -15,8 +15,11 @@ SIZES = ("min", "max", "idle_seconds")
 """Of a pool that is there."""
 
 
-def taken_without_restart(before: Settings, after: Settings) -> list[str]:
+def taken_without_restart(before: Settings, after: Settings, cpus: int) -> list[str]:
     """Names of the settings that are different and can be taken.
+
+    Args:
+        cpus: Of this machine, for a local Ray: it was started with so many, or as many as its pools could take.
 
     Raises:
         Conflict: Others are different, too; names them, and how to take those. None is taken then.
@@ -31,6 +34,10 @@ def taken_without_restart(before: Settings, after: Settings) -> list[str]:
     if after.base_names[: len(before.bases)] != before.base_names:
         what = f"the base models that are there have to come first, in their order: {', '.join(before.base_names)}"
         raise Conflict(what, "base_models", "write further ones behind them")
+    if before.ray.address == "local" and after.cpus_at_most > (had := max(cpus, before.cpus_at_most)):
+        what = f"its workers could take {after.cpus_at_most} CPUs, and the local Ray was started with {had}"
+        todo = "lower max or cpus of a pool; or `onebasis down`, then `onebasis up --config FILE`"
+        raise Conflict(what, "pools", todo)
     old = {base.name: base for base in before.bases}
     further = [f"base_models.{base.name}" for base in after.bases if base.name not in old]
     changed = [

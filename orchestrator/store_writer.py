@@ -45,7 +45,7 @@ class StoreWriter:
         self._cluster = cluster
         self._calls = calls
         self._alarms = alarms
-        self._lease_seconds = lease_seconds
+        self.lease_seconds = lease_seconds
         self._refused = refused
         self.is_open = False
         """Whether it has opened the store for the base model that the workers have loaded."""
@@ -79,7 +79,7 @@ class StoreWriter:
         if silence > (SILENT_SECONDS if self._is_there else START_SECONDS):
             what = "the store's writer does not answer: nothing is merged, published or rolled back"
             self._alarms.ring(AlarmCode.STORE_SILENT, ABOUT, what)
-        if silence > (self._lease_seconds if self._is_there else 2 * START_SECONDS):
+        if silence > (self.lease_seconds if self._is_there else 2 * START_SECONDS):
             log.warning("the store's writer has been silent for %.0f s: replacing it", silence)
             self.is_open, self._is_there, self._asked_at = False, False, now
             self._calls.replace_silent_writer()

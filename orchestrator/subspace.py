@@ -82,12 +82,16 @@ class Subspace:
             self._look_at_main,
             self.alarms,
         )
-        lease_seconds = max(one.lease_seconds for one in settings.pools.values())
-        self.writer = StoreWriter(cluster, self.calls, self.alarms, lease_seconds, self.candidate.stop)
+        self.writer = StoreWriter(cluster, self.calls, self.alarms, _lease_seconds(settings), self.candidate.stop)
         self._main_followed = -1
         self._is_main_looked_at = False
         """Whether the files that `main` needs were looked at, once when the service starts."""
         self.calls.log_moved.set()
+
+    def follow(self, settings: Settings) -> None:
+        """Go by new settings from now on."""
+        self.writer.lease_seconds = _lease_seconds(settings)
+        self.candidate.follow(settings)
 
     @property
     def storage(self) -> Storage:
@@ -267,3 +271,8 @@ def _how_it_vanished(store: SubspaceReader, record: TaskRecord, now: float) -> R
         )
         return RolledBack(message, now)
     return RolledBack(f"removed from the subspace: {what}; submit it again to merge it", now, Reason.REMOVED)
+
+
+def _lease_seconds(settings: Settings) -> float:
+    """How long a store's writer may be silent: as long as the worker that may be so the longest."""
+    return max(pool.lease_seconds for pool in settings.pools.values())

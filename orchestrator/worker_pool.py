@@ -229,9 +229,9 @@ class WorkerPool:
         """Orders that are under way."""
         return [worker.order for worker in self.workers.values() if worker.order is not None]
 
-    def free_workers(self, pool: str | None = None) -> list[WorkerStatus]:
-        """Workers that may get something new, those of the smallest pool first. pool: Only those of this one."""
-        free = [worker for worker in self.workers.values() if worker.is_free and pool in (None, worker.pool)]
+    def free_workers(self) -> list[WorkerStatus]:
+        """Workers that may get something new, those of the smallest pool first."""
+        free = [worker for worker in self.workers.values() if worker.is_free]
         free.sort(key=lambda worker: (size(worker.pool, self._pools[worker.pool]), number_of(worker.name)))
         return [worker for worker in free if self._pending_calls.may(f"order:{worker.name}")]
 
@@ -476,13 +476,17 @@ class WorkerPool:
         order = worker.order
         if order is None or worker.told != ("cancel", order.token) or now - worker.told_at <= CANCEL_GRACE_SECONDS:
             return
+        if worker.lost is not None:  # it has ended, and Ray has made another process
+            return
         log.warning("%s was told to cancel %s and does not stop: ending it", worker.name, order.token)
         worker.told_at = math.inf
         self._cluster.replace(worker.name)
 
     def _locate(self, worker: WorkerStatus, now: float) -> None:
-        """Look on which machines a worker is, while that matters: before it is ready, or while machines are drained."""
-        if worker.ready and not any(drain.is_node for drain in self.drains):
+        """Look on which machines a worker is, while that matters: before it is ready; later, while machines are
+        drained, only where that is not known, or where ranks may have found other places."""
+        is_known = bool(worker.machines) and self._pools[worker.pool].ranks == 1
+        if worker.ready and (is_known or not any(drain.is_node for drain in self.drains)):
             return
         if now - worker.looked_at >= LOOK_SECONDS:
             worker.looked_at, before = now, worker.machines
@@ -577,12 +581,9 @@ class WorkerPool:
 
     # --- how many workers --------------------------------------------------------------------------------------
 
-    def recall(self, worker: str) -> bool:
-        """Start a worker again that a task was given to; False where its pool is no longer in the settings."""
-        if pool_of(worker) not in self._pools:
-            return False
+    def recall(self, worker: str) -> None:
+        """Start a worker again that a task was given to. Its pool is in the settings."""
         self._start(worker)
-        return True
 
     def resize(self, wanted: Mapping[str, int], claimed: Collection[str] = ()) -> None:
         """Start workers that there is something to do for, and end idle ones; see `scheduling.pools.resized`.
@@ -632,7 +633,7 @@ class WorkerPool:
     def _end(self, name: str) -> None:
         log.info("ending %s: %s", name, self.workers[name].drain or "it has nothing to do")
         self.workers = {other: worker for other, worker in self.workers.items() if other != name}
-        for pending in (Asking(name), Warming(name)):
+        for pending in (Asking(name), Warming(name), AskingForEnd(name)):
             self._pending_calls.forget(pending)
         self._alarms.end_all(name, *AlarmCode)
         self._cluster.end_worker(name)
@@ -660,15 +661,6 @@ class ModelWorkers:
         return self._pool.layouts.get(self._base_model)
 
     @property
-    def ready(self) -> int:
-        """Workers whose base model is loaded."""
-        return sum(worker.ready for worker in self.workers)
-
-    @property
-    def free(self) -> int:
-        return sum(worker.is_free for worker in self.workers)
-
-    @property
     def orders(self) -> list[Order]:
         """Orders that are under way."""
         return [worker.order for worker in self.workers if worker.order is not None]
@@ -678,11 +670,7 @@ class ModelWorkers:
 
     def unclaimed_workers(self, live: Sequence[TaskRecord]) -> list[WorkerStatus]:
         """As `WorkerPool.unclaimed_workers`."""
-        return [
-            worker
-            for worker in self._pool.unclaimed_workers(live)
-            if self._pool.base_model_of(worker) == self._base_model
-        ]
+        return self._mine(self._pool.unclaimed_workers(live))
 
     def _mine(self, workers: Iterable[WorkerStatus]) -> list[WorkerStatus]:
         return [worker for worker in workers if self._pool.base_model_of(worker) == self._base_model]

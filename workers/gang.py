@@ -268,7 +268,9 @@ class Gang:
             if 0 in answers or any(isinstance(answer, Failed | Exception) for answer in answers.values()):
                 until = min(until, time.monotonic() + GRACE_SECONDS)
         self._silent = None
-        return {index: self._named(index, answer) for index, answer in answers.items()}
+        lost = [index for index, answer in answers.items() if isinstance(answer, RankLost)]
+        # How the others ended follows from the first; each answer may take a while, and the machines wait for it.
+        return {index: self._named(index, answer, index in lost[:1]) for index, answer in answers.items()}
 
     def _noticed(self, indices: Sequence[int]) -> RankLost | None:
         if not indices:
@@ -283,11 +285,11 @@ class Gang:
         except Exception as error:
             return error
 
-    def _named(self, index: int, answer: Any) -> Any:
+    def _named(self, index: int, answer: Any, asks_for_end: bool) -> Any:
         if isinstance(answer, RankLost):
             node = f" on {self._nodes[index]}" if self._nodes else ""
             rank = f"rank {index} of {self._ranks.size}{node}"
-            end = None if isinstance(answer, RankSilent) else self._ranks.end_of(index)
+            end = self._ranks.end_of(index) if asks_for_end and not isinstance(answer, RankSilent) else None
             if end is not None and end.is_its_own:
                 return RankDied(f"{rank} (pid {end.pid}) died: {end}", answer.where, answer.todo)
             cause = answer.what if end is None else str(end)
@@ -385,7 +387,7 @@ class Gang:
                 answers |= {index: RankSilent(f"no answer for {silence:.0f} s") for index in silent}
             for index, answer in answers.items():
                 if isinstance(answer, Exception):
-                    raise self._named(index, answer)
+                    raise self._named(index, answer, True)
         return [answers[index] for index in sorted(answers)]
 
 

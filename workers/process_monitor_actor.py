@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.process_monitor import ProcessEnd, ProcessMonitor
 
-PREFIX = "process-monitor-"
+PREFIX = "@process-monitor-"
 WAIT_SECONDS = 15.0
 """Longest wait for the end of a process whose calls have failed: Ray gives up a process before it has ended it, and one
 with much memory takes seconds to give it back."""

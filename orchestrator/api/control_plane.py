@@ -106,7 +106,7 @@ class ControlPlane:
         """Go on with these settings, if no other control plane has the old ones. Raises Conflict."""
         if self.leadership is not None:
             self.leadership.follow(shared_settings(settings))
-        self.settings = settings
+        self.settings = self.cluster.settings = settings
         self.storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
 
     def _join(self, lease: LeaderLease, url: str) -> None:
@@ -137,6 +137,10 @@ class ControlPlane:
         def begin() -> None:
             with self._changing:
                 is_begun.set()
+                if self._is_ending:
+                    assert self.leadership is not None
+                    self.leadership.give_up()
+                    return
                 try:
                     self._take_up(fence)
                 except Exception as error:
@@ -170,14 +174,14 @@ class ControlPlane:
         hands_over = leadership is not None and bool(leadership.others())
         leads = leadership is None or leadership.leads
         with self._changing:
-            self._is_ending = True
-            if self._duty is not None:
-                self._duty.end(hands_over=hands_over)
+            self._is_ending, duty = True, self._duty
+            if duty is not None:
+                duty.end(hands_over=hands_over)
         self._stop.set()
         (self.state_dir / SERVER_FILE).unlink(missing_ok=True)
         if leads and not hands_over:
             try:
-                self.cluster.release_stores(RELEASE_SECONDS)
+                (duty.cluster if isinstance(duty, Leading) else self.cluster).release_stores(RELEASE_SECONDS)
             except OnebasisError as error:
                 log.warning("a store stays this service's: %s", error)
         if leadership is not None and self._looking is not None:
@@ -249,9 +253,9 @@ class Leading:
     def __init__(self, process: ControlPlane, fence: int | None) -> None:
         settings, state_dir, self._stop = process.settings, process.state_dir, threading.Event()
         self._queue = queue = TaskQueue(settings.database_url, settings.failures, fence)
-        self._cluster = cluster = process.cluster
+        self.cluster = cluster = process.cluster
         if fence is not None and process.leadership is not None:
-            self._cluster = cluster = cluster.led(fence, partial(process.leadership.check, fence))
+            self.cluster = cluster = cluster.led(fence, partial(process.leadership.check, fence))
         cluster.start()
         stores = {
             name: SubspaceReader.open(place, settings=settings.subspace) for name, place in process.storages.items()

@@ -7,6 +7,7 @@ command line does, in its own process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
@@ -118,22 +119,21 @@ class Service:
         Raises:
             Conflict: Something else is different; names it. Nothing is changed then.
         """
-        from subspace_store.log.version_log import VersionLog, owned_by_another
+        from subspace_store.log.version_log import other_owner, owned_by_another
         from subspace_store.storage.opening import open_storage
         from subspace_store.subspace_reader import SubspaceReader
 
         with self._reloading:
             controller, before = self._sources.running("reload"), self._sources.settings
             after = request.settings
-            taken = taken_without_restart(before, after)
+            taken = taken_without_restart(before, after, os.cpu_count() or 1)
             new = [base for base in after.bases if base.name not in before.base_names]
             storages = {base.name: open_storage(after.storage, base.name) for base in new}
             us = service_identity(Path(after.state_dir))
             for base in new:
                 place = storages[base.name]
                 check_place(place, base.name, base.weights_sha256)
-                owner = VersionLog(place).open().owner
-                if owner is not None and owner.is_another_than(us):
+                if (owner := other_owner(place, us)) is not None:
                     raise owned_by_another(owner, place.url, us)
             stores = {name: SubspaceReader.open(place, settings=after.subspace) for name, place in storages.items()}
             if taken:
@@ -141,16 +141,14 @@ class Service:
                 keep_settings(after, Path(after.state_dir))
                 # First what answers, then the loop: a task of a new base model is taken in when its workers are warm.
                 further = {name: Versions(self._sources, name, place) for name, place in storages.items()}
-                self._sources.settings = after
                 self._of_each = self._of_each | further
+                self._sources.settings = after
                 self.tasks.follow(self._of_each)
                 self.status.follow(self._of_each)
                 controller.grow(after, stores, GROW_SECONDS)
         return {"taken": taken, "base_models": list(after.base_names)}
 
     def _answer(self, request: Request) -> Any:
-        if self._stands_by is not None and route_of(request).verb == "POST":
-            raise self._stands_by().refusal
         if self._stands_by is not None and route_of(request).verb == "POST":
             raise self._stands_by().refusal
         match request:

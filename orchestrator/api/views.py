@@ -39,6 +39,7 @@ def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], no
         "title": record.title,
         "team": record.team,
         "name": record.name,
+        "base_model": record.base_model,
         "pool": record.pool,
         "state": str(record.state),
         "reason": record.reason,

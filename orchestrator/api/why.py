@@ -187,9 +187,11 @@ def _of(wait: Wait) -> str:
 
 
 def _never_fits(wait: Wait, around: Surroundings) -> str:
-    if not wait.pool or wait.pool in around.pools:
+    if wait.pool in around.pools:
         return "asks for more places than there are"
     there_are = "; ".join(f"'{name}', {has}" for name, has in around.pools.items())
+    if not wait.pool:
+        return f"no pool of its base model takes it; there are: {there_are}"
     return f"its pool '{wait.pool}' is no longer in the settings; there are: {there_are}"
 
 

@@ -137,11 +137,12 @@ def reload(
     """
     from configs.settings import read_settings
 
-    noted = settings_source(state_dir)
-    if config is None and noted is None:
+    if config is not None:
+        settings = read_settings(config)
+    elif (noted := settings_source(state_dir)) is not None:
+        settings = read_settings(*noted)
+    else:
         raise InvalidInput("no settings file was ever named here", "onebasis reload", "add --config FILE")
-    file, root = (config, None) if config is not None else noted or (Path(), None)
-    settings = read_settings(file, root)
     show(Client(state_dir).ask(Reload(settings=settings, by=me())), display.reloaded, as_json)
     if config is not None:
         keep_source(state_dir, config)

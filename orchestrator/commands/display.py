@@ -160,6 +160,10 @@ def workers(answer: Json) -> None:
     if not answer["running"]:
         note("the service is not running; `onebasis up` starts it")
         return
+    if "pools" not in answer:
+        note("this control plane stands by, and the one that leads knows what the workers do: ask there")
+        _print_leadership(answer.get("leadership"))
+        return
     for name, pool in answer["pools"].items():
         base = f", base model {pool['base_model']}" if pool["base_model"] else ""
         console.print(f"[bold]{shown(name)}[/bold]  {_pool(pool)}{shown(base)}", soft_wrap=True)
@@ -464,6 +468,7 @@ def _task_table(rows: Sequence[Json]) -> Table:
     cells: dict[str, list[str]] = {
         "id": [row["task_id"] for row in rows],
         "task": [row["title"] for row in rows],
+        "base model": [row["base_model"] for row in rows] if len({row["base_model"] for row in rows}) > 1 else [],
         "state": [row["state"] for row in rows],
         "step": [_step(row) for row in rows],
         "loss": [_told(row, "loss", ".3f") for row in rows],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Health, Status
 from orchestrator.commands.attention import tell_new
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
+from orchestrator.scheduling.pools import pool_of
 from orchestrator.signs_of_life import (
     Life,
     end_now,
@@ -55,7 +55,7 @@ from subspace_store.commands.state_folder import (
 from subspace_store.commands.terminal import TELL_SECONDS, counted, telling
 from subspace_store.log.store_format import check_place
 from subspace_store.log.version import MAIN
-from subspace_store.log.version_log import VersionLog, owned_by_another
+from subspace_store.log.version_log import VersionLog, other_owner, owned_by_another
 from subspace_store.storage.opening import open_storage
 
 START_SECONDS = 180.0
@@ -235,9 +235,7 @@ def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Sa
     for base in settings.bases:
         storage = open_storage(settings.storage, base.name)
         check_place(storage, base.name, base.weights_sha256)
-        log = VersionLog(storage)
-        owner = log.open().owner
-        if owner is None or not owner.is_another_than(service):
+        if (owner := other_owner(storage, service)) is None:
             continue
         if not take_over:
             raise owned_by_another(owner, storage.url, service)
@@ -404,8 +402,7 @@ def _start_ray(settings: Settings, state_dir: Path, say: Say) -> subprocess.Pope
         return None
     say("starting Ray on this machine")
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
-    asked = sum(pool.max * pool.ranks * pool.cpus for pool in settings.pools.values())
-    cpus = max(os.cpu_count() or 1, math.ceil(asked))
+    cpus = max(os.cpu_count() or 1, settings.cpus_at_most)
     command = [sys.executable, "-m", MODULE, str(state_dir), str(cpus)]
     return _start(command, state_dir, "ray.log", _umask(settings))
 
@@ -465,9 +462,10 @@ def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str
             found: dict[str, Any] = client.ask(Status())
             return found
         pools: dict[str, Any] = health.get("pools", {})
-        all_workers = sum(pool["min"] for pool in pools.values())
-        out = sum(not drain["is_node"] for drain in health.get("drains", ()))
-        ready = sum(min(pool["ready"] + out, pool["min"]) for pool in pools.values())
+        out = [pool_of(drain["what"]) for drain in health.get("drains", ()) if not drain["is_node"]]
+        least = {name: max(0, pool["min"] - out.count(name)) for name, pool in pools.items()}
+        all_workers = sum(least.values())
+        ready = sum(min(pool["ready"], least[name]) for name, pool in pools.items())
         alarms = health["alarms"]
         unfinished = [alarm["text"] for alarm in alarms if alarm["code"] in UNFINISHED]
         heard = health.get("heard_seconds_ago", 0.0) <= time.monotonic() - began

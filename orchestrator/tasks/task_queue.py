@@ -410,9 +410,16 @@ class TaskQueue:
         with self._database.reading() as connection:
             return list(connection.execute(_pools_of_queued()).scalars())
 
-    def queued_for(self, pool: str, after: str = "", limit: int = 500) -> list[TaskRecord]:
-        """Queued tasks of a pool by their ids. after: Id of the last one that was returned before."""
-        mine = (_tasks.c.state == _QUEUED, _tasks.c.pool == pool, _tasks.c.task_id > after)
+    def queued_for(self, pool: str, after: str = "", but_of: str | None = None, limit: int = 500) -> list[TaskRecord]:
+        """Queued tasks of a pool by their ids.
+
+        Args:
+            after: Id of the last one that was returned before.
+            but_of: Base model whose tasks are left out.
+        """
+        mine = [_tasks.c.state == _QUEUED, _tasks.c.pool == pool, _tasks.c.task_id > after]
+        if but_of is not None:
+            mine.append(_tasks.c.base_model != but_of)
         return self._records(select(*_RECORD).where(*mine).order_by(_tasks.c.task_id).limit(limit))
 
     def due(self, now: float) -> tuple[list[str], float | None]:

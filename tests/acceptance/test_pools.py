@@ -59,7 +59,7 @@ class InRay:
 
     def workers(self) -> set[str]:
         named = self._ray.util.list_named_actors(all_namespaces=True)
-        others = ("@store-", "process-monitor-")
+        others = ("@store-", "@process-monitor-")
         return {actor["name"] for actor in named if not actor["name"].startswith(others)}
 
     def reserved_cpus(self) -> float:

@@ -221,13 +221,16 @@ def test_of_all_base_models_at_most_one_has_its_bases_in_memory(two: Plant) -> N
     assert not any("_tensors" in subspace.store.__dict__ for subspace in two.controller.subspaces.values())
 
 
-def test_the_tasks_of_a_base_model_that_left_on_purpose_wait_and_go_on_when_it_is_back(two: Plant) -> None:
-    submit(two, LARGE, "red/first")
+@pytest.mark.parametrize(("left", "stays"), [(LARGE, SMALL), (SMALL, LARGE)])
+def test_the_tasks_of_a_base_model_that_left_on_purpose_wait_and_go_on_when_it_is_back(
+    two: Plant, left: str, stays: str
+) -> None:
+    submit(two, left, "red/first")
     two.run()
-    submit(two, LARGE, "red/second")
-    submit(two, SMALL, "red/alpha")
+    submit(two, left, "red/second")
+    submit(two, stays, "red/alpha")
     both = two.settings
-    alone = both.model_dump(mode="json") | {"base_models": [base(SMALL)], "pools": {}}
+    alone = both.model_dump(mode="json") | {"base_models": [base(stays)], "pools": {}}  # its pool is `default` now
     two.settings = Settings.model_validate(alone)
     two.kill()
     two.cluster = StandInCluster(two.settings, two.storages, two.service)
@@ -243,4 +246,25 @@ def test_the_tasks_of_a_base_model_that_left_on_purpose_wait_and_go_on_when_it_i
     two.cluster = StandInCluster(two.settings, two.storages, two.service)
     two.run()
     assert set(two.states().values()) == {"published"}
-    assert two.held(base_model=LARGE) == ["red/first", "red/second"]
+    assert two.held(base_model=left) == ["red/first", "red/second"]
+
+
+def test_a_task_at_work_in_a_pool_that_was_given_to_another_base_model_goes_on_in_another(
+    make_plant: Callable[..., Plant],
+) -> None:
+    pools = {"a": {"base_model": SMALL, "max": 1}, "b": {"base_model": LARGE, "max": 1}}
+    plant = make_plant(workers=None, base_model=None, base_models=[base(SMALL), base(LARGE)], pools=pools)
+    plant.cluster.hold = lambda order: True
+    plant.submit("red/alpha", spec={"base_model": SMALL}, pool="a")
+    plant.run(lambda: len(plant.cluster.held) == 1)
+    plant.kill()
+    swapped = {"a": pools["a"] | {"base_model": LARGE}, "b": pools["b"] | {"base_model": SMALL}}
+    plant.settings = Settings.model_validate(plant.settings.model_dump(mode="json") | {"pools": swapped})
+    plant.cluster = StandInCluster(plant.settings, plant.storages, plant.service)
+    plant.run()
+    record = plant.get("red/alpha")
+    assert (str(record.state), record.pool) == ("published", "b")
+    claims = [event.text for event in plant.queue.events(record.task_id) if event.kind == "Claimed"]
+    assert [text.rpartition("worker ")[2] for text in claims] == ["a-0", "b-0"]
+    assert (record.attempt, record.lost_machines, record.preemptions) == (2, 0, 1)
+    assert plant.held(base_model=SMALL) == ["red/alpha"]

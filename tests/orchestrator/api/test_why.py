@@ -69,7 +69,12 @@ AT = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(5000.0))
             "about-to-start",
             f"is about to start, when blue/large has written its checkpoint; {REST}",
         ),
-        (task_record(), decided(WaitCode.NEVER_FITS), "never-fits", "asks for more places than there are"),
+        (
+            task_record(),
+            around(decided=Wait(code=WaitCode.NEVER_FITS), pools={"small": "1 rank of 2 CPUs"}),
+            "never-fits",
+            "no pool of its base model takes it; there are: 'small', 1 rank of 2 CPUs",
+        ),
         (task_record(), decided(WaitCode.BASE_MODEL_LOADING), "base-model-loading", "no worker is ready: loading"),
         (
             task_record(not_due=True, spec={"not_before": "1970-01-01T01:23:20Z"}),

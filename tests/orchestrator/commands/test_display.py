@@ -15,8 +15,8 @@ from orchestrator.commands import display, version_tables
 from subspace_store.commands.terminal import counted, decimals, error, note
 
 TASK: dict[str, Any] = {
-    "task_id": "t0691b2c3ddeadbeef1234", "title": "red/card-orders", "state": "training", "reason": "", "place": None,
-    "worker": "worker-0", "version": None, "local_score": None,
+    "task_id": "t0691b2c3ddeadbeef1234", "title": "red/card-orders", "base_model": "minilm", "state": "training",
+    "reason": "", "place": None, "worker": "worker-0", "version": None, "local_score": None,
     "progress": {
         "phase": "training", "step": 120, "steps": 1500, "loss": 0.5432, "learning_rate": 9.2e-4,
         "samples_per_second": 35.4, "tokens_per_second": 1320.0, "memory_bytes": 512_000_000, "seconds_left": 3900.0,
@@ -286,6 +286,24 @@ def test_what_rounds_to_nothing_has_no_sign_and_one_is_no_plural() -> None:
     assert (counted(1, "adapter"), counted(0, "adapter"), counted(3000, "copy", "copies")) == (
         "1 adapter", "0 adapters", "3,000 copies",
     )  # fmt: skip
+
+
+def test_a_control_plane_that_stands_by_says_who_knows_the_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    leader = {"name": "host:/a", "url": "http://host:1", "since": 0.0, "number": 3}
+    display.workers({"running": True, "leadership": {"role": "stands by", "leader": leader, "standing_by": []}})
+    said = capsys.readouterr()
+    assert "the one that leads knows what the workers do" in said.err + said.out
+    assert "host:/a" in said.out
+
+
+def test_tasks_of_several_base_models_say_which(capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = DONE | {"base_model": "minilm"}, WAITING | {"base_model": "llama"}
+    display.tasks([one, one])
+    assert "base model" not in capsys.readouterr().out
+    display.tasks([one, other])
+    found = capsys.readouterr().out.splitlines()
+    assert "base model" in found[0]
+    assert ["minilm" in found[1], "llama" in found[2]] == [True, True]
 
 
 def test_the_status_says_in_a_line_what_is_stored() -> None:
