@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -227,12 +228,87 @@ class MlflowSettings(Section):
     experiment: str = "onebasis"
 
 
+RoleName = Literal["viewer", "submitter", "maintainer", "admin"]
+"""A role, as orchestrator/api/access.py explains them."""
+
+
+class MainRule(Section):
+    """Who may move `main`, or hold it."""
+
+    role: RoleName = "maintainer"
+    """Least role."""
+    teams: tuple[Name, ...] | None = None
+    """Teams in which the role counts; who has a role for all teams has it in these too. Default: any team."""
+
+
+class MainSettings(Section):
+    """Who may do what moves `main`, which all teams share."""
+
+    publish: MainRule = Field(default_factory=lambda: MainRule(role="submitter"))
+    """Bring tasks that are published when they pass the gate; remove tasks, compact."""
+    rollback: MainRule = Field(default_factory=MainRule)
+    """Move `main` to another version."""
+    hold: MainRule = Field(default_factory=MainRule)
+    """Hold `main`, and release it."""
+
+
+class TlsSettings(Section):
+    """The certificate of the HTTP API."""
+
+    cert_file: Annotated[str, Located(places.absolute)]
+    """Certificate in PEM, with those between it and its authority behind it."""
+    key_file: Annotated[str, Located(places.absolute)]
+    """Its private key in PEM, not encrypted."""
+
+
 class ServerSettings(Section):
     """The HTTP API of the control plane."""
 
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535)
     """TCP port; 0 takes a free one. The port is written to the state folder."""
+    tls: TlsSettings | None = None
+    """Certificate; without one the API speaks plain HTTP."""
+    behind_proxy: bool = False
+    """Whether a proxy in front of it speaks TLS with everybody who is on another machine."""
+    requests_per_second: float | None = Field(50.0, gt=0)
+    """Most requests of one token, on average; ten times as many at once. Does not count for the owner of the state
+    folder. None: any number."""
+
+
+class GroupSettings(Section):
+    """What the members of one group of the identity provider may do."""
+
+    role: RoleName
+    team: Name | None = None
+    """Team in which they have it; default: all teams."""
+
+
+class OidcSettings(Section):
+    """Bearer tokens that an identity provider signs (OpenID Connect), beside the service's own."""
+
+    issuer: str = Field(pattern="^https?://[^\\s?#]+$")
+    """Address of the provider, exactly as its tokens have it in `iss`; below it, its keys are found
+    (`/.well-known/openid-configuration`). With https, but on this machine."""
+    audience: str = Field(min_length=1)
+    """What its tokens for this service have in `aud`."""
+    name_claim: str = "sub"
+    """Claim that is the name of who asks, in every record: choose one that people cannot change themselves."""
+    groups_claim: str = "groups"
+    """Claim that lists groups."""
+    groups: dict[str, GroupSettings] = Field(min_length=1)
+    """Name of a group to what its members may do. Who is in none of them is refused."""
+
+    @model_validator(mode="after")
+    def _keys_come_over_https(self) -> Self:
+        host = urlsplit(self.issuer).hostname or ""
+        if self.issuer.startswith("http:") and host not in LOOPBACK:
+            raise ValueError("issuer has to begin with https: who answers there says who may do everything here")
+        return self
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine for itself."""
 
 
 class Settings(Section):
@@ -261,6 +337,11 @@ class Settings(Section):
     failures: FailureSettings = Field(default_factory=FailureSettings)
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
+    main: MainSettings = Field(default_factory=MainSettings)
+    oidc: OidcSettings | None = None
+    """Identity provider whose tokens are taken, too."""
+    production: bool = False
+    """Whether `up` refuses what is fit for trying out alone: an API without TLS, SQLite, a cluster without a token."""
 
     @model_validator(mode="after")
     def _base_models_have_names(self) -> Settings:
@@ -328,6 +409,36 @@ class Settings(Section):
             known = ", ".join(self.base_names)
             raise ValueError(f"pools.{name}: there is no base model '{pool.base_model}'; there are: {known}")
         return pool.base_model or self.base_names[0]
+
+    @model_validator(mode="after")
+    def _rules_name_teams_that_are_there(self) -> Settings:
+        named = [(f"main.{rule}", getattr(self.main, rule).teams or ()) for rule in MainSettings.model_fields]
+        for group, given in (self.oidc.groups if self.oidc else {}).items():
+            named.append((f"oidc.groups.{group}", (given.team,) if given.team else ()))
+        for where, teams in named:
+            if strangers := [team for team in teams if team not in self.teams]:
+                raise ValueError(f"{where}: there is no team '{strangers[0]}'; there are: {', '.join(self.teams)}")
+        return self
+
+    @model_validator(mode="after")
+    def _production_is_fit_for_it(self) -> Settings:
+        if not self.production:
+            return self
+        missing = [
+            words
+            for words, is_there in (
+                ("server.tls, or server.behind_proxy: true", self.server.tls or self.server.behind_proxy),
+                ("database_url of a Postgres", self.database_url.startswith("postgresql")),
+                (
+                    "ray.auth_token_path, the token of the cluster",
+                    self.ray.address == "local" or self.ray.auth_token_path,
+                ),
+            )
+            if not is_there
+        ]
+        if missing:
+            raise ValueError(f"production: true needs {'; '.join(missing)}")
+        return self
 
     @model_validator(mode="after")
     def _a_quota_has_room_for_a_task(self) -> Settings:

@@ -67,10 +67,13 @@ class Client:
         if isinstance(request, ServiceRequest) and request.needs_service:
             _check_ran(self._state_dir)
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
-        from subspace_store.commands.terminal import telling
+        from orchestrator.api.access import owner
+        from orchestrator.api.guard import Guard
+        from subspace_store.commands.terminal import me, telling
 
         with telling("reading the store and the task database, without a service", self._say):
-            return self._local().answer(request)  # which knows what it has written, and what may have been
+            # The service knows what it has written, and what may have been.
+            return Guard(self._local()).answer(request, owner(me()))
 
     def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         from orchestrator.api.exchange import NotTakenError

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from configs.task_spec import TaskSpec
+from orchestrator.api.callers import Callers
 from orchestrator.api.client import Client
+from orchestrator.api.guard import Guard
 from orchestrator.api.requests import ShowTask, Submit
 from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
@@ -42,7 +44,9 @@ class Site:
         )
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = http_server(api(self.service, TOKEN))
+        self.guard = Guard(self.service)
+        callers = Callers(TOKEN, "ann", lambda: self.service.sources, lambda: self.service.settings)
+        self._server = http_server(api(self.guard, callers))
         self._http = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._http.start()
         (folder / "settings.yaml").write_text(yaml.safe_dump(self.plant.settings.model_dump(mode="json")))
