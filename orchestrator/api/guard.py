@@ -31,7 +31,7 @@ from orchestrator.api.access import (
 from orchestrator.api.requests import Json
 from orchestrator.api.routes import Route, route_of
 from orchestrator.api.service import Service
-from orchestrator.api.shown import Eyes, shown, shown_error, task_ids_in
+from orchestrator.api.shown import Eyes, names_in, shown, shown_error, task_ids_in
 
 SECONDS_A_DAY = 86_400.0
 
@@ -50,8 +50,8 @@ class Guard:
         except OnebasisError as error:
             if teams is None:
                 raise
-            raise shown_error(error, self._eyes(teams, error.args)) from None
-        return answer if teams is None else shown(answer, self._eyes(teams, answer))
+            raise shown_error(error, self._eyes(teams, error.args, request)) from None
+        return answer if teams is None else shown(answer, self._eyes(teams, answer, request))
 
     def _answer(self, request: Request, caller: Caller) -> Any:
         route = route_of(request)
@@ -143,7 +143,7 @@ class Guard:
 
     # --- what they see -----------------------------------------------------------------------------------------
 
-    def _eyes(self, teams: frozenset[str], answer: Any) -> Eyes:
+    def _eyes(self, teams: frozenset[str], answer: Any, request: Request) -> Eyes:
         service = self._service
         known = {*service.settings.teams}
         of_ids: dict[str, str] = {}
@@ -152,7 +152,7 @@ class Guard:
             if ids := task_ids_in(answer):
                 of_ids = self._teams_of_ids(ids)
         others = frozenset({*known, *of_ids.values()} - teams)
-        return Eyes(teams, others, lambda task_id: of_ids.get(task_id) in teams)
+        return Eyes(teams, others, lambda task_id: of_ids.get(task_id) in teams, names_in(request.model_dump(mode="json")))
 
     # --- the audit log -----------------------------------------------------------------------------------------
 

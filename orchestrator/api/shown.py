@@ -8,7 +8,7 @@ it is. Version numbers, sizes and counts stay.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from configs.errors import OnebasisError
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
 _TITLE = re.compile(rf"{_NAME}/{_NAME}")
-_TITLE_IN_TEXT = re.compile(rf"(?<![\w./-])({_NAME})/({_NAME})")
+_TITLE_IN_TEXT = re.compile(rf"(?<![\w./-]){_NAME}/{_NAME}")
 _TASK_ID = re.compile(r"\bt[0-9a-f]{21}\b")
 ANOTHER = "another team's task"
 """What stands for its name, and for its id."""
@@ -34,11 +34,14 @@ class Eyes:
         teams: Teams whose tasks it sees.
         others: Names of all other teams that there are.
         is_own: Whether an id is that of a task of its teams.
+        said: Names and ids that it wrote into its request: an error that quotes them says nothing new, and must not be
+            another one for a task that is there.
     """
 
     teams: frozenset[str]
     others: frozenset[str]
     is_own: Callable[[str], bool]
+    said: frozenset[str] = frozenset()
 
     def sees_title(self, title: str) -> bool:
         """Whether `team/name` is one of its tasks."""
@@ -46,15 +49,22 @@ class Eyes:
 
     def text(self, text: str) -> str:
         """A sentence without other teams' tasks."""
-        if _TITLE.fullmatch(text) and text.partition("/")[0] in self.others:
-            return ANOTHER
-        told = _TITLE_IN_TEXT.sub(lambda found: ANOTHER if found[1] in self.others else found[0], text)
-        return _TASK_ID.sub(lambda found: found[0] if self.is_own(found[0]) else ANOTHER, told)
+        told = _TITLE_IN_TEXT.sub(lambda found: ANOTHER if self._hides(found[0]) else found[0], text)
+        return _TASK_ID.sub(lambda found: found[0] if found[0] in self.said or self.is_own(found[0]) else ANOTHER, told)
+
+    def _hides(self, title: str) -> bool:
+        return title not in self.said and title.partition("/")[0] in self.others
+
+
+def names_in(value: Any) -> frozenset[str]:
+    """Every `team/name` and every task id that stands anywhere in a request."""
+    texts = list(_texts(value))
+    return frozenset(name for text in texts for names in (_TITLE_IN_TEXT, _TASK_ID) for name in _all(names, text))
 
 
 def task_ids_in(value: Any) -> set[str]:
     """Every task id that stands anywhere in an answer."""
-    return {found for text in _texts(value) for found in _TASK_ID.findall(text)}
+    return {found for text in _texts(value) for found in _all(_TASK_ID, text)}
 
 
 def shown(answer: Any, eyes: Eyes) -> Any:
@@ -94,7 +104,7 @@ def _seen_mapping(value: Mapping[str, Any], eyes: Eyes) -> dict[str, Any]:
             found[name] = _seen(inner, eyes)
             if isinstance(inner, list | tuple) and (count := sum(_is_anothers(item, eyes) for item in inner)):
                 hidden[name] = count
-    return found | ({"hidden": hidden} if hidden else {})
+    return found | ({"hidden": found.get("hidden", {}) | hidden} if hidden else {})
 
 
 def _is_anothers(item: Any, eyes: Eyes) -> bool:
@@ -106,6 +116,10 @@ def _is_anothers(item: Any, eyes: Eyes) -> bool:
         named = [item[key] for key in ("title", "name") if isinstance(item.get(key), str) and "/" in item[key]]
         return any(not eyes.sees_title(title) for title in named if _TITLE.fullmatch(title))
     return False
+
+
+def _all(pattern: re.Pattern[str], text: str) -> list[str]:
+    return [found[0] for found in pattern.finditer(text)]
 
 
 def _texts(value: Any) -> Iterator[str]:
