@@ -152,7 +152,9 @@ class Guard:
             if ids := task_ids_in(answer):
                 of_ids = self._teams_of_ids(ids)
         others = frozenset({*known, *of_ids.values()} - teams)
-        return Eyes(teams, others, lambda task_id: of_ids.get(task_id) in teams, names_in(request.model_dump(mode="json")))
+        return Eyes(
+            teams, others, lambda task_id: of_ids.get(task_id) in teams, names_in(request.model_dump(mode="json"))
+        )
 
     # --- the audit log -----------------------------------------------------------------------------------------
 

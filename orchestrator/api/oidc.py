@@ -1,8 +1,8 @@
 """Tokens that an identity provider signs (OpenID Connect): whose they are, and what their bearer's groups may do.
 
 Signatures and claims are checked by joserfc, with the keys that the provider publishes. Those are kept, and asked for
-again when they are old or a token names a key that is not among them; but not more often than every few seconds, so that
-made-up tokens cause no storm of questions.
+again when they are old or a token names a key that is not among them; but not more often than every few seconds, so
+that made-up tokens cause no storm of questions.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Provider:
         claims = self._checked(token)
         name = claims.get(self.settings.name_claim)
         if not isinstance(name, str) or not name:
-            raise UnknownToken(f"the token has no {self.settings.name_claim}", "oidc.name_claim", "choose another claim")
+            raise UnknownToken(
+                f"the token has no {self.settings.name_claim}", "oidc.name_claim", "choose another claim"
+            )
         groups = claims.get(self.settings.groups_claim)
         roles: dict[str, Role] = {}
         for group in groups if isinstance(groups, list) else [groups]:

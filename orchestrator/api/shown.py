@@ -1,4 +1,4 @@
-"""An answer, or an error, as somebody sees it who sees some teams alone: nothing in it names another team's tasks. Pure.
+"""An answer, or an error, for somebody who sees some teams alone: nothing in it names another team's tasks. Pure.
 
 Rows of other teams' tasks are left out, and counted in `hidden`; in sentences their names are replaced. It is done to
 whatever a request answers, by what a name looks like and not by where it stands: a field that is added later is safe as

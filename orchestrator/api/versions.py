@@ -441,9 +441,7 @@ class Versions:
         return found[0]
 
 
-def _of_teams(
-    table: ScoreTable, state: SubspaceState, of_teams: Collection[str] | None
-) -> tuple[ScoreTable, Json]:
+def _of_teams(table: ScoreTable, state: SubspaceState, of_teams: Collection[str] | None) -> tuple[ScoreTable, Json]:
     """The table with the tasks of some teams alone, and how many are left out, as an answer says it."""
     if of_teams is None:
         return table, {}

@@ -1,8 +1,8 @@
 """Every request that writes, in SQL: who asked, with which token, for what, when, and what came of it.
 
 Rows are only ever appended. Each holds the digest of the one before it, so a row that was changed, taken out or put in
-between later is found by whoever reads the chain from its beginning. What was cut off at the end is found by who kept the
-digest of a later row elsewhere (`onebasis audit --verify` prints it).
+between later is found by whoever reads the chain from its beginning. What was cut off at the end is found by who kept
+the digest of a later row elsewhere (`onebasis audit --verify` prints it).
 
 A request has two rows: one before it is carried out, one with its outcome. If a process dies in between, the first one
 is there.
@@ -115,9 +115,7 @@ class AuditLog:
             yield from rows
             last = rows[-1].seq
 
-    def _append(
-        self, name: str, token_id: str, request: str, about: str, outcome: str, of: int | None
-    ) -> AuditRow:
+    def _append(self, name: str, token_id: str, request: str, about: str, outcome: str, of: int | None) -> AuditRow:
         with self._database.writing() as connection:
             if self._database.is_postgres:  # SQLite's writers wait for each other anyway
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_APPEND_LOCK})")
@@ -132,7 +130,17 @@ def verified(rows: Iterator[AuditRow], known: str = "") -> Verified:
     """Whether rows are the chain from its beginning; those of an exported file can be read, too."""
     count, head, holds = 0, FIRST, known == FIRST
     for row in rows:
-        facts = (row.seq, row.at, row.name, row.token_id, row.request, row.about, row.outcome, row.of, row.previous_sha256)
+        facts = (
+            row.seq,
+            row.at,
+            row.name,
+            row.token_id,
+            row.request,
+            row.about,
+            row.outcome,
+            row.of,
+            row.previous_sha256,
+        )
         problem = (
             f"row {count + 1} is missing" if row.seq != count + 1 else
             f"row {row.seq} does not follow the row before it" if row.previous_sha256 != head else

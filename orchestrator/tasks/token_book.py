@@ -1,4 +1,4 @@
-"""The tokens of people and service accounts in SQL: made, found, rotated, revoked. What they may: orchestrator/api/access.py.
+"""The tokens of people and service accounts in SQL: made, found, rotated, revoked. What they may: api/access.py.
 
 A token is 256 random bits, and the database keeps their SHA-256. Slow hashes are for passwords, which can be guessed:
 nobody guesses one of 2²⁵⁶, and a slow hash would cost each request a tenth of a second. So who reads the database
