@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from configs import places
 from configs.document import Name, Section, read_document
 from configs.errors import InvalidInput, NotFound
-from configs.places import Located
+from configs.places import Located, absolute
 
 
 class BaseModelSettings(Section):
@@ -180,6 +180,8 @@ class TeamSettings(Section):
 
     weight: float = Field(1.0, gt=0)
     """Share of the cluster, relative to the weights of the other teams."""
+    data_roots: Annotated[tuple[str, ...] | None, Located(absolute)] = None
+    """Folders from which its task files may name data and adapters, instead of those of the service."""
     queued_max: int = Field(1000, ge=1)
     """Most tasks of the team that may wait at the same time."""
     places: int | None = Field(None, ge=1)
@@ -367,6 +369,11 @@ class Settings(Section):
     def cpus_at_most(self) -> int:
         """CPUs that the workers of all pools take when each pool has as many as it may."""
         return math.ceil(sum(pool.max * pool.ranks * pool.cpus for pool in self.pools.values()))
+
+    def of_team(self, team: str) -> Settings:
+        """The settings as they are for a team's submissions: with the folders that it may read."""
+        roots = self.teams[team].data_roots if team in self.teams else None
+        return self if roots is None else self.model_copy(update={"data_roots": roots})
 
     def base(self, name: str | None = None) -> BaseModelSettings:
         """A base model by its name; the only one, where no name is given.

@@ -140,7 +140,8 @@ def reload(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Read the settings again: a running service takes further base models, teams, data_roots and the gate.
+    """Read the settings again: a running service takes further base models, teams, data_roots, the gate, and
+    who may what (main, oidc).
 
     Anything else that is different is refused by name, and nothing is taken then.
     """
