@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -33,7 +34,7 @@ from orchestrator.commands.contexts import (
     keep_contexts,
     read_contexts,
 )
-from subspace_store.commands.place import clock, print_table
+from orchestrator.commands.display import print_rows
 from subspace_store.commands.terminal import (
     STATE_DIR,
     AsJson,
@@ -230,21 +231,21 @@ def first_token(client: Client) -> Json | None:
 
 def secret(answer: Json) -> None:
     """A new token: the token itself alone on stdout, so that it can be piped into a file."""
-    until = f"until {clock(answer['expires_at'])}" if answer["expires_at"] else "until it is revoked"
+    until = f"until {_clock(answer['expires_at'])}" if answer["expires_at"] else "until it is revoked"
     note(f"token {answer['token_id']} of {answer['name']}, {answer['role']} of {_team(answer)}, {until}; shown once:")
     console.print(answer["token"], markup=False, soft_wrap=True)
 
 
 def tokens(rows: list[Json]) -> None:
     """A row for each token."""
-    print_table(
+    print_rows(
         ("token", "name", "kind", "team", "role", "ends", "last used", "revoked"),
         [
             (
                 row["token_id"], row["name"], row["kind"], _team(row), row["role"],
-                clock(row["expires_at"]) if row["expires_at"] else "never",
-                clock(row["used_at"]) if row["used_at"] else "never",
-                clock(row["revoked_at"]) if row["revoked_at"] else "",
+                _clock(row["expires_at"]) if row["expires_at"] else "never",
+                _clock(row["used_at"]) if row["used_at"] else "never",
+                _clock(row["revoked_at"]) if row["revoked_at"] else "",
             )
             for row in rows
         ],
@@ -255,18 +256,18 @@ def tokens(rows: list[Json]) -> None:
 def who(answer: Json) -> None:
     """Who asks."""
     roles = ", ".join(f"{role} of {team}" for team, role in answer["roles"].items())
-    until = f", until {clock(answer['expires_at'])}" if answer["expires_at"] else ""
+    until = f", until {_clock(answer['expires_at'])}" if answer["expires_at"] else ""
     console.print(f"{answer['name']}: {roles} (token {answer['token_id']}{until})", markup=False, soft_wrap=True)
 
 
 def audit_rows(rows: list[Json]) -> None:
     """The rows of the log."""
     told = [
-        (str(row["seq"]), clock(row["at"]), row["name"], row["token_id"], row["request"], row["outcome"],
+        (str(row["seq"]), _clock(row["at"]), row["name"], row["token_id"], row["request"], row["outcome"],
          row["about"] or f"of row {row['of']}")
         for row in rows
     ]  # fmt: skip
-    print_table(("row", "when", "who", "token", "request", "outcome", "about"), told, "nothing was asked yet")
+    print_rows(("row", "when", "who", "token", "request", "outcome", "about"), told, "nothing was asked yet")
 
 
 def verified(answer: Json) -> None:
@@ -277,3 +278,7 @@ def verified(answer: Json) -> None:
 
 def _team(row: Any) -> str:
     return f"team {row['team']}" if row["team"] else "all teams"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

@@ -21,7 +21,7 @@ import typer
 
 from configs.errors import InvalidInput, NotFound
 from orchestrator.api.client import REMOTE, Remote
-from subspace_store.commands.place import print_table
+from orchestrator.commands.display import print_rows
 from subspace_store.commands.state_folder import make_private, open_private
 from subspace_store.commands.terminal import STATE_DIR, AsJson, command_of, new_app, note, show
 
@@ -177,5 +177,5 @@ def use(
 
 def _print_contexts(rows: list[dict[str, Any]]) -> None:
     told = [("*" if row["is_current"] else "", row["context"], row["url"]) for row in rows]
-    print_table(("", "context", "url"), told, "")
+    print_rows(("", "context", "url"), told, "")
     note(f"kept in {contexts_file()}")
