@@ -8,6 +8,7 @@ rolled back and forward again; one task is exported and scored without onebasis.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ SHOWN_DATA = HERE / "data/banking_charges.eval.jsonl.gz"
 def main() -> None:
     """Run the job; leave nothing running, also after Ctrl-C."""
     started = time.monotonic()
+    os.environ["ONEBASIS_CONTEXT"] = "local"  # and not a service that this user has logged in to
     make_room()
     try:
         run_job()

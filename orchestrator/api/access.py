@@ -159,7 +159,7 @@ def _is_among(rule: MainRule, team: str, caller: Caller) -> bool:
 def _too_low(caller: Caller, route: str, role: Role, where: str) -> NotAllowed:
     held = ", ".join(f"{role_} of {team or 'all teams'}" for team, role_ in sorted(caller.roles.items()))
     what = " ".join(filter(None, (f"{route} needs the role {role}", where)))
-    return NotAllowed(f"{what}, and {caller.name} is {held or 'nothing'}", route, "ask somebody who has that role")
+    return NotAllowed(f"{what}, and {caller.name} is {held or 'nothing'}", "", "ask somebody who has that role")
 
 
 def check_given(caller: Caller, role: Role, team: str) -> None:

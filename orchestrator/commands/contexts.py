@@ -2,7 +2,8 @@
 
 They lie in the user's own configuration folder, in a file that its owner alone may read, since the tokens are in it. A
 context is chosen by --context, else by ONEBASIS_CONTEXT, else by `onebasis context use`; where a folder is named by
---state-dir or ONEBASIS_STATE_DIR, its service is meant. `local` is the service of the folder where the command runs.
+--state-dir or ONEBASIS_STATE_DIR, its service is meant. `local` is the service of the folder where the command runs: if
+there is one, and the last `context use` names another service, both could be meant, and the command is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import typer
 from configs.errors import InvalidInput, NotFound
 from orchestrator.api.client import REMOTE, Remote
 from orchestrator.commands.display import print_rows
-from subspace_store.commands.state_folder import make_private, open_private
+from subspace_store.commands.state_folder import SETTINGS_FILE, make_private, open_private
 from subspace_store.commands.terminal import STATE_DIR, AsJson, command_of, new_app, note, show
 
 context_app = new_app("context", "Services that `onebasis login` knows, and which of them commands ask.")
@@ -98,7 +99,7 @@ def chosen(named: str | None, state_dir: Path) -> Remote | None:
         named: What --context says.
 
     Raises:
-        InvalidInput: A context and a state folder are named.
+        InvalidInput: A context and a state folder are named, or one of them was, and the other is here.
         NotFound: There is no such context.
     """
     is_elsewhere = state_dir != STATE_DIR
@@ -109,7 +110,16 @@ def chosen(named: str | None, state_dir: Path) -> Remote | None:
     if is_elsewhere:
         return None
     contexts = read_contexts()
-    return contexts.named(os.environ.get("ONEBASIS_CONTEXT") or contexts.current)
+    if named_here := os.environ.get("ONEBASIS_CONTEXT"):
+        return contexts.named(named_here)
+    remote = contexts.named(contexts.current)
+    if remote is not None and (state_dir / SETTINGS_FILE).exists():
+        raise InvalidInput(
+            f"the service of this folder could be meant, and the context {remote.name}, {remote.url}",
+            str(state_dir),
+            f"add --context {LOCAL} or --context {remote.name}; or `onebasis context use {LOCAL}`",
+        )
+    return remote
 
 
 @contextlib.contextmanager

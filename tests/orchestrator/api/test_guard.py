@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import httpx
@@ -14,6 +17,7 @@ from pydantic import TypeAdapter
 from configs.document import Request
 from configs.errors import NotAllowed, NotFound
 from configs.settings import RoleName
+from orchestrator.alarms import AlarmCode
 from orchestrator.api import requests
 from orchestrator.api.access import EVERY_TEAM, About, Caller, Role, check_main, check_role
 from orchestrator.api.requests import CreateToken, ServiceRequest, Submit
@@ -22,6 +26,7 @@ from subspace_store import requests as store_requests
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, RestoreRevision, StoreRequest
 from tests.builders import BASE
 from tests.orchestrator.site import Site
+from workers.orders import Train
 
 WRITERS_ALONE = {Merge, Refine, RecordScores, Publish, Reject, RestoreRevision}
 """What the loop asks of the store, and nobody over HTTP."""
@@ -250,6 +255,56 @@ def test_a_protected_main_is_left_to_those_whom_the_settings_name(site: Site) ->
     refused = people.ask("admin of blue", "POST", "/tasks", {"task": site.document("blue/fresh")})
     assert (refused.status_code, refused.json()["where"]) == (403, "main.publish")
     assert people.ask("admin of red", "POST", "/rollback/1", {"op_key": "rollback:1"}).status_code == 200
+
+
+@pytest.mark.changes
+def test_what_others_do_is_told_without_their_names_while_it_goes_on(site: Site) -> None:
+    people, ids = People(site), [site.plant.queue.find("blue/beta").task_id]
+    site.plant.cluster.hold = lambda order: isinstance(order, Train)
+    for title in ("blue/one", "blue/two", "red/waits", "blue/late"):
+        soon = datetime.datetime.fromtimestamp(time.time() + 1.0, datetime.UTC).isoformat()
+        late = {"deadline": soon} if title == "blue/late" else {}
+        told = people.ask("admin of all teams", "POST", "/tasks", {"task": {**site.document(title), **late}})
+        assert told.status_code == 200, told.text
+        ids.append(told.json()["task_id"]) if title.startswith("blue") else None
+    for title in ("blue/one", "blue/two"):
+        site.wait_for(title, "training")
+    people.ask("admin of all teams", "POST", "/pause", {"reference": "blue/late", "reason": "secret-reason"})
+    while not site.service.tasks.deadlines.late:
+        site.service.tasks.deadlines.look()
+    site.plant.controller.alarms.ring(AlarmCode.STEP_FAILED, ids[1], f"{ids[1]}: blue/one cannot be read")
+    everything = people.ask("viewer of all teams", "GET", "/status").text
+    assert all(name in everything for name in (ids[1], "blue/one", "blue/late", '"blue"'))
+    for path in ("/status", "/health", "/tasks", "/tasks/red/waits", "/logs/red/waits"):
+        told = people.ask("viewer of red", "GET", path)
+        assert told.status_code == 200
+        assert not NAMES_OF_BLUE.search(told.text), told.text
+        assert not any(task_id in told.text for task_id in ids), told.text
+    told = people.ask("viewer of red", "GET", "/status").json()
+    assert told["tasks"] == {"published": 2, "queued": 2, "training": 2}  # counts stay
+    assert told["workers"] == {f"worker-{n}": "training another team's task" for n in (0, 1)}
+    assert [alarm["what"] for alarm in told["alarms"]] == ["another team's task: another team's task cannot be read"]
+    site.plant.cluster.release()
+
+
+def test_why_the_gate_rejected_a_task_names_no_other_team(tmp_path: Path) -> None:
+    few = {"rank_max": 2, "beyond_rank_max": "drop"}  # directions, too few for both tasks: the first one moves
+    site = Site(tmp_path, gate={"drift_min": 0.0}, subspace=few)
+    try:
+        site.publish("blue/beta")
+        people, beta = People(site), site.plant.queue.find("blue/beta").task_id
+        site.plant.cluster.score = lambda title, held: 0.1 if title == "blue/beta" and "red/harmful" in held else 0.9
+        people.ask("submitter of red", "POST", "/tasks", {"task": site.document("red/harmful")})
+        reason = site.wait_for("red/harmful", "rejected")["reason"]
+        assert "blue/beta" in reason
+        told = people.ask("viewer of red", "GET", "/tasks/red/harmful").json()["reason"]
+        assert told == reason.replace("blue/beta", "another team's task").replace(beta, "another team's task")
+        for path in ("/tasks/red/harmful", "/logs/red/harmful", "/versions", "/versions/2"):
+            answer = people.ask("viewer of red", "GET", path)
+            assert not NAMES_OF_BLUE.search(answer.text), answer.text
+            assert beta not in answer.text
+    finally:
+        site.close()
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------

@@ -135,6 +135,29 @@ def test_a_context_is_chosen_by_name_and_the_folder_here_is_one_too(elsewhere: O
     assert elsewhere("tasks", "--context", "three").exit_code == Exit.NOT_FOUND
 
 
+def test_a_folder_with_a_service_and_another_context_are_not_mixed_up(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("ONEBASIS_STATE_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".onebasis").symlink_to(site.folder)
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, [*arguments, "--json"], input=token_of(site, "viewer"))
+
+    assert len(json.loads(run("tasks").stdout)) == 2
+    run("login", site.url, "--name", "prod")
+    for command in (("tasks",), ("store", "tags")):
+        refused = run(*command)
+        assert refused.exit_code == Exit.INPUT, refused.output
+        assert "could be meant" in refused.output
+    assert len(json.loads(run("tasks", "--context", "local").stdout)) == 2
+    assert len(json.loads(run("tasks", "--context", "prod").stdout)) == 1
+    monkeypatch.setenv("ONEBASIS_CONTEXT", "local")
+    assert len(json.loads(run("tasks").stdout)) == 2
+
+
 def test_what_cannot_be_done_from_afar_says_so(elsewhere: Onebasis, site: Site) -> None:
     assert elsewhere("login", site.url, given=token_of(site, "admin")).exit_code == 0
     file = task_file(site, "red/afar")
