@@ -577,33 +577,25 @@ def capacity(
 @app.command("store", context_settings=RAW, add_help_option=False)
 def store(context: typer.Context) -> None:
     """The version log and its storage: check, tag, hold, pin, expire, collect. `onebasis store --help` lists it all."""
-    if not {"--store", "--state-dir", "--help"} & {argument.partition("=")[0] for argument in context.args}:
-        _refuse_remote()
+    try:
+        remote, arguments = contexts.of_arguments(context.args)
+    except OnebasisError as problem:
+        error(problem)
+        raise typer.Exit(problem.exit_code) from None
     with telling("loading the program"):  # from a cold disk, or on a busy machine
         from subspace_store.commands import app as store_cli
+        from subspace_store.commands.place import ELSEWHERE
 
     def ask(state_dir: Path, request: StoreRequest[Any]) -> dict[str, Any]:
         return Client(state_dir).ask(request)
 
-    token = store_cli.SERVICE.set(ask)
+    tokens = store_cli.SERVICE.set(ask), ELSEWHERE.set(remote.url if remote else "")
     try:
-        store_cli.app(context.args, prog_name="onebasis store")
+        with contexts.asking(remote, "--json" in arguments):
+            store_cli.app(arguments, prog_name="onebasis store")
     finally:
-        store_cli.SERVICE.reset(token)
-
-
-def _refuse_remote() -> None:
-    """Refuse a command that reads a storage where the context is a service on another machine."""
-    try:
-        if (remote := contexts.chosen(None, STATE_DIR)) is None:
-            return
-        what = f"the context is {remote.url}, and commands of the store read the storage itself"
-        raise InvalidInput(
-            what, "onebasis store", "use them where the service runs; or add --store URL, or --state-dir"
-        )
-    except OnebasisError as problem:
-        error(problem)
-        raise typer.Exit(problem.exit_code) from None
+        store_cli.SERVICE.reset(tokens[0])
+        ELSEWHERE.reset(tokens[1])
 
 
 def _only_base_model(client: Client) -> str:

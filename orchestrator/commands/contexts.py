@@ -13,7 +13,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -120,6 +120,22 @@ def chosen(named: str | None, state_dir: Path) -> Remote | None:
             f"add --context {LOCAL} or --context {remote.name}; or `onebasis context use {LOCAL}`",
         )
     return remote
+
+
+def of_arguments(arguments: Sequence[str]) -> tuple[Remote | None, list[str]]:
+    """The service that a command line of `onebasis store` asks, and the command line without --context."""
+    rest, named = list(arguments), None
+    for place, argument in enumerate(arguments):
+        option, is_joined, value = argument.partition("=")
+        if option == "--context":
+            named = value if is_joined else "".join(rest[place + 1 : place + 2])
+            del rest[place : place + (1 if is_joined else 2)]
+            break
+    options = {argument.partition("=")[0] for argument in rest}
+    if named is None and options & {"--store", "--state-dir", "--help"}:
+        return None, rest
+    is_elsewhere = os.environ.get("ONEBASIS_STATE_DIR") or STATE_DIR
+    return chosen(named, Path(is_elsewhere)), rest
 
 
 @contextlib.contextmanager

@@ -168,9 +168,25 @@ def test_what_cannot_be_done_from_afar_says_so(elsewhere: Onebasis, site: Site) 
     assert refused.exit_code == Exit.INPUT
     taken = elsewhere("submit", file, "--dry-run", "--their-files", "--json")
     assert json.loads(taken.stdout)["title"] == "red/afar", taken.output
-    refused = elsewhere("store", "tags")
-    assert refused.exit_code == Exit.INPUT
-    assert "commands of the store read the storage itself" in refused.output
+    for command in (("tags",), ("verify",), ("remove", "red/alpha"), ("quarantine", "red/alpha", "why"), ("tag", "gold", "main"), ("compact",)):
+        refused = elsewhere("store", *command)
+        assert refused.exit_code == Exit.INPUT, refused.output
+        assert "reads the storage itself" in refused.output or "is no number" in refused.output
+
+
+@pytest.mark.changes
+def test_the_store_is_written_to_from_afar_through_the_service(elsewhere: Onebasis, site: Site) -> None:
+    assert elsewhere("login", site.url, "--name", "prod", given=token_of(site, "maintainer")).exit_code == 0
+    for command in (("tag", "gold", "1"), ("hold", "looking into it"), ("pin", "2", "--owner", "ann")):
+        done = elsewhere("store", *command, "--context", "prod")
+        assert done.exit_code == 0, done.output
+    state = site.plant.open_store().state
+    assert (state.tags, state.held.reason if state.held else "") == ({"gold": 1}, "looking into it")
+    assert state.held is not None
+    assert state.held.actor == "maintainer-red"
+    assert elsewhere("store", "unpin", "2", "--owner", "ann").exit_code == 0
+    assert elsewhere("store", "release", "--json").exit_code == 0
+    assert site.plant.open_store().state.held is None
 
 
 @pytest.mark.parametrize(
