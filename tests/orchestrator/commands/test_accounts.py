@@ -168,7 +168,14 @@ def test_what_cannot_be_done_from_afar_says_so(elsewhere: Onebasis, site: Site) 
     assert refused.exit_code == Exit.INPUT
     taken = elsewhere("submit", file, "--dry-run", "--their-files", "--json")
     assert json.loads(taken.stdout)["title"] == "red/afar", taken.output
-    for command in (("tags",), ("verify",), ("remove", "red/alpha"), ("quarantine", "red/alpha", "why"), ("tag", "gold", "main"), ("compact",)):
+    for command in (
+        ("tags",),
+        ("verify",),
+        ("remove", "red/alpha"),
+        ("quarantine", "red/alpha", "why"),
+        ("tag", "gold", "main"),
+        ("compact",),
+    ):
         refused = elsewhere("store", *command)
         assert refused.exit_code == Exit.INPUT, refused.output
         assert "reads the storage itself" in refused.output or "is no number" in refused.output
