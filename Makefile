@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving setup clean lock
+.PHONY: demo test test-s3 test-kills test-web web check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -14,12 +14,14 @@ demo: $(READY)
 # The unit tests first: they need no Ray and fail within a minute. Then real services and what kills them, then a real S3
 # server that any machine can have (ministack, from PyPI). What is left out is said at the end.
 test: $(READY)
-	$(BIN)/pytest -m "not acceptance and not s3" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses 2 --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
 	$(BIN)/pytest -m "acceptance and not stops" --numprocesses 2 --dist loadfile
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
+	@echo "         the web page in a real Chromium, which takes apt-get and npm to install; make test-web installs it and runs"
+	@echo "         these tests (2 minutes)"
 	@echo "         each process of a service stopped, all killed at once, and a store that is full, read-only, away or slow;"
 	@echo "         make test-kills runs these tests and all others that kill (some 25 minutes)"
 
@@ -34,6 +36,16 @@ test-s3: $(READY)
 test-kills: $(READY)
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
 	$(BIN)/pytest tests/acceptance/test_kill_matrix.py tests/acceptance/test_failover.py tests/acceptance/test_cut_off.py
+
+# The web page in a real Chromium: installs what is missing (Chromium with apt-get, Playwright from PyPI, axe-core from npm).
+# Pictures of each page, light and dark, are kept in .web-pictures/.
+test-web: $(READY)
+	@$(BIN)/python -m tests.browser.install
+	$(BIN)/pytest -m browser tests/browser
+
+# Builds the web page anew from orchestrator/web/source/: node and npm are needed for this alone.
+web:
+	@cd orchestrator/web/source && npm ci --silent --no-audit --no-fund && npm run --silent check && npm run --silent build
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -87,6 +87,8 @@ class ListTasks(ServiceRequest[list[Json]]):
     state: TaskState | None = None
     base_model: OfBaseModel = None
     """Only tasks of this base model; None: of all."""
+    live: bool = False
+    """Only tasks that have not ended."""
     before: Line = ""
     """Id of a task: only older tasks are listed. Empty: the newest ones."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
@@ -94,6 +96,13 @@ class ListTasks(ServiceRequest[list[Json]]):
 
     def on(self, service: Service) -> list[Json]:
         return service.tasks.page(self)
+
+
+class ListTeams(ServiceRequest[Json]):
+    """The teams: weights, shares, quotas, and what they use now and used lately."""
+
+    def on(self, service: Service) -> Json:
+        return service.tasks.teams()
 
 
 class ShowTask(ServiceRequest[Json]):
@@ -281,6 +290,24 @@ class ShowScores(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.versions(self.base_model).scores(self)
+
+
+class ShowMatrix(ServiceRequest[Json]):
+    """The matrix A[version][task] as a picture needs it: of each version the cells that differ from the one before."""
+
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).matrix(self)
+
+
+class ShowSettings(ServiceRequest[Json]):
+    """The settings that count now, without passwords."""
+
+    def on(self, service: Service) -> Json:
+        return service.status.settings()
 
 
 class Reload(ServiceRequest[Json]):

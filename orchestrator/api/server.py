@@ -48,10 +48,13 @@ from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.api.requests import Export, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
+from orchestrator.web.pages import INDEX, read_pages
 from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_private
 
 log = logging.getLogger("onebasis.server")
 
+PAGE_PATH, FILES_PATH = "/", "/web/"
+"""Where the web page is, and below which its files are: both are sent to everybody."""
 STOP_SECONDS = 10
 """Longest wait at the end for requests that are not answered yet."""
 
@@ -96,7 +99,7 @@ def api(service: Answers, callers: Callers) -> FastAPI:
 
     @app.middleware("http")
     async def authenticate(request: Request, call_next: Any) -> Any:
-        if request.url.path == ALIVE_PATH:
+        if request.url.path in (ALIVE_PATH, PAGE_PATH) or request.url.path.startswith(FILES_PATH):
             return await call_next(request)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         secret = given if scheme.lower() == "bearer" else ""
@@ -132,6 +135,18 @@ def api(service: Answers, callers: Callers) -> FastAPI:
     @app.get(ALIVE_PATH, include_in_schema=False)
     async def alive() -> AsciiJson:  # needs no token: who waits for an answer asks it, and so do load balancers
         return AsciiJson({"alive": True})
+
+    pages = read_pages()
+
+    @app.api_route(PAGE_PATH, methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route(f"{FILES_PATH}{{name:path}}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page(request: Request) -> Response:  # the same for everybody: what it shows, it asks for with a token
+        name = request.path_params.get("name", INDEX)
+        if (file := pages.get(name)) is None:
+            raise NotFound(f"the web page has no file {short_text(name)}", todo="it begins at /")
+        said = request.headers
+        sent = file.answer(said.get("accept-encoding", ""), said.get("if-none-match", ""))
+        return Response(sent.content, sent.status, dict(sent.headers))
 
     submissions, writes = CapacityLimiter(SUBMISSIONS_AT_ONCE), CapacityLimiter(WRITES_AT_ONCE)
     for route in ROUTES:

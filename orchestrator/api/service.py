@@ -177,6 +177,8 @@ class Service:
                 return self.versions(request.base_model).one(request, of_teams)
             case requests.ShowScores():
                 return self.versions(request.base_model).scores(request, of_teams)
+            case requests.ShowMatrix():
+                return self.versions(request.base_model).matrix(request, of_teams)
             case Rollback():
                 return self.versions(request.base_model).rollback(request)
             case StoreRequest():

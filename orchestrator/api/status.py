@@ -119,6 +119,13 @@ class ServiceStatus:
         pools = {name: views.pool(found) for name, found in controller.describe_pools().items()}
         return {"pools": pools, "drains": [drain.model_dump(mode="json") for drain in controller.drains]}
 
+    def settings(self) -> Json:
+        """The settings that count now, without passwords."""
+        found = self._sources.settings.model_dump(mode="json")
+        found["database_url"] = without_password(found["database_url"])
+        found["mlflow"]["tracking_uri"] = without_password(found["mlflow"]["tracking_uri"])
+        return found
+
     def look(self) -> None:
         """Look at the stores and the database as `status` does, and ring if one is away: nobody else would notice while
         there is nothing to do. Takes 2 · latest.LOOK_SECONDS at most."""

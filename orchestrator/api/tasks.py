@@ -23,7 +23,7 @@ from orchestrator.api.views import pause_json
 from orchestrator.api.why import Surroundings, wait_of, why
 from orchestrator.reports.loss_plot import plot_file
 from orchestrator.scheduling.estimate import Pace, ends, pace_of
-from orchestrator.scheduling.fair_share import Waiting
+from orchestrator.scheduling.fair_share import STEADY_WEEKS, Waiting
 from orchestrator.scheduling.pools import described
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.tasks.task_events import CancelRequested, Paused, PreemptRequested, Resumed
@@ -156,7 +156,9 @@ class Tasks:
 
     def page(self, request: requests.ListTasks, of_teams: Collection[str] | None = None) -> list[Json]:
         """The newest tasks, oldest first. of_teams: Teams whose tasks there are for who asks; None: all."""
-        states = (request.state,) if request.state else ()
+        if request.live and request.state not in (None, *LIVE):
+            raise InvalidInput(f"asks for live tasks that are {request.state}", "live", "leave one of the two out")
+        states = (request.state,) if request.state else tuple(LIVE) if request.live else ()
         base_model = request.base_model
         records = self._sources.queue.page(
             states, request.team, request.before, request.limit, base_model=base_model, of_teams=of_teams
@@ -209,6 +211,26 @@ class Tasks:
             "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
             **views.task_details(record, self._sources.queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),
+        }
+
+    def teams(self) -> Json:
+        """What each team may have, has now and had lately. A team's share is that of all places, while all teams want
+        more than there is; its hours a week are those that its quota is compared with."""
+        settings, (_, running) = self._sources.settings.teams, self._kept_line()
+        weights = sum(team.weight for team in settings.values())
+        used = self._sources.queue.use_of_teams(time.time())
+        return {
+            "teams": {
+                name: {
+                    "weight": team.weight,
+                    "share": team.weight / weights,
+                    "places_quota": team.places,
+                    "place_hours_a_week_quota": team.place_hours_a_week,
+                    "places": sum(order.ranks for order in running if order.team == name),
+                    "place_hours_a_week": used.get(name, 0.0) / STEADY_WEEKS / 3600,
+                }
+                for name, team in settings.items()
+            }
         }
 
     def cancel(self, request: requests.Cancel) -> Json:

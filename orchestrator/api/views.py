@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.estimates import Line
 from orchestrator.judging.forgetting import ForgettingReport, Mean
-from orchestrator.judging.score_table import ScoreTable
+from orchestrator.judging.score_table import Cell, ScoreTable
 from orchestrator.scheduling.estimate import Estimate, ends
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
@@ -242,6 +242,24 @@ def cell(table: ScoreTable, version: int, task_id: str) -> Json:
     if found is None:
         return {"score": None, "measured_at": None, "rows": None}
     return {"score": number_or_none(found.score), "measured_at": found.measured_at, "rows": found.count}
+
+
+def news(table: ScoreTable) -> list[list[list[float | None]]]:
+    """For each version the cells that differ from those of the version before: column, score (None: not known any
+    more), rows."""
+    found: list[list[list[float | None]]] = []
+    before: Mapping[str, Cell] = {}
+    for version in table.versions:
+        now = table.cells[version]
+        found.append(
+            [
+                [column, number_or_none(cell.score) if cell else None, cell.count if cell else None]
+                for column, task_id in enumerate(table.tasks)
+                if (cell := now.get(task_id)) is not before.get(task_id)  # one that is carried over is the same record
+            ]
+        )
+        before = now
+    return found
 
 
 def rollback(found: RollbackPreview, preview: bool, held: bool, op_key: str | None = None) -> Json:

@@ -1,0 +1,196 @@
+// What runs, what waits and why; the teams' shares and quotas; workers and pools.
+import { useState } from "preact/hooks"
+import { get, inPath, may, post, type Json, type Me } from "./api"
+import type { Around } from "./main"
+import { Act, Empty, Loading, State, Table, taskLink, Trouble, usePolled } from "./parts"
+import { ago, clock, count, hundredths, seconds } from "./words"
+
+const AT_ONCE = 500
+const ENDED = 15
+
+const interval = (told: Json) => (told ? `in ${seconds(told.seconds)} (${seconds(told.earliest)} – ${seconds(told.latest)})` : "–")
+
+/** Reasons to wait, in words; the code stays beside them, as `onebasis task --json` has it. */
+const WAITS: Record<string, string> = {
+  paused: "paused",
+  dependency: "comes after another task",
+  "not-before": "is not due yet",
+  "never-fits": "fits in no pool",
+  "over-quota": "its team has its quota",
+  "no-free-place": "all places are in use",
+  "reserved-for": "free places are kept for others",
+  "gang-incomplete": "no room for all its ranks",
+  "base-model-loading": "no worker is ready",
+  "about-to-start": "is about to start",
+  held: "main is held",
+  "storage-away": "the storage is away",
+  "store-alarm": "the store takes nothing",
+}
+
+const waitWords = (code: string) => WAITS[code] ?? code
+
+export function Progress({ task }: { task: Json }) {
+  const { step, steps, phase } = task.progress
+  if (!steps) return <>{phase ?? ""}</>
+  return (
+    <>
+      <progress max={steps} value={step} aria-label={`progress of ${task.title}`} /> {step}/{steps}
+      {task.progress.loss !== undefined && ` · loss ${Number(task.progress.loss).toFixed(3)}`}
+    </>
+  )
+}
+
+/** The buttons of a task: those that belong to its state and that its reader may use. */
+export function Buttons({ task, me, again }: { task: Json; me: Me; again: () => void }) {
+  const path = inPath(task.task_id)
+  const is = (...states: string[]) => states.includes(task.state)
+  const act = (verb: string, text: string, done: string, kind = "") => (
+    <Act kind={kind} does={() => post(`${verb}/${path}`)} done={`${task.title} ${done}`} then={again} label={`${text} ${task.title}`}>
+      {text}
+    </Act>
+  )
+  const submits = may(me, "submitter", task.team)
+  return (
+    <span class="buttons">
+      {submits && is("queued", "training", "merging") && act("cancel", "Cancel", "is cancelled", "danger")}
+      {may(me, "maintainer", task.team) && is("training") && act("preempt", "Preempt", "gives its place back")}
+      {submits && is("parked", "rejected", "cancelled") && act("retry", "Retry", "is submitted again")}
+    </span>
+  )
+}
+
+function Bulk({ me, status, again }: Around) {
+  const teams = Object.keys(me.roles).filter((team) => may(me, "maintainer", team))
+  const all = teams.includes("all teams") ? Object.keys(status.teams_known ?? {}) : teams
+  const [team, setTeam] = useState("")
+  const [change, setChange] = useState("pause")
+  const chosen = team || all[0] || ""
+  if (!all.length) return null
+  return (
+    <form class="row" aria-label="Change all tasks of a team" onSubmit={(event) => event.preventDefault()}>
+      <label>All live tasks of <select value={chosen} onChange={(event) => setTeam(event.currentTarget.value)}>{all.map((one) => <option key={one}>{one}</option>)}</select></label>
+      <label class="hidden" for="change">Change</label>
+      <select id="change" value={change} onChange={(event) => setChange(event.currentTarget.value)}>
+        {["pause", "resume", "cancel", "retry"].map((one) => <option key={one}>{one}</option>)}
+      </select>
+      <Act does={() => post("change-many", { change, team: chosen })} done={`${change}: done for team ${chosen}`} then={again}>Do it</Act>
+    </form>
+  )
+}
+
+export function Now(around: Around) {
+  const { me, status } = around
+  const live = usePolled(() => get("tasks", { live: true, limit: AT_ONCE }), [])
+  const ended = usePolled(() => get("tasks", { limit: ENDED }), [])
+  const teams = usePolled(() => get("teams"), [])
+  const again = () => {
+    live.again()
+    ended.again()
+    around.again()
+  }
+  const tasks: Json[] = live.value ?? []
+  const waiting = tasks.filter((task) => task.state === "queued").sort((a, b) => (a.place ?? 1e9) - (b.place ?? 1e9))
+  const running = tasks.filter((task) => task.state !== "queued")
+  const counts: Record<string, number> = status.tasks ?? {}
+  const known = { ...around, again, status: { ...status, teams_known: teams.value?.teams } }
+  return (
+    <>
+      <h1>Now</h1>
+      <p class="facts">
+        {status.running ? "The service runs" : "The service does not run"}
+        {status.base_models.map((one: Json) => (
+          <span key={one.base_model}>{one.base_model}: main is version {one.main ?? "?"}{one.held && ", held"}</span>
+        ))}
+        {Object.entries(counts).map(([state, n]) => <span key={state}><State of={state} /> {n.toLocaleString("en")}</span>)}
+      </p>
+      <Trouble problem={live.problem ?? teams.problem} />
+      {status.paused?.service && <div class="trouble">The service is paused by {status.paused.service.by}: {status.paused.service.reason || "no reason given"}</div>}
+      {Object.entries(status.paused?.teams ?? {}).map(([team, pause]: [string, Json]) => (
+        <div class="trouble" key={team}>Team {team} is paused by {pause.by}: {pause.reason || "no reason given"}</div>
+      ))}
+      {!live.value ? <Loading /> : (
+        <>
+          <h2 id="runs">Runs</h2>
+          {!running.length ? <Empty>Nothing runs.</Empty> : (
+            <Table quiet caption="Tasks that run" heads={["Task", "State", "Worker", "Progress", "Ends in", "Actions"]}>
+              {running.map((task) => (
+                <tr key={task.task_id}>
+                  <th scope="row"><a href={taskLink(task.title)}>{task.title}</a></th>
+                  <td><State of={task.state} />{task.held && ` ${task.held}`}</td>
+                  <td>{task.worker}</td>
+                  <td><Progress task={task} /></td>
+                  <td>{seconds(task.progress.seconds_left)}</td>
+                  <td><Buttons task={task} me={me} again={again} /></td>
+                </tr>
+              ))}
+            </Table>
+          )}
+          <h2>Waits</h2>
+          {!waiting.length ? <Empty>Nothing waits.</Empty> : (
+            <Table quiet caption="Tasks that wait" heads={["Place", "Task", "Why", "Since", "Starts", "Actions"]}>
+              {waiting.map((task) => (
+                <tr key={task.task_id}>
+                  <td class="number">{task.place ?? "–"}</td>
+                  <th scope="row"><a href={taskLink(task.title)}>{task.title}</a></th>
+                  <td>{task.wait ? <>{waitWords(task.wait.code)} <code>{task.wait.code}</code>{task.wait.pool && task.wait.pool !== "default" && ` of pool ${task.wait.pool}`}</> : "stands in line"}</td>
+                  <td title={clock(task.submitted_at)}>{ago(task.wait?.since || task.submitted_at)}</td>
+                  <td>{interval(task.start)}</td>
+                  <td><Buttons task={task} me={me} again={again} /></td>
+                </tr>
+              ))}
+            </Table>
+          )}
+          {tasks.length >= AT_ONCE && <p>The newest {AT_ONCE} live tasks are shown. <code>onebasis tasks --limit</code> lists more.</p>}
+          <Bulk {...known} />
+        </>
+      )}
+      <h2>Teams</h2>
+      {teams.value && (
+        <Table quiet caption="Shares and quotas of teams" heads={["Team", "Share", "Places now", "of quota", "Place-hours a week", "of quota", "Waits"]}>
+          {Object.entries(teams.value.teams).map(([team, facts]: [string, Json]) => (
+            <tr key={team}>
+              <th scope="row">{team}</th>
+              <td class="number">{hundredths(facts.share)}</td>
+              <td class="number">{facts.places}</td>
+              <td class="number">{facts.places_quota ?? "none"}</td>
+              <td class="number">{facts.place_hours_a_week.toFixed(2)}</td>
+              <td class="number">{facts.place_hours_a_week_quota ?? "none"}</td>
+              <td>{Object.entries(status.waiting?.[team] ?? {}).map(([code, n]) => `${n} ${waitWords(code)}`).join(", ") || "–"}</td>
+            </tr>
+          ))}
+        </Table>
+      )}
+      <h2>Workers</h2>
+      {Object.entries(status.pools ?? {}).map(([name, pool]: [string, Json]) => (
+        <section key={name}>
+          <h3>Pool {name}</h3>
+          <p class="facts">
+            <span>{pool.base_model ?? ""}</span><span>{count(pool.ranks, "rank")} each</span><span>{pool.min} to {pool.max} workers</span>
+            <span>{pool.busy} busy, {pool.warm} warm, {pool.starting} starting, {pool.drained} drained</span>
+          </p>
+          <Table quiet caption={`Workers of pool ${name}`} heads={["Worker", "State", "Does", "Machine"]}>
+            {Object.entries(pool.workers).map(([worker, facts]: [string, Json]) => (
+              <tr key={worker}>
+                <th scope="row">{worker}</th><td>{facts.state}</td><td>{facts.does}</td><td>{facts.machines.join(", ")}</td>
+              </tr>
+            ))}
+          </Table>
+        </section>
+      ))}
+      <h2>Newest tasks</h2>
+      <Table quiet caption="Newest tasks" heads={["Task", "State", "Version", "Own adapter", "In main", "Submitted", "Actions"]}>
+        {[...(ended.value ?? [])].reverse().map((task: Json) => (
+          <tr key={task.task_id}>
+            <th scope="row"><a href={taskLink(task.title)}>{task.title}</a></th>
+            <td title={task.reason}><State of={task.state} /></td>
+            <td class="number">{task.version ?? "–"}</td>
+            <td class="number">{task.local_score?.toFixed(4) ?? "–"}</td>
+            <td class="number">{task.main_score?.toFixed(4) ?? "–"}</td>
+            <td title={clock(task.submitted_at)}>{ago(task.submitted_at)}</td>
+            <td><Buttons task={task} me={me} again={again} /></td>
+          </tr>
+        ))}
+      </Table>
+    </>
+  )
+}

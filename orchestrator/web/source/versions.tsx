@@ -1,0 +1,182 @@
+// The versions with their branches, tags and verdicts; what lies between two; moving main, after a look at what it would do.
+import { useMemo, useState } from "preact/hooks"
+import { get, may, post, type Json } from "./api"
+import type { Around } from "./main"
+import { Act, Dialog, Loading, State, Table, taskLink, Trouble, usePolled } from "./parts"
+import { bytes, change, clock, count, seconds } from "./words"
+
+const REREAD_MS = 10_000
+
+/** Where lines run beside the list, newest version first: main's history in lane 0. */
+export interface Lanes {
+  own: number
+  above: number[]
+  below: number[]
+  joins: number[]
+}
+
+export function lanesOf(versions: Json[], main: number): Map<number, Lanes> {
+  const lanes: (number | null)[] = [main]
+  let isStarted = false
+  const found = new Map<number, Lanes>()
+  for (const { version, parent } of [...versions].reverse()) {
+    const above = lanes.flatMap((next, lane) => (next !== null && (lane > 0 || isStarted) ? [lane] : []))
+    const mine = lanes.flatMap((next, lane) => (next === version ? [lane] : []))
+    let own = mine[0]
+    if (own === undefined) {
+      own = lanes.indexOf(null, 1)
+      if (own < 0) own = lanes.length
+    }
+    if (own === 0) isStarted = true
+    for (const lane of mine) lanes[lane] = null
+    lanes[own] = parent
+    const below = lanes.flatMap((next, lane) => (next !== null && (lane > 0 || isStarted) ? [lane] : []))
+    found.set(version, { own, above, below, joins: mine.slice(1) })
+  }
+  return found
+}
+
+const STEP = 16
+
+function Rail({ lanes, isMain }: { lanes: Lanes; isMain: boolean }) {
+  const x = (lane: number) => `${8 + lane * STEP}px`
+  return (
+    <td class="rail" aria-hidden="true">
+      {lanes.above.map((lane) => <i key={`a${lane}`} class="line above" style={{ left: x(lane) }} />)}
+      {lanes.below.map((lane) => <i key={`b${lane}`} class="line below" style={{ left: x(lane) }} />)}
+      {lanes.joins.map((lane) => <i key={`j${lane}`} class="join" style={{ left: x(lanes.own), width: `${(lane - lanes.own) * STEP}px` }} />)}
+      <i class={isMain ? "dot main" : "dot"} style={{ left: x(lanes.own) }} />
+    </td>
+  )
+}
+
+const names = (titles: string[]) => titles.map((title) => <a key={title} href={taskLink(title)}>{title} </a>)
+
+export function Versions({ me, status, base, again }: Around) {
+  const of = status.base_models.find((one: Json) => one.base_model === base)
+  const { value, problem, again: reread } = usePolled(() => get("versions", { base_model: base }), [base, of?.main, of?.candidate], REREAD_MS)
+  const [target, setTarget] = useState<number>()
+  const [chosen, setChosen] = useState<number[]>([])
+  const [isCompared, setCompared] = useState(false)
+  const versions: Json[] = value ?? []
+  const lanes = useMemo(() => lanesOf(versions, of?.main ?? 0), [value, of?.main])
+  const width = 16 + STEP * Math.max(1, ...[...lanes.values()].map((row) => Math.max(row.own, ...row.above, ...row.below) + 1))
+  const toggle = (number: number) => setChosen((before) => (before.includes(number) ? before.filter((one) => one !== number) : [...before, number].slice(-2)))
+  const moved = () => {
+    setTarget(undefined)
+    again()
+    reread()
+  }
+  const mayMove = may(me, "maintainer")
+  return (
+    <>
+      <h1>Versions</h1>
+      <p class="facts">
+        <span>main is version {of?.main ?? "?"}</span>
+        <span>candidate is version {of?.candidate ?? "?"}</span>
+        {of?.held && <span>main is held by {of.held.actor}: {of.held.reason || "no reason given"}</span>}
+        {of?.footprint && <span>{count(of.footprint.tasks, "task")} in {bytes(of.footprint.stored_bytes)}</span>}
+      </p>
+      <Trouble problem={problem} />
+      <div class="row">
+        <button type="button" aria-disabled={chosen.length !== 2} onClick={() => chosen.length === 2 && setCompared(true)}>Compare the two that are marked</button>
+      </div>
+      {!value ? !problem && <Loading /> : (
+        <Table quiet caption="Versions, newest first" heads={[<span class="hidden">Graph</span>, "Version", "State", "Brought", "Tasks", "Written", "Made", "Mark", "Actions"]}>
+          {[...versions].reverse().map((row) => (
+            <tr key={row.version}>
+              <Rail lanes={lanes.get(row.version)!} isMain={row.refs.includes("main")} />
+              <th scope="row" style={{ minWidth: "7rem" }}>
+                {row.version}
+                {row.refs.map((name: string) => <span key={name} class="ref">{name}</span>)}
+                {row.tags.map((name: string) => <span key={name} class="ref tag">{name}</span>)}
+              </th>
+              <td><State of={row.status} />{row.reason && <div class="reason">{row.reason}</div>}</td>
+              <td>
+                {names(row.added)}{row.refined.length > 0 && <>refined {names(row.refined)}</>}{row.removed.length > 0 && <>without {names(row.removed)}</>}
+                {row.hidden && <span>{count(Object.values(row.hidden as Record<string, number>).reduce((a, b) => a + b, 0), "task")} of other teams</span>}
+              </td>
+              <td class="number">{row.task_count}</td>
+              <td class="number">{bytes(row.bytes_written)}</td>
+              <td title={`merged in ${seconds(row.merge_seconds)}`}>{clock(row.created_at)}</td>
+              <td><input type="checkbox" aria-label={`Mark version ${row.version}`} checked={chosen.includes(row.version)} onChange={() => toggle(row.version)} /></td>
+              <td>{mayMove && row.version !== of?.main && row.status !== "expired" && <button type="button" aria-label={`Move main to version ${row.version}`} onClick={() => setTarget(row.version)}>Move main here</button>}</td>
+            </tr>
+          ))}
+          <tr>
+            <td class="rail" aria-hidden="true" style={{ minWidth: `${width}px` }} />
+            <th scope="row">0{of?.main === 0 && <span class="ref">main</span>}</th>
+            <td colspan={6}>the empty subspace</td>
+            <td>{mayMove && of?.main !== 0 && <button type="button" aria-label="Move main to version 0" onClick={() => setTarget(0)}>Move main here</button>}</td>
+          </tr>
+        </Table>
+      )}
+      {target !== undefined && <Rollback to={target} base={base} close={() => setTarget(undefined)} moved={moved} />}
+      {isCompared && <Compare old={Math.min(...chosen)} now={Math.max(...chosen)} base={base} close={() => setCompared(false)} />}
+    </>
+  )
+}
+
+function Rollback({ to, base, close, moved }: { to: number; base: string; close: () => void; moved: () => void }) {
+  const { value, problem } = usePolled(() => get(`rollback/${to}`, { base_model: base }), [to, base], 0)
+  const [reason, setReason] = useState("")
+  const [hold, setHold] = useState(false)
+  const list = (titles: string[], hidden: number | undefined) => (
+    <>{titles.length ? <ul>{titles.map((title) => <li key={title}>{title}</li>)}</ul> : !hidden && "none"}{hidden ? count(hidden, "task") + " of other teams" : ""}</>
+  )
+  return (
+    <Dialog title={`Move main to version ${to}`} close={close}>
+      <Trouble problem={problem} />
+      {!value ? !problem && <Loading /> : (
+        <>
+          <p>main is version {value.from_version} now. It can be moved forward again at any time.</p>
+          <dl>
+            <dt>Tasks that vanish from main</dt><dd>{list(value.vanishing, value.hidden?.vanishing)}</dd>
+            <dt>Tasks that come back</dt><dd>{list(value.returning, value.hidden?.returning)}</dd>
+          </dl>
+          {value.refused ? <div class="trouble" role="alert">It would be refused: {value.refused}</div> : (
+            <form onSubmit={(event) => event.preventDefault()}>
+              <label for="reason">Reason, kept in the log</label>
+              <input id="reason" value={reason} maxLength={2000} onInput={(event) => setReason(event.currentTarget.value)} />
+              <label class="check"><input type="checkbox" checked={hold} onChange={(event) => setHold(event.currentTarget.checked)} /> Hold main there: nothing is published until it is released</label>
+              <div class="row">
+                <Act kind="main" does={() => post(`rollback/${to}`, { reason, hold, base_model: base })} done={`main is version ${to} now`} then={moved}>Move main to version {to}</Act>
+                <button type="button" onClick={close}>Leave it</button>
+              </div>
+            </form>
+          )}
+        </>
+      )}
+    </Dialog>
+  )
+}
+
+function Compare({ old, now, base, close }: { old: number; now: number; base: string; close: () => void }) {
+  const { value, problem } = usePolled(() => get(`diff/${old}/${now}`, { base_model: base }), [old, now, base], 0)
+  const scores: [string, (number | null)[]][] = Object.entries(value?.scores ?? {})
+  const ids: Record<string, string> = Object.fromEntries(Object.entries(value?.titles ?? {}).map(([id, title]) => [title as string, id]))
+  return (
+    <Dialog title={`From version ${old} to version ${now}`} close={close}>
+      <Trouble problem={problem} />
+      {!value ? !problem && <Loading /> : (
+        <>
+          <dl>
+            <dt>Added</dt><dd>{value.added.map((task: Json) => task.name).join(", ") || "none"}</dd>
+            <dt>Removed</dt><dd>{value.removed.map((task: Json) => task.name).join(", ") || "none"}</dd>
+          </dl>
+          <Table quiet caption="Scores and drift of each task" heads={["Task", `Version ${old}`, `Version ${now}`, "Change", "Drift, at most"]}>
+            {scores.map(([title, [before, after]]) => (
+              <tr key={title}>
+                <th scope="row">{title}</th>
+                <td class="number">{before?.toFixed(4) ?? "–"}</td>
+                <td class="number">{after?.toFixed(4) ?? "–"}</td>
+                <td class="number">{before != null && after != null ? change(after - before) : "–"}</td>
+                <td class="number">{value.drift_bound[ids[title] ?? ""]?.toExponential(2) ?? "–"}</td>
+              </tr>
+            ))}
+          </Table>
+        </>
+      )}
+    </Dialog>
+  )
+}
