@@ -10,6 +10,7 @@ const SIZES: Record<Exclude<Size, "all">, readonly [number, number]> = { small: 
 const LABELS = 190
 const HEAD = 28
 const LABEL_LEAST = 11
+const SCROLLBAR = 18
 const NUMBER_LEAST = 44
 
 interface Given {
@@ -32,14 +33,15 @@ export function told(grid: Grid, t: number, v: number): string {
 export function Canvas({ grid, shown, at, size, open }: Given) {
   const box = useRef<HTMLDivElement>(null)
   const canvas = useRef<HTMLCanvasElement>(null)
-  const [room, setRoom] = useState({ width: 900, height: 480 })
+  const [room, setRoom] = useState(900)
+  const most = Math.min(640, Math.round(innerHeight * 0.62))
   const [cursor, setCursor] = useState({ row: 0, v: at })
   const [hovered, setHovered] = useState<string>()
   const [isFocused, setFocused] = useState(false)
   const versions = grid.versions.length
   const fitting = [
-    Math.max(1, Math.min(56, (room.width - LABELS) / versions)),
-    Math.max(1, Math.min(20, (room.height - HEAD) / Math.max(1, shown.length))),
+    Math.max(1, Math.min(56, (room - LABELS) / versions)),
+    Math.max(1, Math.min(20, (most - HEAD) / Math.max(1, shown.length))),
   ] as const
   const [width, height] = size === "all" ? fitting : SIZES[size]
   const spot = { row: Math.min(cursor.row, Math.max(0, shown.length - 1)), v: Math.min(cursor.v, versions - 1) }
@@ -149,7 +151,7 @@ export function Canvas({ grid, shown, at, size, open }: Given) {
   })
   useEffect(() => {
     const view = box.current!
-    const watch = new ResizeObserver(() => setRoom({ width: view.clientWidth, height: view.clientHeight }))
+    const watch = new ResizeObserver(() => setRoom(view.clientWidth))
     watch.observe(view)
     const scheme = matchMedia("(prefers-color-scheme: dark)")
     const again = () => requestAnimationFrame(() => latest.current())
@@ -203,6 +205,7 @@ export function Canvas({ grid, shown, at, size, open }: Given) {
   return (
     <>
       <div ref={box} class="matrix" tabIndex={0} role="application" aria-label="Matrix of scores: arrow keys move, Enter opens a cell"
+        style={{ height: `${Math.min(most, HEAD + shown.length * height + SCROLLBAR)}px` }}
         aria-describedby="cell" onKeyDown={press} onScroll={() => latest.current()}
         onFocus={() => setFocused(true)} onBlur={() => setFocused(false)}
         onMouseMove={(event) => { const cell = under(event); setHovered(cell && told(grid, shown[cell.row]!, cell.v)) }}

@@ -1,5 +1,5 @@
 // What every merge did to every task; a cell opens why.
-import { useEffect, useMemo, useState } from "preact/hooks"
+import { useMemo, useState } from "preact/hooks"
 import { get, save, type Json } from "./api"
 import { Canvas, type Size } from "./canvas"
 import { csvOf, gridOf, ordered, type Grid, type Order } from "./grid"
@@ -32,13 +32,12 @@ export function Matrix({ status, base }: Around) {
 function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: number }) {
   const newest = grid.versions.length - 1
   const isSmall = grid.tasks.length <= NUMBERS_TASKS && grid.versions.length <= NUMBERS_VERSIONS
-  const [at, setAt] = useState(newest)
+  const [at, setAt] = useState<number>() // none: the newest, whichever that is by then
   const [order, setOrder] = useState<Order>("worst")
   const [size, setSize] = useState<Size>(isSmall ? "numbers" : "all")
   const [words, setWords] = useState("")
   const [cell, setCell] = useState<{ t: number; v: number }>()
-  useEffect(() => setAt(newest), [newest])
-  const v = Math.min(at, newest)
+  const v = Math.min(at ?? newest, newest)
   const shown = useMemo(() => ordered(grid, v, order, words), [grid, v, order, words])
   const row = v * grid.tasks.length
   const open = (t: number, inV: number) => setCell({ t, v: inV })
@@ -58,7 +57,7 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
         <label class="grow">
           Version {grid.versions[v]}
           <input type="range" min={0} max={newest} value={v} aria-valuetext={`version ${grid.versions[v]}`}
-            onInput={(event) => setAt(Number(event.currentTarget.value))} />
+            onInput={(event) => setAt(Number(event.currentTarget.value) < newest ? Number(event.currentTarget.value) : undefined)} />
         </label>
         <label>Tasks <select value={order} onChange={(event) => setOrder(event.currentTarget.value as Order)}>{Object.entries(ORDERS).map(([name, text]) => <option key={name} value={name}>{text}</option>)}</select></label>
         <label>Cells <select value={size} onChange={(event) => setSize(event.currentTarget.value as Size)}>{Object.entries(SIZES).map(([name, text]) => <option key={name} value={name}>{text}</option>)}</select></label>
@@ -75,7 +74,7 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
         {shown.slice(0, LISTED).map((t) => {
           const task = grid.tasks[t]
           const moved = grid.changes[row + t]!
-          const shade = colour(moved / grid.range)
+          const shade = Number.isNaN(moved) ? undefined : colour(moved / grid.range)
           const isThere = grid.births[t]! <= v
           return (
             <tr key={task.task_id}>
@@ -84,7 +83,7 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
               <td class="number">{score(task.local)}</td>
               <td class="number">{score(grid.scores[grid.births[t]! * grid.tasks.length + t])}</td>
               <td class="number">{isThere ? score(grid.scores[row + t]) : "–"}</td>
-              <td class="number">{Number.isNaN(moved) ? "–" : <span class="swatch" style={{ background: css(shade), color: ink(shade) }}>{change(moved)}</span>}</td>
+              <td class="number">{!shade ? "–" : <span class="swatch" style={{ background: css(shade), color: ink(shade) }}>{change(moved)}</span>}</td>
               <td>{!isThere ? "not there yet" : grid.measured[row + t] ? "here" : "carried over"}</td>
               <td><button type="button" aria-label={`Why ${task.title}`} onClick={() => open(t, v)}>Why</button></td>
             </tr>

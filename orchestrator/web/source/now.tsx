@@ -92,6 +92,8 @@ export function Now(around: Around) {
   const waiting = tasks.filter((task) => task.state === "queued").sort((a, b) => (a.place ?? 1e9) - (b.place ?? 1e9))
   const running = tasks.filter((task) => task.state !== "queued")
   const counts: Record<string, number> = status.tasks ?? {}
+  const titles = new Map(tasks.map((task) => [task.task_id, task.title]))
+  const named = (text: string) => text.replace(/\bt[0-9a-f]{21}\b/g, (id) => titles.get(id) ?? id)
   const known = { ...around, again, status: { ...status, teams_known: teams.value?.teams } }
   return (
     <>
@@ -171,7 +173,7 @@ export function Now(around: Around) {
           <Table quiet caption={`Workers of pool ${name}`} heads={["Worker", "State", "Does", "Machine"]}>
             {Object.entries(pool.workers).map(([worker, facts]: [string, Json]) => (
               <tr key={worker}>
-                <th scope="row">{worker}</th><td>{facts.state}</td><td>{facts.does}</td><td>{facts.machines.join(", ")}</td>
+                <th scope="row">{worker}</th><td>{facts.state}</td><td>{named(facts.does)}</td><td>{facts.machines.join(", ")}</td>
               </tr>
             ))}
           </Table>

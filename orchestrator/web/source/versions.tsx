@@ -88,8 +88,8 @@ export function Versions({ me, status, base, again }: Around) {
               <Rail lanes={lanes.get(row.version)!} isMain={row.refs.includes("main")} />
               <th scope="row" style={{ minWidth: "7rem" }}>
                 {row.version}
-                {row.refs.map((name: string) => <span key={name} class="ref">{name}</span>)}
-                {row.tags.map((name: string) => <span key={name} class="ref tag">{name}</span>)}
+                {row.refs.map((name: string) => <span key={name}> <span class="ref">{name}</span></span>)}
+                {row.tags.map((name: string) => <span key={name}> <span class="ref tag">{name}</span></span>)}
               </th>
               <td><State of={row.status} />{row.reason && <div class="reason">{row.reason}</div>}</td>
               <td>
@@ -100,14 +100,14 @@ export function Versions({ me, status, base, again }: Around) {
               <td class="number">{bytes(row.bytes_written)}</td>
               <td title={`merged in ${seconds(row.merge_seconds)}`}>{clock(row.created_at)}</td>
               <td><input type="checkbox" aria-label={`Mark version ${row.version}`} checked={chosen.includes(row.version)} onChange={() => toggle(row.version)} /></td>
-              <td>{mayMove && row.version !== of?.main && row.status !== "expired" && <button type="button" aria-label={`Move main to version ${row.version}`} onClick={() => setTarget(row.version)}>Move main here</button>}</td>
+              <td>{mayMove && row.version !== of?.main && row.status !== "expired" && <button type="button" aria-label={`Move main here, to version ${row.version}`} onClick={() => setTarget(row.version)}>Move main here</button>}</td>
             </tr>
           ))}
           <tr>
             <td class="rail" aria-hidden="true" style={{ minWidth: `${width}px` }} />
             <th scope="row">0{of?.main === 0 && <span class="ref">main</span>}</th>
             <td colspan={6}>the empty subspace</td>
-            <td>{mayMove && of?.main !== 0 && <button type="button" aria-label="Move main to version 0" onClick={() => setTarget(0)}>Move main here</button>}</td>
+            <td>{mayMove && of?.main !== 0 && <button type="button" aria-label="Move main here, to version 0" onClick={() => setTarget(0)}>Move main here</button>}</td>
           </tr>
         </Table>
       )}

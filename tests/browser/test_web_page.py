@@ -1,0 +1,391 @@
+"""The web page in a real Chromium, against a real control plane over HTTP whose workers are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.task_spec import TaskSpec
+from orchestrator.api.requests import ListVersions, ShowMatrix, ShowTask, Submit
+from tests.browser.conftest import FIRST, PICTURES, Visit, Visits
+from tests.browser.install import AXE
+from tests.orchestrator import tables
+from tests.orchestrator.site import Site
+from workers.orders import Train
+
+pytestmark = pytest.mark.browser
+
+
+def submit(site: Site, title: str) -> None:
+    site.client.ask(Submit(task=TaskSpec.model_validate(site.document(title)), by="ann"))
+
+
+def hold_training(site: Site) -> None:
+    site.plant.cluster.hold = lambda order: isinstance(order, Train)
+
+
+# --- logging in --------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_token_is_refused_and_a_right_one_is_kept_for_this_tab_alone(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.page.goto(site.url)
+    ann.page.get_by_label("Token").fill("wrong")
+    ann.page.get_by_role("button", name="Log in").click()
+    assert "missing or wrong token" in ann.page.get_by_role("alert").inner_text()
+    ann.log_in("admin")
+    kept = "[Object.keys(sessionStorage), Object.keys(localStorage), document.cookie]"
+    assert ann.page.evaluate(kept) == [["onebasis-token"], ["onebasis-theme"], ""]
+    ann.page.reload()
+    ann.page.get_by_role("heading", name="Now", exact=True).wait_for()
+    ann.page.get_by_role("button", name="Log out").click()
+    ann.page.get_by_label("Token").wait_for()
+    assert ann.page.evaluate(kept)[0] == []
+
+
+def test_a_token_that_is_revoked_meanwhile_leads_back_to_the_login(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("admin")
+    ann.open("Admin")
+    ann.page.get_by_role("button", name=re.compile("^Revoke .* of admin-of-all")).click()
+    ann.page.get_by_role("button", name="Revoke it").click()
+    ann.page.get_by_role("button", name="Log in").wait_for()
+
+
+# --- the pages ---------------------------------------------------------------------------------------------------
+
+
+def test_a_task_moves_from_waiting_to_training_to_published_without_a_reload(site: Site, visit: Visits) -> None:
+    hold_training(site)
+    ann = visit()
+    ann.log_in("admin")
+    for title in ("red/one", "blue/two", "red/three"):
+        submit(site, title)
+    runs, waits = (
+        ann.page.get_by_role("region", name="Tasks that run"),
+        ann.page.get_by_role("region", name="Tasks that wait"),
+    )
+    row = runs.get_by_role("row", name="red/one")
+    row.get_by_text("3/10").wait_for()
+    assert "training" in row.inner_text()
+    waiting = waits.get_by_role("row", name="red/three")
+    waiting.get_by_text("no-free-place").wait_for()
+    ann.page.keyboard.press("Control+F5")  # in the middle of it
+    row.get_by_text("3/10").wait_for()
+    site.plant.cluster.hold = lambda order: False
+    site.plant.cluster.release()
+    newest = ann.page.get_by_role("region", name="Newest tasks").get_by_role("row", name="red/three")
+    newest.get_by_text("published").wait_for()
+    assert ann.page.get_by_text("Nothing runs.").is_visible()
+    assert site.client.ask(ShowTask(reference="red/three"))["state"] == "published"
+
+
+def test_cancel_and_preempt_do_what_they_say(site: Site, visit: Visits) -> None:
+    hold_training(site)
+    ann = visit()
+    ann.log_in("admin")
+    for title in ("red/one", "blue/two", "red/three"):
+        submit(site, title)
+    ann.page.get_by_role("button", name="Preempt red/one").first.click()
+    site.wait_for("red/one", "training", attempt=2)
+    ann.page.get_by_role("button", name="Cancel blue/two").first.click()
+    site.wait_for("blue/two", "cancelled")
+    ann.page.get_by_role("button", name="Retry blue/two").wait_for()
+    # Who asked is the token's name, never what the browser says of itself.
+    told = [event["text"] for event in site.client.ask(ShowTask(reference="blue/two"))["events"]]
+    assert any("by admin-of-all" in text for text in told)
+
+
+def test_a_cell_opens_with_the_keyboard_and_says_why(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("viewer")
+    ann.open("Matrix")
+    matrix = ann.page.get_by_role("application", name=re.compile("^Matrix of scores"))
+    matrix.focus()
+    ann.page.keyboard.press("Home")
+    told = ann.page.locator("#cell")
+    found = site.client.ask(ShowMatrix())
+    column = [task["title"] for task in found["tasks"]].index("red/alpha")
+    at_birth = found["news"][0][column][1]
+    assert (
+        told.inner_text() == f"red/alpha under version 1: {at_birth:.4f}, 0 since birth, measured"
+    )  # the worst is first
+    ann.page.keyboard.press("End")
+    newest = next(score for t, score, _ in found["news"][3] if t == column)
+    moved = f"−{at_birth - newest:.4f} since birth"
+    assert newest < at_birth
+    assert told.inner_text() == f"red/alpha under version 4: {newest:.4f}, {moved}, measured"
+    ann.page.keyboard.press("Enter")
+    dialog = ann.page.get_by_role("dialog", name="red/alpha under version 4")
+    dialog.get_by_text("the gate let it pass").wait_for()
+    text = dialog.inner_text()
+    assert f"{newest:.4f}, measured on 100 rows" in text
+    assert f"from {at_birth:.4f} in version 1" in text
+    assert re.search(r"Drift\s+at most \d\.\d\de[-+]\d+ of its update's norm, from version 3 to 4", text)
+    assert "blue/delta" in text
+    ann.page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+    assert matrix.evaluate("box => box === document.activeElement")
+
+
+def test_the_slider_puts_the_worst_task_of_that_version_first_and_all_can_be_copied(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("viewer")
+    ann.open("Matrix")
+    slider = ann.page.get_by_role("slider")
+    slider.focus()
+    ann.page.keyboard.press("ArrowLeft")
+    table = ann.page.get_by_role("region", name="Scores under version 3")
+    table.wait_for()
+    first = [row.split("\t")[0] for row in table.locator("tbody tr").all_inner_texts()]
+    # One that lost, those that stay as they are by birth, and last the one that is not there yet.
+    assert first == ["red/alpha", "blue/beta", "red/gamma", "blue/delta"]
+    ann.page.get_by_role("button", name="Copy as CSV").click()
+    ann.page.get_by_text("4 tasks copied as CSV").wait_for()
+    head, *lines = ann.page.evaluate("navigator.clipboard.readText()").splitlines()
+    assert head == "task,born in,version 1,version 2,version 3,version 4"
+    cells = {line.split(",")[0]: line.split(",")[1:] for line in lines}
+    assert set(cells) == {*FIRST}
+    assert cells["blue/delta"][:4] == ["4", "", "", ""]
+    assert float(cells["red/alpha"][1]) == site.client.ask(ShowMatrix())["news"][0][0][1]
+
+
+def test_main_is_rolled_back_after_a_look_and_forward_again(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("maintainer")
+    ann.open("Versions")
+    ann.page.get_by_role("button", name="Move main here, to version 2").click()
+    dialog = ann.page.get_by_role("dialog", name="Move main to version 2")
+    dialog.get_by_text("red/gamma").wait_for()
+    assert dialog.get_by_role("listitem").all_inner_texts() == ["red/gamma", "blue/delta"]
+    assert site.plant.state.refs["main"] == 4  # a look changes nothing
+    dialog.get_by_label("Reason").fill("tried out")
+    dialog.get_by_role("button", name="Move main to version 2").click()
+    dialog.wait_for(state="hidden")
+    assert site.plant.state.refs["main"] == 2
+    ann.page.get_by_role("row", name=re.compile("^2 .*main ")).wait_for()
+    site.wait_for("red/gamma", "parked")
+    ann.page.get_by_role("button", name="Move main here, to version 4").click()
+    dialog = ann.page.get_by_role("dialog", name="Move main to version 4")
+    dialog.get_by_role("button", name="Move main to version 4").click()
+    dialog.wait_for(state="hidden")
+    assert site.plant.state.refs["main"] == 4
+    assert [row["version"] for row in site.client.ask(ListVersions()) if "main" in row["refs"]] == [4]
+
+
+def test_two_versions_are_compared(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("viewer")
+    ann.open("Versions")
+    for version in (1, 3):
+        ann.page.get_by_label(f"Mark version {version}").check()
+    ann.page.get_by_role("button", name="Compare").click()
+    dialog = ann.page.get_by_role("dialog", name="From version 1 to version 3")
+    dialog.get_by_role("row", name="red/alpha").wait_for()
+    assert "blue/beta, red/gamma" in dialog.inner_text()
+
+
+def test_one_task_shows_its_life_its_log_and_its_loss_while_it_trains(site: Site, visit: Visits) -> None:
+    hold_training(site)
+    ann = visit()
+    ann.log_in("submitter", "red")
+    submit(site, "red/one")
+    ann.page.get_by_role("link", name="red/one").first.click()
+    ann.page.get_by_role("heading", name="red/one").wait_for()
+    ann.page.get_by_role("img", name="loss by step. loss: from 0.5000 to 0.5000").wait_for()
+    ann.page.get_by_label("Training log").get_by_text("a line of the log").wait_for()
+    assert "is fine-tuning its adapter (attempt 1)" in ann.page.locator(".why").inner_text()
+    site.plant.cluster.hold = lambda order: False
+    site.plant.cluster.release()
+    ann.page.get_by_text("main holds it since version 5").wait_for()
+    assert [text.split()[2] for text in ann.page.get_by_role("listitem").all_inner_texts()] == [
+        "submitted", "Claimed", "TrainingDone", "MergeBegun", "Merged", "Judged",
+    ]  # fmt: skip
+    with ann.page.expect_download() as download:
+        ann.page.get_by_role("button", name="Export as a PEFT adapter").click()
+    assert download.value.suggested_filename == "red-one.zip"
+    assert Path(download.value.path()).read_bytes()[:2] == b"PK"
+
+
+# --- who may -----------------------------------------------------------------------------------------------------
+
+
+def test_a_viewer_sees_no_button_that_changes_anything_and_the_server_refuses_it_anyway(
+    site: Site, visit: Visits
+) -> None:
+    hold_training(site)
+    submit(site, "red/one")
+    ann = visit()
+    ann.log_in("viewer", "red")
+    ann.page.get_by_role("region", name="Tasks that run").get_by_role("row", name="red/one").wait_for()
+    seen = set(ann.page.get_by_role("button").all_inner_texts())
+    ann.open("Versions")
+    ann.page.get_by_role("region", name="Versions").wait_for()
+    seen |= set(ann.page.get_by_role("button").all_inner_texts())
+    ann.page.goto(f"{site.url}/#/task/red/one")
+    ann.page.get_by_role("heading", name="red/one").wait_for()
+    seen |= set(ann.page.get_by_role("button").all_inner_texts())
+    assert seen == {"Log out", "Compare the two that are marked"}
+    for path, body in (("cancel/red/one", {}), ("rollback/1", {}), ("tokens", {"name": "x", "role": "admin"})):
+        asked = f"""fetch({json.dumps(path)}, {{method: "POST", body: {json.dumps(json.dumps(body))},
+            headers: {{authorization: "Bearer " + sessionStorage.getItem("onebasis-token")}}}}).then(r => r.status)"""
+        assert ann.page.evaluate(asked) == 403, path
+    assert site.plant.state.refs["main"] == 4
+
+
+def test_a_team_sees_its_own_tasks_alone(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("admin", "red")
+    for name in ("Now", "Matrix", "Versions", "Admin"):
+        ann.open(name)
+        ann.page.wait_for_load_state("networkidle")
+        assert "blue" not in ann.page.content(), name
+    ann.open("Matrix")
+    ann.page.get_by_text("2 tasks of other teams not shown").wait_for()
+    ann.page.goto(f"{site.url}/#/task/blue/beta")
+    assert "there is no such task" in ann.page.get_by_role("alert").inner_text()
+
+
+# --- size --------------------------------------------------------------------------------------------------------
+
+TASKS_EACH, VERSIONS = 2, 500
+
+
+def many_versions() -> Any:
+    """A log of 500 versions, each of which brings two tasks and moves one earlier task in fifty."""
+    chance, there = random.Random(1), list[str]()
+    versions, scores = [], {}
+    for number in range(1, VERSIONS + 1):
+        new = [f"task-{number:03d}-{k}" for k in range(TASKS_EACH)]
+        moved = {task: 1.0 for task in there if chance.random() < 0.02}
+        versions.append(tables.version(number, number - 1, new, moved))
+        scores[number] = dict.fromkeys(new, 0.8) | {task: 0.8 + chance.gauss(0, 0.01) for task in moved}
+        there += new
+    return tables.state(versions, scores)
+
+
+def test_a_thousand_tasks_under_500_versions_are_drawn_and_sorted(
+    site: Site, visit: Visits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The log is what a service of years would have; all that is made of it is real.
+    state = many_versions()
+    versions = site.service.versions()
+    monkeypatch.setattr(versions._store, "refresh", lambda: state)
+    ann = visit()
+    ann.log_in("viewer")
+    ann.open("Matrix")
+    ann.page.get_by_text("1,000 tasks × 500 versions").wait_for()
+    table = ann.page.get_by_role("region", name="Scores under version 500")
+    worst = min(
+        (change, column)
+        for column, change in enumerate(changes(site.client.ask(ShowMatrix())))
+    )  # fmt: skip
+    shown = table.locator("tbody tr").first.inner_text().split("\t")
+    assert shown[5] == f"−{-worst[0]:.4f}"
+    assert table.locator("tbody tr").count() == 50
+    slider = ann.page.get_by_role("slider")
+    slider.focus()
+    for _ in range(30):
+        ann.page.keyboard.press("ArrowLeft")
+    ann.page.get_by_role("region", name="Scores under version 470").wait_for()
+    ann.page.get_by_label("Cells").select_option("with numbers")
+    matrix = ann.page.get_by_role("application")
+    matrix.focus()
+    ann.page.keyboard.press("End")
+    ann.page.keyboard.press("PageDown")
+    assert "under version 500: 0." in ann.page.locator("#cell").inner_text()
+    ann.page.screenshot(path=kept("matrix-1000x500"))
+
+
+def changes(answer: dict[str, Any]) -> list[float]:
+    """Each task's change since its birth under the newest version."""
+    first, last = dict[int, float](), dict[int, float]()
+    for row in answer["news"]:
+        for column, score, _ in row:
+            first.setdefault(column, score)
+            last[column] = score
+    return [last[column] - first[column] for column in sorted(first)]
+
+
+# --- for everybody -----------------------------------------------------------------------------------------------
+
+PAGES = {
+    "now": "Newest tasks",
+    "matrix": "Under version 4, worst first",
+    "versions": "Versions",
+    "admin": "Settings",
+    "task/red/alpha": "Scores under every version",
+}
+"""Where each page is, and a heading that it has once its answers are there."""
+
+
+def kept(name: str) -> Path:
+    PICTURES.mkdir(exist_ok=True)
+    return PICTURES / f"{name}.png"
+
+
+def serious(tab: Visit) -> list[str]:
+    """What axe-core finds that keeps people from using the page."""
+    tab.page.evaluate(AXE.read_text())
+    found = tab.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [
+        f"{one['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_each_page_is_for_everybody_asks_nobody_else_and_is_kept_as_a_picture(
+    site: Site, visit: Visits, scheme: str
+) -> None:
+    hold_training(site)
+    for title in ("red/one", "blue/two", "red/three"):
+        submit(site, title)
+    ann = visit(color_scheme=scheme)
+    ann.page.goto(site.url)
+    ann.page.get_by_label("Token").wait_for()
+    assert serious(ann) == []
+    ann.page.screenshot(path=kept(f"login-{scheme}"))
+    ann.log_in("admin")
+    for name, heading in PAGES.items():
+        ann.page.goto(f"{site.url}/#/{name}")
+        ann.page.get_by_role("heading", name=heading, exact=True).wait_for()
+        ann.page.wait_for_load_state("networkidle")
+        ann.page.screenshot(path=kept(f"{name.partition('/')[0]}-{scheme}"), full_page=True)
+        assert serious(ann) == [], name
+    ann.open("Versions")
+    ann.page.get_by_role("button", name="Move main here, to version 2").click()
+    ann.page.get_by_label("Reason").wait_for()
+    ann.page.screenshot(path=kept(f"rollback-{scheme}"))
+    assert serious(ann) == []
+    ann.page.keyboard.press("Escape")
+    ann.open("Matrix")
+    ann.page.get_by_role("button", name="Why red/alpha").click()
+    ann.page.get_by_role("dialog").get_by_text("Verdict").wait_for()
+    ann.page.screenshot(path=kept(f"why-{scheme}"))
+    assert serious(ann) == []
+    assert ann.origins == {site.url}
+    assert ann.complaints == []
+
+
+def test_the_page_is_used_with_the_keyboard_alone(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("admin")
+    ann.page.reload()
+    ann.page.get_by_role("heading", name="Now", exact=True).wait_for()
+    ann.page.keyboard.press("Tab")
+    assert ann.page.evaluate("document.activeElement.textContent") == "To the content"
+    for _ in range(3):
+        ann.page.keyboard.press("Tab")
+    assert ann.page.evaluate("document.activeElement.textContent") == "Versions"
+    ann.page.keyboard.press("Enter")
+    ann.page.get_by_role("heading", name="Versions", exact=True).wait_for()
+    assert ann.page.evaluate("document.activeElement.id") == "content"  # a screen reader goes on there
+    assert ann.page.title() == "Versions · onebasis"
