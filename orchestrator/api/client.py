@@ -72,6 +72,10 @@ class Client:
         with telling("reading the store and the task database, without a service", self._say):
             return self._local().answer(request)  # which knows what it has written, and what may have been
 
+    def ask_here(self, request: ServiceRequest[Answer]) -> Answer:
+        """Carry out in this process what only reads, whether a service runs or not."""
+        return self._local().answer(request)  # type: ignore[no-any-return]
+
     def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         from orchestrator.api.exchange import NotTakenError
         from orchestrator.api.waiting import Waiting, named, not_asked

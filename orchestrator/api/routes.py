@@ -54,6 +54,7 @@ ROUTES: tuple[Route, ...] = (
     Route("reload", "POST", "/reload", Role.MAINTAINER, requests.Reload),
     Route("drain", "POST", "/drain", Role.MAINTAINER, requests.DrainWorker),
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, requests.ChangeMany),
+    Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, requests.Predict),
     Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, requests.ReadLog),
     Route("versions", "GET", "/versions", Role.VIEWER, requests.ListVersions),
     Route("version", "GET", "/versions/{version}", Role.VIEWER, requests.ShowVersion),

@@ -7,6 +7,7 @@ tokenising happens batch by batch while training, so that the first step does no
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -203,6 +204,26 @@ def question(values: Values, spec: TaskSpec, where: str) -> Row:
         )
     check_columns(columns, values, where)
     return _made(_asker(spec), values, where)
+
+
+def question_of(row: Row) -> dict[str, Any]:
+    """The inputs of a row by their canonical names, as JSON values; a picture as its file, in base64."""
+    match row:
+        case TextRow():
+            return {"text": row.text} | ({} if row.text_pair is None else {"text_pair": row.text_pair})
+        case CompletionRow(is_chat=True):
+            return {"messages": [{"role": role, "content": content} for role, content in row.turns[:-1]]}
+        case CompletionRow():
+            return {"prompt": row.turns[0][1]}
+    return {"image": base64.b64encode(row.encoded or _as_png(row.image)).decode()}
+
+
+def _as_png(pixels: NDArray[uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def inputs_of(spec: TaskSpec) -> Columns:

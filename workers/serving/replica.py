@@ -41,7 +41,7 @@ class Question:
     """`team/task`, or the task's id."""
     inputs: Mapping[str, Any] | str
     """Values by their canonical names (`text`, `text_pair`, `prompt`, `messages`, `image` as base64 or bytes); a text
-    alone where the task reads one text."""
+    alone where the task reads one text, a chat's first message among them."""
     version: int | None = None
     """Version that is to answer; None: the one that `main` names."""
     is_chat: bool | None = None
@@ -181,8 +181,9 @@ class Replica:
 def _row(one: Question, columns: Mapping[str, str], read: Callable[[Mapping[str, Any]], Row]) -> Row:
     names = sorted(columns.values())
     values: Any = one.inputs
-    if isinstance(values, str) and len(names) == 1 and names[0] in ("text", "prompt", "image"):
-        values = {names[0]: values}
+    if isinstance(values, str) and len(names) == 1:
+        (name,) = names
+        values = {name: [{"role": "user", "content": values}] if name == "messages" else values}
     if not isinstance(values, Mapping):
         raise InvalidInput(
             f"an input must be an object, not {type(values).__name__}", one.task, f"give {' and '.join(names)}"

@@ -1,0 +1,261 @@
+"""The HTTP side of answering: reads a request, finds the base model of the task, and hands the question on.
+
+It needs the storage alone: which tasks there are it reads from the log of each store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+
+from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
+from configs.limits import BYTES_MAX
+from configs.settings import Settings
+from orchestrator.api.answers import answer_json
+from orchestrator.serving import openai_records
+from orchestrator.serving.answering import FOLLOW_SECONDS
+from orchestrator.serving.openai_records import ChatRequest, CompletionRequest, Reply
+from subspace_store.log.version import MAIN
+from subspace_store.storage.opening import open_storage
+from subspace_store.subspace_reader import SubspaceReader
+from workers.serving.mixed_batch import Answer
+from workers.serving.replica import Question
+
+if TYPE_CHECKING:
+    from workers.serving.batcher import Said
+
+log = logging.getLogger("onebasis.serving")
+
+INPUTS_MAX = 1024
+"""Most rows of one request."""
+OPENAI = ("/v1/chat/", "/v1/completions", "/v1/models")
+"""Beginnings of the paths whose errors are told as OpenAI's clients read them."""
+
+app = FastAPI(title="onebasis answers", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+
+
+class PredictRequest(BaseModel):
+    """POST /v1/predict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    task: str
+    inputs: list[dict[str, Any] | str] | dict[str, Any] | str
+    version: int | None = Field(None, ge=1)
+    base_model: str | None = None
+
+
+class Door:
+    """One process of the HTTP side.
+
+    Args:
+        replicas: Base model to a handle of its deployment.
+        token_sha256: Digest of the token that callers send, in hexadecimal digits.
+    """
+
+    def __init__(self, settings: Settings, token_sha256: str, replicas: Mapping[str, Any]) -> None:
+        self._replicas, self._token = dict(replicas), token_sha256
+        self._stores = {name: SubspaceReader.open(open_storage(settings.storage, name)) for name in settings.base_names}
+        threading.Thread(target=self._follow, name="follow", daemon=True).start()
+
+    def check(self, request: Request) -> None:
+        """Refuse a request without the token."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._token):
+            raise HTTPException(401, "missing or wrong token")
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The tasks that `main` of each base model holds."""
+        found = []
+        for base_model, store in self._stores.items():
+            state = store.state
+            found += [
+                {"id": task.name, "base_model": base_model, "version": state.refs[MAIN], "created": 0}
+                for task in state.tasks_at(state.refs[MAIN]).values()
+            ]
+        return found
+
+    def base_model_of(self, task: str, named: str | None = None, version: int | None = None) -> str:
+        """The base model whose version, default `main`, holds a task.
+
+        Raises:
+            NotFound: None does, or there is no such base model.
+            InvalidInput: Several do.
+        """
+        if named is not None and named not in self._stores:
+            raise NotFound(f"there is no base model '{named}'", todo=f"there are: {', '.join(self._stores)}")
+        found = []
+        for name in [named] if named else self._stores:
+            state = self._stores[name].state
+            number = state.refs[MAIN] if version is None else version
+            held = state.tasks_at(number) if number == 0 or number in state.versions else {}
+            if task in held or any(entry.name == task for entry in held.values()):
+                found.append(name)
+        if len(found) > 1:
+            raise InvalidInput(f"is a task of several base models: {', '.join(found)}", task, "name the base_model")
+        if not found:
+            where = "main holds no such task" if version is None else f"version {version} holds no such task"
+            raise NotFound(where, task, "GET /v1/models lists them")
+        return found[0]
+
+    async def answer(self, base_model: str, questions: Sequence[Question]) -> Sequence[Said]:
+        """By any replica of the base model."""
+        found: Sequence[Said] = await self._replicas[base_model].answer.remote(list(questions))
+        return found
+
+    def stream(self, base_model: str, question: Question) -> Any:
+        """The pieces of an answer, then all of it, or its error."""
+        return self._replicas[base_model].options(stream=True).stream.remote(question)
+
+    def _follow(self) -> None:
+        wait = threading.Event()
+        while not wait.wait(FOLLOW_SECONDS):
+            for name, store in self._stores.items():
+                try:
+                    store.refresh()
+                except OnebasisError as error:  # what was read last still counts
+                    log.warning("the store of %s cannot be read: %s", name, error.sentence)
+
+    # The routes
+
+    @app.get("/alive", include_in_schema=False)
+    async def alive(self) -> JSONResponse:
+        return JSONResponse({"alive": True})
+
+    @app.get("/v1/models")
+    async def models(self, request: Request) -> JSONResponse:
+        self.check(request)
+        listed = [
+            {"id": task["id"], "object": "model", "created": task["created"], "owned_by": task["id"].partition("/")[0]}
+            | {"base_model": task["base_model"], "version": task["version"]}
+            for task in self.tasks()
+        ]
+        return JSONResponse({"object": "list", "data": listed})
+
+    @app.post("/v1/predict")
+    async def predict(self, request: Request) -> JSONResponse:
+        self.check(request)
+        try:
+            asked = PredictRequest.model_validate_json(await _body(request))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise InvalidInput(
+                first["msg"], ".".join(map(str, first["loc"])) or "body", "see docs/serving.md"
+            ) from None
+        inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
+        if not 1 <= len(inputs) <= INPUTS_MAX:
+            raise InvalidInput(f"has {len(inputs)} inputs", "inputs", f"give 1 to {INPUTS_MAX} at once")
+        base_model = self.base_model_of(asked.task, asked.base_model, asked.version)
+        answers = await self.answer(base_model, [Question(asked.task, row, asked.version) for row in inputs])
+        said = [answer for answer in answers if isinstance(answer, Answer)]
+        if not said:
+            raise next(answer for answer in answers if isinstance(answer, OnebasisError))
+        told = {"task": asked.task, "base_model": base_model, "version": said[0].version}
+        return _with_version(told | {"answers": [answer_json(answer) for answer in answers]}, said[0].version)
+
+    @app.post("/v1/chat/completions")
+    async def chat(self, request: Request) -> Any:
+        self.check(request)
+        asked: ChatRequest = openai_records.read(ChatRequest, await _body(request))
+        return await self._completed(asked, [asked.question], Reply(True, asked.model))
+
+    @app.post("/v1/completions")
+    async def complete(self, request: Request) -> Any:
+        self.check(request)
+        asked: CompletionRequest = openai_records.read(CompletionRequest, await _body(request))
+        return await self._completed(asked, asked.questions, Reply(False, asked.model))
+
+    async def _completed(self, asked: Any, questions: Sequence[Question], reply: Reply) -> Any:
+        base_model = self.base_model_of(asked.model)
+        if asked.stream:
+            if len(questions) != 1:
+                raise InvalidInput("a stream answers one prompt", "prompt", "give one, or no stream")
+            pieces = self.stream(base_model, questions[0])
+            first = await anext(pieces)
+            if isinstance(first, OnebasisError):
+                raise first
+            return StreamingResponse(_events(first, pieces, reply, asked.wants_usage), media_type="text/event-stream")
+        answers = await self.answer(base_model, questions)
+        for answer in answers:
+            if isinstance(answer, OnebasisError):
+                raise answer
+        said = [answer for answer in answers if isinstance(answer, Answer)]
+        return _with_version(reply.whole(said), said[0].version)
+
+
+def _with_version(content: dict[str, Any], version: int) -> JSONResponse:
+    return JSONResponse(content, headers={"x-onebasis-version": str(version)})
+
+
+async def _events(first: Any, pieces: Any, reply: Reply, wants_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events, as OpenAI's clients read them."""
+    piece, is_first = first, True
+    while isinstance(piece, str):
+        yield _event(reply.piece(piece, None, is_first))
+        is_first, piece = False, await anext(pieces)
+    if isinstance(piece, OnebasisError):
+        yield _event({"error": _as_openai(piece)})
+        return
+    if is_first:
+        yield _event(reply.piece("", piece.version, True))
+    yield _event(reply.last(piece))
+    if wants_usage:
+        yield _event(reply.used(piece))
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BYTES_MAX:
+            raise TooLarge(f"the body has more than {BYTES_MAX:,} bytes", "", "ask for fewer rows", BYTES_MAX)
+    return bytes(body)
+
+
+def _as_openai(error: OnebasisError) -> dict[str, Any]:
+    return {"message": str(error), "type": error.kind, "param": error.where or None, "code": error.row}
+
+
+@app.exception_handler(OnebasisError)
+def _report(request: Request, error: OnebasisError) -> JSONResponse:
+    is_openai = request.url.path.startswith(OPENAI)
+    facts = {"error": _as_openai(error)} if is_openai else error.as_dict()
+    return JSONResponse(facts, 400 if is_openai and error.http_status == 422 else error.http_status)
+
+
+@app.exception_handler(HTTPException)
+def _refuse(request: Request, error: HTTPException) -> JSONResponse:
+    kind = InvalidInput if error.status_code == 401 else NotFound
+    told = kind(str(error.detail), "authorization" if kind is InvalidInput else request.url.path[:200])
+    facts = {"error": _as_openai(told)} if request.url.path.startswith(OPENAI) else told.as_dict()
+    return JSONResponse(facts, error.status_code)
+
+
+@app.exception_handler(Exception)
+def _confess(request: Request, error: Exception) -> JSONResponse:
+    """A replica that is gone, or too many requests: ask again. Anything else is ours."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    if isinstance(error, RayError | RayServeException):
+        told: OnebasisError = Unavailable(f"nobody could answer: {type(error).__name__}", todo="ask again")
+    else:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        told = OnebasisError(f"internal error: {type(error).__name__}")
+    facts = {"error": _as_openai(told)} if request.url.path.startswith(OPENAI) else told.as_dict()
+    return JSONResponse(facts, told.http_status)
