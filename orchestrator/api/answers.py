@@ -48,7 +48,7 @@ class Answers:
         number, task = self._versions(base).held(request.reference, request.version)
         from workers.serving import Question
 
-        questions = [Question(task.task_id, row, number) for row in request.inputs]
+        questions = [Question(task.name, row, number) for row in request.inputs]
         if self._sources.controller is None:
             with self._lock:
                 answers: Sequence[Answer | OnebasisError] = self._here(base).answer(questions)

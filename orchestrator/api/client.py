@@ -69,7 +69,8 @@ class Client:
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
         from subspace_store.commands.terminal import telling
 
-        with telling("reading the store and the task database, without a service", self._say):
+        does = request.does if isinstance(request, ServiceRequest) else ServiceRequest.does
+        with telling(f"{does}, without a service", self._say):
             return self._local().answer(request)  # which knows what it has written, and what may have been
 
     def ask_here(self, request: ServiceRequest[Answer]) -> Answer:

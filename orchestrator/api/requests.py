@@ -39,6 +39,8 @@ class ServiceRequest(Request, Generic[Answer]):
 
     needs_service: ClassVar[bool] = False
     """Whether only a running service can carry it out."""
+    does: ClassVar[str] = "reading the store and the task database"
+    """What the process that asks does where no service runs, for people who wait for it."""
 
     def on(self, service: Service) -> Answer:
         """Carry it out."""
@@ -202,6 +204,7 @@ class ChangeMany(ServiceRequest[Json]):
 class Predict(ServiceRequest[Json]):
     """Have a published task answer rows: by a worker that is free, or, without a service, by the process that asks."""
 
+    does = "loading the base model, and answering"
     reference: Reference
     inputs: Annotated[tuple[Json | str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
     """Rows, each with its inputs by their canonical names: `text` and `text_pair`, `prompt`, `messages`, or `image` as

@@ -111,7 +111,7 @@ class Deployment:
         from ray import serve
 
         from orchestrator.serving.answering import Answering
-        from orchestrator.serving.door import Door, app
+        from orchestrator.serving.door import Door
 
         # On a local Ray the workers and the replicas share the machine whatever is reserved, and it was started with
         # CPUs for the workers alone.
@@ -133,7 +133,7 @@ class Deployment:
             .bind(base, settings.storage, base.name, int(serving.cpus), serving.rows_max)
             for base in settings.bases
         }
-        door = serve.deployment(serve.ingress(app)(Door)).options(
+        door = serve.deployment(Door).options(
             name="door", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=serving.waiting_max
         )
         return door.bind(settings, hashlib.sha256(self._token.encode()).hexdigest(), replicas)

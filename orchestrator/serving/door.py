@@ -10,18 +10,20 @@ import hmac
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.exceptions import HTTPException
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
-from configs.limits import BYTES_MAX
+from configs.limits import BYTES_MAX, short_text
 from configs.settings import Settings
 from orchestrator.api.answers import answer_json
+from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.serving import openai_records
 from orchestrator.serving.answering import FOLLOW_SECONDS
 from orchestrator.serving.openai_records import ChatRequest, CompletionRequest, Reply
@@ -41,7 +43,9 @@ INPUTS_MAX = 1024
 OPENAI = ("/v1/chat/", "/v1/completions", "/v1/models")
 """Beginnings of the paths whose errors are told as OpenAI's clients read them."""
 
-app = FastAPI(title="onebasis answers", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+
+class _NotLetIn(InvalidInput):
+    """The caller sent no token, or another one."""
 
 
 class PredictRequest(BaseModel):
@@ -65,14 +69,14 @@ class Door:
     def __init__(self, settings: Settings, token_sha256: str, replicas: Mapping[str, Any]) -> None:
         self._replicas, self._token = dict(replicas), token_sha256
         self._stores = {name: SubspaceReader.open(open_storage(settings.storage, name)) for name in settings.base_names}
+        self._routes: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
+            ("GET", ALIVE_PATH): self._alive,
+            ("GET", "/v1/models"): self._models,
+            ("POST", "/v1/predict"): self._predict,
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._complete,
+        }
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
-
-    def check(self, request: Request) -> None:
-        """Refuse a request without the token."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.encode()).hexdigest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._token):
-            raise HTTPException(401, "missing or wrong token")
 
     def tasks(self) -> list[dict[str, Any]]:
         """The tasks that `main` of each base model holds."""
@@ -126,15 +130,42 @@ class Door:
                 except OnebasisError as error:  # what was read last still counts
                     log.warning("the store of %s cannot be read: %s", name, error.sentence)
 
-    # The routes
+    async def __call__(self, request: Request) -> Response:
+        """Answer one HTTP request, or say in the caller's own format why not."""
+        path, is_openai = request.url.path, request.url.path.startswith(OPENAI)
+        route = self._routes.get((request.method, path))
+        try:
+            if route is None:
+                known = ", ".join(f"{verb} {at}" for verb, at in self._routes)
+                raise NotFound(f"there is no {request.method} {short_text(path)}", todo=f"there are: {known}")
+            self._check(request)
+            return await route(request)
+        except OnebasisError as error:
+            told = error
+        except (RayError, RayServeException) as error:
+            log.warning("%s: nobody could answer: %s", path, error)
+            told = Unavailable(f"nobody could answer: {type(error).__name__}", todo="ask again")
+        except Exception as error:
+            log.error("%s failed", path, exc_info=error)
+            told = OnebasisError(f"internal error: {type(error).__name__}", todo="the log of the door has the rest")
+        status = 401 if isinstance(told, _NotLetIn) else told.http_status
+        if is_openai:  # whose clients retry nothing that is 400
+            return JSONResponse({"error": _as_openai(told)}, 400 if status == 422 else status)
+        return JSONResponse(told.as_dict(), status)
 
-    @app.get("/alive", include_in_schema=False)
-    async def alive(self) -> JSONResponse:
+    def _check(self, request: Request) -> None:
+        """Refuse a request without the token."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        if request.url.path != ALIVE_PATH and (
+            scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._token)
+        ):
+            raise _NotLetIn("missing or wrong token", "authorization", "send `Authorization: Bearer TOKEN`")
+
+    async def _alive(self, request: Request) -> Response:
         return JSONResponse({"alive": True})
 
-    @app.get("/v1/models")
-    async def models(self, request: Request) -> JSONResponse:
-        self.check(request)
+    async def _models(self, request: Request) -> Response:
         listed = [
             {"id": task["id"], "object": "model", "created": task["created"], "owned_by": task["id"].partition("/")[0]}
             | {"base_model": task["base_model"], "version": task["version"]}
@@ -142,16 +173,11 @@ class Door:
         ]
         return JSONResponse({"object": "list", "data": listed})
 
-    @app.post("/v1/predict")
-    async def predict(self, request: Request) -> JSONResponse:
-        self.check(request)
+    async def _predict(self, request: Request) -> Response:
         try:
             asked = PredictRequest.model_validate_json(await _body(request))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise InvalidInput(
-                first["msg"], ".".join(map(str, first["loc"])) or "body", "see docs/serving.md"
-            ) from None
+            raise openai_records.misread(error) from None
         inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
         if not 1 <= len(inputs) <= INPUTS_MAX:
             raise InvalidInput(f"has {len(inputs)} inputs", "inputs", f"give 1 to {INPUTS_MAX} at once")
@@ -163,19 +189,15 @@ class Door:
         told = {"task": asked.task, "base_model": base_model, "version": said[0].version}
         return _with_version(told | {"answers": [answer_json(answer) for answer in answers]}, said[0].version)
 
-    @app.post("/v1/chat/completions")
-    async def chat(self, request: Request) -> Any:
-        self.check(request)
+    async def _chat(self, request: Request) -> Response:
         asked: ChatRequest = openai_records.read(ChatRequest, await _body(request))
         return await self._completed(asked, [asked.question], Reply(True, asked.model))
 
-    @app.post("/v1/completions")
-    async def complete(self, request: Request) -> Any:
-        self.check(request)
+    async def _complete(self, request: Request) -> Response:
         asked: CompletionRequest = openai_records.read(CompletionRequest, await _body(request))
         return await self._completed(asked, asked.questions, Reply(False, asked.model))
 
-    async def _completed(self, asked: Any, questions: Sequence[Question], reply: Reply) -> Any:
+    async def _completed(self, asked: Any, questions: Sequence[Question], reply: Reply) -> Response:
         base_model = self.base_model_of(asked.model)
         if asked.stream:
             if len(questions) != 1:
@@ -229,33 +251,3 @@ async def _body(request: Request) -> bytes:
 
 def _as_openai(error: OnebasisError) -> dict[str, Any]:
     return {"message": str(error), "type": error.kind, "param": error.where or None, "code": error.row}
-
-
-@app.exception_handler(OnebasisError)
-def _report(request: Request, error: OnebasisError) -> JSONResponse:
-    is_openai = request.url.path.startswith(OPENAI)
-    facts = {"error": _as_openai(error)} if is_openai else error.as_dict()
-    return JSONResponse(facts, 400 if is_openai and error.http_status == 422 else error.http_status)
-
-
-@app.exception_handler(HTTPException)
-def _refuse(request: Request, error: HTTPException) -> JSONResponse:
-    kind = InvalidInput if error.status_code == 401 else NotFound
-    told = kind(str(error.detail), "authorization" if kind is InvalidInput else request.url.path[:200])
-    facts = {"error": _as_openai(told)} if request.url.path.startswith(OPENAI) else told.as_dict()
-    return JSONResponse(facts, error.status_code)
-
-
-@app.exception_handler(Exception)
-def _confess(request: Request, error: Exception) -> JSONResponse:
-    """A replica that is gone, or too many requests: ask again. Anything else is ours."""
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
-    if isinstance(error, RayError | RayServeException):
-        told: OnebasisError = Unavailable(f"nobody could answer: {type(error).__name__}", todo="ask again")
-    else:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        told = OnebasisError(f"internal error: {type(error).__name__}")
-    facts = {"error": _as_openai(told)} if request.url.path.startswith(OPENAI) else told.as_dict()
-    return JSONResponse(facts, told.http_status)

@@ -117,14 +117,18 @@ def read(record: type[_Asked], body: bytes) -> Any:
     try:
         asked = record.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise InvalidInput(first["msg"], where, "see docs/serving.md") from None
+        raise misread(error) from None
     for name, value in (asked.model_extra or {}).items():
         if value is None or name in WITHOUT_EFFECT or value in NEUTRAL.get(name, ()):
             continue
         raise InvalidInput(f"{name!r:.100} is not supported", name, "leave it out; docs/serving.md lists what is read")
     return asked
+
+
+def misread(error: ValidationError) -> InvalidInput:
+    """The first thing that is wrong with a body."""
+    first = error.errors(include_url=False)[0]
+    return InvalidInput(first["msg"], ".".join(map(str, first["loc"])) or "body", "see docs/serving.md")
 
 
 def _text(message: dict[str, Any]) -> Any:
