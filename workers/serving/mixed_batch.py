@@ -209,9 +209,11 @@ class MixedBatch:
         for one, task in zip(asked, tasks, strict=True):
             assert isinstance(one.row, CompletionRow)
             data = task.spec.data
-            limit = data.max_new_tokens if one.writing.new_tokens is None else one.writing.new_tokens
-            if (room := self._base.length_max - limit) < 1:
-                has = f"{self._base.name} has {self._base.length_max} positions"
+            limit, positions = one.writing.new_tokens, self._base.length_max
+            if limit is None:  # that of a task without generated scores was never held against the model's positions
+                limit = data.max_new_tokens if data.max_new_tokens < positions else positions // 2
+            if (room := positions - limit) < 1:
+                has = f"{self._base.name} has {positions} positions"
                 raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {has}", one.task_id, "lower it")
             longest = min(data.max_length, room)
             prompt, length = measured_prompt(tokenizer, one.row, longest)
