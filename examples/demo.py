@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ SHOWN_DATA = HERE / "data/banking_charges.eval.jsonl.gz"
 def main() -> None:
     """Run the job; leave nothing running, also after Ctrl-C."""
     started = time.monotonic()
+    os.environ["ONEBASIS_CONTEXT"] = "local"  # and not a service that this user has logged in to
     make_room()
     try:
         run_job()

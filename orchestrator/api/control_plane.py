@@ -21,6 +21,9 @@ from typing import Any
 from configs.document import Request
 from configs.errors import Conflict, InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings
+from orchestrator.api.access import Caller
+from orchestrator.api.callers import Callers
+from orchestrator.api.guard import Guard
 from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
 from orchestrator.cluster import RayCluster, namespace
@@ -36,6 +39,7 @@ from orchestrator.tasks.task_queue import NOBODY, TaskQueue
 from orchestrator.watch import Pulse, Watch
 from subspace_store import SubspaceReader, open_storage
 from subspace_store.commands.state_folder import SERVER_FILE, member_id, open_private, service_identity
+from subspace_store.commands.terminal import me
 
 log = logging.getLogger("onebasis.server")
 
@@ -61,6 +65,8 @@ class ControlPlane:
         """Part in the leadership, where several control planes may share a database."""
         self.token = secrets.token_hex(32)
         """What callers have to send."""
+        self.url = ""
+        """Address of the HTTP API, once it is known."""
         self.cluster: RayCluster
         self._stop = threading.Event()
         self._started_at = time.time()
@@ -77,7 +83,8 @@ class ControlPlane:
         settings = self.settings
         log.info("opening the task database and the store")
         listener = socket.create_server((settings.server.host, settings.server.port))
-        url = "http://{}:{}".format(*listener.getsockname()[:2])
+        scheme = "https" if settings.server.tls else "http"
+        self.url = url = "{}://{}:{}".format(scheme, *listener.getsockname()[:2])
         lease = LeaderLease(settings.database_url) if settings.database_url.startswith("postgresql") else None
         log.info("joining Ray, starting the store actor and the workers of %d pools", len(settings.pools))
         address, token_path = self._ray()
@@ -86,7 +93,8 @@ class ControlPlane:
             self._take_up(None)
         else:
             self._join(lease, url)
-        server = http_server(api(self, self.token))
+        callers = Callers(self.token, me(), lambda: self._service().sources, lambda: self.settings)
+        server = http_server(api(self, callers), settings.server.tls)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.install_signal_handlers = lambda: None
@@ -97,12 +105,15 @@ class ControlPlane:
         self._end(lease)
         log.info("stopped")
 
-    def answer(self, request: Request) -> Any:
+    def answer(self, request: Request, caller: Caller) -> Any:
         """Carry a request out, as what this process is at the moment."""
+        return Guard(self._service()).answer(request, caller)
+
+    def _service(self) -> Service:
         duty = self._duty
         if duty is None:
             raise Unavailable("this control plane begins or ends to lead", todo="try again in a moment")
-        return duty.service.answer(request)
+        return duty.service
 
     def agree(self, settings: Settings) -> None:
         """Go on with these settings, if no other control plane has the old ones. Raises Conflict."""
@@ -216,6 +227,8 @@ class ControlPlane:
 
     def _announce(self, url: str) -> None:
         facts = {"url": url, "token": self.token, "pid": os.getpid()}
+        if self.settings.server.tls is not None:
+            facts["cert_file"] = self.settings.server.tls.cert_file  # it is made out for another name than 127.0.0.1
         new = self.state_dir / f"{SERVER_FILE}.new"
         with open_private(new, "w") as file:
             json.dump(facts, file)
@@ -267,7 +280,7 @@ class Leading:
             settings, queue, stores, cluster, process.identity, changed=mirror.wake
         )
         self._checker = Checker()
-        self._deployment = Deployment(namespace(settings.storage, process.identity), process.token)
+        self._deployment = Deployment(namespace(settings.storage, process.identity), process.token, process.url)
         self.service = Service(
             settings,
             queue,

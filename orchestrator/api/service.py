@@ -8,7 +8,7 @@ command line does, in its own process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,11 @@ class Service:
         self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines, deployment)
 
     @property
+    def sources(self) -> Sources:
+        """What its answers are made from."""
+        return self._sources
+
+    @property
     def settings(self) -> Settings:
         """Those that count now."""
         return self._sources.settings
@@ -97,14 +102,23 @@ class Service:
                 versions.let_go()
         return self._of_each[name]
 
+    def titles(self) -> dict[str, str]:
+        """Id to name of all tasks that any version of any base model brought."""
+        states = [versions.refresh() for versions in self._of_each.values()]
+        return {t.task_id: t.name for state in states for v in state.versions.values() for t in v.added}
+
     def look(self) -> None:
         """As `ServiceStatus.look`."""
         self.status.look()
 
-    def answer(self, request: Request) -> Any:
-        """Carry out a request of any kind."""
+    def answer(self, request: Request, of_teams: Collection[str] | None = None) -> Any:
+        """Carry out a request of any kind, whoever asks: who may ask for what is for guard.py to say.
+
+        Args:
+            of_teams: Teams whose tasks there are for who asks; None: all.
+        """
         try:
-            return self._answer(request)
+            return self._answer(request, of_teams)
         except Corrupt as error:
             subspaces = self._controller.subspaces if self._controller is not None else {}
             if (subspace := subspaces.get(self._about(request))) is not None and not isinstance(error, UnreadableTask):
@@ -157,10 +171,21 @@ class Service:
         url = after.serving.url if after.serving is not None else None
         return {"taken": taken, "base_models": list(after.base_names), "serving": url}
 
-    def _answer(self, request: Request) -> Any:
-        if self._stands_by is not None and route_of(request).verb == "POST":  # Predict too: the leader has the workers
+    def refuse_write(self) -> None:
+        """Raise NotLeading where this control plane stands by."""
+        if self._stands_by is not None:
             raise self._stands_by().refusal
+
+    def _answer(self, request: Request, of_teams: Collection[str] | None) -> Any:
+        if route_of(request).is_write:
+            self.refuse_write()
         match request:
+            case requests.ListTasks():
+                return self.tasks.page(request, of_teams)
+            case requests.ShowVersion():
+                return self.versions(request.base_model).one(request, of_teams)
+            case requests.ShowScores():
+                return self.versions(request.base_model).scores(request, of_teams)
             case Rollback():
                 return self.versions(request.base_model).rollback(request)
             case StoreRequest():

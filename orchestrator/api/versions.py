@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -106,15 +106,16 @@ class Versions:
         found = (views.version_summary(state, version) for _, version in sorted(state.versions.items()))
         return [{**row, "base_model": self.name} for row in found]
 
-    def one(self, request: requests.ShowVersion) -> Json:
-        """One version: tasks, scores, ranks, drift, what is stored."""
+    def one(self, request: requests.ShowVersion, of_teams: Collection[str] | None = None) -> Json:
+        """One version: tasks, scores, ranks, drift, what is stored. of_teams: As for `scores`."""
         state, number = self._store.refresh(), request.version
         _check_version(state, number)
-        table = self._table(state, number)
+        table, hidden = _of_teams(self._table(state, number), state, of_teams)
         return {
             **views.version_summary(state, state.versions.get(number, EMPTY)),
             "base_model": self.name,
-            "tasks": [views.task_in_version(state, table, number, task_id) for task_id in state.tasks_at(number)],
+            "tasks": [views.task_in_version(state, table, number, task_id) for task_id in table.tasks],
+            **hidden,
             "ranks": {name: list(ranks) for name, ranks in self._store.ranks(number).items()},
             "footprint": self._footprint(number),
             **self._figures(table, number, self._sources.queue.among(table.tasks)),
@@ -204,17 +205,22 @@ class Versions:
                 archive.write(path, path.name)
         return packed.getvalue()
 
-    def scores(self, request: requests.ShowScores) -> Json:
-        """The matrix A[version][task] of the lineage that ends in a version (default `main`), and its means."""
+    def scores(self, request: requests.ShowScores, of_teams: Collection[str] | None = None) -> Json:
+        """The matrix A[version][task] of the lineage that ends in a version (default `main`), and its means.
+
+        Args:
+            of_teams: Teams whose tasks are in it and in its means; None: all.
+        """
         state = self._store.refresh()
         number = state.refs[MAIN] if request.version is None else request.version
         _check_version(state, number)
-        table = self._table(state, number)
+        table, hidden = _of_teams(self._table(state, number), state, of_teams)
         names = {task_id: task.name for task_id, task in state.tasks_at(number).items()}
         records = self._sources.queue.among(table.tasks)
         return {
             "base_model": self.name,
             "version": number,
+            **hidden,
             "versions": list(table.versions),
             "tasks": [views.score_column(t, names[t], table.birth[t], records.get(t)) for t in table.tasks],
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
@@ -444,6 +450,16 @@ class Versions:
             names = ", ".join(task.name for task in held.values()) or "no tasks"
             raise NotFound(f"version {version} has no task '{reference}'", todo=f"it holds: {names}")
         return found[0]
+
+
+def _of_teams(table: ScoreTable, state: SubspaceState, of_teams: Collection[str] | None) -> tuple[ScoreTable, Json]:
+    """The table with the tasks of some teams alone, and how many are left out, as an answer says it."""
+    if of_teams is None:
+        return table, {}
+    titles = {task.task_id: task.name for version in state.versions.values() for task in version.added}
+    mine = tuple(t for t in table.tasks if titles[t].partition("/")[0] in of_teams)
+    count = len(table.tasks) - len(mine)
+    return replace(table, tasks=mine), {"hidden": {"tasks": count}} if count else {}
 
 
 def hold_over(record: TaskRecord, state: SubspaceState) -> Hold | None:

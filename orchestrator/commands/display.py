@@ -653,3 +653,16 @@ def size_text(count: float) -> str:
 
 def _clock(at: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+    """A table of texts; without a row, a sentence."""
+    if not rows:
+        console.print(nothing)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(shown, row))
+    console.print(table)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from configs.errors import Conflict, Unavailable
@@ -24,11 +24,12 @@ class Deployment:
 
     Args:
         namespace: Ray's namespace of the service: its name tells this application from those of other services.
-        token: What callers have to send.
+        token: The token of the state folder, which the control plane makes anew at each start.
+        url: Address of the control plane, which knows whose the other tokens are.
     """
 
-    def __init__(self, namespace: str, token: str) -> None:
-        self._app, self._token = namespace, token
+    def __init__(self, namespace: str, token: str, url: str) -> None:
+        self._app, self._token, self._url = namespace, token, url
         self._changing = threading.Lock()
 
     def follow(self, settings: Settings) -> None:
@@ -112,6 +113,7 @@ class Deployment:
 
         from orchestrator.serving.answering import Answering
         from orchestrator.serving.door import Door
+        from orchestrator.serving.lodge import Lodge, digest_of
 
         # On a local Ray the workers and the replicas share the machine whatever is reserved, and it was started with
         # CPUs for the workers alone.
@@ -136,7 +138,10 @@ class Deployment:
         door = serve.deployment(Door).options(
             name="door", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=serving.waiting_max
         )
-        return door.bind(settings, hashlib.sha256(self._token.encode()).hexdigest(), replicas)
+        tls = settings.server.tls
+        certificate = Path(tls.cert_file).read_text() if tls is not None else ""
+        lodge = Lodge(self._url, certificate, settings.server.requests_per_second, digest_of(self._token))
+        return door.bind(settings, lodge, replicas)
 
     def _end(self) -> None:
         from ray import serve

@@ -5,14 +5,13 @@ It needs the storage alone: which tasks there are it reads from the log of each 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +25,7 @@ from orchestrator.api.answers import answer_json
 from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.serving import openai_records
 from orchestrator.serving.answering import FOLLOW_SECONDS
+from orchestrator.serving.lodge import Lodge, Lodger
 from orchestrator.serving.openai_records import ChatRequest, CompletionRequest, Reply
 from subspace_store.log.version import MAIN
 from subspace_store.storage.opening import open_storage
@@ -44,8 +44,8 @@ OPENAI = ("/v1/chat/", "/v1/completions", "/v1/models")
 """Beginnings of the paths whose errors are told as OpenAI's clients read them."""
 
 
-class _NotLetIn(InvalidInput):
-    """The caller sent no token, or another one."""
+Teams = frozenset[str] | None
+"""Teams whose tasks somebody may ask; None: all."""
 
 
 class PredictRequest(BaseModel):
@@ -63,13 +63,13 @@ class Door:
 
     Args:
         replicas: Base model to a handle of its deployment.
-        token_sha256: Digest of the token that callers send, in hexadecimal digits.
+        lodge: How it finds out whose a token is.
     """
 
-    def __init__(self, settings: Settings, token_sha256: str, replicas: Mapping[str, Any]) -> None:
-        self._replicas, self._token = dict(replicas), token_sha256
+    def __init__(self, settings: Settings, lodge: Lodge, replicas: Mapping[str, Any]) -> None:
+        self._replicas, self._lodger = dict(replicas), Lodger(lodge)
         self._stores = {name: SubspaceReader.open(open_storage(settings.storage, name)) for name in settings.base_names}
-        self._routes: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
+        self._routes: dict[tuple[str, str], Callable[[Request, Teams], Awaitable[Response]]] = {
             ("GET", ALIVE_PATH): self._alive,
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/predict"): self._predict,
@@ -78,19 +78,24 @@ class Door:
         }
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
-    def tasks(self) -> list[dict[str, Any]]:
-        """The tasks that `main` of each base model holds."""
+    def tasks(self, teams: Teams) -> list[dict[str, Any]]:
+        """The tasks that `main` of each base model holds, of these teams."""
         found = []
         for base_model, store in self._stores.items():
             state = store.state
             found += [
                 {"id": task.name, "base_model": base_model, "version": state.refs[MAIN], "created": 0}
                 for task in state.tasks_at(state.refs[MAIN]).values()
+                if _sees(teams, task.name)
             ]
         return found
 
-    def base_model_of(self, task: str, named: str | None = None, version: int | None = None) -> str:
+    def base_model_of(self, task: str, teams: Teams, named: str | None = None, version: int | None = None) -> str:
         """The base model whose version, default `main`, holds a task.
+
+        Args:
+            task: `team/name`, or an id.
+            teams: Those whose tasks may be asked: one of another team is told as one that does not exist.
 
         Raises:
             NotFound: None does, or there is no such base model.
@@ -103,7 +108,7 @@ class Door:
             state = self._stores[name].state
             number = state.refs[MAIN] if version is None else version
             held = state.tasks_at(number) if number == 0 or number in state.versions else {}
-            if task in held or any(entry.name == task for entry in held.values()):
+            if any(task in (task_id, entry.name) and _sees(teams, entry.name) for task_id, entry in held.items()):
                 found.append(name)
         if len(found) > 1:
             raise InvalidInput(f"is a task of several base models: {', '.join(found)}", task, "name the base_model")
@@ -138,8 +143,12 @@ class Door:
             if route is None:
                 known = ", ".join(f"{verb} {at}" for verb, at in self._routes)
                 raise NotFound(f"there is no {request.method} {short_text(path)}", todo=f"there are: {known}")
-            self._check(request)
-            return await route(request)
+            scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+            teams: frozenset[str] | None = frozenset()
+            if path != ALIVE_PATH:
+                secret = secret if scheme.lower() == "bearer" else ""
+                teams = await to_thread.run_sync(self._lodger.teams_of, secret)
+            return await route(request, teams)
         except OnebasisError as error:
             told = error
         except (RayError, RayServeException) as error:
@@ -148,32 +157,23 @@ class Door:
         except Exception as error:
             log.error("%s failed", path, exc_info=error)
             told = OnebasisError(f"internal error: {type(error).__name__}", todo="the log of the door has the rest")
-        status = 401 if isinstance(told, _NotLetIn) else told.http_status
+        status = told.http_status
         if is_openai:  # whose clients retry nothing that is 400
             return JSONResponse({"error": _as_openai(told)}, 400 if status == 422 else status)
         return JSONResponse(told.as_dict(), status)
 
-    def _check(self, request: Request) -> None:
-        """Refuse a request without the token."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.encode()).hexdigest()
-        if request.url.path != ALIVE_PATH and (
-            scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._token)
-        ):
-            raise _NotLetIn("missing or wrong token", "authorization", "send `Authorization: Bearer TOKEN`")
-
-    async def _alive(self, request: Request) -> Response:
+    async def _alive(self, request: Request, teams: Teams) -> Response:
         return JSONResponse({"alive": True})
 
-    async def _models(self, request: Request) -> Response:
+    async def _models(self, request: Request, teams: Teams) -> Response:
         listed = [
             {"id": task["id"], "object": "model", "created": task["created"], "owned_by": task["id"].partition("/")[0]}
             | {"base_model": task["base_model"], "version": task["version"]}
-            for task in self.tasks()
+            for task in self.tasks(teams)
         ]
         return JSONResponse({"object": "list", "data": listed})
 
-    async def _predict(self, request: Request) -> Response:
+    async def _predict(self, request: Request, teams: Teams) -> Response:
         try:
             asked = PredictRequest.model_validate_json(await _body(request))
         except ValidationError as error:
@@ -181,7 +181,7 @@ class Door:
         inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
         if not 1 <= len(inputs) <= INPUTS_MAX:
             raise InvalidInput(f"has {len(inputs)} inputs", "inputs", f"give 1 to {INPUTS_MAX} at once")
-        base_model = self.base_model_of(asked.task, asked.base_model, asked.version)
+        base_model = self.base_model_of(asked.task, teams, asked.base_model, asked.version)
         answers = await self.answer(base_model, [Question(asked.task, row, asked.version) for row in inputs])
         said = [answer for answer in answers if isinstance(answer, Answer)]
         if not said:
@@ -189,16 +189,16 @@ class Door:
         told = {"task": asked.task, "base_model": base_model, "version": said[0].version}
         return _with_version(told | {"answers": [answer_json(answer) for answer in answers]}, said[0].version)
 
-    async def _chat(self, request: Request) -> Response:
+    async def _chat(self, request: Request, teams: Teams) -> Response:
         asked: ChatRequest = openai_records.read(ChatRequest, await _body(request))
-        return await self._completed(asked, [asked.question], Reply(True, asked.model))
+        return await self._completed(asked, teams, [asked.question], Reply(True, asked.model))
 
-    async def _complete(self, request: Request) -> Response:
+    async def _complete(self, request: Request, teams: Teams) -> Response:
         asked: CompletionRequest = openai_records.read(CompletionRequest, await _body(request))
-        return await self._completed(asked, asked.questions, Reply(False, asked.model))
+        return await self._completed(asked, teams, asked.questions, Reply(False, asked.model))
 
-    async def _completed(self, asked: Any, questions: Sequence[Question], reply: Reply) -> Response:
-        base_model = self.base_model_of(asked.model)
+    async def _completed(self, asked: Any, teams: Teams, questions: Sequence[Question], reply: Reply) -> Response:
+        base_model = self.base_model_of(asked.model, teams)
         if asked.stream:
             if len(questions) != 1:
                 raise InvalidInput("a stream answers one prompt", "prompt", "give one, or no stream")
@@ -213,6 +213,10 @@ class Door:
                 raise answer
         said = [answer for answer in answers if isinstance(answer, Answer)]
         return _with_version(reply.whole(said), said[0].version)
+
+
+def _sees(teams: Teams, title: str) -> bool:
+    return teams is None or title.partition("/")[0] in teams
 
 
 def _with_version(content: dict[str, Any], version: int) -> JSONResponse:

@@ -22,6 +22,8 @@ from schemathesis.config import SchemathesisConfig
 
 from configs.limits import BYTES_MAX
 from configs.plain_text import odd_character
+from orchestrator.api.callers import Callers
+from orchestrator.api.guard import Guard
 from orchestrator.api.routes import ROUTES, Route
 from orchestrator.api.server import api
 from orchestrator.api.service import Service
@@ -47,9 +49,9 @@ class Still:
         self.plant.cluster.write(BASE, Tag(name="first", version=1)).result()
         self.plant.cluster.write(BASE, Pin(version=1, owner="ann")).result()
         plant = self.plant
-        self.app: FastAPI = api(
-            Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster), TOKEN
-        )
+        service = Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+        callers = Callers(TOKEN, "ann", lambda: service.sources, lambda: service.settings)
+        self.app: FastAPI = api(Guard(service), callers)
 
     def facts(self) -> tuple[Any, ...]:
         """Everything that a request could have changed."""
