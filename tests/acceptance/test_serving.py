@@ -223,6 +223,22 @@ def test_openais_own_client(served: Served) -> None:
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 
+def test_a_token_asks_its_own_teams_tasks(served: Served) -> None:
+    made = served.ask("token", "create", "reader", "--role", "viewer", "--team", "payments")
+    headers = {"Authorization": f"Bearer {made['token']}"}
+
+    def ask(task: str) -> httpx.Response:
+        body = {"task": task, "inputs": TEXTS[0]}
+        return httpx.post(f"{served.url}/v1/predict", json=body, headers=headers, timeout=60)
+
+    assert ask(INTENTS).status_code == 200
+    others, nobodys = ask(PROMPTS), ask("talk/nothing")
+    assert (others.status_code, nobodys.status_code) == (404, 404)
+    assert others.text.replace("prompts", "nothing") == nobodys.text
+    listed = httpx.get(f"{served.url}/v1/models", headers=headers).json()["data"]
+    assert [model["id"] for model in listed] == [INTENTS]
+
+
 def test_a_rollback_under_load_drops_and_mixes_nothing(served: Served) -> None:
     expected = {version: served.probabilities(INTENTS, version, TEXTS[:1])[0] for version in (1, 3)}
     stop, replies, wrong = threading.Event(), list[tuple[float, int]](), list[str]()
