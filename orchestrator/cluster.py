@@ -24,7 +24,7 @@ from subspace_store.requests import StoreRequest
 from workers.orders import Order
 
 if TYPE_CHECKING:
-    from workers.serving import Question
+    from workers.serving.question import Question
 
 STORE = "@store-"
 """Name of the store's writer."""

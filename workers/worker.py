@@ -59,7 +59,8 @@ from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
 from workers.training import stopper, train_task
 
 if TYPE_CHECKING:
-    from workers.serving import Answer, Question, Replica
+    from workers.serving.question import Answer, Question
+    from workers.serving.replica import Replica
 
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
@@ -146,7 +147,7 @@ class Worker:
 
     def _answered(self, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
         if self._replica is None:
-            from workers.serving import Replica
+            from workers.serving.replica import Replica
 
             self._replica = Replica(self._base_model(), SubspaceReader.open(self._storage))
         self._replica.follow()

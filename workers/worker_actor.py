@@ -22,7 +22,7 @@ from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
 from workers.process_monitor_actor import Watched, watch_this_process, watched
 
 if TYPE_CHECKING:
-    from workers.serving import Answer, Question
+    from workers.serving.question import Answer, Question
 
 NAMESPACE = "onebasis"
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from orchestrator.api.versions import Versions
     from orchestrator.cluster import Cluster
-    from workers.serving import Answer, Question, Replica
+    from workers.serving.question import Answer, Question
+    from workers.serving.replica import Replica
 
 ANSWER_SECONDS = 120.0
 """Longest wait for a worker's answers."""
@@ -46,7 +47,7 @@ class Answers:
             name = self._sources.queue.find(request.reference).base_model
         base = self._sources.settings.base(name).name
         number, task = self._versions(base).held(request.reference, request.version)
-        from workers.serving import Question
+        from workers.serving.question import Question
 
         questions = [Question(task.name, row, number) for row in request.inputs]
         if self._sources.controller is None:
@@ -87,7 +88,7 @@ class Answers:
             from subspace_store.storage.opening import open_storage
             from subspace_store.subspace_reader import SubspaceReader
             from workers.base_model import load_base_model
-            from workers.serving import Replica
+            from workers.serving.replica import Replica
 
             settings = self._sources.settings
             store = SubspaceReader.open(open_storage(settings.storage, base_model))

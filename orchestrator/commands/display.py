@@ -129,7 +129,9 @@ def serving(answer: Json) -> None:
         note("nothing answers over HTTP any more")
         return
     console.print(f"{shown(url)}/v1/predict, /v1/models, /v1/chat/completions, /v1/completions", soft_wrap=True)
-    note("callers send a token (`onebasis token create`); `onebasis status` shows the replicas, `serve --end` ends them")
+    note(
+        "callers send a token (`onebasis token create`); `onebasis status` shows the replicas, `serve --end` ends them"
+    )
 
 
 def _main(base: Json) -> str:

@@ -12,7 +12,7 @@ from configs.settings import BaseModelSettings, StorageSettings
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said
-    from workers.serving.replica import Question
+    from workers.serving.question import Question
 
 FOLLOW_SECONDS = 0.5
 """Interval at which it looks where `main` is: one small read of the storage."""

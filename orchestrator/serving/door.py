@@ -30,8 +30,7 @@ from orchestrator.serving.openai_records import ChatRequest, CompletionRequest, 
 from subspace_store.log.version import MAIN
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_reader import SubspaceReader
-from workers.serving.mixed_batch import Answer
-from workers.serving.replica import Question
+from workers.serving.question import Answer, Question
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said

@@ -12,9 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import InvalidInput
-from workers.serving.mixed_batch import Answer
-from workers.serving.replica import Question
-from workers.serving.writing import Writing
+from workers.serving.question import Answer, Question, Writing
 
 WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}

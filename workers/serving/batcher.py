@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from configs.errors import OnebasisError
-from workers.serving.mixed_batch import Answer
-from workers.serving.replica import Question, Replica
+from workers.serving.question import Answer, Question
+from workers.serving.replica import Replica
 
 Said = Answer | OnebasisError
 

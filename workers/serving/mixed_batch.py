@@ -31,7 +31,8 @@ from workers.model_folder import AUTO_CLASSES
 from workers.rows.reading import read_as
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_layers import Directions, MixedLayers, TaskFactors
-from workers.serving.writing import GREEDY, Ended, Pen, Writing, write
+from workers.serving.question import GREEDY, Answer, Writing
+from workers.serving.writing import Pen, write
 from workers.tokens import measured_prompt, text_lengths, tokenize
 from workers.truncation import losses, unknown_characters
 
@@ -52,31 +53,6 @@ class Asked:
     """How a language model is to write the answer."""
     wrote: Callable[[str], bool] | None = None
     """Takes the answer of a language model piece by piece; returns False when nobody wants more of it."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a task says of one row."""
-
-    task_id: str
-    version: int
-    """The version that answered."""
-    label: str | None = None
-    """The likeliest label, of a classification."""
-    probabilities: Mapping[str, float] | None = None
-    """Of all labels, in the task's order."""
-    value: float | None = None
-    """Of a regression."""
-    text: str | None = None
-    """Of a language model."""
-    tokens: int = 0
-    """Tokens that it wrote."""
-    prompt_tokens: int = 0
-    """Tokens of the prompt that it read."""
-    ended: Ended = ""
-    """Whether it came to its end (`stop`) or to its longest answer (`length`); empty where nobody wanted more."""
-    warning: str = ""
-    """What of the row was not read."""
 
 
 def _as_it_says(parts: TaskParts) -> TaskSpec:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from configs.errors import InvalidInput, NotFound, OnebasisError
@@ -22,8 +21,8 @@ from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
 from workers.rows.reading import canonical
 from workers.rows.task_data import Row, inputs_of, question
-from workers.serving.mixed_batch import Answer, Asked, MixedBatch
-from workers.serving.writing import GREEDY, Writing
+from workers.serving.mixed_batch import Asked, MixedBatch
+from workers.serving.question import Answer, Question
 
 log = logging.getLogger("onebasis.serving")
 
@@ -31,24 +30,6 @@ VERSIONS_KEPT = 2
 """Versions beside `main` that stay ready: those that were asked for last by their numbers."""
 FETCH_SECONDS = 1.0
 """Longest time for which tasks of a new version are read before it answers; the others are read when asked for."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row for one task."""
-
-    task: str
-    """`team/task`, or the task's id."""
-    inputs: Mapping[str, Any] | str
-    """Values by their canonical names (`text`, `text_pair`, `prompt`, `messages`, `image` as base64 or bytes); a text
-    alone where the task reads one text, a chat's first message among them."""
-    version: int | None = None
-    """Version that is to answer; None: the one that `main` names."""
-    is_chat: bool | None = None
-    """Whether the task must have learnt from chats, or must not have; None: either."""
-    writing: Writing = GREEDY
-    wrote: Callable[[str], bool] | None = field(default=None, compare=False)
-    """As in `Asked`."""
 
 
 class Replica:

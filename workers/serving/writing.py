@@ -6,36 +6,16 @@ Axes: S rows of a batch, T tokens, V words of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.evaluation import written
+from workers.serving.question import Ended, Writing
 
 UNFINISHED = "\ufffd"
 """What a tokenizer gives for a token that is the beginning of a character."""
-Ended = Literal["", "stop", "length"]
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How a row is to be written. The default is what scores are measured with: always the likeliest token."""
-
-    new_tokens: int | None = None
-    """Most tokens of the answer; None: the task's own data.max_new_tokens."""
-    temperature: float = 0.0
-    """0: the likeliest token. Else tokens are drawn from softmax(logits / temperature)."""
-    top_p: float = 1.0
-    """Tokens are drawn from the smallest set that has this probability."""
-    seed: int | None = None
-    """The same seed draws the same answer on the same machine, whoever else is in the batch; None: a new one."""
-    stop: tuple[str, ...] = ()
-    """Texts at which the answer ends; they are not part of it."""
-
-
-GREEDY = Writing()
 
 
 class Pen:

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import InvalidInput
 from orchestrator.serving.openai_records import ChatRequest, CompletionRequest, Reply, read
-from workers.serving import Answer, Writing
+from workers.serving.question import Answer, Writing
 
 CHAT = {"model": "support/replies", "messages": [{"role": "user", "content": "hi"}]}
 PROMPT = {"model": "support/replies", "prompt": "hi"}

@@ -20,7 +20,8 @@ from workers.evaluation import adapted_model
 from workers.features import collator
 from workers.rows.reading import READING, reading_of
 from workers.rows.task_data import Row
-from workers.serving.mixed_batch import Answer, Asked, MixedBatch
+from workers.serving.mixed_batch import Asked, MixedBatch
+from workers.serving.question import Answer
 
 TEXTS = (
     "The capital of France is Paris.",

@@ -15,8 +15,9 @@ from tests.workers.serving.test_replica import replica, said
 from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
-from workers.serving import Question, Replica
 from workers.serving.batcher import Batcher, Said
+from workers.serving.question import Question
+from workers.serving.replica import Replica
 
 
 def test_what_comes_while_a_batch_is_answered_is_the_next_batch(tiny: Callable[[str], BaseModel]) -> None:

@@ -20,7 +20,8 @@ from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.rows.task_data import CompletionRow, ImageRow, TextRow
-from workers.serving import Answer, Question, Replica, Writing
+from workers.serving.question import Answer, Question, Writing
+from workers.serving.replica import Replica
 
 
 def replica(made: Site, version: int | None = None) -> Replica:
