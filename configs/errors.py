@@ -20,6 +20,7 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── WorkersBusy  no worker is free to answer at once
 │   ├── TooManyRequests  a token has asked more often than it may: wait as long as the error says
 │   ├── NotLeading  another control plane of the service leads: ask there
 │   ├── DatabaseAway   the task database does not answer: nothing of the request was kept
@@ -260,6 +261,12 @@ class QueueFull(Unavailable):
     facts = ("team", "limit")
     team: str
     limit: int
+
+
+class WorkersBusy(Unavailable):
+    """No worker of the base model is free to answer at once: each trains, loads, or has ended."""
+
+    code = "workers-busy"
 
 
 class TooManyRequests(Unavailable):

@@ -313,6 +313,37 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
 
 
+class ServingSettings(Section):
+    """What answers over HTTP, beside the control plane: a Ray Serve application (`onebasis serve`)."""
+
+    host: str = "127.0.0.1"
+    """Address of the machine's interface; `0.0.0.0` for all of them."""
+    port: int = Field(8001, ge=1, le=65535)
+    proxies: Literal["HeadOnly", "EveryNode"] = "EveryNode"
+    """Machines that listen, of those that have a replica or a door."""
+    replicas_min: int = Field(1, ge=1)
+    """Processes that answer for each base model, at least; more are started while many requests wait."""
+    replicas_max: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    """CPUs of a replica: what Ray reserves for it on a cluster, and the number of its threads."""
+    gpus: float = Field(0, ge=0)
+    rows_max: int = Field(64, ge=1)
+    """Rows of a batch, and requests at once for which one replica is enough."""
+    waiting_max: int = Field(512, ge=1)
+    """Most requests at once of a replica; further ones wait before it."""
+
+    @property
+    def url(self) -> str:
+        """Address on the machine that is asked."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> ServingSettings:
+        if self.replicas_max < self.replicas_min:
+            raise ValueError("replicas_max is less than replicas_min")
+        return self
+
+
 class Settings(Section):
     """One service: its base models, each with a subspace of its own, its teams and its machines."""
 
@@ -339,6 +370,8 @@ class Settings(Section):
     failures: FailureSettings = Field(default_factory=FailureSettings)
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
+    serving: ServingSettings | None = None
+    """What answers over HTTP; None: nothing does."""
     main: MainSettings = Field(default_factory=MainSettings)
     oidc: OidcSettings | None = None
     """Identity provider whose tokens are taken, too."""

@@ -16,6 +16,8 @@ from configs.settings import MainRule, MainSettings
 
 EVERY_TEAM = ""
 """Stands for all teams, those that come later too. No team has an empty name."""
+EVERY_TEAM_TOLD = "all teams"
+"""The same in answers. No team's name has a space."""
 
 
 class Role(StrEnum):

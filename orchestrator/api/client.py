@@ -93,7 +93,8 @@ class Client:
         from orchestrator.api.guard import Guard
         from subspace_store.commands.terminal import me, telling
 
-        with telling("reading the store and the task database, without a service", self._say):
+        does = request.does if isinstance(request, ServiceRequest) else ServiceRequest.does
+        with telling(f"{does}, without a service", self._say):
             # The service knows what it has written, and what may have been.
             return Guard(self._local()).answer(request, owner(me()))
 
@@ -111,6 +112,10 @@ class Client:
             raise away from None
         except NoSignOfLife as error:
             raise NoSignOfLife(error.what, remote.url, "tell those who run the service") from None
+
+    def ask_here(self, request: ServiceRequest[Answer]) -> Answer:
+        """Carry out in this process what only reads, whether a service runs or not."""
+        return self._local().answer(request)  # type: ignore[no-any-return]
 
     def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         from orchestrator.api.exchange import NotTakenError

@@ -19,6 +19,7 @@ from configs.errors import NotFound, OnebasisError
 from orchestrator.api import requests
 from orchestrator.api.access import (
     EVERY_TEAM,
+    EVERY_TEAM_TOLD,
     About,
     Caller,
     Role,
@@ -92,7 +93,7 @@ class Guard:
         match request:
             case requests.Submit() if refusal := after_another_team(caller, request.task.after):
                 raise refusal
-            case requests.Export():
+            case requests.Export() | requests.Predict():
                 # Of several revisions of a name the version has one, so the name stays as it is.
                 found = self._service.sources.queue.find(request.reference, teams)
                 return request if "/" in request.reference else _of_task(request, found.task_id)
@@ -223,7 +224,7 @@ class Guard:
 
 
 def _who(caller: Caller) -> Json:
-    roles = {team or "all teams": str(role) for team, role in caller.roles.items()}
+    roles = {team or EVERY_TEAM_TOLD: str(role) for team, role in caller.roles.items()}
     return {"name": caller.name, "token_id": caller.token_id, "roles": roles, "expires_at": caller.expires_at}
 
 

@@ -27,6 +27,8 @@ Answer = TypeVar("Answer")
 PAGE = 200
 """Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
+PREDICTIONS_MAX = 256
+"""Most rows of one request to be answered: a worker is kept from other work for so long."""
 
 Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, or team/name")]
 """An id, the beginning of one, or team/name."""
@@ -39,6 +41,8 @@ class ServiceRequest(Request, Generic[Answer]):
 
     needs_service: ClassVar[bool] = False
     """Whether only a running service can carry it out."""
+    does: ClassVar[str] = "reading the store and the task database"
+    """What the process that asks does where no service runs, for people who wait for it."""
 
     def on(self, service: Service) -> Answer:
         """Carry it out."""
@@ -206,6 +210,23 @@ class ChangeMany(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.tasks.change_many(self)
+
+
+class Predict(ServiceRequest[Json]):
+    """Have a published task answer rows: by a worker that is free, or, without a service, by the process that asks."""
+
+    does = "loading the base model, and answering"
+    reference: Reference
+    inputs: Annotated[tuple[Json | str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
+    """Rows, each with its inputs by their canonical names: `text` and `text_pair`, `prompt`, `messages`, or `image` as
+    base64; or a text alone where the task reads one text."""
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        service.refuse_write()  # it writes nothing, and the leader has the workers
+        return service.answers.predict(self)
 
 
 class ReadLog(ServiceRequest[list[Json]]):

@@ -32,7 +32,7 @@ class Route:
     @property
     def is_write(self) -> bool:
         """Whether it changes anything."""
-        return self.verb == "POST"
+        return self.verb == "POST" and self.record is not requests.Predict  # whose rows are too long for a query
 
     @property
     def in_path(self) -> tuple[str, ...]:
@@ -56,6 +56,7 @@ ROUTES: tuple[Route, ...] = (
     Route("reload", "POST", "/reload", Role.ADMIN, About.EVERYTHING, requests.Reload),
     Route("drain", "POST", "/drain", Role.ADMIN, About.EVERYTHING, requests.DrainWorker),
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, About.TEAM, requests.ChangeMany),
+    Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, About.TASK, requests.Predict),
     Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, About.TASK, requests.ReadLog),
     Route("versions", "GET", "/versions", Role.VIEWER, About.SERVICE, requests.ListVersions),
     Route("version", "GET", "/versions/{version}", Role.VIEWER, About.SERVICE, requests.ShowVersion),

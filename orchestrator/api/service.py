@@ -18,6 +18,7 @@ from configs.errors import Corrupt, UnreadableTask
 from configs.settings import Settings
 from orchestrator.alarms import Alarms
 from orchestrator.api import requests
+from orchestrator.api.answers import Answers
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.routes import route_of
 from orchestrator.api.sources import Sources
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
     from orchestrator.leadership import StandsBy
+    from orchestrator.serving.deployment import Deployment
     from orchestrator.tasks.task_queue import TaskQueue
 
 
@@ -51,6 +53,7 @@ class Service:
         check: As for `Tasks`.
         stands_by: Of a control plane that stands by: who leads, now.
         agree: Called with new settings before they are taken. Raises where other control planes have the old ones.
+        deployment: What answers over HTTP; None where no service runs.
     """
 
     def __init__(
@@ -65,13 +68,16 @@ class Service:
         alarms: Alarms | None = None,
         stands_by: Callable[[], StandsBy] | None = None,
         agree: Callable[[Settings], None] = lambda settings: None,
+        deployment: Deployment | None = None,
     ) -> None:
         self._controller, self._stands_by, self._agree = controller, stands_by, agree
+        self._deployment = deployment
         self._sources = Sources(settings, queue, controller, cluster, alarms, stands_by)
         self._reloading = Lock()
         self._of_each = {name: Versions(self._sources, name, storage) for name, storage in storages.items()}
         self.tasks = Tasks(self._sources, self._of_each, check)
-        self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines)
+        self.answers = Answers(self._sources, self.versions)
+        self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines, deployment)
 
     @property
     def sources(self) -> Sources:
@@ -160,7 +166,10 @@ class Service:
                 self.tasks.follow(self._of_each)
                 self.status.follow(self._of_each)
                 controller.grow(after, stores, GROW_SECONDS)
-        return {"taken": taken, "base_models": list(after.base_names)}
+            if self._deployment is not None and (after.serving or before.serving):
+                self._deployment.follow(after)
+        url = after.serving.url if after.serving is not None else None
+        return {"taken": taken, "base_models": list(after.base_names), "serving": url}
 
     def refuse_write(self) -> None:
         """Raise NotLeading where this control plane stands by."""

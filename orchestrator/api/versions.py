@@ -39,7 +39,7 @@ from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
 from subspace_store.log.retention import check_task_is_known
-from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
+from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, MergedTask, SubspaceState
 from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest, Unquarantine
 from subspace_store.storage.create_rule import SCRATCH
 from subspace_store.storage.protocol import Storage
@@ -178,15 +178,26 @@ class Versions:
         told = request.model_dump(mode="json", exclude={"actor"})
         return {"operation": request.operation, **told, "base_model": self.name}
 
+    def held(self, reference: str, version: int | None) -> tuple[int, MergedTask]:
+        """A version, default `main`, and a task as it holds it.
+
+        Args:
+            reference: An id, the beginning of one, or `team/name`.
+
+        Raises:
+            NotFound: It holds no such task, or there is no such version.
+        """
+        state = self._store.refresh()
+        number = state.refs[MAIN] if version is None else version
+        _check_version(state, number)
+        return number, state.tasks_at(number)[self._task_id_at(state, number, reference)]
+
     def export(self, request: requests.Export) -> bytes:
         """One task at a version as a zipped PEFT folder; default: what `main` holds."""
         from subspace_store.formats.peft import write_peft_folder
 
-        state = self._store.refresh()
-        number = state.refs[MAIN] if request.version is None else request.version
-        _check_version(state, number)
-        task_id = self._task_id_at(state, number, request.reference)
-        adapter = self._store.adapter(task_id, number)
+        number, task = self.held(request.reference, request.version)
+        adapter = self._store.adapter(task.task_id, number)
         packed = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(packed, "w") as archive:
             write_peft_folder(Path(folder), adapter, self._sources.settings.base(self.name).source)

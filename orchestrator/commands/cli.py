@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import Exit, InvalidInput, NotFound, OnebasisError
+from configs.errors import Exit, InvalidInput, NotFound, OnebasisError, error_from_dict
 from configs.places import located
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
@@ -33,6 +33,7 @@ from orchestrator.api.requests import (
     ListTasks,
     ListVersions,
     Pause,
+    Predict,
     Preempt,
     PreviewRollback,
     ReadLog,
@@ -45,7 +46,7 @@ from orchestrator.api.requests import (
     ShowVersion,
     Status,
 )
-from orchestrator.commands import accounts, contexts, display, submission, version_tables
+from orchestrator.commands import accounts, contexts, display, prediction, submission, version_tables
 from orchestrator.commands.attention import Attention
 from orchestrator.commands.contexts import anywhere
 from orchestrator.commands.submission import ENDS, WATCH_SECONDS
@@ -546,6 +547,65 @@ def export(
         lambda a: note(f"wrote {', '.join(names)} to {output}"),
         as_json,
     )
+
+
+@starting_command
+def serve(
+    port: Annotated[int | None, typer.Option(help="TCP port; default: that of the settings, else 8001.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the interface; 0.0.0.0 for all.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Most processes that answer for each base model; the least is in the settings.")
+    ] = None,
+    end: Annotated[bool, typer.Option("--end", help="Answer no more.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Answer over HTTP for all published tasks, in the background, until `--end` or `onebasis down`.
+
+    /v1/predict takes rows; /v1/chat/completions and /v1/completions are OpenAI's, with `model` = team/task. Replicas
+    follow `main`. The rest of `serving:` is in the settings.
+    """
+    from configs.settings import ServingSettings
+    from subspace_store.commands.state_folder import service_settings
+
+    settings = service_settings(state_dir)
+    named = {"port": port, "host": host, "replicas_max": replicas}
+    chosen = (settings.serving or ServingSettings()).model_dump() | {k: v for k, v in named.items() if v is not None}
+    serving = None if end else ServingSettings.model_validate(chosen)
+    with telling("loading the base model for the replicas"):
+        answer = Client(state_dir).ask(Reload(settings=settings.model_copy(update={"serving": serving}), by=me()))
+    show(answer, display.serving, as_json)
+
+
+@waiting_command
+def predict(
+    reference: Reference,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text, a prompt, or the first message of a chat. May be repeated.")
+    ] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="The second text, where the task reads two.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rows as the task file names them; labels need not be there.")
+    ] = None,
+    number: AtVersion = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Have a published task answer rows.
+
+    A worker that is free answers; if none is, or no service runs, this process loads the base model. The exit code is
+    that of the first row that could not be answered.
+    """
+    client = Client(state_dir)
+    asked = prediction.inputs(client, reference, text or (), pair or (), rows)
+    version = _version_or_main(client, number, base_model)
+    request = Predict(reference=reference, inputs=("",), version=version, base_model=base_model)
+    answer = prediction.joined(list(prediction.predict(client, request, asked)))
+    show(answer, lambda a: prediction.show_answers(a, asked), as_json)
+    wrong = [error_from_dict(said["error"]) for said in answer["answers"] if "error" in said]
+    if wrong:
+        raise typer.Exit(wrong[0].exit_code)
 
 
 @command

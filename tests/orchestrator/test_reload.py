@@ -107,7 +107,9 @@ def test_a_running_service_takes_a_third_base_model_and_goes_on(make_plant: Call
     asking = threading.Thread(target=lambda: answers.append(service.answer(asked)))
     asking.start()
     plant.run(lambda: not asking.is_alive())
-    assert answers == [{"taken": ["base_models.third", "pools.third"], "base_models": [SMALL, LARGE, THIRD]}]
+    assert answers == [
+        {"taken": ["base_models.third", "pools.third"], "base_models": [SMALL, LARGE, THIRD], "serving": None}
+    ]
     assert service.answer(ListVersions(base_model=THIRD)) == []
     assert [one["base_model"] for one in service.answer(Status())["base_models"]] == [SMALL, LARGE, THIRD]
     assert service_settings(Path(plant.settings.state_dir)).base_names == (SMALL, LARGE, THIRD)  # for the next `up`

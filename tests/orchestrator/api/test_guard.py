@@ -121,13 +121,13 @@ def a_request(route: Route, site: Site, task: str, team: str) -> tuple[str, Any,
         "reference": task, "version": 1, "old": 1, "new": 2, "team": team, "token_id": "000000000000",
         "task_id": task_id, "task_ids": [task_id], "name": "some-name", "reason": "why", "role": "viewer",
         "what": "no-worker", "change": "cancel", "owner": "ann", "versions": [1], "op_key": f"{route.name}:x",
-        "request_key": "tag:x", "settings": site.plant.settings.model_dump(mode="json"),
+        "request_key": "tag:x", "inputs": ["Paris"], "settings": site.plant.settings.model_dump(mode="json"),
         "task": {**site.document(f"{team}/fresh"), "base_model": "not-here"},
     }  # fmt: skip
     fields = {name: likely[name] for name, field in route.record.model_fields.items() if name in likely and (
         field.is_required() or name == "team")}  # fmt: skip
     path = re.sub(r"{(\w+)(?::path)?}", lambda found: str(fields.pop(found[1])), route.path)
-    return path, fields if route.is_write else None, {} if route.is_write else fields
+    return (path, fields, {}) if route.verb == "POST" else (path, None, fields)
 
 
 NAMES_OF_BLUE = re.compile(r"blue|beta|secret-reason")

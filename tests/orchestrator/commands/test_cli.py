@@ -66,9 +66,10 @@ def test_the_commands_are_these() -> None:
         "drain",
         "workers",
     }
+    of_answers = {"predict", "serve"}
     of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
     of_people = {"whoami", "audit", "login", "token", "context"}
-    assert set(COMMANDS) == running | of_tasks | of_versions | of_people | {"store"}
+    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
     assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
         "context list",
         "context use",
@@ -77,7 +78,7 @@ def test_the_commands_are_these() -> None:
 
 GROUPS = ("token", "context")
 INNER = [f"{group} {name}" for group in GROUPS for name in get_command(app).commands[group].commands]  # type: ignore[attr-defined]
-HERE = {"up", "down", "reload", "simulate"}
+HERE = {"up", "down", "reload", "simulate", "serve"}
 """Commands that are about this machine, whatever service others ask."""
 
 
