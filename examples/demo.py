@@ -44,7 +44,7 @@ def main() -> None:
     os.environ["ONEBASIS_CONTEXT"] = "local"  # and not a service that this user has logged in to
     make_room()
     try:
-        run_job()
+        page = run_job()
     except KeyboardInterrupt:
         print("\ninterrupted: what was made so far stays in .onebasis/; `make demo` starts afresh", flush=True)
         raise SystemExit(130) from None
@@ -58,7 +58,10 @@ def main() -> None:
     print("  onebasis scores                        the matrix above; also as a picture: .onebasis/scores.png")
     print("  onebasis task payments/charges         the life of one task")
     print("  mlflow ui --backend-store-uri sqlite:///.onebasis/mlflow.db")
-    print("  onebasis up                            and a task of your own: copy one of configs/tasks/")
+    print(
+        "  onebasis up                            and a task of your own: copy one of configs/tasks/; it ends with the"
+    )
+    print(f"                                         address of the web page (in this run: {page})")
 
 
 def make_room() -> None:
@@ -74,10 +77,11 @@ def make_room() -> None:
     MARK.touch()
 
 
-def run_job() -> None:
-    """The steps, in the order in which they are told."""
+def run_job() -> str:
+    """The steps, in the order in which they are told. Returns the address at which the web page was."""
     tell("One command starts Ray, two training workers, the store and the control plane")
     onebasis("up", *settings())
+    page = f"{json.loads((STATE / 'server.json').read_text())['url']}/"
 
     tell("Three teams submit six tasks, each at its own time")
     submissions = threading.Thread(target=submit_later, args=(time.monotonic(),), daemon=True)
@@ -116,6 +120,7 @@ def run_job() -> None:
     print(f"{outside['accuracy']:.4f} on {outside['rows']} rows; `onebasis scores` says {inside:.4f}")
     if abs(outside["accuracy"] - inside) > 1e-9:
         sys.exit("The exported adapter does not reproduce the score: please report this.")
+    return page
 
 
 def question_for(title: str) -> list[str]:

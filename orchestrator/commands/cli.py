@@ -19,7 +19,7 @@ from configs.document import check_document
 from configs.errors import Exit, InvalidInput, NotFound, OnebasisError, error_from_dict
 from configs.places import located
 from configs.task_spec import TaskSpec, read_task_spec
-from orchestrator.api.client import Client
+from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import (
     PAGE,
     PAGE_MAX,
@@ -129,8 +129,13 @@ def up(
     status = processes.up(settings, note if not as_json else _silent, take_over, config, remove_base_model or ())
     show(status, display.status, as_json)
     if not as_json and (made := accounts.first_token(Client(state_dir))) is not None:
-        note("for people on other machines (`onebasis login`); who may read the state folder needs no token")
+        note(
+            "for the web page, and for people on other machines (`onebasis login`); commands of who may read the state "
+            "folder need no token"
+        )
         accounts.secret(made)
+    if not as_json and (facts := server_facts(state_dir)) is not None:
+        note(f"the web page: {facts['url']}/ (log in with a token; `onebasis token create NAME` makes one)")
 
 
 @command_here

@@ -12,6 +12,9 @@ from orchestrator.judging.score_table import ScoreTable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+COLOURS = "RdBu"
+"""Red for a loss, blue for a gain; not red and green, which one man in twelve cannot tell apart. The web page has the
+same (palette.ts)."""
 LEAST_RANGE = 0.02
 """Colours span at least ±this change, so that noise of one row in hundreds does not look like a disaster."""
 MOST_TASKS, MOST_VERSIONS = 24, 40
@@ -57,8 +60,7 @@ def draw_heat_map(table: ScoreTable, titles: Mapping[str, str], path: Path) -> b
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    # Red and blue, not red and green: one man in twelve cannot tell those apart.
-    picture = axes.imshow(change_VT, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    picture = axes.imshow(change_VT, cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     if columns <= MOST_TASKS and rows <= MOST_VERSIONS:
         _write_scores(axes, table, versions, tasks)
     shown = range(0, columns, -(-columns // MOST_LABELS))

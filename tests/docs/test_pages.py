@@ -55,8 +55,9 @@ def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
     assert {name for name in KNOWN if name in told} == set(KNOWN) - run
     assert "make test-s3" in told
     assert "make test-kills" in told
+    assert "make test-web" in told
     # Every other test has its turn: by marker, those of the other pytest lines are the rest.
-    markers = ["not acceptance and not s3", "acceptance and not stops", "s3 tests"]
+    markers = ["not acceptance and not s3 and not browser", "acceptance and not stops", "s3 tests"]
     assert re.findall(r'pytest -m "?([\w ]+)', recipe[1]) == markers
     listed = [line for line in README.read_text().splitlines() if line.startswith("$ make test ")]
     assert "make test-s3" in listed[0]

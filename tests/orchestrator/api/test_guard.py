@@ -219,6 +219,11 @@ def test_a_team_sees_its_own_rows_and_the_counts_of_others(site: Site, people: P
         "value": red["matrix"][-1][0]["score"], "n": 1, "half_width_95": None,
     }  # fmt: skip
     assert [row[0] for row in red["matrix"]] == [row[0] for row in all_of_it["matrix"]]
+    red, all_of_it = both("/matrix")
+    assert [len(answer["tasks"]) for answer in (red, all_of_it)] == [1, 2]
+    assert (red["news"], red["hidden"]) == ([all_of_it["news"][0], []], {"tasks": 1})
+    red, all_of_it = both("/teams")
+    assert (set(red["teams"]), set(all_of_it["teams"])) == ({"red"}, {"red", "blue"})
     red, all_of_it = both("/diff/1/2")
     assert (red["scores"].keys(), all_of_it["scores"].keys()) == ({"red/alpha"}, {"red/alpha", "blue/beta"})
     red, _ = both("/rollback/1")

@@ -32,12 +32,14 @@ from orchestrator.api.requests import (
     Export,
     Health,
     ListTasks,
+    ListTeams,
     ListVersions,
     Preempt,
     PreviewRollback,
     ReadLog,
     ServiceRequest,
     ShowCapacity,
+    ShowMatrix,
     ShowScores,
     ShowTask,
     ShowVersion,
@@ -45,6 +47,7 @@ from orchestrator.api.requests import (
     Submit,
 )
 from orchestrator.api.routes import ROUTES
+from orchestrator.api.service import Service
 from orchestrator.scheduling.scheduler import Decision
 from orchestrator.tasks.doubtful_settings import few_rows
 from orchestrator.tasks.task_record import TaskState
@@ -66,6 +69,7 @@ from subspace_store.requests import (
     StoreRequest,
     Tag,
 )
+from tests import builders
 from tests.builders import LAYOUT, task_document
 from tests.orchestrator.site import TOKEN, Site
 from workers.orders import Phase, Train
@@ -154,6 +158,9 @@ def test_tasks_are_listed_and_chosen(site: Site) -> None:
     )  # what `submit --wait` shows at its end
     assert [t["title"] for t in site.client.ask(ListTasks(team="blue"))] == ["blue/beta"]
     assert site.client.ask(ListTasks(state=TaskState("parked"))) == []
+    assert site.client.ask(ListTasks(live=True)) == []
+    with pytest.raises(InvalidInput, match="asks for live tasks that are published"):
+        site.client.ask(ListTasks(live=True, state=TaskState("published")))
 
 
 def test_one_task_is_shown_with_why_and_its_history(site: Site) -> None:
@@ -246,6 +253,34 @@ def test_scores_are_a_matrix_of_versions_and_tasks(site: Site) -> None:
     assert site.client.ask(ShowScores(version=0))["tasks"] == []
 
 
+def test_the_matrix_of_a_picture_holds_what_differs_from_the_version_before(site: Site) -> None:
+    found = site.client.ask(ShowMatrix())
+    assert (found["version"], found["versions"]) == (2, [1, 2])
+    assert found["tasks"] == site.client.ask(ShowScores())["tasks"]
+    # red/alpha was measured in version 1 and is carried over; blue/beta came in version 2. 100 rows each.
+    assert found["news"] == [[[0, 0.9, 100]], [[1, 0.9, 100]]]
+    assert site.client.ask(ShowMatrix(version=1))["news"] == [[[0, 0.9, 100]]]
+    assert site.client.ask(ShowMatrix(version=0))["news"] == []
+
+
+def test_the_teams_tell_their_shares_quotas_and_use(site: Site) -> None:
+    teams = site.client.ask(ListTeams())["teams"]
+    assert set(teams) == {"red", "blue"}
+    for facts in teams.values():
+        assert (facts["weight"], facts["share"], facts["places"]) == (1.0, 0.5, 0)
+        assert facts["places_quota"] is facts["place_hours_a_week_quota"] is None
+        assert facts["place_hours_a_week"] > 0.0
+
+
+def test_the_settings_are_told_without_passwords(tmp_path: Path) -> None:
+    url, mlflow = "postgresql+psycopg://ann:geheim@db.example.org/onebasis", "http://ann:geheim@mlflow.example.org"
+    settings = builders.settings(tmp_path, database_url=url, mlflow={"tracking_uri": mlflow})
+    told = Service(settings, None, {}).status.settings()
+    assert "geheim" not in json.dumps(told)
+    assert told["database_url"] == "postgresql+psycopg://ann:***@db.example.org/onebasis"
+    assert told["teams"] == settings.model_dump(mode="json")["teams"]
+
+
 def test_an_export_is_what_peft_reads_and_a_card(site: Site, tmp_path: Path) -> None:
     packed = site.client.ask(Export(reference="red/alpha", version=2))
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -303,6 +338,13 @@ def test_a_training_task_shows_its_place_and_progress_and_is_cancelled(site: Sit
         site.wait_for("red/two", "training")
         waiting = site.client.ask(ShowTask(reference="red/three"))
         assert (waiting["state"], waiting["place"]) == ("queued", 1)
+        live = site.client.ask(ListTasks(live=True))
+        assert [(t["title"], t["state"]) for t in live] == [
+            ("red/one", "training"),
+            ("red/two", "training"),
+            ("red/three", "queued"),
+        ]
+        assert site.client.ask(ListTeams())["teams"]["red"]["places"] == 2
         interval = r"in four of five cases between \d+ s and \d+ s"
         start = rf"starts (at once|in about \d s), {interval} \(the median of the last 2 tasks is 2 s\)"
         assert re.fullmatch(rf"all places are in use; place 1, 0 before it; {start}", waiting["why"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
 import pytest
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from orchestrator.judging.score_table import score_table
-from orchestrator.reports.heat_map import draw_heat_map
+from orchestrator.reports.heat_map import COLOURS, LEAST_RANGE, draw_heat_map
+from orchestrator.web.pages import SOURCE
 from tests.orchestrator.tables import state, version
 
 
@@ -23,6 +26,22 @@ def drawn(path: Path, count: int) -> tuple[int, int]:
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", content[16:24])
     return width, height
+
+
+def test_the_picture_and_the_web_page_have_the_same_colours_which_all_can_tell_apart() -> None:
+    palette = (SOURCE / "palette.ts").read_text()
+    listed = re.search(r"ANCHORS = \[(.*?)\] as const", palette, flags=re.DOTALL)
+    assert listed is not None
+    anchors = [[int(n) for n in one.split(",")] for one in re.findall(r"\[([\d, ]+)\]", listed[1])]
+    # matplotlib keeps 256 colours, of which the nearest is up to two steps beside the anchor.
+    pictured = [[255 * part for part in colormaps[COLOURS](step / 10)[:3]] for step in range(11)]
+    assert anchors == [pytest.approx(colour, abs=2.1) for colour in pictured]
+    assert f"LEAST_RANGE = {LEAST_RANGE}\n" in palette
+    # Red loses, blue gains; where they differ, blue does: nobody has to tell red from green.
+    loss, gain = anchors[1], anchors[-2]
+    assert loss[0] > loss[2]
+    assert gain[2] > gain[0]
+    assert abs(loss[1] - gain[1]) < abs(loss[2] - gain[2])
 
 
 @pytest.mark.parametrize("count", [1, 3])
