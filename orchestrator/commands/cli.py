@@ -135,7 +135,7 @@ def up(
         )
         accounts.secret(made)
     if not as_json and (facts := server_facts(state_dir)) is not None:
-        note(f"the web page: {facts['url']}/ (log in with a token; `onebasis token create NAME` makes one)")
+        note(f"the web page: {facts['url']}/ (log in with a token: `onebasis token create --help`)")
 
 
 @command_here

@@ -13,7 +13,7 @@ const MOST_POINTS = 800
 function ticks(low: number, high: number, most: number): number[] {
   const raw = (high - low || 1) / most
   const power = 10 ** Math.floor(Math.log10(raw))
-  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= raw)!
+  const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((n) => n >= raw)!
   const first = Math.ceil(low / step) * step
   return Array.from({ length: Math.floor((high - first) / step + 1e-9) + 1 }, (_, i) => Number((first + i * step).toPrecision(10)))
 }
@@ -36,13 +36,13 @@ export function Chart({ lines, x, y, whole = false }: { lines: Line[]; x: string
   const told = lines.map((line) => `${line.name}: from ${score(line.points[0]?.[1])} to ${score(line.points.at(-1)?.[1])}`).join("; ")
   return (
     <svg class="chart" viewBox={`0 0 ${WIDTH} ${HEIGHT}`} role="img" aria-label={`${y} by ${x}. ${told}`}>
-      {ticks(y0, y1, 4).map((value) => (
+      {ticks(y0, y1, 6).map((value) => (
         <g key={value}>
           <line x1={LEFT} x2={WIDTH - RIGHT} y1={py(value)} y2={py(value)} class="rule" />
           <text x={LEFT - 6} y={py(value)} text-anchor="end" dominant-baseline="middle">{value}</text>
         </g>
       ))}
-      {ticks(x0, x1, 6).filter((at) => !whole || Number.isInteger(at)).map((at) => <text key={at} x={px(at)} y={HEIGHT - BOTTOM + 16} text-anchor="middle">{at}</text>)}
+      {ticks(x0, x1, 8).filter((at) => !whole || Number.isInteger(at)).map((at) => <text key={at} x={px(at)} y={HEIGHT - BOTTOM + 16} text-anchor="middle">{at}</text>)}
       <text x={(LEFT + WIDTH - RIGHT) / 2} y={HEIGHT - 2} text-anchor="middle">{x}</text>
       <text x={12} y={HEIGHT / 2} text-anchor="middle" transform={`rotate(-90 12 ${HEIGHT / 2})`}>{y}</text>
       {lines.map((line, i) => {

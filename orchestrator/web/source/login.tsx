@@ -27,7 +27,7 @@ export function Login({ enter, theme }: { enter: () => void; theme: ComponentChi
           aria-describedby="about-token" onInput={(event) => setGiven(event.currentTarget.value)} />
         <button type="submit" class="main">Log in</button>
         <p id="about-token">
-          <code>onebasis token create NAME --role viewer</code> makes one where the service runs. It is kept for this tab
+          <code>onebasis token create NAME --role viewer --all-teams</code> makes one where the service runs. It is kept for this tab
           alone, and forgotten when you close it.
         </p>
         <Trouble problem={problem} />

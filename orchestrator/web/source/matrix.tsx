@@ -1,5 +1,5 @@
 // What every merge did to every task; a cell opens why.
-import { useMemo, useState } from "preact/hooks"
+import { useCallback, useEffect, useMemo, useState } from "preact/hooks"
 import { get, save, type Json } from "./api"
 import { Canvas, type Size } from "./canvas"
 import { csvOf, gridOf, ordered, type Grid, type Order } from "./grid"
@@ -9,6 +9,7 @@ import { Dialog, Empty, Loading, say, State, Table, taskLink, Trouble, usePolled
 import { change, count, score } from "./words"
 
 const LISTED = 50
+const SETTLED_MS = 120
 const NUMBERS_TASKS = 24
 const NUMBERS_VERSIONS = 40
 
@@ -39,8 +40,10 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
   const [cell, setCell] = useState<{ t: number; v: number }>()
   const v = Math.min(at ?? newest, newest)
   const shown = useMemo(() => ordered(grid, v, order, words), [grid, v, order, words])
-  const row = v * grid.tasks.length
-  const open = (t: number, inV: number) => setCell({ t, v: inV })
+  const settled = useSettled(v)
+  const open = useCallback((t: number, inV: number) => setCell({ t, v: inV }), [])
+  // The same element as before is not drawn anew.
+  const listed = useMemo(() => <Listed grid={grid} v={settled} order={order} words={words} open={open} />, [grid, settled, order, words, open])
   const copy = async () => {
     const csv = csvOf(grid, shown)
     try {
@@ -69,6 +72,28 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
         {hidden > 0 && <span>{count(hidden, "task")} of other teams not shown</span>}
       </p>
       <Canvas grid={grid} shown={shown} at={v} size={size} open={open} />
+      {listed}
+      {cell && <Why grid={grid} base={base} {...cell} close={() => setCell(undefined)} />}
+    </>
+  )
+}
+
+/** The value once it has stayed the same for a moment: while the slider moves, the picture follows it and the table waits. */
+function useSettled(value: number): number {
+  const [settled, setSettled] = useState(value)
+  useEffect(() => {
+    const timer = setTimeout(() => setSettled(value), SETTLED_MS)
+    return () => clearTimeout(timer)
+  }, [value])
+  return settled
+}
+
+/** The tasks under one version as a table. */
+function Listed({ grid, v, order, words, open }: { grid: Grid; v: number; order: Order; words: string; open: (t: number, v: number) => void }) {
+  const shown = useMemo(() => ordered(grid, v, order, words), [grid, v, order, words])
+  const row = v * grid.tasks.length
+  return (
+    <>
       <h2>Under version {grid.versions[v]}, {ORDERS[order]}</h2>
       <Table quiet caption={`Scores under version ${grid.versions[v]}`} heads={["Task", "Base model", "Own adapter", "At birth", "Here", "Change", "Measured", "Why"]}>
         {shown.slice(0, LISTED).map((t) => {
@@ -91,7 +116,6 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
         })}
       </Table>
       {shown.length > LISTED && <p>The first {LISTED} of {shown.length}: find others by name, or copy all as CSV.</p>}
-      {cell && <Why grid={grid} base={base} {...cell} close={() => setCell(undefined)} />}
     </>
   )
 }
