@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Site:
     )
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr + site.log()
+    # `up` ends with the address of the web page, and so does the demo.
+    (address,) = set(re.findall(r"the web page: (\S+) ", done.stderr))
+    assert f"the web page (in this run: {address})" in " ".join(done.stdout.split()).replace("address of the", "the")
     return site
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from configs.task_spec import TaskSpec
 from orchestrator.api.requests import ListVersions, ShowMatrix, ShowTask, Submit
-from tests.browser.conftest import FIRST, PICTURES, Visit, Visits
+from tests.browser.conftest import FIRST, PICTURES, Visit, Visits, loses
 from tests.browser.install import AXE
 from tests.orchestrator import tables
 from tests.orchestrator.site import Site
@@ -94,6 +94,10 @@ def test_cancel_and_preempt_do_what_they_say(site: Site, visit: Visits) -> None:
     ann.page.get_by_role("button", name="Preempt red/one").first.click()
     site.wait_for("red/one", "training", attempt=2)
     ann.page.get_by_role("button", name="Cancel blue/two").first.click()
+    asked = ann.page.get_by_role("dialog", name="Cancel blue/two?")
+    assert "What it has trained so far is thrown away." in asked.inner_text()
+    assert site.client.ask(ShowTask(reference="blue/two"))["state"] == "training"  # asked, and not done yet
+    asked.get_by_role("button", name="Cancel blue/two").click()
     site.wait_for("blue/two", "cancelled")
     ann.page.get_by_role("button", name="Retry blue/two").wait_for()
     # Who asked is the token's name, never what the browser says of itself.
@@ -176,6 +180,56 @@ def test_main_is_rolled_back_after_a_look_and_forward_again(site: Site, visit: V
     dialog.wait_for(state="hidden")
     assert site.plant.state.refs["main"] == 4
     assert [row["version"] for row in site.client.ask(ListVersions()) if "main" in row["refs"]] == [4]
+
+
+def test_main_is_held_where_it_is_rolled_back_to_and_released(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("maintainer")
+    ann.open("Versions")
+    ann.page.get_by_role("button", name="Move main here, to version 3").click()
+    ann.page.get_by_label("Hold main there").check()
+    ann.page.get_by_role("button", name="Move main to version 3").click()
+    ann.page.get_by_text("main is held by maintainer-of-all: no reason given").wait_for()
+    held = site.plant.state.held
+    assert held is not None
+    assert held.actor == "maintainer-of-all"
+    ann.page.get_by_role("button", name="Release main").click()
+    ann.page.get_by_text("main is held").wait_for(state="hidden")
+    assert site.plant.state.held is None
+
+
+def test_a_rejected_version_stands_beside_the_line_of_main_with_the_gates_reason(site: Site, visit: Visits) -> None:
+    site.plant.cluster.score = lambda title, held: 0.2 if title == "red/bad" else loses(title, held)
+    submit(site, "red/bad")
+    site.wait_for("red/bad", "rejected")
+    site.publish("red/good")
+    ann = visit()
+    ann.log_in("viewer")
+    ann.open("Versions")
+    rejected = ann.page.get_by_role("row").filter(has=ann.page.get_by_role("rowheader", name="5", exact=True))
+    rejected.get_by_text("rejected").wait_for()
+    versions = {row["version"]: row for row in site.client.ask(ListVersions())}
+    assert versions[5]["reason"] in rejected.inner_text()
+    assert versions[5]["reason"]
+    assert (versions[5]["parent"], versions[6]["parent"]) == (4, 4)
+    dots = {row.get_by_role("rowheader").inner_text().split()[0]: row.locator(".dot").evaluate("dot => dot.style.left")
+            for row in ann.page.locator("tbody tr").all() if row.locator(".dot").count()}  # fmt: skip
+    assert dots == {"6": "8px", "5": "24px", "4": "8px", "3": "8px", "2": "8px", "1": "8px"}
+    ann.page.screenshot(path=kept("versions-rejected"), full_page=True)
+
+
+def test_a_team_is_paused_and_goes_on(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("maintainer", "red")
+    assert ann.page.get_by_role("button", name="Pause team blue").count() == 0
+    ann.page.get_by_role("button", name="Pause team red").click()
+    ann.page.get_by_text("Team red is paused by maintainer-of-red").wait_for()
+    submit(site, "red/one")
+    row = ann.page.get_by_role("region", name="Tasks that wait").get_by_role("row", name="red/one")
+    row.get_by_text("paused").first.wait_for()
+    ann.page.get_by_role("button", name="Resume team red").click()
+    site.wait_for("red/one", "published")
+    ann.page.get_by_text("Team red is paused").wait_for(state="hidden")
 
 
 def test_two_versions_are_compared(site: Site, visit: Visits) -> None:
@@ -387,5 +441,5 @@ def test_the_page_is_used_with_the_keyboard_alone(site: Site, visit: Visits) -> 
     assert ann.page.evaluate("document.activeElement.textContent") == "Versions"
     ann.page.keyboard.press("Enter")
     ann.page.get_by_role("heading", name="Versions", exact=True).wait_for()
-    assert ann.page.evaluate("document.activeElement.id") == "content"  # a screen reader goes on there
+    ann.page.wait_for_function("document.activeElement.id === 'content'")  # a screen reader goes on there
     assert ann.page.title() == "Versions · onebasis"

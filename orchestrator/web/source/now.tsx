@@ -2,7 +2,7 @@
 import { useState } from "preact/hooks"
 import { get, inPath, may, post, type Json, type Me } from "./api"
 import type { Around } from "./main"
-import { Act, Empty, Loading, State, Table, taskLink, Trouble, usePolled } from "./parts"
+import { Act, AskFirst, Empty, Loading, State, Table, taskLink, Trouble, usePolled } from "./parts"
 import { ago, clock, count, hundredths, seconds } from "./words"
 
 const AT_ONCE = 500
@@ -44,15 +44,19 @@ export function Progress({ task }: { task: Json }) {
 export function Buttons({ task, me, again }: { task: Json; me: Me; again: () => void }) {
   const path = inPath(task.task_id)
   const is = (...states: string[]) => states.includes(task.state)
-  const act = (verb: string, text: string, done: string, kind = "") => (
-    <Act kind={kind} does={() => post(`${verb}/${path}`)} done={`${task.title} ${done}`} then={again} label={`${text} ${task.title}`}>
+  const act = (verb: string, text: string, done: string) => (
+    <Act does={() => post(`${verb}/${path}`)} done={`${task.title} ${done}`} then={again} label={`${text} ${task.title}`}>
       {text}
     </Act>
   )
   const submits = may(me, "submitter", task.team)
   return (
     <span class="buttons">
-      {submits && is("queued", "training", "merging") && act("cancel", "Cancel", "is cancelled", "danger")}
+      {submits && is("queued", "training", "merging") && (
+        <AskFirst text="Cancel" title={`Cancel ${task.title}`} label={`Cancel ${task.title}`} does={() => post(`cancel/${path}`)} done={`${task.title} is cancelled`} then={again}>
+          {is("queued") ? "It is taken out of the line." : "What it has trained so far is thrown away."} It can be submitted again, and then begins anew.
+        </AskFirst>
+      )}
       {may(me, "maintainer", task.team) && is("training") && act("preempt", "Preempt", "gives its place back")}
       {submits && is("parked", "rejected", "cancelled") && act("retry", "Retry", "is submitted again")}
     </span>
@@ -66,14 +70,17 @@ function Bulk({ me, status, again }: Around) {
   const [change, setChange] = useState("pause")
   const chosen = team || all[0] || ""
   if (!all.length) return null
+  const many = { does: () => post("change-many", { change, team: chosen }), done: `${change}: done for team ${chosen}`, then: again }
   return (
     <form class="row" aria-label="Change all tasks of a team" onSubmit={(event) => event.preventDefault()}>
-      <label>All live tasks of <select value={chosen} onChange={(event) => setTeam(event.currentTarget.value)}>{all.map((one) => <option key={one}>{one}</option>)}</select></label>
+      <label>All tasks of <select value={chosen} onChange={(event) => setTeam(event.currentTarget.value)}>{all.map((one) => <option key={one}>{one}</option>)}</select></label>
       <label class="hidden" for="change">Change</label>
       <select id="change" value={change} onChange={(event) => setChange(event.currentTarget.value)}>
         {["pause", "resume", "cancel", "retry"].map((one) => <option key={one}>{one}</option>)}
       </select>
-      <Act does={() => post("change-many", { change, team: chosen })} done={`${change}: done for team ${chosen}`} then={again}>Do it</Act>
+      {change === "cancel"
+        ? <AskFirst text="Do it" title={`Cancel all tasks of ${chosen}`} {...many}>All that wait or train are cancelled, and what they have trained so far is thrown away.</AskFirst>
+        : <Act {...many}>Do it</Act>}
     </form>
   )
 }
@@ -148,7 +155,7 @@ export function Now(around: Around) {
       )}
       <h2>Teams</h2>
       {teams.value && (
-        <Table quiet caption="Shares and quotas of teams" heads={["Team", "Share", "Places now", "of quota", "Place-hours a week", "of quota", "Waits"]}>
+        <Table quiet caption="Shares and quotas of teams" heads={["Team", "Share", "Places now", "of quota", "Place-hours a week", "of quota", "Waits", "Actions"]}>
           {Object.entries(teams.value.teams).map(([team, facts]: [string, Json]) => (
             <tr key={team}>
               <th scope="row">{team}</th>
@@ -158,6 +165,11 @@ export function Now(around: Around) {
               <td class="number">{facts.place_hours_a_week.toFixed(2)}</td>
               <td class="number">{facts.place_hours_a_week_quota ?? "none"}</td>
               <td>{Object.entries(status.waiting?.[team] ?? {}).map(([code, n]) => `${n} ${waitWords(code)}`).join(", ") || "–"}</td>
+              <td>
+                {may(me, "maintainer", team) && (status.paused?.teams?.[team]
+                  ? <Act does={() => post("resume", { team })} done={`Team ${team} goes on`} then={again} label={`Resume team ${team}`}>Resume</Act>
+                  : <Act does={() => post("pause", { team })} done={`Nothing of team ${team} is started from now on`} then={again} label={`Pause team ${team}`}>Pause</Act>)}
+              </td>
             </tr>
           ))}
         </Table>

@@ -113,6 +113,37 @@ export function Act({ children, does, done, then, kind = "", label }: {
   )
 }
 
+/** A button for what is lost once it is done: it asks first. */
+export function AskFirst({ text, title, children, ...act }: {
+  text: string
+  title: string
+  children: ComponentChildren
+  does: () => Promise<unknown>
+  done: string
+  then?: (() => void) | undefined
+  label?: string
+}) {
+  const [isAsking, setAsking] = useState(false)
+  const then = () => {
+    setAsking(false)
+    act.then?.()
+  }
+  return (
+    <>
+      <button type="button" class="danger" aria-label={act.label} onClick={() => setAsking(true)}>{text}</button>
+      {isAsking && (
+        <Dialog title={`${title}?`} close={() => setAsking(false)}>
+          <p>{children}</p>
+          <div class="row">
+            <Act kind="danger" does={act.does} done={act.done} then={then}>{title}</Act>
+            <button type="button" onClick={() => setAsking(false)}>Leave it</button>
+          </div>
+        </Dialog>
+      )}
+    </>
+  )
+}
+
 /** A window over the page, which Escape closes; the browser keeps the focus in it. */
 export function Dialog({ title, close, children }: { title: string; close: () => void; children: ComponentChildren }) {
   const box = useRef<HTMLDialogElement>(null)

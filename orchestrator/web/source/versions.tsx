@@ -79,6 +79,7 @@ export function Versions({ me, status, base, again }: Around) {
       </p>
       <Trouble problem={problem} />
       <div class="row">
+        {of?.held && mayMove && <Act does={() => post("store/release", { base_model: base })} done="main is released" then={again}>Release main</Act>}
         <button type="button" aria-disabled={chosen.length !== 2} onClick={() => chosen.length === 2 && setCompared(true)}>Compare the two that are marked</button>
       </div>
       {!value ? !problem && <Loading /> : (
@@ -129,7 +130,7 @@ function Rollback({ to, base, close, moved }: { to: number; base: string; close:
       <Trouble problem={problem} />
       {!value ? !problem && <Loading /> : (
         <>
-          <p>main is version {value.from_version} now. It can be moved forward again at any time.</p>
+          <p>main is version {value.from_version} now. It can be moved forward again at any time; tasks that vanish are parked until then.</p>
           <dl>
             <dt>Tasks that vanish from main</dt><dd>{list(value.vanishing, value.hidden?.vanishing)}</dd>
             <dt>Tasks that come back</dt><dd>{list(value.returning, value.hidden?.returning)}</dd>
