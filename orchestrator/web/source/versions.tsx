@@ -99,7 +99,7 @@ export function Versions({ me, status, base, again }: Around) {
               </td>
               <td class="number">{row.task_count}</td>
               <td class="number">{bytes(row.bytes_written)}</td>
-              <td title={`merged in ${seconds(row.merge_seconds)}`}>{clock(row.created_at)}</td>
+              <td class="number" title={`merged in ${seconds(row.merge_seconds)}`}>{clock(row.created_at)}</td>
               <td><input type="checkbox" aria-label={`Mark version ${row.version}`} checked={chosen.includes(row.version)} onChange={() => toggle(row.version)} /></td>
               <td>{mayMove && row.version !== of?.main && row.status !== "expired" && <button type="button" aria-label={`Move main here, to version ${row.version}`} onClick={() => setTarget(row.version)}>Move main here</button>}</td>
             </tr>
