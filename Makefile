@@ -77,7 +77,7 @@ bench-queue: $(READY)
 
 # What answering for 1,000 tasks in one batch costs against one adapter: three minutes.
 bench-serving: $(READY)
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py $(BENCH)
 
 setup: $(READY)
 
