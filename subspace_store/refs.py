@@ -53,10 +53,14 @@ class Refs(SubspaceReader):
             for score in scores:
                 if score.task_id not in held:
                     raise NotFound(f"version {version} holds no task {score.task_id}")
-                if math.isinf(score.score):
-                    raise InvalidInput("a score cannot be infinite", score.task_id, "write NaN if it was not measured")
-                if not 0 <= score.count <= COUNT_MAX:
-                    raise InvalidInput(f"measured on {score.count:.3g} rows", score.task_id, "give how many there were")
+                for one in (score, *score.of_rows):
+                    if math.isinf(one.score):
+                        todo = "write NaN if it was not measured"
+                        raise InvalidInput("a score cannot be infinite", score.task_id, todo)
+                    if not 0 <= one.count <= COUNT_MAX:
+                        raise InvalidInput(
+                            f"measured on {one.count:.3g} rows", score.task_id, "give how many there were"
+                        )
             body = {"version": version, "scores": tuple(scores)}
             self._log.commit(fold.SCORES, op_key=op_key, actor=actor, body=body)
 

@@ -27,8 +27,8 @@ PAGE = 200
 """Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
 
-Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, or team/name")]
-"""An id, the beginning of one, or team/name."""
+Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, team/name, or team/name@2")]
+"""An id, the beginning of one, team/name, or team/name@2: its second revision."""
 EventNumber = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -245,6 +245,17 @@ class PreviewRollback(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.versions(self.base_model).preview_rollback(self)
+
+
+class PreviewRestore(ServiceRequest[Json]):
+    """What putting an earlier revision of a task back would do. Changes nothing."""
+
+    task_id: Line
+    """Id of the earlier revision."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).preview_restore(self)
 
 
 class Export(ServiceRequest[bytes]):

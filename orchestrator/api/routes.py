@@ -60,6 +60,8 @@ ROUTES: tuple[Route, ...] = (
     Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, requests.Diff),
     Route("preview-rollback", "GET", "/rollback/{version}", Role.VIEWER, requests.PreviewRollback),
     Route("rollback", "POST", "/rollback/{version}", Role.MAINTAINER, store.Rollback),
+    Route("preview-restore", "GET", "/restore-revision/{task_id}", Role.VIEWER, requests.PreviewRestore),
+    Route("restore-revision", "POST", "/restore-revision/{task_id}", Role.MAINTAINER, store.RestoreRevision),
     Route("export", "GET", "/export/{reference:path}", Role.VIEWER, requests.Export),
     Route("scores", "GET", "/scores", Role.VIEWER, requests.ShowScores),
     Route("capacity", "GET", "/capacity", Role.VIEWER, requests.ShowCapacity),

@@ -205,9 +205,17 @@ class Tasks:
             "wait": _wait_json(wait_of(record, around)),
             "result": result,
             "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
+            "revisions": self._revisions(record),
+            "scores_of_rows": versions.scores_of_rows(record) if versions is not None else [],
             **views.task_details(record, self._sources.queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),
         }
+
+    def _revisions(self, record: TaskRecord) -> list[Json]:
+        """All revisions of a task, oldest first; the task alone where it has one."""
+        revisions = self._sources.queue.revisions(record)
+        found = self._in_subspaces(revisions)
+        return [views.revision(one, found[one.task_id]["main_score"]) for one in revisions]
 
     def cancel(self, request: requests.Cancel) -> Json:
         """Stop a task that is not part of a version yet."""

@@ -422,7 +422,7 @@ def _params(record: TaskRecord) -> dict[str, str]:
         "metric": spec.metric,
         "method": spec.method.name,
         "train_rows": record.train_count,
-        "eval_rows": record.eval_count,
+        "eval_rows": record.scored_count,
         "eval_sha256": record.eval_sha256,
         **{f"training.{key}": value for key, value in spec.training.model_dump().items()},
         **{f"lora.{key}": value for key, value in spec.lora.model_dump().items()},
