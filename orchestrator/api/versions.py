@@ -261,10 +261,8 @@ class Versions:
             "version": number,
             "versions": list(table.versions),
             "tasks": [
-                views.score_column(
-                    t, names[t], table.birth[t], records.get(t), views.rows_of_revisions(table, number, t)
-                )
-                for t in table.tasks
+                views.score_column(table, number, names[task_id], task_id, records.get(task_id))
+                for task_id in table.tasks
             ],
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
             "by_version": [{"version": row, **self._figures(table, row, records)} for row in table.versions],

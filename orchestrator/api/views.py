@@ -242,7 +242,7 @@ def revision(record: TaskRecord, main_score: float | None) -> Json:
     }
 
 
-def rows_of_revisions(table: ScoreTable, version: int, task_id: str) -> list[Json]:
+def _rows_of_revisions(table: ScoreTable, version: int, task_id: str) -> list[Json]:
     """Of a revision that is scored on the rows of several: for those of each, oldest first, the score under every
     version of the table. Before its birth it is that of the revision before it."""
     cell = table.cells.get(version, {}).get(task_id)
@@ -256,19 +256,14 @@ def rows_of_revisions(table: ScoreTable, version: int, task_id: str) -> list[Jso
     ]
 
 
-def score_column(task_id: str, title: str, birth: int, record: TaskRecord | None, of_rows: Sequence[Json] = ()) -> Json:
-    """A task's column of `onebasis scores`.
-
-    Args:
-        record: None where the database does not know the task.
-        of_rows: See `rows_of_revisions`.
-    """
+def score_column(table: ScoreTable, version: int, title: str, task_id: str, record: TaskRecord | None) -> Json:
+    """A task's column of `onebasis scores` of a version. record: None where the database does not know the task."""
     numbers = record.numbers_of_rows if record else {}
     before, own = (record.main_scores_of_rows, record.scores_of_rows) if record else ({}, {})
     return {
         "task_id": task_id,
         "title": title,
-        "birth": birth,
+        "birth": table.birth[task_id],
         "metric": record.spec.metric if record else None,
         "rows": record.scored_count if record else None,
         "base": record.base_score if record else None,
@@ -282,7 +277,7 @@ def score_column(task_id: str, title: str, birth: int, record: TaskRecord | None
                 "main_before": before.get(part["task_id"]),
                 "local": own.get(part["task_id"]),
             }
-            for part in of_rows
+            for part in _rows_of_revisions(table, version, task_id)
         ],
     }
 

@@ -394,11 +394,9 @@ def _as_revision(record: TaskRecord, draft: Draft, queue: TaskQueue) -> dict[str
     spec, living = record.spec, queue.living_of_names([record.title]).get(record.title, [])
     published = next((one for one in living if one.state is TaskState.PUBLISHED), None)
     if published is None:
-        state = f"is {living[0].state}" if living else "is not there"
-        todo = "wait until it is published" if living else "leave revises out, or --revise, to submit it as a new task"
-        raise InvalidInput(
-            f"{record.title} {state}, and a revision takes the place of a published task", "revises", todo
-        )
+        what = f"{record.title} is {living[0].state if living else 'not there'}, and only a published task is revised"
+        todo = "wait until it is published" if living else "leave revises or --revise out: then it is a new task"
+        raise InvalidInput(what, "revises", todo)
     before = published.spec
     for key, theirs, ours in (
         ("base_model", before.base_model, spec.base_model),

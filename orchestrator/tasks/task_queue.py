@@ -220,21 +220,21 @@ class TaskQueue:
             return self._get(connection, task_id)
 
     def find(self, reference: str) -> TaskRecord:
-        """One task by id, by the beginning of its id, by `team/name` (the newest of that name that no other revision has
-        replaced), or by `team/name@2`, its second revision.
+        """One task by id, by the beginning of its id, by `team/name` (the newest of that name that no other revision
+        has replaced), or by `team/name@2`, its second revision.
 
         Raises:
             NotFound: None, or several ids that begin like this.
             UnreadableTask: This release cannot read it.
         """
         team, slash, name = reference.partition("/")
-        if found := re.fullmatch(r"([^/@]+/[^/@]+)@(\d{1,9})", reference):
-            return self._revision(found[1], int(found[2]))
+        if named := re.fullmatch(r"([^/@]+/[^/@]+)@(\d{1,9})", reference):
+            return self._revision(named[1], int(named[2]))
         chosen = select(_tasks.c.task_id)
         if slash:
-            named = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
+            chosen = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
             replaced_last = (_tasks.c.state == _REPLACED, _tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
-            chosen = named.order_by(*replaced_last).limit(1)
+            chosen = chosen.order_by(*replaced_last).limit(1)
         else:
             chosen = chosen.where(_tasks.c.task_id.startswith(reference, autoescape=True)).limit(2)
         with self._database.reading() as connection:
@@ -243,8 +243,8 @@ class TaskQueue:
                 found = [reference]  # another id begins with the whole of this one
             if not reference or len(found) != 1:
                 problem = "several tasks begin like this" if len(found) > 1 else "there is no such task"
-                named = select(_tasks.c.team).distinct().where(_tasks.c.name == reference).limit(3)
-                teams = [] if found or slash else sorted(connection.execute(named).scalars())
+                of_name = select(_tasks.c.team).distinct().where(_tasks.c.name == reference).limit(3)
+                teams = [] if found or slash else sorted(connection.execute(of_name).scalars())
                 meant = " or ".join(repr(f"{team}/{reference}") for team in teams)
                 todo = f"did you mean {meant}?" if meant else "`onebasis tasks` lists ids and names"
                 raise NotFound(problem, repr(reference), todo)

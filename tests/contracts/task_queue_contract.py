@@ -478,7 +478,7 @@ class TaskQueueContract:
         assert queue.living_of_names(["red/a", "red/b"]) == {}
         new = task_record("red/a", task_id="t-new")
         assert queue.add(new)[1]
-        assert queue.living_of_names(["red/a", "red/b"]) == {"red/a": new}
+        assert queue.living_of_names(["red/a", "red/b"]) == {"red/a": [new]}
 
     def test_of_two_tasks_of_one_name_the_older_does_not_come_back_while_the_newer_lives(
         self, queue: TaskQueue

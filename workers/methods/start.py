@@ -25,8 +25,8 @@ from workers.methods.factors import ADAPTER, lora_layers
 ROUNDING = 1e-5
 """Share of an update's norm below which a direction of it is float32 rounding."""
 ROW = 3**-0.5
-"""Length of a row of A as PEFT draws it (kaiming_uniform with a = √5): with rows, and directions of a basis, of this length,
-one learning rate moves ΔW as far under every method."""
+"""Length of a row of A as PEFT draws it (kaiming_uniform with a = √5). Rows, and directions of a basis, of this length
+make one learning rate move ΔW as far under every method."""
 
 
 def with_head_of(base: BaseModel, served: Adapter, spec: TaskSpec) -> Adapter:
