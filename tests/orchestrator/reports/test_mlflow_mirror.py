@@ -369,7 +369,6 @@ def test_after_a_removal_the_rest_is_shown_where_it_is_now(tmp_path: Path) -> No
     made.plant.queue.close()
 
 
-@pytest.mark.changes
 def test_a_revision_is_a_run_of_its_own_with_the_scores_on_each_revisions_rows(plant: Plant) -> None:
     (first,) = plant.submit("red/a")
     plant.run()
@@ -396,6 +395,7 @@ def test_a_revision_is_a_run_of_its_own_with_the_scores_on_each_revisions_rows(p
     assert plant.queue.get(second.task_id).exact_title == "red/a@2"
 
 
+@pytest.mark.changes
 def test_a_deleted_database_is_rebuilt_the_same(mirrored: Mirrored) -> None:
     before = mirrored.everything()
     settings = mirrored.plant.settings
