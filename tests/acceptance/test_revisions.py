@@ -154,6 +154,8 @@ def test_a_task_learns_from_new_rows_and_a_new_label_and_goes_back(site: Site) -
     between = exported(site, OTHER, "other-between")
     assert all((same[name] == between[name]).all() for name in same)  # going back moved it by no bit
     assert other.keys() == same.keys()
+    site.run("store", "restore-revision", column_id(found, 1), "--yes")  # the store's own command, while it is served
+    site.wait_for_state(f"{TITLE}@1", "published")
 
 
 def column_id(found: dict[str, Any], number: int) -> str:

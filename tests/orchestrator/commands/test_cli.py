@@ -66,7 +66,7 @@ def test_the_commands_are_these() -> None:
         "drain",
         "workers",
     }
-    of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
+    of_versions = {"versions", "version", "diff", "rollback", "rollback-task", "export", "scores", "capacity"}
     assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
 
 
