@@ -33,24 +33,24 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.real_adapters import read
-from benchmarks.real_adapters import tasks as text_tasks
-from benchmarks.real_streams import base_model
-from configs.settings import GateSettings
-from configs.task_spec import TaskSpec, TrainingSpec
-from orchestrator.judging.gate import judge
-from orchestrator.judging.score_table import score_table
-from orchestrator.tasks.task_record import EarlierRows, TaskRecord
-from subspace_store import Adapter, StagedAdapter, SubspaceStore, adapter_to_bytes
-from subspace_store.digests import digest
-from subspace_store.log.version import RowsScore, TaskScore
-from subspace_store.storage.memory import MemoryStorage
-from workers.base_model import BaseModel
-from workers.evaluation import score_adapter
-from workers.methods import NOTHING, Given, lora
-from workers.methods.start import with_head_of
-from workers.rows.task_data import Row
-from workers.trainer import Surroundings, fit
+from benchmarks.real_adapters import read  # noqa: E402
+from benchmarks.real_adapters import tasks as text_tasks  # noqa: E402
+from benchmarks.real_streams import base_model  # noqa: E402
+from configs.settings import GateSettings  # noqa: E402
+from configs.task_spec import TaskSpec, TrainingSpec  # noqa: E402
+from orchestrator.judging.gate import judge  # noqa: E402
+from orchestrator.judging.score_table import score_table  # noqa: E402
+from orchestrator.tasks.task_record import EarlierRows, TaskRecord  # noqa: E402
+from subspace_store import Adapter, StagedAdapter, SubspaceStore, adapter_to_bytes  # noqa: E402
+from subspace_store.digests import digest  # noqa: E402
+from subspace_store.log.version import RowsScore, TaskScore  # noqa: E402
+from subspace_store.storage.memory import MemoryStorage  # noqa: E402
+from workers.base_model import BaseModel  # noqa: E402
+from workers.evaluation import score_adapter  # noqa: E402
+from workers.methods import NOTHING, Given, lora  # noqa: E402
+from workers.methods.start import with_head_of  # noqa: E402
+from workers.rows.task_data import Row  # noqa: E402
+from workers.trainer import Surroundings, fit  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/revisions.json"
 TEXT_SETS = ("trec6", "sst2", "ag-news")
