@@ -249,7 +249,11 @@ class Tasks:
         if record.state in LIVE:
             return {"accepted": True, "is_new": False, "warnings": [], **self._summary(record)}
         if record.state is TaskState.PUBLISHED:
-            raise Conflict("is published", record.title, "submit it under another name to train it anew")
+            todo = "submit it under another name to train it anew, or new rows with `onebasis submit --revise`"
+            raise Conflict("is published", record.title, todo)
+        if record.state is TaskState.REPLACED:
+            todo = f"`onebasis rollback-task {record.title} --to {record.number}` brings it back"
+            raise Conflict("another revision took its place", record.exact_title, todo)
         spec = record.spec.model_copy(update={"client_key": None})  # which is the old task's for ever
         return self.submit(requests.Submit(task=spec, by=by))
 
@@ -379,7 +383,9 @@ class Tasks:
 
     def _pace(self, pool: str) -> Pace | None:
         """How long tasks have a worker of a pool, from the last that ended."""
-        ended = self._sources.queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool)
+        ended = self._sources.queue.page(
+            (TaskState.PUBLISHED, TaskState.REPLACED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool
+        )
         return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
 
     def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:

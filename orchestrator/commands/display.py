@@ -480,7 +480,7 @@ def _task_table(rows: Sequence[Json]) -> Table:
     """The columns that fit into the terminal; only the last one may break its lines."""
     cells: dict[str, list[str]] = {
         "id": [row["task_id"] for row in rows],
-        "task": [row["title"] for row in rows],
+        "task": [row["exact_title"] for row in rows],
         "base model": [row["base_model"] for row in rows] if len({row["base_model"] for row in rows}) > 1 else [],
         "state": [row["state"] for row in rows],
         "step": [_step(row) for row in rows],
