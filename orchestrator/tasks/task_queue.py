@@ -141,6 +141,11 @@ class TaskQueue:
         self._database = Database(database_url, fence)
         self._unreadable: dict[str, UnreadableTask] = {}
 
+    @property
+    def database(self) -> Database:
+        """The database that the tasks are in."""
+        return self._database
+
     def close(self) -> None:
         """Give the connections back."""
         self._database.close()
@@ -219,9 +224,13 @@ class TaskQueue:
         with self._database.reading() as connection:
             return self._get(connection, task_id)
 
-    def find(self, reference: str) -> TaskRecord:
+    def find(self, reference: str, of_teams: Collection[str] | None = None) -> TaskRecord:
         """One task by id, by the beginning of its id, by `team/name` (the newest of that name that no other revision
         has replaced), or by `team/name@2`, its second revision.
+
+        Args:
+            of_teams: Teams whose tasks there are for who asks; None: all. A task of another team is not found, as one
+                that does not exist.
 
         Raises:
             NotFound: None, or several ids that begin like this.
@@ -229,8 +238,9 @@ class TaskQueue:
         """
         team, slash, name = reference.partition("/")
         if named := re.fullmatch(r"([^/@]+/[^/@]+)@(\d{1,9})", reference):
-            return self._revision(named[1], int(named[2]))
-        chosen = select(_tasks.c.task_id)
+            return self._revision(named[1], int(named[2]), of_teams)
+        here = () if of_teams is None else (_tasks.c.team.in_(sorted(of_teams)),)
+        chosen = select(_tasks.c.task_id).where(*here)
         if slash:
             chosen = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
             replaced_last = (_tasks.c.state == _REPLACED, _tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
@@ -243,7 +253,7 @@ class TaskQueue:
                 found = [reference]  # another id begins with the whole of this one
             if not reference or len(found) != 1:
                 problem = "several tasks begin like this" if len(found) > 1 else "there is no such task"
-                of_name = select(_tasks.c.team).distinct().where(_tasks.c.name == reference).limit(3)
+                of_name = select(_tasks.c.team).distinct().where(_tasks.c.name == reference, *here).limit(3)
                 teams = [] if found or slash else sorted(connection.execute(of_name).scalars())
                 meant = " or ".join(repr(f"{team}/{reference}") for team in teams)
                 todo = f"did you mean {meant}?" if meant else "`onebasis tasks` lists ids and names"
@@ -262,10 +272,10 @@ class TaskQueue:
             found |= {one.task_id for one in same_name if one.revises in found}
         return [one for one in same_name if one.task_id in found]
 
-    def _revision(self, title: str, number: int) -> TaskRecord:
+    def _revision(self, title: str, number: int, of_teams: Collection[str] | None) -> TaskRecord:
         """A revision by its number; of several with it, of which one alone can have come to something, that one, else
         the newest. Raises NotFound."""
-        revisions = self.revisions(self.find(title))
+        revisions = self.revisions(self.find(title, of_teams))
         tried = [one for one in revisions if one.number == number]
         if not tried:
             numbers = sorted({one.number for one in revisions})
@@ -284,6 +294,7 @@ class TaskQueue:
         limit: int = 200,
         pool: str | None = None,
         base_model: str | None = None,
+        of_teams: Collection[str] | None = None,
     ) -> list[TaskRecord]:
         """The newest tasks, or the newest of those that are older than one, by age.
 
@@ -291,6 +302,7 @@ class TaskQueue:
             before: Id of the oldest task of the page that was shown before.
             limit: Most rows to look at. Where one cannot be read, a page has fewer tasks.
             pool: Only tasks of this pool.
+            of_teams: As for `find`.
 
         Raises:
             NotFound: There is no task `before`.
@@ -299,9 +311,12 @@ class TaskQueue:
         chosen = chosen.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
         if pool is not None:
             chosen = chosen.where(_tasks.c.pool == pool)
+        here = () if of_teams is None else (_tasks.c.team.in_(sorted(of_teams)),)
+        chosen = chosen.where(*here)
         if before:
+            named = select(_tasks.c.submitted_at).where(_tasks.c.task_id == before, *here)
             with self._database.reading() as connection:
-                at = connection.execute(select(_tasks.c.submitted_at).where(_tasks.c.task_id == before)).scalar()
+                at = connection.execute(named).scalar()
             if at is None:
                 raise NotFound("there is no such task", before, "begin again with the newest")
             older = and_(_tasks.c.submitted_at == at, _tasks.c.task_id < before)
@@ -351,6 +366,11 @@ class TaskQueue:
             for ids in _batches(task_ids):
                 found.update(connection.execute(select(_tasks.c.task_id).where(_tasks.c.task_id.in_(ids))).scalars())
         return found
+
+    def teams(self) -> set[str]:
+        """Teams that have, or had, a task."""
+        with self._database.reading() as connection:
+            return set(connection.execute(select(_tasks.c.team).distinct()).scalars())
 
     def counts(self) -> dict[str, int]:
         """State to number of tasks, from an index alone; a state without any is left out."""
