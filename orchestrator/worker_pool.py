@@ -708,10 +708,17 @@ def train_order(record: TaskRecord) -> Train:
         spec=_refinement(record.spec) if refines else record.spec,
         train_key=record.train_key,
         eval_key="" if refines else record.eval_key,  # refined, it is scored with its version
+        revises="" if refines else record.revises,
+        earlier_rows={} if refines else keys_of_earlier_rows(record),
         staging_key=staging_key(record.task_id, record.attempt, record.token),
         results_key="" if refines else local_results(record),
         refine_version=record.version if refines else 0,
     )
+
+
+def keys_of_earlier_rows(record: TaskRecord) -> dict[str, str]:
+    """Id of each revision before a task to the key of its evaluation rows, oldest first."""
+    return {rows.task_id: rows.eval_key for rows in record.earlier_rows}
 
 
 def again_order(record: TaskRecord, version: int, tries: int) -> Train:

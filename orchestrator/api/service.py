@@ -28,7 +28,7 @@ from orchestrator.api.versions import Versions
 from orchestrator.reload import taken_without_restart
 from subspace_store.commands.state_folder import keep_settings, service_identity
 from subspace_store.log.store_format import check_place
-from subspace_store.requests import Rollback, StoreRequest
+from subspace_store.requests import RestoreRevision, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -188,6 +188,8 @@ class Service:
                 return self.versions(request.base_model).scores(request, of_teams)
             case Rollback():
                 return self.versions(request.base_model).rollback(request)
+            case RestoreRevision():
+                return self.versions(request.base_model).restore_revision(request)
             case StoreRequest():
                 return self.versions(request.base_model).change(request)
             case ServiceRequest():

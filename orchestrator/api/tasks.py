@@ -207,9 +207,17 @@ class Tasks:
             "wait": _wait_json(wait_of(record, around)),
             "result": result,
             "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
+            "revisions": self._revisions(record),
+            "scores_of_rows": versions.scores_of_rows(record) if versions is not None else [],
             **views.task_details(record, self._sources.queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),
         }
+
+    def _revisions(self, record: TaskRecord) -> list[Json]:
+        """All revisions of a task, oldest first; the task alone where it has one."""
+        revisions = self._sources.queue.revisions(record)
+        found = self._in_subspaces(revisions)
+        return [views.revision(one, found[one.task_id]["main_score"]) for one in revisions]
 
     def cancel(self, request: requests.Cancel) -> Json:
         """Stop a task that is not part of a version yet."""
@@ -243,7 +251,11 @@ class Tasks:
         if record.state in LIVE:
             return {"accepted": True, "is_new": False, "warnings": [], **self._summary(record)}
         if record.state is TaskState.PUBLISHED:
-            raise Conflict("is published", record.title, "submit it under another name to train it anew")
+            todo = "submit it under another name to train it anew, or new rows with `onebasis submit --revise`"
+            raise Conflict("is published", record.title, todo)
+        if record.state is TaskState.REPLACED:
+            todo = f"`onebasis rollback-task {record.title} --to {record.number}` brings it back"
+            raise Conflict("another revision took its place", record.exact_title, todo)
         spec = record.spec.model_copy(update={"client_key": None})  # which is the old task's for ever
         return self.submit(requests.Submit(task=spec, by=by))
 
@@ -373,7 +385,9 @@ class Tasks:
 
     def _pace(self, pool: str) -> Pace | None:
         """How long tasks have a worker of a pool, from the last that ended."""
-        ended = self._sources.queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool)
+        ended = self._sources.queue.page(
+            (TaskState.PUBLISHED, TaskState.REPLACED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool
+        )
         return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
 
     def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:

@@ -18,7 +18,7 @@ import typer
 from configs.document import check_document
 from configs.errors import Exit, InvalidInput, NotFound, OnebasisError, error_from_dict
 from configs.places import located
-from configs.task_spec import TaskSpec, read_task_spec
+from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
     PAGE,
@@ -35,6 +35,7 @@ from orchestrator.api.requests import (
     Pause,
     Predict,
     Preempt,
+    PreviewRestore,
     PreviewRollback,
     ReadLog,
     Reload,
@@ -69,7 +70,7 @@ from subspace_store.commands.terminal import (
     telling,
 )
 from subspace_store.log.version import CANDIDATE, MAIN, number_in
-from subspace_store.requests import Rollback, StoreRequest
+from subspace_store.requests import RestoreRevision, Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
 INTERRUPTED = (
@@ -83,8 +84,9 @@ waiting_command = anywhere(command_of(app, INTERRUPTED, epilog=EXIT_CODES))
 
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
 AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
-Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
-OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help="Id, beginning of an id, or team/name.")]
+NAMES = "Id, beginning of an id, team/name, or team/name@2: its second revision."
+Reference = Annotated[str, typer.Argument(metavar="ID", help=NAMES)]
+OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help=NAMES)]
 OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
 InState = Annotated[str | None, typer.Option("--state", help="Those in this state.")]
 TheirFiles = Annotated[
@@ -185,19 +187,26 @@ def submit(
     ],
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the tasks have ended; show progress.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
+    revise: Annotated[
+        bool, typer.Option("--revise", help="The rows are new ones for published tasks: their next revisions.")
+    ] = False,
     their_files: TheirFiles = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Submit tasks. Submitting the same file again is the same task.
 
+    With --revise, or `revises: true` in the file, a published task goes on learning from the file's rows alone: its
+    next revision takes its place if the gate lets it.
+
     Of several files, or a folder, all are checked before the first is submitted: if one is wrong, none is. The exit
     code is the highest of theirs, and --json prints a list.
     """
     client, files = Client(state_dir), submission.task_files(tasks)
     if files == tasks and len(files) == 1:
-        raise typer.Exit(submission.submit(client, read_task_spec(files[0]), wait, dry_run, as_json, their_files))
-    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json, their_files))
+        spec = submission.read(files[0], revise)
+        raise typer.Exit(submission.submit(client, spec, wait, dry_run, as_json, their_files))
+    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json, their_files, revise))
 
 
 @waiting_command
@@ -513,6 +522,29 @@ def rollback(
             Rollback(base_model=base_model, version=to, reason=reason, hold=hold, op_key=op_key, actor=me())
         )
     show(answer, version_tables.rollback, as_json)
+
+
+@command
+def rollback_task(
+    reference: Reference,
+    to: Annotated[int, typer.Option("--to", metavar="N", help="Number of the revision; `onebasis task` lists them.")],
+    preview: Annotated[bool, typer.Option("--preview", help="Only show the error that it would have.")] = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Put an earlier revision of a task back, in today's basis, and move `main` there. No other task moves, and the
+    gate does not judge it."""
+    client = Client(state_dir)
+    title = client.ask(ShowTask(reference=reference))["title"]
+    found = client.ask(ShowTask(reference=f"{title}@{to}"))
+    task_id, base_model = found["task_id"], found["base_model"]
+    if preview:
+        answer = client.ask(PreviewRestore(task_id=task_id, base_model=base_model))
+    else:
+        asked = RestoreRevision(task_id=task_id, publish=True, base_model=base_model, op_key=op_key, actor=me())
+        answer = client.ask(asked)
+    show(answer | {"revision": to}, version_tables.restored, as_json)
 
 
 @command

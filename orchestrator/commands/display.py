@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 COLOURS = {
     "queued": "cyan", "training": "yellow", "merging": "yellow", "refining": "yellow",
-    "evaluating": "yellow", "published": "green",
+    "evaluating": "yellow", "published": "green", "replaced": "dim",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
     "removed": "dim", "expired": "dim", "empty": "dim",
 }  # fmt: skip
@@ -29,7 +29,7 @@ WHO_CAN = {
 }
 """Sentence for those who can end what a task waits for, by `orchestrator.scheduling.reasons.Who`."""
 AT_WORK = ("training", "refining")
-ENDED = ("published", "rejected", "parked", "cancelled")
+ENDED = ("published", "replaced", "rejected", "parked", "cancelled")
 DROPPED_FIRST = ("id", "MB", "rows/s", "version", "starts in", "in main", "tokens/s", "own", "loss")
 """Columns of the task table, in the order in which a narrow terminal omits them: `team/name` is a name too."""
 NOTE_WIDTH = 24
@@ -259,7 +259,7 @@ def submitted(answer: Json) -> None:
         _print_outlook(answer)
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
-    console.print(f"{shown(answer['title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+    console.print(f"{shown(answer['exact_title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
 
 
 def _print_outlook(answer: Json) -> None:
@@ -307,7 +307,7 @@ def tasks(answer: Sequence[Json]) -> None:
 
 def task(answer: Json) -> None:
     """`onebasis task`."""
-    console.print(f"[bold]{shown(answer['title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
+    console.print(f"[bold]{shown(answer['exact_title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {shown(answer['why'])}", soft_wrap=True)
     if wait := answer.get("wait"):
         since = f"for {duration(time.time() - wait['since'])}; " if wait["since"] is not None else ""
@@ -327,11 +327,24 @@ def task(answer: Json) -> None:
             f"  in main    {score_text(result['score_under_main'])} now (version {result['main']}) · "
             f"{score_text(result['score_at_birth'])} at birth (version {result['version']})"
         )
+    for part in answer["scores_of_rows"]:
+        console.print(
+            f"  rows of @{part['revision']:<2} {score_text(part['under_main'])} in main now · "
+            f"{score_text(part['own'])} own adapter · {score_text(part['main_before'])} main before this revision · "
+            f"{score_text(part['first'])} when they were new",
+            soft_wrap=True,
+        )
     if said := _deadline(answer):
         console.print(f"  [yellow]warning[/yellow]    {shown(said)}", soft_wrap=True)
     for warning in answer["warnings"]:
         console.print(f"  [yellow]warning[/yellow]    {shown(warning)}", soft_wrap=True)
     _print_training(answer["training"])
+    for one in answer["revisions"] if len(answer["revisions"]) > 1 else ():
+        since = f"since version {one['version']}" if one["state"] == "published" else ""
+        console.print(
+            f"  revision {one['revision']:<3} {one['task_id']}  {coloured(one['state'])}  {since}".rstrip(),
+            soft_wrap=True,
+        )
     for event in answer["events"]:
         console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(event['text'])}", soft_wrap=True)
 
@@ -490,7 +503,7 @@ def _task_table(rows: Sequence[Json]) -> Table:
     """The columns that fit into the terminal; only the last one may break its lines."""
     cells: dict[str, list[str]] = {
         "id": [row["task_id"] for row in rows],
-        "task": [row["title"] for row in rows],
+        "task": [row["exact_title"] for row in rows],
         "base model": [row["base_model"] for row in rows] if len({row["base_model"] for row in rows}) > 1 else [],
         "state": [row["state"] for row in rows],
         "step": [_step(row) for row in rows],

@@ -66,6 +66,11 @@ class StandInCluster:
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
         """Title and all titles in the version to the score under that version."""
+        self.on_rows: Callable[[str, str], float] = lambda task_id, brought_by: 0.9
+        """Ids of a revision and of the one that brought evaluation rows to the score on them, before merging and
+        after."""
+        self.main_on_rows: Callable[[str, str], float] = lambda task_id, brought_by: 0.8
+        """The same of what `main` answers before that revision is merged."""
         self.training_faults: dict[str, list[str]] = {}
         """Title to what goes wrong with its next trainings: `lost`, `away`, `damaged`, `input`, `bug`, `nan`,
         `crash`, and
@@ -333,12 +338,18 @@ class StandInCluster:
         elif order.spec.method.name == "import":
             made = adapter_from_bytes(content)
         else:
-            made = adapter(zlib.crc32(title.encode()), base=base)
+            state = SubspaceReader.open(storage).state
+            if order.revises and order.revises not in state.tasks_at(state.refs["main"]):
+                return Failed(token=order.token, fault="input", message=f"main does not hold {order.revises}")
+            made = adapter(zlib.crc32(f"{title}{order.revises}".encode()), base=base)
         if fault == "nan":
             made = _with_nan(made)
         packed = adapter_to_bytes(made)
         storage.write(order.staging_key, packed)
         score = self.local(title) if order.eval_key else float("nan")
+        brought_by = [*order.earlier_rows, order.task_id] if order.revises else []
+        for key in order.earlier_rows.values():
+            storage.read(key)  # NotFound if they were deleted too early
         return Trained(
             token=order.token,
             staging_key=order.staging_key,
@@ -356,6 +367,8 @@ class StandInCluster:
             method=order.spec.method.name,
             trainable_parameters=96,
             metrics={"f1_macro": 0.75},
+            scores_of_rows={one: self.on_rows(order.task_id, one) for one in brought_by},
+            main_scores_of_rows={one: self.main_on_rows(order.task_id, one) for one in brought_by},
             worker_seconds=2.5,
         )
 
@@ -363,11 +376,19 @@ class StandInCluster:
         storage = self._storages[order.spec.base_model]
         reader = SubspaceReader.open(storage)
         reader.adapter(order.task_id, order.version)  # NotFound if the version does not hold it
-        storage.read(order.eval_key)
+        for key in (order.eval_key, *order.earlier_rows.values()):
+            storage.read(key)
+        brought_by = [*order.earlier_rows, order.task_id] if order.earlier_rows else []
+        of_rows = {one: (self.on_rows(order.task_id, one), RowCount) for one in brought_by}
         title = f"{order.spec.team}/{order.spec.name}"
         held = frozenset(task.name for task in reader.state.tasks_at(order.version).values())
         return Evaluated(
-            token=order.token, score=self.score(title, held), count=RowCount, seconds=0.1, worker_seconds=0.5
+            token=order.token,
+            score=self.score(title, held),
+            count=RowCount * max(1, len(brought_by)),
+            seconds=0.1,
+            of_rows=of_rows,
+            worker_seconds=0.5,
         )
 
     def _opened(self, base_model: str) -> SubspaceStore:

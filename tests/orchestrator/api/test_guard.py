@@ -23,12 +23,12 @@ from orchestrator.api.access import EVERY_TEAM, About, Caller, Role, check_main,
 from orchestrator.api.requests import CreateToken, ServiceRequest, Submit
 from orchestrator.api.routes import ROUTES, Route
 from subspace_store import requests as store_requests
-from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, RestoreRevision, StoreRequest
+from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from tests.builders import BASE
 from tests.orchestrator.site import Site
 from workers.orders import Train
 
-WRITERS_ALONE = {Merge, Refine, RecordScores, Publish, Reject, RestoreRevision}
+WRITERS_ALONE = {Merge, Refine, RecordScores, Publish, Reject}
 """What the loop asks of the store, and nobody over HTTP."""
 ROLES = [Role(name) for name in get_args(RoleName)]
 

@@ -61,7 +61,6 @@ from subspace_store.requests import (
     Reject,
     Release,
     Remove,
-    RestoreRevision,
     Rollback,
     StoreRequest,
     Tag,
@@ -429,7 +428,7 @@ def test_an_error_comes_over_http_as_the_same_class_with_the_same_text(
 
 def test_every_request_of_the_store_and_the_service_has_one_route_or_is_the_loops_own() -> None:
     asked = {kind for base in (ServiceRequest, StoreRequest) for kind in _leaves(base)}
-    loops_own = {Merge, Refine, RestoreRevision, RecordScores, Publish, Reject}
+    loops_own = {Merge, Refine, RecordScores, Publish, Reject}
     assert {route.record for route in ROUTES} == asked - loops_own
     assert len({(route.verb, route.path) for route in ROUTES}) == len({route.name for route in ROUTES}) == len(ROUTES)
 

@@ -67,7 +67,7 @@ def test_the_commands_are_these() -> None:
         "workers",
     }
     of_answers = {"predict", "serve"}
-    of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
+    of_versions = {"versions", "version", "diff", "rollback", "rollback-task", "export", "scores", "capacity"}
     of_people = {"whoami", "audit", "login", "token", "context"}
     assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
     assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
@@ -346,7 +346,8 @@ def test_submitting_with_wait_ends_with_the_tasks_own_exit_code(site: Site, oneb
 
 def test_every_end_of_a_task_has_an_exit_code_that_no_error_has_but_rejected() -> None:
     assert set(ENDS) == set(display.ENDED)
-    assert len(set(ENDS.values())) == len(ENDS)
+    assert len(set(ENDS.values())) == len(ENDS) - 1
+    assert ENDS["replaced"] == ENDS["published"]  # it was, and did what it was asked for
     assert {ENDS["parked"], ENDS["cancelled"]} & {leaf.exit_code for leaf in (OnebasisError, *LEAVES)} == set()
 
 
@@ -492,7 +493,7 @@ def test_a_service_removes_nothing_that_it_would_reject_at_once(site: Site) -> N
 def test_an_argument_that_is_wrong_is_named_with_what_would_be_right(site: Site, onebasis: Onebasis) -> None:
     said = onebasis("task", "").stderr
     assert "reference: is empty" in said
-    assert "→ reference is an id, the beginning of one, or team/name" in said
+    assert "→ reference is an id, the beginning of one, team/name, or team/name@2" in said
     with pytest.raises(
         InvalidInput, match=r"(?s)version: has to be 0 or more \(got -1\).*version is the number of a vers"
     ):

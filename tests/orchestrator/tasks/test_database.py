@@ -27,6 +27,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "check": lambda q: q.check(task_record("red/new"), 5),
     "get": lambda q: q.get(KNOWN),
     "find": lambda q: q.find("red/alpha"),
+    "revisions": lambda q: q.revisions(task_record("red/alpha")),
     "tasks": lambda q: q.tasks(),
     "page": lambda q: q.page(limit=5),
     "among": lambda q: q.among([KNOWN]),
