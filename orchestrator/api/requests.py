@@ -68,6 +68,15 @@ class Health(ServiceRequest[Json]):
         return service.status.health()
 
 
+class Metrics(ServiceRequest[str]):
+    """What `status` says, and how many requests there were, in Prometheus' text format."""
+
+    def on(self, service: Service) -> str:
+        from orchestrator.reports.prometheus import metrics
+
+        return metrics(service.status.status())
+
+
 class Submit(ServiceRequest[Json]):
     """Take a task in. The same submission again is the same task."""
 

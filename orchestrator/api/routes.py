@@ -43,6 +43,7 @@ class Route:
 ROUTES: tuple[Route, ...] = (
     Route("status", "GET", "/status", Role.VIEWER, About.SERVICE, requests.Status),
     Route("health", "GET", "/health", Role.VIEWER, About.SERVICE, requests.Health),
+    Route("metrics", "GET", "/metrics", Role.VIEWER, About.EVERYTHING, requests.Metrics),
     Route("submit", "POST", "/tasks", Role.SUBMITTER, About.TEAM, requests.Submit),
     Route("tasks", "GET", "/tasks", Role.VIEWER, About.OWN_TEAMS, requests.ListTasks),
     Route("task", "GET", "/tasks/{reference:path}", Role.VIEWER, About.TASK, requests.ShowTask),
