@@ -35,7 +35,15 @@ from orchestrator.pending_calls import (
 from orchestrator.scheduling.fair_share import Running, Waiting, running_order, shares_of
 from orchestrator.scheduling.pools import chosen_pool, pool_of, pools_of, size
 from orchestrator.scheduling.reasons import Wait, WaitCode
-from orchestrator.scheduling.scheduler import LOOK, SOON_SECONDS, Decision, Pool, Situation, decide
+from orchestrator.scheduling.scheduler import (
+    LOOK,
+    SOON_SECONDS,
+    Decision,
+    Pool,
+    Situation,
+    decide,
+    of_a_pool_without_workers,
+)
 from orchestrator.subspace import Subspace, tell
 from orchestrator.tasks.task_events import (
     CameDue,
@@ -300,7 +308,8 @@ class Controller:
         at_work = [subspace for subspace in self.subspaces.values() if self._is_read(subspace)]
         self.doing = "reading the task database and giving orders"
         self._give_pools()
-        self._pool.look_at_drains()
+        for given_back in self._pool.look_at_drains():
+            self._take_outcome(given_back)
         live = self._queue.in_flight()
         # First the orders that workers have already: after a restart any other order would wait behind them.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER and self._goes_on(r.base_model)])
@@ -525,13 +534,18 @@ class Controller:
         in_use = [worker for worker in workers if worker.drain is None]
         coming = sum(map(_comes_soon, in_use))
         gone = sum(not drain.is_node and pool_of(drain.what) == name for drain in self._pool.drains)
+        drains = self._pool.drains_of(name)
+        further = 0 if drains else max(0, settings.max - gone - len(in_use))
         return Pool(
             capacity=settings.ranks * settings.max,
             ready=settings.ranks * sum(worker.ready for worker in in_use),
             free=settings.ranks * free,
             kept=settings.ranks * kept,
-            coming=settings.ranks * (coming + max(0, settings.max - gone - len(in_use))),
+            coming=settings.ranks * (coming + further),
             is_forming=settings.ranks > 1 and any(worker.machines == () for worker in in_use),
+            is_placeless=bool(in_use) and all(worker.is_placeless for worker in in_use),
+            drained="; ".join(drain.told for drain in drains),
+            drained_since=min((drain.at for drain in drains), default=None),
         )
 
     def _wanted(
@@ -622,8 +636,9 @@ class Controller:
         if found is not None:
             return found
         is_free = any(worker.is_free for worker in pool.workers)  # it came after that
-        code = WaitCode.ABOUT_TO_START if is_free else WaitCode.NO_FREE_PLACE
-        return Wait(code=code if pool.ready else WaitCode.BASE_MODEL_LOADING, pool=record.pool)
+        if not pool.ready:
+            return of_a_pool_without_workers(record.pool, self._places(record.pool, 0, 0))
+        return Wait(code=WaitCode.ABOUT_TO_START if is_free else WaitCode.NO_FREE_PLACE, pool=record.pool)
 
     def line(self, extra: Waiting | None = None) -> tuple[tuple[Waiting, ...], list[Running]]:
         """The tasks that stand in line for workers of any pool, in their running order, and what runs. Thread-safe.

@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -434,18 +434,29 @@ def needed(workers: WorkerShape) -> str:
     return f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs{memory}"
 
 
-def no_place(workers: WorkerShape, nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Why a gang finds no place on these machines, for people. nodes: Result of `ray.nodes`."""
-    up = [node for node in nodes if node["Alive"]]
-    room = sum(
-        min(int(node["Resources"].get(kind, 0) // count) for kind, count in needs(workers).items()) for node in up
-    )
-    down = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in up})
+def room_on(workers: WorkerShape, node: Mapping[str, Any]) -> int:
+    """Ranks for which a machine has room with nothing else on it. node: One of `ray.nodes`."""
+    return min(int(node["Resources"].get(kind, 0) // count) for kind, count in needs(workers).items())
+
+
+def no_place(workers: WorkerShape, nodes: Sequence[Mapping[str, Any]], avoid: Collection[str] = ()) -> str:
+    """Why a gang finds no place on these machines, for people.
+
+    Args:
+        nodes: Result of `ray.nodes`.
+        avoid: Ids of those on which it is not placed: they are drained.
+    """
+    every = [node for node in nodes if node["Alive"]]
+    up = [node for node in every if node["NodeID"] not in avoid]
+    room = sum(room_on(workers, node) for node in up)
+    drained = sorted(node["NodeManagerAddress"] for node in every if node["NodeID"] in avoid and room_on(workers, node))
+    down = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in every})
     missing = f" ({', '.join(down[:8])} went away)" if down else ""
     taken = ", but something else has taken it" if room >= workers.ranks else ""
+    out = f"; drained, and not counted: {', '.join(drained[:8])}" if drained else ""
     return (
         f"no place for {workers.ranks} ranks with {needed(workers)} each: the {len(up)} "
-        f"machines that are up{missing} have room for {room}{taken}"
+        f"machines that are up{missing} have room for {room}{taken}{out}"
     )
 
 

@@ -154,9 +154,9 @@ def _why_queued(record: TaskRecord, around: Surroundings, wait: Wait | None) -> 
     if wait is None:
         return "the service is not running; `onebasis up` starts it"
     note = f"; last attempt: {record.reason}" if record.reason else ""
-    if record.blocked or wait.code in (WaitCode.PAUSED, WaitCode.NEVER_FITS):
+    if record.blocked or wait.code in (WaitCode.PAUSED, WaitCode.NEVER_FITS, WaitCode.DRAINED):
         return _cause(wait, around) + note
-    if wait.code in (WaitCode.BASE_MODEL_LOADING, WaitCode.GANG_INCOMPLETE):
+    if wait.code in (WaitCode.BASE_MODEL_LOADING, WaitCode.GANG_INCOMPLETE, WaitCode.NO_MACHINE):
         return _cause(wait, around)
     ahead = f"place {around.place}, {around.place - 1} before it" if around.place else "its turn is coming"
     return f"{_cause(wait, around)}; {ahead}; {_start(around)}{note}"
@@ -170,12 +170,14 @@ def _cause(wait: Wait, around: Surroundings) -> str:
         WaitCode.DEPENDENCY: f"comes after {about}",
         WaitCode.NOT_BEFORE: f"is not started before {at}",
         WaitCode.NEVER_FITS: _never_fits(wait, around),
+        WaitCode.DRAINED: f"no worker{_of(wait)} is left: {about}",
         WaitCode.OVER_QUOTA: f"gave its place back, and borrows none before {at}"
         if at
         else "its team has its quota, and others leave it nothing to borrow",
         WaitCode.NO_FREE_PLACE: f"all places{_of(wait)} are in use",
         WaitCode.RESERVED_FOR: f"free places are kept for {about or 'a version that is about to be scored'}",
         WaitCode.GANG_INCOMPLETE: f"no worker{_of(wait)} has a place for each of its ranks{_idle(around)}",
+        WaitCode.NO_MACHINE: f"no machine has room for a worker{_of(wait)}{_idle(around)}",
         WaitCode.BASE_MODEL_LOADING: f"no worker{_of(wait)} is ready{_idle(around)}",
         WaitCode.ABOUT_TO_START: "is about to start" + (f", when {about} has written its checkpoint" if about else ""),
     }.get(wait.code, f"waits for the store: {about}")

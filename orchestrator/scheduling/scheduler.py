@@ -48,6 +48,13 @@ class Pool:
     """Places that are expected within a minute: of workers that load, or that the pool may still start."""
     is_forming: bool = False
     """Whether no worker is ready because gangs wait for places for some of their ranks."""
+    is_placeless: bool = False
+    """Whether no worker is ready because all that were asked for wait for a place."""
+    drained: str = ""
+    """Why no worker is ready and none will be, for people, with what takes it back; empty where none of it is
+    drained."""
+    drained_since: float | None = None
+    """Unix time since which that is so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +236,7 @@ class _Round:
         for task in self._situation.waiting:
             wait = self._waits.get(task.task_id)
             if wait is not None and wait.code in _OF_ALL:
-                found[task.pool, task.team] = Wait(code=wait.code, pool=task.pool, since=wait.since)
+                found[task.pool, task.team] = Wait(code=wait.code, pool=task.pool, about=wait.about, since=wait.since)
             else:
                 found.setdefault((task.pool, task.team), Wait(code=WaitCode.NO_FREE_PLACE, pool=task.pool))
         return found
@@ -239,8 +246,8 @@ class _Round:
         if room is None or task.ranks > room.pool.capacity:
             self._wait(task, WaitCode.NEVER_FITS)
         elif not room.pool.ready:
-            forming = room.pool.is_forming
-            self._wait(task, WaitCode.GANG_INCOMPLETE if forming else WaitCode.BASE_MODEL_LOADING)
+            wait = of_a_pool_without_workers(task.pool, room.pool)
+            self._wait(task, wait.code, wait.about, since=wait.since)
         elif (until := self._borrows_again(task)) > self._situation.now:
             self._wait(task, WaitCode.OVER_QUOTA, until=until)
         elif room.has_place(task):
@@ -308,14 +315,41 @@ class _Round:
             lacks -= newest.ranks
         return tuple(chosen)
 
-    def _wait(self, task: Waiting, code: WaitCode, about: str = "", until: float | None = None) -> None:
+    def _wait(
+        self,
+        task: Waiting,
+        code: WaitCode,
+        about: str = "",
+        until: float | None = None,
+        since: float | None = None,
+    ) -> None:
+        """Note why a task waits. since: Default: since this was the reason first."""
         before = self._situation.waits.get(task.task_id)
-        since = before.since if before is not None and before.code is code else self._situation.now
+        if since is None:
+            since = before.since if before is not None and before.code is code else self._situation.now
         self._waits[task.task_id] = Wait(code=code, pool=task.pool, about=about, since=since, until=until)
 
 
-_OF_ALL = (WaitCode.OVER_QUOTA, WaitCode.GANG_INCOMPLETE, WaitCode.BASE_MODEL_LOADING)
+_OF_NO_WORKER = (
+    WaitCode.DRAINED,
+    WaitCode.GANG_INCOMPLETE,
+    WaitCode.NO_MACHINE,
+    WaitCode.BASE_MODEL_LOADING,
+)
+"""Reasons of a pool of which no worker is ready."""
+_OF_ALL = (WaitCode.OVER_QUOTA, *_OF_NO_WORKER)
 """Reasons that hold for a team's later tasks as well."""
+
+
+def of_a_pool_without_workers(name: str, pool: Pool) -> Wait:
+    """Why tasks wait for a pool of which no worker is ready."""
+    if pool.drained:
+        return Wait(code=WaitCode.DRAINED, pool=name, about=pool.drained, since=pool.drained_since)
+    code = (
+        WaitCode.GANG_INCOMPLETE if pool.is_forming else
+        WaitCode.NO_MACHINE if pool.is_placeless else WaitCode.BASE_MODEL_LOADING
+    )  # fmt: skip
+    return Wait(code=code, pool=name)
 
 
 def _ends_in(order: Running) -> float:

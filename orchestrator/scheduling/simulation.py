@@ -326,10 +326,10 @@ class _World:
 
     def _resize(self, pool: str, wanted: int, ready_at: float) -> None:
         settings, workers = self.pools[pool], self._workers[pool]
-        seats = [Seat(name=one.name, idle_since=one.idle_since) for one in workers]
+        seats = [Seat(name=one.name, idle_since=one.idle_since, loads=one.ready_at > self.now) for one in workers]
         change = resized(pool, settings, seats, wanted, self.now)
         for name in change.starts:
-            workers.append(_Worker(name, ready_at, self.now, self.now))
+            workers.append(_Worker(name, ready_at, self.now, ready_at))
             self._come_back(ready_at)
         for worker in [one for one in workers if one.name in change.ends]:
             self._count(pool, worker)

@@ -78,8 +78,19 @@ class Drain(Section):
     """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
 
     def __str__(self) -> str:
-        what = f"the machine {self.what}" if self.is_node else self.what
-        return f"{what} is drained by {self.by}: {self.reason or 'no reason given'}"
+        return f"{self._name} is drained by {self.by}: {self.reason or 'no reason given'}"
+
+    @property
+    def told(self) -> str:
+        """The same with since when, and what takes it back."""
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.at))
+        undo = f"onebasis drain --undo {'--node ' if self.is_node else ''}{self.what}"
+        why = self.reason or "no reason given"
+        return f"{self._name} is drained by {self.by} since {since}: {why} (`{undo}` takes it back)"
+
+    @property
+    def _name(self) -> str:
+        return f"the machine {self.what}" if self.is_node else self.what
 
 
 class TaskRecord(Section):

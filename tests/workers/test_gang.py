@@ -533,12 +533,24 @@ def test_ranks_that_loaded_different_weights_are_refused(ranks: StandInRanks) ->
 )
 def test_who_finds_no_place_is_told_what_is_missing(cpus: float, gpus: float, why: str) -> None:
     def machine(number: int, alive: bool = True, **resources: float) -> dict[str, Any]:
-        return {"Alive": alive, "NodeManagerAddress": f"10.0.0.{number}", "Resources": resources}
+        where = f"10.0.0.{number}"
+        return {"Alive": alive, "NodeID": f"id-{number}", "NodeManagerAddress": where, "Resources": resources}
 
     # The first was away for a while, and is back.
     nodes = [machine(1, alive=False), machine(1, CPU=4.0), machine(2, CPU=2.0, GPU=1.0), machine(3, alive=False)]
     workers = WorkerSettings(ranks=4, cpus=cpus, gpus=gpus)
     assert no_place(workers, nodes) == f"no place for 4 ranks with {cpus} CPUs and {gpus} GPUs each: {why}"
+
+
+def test_a_drained_machine_is_no_room_that_something_else_has_taken() -> None:
+    nodes = [
+        {"Alive": True, "NodeID": f"id-{n}", "NodeManagerAddress": f"10.0.0.{n}", "Resources": {"CPU": 4.0}}
+        for n in (1, 2)
+    ]
+    assert no_place(WorkerSettings(ranks=4, cpus=2), nodes, avoid=("id-2",)) == (
+        "no place for 4 ranks with 2 CPUs and 0 GPUs each: the 1 machines that are up have room for 2; drained, and "
+        "not counted: 10.0.0.2"
+    )
 
 
 def _done(outcome: Any) -> StandInRank:
