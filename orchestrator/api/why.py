@@ -171,9 +171,7 @@ def _cause(wait: Wait, around: Surroundings) -> str:
         WaitCode.NOT_BEFORE: f"is not started before {at}",
         WaitCode.NEVER_FITS: _never_fits(wait, around),
         WaitCode.DRAINED: f"no worker{_of(wait)} is left: {about}",
-        WaitCode.OVER_QUOTA: f"gave its place back, and borrows none before {at}"
-        if at
-        else "its team has its quota, and others leave it nothing to borrow",
+        WaitCode.OVER_QUOTA: _over_quota(about, at),
         WaitCode.NO_FREE_PLACE: f"all places{_of(wait)} are in use",
         WaitCode.RESERVED_FOR: f"free places are kept for {about or 'a version that is about to be scored'}",
         WaitCode.GANG_INCOMPLETE: f"no worker{_of(wait)} has a place for each of its ranks{_idle(around)}",
@@ -181,6 +179,16 @@ def _cause(wait: Wait, around: Surroundings) -> str:
         WaitCode.BASE_MODEL_LOADING: f"no worker{_of(wait)} is ready{_idle(around)}",
         WaitCode.ABOUT_TO_START: "is about to start" + (f", when {about} has written its checkpoint" if about else ""),
     }.get(wait.code, f"waits for the store: {about}")
+
+
+def _over_quota(about: str, at: str) -> str:
+    if about:
+        return (
+            f"its team has its quota; before it borrows {about}, which gave its place back and borrows none before {at}"
+        )
+    if at:
+        return f"gave its place back, and borrows none before {at}"
+    return "its team has its quota, and others leave it nothing to borrow"
 
 
 def _of(wait: Wait) -> str:

@@ -48,6 +48,10 @@ class Course:
     """Most of its attempts, one after another, that had to give their places back."""
     told: Estimate | None = None
     """Estimate at its arrival."""
+    queued_at: tuple[float, ...] = ()
+    """When it stood in line: at its arrival, and after each attempt that had to give its places back."""
+    begun_at: tuple[float, ...] = ()
+    """When each of its attempts began."""
 
     @property
     def wait_seconds(self) -> float | None:
@@ -222,6 +226,8 @@ class _World:
         )
         line = self._lines.setdefault((arrival.pool, arrival.team), [])
         bisect.insort(line, (-arrival.priority, arrival.at_seconds, task.number, waiting))
+        course = self._courses[task.number]
+        self._courses[task.number] = replace(course, queued_at=(*course.queued_at, self.now))
 
     def _leave(self, task: _Task) -> None:
         """A task has ended, or has written the checkpoint that it was told to write."""
@@ -295,6 +301,7 @@ class _World:
         if reclaims := self._reclaims.get(task.arrival.team):
             self._give_backs.append(self.now - reclaims.pop(0))
         course = self._courses[task.number]
+        course = self._courses[task.number] = replace(course, begun_at=(*course.begun_at, self.now))
         if course.started_at is None:
             self._courses[task.number] = replace(course, started_at=self.now)
             if course.told is not None:

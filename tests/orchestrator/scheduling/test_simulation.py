@@ -121,6 +121,19 @@ def test_nothing_is_preempted_twice_in_a_row() -> None:
     assert report(borrowed())["preempted_in_a_row_max"] == 1
 
 
+def test_no_younger_task_of_its_team_starts_before_one_that_gave_its_places_back_has_them_again() -> None:
+    for simulation in (borrowed(), simulate(weeks(6, hours=1.0, weeks=1.0, per_week=700.0), QUOTAS, fixed(6))):
+        assert report(simulation)["preemptions"] >= 20
+        spans: dict[str, list[tuple[float, float, float]]] = {}
+        for course in simulation.courses:
+            for begun, ended in zip(course.queued_at, course.begun_at, strict=True):
+                spans.setdefault(course.arrival.team, []).append((course.arrival.at_seconds, begun, ended))
+        for team in spans.values():
+            for age, queued, begun in team:
+                overtaken_by = [other for other in team if other[0] > age and queued < other[2] < begun]
+                assert overtaken_by == []
+
+
 def test_a_team_within_its_quota_waits_for_others_at_most_for_a_checkpoint() -> None:
     # Each of six teams has one of six places: a task that comes while its team has nothing starts within a checkpoint,
     # or the minute that a task is let end in; unless whatever is borrowed is in the attempt after it was given back.
