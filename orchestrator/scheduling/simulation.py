@@ -25,8 +25,8 @@ from orchestrator.scheduling.pools import Seat, ends_at, resized
 from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
 
 LOAD_SECONDS = 60.0
-"""Time from asking for a worker until its base model is loaded, where a machine is there: a small one takes ten
-seconds, one of 7B from a slow disk two minutes."""
+"""Time from asking for a worker until its base model is loaded, where a machine is there, unless another is given: a
+small one takes ten seconds, one of 7B from a slow disk two minutes."""
 CHECKPOINT_SECONDS = 30.0
 """Time from the word to stop to the checkpoint: a step, and an upload."""
 TOLD_MAX = 500
@@ -75,6 +75,8 @@ class Simulation:
     """Place-seconds that each team used until the last arrival, while all of them could want places."""
     give_back_seconds: tuple[float, ...] = ()
     """For each task for which others were stopped: from the word to its start."""
+    load_seconds: float = LOAD_SECONDS
+    """Time from asking for a worker until it is ready, as assumed."""
     end_seconds: float = 0.0
 
     @property
@@ -83,7 +85,11 @@ class Simulation:
 
 
 def simulate(
-    arrivals: Sequence[Arrival], shares: Mapping[str, Share], pools: Mapping[str, PoolSettings], seed: int = 0
+    arrivals: Sequence[Arrival],
+    shares: Mapping[str, Share],
+    pools: Mapping[str, PoolSettings],
+    seed: int = 0,
+    load_seconds: float = LOAD_SECONDS,
 ) -> Simulation:
     """Let the arrivals go through the scheduler until the last has ended.
 
@@ -91,6 +97,7 @@ def simulate(
         arrivals: By time.
         pools: Each with `min` workers that are ready at once.
         seed: Of the errors with which running tasks say when they end.
+        load_seconds: Time from asking for a worker until it is ready.
 
     Returns:
         The same for the same arguments.
@@ -99,7 +106,7 @@ def simulate(
         A decision for each arrival and each end, some 0.1 ms for ten teams, and `TOLD_MAX` estimates of 1 ms for every
         ten tasks that wait.
     """
-    return _World(arrivals, shares, pools, seed).run()
+    return _World(arrivals, shares, pools, seed, load_seconds).run()
 
 
 @dataclass
@@ -142,6 +149,7 @@ class _World:
     shares: Mapping[str, Share]
     pools: Mapping[str, PoolSettings]
     seed: int
+    load_seconds: float
     now: float = 0.0
     decision: Decision = field(default_factory=Decision)
 
@@ -206,6 +214,7 @@ class _World:
             there_seconds=self._there,
             used_seconds=self._used_in,
             place_seconds=self._place_seconds,
+            load_seconds=self.load_seconds,
             give_back_seconds=tuple(self._give_backs),
             end_seconds=self.now,
         )
@@ -329,7 +338,7 @@ class _World:
         for name in self.pools:
             mine = (waits.get(task.task_id) for task in waiting if task.pool == name)
             wanted = sum(wait is not None and wait.until is None for wait in mine)
-            self._resize(name, wanted, self.now + LOAD_SECONDS)
+            self._resize(name, wanted, self.now + self.load_seconds)
 
     def _resize(self, pool: str, wanted: int, ready_at: float) -> None:
         settings, workers = self.pools[pool], self._workers[pool]
@@ -395,19 +404,28 @@ class _World:
         waiting = [one[-1] for line in self._lines.values() for one in line]
         by_id = {task.task_id: task for task in waiting}
         order = running_order(waiting, self._use_seconds(), running, self.shares, now=self.now)
+        kept = estimate.kept_from_borrowing([by_id[task_id] for task_id in order], running, self.shares, self.now)
         for task in asking:
             name = task.arrival.pool
-            pool, pace = self._pool(name), pace_of(self._ended[name][-PACE_TASKS:])
+            pace = pace_of(self._ended[name][-PACE_TASKS:])
             ahead = (by_id[task_id] for task_id in order[: order.index(task.name) + 1])
             line = [one for one in ahead if one.pool == name]
             there = [one for one in running if one.pool == name]
-            known, free = [*self._told, *self._late()], pool.free + pool.coming
-            told = estimate.estimate_starts(line, there, free, pace, known, now=self.now, asked=(task.name,)).get(
-                task.name
-            )
+            known, asked, coming = [*self._told, *self._late()], (task.name,), self._loading(name)
+            free = self._pool(name).free
+            told = estimate.estimate_starts(
+                line, there, free, pace, known, now=self.now, asked=asked, coming=coming, kept=kept
+            ).get(task.name)
             if told is not None:
                 self._asked[task.number] = told
             self._courses[task.number] = replace(self._courses[task.number], told=told)
+
+    def _loading(self, name: str) -> list[float]:
+        """Seconds until each place is free that the pool's workers will have once they have loaded."""
+        settings, workers = self.pools[name], self._workers[name]
+        seconds = [one.ready_at - self.now for one in workers if one.ready_at > self.now]
+        seconds += [self.load_seconds] * (settings.max - len(workers))
+        return [one for one in seconds for _ in range(settings.ranks)]
 
     def _late(self) -> list[Told]:
         waited = ((told, self.now - self.arrivals[number].at_seconds) for number, told in self._asked.items())
