@@ -32,7 +32,7 @@ from orchestrator.pending_calls import (
     Warming,
     Writing,
 )
-from orchestrator.scheduling.fair_share import Running, Waiting, running_order, shares_of
+from orchestrator.scheduling.fair_share import Running, Share, Waiting, running_order, shares_of
 from orchestrator.scheduling.pools import chosen_pool, pool_of, pools_of, size
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import (
@@ -535,7 +535,8 @@ class Controller:
         coming = sum(map(_comes_soon, in_use))
         gone = sum(not drain.is_node and pool_of(drain.what) == name for drain in self._pool.drains)
         drains = self._pool.drains_of(name)
-        further = 0 if drains else max(0, settings.max - gone - len(in_use))
+        is_placeless = bool(in_use) and all(worker.is_placeless for worker in in_use)
+        further = 0 if drains or is_placeless else max(0, settings.max - gone - len(in_use))
         return Pool(
             capacity=settings.ranks * settings.max,
             ready=settings.ranks * sum(worker.ready for worker in in_use),
@@ -543,7 +544,7 @@ class Controller:
             kept=settings.ranks * kept,
             coming=settings.ranks * (coming + further),
             is_forming=settings.ranks > 1 and any(worker.machines == () for worker in in_use),
-            is_placeless=bool(in_use) and all(worker.is_placeless for worker in in_use),
+            is_placeless=is_placeless,
             drained="; ".join(drain.told for drain in drains),
             drained_since=min((drain.at for drain in drains), default=None),
         )
@@ -665,14 +666,33 @@ class Controller:
         return {name: pool.ranks for name, pool in self._settings.pools.items()}
 
     @property
-    def free_places(self) -> dict[str, int]:
-        """Pool to the places that are free, or that it can get when tasks wait for them."""
-        found = {}
-        for name, pool in self.describe_pools().items():
-            free = sum(worker.is_free for worker in pool.workers)
-            places = self._places(name, free, 0)
-            found[name] = places.free + places.coming
-        return found
+    def shares(self) -> Mapping[str, Share]:
+        """What each team may have."""
+        return self._shares
+
+    def seconds_until_free(self, pool: str) -> list[float]:
+        """For each place of a pool that is free, or that it can get when tasks wait, the seconds until it is. Places of
+        a pool that is cold are left out while nobody knows how long it takes to load. Thread-safe."""
+        found = self.describe_pools().get(pool)
+        if found is None:
+            return []
+        ranks, free = found.settings.ranks, sum(worker.is_free for worker in found.workers)
+        load = self._pool.load_seconds(pool)
+        seconds = [0.0] * (ranks * free)
+        if load is None and not found.ready:
+            return seconds
+        now = time.time()
+        loading = [
+            worker for worker in found.workers if worker.drain is None and worker.loads_since and not worker.ready
+        ]
+        seconds += [
+            max(0.0, (load or 0.0) - (now - worker.loads_since))
+            for worker in loading
+            if not worker.is_placeless
+            for _ in range(ranks)
+        ]
+        coming = self._places(pool, free, 0).coming
+        return seconds + [load or 0.0] * max(0, coming - (len(seconds) - ranks * free))
 
     def idle_causes(self, pool: str) -> tuple[str, ...]:
         """What the workers of a pool do, where none of them is ready."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import statistics
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +56,8 @@ large model, or an upload to a slow storage, cannot be broken: then its process 
 model."""
 END_SECONDS = 20.0
 """Longest wait for an answer on how a process ended: its machine may be gone with it."""
+LOADS_KEPT = 5
+"""Loads of each pool, the last, from which the next is estimated."""
 LOOK_SECONDS = 2.0
 """Interval at which it is looked on which machines workers are."""
 
@@ -206,6 +210,8 @@ class WorkerPool:
         """Addresses of the machines among them."""
         for name in cluster.workers:
             self._add(name, None)
+        self._loads: dict[str, deque[float]] = {}
+        """Pool to the seconds that its last workers took to load the base model once they had a place."""
         self.layouts: dict[str, BaseLayout] = {}
         """Base model to what the first warm worker reported of it; none before that."""
 
@@ -304,6 +310,9 @@ class WorkerPool:
             seconds_left=None if ends_at is None else max(0.0, ends_at - now),
             stops=record.preempt_requested or record.cancel_requested,
             was_preempted=record.gave_back_at is not None,
+            seconds_max=record.spec.max_run_seconds,
+            rows=record.rows_asked(record.places),
+            method=record.spec.method.name,
         )
 
     def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
@@ -389,6 +398,9 @@ class WorkerPool:
             what = f"{type(error).__name__}: {error}"
             self._cannot_load(worker, InvalidInput(what, "base_model", "the worker's log has the rest"))
         else:
+            if worker.avoids is not None and worker.loads_since:  # else it may have been warm before it was asked
+                loads = self._loads.setdefault(worker.pool, deque(maxlen=LOADS_KEPT))
+                loads.append(time.time() - worker.loads_since)
             worker.ready, worker.error, worker.loads_since, worker.ends = True, None, 0.0, 0
             worker.heard_at, worker.is_silent = time.time(), False
             worker.idle_since, worker.looked_at = time.time(), 0.0
@@ -661,6 +673,11 @@ class WorkerPool:
         able = self._cluster.large_enough(pool, self._drained) if self._drained else ()
         machines = [drain for drain in self.drains if drain.is_node and drain.what in able]
         return [*machines, *names] if machines else []
+
+    def load_seconds(self, pool: str) -> float | None:
+        """Seconds that a worker of a pool takes until it is ready, once it has a place; None: none has loaded yet."""
+        loads = self._loads.get(pool)
+        return statistics.median(list(loads)) if loads else None
 
     def describe(self) -> dict[str, PoolStatus]:
         """Pool to what its workers do."""

@@ -40,7 +40,7 @@ class Surroundings:
     place: int | None = None
     """Place in the queue, from 1."""
     pace: Pace | None = None
-    """How long tasks have a worker here; None: not known."""
+    """How long it has a worker; None: not known."""
     start: Estimate | None = None
     """When it starts; None: not known."""
     idle_causes: Collection[str] = ()
@@ -154,10 +154,14 @@ def _why_queued(record: TaskRecord, around: Surroundings, wait: Wait | None) -> 
     if wait is None:
         return "the service is not running; `onebasis up` starts it"
     note = f"; last attempt: {record.reason}" if record.reason else ""
+    start = f"; {_start(around)}" if around.start is not None else ""
     if record.blocked or wait.code in (WaitCode.PAUSED, WaitCode.NEVER_FITS, WaitCode.DRAINED):
-        return _cause(wait, around) + note
-    if wait.code in (WaitCode.BASE_MODEL_LOADING, WaitCode.GANG_INCOMPLETE, WaitCode.NO_MACHINE):
+        is_timed = wait.code in (WaitCode.DEPENDENCY, WaitCode.NOT_BEFORE)
+        return _cause(wait, around) + (start if is_timed else "") + note
+    if wait.code in (WaitCode.GANG_INCOMPLETE, WaitCode.NO_MACHINE):
         return _cause(wait, around)
+    if wait.code is WaitCode.BASE_MODEL_LOADING:
+        return _cause(wait, around) + start
     ahead = f"place {around.place}, {around.place - 1} before it" if around.place else "its turn is coming"
     return f"{_cause(wait, around)}; {ahead}; {_start(around)}{note}"
 
@@ -218,10 +222,8 @@ def _start(around: Surroundings) -> str:
             if pace is None
             else "its start is not known"
         )
-    if pace.count == 1:
-        basis = f"the one task before took {duration(pace.seconds)}"
-    else:
-        basis = f"the median of the last {pace.count} tasks is {duration(pace.seconds)}"
+    before = "the one task before" if pace.count == 1 else f"the last {pace.count} tasks like it"
+    basis = f"it takes about {duration(pace.seconds)}, by {before}"
     about = "at once" if start.seconds < 1 else f"in about {duration(start.seconds)}"
     return f"starts {about}, in four of five cases {span(start)} ({basis})"
 

@@ -246,9 +246,15 @@ def _print_outlook(answer: Json) -> None:
     console.print(f"  pool       {shown(answer['pool'])}", soft_wrap=True)
     console.print(f"  now        {shown(answer['why'])}", soft_wrap=True)
     if (end := answer["end"]) is not None:
-        earliest, latest, cost = map(duration, (end["earliest"], end["latest"], answer["cost_worker_seconds"]))
+        earliest, latest = duration(end["earliest"]), duration(end["latest"])
         console.print(f"  trained    between {earliest} and {latest} from now, in four of five cases")
-        console.print(f"  cost       about {cost} of a worker, as the last tasks")
+    if (places := answer["cost_place_seconds"]) is not None:
+        gpus = "" if answer["cost_gpu_seconds"] is None else f", {answer['cost_gpu_seconds']:,.0f} GPU-seconds"
+        console.print(
+            f"  cost       about {places:,.0f} place-seconds{gpus}: {duration(answer['length_seconds'])} long"
+        )
+    if answer["runs_too_long"]:
+        errors.print(f"[yellow]warning:[/yellow] {shown(answer['runs_too_long'])}", soft_wrap=True)
 
 
 def _deadline(row: Json) -> str:

@@ -234,6 +234,16 @@ class TaskRecord(Section):
         """`team/name`, what people call it: one task of the service, whatever its base model."""
         return f"{self.team}/{self.name}"
 
+    def rows_asked(self, ranks: int) -> float:
+        """Rows that it is to be trained on, one as often as it is read; 0 where it is not trained here.
+
+        Args:
+            ranks: Processes that train it together.
+        """
+        if self.spec.method.name == "import" or not self.train_count:
+            return 0.0
+        return float(self.spec.training.steps(self.train_count, ranks) * self.spec.training.rows_per_step(ranks))
+
     def doubt(self, score: float | None, base_score: float | None = None) -> str:
         """A warning where a score of this task does not show that anything was learnt; else empty.
 

@@ -196,7 +196,7 @@ def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: O
     assert pool == "  pool       default"
     assert now.startswith("  now        is about to start; place 1, 0 before it; starts at once")
     assert end == "  trained    between 2 s and 17 s from now, in four of five cases"
-    assert cost == "  cost       about 2 s of a worker, as the last tasks"
+    assert cost == "  cost       about 2 place-seconds: 2 s long"
     assert site.client.ask(ListTasks()) == before
 
 
