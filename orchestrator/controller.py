@@ -436,7 +436,7 @@ class Controller:
         busy = {order.token for order in self._pool.orders}
         for record in training:
             worker = self._pool.workers.get(record.worker)
-            if worker is not None and worker.drain is not None and not worker.drain.waits and not _stop_for(record):
+            if worker is not None and worker.drain is not None and not worker.drain.lets_end and not _stop_for(record):
                 self._apply((record.task_id,), PreemptRequested(str(worker.drain)))
             if record.token in busy:
                 if worker is not None and (what := _stop_for(record)):

@@ -24,7 +24,7 @@ from orchestrator.api.sources import Sources
 from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
 from orchestrator.api.versions import Versions
-from orchestrator.reload import taken_without_restart
+from orchestrator.reload import refuse_lost_teams, taken_without_restart
 from subspace_store.commands.state_folder import keep_settings, service_identity
 from subspace_store.log.store_format import check_place
 from subspace_store.requests import Rollback, StoreRequest
@@ -127,6 +127,8 @@ class Service:
             controller, before = self._sources.running("reload"), self._sources.settings
             after = request.settings
             taken = taken_without_restart(before, after, os.cpu_count() or 1)
+            if not before.teams.keys() <= after.teams.keys():
+                refuse_lost_teams(before, after, self._sources.queue.alive_of_teams())
             new = [base for base in after.bases if base.name not in before.base_names]
             storages = {base.name: open_storage(after.storage, base.name) for base in new}
             us = service_identity(Path(after.state_dir))

@@ -255,7 +255,11 @@ class Tasks:
             record = self._sources.queue.find(request.reference)
             after = self._sources.queue.apply(record.task_id, Paused(by=request.by, message=request.reason, at=now))
             self._sources.wake()
-            return {**self._summary(after), "paused": pause_json(after.paused)}
+            return {
+                **self._summary(after),
+                "is_new": record.paused is None,
+                "paused": pause_json(after.paused),
+            }
         team = self._known_team(request.team)
         asked = Pause(by=request.by, reason=request.reason, at=now)
         before = self._sources.queue.set_pause(team, asked)
@@ -269,7 +273,7 @@ class Tasks:
             record = self._sources.queue.find(request.reference)
             after = self._sources.queue.apply(record.task_id, Resumed(request.by))
             self._sources.wake()
-            return {**self._summary(after), "paused": None}
+            return {**self._summary(after), "is_new": record.paused is not None, "paused": None}
         before = self._sources.queue.set_pause(self._known_team(request.team), None)
         self._sources.wake()
         return {"team": request.team, "is_new": before is not None, "paused": None}
@@ -292,7 +296,7 @@ class Tasks:
                 by=request.by,
                 reason=request.reason,
                 at=time.time(),
-                waits=request.wait,
+                lets_end=request.let_end,
             )
             before = self._sources.queue.set_drain(what, request.is_node, after)
         controller.wake()
@@ -307,20 +311,26 @@ class Tasks:
 
     def change_many(self, request: requests.ChangeMany) -> Json:
         """The same for many tasks, the oldest first; of several of one name only the newest. What does not belong to a
-        task's state is no error: it is told."""
+        task's state is no error: it is told, and so is a task for which there is nothing to do."""
         self._sources.running(request.change)
         if request.team is None and request.state is None:
             raise InvalidInput("names neither a team nor a state", request.change, "add --team, --state or both")
         self._known_team(request.team)
         states = (request.state,) if request.state else CHANGES[request.change]
         newest = {record.title: record for record in self._sources.queue.tasks(states, request.team)}
-        done, refused = [], []
+        done, unchanged, refused = [], [], []
         for record in newest.values():
+            if request.change == "retry":  # of that name another may be alive by now
+                record = self._sources.queue.find(record.title)
+            if why_not := _nothing_to_do(request.change, record):
+                unchanged.append({"title": record.title, "why": why_not})
+                continue
             try:
                 done.append(self._change_one(request, record)["title"])
             except OnebasisError as error:
-                refused.append({"title": record.title, "error": {**error.as_dict(), "text": str(error)}})
-        return {"change": request.change, "done": done, "refused": refused}
+                told = {**error.as_dict(), "exit_code": int(error.exit_code), "text": str(error)}
+                refused.append({"title": record.title, "error": told})
+        return {"change": request.change, "done": done, "unchanged": unchanged, "refused": refused}
 
     def _change_one(self, request: requests.ChangeMany, record: TaskRecord) -> Json:
         asked, by = record.task_id, request.by
@@ -328,7 +338,7 @@ class Tasks:
             case "cancel":
                 return self.cancel(requests.Cancel(reference=asked, by=by))
             case "retry":
-                return self._retry(self._sources.queue.find(record.title), by)
+                return self._retry(record, by)
             case "pause":
                 return self.pause(requests.Pause(reference=asked, reason=request.reason, by=by))
             case "resume":
@@ -441,6 +451,20 @@ class Tasks:
             alarms=self._sources.ringing(name),
             leader=self._sources.leader,
         )
+
+
+def _nothing_to_do(change: requests.Change, record: TaskRecord) -> str:
+    """Why a change asked for of many tasks leaves this one as it is; empty where there is something to do."""
+    match change:
+        case "retry" if record.state in LIVE:
+            return f"is {record.state}: only what ended without a result is submitted again"
+        case "resume" if record.paused is None:
+            return "is not paused itself"
+        case "pause" if record.paused is not None:
+            return f"is paused already, by {record.paused.by}"
+        case "cancel" if record.state is TaskState.CANCELLED:
+            return "is cancelled already"
+    return ""
 
 
 def _wait_json(wait: Wait | None) -> Json | None:

@@ -179,7 +179,10 @@ def drained(answer: Json) -> None:
     if (drain := answer["drain"]) is None:
         note(f"{what}: {'tasks are given there again' if answer['is_new'] else 'was not drained'}")
         return
-    does = "ends first" if drain["waits"] else "writes a checkpoint and waits in the queue again"
+    if answer.get("given_back"):
+        note(f"{what}: all its places are given back")
+        return
+    does = "ends first" if drain["lets_end"] else "writes a checkpoint and waits in the queue again"
     note(f"{what}: gets nothing new; what trains there {does}, then its place is given back")
     for worker, text in answer["workers"].items():
         note(f"  {worker}: {text}")
@@ -203,14 +206,14 @@ def _print_leadership(leadership: Json | None) -> None:
 
 def _print_pauses(paused: Json | None) -> None:
     """What is paused: the service, teams. None: not known."""
-    found = {"the service": paused["service"]} if paused else {}
-    found |= {f"team {team}": pause for team, pause in (paused or {}).get("teams", {}).items()}
-    for what, pause in found.items():
+    found = [("the service", "--service", paused["service"])] if paused else []
+    found += [(f"team {team}", f"--team {team}", pause) for team, pause in (paused or {}).get("teams", {}).items()]
+    for what, option, pause in found:
         if pause is not None:
             console.print(
                 f"  [yellow]{shown(what)} is paused[/yellow] by {shown(pause['by'])} for "
                 f"{duration(time.time() - pause['at'])}: {shown(pause['reason'] or 'no reason given')} "
-                "(`onebasis resume` starts it again)",
+                f"(`onebasis resume {shown(option)}` lets it go on)",
                 soft_wrap=True,
             )
 
@@ -336,24 +339,35 @@ def preempted(answer: Json) -> None:
 
 
 def paused(answer: Json) -> None:
-    """`onebasis pause` and `resume`."""
-    what = answer.get("title") or (f"team {answer['team']}" if answer["team"] else "the service")
-    pause = answer["paused"]
-    if pause is None:
-        note(f"{what}: not paused")
-        return
+    """`onebasis pause`."""
+    pause, what = answer["paused"], _paused_or_resumed(answer)
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pause["at"]))
     note(f"{what}: paused by {pause['by']} since {since}: {pause['reason'] or 'no reason given'}")
+
+
+def resumed(answer: Json) -> None:
+    """`onebasis resume`."""
+    note(f"{_paused_or_resumed(answer)}: {'no longer paused' if answer['is_new'] else 'was not paused'}")
+
+
+def _paused_or_resumed(answer: Json) -> str:
+    return str(answer.get("title") or (f"team {answer['team']}" if answer["team"] else "the service"))
 
 
 def changed(answer: Json) -> None:
     """`onebasis cancel`, `retry`, `pause` and `resume` of many tasks."""
     for title in answer["done"]:
         note(f"{title}: {answer['change']} asked for")
+    for one in answer["unchanged"]:
+        note(f"{one['title']}: {one['why']}")
     for one in answer["refused"]:
         errors.print(f"[yellow]not[/yellow] {shown(one['title'])}: {shown(one['error']['text'])}", soft_wrap=True)
-    if not answer["done"]:
+    counts = {name: len(answer[name]) for name in ("done", "unchanged", "refused")}
+    if not any(counts.values()):
         note("no such task")
+        return
+    words = {"done": f"{answer['change']} asked for", "unchanged": "nothing to do", "refused": "refused"}
+    note(", ".join(f"{words[name]}: {count:,}" for name, count in counts.items() if count))
 
 
 def simulation(answer: Json) -> None:

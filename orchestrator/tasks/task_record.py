@@ -74,7 +74,7 @@ class Drain(Section):
     by: str
     reason: str = ""
     at: float
-    waits: bool = False
+    lets_end: bool = False
     """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
 
     def __str__(self) -> str:

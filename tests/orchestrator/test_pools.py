@@ -198,10 +198,10 @@ def test_what_trains_on_a_drained_worker_goes_on_elsewhere_from_its_checkpoint(p
     plant.run(lambda: len(at_work(plant)) == 3)
 
 
-def test_with_wait_a_drained_worker_ends_its_task_first_and_gets_nothing_new(plant: Plant) -> None:
+def test_with_let_end_a_drained_worker_ends_its_task_first_and_gets_nothing_new(plant: Plant) -> None:
     plant.submit("red/a", pool="single")
     plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
-    drain(plant, "single-0", wait=True)
+    drain(plant, "single-0", let_end=True)
     plant.step(5)
     assert at_work(plant) == {"red/a": "single-0"}
     assert plant.controller.describe_workers()["single-0"].endswith("; single-0 is drained by ann: new kernel")
@@ -214,7 +214,7 @@ def test_with_wait_a_drained_worker_ends_its_task_first_and_gets_nothing_new(pla
 def test_a_worker_that_is_lost_while_it_is_drained_counts_as_no_lost_machine(plant: Plant) -> None:
     plant.submit("red/a", pool="single")
     plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
-    drain(plant, "single-0", wait=True)
+    drain(plant, "single-0", let_end=True)
     plant.step(2)
     plant.cluster.machine_dies()  # somebody was quicker than the training
     plant.run(lambda: plant.get("red/a").preemptions == 1)
@@ -247,8 +247,8 @@ def test_what_is_not_there_cannot_be_drained(plant: Plant) -> None:
 def test_drains_are_kept_and_taken_back(plant: Plant) -> None:
     asked = Drain(what="single-0", by="ann", reason="r", at=5.0)
     assert plant.queue.set_drain("single-0", False, asked) is None
-    assert plant.queue.set_drain("single-0", False, asked.model_copy(update={"waits": True})) == asked
-    assert [one.waits for one in plant.queue.drains()] == [True]
+    assert plant.queue.set_drain("single-0", False, asked.model_copy(update={"lets_end": True})) == asked
+    assert [one.lets_end for one in plant.queue.drains()] == [True]
     assert plant.queue.set_drain("single-0", True, None) is None  # a machine of that address is another thing
     assert plant.queue.set_drain("single-0", False, None) is not None
     assert plant.queue.drains() == []
@@ -338,7 +338,7 @@ def test_a_pool_all_of_whose_workers_are_drained_by_name_says_so_also_before_a_t
     told = plant.controller.wait_of_another(another)
     assert told is not None
     assert told.code is WaitCode.DRAINED
-    assert not plant.controller.free_places["single"]
+    assert plant.controller.seconds_until_free("single") == []
     plant.queue.set_drain("single-1", False, None)
     plant.controller.wake()
     plant.run(lambda: at_work(plant) == {"red/a": "single-1"})
