@@ -156,9 +156,8 @@ def test_a_team_with_tasks_that_have_not_ended_does_not_leave_a_running_service(
     plant.submit("red/a", "red/b", "blue/c")
     service = service_of(plant)
     fewer = plant.settings.model_copy(update={"teams": {"green": plant.settings.teams["green"]}})
-    with pytest.raises(
-        Conflict, match=r"tasks have not ended: red \(2 tasks\), blue \(1 task\)\n.*`onebasis cancel --team "
-    ):
+    told = r"tasks have not ended: red \(2 tasks\), blue \(1 task\)\n.*`onebasis cancel --team red`"
+    with pytest.raises(Conflict, match=told):
         service.answer(Reload(settings=fewer))
     without = plant.settings.model_copy(
         update={"teams": {team: plant.settings.teams[team] for team in ("red", "blue")}}
