@@ -467,13 +467,16 @@ def simulate(
         Path,
         typer.Argument(
             metavar="ARRIVALS.csv",
-            help="Columns at_seconds, team, seconds; pool, ranks, gpus, priority, max_run_seconds.",
+            help="Columns at_seconds, team, seconds; pool, base_model, ranks, gpus, priority, max_run_seconds.",
         ),
     ],
     settings: Annotated[
         Path | None,
         typer.Option(help="Settings (YAML), for `teams` and `pools`; default: those of the last `up` here."),
     ] = None,
+    load_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Time that a worker takes until it is ready, once it was asked for.")
+    ] = 60.0,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -491,12 +494,12 @@ def simulate(
         lines = arrivals.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot be read: {error}", str(arrivals), "name a CSV file") from error
-    found = read_arrivals(lines, read.pools)
+    found = read_arrivals(lines, read.pools, str(arrivals))
     if strangers := sorted({one.team for one in found} - read.teams.keys()):
         teams = ", ".join(sorted(read.teams))
         raise InvalidInput(f"there is no team '{strangers[0]}'", str(arrivals), f"teams of these settings: {teams}")
     with telling("simulating"):
-        done = simulation.simulate(found, shares_of(read.teams), read.pools)
+        done = simulation.simulate(found, shares_of(read.teams), read.pools, load_seconds=load_seconds)
     show(simulation.report(done), display.simulation, as_json)
 
 

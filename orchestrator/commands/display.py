@@ -385,13 +385,18 @@ def simulation(answer: Json) -> None:
     facts = (
         ("weeks", f"{answer['weeks']:.1f}"),
         ("utilisation", "–" if answer["utilisation"] is None else f"{answer['utilisation']:.2f}"),
-        ("Jain index", f"{answer['jain']:.3f}"),
+        ("Jain index", "– (there was nothing to share)" if answer["jain"] is None else f"{answer['jain']:.3f}"),
         (
             "preemptions",
             f"{answer['preemptions']:,}" + ("" if back is None else f", given back within {duration(back)}"),
         ),
         ("in the interval", "–" if share is None else f"{share:.0%} of the starts that were estimated"),
         ("never started", f"{answer['never_started']:,}"),
+        (
+            "assumed",
+            f"a worker loads for {duration(answer['load_seconds'])} (--load-seconds), a checkpoint takes "
+            f"{duration(answer['checkpoint_seconds'])}",
+        ),
     )
     for name, text in facts:
         console.print(f"  {name:16} {text}")

@@ -459,10 +459,11 @@ def inside(courses: Iterable[Course]) -> float | None:
 def report(simulation: Simulation) -> dict[str, Any]:
     """The figures of a simulation, as plain values. What is not known is None.
 
-    `jain` is about the place-seconds that each team used until the last arrival, over its weight, and `utilisation`
-    about the same time; `give_back_seconds_max` is the longest time from the word to a borrower to the start of a task
-    of the team that the places are for; `start_in_stated_interval` is the share of starts that fell into the interval
-    that was told at arrival, for `TOLD_MAX` arrivals.
+    `jain` is about the place-seconds that each team used until the last arrival, over its weight, None where there was
+    nothing to share: one team alone, or nobody waited; `utilisation` is about the same time. `give_back_seconds_max` is
+    the longest time from the word to a borrower to the start of a task of the team that the places are for;
+    `start_in_stated_interval` is the share of starts that fell into the interval that was told at arrival, for
+    `TOLD_MAX` arrivals.
     """
     courses, shares = simulation.courses, simulation.shares
     used = simulation.place_seconds
@@ -473,7 +474,11 @@ def report(simulation: Simulation) -> dict[str, Any]:
         "never_started": sum(course.started_at is None for course in courses),
         "weeks": until / (7 * 24 * 3600),
         "utilisation": _share(simulation.used_seconds, simulation.there_seconds),
-        "jain": jain_index(used[team] / shares.get(team, Share()).weight for team in used),
+        "jain": jain_index(used[team] / shares.get(team, Share()).weight for team in used)
+        if waited and any(used.values()) and len({course.arrival.team for course in courses}) > 1
+        else None,
+        "load_seconds": simulation.load_seconds,
+        "checkpoint_seconds": CHECKPOINT_SECONDS,
         "preemptions": sum(course.preemptions for course in courses),
         "preempted_in_a_row_max": max((course.preempted_in_a_row for course in courses), default=0),
         "give_back_seconds_max": max(simulation.give_back_seconds, default=None),

@@ -260,7 +260,9 @@ def test_arrivals_are_simulated_under_the_settings_of_the_service(onebasis: Oneb
     assert found["waits"][0] == {"team": "blue", "pool": "default", "ranks": 1, "tasks": 1} | dict.fromkeys(
         ("mean_seconds", "p50_seconds", "p90_seconds", "max_seconds"), 70.0
     )
-    assert "never started" in onebasis("simulate", str(table)).stdout
+    shown = onebasis("simulate", str(table), "--load-seconds", "90").stdout
+    assert "never started" in shown
+    assert "a worker loads for 90 s (--load-seconds), a checkpoint takes 30 s" in shown
     marked = tmp_path / "marked.csv"
     marked.write_text(table.read_text(), encoding="utf-8-sig")  # as Excel writes UTF-8
     assert json.loads(onebasis("simulate", str(marked), "--json").stdout) == found

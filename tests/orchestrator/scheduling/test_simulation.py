@@ -209,6 +209,24 @@ def test_the_figures_are_those_of_the_courses() -> None:
     assert simulation.end_seconds == 150.0
 
 
+def test_where_nobody_waited_or_one_team_was_alone_there_was_nothing_to_share() -> None:
+    two = [Arrival(at_seconds=0.0, team="red", seconds=5.0), Arrival(at_seconds=60.0, team="blue", seconds=5.0)]
+    assert report(simulate(two, {}, fixed(1)))["jain"] is None
+    alone = [Arrival(at_seconds=float(at), team="red", seconds=50.0) for at in range(3)]
+    assert report(simulate(alone, {}, fixed(1)))["jain"] is None
+
+
+def test_the_time_that_a_worker_loads_can_be_set_and_is_told() -> None:
+    (course,) = (
+        done := simulate([Arrival(at_seconds=0.0, team="red", seconds=5.0)], {}, COLD, load_seconds=7.0)
+    ).courses
+    assert course.wait_seconds == 7.0
+    assert report(done)["load_seconds"] == 7.0
+
+
+COLD = {"default": PoolSettings(max=1)}
+
+
 def test_jains_index_is_one_for_equals_and_one_of_n_for_one_that_has_all() -> None:
     assert jain_index([3.0, 3.0, 3.0]) == 1.0
     assert jain_index([5.0, 0.0, 0.0, 0.0]) == 0.25
