@@ -161,7 +161,8 @@ class Gang:
             Rank 0's outcome; if it has none, another rank's failure, or `lost`.
 
         Raises:
-            Unavailable: A rank was lost before it began, or the storage was away; the order may be given again. Where
+            Unavailable: A rank's machine was lost before it began, or the storage was away; the order may be given
+                again. That a rank's process died while it loaded is an outcome, `died`. Where
                 there is no place for the ranks, the order waits until there is one or it is stopped.
         """
         return self._book.run(order.token, lambda: self._outcome(order))
@@ -217,8 +218,13 @@ class Gang:
             where = ", ".join(f"{count} on {node}" for node, count in Counter(self._nodes).items())
             self._lines.append(f"{self._ranks.size} ranks: {where}")
             outcome = self._supervised(order, *places[0])
-        except Unavailable:
+        except Unavailable as error:
             stop = self._stops.get(order.token)
+            if stop is None and isinstance(error, RankDied):
+                # Told, and charged to the budget for such ends: given again in silence, it could go on for ever.
+                self._disband()
+                what = f"while the base model was loaded, {error.what}"
+                return Failed(token=order.token, fault="died", message=what, log_lines=tuple(self._lines))
             if stop is None:
                 raise
             fault = "cancelled" if stop == "cancel" else "preempted"
