@@ -422,7 +422,10 @@ class Controller:
     def _told(self, order: Train, outcome: Failed) -> tuple[str, str]:
         """Fault and message of an attempt that failed. The worker knows only that it was to stop, not why; and if it is
         lost while its machine is maintained, that is nobody's fault."""
-        worker = self._pool.workers.get(self._queue.get(order.task_id).worker)
+        record = self._queue.get(order.task_id)
+        worker = self._pool.workers.get(record.worker)
+        if record.ran_too_long and not record.cancel_requested and outcome.fault == "cancelled":
+            return "too-long", f"stopped: it ran for longer than its max_run_seconds, {order.spec.max_run_seconds:g}"
         if worker is not None and worker.drain is not None and outcome.fault in ("preempted", "lost", "died"):
             return "preempted", f"{worker.drain}; it goes on from its last checkpoint"
         if self._is_ending and outcome.fault == "preempted":

@@ -62,6 +62,10 @@ LOOK_SECONDS = 2.0
 """Interval at which it is looked on which machines workers are."""
 
 
+AT_AN_ADAPTER: Mapping[str, str] = {Phase.SCORING: "scoring the own adapter of", Phase.SAVING: "storing the adapter of"}
+"""What a worker does with a task that it trains, by its phase; else it trains it."""
+
+
 @dataclass
 class WorkerStatus:
     """A worker as the control plane sees it now."""
@@ -94,8 +98,8 @@ class WorkerStatus:
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
     told_at: float = 0.0
     """When that was; infinite once its process was ended for it."""
-    waits: bool = False
-    """Its order waits for places for the ranks of a gang."""
+    phase: str = ""
+    """What it said last of how far it is with its order; empty: nothing yet."""
     heard_at: float = 0.0
     """Unix time of its last answer."""
     is_silent: bool = False
@@ -130,10 +134,15 @@ class WorkerStatus:
         return self.can_begin and self.drain is None
 
     @property
+    def waits(self) -> bool:
+        """Whether its order waits for places for the ranks of a gang."""
+        return self.phase == Phase.WAITING
+
+    @property
     def is_placeless(self) -> bool:
         """Whether it, or a rank of it, waits for a place."""
         waits = self.machines == () or isinstance(self.error, NoPlace)
-        return self.waits or (waits and not self.ready)
+        return (self.waits and self.order is not None) or (waits and not self.ready)
 
     @property
     def is_loading(self) -> bool:
@@ -157,7 +166,8 @@ class WorkerStatus:
             before = "does not answer; last seen "
         match self.order:
             case Train(task_id=task_id, refine_version=version):
-                return before + (f"refining {task_id} at version {version}" if version else f"training {task_id}")
+                does = AT_AN_ADAPTER.get(self.phase, "training")
+                return before + (f"refining {task_id} at version {version}" if version else f"{does} {task_id}")
             case Evaluate(task_id=task_id, version=version):
                 return f"{before}scoring {task_id} at version {version}"
         if self.ready:
@@ -280,7 +290,7 @@ class WorkerPool:
     def give(self, worker: WorkerStatus, order: Order) -> None:
         # Sent first: an order that could not be sent must not occupy the worker.
         self._pending_calls.send(Ordered(worker.name), lambda: self._cluster.run(worker.name, order))
-        worker.order, worker.told, worker.waits, worker.ends_at = order, ("", ""), False, None
+        worker.order, worker.told, worker.phase, worker.ends_at = order, ("", ""), "", None
         worker.asked_at = worker.given_at = time.time()
 
     def running(self, live: Sequence[TaskRecord]) -> list[Running]:
@@ -567,7 +577,7 @@ class WorkerPool:
         self._hear(worker, progress.trouble)
         if order is None or progress.token != order.token:
             return
-        worker.waits = progress.phase is Phase.WAITING
+        worker.phase = progress.phase
         if progress.seconds_left == progress.seconds_left:  # else NaN: it does not know
             worker.ends_at = time.time() + progress.seconds_left
         if not isinstance(order, Train):

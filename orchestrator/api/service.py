@@ -14,7 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from configs.document import Request
-from configs.errors import Corrupt, UnreadableTask
+from configs.errors import Corrupt, NotLeading, UnreadableTask
 from configs.settings import Settings
 from orchestrator.alarms import Alarms
 from orchestrator.api import requests
@@ -152,7 +152,13 @@ class Service:
 
     def _answer(self, request: Request) -> Any:
         if self._stands_by is not None and route_of(request).verb == "POST":
-            raise self._stands_by().refusal
+            refusal = self._stands_by().refusal
+            if isinstance(request, requests.Submit) and request.dry_run:
+                what = (
+                    "a dry run is checked against the base model as the workers have loaded it, which the leader knows"
+                )
+                raise NotLeading(f"{refusal.what}; {what}", refusal.where, refusal.todo)
+            raise refusal
         match request:
             case Rollback():
                 return self.versions(request.base_model).rollback(request)

@@ -70,6 +70,12 @@ def status(answer: Json) -> None:
     for team, codes in answer.get("waiting", {}).items():
         reasons = ", ".join(f"{count:,} {code}" for code, count in codes.items())
         console.print(f"  waiting  {shown(team)}: {reasons}", soft_wrap=True)
+    for name, count in (answer.get("left_base_models") or {}).items():
+        console.print(
+            f"  [yellow]warning[/yellow]  {shown(name)} is no longer among the base models: {counted(count, 'task')} of"
+            " it stay as they are, and none goes on until it is back",
+            soft_wrap=True,
+        )
     for late in answer.get("late", ()):
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(late["at"]))
         what = "was missed" if late["outlook"] == "missed" else late["outlook"]
@@ -319,7 +325,10 @@ def task(answer: Json) -> None:
         console.print(f"  [yellow]warning[/yellow]    {shown(warning)}", soft_wrap=True)
     _print_training(answer["training"])
     for event in answer["events"]:
-        console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(event['text'])}", soft_wrap=True)
+        text = event["text"]
+        for warning in answer["warnings"]:  # those are above
+            text = text.replace(f"; {warning}", "").replace(f" · {warning}", "")
+        console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(text)}", soft_wrap=True)
 
 
 PREEMPTED = {

@@ -659,7 +659,7 @@ class TaskQueue:
         )
         if written.rowcount != 1:
             raise _OvertakenError
-        self._append(connection, task_id, [(type(event).__name__, narrate(after, event))], time.time())
+        self._append(connection, task_id, [(type(event).__name__, narrate(after, event, record.warnings))], time.time())
         if after.state is not record.state:
             self._tell_those_behind(connection, after)
         if use := used_by(record, event, row.lease_until):

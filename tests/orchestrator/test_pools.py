@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import Drain, TaskState
 from tests.builders import BASE, LAYOUT
 from tests.orchestrator.plant import Plant
-from workers.orders import Train
+from workers.orders import Phase, Train
 
 MakePlant = Callable[..., Plant]
 TWO = {
@@ -390,3 +391,21 @@ def test_a_worker_that_loads_is_not_ended_as_idle_however_long_it_takes(
     monkeypatch.setattr(worker_pool.time, "time", lambda: now + 111)
     plant.step(3)
     assert plant.cluster.workers == ()
+
+
+def test_a_worker_that_scores_what_it_has_trained_says_so(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant.controller._pool._pools["single"] = plant.settings.pools["single"].model_copy(
+        update={"heartbeat_seconds": 1e-9}
+    )
+    plant.submit("red/a", pool="single")
+    plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
+    task_id, progress = plant.get("red/a").task_id, plant.cluster.progress
+
+    def scoring(worker: str) -> Any:
+        found: Future[Any] = Future()
+        found.set_result(replace(progress(worker).result(), phase=Phase.SCORING))
+        return found
+
+    plant.run(lambda: plant.controller.describe_workers()["single-0"] == f"training {task_id}")
+    monkeypatch.setattr(plant.cluster, "progress", scoring)
+    plant.run(lambda: plant.controller.describe_workers()["single-0"] == f"scoring the own adapter of {task_id}")

@@ -188,3 +188,5 @@ def test_a_task_that_runs_for_longer_than_it_may_is_parked(busy: Site) -> None:
     submit(busy, "red/long", max_run_seconds=0.01)
     parked = busy.wait_for("red/long", "parked")
     assert parked["trouble"] == ["ran-too-long"]
+    ended = [event["text"] for event in parked["events"] if event["kind"] == "TrainingFailed"]
+    assert ended == ["now parked · fault too-long · stopped: it ran for longer than its max_run_seconds, 0.01"]

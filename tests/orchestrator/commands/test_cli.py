@@ -700,3 +700,10 @@ def test_drain_with_wait_ends_when_somebody_takes_the_drain_back_or_types_ctrl_c
     assert refused.exit_code == 4
     assert "somebody took the drain of worker-0 back" in refused.stderr
     site.plant.cluster.release()
+
+
+def test_a_warning_of_a_task_is_shown_once_and_not_again_in_its_events(site: Site, onebasis: Onebasis) -> None:
+    shown = onebasis("task", "red/alpha").stdout
+    few = "the score rests on one evaluation row"
+    assert (shown.count(few), "submitted        submitted" in shown) == (1, True)
+    assert few in onebasis("logs", "red/alpha").stdout
