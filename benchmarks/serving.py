@@ -94,9 +94,9 @@ def measured(
     base: BaseModel, spec: TaskSpec, store: SubspaceStore, version: int, rows: Sequence[Row]
 ) -> dict[str, Any]:
     """Times in turns, and the largest difference to the exported adapters."""
-    ours = MixedBatch(base, store, version)
+    ours = MixedBatch(base, store, version, lambda _: spec)
     draw = random.Random(0)
-    ours.answer([Asked(f"t{task}", spec, rows[0]) for task in range(TASKS)])  # all tasks are in memory
+    ours.answer([Asked(f"t{task}", rows[0]) for task in range(TASKS)])  # all tasks are in memory
     collate = collator(base, spec)
     one = adapted_model(base, _lora(base, store.adapter("t0", version)), spec).eval()
     many, names = _many(base, spec, store, version)
@@ -114,11 +114,11 @@ def measured(
             many(**inputs, adapter_names=[names[i % len(names)] for i in range(len(batch))]).logits.tolist()
 
     def mixed(count: int) -> Callable[[Sequence[Row]], Any]:
-        return lambda batch: ours.answer([Asked(f"t{draw.randrange(count)}", spec, row) for row in batch])
+        return lambda batch: ours.answer([Asked(f"t{draw.randrange(count)}", row) for row in batch])
 
     def one_by_one(batch: Sequence[Row]) -> None:
         for row in batch:
-            ours.answer([Asked(f"t{draw.randrange(TASKS)}", spec, row)])
+            ours.answer([Asked(f"t{draw.randrange(TASKS)}", row)])
 
     ways: dict[str, Callable[[Sequence[Row]], Any]] = {"one LoRA": alone}
     ways |= {f"mixed, {count} tasks": mixed(count) for count in COUNTS}
@@ -150,7 +150,7 @@ def largest_difference(
 ) -> float:
     """Of a probability, between the mixed batch and each task's exported adapter in PEFT's layers."""
     tasks, worst = [f"t{n}" for n in range(0, TASKS, TASKS // 20)], 0.0
-    answers = ours.answer([Asked(task, spec, row) for task in tasks for row in rows])
+    answers = ours.answer([Asked(task, row) for task in tasks for row in rows])
     for place, task in enumerate(tasks):
         model = adapted_model(base, store.adapter(task, version), spec).eval()
         inputs = collator(base, spec)(rows)

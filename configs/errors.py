@@ -6,6 +6,8 @@ OnebasisError
 │   ├── RefusedAdapters   some of several cannot be merged: which, it says
 │   ├── TooLarge   a document or a body has more bytes than one may have
 │   ├── TooSlow    checking what was submitted takes longer than it may
+│   ├── UnknownToken  no token, or one that is not known, ended or was revoked: sign in again
+│   ├── NotAllowed  the role of who asks is too low: ask somebody who has it
 │   └── UnusableStore     no store of this service can be at this address
 │       ├── OtherBaseModel   the store there belongs to another base model
 │       └── UnsafeStorage    the server lets two writers overwrite each other
@@ -18,6 +20,8 @@ OnebasisError
 │   └── OwnedByAnother   the store is another service's: a person decides whose
 ├── Unavailable    a machine or a network was away: wait, then retry
 │   ├── QueueFull  a team has as many tasks waiting as it may
+│   ├── WorkersBusy  no worker is free to answer at once
+│   ├── TooManyRequests  a token has asked more often than it may: wait as long as the error says
 │   ├── NotLeading  another control plane of the service leads: ask there
 │   ├── DatabaseAway   the task database does not answer: nothing of the request was kept
 │   ├── NoSignOfLife   the control plane is there and does not answer: it is stopped, or hangs
@@ -147,6 +151,20 @@ class TooSlow(InvalidInput):
     limit: float
 
 
+class UnknownToken(InvalidInput):
+    """The request has no token, or one that is not known, has ended or was revoked."""
+
+    code = "unknown-token"
+    http_status = 401
+
+
+class NotAllowed(InvalidInput):
+    """Who asks sees what it is about and may not do it: somebody with a higher role, or of another team, may."""
+
+    code = "not-allowed"
+    http_status = 403
+
+
 class UnusableStore(InvalidInput):
     """What is at the store's address cannot be a store of this service: a person chooses another address or setting."""
 
@@ -245,6 +263,21 @@ class QueueFull(Unavailable):
     limit: int
 
 
+class WorkersBusy(Unavailable):
+    """No worker of the base model is free to answer at once: each trains, loads, or has ended."""
+
+    code = "workers-busy"
+
+
+class TooManyRequests(Unavailable):
+    """A token has asked more often than it may. `retry_seconds`: how long to wait; nothing was done."""
+
+    code = "too-many-requests"
+    http_status = 429
+    facts = ("retry_seconds",)
+    retry_seconds: float
+
+
 class DatabaseAway(Unavailable):
     """The task database does not answer, is locked, full or read-only; nothing of the request was kept."""
 
@@ -321,6 +354,8 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     RefusedAdapters,
     TooLarge,
     TooSlow,
+    UnknownToken,
+    NotAllowed,
     UnusableStore,
     OtherBaseModel,
     UnsafeStorage,
@@ -333,6 +368,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    TooManyRequests,
     DatabaseAway,
     NotLeading,
     NoSignOfLife,

@@ -149,6 +149,8 @@ def located(section: S, root: Path) -> S:
             changes[name] = located(value, root)
         elif isinstance(value, tuple) and value and isinstance(value[0], Section):
             changes[name] = tuple(located(one, root) for one in value)
+        elif isinstance(value, dict) and any(isinstance(one, Section) for one in value.values()):
+            changes[name] = {key: located(one, root) for key, one in value.items()}
     return section.model_copy(update=changes)
 
 

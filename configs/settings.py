@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from configs import places
 from configs.document import Name, Section, read_document
 from configs.errors import InvalidInput, NotFound
-from configs.places import Located
+from configs.places import Located, absolute
 
 
 class BaseModelSettings(Section):
@@ -179,6 +180,8 @@ class TeamSettings(Section):
 
     weight: float = Field(1.0, gt=0)
     """Share of the cluster, relative to the weights of the other teams."""
+    data_roots: Annotated[tuple[str, ...] | None, Located(absolute)] = None
+    """Folders from which its task files may name data and adapters, instead of those of the service."""
     queued_max: int = Field(1000, ge=1)
     """Most tasks of the team that may wait at the same time."""
     places: int | None = Field(None, ge=1)
@@ -227,12 +230,118 @@ class MlflowSettings(Section):
     experiment: str = "onebasis"
 
 
+RoleName = Literal["viewer", "submitter", "maintainer", "admin"]
+"""A role, as orchestrator/api/access.py explains them."""
+
+
+class MainRule(Section):
+    """Who may move `main`, or hold it."""
+
+    role: RoleName = "maintainer"
+    """Least role."""
+    teams: tuple[Name, ...] | None = None
+    """Teams in which the role counts; who has a role for all teams has it in these too. Default: any team."""
+
+
+class MainSettings(Section):
+    """Who may do what moves `main`, which all teams share."""
+
+    publish: MainRule = Field(default_factory=lambda: MainRule(role="submitter"))
+    """Bring tasks that are published when they pass the gate; remove tasks, compact."""
+    rollback: MainRule = Field(default_factory=MainRule)
+    """Move `main` to another version."""
+    hold: MainRule = Field(default_factory=MainRule)
+    """Hold `main`, and release it."""
+
+
+class TlsSettings(Section):
+    """The certificate of the HTTP API."""
+
+    cert_file: Annotated[str, Located(places.absolute)]
+    """Certificate in PEM, with those between it and its authority behind it."""
+    key_file: Annotated[str, Located(places.absolute)]
+    """Its private key in PEM, not encrypted."""
+
+
 class ServerSettings(Section):
     """The HTTP API of the control plane."""
 
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535)
     """TCP port; 0 takes a free one. The port is written to the state folder."""
+    tls: TlsSettings | None = None
+    """Certificate; without one the API speaks plain HTTP."""
+    behind_proxy: bool = False
+    """Whether a proxy in front of it speaks TLS with everybody who is on another machine."""
+    requests_per_second: float | None = Field(50.0, gt=0)
+    """Most requests of one token, on average; ten times as many at once. Does not count for the owner of the state
+    folder. None: any number."""
+
+
+class GroupSettings(Section):
+    """What the members of one group of the identity provider may do."""
+
+    role: RoleName
+    team: Name | None = None
+    """Team in which they have it; default: all teams."""
+
+
+class OidcSettings(Section):
+    """Bearer tokens that an identity provider signs (OpenID Connect), beside the service's own."""
+
+    issuer: str = Field(pattern="^https?://[^\\s?#]+$")
+    """Address of the provider, exactly as its tokens have it in `iss`; below it, its keys are found
+    (`/.well-known/openid-configuration`). With https, but on this machine."""
+    audience: str = Field(min_length=1)
+    """What its tokens for this service have in `aud`."""
+    name_claim: str = "sub"
+    """Claim that is the name of who asks, in every record: choose one that people cannot change themselves."""
+    groups_claim: str = "groups"
+    """Claim that lists groups."""
+    groups: dict[str, GroupSettings] = Field(min_length=1)
+    """Name of a group to what its members may do. Who is in none of them is refused."""
+
+    @model_validator(mode="after")
+    def _keys_come_over_https(self) -> Self:
+        host = urlsplit(self.issuer).hostname or ""
+        if self.issuer.startswith("http:") and host not in LOOPBACK:
+            raise ValueError("issuer has to begin with https: who answers there says who may do everything here")
+        return self
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine for itself."""
+
+
+class ServingSettings(Section):
+    """What answers over HTTP, beside the control plane: a Ray Serve application (`onebasis serve`)."""
+
+    host: str = "127.0.0.1"
+    """Address of the machine's interface; `0.0.0.0` for all of them."""
+    port: int = Field(8001, ge=1, le=65535)
+    proxies: Literal["HeadOnly", "EveryNode"] = "EveryNode"
+    """Machines that listen, of those that have a replica or a door."""
+    replicas_min: int = Field(1, ge=1)
+    """Processes that answer for each base model, at least; more are started while many requests wait."""
+    replicas_max: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    """CPUs of a replica: what Ray reserves for it on a cluster, and the number of its threads."""
+    gpus: float = Field(0, ge=0)
+    rows_max: int = Field(64, ge=1)
+    """Rows of a batch, and requests at once for which one replica is enough."""
+    waiting_max: int = Field(512, ge=1)
+    """Most requests at once of a replica; further ones wait before it."""
+
+    @property
+    def url(self) -> str:
+        """Address on the machine that is asked."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> ServingSettings:
+        if self.replicas_max < self.replicas_min:
+            raise ValueError("replicas_max is less than replicas_min")
+        return self
 
 
 class Settings(Section):
@@ -261,6 +370,13 @@ class Settings(Section):
     failures: FailureSettings = Field(default_factory=FailureSettings)
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
+    serving: ServingSettings | None = None
+    """What answers over HTTP; None: nothing does."""
+    main: MainSettings = Field(default_factory=MainSettings)
+    oidc: OidcSettings | None = None
+    """Identity provider whose tokens are taken, too."""
+    production: bool = False
+    """Whether `up` refuses what is fit for trying out alone: an API without TLS, SQLite, a cluster without a token."""
 
     @model_validator(mode="after")
     def _base_models_have_names(self) -> Settings:
@@ -286,6 +402,11 @@ class Settings(Section):
     def cpus_at_most(self) -> int:
         """CPUs that the workers of all pools take when each pool has as many as it may."""
         return math.ceil(sum(pool.max * pool.ranks * pool.cpus for pool in self.pools.values()))
+
+    def of_team(self, team: str) -> Settings:
+        """The settings as they are for a team's submissions: with the folders that it may read."""
+        roots = self.teams[team].data_roots if team in self.teams else None
+        return self if roots is None else self.model_copy(update={"data_roots": roots})
 
     def base(self, name: str | None = None) -> BaseModelSettings:
         """A base model by its name; the only one, where no name is given.
@@ -328,6 +449,36 @@ class Settings(Section):
             known = ", ".join(self.base_names)
             raise ValueError(f"pools.{name}: there is no base model '{pool.base_model}'; there are: {known}")
         return pool.base_model or self.base_names[0]
+
+    @model_validator(mode="after")
+    def _rules_name_teams_that_are_there(self) -> Settings:
+        named = [(f"main.{rule}", getattr(self.main, rule).teams or ()) for rule in MainSettings.model_fields]
+        for group, given in (self.oidc.groups if self.oidc else {}).items():
+            named.append((f"oidc.groups.{group}", (given.team,) if given.team else ()))
+        for where, teams in named:
+            if strangers := [team for team in teams if team not in self.teams]:
+                raise ValueError(f"{where}: there is no team '{strangers[0]}'; there are: {', '.join(self.teams)}")
+        return self
+
+    @model_validator(mode="after")
+    def _production_is_fit_for_it(self) -> Settings:
+        if not self.production:
+            return self
+        missing = [
+            words
+            for words, is_there in (
+                ("server.tls, or server.behind_proxy: true", self.server.tls or self.server.behind_proxy),
+                ("database_url of a Postgres", self.database_url.startswith("postgresql")),
+                (
+                    "ray.auth_token_path, the token of the cluster",
+                    self.ray.address == "local" or self.ray.auth_token_path,
+                ),
+            )
+            if not is_there
+        ]
+        if missing:
+            raise ValueError(f"production: true needs {'; '.join(missing)}")
+        return self
 
     @model_validator(mode="after")
     def _a_quota_has_room_for_a_task(self) -> Settings:

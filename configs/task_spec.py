@@ -115,7 +115,8 @@ class DataSpec(Section):
     max_length: int = Field(128, ge=4, le=131072)
     """Longest input in tokens; longer rows are cut."""
     max_new_tokens: int = Field(64, ge=1, le=4096)
-    """Longest answer, in tokens, that the model may generate for exact_match and rouge_l; for causal_lm."""
+    """Longest answer, in tokens, that a causal_lm may generate: for exact_match and rouge_l, and when it is
+    asked to answer and nobody says how long."""
 
 
 class TrainingSpec(Section):

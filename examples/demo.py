@@ -7,7 +7,10 @@ rolled back and forward again; one task is exported and scored without onebasis.
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +41,7 @@ SHOWN_DATA = HERE / "data/banking_charges.eval.jsonl.gz"
 def main() -> None:
     """Run the job; leave nothing running, also after Ctrl-C."""
     started = time.monotonic()
+    os.environ["ONEBASIS_CONTEXT"] = "local"  # and not a service that this user has logged in to
     make_room()
     try:
         run_job()
@@ -91,13 +95,16 @@ def run_job() -> None:
     tell("What every merge did to every task")
     onebasis("scores")
 
-    tell("Roll back one version: first look, then do it, then undo it")
+    tell("A published task answers; roll back one version, first looking, and see what it says then; undo it")
     versions = answer("versions")
-    newest = next(v["version"] for v in versions if "main" in v["refs"])
-    parent = next(v["parent"] for v in versions if v["version"] == newest)
-    onebasis("rollback", str(parent), "--preview")
-    onebasis("rollback", str(parent))
-    onebasis("rollback", str(newest))
+    newest = next(v for v in versions if "main" in v["refs"])
+    parent = str(newest["parent"])
+    asked = question_for(newest["added"][0])
+    onebasis("predict", *asked)
+    onebasis("rollback", parent, "--preview")
+    onebasis("rollback", parent)
+    onebasis("predict", *asked, check=False)
+    onebasis("rollback", str(newest["version"]))
 
     tell("Export a task as an ordinary PEFT adapter, and score it without onebasis")
     onebasis("export", SHOWN, "-o", str(EXPORTED))
@@ -109,6 +116,15 @@ def run_job() -> None:
     print(f"{outside['accuracy']:.4f} on {outside['rows']} rows; `onebasis scores` says {inside:.4f}")
     if abs(outside["accuracy"] - inside) > 1e-9:
         sys.exit("The exported adapter does not reproduce the score: please report this.")
+
+
+def question_for(title: str) -> list[str]:
+    """A task, and its first evaluation row as a question to it."""
+    data = answer("task", title)["spec"]["data"]
+    with gzip.open(data["eval_file"], "rt") as file:
+        row = json.loads(file.readline())
+    pair = data["text_pair_column"]
+    return [title, "--text", row[data["text_column"]], *(["--pair", row[pair]] if pair else [])]
 
 
 def settings() -> list[str]:
@@ -148,7 +164,7 @@ def answer(*command: str) -> list | dict:
 def onebasis(*arguments: str, check: bool = True, quiet: bool = False, show: str = "") -> None:
     """Type a command."""
     if not quiet:
-        print(f"$ onebasis {show or ' '.join(arguments)}", flush=True)
+        print(f"$ onebasis {show or shlex.join(arguments)}", flush=True)
     subprocess.run([ONEBASIS, *arguments], check=check, capture_output=quiet)
 
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from configs.errors import Unavailable
 from configs.settings import Settings, StorageSettings
@@ -23,6 +23,9 @@ from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from workers.gang import room_on
 from workers.orders import Order
+
+if TYPE_CHECKING:
+    from workers.serving.question import Question
 
 STORE = "@store-"
 """Name of the store's writer."""
@@ -75,6 +78,11 @@ class Cluster(Protocol):
 
     def run(self, worker: str, order: Order) -> Call:
         """Give an order; the call's result is an Outcome."""
+        ...
+
+    def answer(self, worker: str, questions: Sequence[Question]) -> Call:
+        """Ask a worker of one rank what tasks answer; the result is a list of answers and errors, or the call fails
+        with WorkersBusy."""
         ...
 
     def warm(self, worker: str) -> Call:
@@ -257,6 +265,10 @@ class RayCluster:
     def run(self, worker: str, order: Order) -> Call:
         self._may()
         return self._actor(worker).run.remote(order)
+
+    def answer(self, worker: str, questions: Sequence[Question]) -> Call:
+        self._may()
+        return self._actor(worker).answer.remote(list(questions))
 
     def warm(self, worker: str) -> Call:
         self._watched[worker] = self._actor(worker).watched.remote()

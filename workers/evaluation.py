@@ -252,12 +252,17 @@ def written(
     prompts: Sequence[Sequence[int]],
     new_max: int,
     between_tokens: Callable[[], None] = lambda: None,
+    ends: Callable[[Tensor], Tensor] | None = None,
+    choose: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> list[list[int]]:
-    """The tokens that a language model writes after each prompt, by greedy decoding, all prompts in one batch.
+    """The tokens that a language model writes after each prompt, all prompts in one batch: always the likeliest token.
 
     Args:
         new_max: Most tokens of an answer.
         between_tokens: Called before every token; may raise to stop.
+        ends: Called after every token with those of all rows so far; tells which rows end with it. Default: those that
+            have written the end token.
+        choose: What changes the logits before the largest is taken, as transformers' logits processors.
 
     Returns:
         Token ids, the end token and padding after it among them.
@@ -273,18 +278,20 @@ def written(
         eos_token_id=tokenizer.eos_token_id,
     )
 
-    def never_but_stop_if_asked(token_ids: Tensor, _: Any) -> Tensor:
+    width = max(map(len, prompts))
+
+    def over(token_ids: Tensor, _: Any) -> Tensor:
         between_tokens()
+        if ends is not None:
+            return ends(token_ids[:, width:])
         return torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
 
-    width = max(map(len, prompts))
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     batch = on_device(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
     with torch.inference_mode():
-        answers: list[list[int]] = model.generate(**batch, stopping_criteria=[never_but_stop_if_asked])[
-            :, width:
-        ].tolist()
+        ids_ST = model.generate(**batch, stopping_criteria=[over], logits_processor=[*choose])
+    answers: list[list[int]] = ids_ST[:, width:].tolist()
     return answers
 
 

@@ -44,6 +44,12 @@ class OrderBook:
         """Do work that is not an order in the same thread."""
         return self._thread.submit(work)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether an order was given and is not done."""
+        with self._lock:
+            return any(not future.done() for future in self._outcomes.values())
+
     def is_open(self, token: str) -> bool:
         """Whether an order was given and is not done."""
         with self._lock:

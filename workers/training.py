@@ -35,6 +35,7 @@ from workers.orders import ALONE, Phase, Progress, Rank, RowsDamaged, Train, Tra
 from workers.patience import Patience
 from workers.rank_group import RankGroup, joined
 from workers.rows.frozen_rows import open_rows
+from workers.rows.reading import READING, reading_of
 from workers.rows.task_data import Row
 from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.tokens import training_losses
@@ -132,7 +133,8 @@ def train_task(
             first_step_at=run.first_step_at,
         )
     )
-    staged = keep(lambda: blobs.stage(storage, order.staging_key, adapter))
+    told = replace(adapter, info=dict(adapter.info) | {READING: reading_of(spec)})
+    staged = keep(lambda: blobs.stage(storage, order.staging_key, told))
     # What an import brings was looked at when it was submitted. Parted weights are not here to be compared with.
     is_trained = spec.method.name != "import"
     idle = without_effect(adapter, {} if is_parted(spec) else base.rounding()) if is_trained else ""

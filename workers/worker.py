@@ -13,13 +13,14 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
+from configs.errors import Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable, WorkersBusy
 from configs.settings import BaseModelSettings, StorageSettings
 from configs.task_spec import CLASSIFICATION_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
 from subspace_store.adapter import adapter_to_bytes
@@ -57,6 +58,10 @@ from workers.tokens import packed
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
 from workers.training import stopper, train_task
 
+if TYPE_CHECKING:
+    from workers.serving.question import Answer, Question
+    from workers.serving.replica import Replica
+
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
     "sequence_classification": (TextRow("one", None, 0), TextRow("two", None, 1)),
@@ -82,6 +87,8 @@ class Worker:
         self._settings = base_model
         self._storage: Storage = open_storage(storage, folder)
         self._store: SubspaceReader | None = None
+        self._replica: Replica | None = None
+        """What answers between two orders, once it was asked for."""
         self._base: BaseModel | None = None
         self._book = OrderBook()
         self._lock = threading.Lock()
@@ -127,6 +134,24 @@ class Worker:
             Corrupt: Stored bytes are not what was written, which is no task's fault; nothing is remembered either.
         """
         return self._book.run(order.token, lambda: self._outcome(order, rank))
+
+    def answer(self, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
+        """Have published tasks answer rows, in the thread of the orders: two threads must not make models at once.
+
+        Raises:
+            WorkersBusy: It does an order, or has not loaded its base model.
+        """
+        if self._base is None or self._book.is_busy:
+            raise WorkersBusy("this worker has something else to do")
+        return self._book.between(lambda: self._answered(questions)).result()
+
+    def _answered(self, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
+        if self._replica is None:
+            from workers.serving.replica import Replica
+
+            self._replica = Replica(self._base_model(), SubspaceReader.open(self._storage))
+        self._replica.follow()
+        return self._replica.answer(questions)
 
     def progress(self) -> Progress:
         """What the worker is doing, with the log lines since the call before."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 import ray.util
 
+from configs.errors import OnebasisError
 from configs.places import is_local
 from configs.settings import BaseModelSettings, StorageSettings, WorkerShape
 from workers.gang import GB
 from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
 from workers.process_monitor_actor import Watched, watch_this_process, watched
+
+if TYPE_CHECKING:
+    from workers.serving.question import Answer, Question
 
 NAMESPACE = "onebasis"
 
@@ -78,6 +82,10 @@ class WorkerActor(Forwarding):
         watch_this_process()  # a monitor that was killed has forgotten it
         outcome: Outcome = self._does.run(order, rank)
         return outcome
+
+    def answer(self, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
+        found: Sequence[Answer | OnebasisError] = self._does.answer(questions)
+        return found
 
     def meeting_place(self) -> tuple[str, int]:
         """This machine's address for other machines, and the port at which this rank waits for them."""

@@ -6,11 +6,13 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
-from configs.errors import NoSignOfLife, OnebasisError, TooLarge, Unavailable, error_from_dict
+from configs.errors import InvalidInput, NoSignOfLife, OnebasisError, TooLarge, Unavailable, error_from_dict
 from configs.limits import BYTES_MAX
 from orchestrator.api.requests import Answer, ChangeMany, Json, Retry, ServiceRequest, Submit, not_running
 from orchestrator.api.routes import route_of
@@ -18,8 +20,26 @@ from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, nev
 from subspace_store.requests import StoreRequest
 
 if TYPE_CHECKING:
+    import ssl
+
     from orchestrator.api.exchange import Reply
     from orchestrator.api.service import Service
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A service on another machine, and a token for it."""
+
+    url: str
+    token: str
+    ca_file: str = ""
+    """Certificates of the authorities that are trusted, in PEM; empty: those of this machine."""
+    name: str = ""
+    """Name of its context, for people."""
+
+
+REMOTE: ContextVar[Remote | None] = ContextVar("remote", default=None)
+"""Service that commands ask instead of the one in their folder."""
 
 TIMEOUT_SECONDS = 150.0
 SUBMIT_TIMEOUT_SECONDS = 7200.0
@@ -50,6 +70,8 @@ class Client:
             OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
         request = request.named() if isinstance(request, StoreRequest) else request
+        if (remote := REMOTE.get()) is not None:
+            return self._ask_remote(remote, request)
         if (server := server_facts(self._state_dir)) is not None:
             from orchestrator.api.exchange import HungUpError, NobodyListensError
 
@@ -67,10 +89,33 @@ class Client:
         if isinstance(request, ServiceRequest) and request.needs_service:
             _check_ran(self._state_dir)
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
-        from subspace_store.commands.terminal import telling
+        from orchestrator.api.access import owner
+        from orchestrator.api.guard import Guard
+        from subspace_store.commands.terminal import me, telling
 
-        with telling("reading the store and the task database, without a service", self._say):
-            return self._local().answer(request)  # which knows what it has written, and what may have been
+        does = request.does if isinstance(request, ServiceRequest) else ServiceRequest.does
+        with telling(f"{does}, without a service", self._say):
+            # The service knows what it has written, and what may have been.
+            return Guard(self._local()).answer(request, owner(me()))
+
+    def _ask_remote(self, remote: Remote, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+        """Ask a service of another machine: nothing is done here if it is away."""
+        from orchestrator.api.exchange import NobodyListensError, NotTakenError
+        from orchestrator.api.waiting import Waiting
+
+        server = {"url": remote.url, "token": remote.token, "ca_file": remote.ca_file}
+        away = Unavailable("nobody answers there", remote.url, "check the address, the network and the service")
+        try:
+            with _told_with_its_key(request):
+                return _over_http(server, request, Waiting(server, self._say))
+        except (NobodyListensError, NotTakenError):
+            raise away from None
+        except NoSignOfLife as error:
+            raise NoSignOfLife(error.what, remote.url, "tell those who run the service") from None
+
+    def ask_here(self, request: ServiceRequest[Answer]) -> Answer:
+        """Carry out in this process what only reads, whether a service runs or not."""
+        return self._local().answer(request)  # type: ignore[no-any-return]
 
     def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
         from orchestrator.api.exchange import NotTakenError
@@ -124,6 +169,23 @@ def server_facts(state_dir: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and {"url", "token"} <= facts.keys() else None
 
 
+def trust_of(server: dict[str, Any]) -> ssl.SSLContext | None:
+    """What certificate a server has to show; None: it speaks no TLS."""
+    if not server["url"].startswith("https:"):
+        return None
+    import ssl
+
+    if own := server.get("cert_file"):  # our own service: this very certificate, whatever name it is made out for
+        trust = ssl.create_default_context(cafile=own)
+        trust.check_hostname = False
+        trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return trust
+    try:
+        return ssl.create_default_context(cafile=server.get("ca_file") or None)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidInput(f"holds no certificates: {error}", server["ca_file"], "name a file in PEM") from error
+
+
 def _note(line: str) -> None:
     from subspace_store.commands.terminal import note
 
@@ -153,6 +215,7 @@ def _over_http(
         token=server["token"],
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, (Submit, Retry, ChangeMany)) else TIMEOUT_SECONDS,
         waiting=waiting,
+        trust=trust_of(server),
     )
     if answer.is_success:
         return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)

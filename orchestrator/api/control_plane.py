@@ -21,13 +21,17 @@ from typing import Any
 from configs.document import Request
 from configs.errors import Conflict, InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings
+from orchestrator.api.access import Caller
+from orchestrator.api.callers import Callers
+from orchestrator.api.guard import Guard
 from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
-from orchestrator.cluster import RayCluster
+from orchestrator.cluster import RayCluster, namespace
 from orchestrator.controller import PREEMPT_SECONDS, Controller
 from orchestrator.leadership import Leadership, refuse_other_settings, shared_settings
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from orchestrator.reports.mlflow_mirror import Mirror
+from orchestrator.serving.deployment import Deployment
 from orchestrator.signs_of_life import ray_trouble
 from orchestrator.tasks.checking import Checker
 from orchestrator.tasks.leader_lease import LeaderLease, Member
@@ -35,6 +39,7 @@ from orchestrator.tasks.task_queue import NOBODY, TaskQueue
 from orchestrator.watch import Pulse, Watch
 from subspace_store import SubspaceReader, open_storage
 from subspace_store.commands.state_folder import SERVER_FILE, member_id, open_private, service_identity
+from subspace_store.commands.terminal import me
 
 log = logging.getLogger("onebasis.server")
 
@@ -58,6 +63,10 @@ class ControlPlane:
         self.storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
         self.leadership: Leadership | None = None
         """Part in the leadership, where several control planes may share a database."""
+        self.token = secrets.token_hex(32)
+        """What callers have to send."""
+        self.url = ""
+        """Address of the HTTP API, once it is known."""
         self.cluster: RayCluster
         self._stop = threading.Event()
         self._started_at = time.time()
@@ -74,7 +83,8 @@ class ControlPlane:
         settings = self.settings
         log.info("opening the task database and the store")
         listener = socket.create_server((settings.server.host, settings.server.port))
-        url = "http://{}:{}".format(*listener.getsockname()[:2])
+        scheme = "https" if settings.server.tls else "http"
+        self.url = url = "{}://{}:{}".format(scheme, *listener.getsockname()[:2])
         lease = LeaderLease(settings.database_url) if settings.database_url.startswith("postgresql") else None
         log.info("joining Ray, starting the store actor and the workers of %d pools", len(settings.pools))
         address, token_path = self._ray()
@@ -83,24 +93,27 @@ class ControlPlane:
             self._take_up(None)
         else:
             self._join(lease, url)
-        token = secrets.token_hex(32)
-        server = http_server(api(self, token))
+        callers = Callers(self.token, me(), lambda: self._service().sources, lambda: self.settings)
+        server = http_server(api(self, callers), settings.server.tls)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.install_signal_handlers = lambda: None
-        self._announce(url, token)
+        self._announce(url)
         log.info("ready at %s", url)
         server.run(sockets=[listener])
         log.info("stopping")
         self._end(lease)
         log.info("stopped")
 
-    def answer(self, request: Request) -> Any:
+    def answer(self, request: Request, caller: Caller) -> Any:
         """Carry a request out, as what this process is at the moment."""
+        return Guard(self._service()).answer(request, caller)
+
+    def _service(self) -> Service:
         duty = self._duty
         if duty is None:
             raise Unavailable("this control plane begins or ends to lead", todo="try again in a moment")
-        return duty.service.answer(request)
+        return duty.service
 
     def agree(self, settings: Settings) -> None:
         """Go on with these settings, if no other control plane has the old ones. Raises Conflict."""
@@ -212,8 +225,10 @@ class ControlPlane:
             time.sleep(0.05)
         return json.loads(file.read_text())["address"], self.state_dir / TOKEN_FILE
 
-    def _announce(self, url: str, token: str) -> None:
-        facts = {"url": url, "token": token, "pid": os.getpid()}
+    def _announce(self, url: str) -> None:
+        facts = {"url": url, "token": self.token, "pid": os.getpid()}
+        if self.settings.server.tls is not None:
+            facts["cert_file"] = self.settings.server.tls.cert_file  # it is made out for another name than 127.0.0.1
         new = self.state_dir / f"{SERVER_FILE}.new"
         with open_private(new, "w") as file:
             json.dump(facts, file)
@@ -265,6 +280,7 @@ class Leading:
             settings, queue, stores, cluster, process.identity, changed=mirror.wake
         )
         self._checker = Checker()
+        self._deployment = Deployment(namespace(settings.storage, process.identity), process.token, process.url)
         self.service = Service(
             settings,
             queue,
@@ -274,6 +290,7 @@ class Leading:
             lambda: process.health() | self._health(),
             self._checker.check,
             agree=process.agree,
+            deployment=self._deployment,
         )
         mirror.follow(lambda: self.service.settings)
         self._loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
@@ -288,6 +305,15 @@ class Leading:
         self._loop.start()
         self._reporter.start()
         threading.Thread(target=self._checker.start, name="checker", daemon=True).start()
+        if settings.serving is not None:
+            threading.Thread(target=self._serve, args=(settings,), name="serving", daemon=True).start()
+
+    def _serve(self, settings: Settings) -> None:
+        """Have running what answers, beside all else: it waits for its base models to be loaded."""
+        try:
+            self._deployment.follow(settings)
+        except OnebasisError as error:
+            log.error("%s", error.sentence)  # `status` shows it
 
     def end(self, hands_over: bool = False) -> None:
         """Stop the loop. hands_over: Another control plane goes on with what runs, else it writes checkpoints."""
@@ -297,6 +323,7 @@ class Leading:
         self._loop.join(timeout=HAND_OVER_SECONDS if hands_over else PREEMPT_SECONDS + 10)
         if not hands_over:
             self._reporter.join(timeout=60)
+            self._deployment.end()
         self._queue.close()
 
     def _health(self) -> dict[str, Any]:

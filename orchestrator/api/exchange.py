@@ -1,7 +1,8 @@
 """One HTTP request and its reply, by the standard library: a command that only asks must answer at once.
 
 httpx takes 0.2 seconds of CPU to import and to make a client with; what is asked here is on this machine or this
-network, without TLS, proxies or redirects.
+network, without proxies or redirects. Over TLS a proxy may stand in front of the service, whose sign of life would not
+be the service's: there, the reply is waited for as long as it may take, and no longer.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import select
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
-from typing import Any
-from urllib.parse import urlencode, urlsplit
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from ssl import SSLCertVerificationError as CertificateError
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, urlencode, urlsplit
 
-from configs.errors import NoSignOfLife, Unavailable
+from configs.errors import InvalidInput, NoSignOfLife, Unavailable
+
+if TYPE_CHECKING:
+    import ssl
 
 ALIVE_PATH = "/alive"
 """Route that the server answers without doing anything."""
@@ -61,6 +66,7 @@ def exchange(
     token: str = "",
     timeout_seconds: float,
     waiting: Callable[[float], None] | None = None,
+    trust: ssl.SSLContext | None = None,
 ) -> Reply:
     """Ask once, and wait for the reply as long as the server is alive.
 
@@ -71,6 +77,7 @@ def exchange(
         token: Bearer token.
         timeout_seconds: Longest wait for the reply.
         waiting: Called every few seconds with the seconds so far, while the server is alive and does not reply.
+        trust: What certificate it has to show; needed for `https://`.
 
     Raises:
         NobodyListensError: The server is not there.
@@ -80,9 +87,12 @@ def exchange(
         Unavailable: The time was over.
     """
     place = urlsplit(url)
-    connection = HTTPConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS)
+    connection = _connection(place, trust)
     try:
         connection.connect()
+    except CertificateError as error:
+        what = f"its certificate is not trusted: {error.verify_message or error}"
+        raise InvalidInput(what, url, "`onebasis login --ca-file FILE` names an authority of your own") from error
     except TimeoutError as error:  # the listening process takes no more connections, or its machine does not answer
         raise NotTakenError(_no_sign(url)) from error
     except OSError as error:
@@ -93,10 +103,16 @@ def exchange(
     written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in (query or {}).items()}
     try:
         connection.request(verb, f"{place.path}?{urlencode(written)}" if written else place.path, body, headers)
-        _await_reply(connection, url, token, timeout_seconds, waiting)
+        if trust is None:
+            _await_reply(connection, url, token, timeout_seconds, waiting)
+        else:
+            connection.sock.settimeout(timeout_seconds)
         reply = connection.getresponse()
         return Reply(reply.status, reply.headers.get_content_type(), reply.read())
     except TimeoutError as error:  # while it was sent, or in the middle of the reply
+        if trust is not None:
+            what = f"has not answered for {timeout_seconds:.0f} s"
+            raise Unavailable(what, f"{place.scheme}://{place.netloc}", "look at `onebasis status`") from error
         raise _no_sign(url) from error
     except (OSError, HTTPException) as error:
         what = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -107,6 +123,12 @@ def exchange(
         ) from error
     finally:
         connection.close()
+
+
+def _connection(place: SplitResult, trust: ssl.SSLContext | None) -> HTTPConnection:
+    if place.scheme == "https":
+        return HTTPSConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS, context=trust)
+    return HTTPConnection(place.hostname or "", place.port, timeout=SIGN_SECONDS)
 
 
 def _await_reply(

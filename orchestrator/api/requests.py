@@ -7,13 +7,14 @@ to its `on`, and from there to the method of the service. Requests to the store'
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from configs.document import Line, Name, OfBaseModel, Request, Title, VersionNumber
 from configs.errors import Unavailable
-from configs.settings import Settings
+from configs.settings import RoleName, Settings
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.task_record import TaskState
 
@@ -26,9 +27,12 @@ Answer = TypeVar("Answer")
 PAGE = 200
 """Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
+PREDICTIONS_MAX = 256
+"""Most rows of one request to be answered: a worker is kept from other work for so long."""
 
 Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, or team/name")]
 """An id, the beginning of one, or team/name."""
+TokenId = Annotated[str, Field(pattern="^[0-9a-z-]{1,40}$", description="the id of a token")]
 EventNumber = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -37,6 +41,8 @@ class ServiceRequest(Request, Generic[Answer]):
 
     needs_service: ClassVar[bool] = False
     """Whether only a running service can carry it out."""
+    does: ClassVar[str] = "reading the store and the task database"
+    """What the process that asks does where no service runs, for people who wait for it."""
 
     def on(self, service: Service) -> Answer:
         """Carry it out."""
@@ -197,6 +203,23 @@ class ChangeMany(ServiceRequest[Json]):
         return service.tasks.change_many(self)
 
 
+class Predict(ServiceRequest[Json]):
+    """Have a published task answer rows: by a worker that is free, or, without a service, by the process that asks."""
+
+    does = "loading the base model, and answering"
+    reference: Reference
+    inputs: Annotated[tuple[Json | str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
+    """Rows, each with its inputs by their canonical names: `text` and `text_pair`, `prompt`, `messages`, or `image` as
+    base64; or a text alone where the task reads one text."""
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        service.refuse_write()  # it writes nothing, and the leader has the workers
+        return service.answers.predict(self)
+
+
 class ReadLog(ServiceRequest[list[Json]]):
     """A task's history after an event."""
 
@@ -290,3 +313,65 @@ class Reload(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.reload(self)
+
+
+class WhoAmI(ServiceRequest[Json]):
+    """Who asks, as the service knows it: name, roles, until when."""
+
+
+class ListTokens(ServiceRequest[list[Json]]):
+    """The tokens of the teams in which who asks is an admin, and its own; their secrets nobody can show."""
+
+
+class CreateToken(ServiceRequest[Json]):
+    """Make a token. The answer has it, once: it is kept as a digest."""
+
+    name: Annotated[Line, Field(min_length=1, max_length=120, description="the name of a person or service account")]
+    """Person or service account whose it is, as records name it."""
+    role: RoleName
+    team: Name | None = None
+    """Team that it is for; None: all teams."""
+    kind: Literal["person", "service"] = "person"
+    days: Annotated[float, Field(gt=0, le=3650)] | None = 90.0
+    """Days after which it ends; None: never."""
+    by: Line = "somebody"
+
+
+class RotateToken(ServiceRequest[Json]):
+    """Make a new token in place of an old one: same account, team and role. Everybody may rotate their own."""
+
+    token_id: TokenId
+    grace_seconds: Annotated[float, Field(ge=0, le=604_800)] = 0.0
+    """How long the old one still counts."""
+    by: Line = "somebody"
+
+
+class RevokeToken(ServiceRequest[Json]):
+    """Let a token count no more. Everybody may revoke their own."""
+
+    token_id: TokenId
+    by: Line = "somebody"
+
+
+class ReadAudit(ServiceRequest[list[Json]]):
+    """Rows of the audit log, the oldest first: the newest ones, or those after a number."""
+
+    after: EventNumber | None = None
+    """Number of a row; None: the newest rows."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
+    """Rows in the answer, at most."""
+
+    def on(self, service: Service) -> list[Json]:
+        audit = service.sources.audit
+        rows = audit.newest(self.limit) if self.after is None else audit.page(self.after, self.limit)
+        return [asdict(row) for row in rows]
+
+
+class VerifyAudit(ServiceRequest[Json]):
+    """Read the audit log's whole chain of digests, and say whether it is as it was written."""
+
+    known: Annotated[str, Field(pattern="^([0-9a-f]{64})?$", description="the digest of a row, or nothing")] = ""
+    """Digest of a row that was noted earlier: rows that were cut off at the end are found by it."""
+
+    def on(self, service: Service) -> Json:
+        return asdict(service.sources.audit.verify(self.known))

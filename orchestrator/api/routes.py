@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from configs.document import Request
 from orchestrator.api import requests
+from orchestrator.api.access import About, Role
 from subspace_store import requests as store
-
-
-class Role(StrEnum):
-    """Permission that a request needs; each role includes the roles above it."""
-
-    VIEWER = "viewer"
-    SUBMITTER = "submitter"
-    MAINTAINER = "maintainer"
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,15 @@ class Route:
     verb: str
     path: str
     role: Role
+    """Role that it needs."""
+    about: About
+    """What it is about, and so in which teams."""
     record: type[Request]
+
+    @property
+    def is_write(self) -> bool:
+        """Whether it changes anything."""
+        return self.verb == "POST" and self.record is not requests.Predict  # whose rows are too long for a query
 
     @property
     def in_path(self) -> tuple[str, ...]:
@@ -41,40 +41,48 @@ class Route:
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("status", "GET", "/status", Role.VIEWER, requests.Status),
-    Route("health", "GET", "/health", Role.VIEWER, requests.Health),
-    Route("submit", "POST", "/tasks", Role.SUBMITTER, requests.Submit),
-    Route("tasks", "GET", "/tasks", Role.VIEWER, requests.ListTasks),
-    Route("task", "GET", "/tasks/{reference:path}", Role.VIEWER, requests.ShowTask),
-    Route("cancel", "POST", "/cancel/{reference:path}", Role.SUBMITTER, requests.Cancel),
-    Route("preempt", "POST", "/preempt/{reference:path}", Role.MAINTAINER, requests.Preempt),
-    Route("retry", "POST", "/retry/{reference:path}", Role.SUBMITTER, requests.Retry),
-    Route("pause", "POST", "/pause", Role.MAINTAINER, requests.Pause),
-    Route("resume", "POST", "/resume", Role.MAINTAINER, requests.Resume),
-    Route("reload", "POST", "/reload", Role.MAINTAINER, requests.Reload),
-    Route("drain", "POST", "/drain", Role.MAINTAINER, requests.DrainWorker),
-    Route("change-many", "POST", "/change-many", Role.MAINTAINER, requests.ChangeMany),
-    Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, requests.ReadLog),
-    Route("versions", "GET", "/versions", Role.VIEWER, requests.ListVersions),
-    Route("version", "GET", "/versions/{version}", Role.VIEWER, requests.ShowVersion),
-    Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, requests.Diff),
-    Route("preview-rollback", "GET", "/rollback/{version}", Role.VIEWER, requests.PreviewRollback),
-    Route("rollback", "POST", "/rollback/{version}", Role.MAINTAINER, store.Rollback),
-    Route("export", "GET", "/export/{reference:path}", Role.VIEWER, requests.Export),
-    Route("scores", "GET", "/scores", Role.VIEWER, requests.ShowScores),
-    Route("capacity", "GET", "/capacity", Role.VIEWER, requests.ShowCapacity),
-    Route("tag", "POST", "/store/tag", Role.MAINTAINER, store.Tag),
-    Route("hold", "POST", "/store/hold", Role.MAINTAINER, store.Hold),
-    Route("release", "POST", "/store/release", Role.MAINTAINER, store.Release),
-    Route("quarantine", "POST", "/store/quarantine", Role.MAINTAINER, store.Quarantine),
-    Route("unquarantine", "POST", "/store/unquarantine", Role.MAINTAINER, store.Unquarantine),
-    Route("pin", "POST", "/store/pin", Role.MAINTAINER, store.Pin),
-    Route("unpin", "POST", "/store/unpin", Role.MAINTAINER, store.Unpin),
-    Route("expire", "POST", "/store/expire", Role.MAINTAINER, store.Expire),
-    Route("drop-adapters", "POST", "/store/drop-adapters", Role.MAINTAINER, store.DropAdapters),
-    Route("remove", "POST", "/store/remove", Role.MAINTAINER, store.Remove),
-    Route("compact", "POST", "/store/compact", Role.MAINTAINER, store.Compact),
-    Route("withdraw", "POST", "/store/withdraw", Role.MAINTAINER, store.Withdraw),
+    Route("status", "GET", "/status", Role.VIEWER, About.SERVICE, requests.Status),
+    Route("health", "GET", "/health", Role.VIEWER, About.SERVICE, requests.Health),
+    Route("submit", "POST", "/tasks", Role.SUBMITTER, About.TEAM, requests.Submit),
+    Route("tasks", "GET", "/tasks", Role.VIEWER, About.OWN_TEAMS, requests.ListTasks),
+    Route("task", "GET", "/tasks/{reference:path}", Role.VIEWER, About.TASK, requests.ShowTask),
+    Route("cancel", "POST", "/cancel/{reference:path}", Role.SUBMITTER, About.TASK, requests.Cancel),
+    Route("preempt", "POST", "/preempt/{reference:path}", Role.MAINTAINER, About.TASK, requests.Preempt),
+    Route("retry", "POST", "/retry/{reference:path}", Role.SUBMITTER, About.TASK, requests.Retry),
+    Route("pause", "POST", "/pause", Role.MAINTAINER, About.TEAM, requests.Pause),
+    Route("resume", "POST", "/resume", Role.MAINTAINER, About.TEAM, requests.Resume),
+    Route("reload", "POST", "/reload", Role.ADMIN, About.EVERYTHING, requests.Reload),
+    Route("drain", "POST", "/drain", Role.ADMIN, About.EVERYTHING, requests.DrainWorker),
+    Route("change-many", "POST", "/change-many", Role.MAINTAINER, About.TEAM, requests.ChangeMany),
+    Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, About.TASK, requests.Predict),
+    Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, About.TASK, requests.ReadLog),
+    Route("versions", "GET", "/versions", Role.VIEWER, About.SERVICE, requests.ListVersions),
+    Route("version", "GET", "/versions/{version}", Role.VIEWER, About.SERVICE, requests.ShowVersion),
+    Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, About.SERVICE, requests.Diff),
+    Route("preview-rollback", "GET", "/rollback/{version}", Role.VIEWER, About.SERVICE, requests.PreviewRollback),
+    Route("rollback", "POST", "/rollback/{version}", Role.MAINTAINER, About.SERVICE, store.Rollback),
+    Route("export", "GET", "/export/{reference:path}", Role.VIEWER, About.TASK, requests.Export),
+    Route("scores", "GET", "/scores", Role.VIEWER, About.SERVICE, requests.ShowScores),
+    Route("capacity", "GET", "/capacity", Role.VIEWER, About.SERVICE, requests.ShowCapacity),
+    Route("tag", "POST", "/store/tag", Role.MAINTAINER, About.SERVICE, store.Tag),
+    Route("hold", "POST", "/store/hold", Role.MAINTAINER, About.SERVICE, store.Hold),
+    Route("release", "POST", "/store/release", Role.MAINTAINER, About.SERVICE, store.Release),
+    Route("quarantine", "POST", "/store/quarantine", Role.MAINTAINER, About.MERGED, store.Quarantine),
+    Route("unquarantine", "POST", "/store/unquarantine", Role.MAINTAINER, About.MERGED, store.Unquarantine),
+    Route("pin", "POST", "/store/pin", Role.MAINTAINER, About.SERVICE, store.Pin),
+    Route("unpin", "POST", "/store/unpin", Role.MAINTAINER, About.SERVICE, store.Unpin),
+    Route("expire", "POST", "/store/expire", Role.ADMIN, About.EVERYTHING, store.Expire),
+    Route("drop-adapters", "POST", "/store/drop-adapters", Role.MAINTAINER, About.MERGED, store.DropAdapters),
+    Route("remove", "POST", "/store/remove", Role.MAINTAINER, About.MERGED, store.Remove),
+    Route("compact", "POST", "/store/compact", Role.ADMIN, About.EVERYTHING, store.Compact),
+    Route("withdraw", "POST", "/store/withdraw", Role.ADMIN, About.EVERYTHING, store.Withdraw),
+    Route("whoami", "GET", "/whoami", Role.VIEWER, About.SERVICE, requests.WhoAmI),
+    Route("tokens", "GET", "/tokens", Role.VIEWER, About.SERVICE, requests.ListTokens),
+    Route("create-token", "POST", "/tokens", Role.ADMIN, About.TEAM, requests.CreateToken),
+    Route("rotate-token", "POST", "/tokens/{token_id}/rotate", Role.VIEWER, About.SERVICE, requests.RotateToken),
+    Route("revoke-token", "POST", "/tokens/{token_id}/revoke", Role.VIEWER, About.SERVICE, requests.RevokeToken),
+    Route("audit", "GET", "/audit", Role.ADMIN, About.EVERYTHING, requests.ReadAudit),
+    Route("verify-audit", "GET", "/audit/verify", Role.ADMIN, About.EVERYTHING, requests.VerifyAudit),
 )
 
 _BY_RECORD = {route.record: route for route in ROUTES}

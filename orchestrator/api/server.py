@@ -10,8 +10,8 @@ import asyncio
 import fcntl
 import json
 import logging
+import math
 import os
-import secrets
 import sys
 import threading
 import time
@@ -30,15 +30,25 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.document import Request as Document
-from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
+from configs.errors import (
+    InvalidInput,
+    NotFound,
+    OnebasisError,
+    TooLarge,
+    TooManyRequests,
+    Unavailable,
+    UnknownToken,
+)
 from configs.limits import BYTES_MAX, short, short_text
 from configs.plain_text import escaped
-from configs.settings import read_settings
+from configs.settings import TlsSettings, read_settings
+from orchestrator.api.access import Caller
+from orchestrator.api.callers import Callers
 from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.api.requests import Export, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
-from subspace_store.commands.state_folder import LOCK_FILE, SERVER_FILE, SETTINGS_FILE, open_private
+from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_private
 
 log = logging.getLogger("onebasis.server")
 
@@ -55,6 +65,8 @@ SUBMISSIONS_AT_ONCE = 4
 WRITES_AT_ONCE = 16
 """Other requests that write, at the same time: each may wait for a merge. Those that read have threads of their own, so
 that `status` answers whatever else is asked for."""
+LOOKUPS_AT_ONCE = 16
+"""Tokens that are looked up at the same time: each is one read of the database."""
 CONNECTIONS_MAX = 500
 """Connections at the same time; more are answered with 503. Below the 1,024 files that a process may open."""
 
@@ -71,29 +83,38 @@ class AsciiJson(JSONResponse):
 
 
 class Answers(Protocol):
-    """What carries requests out: a `Service`, or whichever one it is at the moment."""
+    """What carries requests out: a `Guard`, or whichever one it is at the moment."""
 
-    def answer(self, request: Document) -> Any: ...
+    def answer(self, request: Document, caller: Caller) -> Any: ...
 
 
-def api(service: Answers, token: str) -> FastAPI:
-    """The HTTP API: every route of the table, behind the bearer token."""
+def api(service: Answers, callers: Callers) -> FastAPI:
+    """The HTTP API: every route of the table, behind bearer tokens."""
     app = FastAPI(title="onebasis", description="One shared low-rank subspace for every team's tasks.")
+
+    lookups = CapacityLimiter(LOOKUPS_AT_ONCE)
 
     @app.middleware("http")
     async def authenticate(request: Request, call_next: Any) -> Any:
+        if request.url.path == ALIVE_PATH:
+            return await call_next(request)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        given = given if scheme.lower() == "bearer" else ""
-        if not secrets.compare_digest(given.encode(), token.encode()):
-            todo = f"send the token that {SERVER_FILE} holds"
-            facts = InvalidInput("missing or wrong token", "authorization", todo).as_dict()
-            return AsciiJson(facts, status_code=401)
+        secret = given if scheme.lower() == "bearer" else ""
+        try:
+            caller = callers.of_owner(secret) or await to_thread.run_sync(callers.of, secret, limiter=lookups)
+        except OnebasisError as error:
+            return report(request, error)
+        request.state.caller = caller
         return await call_next(request)
 
     @app.exception_handler(OnebasisError)
     def report(_: Request, error: OnebasisError) -> AsciiJson:
         # The rest of a body that is too long is not read, so this connection cannot be used again.
-        headers = {"connection": "close"} if isinstance(error, TooLarge) else None
+        headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
+        if isinstance(error, UnknownToken):
+            headers["www-authenticate"] = "Bearer"
+        if isinstance(error, TooManyRequests):
+            headers["retry-after"] = str(math.ceil(error.retry_seconds))
         return AsciiJson(error.as_dict(), error.http_status, headers)
 
     @app.exception_handler(HTTPException)
@@ -109,8 +130,8 @@ def api(service: Answers, token: str) -> FastAPI:
         return AsciiJson(told.as_dict(), status_code=told.http_status)
 
     @app.get(ALIVE_PATH, include_in_schema=False)
-    async def alive() -> AsciiJson:
-        return AsciiJson({"pid": os.getpid()})
+    async def alive() -> AsciiJson:  # needs no token: who waits for an answer asks it, and so do load balancers
+        return AsciiJson({"alive": True})
 
     submissions, writes = CapacityLimiter(SUBMISSIONS_AT_ONCE), CapacityLimiter(WRITES_AT_ONCE)
     for route in ROUTES:
@@ -141,7 +162,7 @@ def _endpoint(
 
         def work() -> Response:  # reading and writing JSON too: it takes a second for the largest
             asked = read_request(route, request.path_params, query, body)
-            answer = service.answer(asked)
+            answer = service.answer(asked, request.state.caller)
             if isinstance(answer, bytes):
                 return Response(answer, media_type="application/zip")
             return AsciiJson(answer)
@@ -194,7 +215,7 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-def http_server(app: FastAPI) -> Any:
+def http_server(app: FastAPI, tls: TlsSettings | None = None) -> Any:
     """uvicorn around the API, with limits for connections that are slow or many."""
     config = uvicorn.Config(
         app,
@@ -203,6 +224,8 @@ def http_server(app: FastAPI) -> Any:
         access_log=False,
         limit_concurrency=CONNECTIONS_MAX,
         timeout_graceful_shutdown=STOP_SECONDS,
+        ssl_certfile=tls.cert_file if tls else None,
+        ssl_keyfile=tls.key_file if tls else None,
     )
     return uvicorn.Server(config)
 
@@ -242,10 +265,12 @@ _REFUSALS = {
     str(status): {"description": words}
     for status, words in (
         (401, "missing or wrong token"),
+        (403, "the role of who asks is too low"),
         (404, "there is no such thing"),
         (409, "somebody moved first, or a rule of the service forbids it"),
         (413, "the body is too long"),
         (422, "the input is wrong"),
+        (429, "this token asks too often: wait as long as Retry-After says"),
         (500, "stored bytes are damaged, or an internal error"),
         (503, "something that is needed is away: wait, then ask again"),
     )

@@ -8,7 +8,7 @@ command line does, in its own process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from configs.errors import Corrupt, NotLeading, UnreadableTask
 from configs.settings import Settings
 from orchestrator.alarms import Alarms
 from orchestrator.api import requests
+from orchestrator.api.answers import Answers
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.routes import route_of
 from orchestrator.api.sources import Sources
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
     from orchestrator.leadership import StandsBy
+    from orchestrator.serving.deployment import Deployment
     from orchestrator.tasks.task_queue import TaskQueue
 
 
@@ -51,6 +53,7 @@ class Service:
         check: As for `Tasks`.
         stands_by: Of a control plane that stands by: who leads, now.
         agree: Called with new settings before they are taken. Raises where other control planes have the old ones.
+        deployment: What answers over HTTP; None where no service runs.
     """
 
     def __init__(
@@ -65,13 +68,21 @@ class Service:
         alarms: Alarms | None = None,
         stands_by: Callable[[], StandsBy] | None = None,
         agree: Callable[[Settings], None] = lambda settings: None,
+        deployment: Deployment | None = None,
     ) -> None:
         self._controller, self._stands_by, self._agree = controller, stands_by, agree
+        self._deployment = deployment
         self._sources = Sources(settings, queue, controller, cluster, alarms, stands_by)
         self._reloading = Lock()
         self._of_each = {name: Versions(self._sources, name, storage) for name, storage in storages.items()}
         self.tasks = Tasks(self._sources, self._of_each, check)
-        self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines)
+        self.answers = Answers(self._sources, self.versions)
+        self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines, deployment)
+
+    @property
+    def sources(self) -> Sources:
+        """What its answers are made from."""
+        return self._sources
 
     @property
     def settings(self) -> Settings:
@@ -91,14 +102,23 @@ class Service:
                 versions.let_go()
         return self._of_each[name]
 
+    def titles(self) -> dict[str, str]:
+        """Id to name of all tasks that any version of any base model brought."""
+        states = [versions.refresh() for versions in self._of_each.values()]
+        return {t.task_id: t.name for state in states for v in state.versions.values() for t in v.added}
+
     def look(self) -> None:
         """As `ServiceStatus.look`."""
         self.status.look()
 
-    def answer(self, request: Request) -> Any:
-        """Carry out a request of any kind."""
+    def answer(self, request: Request, of_teams: Collection[str] | None = None) -> Any:
+        """Carry out a request of any kind, whoever asks: who may ask for what is for guard.py to say.
+
+        Args:
+            of_teams: Teams whose tasks there are for who asks; None: all.
+        """
         try:
-            return self._answer(request)
+            return self._answer(request, of_teams)
         except Corrupt as error:
             subspaces = self._controller.subspaces if self._controller is not None else {}
             if (subspace := subspaces.get(self._about(request))) is not None and not isinstance(error, UnreadableTask):
@@ -148,18 +168,30 @@ class Service:
                 self.tasks.follow(self._of_each)
                 self.status.follow(self._of_each)
                 controller.grow(after, stores, GROW_SECONDS)
-        return {"taken": taken, "base_models": list(after.base_names)}
+            if self._deployment is not None and (after.serving or before.serving):
+                self._deployment.follow(after)
+        url = after.serving.url if after.serving is not None else None
+        return {"taken": taken, "base_models": list(after.base_names), "serving": url}
 
-    def _answer(self, request: Request) -> Any:
-        if self._stands_by is not None and route_of(request).verb == "POST":
+    def refuse_write(self) -> None:
+        """Raise NotLeading where this control plane stands by."""
+        if self._stands_by is not None:
+            raise self._stands_by().refusal
+
+    def _answer(self, request: Request, of_teams: Collection[str] | None) -> Any:
+        if self._stands_by is not None and isinstance(request, requests.Submit) and request.dry_run:
             refusal = self._stands_by().refusal
-            if isinstance(request, requests.Submit) and request.dry_run:
-                what = (
-                    "a dry run is checked against the base model as the workers have loaded it, which the leader knows"
-                )
-                raise NotLeading(f"{refusal.what}; {what}", refusal.where, refusal.todo)
-            raise refusal
+            what = "a dry run is checked against the base model as the workers have loaded it, which the leader knows"
+            raise NotLeading(f"{refusal.what}; {what}", refusal.where, refusal.todo)
+        if route_of(request).is_write:
+            self.refuse_write()
         match request:
+            case requests.ListTasks():
+                return self.tasks.page(request, of_teams)
+            case requests.ShowVersion():
+                return self.versions(request.base_model).one(request, of_teams)
+            case requests.ShowScores():
+                return self.versions(request.base_model).scores(request, of_teams)
             case Rollback():
                 return self.versions(request.base_model).rollback(request)
             case StoreRequest():

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
     from orchestrator.leadership import StandsBy
+    from orchestrator.tasks.audit_log import AuditLog
     from orchestrator.tasks.task_queue import TaskQueue
+    from orchestrator.tasks.token_book import TokenBook
 
 
 class Sources:
@@ -50,6 +52,20 @@ class Sources:
         from orchestrator.tasks.task_queue import TaskQueue
 
         return self._given_queue or TaskQueue(self.settings.database_url, self.settings.failures)
+
+    @cached_property
+    def tokens(self) -> TokenBook:
+        """The tokens of people and service accounts."""
+        from orchestrator.tasks.token_book import TokenBook
+
+        return TokenBook(self.queue.database)
+
+    @cached_property
+    def audit(self) -> AuditLog:
+        """What was asked, by whom."""
+        from orchestrator.tasks.audit_log import AuditLog
+
+        return AuditLog(self.queue.database)
 
     @property
     def is_up(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.document import without_password
 from configs.errors import DatabaseAway, OnebasisError, Unavailable
@@ -22,6 +23,9 @@ from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import SERVICE, TaskState
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
 
+if TYPE_CHECKING:
+    from orchestrator.serving.deployment import Deployment
+
 
 class ServiceStatus:
     """One service as its users see it.
@@ -30,11 +34,18 @@ class ServiceStatus:
         versions: Base model to the versions of its subspace.
         health: What the process knows of itself.
         deadlines: Those that cannot be met.
+        deployment: What answers over HTTP; None where no service runs.
     """
 
     def __init__(
-        self, sources: Sources, versions: Mapping[str, Versions], health: Callable[[], Json], deadlines: Deadlines
+        self,
+        sources: Sources,
+        versions: Mapping[str, Versions],
+        health: Callable[[], Json],
+        deadlines: Deadlines,
+        deployment: Deployment | None = None,
     ) -> None:
+        self._deployment = deployment
         self._sources = sources
         self._versions = versions
         self._health = health
@@ -66,6 +77,7 @@ class ServiceStatus:
             "left_running": self._left_running(),
             **({} if self._sources.is_up else self._led_elsewhere()),
             **self.health(),
+            "serving": self._deployment.facts(self._sources.settings) if self._deployment is not None else {},
             "base_models": of_each,
         }
 

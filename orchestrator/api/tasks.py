@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -156,11 +156,13 @@ class Tasks:
             ),
         }
 
-    def page(self, request: requests.ListTasks) -> list[Json]:
-        """The newest tasks, oldest first."""
+    def page(self, request: requests.ListTasks, of_teams: Collection[str] | None = None) -> list[Json]:
+        """The newest tasks, oldest first. of_teams: Teams whose tasks there are for who asks; None: all."""
         states = (request.state,) if request.state else ()
         base_model = request.base_model
-        records = self._sources.queue.page(states, request.team, request.before, request.limit, base_model)
+        records = self._sources.queue.page(
+            states, request.team, request.before, request.limit, base_model=base_model, of_teams=of_teams
+        )
         if not records:
             self._known_team(request.team)
             self._sources.settings.base(base_model) if base_model is not None else None

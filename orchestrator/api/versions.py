@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,7 +39,7 @@ from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
 from subspace_store.log.retention import check_task_is_known
-from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, SubspaceState
+from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, MergedTask, SubspaceState
 from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest, Unquarantine
 from subspace_store.storage.create_rule import SCRATCH
 from subspace_store.storage.protocol import Storage
@@ -106,15 +106,16 @@ class Versions:
         found = (views.version_summary(state, version) for _, version in sorted(state.versions.items()))
         return [{**row, "base_model": self.name} for row in found]
 
-    def one(self, request: requests.ShowVersion) -> Json:
-        """One version: tasks, scores, ranks, drift, what is stored."""
+    def one(self, request: requests.ShowVersion, of_teams: Collection[str] | None = None) -> Json:
+        """One version: tasks, scores, ranks, drift, what is stored. of_teams: As for `scores`."""
         state, number = self._store.refresh(), request.version
         _check_version(state, number)
-        table = self._table(state, number)
+        table, hidden = _of_teams(self._table(state, number), state, of_teams)
         return {
             **views.version_summary(state, state.versions.get(number, EMPTY)),
             "base_model": self.name,
-            "tasks": [views.task_in_version(state, table, number, task_id) for task_id in state.tasks_at(number)],
+            "tasks": [views.task_in_version(state, table, number, task_id) for task_id in table.tasks],
+            **hidden,
             "ranks": {name: list(ranks) for name, ranks in self._store.ranks(number).items()},
             "footprint": self._footprint(number),
             **self._figures(table, number, self._sources.queue.among(table.tasks)),
@@ -177,15 +178,26 @@ class Versions:
         told = request.model_dump(mode="json", exclude={"actor"})
         return {"operation": request.operation, **told, "base_model": self.name}
 
+    def held(self, reference: str, version: int | None) -> tuple[int, MergedTask]:
+        """A version, default `main`, and a task as it holds it.
+
+        Args:
+            reference: An id, the beginning of one, or `team/name`.
+
+        Raises:
+            NotFound: It holds no such task, or there is no such version.
+        """
+        state = self._store.refresh()
+        number = state.refs[MAIN] if version is None else version
+        _check_version(state, number)
+        return number, state.tasks_at(number)[self._task_id_at(state, number, reference)]
+
     def export(self, request: requests.Export) -> bytes:
         """One task at a version as a zipped PEFT folder; default: what `main` holds."""
         from subspace_store.formats.peft import write_peft_folder
 
-        state = self._store.refresh()
-        number = state.refs[MAIN] if request.version is None else request.version
-        _check_version(state, number)
-        task_id = self._task_id_at(state, number, request.reference)
-        adapter = self._store.adapter(task_id, number)
+        number, task = self.held(request.reference, request.version)
+        adapter = self._store.adapter(task.task_id, number)
         packed = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(packed, "w") as archive:
             write_peft_folder(Path(folder), adapter, self._sources.settings.base(self.name).source)
@@ -193,17 +205,22 @@ class Versions:
                 archive.write(path, path.name)
         return packed.getvalue()
 
-    def scores(self, request: requests.ShowScores) -> Json:
-        """The matrix A[version][task] of the lineage that ends in a version (default `main`), and its means."""
+    def scores(self, request: requests.ShowScores, of_teams: Collection[str] | None = None) -> Json:
+        """The matrix A[version][task] of the lineage that ends in a version (default `main`), and its means.
+
+        Args:
+            of_teams: Teams whose tasks are in it and in its means; None: all.
+        """
         state = self._store.refresh()
         number = state.refs[MAIN] if request.version is None else request.version
         _check_version(state, number)
-        table = self._table(state, number)
+        table, hidden = _of_teams(self._table(state, number), state, of_teams)
         names = {task_id: task.name for task_id, task in state.tasks_at(number).items()}
         records = self._sources.queue.among(table.tasks)
         return {
             "base_model": self.name,
             "version": number,
+            **hidden,
             "versions": list(table.versions),
             "tasks": [views.score_column(t, names[t], table.birth[t], records.get(t)) for t in table.tasks],
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
@@ -433,6 +450,16 @@ class Versions:
             names = ", ".join(task.name for task in held.values()) or "no tasks"
             raise NotFound(f"version {version} has no task '{reference}'", todo=f"it holds: {names}")
         return found[0]
+
+
+def _of_teams(table: ScoreTable, state: SubspaceState, of_teams: Collection[str] | None) -> tuple[ScoreTable, Json]:
+    """The table with the tasks of some teams alone, and how many are left out, as an answer says it."""
+    if of_teams is None:
+        return table, {}
+    titles = {task.task_id: task.name for version in state.versions.values() for task in version.added}
+    mine = tuple(t for t in table.tasks if titles[t].partition("/")[0] in of_teams)
+    count = len(table.tasks) - len(mine)
+    return replace(table, tasks=mine), {"hidden": {"tasks": count}} if count else {}
 
 
 def hold_over(record: TaskRecord, state: SubspaceState) -> Hold | None:

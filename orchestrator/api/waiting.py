@@ -36,11 +36,14 @@ class Waiting:
         self._told = alarms
 
     def _alarms(self) -> tuple[str, ...]:
+        from orchestrator.api.client import trust_of
         from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange
 
         try:
             url, token = self._server["url"], self._server["token"]
-            reply = exchange(f"{url}/health", "GET", token=token, timeout_seconds=HEALTH_SECONDS)
+            reply = exchange(
+                f"{url}/health", "GET", token=token, timeout_seconds=HEALTH_SECONDS, trust=trust_of(self._server)
+            )
             return tuple(alarm["text"] for alarm in json.loads(reply.content).get("alarms", ()))
         except (NobodyListensError, NotTakenError, Unavailable, ValueError):
             return self._told

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.document import check_document
-from configs.errors import Conflict, Exit, InvalidInput, NotFound
+from configs.errors import Conflict, Exit, InvalidInput, NotFound, OnebasisError, error_from_dict
 from configs.places import located
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
@@ -34,6 +34,7 @@ from orchestrator.api.requests import (
     ListTasks,
     ListVersions,
     Pause,
+    Predict,
     Preempt,
     PreviewRollback,
     ReadLog,
@@ -46,8 +47,9 @@ from orchestrator.api.requests import (
     ShowVersion,
     Status,
 )
-from orchestrator.commands import display, submission, version_tables
+from orchestrator.commands import accounts, contexts, display, prediction, submission, version_tables
 from orchestrator.commands.attention import Attention
+from orchestrator.commands.contexts import anywhere
 from orchestrator.commands.submission import ENDS, WATCH_SECONDS
 from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.state_folder import keep_source, settings_source
@@ -60,6 +62,7 @@ from subspace_store.commands.terminal import (
     StateDir,
     command_of,
     counted,
+    error,
     me,
     new_app,
     note,
@@ -73,14 +76,17 @@ app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: 
 INTERRUPTED = (
     "interrupted; the tasks are not. `onebasis status` shows whether the service runs, `onebasis tasks` where it is"
 )
-command = command_of(app, INTERRUPTED)
+command_here = command_of(app, INTERRUPTED)
+command = anywhere(command_here)
 starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
 ending_command = command_of(app, "interrupted; `onebasis status` shows what still runs, `onebasis down` ends it")
-draining_command = command_of(
-    app,
-    "interrupted; what was drained stays drained. `onebasis workers` shows what is left, `drain --undo` takes it back",
+draining_command = anywhere(
+    command_of(
+        app,
+        "interrupted; what was drained stays drained. `onebasis workers` shows what is left; `--undo` takes it back",
+    )
 )
-waiting_command = command_of(app, INTERRUPTED, epilog=EXIT_CODES)
+waiting_command = anywhere(command_of(app, INTERRUPTED, epilog=EXIT_CODES))
 
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
 AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
@@ -88,6 +94,9 @@ Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of a
 OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help="Id, beginning of an id, or team/name.")]
 OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
 InState = Annotated[str | None, typer.Option("--state", help="Those in this state.")]
+TheirFiles = Annotated[
+    bool, typer.Option("--their-files", help="Files that the tasks name are where the service runs, at these paths.")
+]
 RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Arguments are handed on as they are."""
 
@@ -126,9 +135,12 @@ def up(
         )
     status = processes.up(settings, note if not as_json else _silent, take_over, config, remove_base_model or ())
     show(status, display.status, as_json)
+    if not as_json and (made := accounts.first_token(Client(state_dir))) is not None:
+        note("for people on other machines (`onebasis login`); who may read the state folder needs no token")
+        accounts.secret(made)
 
 
-@command
+@command_here
 def reload(
     config: Annotated[
         Path | None, typer.Option(help="Settings (YAML); default: the file that the last `up` or `reload` named.")
@@ -136,7 +148,8 @@ def reload(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Read the settings again: a running service takes further base models, teams, data_roots and the gate.
+    """Read the settings again: a running service takes further base models, teams, data_roots, the gate, and
+    who may what (main, oidc).
 
     Anything else that is different is refused by name, and nothing is taken then.
     """
@@ -179,6 +192,7 @@ def submit(
     ],
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the tasks have ended; show progress.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
+    their_files: TheirFiles = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -189,8 +203,8 @@ def submit(
     """
     client, files = Client(state_dir), submission.task_files(tasks)
     if files == tasks and len(files) == 1:
-        raise typer.Exit(submission.submit(client, read_task_spec(files[0]), wait, dry_run, as_json))
-    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json))
+        raise typer.Exit(submission.submit(client, read_task_spec(files[0]), wait, dry_run, as_json, their_files))
+    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json, their_files))
 
 
 @waiting_command
@@ -207,6 +221,7 @@ def import_(
     max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the task has ended.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
+    their_files: TheirFiles = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -227,7 +242,7 @@ def import_(
         "data": data,
     }
     spec = located(check_document(document, TaskSpec, "task"), Path.cwd())  # as text: a Path makes https:/ of a URL
-    raise typer.Exit(submission.submit(Client(state_dir), spec, wait, dry_run, as_json))
+    raise typer.Exit(submission.submit(Client(state_dir), spec, wait, dry_run, as_json, their_files))
 
 
 @command
@@ -461,7 +476,7 @@ def logs(
         print(json.dumps(lines))
 
 
-@command
+@command_here
 def simulate(
     arrivals: Annotated[
         Path,
@@ -595,6 +610,65 @@ def export(
     )
 
 
+@starting_command
+def serve(
+    port: Annotated[int | None, typer.Option(help="TCP port; default: that of the settings, else 8001.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the interface; 0.0.0.0 for all.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Most processes that answer for each base model; the least is in the settings.")
+    ] = None,
+    end: Annotated[bool, typer.Option("--end", help="Answer no more.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Answer over HTTP for all published tasks, in the background, until `--end` or `onebasis down`.
+
+    /v1/predict takes rows; /v1/chat/completions and /v1/completions are OpenAI's, with `model` = team/task. Replicas
+    follow `main`. The rest of `serving:` is in the settings.
+    """
+    from configs.settings import ServingSettings
+    from subspace_store.commands.state_folder import service_settings
+
+    settings = service_settings(state_dir)
+    named = {"port": port, "host": host, "replicas_max": replicas}
+    chosen = (settings.serving or ServingSettings()).model_dump() | {k: v for k, v in named.items() if v is not None}
+    serving = None if end else ServingSettings.model_validate(chosen)
+    with telling("loading the base model for the replicas"):
+        answer = Client(state_dir).ask(Reload(settings=settings.model_copy(update={"serving": serving}), by=me()))
+    show(answer, display.serving, as_json)
+
+
+@waiting_command
+def predict(
+    reference: Reference,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text, a prompt, or the first message of a chat. May be repeated.")
+    ] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="The second text, where the task reads two.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rows as the task file names them; labels need not be there.")
+    ] = None,
+    number: AtVersion = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Have a published task answer rows.
+
+    A worker that is free answers; if none is, or no service runs, this process loads the base model. The exit code is
+    that of the first row that could not be answered.
+    """
+    client = Client(state_dir)
+    asked = prediction.inputs(client, reference, text or (), pair or (), rows)
+    version = _version_or_main(client, number, base_model)
+    request = Predict(reference=reference, inputs=("",), version=version, base_model=base_model)
+    answer = prediction.joined(list(prediction.predict(client, request, asked)))
+    show(answer, lambda a: prediction.show_answers(a, asked), as_json)
+    wrong = [error_from_dict(said["error"]) for said in answer["answers"] if "error" in said]
+    if wrong:
+        raise typer.Exit(wrong[0].exit_code)
+
+
 @command
 def scores(
     number: AtVersion = None,
@@ -624,17 +698,25 @@ def capacity(
 @app.command("store", context_settings=RAW, add_help_option=False)
 def store(context: typer.Context) -> None:
     """The version log and its storage: check, tag, hold, pin, expire, collect. `onebasis store --help` lists it all."""
+    try:
+        remote, arguments = contexts.of_arguments(context.args)
+    except OnebasisError as problem:
+        error(problem)
+        raise typer.Exit(problem.exit_code) from None
     with telling("loading the program"):  # from a cold disk, or on a busy machine
         from subspace_store.commands import app as store_cli
+        from subspace_store.commands.place import ELSEWHERE
 
     def ask(state_dir: Path, request: StoreRequest[Any]) -> dict[str, Any]:
         return Client(state_dir).ask(request)
 
-    token = store_cli.SERVICE.set(ask)
+    tokens = store_cli.SERVICE.set(ask), ELSEWHERE.set(remote.url if remote else "")
     try:
-        store_cli.app(context.args, prog_name="onebasis store")
+        with contexts.asking(remote, "--json" in arguments):
+            store_cli.app(arguments, prog_name="onebasis store")
     finally:
-        store_cli.SERVICE.reset(token)
+        store_cli.SERVICE.reset(tokens[0])
+        ELSEWHERE.reset(tokens[1])
 
 
 def _only_base_model(client: Client) -> str:
@@ -703,6 +785,13 @@ def _refuse_all_but_one(reference: str | None, team: str | None, service: bool, 
 
 def _silent(_: str) -> None:
     """With --json only JSON is printed."""
+
+
+for function in (accounts.whoami, accounts.audit):
+    command(function)
+command_here(accounts.login)
+app.add_typer(accounts.token_app, name="token")
+app.add_typer(contexts.context_app, name="context")
 
 
 def main() -> None:

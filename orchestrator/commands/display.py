@@ -94,6 +94,8 @@ def status(answer: Json) -> None:
                 soft_wrap=True,
             )
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
+    if serving := answer.get("serving"):
+        console.print(f"  answers  {_serving(serving)}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
         console.print(f"  {shown(worker)} {shown(what)}", soft_wrap=True)
     for name, pool in answer.get("pools", {}).items():
@@ -115,6 +117,27 @@ def status(answer: Json) -> None:
             soft_wrap=True,
         )
         _print_rows("outcome-unknown")
+
+
+def _serving(serving: Json) -> str:
+    """What answers over HTTP, in a line."""
+    parts = [f"{shown(serving['url'])}: {serving['state']}"]
+    for name, replicas in serving["base_models"].items():
+        versions = ", ".join(f"version {replica['version']}" for replica in replicas) or "none ready"
+        parts.append(f"{shown(name)} by {counted(len(replicas), 'replica')} ({versions})")
+        parts += [f"[yellow]{shown(replica['trouble'])}[/yellow]" for replica in replicas if replica["trouble"]]
+    return "; ".join([*parts, *([shown(serving["message"])] if serving.get("message") else [])])
+
+
+def serving(answer: Json) -> None:
+    """`onebasis serve`."""
+    if (url := answer["serving"]) is None:
+        note("nothing answers over HTTP any more")
+        return
+    console.print(f"{shown(url)}/v1/predict, /v1/models, /v1/chat/completions, /v1/completions", soft_wrap=True)
+    note(
+        "callers send a token (`onebasis token create`); `onebasis status` shows the replicas, `serve --end` ends them"
+    )
 
 
 def _main(base: Json) -> str:
@@ -666,3 +689,16 @@ def size_text(count: float) -> str:
 
 def _clock(at: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+    """A table of texts; without a row, a sentence."""
+    if not rows:
+        console.print(nothing)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(shown, row))
+    console.print(table)

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import Exit, InvalidInput, OnebasisError, QueueFull, Unavailable
 from configs.task_spec import TaskSpec, read_task_spec
-from orchestrator.api.client import Client
+from orchestrator.api.client import REMOTE, Client
 from orchestrator.api.requests import ShowTask, Submit
 from orchestrator.commands import display
 from orchestrator.commands.attention import Attention
@@ -40,8 +40,39 @@ def task_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def submit(client: Client, task: TaskSpec, wait: bool, dry_run: bool, as_json: bool) -> Exit:
-    """Submit one task, and with `wait` stay until it has ended. The exit code says how."""
+def check_files(task: TaskSpec, their_files: bool) -> None:
+    """Refuse a task that names files of this machine, which a service on another one cannot read.
+
+    Args:
+        their_files: The files are there, at these paths: the person says so.
+
+    Raises:
+        InvalidInput: With the keys.
+    """
+    remote = REMOTE.get()
+    if remote is None or their_files:
+        return
+    named = {
+        "data.train_file": task.data.train_file,
+        "data.eval_file": task.data.eval_file,
+        "method.adapter": task.method.adapter,
+    }
+    if own := [key for key, path in named.items() if path]:
+        raise InvalidInput(
+            f"names files on this machine, which the service at {remote.url} cannot read; files are not sent yet",
+            ", ".join(own),
+            "put them where the service runs, below one of its data_roots, write their absolute paths there, and add "
+            "--their-files",
+        )
+
+
+def submit(client: Client, task: TaskSpec, wait: bool, dry_run: bool, as_json: bool, their_files: bool = False) -> Exit:
+    """Submit one task, and with `wait` stay until it has ended. The exit code says how.
+
+    Args:
+        their_files: As for `check_files`.
+    """
+    check_files(task, their_files)
     answer = client.ask(Submit(task=task, dry_run=dry_run, by=me()))
     if dry_run or not wait:
         show(answer, display.submitted, as_json)
@@ -53,14 +84,16 @@ def submit(client: Client, task: TaskSpec, wait: bool, dry_run: bool, as_json: b
     return ENDS[found["state"]]
 
 
-def submit_all(client: Client, files: Sequence[Path], wait: bool, dry_run: bool, as_json: bool) -> Exit:
+def submit_all(
+    client: Client, files: Sequence[Path], wait: bool, dry_run: bool, as_json: bool, their_files: bool = False
+) -> Exit:
     """Check the tasks in all files, and if none is wrong submit them. The exit code is the highest of theirs.
 
     Raises:
         Unavailable: The service is away: nothing was submitted. If it goes away later, that is the result of the rest;
             when the command is repeated, those that were taken in before are the same tasks.
     """
-    results, specs = _checked(client, files)
+    results, specs = _checked(client, files, their_files)
     is_fine = not any("error" in result for result in results)
     if is_fine and not dry_run:
         results = _submitted(client, *_in_turn(files, specs))
@@ -81,7 +114,7 @@ def submit_all(client: Client, files: Sequence[Path], wait: bool, dry_run: bool,
     return max(code for code in Exit if code in codes)
 
 
-def _checked(client: Client, files: Sequence[Path]) -> tuple[list[Json], list[TaskSpec]]:
+def _checked(client: Client, files: Sequence[Path], their_files: bool) -> tuple[list[Json], list[TaskSpec]]:
     """The service's answer to each file, without submitting it, and the documents of those that can be read."""
     results: dict[Path, Json] = {}
     specs: dict[Path, TaskSpec] = {}
@@ -89,6 +122,7 @@ def _checked(client: Client, files: Sequence[Path]) -> tuple[list[Json], list[Ta
     for file in files:
         try:
             spec = read_task_spec(file)
+            check_files(spec, their_files)
             if (other := named.setdefault(_title(spec), file)) != file:
                 raise InvalidInput(
                     f"is {_title(spec)}, and so is {other}", str(file), "give each task a name of its own"

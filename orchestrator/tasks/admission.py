@@ -119,6 +119,7 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         raise InvalidInput(
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
         )
+    settings = settings.of_team(spec.team)
     base_model_of(spec, settings)
     pool = chosen_pool(pools_of(settings.pools, spec.base_model), spec.pool, spec.resources)
     ranks = settings.pools[pool].ranks

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 from configs.document import Section
 from configs.task_spec import DataSpec, LoraSpec, TaskSpec, TrainingSpec
-from workers.metrics import GENERATED
 from workers.rows.task_data import columns_of
 
 LEARNING_RATES = (1e-7, 0.1)
@@ -60,7 +59,7 @@ def doubtful_settings(spec: TaskSpec, row_count: int, ranks: int) -> Iterator[st
 def _unread_of_data(spec: TaskSpec) -> set[str]:
     """Keys of `data` that a task of this kind does not read."""
     unread = {key for key in DataSpec.model_fields if key.endswith("_column")} - columns_of(spec).keys()
-    if spec.metric not in GENERATED:
+    if spec.kind != "causal_lm":  # else it says how long an answer may be, whatever the score is
         unread.add("max_new_tokens")
     if spec.kind == "image_classification":
         unread.add("max_length")

@@ -6,9 +6,21 @@ it, so that the database can choose and order rows without reading their records
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
-HEAD = "0006"
+HEAD = "0007"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -148,3 +160,36 @@ team_uses = Table(
     Column("at", Float, nullable=False),
 )
 """Place-seconds summed by team, decayed to `at`, so that nobody has to add up all rows."""
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("token_id", String(40), primary_key=True),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("name", Text, nullable=False),
+    Column("kind", String(20), nullable=False),
+    Column("team", String(63), nullable=False),
+    Column("role", String(20), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("expires_at", Float),
+    Column("used_at", Float),
+    Column("revoked_at", Float),
+)
+"""Tokens of people and service accounts, as digests. `team` is empty for all teams."""
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Float, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("token_id", Text, nullable=False),
+    Column("request", String(40), nullable=False),
+    Column("about", Text, nullable=False),
+    Column("outcome", String(40), nullable=False),
+    Column("of", BigInteger, nullable=False),
+    Column("previous_sha256", String(64), nullable=False),
+    Column("sha256", String(64), nullable=False),
+)
+"""Every request that writes, in a chain of digests: see audit_log.py."""

@@ -138,6 +138,11 @@ class TaskQueue:
         self._database = Database(database_url, fence)
         self._unreadable: dict[str, UnreadableTask] = {}
 
+    @property
+    def database(self) -> Database:
+        """The database that the tasks are in."""
+        return self._database
+
     def close(self) -> None:
         """Give the connections back."""
         self._database.close()
@@ -216,15 +221,20 @@ class TaskQueue:
         with self._database.reading() as connection:
             return self._get(connection, task_id)
 
-    def find(self, reference: str) -> TaskRecord:
+    def find(self, reference: str, of_teams: Collection[str] | None = None) -> TaskRecord:
         """One task by id, by the beginning of its id, or by `team/name` (the newest of that name).
+
+        Args:
+            of_teams: Teams whose tasks there are for who asks; None: all. A task of another team is not found, as one
+                that does not exist.
 
         Raises:
             NotFound: None, or several ids that begin like this.
             UnreadableTask: This release cannot read it.
         """
         team, slash, name = reference.partition("/")
-        chosen = select(_tasks.c.task_id)
+        here = () if of_teams is None else (_tasks.c.team.in_(sorted(of_teams)),)
+        chosen = select(_tasks.c.task_id).where(*here)
         if slash:
             named = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
             chosen = named.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(1)
@@ -236,7 +246,7 @@ class TaskQueue:
                 found = [reference]  # another id begins with the whole of this one
             if not reference or len(found) != 1:
                 problem = "several tasks begin like this" if len(found) > 1 else "there is no such task"
-                named = select(_tasks.c.team).distinct().where(_tasks.c.name == reference).limit(3)
+                named = select(_tasks.c.team).distinct().where(_tasks.c.name == reference, *here).limit(3)
                 teams = [] if found or slash else sorted(connection.execute(named).scalars())
                 meant = " or ".join(repr(f"{team}/{reference}") for team in teams)
                 todo = f"did you mean {meant}?" if meant else "`onebasis tasks` lists ids and names"
@@ -255,6 +265,7 @@ class TaskQueue:
         limit: int = 200,
         pool: str | None = None,
         base_model: str | None = None,
+        of_teams: Collection[str] | None = None,
     ) -> list[TaskRecord]:
         """The newest tasks, or the newest of those that are older than one, by age.
 
@@ -262,6 +273,7 @@ class TaskQueue:
             before: Id of the oldest task of the page that was shown before.
             limit: Most rows to look at. Where one cannot be read, a page has fewer tasks.
             pool: Only tasks of this pool.
+            of_teams: As for `find`.
 
         Raises:
             NotFound: There is no task `before`.
@@ -270,9 +282,12 @@ class TaskQueue:
         chosen = chosen.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
         if pool is not None:
             chosen = chosen.where(_tasks.c.pool == pool)
+        here = () if of_teams is None else (_tasks.c.team.in_(sorted(of_teams)),)
+        chosen = chosen.where(*here)
         if before:
+            named = select(_tasks.c.submitted_at).where(_tasks.c.task_id == before, *here)
             with self._database.reading() as connection:
-                at = connection.execute(select(_tasks.c.submitted_at).where(_tasks.c.task_id == before)).scalar()
+                at = connection.execute(named).scalar()
             if at is None:
                 raise NotFound("there is no such task", before, "begin again with the newest")
             older = and_(_tasks.c.submitted_at == at, _tasks.c.task_id < before)
@@ -322,6 +337,11 @@ class TaskQueue:
             for ids in _batches(task_ids):
                 found.update(connection.execute(select(_tasks.c.task_id).where(_tasks.c.task_id.in_(ids))).scalars())
         return found
+
+    def teams(self) -> set[str]:
+        """Teams that have, or had, a task."""
+        with self._database.reading() as connection:
+            return set(connection.execute(select(_tasks.c.team).distinct()).scalars())
 
     def counts(self) -> dict[str, int]:
         """State to number of tasks, from an index alone; a state without any is left out."""

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -24,7 +24,7 @@ from subspace_store import SubspaceReader
 from subspace_store.commands.in_doubt import noted
 from subspace_store.commands.state_folder import running_server, service_identity, service_settings
 from subspace_store.commands.terminal import command_of, console, me, new_app, note, show, shown, telling
-from subspace_store.log.version import CANDIDATE
+from subspace_store.log.version import CANDIDATE, number_in
 from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Storage
@@ -55,6 +55,29 @@ TaskId = Annotated[str, typer.Argument(metavar="TASK", help="Id of a task, or te
 SERVICE: ContextVar[Callable[[Path, StoreRequest[Any]], Any] | None] = ContextVar("service", default=None)
 """Function that sends a request to a running service, given state folder and request. Set by `onebasis`: this package
 has no client."""
+
+
+ELSEWHERE: ContextVar[str] = ContextVar("elsewhere", default="")
+"""Address of a service on another machine that SERVICE asks: its storage cannot be read here. Empty: none is meant."""
+
+
+class Unread:
+    """Stands for the storage, and for the reader, of a store on another machine: what needs to read it is refused."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def resolve(self, reference: str) -> int:
+        """The version that a number names; a tag or a branch would have to be looked up."""
+        if (number := number_in(reference)) is None:
+            raise InvalidInput(
+                f"'{reference}' is no number", "version", "`onebasis versions` shows which version it names"
+            )
+        return number
+
+    def __getattr__(self, name: str) -> Any:
+        what = f"the context is {self.url}, and this command reads the storage itself"
+        raise InvalidInput(what, "onebasis store", "use it where the service runs; or add --store URL, or --state-dir")
 
 
 @dataclass(frozen=True)
@@ -100,6 +123,8 @@ def place_of(url: str | None, state_dir: Path, base_model: str | None = None) ->
     Raises:
         InvalidInput: The service has several base models, and neither one of them nor an address is named.
     """
+    if url is None and (service := ELSEWHERE.get()):
+        return Place(cast("Storage", Unread(service)), state_dir, None, False, base_model)
     if url is not None and base_model is not None:
         raise InvalidInput("--store and --base-model both name a store", "--base-model", "leave one of them out")
     try:
@@ -118,6 +143,8 @@ def place_of(url: str | None, state_dir: Path, base_model: str | None = None) ->
 
 
 def reader_at(place: Place) -> SubspaceReader:
+    if isinstance(place.storage, Unread):
+        return cast("SubspaceReader", place.storage)
     with telling(f"reading the store at {place.storage.url}"):
         try:
             place.storage.read("FORMAT")
@@ -155,7 +182,8 @@ def writer_at(place: Place, force: bool = False) -> SubspaceStore:
 
 def change(place: Place, force: bool, as_json: bool, done: str, request: StoreRequest[Any]) -> None:
     """Write one record, through the running service or as the writer, and print the request with its key."""
-    repeated = bool(request.op_key) and request.op_key in reader_at(place).state.op_keys
+    is_read = not isinstance(place.storage, Unread)
+    repeated = is_read and bool(request.op_key) and request.op_key in reader_at(place).state.op_keys
     request = request.named()
     write(place, force, request)
     facts = request.model_dump(mode="json", exclude={"actor"}, exclude_none=True)
@@ -190,9 +218,11 @@ def write(place: Place, force: bool, request: StoreRequest[Any]) -> None:
 
 def service_of(place: Place, force: bool) -> Callable[[StoreRequest[Any]], Any] | None:
     """Function that sends a request to the running service; None: this process writes itself."""
+    ask = SERVICE.get()
+    if isinstance(place.storage, Unread) and ask is not None:
+        return partial(ask, place.state_dir)
     if not place.is_served or (force and place.is_named):
         return None
-    ask = SERVICE.get()
     if ask is None or place.is_named:
         raise is_served(place)
     return partial(ask, place.state_dir)

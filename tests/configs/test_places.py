@@ -52,7 +52,12 @@ PLACES = {kind: [path for path, field in fields(kind) if is_marked(field)] for k
 
 def value_for(path: tuple[str, ...]) -> Any:
     """A place below the home folder, as this field writes it."""
-    forms = {"storage.url": "file:~/x", "database_url": "sqlite:///~/x", "data_roots": ["~/x"]}
+    forms = {
+        "storage.url": "file:~/x",
+        "database_url": "sqlite:///~/x",
+        "data_roots": ["~/x"],
+        "teams.data_roots": ["~/x"],
+    }
     return forms.get(".".join(path), "~/x")
 
 
@@ -72,8 +77,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_field_that_names_a_place_is_marked_as_one(kind: type[Section]) -> None:
     named = {path for path, _ in fields(kind) if NAMES_A_PLACE.search(path[-1]) and path[-1] not in NO_PLACE}
     assert named <= set(PLACES[kind])
-    # A section in a mapping (`teams`) is not walked by `located`.
-    assert not any(path[0] == "teams" for path in PLACES[kind])
 
 
 @pytest.mark.parametrize("path", PLACES[Settings], ids=".".join)
@@ -83,6 +86,10 @@ def test_a_setting_may_begin_with_the_home_folder(path: tuple[str, ...], home: P
         "teams": {"red": {}},
     }
     written = nested(path, value_for(path))
+    if path[:2] == ("server", "tls"):
+        written["server"]["tls"] = {"cert_file": "c.pem", "key_file": "k.pem"} | written["server"]["tls"]
+    if path[0] == "teams":
+        written = {"teams": {"red": written["teams"]}}
     for name, value in written.items():
         document[name] = document.get(name, {}) | value if isinstance(value, dict) else value
     if path[0] == "base_models":
@@ -93,6 +100,7 @@ def test_a_setting_may_begin_with_the_home_folder(path: tuple[str, ...], home: P
     for name in path:
         got = getattr(got, name)
         got = got[0] if path[0] == name == "base_models" else got
+        got = got["red"] if path[0] == name == "teams" else got
     assert f"{home}/x" in str(got)
     assert "~" not in str(got)
 
@@ -132,8 +140,12 @@ def test_every_path_on_the_command_line_may_begin_with_the_home_folder(home: Pat
     assert got == {"folder": home / "x", "several": [home / "x", Path("y")], "text": "~/x", "nothing": None}
     # All commands of both programs are made by that decorator.
     for program in (app, store.app):
-        for name, command in get_command(program).commands.items():  # type: ignore[attr-defined]
-            assert hasattr(command.callback, "__wrapped__"), name
+        waiting: list[Any] = [get_command(program)]
+        while waiting:
+            inner = getattr(waiting[-1], "commands", None)
+            command = waiting.pop()
+            waiting += inner.values() if inner else []
+            assert inner or hasattr(command.callback, "__wrapped__"), command.name
 
 
 def test_addresses_and_paths_that_are_absolute_stay() -> None:

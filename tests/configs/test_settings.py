@@ -273,3 +273,33 @@ def test_workers_are_one_pool_of_a_fixed_size(tmp_path: Path) -> None:
 def test_pools_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         read_settings(written(tmp_path, **changes))
+
+
+FIT = {
+    "production": True,
+    "server": {"behind_proxy": True},
+    "database_url": "postgresql+psycopg://db.example.org/onebasis",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"server": {}}, "server.tls, or server.behind_proxy: true"),
+        ({"database_url": "sqlite:///x.db"}, "database_url of a Postgres"),
+        ({"ray": {"address": "head:6379"}}, "ray.auth_token_path, the token of the cluster"),
+    ],
+)
+def test_production_refuses_what_is_fit_for_trying_out_alone(tmp_path: Path, changes: Any, said: str) -> None:
+    assert read_settings(written(tmp_path, **FIT)).production
+    tls = {"tls": {"cert_file": "cert.pem", "key_file": "key.pem"}}
+    assert read_settings(written(tmp_path, **FIT | {"server": tls})).server.tls is not None
+    with pytest.raises(InvalidInput, match=f"production: true needs {said}"):
+        read_settings(written(tmp_path, **FIT | changes))
+    read_settings(written(tmp_path, **FIT | changes | {"production": False}))
+
+
+def test_a_rule_of_main_names_teams_that_are_there(tmp_path: Path) -> None:
+    assert read_settings(written(tmp_path, main={"hold": {"teams": ["red"]}})).main.hold.teams == ("red",)
+    with pytest.raises(InvalidInput, match=r"main.publish: there is no team 'rde'; there are: red"):
+        read_settings(written(tmp_path, main={"publish": {"teams": ["rde"]}}))

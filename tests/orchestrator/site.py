@@ -11,8 +11,11 @@ from typing import Any
 
 import yaml
 
+from configs.settings import TlsSettings
 from configs.task_spec import TaskSpec
+from orchestrator.api.callers import Callers
 from orchestrator.api.client import Client
+from orchestrator.api.guard import Guard
 from orchestrator.api.requests import ShowTask, Submit
 from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
@@ -25,7 +28,8 @@ TOKEN = "the-token"
 class Site:
     """Everything that `onebasis up` starts, in this process and without Ray and MLflow."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, tls: TlsSettings | None = None, **changes: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.plant = Plant(folder, **changes)
         self._stop = threading.Event()
@@ -41,12 +45,15 @@ class Site:
             lambda: {"workers_ready": controller.ready_workers, "workers": controller.describe_workers()},
         )
         listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = http_server(api(self.service, TOKEN))
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
+        self.guard = Guard(self.service)
+        callers = Callers(TOKEN, "ann", lambda: self.service.sources, lambda: self.service.settings)
+        self._server = http_server(api(self.guard, callers), tls)
         self._http = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._http.start()
         (folder / "settings.yaml").write_text(yaml.safe_dump(self.plant.settings.model_dump(mode="json")))
-        (folder / "server.json").write_text(json.dumps({"url": self.url, "token": TOKEN, "pid": 0}))
+        facts = {"url": self.url, "token": TOKEN, "pid": 0} | ({"cert_file": tls.cert_file} if tls else {})
+        (folder / "server.json").write_text(json.dumps(facts))
         self.client = Client(folder)
         while not controller.ready_workers:
             time.sleep(0.01)

@@ -30,6 +30,7 @@ from subspace_store.storage.opening import open_storage
 from tests.builders import LAYOUT, adapter
 from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Phase, Point, Progress, Train, Trained
 from workers.process_monitor import ProcessEnd
+from workers.serving.question import Answer, Question
 
 RowCount = 100
 """Evaluation rows that every score pretends to be measured on."""
@@ -150,6 +151,13 @@ class StandInCluster:
         """The machine that a worker is on; empty while it waits for one, as it is not placed where it must not be."""
         machine = self.machine_of(worker)
         return "" if machine in self.keeps_away.get(worker, ()) else machine
+
+    def answer(self, worker: str, questions: Sequence[Question]) -> Future[Any]:
+        """Every task answers `yes`."""
+        assert worker in self._memory
+        future = Future[Any]()
+        future.set_result([Answer(q.task, q.version or 0, "yes", {"yes": 1.0}) for q in questions])
+        return future
 
     def run(self, worker: str, order: Order) -> Future[Any]:
         with self._lock:

@@ -39,8 +39,10 @@ def taken(before: Settings, after: Settings, cpus: int = 64) -> list[str]:
 def test_a_further_base_model_is_taken_with_its_workers_and_so_are_teams_folders_and_the_gate() -> None:
     assert taken(two(), two()) == []
     assert taken(two(), three()) == ["base_models.third", "pools.third"]
-    changed = two(teams={"red": {"weight": 2}}, data_roots=["/other"], gate={"drop_max": 0.5})
-    assert taken(two(), changed) == ["teams", "data_roots", "gate"]
+    changed = two(
+        teams={"red": {"weight": 2}}, data_roots=["/other"], gate={"drop_max": 0.5}, main={"hold": {"role": "admin"}}
+    )
+    assert taken(two(), changed) == ["teams", "data_roots", "gate", "main"]
 
 
 def test_base_model_alone_and_a_list_of_it_are_the_same_settings() -> None:
@@ -105,7 +107,9 @@ def test_a_running_service_takes_a_third_base_model_and_goes_on(make_plant: Call
     asking = threading.Thread(target=lambda: answers.append(service.answer(asked)))
     asking.start()
     plant.run(lambda: not asking.is_alive())
-    assert answers == [{"taken": ["base_models.third", "pools.third"], "base_models": [SMALL, LARGE, THIRD]}]
+    assert answers == [
+        {"taken": ["base_models.third", "pools.third"], "base_models": [SMALL, LARGE, THIRD], "serving": None}
+    ]
     assert service.answer(ListVersions(base_model=THIRD)) == []
     assert [one["base_model"] for one in service.answer(Status())["base_models"]] == [SMALL, LARGE, THIRD]
     assert service_settings(Path(plant.settings.state_dir)).base_names == (SMALL, LARGE, THIRD)  # for the next `up`

@@ -7,6 +7,7 @@ tokenising happens batch by batch while training, so that the first step does no
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from workers.rows.columns import (
     Quotes,
     Unread,
     Values,
+    check_columns,
     check_different,
 )
 from workers.rows.labels import Labels, earlier_index, is_missing, missing
@@ -105,6 +107,8 @@ class ImageRow:
 
 
 Row = TextRow | CompletionRow | ImageRow
+UNANSWERED = "?"
+"""The last turn of a question, at which nobody looks: chat templates refuse an empty one."""
 
 
 Complaint = Callable[[Row], str]
@@ -169,6 +173,63 @@ def read_rows(content: bytes, spec: TaskSpec, where: str = "rows", are_earlier: 
     if not rows:
         raise InvalidInput("has no rows", where, "give at least one row")
     return rows
+
+
+def questions_in(
+    path: Path, spec: TaskSpec, open_file: OpenFile = open_anywhere, unread: Unread | None = None
+) -> Iterator[Row]:
+    """The rows of a file of any format without what they should be answered: labels and completions need not be there.
+
+    Raises:
+        InvalidInput: See `rows_in`.
+    """
+    columns, make = inputs_of(spec), _asker(spec)
+    check_different(columns)
+    for where, values in read_file(path, columns, open_file, unread or Unread()):
+        yield _made(make, values, where)
+
+
+def question(values: Values, spec: TaskSpec, where: str) -> Row:
+    """One row to be answered, of values by the names of the task's columns.
+
+    Raises:
+        InvalidInput: A value is missing, of the wrong type, empty, or there is one that is not read.
+    """
+    columns = inputs_of(spec)
+    if others := sorted(values.keys() - set(columns.values())):
+        raise InvalidInput(
+            f"has {', '.join(f'{name!r:.100}' for name in others)}, which the task does not read",
+            where,
+            f"give {' and '.join(columns.values())}",
+        )
+    check_columns(columns, values, where)
+    return _made(_asker(spec), values, where)
+
+
+def question_of(row: Row) -> dict[str, Any]:
+    """The inputs of a row by their canonical names, as JSON values; a picture as its file, in base64."""
+    match row:
+        case TextRow():
+            return {"text": row.text} | ({} if row.text_pair is None else {"text_pair": row.text_pair})
+        case CompletionRow(is_chat=True):
+            return {"messages": [{"role": role, "content": content} for role, content in row.turns[:-1]]}
+        case CompletionRow():
+            return {"prompt": row.turns[0][1]}
+    return {"image": base64.b64encode(row.encoded or _as_png(row.image)).decode()}
+
+
+def _as_png(pixels: NDArray[uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def inputs_of(spec: TaskSpec) -> Columns:
+    """As `columns_of`, without the answer's."""
+    answers = {"label_column", "completion_column"}
+    return {key: name for key, name in columns_of(spec).items() if key not in answers}
 
 
 def columns_of(spec: TaskSpec) -> Columns:
@@ -323,6 +384,26 @@ def _maker(spec: TaskSpec, index: LabelIndex) -> Make:
     return lambda values, where: TextRow(
         *_texts(values, data, where), index(values[data.label_column], data.label_column, where)
     )
+
+
+def _asker(spec: TaskSpec) -> Make:
+    """As `_maker`, of values without an answer."""
+    data = spec.data
+    if spec.kind == "causal_lm" and data.messages_column:
+        column = data.messages_column
+        return lambda values, where: _asked_chat(values, column, where)
+    nothing: Values = {data.label_column: 0, data.completion_column: UNANSWERED}
+    make = _maker(spec, lambda *_: 0)
+    return lambda values, where: make({**nothing, **values}, where)
+
+
+def _asked_chat(values: Values, column: str, where: str) -> CompletionRow:
+    """A chat that waits for the assistant; an answer at its end, as rows to learn from have it, is left out."""
+    messages = values[column]
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        is_answered = messages[-1].get("role") == "assistant"
+        messages = [*(messages[:-1] if is_answered else messages), {"role": "assistant", "content": UNANSWERED}]
+    return _chat({column: messages}, column, where)
 
 
 def _texts(values: Values, data: DataSpec, where: str) -> tuple[str, str | None]:

@@ -25,11 +25,14 @@ from subspace_store.merging.basis import ModuleBasis
 from subspace_store.module_names import plain
 from subspace_store.subspace_reader import SubspaceReader, TaskParts
 from workers.base_model import BaseModel
-from workers.evaluation import adapted_model, batches_by_length, on_device, written
+from workers.evaluation import adapted_model, batches_by_length, on_device
 from workers.features import images
 from workers.model_folder import AUTO_CLASSES
+from workers.rows.reading import read_as
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_layers import Directions, MixedLayers, TaskFactors
+from workers.serving.question import GREEDY, Answer, Writing
+from workers.serving.writing import Pen, write
 from workers.tokens import measured_prompt, text_lengths, tokenize
 from workers.truncation import losses, unknown_characters
 
@@ -44,31 +47,16 @@ class Asked:
     """One row for one task."""
 
     task_id: str
-    spec: TaskSpec
-    """The task's own: its kind, labels and lengths."""
     row: Row
     """Its label, or its last turn, is not looked at."""
+    writing: Writing = GREEDY
+    """How a language model is to write the answer."""
+    wrote: Callable[[str], bool] | None = None
+    """Takes the answer of a language model piece by piece; returns False when nobody wants more of it."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a task says of one row."""
-
-    task_id: str
-    version: int
-    """The version that answered."""
-    label: str | None = None
-    """The likeliest label, of a classification."""
-    probabilities: Mapping[str, float] | None = None
-    """Of all labels, in the task's order."""
-    value: float | None = None
-    """Of a regression."""
-    text: str | None = None
-    """Of a language model."""
-    tokens: int = 0
-    """Tokens that it wrote."""
-    warning: str = ""
-    """What of the row was not read."""
+def _as_it_says(parts: TaskParts) -> TaskSpec:
+    return read_as(parts.kept.info, parts.kept.base_model, parts.name)
 
 
 @dataclass(frozen=True)
@@ -95,6 +83,7 @@ class MixedBatch:
         base: Loaded once; its weights are shared, never changed.
         store: Reader of the base model's subspace.
         version: The version that answers.
+        spec_of: What a task's rows are read by, from its head and facts and its title; default: what its adapter says.
         between_batches: Called before every batch, and before every token that is written; may raise to stop.
     """
 
@@ -103,15 +92,17 @@ class MixedBatch:
         base: BaseModel,
         store: SubspaceReader,
         version: int,
+        spec_of: Callable[[TaskParts], TaskSpec] = _as_it_says,
         between_batches: Callable[[], None] = lambda: None,
         tasks_bytes: int = TASKS_BYTES,
     ) -> None:
         self.version = version
-        self._base, self._store, self._between = base, store, between_batches
+        self._base, self._store, self._spec_of, self._between = base, store, spec_of, between_batches
         self._tasks_bytes = tasks_bytes
         self._bases: dict[str, ModuleBasis] = store.basis(version)
         self._models: dict[Any, _SharedModel] = {}
         self._tasks: OrderedDict[str, _Loaded] = OrderedDict()
+        self._fetched: dict[str, TaskParts] = {}
         self._apart: OrderedDict[str, Any] = OrderedDict()
 
     @property
@@ -119,39 +110,48 @@ class MixedBatch:
         """Bytes of the tasks that are in memory, the bases not counted."""
         return sum(task.bytes for task in self._tasks.values())
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Ids of the tasks that are in memory, those asked for last at the end."""
+        return tuple(self._tasks)
+
+    def fetch(self, task_id: str) -> None:
+        """Read a task's files before it is asked for. May be called from another thread, before the first answer."""
+        self._fetched[task_id] = self._store.parts(task_id, self.version)
+
+    def spec(self, task_id: str) -> TaskSpec:
+        """What a task's rows are read by.
+
+        Raises:
+            NotFound: The version does not hold the task.
+        """
+        return self._task(task_id).spec
+
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
         """Answers in the order of the rows. Rows of one kind go through the model together, short ones first.
 
         Raises:
             NotFound: The version does not hold a task.
-            InvalidInput: A task's head is not whole, its spec is another task's, a row is not of its kind, or the
-                model's output for a row is no number.
+            InvalidInput: A task's head is not whole, a row is not of its kind, a prompt has no room, or the model's
+                output for a row is no number.
 
         Cost:
             A pass of the base model, thin products beside each adapted layer, and for each task its head. A task that
             is not in memory is read: a file or two, and 30 ms.
         """
-        specs: dict[str, TaskSpec] = {}
-        for one in asked:
-            _check(one)
-            if specs.setdefault(one.task_id, one.spec) != one.spec:
-                raise InvalidInput("is asked for with two specs at once", one.task_id)
-        loaded = {one.task_id: self._task(one.task_id, one.spec) for one in asked}
+        loaded = {one.task_id: self._task(one.task_id) for one in asked}
         answers: dict[int, Answer] = {}
-        groups: dict[tuple[Any, str, int], list[int]] = {}
+        groups: dict[tuple[Any, str], list[int]] = {}
         for place, one in enumerate(asked):
-            alone = one.task_id if loaded[one.task_id].is_apart else ""
-            new_max = one.spec.data.max_new_tokens if one.spec.kind == "causal_lm" else 0
-            groups.setdefault((AUTO_CLASSES[one.spec.kind], alone, new_max), []).append(place)
-        for (_, alone, _), places in groups.items():
+            task = loaded[one.task_id]
+            _check(one, task.spec)
+            groups.setdefault((AUTO_CLASSES[task.spec.kind], one.task_id if task.is_apart else ""), []).append(place)
+        for (_, alone), places in groups.items():
             some = [asked[place] for place in places]
             tasks = [loaded[one.task_id] for one in some]
-            model = self._model_apart(some[0], tasks[0]) if alone else self._model(some[0].spec)
-            found = (
-                self._written(model, some, tasks)
-                if some[0].spec.kind == "causal_lm"
-                else self._predicted(model, some, tasks)
-            )
+            spec = tasks[0].spec
+            model = self._model_apart(alone, tasks[0]) if alone else self._model(spec)
+            found = (self._written if spec.kind == "causal_lm" else self._predicted)(model, some, tasks)
             answers |= dict(zip(places, found, strict=True))
         self._forget()
         return [answers[place] for place in range(len(asked))]
@@ -159,19 +159,18 @@ class MixedBatch:
     # What passes through the model
 
     def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
-        encoded, warnings = _encoded(self._base, asked)
+        encoded, warnings = _encoded(self._base, asked, [task.spec for task in tasks])
         found: list[Answer | None] = [None] * len(asked)
         for chosen in batches_by_length([size for _, size in encoded]):
             self._between()
-            batch = _padded(self._base, [encoded[i][0] for i in chosen], asked[chosen[0]].spec.kind)
+            batch = _padded(self._base, [encoded[i][0] for i in chosen], tasks[chosen[0]].spec.kind)
             with torch.inference_mode():
                 logits = model.logits(batch, [tasks[i] for i in chosen])
             for i, logits_L in zip(chosen, logits, strict=True):
-                found[i] = replace(self._said(asked[i], logits_L.float()), warning=warnings[i])
+                found[i] = replace(self._said(asked[i], tasks[i].spec, logits_L.float()), warning=warnings[i])
         return [answer for answer in found if answer is not None]
 
-    def _said(self, asked: Asked, logits_L: Tensor) -> Answer:
-        spec = asked.spec
+    def _said(self, asked: Asked, spec: TaskSpec, logits_L: Tensor) -> Answer:
         if not bool(logits_L.isfinite().all()):
             raise InvalidInput("the model's output is no number", asked.task_id, "see how the task was trained")
         answer = Answer(asked.task_id, self.version)
@@ -181,31 +180,56 @@ class MixedBatch:
         return replace(answer, label=max(of_labels, key=lambda label: of_labels[label]), probabilities=of_labels)
 
     def _written(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
-        """All of them write as many tokens at most."""
-        tokenizer, new_max = self._base.tokenizer, asked[0].spec.data.max_new_tokens
-        room = self._base.length_max - new_max
-        if room < 1:
-            has = f"{self._base.name} has {self._base.length_max} positions"
-            raise InvalidInput(
-                f"max_new_tokens leaves no room for a prompt: {has}", asked[0].task_id, "lower max_new_tokens"
-            )
-        found, prompts = [], []
-        for one in asked:
+        tokenizer = self._base.tokenizer
+        prompts, pens, warnings = [], [], []
+        for one, task in zip(asked, tasks, strict=True):
             assert isinstance(one.row, CompletionRow)
-            longest = min(one.spec.data.max_length, room)
+            data = task.spec.data
+            limit, positions = one.writing.new_tokens, self._base.length_max
+            if limit is None:  # that of a task without generated scores was never held against the model's positions
+                limit = data.max_new_tokens if data.max_new_tokens < positions else positions // 2
+            if (room := positions - limit) < 1:
+                has = f"{self._base.name} has {positions} positions"
+                raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {has}", one.task_id, "lower it")
+            longest = min(data.max_length, room)
             prompt, length = measured_prompt(tokenizer, one.row, longest)
             said = [*unknown_characters([length], "of 1 prompts")]
             if length.given > longest:
                 said.append(f"the prompt has {length.given} tokens, and its last {longest} are read")
             prompts.append(prompt)
-            found.append(Answer(one.task_id, self.version, warning="; ".join(said)))
-        for chosen in batches_by_length([len(prompt) + new_max for prompt in prompts]):
-            with model.serving([tasks[i] for i in chosen]):
-                ids = written(model.model, tokenizer, [prompts[i] for i in chosen], new_max, self._between)
-            for i, answer in zip(chosen, ids, strict=True):
-                own = _until_the_end(answer, tokenizer)
-                found[i] = replace(found[i], text=tokenizer.decode(own, skip_special_tokens=True), tokens=len(own))
-        return found
+            pens.append(Pen(tokenizer, one.writing, limit, one.wrote))
+            warnings.append("; ".join(said))
+        found = {}
+        for chosen in batches_by_length([len(p) + pen.limit for p, pen in zip(prompts, pens, strict=True)]):
+            for some in self._that_fit([len(prompts[i]) for i in chosen], [pens[i].limit for i in chosen]):
+                places = [chosen[i] for i in some]
+                with model.serving([tasks[i] for i in places]):
+                    write(
+                        model.model, tokenizer, [prompts[i] for i in places], [pens[i] for i in places], self._between
+                    )
+                for i in places:
+                    found[i] = Answer(
+                        asked[i].task_id,
+                        self.version,
+                        text=pens[i].text,
+                        tokens=len(pens[i].ids),
+                        prompt_tokens=len(prompts[i]),
+                        ended=pens[i].ended,
+                        warning=warnings[i],
+                    )
+        return [found[i] for i in range(len(asked))]
+
+    def _that_fit(self, lengths: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+        """Places of rows, in batches whose longest prompt and longest answer fit into the positions together."""
+        batches: list[list[int]] = []
+        for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+            together = [*batches[-1], place] if batches else []
+            needed = max((lengths[i] for i in together), default=0) + max((limits[i] for i in together), default=0)
+            if together and needed <= self._base.length_max:
+                batches[-1] = together
+            else:
+                batches.append([place])
+        return batches
 
     # What is in memory
 
@@ -216,22 +240,22 @@ class MixedBatch:
             self._models[made] = _SharedModel(self._base, spec, self._bases)
         return self._models[made]
 
-    def _model_apart(self, asked: Asked, task: _Loaded) -> _Model:
-        if asked.task_id not in self._apart:
-            adapter = self._store.adapter(asked.task_id, self.version)
-            self._apart[asked.task_id] = _Model(adapted_model(self._base, adapter, task.spec).eval())
-        self._apart.move_to_end(asked.task_id)
+    def _model_apart(self, task_id: str, task: _Loaded) -> _Model:
+        if task_id not in self._apart:
+            adapter = self._store.adapter(task_id, self.version)
+            self._apart[task_id] = _Model(adapted_model(self._base, adapter, task.spec).eval())
+        self._apart.move_to_end(task_id)
         while len(self._apart) > MODELS_APART:
             self._apart.popitem(last=False)
-        return self._apart[asked.task_id]  # type: ignore[no-any-return]
+        return self._apart[task_id]  # type: ignore[no-any-return]
 
-    def _task(self, task_id: str, spec: TaskSpec) -> _Loaded:
-        known = self._tasks.get(task_id)
-        if known is not None and known.spec == spec:
+    def _task(self, task_id: str) -> _Loaded:
+        if task_id in self._tasks:
             self._tasks.move_to_end(task_id)
-            return known
-        self._apart.pop(task_id, None)  # made for another spec
-        parts, model = self._store.parts(task_id, self.version), self._model(spec)
+            return self._tasks[task_id]
+        parts = self._fetched.pop(task_id, None) or self._store.parts(task_id, self.version)
+        spec = self._spec_of(parts)
+        model = self._model(spec)
         modules = {*parts.private, *map(plain, parts.coefficients)}
         is_writer = spec.kind == "causal_lm"  # has the base model's output layer; what it brings beside it is its own
         is_own = bool(parts.kept.head) if is_writer else self._base.is_inside_backbone(spec, parts.kept)
@@ -362,9 +386,9 @@ ROWS_OF: Mapping[Kind, type[Row]] = {"causal_lm": CompletionRow, "image_classifi
 """Row that a kind is asked about; the others about a text, or two."""
 
 
-def _check(asked: Asked) -> None:
+def _check(asked: Asked, spec: TaskSpec) -> None:
     """Refuse a row that is not of the task's kind: it would be answered, and nobody could tell."""
-    kind, row, expects_pair = asked.spec.kind, asked.row, bool(asked.spec.data.text_pair_column)
+    kind, row, expects_pair = spec.kind, asked.row, bool(spec.data.text_pair_column)
     if not isinstance(row, ROWS_OF.get(kind, TextRow)):
         raise InvalidInput(f"a {kind} is not asked about a {type(row).__name__}", asked.task_id)
     if isinstance(row, TextRow) and (row.text_pair is not None) is not expects_pair:
@@ -373,17 +397,19 @@ def _check(asked: Asked) -> None:
         raise InvalidInput(what, asked.task_id, "ask about as many")
 
 
-def _encoded(base: BaseModel, asked: Sequence[Asked]) -> tuple[list[tuple[Any, int]], list[str]]:
+def _encoded(
+    base: BaseModel, asked: Sequence[Asked], specs: Sequence[TaskSpec]
+) -> tuple[list[tuple[Any, int]], list[str]]:
     """Each row as the tokenizer returns it, with its number of tokens, or a picture; and what of it is not read."""
     encoded: list[tuple[Any, int]] = [(one.row, 0) for one in asked]
     warnings = [""] * len(asked)
-    if asked[0].spec.kind == "image_classification":
+    if specs[0].kind == "image_classification":
         return encoded, warnings
     groups: dict[tuple[int, bool], list[int]] = {}
-    for place, one in enumerate(asked):
-        groups.setdefault((one.spec.data.max_length, bool(one.spec.data.text_pair_column)), []).append(place)
+    for place, spec in enumerate(specs):
+        groups.setdefault((spec.data.max_length, bool(spec.data.text_pair_column)), []).append(place)
     for (longest, _), places in groups.items():
-        spec, rows = asked[places[0]].spec, [asked[place].row for place in places]
+        spec, rows = specs[places[0]], [asked[place].row for place in places]
         found = tokenize(base.tokenizer, rows, longest + 1)
         for index, (place, length) in enumerate(
             zip(places, text_lengths(base.tokenizer, spec, found["input_ids"]), strict=True)
@@ -402,8 +428,3 @@ def _padded(base: BaseModel, encoded: Sequence[Any], kind: Kind) -> dict[str, Te
     if kind == "image_classification":
         return {"pixel_values": images(base.image_processor, encoded)["pixel_values"]}
     return dict(base.tokenizer.pad(list(encoded), padding_side="right", return_tensors="pt"))
-
-
-def _until_the_end(ids: Sequence[int], tokenizer: Any) -> Sequence[int]:
-    """Without the end token and what fills the batch after it."""
-    return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -21,7 +20,7 @@ from orchestrator.api.client import Client
 from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange
 from orchestrator.api.requests import ListTasks, Status
 from subspace_store.requests import Hold
-from tests.orchestrator.site import Site
+from tests.orchestrator.site import TOKEN, Site
 
 TOLD_SECONDS = 10.0
 SERVER = """
@@ -131,8 +130,8 @@ def test_a_server_that_goes_away_is_told(server: tuple[str, subprocess.Popen[str
         exchange(f"{server[0]}/gone", "GET", timeout_seconds=100)
 
 
-def test_the_service_answers_that_it_is_alive_and_to_those_with_the_token_alone(site: Site) -> None:
-    token = json.loads((site.folder / "server.json").read_text())["token"]
-    answer = exchange(f"{site.url}/alive", "GET", token=token, timeout_seconds=10)
-    assert json.loads(answer.content) == {"pid": os.getpid()}
-    assert exchange(f"{site.url}/alive", "GET", token="x", timeout_seconds=10).status == 401
+def test_the_service_tells_everybody_that_it_is_alive_and_nothing_else(site: Site) -> None:
+    for token in (TOKEN, "x", ""):
+        answer = exchange(f"{site.url}/alive", "GET", token=token, timeout_seconds=10)
+        assert json.loads(answer.content) == {"alive": True}
+    assert exchange(f"{site.url}/health", "GET", token="x", timeout_seconds=10).status == 401

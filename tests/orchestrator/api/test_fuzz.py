@@ -22,6 +22,11 @@ from schemathesis.config import SchemathesisConfig
 
 from configs.limits import BYTES_MAX
 from configs.plain_text import odd_character
+from configs.settings import Settings
+from orchestrator.api.access import owner
+from orchestrator.api.callers import Callers
+from orchestrator.api.guard import Guard
+from orchestrator.api.requests import CreateToken
 from orchestrator.api.routes import ROUTES, Route
 from orchestrator.api.server import api
 from orchestrator.api.service import Service
@@ -37,6 +42,12 @@ KNOWN = {200, 404, 409, 413, 422, 503}
 """What a route may answer: never a 5xx but that something is away."""
 
 
+def unlimited(service: Service) -> Settings:
+    """The settings with no limit for a token's pace: here, questions come at once."""
+    server = service.settings.server.model_copy(update={"requests_per_second": None})
+    return service.settings.model_copy(update={"server": server})
+
+
 class Still:
     """A service whose loop stands still: two published tasks, one of them tagged and one pinned."""
 
@@ -47,9 +58,12 @@ class Still:
         self.plant.cluster.write(BASE, Tag(name="first", version=1)).result()
         self.plant.cluster.write(BASE, Pin(version=1, owner="ann")).result()
         plant = self.plant
-        self.app: FastAPI = api(
-            Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster), TOKEN
-        )
+        service = Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+        callers = Callers(TOKEN, "ann", lambda: service.sources, lambda: unlimited(service))
+        self.app: FastAPI = api(Guard(service), callers)
+        self.beta = plant.queue.find("blue/b").task_id
+        asked = (CreateToken(name=f"red-{role}", role=role, team="red") for role in ("viewer", "admin"))
+        self.tokens = {one.role: Guard(service).answer(one, owner("ann"))["token"] for one in asked}
 
     def facts(self) -> tuple[Any, ...]:
         """Everything that a request could have changed."""
@@ -89,6 +103,23 @@ def test_whatever_is_asked_is_answered_and_what_is_refused_changes_nothing(
             assert {"kind", "what"} <= answer.json().keys()
         elif mode is GenerationMode.NEGATIVE and isinstance(case.body, dict | list):
             raise AssertionError(f"was taken: {case.body}")
+
+    ask()
+
+
+@pytest.mark.parametrize("role", ["viewer", "admin"])
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
+def test_whatever_a_team_asks_shows_nothing_of_another(still: Still, schema: Any, route: Route, role: str) -> None:
+    operation = schema[route.path.replace(":path", "")][route.verb.lower()]
+    headers = {"authorization": f"Bearer {still.tokens[role]}"}
+
+    @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
+    @settings(max_examples=EXAMPLES // 3, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def ask(case: Case) -> None:
+        answer = case.call(headers=headers)
+        assert answer.status_code in KNOWN | {403}, f"{answer.status_code} {answer.text}"
+        assert b"blue/b" not in answer.content
+        assert still.beta.encode() not in answer.content
 
     ask()
 

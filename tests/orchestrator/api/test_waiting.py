@@ -69,10 +69,10 @@ def test_an_answer_that_takes_long_is_waited_for_and_the_alarms_are_told(
     said: list[str] = []
     really = site.service.tasks.page
 
-    def slow(request: Any) -> Any:
+    def slow(request: Any, of_teams: Any) -> Any:
         while not any("ALARM" in line for line in said):
             time.sleep(0.01)
-        return really(request)
+        return really(request, of_teams)
 
     monkeypatch.setattr(exchange, "SIGN_SECONDS", 1.0)
     monkeypatch.setattr(site.service.tasks, "page", slow)

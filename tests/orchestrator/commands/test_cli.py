@@ -67,19 +67,35 @@ def test_the_commands_are_these() -> None:
         "drain",
         "workers",
     }
+    of_answers = {"predict", "serve"}
     of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
-    assert set(COMMANDS) == running | of_tasks | of_versions | {"store"}
+    of_people = {"whoami", "audit", "login", "token", "context"}
+    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
+    assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
+        "context list",
+        "context use",
+    }
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "store"])
+GROUPS = ("token", "context")
+INNER = [f"{group} {name}" for group in GROUPS for name in get_command(app).commands[group].commands]  # type: ignore[attr-defined]
+HERE = {"up", "down", "reload", "simulate", "serve"}
+"""Commands that are about this machine, whatever service others ask."""
+
+
+@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name not in ("store", *GROUPS)), *INNER])
 def test_every_command_has_help_with_a_sentence_and_its_options(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--help"])
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert f"Usage: onebasis {command}" in result.output.replace("root", "onebasis")
-    described = get_command(app).commands[command]  # type: ignore[attr-defined]
+    described: Any = get_command(app)
+    for name in command.split():
+        described = described.commands[name]
     assert "." in described.help
     assert "--json" in result.output
-    assert "--state-dir" in result.output
+    asks_nobody_here = command == "login" or command.startswith("context")
+    assert ("--state-dir" in result.output) is not asks_nobody_here
+    assert ("--context" in result.output) is (command not in HERE and not asks_nobody_here)
     assert all(getattr(option, "help", "x") for option in described.params)
 
 

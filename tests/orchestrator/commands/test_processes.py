@@ -368,7 +368,7 @@ def test_everything_below_the_state_folder_is_its_owners_alone(tmp_path: Path, o
         code = "import sys, pathlib; (pathlib.Path(sys.argv[1]) / 'made-by-the-service').touch(); print('said')"
         command = [sys.executable, "-c", code, str(folder)]
         assert processes._start(command, folder, "control-plane.log", processes._umask(secret)).wait() == 0
-        ControlPlane(secret, folder)._announce("http://127.0.0.1:1", "token")
+        ControlPlane(secret, folder)._announce("http://127.0.0.1:1")
         written = {path.name for path in folder.rglob("*")}
         queue.close()
     finally:

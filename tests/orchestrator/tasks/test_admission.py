@@ -497,6 +497,21 @@ def test_a_path_that_the_system_refuses_is_named(desk: Desk, name: str) -> None:
     assert said.removeprefix("task: ").startswith("data.train_file: ")
 
 
+def test_a_team_with_folders_of_its_own_reads_no_other_teams(desk: Desk) -> None:
+    for team in ("red", "blue"):
+        write_rows(desk.data / team / "train.jsonl", rows(6))
+    own = {"red": {"data_roots": [str(desk.data / "red")]}, "blue": {}}
+    desk.settings = settings(desk.data.parent, data_roots=[str(desk.data)], teams=own)
+    files = {
+        team: {"train_file": str(desk.data / team / "train.jsonl"), "eval_file": None, "eval_fraction": 0.5}
+        for team in own
+    }
+    assert desk.submit(desk.document("red/own", data=files["red"]))[1]
+    said = desk.refuse(desk.document("red/theirs", data=files["blue"]))
+    assert f"is outside the folders that this service reads\n  → put it below one of: {desk.data / 'red'};" in said
+    assert desk.submit(desk.document("blue/any", data=files["red"]))[1]  # it has none of its own
+
+
 def test_a_file_outside_the_allowed_folders_is_refused(desk: Desk, tmp_path: Path) -> None:
     outside = write_rows(tmp_path / "secret.jsonl", rows(4))
     for path in (str(outside), str(desk.data / "../secret.jsonl")):

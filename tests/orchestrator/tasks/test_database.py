@@ -32,6 +32,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "among": lambda q: q.among([KNOWN]),
     "changes": lambda q: q.changes(1),
     "known": lambda q: q.known([KNOWN]),
+    "teams": lambda q: q.teams(),
     "counts": lambda q: q.counts(),
     "in_flight": lambda q: q.in_flight(),
     "is_anyone_waiting": lambda q: q.is_anyone_waiting(["default"]),

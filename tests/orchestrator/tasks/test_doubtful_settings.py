@@ -115,7 +115,7 @@ def test_of_steps_and_epochs_the_one_that_is_not_used_is_told() -> None:
         ({"data": {"prompt_column": "q", "max_new_tokens": 9}}, "data.prompt_column, data.max_new_tokens"),
         ({"data": {"text_column": "q", "text_pair_column": "p", "label_column": "l"}}, ""),
         (CAUSAL | {"data": {"label_names": [], "text_column": "q", "max_length": 64}}, "data.text_column"),
-        (CAUSAL | {"data": {"label_names": [], "max_new_tokens": 9}}, "data.max_new_tokens"),
+        (CAUSAL | {"data": {"label_names": [], "max_new_tokens": 9}}, ""),
         (CAUSAL | {"metric": "rouge_l", "data": {"label_names": [], "max_new_tokens": 9}}, ""),
         (
             CAUSAL | {"data": {"label_names": [], "messages_column": "m", "prompt_column": "q"}},

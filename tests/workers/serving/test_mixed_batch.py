@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,81 +12,20 @@ import pytest
 import torch
 
 from configs.errors import InvalidInput, NotFound
-from configs.settings import SubspaceSettings
-from configs.task_spec import Kind, TaskSpec
-from subspace_store import Adapter, SubspaceStore
-from subspace_store.adapter import SIZED, ModuleUpdate
-from subspace_store.merging.subspace_math import weighted_sum
+from configs.task_spec import Kind
+from subspace_store.adapter import SIZED
 from subspace_store.module_names import is_renewed
-from tests.subspace_store.builders import foundation_adapter, fresh_storage, merged, random_adapter, trained_in
+from tests.subspace_store.builders import merged
 from tests.workers.families import FAMILIES, save
+from tests.workers.serving.sites import TEXTS, Site, mixed, site
 from tests.workers.tiny_bases import save_llama
-from tests.workers.worker_builders import random_head, task_of_kind, tiny_settings
+from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import adapted_model, generate
 from workers.features import collator
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
-from workers.serving.mixed_batch import Answer, Asked, MixedBatch
+from workers.serving.mixed_batch import Asked, MixedBatch
 from workers.serving.mixed_layers import Batch, Current, MixedLayer, TaskFactors
-
-TEXTS = (
-    "The capital of France is Paris.",
-    "The colour of grass is green.",
-    "Paris",
-    "is the grass of France green?",
-    "of of of of",
-)
-DIRECTIONS = 5
-"""Of both bases: what has no room there is private."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A store with tasks of one base model, each with its update in another place."""
-
-    base: BaseModel
-    store: SubspaceStore
-    specs: Mapping[str, TaskSpec]
-    version: int
-
-    def answers(self, asked: Sequence[tuple[str, Row]], version: int | None = None) -> list[Answer]:
-        batch = MixedBatch(self.base, self.store, self.version if version is None else version)
-        return batch.answer([Asked(task, self.specs[task], row) for task, row in asked])
-
-    def alone(self, task: str, rows: Sequence[Row]) -> torch.Tensor:
-        """Outputs of the task's exported adapter in PEFT's layers."""
-        model = adapted_model(self.base, self.store.adapter(task, self.version), self.specs[task]).eval()
-        batch = collator(self.base, self.specs[task])(rows)
-        batch.pop("labels")
-        with torch.inference_mode():
-            return model(**batch).logits  # type: ignore[no-any-return]
-
-
-def site(base: BaseModel, kind: Kind, targets: Sequence[str], **data: object) -> Site:
-    """Tasks whose updates lie in the first basis (and partly in a private part), in the renewed one, in the foundation,
-    and in a private part alone."""
-    settings = SubspaceSettings(rank_max=DIRECTIONS, seed_directions=DIRECTIONS, renew_tasks=4)
-    store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="test")
-    shapes = {n: s for n, s in base.module_shapes(kind).items() if n.endswith(tuple(targets))}
-    specs: dict[str, TaskSpec] = {}
-
-    def merge(task: str, modules: Mapping[str, ModuleUpdate], labels: int) -> None:
-        spec = task_of_kind(kind, [f"{task}-{n}" for n in range(labels)])
-        specs[task] = spec.model_copy(update={"data": spec.data.model_copy(update=data)})
-        head = random_head(base.heads[kind], 1 if kind == "sequence_regression" else labels, len(specs))
-        facts = {SIZED: "score", "fan_in_fan_out": json.dumps(bool(base.stores_transposed))}
-        merged(store, {task: Adapter(base.name, "", modules, head, facts)})
-
-    for number in range(4):
-        merge(f"seed-{number}", random_adapter(number, 2 + number % 2, shapes, 0.4).modules, 2 + number % 2)
-    bases = store.training_basis(4)
-    for number in range(2):
-        merge(f"renewed-{number}", trained_in(bases, 50 + number).modules, 3)
-    inside, beside = trained_in(store.basis(4), 60).modules, random_adapter(61, 1, shapes).modules
-    merge("partly", {name: weighted_sum([inside[name], beside[name]], [2.0, 0.2]) for name in shapes}, 2)
-    merge("foundation", foundation_adapter(70, directions=4, shapes=shapes).modules, 2)
-    merge("private", random_adapter(77, 1, shapes, 0.4).modules, 2)
-    return Site(base, store, specs, store.state.refs["candidate"])
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -185,7 +123,7 @@ def test_each_task_stops_at_its_own_length(tmp_path: Path) -> None:
         for task, spec in made.specs.items()
     }
     row = CompletionRow((("user", TEXTS[0]), ("assistant", "")), False)
-    found = MixedBatch(base, made.store, made.version).answer([Asked(t, specs[t], row) for t in short])
+    found = mixed(made, specs).answer([Asked(t, row) for t in short])
     model = {t: adapted_model(base, made.store.adapter(t, made.version), specs[t]).eval() for t in short}
     assert [answer.text for answer in found] == [generate(model[t], base, [row], specs[t])[0] for t in short]
     assert found[0].tokens <= 2
@@ -200,24 +138,26 @@ def test_tasks_of_different_lengths_stay_within_the_positions_of_the_model(tmp_p
         data = made.specs[task].data.model_copy(update={"max_new_tokens": new_max, "max_length": 60})
         specs[task] = made.specs[task].model_copy(update={"data": data})
     rows = {"seed-0": TEXTS[0] * 9, "seed-1": "Paris"}
-    asked = [Asked(t, specs[t], CompletionRow((("user", rows[t]), ("assistant", "")), False)) for t in lengths]
-    together = MixedBatch(base, made.store, made.version).answer(asked)
-    alone = [MixedBatch(base, made.store, made.version).answer([one])[0] for one in asked]
+    asked = [Asked(t, CompletionRow((("user", rows[t]), ("assistant", "")), False)) for t in lengths]
+    together = mixed(made, specs).answer(asked)
+    alone = [mixed(made, specs).answer([one])[0] for one in asked]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert together[1].tokens > 4
 
 
-def test_a_task_has_one_spec_at_a_time(tiny: Callable[[str], BaseModel]) -> None:
-    made, row = site(tiny("bert-without-pooler"), "sequence_classification", ["query"]), TextRow(TEXTS[0], None, 0)
-    data = made.specs["seed-0"].data.model_copy(update={"label_names": ("x", "y")})
-    other = made.specs["seed-0"].model_copy(update={"data": data})
-    batch = MixedBatch(made.base, made.store, made.version)
-    with pytest.raises(InvalidInput, match="is asked for with two specs at once"):
-        batch.answer([Asked("seed-0", made.specs["seed-0"], row), Asked("seed-0", other, row)])
-    for spec in (made.specs["seed-0"], other):
-        (answer,) = batch.answer([Asked("seed-0", spec, row)])
-        assert answer.probabilities is not None
-        assert tuple(answer.probabilities) == spec.data.label_names
+def test_a_task_is_read_as_its_adapter_says(tiny: Callable[[str], BaseModel]) -> None:
+    base = tiny("bert-without-pooler")
+    made = site(base, "sequence_classification", ["query"], text_column="said", max_length=9)
+    kept = made.store.delivered("seed-0")
+    merged(made.store, {"earlier": replace(kept, info={SIZED: "score"})})
+    batch = MixedBatch(base, made.store, made.store.state.refs["candidate"])
+    assert batch.spec("seed-0").data.model_dump() == made.specs["seed-0"].data.model_dump() | {
+        "train_file": "-",
+        "eval_file": "-",
+        "eval_fraction": None,
+    }
+    with pytest.raises(InvalidInput, match="an earlier release, which did not note how its rows are read"):
+        batch.spec("earlier")
 
 
 def test_a_layer_that_computes_in_another_number_type_than_its_factors() -> None:
@@ -289,8 +229,8 @@ def test_a_row_of_another_kind_is_refused(tiny: Callable[[str], BaseModel]) -> N
 def test_memory_stays_within_its_limit(tiny: Callable[[str], BaseModel]) -> None:
     made = site(tiny("bert"), "sequence_classification", ["query", "value"])
     row, limit = TextRow(TEXTS[0], None, 0), 20_000
-    batch = MixedBatch(made.base, made.store, made.version, tasks_bytes=limit)
-    first = [batch.answer([Asked(task, made.specs[task], row)])[0].probabilities for task in made.specs]
+    batch = mixed(made, tasks_bytes=limit)
+    first = [batch.answer([Asked(task, row)])[0].probabilities for task in made.specs]
     assert 0 < batch.bytes_of_tasks <= limit
-    again = [batch.answer([Asked(task, made.specs[task], row)])[0].probabilities for task in made.specs]
+    again = [batch.answer([Asked(task, row)])[0].probabilities for task in made.specs]
     assert first == again

@@ -1,0 +1,86 @@
+"""`onebasis predict`: what it asks for, and how the answers are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InvalidInput, WorkersBusy, error_from_dict
+from configs.task_spec import TaskSpec
+from orchestrator.api.client import Client
+from orchestrator.api.requests import PREDICTIONS_MAX, Json, Predict, ShowTask
+from subspace_store.commands.terminal import console, counted, decimals, errors, note, shown, telling
+
+TEXT_WIDTH = 60
+"""Characters of a row that are shown beside its answer."""
+LOADS = "loading the base model and answering in this process"
+
+
+def inputs(client: Client, reference: str, texts: Sequence[str], pairs: Sequence[str], rows: Path | None) -> list[Any]:
+    """The rows to be answered, in the form of `Predict.inputs`.
+
+    Raises:
+        InvalidInput: Nothing is asked, or two things at once, or the file cannot be read as the task reads rows.
+    """
+    if bool(texts) is (rows is not None):
+        raise InvalidInput("give either --text or --rows", "onebasis predict", "--text TEXT, or --rows FILE")
+    if pairs and len(pairs) != len(texts):
+        raise InvalidInput(
+            f"has {counted(len(texts), 'text')} and {counted(len(pairs), 'second text')}", "--pair", "give one for each"
+        )
+    if rows is None:
+        return [{"text": a, "text_pair": b} for a, b in zip(texts, pairs, strict=True)] if pairs else list(texts)
+    from workers.rows.task_data import question_of, questions_in
+
+    spec = TaskSpec.model_validate(client.ask(ShowTask(reference=reference))["spec"])
+    return [question_of(row) for row in questions_in(rows, spec)]
+
+
+def predict(client: Client, request: Predict, rows: Sequence[Any]) -> Iterator[Json]:
+    """The answers, part by part. Where all workers are at work, the base model is loaded in this process."""
+    here = False
+    for start in range(0, len(rows), PREDICTIONS_MAX):
+        some = request.model_copy(update={"inputs": tuple(rows[start : start + PREDICTIONS_MAX])})
+        if not here:
+            try:
+                yield client.ask(some)
+                continue
+            except WorkersBusy as error:
+                note(f"{error.what}: {LOADS}")
+                here = True
+        with telling(LOADS):
+            yield client.ask_here(some)
+
+
+def joined(parts: Sequence[Json]) -> Json:
+    """All parts as one answer."""
+    versions = sorted({part["version"] for part in parts})
+    if len(versions) > 1:
+        note(f"main moved meanwhile: answered by the versions {', '.join(map(str, versions))}")
+    answers = [{**answer, "version": part["version"]} for part in parts for answer in part["answers"]]
+    return {**parts[0], "version": versions[-1], "answers": answers}
+
+
+def show_answers(answer: Json, rows: Sequence[Any]) -> None:
+    """A line for each row: its answer, how sure it is, and what was asked."""
+    for row, said in zip(rows, answer["answers"], strict=True):
+        asked = shown(_short(row))
+        if "error" in said:
+            errors.print(f"[red]error[/red]  {shown(str(error_from_dict(said['error'])))}  {asked}", soft_wrap=True)
+        elif "text" in said:
+            console.print(shown(said["text"]), soft_wrap=True)
+        elif "value" in said:
+            console.print(f"{decimals(said['value'])}  {asked}", soft_wrap=True)
+        else:
+            likely = decimals(said["probabilities"][said["label"]], 2)
+            console.print(f"{shown(said['label'])}  {likely}  {asked}", soft_wrap=True)
+        if said.get("warning"):
+            note(f"warning: {said['warning']}")
+    note(f"{answer['task']}, version {answer['version']} of {answer['base_model']}")
+
+
+def _short(row: Any) -> str:
+    texts = [row] if isinstance(row, str) else [str(text) for name, text in row.items() if name != "image"]
+    text = " | ".join(" ".join(text.split()) for text in texts)
+    return text if len(text) <= TEXT_WIDTH else text[: TEXT_WIDTH - 1] + "…"

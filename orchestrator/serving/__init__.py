@@ -1,0 +1,1 @@
+"""Answers over HTTP, by Ray Serve: beside the control plane, and without it."""

@@ -1,0 +1,81 @@
+"""A process that answers for one base model: a replica of a Ray Serve deployment. What it does: workers/serving."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs.places import is_local
+from configs.settings import BaseModelSettings, StorageSettings
+
+if TYPE_CHECKING:
+    from workers.serving.batcher import Said
+    from workers.serving.question import Question
+
+FOLLOW_SECONDS = 0.5
+"""Interval at which it looks where `main` is: one small read of the storage."""
+
+
+class Answering:
+    """Loads a base model, answers, and follows `main`.
+
+    Args:
+        folder: The subspace's name, see `subspace_store.storage.protocol.open_storage`.
+        cpus: Threads for torch.
+        rows_max: Rows of a batch.
+    """
+
+    def __init__(
+        self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: int, rows_max: int
+    ) -> None:
+        # Read when the libraries are imported, so before that.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cpus))
+        if is_local(base_model.source):
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        import torch
+
+        from subspace_store.storage.opening import open_storage
+        from subspace_store.subspace_reader import SubspaceReader
+        from workers.base_model import load_base_model
+        from workers.serving.batcher import Batcher
+        from workers.serving.replica import Replica
+
+        torch.set_num_threads(max(1, cpus))
+        base = load_base_model(base_model)
+        self._replica = Replica(base, SubspaceReader.open(open_storage(storage, folder)))
+        self._batcher = Batcher(self._replica, rows_max)
+        self._following = threading.Thread(target=self._follow, name="follow", daemon=True)
+        self._following.start()
+
+    async def answer(self, questions: Sequence[Question]) -> Sequence[Said]:
+        """As `Batcher.answer`."""
+        return await self._batcher.answer(questions)
+
+    async def stream(self, question: Question) -> AsyncIterator[str | Said]:
+        """As `Batcher.stream`."""
+        async for piece in self._batcher.stream(question):
+            yield piece
+
+    def facts(self) -> dict[str, Any]:
+        """What this replica answers by, and how much it has answered."""
+        replica = self._replica
+        return {
+            "pid": os.getpid(),
+            "version": replica.version,
+            "trouble": replica.trouble,
+            "batches": self._batcher.batches,
+            "rows": self._batcher.rows,
+        }
+
+    def check_health(self) -> None:
+        """Asked by Ray Serve, which replaces a replica that is not well."""
+        if not self._following.is_alive():
+            raise RuntimeError("it no longer follows main")
+
+    def _follow(self) -> None:
+        wait = threading.Event()
+        while not wait.wait(FOLLOW_SECONDS):
+            self._replica.follow()

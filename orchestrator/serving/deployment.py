@@ -1,0 +1,164 @@
+"""Answering as a Ray Serve application: started, changed and ended to be what the settings say."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.errors import Conflict, Unavailable
+from configs.settings import ServingSettings, Settings
+
+log = logging.getLogger("onebasis.serving")
+
+READY_SECONDS = 120.0
+"""Longest wait for the replicas to have loaded their base models."""
+ASK_SECONDS = 5.0
+"""Longest wait for what replicas say of themselves."""
+
+
+class Deployment:
+    """The application of one service. The process has joined Ray.
+
+    Args:
+        namespace: Ray's namespace of the service: its name tells this application from those of other services.
+        token: The token of the state folder, which the control plane makes anew at each start.
+        url: Address of the control plane, which knows whose the other tokens are.
+    """
+
+    def __init__(self, namespace: str, token: str, url: str) -> None:
+        self._app, self._token, self._url = namespace, token, url
+        self._changing = threading.Lock()
+
+    def follow(self, settings: Settings) -> None:
+        """Have running what the settings say, and wait until it answers; nothing where they say nothing.
+
+        Raises:
+            Conflict: Ray Serve runs already, at another address, for somebody else.
+            Unavailable: The replicas are not ready in time, or cannot be; what is wrong.
+        """
+        with self._changing:
+            if settings.serving is None:
+                self._end()
+            else:
+                self._start(settings, settings.serving)
+
+    def end(self) -> None:
+        """End the application, if it runs."""
+        with self._changing:
+            self._end()
+
+    def facts(self, settings: Settings) -> dict[str, Any]:
+        """What answers now: address, and for each base model what its replicas say of themselves."""
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        if settings.serving is None:
+            return {}
+        found: dict[str, Any] = {"url": settings.serving.url, "base_models": {}}
+        try:
+            status = serve.status().applications.get(self._app)
+        except RayServeException:
+            status = None
+        if status is None:
+            return found | {"state": "down", "message": "it does not run"}
+        for name in settings.base_names:
+            try:
+                handle = serve.get_deployment_handle(_named(name), self._app)
+                found["base_models"][name] = handle.broadcast("facts").results(timeout_s=ASK_SECONDS)
+            except Exception as error:  # whatever Ray says: it is told, not needed
+                found["base_models"][name] = []
+                found["message"] = f"{name}: {type(error).__name__}: {error}"
+        return (
+            found
+            | {"state": str(status.status.value).lower()}
+            | ({"message": status.message} if status.message else {})
+        )
+
+    def _start(self, settings: Settings, serving: ServingSettings) -> None:
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+
+        serve.start(http_options=HTTPOptions(host=serving.host, port=serving.port), proxy_location=serving.proxies)
+        others = [name for name in serve.status().applications if name != self._app]
+        if others:
+            raise Conflict(
+                f"Ray Serve answers for something else on this cluster: {', '.join(others)}",
+                settings.ray.address,
+                "end it with `serve shutdown`, or use another cluster",
+            )
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                serve.run(self._bound(settings, serving), name=self._app, route_prefix="/")
+            except Exception as error:
+                failed.append(error)
+
+        waiting = threading.Thread(target=run, name="serve", daemon=True)
+        waiting.start()
+        waiting.join(READY_SECONDS)
+        if failed or waiting.is_alive():
+            status = serve.status().applications.get(self._app)
+            said = status.message if status is not None and status.message else ""
+            said = said or (str(failed[0]) if failed else f"its replicas are not ready after {READY_SECONDS:.0f} s")
+            raise Unavailable(
+                f"what answers could not be started: {said}", serving.url, "`onebasis status` says how it goes on"
+            )
+
+    def _bound(self, settings: Settings, serving: ServingSettings) -> Any:
+        from ray import serve
+
+        from orchestrator.serving.answering import Answering
+        from orchestrator.serving.door import Door
+        from orchestrator.serving.lodge import Lodge, digest_of
+
+        # On a local Ray the workers and the replicas share the machine whatever is reserved, and it was started with
+        # CPUs for the workers alone.
+        is_local = settings.ray.address == "local"
+        reserved: dict[str, Any] = {"num_cpus": 0 if is_local else serving.cpus, "num_gpus": serving.gpus}
+        replicas = {
+            base.name: serve.deployment(Answering)
+            .options(
+                name=_named(base.name),
+                ray_actor_options=reserved,
+                max_ongoing_requests=serving.waiting_max,
+                autoscaling_config={
+                    "min_replicas": serving.replicas_min,
+                    "max_replicas": serving.replicas_max,
+                    "target_ongoing_requests": serving.rows_max,
+                },
+                health_check_period_s=5,
+            )
+            .bind(base, settings.storage, base.name, int(serving.cpus), serving.rows_max)
+            for base in settings.bases
+        }
+        door = serve.deployment(Door).options(
+            name="door", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=serving.waiting_max
+        )
+        tls = settings.server.tls
+        certificate = Path(tls.cert_file).read_text() if tls is not None else ""
+        lodge = Lodge(self._url, certificate, settings.server.requests_per_second, digest_of(self._token))
+        return door.bind(settings, lodge, replicas)
+
+    def _end(self) -> None:
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            known = serve.status().applications
+        except RayServeException:
+            return  # nothing of Ray Serve runs
+        if self._app in known:
+            serve.delete(self._app)
+        until = time.monotonic() + ASK_SECONDS
+        while self._app in serve.status().applications and time.monotonic() < until:
+            time.sleep(0.1)
+        if not serve.status().applications:
+            serve.shutdown()
+
+
+def _named(base_model: str) -> str:
+    return f"answers-{base_model}"

@@ -1,0 +1,256 @@
+"""The HTTP side of answering: reads a request, finds the base model of the task, and hands the question on.
+
+It needs the storage alone: which tasks there are it reads from the log of each store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from anyio import to_thread
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
+from configs.limits import BYTES_MAX, short_text
+from configs.settings import Settings
+from orchestrator.api.answers import answer_json
+from orchestrator.api.exchange import ALIVE_PATH
+from orchestrator.serving import openai_records
+from orchestrator.serving.answering import FOLLOW_SECONDS
+from orchestrator.serving.lodge import Lodge, Lodger
+from orchestrator.serving.openai_records import ChatRequest, CompletionRequest, Reply
+from subspace_store.log.version import MAIN
+from subspace_store.storage.opening import open_storage
+from subspace_store.subspace_reader import SubspaceReader
+from workers.serving.question import Answer, Question
+
+if TYPE_CHECKING:
+    from workers.serving.batcher import Said
+
+log = logging.getLogger("onebasis.serving")
+
+INPUTS_MAX = 1024
+"""Most rows of one request."""
+OPENAI = ("/v1/chat/", "/v1/completions", "/v1/models")
+"""Beginnings of the paths whose errors are told as OpenAI's clients read them."""
+
+
+Teams = frozenset[str] | None
+"""Teams whose tasks somebody may ask; None: all."""
+
+
+class PredictRequest(BaseModel):
+    """POST /v1/predict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    task: str
+    inputs: list[dict[str, Any] | str] | dict[str, Any] | str
+    version: int | None = Field(None, ge=1)
+    base_model: str | None = None
+
+
+class Door:
+    """One process of the HTTP side.
+
+    Args:
+        replicas: Base model to a handle of its deployment.
+        lodge: How it finds out whose a token is.
+    """
+
+    def __init__(self, settings: Settings, lodge: Lodge, replicas: Mapping[str, Any]) -> None:
+        self._replicas, self._lodger = dict(replicas), Lodger(lodge)
+        self._stores = {name: SubspaceReader.open(open_storage(settings.storage, name)) for name in settings.base_names}
+        self._routes: dict[tuple[str, str], Callable[[Request, Teams], Awaitable[Response]]] = {
+            ("GET", ALIVE_PATH): self._alive,
+            ("GET", "/v1/models"): self._models,
+            ("POST", "/v1/predict"): self._predict,
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._complete,
+        }
+        threading.Thread(target=self._follow, name="follow", daemon=True).start()
+
+    def tasks(self, teams: Teams) -> list[dict[str, Any]]:
+        """The tasks that `main` of each base model holds, of these teams."""
+        found = []
+        for base_model, store in self._stores.items():
+            state = store.state
+            found += [
+                {"id": task.name, "base_model": base_model, "version": state.refs[MAIN], "created": 0}
+                for task in state.tasks_at(state.refs[MAIN]).values()
+                if _sees(teams, task.name)
+            ]
+        return found
+
+    def base_model_of(self, task: str, teams: Teams, named: str | None = None, version: int | None = None) -> str:
+        """The base model whose version, default `main`, holds a task.
+
+        Args:
+            task: `team/name`, or an id.
+            teams: Those whose tasks may be asked: one of another team is told as one that does not exist.
+
+        Raises:
+            NotFound: None does, or there is no such base model.
+            InvalidInput: Several do.
+        """
+        if named is not None and named not in self._stores:
+            raise NotFound(f"there is no base model '{named}'", todo=f"there are: {', '.join(self._stores)}")
+        found = []
+        for name in [named] if named else self._stores:
+            state = self._stores[name].state
+            number = state.refs[MAIN] if version is None else version
+            held = state.tasks_at(number) if number == 0 or number in state.versions else {}
+            if any(task in (task_id, entry.name) and _sees(teams, entry.name) for task_id, entry in held.items()):
+                found.append(name)
+        if len(found) > 1:
+            raise InvalidInput(f"is a task of several base models: {', '.join(found)}", task, "name the base_model")
+        if not found:
+            where = "main holds no such task" if version is None else f"version {version} holds no such task"
+            raise NotFound(where, task, "GET /v1/models lists them")
+        return found[0]
+
+    async def answer(self, base_model: str, questions: Sequence[Question]) -> Sequence[Said]:
+        """By any replica of the base model."""
+        found: Sequence[Said] = await self._replicas[base_model].answer.remote(list(questions))
+        return found
+
+    def stream(self, base_model: str, question: Question) -> Any:
+        """The pieces of an answer, then all of it, or its error."""
+        return self._replicas[base_model].options(stream=True).stream.remote(question)
+
+    def _follow(self) -> None:
+        wait = threading.Event()
+        while not wait.wait(FOLLOW_SECONDS):
+            for name, store in self._stores.items():
+                try:
+                    store.refresh()
+                except OnebasisError as error:  # what was read last still counts
+                    log.warning("the store of %s cannot be read: %s", name, error.sentence)
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one HTTP request, or say in the caller's own format why not."""
+        path, is_openai = request.url.path, request.url.path.startswith(OPENAI)
+        route = self._routes.get((request.method, path))
+        try:
+            if route is None:
+                known = ", ".join(f"{verb} {at}" for verb, at in self._routes)
+                raise NotFound(f"there is no {request.method} {short_text(path)}", todo=f"there are: {known}")
+            scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+            teams: frozenset[str] | None = frozenset()
+            if path != ALIVE_PATH:
+                secret = secret if scheme.lower() == "bearer" else ""
+                teams = await to_thread.run_sync(self._lodger.teams_of, secret)
+            return await route(request, teams)
+        except OnebasisError as error:
+            told = error
+        except (RayError, RayServeException) as error:
+            log.warning("%s: nobody could answer: %s", path, error)
+            told = Unavailable(f"nobody could answer: {type(error).__name__}", todo="ask again")
+        except Exception as error:
+            log.error("%s failed", path, exc_info=error)
+            told = OnebasisError(f"internal error: {type(error).__name__}", todo="the log of the door has the rest")
+        status = told.http_status
+        if is_openai:  # whose clients retry nothing that is 400
+            return JSONResponse({"error": _as_openai(told)}, 400 if status == 422 else status)
+        return JSONResponse(told.as_dict(), status)
+
+    async def _alive(self, request: Request, teams: Teams) -> Response:
+        return JSONResponse({"alive": True})
+
+    async def _models(self, request: Request, teams: Teams) -> Response:
+        listed = [
+            {"id": task["id"], "object": "model", "created": task["created"], "owned_by": task["id"].partition("/")[0]}
+            | {"base_model": task["base_model"], "version": task["version"]}
+            for task in self.tasks(teams)
+        ]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def _predict(self, request: Request, teams: Teams) -> Response:
+        try:
+            asked = PredictRequest.model_validate_json(await _body(request))
+        except ValidationError as error:
+            raise openai_records.misread(error) from None
+        inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
+        if not 1 <= len(inputs) <= INPUTS_MAX:
+            raise InvalidInput(f"has {len(inputs)} inputs", "inputs", f"give 1 to {INPUTS_MAX} at once")
+        base_model = self.base_model_of(asked.task, teams, asked.base_model, asked.version)
+        answers = await self.answer(base_model, [Question(asked.task, row, asked.version) for row in inputs])
+        said = [answer for answer in answers if isinstance(answer, Answer)]
+        if not said:
+            raise next(answer for answer in answers if isinstance(answer, OnebasisError))
+        told = {"task": asked.task, "base_model": base_model, "version": said[0].version}
+        return _with_version(told | {"answers": [answer_json(answer) for answer in answers]}, said[0].version)
+
+    async def _chat(self, request: Request, teams: Teams) -> Response:
+        asked: ChatRequest = openai_records.read(ChatRequest, await _body(request))
+        return await self._completed(asked, teams, [asked.question], Reply(True, asked.model))
+
+    async def _complete(self, request: Request, teams: Teams) -> Response:
+        asked: CompletionRequest = openai_records.read(CompletionRequest, await _body(request))
+        return await self._completed(asked, teams, asked.questions, Reply(False, asked.model))
+
+    async def _completed(self, asked: Any, teams: Teams, questions: Sequence[Question], reply: Reply) -> Response:
+        base_model = self.base_model_of(asked.model, teams)
+        if asked.stream:
+            if len(questions) != 1:
+                raise InvalidInput("a stream answers one prompt", "prompt", "give one, or no stream")
+            pieces = self.stream(base_model, questions[0])
+            first = await anext(pieces)
+            if isinstance(first, OnebasisError):
+                raise first
+            return StreamingResponse(_events(first, pieces, reply, asked.wants_usage), media_type="text/event-stream")
+        answers = await self.answer(base_model, questions)
+        for answer in answers:
+            if isinstance(answer, OnebasisError):
+                raise answer
+        said = [answer for answer in answers if isinstance(answer, Answer)]
+        return _with_version(reply.whole(said), said[0].version)
+
+
+def _sees(teams: Teams, title: str) -> bool:
+    return teams is None or title.partition("/")[0] in teams
+
+
+def _with_version(content: dict[str, Any], version: int) -> JSONResponse:
+    return JSONResponse(content, headers={"x-onebasis-version": str(version)})
+
+
+async def _events(first: Any, pieces: Any, reply: Reply, wants_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events, as OpenAI's clients read them."""
+    piece, is_first = first, True
+    while isinstance(piece, str):
+        yield _event(reply.piece(piece, None, is_first))
+        is_first, piece = False, await anext(pieces)
+    if isinstance(piece, OnebasisError):
+        yield _event({"error": _as_openai(piece)})
+        return
+    if is_first:
+        yield _event(reply.piece("", piece.version, True))
+    yield _event(reply.last(piece))
+    if wants_usage:
+        yield _event(reply.used(piece))
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BYTES_MAX:
+            raise TooLarge(f"the body has more than {BYTES_MAX:,} bytes", "", "ask for fewer rows", BYTES_MAX)
+    return bytes(body)
+
+
+def _as_openai(error: OnebasisError) -> dict[str, Any]:
+    return {"message": str(error), "type": error.kind, "param": error.where or None, "code": error.row}

@@ -1,0 +1,9 @@
+"""What holds for all tests: none reads what the person who runs them has logged in to."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="onebasis-config-")
+os.environ.pop("ONEBASIS_CONTEXT", None)

@@ -1,0 +1,95 @@
+"""What many ask at the same time is answered in one batch, each as if alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from configs.errors import NotFound
+from tests.workers.serving.sites import TEXTS, site
+from tests.workers.serving.test_replica import replica, said
+from tests.workers.tiny_bases import save_llama
+from tests.workers.worker_builders import tiny_settings
+from workers.base_model import BaseModel, load_base_model
+from workers.serving.batcher import Batcher, Said
+from workers.serving.question import Question
+from workers.serving.replica import Replica
+
+
+def test_what_comes_while_a_batch_is_answered_is_the_next_batch(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one = replica(made)
+    asked = [Question(task, text) for task in made.specs for text in TEXTS]
+    alone = said([one.answer([question])[0] for question in asked])
+    batcher = Batcher(one, 16)
+    wrong = Question("nobody", "Paris")
+
+    async def all_at_once() -> list[Sequence[Said]]:
+        return list(await asyncio.gather(*(batcher.answer([question]) for question in [*asked, wrong])))
+
+    found = asyncio.run(all_at_once())
+    for answer, (same,) in zip(alone, found[:-1], strict=True):
+        assert not isinstance(same, Exception)
+        assert (same.label, same.version) == (answer.label, answer.version)
+        assert list((same.probabilities or {}).values()) == pytest.approx(
+            list((answer.probabilities or {}).values()), abs=1e-6
+        )
+    assert isinstance(found[-1][0], NotFound)
+    assert batcher.rows == len(asked) + 1
+    assert batcher.batches == -(-batcher.rows // 16)
+
+
+def test_a_request_larger_than_a_batch_is_answered_whole(tiny: Callable[[str], BaseModel]) -> None:
+    one = replica(site(tiny("bert"), "sequence_classification", ["query"]))
+    found = asyncio.run(Batcher(one, 2).answer([Question("seed-0", text) for text in TEXTS]))
+    assert len(said(list(found))) == len(TEXTS)
+
+
+def test_an_error_of_ours_is_told_to_all_in_the_batch_and_the_next_one_is_answered() -> None:
+    class Broken(Replica):
+        def __init__(self) -> None:
+            self.fails = True
+
+        def answer(self, questions: Sequence[Question]) -> list[Said]:
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return [NotFound("none", question.task) for question in questions]
+
+    broken = Broken()
+    batcher = Batcher(broken, 8)
+
+    async def run() -> None:
+        failed = await asyncio.gather(*(batcher.answer([Question("t", "x")]) for _ in range(3)), return_exceptions=True)
+        assert [str(error) for error in failed] == ["out of memory"] * 3
+        broken.fails = False
+        (answer,) = await batcher.answer([Question("t", "x")])
+        assert isinstance(answer, NotFound)
+
+    asyncio.run(run())
+
+
+def test_pieces_arrive_while_it_is_written_and_nobody_listening_ends_it(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    one = replica(site(base, "causal_lm", ["q_proj"], max_new_tokens=40))
+    (whole,) = said(one.answer([Question("seed-0", TEXTS[0])]))
+    batcher, written = Batcher(one, 8), threading.Event()
+
+    async def run() -> None:
+        pieces = [piece async for piece in batcher.stream(Question("seed-0", TEXTS[0]))]
+        assert "".join(piece for piece in pieces if isinstance(piece, str)) == whole.text
+        assert pieces[-1] == whole
+        assert len(pieces) > 3
+        stream = batcher.stream(Question("seed-0", TEXTS[0]))
+        first = await anext(stream)
+        assert isinstance(first, str)
+        await stream.aclose()
+        (after,) = await batcher.answer([Question("seed-0", TEXTS[0])])
+        assert after == whole
+        written.set()
+
+    asyncio.run(run())
+    assert written.is_set()

@@ -1,0 +1,205 @@
+"""A replica answers by what `main` names, follows it, and refuses what it cannot answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
+from subspace_store.subspace_reader import SubspaceReader
+from tests.workers.families import FAMILIES, save
+from tests.workers.serving.sites import TEXTS, Site, site
+from tests.workers.tiny_bases import save_llama
+from tests.workers.worker_builders import tiny_settings
+from workers.base_model import BaseModel, load_base_model
+from workers.rows.task_data import CompletionRow, ImageRow, TextRow
+from workers.serving.question import Answer, Question, Writing
+from workers.serving.replica import Replica
+
+
+def replica(made: Site, version: int | None = None) -> Replica:
+    publish(made, made.version if version is None else version)
+    return Replica(made.base, SubspaceReader.open(made.store.storage))
+
+
+def publish(made: Site, version: int) -> None:
+    """Move `main`, forwards or back."""
+    made.store.rollback(version, op_key=f"{version} after {len(list(made.store.history()))}", actor="test")
+
+
+def title(made: Site, task_id: str) -> str:
+    return made.store.state.tasks_at(made.version)[task_id].name
+
+
+def said(found: list[Answer | OnebasisError]) -> list[Answer]:
+    assert all(isinstance(one, Answer) for one in found), found
+    return [one for one in found if isinstance(one, Answer)]
+
+
+def test_it_answers_by_title_and_by_id_what_the_tasks_own_adapters_answer(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    asked = [Question(title(made, task), {"text": text}) for task in made.specs for text in TEXTS]
+    found = said(replica(made).answer(asked))
+    for place, task in enumerate(made.specs):
+        expected = made.alone(task, [TextRow(text, None, 0) for text in TEXTS]).softmax(dim=-1)
+        for answer, row in zip(found[place * len(TEXTS) :], expected, strict=False):
+            assert list((answer.probabilities or {}).values()) == pytest.approx(row.tolist(), abs=1e-5)
+            assert answer.version == made.version
+    (by_id,) = said(replica(made).answer([Question("seed-1", TEXTS[0])]))
+    assert by_id == said(replica(made).answer([Question(title(made, "seed-1"), {"text": TEXTS[0]})]))[0]
+
+
+def test_it_follows_main_and_another_version_is_answered_by_its_number(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one = replica(made, 1)
+    assert (one.version, one.follow()) == (1, False)
+    (first,) = said(one.answer([Question("seed-0", "Paris")]))
+    (refused,) = one.answer([Question("partly", "Paris")])
+    assert isinstance(refused, NotFound)
+    publish(made, made.version)
+    assert (one.follow(), one.version, one.trouble) == (True, made.version, "")
+    now, partly, old = said(
+        one.answer([Question("seed-0", "Paris"), Question("partly", "Paris"), Question("seed-0", "Paris", version=1)])
+    )
+    assert [now.version, partly.version, old] == [made.version, made.version, first]
+    publish(made, 1)
+    assert one.follow()
+    assert said(one.answer([Question("seed-0", "Paris")])) == [first]
+
+
+def test_a_version_that_cannot_be_read_leaves_the_one_before_in_its_place(
+    tiny: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one = replica(made, 1)
+    (first,) = said(one.answer([Question("seed-0", "Paris")]))
+    publish(made, made.version)
+    with monkeypatch.context() as patch:
+
+        def away(*_: object) -> None:
+            raise Unavailable("the storage is away", "s3://bucket")
+
+        patch.setattr(SubspaceReader, "basis", away)
+        assert not one.follow()
+        assert (one.version, one.trouble) == (1, "s3://bucket: the storage is away")
+        assert said(one.answer([Question("seed-0", "Paris")])) == [first]
+    assert (one.follow(), one.version, one.trouble) == (True, made.version, "")
+
+
+def test_what_one_asks_wrongly_costs_nobody_else_an_answer(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    wrong = [
+        (Question("seed-9", "Paris"), NotFound, "holds no such task"),
+        (Question("seed-0", {"txt": "Paris"}), InvalidInput, "has 'txt', which the task does not read"),
+        (Question("seed-0", {}), InvalidInput, "has no column 'text'"),
+        (Question("seed-0", ""), InvalidInput, "column 'text' is empty"),
+        (Question("seed-0", {"text": "a", "text_pair": "b"}), InvalidInput, "has 'text_pair', which the task does not"),
+        (Question("seed-0", "Paris", version=99), NotFound, "99"),
+        (Question("seed-0", "Paris", is_chat=True), InvalidInput, "has learnt from sequence_classification"),
+    ]
+    found = replica(made).answer([*(question for question, _, _ in wrong), Question("seed-0", "Paris")])
+    assert isinstance(found[-1], Answer)
+    for (_, kind, words), error in zip(wrong, found[:-1], strict=True):
+        assert isinstance(error, kind)
+        assert words in str(error)
+
+
+def test_the_names_of_inputs_are_the_same_whatever_the_rows_called_them(tiny: Callable[[str], BaseModel]) -> None:
+    names = {"text_column": "premise", "text_pair_column": "hypothesis", "label_column": "text"}
+    made = site(tiny("bert"), "sequence_classification", ["query"], **names)
+    (found,) = said(replica(made).answer([Question("seed-0", {"text": "Paris", "text_pair": "France"})]))
+    expected = made.alone("seed-0", [TextRow("Paris", "France", 0)]).softmax(dim=-1)
+    assert list((found.probabilities or {}).values()) == pytest.approx(expected[0].tolist(), abs=1e-5)
+
+
+def test_pictures_come_as_files_in_base64(tmp_path: Path) -> None:
+    made = site(
+        load_base_model(tiny_settings(save("vit", "backbone", tmp_path))),
+        "image_classification",
+        FAMILIES["vit"].targets,
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    one = replica(made)
+    (found,) = said(one.answer([Question("seed-0", base64.b64encode(buffer.getvalue()).decode())]))
+    expected = made.alone("seed-0", [ImageRow(pixels, 0)]).softmax(dim=-1)
+    assert list((found.probabilities or {}).values()) == pytest.approx(expected[0].tolist(), abs=1e-5)
+    (refused,) = one.answer([Question("seed-0", "no picture")])
+    assert "image is not base64" in str(refused)
+
+
+@pytest.fixture
+def writers(tmp_path: Path) -> Site:
+    return site(
+        load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6))),
+        "causal_lm",
+        ["q_proj"],
+        max_new_tokens=12,
+    )
+
+
+def test_pieces_make_up_the_answer_and_each_row_has_its_own_ends(writers: Site) -> None:
+    one, pieces = replica(writers), [list[str](), list[str](), list[str]()]
+    whole = said(one.answer([Question("seed-0", text) for text in TEXTS[:3]]))
+    asked = [
+        Question("seed-0", TEXTS[0], wrote=lambda piece: pieces[0].append(piece) is None),
+        Question(
+            "seed-0", TEXTS[1], writing=Writing(new_tokens=3), wrote=lambda piece: pieces[1].append(piece) is None
+        ),
+        Question("seed-0", TEXTS[2], wrote=lambda piece: pieces[2].append(piece) is not None),  # nobody listens
+    ]
+    found = said(one.answer(asked))
+    assert found[0] == whole[0]
+    assert "".join(pieces[0]) == whole[0].text
+    assert len(pieces[0]) > 3
+    assert (found[1].tokens, found[1].ended, "".join(pieces[1])) == (3, "length", found[1].text)
+    assert (whole[1].text or "").startswith(found[1].text or "?")
+    assert (found[2].tokens, found[2].ended) == (1, "")
+
+
+def test_an_answer_ends_before_a_stop_text_and_pieces_never_show_a_part_of_it(writers: Site) -> None:
+    one = replica(writers)
+    (whole,) = said(one.answer([Question("seed-0", TEXTS[0])]))
+    assert whole.text is not None
+    stop = whole.text[len(whole.text) // 2 :][:4]
+    pieces: list[str] = []
+    asked = Question(
+        "seed-0", TEXTS[0], writing=Writing(stop=(stop,)), wrote=lambda piece: pieces.append(piece) is None
+    )
+    (found,) = said(one.answer([asked]))
+    assert found.ended == "stop"
+    assert "".join(pieces) == found.text == whole.text[: whole.text.index(stop)]
+
+
+def test_a_seed_draws_the_same_and_temperature_draws_as_often_as_probable(writers: Site) -> None:
+    one = replica(writers)
+    hot = Writing(temperature=1.0, new_tokens=1)
+    same = said(one.answer([Question("seed-0", TEXTS[0], writing=replace(hot, seed=5, new_tokens=9))] * 2))
+    assert same[0] == same[1]
+    drawn = [
+        answer.text
+        for answer in said(one.answer([Question("seed-0", TEXTS[0], writing=replace(hot, seed=n)) for n in range(400)]))
+    ]
+    (likeliest,) = said(one.answer([Question("seed-0", TEXTS[0], writing=Writing(new_tokens=1))]))
+    assert len(set(drawn)) > 3
+    narrow = [Question("seed-0", TEXTS[0], writing=replace(hot, seed=n, top_p=1e-6)) for n in range(20)]
+    assert {answer.text for answer in said(one.answer(narrow))} == {likeliest.text}
+
+
+def test_chats_and_prompts_are_not_mixed_up(writers: Site) -> None:
+    one = replica(writers)
+    (refused,) = one.answer([Question("seed-0", {"prompt": "Paris"}, is_chat=True)])
+    assert "has learnt from prompts and completions" in str(refused)
+    row = CompletionRow((("user", "Paris"), ("assistant", "?")), False)
+    assert (
+        said(one.answer([Question("seed-0", {"prompt": "Paris"}, is_chat=False)]))[0].text
+        == writers.answers([("seed-0", row)])[0].text
+    )

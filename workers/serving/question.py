@@ -1,0 +1,71 @@
+"""What is asked of tasks, and what they answer: records that travel between processes, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Ended = Literal["", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a row is to be written. The default is what scores are measured with: always the likeliest token."""
+
+    new_tokens: int | None = None
+    """Most tokens of the answer; None: the task's own data.max_new_tokens."""
+    temperature: float = 0.0
+    """0: the likeliest token. Else tokens are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Tokens are drawn from the smallest set that has this probability."""
+    seed: int | None = None
+    """The same seed draws the same answer on the same machine, whoever else is in the batch; None: a new one."""
+    stop: tuple[str, ...] = ()
+    """Texts at which the answer ends; they are not part of it."""
+
+
+GREEDY = Writing()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row for one task."""
+
+    task: str
+    """`team/task`, or the task's id."""
+    inputs: Mapping[str, Any] | str
+    """Values by their canonical names (`text`, `text_pair`, `prompt`, `messages`, `image` as base64 or bytes); a text
+    alone where the task reads one text, a chat's first message among them."""
+    version: int | None = None
+    """Version that is to answer; None: the one that `main` names."""
+    is_chat: bool | None = None
+    """Whether the task must have learnt from chats, or must not have; None: either."""
+    writing: Writing = GREEDY
+    wrote: Callable[[str], bool] | None = field(default=None, compare=False)
+    """As in `Asked`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a task says of one row."""
+
+    task_id: str
+    version: int
+    """The version that answered."""
+    label: str | None = None
+    """The likeliest label, of a classification."""
+    probabilities: Mapping[str, float] | None = None
+    """Of all labels, in the task's order."""
+    value: float | None = None
+    """Of a regression."""
+    text: str | None = None
+    """Of a language model."""
+    tokens: int = 0
+    """Tokens that it wrote."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt that it read."""
+    ended: Ended = ""
+    """Whether it came to its end (`stop`) or to its longest answer (`length`); empty where nobody wanted more."""
+    warning: str = ""
+    """What of the row was not read."""

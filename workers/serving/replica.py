@@ -1,0 +1,177 @@
+"""One base model that answers for all tasks of its subspace, and follows `main`.
+
+A store is all that it needs: what a task's rows are read by is in the task's adapter. It goes on answering while the
+control plane is away, and by the version it has while the storage is.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from configs.errors import InvalidInput, NotFound, OnebasisError
+from subspace_store.log.version import MAIN
+from subspace_store.subspace_reader import SubspaceReader
+from workers.base_model import BaseModel
+from workers.rows.reading import canonical
+from workers.rows.task_data import Row, inputs_of, question
+from workers.serving.mixed_batch import Asked, MixedBatch
+from workers.serving.question import Answer, Question
+
+log = logging.getLogger("onebasis.serving")
+
+VERSIONS_KEPT = 2
+"""Versions beside `main` that stay ready: those that were asked for last by their numbers."""
+FETCH_SECONDS = 1.0
+"""Longest time for which tasks of a new version are read before it answers; the others are read when asked for."""
+
+
+class Replica:
+    """Answers questions. `answer` is called from one thread at a time, `follow` from another.
+
+    Args:
+        base: The base model, loaded.
+        store: A reader of its own.
+    """
+
+    def __init__(self, base: BaseModel, store: SubspaceReader) -> None:
+        self.base, self._store = base, store
+        self._version = store.state.refs[MAIN]
+        self._batches: OrderedDict[int, MixedBatch] = OrderedDict()
+        self._names: dict[int, dict[str, str]] = {}
+        self._lock = threading.Lock()
+        self.trouble = ""
+        """Why it does not answer by what `main` names now; empty where it does."""
+
+    @property
+    def version(self) -> int:
+        """The version that answers unless another is asked for."""
+        return self._version
+
+    def follow(self) -> bool:
+        """Look whether `main` has moved, and answer by what it names from then on; returns whether it had.
+
+        What goes wrong is told in `trouble`, and the version before goes on answering.
+        """
+        try:
+            number = self._store.refresh().refs[MAIN]
+            if number == self._version:
+                self.trouble = ""
+                return False
+            self._prepare(number)
+        except Exception as error:  # whatever it is: those who ask are answered by the version before
+            told = error.sentence if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
+            if told != self.trouble:
+                log.error("answers by version %d, not by what main names: %s", self._version, told)
+            self.trouble = told
+            return False
+        self._version, self.trouble = number, ""
+        return True
+
+    def task_id(self, task: str, version: int | None = None) -> str:
+        """Id of a task that a version holds.
+
+        Raises:
+            NotFound: It holds no such task, or there is no such version.
+        """
+        number = self._version if version is None else version
+        names = self._names.get(number)
+        if names is None:
+            held = self._store.state.tasks_at(self._store.resolve(number))
+            names = self._names[number] = {entry.name: task_id for task_id, entry in held.items()}
+            while len(self._names) > VERSIONS_KEPT + 2:
+                self._names.pop(next(iter(self._names)))
+        if task in names:
+            return names[task]
+        if task in names.values():
+            return task
+        raise NotFound(f"version {number} of {self.base.name} holds no such task", task, "`onebasis tasks` lists them")
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer | OnebasisError]:
+        """Answers in the order of the questions; what cannot be answered has its error in its place.
+
+        All that ask for no version are answered by the same one. Those who ask for an answer piece by piece may have
+        had a part of it before an error.
+        """
+        now = self._version
+        found: dict[int, Answer | OnebasisError] = {}
+        by_version: dict[int, list[tuple[int, Asked]]] = {}
+        for place, one in enumerate(questions):
+            number = now if one.version is None else one.version
+            try:
+                asked = self._asked(one, number)
+            except OnebasisError as error:
+                found[place] = error
+            else:
+                by_version.setdefault(number, []).append((place, asked))
+        for number, rows in by_version.items():
+            answers = self._answered(self._batch(number), [asked for _, asked in rows])
+            found |= dict(zip((place for place, _ in rows), answers, strict=True))
+        return [found[place] for place in range(len(questions))]
+
+    def _answered(self, batch: MixedBatch, asked: Sequence[Asked]) -> list[Answer | OnebasisError]:
+        """All together; where that fails, each alone, so that nobody is refused for a neighbour's sake."""
+        try:
+            return list(batch.answer(asked))
+        except OnebasisError as error:
+            if len(asked) == 1:
+                return [error]
+        return [answer for one in asked for answer in self._answered(batch, [one])]
+
+    def _asked(self, one: Question, number: int) -> Asked:
+        task_id = self.task_id(one.task, number)
+        spec = canonical(self._batch(number).spec(task_id))
+        is_chat = spec.data.messages_column is not None
+        if one.is_chat is not None and (spec.kind != "causal_lm" or one.is_chat is not is_chat):
+            learnt = ("chats" if is_chat else "prompts and completions") if spec.kind == "causal_lm" else spec.kind
+            todo = "ask completions" if spec.kind == "causal_lm" and not is_chat else "ask chat completions"
+            todo = todo if spec.kind == "causal_lm" else "ask /v1/predict"
+            raise InvalidInput(f"has learnt from {learnt}, and is asked for something else", one.task, todo)
+        row = _row(one, inputs_of(spec), lambda values: question(values, spec, one.task))
+        return Asked(task_id, row, one.writing, one.wrote)
+
+    def _batch(self, number: int) -> MixedBatch:
+        with self._lock:
+            if number not in self._batches:
+                self._batches[number] = MixedBatch(self.base, self._store, number)
+                self._store.let_go()  # the batch has its own
+            self._batches.move_to_end(number)
+            others = [old for old in self._batches if old not in (self._version, number)]
+            for old in others[: max(0, len(others) - VERSIONS_KEPT + 1)]:
+                del self._batches[old]
+            return self._batches[number]
+
+    def _prepare(self, number: int) -> None:
+        """Read a version, and of its tasks those that the version before has been asked for, the last ones first."""
+        before, made = self._batches.get(self._version), MixedBatch(self.base, self._store, number)
+        held, until = self._store.state.tasks_at(number), time.monotonic() + FETCH_SECONDS
+        for task_id in reversed(before.tasks if before is not None else ()):
+            if task_id in held and time.monotonic() < until:
+                made.fetch(task_id)
+        self._store.let_go()
+        with self._lock:
+            self._batches[number] = made
+
+
+def _row(one: Question, columns: Mapping[str, str], read: Callable[[Mapping[str, Any]], Row]) -> Row:
+    names = sorted(columns.values())
+    values: Any = one.inputs
+    if isinstance(values, str) and len(names) == 1:
+        (name,) = names
+        values = {name: [{"role": "user", "content": values}] if name == "messages" else values}
+    if not isinstance(values, Mapping):
+        raise InvalidInput(
+            f"an input must be an object, not {type(values).__name__}", one.task, f"give {' and '.join(names)}"
+        )
+    if isinstance(encoded := values.get("image"), str):
+        try:
+            values = {**values, "image": base64.b64decode(encoded, validate=True)}
+        except binascii.Error as error:
+            raise InvalidInput(f"image is not base64: {error}", one.task, "encode the picture's file") from None
+    return read(values)
