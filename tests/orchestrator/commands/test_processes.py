@@ -414,7 +414,8 @@ def test_up_refuses_a_storage_that_lets_two_writers_overwrite_each_other(
 
 
 def test_settings_without_a_team_whose_tasks_have_not_ended_are_refused(tmp_path: Path) -> None:
-    before, after = settings(tmp_path, teams={"red": {}, "blue": {}}), settings(tmp_path, teams={"blue": {}})
+    before = settings(tmp_path)
+    after = before.model_copy(update={"teams": {"blue": before.teams["blue"]}})
     processes._refuse_lost_teams(after, tmp_path)  # nothing has run here yet
     keep_settings(before, tmp_path)
     queue = TaskQueue(before.database_url)
