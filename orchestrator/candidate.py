@@ -326,11 +326,9 @@ class Candidate:
         """Why the version will never have its scores; None while it may."""
         if len(self._verdict.failures) >= EVALUATION_TRIES:
             return self._verdict.failures[-1]
-        lost = self._verdict.lost
-        for task_id, count in lost.items():
-            if self._verdict.is_lost_too_often(task_id, self._settings.failures):
-                what = f"{count} workers were lost while they scored it; last: {self._verdict.lost_as}"
-                text = f"{records[task_id].title}: {what}"
+        for task_id in (*self._verdict.lost, *self._verdict.died):
+            if why := self._verdict.gives_up(task_id, self._settings.failures, "scored"):
+                text = f"{records[task_id].title}: {why}; last: {self._verdict.lost_as}"
                 return ScoringFailure(task_id, text)
         return None
 
@@ -375,7 +373,7 @@ class Candidate:
             return
         current.tries += 1
         if isinstance(outcome, Failed) and outcome.fault in ("lost", "died"):
-            current.lost[order.task_id] += 1
+            current.count(order.task_id, outcome.fault)
             current.lost_as = outcome.message
             log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
             return

@@ -606,7 +606,7 @@ def frozen_copy(read: Callable[[], Frozen]) -> Frozen:
         return read()
     except (NotFound, Corrupt) as error:
         what = f"the service's own copy of its rows, made when it was submitted, is damaged: {error.what}"
-        todo = "find out what deletes or changes files there, then `onebasis retry` freezes them anew"
+        todo = "find out what deletes or changes files there, then `onebasis retry TEAM/TASK` freezes them anew"
         raise RowsDamaged(what, error.where, todo) from error
 
 

@@ -183,7 +183,7 @@ class DrainWorker(ServiceRequest[Json]):
     """Name of the worker, or address of the machine."""
     is_node: bool = False
     """Whether it is a machine."""
-    wait: bool = False
+    let_end: bool = False
     """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
     undo: bool = False
     """Take it back."""

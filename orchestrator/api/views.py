@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.estimates import Line
+from orchestrator.api.lengths import least_seconds
 from orchestrator.judging.forgetting import ForgettingReport, Mean
 from orchestrator.judging.score_table import ScoreTable
 from orchestrator.scheduling.estimate import Estimate, ends
@@ -32,8 +33,9 @@ def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], no
         progress: Last progress that its worker reported; empty where no worker has it.
     """
     start = line.starts.get(record.task_id)
-    pace = line.paces.get(record.pool)
-    end = ends(start, pace) if start and pace else None
+    length = line.length_of(record)
+    end = ends(start, length) if start and length else None
+    least = least_seconds(record, length, line.leads.get(record.task_id, 0.0))
     return {
         "task_id": record.task_id,
         "title": record.title,
@@ -50,7 +52,7 @@ def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], no
         "starts_in_seconds": start.seconds if start else None,
         "start": interval(start),
         "end": interval(end),
-        "deadline": deadline(record, end, now, progress.get("seconds_left")),
+        "deadline": deadline(record, end, now, progress.get("seconds_left"), least),
         "submitted_at": record.submitted_at,
         "attempt": record.attempt,
         "worker": record.worker if is_at_work(record) else "",
@@ -88,12 +90,19 @@ def interval(estimate: Estimate | None) -> Json | None:
     return {"seconds": estimate.seconds, "earliest": estimate.earliest, "latest": estimate.latest}
 
 
-def deadline(record: TaskRecord, end: Estimate | None, now: float, seconds_left: float | None = None) -> Json | None:
+def deadline(
+    record: TaskRecord,
+    end: Estimate | None,
+    now: float,
+    seconds_left: float | None = None,
+    least: float | None = None,
+) -> Json | None:
     """Whether a task's deadline can be met; None where it has none, or is trained.
 
     Args:
         end: When it is trained, where it waits.
         seconds_left: The same, where it trains.
+        least: Seconds until it is trained at the least, where no more is known.
     """
     if record.spec.deadline is None or record.state not in (TaskState.QUEUED, TaskState.TRAINING):
         return None
@@ -101,6 +110,7 @@ def deadline(record: TaskRecord, end: Estimate | None, now: float, seconds_left:
     earliest, latest = (end.earliest, end.latest) if end else (seconds_left, seconds_left)
     risk = (
         "missed" if at <= now else
+        "cannot be met" if earliest is None and least is not None and now + least > at else
         "unknown" if earliest is None or latest is None else
         "cannot be met" if now + earliest > at else "may be missed" if now + latest > at else "met"
     )  # fmt: skip

@@ -35,6 +35,7 @@ from orchestrator.tasks.task_record import (
     BLOCKS,
     ENDED_WITHOUT_RESULT,
     IN_FLIGHT,
+    LIVE,
     OUT_OF_LINE,
     Drain,
     Pause,
@@ -384,6 +385,13 @@ class TaskQueue:
         with self._database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(chosen.group_by(_tasks.c.base_model))}
 
+    def alive_of_teams(self) -> dict[str, int]:
+        """Team to number of its tasks that have not ended."""
+        alive = _tasks.c.state.in_([str(state) for state in LIVE])
+        chosen = select(_tasks.c.team, func.count()).where(alive).group_by(_tasks.c.team)
+        with self._database.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(chosen)}
+
     def queued(self) -> list[tuple[str, str, str, int]]:
         """(team, pool, what blocks them, number) of queued tasks, from an index alone; see `TaskRecord.blocked`."""
         by = (_tasks.c.team, _tasks.c.pool, _tasks.c.blocked)
@@ -526,7 +534,7 @@ class TaskQueue:
 
     def drains(self) -> list[Drain]:
         """Workers and machines that are drained, those that were first asked for first."""
-        columns = (getattr(_drains.c, name) for name in Drain.model_fields)
+        columns = (getattr(_drains.c, name).label(name) for name in Drain.model_fields)
         with self._database.reading() as connection:
             rows = connection.execute(select(*columns).order_by(_drains.c.at, _drains.c.what))
             return [Drain(**row._mapping) for row in rows]
@@ -535,10 +543,11 @@ class TaskQueue:
         """Drain a worker or a machine from now on; None: no longer.
 
         Returns:
-            The drain that was in force before. Asked for twice, the newer one counts: it may no longer wait.
+            The drain that was in force before. Asked for twice, the newer one counts: what trains may no longer be let
+            end.
         """
         mine = (_drains.c.what == what, _drains.c.is_node == is_node)
-        columns = [getattr(_drains.c, name) for name in Drain.model_fields]
+        columns = [getattr(_drains.c, name).label(name) for name in Drain.model_fields]
         with self._database.writing() as connection:
             row = connection.execute(select(*columns).where(*mine)).first()
             connection.execute(delete(_drains).where(*mine))
@@ -703,7 +712,7 @@ class TaskQueue:
         )
         if written.rowcount != 1:
             raise _OvertakenError
-        self._append(connection, task_id, [(type(event).__name__, narrate(after, event))], time.time())
+        self._append(connection, task_id, [(type(event).__name__, narrate(after, event, record.warnings))], time.time())
         if after.state is not record.state:
             self._tell_those_behind(connection, after)
         if use := used_by(record, event, row.lease_until):

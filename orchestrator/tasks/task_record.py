@@ -78,12 +78,23 @@ class Drain(Section):
     by: str
     reason: str = ""
     at: float
-    waits: bool = False
+    lets_end: bool = False
     """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
 
     def __str__(self) -> str:
-        what = f"the machine {self.what}" if self.is_node else self.what
-        return f"{what} is drained by {self.by}: {self.reason or 'no reason given'}"
+        return f"{self._name} is drained by {self.by}: {self.reason or 'no reason given'}"
+
+    @property
+    def told(self) -> str:
+        """The same with since when, and what takes it back."""
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.at))
+        undo = f"onebasis drain --undo {'--node ' if self.is_node else ''}{self.what}"
+        why = self.reason or "no reason given"
+        return f"{self._name} is drained by {self.by} since {since}: {why} (`{undo}` takes it back)"
+
+    @property
+    def _name(self) -> str:
+        return f"the machine {self.what}" if self.is_node else self.what
 
 
 class EarlierRows(Section):
@@ -278,6 +289,16 @@ class TaskRecord(Section):
         """Id of each revision whose evaluation rows it is scored on to that revision's number, oldest first."""
         own = {self.task_id: self.number} if self.eval_key else {}
         return {rows.task_id: rows.number for rows in self.earlier_rows} | own
+
+    def rows_asked(self, ranks: int) -> float:
+        """Rows that it is to be trained on, one as often as it is read; 0 where it is not trained here.
+
+        Args:
+            ranks: Processes that train it together.
+        """
+        if self.spec.method.name == "import" or not self.train_count:
+            return 0.0
+        return float(self.spec.training.steps(self.train_count, ranks) * self.spec.training.rows_per_step(ranks))
 
     def doubt(self, score: float | None, base_score: float | None = None) -> str:
         """A warning where a score of this task does not show that anything was learnt; else empty.

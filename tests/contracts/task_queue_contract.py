@@ -29,7 +29,7 @@ from orchestrator.tasks.task_events import (
     TrainingFailed,
 )
 from orchestrator.tasks.task_queue import NOBODY, TaskQueue
-from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_record import Drain, Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS
 from tests.builders import BASE, task_record, trained
 from workers.orders import Point
@@ -220,6 +220,17 @@ class TaskQueueContract:
         assert [waiting.preempted_at for waiting in queue.waiting(ALL)] == [9.0]
         assert (queue.is_anyone_waiting(ALL), queue.is_anyone_waiting(ALL, without=["red"])) == (True, False)
         assert queue.waiting(ALL, without=["red"]) == queue.waiting({DEFAULT_POOL: 1}, without=["red"]) == []
+
+    def test_a_teams_tasks_that_have_not_ended_are_counted_and_a_drain_is_kept_as_it_was_asked_for(
+        self, queue: TaskQueue
+    ) -> None:
+        for title in ("red/a", "red/b", "blue/c"):
+            queue.add(task_record(title))
+        queue.apply("t-red-a", CancelRequested("ann", 5.0))
+        assert queue.alive_of_teams() == {"red": 1, "blue": 1}
+        asked = Drain(what="worker-0", by="ann", at=5.0, lets_end=True)
+        assert (queue.set_drain("worker-0", False, asked), queue.drains()) == (None, [asked])
+        assert queue.set_drain("worker-0", False, None) == asked
 
     # --- advancing ---
 

@@ -52,6 +52,10 @@ class StandInCluster:
         """Worker to the address of its machine; empty while it waits for a place."""
         self.avoided: frozenset[str] = frozenset()
         """Machines on which nothing new is placed."""
+        self.keeps_away: dict[str, frozenset[str]] = {}
+        """Worker to the machines that were avoided when it was asked for: Ray never places it there."""
+        self.sizes: Callable[[str, str], bool] = lambda pool, machine: True
+        """Whether a worker of a pool has room on a machine with nothing else on it."""
         self._placeless: list[tuple[str, Future[Any]]] = []
         """Workers that load the base model once they have a machine."""
         self.ended: list[str] = []
@@ -87,6 +91,8 @@ class StandInCluster:
         """What keeps the workers from going on, as they say it in each heartbeat."""
         self.ends: dict[str, list[ProcessEnd]] = {}
         """Worker to how its process ended, the next times that this is asked; else nobody knows."""
+        self.placeless_orders: set[str] = set()
+        """Gangs whose order waits for places for some of their ranks."""
         self.silent: set[str] = set()
         """Workers that do not answer when asked what they do."""
         self.trainings: list[str] = []
@@ -121,13 +127,19 @@ class StandInCluster:
 
     def start_worker(self, worker: str) -> None:
         self._memory.setdefault(worker, {})
+        self.keeps_away.setdefault(worker, self.avoided)
 
     def end_worker(self, worker: str) -> None:
         self.ended.append(worker)
         del self._memory[worker]
+        self.keeps_away.pop(worker, None)
+        for name, order, future in list(self._held):
+            if name == worker:
+                self._held.remove((name, order, future))
+                future.set_exception(MachineLost(f"{worker} is gone"))
 
     def machines_of(self, worker: str) -> tuple[str, ...]:
-        machine = self.machine_of(worker)
+        machine = self._place(worker)
         return (machine,) if machine and worker in self._memory else ()
 
     @property
@@ -136,6 +148,14 @@ class StandInCluster:
 
     def avoid(self, machines: Collection[str]) -> None:
         self.avoided = frozenset(machines)
+
+    def large_enough(self, pool: str, machines: Collection[str]) -> tuple[str, ...]:
+        return tuple(sorted(machine for machine in machines if self.sizes(pool, machine)))
+
+    def _place(self, worker: str) -> str:
+        """The machine that a worker is on; empty while it waits for one, as it is not placed where it must not be."""
+        machine = self.machine_of(worker)
+        return "" if machine in self.keeps_away.get(worker, ()) else machine
 
     def answer(self, worker: str, questions: Sequence[Question]) -> Future[Any]:
         """Every task answers `yes`."""
@@ -159,7 +179,7 @@ class StandInCluster:
             return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
-        if not self.machine_of(worker):
+        if not self._place(worker):
             self._placeless.append((worker, future := Future()))
             return future
         if self._has_died(worker):
@@ -178,7 +198,7 @@ class StandInCluster:
         return _landed(
             Progress(
                 token=held.token,
-                phase=Phase.TRAINING,
+                phase=Phase.WAITING if worker in self.placeless_orders else Phase.TRAINING,
                 trouble=self.trouble,
                 step=3,
                 steps=10,
@@ -211,6 +231,7 @@ class StandInCluster:
             self.replaced.append(worker)
             self.silent.discard(worker)
             self._memory[worker] = {}
+            self.keeps_away[worker] = self.avoided
             for name, order, future in list(self._held):
                 if name == worker:
                     self._held.remove((name, order, future))
@@ -254,7 +275,7 @@ class StandInCluster:
         self._stores.pop(base_model, None)
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
-        for worker, future in [one for one in self._placeless if self.machine_of(one[0])]:
+        for worker, future in [one for one in self._placeless if one[0] in self._memory and self._place(one[0])]:
             self._placeless.remove((worker, future))
             future.set_result(LAYOUT)
         done = wait(calls, timeout_seconds, FIRST_COMPLETED).done

@@ -40,6 +40,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "waiting": lambda q: q.waiting({"default": 3}),
     "queued": lambda q: q.queued(),
     "alive_of_base_models": lambda q: q.alive_of_base_models(),
+    "alive_of_teams": lambda q: q.alive_of_teams(),
     "pools_in_line": lambda q: q.pools_in_line(),
     "queued_for": lambda q: q.queued_for("default"),
     "due": lambda q: q.due(5.0),
