@@ -43,6 +43,7 @@ class Route:
 ROUTES: tuple[Route, ...] = (
     Route("status", "GET", "/status", Role.VIEWER, About.SERVICE, requests.Status),
     Route("health", "GET", "/health", Role.VIEWER, About.SERVICE, requests.Health),
+    Route("metrics", "GET", "/metrics", Role.VIEWER, About.EVERYTHING, requests.Metrics),
     Route("submit", "POST", "/tasks", Role.SUBMITTER, About.TEAM, requests.Submit),
     Route("tasks", "GET", "/tasks", Role.VIEWER, About.OWN_TEAMS, requests.ListTasks),
     Route("teams", "GET", "/teams", Role.VIEWER, About.SERVICE, requests.ListTeams),
@@ -63,6 +64,15 @@ ROUTES: tuple[Route, ...] = (
     Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, About.SERVICE, requests.Diff),
     Route("preview-rollback", "GET", "/rollback/{version}", Role.VIEWER, About.SERVICE, requests.PreviewRollback),
     Route("rollback", "POST", "/rollback/{version}", Role.MAINTAINER, About.SERVICE, store.Rollback),
+    Route("preview-restore", "GET", "/restore-revision/{task_id}", Role.VIEWER, About.MERGED, requests.PreviewRestore),
+    Route(
+        "restore-revision",
+        "POST",
+        "/restore-revision/{task_id}",
+        Role.MAINTAINER,
+        About.MERGED,
+        store.RestoreRevision,
+    ),
     Route("export", "GET", "/export/{reference:path}", Role.VIEWER, About.TASK, requests.Export),
     Route("scores", "GET", "/scores", Role.VIEWER, About.SERVICE, requests.ShowScores),
     Route("matrix", "GET", "/matrix", Role.VIEWER, About.SERVICE, requests.ShowMatrix),

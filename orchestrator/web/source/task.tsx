@@ -106,6 +106,21 @@ export function Task({ me, status, reference, again }: Around & { reference: str
           <li key={event.event_id}><time>{clock(event.at)}</time> <strong>{event.kind}</strong> {event.text}</li>
         ))}
       </ol>
+      {task.revisions?.length > 1 && (
+        <>
+          <h2>Revisions</h2>
+          <Table quiet caption="Revisions" heads={["Revision", "State", "Version", "Submitted", "Rows to train", "New rows to score", "Own adapter", "In main"]}>
+            {task.revisions.map((one: Json) => (
+              <tr key={one.task_id}>
+                <th scope="row">{one.task_id === task.task_id ? one.revision : <a href={`#/task/${one.task_id}`}>{one.revision}</a>}</th>
+                <td><State of={one.state} /></td><td class="number">{one.version ?? "–"}</td><td class="number">{clock(one.submitted_at)}</td>
+                <td class="number">{one.train_rows}</td><td class="number">{one.new_eval_rows}</td>
+                <td class="number">{score(one.local_score)}</td><td class="number">{score(one.main_score)}</td>
+              </tr>
+            ))}
+          </Table>
+        </>
+      )}
       {task.result && <Scores task={task} main={main} />}
       <h2>Log</h2>
       {log.length ? <pre class="log" tabIndex={0} aria-label="Training log">{log.map((event) => `${clock(event.at)} ${event.text}\n`)}</pre> : <Empty>Nothing is written yet.</Empty>}
