@@ -76,9 +76,7 @@ def upload_named(place: str, key: str = "") -> UploadName:
     """
     found = re.fullmatch(rf"{UPLOAD}([0-9a-f]{{64}})(?:/(.+))?", place, re.DOTALL)
     if found is None:
-        todo = (
-            "write upload:ID/NAME, with the 64 hexadecimal digits of its id; write ./ in front if a file is called so"
-        )
+        todo = "write upload:ID/NAME, with the 64 hexadecimal digits of its id; put ./ before it if a file is called so"
         raise InvalidInput(f"{short(place)} names no upload", key, todo)
     try:
         check_names([found[2]] if found[2] else [])

@@ -1,7 +1,8 @@
 """The HTTP routes: one table for the server and for the client.
 
 A route's record says what is asked: its fields are the parameters in the path, and the rest of them the query of a GET
-or the JSON body of a POST. The body of a PUT is bytes of a file, and its other fields are in the query. `reference` may hold a slash (`team/name`).
+or the JSON body of a POST. The body of a PUT is bytes of a file, and its other fields are in the query. `reference` may
+hold a slash (`team/name`).
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from configs.errors import Conflict, InvalidInput, QueueFull
+from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull
 from configs.places import OpenFile, OutsideError, is_below, open_below
 from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
-from configs.uploads import is_upload, upload_named
+from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
@@ -115,6 +115,19 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
         InvalidInput: The team, the base model, a path, a row, the target modules or the adapter to
             import; names the key, file and row.
     """
+    sent = f"{team_folder(settings, spec.team).sets}/"
+    try:
+        draft = _checked(spec, settings, layout)
+    except OnebasisError as error:
+        if sent not in str(error):
+            raise
+        # A file is told by the name that whoever sent it can know.
+        facts = (fact.replace(sent, UPLOAD) if isinstance(fact, str) else fact for fact in error.args)
+        raise type(error)(*facts) from None
+    return replace(draft, warnings=tuple(warning.replace(sent, UPLOAD) for warning in draft.warnings))
+
+
+def _checked(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
     from workers.compatibility import check_lengths, check_template, chosen_modules
 
     if spec.team not in settings.teams:
@@ -160,14 +173,15 @@ def _imported(
     ranks: int,
 ) -> Draft:
     """Check the adapter to import and the rows to score it on."""
-    from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, SAVED, WEIGHTS_FILE, read_peft_folder
+    from subspace_store.formats.peft import SAVED, read_peft_folder
+    from subspace_store.formats.peft_files import READ_FILES
     from workers.compatibility import incomplete, not_understood, trained_elsewhere, with_full_names, without_effect
     from workers.heads import check_head, check_whole, doubtful_labels
 
     if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
         raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
     folder, head = may_read.real(spec.method.adapter or "", "method.adapter"), layout.heads[spec.kind]
-    for name in (CONFIG_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE):  # each may be a link to somewhere else
+    for name in READ_FILES:  # each may be a link to somewhere else
         may_read.file(str(folder / name), "method.adapter")
     base = base_model_of(spec, settings)
     brought = read_peft_folder(folder, base.name, layout.sha256, may_read.opener("method.adapter"))

@@ -9,8 +9,8 @@ STATE_DIR/uploads/TEAM/parts/SHA256.BYTES   what has come of a file, in order fr
 On the control plane's disk and not on the object storage: admission reads rows with libraries that need a file, and
 freezes what it read on the storage anyway. What is sent twice lies here once, within a team; between teams nothing is
 shared, so that nobody learns from the answer that another team has a file. A file goes when no upload has it any more,
-which the file system counts, and an upload a day after its last use. Whatever is killed at whatever moment leaves a part
-that is right as far as it goes.
+which the file system counts, and an upload a day after its last use. Whatever is killed at whatever moment leaves a
+part that is right as far as it goes.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Uploads:
         self._check_room(folder, min(PIECE_BYTES_MAX, max(0, file.bytes - offset)))
         try:
             folder.make()
-            arriving = tempfile.TemporaryFile(dir=folder.parts)  # without a name: goes with this process
+            arriving = tempfile.TemporaryFile(dir=folder.parts)  # noqa: SIM115 (Piece.close); it has no name
         except OSError as error:
             raise _unwritable(error) from error
         lock = self._locks[int(file.sha256[:8], 16) % LOCKS]
