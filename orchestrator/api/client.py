@@ -217,9 +217,8 @@ def _over_http(
     from orchestrator.api.exchange import exchange
 
     content = {"POST": json.dumps(fields).encode(), "PUT": sent}.get(route.verb)
-    if (
-        route.verb == "POST" and content is not None and len(content) > BYTES_MAX
-    ):  # a server may hang up before its refusal is read
+    # A server may hang up before its refusal is read.
+    if route.verb == "POST" and content is not None and len(content) > BYTES_MAX:
         raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
     answer = exchange(
         server["url"] + url,

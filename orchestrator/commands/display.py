@@ -246,8 +246,8 @@ def _print_alarms(alarms: Sequence[Json]) -> None:
 
 
 Sending = Callable[[int, int], contextlib.AbstractContextManager[Callable[[int], None]]]
-"""What shows that files are sent: is given their number and bytes, and is a context, in which it is told of each further
-byte that has come."""
+"""What shows that files are sent: is given their number and bytes, and makes a context, in which it is told of bytes
+that have come."""
 
 
 @contextlib.contextmanager

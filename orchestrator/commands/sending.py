@@ -1,7 +1,7 @@
 """Files of this machine that a task names, sent to a service that cannot read them; the task then names what was sent.
 
-What the service has already is not sent, whoever of the team sent it: a command that was ended goes on where it was when
-it is typed again, and the same submission sends nothing twice.
+What the service has already is not sent, whoever of the team sent it: a command that was ended goes on where it was
+when it is typed again, and the same submission sends nothing twice.
 """
 
 from __future__ import annotations
