@@ -19,7 +19,7 @@ from configs.uploads import FILES_MAX, SentFile, UploadName, check_names, is_upl
 from orchestrator.api.client import REMOTE, Client
 from orchestrator.api.requests import KeepUpload, MissingFiles, SendPiece, Submit
 from orchestrator.commands import display
-from subspace_store.commands.terminal import me, note
+from subspace_store.commands.terminal import counted, me, note, telling
 from subspace_store.formats.peft_files import READ_FILES, refuse_pickle
 
 Json = dict[str, Any]
@@ -106,7 +106,8 @@ def _files(place: Path, folder: str, key: str) -> dict[str, Path]:
             refuse_pickle(place)
             found = {f"{folder}/{name}": place / name for name in READ_FILES if (place / name).exists()}
         elif place.is_dir():
-            found = {f"{folder}/{one.relative_to(place)}": one for one in sorted(place.rglob("*")) if not one.is_dir()}
+            inner = [one for one in sorted(place.rglob("*")) if one.is_symlink() or not one.is_dir()]
+            found = {f"{folder}/{one.relative_to(place)}": one for one in inner}
         else:
             found = {f"{folder}/{place.name}": place}
         if wrong := next((path for path in found.values() if not path.is_file()), None):
@@ -127,7 +128,8 @@ def _files(place: Path, folder: str, key: str) -> dict[str, Path]:
 
 def _sent(client: Client, team: str, files: Mapping[str, Path], told: display.Sending) -> str:
     """Send what the service has not yet. Returns: The upload's id."""
-    facts = {name: _facts(path) for name, path in files.items()}
+    with telling(f"reading {counted(len(files), 'file')} to send"):
+        facts = {name: _facts(path) for name, path in files.items()}
     answer = _patiently(lambda: client.ask(MissingFiles(team=team, files=facts)))
     upload: str = answer["upload_id"]
     if answer["is_kept"]:

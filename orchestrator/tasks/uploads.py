@@ -180,6 +180,7 @@ class Uploads:
 
         Raises:
             Conflict: Some have not come, or are deleted since.
+        InvalidInput: A file has another size than is said.
             TooLarge: The team has too many uploads.
         """
         folder, upload = self._folder(team), upload_id(files)
@@ -191,6 +192,9 @@ class Uploads:
                 return answer | {"is_new": False}
             except OSError:
                 pass
+            for name, file in files.items():
+                if file.bytes != _size(whole := folder.whole / file.sha256) and whole.exists():
+                    raise InvalidInput(f"has not {file.bytes:,} bytes: its digest is of another size", name, "say both")
             if len(_names(folder.sets)) >= UPLOADS_MAX:
                 what = f"team {team} has {UPLOADS_MAX:,} uploads here, which is the most"
                 raise TooLarge(what, "team", "send the files of several tasks as one upload", UPLOADS_MAX)

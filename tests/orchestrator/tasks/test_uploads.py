@@ -181,6 +181,13 @@ def test_an_upload_is_its_files_under_their_names(place: Place) -> None:
     assert upload_id(files) != upload_id({**files, "c": facts(b"d")}) != upload_id({"c": facts(b"d")})
 
 
+def test_a_size_that_is_not_the_files_is_refused(place: Place) -> None:
+    place.send(CONTENT)
+    wrong = SentFile(sha256=facts(CONTENT).sha256, bytes=7)
+    with pytest.raises(InvalidInput, match="x: has not 7 bytes"):
+        place.uploads.keep("red", {"x": wrong})
+
+
 def test_what_is_not_used_for_a_day_is_deleted_and_the_rest_stays(place: Place) -> None:
     old, used = place.keep(one=CONTENT, two=b"old alone"), place.keep(one=CONTENT, two=b"new")
     place.send(b"half of it", 0, 4)
