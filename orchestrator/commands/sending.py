@@ -32,8 +32,8 @@ PIECE_BYTES = 2**20
 PIECE_BYTES_MIN, PIECE_BYTES_MAX = 2**16, 8 * 2**20
 FAST_SECONDS, SLOW_SECONDS = 1.0, 10.0
 """A piece that takes less, or more, is followed by one twice or half as long: the service waits a minute for each."""
-FAILURES_MAX = 6
-"""Failures in a row after which nothing more is tried."""
+FAILURES_MAX = 8
+"""Failures in a row after which nothing more is tried: after half a minute."""
 WAIT_SECONDS, WAIT_SECONDS_MAX = 0.5, 10.0
 """Wait after the first failure; each further one doubles it."""
 
@@ -174,6 +174,8 @@ def _send(client: Client, team: str, path: Path, file: SentFile, start: int, cou
                 failures, size = failures + 1, max(PIECE_BYTES_MIN, size // 4)
                 if failures >= FAILURES_MAX:
                     raise _given_up(error) from error
+                if failures == 1:
+                    note(f"sending was cut off, and is tried again: {error.what}")
                 time.sleep(min(WAIT_SECONDS * 2 ** (failures - 1), WAIT_SECONDS_MAX))
                 continue  # what came of it is told by the answer to the next
             except InvalidInput as error:
