@@ -836,7 +836,7 @@ class TaskQueue:
             todo += ", or cancel the old task first"
         elif taken.state == TaskState.PUBLISHED and not same and not record.version:
             todo += (
-                "; if these are new rows for that task, `onebasis submit --revise` (or revises: true) makes its next "
+                "; if these are new rows for that task, `onebasis submit --revise FILE` (or revises: true) makes its next "
                 f"revision of them; or take the old task out first: `onebasis store remove {record.title}`"
             )
         raise NameTaken(
