@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving setup clean lock
+.PHONY: demo test test-s3 test-kills check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-revisions setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -77,7 +77,12 @@ bench-queue: $(READY)
 
 # What answering for 1,000 tasks in one batch costs against one adapter: three minutes.
 bench-serving: $(READY)
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py $(BENCH)
+
+# Quarter of an hour on one free core: three tasks that learn five times. On text sets: make bench-revisions
+# BENCH="--data FOLDER".
+bench-revisions: $(READY)
+	$(BIN)/python benchmarks/revisions.py $(BENCH)
 
 setup: $(READY)
 

@@ -1,6 +1,7 @@
 """What answering costs: rows of many tasks in one batch against one adapter. Writes benchmarks/results/serving.json.
 
-    make bench-serving        three minutes
+    make bench-serving                 three minutes: what a batch costs
+    make bench-serving BENCH=http      two minutes: a real service that answers over HTTP (serving_service.py)
 
 A store of 1,000 tasks on MiniLM-L6: six seeds make the basis, the others are coefficients in it, as `auto` keeps them
 of related tasks (rank 16 of some 30 directions), each with a head of three labels. Rows are the evaluation rows of
@@ -57,7 +58,13 @@ KIND: Kind = "sequence_classification"
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write; a part that was not run keeps its figures."""
+    if sys.argv[1:] == ["http"]:
+        from benchmarks import serving_service
+
+        return told(serving_service.measure())
+    if sys.argv[1:]:
+        raise SystemExit(__doc__)
     torch.set_num_threads(1)
     base = base_model()
     spec = read_task_spec(next(iter(sorted((ROOT / "examples/tasks").glob("*.yaml")))))
@@ -67,8 +74,13 @@ def main() -> None:
     store = many_tasks(base)
     version = store.state.refs["candidate"]
     found = measured(base, spec, store, version, [replace(row, label=0) for row in rows])
+    return told(found)
+
+
+def told(found: dict[str, Any]) -> None:
     print(json.dumps(found, indent=1))
-    RESULTS.write_text(json.dumps({"date": time.strftime("%Y-%m-%d")} | found, indent=1) + "\n")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(known | {"date": time.strftime("%Y-%m-%d")} | found, indent=1) + "\n")
 
 
 def many_tasks(base: BaseModel) -> SubspaceStore:

@@ -304,6 +304,12 @@ class TaskSpec(Section):
     """Pool of workers that trains it. Default: the smallest that fits `resources`."""
     resources: ResourceSpec | None = None
     """What it needs, instead of `pool`. Default: any pool of its base model will do."""
+    revises: bool = False
+    """Whether these are new rows for the published task of this name: they make its next revision, which takes its
+    place. Not given, a name that is taken is refused."""
+    start: Literal["main", "base"] = "main"
+    """From where a revision is trained: from what `main` serves of the task, or anew from the base model. The head goes
+    on from the old one only with `main`."""
     after: tuple[Title, ...] = Field((), max_length=100)
     """Tasks, each `team/name`, that have to be published before this one starts; if one of them ends otherwise, this
     one is parked. They are submitted before it."""
@@ -338,6 +344,12 @@ class TaskSpec(Section):
     def _one_pool(self) -> TaskSpec:
         if self.pool and self.resources:
             raise ValueError("pool and resources exclude each other: name the pool, or say what the task needs")
+        return self
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> TaskSpec:
+        if self.start != "main" and not self.revises:
+            raise ValueError("start is about a revision of a published task: set revises: true, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -52,9 +52,9 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState, results_key
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.verdict import ScoringFailure, VerdictInProgress
-from orchestrator.worker_pool import ModelWorkers
+from orchestrator.worker_pool import ModelWorkers, keys_of_earlier_rows
 from subspace_store import StagedAdapter, Storage, SubspaceReader
-from subspace_store.log.version import CANDIDATE, MAIN, TaskScore
+from subspace_store.log.version import CANDIDATE, MAIN, RowsScore, TaskScore
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from subspace_store.strict import as_text
 from workers.orders import Evaluate, Evaluated, Failed, Outcome, Train
@@ -162,7 +162,14 @@ class Candidate:
             if not self._apply(ids, MergeBegun(begun)):
                 return
         staged = tuple(
-            StagedAdapter(task_id=r.task_id, name=r.title, key=r.staging_key, sha256=r.adapter_sha256) for r in group
+            StagedAdapter(
+                task_id=r.task_id,
+                name=r.title,
+                key=r.staging_key,
+                sha256=r.adapter_sha256,
+                replaces=r.revises or None,
+            )
+            for r in group
         )
         self._calls.write(Merge(adapters=staged, op_key=begun, actor="controller"))
 
@@ -285,7 +292,7 @@ class Candidate:
         known = self._queue.among(state.tasks_at(version))
         unscored = evaluations_due(state, version, self._settings.gate.drift_min)
         self._verdict.records, self._verdict.read_at = known, state.seq
-        self._verdict.due = tuple(task_id for task_id in unscored if task_id in known and known[task_id].eval_key)
+        self._verdict.due = tuple(task_id for task_id in unscored if task_id in known and known[task_id].is_scored)
 
     def _score(self, version: int) -> None:
         """Give out the evaluations that are due; once all are there, write their scores to the log."""
@@ -319,11 +326,9 @@ class Candidate:
         """Why the version will never have its scores; None while it may."""
         if len(self._verdict.failures) >= EVALUATION_TRIES:
             return self._verdict.failures[-1]
-        lost = self._verdict.lost
-        for task_id, count in lost.items():
-            if self._verdict.is_lost_too_often(task_id, self._settings.failures):
-                what = f"{count} workers were lost while they scored it; last: {self._verdict.lost_as}"
-                text = f"{records[task_id].title}: {what}"
+        for task_id in (*self._verdict.lost, *self._verdict.died):
+            if why := self._verdict.gives_up(task_id, self._settings.failures, "scored"):
+                text = f"{records[task_id].title}: {why}; last: {self._verdict.lost_as}"
                 return ScoringFailure(task_id, text)
         return None
 
@@ -342,6 +347,7 @@ class Candidate:
                     spec=record.spec,
                     eval_key=record.eval_key,
                     results_key=results,
+                    earlier_rows=keys_of_earlier_rows(record),
                 ),
             )
 
@@ -357,11 +363,17 @@ class Candidate:
         if order.version != current.version:
             return  # it was judged, or is gone
         if isinstance(outcome, Evaluated) and math.isfinite(outcome.score):
-            current.scores[order.task_id] = TaskScore(task_id=order.task_id, score=outcome.score, count=outcome.count)
+            of_rows = tuple(
+                RowsScore(task_id=brought_by, score=score, count=count)
+                for brought_by, (score, count) in outcome.of_rows.items()
+            )
+            current.scores[order.task_id] = TaskScore(
+                task_id=order.task_id, score=outcome.score, count=outcome.count, of_rows=of_rows
+            )
             return
         current.tries += 1
         if isinstance(outcome, Failed) and outcome.fault in ("lost", "died"):
-            current.lost[order.task_id] += 1
+            current.count(order.task_id, outcome.fault)
             current.lost_as = outcome.message
             log.warning("evaluation of %s at version %d is given out again", order.task_id, order.version)
             return

@@ -21,6 +21,7 @@ from orchestrator.scheduling.pools import pool_of
 from subspace_store.digests import digest
 from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
+from workers.gang import room_on
 from workers.orders import Order
 
 if TYPE_CHECKING:
@@ -67,7 +68,12 @@ class Cluster(Protocol):
         ...
 
     def avoid(self, machines: Collection[str]) -> None:
-        """Place nothing new on these machines from now on; they are named by their addresses."""
+        """Place nothing new on these machines from now on; they are named by their addresses. What waits for a place
+        already keeps to those that it was told when it was asked for."""
+        ...
+
+    def large_enough(self, pool: str, machines: Collection[str]) -> tuple[str, ...]:
+        """Those of these machines that are up and that, with nothing else on them, have room for a rank of a pool."""
         ...
 
     def run(self, worker: str, order: Order) -> Call:
@@ -241,6 +247,11 @@ class RayCluster:
 
     def avoid(self, machines: Collection[str]) -> None:
         self._avoid = frozenset(machines)
+
+    def large_enough(self, pool: str, machines: Collection[str]) -> tuple[str, ...]:
+        up = (node for node in self._ray.nodes() if node["Alive"] and node["NodeManagerAddress"] in machines)
+        found = {node["NodeManagerAddress"] for node in up if room_on(self.settings.pools[pool], node)}
+        return tuple(sorted(found))
 
     def _addresses(self, node_ids: Collection[str]) -> tuple[str, ...]:
         return tuple(sorted({node["NodeManagerAddress"] for node in self._ray.nodes() if node["NodeID"] in node_ids}))

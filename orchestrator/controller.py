@@ -32,10 +32,18 @@ from orchestrator.pending_calls import (
     Warming,
     Writing,
 )
-from orchestrator.scheduling.fair_share import Running, Waiting, running_order, shares_of
+from orchestrator.scheduling.fair_share import Running, Share, Waiting, running_order, shares_of
 from orchestrator.scheduling.pools import chosen_pool, pool_of, pools_of, size
 from orchestrator.scheduling.reasons import Wait, WaitCode
-from orchestrator.scheduling.scheduler import LOOK, SOON_SECONDS, Decision, Pool, Situation, decide
+from orchestrator.scheduling.scheduler import (
+    LOOK,
+    SOON_SECONDS,
+    Decision,
+    Pool,
+    Situation,
+    decide,
+    of_a_pool_without_workers,
+)
 from orchestrator.subspace import Subspace, tell
 from orchestrator.tasks.task_events import (
     CameDue,
@@ -300,7 +308,8 @@ class Controller:
         at_work = [subspace for subspace in self.subspaces.values() if self._is_read(subspace)]
         self.doing = "reading the task database and giving orders"
         self._give_pools()
-        self._pool.look_at_drains()
+        for given_back in self._pool.look_at_drains():
+            self._take_outcome(given_back)
         live = self._queue.in_flight()
         # First the orders that workers have already: after a restart any other order would wait behind them.
         self._resume([r for r in live if next_step(r) is Step.AWAIT_ADAPTER and self._goes_on(r.base_model)])
@@ -413,7 +422,10 @@ class Controller:
     def _told(self, order: Train, outcome: Failed) -> tuple[str, str]:
         """Fault and message of an attempt that failed. The worker knows only that it was to stop, not why; and if it is
         lost while its machine is maintained, that is nobody's fault."""
-        worker = self._pool.workers.get(self._queue.get(order.task_id).worker)
+        record = self._queue.get(order.task_id)
+        worker = self._pool.workers.get(record.worker)
+        if record.ran_too_long and not record.cancel_requested and outcome.fault == "cancelled":
+            return "too-long", f"stopped: it ran for longer than its max_run_seconds, {order.spec.max_run_seconds:g}"
         if worker is not None and worker.drain is not None and outcome.fault in ("preempted", "lost", "died"):
             return "preempted", f"{worker.drain}; it goes on from its last checkpoint"
         if self._is_ending and outcome.fault == "preempted":
@@ -427,7 +439,7 @@ class Controller:
         busy = {order.token for order in self._pool.orders}
         for record in training:
             worker = self._pool.workers.get(record.worker)
-            if worker is not None and worker.drain is not None and not worker.drain.waits and not _stop_for(record):
+            if worker is not None and worker.drain is not None and not worker.drain.lets_end and not _stop_for(record):
                 self._apply((record.task_id,), PreemptRequested(str(worker.drain)))
             if record.token in busy:
                 if worker is not None and (what := _stop_for(record)):
@@ -525,13 +537,19 @@ class Controller:
         in_use = [worker for worker in workers if worker.drain is None]
         coming = sum(map(_comes_soon, in_use))
         gone = sum(not drain.is_node and pool_of(drain.what) == name for drain in self._pool.drains)
+        drains = self._pool.drains_of(name)
+        is_placeless = bool(in_use) and all(worker.is_placeless for worker in in_use)
+        further = 0 if drains or is_placeless else max(0, settings.max - gone - len(in_use))
         return Pool(
             capacity=settings.ranks * settings.max,
             ready=settings.ranks * sum(worker.ready for worker in in_use),
             free=settings.ranks * free,
             kept=settings.ranks * kept,
-            coming=settings.ranks * (coming + max(0, settings.max - gone - len(in_use))),
+            coming=settings.ranks * (coming + further),
             is_forming=settings.ranks > 1 and any(worker.machines == () for worker in in_use),
+            is_placeless=is_placeless,
+            drained="; ".join(drain.told for drain in drains),
+            drained_since=min((drain.at for drain in drains), default=None),
         )
 
     def _wanted(
@@ -622,8 +640,9 @@ class Controller:
         if found is not None:
             return found
         is_free = any(worker.is_free for worker in pool.workers)  # it came after that
-        code = WaitCode.ABOUT_TO_START if is_free else WaitCode.NO_FREE_PLACE
-        return Wait(code=code if pool.ready else WaitCode.BASE_MODEL_LOADING, pool=record.pool)
+        if not pool.ready:
+            return of_a_pool_without_workers(record.pool, self._places(record.pool, 0, 0))
+        return Wait(code=WaitCode.ABOUT_TO_START if is_free else WaitCode.NO_FREE_PLACE, pool=record.pool)
 
     def line(self, extra: Waiting | None = None) -> tuple[tuple[Waiting, ...], list[Running]]:
         """The tasks that stand in line for workers of any pool, in their running order, and what runs. Thread-safe.
@@ -650,14 +669,33 @@ class Controller:
         return {name: pool.ranks for name, pool in self._settings.pools.items()}
 
     @property
-    def free_places(self) -> dict[str, int]:
-        """Pool to the places that are free, or that it can get when tasks wait for them."""
-        found = {}
-        for name, pool in self.describe_pools().items():
-            free = sum(worker.is_free for worker in pool.workers)
-            places = self._places(name, free, 0)
-            found[name] = places.free + places.coming
-        return found
+    def shares(self) -> Mapping[str, Share]:
+        """What each team may have."""
+        return self._shares
+
+    def seconds_until_free(self, pool: str) -> list[float]:
+        """For each place of a pool that is free, or that it can get when tasks wait, the seconds until it is. Places of
+        a pool that is cold are left out while nobody knows how long it takes to load. Thread-safe."""
+        found = self.describe_pools().get(pool)
+        if found is None:
+            return []
+        ranks, free = found.settings.ranks, sum(worker.is_free for worker in found.workers)
+        load = self._pool.load_seconds(pool)
+        seconds = [0.0] * (ranks * free)
+        if load is None and not found.ready:
+            return seconds
+        now = time.time()
+        loading = [
+            worker for worker in found.workers if worker.drain is None and worker.loads_since and not worker.ready
+        ]
+        seconds += [
+            max(0.0, (load or 0.0) - (now - worker.loads_since))
+            for worker in loading
+            if not worker.is_placeless
+            for _ in range(ranks)
+        ]
+        coming = self._places(pool, free, 0).coming
+        return seconds + [load or 0.0] * max(0, coming - (len(seconds) - ranks * free))
 
     def idle_causes(self, pool: str) -> tuple[str, ...]:
         """What the workers of a pool do, where none of them is ready."""

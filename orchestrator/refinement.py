@@ -169,15 +169,17 @@ class Refinement:
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)
             self._verdict.tries += 1
-            self._verdict.lost[order.task_id] += outcome.fault not in ("preempted", "damaged")
-            hopeless = outcome.fault == "input" or self._verdict.is_lost_too_often(
-                order.task_id, self._settings.failures
-            )
+            if outcome.fault not in ("preempted", "damaged"):
+                self._verdict.count(order.task_id, outcome.fault)
+            given_up = self._verdict.gives_up(order.task_id, self._settings.failures, "refined")
+            hopeless = outcome.fault == "input" or bool(given_up)
             if hopeless:
                 self._verdict.unrefined.add(order.task_id)
-                del self._verdict.lost[order.task_id]
+                self._verdict.lost.pop(order.task_id, None)
+                self._verdict.died.pop(order.task_id, None)
             told = RefinedAgain(
                 message=f"{'not' if hopeless else 'not yet'} refined again, for {where}: {outcome.message}"
+                + (f" ({given_up})" if given_up else "")
             )
         self._apply((order.task_id,), told)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from configs.errors import Conflict
@@ -70,6 +71,28 @@ def taken_without_restart(before: Settings, after: Settings, cpus: int) -> list[
             "`onebasis down`, then `onebasis up --config FILE`, takes them all",
         )
     return [*further, *resized, *(name for name in differ if name in TAKEN)]
+
+
+def refuse_lost_teams(before: Settings, after: Settings, alive: Mapping[str, int]) -> None:
+    """Refuse settings without a team that has tasks which have not ended: nobody could name it, pause it or give it a
+    share.
+
+    Args:
+        alive: Team to number of its tasks that have not ended.
+
+    Raises:
+        Conflict: Names the teams, with what to do.
+    """
+    gone = {team: alive[team] for team in before.teams if team not in after.teams and alive.get(team)}
+    if gone:
+        told = ", ".join(f"{team} ({count:,} task{'' if count == 1 else 's'})" for team, count in gone.items())
+        first = next(iter(gone))
+        raise Conflict(
+            f"these settings no longer have teams of which tasks have not ended: {told}",
+            "teams",
+            "write them back, and take them out once their tasks have ended: `onebasis cancel --team "
+            f"{first}` ends them",
+        )
 
 
 def _plain(value: Any) -> Any:

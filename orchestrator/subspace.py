@@ -18,7 +18,7 @@ from orchestrator.candidate import Candidate
 from orchestrator.cluster import Cluster
 from orchestrator.pending_calls import PendingCalls, StoreCalls
 from orchestrator.store_writer import StoreWriter
-from orchestrator.tasks.task_events import Event, Reason, Restored, RolledBack
+from orchestrator.tasks.task_events import Event, Reason, Replaced, Restored, RolledBack
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from orchestrator.unused_files import Held, UnusedFiles
@@ -26,7 +26,7 @@ from orchestrator.worker_pool import WorkerPool
 from subspace_store import Storage, SubspaceReader
 from subspace_store.files.presence import check_files
 from subspace_store.log.retention import tasks_alive
-from subspace_store.log.version import MAIN, Identity
+from subspace_store.log.version import MAIN, Identity, Version
 from subspace_store.log.version_log import owned_by_another
 
 log = logging.getLogger("onebasis.controller")
@@ -195,26 +195,39 @@ class Subspace:
         self._is_main_looked_at = True
 
     def _follow_main(self) -> None:
-        """Park tasks that `main` no longer holds; publish those that it holds again, or holds since another version
-        because versions were made again without a task."""
+        """Park tasks that `main` no longer holds, but for those of which it holds another revision: they are replaced.
+        Publish those that it holds again, or holds since another version because versions were made again without a
+        task."""
         state = self.store.state
         if state.refs[MAIN] == self._main_followed:
             return
         held = state.births(state.refs[MAIN])
+        left = {task_id: version for version in state.history(state.refs[MAIN]) for task_id in version.left}
         now = time.time()
         placed = self._queue.placed(self.name)
-        gone = [at.task_id for at in placed if at.state is TaskState.PUBLISHED and at.task_id not in held]
+        replaced = [
+            at.task_id
+            for at in placed
+            if at.task_id in left and at.task_id not in held and at.state is not TaskState.REPLACED
+        ]
+        gone = [
+            at.task_id
+            for at in placed
+            if at.state is not TaskState.PARKED and at.task_id not in held and at.task_id not in left
+        ]
         back = [
             at.task_id
             for at in placed
-            if at.task_id in held and (at.state is TaskState.PARKED or at.version != held[at.task_id])
+            if at.task_id in held and (at.state is not TaskState.PUBLISHED or at.version != held[at.task_id])
         ]
         for record in self._queue.among(gone).values():  # first: one that comes back may have the same name
             self._apply(record.task_id, _how_it_vanished(self.store, record, now))
+        for record in self._queue.among(replaced).values():
+            self._apply(record.task_id, Replaced(_what_took_its_place(left[record.task_id], record), now))
         for task_id in back:
             self._apply(task_id, Restored(f"main holds it since version {held[task_id]}", held[task_id]))
-        if gone or back:
-            self.unused_files.due((*gone, *back))
+        if gone or replaced or back:
+            self.unused_files.due((*gone, *replaced, *back))
             self._changed()
         self._main_followed = state.refs[MAIN]
 
@@ -222,7 +235,12 @@ class Subspace:
         """What the versions hold, for `UnusedFiles`."""
         state = self.store.state
         if self._held_at[0] != state.seq:
-            held = Held(frozenset(task.task_id for task in tasks_alive(state)), frozenset(state.expired))
+            alive = {task.task_id for task in tasks_alive(state)}
+            later = {task.task_id for version in state.versions.values() for task in version.added if task.replaces}
+            earlier = {one for version in state.versions.values() for one in version.left}
+            # Of the others there is nothing to find, and each look goes through all versions.
+            scored_on = {one for task_id in alive & (later | earlier) for one in state.revisions(task_id)}
+            held = Held(frozenset(alive), frozenset(state.expired), frozenset(scored_on))
             self._held_at = (state.seq, held)
         return self._held_at[1]
 
@@ -250,6 +268,14 @@ def tell(error: Exception, alarms: Ringing, doing: str) -> None:
         log.error("a step failed; it is tried again", exc_info=error)
     what = f"{LOOP} fails while it is {doing}: {type(error).__name__}: {error}"
     alarms.ring(AlarmCode.STEP_FAILED, LOOP, what)
+
+
+def _what_took_its_place(version: Version, record: TaskRecord) -> str:
+    by = next(task.task_id for task in version.added if task.replaces == record.task_id)
+    return (
+        f"revision {record.number}: version {version.number} holds {by} in its place; "
+        f"`onebasis rollback-task {record.title} --to {record.number}` brings it back"
+    )
 
 
 def _how_it_vanished(store: SubspaceReader, record: TaskRecord, now: float) -> RolledBack:

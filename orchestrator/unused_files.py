@@ -41,6 +41,9 @@ class Held:
     """Ids of the tasks that some version holds that has not expired."""
     expired: Collection[int] = ()
     """Numbers of the versions that have expired."""
+    scored_on: Collection[str] = ()
+    """Ids of those tasks that are revisions, and of all others of the same task: they are scored on the evaluation rows
+    of all of them."""
 
 
 def is_unused(key: str, record: TaskRecord, held: Held) -> bool:
@@ -50,8 +53,10 @@ def is_unused(key: str, record: TaskRecord, held: Held) -> bool:
         key: `data/<task>/…`, `staging/<task>/…` or `results/<task>/…`.
     """
     given_up = record.state in (TaskState.REJECTED, TaskState.CANCELLED)
-    parked = record.state is TaskState.PARKED
+    parked = record.state in (TaskState.PARKED, TaskState.REPLACED)
     is_held = record.task_id in held.task_ids
+    if key == record.eval_key and record.version and not given_up and record.task_id in held.scored_on:
+        return False  # a later revision of it is scored on these rows, whatever became of this one
     if given_up or (parked and not (record.version and is_held)):
         return True  # nothing can bring the task back: no version that is left holds it
     trained = not needs_training_rows(record)

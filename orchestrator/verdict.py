@@ -44,9 +44,12 @@ class VerdictInProgress:
     scores: dict[str, TaskScore] = field(default_factory=dict)
     failures: list[ScoringFailure] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
-    """Task id to the number of machines that were lost while they scored it, or refined it."""
+    """Task id to the number of orders to score it, or to refine it again, that ended with their machine, or by a fault
+    of ours."""
+    died: Counter[str] = field(default_factory=Counter)
+    """The same of those that ended with their process while its machine went on."""
     lost_as: str = ""
-    """How the last of them was lost."""
+    """How the last of them ended."""
     tries: int = 0
     """Number of orders without a result: the next one needs another token, since a worker remembers its answers."""
 
@@ -54,6 +57,20 @@ class VerdictInProgress:
         """Forget what is known of the version before."""
         vars(self).update(vars(VerdictInProgress(version, plain, again)))
 
-    def is_lost_too_often(self, task_id: str, settings: FailureSettings) -> bool:
-        """Whether a task lost more machines than its budget pays for."""
-        return self.lost[task_id] > settings.lost_machines_max
+    def count(self, task_id: str, fault: str) -> None:
+        """Count an order for the version that ended without a result. The budgets are as large as those of a task's
+        training, and apart from them: what a task used up while it trained says nothing of its scoring."""
+        (self.died if fault == "died" else self.lost)[task_id] += 1
+
+    def gives_up(self, task_id: str, settings: FailureSettings, did: str) -> str:
+        """Why a task's orders for the version are not given again: more of them ended so than a budget pays for; empty
+        while they are.
+
+        Args:
+            did: What the workers did, for people.
+        """
+        if (deaths := self.died[task_id]) > settings.worker_deaths_max:
+            return f"{deaths} workers died while they {did} it"
+        if (lost := self.lost[task_id]) > settings.lost_machines_max:
+            return f"{lost} workers were lost while they {did} it"
+        return ""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import statistics
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,8 +56,14 @@ large model, or an upload to a slow storage, cannot be broken: then its process 
 model."""
 END_SECONDS = 20.0
 """Longest wait for an answer on how a process ended: its machine may be gone with it."""
+LOADS_KEPT = 5
+"""Loads of each pool, the last, from which the next is estimated."""
 LOOK_SECONDS = 2.0
 """Interval at which it is looked on which machines workers are."""
+
+
+AT_AN_ADAPTER: Mapping[str, str] = {Phase.SCORING: "scoring the own adapter of", Phase.SAVING: "storing the adapter of"}
+"""What a worker does with a task that it trains, by its phase; else it trains it."""
 
 
 @dataclass
@@ -75,6 +83,9 @@ class WorkerStatus:
     """Unix time at which it was last looked where it is."""
     drain: Drain | None = None
     """Wish of a person that it gets nothing new and ends."""
+    avoids: frozenset[str] | None = None
+    """Addresses of the machines that were drained when it was asked for, on which it is never placed. None: not known,
+    an earlier control plane asked for it."""
     ready: bool = False
     order: Order | None = None
     given_at: float = 0.0
@@ -87,8 +98,8 @@ class WorkerStatus:
     """(`cancel` or `preempt`, token): the last that it was told to stop."""
     told_at: float = 0.0
     """When that was; infinite once its process was ended for it."""
-    waits: bool = False
-    """Its order waits for places for the ranks of a gang."""
+    phase: str = ""
+    """What it said last of how far it is with its order; empty: nothing yet."""
     heard_at: float = 0.0
     """Unix time of its last answer."""
     is_silent: bool = False
@@ -123,6 +134,22 @@ class WorkerStatus:
         return self.can_begin and self.drain is None
 
     @property
+    def waits(self) -> bool:
+        """Whether its order waits for places for the ranks of a gang."""
+        return self.phase == Phase.WAITING
+
+    @property
+    def is_placeless(self) -> bool:
+        """Whether it, or a rank of it, waits for a place."""
+        waits = self.machines == () or isinstance(self.error, NoPlace)
+        return (self.waits and self.order is not None) or (waits and not self.ready)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether it has a place, as far as is known, and is not ready yet."""
+        return not self.ready and self.order is None and self.machines != () and self.error is None
+
+    @property
     def state(self) -> str:
         """`drained`, `busy`, `warm` or `starting`: what workers are counted by."""
         if self.drain is not None:
@@ -139,14 +166,15 @@ class WorkerStatus:
             before = "does not answer; last seen "
         match self.order:
             case Train(task_id=task_id, refine_version=version):
-                return before + (f"refining {task_id} at version {version}" if version else f"training {task_id}")
+                does = AT_AN_ADAPTER.get(self.phase, "training")
+                return before + (f"refining {task_id} at version {version}" if version else f"{does} {task_id}")
             case Evaluate(task_id=task_id, version=version):
                 return f"{before}scoring {task_id} at version {version}"
         if self.ready:
             return f"{before}free" if not self.sure_at else f"{before}asked whether it was lost with another worker"
         if self.error is not None and not isinstance(self.error, NoPlace):
             return f"cannot load the base model: {self.error.what}"
-        if self.machines == () or isinstance(self.error, NoPlace):
+        if self.is_placeless:
             return f"waiting for a place for {time.time() - (self.placeless_since or self.started_at):.0f} s"
         return f"loading the base model for {time.time() - self.loads_since:.0f} s" if self.loads_since else "starting"
 
@@ -188,8 +216,12 @@ class WorkerPool:
         """Name to worker. Another thread may go through it, so it is replaced and never changed."""
         self.drains: list[Drain] = []
         """What people have drained."""
+        self._drained: frozenset[str] = frozenset()
+        """Addresses of the machines among them."""
         for name in cluster.workers:
-            self._add(name)
+            self._add(name, None)
+        self._loads: dict[str, deque[float]] = {}
+        """Pool to the seconds that its last workers took to load the base model once they had a place."""
         self.layouts: dict[str, BaseLayout] = {}
         """Base model to what the first warm worker reported of it; none before that."""
 
@@ -258,7 +290,7 @@ class WorkerPool:
     def give(self, worker: WorkerStatus, order: Order) -> None:
         # Sent first: an order that could not be sent must not occupy the worker.
         self._pending_calls.send(Ordered(worker.name), lambda: self._cluster.run(worker.name, order))
-        worker.order, worker.told, worker.waits, worker.ends_at = order, ("", ""), False, None
+        worker.order, worker.told, worker.phase, worker.ends_at = order, ("", ""), "", None
         worker.asked_at = worker.given_at = time.time()
 
     def running(self, live: Sequence[TaskRecord]) -> list[Running]:
@@ -288,6 +320,9 @@ class WorkerPool:
             seconds_left=None if ends_at is None else max(0.0, ends_at - now),
             stops=record.preempt_requested or record.cancel_requested,
             was_preempted=record.gave_back_at is not None,
+            seconds_max=record.spec.max_run_seconds,
+            rows=record.rows_asked(record.places),
+            method=record.spec.method.name,
         )
 
     def tell(self, worker: WorkerStatus, what: str, token: str) -> None:
@@ -373,6 +408,9 @@ class WorkerPool:
             what = f"{type(error).__name__}: {error}"
             self._cannot_load(worker, InvalidInput(what, "base_model", "the worker's log has the rest"))
         else:
+            if worker.avoids is not None and worker.loads_since:  # else it may have been warm before it was asked
+                loads = self._loads.setdefault(worker.pool, deque(maxlen=LOADS_KEPT))
+                loads.append(time.time() - worker.loads_since)
             worker.ready, worker.error, worker.loads_since, worker.ends = True, None, 0.0, 0
             worker.heard_at, worker.is_silent = time.time(), False
             worker.idle_since, worker.looked_at = time.time(), 0.0
@@ -399,7 +437,7 @@ class WorkerPool:
         todo = f"look at the machine's memory and at the worker's log; it is tried again in {seconds:.0f} s"
         self._cannot_load(worker, Unavailable(f"its process ends while it loads: {end or error.what}", todo=todo))
         self._pending_calls.later(f"warm:{worker.name}", seconds)
-        self._cluster.replace(worker.name)  # Ray does not restart an actor whose constructor failed
+        self._replace(worker)  # Ray does not restart an actor whose constructor failed
 
     # --- how a process ended -----------------------------------------------------------------------------------
 
@@ -480,7 +518,7 @@ class WorkerPool:
             return
         log.warning("%s was told to cancel %s and does not stop: ending it", worker.name, order.token)
         worker.told_at = math.inf
-        self._cluster.replace(worker.name)
+        self._replace(worker)
 
     def _locate(self, worker: WorkerStatus, now: float) -> None:
         """Look on which machines a worker is, while that matters: before it is ready; later, while machines are
@@ -524,7 +562,7 @@ class WorkerPool:
             self._pending_calls.forget(Warming(worker.name))
             worker.ready = worker.order is not None
             worker.asked_at = now
-            self._cluster.replace(worker.name)
+            self._replace(worker)
 
     def take_progress(self, call: Call, pending: Asking) -> None:
         """Prolong the lease of a task that trains, and keep the progress that its worker reports."""
@@ -539,7 +577,7 @@ class WorkerPool:
         self._hear(worker, progress.trouble)
         if order is None or progress.token != order.token:
             return
-        worker.waits = progress.phase is Phase.WAITING
+        worker.phase = progress.phase
         if progress.seconds_left == progress.seconds_left:  # else NaN: it does not know
             worker.ends_at = time.time() + progress.seconds_left
         if not isinstance(order, Train):
@@ -604,14 +642,52 @@ class WorkerPool:
             if (at := ends_at(settings, seats)) is not None and len(seats) > settings.min and at > now:
                 self._pending_calls.not_before(f"idle:{name}", at)
 
-    def look_at_drains(self) -> None:
-        """Read what people have drained, and note it on the workers that it is about."""
+    def look_at_drains(self) -> list[tuple[Train, Failed]]:
+        """Read what people have drained, and note it on the workers that it is about. Those that wait for a place, and
+        were asked for while other machines were drained, are ended, for Ray will never place them elsewhere; they are
+        asked for anew where there is something to do for them.
+
+        Returns:
+            Orders to train that such a worker had and had not begun, as it waited for places for its ranks.
+        """
         self.drains = self._queue.drains()
-        self._cluster.avoid([drain.what for drain in self.drains if drain.is_node])
+        self._drained = frozenset(drain.what for drain in self.drains if drain.is_node)
+        self._cluster.avoid(self._drained)
         for worker in self.workers.values():
             about = {worker.name, *(worker.machines or ())}
             names = ((drain, drain.what in about) for drain in self.drains)
             worker.drain = next((drain for drain, is_meant in names if is_meant), None)
+        back = []
+        for worker in [one for one in self.workers.values() if one.is_placeless and one.avoids != self._drained]:
+            if isinstance(order := worker.order, Train):
+                what = f"{worker.name} waited for places, and is asked for anew: other machines are drained now"
+                back.append((order, Failed(token=order.token, fault="preempted", message=what, worker_seconds=0.0)))
+            self._end(worker.name, "it waits for a place, and other machines are drained now")
+        return back
+
+    def drains_of(self, pool: str) -> list[Drain]:
+        """The drains for which no worker of a pool is ready and none will be; none where another is, or may come.
+
+        By name each worker that there may be is drained; or those that the pool asked for wait for a place, and
+        machines that have room for them are drained.
+        """
+        settings, workers = self._pools[pool], self.of(pool)
+        if any(worker.ready and worker.drain is None for worker in workers):
+            return []
+        names = [drain for drain in self.drains if not drain.is_node and pool_of(drain.what) == pool]
+        if len(names) >= settings.max:
+            return names
+        left = [worker for worker in workers if worker.drain is None]
+        if not left or not all(worker.is_placeless for worker in left):
+            return []
+        able = self._cluster.large_enough(pool, self._drained) if self._drained else ()
+        machines = [drain for drain in self.drains if drain.is_node and drain.what in able]
+        return [*machines, *names] if machines else []
+
+    def load_seconds(self, pool: str) -> float | None:
+        """Seconds that a worker of a pool takes until it is ready, once it has a place; None: none has loaded yet."""
+        loads = self._loads.get(pool)
+        return statistics.median(list(loads)) if loads else None
 
     def describe(self) -> dict[str, PoolStatus]:
         """Pool to what its workers do."""
@@ -619,21 +695,30 @@ class WorkerPool:
 
     def _seat(self, worker: WorkerStatus, claimed: Collection[str]) -> Seat:
         is_idle = worker.order is None and worker.name not in claimed
-        return Seat(name=worker.name, idle_since=worker.idle_since if is_idle else None, ends=worker.drain is not None)
+        return Seat(
+            name=worker.name,
+            idle_since=worker.idle_since if is_idle else None,
+            loads=worker.is_loading,
+            ends=worker.drain is not None,
+        )
 
     def _start(self, name: str) -> None:
         log.info("starting %s", name)
         self._cluster.start_worker(name)
-        self._add(name)
+        self._add(name, self._drained)
 
-    def _add(self, name: str) -> None:
+    def _add(self, name: str, avoids: frozenset[str] | None) -> None:
         now = time.time()
-        self.workers = self.workers | {name: WorkerStatus(name, started_at=now, idle_since=now)}
+        self.workers = self.workers | {name: WorkerStatus(name, started_at=now, idle_since=now, avoids=avoids)}
 
-    def _end(self, name: str) -> None:
-        log.info("ending %s: %s", name, self.workers[name].drain or "it has nothing to do")
+    def _replace(self, worker: WorkerStatus) -> None:
+        self._cluster.replace(worker.name)
+        worker.avoids = self._drained
+
+    def _end(self, name: str, why: str = "it has nothing to do") -> None:
+        log.info("ending %s: %s", name, self.workers[name].drain or why)
         self.workers = {other: worker for other, worker in self.workers.items() if other != name}
-        for pending in (Asking(name), Warming(name), AskingForEnd(name)):
+        for pending in (Asking(name), Warming(name), AskingForEnd(name), Ordered(name)):
             self._pending_calls.forget(pending)
         self._alarms.end_all(name, *AlarmCode)
         self._cluster.end_worker(name)
@@ -708,10 +793,17 @@ def train_order(record: TaskRecord) -> Train:
         spec=_refinement(record.spec) if refines else record.spec,
         train_key=record.train_key,
         eval_key="" if refines else record.eval_key,  # refined, it is scored with its version
+        revises="" if refines else record.revises,
+        earlier_rows={} if refines else keys_of_earlier_rows(record),
         staging_key=staging_key(record.task_id, record.attempt, record.token),
         results_key="" if refines else local_results(record),
         refine_version=record.version if refines else 0,
     )
+
+
+def keys_of_earlier_rows(record: TaskRecord) -> dict[str, str]:
+    """Id of each revision before a task to the key of its evaluation rows, oldest first."""
+    return {rows.task_id: rows.eval_key for rows in record.earlier_rows}
 
 
 def again_order(record: TaskRecord, version: int, tries: int) -> Train:

@@ -26,7 +26,7 @@ from subspace_store.adapter import adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.files.presence import check_files
 from subspace_store.log import fold, garbage, retention
-from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState, TaskScore
+from subspace_store.log.version import CANDIDATE, MAIN, RowsScore, SubspaceState, TaskScore
 from subspace_store.strict import Days, Moment, TaskId, Text, strict
 from subspace_store.subspace_reader import RollbackPreview, SubspaceReader, rollback_preview
 
@@ -53,10 +53,15 @@ class Refs(SubspaceReader):
             for score in scores:
                 if score.task_id not in held:
                     raise NotFound(f"version {version} holds no task {score.task_id}")
-                if math.isinf(score.score):
-                    raise InvalidInput("a score cannot be infinite", score.task_id, "write NaN if it was not measured")
-                if not 0 <= score.count <= COUNT_MAX:
-                    raise InvalidInput(f"measured on {score.count:.3g} rows", score.task_id, "give how many there were")
+                measured: tuple[TaskScore | RowsScore, ...] = (score, *score.of_rows)
+                for one in measured:
+                    if math.isinf(one.score):
+                        todo = "write NaN if it was not measured"
+                        raise InvalidInput("a score cannot be infinite", score.task_id, todo)
+                    if not 0 <= one.count <= COUNT_MAX:
+                        raise InvalidInput(
+                            f"measured on {one.count:.3g} rows", score.task_id, "give how many there were"
+                        )
             body = {"version": version, "scores": tuple(scores)}
             self._log.commit(fold.SCORES, op_key=op_key, actor=actor, body=body)
 

@@ -8,7 +8,7 @@ model, so that their difference is what merging cost and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from workers.metrics import GENERATED, Measure
 from workers.orders import Evaluate, Rank, Train
 from workers.peft_model import TASK_TYPES, put_tensors, with_lora
 from workers.results import Results, write_results
-from workers.rows.frozen_rows import StoredRows
+from workers.rows.frozen_rows import EvaluationRows
 from workers.rows.task_data import CompletionRow, Row
 from workers.tokens import encode_prompt, lengths
 from workers.truncation import check_answers, losses, losses_of_generation
@@ -36,6 +36,8 @@ from workers.truncation import check_answers, losses, losses_of_generation
 ROWS_PER_BATCH = 64  # rows of similar length; on one CPU core 32 to 128 are equally fast for MiniLM
 TOKENS_PER_BATCH = 8192  # padding counted; with a cache of half a megabyte per token (7B, bfloat16) that is 4 GB
 LOGITS_PER_BATCH = 2**28  # of a language model: 1 GiB in float32
+MeasuredOn = Callable[[slice], dict[str, Measure]]
+"""All metrics over some of the rows, from a model's answers to all of them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Score:
     """All metrics of the kind by name; those in `GENERATED` only if the task is judged by one of them."""
     per_row: tuple[float, ...]
     """Each row's share in the value, in the order of the rows: for paired comparisons, see `workers/metrics.py`."""
+    of_rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Where several revisions brought the rows: id of each to the value on its rows alone, and their number."""
     warnings: tuple[str, ...] = ()
     """Sentences on what makes the score doubtful."""
 
@@ -77,11 +81,28 @@ def score_adapter(
         return score_rows(model, base, rows, spec, between_batches)
 
 
+def score_served(
+    base: BaseModel, served: Adapter, rows: Sequence[Row], spec: TaskSpec, between_batches: Callable[[], None]
+) -> Score:
+    """Score what a version serves of the revision before this one on this one's rows: a label that it does not know is
+    an answer that it never gives. Raises as `score_adapter`."""
+    with parted(adapted_model(base, served, spec_of(served, spec)), spec.training.deepspeed) as model:
+        return score_rows(model, base, rows, spec, between_batches)
+
+
+def spec_of(served: Adapter, spec: TaskSpec) -> TaskSpec:
+    """A revision's task with the labels of the revision before it: a first part of its own."""
+    if not served.label_names:
+        return spec
+    data = spec.data.model_copy(update={"label_names": served.label_names})
+    return spec.model_copy(update={"data": data})
+
+
 def score_and_keep(
     order: Train | Evaluate,
     base: BaseModel,
     adapter: Adapter,
-    rows: StoredRows,
+    rows: EvaluationRows,
     storage: Storage,
     between_batches: Callable[[], None],
     rank: Rank,
@@ -132,15 +153,18 @@ def score_rows(
     counts = [length.read(spec.data.max_length) for length in measured]
     with torch.inference_mode():
         if spec.kind == "causal_lm":
-            measures = _likelihood(model, base, rows, counts, spec, between_batches)
-            if spec.metric in GENERATED:
-                completions = [row.completion for row in rows if isinstance(row, CompletionRow)]
-                measures |= metrics.answers(completions, generate(model, base, rows, spec, between_batches))
+            measured_on = _likelihood(model, base, rows, counts, spec, between_batches)
         else:
-            measures = _predictions(model, base, rows, counts, spec, between_batches)
+            measured_on = _predictions(model, base, rows, counts, spec, between_batches)
+    measures = measured_on(slice(None))
     chosen = measures[spec.metric]
     warnings = (*losses(measured, spec, "evaluation rows"), *losses_of_generation(measured, spec, base.length_max))
-    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), warnings)
+    parts = rows.of_revisions if isinstance(rows, EvaluationRows) else {}
+    of_rows = {
+        brought_by: (measured_on(places)[spec.metric].value, places.stop - places.start)
+        for brought_by, places in parts.items()
+    }
+    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), of_rows, warnings)
 
 
 def _predictions(
@@ -150,7 +174,7 @@ def _predictions(
     counts: Sequence[int],
     spec: TaskSpec,
     between_batches: Callable[[], None],
-) -> dict[str, Measure]:
+) -> MeasuredOn:
     collate, regression = collator(base, spec), spec.kind == "sequence_regression"
     expected: list[Any] = [0] * len(rows)
     predicted: list[Any] = [0] * len(rows)
@@ -167,13 +191,16 @@ def _predictions(
         for index, label, answer in zip(chosen, labels, answers.tolist(), strict=True):
             expected[index], predicted[index] = label, answer
         if not regression:
+            if (unknown := len(spec.data.label_names) - logits.shape[-1]) > 0:  # labels that this model never gives
+                logits = torch.nn.functional.pad(logits, (0, unknown), value=-torch.inf)
             of_label = logits.float().softmax(dim=-1).gather(1, torch.tensor(labels, device=logits.device)[:, None])
             for index, value in zip(chosen, of_label.squeeze(-1).tolist(), strict=True):
                 of_right[index] = value
     _check_numbers(broken, len(rows), spec)
     if regression:
-        return metrics.regression(expected, predicted)
-    return metrics.classification(expected, predicted, of_right, len(spec.data.label_names))
+        return lambda part: metrics.regression(expected[part], predicted[part])
+    labels_count = len(spec.data.label_names)
+    return lambda part: metrics.classification(expected[part], predicted[part], of_right[part], labels_count)
 
 
 def _likelihood(
@@ -183,7 +210,7 @@ def _likelihood(
     counts: Sequence[int],
     spec: TaskSpec,
     between_batches: Callable[[], None],
-) -> dict[str, Measure]:
+) -> MeasuredOn:
     collate = collator(base, spec)
     sums, scored_counts = [0.0] * len(rows), [0] * len(rows)
     tokens_max = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // len(base.tokenizer))
@@ -197,7 +224,13 @@ def _likelihood(
             sums[index] = _log_probability(logits_TV[scored], labels_T[scored])
             scored_counts[index] = int(scored.sum())
     _check_numbers([index for index, value in enumerate(sums) if value != value], len(rows), spec)
-    return metrics.likelihood(sums, scored_counts)
+    if spec.metric not in GENERATED:
+        return lambda part: metrics.likelihood(sums[part], scored_counts[part])
+    completions = [row.completion for row in rows if isinstance(row, CompletionRow)]
+    texts = generate(model, base, rows, spec, between_batches)
+    return lambda part: (
+        metrics.likelihood(sums[part], scored_counts[part]) | metrics.answers(completions[part], texts[part])
+    )
 
 
 def _log_probability(logits_TV: Tensor, labels_T: Tensor) -> float:

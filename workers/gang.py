@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -161,7 +161,8 @@ class Gang:
             Rank 0's outcome; if it has none, another rank's failure, or `lost`.
 
         Raises:
-            Unavailable: A rank was lost before it began, or the storage was away; the order may be given again. Where
+            Unavailable: A rank's machine was lost before it began, or the storage was away; the order may be given
+                again. That a rank's process died while it loaded is an outcome, `died`. Where
                 there is no place for the ranks, the order waits until there is one or it is stopped.
         """
         return self._book.run(order.token, lambda: self._outcome(order))
@@ -217,8 +218,13 @@ class Gang:
             where = ", ".join(f"{count} on {node}" for node, count in Counter(self._nodes).items())
             self._lines.append(f"{self._ranks.size} ranks: {where}")
             outcome = self._supervised(order, *places[0])
-        except Unavailable:
+        except Unavailable as error:
             stop = self._stops.get(order.token)
+            if stop is None and isinstance(error, RankDied):
+                # Told, and charged to the budget for such ends: given again in silence, it could go on for ever.
+                self._disband()
+                what = f"while the base model was loaded, {error.what}"
+                return Failed(token=order.token, fault="died", message=what, log_lines=tuple(self._lines))
             if stop is None:
                 raise
             fault = "cancelled" if stop == "cancel" else "preempted"
@@ -434,18 +440,29 @@ def needed(workers: WorkerShape) -> str:
     return f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs{memory}"
 
 
-def no_place(workers: WorkerShape, nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Why a gang finds no place on these machines, for people. nodes: Result of `ray.nodes`."""
-    up = [node for node in nodes if node["Alive"]]
-    room = sum(
-        min(int(node["Resources"].get(kind, 0) // count) for kind, count in needs(workers).items()) for node in up
-    )
-    down = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in up})
+def room_on(workers: WorkerShape, node: Mapping[str, Any]) -> int:
+    """Ranks for which a machine has room with nothing else on it. node: One of `ray.nodes`."""
+    return min(int(node["Resources"].get(kind, 0) // count) for kind, count in needs(workers).items())
+
+
+def no_place(workers: WorkerShape, nodes: Sequence[Mapping[str, Any]], avoid: Collection[str] = ()) -> str:
+    """Why a gang finds no place on these machines, for people.
+
+    Args:
+        nodes: Result of `ray.nodes`.
+        avoid: Ids of those on which it is not placed: they are drained.
+    """
+    every = [node for node in nodes if node["Alive"]]
+    up = [node for node in every if node["NodeID"] not in avoid]
+    room = sum(room_on(workers, node) for node in up)
+    drained = sorted(node["NodeManagerAddress"] for node in every if node["NodeID"] in avoid and room_on(workers, node))
+    down = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in every})
     missing = f" ({', '.join(down[:8])} went away)" if down else ""
     taken = ", but something else has taken it" if room >= workers.ranks else ""
+    out = f"; drained, and not counted: {', '.join(drained[:8])}" if drained else ""
     return (
         f"no place for {workers.ranks} ranks with {needed(workers)} each: the {len(up)} "
-        f"machines that are up{missing} have room for {room}{taken}"
+        f"machines that are up{missing} have room for {room}{taken}{out}"
     )
 
 

@@ -91,9 +91,12 @@ class RayRanks:
         began = time.monotonic()
         while not group.wait(LOOK_SECONDS):
             waited = time.monotonic() - began
-            waits(why := no_place(self._workers, ray.nodes()) if waited > TELL_SECONDS else "")
+            waits(why := no_place(self._workers, ray.nodes(), self._avoid) if waited > TELL_SECONDS else "")
             if waited > PLACE_SECONDS:
-                raise NoPlace(why, self._name, "add machines, or lower the pool's ranks or its number of workers")
+                drained = "take the drain back (`onebasis status` names it), " if self._avoid else ""
+                raise NoPlace(
+                    why, self._name, f"{drained}add machines, or lower the pool's ranks or its number of workers"
+                )
         self._actors = [
             WorkerActor.options(  # type: ignore[attr-defined]
                 **reserved(self._workers),

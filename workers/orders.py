@@ -68,6 +68,11 @@ class Train:
     the task's earlier attempts are found below `staging/<task>/`."""
     results_key: str = ""
     """Storage key for each evaluation row's result with the adapter before merging; empty: not kept."""
+    revises: str = ""
+    """Id of the revision whose place it will take: what `main` serves of it is where training starts, unless
+    `spec.start` is `base`, and is scored on all rows. Empty: it revises none."""
+    earlier_rows: Mapping[str, str] = field(default_factory=dict)
+    """Id of each revision before it to the storage key of its evaluation rows, oldest first: scored on them too."""
     refine_version: int = 0
     """Above 0: instead of method.name, train the task's own coefficients in this version's frozen basis."""
     again: bool = False
@@ -83,8 +88,11 @@ class Evaluate:
     version: int
     spec: TaskSpec
     eval_key: str
+    """Storage key of its evaluation rows; empty if only revisions before it have some."""
     results_key: str = ""
     """Storage key for each evaluation row's result; empty: not kept."""
+    earlier_rows: Mapping[str, str] = field(default_factory=dict)
+    """As in `Train`."""
 
 
 Order = Train | Evaluate
@@ -178,6 +186,10 @@ class Trained:
     """Step of the checkpoint that this attempt went on from; 0: from the start."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All metrics of the kind for the adapter before merging, by name; the task's own is `local_score`."""
+    scores_of_rows: Mapping[str, float] = field(default_factory=dict)
+    """Of a revision: id of the revision that brought evaluation rows to the score on them before merging."""
+    main_scores_of_rows: Mapping[str, float] = field(default_factory=dict)
+    """The same of what `main` serves of the revision before it."""
     warnings: tuple[str, ...] = ()
     """Sentences on what makes the scores doubtful, for the owner of the task."""
     worker_seconds: float | None = field(default=None, compare=False)
@@ -194,6 +206,8 @@ class Evaluated:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All metrics of the kind, by name; the task's own is `score`."""
+    of_rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Of a revision: id of the revision that brought evaluation rows to the score on them, and their number."""
     worker_seconds: float | None = field(default=None, compare=False)
     """As in `Trained`."""
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
@@ -26,17 +27,19 @@ from workers.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, r
 from workers.compatibility import check_lengths, without_effect
 from workers.compiled_ops import watched
 from workers.deepspeed_engine import is_parted, refusals_named, release
-from workers.evaluation import Score, score_adapter, score_and_keep
+from workers.evaluation import Score, score_adapter, score_and_keep, score_served
 from workers.heads import told
 from workers.methods import Given, Method, auto, codyra, import_adapter, lora, refine, share
 from workers.methods.factors import describe, trainable_numbers
 from workers.methods.lora import target_modules
+from workers.methods.start import with_head_of
 from workers.orders import ALONE, Phase, Progress, Rank, RowsDamaged, Train, Trained
 from workers.patience import Patience
 from workers.rank_group import RankGroup, joined
-from workers.rows.frozen_rows import open_rows
+from workers.rows.frozen_rows import open_evaluation_rows, open_rows
 from workers.rows.reading import READING, reading_of
-from workers.rows.task_data import Row
+from workers.rows.recurrence import Met
+from workers.rows.task_data import Row, input_digest, likenesses
 from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.tokens import training_losses
 from workers.trainer import (
@@ -105,8 +108,10 @@ def train_task(
     with joined(rank, spec.training.deepspeed) as group, watched(say, stopper(asked)):
         attempt = _Attempt(order, base, storage, store, report, asked, group)
         adapter, run = attempt.train()
+        served = attempt.served()
         if is_parted(spec):
-            local, alone = _scores(order, adapter, base, storage, report, lambda: group.agree(asked()), rank, keep)
+            stop = stopper(lambda: group.agree(asked()))
+            local, alone, before = _scores(order, adapter, served, base, storage, report, stop, rank, keep)
     if not rank.leads:
         return Trained(
             token=order.token,
@@ -122,7 +127,8 @@ def train_task(
             first_step_at=run.first_step_at,
         )
     if not is_parted(spec):
-        local, alone = _scores(order, adapter, base, storage, report, asked, rank, keep)
+        stop = stopper(asked)
+        local, alone, before = _scores(order, adapter, served, base, storage, report, stop, rank, keep)
     report(
         Progress(
             token=order.token,
@@ -153,9 +159,11 @@ def train_task(
         method=attempt.method_name,
         compared=attempt.compared,
         trainable_parameters=attempt.trained_numbers,
-        basis_version=attempt.version,
+        basis_version=attempt.version if attempt.leased else 0,
         resumed_from=run.resumed_from,
         metrics=local.metrics,
+        scores_of_rows=_of_revisions(local, order),
+        main_scores_of_rows=_of_revisions(before, order),
         warnings=(*attempt.warnings, *filter(None, [idle]), *local.warnings),
     )
 
@@ -182,7 +190,7 @@ class _Attempt:
         self._checkpoint_key = ""
         self.method_name: str = order.spec.method.name
         self.version = 0
-        """Version whose basis was leased."""
+        """Version whose basis was leased, or that a revision was started from."""
         self.leased: dict[str, tuple[int, int]] = {}
         """Module to (k_out, k_in) of that basis."""
         self.trained_numbers = 0
@@ -203,8 +211,58 @@ class _Attempt:
             return method.finish(method.prepare(self._base, spec, Given(frozen)), self._base, spec), TrainingRun()
         rows = frozen_copy(lambda: open_rows(self._storage, order.train_key, spec))
         if self._group.rank.leads and not order.refine_version:  # a refinement reads the same rows
-            self.warnings = self._losses(rows)
-        return self._raced(rows) if method is None and not order.refine_version else self._trained(rows)
+            self.warnings = (*self._losses(rows), *self._evaluated_before(rows))
+        if method is not None or order.refine_version:
+            return self._trained(rows)
+        return self._continued(rows) if self._starts_from_main else self._raced(rows)
+
+    @property
+    def _starts_from_main(self) -> bool:
+        return bool(self._order.revises) and self._order.spec.start == "main"
+
+    def served(self) -> Adapter | None:
+        """What `main` serves of the revision before this one, in the version that training started from, or now; None
+        where it revises none.
+
+        Raises:
+            InvalidInput: It is not there any more.
+        """
+        order = self._order
+        if not order.revises:
+            return None
+        version = self.version or self._group.agree(self._store.refresh().refs[MAIN])
+        try:
+            return self._store.adapter(order.revises, version)
+        except NotFound as error:
+            raise InvalidInput(
+                f"main (version {version}) does not hold the revision that it is to take the place of, {order.revises}",
+                f"{order.spec.team}/{order.spec.name}",
+                "`onebasis versions` shows what main holds; submit it again for what is there",
+            ) from error
+
+    def _evaluated_before(self, rows: Sequence[Row]) -> Iterator[str]:
+        """A sentence where rows that earlier revisions are scored on are trained on now."""
+        if not self._order.earlier_rows:
+            return
+        met = Met()
+        for key in self._order.earlier_rows.values():
+            for row in frozen_copy(partial(open_rows, self._storage, key, self._order.spec)):
+                met.add(_number_of(row))
+        met.close()
+        for row in rows:
+            met.meet(_number_of(row))
+        if met.count:
+            yield (
+                f"{met.count} of the evaluation rows of earlier revisions are training rows of this one: the scores on "
+                "them flatter it"
+            )
+
+    def _continued(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
+        """A revision under `auto`: it goes on as a LoRA. What a cut loses on the earlier rows, the validation rows, a
+        part of the new ones, could not show: so nothing is cut."""
+        self._say("auto: goes on from what main serves, as a LoRA; nothing is compared or cut")
+        self.compared = ()
+        return self._adopt(alone := self._candidate("lora", self._report), alone._trained(rows))
 
     def _losses(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """Sentences on training rows of which a part is not read; said in the log before the first step, too.
@@ -306,7 +364,7 @@ class _Attempt:
 
     def _adopt(self, candidate: _Attempt, trained: tuple[Adapter, TrainingRun]) -> tuple[Adapter, TrainingRun]:
         self.method_name, self.version = candidate.method_name, candidate.version
-        self.trained_numbers = candidate.trained_numbers
+        self.trained_numbers, self.leased = candidate.trained_numbers, candidate.leased
         return trained
 
     def _race(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
@@ -435,9 +493,11 @@ class _Attempt:
             self.method_name, self.version = "refine", order.refine_version
         else:
             main: int = self._group.agree(self._store.resolve(MAIN))
-            self.version = main if METHODS[self.method_name].needs_basis(order.spec) else 0
+            self.version = main if METHODS[self.method_name].needs_basis(order.spec) or self._starts_from_main else 0
+        is_leased = self.version and METHODS[self.method_name].needs_basis(order.spec)
         try:
-            basis = self._basis() if self.version else {}
+            basis = self._basis() if is_leased else {}
+            start = self.served() if self._starts_from_main and not order.refine_version else None
         except NotFound as error:
             if checkpoint is None:
                 raise
@@ -445,16 +505,20 @@ class _Attempt:
             return self._given(self._checkpoint())
         self.leased = {name: one.ranks for name, one in basis.items()}
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
-        basis_of = f", in the basis of version {self.version}" if self.version else ""
-        self._say(f"task {order.task_id}: method {self.method_name}{basis_of}")
+        basis_of = f", in the basis of version {self.version}" if is_leased else ""
+        start_of = f", from what version {self.version} serves of {order.revises}" if start else ""
+        self._say(f"task {order.task_id}: method {self.method_name}{basis_of}{start_of}")
         if checkpoint is not None:
             self._say(f"goes on from step {checkpoint.step}, where an earlier attempt left a checkpoint")
-        return Given(version=self.version, basis=basis, adapter=served), checkpoint
+        start = with_head_of(self._base, start, order.spec) if start else None
+        return Given(version=self.version, basis=basis, adapter=served, start=start), checkpoint
 
     def _basis(self) -> dict[str, ModuleBasis]:
         """The basis of the leased version that the task will be stored in, per module."""
         if self._order.refine_version:
             return self._store.basis_of(self._order.task_id, self.version)
+        if self._starts_from_main and self.method_name == "share":  # where it lies, to the last number
+            return self._store.basis_of(self._order.revises, self.version)
         if self.method_name == "share" and share.stays_inside(self._order.spec):
             return self._store.training_basis(self.version)
         return self._store.basis(self.version)
@@ -496,23 +560,40 @@ def _nobody(progress: Progress) -> None:
 def _scores(
     order: Train,
     adapter: Adapter,
+    served: Adapter | None,
     base: BaseModel,
     storage: Storage,
     report: Report,
-    asked: Callable[[], Asked],
+    stop: Callable[[], None],
     rank: Rank,
     keep: Patience,
-) -> tuple[Score, float]:
-    """The adapter's score before merging, and the base model's score under its head; NaN without rows."""
-    if not order.eval_key:
-        return Score(math.nan, {}, ()), math.nan
+) -> tuple[Score, float, Score]:
+    """The adapter's score before merging, the base model's score under its head, and the score of what `main` serves of
+    the revision before it; NaN without rows."""
+    nothing = Score(math.nan, {}, ())
+    if not order.eval_key and not order.earlier_rows:
+        return nothing, math.nan, nothing
     report(Progress(token=order.token, phase=Phase.SCORING))
     free_memory()
-    rows = frozen_copy(lambda: open_rows(storage, order.eval_key, order.spec))
-    stop = stopper(asked)
+    rows = frozen_copy(
+        lambda: open_evaluation_rows(storage, order.task_id, order.eval_key, order.earlier_rows, order.spec)
+    )
     local = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
     alone = score_adapter(base, adapter, rows, order.spec, stop, with_update=False)
-    return local, alone.value
+    before = score_served(base, served, rows, order.spec, stop) if served is not None else nothing
+    return local, alone.value, before
+
+
+def _of_revisions(score: Score, order: Train) -> dict[str, float]:
+    """Id of each revision that brought evaluation rows to the score on them; empty where it revises none."""
+    if not order.revises or math.isnan(score.value):
+        return {}
+    return {task_id: value for task_id, (value, _) in score.of_rows.items()} or {order.task_id: score.value}
+
+
+def _number_of(row: Row) -> int:
+    """A number that rows have alike that are the same to a reader."""
+    return int.from_bytes(likenesses(row, input_digest(row))[0][:8], "big")
 
 
 def frozen_copy(read: Callable[[], Frozen]) -> Frozen:
@@ -525,7 +606,7 @@ def frozen_copy(read: Callable[[], Frozen]) -> Frozen:
         return read()
     except (NotFound, Corrupt) as error:
         what = f"the service's own copy of its rows, made when it was submitted, is damaged: {error.what}"
-        todo = "find out what deletes or changes files there, then `onebasis retry` freezes them anew"
+        todo = "find out what deletes or changes files there, then `onebasis retry TEAM/TASK` freezes them anew"
         raise RowsDamaged(what, error.where, todo) from error
 
 

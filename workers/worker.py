@@ -52,7 +52,7 @@ from workers.orders import (
 )
 from workers.patience import Patience
 from workers.rank_group import NOBODY_ELSE, joined
-from workers.rows.frozen_rows import open_rows
+from workers.rows.frozen_rows import open_evaluation_rows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.tokens import packed
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
@@ -289,7 +289,7 @@ def evaluate_version(
     report(Progress(token=order.token, phase=Phase.SCORING))
     check_lengths(order.spec, base.length_max)
     try:
-        rows = open_rows(storage, order.eval_key, order.spec)
+        rows = open_evaluation_rows(storage, order.task_id, order.eval_key, order.earlier_rows, order.spec)
     except NotFound as error:
         title = f"{order.spec.team}/{order.spec.name} ({order.task_id})"
         what = f"the evaluation rows of {title}, by which it is scored, are gone"
@@ -305,6 +305,7 @@ def evaluate_version(
         count=score.count,
         seconds=time.monotonic() - started,
         metrics=score.metrics,
+        of_rows=score.of_rows,
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.estimates import Line
+from orchestrator.api.lengths import least_seconds
 from orchestrator.scheduling.estimate import Estimate, duration, ends
 from orchestrator.tasks.task_events import DeadlineForeseen
 from orchestrator.tasks.task_record import TaskRecord, TaskState
@@ -45,7 +46,7 @@ class Told:
 class Deadlines:
     """Watches the tasks that have one and are not trained yet. `late` and `add` may be called from any thread."""
 
-    def __init__(self, queue: Callable[[], TaskQueue], line: Callable[[Sequence[str]], Line]) -> None:
+    def __init__(self, queue: Callable[[], TaskQueue], line: Callable[[Sequence[TaskRecord]], Line]) -> None:
         """
         Args:
             queue: Called when it is first needed.
@@ -83,7 +84,7 @@ class Deadlines:
         records = {i: record for i, record in found.items() if record.state in UNTRAINED and record.spec.deadline}
         with self._lock:
             self._watched -= set(asked) - set(records)
-        line = self._line([i for i, record in records.items() if record.state is TaskState.QUEUED])
+        line = self._line([record for record in records.values() if record.state is TaskState.QUEUED])
         now, late = time.time(), []
         for task_id, record in sorted(records.items(), key=lambda one: one[1].submitted_at):
             outlook, message = foreseen(record, line, self._progress(record), now)
@@ -114,6 +115,9 @@ def foreseen(record: TaskRecord, line: Line, progress: Mapping[str, Any], now: f
     if at <= now:
         return MISSED, f"its deadline, {day}, has passed, and it is not trained"
     end = _end(record, line, progress)
+    least = least_seconds(record, line.length_of(record), line.leads.get(record.task_id, 0.0))
+    if end is None and least is not None and now + least > at:
+        return CANNOT, f"its deadline, {day}, cannot be met: it takes {duration(least)} at the least"
     if end is None:
         return record.deadline_outlook, ""  # nothing new is known
     if now + end.earliest > at:
@@ -127,5 +131,5 @@ def _end(record: TaskRecord, line: Line, progress: Mapping[str, Any]) -> Estimat
     if record.state is TaskState.TRAINING:
         left = progress.get("seconds_left")
         return None if left is None else Estimate(left, left, left, left)
-    start, pace = line.starts.get(record.task_id), line.paces.get(record.pool)
-    return ends(start, pace) if start and pace else None
+    start, length = line.starts.get(record.task_id), line.length_of(record)
+    return ends(start, length) if start and length else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.scheduling.estimate import KNOWN_MAX, Estimate, Pace, Told, estimate_starts, late, started
 from orchestrator.scheduling.fair_share import Running, Waiting
-from orchestrator.tasks.task_record import TaskState
+from orchestrator.tasks.task_record import TaskRecord, TaskState
 
 if TYPE_CHECKING:
     from orchestrator.tasks.task_queue import TaskQueue
@@ -71,6 +71,14 @@ class Line:
     """Task id to when it starts, where that is known."""
     paces: Mapping[str, Pace | None] = field(default_factory=dict)
     """Pool to how long tasks have a worker there; None: not known. Of the pools of the tasks that were asked for."""
+    lengths: Mapping[str, Pace] = field(default_factory=dict)
+    """Task id to how long that one has a worker, of those that were asked for."""
+    leads: Mapping[str, float] = field(default_factory=dict)
+    """Task id to the seconds until it stands in line, of those that do not yet."""
+
+    def length_of(self, record: TaskRecord) -> Pace | None:
+        """How long a task has a worker; None: not known."""
+        return self.lengths.get(record.task_id) or self.paces.get(record.pool)
 
 
 def places_in(tasks: Sequence[Waiting]) -> dict[str, int]:
@@ -98,19 +106,21 @@ class Estimates:
         self,
         tasks: Sequence[Waiting],
         running: Sequence[Running],
-        free: Mapping[str, int],
+        free: Mapping[str, Sequence[float]],
         paces: Mapping[str, Pace | None],
         asked: Collection[str],
         remembered: bool = True,
+        kept: Mapping[str, float] | None = None,
     ) -> Line:
         """The line, with the estimates of some tasks, which somebody is shown: the first that is shown of each counts.
 
         Args:
             tasks: Those that stand in line, in their running order.
-            free: Pool to the places that are free.
+            free: Pool to the seconds until each place is free that nothing runs on.
             paces: Pool to how long tasks have a worker there, of all that are asked about.
             asked: Ids of the tasks.
             remembered: Whether these tasks are there, so that it will be known when they start.
+            kept: Task id to the seconds for which it does not start though there are places.
         """
         now = time.time()
         starts: dict[str, Estimate] = {}
@@ -118,12 +128,15 @@ class Estimates:
         for pool, pace in paces.items():
             line = [task for task in tasks if task.pool == pool]
             there = [order for order in running if order.pool == pool]
-            starts |= estimate_starts(line, there, free.get(pool, 0), pace, known, now=now, asked=asked)
+            coming = free.get(pool, ())
+            starts |= estimate_starts(line, there, 0, pace, known, now=now, asked=asked, coming=coming, kept=kept)
         with self._lock:
             for task_id, start in starts.items():
                 if remembered and len(self._asked) < ASKED_MAX:
                     self._asked.setdefault(task_id, (now, start))
-        return Line(places_in(tasks), starts, paces)
+        among = {task.task_id: task for task in tasks if task.task_id in asked}
+        lengths = {task_id: pace.of(task) for task_id, task in among.items() if (pace := paces.get(task.pool))}
+        return Line(places_in(tasks), starts, paces, lengths)
 
     def _known(self, now: float) -> list[Told]:
         with self._lock:

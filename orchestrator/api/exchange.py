@@ -95,7 +95,7 @@ def exchange(
         connection.connect()
     except CertificateError as error:
         what = f"its certificate is not trusted: {error.verify_message or error}"
-        raise InvalidInput(what, url, "`onebasis login --ca-file FILE` names an authority of your own") from error
+        raise InvalidInput(what, url, "`onebasis login URL --ca-file FILE` names an authority of your own") from error
     except TimeoutError as error:  # the listening process takes no more connections, or its machine does not answer
         raise NotTakenError(_no_sign(url)) from error
     except OSError as error:

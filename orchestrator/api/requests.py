@@ -32,8 +32,8 @@ PAGE_MAX = 10_000
 PREDICTIONS_MAX = 256
 """Most rows of one request to be answered: a worker is kept from other work for so long."""
 
-Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, or team/name")]
-"""An id, the beginning of one, or team/name."""
+Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, team/name, or team/name@2")]
+"""An id, the beginning of one, team/name, or team/name@2: its second revision."""
 TokenId = Annotated[str, Field(pattern="^[0-9a-z-]{1,40}$", description="the id of a token")]
 
 
@@ -80,6 +80,15 @@ class Health(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.status.health()
+
+
+class Metrics(ServiceRequest[str]):
+    """What `status` says, and how many requests there were, in Prometheus' text format."""
+
+    def on(self, service: Service) -> str:
+        from orchestrator.reports.prometheus import metrics
+
+        return metrics(service.status.status())
 
 
 class Submit(ServiceRequest[Json]):
@@ -228,7 +237,7 @@ class DrainWorker(ServiceRequest[Json]):
     """Name of the worker, or address of the machine."""
     is_node: bool = False
     """Whether it is a machine."""
-    wait: bool = False
+    let_end: bool = False
     """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
     undo: bool = False
     """Take it back."""
@@ -322,6 +331,17 @@ class PreviewRollback(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.versions(self.base_model).preview_rollback(self)
+
+
+class PreviewRestore(ServiceRequest[Json]):
+    """What putting an earlier revision of a task back would do. Changes nothing."""
+
+    task_id: Line
+    """Id of the earlier revision."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).preview_restore(self)
 
 
 class Export(ServiceRequest[bytes]):

@@ -52,6 +52,7 @@ _TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.MissingFiles)
 ROUTES: tuple[Route, ...] = (
     Route("status", "GET", "/status", Role.VIEWER, About.SERVICE, requests.Status),
     Route("health", "GET", "/health", Role.VIEWER, About.SERVICE, requests.Health),
+    Route("metrics", "GET", "/metrics", Role.VIEWER, About.EVERYTHING, requests.Metrics),
     Route("submit", "POST", "/tasks", Role.SUBMITTER, About.TEAM, requests.Submit),
     Route("missing-files", "POST", "/uploads/missing", Role.SUBMITTER, About.TEAM, requests.MissingFiles),
     Route("send-piece", "PUT", "/uploads/{team}/{sha256}", Role.SUBMITTER, About.TEAM, requests.SendPiece),
@@ -73,6 +74,15 @@ ROUTES: tuple[Route, ...] = (
     Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, About.SERVICE, requests.Diff),
     Route("preview-rollback", "GET", "/rollback/{version}", Role.VIEWER, About.SERVICE, requests.PreviewRollback),
     Route("rollback", "POST", "/rollback/{version}", Role.MAINTAINER, About.SERVICE, store.Rollback),
+    Route("preview-restore", "GET", "/restore-revision/{task_id}", Role.VIEWER, About.MERGED, requests.PreviewRestore),
+    Route(
+        "restore-revision",
+        "POST",
+        "/restore-revision/{task_id}",
+        Role.MAINTAINER,
+        About.MERGED,
+        store.RestoreRevision,
+    ),
     Route("export", "GET", "/export/{reference:path}", Role.VIEWER, About.TASK, requests.Export),
     Route("scores", "GET", "/scores", Role.VIEWER, About.SERVICE, requests.ShowScores),
     Route("capacity", "GET", "/capacity", Role.VIEWER, About.SERVICE, requests.ShowCapacity),

@@ -45,8 +45,9 @@ from configs.settings import TlsSettings, read_settings
 from orchestrator.api.access import Caller
 from orchestrator.api.callers import Callers
 from orchestrator.api.exchange import ALIVE_PATH
-from orchestrator.api.requests import Export, Submit
+from orchestrator.api.requests import Export, Metrics, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
+from orchestrator.reports import prometheus
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
 from orchestrator.tasks.uploads import PIECE_BYTES_MAX
 from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_private
@@ -97,7 +98,7 @@ def api(service: Answers, callers: Callers) -> FastAPI:
     """The HTTP API: every route of the table, behind bearer tokens."""
     app = FastAPI(title="onebasis", description="One shared low-rank subspace for every team's tasks.")
 
-    lookups = CapacityLimiter(LOOKUPS_AT_ONCE)
+    lookups, meter = CapacityLimiter(LOOKUPS_AT_ONCE), prometheus.Meter()
 
     @app.middleware("http")
     async def authenticate(request: Request, call_next: Any) -> Any:
@@ -110,7 +111,11 @@ def api(service: Answers, callers: Callers) -> FastAPI:
         except OnebasisError as error:
             return report(request, error)
         request.state.caller = caller
-        return await call_next(request)
+        began = time.perf_counter()
+        answer = await call_next(request)
+        route = request.scope.get("route")
+        meter.count(getattr(route, "name", "none"), answer.status_code, time.perf_counter() - began)
+        return answer
 
     @app.exception_handler(OnebasisError)
     def report(_: Request, error: OnebasisError) -> AsciiJson:
@@ -144,7 +149,9 @@ def api(service: Answers, callers: Callers) -> FastAPI:
         threads = submissions if route.record is Submit else writes if route.verb == "POST" else None
         app.add_api_route(
             route.path,
-            _piece_endpoint(service, route, pieces) if route.verb == "PUT" else _endpoint(service, route, threads),
+            _piece_endpoint(service, route, pieces)
+            if route.verb == "PUT"
+            else _endpoint(service, route, threads, meter),
             methods=[route.verb],
             name=route.name,
             description=route.record.__doc__,
@@ -156,7 +163,7 @@ def api(service: Answers, callers: Callers) -> FastAPI:
 
 
 def _endpoint(
-    service: Answers, route: Route, threads: CapacityLimiter | None
+    service: Answers, route: Route, threads: CapacityLimiter | None, meter: prometheus.Meter
 ) -> Callable[[Request], Awaitable[Response]]:
     """The function that answers on a route. threads: Threads for its requests; None: those for requests that read."""
 
@@ -168,6 +175,8 @@ def _endpoint(
             answer = service.answer(asked, request.state.caller)
             if isinstance(answer, bytes):
                 return Response(answer, media_type="application/zip")
+            if isinstance(asked, Metrics):
+                return Response(answer + meter.text(), media_type=prometheus.CONTENT_TYPE)
             return AsciiJson(answer)
 
         return await to_thread.run_sync(work, limiter=threads)

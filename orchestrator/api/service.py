@@ -15,7 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from configs.document import Request
-from configs.errors import Corrupt, UnreadableTask
+from configs.errors import Corrupt, NotLeading, UnreadableTask
 from configs.settings import Settings
 from orchestrator.alarms import Alarms
 from orchestrator.api import requests
@@ -26,11 +26,11 @@ from orchestrator.api.sources import Sources
 from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
 from orchestrator.api.versions import Versions
-from orchestrator.reload import taken_without_restart
+from orchestrator.reload import refuse_lost_teams, taken_without_restart
 from orchestrator.tasks.uploads import Uploads
 from subspace_store.commands.state_folder import keep_settings, service_identity
 from subspace_store.log.store_format import check_place
-from subspace_store.requests import Rollback, StoreRequest
+from subspace_store.requests import RestoreRevision, Rollback, StoreRequest
 from subspace_store.storage.protocol import Storage
 
 if TYPE_CHECKING:
@@ -152,6 +152,8 @@ class Service:
             controller, before = self._sources.running("reload"), self._sources.settings
             after = request.settings
             taken = taken_without_restart(before, after, os.cpu_count() or 1)
+            if not before.teams.keys() <= after.teams.keys():
+                refuse_lost_teams(before, after, self._sources.queue.alive_of_teams())
             new = [base for base in after.bases if base.name not in before.base_names]
             storages = {base.name: open_storage(after.storage, base.name) for base in new}
             us = service_identity(Path(after.state_dir))
@@ -182,6 +184,10 @@ class Service:
             raise self._stands_by().refusal
 
     def _answer(self, request: Request, of_teams: Collection[str] | None) -> Any:
+        if self._stands_by is not None and isinstance(request, requests.Submit) and request.dry_run:
+            refusal = self._stands_by().refusal
+            what = "a dry run is checked against the base model as the workers have loaded it, which the leader knows"
+            raise NotLeading(f"{refusal.what}; {what}", refusal.where, refusal.todo)
         if route_of(request).is_write:
             self.refuse_write()
         match request:
@@ -193,6 +199,8 @@ class Service:
                 return self.versions(request.base_model).scores(request, of_teams)
             case Rollback():
                 return self.versions(request.base_model).rollback(request)
+            case RestoreRevision():
+                return self.versions(request.base_model).restore_revision(request)
             case StoreRequest():
                 return self.versions(request.base_model).change(request)
             case ServiceRequest():

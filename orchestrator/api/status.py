@@ -65,7 +65,8 @@ class ServiceStatus:
         counts.
         """
         states, (counted, waiting) = self._states_soon(), self._counts_soon()
-        of_each = [self._of_one(name, states[name], counted) for name in self._versions]
+        with ThreadPoolExecutor(len(self._versions)) as threads:  # each may wait for its store
+            of_each = list(threads.map(lambda name: self._of_one(name, states[name], counted), self._versions))
         facts = of_each[0] if len(of_each) == 1 else _of_several(of_each)
         return {
             "mlflow": without_password(self._sources.settings.mlflow.tracking_uri),
@@ -202,7 +203,13 @@ class ServiceStatus:
             counts = found.setdefault(team, {})
             counts[str(code)] = counts.get(str(code), 0) + count
         paused = {team: pause_json(pause) for team, pause in pauses.items() if team}
-        return {"waiting": found, "paused": {"service": pause_json(pauses.get(SERVICE)), "teams": paused}}
+        known = self._sources.settings.base_names
+        alive = self._sources.queue.alive_of_base_models()
+        return {
+            "waiting": found,
+            "left_base_models": {name: count for name, count in alive.items() if name not in known},
+            "paused": {"service": pause_json(pauses.get(SERVICE)), "teams": paused},
+        }
 
 
 def _held(versions: Versions) -> Json:

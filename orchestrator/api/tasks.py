@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
@@ -16,13 +16,14 @@ from configs.settings import Settings
 from orchestrator.api import requests, views
 from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
+from orchestrator.api.lengths import Lengths, in_line, least_seconds, with_later
 from orchestrator.api.requests import Json
 from orchestrator.api.sources import Sources
 from orchestrator.api.versions import Versions, hold_over
 from orchestrator.api.views import pause_json
 from orchestrator.api.why import Surroundings, wait_of, why
 from orchestrator.reports.loss_plot import plot_file
-from orchestrator.scheduling.estimate import Pace, ends, pace_of
+from orchestrator.scheduling.estimate import DEPTH_MAX, Pace, duration, ends, kept_from_borrowing
 from orchestrator.scheduling.fair_share import Waiting
 from orchestrator.scheduling.pools import described
 from orchestrator.scheduling.reasons import Wait, WaitCode
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 Check = Callable[["TaskSpec", Settings, "BaseLayout"], "Draft"]
 """`check_submission`, in this or another process."""
 
-PACE_TASKS = 50
-"""Number of tasks, the newest that ended, from which the pace of the next ones is estimated."""
 CHANGES = {
     "cancel": (TaskState.QUEUED, TaskState.TRAINING, TaskState.MERGING),
     "retry": ENDED_WITHOUT_RESULT,
@@ -62,6 +61,7 @@ class Tasks:
         self._versions = versions
         self._check = check
         self._estimates = Estimates(lambda: sources.queue)
+        self._lengths = Lengths(sources)
         controller = sources.controller
         self._kept_line = KeptLine(controller.line if controller is not None else lambda: ((), ()))
         self.deadlines = Deadlines(lambda: sources.queue, self._line)
@@ -108,29 +108,21 @@ class Tasks:
         controller.wake()
         if record.spec.deadline:
             self.deadlines.add(record.task_id)
-        line = self._line([record.task_id]) if record.spec.deadline else None  # else nobody is told when it starts
+        line = self._line([record]) if record.spec.deadline else None  # else nobody is told when it starts
         return {"accepted": True, "is_new": is_new, "warnings": list(draft.warnings), **self._summary(record, line)}
 
     def _outlook(self, record: TaskRecord) -> Json:
         """What a task that is not there yet would meet: why it would not start at once, when it starts and ends, and
         what it costs, both from what the last tasks took."""
         controller = self._sources.running("submit")
-        task = Waiting(
-            task_id=record.task_id,
-            team=record.team,
-            priority=record.spec.priority,
-            submitted_at=record.submitted_at,
-            pool=record.pool,
-            ranks=controller.ranks[record.pool],
-            seconds_max=record.spec.max_run_seconds,
-        )
+        task = in_line(record, controller.ranks[record.pool])
         stands = not record.blocked
-        line = self._line([record.task_id], task if stands else None)
+        line = self._line([record], task if stands else None)
         pauses = self._sources.queue.pauses()
         around = Surroundings(
             is_running=True,
             place=line.places.get(record.task_id),
-            pace=line.paces.get(record.pool),
+            pace=line.length_of(record),
             start=line.starts.get(record.task_id),
             pauses=pauses,
             decided=controller.wait_of_another(task) if stands and record.task_id in line.places else None,
@@ -140,8 +132,10 @@ class Tasks:
             alarms=self._sources.ringing(record.base_model),
         )
         wait = wait_of(record, around)
-        start, pace = around.start, around.pace
-        end = ends(start, pace) if start and pace else None
+        start, length, ranks = around.start, around.pace, controller.ranks[record.pool]
+        end = ends(start, length) if start and length else None
+        gpus = self._sources.settings.pools[record.pool].gpus
+        whole = pace.of(replace(task, seconds_max=None)) if (pace := line.paces.get(record.pool)) else None
         return {
             "pool": record.pool,
             "fits": wait is None or wait.code is not WaitCode.NEVER_FITS,
@@ -150,8 +144,16 @@ class Tasks:
             "place": around.place,
             "start": views.interval(start),
             "end": views.interval(end),
-            "cost_worker_seconds": None if pace is None else pace.seconds,
-            "deadline": views.deadline(record, end, record.submitted_at),
+            "length_seconds": None if length is None else length.seconds,
+            "cost_place_seconds": None if length is None else ranks * length.seconds,
+            "cost_gpu_seconds": None if length is None or not gpus else gpus * ranks * length.seconds,
+            "runs_too_long": _runs_too_long(record, whole),
+            "deadline": views.deadline(
+                record,
+                end,
+                record.submitted_at,
+                least=least_seconds(record, length, line.leads.get(record.task_id, 0.0)),
+            ),
         }
 
     def page(self, request: requests.ListTasks, of_teams: Collection[str] | None = None) -> list[Json]:
@@ -165,7 +167,7 @@ class Tasks:
             self._known_team(request.team)
             self._sources.settings.base(base_model) if base_model is not None else None
         is_any_queued = any(record.state is TaskState.QUEUED for record in records)
-        line = self._line([record.task_id for record in records]) if is_any_queued else Line()
+        line = self._line(records) if is_any_queued else Line()
         found = self._in_subspaces(records)
         reasons = self._waits(records)
         return [
@@ -194,7 +196,7 @@ class Tasks:
         """One task by id, beginning of an id, or team/name: state, place, progress, result, events."""
         record = self._sources.queue.find(request.reference)
         is_queued = record.state is TaskState.QUEUED
-        line = self._line([record.task_id]) if is_queued else Line()
+        line = self._line([record]) if is_queued else Line()
         versions = self._versions.get(record.base_model)
         plot = plot_file(self._sources.settings.state_dir, record)
         result = versions.result(record) if versions is not None else None
@@ -207,9 +209,17 @@ class Tasks:
             "wait": _wait_json(wait_of(record, around)),
             "result": result,
             "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
+            "revisions": self._revisions(record),
+            "scores_of_rows": versions.scores_of_rows(record) if versions is not None else [],
             **views.task_details(record, self._sources.queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),
         }
+
+    def _revisions(self, record: TaskRecord) -> list[Json]:
+        """All revisions of a task, oldest first; the task alone where it has one."""
+        revisions = self._sources.queue.revisions(record)
+        found = self._in_subspaces(revisions)
+        return [views.revision(one, found[one.task_id]["main_score"]) for one in revisions]
 
     def cancel(self, request: requests.Cancel) -> Json:
         """Stop a task that is not part of a version yet."""
@@ -243,7 +253,11 @@ class Tasks:
         if record.state in LIVE:
             return {"accepted": True, "is_new": False, "warnings": [], **self._summary(record)}
         if record.state is TaskState.PUBLISHED:
-            raise Conflict("is published", record.title, "submit it under another name to train it anew")
+            todo = "submit it under another name to train it anew, or new rows with `onebasis submit --revise FILE`"
+            raise Conflict("is published", record.title, todo)
+        if record.state is TaskState.REPLACED:
+            todo = f"`onebasis rollback-task {record.title} --to {record.number}` brings it back"
+            raise Conflict("another revision took its place", record.exact_title, todo)
         spec = record.spec.model_copy(update={"client_key": None})  # which is the old task's for ever
         return self.submit(requests.Submit(task=spec, by=by))
 
@@ -255,7 +269,11 @@ class Tasks:
             record = self._sources.queue.find(request.reference)
             after = self._sources.queue.apply(record.task_id, Paused(by=request.by, message=request.reason, at=now))
             self._sources.wake()
-            return {**self._summary(after), "paused": pause_json(after.paused)}
+            return {
+                **self._summary(after),
+                "is_new": record.paused is None,
+                "paused": pause_json(after.paused),
+            }
         team = self._known_team(request.team)
         asked = Pause(by=request.by, reason=request.reason, at=now)
         before = self._sources.queue.set_pause(team, asked)
@@ -269,7 +287,7 @@ class Tasks:
             record = self._sources.queue.find(request.reference)
             after = self._sources.queue.apply(record.task_id, Resumed(request.by))
             self._sources.wake()
-            return {**self._summary(after), "paused": None}
+            return {**self._summary(after), "is_new": record.paused is not None, "paused": None}
         before = self._sources.queue.set_pause(self._known_team(request.team), None)
         self._sources.wake()
         return {"team": request.team, "is_new": before is not None, "paused": None}
@@ -292,7 +310,7 @@ class Tasks:
                 by=request.by,
                 reason=request.reason,
                 at=time.time(),
-                waits=request.wait,
+                lets_end=request.let_end,
             )
             before = self._sources.queue.set_drain(what, request.is_node, after)
         controller.wake()
@@ -307,20 +325,26 @@ class Tasks:
 
     def change_many(self, request: requests.ChangeMany) -> Json:
         """The same for many tasks, the oldest first; of several of one name only the newest. What does not belong to a
-        task's state is no error: it is told."""
+        task's state is no error: it is told, and so is a task for which there is nothing to do."""
         self._sources.running(request.change)
         if request.team is None and request.state is None:
             raise InvalidInput("names neither a team nor a state", request.change, "add --team, --state or both")
         self._known_team(request.team)
         states = (request.state,) if request.state else CHANGES[request.change]
         newest = {record.title: record for record in self._sources.queue.tasks(states, request.team)}
-        done, refused = [], []
+        done, unchanged, refused = [], [], []
         for record in newest.values():
+            if request.change == "retry":  # of that name another may be alive by now
+                record = self._sources.queue.find(record.title)
+            if why_not := _nothing_to_do(request.change, record):
+                unchanged.append({"title": record.title, "why": why_not})
+                continue
             try:
                 done.append(self._change_one(request, record)["title"])
             except OnebasisError as error:
-                refused.append({"title": record.title, "error": {**error.as_dict(), "text": str(error)}})
-        return {"change": request.change, "done": done, "refused": refused}
+                told = {**error.as_dict(), "exit_code": int(error.exit_code), "text": str(error)}
+                refused.append({"title": record.title, "error": told})
+        return {"change": request.change, "done": done, "unchanged": unchanged, "refused": refused}
 
     def _change_one(self, request: requests.ChangeMany, record: TaskRecord) -> Json:
         asked, by = record.task_id, request.by
@@ -328,7 +352,7 @@ class Tasks:
             case "cancel":
                 return self.cancel(requests.Cancel(reference=asked, by=by))
             case "retry":
-                return self._retry(self._sources.queue.find(record.title), by)
+                return self._retry(record, by)
             case "pause":
                 return self.pause(requests.Pause(reference=asked, reason=request.reason, by=by))
             case "resume":
@@ -354,27 +378,37 @@ class Tasks:
         progress = self._sources.queue.progress(record.task_id) if views.is_at_work(record) else {}
         return views.task_summary(record, line or Line(), progress, time.time())
 
-    def _line(self, asked: Sequence[str], extra: Waiting | None = None) -> Line:
+    def _line(self, asked: Sequence[TaskRecord], extra: Waiting | None = None) -> Line:
         """The tasks that stand in line, with the estimates of some; an empty one where no service runs.
 
         Args:
+            asked: Tasks, queued or not; those among them that something keeps from the line are estimated where it is
+                known for how long.
             extra: A task that is not there yet, and is shown where it would stand.
         """
         controller = self._sources.controller
         if controller is None:
             return Line()
         tasks, running = self._kept_line() if extra is None else controller.line(extra)
-        if not controller.ready_workers:
-            return Line(places_in(tasks))
-        free = controller.free_places
-        of_pool = {task.task_id: task.pool for task in tasks}
-        paces = {pool: self._pace(pool) for pool in {of_pool[task_id] for task_id in asked if task_id in of_pool}}
-        return self._estimates.tell(tasks, running, free, paces, asked, remembered=extra is None)
-
-    def _pace(self, pool: str) -> Pace | None:
-        """How long tasks have a worker of a pool, from the last that ended."""
-        ended = self._sources.queue.page((TaskState.PUBLISHED, TaskState.REJECTED), limit=PACE_TASKS, pool=pool)
-        return pace_of(span for record in ended if (span := _worker_seconds(record)) is not None)
+        pauses, ranks = self._sources.queue.pauses(), controller.ranks
+        waiting = [r for r in asked if r.state is TaskState.QUEUED and r.pool in ranks]
+        blocked = [r for r in waiting if r.blocked and not {r.team, SERVICE} & pauses.keys()]
+        leads = {r.task_id: lead for r in blocked if (lead := self._lengths.comes_in(r)) is not None}
+        later = [in_line(record, ranks[record.pool]) for record in blocked if record.task_id in leads]
+        pools = {record.pool for record in waiting}
+        line = [task for pool in pools for task in [one for one in tasks if one.pool == pool][:DEPTH_MAX]]
+        line = with_later(self._lengths.with_rows(line), later)
+        kept = kept_from_borrowing(line, running, controller.shares, time.time()) | leads
+        found = self._estimates.tell(
+            line,
+            running,
+            {pool: controller.seconds_until_free(pool) for pool in pools},
+            {pool: self._lengths.known(pool).pace for pool in pools},
+            [record.task_id for record in waiting],
+            remembered=extra is None,
+            kept=kept,
+        )
+        return replace(found, places=places_in(tasks), leads=leads)
 
     def _waits(self, records: Sequence[TaskRecord]) -> dict[str, Json | None]:
         """Id of each of these tasks that is queued to the record of why it waits."""
@@ -416,7 +450,7 @@ class Tasks:
             main=state.refs[MAIN],
             is_gone_from_main=versions is not None and record.task_id in versions.gone_from_main(state, [record]),
             place=line.places.get(record.task_id),
-            pace=line.paces.get(record.pool),
+            pace=line.length_of(record),
             start=line.starts.get(record.task_id),
             idle_causes=controller.idle_causes(record.pool) if controller else (),
             pools=described(self._sources.settings.pools),
@@ -433,13 +467,31 @@ class Tasks:
         )
 
 
+def _nothing_to_do(change: requests.Change, record: TaskRecord) -> str:
+    """Why a change asked for of many tasks leaves this one as it is; empty where there is something to do."""
+    match change:
+        case "retry" if record.state in LIVE:
+            return f"is {record.state}: only what ended without a result is submitted again"
+        case "resume" if record.paused is None:
+            return "is not paused itself"
+        case "pause" if record.paused is not None:
+            return f"is paused already, by {record.paused.by}"
+        case "cancel" if record.state is TaskState.CANCELLED:
+            return "is cancelled already"
+    return ""
+
+
 def _wait_json(wait: Wait | None) -> Json | None:
     return None if wait is None else {**asdict(wait), "who": str(wait.who)}
 
 
-def _worker_seconds(record: TaskRecord) -> float | None:
-    """How long a task had its worker, from the claim to the adapter; None: it was not trained here."""
-    if record.train_seconds is None or record.spec.method.name == "import":
-        return None
-    start = max(0.0, record.first_step_at - record.claimed_at) if record.first_step_at and record.claimed_at else 0.0
-    return start + record.train_seconds
+def _runs_too_long(record: TaskRecord, length: Pace | None) -> str:
+    """That a task will probably be stopped for its own `max_run_seconds`; empty where it will not, or nobody knows."""
+    most = record.spec.max_run_seconds
+    if most is None or length is None or length.seconds <= most:
+        return ""
+    by = "the one task before" if length.count == 1 else f"the last {length.count} tasks like it"
+    return (
+        f"it takes about {duration(length.seconds)}, by {by}, and max_run_seconds is {most:g}: it would be stopped and "
+        "parked"
+    )

@@ -38,9 +38,17 @@ from orchestrator.judging.score_table import ScoreTable, newest_scores, score_ta
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
-from subspace_store.log.retention import check_task_is_known
+from subspace_store.log.retention import check_judged, check_not_held, check_task_is_known
 from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, MergedTask, SubspaceState
-from subspace_store.requests import Answer, Compact, Remove, Rollback, StoreRequest, Unquarantine
+from subspace_store.requests import (
+    Answer,
+    Compact,
+    Remove,
+    RestoreRevision,
+    Rollback,
+    StoreRequest,
+    Unquarantine,
+)
 from subspace_store.storage.create_rule import SCRATCH
 from subspace_store.storage.protocol import Storage
 
@@ -164,6 +172,53 @@ class Versions:
         main = self._store.refresh().refs[MAIN]
         return {**answer, "base_model": self.name, "repeated": not is_new, "main": main}
 
+    def preview_restore(self, request: requests.PreviewRestore) -> Json:
+        """What putting an earlier revision of a task back would do."""
+        state = self._store.refresh()
+        found, refused = self._store.preview_restore(request.task_id), ""
+        try:
+            check_not_held(state)
+            check_judged(state)
+        except Conflict as error:
+            refused = str(error)
+        return {
+            "preview": True,
+            "base_model": self.name,
+            "title": found.restored.name,
+            "task_id": request.task_id,
+            "leaving": found.leaving.task_id,
+            "version": found.version,
+            "error": found.error,
+            "approximate": found.is_approximate,
+            "others_move": found.own_numbers_after is None,
+            "refused": refused,
+        }
+
+    def restore_revision(self, request: RestoreRevision) -> Json:
+        """Put an earlier revision of a task back, and move `main` there. The same op_key again is the same request."""
+        if not request.publish:
+            what = "publish has to be true: a candidate that no task waits for is rejected"
+            raise InvalidInput(what, request.operation, "set publish")
+        request = request.named()
+        is_new = request.op_key not in self._store.refresh().op_keys
+        made = self._write(request)
+        self._written()
+        (entry,) = made.added
+        return {
+            "preview": False,
+            "base_model": self.name,
+            "title": entry.name,
+            "task_id": request.task_id,
+            "leaving": entry.replaces,
+            "version": made.number,
+            "error": entry.error_at_birth,
+            "approximate": bool(made.approximate),
+            "others_move": made.transport is not None,
+            "repeated": not is_new,
+            "main": self._store.refresh().refs[MAIN],
+            "op_key": request.op_key,
+        }
+
     def change(self, request: StoreRequest[Any]) -> Json:
         """Tag, hold, pin, expire … through the store's one writer. The same op_key again is the same request."""
         if isinstance(request, (Remove, Compact)) and not request.publish:
@@ -222,7 +277,10 @@ class Versions:
             "version": number,
             **hidden,
             "versions": list(table.versions),
-            "tasks": [views.score_column(t, names[t], table.birth[t], records.get(t)) for t in table.tasks],
+            "tasks": [
+                views.score_column(table, number, names[task_id], task_id, records.get(task_id))
+                for task_id in table.tasks
+            ],
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
             "by_version": [{"version": row, **self._figures(table, row, records)} for row in table.versions],
             "footprint": self._footprint(number),
@@ -307,6 +365,25 @@ class Versions:
             "main": main,
             "score_under_main": views.number_or_none(now.score(main, record.task_id)),
         }
+
+    def scores_of_rows(self, record: TaskRecord) -> list[Json]:
+        """Of a revision that is scored on the rows of several: its scores on those of each, oldest first."""
+        state = self._store.refresh()
+        if not record.earlier_rows:
+            return []
+        main = state.refs[MAIN]
+        table = self._table(state, main)
+        return [
+            {
+                "revision": number,
+                "task_id": task_id,
+                "first": views.number_or_none(table.first_on_rows(main + 1, task_id)),
+                "main_before": record.main_scores_of_rows.get(task_id),
+                "own": record.scores_of_rows.get(task_id),
+                "under_main": views.number_or_none(table.on_rows(main, task_id)),
+            }
+            for task_id, number in record.numbers_of_rows.items()
+        ]
 
     def _read_log(self) -> SubspaceState:
         from subspace_store.log.store_format import read_format
@@ -426,9 +503,12 @@ class Versions:
     def _refuse_doubles(self, found: RollbackPreview) -> None:
         """A name means one task: none may return while another of its name is alive."""
         returning = {task.name: task.task_id for task in found.returning}
-        for record in self._sources.queue.living_of_names(returning).values():
-            # A published task vanishes with this very rollback, unless it is the one that returns.
-            if record.state is not TaskState.PUBLISHED and record.task_id != returning[record.title]:
+        living = self._sources.queue.living_of_names(returning)
+        for record in (one for alive in living.values() for one in alive):
+            # A published task vanishes with this very rollback, unless it is the one that returns; and a revision on
+            # its way finds out when it is to be merged.
+            is_waiting = record.state is not TaskState.PUBLISHED and not record.revises
+            if is_waiting and record.task_id != returning[record.title]:
                 raise Conflict(
                     f"version {found.to_version} holds an older task of this name, and the new one is {record.state}",
                     f"{record.title} ({record.task_id})",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.estimates import Line
+from orchestrator.api.lengths import least_seconds
 from orchestrator.judging.forgetting import ForgettingReport, Mean
 from orchestrator.judging.score_table import ScoreTable
 from orchestrator.scheduling.estimate import Estimate, ends
@@ -32,13 +33,16 @@ def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], no
         progress: Last progress that its worker reported; empty where no worker has it.
     """
     start = line.starts.get(record.task_id)
-    pace = line.paces.get(record.pool)
-    end = ends(start, pace) if start and pace else None
+    length = line.length_of(record)
+    end = ends(start, length) if start and length else None
+    least = least_seconds(record, length, line.leads.get(record.task_id, 0.0))
     return {
         "task_id": record.task_id,
         "title": record.title,
         "team": record.team,
         "name": record.name,
+        "revision": record.number,
+        "exact_title": record.exact_title,
         "base_model": record.base_model,
         "pool": record.pool,
         "state": str(record.state),
@@ -48,13 +52,13 @@ def task_summary(record: TaskRecord, line: Line, progress: Mapping[str, Any], no
         "starts_in_seconds": start.seconds if start else None,
         "start": interval(start),
         "end": interval(end),
-        "deadline": deadline(record, end, now, progress.get("seconds_left")),
+        "deadline": deadline(record, end, now, progress.get("seconds_left"), least),
         "submitted_at": record.submitted_at,
         "attempt": record.attempt,
         "worker": record.worker if is_at_work(record) else "",
         "version": record.version or None,
         "metric": record.spec.metric,
-        "eval_rows": record.eval_count,
+        "eval_rows": record.scored_count,
         "base_score": record.base_score,
         "local_score": record.local_score,
         "doubt": record.doubt(record.local_score),
@@ -86,12 +90,19 @@ def interval(estimate: Estimate | None) -> Json | None:
     return {"seconds": estimate.seconds, "earliest": estimate.earliest, "latest": estimate.latest}
 
 
-def deadline(record: TaskRecord, end: Estimate | None, now: float, seconds_left: float | None = None) -> Json | None:
+def deadline(
+    record: TaskRecord,
+    end: Estimate | None,
+    now: float,
+    seconds_left: float | None = None,
+    least: float | None = None,
+) -> Json | None:
     """Whether a task's deadline can be met; None where it has none, or is trained.
 
     Args:
         end: When it is trained, where it waits.
         seconds_left: The same, where it trains.
+        least: Seconds until it is trained at the least, where no more is known.
     """
     if record.spec.deadline is None or record.state not in (TaskState.QUEUED, TaskState.TRAINING):
         return None
@@ -99,6 +110,7 @@ def deadline(record: TaskRecord, end: Estimate | None, now: float, seconds_left:
     earliest, latest = (end.earliest, end.latest) if end else (seconds_left, seconds_left)
     risk = (
         "missed" if at <= now else
+        "cannot be met" if earliest is None and least is not None and now + least > at else
         "unknown" if earliest is None or latest is None else
         "cannot be met" if now + earliest > at else "may be missed" if now + latest > at else "met"
     )  # fmt: skip
@@ -140,6 +152,8 @@ def task_details(record: TaskRecord, history: Sequence[TaskEvent], plot: Path) -
             "compared": plain(record.compared),
             "trainable_parameters": record.trainable_parameters,
             "basis_version": record.basis_version,
+            "revises": record.revises,
+            "start": record.spec.start if record.revises else "",
             "resumed_from": record.resumed_from,
             "last_point": plain(asdict(points[-1])) if points else None,
             "plot": str(plot) if plot.exists() else None,
@@ -222,17 +236,59 @@ def task_size(task: MergedTask, error: float, coefficients: int) -> Json:
     }
 
 
-def score_column(task_id: str, title: str, birth: int, record: TaskRecord | None) -> Json:
-    """A task's column of `onebasis scores`. record: None where the database does not know the task."""
+def revision(record: TaskRecord, main_score: float | None) -> Json:
+    """A revision in the list of those of its task."""
+    return {
+        "revision": record.number,
+        "task_id": record.task_id,
+        "state": str(record.state),
+        "revises": record.revises,
+        "version": record.version or None,
+        "submitted_at": record.submitted_at,
+        "train_rows": record.train_count,
+        "new_eval_rows": record.eval_count,
+        "local_score": record.local_score,
+        "main_score": main_score,
+    }
+
+
+def _rows_of_revisions(table: ScoreTable, version: int, task_id: str) -> list[Json]:
+    """Of a revision that is scored on the rows of several: for those of each, oldest first, the score under every
+    version of the table. Before its birth it is that of the revision before it."""
+    cell = table.cells.get(version, {}).get(task_id)
+    return [
+        {
+            "task_id": brought_by,
+            "rows": part.count,
+            "scores": [number_or_none(table.on_rows(row, brought_by)) for row in table.versions],
+        }
+        for brought_by, part in (cell.of_rows if cell else {}).items()
+    ]
+
+
+def score_column(table: ScoreTable, version: int, title: str, task_id: str, record: TaskRecord | None) -> Json:
+    """A task's column of `onebasis scores` of a version. record: None where the database does not know the task."""
+    numbers = record.numbers_of_rows if record else {}
+    before, own = (record.main_scores_of_rows, record.scores_of_rows) if record else ({}, {})
     return {
         "task_id": task_id,
         "title": title,
-        "birth": birth,
+        "birth": table.birth[task_id],
         "metric": record.spec.metric if record else None,
-        "rows": record.eval_count if record else None,
+        "rows": record.scored_count if record else None,
         "base": record.base_score if record else None,
         "local": record.local_score if record else None,
         "share_full": record is not None and record.spec.method.share_full,
+        "revision": record.number if record else None,
+        "of_rows": [
+            {
+                **part,
+                "revision": numbers.get(part["task_id"]),
+                "main_before": before.get(part["task_id"]),
+                "local": own.get(part["task_id"]),
+            }
+            for part in _rows_of_revisions(table, version, task_id)
+        ],
     }
 
 

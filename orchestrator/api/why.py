@@ -40,7 +40,7 @@ class Surroundings:
     place: int | None = None
     """Place in the queue, from 1."""
     pace: Pace | None = None
-    """How long tasks have a worker here; None: not known."""
+    """How long it has a worker; None: not known."""
     start: Estimate | None = None
     """When it starts; None: not known."""
     idle_causes: Collection[str] = ()
@@ -154,10 +154,14 @@ def _why_queued(record: TaskRecord, around: Surroundings, wait: Wait | None) -> 
     if wait is None:
         return "the service is not running; `onebasis up` starts it"
     note = f"; last attempt: {record.reason}" if record.reason else ""
-    if record.blocked or wait.code in (WaitCode.PAUSED, WaitCode.NEVER_FITS):
-        return _cause(wait, around) + note
-    if wait.code in (WaitCode.BASE_MODEL_LOADING, WaitCode.GANG_INCOMPLETE):
+    start = f"; {_start(around)}" if around.start is not None else ""
+    if record.blocked or wait.code in (WaitCode.PAUSED, WaitCode.NEVER_FITS, WaitCode.DRAINED):
+        is_timed = wait.code in (WaitCode.DEPENDENCY, WaitCode.NOT_BEFORE)
+        return _cause(wait, around) + (start if is_timed else "") + note
+    if wait.code in (WaitCode.GANG_INCOMPLETE, WaitCode.NO_MACHINE):
         return _cause(wait, around)
+    if wait.code is WaitCode.BASE_MODEL_LOADING:
+        return _cause(wait, around) + start
     ahead = f"place {around.place}, {around.place - 1} before it" if around.place else "its turn is coming"
     return f"{_cause(wait, around)}; {ahead}; {_start(around)}{note}"
 
@@ -170,15 +174,25 @@ def _cause(wait: Wait, around: Surroundings) -> str:
         WaitCode.DEPENDENCY: f"comes after {about}",
         WaitCode.NOT_BEFORE: f"is not started before {at}",
         WaitCode.NEVER_FITS: _never_fits(wait, around),
-        WaitCode.OVER_QUOTA: f"gave its place back, and borrows none before {at}"
-        if at
-        else "its team has its quota, and others leave it nothing to borrow",
+        WaitCode.DRAINED: f"no worker{_of(wait)} is left: {about}",
+        WaitCode.OVER_QUOTA: _over_quota(about, at),
         WaitCode.NO_FREE_PLACE: f"all places{_of(wait)} are in use",
         WaitCode.RESERVED_FOR: f"free places are kept for {about or 'a version that is about to be scored'}",
         WaitCode.GANG_INCOMPLETE: f"no worker{_of(wait)} has a place for each of its ranks{_idle(around)}",
+        WaitCode.NO_MACHINE: f"no machine has room for a worker{_of(wait)}{_idle(around)}",
         WaitCode.BASE_MODEL_LOADING: f"no worker{_of(wait)} is ready{_idle(around)}",
         WaitCode.ABOUT_TO_START: "is about to start" + (f", when {about} has written its checkpoint" if about else ""),
     }.get(wait.code, f"waits for the store: {about}")
+
+
+def _over_quota(about: str, at: str) -> str:
+    if about:
+        return (
+            f"its team has its quota; before it borrows {about}, which gave its place back and borrows none before {at}"
+        )
+    if at:
+        return f"gave its place back, and borrows none before {at}"
+    return "its team has its quota, and others leave it nothing to borrow"
 
 
 def _of(wait: Wait) -> str:
@@ -208,10 +222,8 @@ def _start(around: Surroundings) -> str:
             if pace is None
             else "its start is not known"
         )
-    if pace.count == 1:
-        basis = f"the one task before took {duration(pace.seconds)}"
-    else:
-        basis = f"the median of the last {pace.count} tasks is {duration(pace.seconds)}"
+    before = "the one task before" if pace.count == 1 else f"the last {pace.count} tasks like it"
+    basis = f"it takes about {duration(pace.seconds)}, by {before}"
     about = "at once" if start.seconds < 1 else f"in about {duration(start.seconds)}"
     return f"starts {about}, in four of five cases {span(start)} ({basis})"
 

@@ -10,15 +10,16 @@ import json
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from configs.document import check_document
-from configs.errors import Exit, InvalidInput, NotFound, OnebasisError, error_from_dict
+from configs.errors import Conflict, Exit, InvalidInput, NotFound, OnebasisError, error_from_dict
 from configs.places import located
-from configs.task_spec import TaskSpec, read_task_spec
+from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
 from orchestrator.api.requests import (
     PAGE,
@@ -35,6 +36,7 @@ from orchestrator.api.requests import (
     Pause,
     Predict,
     Preempt,
+    PreviewRestore,
     PreviewRollback,
     ReadLog,
     Reload,
@@ -69,7 +71,7 @@ from subspace_store.commands.terminal import (
     telling,
 )
 from subspace_store.log.version import CANDIDATE, MAIN, number_in
-from subspace_store.requests import Rollback, StoreRequest
+from subspace_store.requests import RestoreRevision, Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
 INTERRUPTED = (
@@ -79,12 +81,19 @@ command_here = command_of(app, INTERRUPTED)
 command = anywhere(command_here)
 starting_command = command_of(app, "interrupted; `onebasis status` shows what runs, `onebasis up` starts the rest")
 ending_command = command_of(app, "interrupted; `onebasis status` shows what still runs, `onebasis down` ends it")
+draining_command = anywhere(
+    command_of(
+        app,
+        "interrupted; what was drained stays drained. `onebasis workers` shows what is left; `--undo` takes it back",
+    )
+)
 waiting_command = anywhere(command_of(app, INTERRUPTED, epilog=EXIT_CODES))
 
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
 AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
-Reference = Annotated[str, typer.Argument(metavar="ID", help="Id, beginning of an id, or team/name.")]
-OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help="Id, beginning of an id, or team/name.")]
+NAMES = "Id, beginning of an id, team/name, or team/name@2: its second revision."
+Reference = Annotated[str, typer.Argument(metavar="ID", help=NAMES)]
+OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help=NAMES)]
 OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
 InState = Annotated[str | None, typer.Option("--state", help="Those in this state.")]
 TheirFiles = Annotated[
@@ -185,19 +194,26 @@ def submit(
     ],
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the tasks have ended; show progress.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, submit nothing.")] = False,
+    revise: Annotated[
+        bool, typer.Option("--revise", help="The rows are new ones for published tasks: their next revisions.")
+    ] = False,
     their_files: TheirFiles = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Submit tasks. Submitting the same file again is the same task.
 
+    With --revise, or `revises: true` in the file, a published task goes on learning from the file's rows alone: its
+    next revision takes its place if the gate lets it.
+
     Of several files, or a folder, all are checked before the first is submitted: if one is wrong, none is. The exit
     code is the highest of theirs, and --json prints a list.
     """
     client, files = Client(state_dir), submission.task_files(tasks)
     if files == tasks and len(files) == 1:
-        raise typer.Exit(submission.submit(client, read_task_spec(files[0]), wait, dry_run, as_json, their_files))
-    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json, their_files))
+        spec = submission.read(files[0], revise)
+        raise typer.Exit(submission.submit(client, spec, wait, dry_run, as_json, their_files))
+    raise typer.Exit(submission.submit_all(client, files, wait, dry_run, as_json, their_files, revise))
 
 
 @waiting_command
@@ -349,10 +365,10 @@ def resume(
         _change_many("resume", client, team, state, as_json)
         return
     _refuse_all_but_one(reference, team, service, state)
-    show(client.ask(Resume(reference=reference, team=team, by=me())), display.paused, as_json)
+    show(client.ask(Resume(reference=reference, team=team, by=me())), display.resumed, as_json)
 
 
-@command
+@draining_command
 def drain(
     worker: Annotated[
         str | None, typer.Argument(metavar="[WORKER]", help="Name of a worker; `onebasis workers` lists them.")
@@ -360,26 +376,77 @@ def drain(
     node: Annotated[
         str | None, typer.Option("--node", metavar="ADDRESS", help="All workers on the machine of this address.")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Let what trains there end first.")] = False,
+    let_end: Annotated[bool, typer.Option("--let-end", help="Let what trains there end first.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until the workers have ended and their places are given back.")
+    ] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Take it back: tasks are given there again.")] = False,
     reason: Annotated[str, typer.Option(help="Reason, shown to those whose tasks wait again.")] = "",
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Give a worker nothing new before maintenance: what trains there writes a checkpoint and waits in the queue again,
-    or ends first, with --wait; then the worker ends. Kept over restarts."""
+    or ends first, with --let-end; then the worker ends, which --wait waits for. Kept over restarts."""
     if (worker is None) == (node is None):
         raise InvalidInput("names not exactly one of a worker and a machine", "drain", "name a worker, or add --node")
+    if undo and (wait or let_end):
+        raise InvalidInput("--undo stands beside --wait or --let-end", "drain", "leave one of them out")
     asked = DrainWorker(
-        what=worker or node or "", is_node=node is not None, wait=wait, undo=undo, reason=reason, by=me()
+        what=worker or node or "", is_node=node is not None, let_end=let_end, undo=undo, reason=reason, by=me()
     )
-    show(Client(state_dir).ask(asked), display.drained, as_json)
+    client = Client(state_dir)
+    answer = client.ask(asked)
+    if wait:
+        answer |= _given_back(client, answer, note if not as_json else _silent)
+    show(answer, display.drained, as_json)
+
+
+def _given_back(client: Client, answer: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Wait until all drained workers have ended. A worker of a drained machine counts also while it is not known where
+    it is.
+
+    Raises:
+        Conflict: Somebody took the drain back meanwhile.
+    """
+    what, service, said = answer["what"], Attention(client), dict[str, str]()
+    say(f"{what} is drained; waiting until its places are given back (Ctrl-C leaves the drain as it is)")
+    while True:
+        service.look()
+        health = client.ask(Health())
+        drains = health.get("drains")
+        if drains is not None and (what, answer["is_node"]) in [(one["what"], one["is_node"]) for one in drains]:
+            left = {
+                name: one["does"]
+                for pool in health["pools"].values()
+                for name, one in pool["workers"].items()
+                if name == what
+                or what in one["machines"]
+                or (answer["is_node"] and one["state"] in ("busy", "warm") and not one["machines"])
+            }
+            for name in [name for name in said if name not in left]:
+                del said[name]
+                say(f"  {name}: its places are given back")
+            for name, does in left.items():
+                if said.get(name) != does:
+                    said[name] = does
+                    say(f"  {name}: {does}")
+            if not left:
+                return {"workers": {}, "given_back": True}
+        elif drains is not None and said:
+            todo = "`onebasis status` shows what is drained"
+            raise Conflict(
+                f"somebody took the drain of {what} back, and not all of its places are given back", todo=todo
+            )
+        time.sleep(WATCH_SECONDS)
 
 
 @command
 def workers(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """List the workers by pool, with what each of them does and where it is."""
-    show(Client(state_dir).ask(Health()), display.workers, as_json)
+    """List the workers by pool, with what each of them does and where it is. Exit code 10: the service is down."""
+    answer = Client(state_dir).ask(Health())
+    show(answer, display.workers, as_json)
+    if not answer["running"]:
+        raise typer.Exit(Exit.DOWN)
 
 
 @command
@@ -424,13 +491,16 @@ def simulate(
         Path,
         typer.Argument(
             metavar="ARRIVALS.csv",
-            help="Columns at_seconds, team, seconds; pool, ranks, gpus, priority, max_run_seconds.",
+            help="Columns at_seconds, team, seconds; pool, base_model, ranks, gpus, priority, max_run_seconds.",
         ),
     ],
     settings: Annotated[
         Path | None,
         typer.Option(help="Settings (YAML), for `teams` and `pools`; default: those of the last `up` here."),
     ] = None,
+    load_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Time that a worker takes until it is ready, once it was asked for.")
+    ] = 60.0,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -448,12 +518,12 @@ def simulate(
         lines = arrivals.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot be read: {error}", str(arrivals), "name a CSV file") from error
-    found = read_arrivals(lines, read.pools)
+    found = read_arrivals(lines, read.pools, str(arrivals))
     if strangers := sorted({one.team for one in found} - read.teams.keys()):
         teams = ", ".join(sorted(read.teams))
         raise InvalidInput(f"there is no team '{strangers[0]}'", str(arrivals), f"teams of these settings: {teams}")
     with telling("simulating"):
-        done = simulation.simulate(found, shares_of(read.teams), read.pools)
+        done = simulation.simulate(found, shares_of(read.teams), read.pools, load_seconds=load_seconds)
     show(simulation.report(done), display.simulation, as_json)
 
 
@@ -513,6 +583,29 @@ def rollback(
             Rollback(base_model=base_model, version=to, reason=reason, hold=hold, op_key=op_key, actor=me())
         )
     show(answer, version_tables.rollback, as_json)
+
+
+@command
+def rollback_task(
+    reference: Reference,
+    to: Annotated[int, typer.Option("--to", metavar="N", help="Number of the revision; `onebasis task` lists them.")],
+    preview: Annotated[bool, typer.Option("--preview", help="Only show the error that it would have.")] = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Put an earlier revision of a task back, in today's basis, and move `main` there. No other task moves, and the
+    gate does not judge it."""
+    client = Client(state_dir)
+    title = client.ask(ShowTask(reference=reference))["title"]
+    found = client.ask(ShowTask(reference=f"{title}@{to}"))
+    task_id, base_model = found["task_id"], found["base_model"]
+    if preview:
+        answer = client.ask(PreviewRestore(task_id=task_id, base_model=base_model))
+    else:
+        asked = RestoreRevision(task_id=task_id, publish=True, base_model=base_model, op_key=op_key, actor=me())
+        answer = client.ask(asked)
+    show(answer | {"revision": to}, version_tables.restored, as_json)
 
 
 @command
@@ -701,9 +794,13 @@ def _state(name: str | None) -> TaskState | None:
 def _change_many(
     change: Change, client: Client, team: str | None, state: str | None, as_json: bool, reason: str = ""
 ) -> None:
-    """Change the tasks of a team, or in a state, and show what was done to which."""
+    """Change the tasks of a team, or in a state, and show what was done to which. The exit code is the highest of those
+    that were refused."""
     asked = ChangeMany(change=change, team=team, state=_state(state), reason=reason, by=me())
-    show(client.ask(asked), display.changed, as_json)
+    answer = client.ask(asked)
+    show(answer, display.changed, as_json)
+    if refused := [one["error"]["exit_code"] for one in answer["refused"]]:
+        raise typer.Exit(max(refused))
 
 
 def _refuse_both(team: str | None, state: str | None) -> None:

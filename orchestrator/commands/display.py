@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 COLOURS = {
     "queued": "cyan", "training": "yellow", "merging": "yellow", "refining": "yellow",
-    "evaluating": "yellow", "published": "green",
+    "evaluating": "yellow", "published": "green", "replaced": "dim",
     "rejected": "red", "parked": "red", "cancelled": "dim", "candidate": "yellow", "rolled back": "dim",
     "removed": "dim", "expired": "dim", "empty": "dim",
 }  # fmt: skip
@@ -30,7 +30,7 @@ WHO_CAN = {
 }
 """Sentence for those who can end what a task waits for, by `orchestrator.scheduling.reasons.Who`."""
 AT_WORK = ("training", "refining")
-ENDED = ("published", "rejected", "parked", "cancelled")
+ENDED = ("published", "replaced", "rejected", "parked", "cancelled")
 DROPPED_FIRST = ("id", "MB", "rows/s", "version", "starts in", "in main", "tokens/s", "own", "loss")
 """Columns of the task table, in the order in which a narrow terminal omits them: `team/name` is a name too."""
 NOTE_WIDTH = 24
@@ -71,6 +71,12 @@ def status(answer: Json) -> None:
     for team, codes in answer.get("waiting", {}).items():
         reasons = ", ".join(f"{count:,} {code}" for code, count in codes.items())
         console.print(f"  waiting  {shown(team)}: {reasons}", soft_wrap=True)
+    for name, count in (answer.get("left_base_models") or {}).items():
+        console.print(
+            f"  [yellow]warning[/yellow]  {shown(name)} is no longer among the base models: {counted(count, 'task')} of"
+            " it stay as they are, and none goes on until it is back",
+            soft_wrap=True,
+        )
     for late in answer.get("late", ()):
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(late["at"]))
         what = "was missed" if late["outlook"] == "missed" else late["outlook"]
@@ -203,7 +209,10 @@ def drained(answer: Json) -> None:
     if (drain := answer["drain"]) is None:
         note(f"{what}: {'tasks are given there again' if answer['is_new'] else 'was not drained'}")
         return
-    does = "ends first" if drain["waits"] else "writes a checkpoint and waits in the queue again"
+    if answer.get("given_back"):
+        note(f"{what}: all its places are given back")
+        return
+    does = "ends first" if drain["lets_end"] else "writes a checkpoint and waits in the queue again"
     note(f"{what}: gets nothing new; what trains there {does}, then its place is given back")
     for worker, text in answer["workers"].items():
         note(f"  {worker}: {text}")
@@ -227,14 +236,14 @@ def _print_leadership(leadership: Json | None) -> None:
 
 def _print_pauses(paused: Json | None) -> None:
     """What is paused: the service, teams. None: not known."""
-    found = {"the service": paused["service"]} if paused else {}
-    found |= {f"team {team}": pause for team, pause in (paused or {}).get("teams", {}).items()}
-    for what, pause in found.items():
+    found = [("the service", "--service", paused["service"])] if paused else []
+    found += [(f"team {team}", f"--team {team}", pause) for team, pause in (paused or {}).get("teams", {}).items()]
+    for what, option, pause in found:
         if pause is not None:
             console.print(
                 f"  [yellow]{shown(what)} is paused[/yellow] by {shown(pause['by'])} for "
                 f"{duration(time.time() - pause['at'])}: {shown(pause['reason'] or 'no reason given')} "
-                "(`onebasis resume` starts it again)",
+                f"(`onebasis resume {shown(option)}` lets it go on)",
                 soft_wrap=True,
             )
 
@@ -311,7 +320,7 @@ def submitted(answer: Json) -> None:
         _print_outlook(answer)
         return
     known = "" if answer["is_new"] else " (known already: nothing was submitted twice)"
-    console.print(f"{shown(answer['title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
+    console.print(f"{shown(answer['exact_title'])} is task {answer['task_id']}, {coloured(answer['state'])}{known}")
 
 
 def _print_outlook(answer: Json) -> None:
@@ -321,9 +330,15 @@ def _print_outlook(answer: Json) -> None:
     console.print(f"  pool       {shown(answer['pool'])}", soft_wrap=True)
     console.print(f"  now        {shown(answer['why'])}", soft_wrap=True)
     if (end := answer["end"]) is not None:
-        earliest, latest, cost = map(duration, (end["earliest"], end["latest"], answer["cost_worker_seconds"]))
+        earliest, latest = duration(end["earliest"]), duration(end["latest"])
         console.print(f"  trained    between {earliest} and {latest} from now, in four of five cases")
-        console.print(f"  cost       about {cost} of a worker, as the last tasks")
+    if (places := answer["cost_place_seconds"]) is not None:
+        gpus = "" if answer["cost_gpu_seconds"] is None else f", {answer['cost_gpu_seconds']:,.0f} GPU-seconds"
+        console.print(
+            f"  cost       about {places:,.0f} place-seconds{gpus}: {duration(answer['length_seconds'])} long"
+        )
+    if answer["runs_too_long"]:
+        errors.print(f"[yellow]warning:[/yellow] {shown(answer['runs_too_long'])}", soft_wrap=True)
 
 
 def _deadline(row: Json) -> str:
@@ -359,7 +374,7 @@ def tasks(answer: Sequence[Json]) -> None:
 
 def task(answer: Json) -> None:
     """`onebasis task`."""
-    console.print(f"[bold]{shown(answer['title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
+    console.print(f"[bold]{shown(answer['exact_title'])}[/bold]  {answer['task_id']}  {coloured(answer['state'])}")
     console.print(f"  {shown(answer['why'])}", soft_wrap=True)
     if wait := answer.get("wait"):
         since = f"for {duration(time.time() - wait['since'])}; " if wait["since"] is not None else ""
@@ -379,13 +394,29 @@ def task(answer: Json) -> None:
             f"  in main    {score_text(result['score_under_main'])} now (version {result['main']}) · "
             f"{score_text(result['score_at_birth'])} at birth (version {result['version']})"
         )
+    for part in answer["scores_of_rows"]:
+        console.print(
+            f"  rows of @{part['revision']:<2} {score_text(part['under_main'])} in main now · "
+            f"{score_text(part['own'])} own adapter · {score_text(part['main_before'])} main before this revision · "
+            f"{score_text(part['first'])} when they were new",
+            soft_wrap=True,
+        )
     if said := _deadline(answer):
         console.print(f"  [yellow]warning[/yellow]    {shown(said)}", soft_wrap=True)
     for warning in answer["warnings"]:
         console.print(f"  [yellow]warning[/yellow]    {shown(warning)}", soft_wrap=True)
     _print_training(answer["training"])
+    for one in answer["revisions"] if len(answer["revisions"]) > 1 else ():
+        since = f"since version {one['version']}" if one["state"] == "published" else ""
+        console.print(
+            f"  revision {one['revision']:<3} {one['task_id']}  {coloured(one['state'])}  {since}".rstrip(),
+            soft_wrap=True,
+        )
     for event in answer["events"]:
-        console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(event['text'])}", soft_wrap=True)
+        text = event["text"]
+        for warning in answer["warnings"]:  # those are above
+            text = text.replace(f"; {warning}", "").replace(f" · {warning}", "")
+        console.print(f"  {_clock(event['at'])}  {event['kind']:16} {shown(text)}", soft_wrap=True)
 
 
 PREEMPTED = {
@@ -405,24 +436,35 @@ def preempted(answer: Json) -> None:
 
 
 def paused(answer: Json) -> None:
-    """`onebasis pause` and `resume`."""
-    what = answer.get("title") or (f"team {answer['team']}" if answer["team"] else "the service")
-    pause = answer["paused"]
-    if pause is None:
-        note(f"{what}: not paused")
-        return
+    """`onebasis pause`."""
+    pause, what = answer["paused"], _paused_or_resumed(answer)
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pause["at"]))
     note(f"{what}: paused by {pause['by']} since {since}: {pause['reason'] or 'no reason given'}")
+
+
+def resumed(answer: Json) -> None:
+    """`onebasis resume`."""
+    note(f"{_paused_or_resumed(answer)}: {'no longer paused' if answer['is_new'] else 'was not paused'}")
+
+
+def _paused_or_resumed(answer: Json) -> str:
+    return str(answer.get("title") or (f"team {answer['team']}" if answer["team"] else "the service"))
 
 
 def changed(answer: Json) -> None:
     """`onebasis cancel`, `retry`, `pause` and `resume` of many tasks."""
     for title in answer["done"]:
         note(f"{title}: {answer['change']} asked for")
+    for one in answer["unchanged"]:
+        note(f"{one['title']}: {one['why']}")
     for one in answer["refused"]:
         errors.print(f"[yellow]not[/yellow] {shown(one['title'])}: {shown(one['error']['text'])}", soft_wrap=True)
-    if not answer["done"]:
+    counts = {name: len(answer[name]) for name in ("done", "unchanged", "refused")}
+    if not any(counts.values()):
         note("no such task")
+        return
+    words = {"done": f"{answer['change']} asked for", "unchanged": "nothing to do", "refused": "refused"}
+    note(", ".join(f"{words[name]}: {count:,}" for name, count in counts.items() if count))
 
 
 def simulation(answer: Json) -> None:
@@ -440,13 +482,18 @@ def simulation(answer: Json) -> None:
     facts = (
         ("weeks", f"{answer['weeks']:.1f}"),
         ("utilisation", "–" if answer["utilisation"] is None else f"{answer['utilisation']:.2f}"),
-        ("Jain index", f"{answer['jain']:.3f}"),
+        ("Jain index", "– (there was nothing to share)" if answer["jain"] is None else f"{answer['jain']:.3f}"),
         (
             "preemptions",
             f"{answer['preemptions']:,}" + ("" if back is None else f", given back within {duration(back)}"),
         ),
         ("in the interval", "–" if share is None else f"{share:.0%} of the starts that were estimated"),
         ("never started", f"{answer['never_started']:,}"),
+        (
+            "assumed",
+            f"a worker loads for {duration(answer['load_seconds'])} (--load-seconds), a checkpoint takes "
+            f"{duration(answer['checkpoint_seconds'])}",
+        ),
     )
     for name, text in facts:
         console.print(f"  {name:16} {text}")
@@ -542,7 +589,7 @@ def _task_table(rows: Sequence[Json]) -> Table:
     """The columns that fit into the terminal; only the last one may break its lines."""
     cells: dict[str, list[str]] = {
         "id": [row["task_id"] for row in rows],
-        "task": [row["title"] for row in rows],
+        "task": [row["exact_title"] for row in rows],
         "base model": [row["base_model"] for row in rows] if len({row["base_model"] for row in rows}) > 1 else [],
         "state": [row["state"] for row in rows],
         "step": [_step(row) for row in rows],

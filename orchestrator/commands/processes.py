@@ -25,6 +25,7 @@ from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Health, Status
 from orchestrator.commands.attention import tell_new
 from orchestrator.ray_head import ADDRESS_FILE, MODULE, TOKEN_FILE, ray_environment
+from orchestrator.reload import refuse_lost_teams
 from orchestrator.scheduling.pools import pool_of
 from orchestrator.signs_of_life import (
     Life,
@@ -107,6 +108,7 @@ def up(
             if running_server(state_dir) is None:
                 _join_the_service(settings, state_dir, say)
                 _refuse_lost_base_models(settings, state_dir, removed)
+                _refuse_lost_teams(settings, state_dir)
                 with telling(f"reading the store at {settings.storage.url}", say):
                     _own_the_store(settings, state_dir, take_over, say)
             with telling("starting Ray and the control plane", say):
@@ -270,6 +272,22 @@ def _refuse_lost_base_models(settings: Settings, state_dir: Path, removed: Colle
                 f"write it back; or, on purpose: add `--remove-base-model {name}`. Its store stays where it is, and "
                 "its tasks wait until it is back",
             )
+
+
+def _refuse_lost_teams(settings: Settings, state_dir: Path) -> None:
+    """Refuse settings without a team whose tasks had not ended when the service last ran."""
+    if not (state_dir / SETTINGS_FILE).exists():
+        return
+    before = service_settings(state_dir)
+    if before.teams.keys() <= settings.teams.keys():
+        return
+    from orchestrator.tasks.task_queue import TaskQueue
+
+    queue = TaskQueue(before.database_url, before.failures)
+    try:
+        refuse_lost_teams(before, settings, queue.alive_of_teams())
+    finally:
+        queue.close()
 
 
 def _join_the_service(settings: Settings, state_dir: Path, say: Say) -> None:

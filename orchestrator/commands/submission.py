@@ -19,7 +19,13 @@ from subspace_store.commands.terminal import errors, show
 Json = dict[str, Any]
 
 WATCH_SECONDS = 0.5
-ENDS = {"published": Exit.DONE, "rejected": Exit.REJECTED, "parked": Exit.PARKED, "cancelled": Exit.CANCELLED}
+ENDS = {
+    "published": Exit.DONE,
+    "replaced": Exit.DONE,
+    "rejected": Exit.REJECTED,
+    "parked": Exit.PARKED,
+    "cancelled": Exit.CANCELLED,
+}
 """Exit codes of `submit --wait`, by the state in which the task ended."""
 
 
@@ -41,6 +47,12 @@ def task_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def read(file: Path, revise: bool) -> TaskSpec:
+    """The task in a file; with `revise` it is a revision, whether the file says so or not. Raises InvalidInput."""
+    spec = read_task_spec(file)
+    return spec.model_copy(update={"revises": True}) if revise else spec
+
+
 def submit(client: Client, task: TaskSpec, wait: bool, dry_run: bool, as_json: bool, their_files: bool = False) -> Exit:
     """Submit one task, and with `wait` stay until it has ended. The exit code says how.
 
@@ -59,7 +71,13 @@ def submit(client: Client, task: TaskSpec, wait: bool, dry_run: bool, as_json: b
 
 
 def submit_all(
-    client: Client, files: Sequence[Path], wait: bool, dry_run: bool, as_json: bool, their_files: bool = False
+    client: Client,
+    files: Sequence[Path],
+    wait: bool,
+    dry_run: bool,
+    as_json: bool,
+    their_files: bool = False,
+    revise: bool = False,
 ) -> Exit:
     """Check the tasks in all files, and if none is wrong submit them. The exit code is the highest of theirs.
 
@@ -67,7 +85,7 @@ def submit_all(
         Unavailable: The service is away: nothing was submitted. If it goes away later, that is the result of the rest;
             when the command is repeated, those that were taken in before are the same tasks.
     """
-    results, sent = _checked(client, files, their_files, as_json)
+    results, sent = _checked(client, files, their_files, revise, as_json)
     is_fine = not any("error" in result for result in results)
     if is_fine and not dry_run:
         results = _submitted(client, *_in_turn(files, sent))
@@ -88,14 +106,16 @@ def submit_all(
     return max(code for code in Exit if code in codes)
 
 
-def _checked(client: Client, files: Sequence[Path], their_files: bool, as_json: bool) -> tuple[list[Json], list[Sent]]:
+def _checked(
+    client: Client, files: Sequence[Path], their_files: bool, revise: bool, as_json: bool
+) -> tuple[list[Json], list[Sent]]:
     """The service's answer to each file, without submitting it, and the tasks of those that are fine."""
     results: dict[Path, Json] = {}
     specs: dict[Path, TaskSpec] = {}
     named: dict[str, Path] = {}
     for file in files:
         try:
-            spec = read_task_spec(file)
+            spec = read(file, revise)
             if (other := named.setdefault(_title(spec), file)) != file:
                 raise InvalidInput(
                     f"is {_title(spec)}, and so is {other}", str(file), "give each task a name of its own"

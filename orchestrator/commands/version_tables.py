@@ -105,6 +105,26 @@ def rollback(answer: Json) -> None:
         console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
 
 
+def restored(answer: Json) -> None:
+    """`onebasis rollback-task`."""
+    name, error = f"{answer['title']}@{answer['revision']}", decimals(answer["error"])
+    if answer.get("repeated"):
+        said = f"version {answer['version']}: this was done before under {answer['op_key']!r}, and nothing was done now"
+    elif answer["preview"]:
+        said = f"{name} would take the place of {answer['leaving']} in version {answer['version']}, with an error of "
+        said += error
+    else:
+        said = f"version {answer['version']}: {name} is back in the place of {answer['leaving']}, with an error of "
+        said += f"{error}; `onebasis rollback-task` of the other revision, or `onebasis rollback`, undoes this"
+    if answer["approximate"]:
+        said += "; its adapter as delivered was let go, so it is what a version holds of it"
+    if answer["others_move"]:
+        said += "; it is merged as a new task is, and others may move"
+    console.print(shown(said), soft_wrap=True)
+    if answer.get("refused"):
+        console.print(f"it would be refused now: {shown(answer['refused'])}", soft_wrap=True)
+
+
 def scores(answer: Json) -> None:
     """`onebasis scores`."""
     if not answer["versions"]:
@@ -123,6 +143,8 @@ def scores(answer: Json) -> None:
     )
     mark = " · ' carried over, the task hardly moved" if carried else ""
     console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
+    for column in answer["tasks"]:
+        _print_rows_of_revisions(column, answer["versions"])
     if full := [column["title"] for column in answer["tasks"] if column["share_full"]]:
         console.print(
             f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
@@ -167,6 +189,25 @@ def _down(answer: Json) -> Table:
         )  # fmt: skip
     table.caption = "the score under each version: `onebasis scores --json`, or scores.png in the state folder"
     return table
+
+
+def _print_rows_of_revisions(column: Json, versions: Sequence[int]) -> None:
+    """The scores of one task on the rows of each of its revisions: what a revision gained, and what it lost."""
+    if not column["of_rows"]:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"{shown(column['title'])} on the rows of")
+    for part in column["of_rows"]:
+        table.add_column("?" if part["revision"] is None else f"@{part['revision']}", justify="right")
+    for label, key in (("main before", "main_before"), ("own adapter", "local")):
+        table.add_row(f"[dim]{label}[/dim]", *(f"[dim]{score_text(part[key])}[/dim]" for part in column["of_rows"]))
+    for place, number in enumerate(versions):
+        scores = [part["scores"][place] for part in column["of_rows"]]
+        if any(score is not None for score in scores):
+            table.add_row(f"version {number}", *map(score_text, scores))
+    table.add_row("[dim]rows[/dim]", *(f"[dim]{part['rows']}[/dim]" for part in column["of_rows"]))
+    console.print()
+    console.print(table)
 
 
 def capacity(answer: Json) -> None:

@@ -7,12 +7,13 @@ reported beside it and does not decide: a gate that waits for certainty lets sma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
 from configs.settings import GateSettings
+from configs.task_spec import SCORE_MAX
 from orchestrator.judging.forgetting import mean
 from orchestrator.judging.score_table import ScoreTable
 from orchestrator.tasks.task_record import TaskRecord
@@ -49,6 +50,11 @@ class Rule(StrEnum):
     """A new task reaches its own `gate.min_score`."""
     MIN_GAIN = "min-gain"
     """A new task scores more than the base model alone by `gate.min_gain`."""
+    EARLIER_ROWS = "earlier-rows"
+    """On the evaluation rows of an earlier revision, a new one may lose at most `gate.drop_max` against the first score
+    on them."""
+    NEW_ROWS = "new-rows"
+    """On its own evaluation rows a new revision scores more than what `main` answered on them."""
     ERROR = "error-at-birth"
     """The error of a new task without a score is at most `gate.error_max`."""
 
@@ -70,6 +76,8 @@ class BrokenRule:
     """Limit that the rule sets."""
     paired: PairedDifference | None = None
     """The comparison row by row, where both were kept."""
+    rows: str = ""
+    """Which revision's rows it is about, of the two rules that are about them: `revision 1`."""
 
     def __str__(self) -> str:
         told = f" ({self.paired})" if self.paired else ""
@@ -79,6 +87,14 @@ class BrokenRule:
         if self.rule is Rule.MERGE_GAP:
             gap = f"scores {self.score:.4f} after merging and {self.against:.4f} with its own adapter"
             return f"{self.title} {gap}, a gap above gate.merge_gap_max {self.limit}{told}"
+        if self.rule is Rule.EARLIER_ROWS:
+            fall = f"would fall from {self.against:.4f} to {self.score:.4f} on the rows of {self.rows}"
+            return f"{self.title} {fall}, more than gate.drop_max {self.limit}"
+        if self.rule is Rule.NEW_ROWS:
+            return (
+                f"{self.title} scores {self.score:.4f} on the new rows, those of {self.rows}, where main scored "
+                f"{self.against:.4f} without it: nothing is gained"
+            )
         if self.rule is Rule.MIN_GAIN:
             gain = f"scores {self.score:.4f}, and {self.against:.4f} is reached without it"
             return f"{self.title} {gain}: a gain below gate.min_gain {self.limit}"
@@ -158,6 +174,7 @@ def judge(
             continue
         if table.birth[task_id] == version:
             broken += _of_a_new_task(record, score, settings, paired.get(task_id))
+            broken += _of_a_revision(record, table, version, settings)
         else:
             # Nobody measured it at birth if it was merged again without some task: then its first score since counts.
             known = [s for v, s in table.column(task_id) if v < version and not math.isnan(s)]
@@ -182,8 +199,30 @@ def _of_a_new_task(
     return broken
 
 
+def _of_a_revision(record: TaskRecord, table: ScoreTable, version: int, settings: GateSettings) -> Iterator[BrokenRule]:
+    """What its rows and those of the revisions before it say, each by themselves."""
+    drop_max = settings.drop_max
+    for rows in record.earlier_rows:
+        now, first = table.on_rows(version, rows.task_id), table.first_on_rows(version, rows.task_id)
+        # Where no version that is left has a score on them, what `main` answered counts.
+        before = record.main_scores_of_rows.get(rows.task_id, math.nan) if math.isnan(first) else first
+        if before - now > drop_max + ROUNDING:  # not where one of them is NaN
+            name = f"revision {rows.number}"
+            yield _broken(record, Rule.EARLIER_ROWS, now, before, drop_max, rows=name)
+    now, before = table.on_rows(version, record.task_id), record.main_scores_of_rows.get(record.task_id, math.nan)
+    is_best = now >= SCORE_MAX[record.spec.metric] - ROUNDING
+    if record.revises and now - before <= ROUNDING and not is_best:
+        yield _broken(record, Rule.NEW_ROWS, now, before, before, rows=f"revision {record.number}")
+
+
 def _broken(
-    record: TaskRecord, rule: Rule, score: float, against: float, limit: float, paired: PairedDifference | None = None
+    record: TaskRecord,
+    rule: Rule,
+    score: float,
+    against: float,
+    limit: float,
+    paired: PairedDifference | None = None,
+    rows: str = "",
 ) -> BrokenRule:
     return BrokenRule(
         task_id=record.task_id,
@@ -193,4 +232,5 @@ def _broken(
         against=against,
         limit=limit,
         paired=paired,
+        rows=rows,
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from subspace_store.log.version import SubspaceState, Version
+from subspace_store.log.version import RowsScore, SubspaceState, Version
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Cell:
     count: int
     measured_at: int
     """The version it was measured under: the cell's own, or an earlier one that it was carried over from."""
+    of_rows: Mapping[str, RowsScore] = field(default_factory=dict)
+    """Of a revision with rows of several: id of the revision that brought them to the score on them alone."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,20 @@ class ScoreTable:
         """A[version][task], NaN where not known."""
         cell = self.cells.get(version, {}).get(task_id)
         return cell.score if cell else math.nan
+
+    def on_rows(self, version: int, task_id: str) -> float:
+        """The score, under a version, on the evaluation rows that a task brought: of itself, or of the revision of it
+        that the version holds instead. NaN where not known."""
+        cells = self.cells.get(version, {})
+        own = cells.get(task_id)
+        if own is not None and not own.of_rows:
+            return own.score
+        return next((cell.of_rows[task_id].score for cell in cells.values() if task_id in cell.of_rows), math.nan)
+
+    def first_on_rows(self, before: int, task_id: str) -> float:
+        """The first known of these scores, in the versions before one; NaN where there is none."""
+        known = (self.on_rows(version, task_id) for version in self.versions if version < before)
+        return next((score for score in known if not math.isnan(score)), math.nan)
 
     def column(self, task_id: str) -> list[tuple[int, float]]:
         """The task's scores along the versions since its birth."""
@@ -102,7 +118,8 @@ def _along(state: SubspaceState, version: int, drift_max: float) -> Iterator[tup
         for task in row.refined:  # another adapter than the one that was measured
             known.last.pop(task.task_id, None)
         for task_id, measured in state.scores.get(row.number, {}).items():
-            known.last[task_id] = Cell(measured.score, measured.count, row.number)
+            parts = {part.task_id: part for part in measured.of_rows}
+            known.last[task_id] = Cell(measured.score, measured.count, row.number, parts)
             known.drifted[task_id] = 0.0
         yield row, known
 

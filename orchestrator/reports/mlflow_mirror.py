@@ -219,7 +219,7 @@ class Mirror:
         mark = f"{self._shown(record)}:{rows[-1] if rows else 0}"
         if self._marks.get(record.task_id) == mark:
             return
-        run = self._run(TASK_TAG, record.task_id, record.title)
+        run = self._run(TASK_TAG, record.task_id, record.exact_title)
         data = self._client.get_run(run).data
         if data.tags.get(DONE_TAG, "") == mark:
             self._marks[record.task_id] = mark
@@ -237,7 +237,13 @@ class Mirror:
             metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
         made = {version: state.versions[version].created_at for version in rows}
         metrics |= {("score", version, made[version]): table.score(version, record.task_id) for version in rows}
-        if rows and rows[0] == table.birth[record.task_id] and record.local_score is not None:
+        if record.earlier_rows:
+            for task_id, number in record.numbers_of_rows.items():
+                name = f"rows_of_revision_{number}"
+                metrics[f"local_score.{name}", 0, begun] = record.scores_of_rows.get(task_id)
+                metrics[f"main_score_before.{name}", 0, begun] = record.main_scores_of_rows.get(task_id)
+                metrics |= {(f"score.{name}", v, made[v]): table.on_rows(v, task_id) for v in rows}
+        if rows and rows[0] == table.birth.get(record.task_id) and record.local_score is not None:
             gap = record.local_score - table.score(rows[0], record.task_id)
             metrics["merge_gap", rows[0], made[rows[0]]] = gap
         curve: list[Point] = []
@@ -255,7 +261,8 @@ class Mirror:
             self._sent[record.task_id] = len(curve)
         else:
             self._sent.pop(record.task_id, None)
-            self._client.set_terminated(run, "FINISHED" if record.state is TaskState.PUBLISHED else "FAILED")
+            is_fine = record.state in (TaskState.PUBLISHED, TaskState.REPLACED)
+            self._client.set_terminated(run, "FINISHED" if is_fine else "FAILED")
         self._marks[record.task_id] = mark
 
     def _shown(self, record: TaskRecord) -> str:
@@ -418,11 +425,12 @@ def _params(record: TaskRecord) -> dict[str, str]:
     spec = record.spec
     flat = {
         "team": spec.team,
+        "revision": record.number,
         "base_model": spec.base_model,
         "metric": spec.metric,
         "method": spec.method.name,
         "train_rows": record.train_count,
-        "eval_rows": record.eval_count,
+        "eval_rows": record.scored_count,
         "eval_sha256": record.eval_sha256,
         **{f"training.{key}": value for key, value in spec.training.model_dump().items()},
         **{f"lora.{key}": value for key, value in spec.lora.model_dump().items()},

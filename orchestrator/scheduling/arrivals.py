@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from configs.errors import InvalidInput
 from configs.settings import DEFAULT_POOL, PoolSettings
 from configs.task_spec import ResourceSpec
-from orchestrator.scheduling.pools import chosen_pool
+from orchestrator.scheduling.pools import chosen_pool, pools_of
 
-COLUMNS = ("at_seconds", "team", "seconds", "ranks", "priority", "max_run_seconds", "pool", "gpus")
+COLUMNS = ("at_seconds", "team", "seconds", "ranks", "priority", "max_run_seconds", "pool", "gpus", "base_model")
 """Columns of a file of arrivals; those from `ranks` on may be missing, and their cells empty."""
 
 
@@ -34,26 +34,46 @@ class Arrival:
     """Longest that it says it will run; None: it says nothing."""
 
 
-def read_arrivals(lines: Iterable[str], pools: Mapping[str, PoolSettings]) -> tuple[Arrival, ...]:
+def read_arrivals(
+    lines: Iterable[str], pools: Mapping[str, PoolSettings], file: str = "arrivals"
+) -> tuple[Arrival, ...]:
     """Arrivals out of the lines of a CSV file, by time, each in the pool that such a task would get.
 
     Args:
-        pools: Pools of the service. A task names one, or what it needs (`ranks`, `gpus`), or nothing.
+        pools: Pools of the service. A task names one, or what it needs (`ranks`, `gpus`), or nothing; where pools load
+            several base models, it names one of these, or its pool.
+        file: Name of the file, for errors.
 
     Raises:
-        InvalidInput: A column is missing or unknown, a cell is no number of its kind, or no pool fits; names the line.
+        InvalidInput: A column is missing, unknown or there twice, there is no row, a row has not one cell for each
+            column or says two things at once, a cell is no number of its kind, or no pool fits; names the line.
     """
     reader = csv.DictReader(lines)
-    names = reader.fieldnames or ()
+    names, columns = reader.fieldnames or (), f"columns: {', '.join(COLUMNS)}"
     if missing := [name for name in COLUMNS[:3] if name not in names]:
-        raise InvalidInput(f"has no column {', '.join(missing)}", "arrivals", f"columns: {', '.join(COLUMNS)}")
+        raise InvalidInput(f"has no column {', '.join(missing)}", file, columns)
     if unknown := [name for name in names if name not in COLUMNS]:
-        raise InvalidInput(f"has an unknown column {', '.join(unknown)}", "arrivals", f"columns: {', '.join(COLUMNS)}")
-    return tuple(sorted((_arrival(row, reader.line_num, pools) for row in reader), key=lambda one: one.at_seconds))
+        raise InvalidInput(f"has an unknown column {', '.join(unknown)}", file, columns)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidInput(f"has the column {', '.join(twice)} twice", file, "leave one of them out")
+    found = [_arrival(row, f"{file}, line {reader.line_num}", pools) for row in reader]
+    if not found:
+        raise InvalidInput("has no arrival", file, "write a line for each task below the names of the columns")
+    return tuple(sorted(found, key=lambda one: one.at_seconds))
 
 
-def _arrival(row: Mapping[str, str | None], line: int, pools: Mapping[str, PoolSettings]) -> Arrival:
-    given = {name: text for name, text in row.items() if text}
+def _arrival(row: Mapping[str | None, str | None], line: str, pools: Mapping[str, PoolSettings]) -> Arrival:
+    if None in row:
+        raise InvalidInput("has more cells than there are columns", line, "quote a cell that has a comma in it")
+    if None in row.values():
+        raise InvalidInput(
+            "has fewer cells than there are columns", line, "write each comma, also before an empty cell"
+        )
+    given = {name: text for name, text in row.items() if name is not None and text}
+    if "pool" in given and (beside := [name for name in ("ranks", "gpus") if name in given]):
+        what = f"names a pool, and says what it needs ({', '.join(beside)})"
+        raise InvalidInput(what, line, "leave one of them out, as in a task file")
+    pools = _of_base_model(given, line, pools)
     try:
         ranks, gpus = int(given.get("ranks", 1)), float(given.get("gpus", 0))
         if ranks < 1 or not 0 <= gpus <= 1:
@@ -69,10 +89,26 @@ def _arrival(row: Mapping[str, str | None], line: int, pools: Mapping[str, PoolS
             max_run_seconds=float(given["max_run_seconds"]) if "max_run_seconds" in given else None,
         )
     except InvalidInput as error:
-        raise InvalidInput(f"line {line}: {error.what}", "arrivals", error.todo) from error
-    except (KeyError, ValueError) as error:
-        raise InvalidInput(f"line {line} cannot be read: {error}", "arrivals", "correct the line") from error
+        raise InvalidInput(error.what, line, error.todo) from error
+    except KeyError as error:
+        raise InvalidInput(f"has nothing in the column {error.args[0]}", line, "correct the line") from error
+    except ValueError as error:
+        raise InvalidInput(f"cannot be read: {error}", line, "correct the line") from error
     numbers = (found.at_seconds, found.seconds, found.max_run_seconds or 0.0)
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
-        raise InvalidInput(f"line {line} has a number below its least, or none", "arrivals", "correct the line")
+        raise InvalidInput("has a number below its least, or none", line, "correct the line")
     return found
+
+
+def _of_base_model(
+    given: Mapping[str, str], line: str, pools: Mapping[str, PoolSettings]
+) -> Mapping[str, PoolSettings]:
+    """The pools among which a row chooses."""
+    names = sorted({pool.base_model or "" for pool in pools.values()})
+    named = given.get("base_model")
+    if named is not None and named not in names:
+        raise InvalidInput(f"there is no base model '{named}'", line, f"base models: {', '.join(names)}")
+    if named is None and "pool" not in given and len(names) > 1:
+        todo = f"add a column base_model: one of {', '.join(names)}; or name the pool"
+        raise InvalidInput("names neither a pool nor one of the several base models", line, todo)
+    return pools if named is None else pools_of(pools, named)

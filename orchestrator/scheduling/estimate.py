@@ -2,7 +2,8 @@
 is known.
 
 Two steps. What is known: each task before it takes as long as one of the last tasks took here, drawn at random, on the
-place that is free first; that is done many times over. What is not known (who will come and go first, how work
+place that is free first; that is done many times over. Of a task whose rows are counted, it is what it would take for
+as many rows, and no task takes longer than it may. What is not known (who will come and go first, how work
 changes): the estimates that were told before are compared with when those tasks did start, and the interval is moved
 and widened by what they missed.
 """
@@ -10,13 +11,16 @@ and widened by what they missed.
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
 import random
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from orchestrator.scheduling.fair_share import Running, Waiting
+from orchestrator.scheduling.fair_share import Running, Share, Waiting
+from orchestrator.scheduling.scheduler import borrows_from
 
 SHARE_INSIDE = 0.8
 """Share of starts that should fall into the interval that was told."""
@@ -31,6 +35,8 @@ PRIOR = [math.log(factor) for factor in (1 / 3, 1 / 2, 2 / 3, 0.8, 1.0, 1.0, 1.2
 three times as late as easily as who is cancelled makes it earlier."""
 KNOWN_MAX = 400
 """Number of those that count, the newest: work changes."""
+NEAR_TASKS = 10
+"""Number of tasks that ended from which the length of one is estimated: those of the most similar number of rows."""
 NEAR = 60
 """Number of those that correct one estimate: the ones that were most like it."""
 MARGIN = 0.06
@@ -40,6 +46,24 @@ GAIN = 2.0
 dozen starts are enough when work has changed."""
 GRAIN_SECONDS = 5.0
 """Seconds that nobody can promise: a start that is told for now is right if it comes within them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """How long one task had its worker here."""
+
+    seconds: float
+    """From the claim to the adapter."""
+    rest: float = 0.0
+    """Those of them that do not grow with its rows: until its first step."""
+    rows: float = 0.0
+    """Rows that it was to take, one as often as it is read; 0: not known."""
+    method: str = ""
+    """Method that it asked for: `auto` takes its rows several times."""
+
+    def of(self, rows: float) -> float:
+        """What a task of so many rows would take."""
+        return self.rest + max(0.0, self.seconds - self.rest) * rows / self.rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,23 @@ class Pace:
     """Number of tasks that it is the median of."""
     spans: tuple[float, ...] = ()
     """What each of them took, in rising order."""
+    known: tuple[Span, ...] = ()
+    """The same of those whose rows are known."""
+
+    def of(self, task: Waiting | Running) -> Pace:
+        """How long one task has its worker: by its rows, where they are known, and no longer than it may."""
+        return self._for(task.rows, task.method, task.seconds_max)
+
+    def _for(self, rows: float, method: str, seconds_max: float | None) -> Pace:
+        return _limited(self._by_rows(rows, method), seconds_max)
+
+    def _by_rows(self, rows: float, method: str) -> Pace:
+        alike = [one for one in self.known if one.method == method] or self.known
+        if not rows or not alike:
+            return self
+        near = sorted(alike, key=lambda one: abs(math.log(one.rows / rows)))[:NEAR_TASKS]
+        spans = sorted(one.of(rows) for one in near)
+        return Pace(statistics.median(spans), len(spans), tuple(spans))
 
 
 @dataclass(frozen=True)
@@ -80,14 +121,65 @@ class Told:
     """Whether it started in the interval that was told; None: it has not started."""
 
 
-def pace_of(spans: Iterable[float]) -> Pace | None:
+def _limited(pace: Pace, seconds_max: float | None) -> Pace:
+    if seconds_max is None or not pace.spans or pace.spans[-1] <= seconds_max:
+        return pace
+    spans = tuple(min(span, seconds_max) for span in pace.spans)
+    return Pace(statistics.median(spans), pace.count, spans)
+
+
+def pace_of(spans: Iterable[Span | float]) -> Pace | None:
     """The pace of tasks that ended. None without any: then it is not known.
 
     Args:
-        spans: Seconds that each task had its worker.
+        spans: How long each task had its worker, or the seconds alone.
     """
-    known = sorted(span for span in spans if span >= 0)
-    return Pace(statistics.median(known), len(known), tuple(known)) if known else None
+    found = [span if isinstance(span, Span) else Span(seconds=span) for span in spans]
+    known = [span for span in found if span.seconds >= 0]
+    if not known:
+        return None
+    seconds = sorted(span.seconds for span in known)
+    return Pace(statistics.median(seconds), len(seconds), tuple(seconds), tuple(one for one in known if one.rows > 0))
+
+
+def kept_from_borrowing(
+    line: Sequence[Waiting], running: Sequence[Running], shares: Mapping[str, Share], now: float
+) -> dict[str, float]:
+    """Seconds for which tasks do not borrow, since they, or one before them in their team's line, gave their places
+    back; less where their team is within its quota before.
+
+    Args:
+        line: Of any pools, in their running order.
+        running: What runs, in all pools.
+        now: Unix seconds, as `since` of what runs.
+    """
+    found: dict[str, float] = {}
+    banned: dict[tuple[str, str], float] = {}
+    for task in line:
+        share, key = shares.get(task.team), (task.pool, task.team)
+        if share is None:
+            continue
+        if key not in banned and (until := borrows_from(task)) > now:
+            banned[key] = min(until - now, _within_quota(task, running, share.places))
+        if seconds := banned.get(key):
+            found[task.task_id] = seconds
+    return found
+
+
+def _within_quota(task: Waiting, running: Sequence[Running], quota: int | None) -> float:
+    """Seconds until a task would not take its team beyond its quota of places, if its team starts nothing else."""
+    if quota is None:
+        return math.inf  # its week is used up
+    held = sorted(((_told_left(order), order.ranks) for order in running if order.team == task.team), reverse=True)
+    at, places = 0.0, sum(ranks for _, ranks in held) + task.ranks
+    while places > quota and held:
+        at, ranks = held.pop()
+        places -= ranks
+    return at if places <= quota else math.inf
+
+
+def _told_left(order: Running) -> float:
+    return 0.0 if order.stops else math.inf if order.seconds_left is None else max(0.0, order.seconds_left)
 
 
 def estimate_starts(
@@ -99,6 +191,8 @@ def estimate_starts(
     *,
     now: float,
     asked: Collection[str] | None = None,
+    coming: Sequence[float] = (),
+    kept: Mapping[str, float] | None = None,
 ) -> dict[str, Estimate]:
     """When tasks of a line start, if all of it start one after another.
 
@@ -110,6 +204,8 @@ def estimate_starts(
         told: Earlier estimates of which it is known how they ended, oldest first.
         now: Unix seconds, as `since` of what runs.
         asked: Ids of the tasks; default: all.
+        coming: For each place that workers will have once they have loaded, the seconds until then.
+        kept: Task id to the seconds for which it does not start though there are places: others go first meanwhile.
 
     Returns:
         Task id to its estimate. Left out where it is not known: too few places, no task to know the pace from, or too
@@ -118,12 +214,16 @@ def estimate_starts(
     Cost:
         O(n·DRAWS·log places) for the n in `line`, `DEPTH_MAX` at most, and O(KNOWN_MAX·log KNOWN_MAX) for each asked.
     """
-    places = free + sum(order.ranks for order in running)
+    places = free + len(coming) + sum(order.ranks for order in running)
     if pace is None or not pace.spans or not places:
         return {}
     rng = random.Random(len(line))  # the same question has the same answer
     near = line[:DEPTH_MAX]
-    futures = [_starts(near, running, free, pace, now, rng) for _ in range(DRAWS)]
+    own = cache(lambda rows, method, seconds_max: pace._for(rows, method, seconds_max).spans)
+    spans = [own(task.rows, task.method, task.seconds_max) for task in near]
+    runs = [(order, own(order.rows, order.method, order.seconds_max)) for order in running]
+    there = [0.0] * free + list(coming)
+    futures = [_starts(near, spans, runs, there, kept or {}, now, rng) for _ in range(DRAWS)]
     known = [(_log(one.seconds), _log(one.took)) for one in told[-KNOWN_MAX:]]
     tail = tail_of(told)
     found = {}
@@ -172,34 +272,59 @@ def _corrected(drawn: Sequence[float], known: Sequence[tuple[float, float]], tai
 
 
 def _starts(
-    line: Sequence[Waiting], running: Sequence[Running], free: int, pace: Pace, now: float, rng: random.Random
+    line: Sequence[Waiting],
+    spans: Sequence[Sequence[float]],
+    running: Sequence[tuple[Running, Sequence[float]]],
+    there: Sequence[float],
+    kept: Mapping[str, float],
+    now: float,
+    rng: random.Random,
 ) -> list[float]:
-    """Seconds until each task starts, in one future."""
-    ends = [0.0] * free
-    for order in running:
-        ends += [_left(order, pace, now, rng)] * order.ranks
+    """Seconds until each task starts, in one future.
+
+    Args:
+        spans: For each task of the line what it may take, in rising order.
+        running: What runs, with the same of it.
+        there: Seconds until places are free that nothing runs on.
+    """
+    ends = list(there)
+    for order, usual in running:
+        ends += [_left(order, usual, now, rng)] * order.ranks
     ends.sort()
-    found = []
-    for task in line:
-        if task.ranks > len(ends):
-            found.append(math.inf)  # it never fits
-            continue
-        start = ends[task.ranks - 1]
-        found.append(start)
-        end = start + rng.choice(pace.spans)
+    found = [math.inf] * len(line)  # what never fits
+    aside: list[tuple[float, int]] = []
+    """Tasks that do not start yet, and from when on they do: the others have the places until then."""
+
+    def give(number: int, at_least: float = 0.0) -> None:
+        task = line[number]
+        found[number] = start = max(at_least, ends[task.ranks - 1])
+        end = start + rng.choice(spans[number])
         del ends[: task.ranks]
         at = bisect.bisect(ends, end)
         ends[at:at] = [end] * task.ranks
+
+    for number, task in enumerate(line):
+        if task.ranks > len(ends):
+            continue
+        while aside and aside[0][0] <= ends[line[aside[0][1]].ranks - 1]:
+            give(heapq.heappop(aside)[1])
+        if kept.get(task.task_id, 0.0) > ends[task.ranks - 1]:
+            heapq.heappush(aside, (kept[task.task_id], number))
+        else:
+            give(number)
+    while aside:
+        at, number = heapq.heappop(aside)
+        give(number, at)
     return found
 
 
-def _left(order: Running, pace: Pace, now: float, rng: random.Random) -> float:
+def _left(order: Running, spans: Sequence[float], now: float, rng: random.Random) -> float:
     if order.stops:
         return 0.0
     if order.seconds_left is not None:
         return max(0.0, order.seconds_left)
     ran = now - order.since
-    longer = pace.spans[bisect.bisect(pace.spans, ran) :]
+    longer = spans[bisect.bisect(spans, ran) :]
     return rng.choice(longer) - ran if longer else 0.0
 
 
@@ -222,7 +347,7 @@ def started(estimate: Estimate, waited: float) -> Told:
 
 
 def ends(start: Estimate, pace: Pace) -> Estimate:
-    """When a task ends that starts then: trained, not merged or scored."""
+    """When a task ends that starts then: trained, not merged or scored. pace: The task's own, see `Pace.of`."""
     spans = pace.spans or (pace.seconds,)
     low, high = (spans[int(share * (len(spans) - 1))] for share in (0.1, 0.9))
     return Estimate(start.seconds + pace.seconds, start.earliest + low, start.latest + high, start.drawn + pace.seconds)

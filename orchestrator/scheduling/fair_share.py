@@ -43,6 +43,10 @@ class Waiting:
     """Longest that it may run once it has started; None: not known."""
     preempted_at: float | None = None
     """When its last attempt had to give its places back; None: its last attempt, if any, ended otherwise."""
+    rows: float = 0.0
+    """Rows that it is to be trained on, one as often as it is read; 0: not known. For estimates alone."""
+    method: str = ""
+    """Method that it asks for. For estimates alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,11 @@ class Running:
     """Whether it was told to stop: its places come back with its next checkpoint."""
     was_preempted: bool = False
     """Whether the attempt before this one had to give its places back: this one is left alone."""
+    seconds_max: float | None = None
+    """Longest that it may run; None: not known. This and what follows is for estimates alone."""
+    rows: float = 0.0
+    """Rows that it is trained on; 0: not known."""
+    method: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

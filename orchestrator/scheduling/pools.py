@@ -94,6 +94,8 @@ class Seat:
     name: str
     idle_since: float | None = None
     """Unix time since which it has nothing to do, or was started in vain; None: it is at work."""
+    loads: bool = False
+    """Whether it loads the base model: it has not had nothing to do yet, whatever `idle_since` says."""
     ends: bool = False
     """Whether it is drained: it gets nothing new, and ends when it has nothing to do."""
 
@@ -129,8 +131,9 @@ def resized(
     target = min(most, max(least, at_work + wanted))
     names = {seat.name for seat in seats} | {*taken}
     starts = _free_names(pool, names, target - len(stays))
-    idle = sorted((seat for seat in stays if seat.idle_since is not None), key=_longest_idle)
-    for seat in idle[: max(0, len(stays) - target)]:
+    idle = sorted((seat for seat in stays if seat.idle_since is not None and not seat.loads), key=_longest_idle)
+    loading = sum(seat.idle_since is not None and seat.loads for seat in stays)  # of too many, those end later
+    for seat in idle[: max(0, len(stays) - target - loading)]:
         if now - (seat.idle_since or 0.0) >= settings.idle_seconds:
             ends.append(seat.name)
     return Change(starts, tuple(ends))
@@ -138,7 +141,7 @@ def resized(
 
 def ends_at(settings: PoolSettings, seats: Iterable[Seat]) -> float | None:
     """Unix time at which the next idle worker may end; None: none is idle."""
-    idle = [seat.idle_since for seat in seats if seat.idle_since is not None]
+    idle = [seat.idle_since for seat in seats if seat.idle_since is not None and not seat.loads]
     return min(idle) + settings.idle_seconds if idle else None
 
 

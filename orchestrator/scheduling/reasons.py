@@ -20,12 +20,16 @@ class WaitCode(StrEnum):
     """Its `not_before` has not come."""
     NEVER_FITS = "never-fits"
     """Its pool has too few places for it, or is no longer in the settings."""
+    DRAINED = "drained"
+    """Its pool has no worker: those that there were, or the machines that have room for others, are drained."""
     OVER_QUOTA = "over-quota"
     """Its team has its quota, and others leave it nothing to borrow."""
     NO_FREE_PLACE = "no-free-place"
     """All places of its pool that are ready are in use."""
     GANG_INCOMPLETE = "gang-incomplete"
     """Its worker, or the first one of its pool, waits for places for some of its ranks."""
+    NO_MACHINE = "no-machine"
+    """The workers of its pool wait for a machine that has room for them."""
     RESERVED_FOR = "reserved-for"
     """The free places are kept for a larger task, or for a version that is about to be scored."""
     BASE_MODEL_LOADING = "base-model-loading"
@@ -55,9 +59,11 @@ WHO: dict[WaitCode, Who] = {
     WaitCode.DEPENDENCY: Who.TEAM,
     WaitCode.NOT_BEFORE: Who.TEAM,
     WaitCode.NEVER_FITS: Who.TEAM,
+    WaitCode.DRAINED: Who.PLATFORM,
     WaitCode.OVER_QUOTA: Who.PLATFORM,
     WaitCode.NO_FREE_PLACE: Who.NOBODY,
     WaitCode.GANG_INCOMPLETE: Who.PLATFORM,
+    WaitCode.NO_MACHINE: Who.PLATFORM,
     WaitCode.RESERVED_FOR: Who.NOBODY,
     WaitCode.BASE_MODEL_LOADING: Who.NOBODY,
     WaitCode.STORAGE_AWAY: Who.PLATFORM,

@@ -7,8 +7,9 @@ In the order of their turns (fair_share.py) tasks start while places are free. O
 * have places given back by teams that are beyond their quotas, if its own team is within its own: their newest
   attempts write a checkpoint and wait again. Never one that ends within a minute, and never the same task in two
   attempts running, so that each gets on. The places are promised to the task that they were taken for. A task that gave
-  its places back does not borrow for an hour; a team that reclaims is within its quota and one that gives back is
-  beyond it, so no two can take turns.
+  its places back does not borrow for an hour, and what is behind it in its team's line does not borrow before it, for
+  priority and age count inside a team; within its quota it starts at once. A team that reclaims is within its quota
+  and one that gives back is beyond it, so no two can take turns.
 * or, where some places are free but too few, have them reserved: until it has started, only tasks start that end
   before it could, or that it leaves room for. The first in turn that does not fit gets the reservation, and it alone
   keeps it, so that no stream of small tasks starves a large one.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.scheduling.fair_share import Running, Share, Turns, Waiting
 from orchestrator.scheduling.reasons import Wait, WaitCode
@@ -27,7 +28,8 @@ SOON_SECONDS = 60.0
 """A task that ends this soon is waited for: a checkpoint and a new start cost about as much."""
 PATIENCE_SECONDS = 3600.0
 """Time for which a task that gave its places back does not borrow again: its next attempt is left alone, so it would
-keep for its whole length what others may want back."""
+keep for its whole length what others may want back. That its team's younger tasks wait with it costs at most 1.2 % more
+time until tasks end, in simulations of three loads in which each of six teams has one of six places."""
 LOOK = 3
 """Tasks of each team that are looked at beyond as many as could start."""
 
@@ -48,6 +50,13 @@ class Pool:
     """Places that are expected within a minute: of workers that load, or that the pool may still start."""
     is_forming: bool = False
     """Whether no worker is ready because gangs wait for places for some of their ranks."""
+    is_placeless: bool = False
+    """Whether no worker is ready because all that were asked for wait for a place."""
+    drained: str = ""
+    """Why no worker is ready and none will be, for people, with what takes it back; empty where none of it is
+    drained."""
+    drained_since: float | None = None
+    """Unix time since which that is so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +204,8 @@ class _Round:
         self._waits: dict[str, Wait] = {}
         self._reserved: dict[str, str] = {}
         self._promised: list[str] = []
+        self._gave_back: dict[tuple[str, str], tuple[float, str]] = {}
+        """Pool and team to when its foremost task that gave its places back may borrow again, and that task."""
 
     def decision(self) -> Decision:
         for task in self._kept():
@@ -229,7 +240,8 @@ class _Round:
         for task in self._situation.waiting:
             wait = self._waits.get(task.task_id)
             if wait is not None and wait.code in _OF_ALL:
-                found[task.pool, task.team] = Wait(code=wait.code, pool=task.pool, since=wait.since)
+                about = wait.about or (task.task_id if wait.until is not None else "")
+                found[task.pool, task.team] = replace(wait, about=about)
             else:
                 found.setdefault((task.pool, task.team), Wait(code=WaitCode.NO_FREE_PLACE, pool=task.pool))
         return found
@@ -239,10 +251,11 @@ class _Round:
         if room is None or task.ranks > room.pool.capacity:
             self._wait(task, WaitCode.NEVER_FITS)
         elif not room.pool.ready:
-            forming = room.pool.is_forming
-            self._wait(task, WaitCode.GANG_INCOMPLETE if forming else WaitCode.BASE_MODEL_LOADING)
-        elif (until := self._borrows_again(task)) > self._situation.now:
-            self._wait(task, WaitCode.OVER_QUOTA, until=until)
+            wait = of_a_pool_without_workers(task.pool, room.pool)
+            self._wait(task, wait.code, wait.about, since=wait.since)
+        elif (gave_back := self._borrows_behind(task)) is not None:
+            until, first = gave_back
+            self._wait(task, WaitCode.OVER_QUOTA, first if first != task.task_id else "", until)
         elif room.has_place(task):
             return True
         elif self._turns.borrows(task):
@@ -251,11 +264,15 @@ class _Round:
             self._hold_up(task, room)
         return False
 
-    def _borrows_again(self, task: Waiting) -> float:
-        """Unix time from which a task may borrow that gave its places back; 0 where it may start at once."""
-        if task.preempted_at is None or not self._turns.borrows(task):
-            return 0.0
-        return task.preempted_at + PATIENCE_SECONDS
+    def _borrows_behind(self, task: Waiting) -> tuple[float, str] | None:
+        """When a task may borrow that gave its places back, or is in its team's line behind one that did, and which of
+        them that is; None where nothing but places keeps it from starting."""
+        if not self._turns.borrows(task):
+            return None
+        line = task.pool, task.team
+        if (until := borrows_from(task)) > self._situation.now:  # of several the first borrows first
+            self._gave_back.setdefault(line, (until, task.task_id))
+        return self._gave_back.get(line)
 
     def _hold_up(self, task: Waiting, room: _Room) -> None:
         """A task within its team's quota does not fit: have places given back, or reserve them, and say why it
@@ -308,14 +325,46 @@ class _Round:
             lacks -= newest.ranks
         return tuple(chosen)
 
-    def _wait(self, task: Waiting, code: WaitCode, about: str = "", until: float | None = None) -> None:
+    def _wait(
+        self,
+        task: Waiting,
+        code: WaitCode,
+        about: str = "",
+        until: float | None = None,
+        since: float | None = None,
+    ) -> None:
+        """Note why a task waits. since: Default: since this was the reason first."""
         before = self._situation.waits.get(task.task_id)
-        since = before.since if before is not None and before.code is code else self._situation.now
+        if since is None:
+            since = before.since if before is not None and before.code is code else self._situation.now
         self._waits[task.task_id] = Wait(code=code, pool=task.pool, about=about, since=since, until=until)
 
 
-_OF_ALL = (WaitCode.OVER_QUOTA, WaitCode.GANG_INCOMPLETE, WaitCode.BASE_MODEL_LOADING)
+_OF_NO_WORKER = (
+    WaitCode.DRAINED,
+    WaitCode.GANG_INCOMPLETE,
+    WaitCode.NO_MACHINE,
+    WaitCode.BASE_MODEL_LOADING,
+)
+"""Reasons of a pool of which no worker is ready."""
+_OF_ALL = (WaitCode.OVER_QUOTA, *_OF_NO_WORKER)
 """Reasons that hold for a team's later tasks as well."""
+
+
+def borrows_from(task: Waiting) -> float:
+    """Unix time from which a task may borrow; 0 where its last attempt did not have to give its places back."""
+    return 0.0 if task.preempted_at is None else task.preempted_at + PATIENCE_SECONDS
+
+
+def of_a_pool_without_workers(name: str, pool: Pool) -> Wait:
+    """Why tasks wait for a pool of which no worker is ready."""
+    if pool.drained:
+        return Wait(code=WaitCode.DRAINED, pool=name, about=pool.drained, since=pool.drained_since)
+    code = (
+        WaitCode.GANG_INCOMPLETE if pool.is_forming else
+        WaitCode.NO_MACHINE if pool.is_placeless else WaitCode.BASE_MODEL_LOADING
+    )  # fmt: skip
+    return Wait(code=code, pool=name)
 
 
 def _ends_in(order: Running) -> float:

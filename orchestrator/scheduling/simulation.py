@@ -25,8 +25,8 @@ from orchestrator.scheduling.pools import Seat, ends_at, resized
 from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
 
 LOAD_SECONDS = 60.0
-"""Time from asking for a worker until its base model is loaded, where a machine is there: a small one takes ten
-seconds, one of 7B from a slow disk two minutes."""
+"""Time from asking for a worker until its base model is loaded, where a machine is there, unless another is given: a
+small one takes ten seconds, one of 7B from a slow disk two minutes."""
 CHECKPOINT_SECONDS = 30.0
 """Time from the word to stop to the checkpoint: a step, and an upload."""
 TOLD_MAX = 500
@@ -48,6 +48,10 @@ class Course:
     """Most of its attempts, one after another, that had to give their places back."""
     told: Estimate | None = None
     """Estimate at its arrival."""
+    queued_at: tuple[float, ...] = ()
+    """When it stood in line: at its arrival, and after each attempt that had to give its places back."""
+    begun_at: tuple[float, ...] = ()
+    """When each of its attempts began."""
 
     @property
     def wait_seconds(self) -> float | None:
@@ -71,6 +75,8 @@ class Simulation:
     """Place-seconds that each team used until the last arrival, while all of them could want places."""
     give_back_seconds: tuple[float, ...] = ()
     """For each task for which others were stopped: from the word to its start."""
+    load_seconds: float = LOAD_SECONDS
+    """Time from asking for a worker until it is ready, as assumed."""
     end_seconds: float = 0.0
 
     @property
@@ -79,7 +85,11 @@ class Simulation:
 
 
 def simulate(
-    arrivals: Sequence[Arrival], shares: Mapping[str, Share], pools: Mapping[str, PoolSettings], seed: int = 0
+    arrivals: Sequence[Arrival],
+    shares: Mapping[str, Share],
+    pools: Mapping[str, PoolSettings],
+    seed: int = 0,
+    load_seconds: float = LOAD_SECONDS,
 ) -> Simulation:
     """Let the arrivals go through the scheduler until the last has ended.
 
@@ -87,6 +97,7 @@ def simulate(
         arrivals: By time.
         pools: Each with `min` workers that are ready at once.
         seed: Of the errors with which running tasks say when they end.
+        load_seconds: Time from asking for a worker until it is ready.
 
     Returns:
         The same for the same arguments.
@@ -95,7 +106,7 @@ def simulate(
         A decision for each arrival and each end, some 0.1 ms for ten teams, and `TOLD_MAX` estimates of 1 ms for every
         ten tasks that wait.
     """
-    return _World(arrivals, shares, pools, seed).run()
+    return _World(arrivals, shares, pools, seed, load_seconds).run()
 
 
 @dataclass
@@ -138,6 +149,7 @@ class _World:
     shares: Mapping[str, Share]
     pools: Mapping[str, PoolSettings]
     seed: int
+    load_seconds: float
     now: float = 0.0
     decision: Decision = field(default_factory=Decision)
 
@@ -202,6 +214,7 @@ class _World:
             there_seconds=self._there,
             used_seconds=self._used_in,
             place_seconds=self._place_seconds,
+            load_seconds=self.load_seconds,
             give_back_seconds=tuple(self._give_backs),
             end_seconds=self.now,
         )
@@ -222,6 +235,8 @@ class _World:
         )
         line = self._lines.setdefault((arrival.pool, arrival.team), [])
         bisect.insort(line, (-arrival.priority, arrival.at_seconds, task.number, waiting))
+        course = self._courses[task.number]
+        self._courses[task.number] = replace(course, queued_at=(*course.queued_at, self.now))
 
     def _leave(self, task: _Task) -> None:
         """A task has ended, or has written the checkpoint that it was told to write."""
@@ -295,6 +310,7 @@ class _World:
         if reclaims := self._reclaims.get(task.arrival.team):
             self._give_backs.append(self.now - reclaims.pop(0))
         course = self._courses[task.number]
+        course = self._courses[task.number] = replace(course, begun_at=(*course.begun_at, self.now))
         if course.started_at is None:
             self._courses[task.number] = replace(course, started_at=self.now)
             if course.told is not None:
@@ -322,14 +338,14 @@ class _World:
         for name in self.pools:
             mine = (waits.get(task.task_id) for task in waiting if task.pool == name)
             wanted = sum(wait is not None and wait.until is None for wait in mine)
-            self._resize(name, wanted, self.now + LOAD_SECONDS)
+            self._resize(name, wanted, self.now + self.load_seconds)
 
     def _resize(self, pool: str, wanted: int, ready_at: float) -> None:
         settings, workers = self.pools[pool], self._workers[pool]
-        seats = [Seat(name=one.name, idle_since=one.idle_since) for one in workers]
+        seats = [Seat(name=one.name, idle_since=one.idle_since, loads=one.ready_at > self.now) for one in workers]
         change = resized(pool, settings, seats, wanted, self.now)
         for name in change.starts:
-            workers.append(_Worker(name, ready_at, self.now, self.now))
+            workers.append(_Worker(name, ready_at, self.now, ready_at))
             self._come_back(ready_at)
         for worker in [one for one in workers if one.name in change.ends]:
             self._count(pool, worker)
@@ -388,19 +404,28 @@ class _World:
         waiting = [one[-1] for line in self._lines.values() for one in line]
         by_id = {task.task_id: task for task in waiting}
         order = running_order(waiting, self._use_seconds(), running, self.shares, now=self.now)
+        kept = estimate.kept_from_borrowing([by_id[task_id] for task_id in order], running, self.shares, self.now)
         for task in asking:
             name = task.arrival.pool
-            pool, pace = self._pool(name), pace_of(self._ended[name][-PACE_TASKS:])
+            pace = pace_of(self._ended[name][-PACE_TASKS:])
             ahead = (by_id[task_id] for task_id in order[: order.index(task.name) + 1])
             line = [one for one in ahead if one.pool == name]
             there = [one for one in running if one.pool == name]
-            known, free = [*self._told, *self._late()], pool.free + pool.coming
-            told = estimate.estimate_starts(line, there, free, pace, known, now=self.now, asked=(task.name,)).get(
-                task.name
-            )
+            known, asked, coming = [*self._told, *self._late()], (task.name,), self._loading(name)
+            free = self._pool(name).free
+            told = estimate.estimate_starts(
+                line, there, free, pace, known, now=self.now, asked=asked, coming=coming, kept=kept
+            ).get(task.name)
             if told is not None:
                 self._asked[task.number] = told
             self._courses[task.number] = replace(self._courses[task.number], told=told)
+
+    def _loading(self, name: str) -> list[float]:
+        """Seconds until each place is free that the pool's workers will have once they have loaded."""
+        settings, workers = self.pools[name], self._workers[name]
+        seconds = [one.ready_at - self.now for one in workers if one.ready_at > self.now]
+        seconds += [self.load_seconds] * (settings.max - len(workers))
+        return [one for one in seconds for _ in range(settings.ranks)]
 
     def _late(self) -> list[Told]:
         waited = ((told, self.now - self.arrivals[number].at_seconds) for number, told in self._asked.items())
@@ -434,10 +459,11 @@ def inside(courses: Iterable[Course]) -> float | None:
 def report(simulation: Simulation) -> dict[str, Any]:
     """The figures of a simulation, as plain values. What is not known is None.
 
-    `jain` is about the place-seconds that each team used until the last arrival, over its weight, and `utilisation`
-    about the same time; `give_back_seconds_max` is the longest time from the word to a borrower to the start of a task
-    of the team that the places are for; `start_in_stated_interval` is the share of starts that fell into the interval
-    that was told at arrival, for `TOLD_MAX` arrivals.
+    `jain` is about the place-seconds that each team used until the last arrival, over its weight, None where there was
+    nothing to share: one team alone, or nobody waited; `utilisation` is about the same time. `give_back_seconds_max` is
+    the longest time from the word to a borrower to the start of a task of the team that the places are for;
+    `start_in_stated_interval` is the share of starts that fell into the interval that was told at arrival, for
+    `TOLD_MAX` arrivals.
     """
     courses, shares = simulation.courses, simulation.shares
     used = simulation.place_seconds
@@ -448,7 +474,11 @@ def report(simulation: Simulation) -> dict[str, Any]:
         "never_started": sum(course.started_at is None for course in courses),
         "weeks": until / (7 * 24 * 3600),
         "utilisation": _share(simulation.used_seconds, simulation.there_seconds),
-        "jain": jain_index(used[team] / shares.get(team, Share()).weight for team in used),
+        "jain": jain_index(used[team] / shares.get(team, Share()).weight for team in used)
+        if waited and any(used.values()) and len({course.arrival.team for course in courses}) > 1
+        else None,
+        "load_seconds": simulation.load_seconds,
+        "checkpoint_seconds": CHECKPOINT_SECONDS,
         "preemptions": sum(course.preemptions for course in courses),
         "preempted_in_a_row_max": max((course.preempted_in_a_row for course in courses), default=0),
         "give_back_seconds_max": max(simulation.give_back_seconds, default=None),

@@ -28,7 +28,7 @@ from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import TaskRecord, new_task_id
+from orchestrator.tasks.task_record import EarlierRows, TaskRecord, TaskState, new_task_id
 from orchestrator.tasks.uploads import TeamFolder, team_folder
 from subspace_store import Storage
 from subspace_store.digests import digest
@@ -80,8 +80,13 @@ class Draft:
     @property
     def content_sha256(self) -> str:
         """Digest that is equal for the same submission: see `content_sha256`."""
+        return content_sha256(self.spec, self.brought_sha256, self.eval_sha256)
+
+    @property
+    def brought_sha256(self) -> str:
+        """Digest of what the training rows say, or of the adapter to import."""
         brought = self.rows.train or self.adapter
-        return content_sha256(self.spec, brought.sha256 if brought else "", self.eval_sha256)
+        return brought.sha256 if brought else ""
 
     def close(self) -> None:
         """Delete the temporary files."""
@@ -392,11 +397,81 @@ def would_admit(
         eval_sha256=draft.eval_sha256,
         constant_score=rows.evaluation.constant_score if rows.evaluation else None,
         content_sha256=content,
+        brought_sha256=draft.brought_sha256,
         warnings=draft.warnings,
         pool=draft.pool,
     )
+    if spec.revises:
+        record = record.model_copy(update=_as_revision(record, draft, queue))
     awaits = queue.check(record, settings.teams[spec.team].queued_max, beside)
     return record.model_copy(update={"awaits": awaits}), True
+
+
+def _as_revision(record: TaskRecord, draft: Draft, queue: TaskQueue) -> dict[str, Any]:
+    """What a record says that is the next revision of the published task of its name.
+
+    Raises:
+        InvalidInput: There is none; it is of another kind, another metric, another base model or has other labels; or
+            these are rows that a revision of it brought already.
+    """
+    spec, living = record.spec, queue.living_of_names([record.title]).get(record.title, [])
+    published = next((one for one in living if one.state is TaskState.PUBLISHED), None)
+    if published is None:
+        what = f"{record.title} is {living[0].state if living else 'not there'}, and only a published task is revised"
+        todo = "wait until it is published" if living else "leave revises or --revise out: then it is a new task"
+        raise InvalidInput(what, "revises", todo)
+    before = published.spec
+    for key, theirs, ours in (
+        ("base_model", before.base_model, spec.base_model),
+        ("kind", before.kind, spec.kind),
+        ("metric", before.metric, spec.metric),
+    ):
+        if theirs != ours:
+            what = f"is '{ours}', and '{theirs}' in {published.exact_title}, whose next revision this is"
+            raise InvalidInput(what, key, f"write {theirs}, or give the task another name")
+    known, asked = before.data.label_names, spec.data.label_names
+    if known and asked[: len(known)] != known:
+        raise InvalidInput(
+            f"{published.exact_title} has {list(known)!r:.300}, and this revision {list(asked)!r:.300}",
+            "data.label_names",
+            "list its labels first, in their order, and new ones after them",
+        )
+    revisions = queue.revisions(published)
+    _refuse_known_rows(draft, [one for one in revisions if one.came_to_something])
+    own = EarlierRows(
+        task_id=published.task_id,
+        number=published.number,
+        eval_key=published.eval_key,
+        eval_count=published.eval_count,
+        eval_sha256=published.eval_sha256,
+    )
+    earlier = (*published.earlier_rows, *((own,) if published.eval_key else ()))
+    return {
+        "revises": published.task_id,
+        "number": 1 + max(one.number for one in revisions if one.came_to_something),
+        "earlier_rows": earlier,
+        # Of the new rows alone: the score is on the earlier ones too.
+        "constant_score": None if earlier else record.constant_score,
+    }
+
+
+def _refuse_known_rows(draft: Draft, revisions: Collection[TaskRecord]) -> None:
+    for one in revisions:
+        known = one.content_sha256 and content_sha256(one.spec, draft.brought_sha256, draft.eval_sha256)
+        if draft.brought_sha256 == one.brought_sha256 or known == one.content_sha256:  # older records have only this
+            what = "the adapter" if draft.adapter else "the training rows"
+            raise InvalidInput(
+                f"{what} of {one.exact_title} once more: nothing is new",
+                "method.adapter" if draft.adapter else "data.train_file",
+                f"give new rows; `onebasis rollback-task {one.title} --to {one.number}` brings that revision back",
+            )
+        if draft.eval_sha256 and draft.eval_sha256 == one.eval_sha256:
+            raise InvalidInput(
+                f"the evaluation rows of {one.exact_title} once more, on which it is scored anyway: nothing would show "
+                "what the new training rows are good for",
+                "data.eval_file",
+                "give rows like the new ones, or data.eval_fraction",
+            )
 
 
 def _same(known: TaskRecord, draft: Draft, client_key: str) -> TaskRecord:

@@ -96,7 +96,7 @@ drains = Table(
     Column("by", Text, nullable=False),
     Column("reason", Text, nullable=False),
     Column("at", Float, nullable=False),
-    Column("waits", Boolean, nullable=False),
+    Column("waits", Boolean, key="lets_end", nullable=False),
 )
 """Workers, and machines by their addresses, that get nothing new before maintenance."""
 

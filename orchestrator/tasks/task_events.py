@@ -155,6 +155,14 @@ class RolledBack:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """`main` holds another revision of the task in its place."""
+
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
 class Restored:
     """`main` holds the task again, or holds it since another version, as some were made again without a task."""
 
@@ -249,6 +257,7 @@ Event = (
     | MergeUndone
     | Judged
     | RolledBack
+    | Replaced
     | Restored
     | CancelRequested
     | PreemptRequested

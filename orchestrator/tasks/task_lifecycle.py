@@ -20,7 +20,8 @@ coefficients in the version's basis; lost, preempted or stopped by a bug within 
 (m) the store made the next version with the refined coefficients, and its whole group, which waited in `evaluating`,
 moves there. Or it could not be refined: then it goes on as it was merged, and its record says why. A task is refined
 once: merged again by (j), it is merged as refined. With `share_full` it is refined again beside the newcomers of later
-versions, and stays published meanwhile. Cancelled can be reached until it is part of a merge.
+versions, and stays published meanwhile. Cancelled can be reached until it is part of a merge. A task whose next
+revision takes its place in `main` is replaced; put back, it is published again.
 
 A queued task stands in line, or something keeps it from that (`TaskRecord.blocked`): it is paused, it comes after a
 task that is not published, its time has not come. (c) leads there too, where it was paused while it ran; and to parked
@@ -57,6 +58,7 @@ from orchestrator.tasks.task_events import (
     Refined,
     RefinedAgain,
     RefinementRefused,
+    Replaced,
     Restored,
     Resumed,
     RolledBack,
@@ -173,6 +175,8 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 local_score=_measured(outcome.local_score),
                 base_score=_measured(outcome.base_score),
                 metrics={name: value for name, value in outcome.metrics.items() if value == value},
+                scores_of_rows=dict(outcome.scores_of_rows),
+                main_scores_of_rows=dict(outcome.main_scores_of_rows),
                 warnings=_warnings(record, outcome),
                 method=outcome.method,
                 compared=outcome.compared,
@@ -216,9 +220,13 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
         case Judged() if state is TaskState.EVALUATING:
             passed = TaskState.PUBLISHED if event.passed else TaskState.REJECTED
             return _end(record, passed, event.message, event.at, *event.codes)
-        case RolledBack() if state is TaskState.PUBLISHED:
+        case RolledBack() if state in (TaskState.PUBLISHED, TaskState.REPLACED):
             return _end(record, TaskState.PARKED, event.message, event.at, event.code)
-        case Restored() if state is TaskState.PUBLISHED or (state is TaskState.PARKED and record.version):
+        case Replaced() if state is TaskState.PUBLISHED or (state is TaskState.PARKED and record.version):
+            return _end(record, TaskState.REPLACED, event.message, event.at)
+        case Restored() if state in (TaskState.PUBLISHED, TaskState.REPLACED) or (
+            state is TaskState.PARKED and record.version
+        ):
             at = event.version
             return _with(record, state=TaskState.PUBLISHED, reason=event.message, reason_codes=(), version=at)
         case CancelRequested():

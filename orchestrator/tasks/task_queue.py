@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -34,6 +35,8 @@ from orchestrator.tasks.task_record import (
     BLOCKS,
     ENDED_WITHOUT_RESULT,
     IN_FLIGHT,
+    LIVE,
+    OUT_OF_LINE,
     Drain,
     Pause,
     TaskRecord,
@@ -57,6 +60,8 @@ _tasks, _events, _uses, _team_uses = tables.tasks, tables.events, tables.uses, t
 _awaits, _pauses, _drains = tables.awaits, tables.pauses, tables.drains
 _RECORD = (_tasks.c.task_id, _tasks.c.team, _tasks.c.name, _tasks.c.record)
 _ENDED = [str(state) for state in ENDED_WITHOUT_RESULT]
+_OUT_OF_LINE = [str(state) for state in OUT_OF_LINE]
+_REPLACED = str(TaskState.REPLACED)
 _QUEUED = str(TaskState.QUEUED)
 _IN_LINE = (_tasks.c.state == _QUEUED, _tasks.c.blocked == "")
 _BLOCKED = [str(code) for code in BLOCKS]
@@ -221,7 +226,8 @@ class TaskQueue:
             return self._get(connection, task_id)
 
     def find(self, reference: str, of_teams: Collection[str] | None = None) -> TaskRecord:
-        """One task by id, by the beginning of its id, or by `team/name` (the newest of that name).
+        """One task by id, by the beginning of its id, by `team/name` (the newest of that name that no other revision
+        has replaced), or by `team/name@2`, its second revision.
 
         Args:
             of_teams: Teams whose tasks there are for who asks; None: all. A task of another team is not found, as one
@@ -232,11 +238,14 @@ class TaskQueue:
             UnreadableTask: This release cannot read it.
         """
         team, slash, name = reference.partition("/")
+        if named := re.fullmatch(r"([^/@]+/[^/@]+)@(\d{1,9})", reference):
+            return self._revision(named[1], int(named[2]), of_teams)
         here = () if of_teams is None else (_tasks.c.team.in_(sorted(of_teams)),)
         chosen = select(_tasks.c.task_id).where(*here)
         if slash:
-            named = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
-            chosen = named.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(1)
+            chosen = chosen.where(_tasks.c.team == team, _tasks.c.name == name)
+            replaced_last = (_tasks.c.state == _REPLACED, _tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
+            chosen = chosen.order_by(*replaced_last).limit(1)
         else:
             chosen = chosen.where(_tasks.c.task_id.startswith(reference, autoescape=True)).limit(2)
         with self._database.reading() as connection:
@@ -245,12 +254,34 @@ class TaskQueue:
                 found = [reference]  # another id begins with the whole of this one
             if not reference or len(found) != 1:
                 problem = "several tasks begin like this" if len(found) > 1 else "there is no such task"
-                named = select(_tasks.c.team).distinct().where(_tasks.c.name == reference, *here).limit(3)
-                teams = [] if found or slash else sorted(connection.execute(named).scalars())
+                of_name = select(_tasks.c.team).distinct().where(_tasks.c.name == reference, *here).limit(3)
+                teams = [] if found or slash else sorted(connection.execute(of_name).scalars())
                 meant = " or ".join(repr(f"{team}/{reference}") for team in teams)
                 todo = f"did you mean {meant}?" if meant else "`onebasis tasks` lists ids and names"
                 raise NotFound(problem, repr(reference), todo)
             return self._get(connection, found[0])
+
+    def revisions(self, record: TaskRecord) -> list[TaskRecord]:
+        """A task's revisions, oldest first, those that came to nothing among them: all of its name that one of the
+        others takes the place of, or that take the place of one."""
+        named = select(*_RECORD).where(_tasks.c.team == record.team, _tasks.c.name == record.name)
+        same_name = self._records(named.order_by(_tasks.c.submitted_at, _tasks.c.task_id))
+        found, before = {record.task_id}, 0
+        while len(found) > before:
+            before = len(found)
+            found |= {one.revises for one in same_name if one.revises and one.task_id in found}
+            found |= {one.task_id for one in same_name if one.revises in found}
+        return [one for one in same_name if one.task_id in found]
+
+    def _revision(self, title: str, number: int, of_teams: Collection[str] | None) -> TaskRecord:
+        """A revision by its number; of several with it, of which one alone can have come to something, that one, else
+        the newest. Raises NotFound."""
+        revisions = self.revisions(self.find(title, of_teams))
+        tried = [one for one in revisions if one.number == number]
+        if not tried:
+            numbers = sorted({one.number for one in revisions})
+            raise NotFound(f"there is no revision {number}", title, f"there are: {', '.join(map(str, numbers))}")
+        return max(tried, key=lambda one: (one.came_to_something, one.submitted_at, one.task_id))
 
     def tasks(self, states: Iterable[TaskState] = (), team: str | None = None) -> list[TaskRecord]:
         """Tasks by age, all or those in some states or of one team. What cannot be read is left out: `unreadable`."""
@@ -353,6 +384,13 @@ class TaskQueue:
         chosen = select(_tasks.c.base_model, func.count()).where(_tasks.c.state.not_in(_ENDED))
         with self._database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(chosen.group_by(_tasks.c.base_model))}
+
+    def alive_of_teams(self) -> dict[str, int]:
+        """Team to number of its tasks that have not ended."""
+        alive = _tasks.c.state.in_([str(state) for state in LIVE])
+        chosen = select(_tasks.c.team, func.count()).where(alive).group_by(_tasks.c.team)
+        with self._database.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(chosen)}
 
     def queued(self) -> list[tuple[str, str, str, int]]:
         """(team, pool, what blocks them, number) of queued tasks, from an index alone; see `TaskRecord.blocked`."""
@@ -496,7 +534,7 @@ class TaskQueue:
 
     def drains(self) -> list[Drain]:
         """Workers and machines that are drained, those that were first asked for first."""
-        columns = (getattr(_drains.c, name) for name in Drain.model_fields)
+        columns = (getattr(_drains.c, name).label(name) for name in Drain.model_fields)
         with self._database.reading() as connection:
             rows = connection.execute(select(*columns).order_by(_drains.c.at, _drains.c.what))
             return [Drain(**row._mapping) for row in rows]
@@ -505,10 +543,11 @@ class TaskQueue:
         """Drain a worker or a machine from now on; None: no longer.
 
         Returns:
-            The drain that was in force before. Asked for twice, the newer one counts: it may no longer wait.
+            The drain that was in force before. Asked for twice, the newer one counts: what trains may no longer be let
+            end.
         """
         mine = (_drains.c.what == what, _drains.c.is_node == is_node)
-        columns = [getattr(_drains.c, name) for name in Drain.model_fields]
+        columns = [getattr(_drains.c, name).label(name) for name in Drain.model_fields]
         with self._database.writing() as connection:
             row = connection.execute(select(*columns).where(*mine)).first()
             connection.execute(delete(_drains).where(*mine))
@@ -517,12 +556,14 @@ class TaskQueue:
         return Drain(**row._mapping) if row else None
 
     def placed(self, base_model: str) -> list[Placed]:
-        """The published tasks of a base model, and the parked ones that are in a version, without their records."""
+        """The published and the replaced tasks of a base model, and the parked ones that are in a version, without
+        their records."""
         columns, mine = (_tasks.c.task_id, _tasks.c.state, _tasks.c.version), _tasks.c.base_model == base_model
         published = select(*columns).where(mine, _tasks.c.state == str(TaskState.PUBLISHED))
+        replaced = select(*columns).where(mine, _tasks.c.state == _REPLACED)
         parked = select(*columns).where(mine, _tasks.c.state == str(TaskState.PARKED), _tasks.c.version > 0)
         with self._database.reading() as connection:
-            rows = [*connection.execute(published), *connection.execute(parked)]
+            rows = [row for chosen in (published, replaced, parked) for row in connection.execute(chosen)]
         return [Placed(task_id, TaskState(state), version) for task_id, state, version in rows]
 
     def is_anyone_unjudged(self, base_model: str) -> bool:
@@ -533,14 +574,15 @@ class TaskQueue:
         with self._database.reading() as connection:
             return connection.execute(chosen.limit(1)).first() is not None
 
-    def living_of_names(self, titles: Collection[str]) -> dict[str, TaskRecord]:
-        """Which of these names (`team/name`) are taken: name to the task that is alive or published."""
-        found = {}
+    def living_of_names(self, titles: Collection[str]) -> dict[str, list[TaskRecord]]:
+        """Which of these names (`team/name`) are taken: name to the tasks that are alive or published; more than one
+        where a revision is on its way."""
+        found: dict[str, list[TaskRecord]] = {}
         with self._database.reading() as connection:
             for title in titles:
                 team, _, name = title.partition("/")
-                if taken := self._alive(connection, team, name):
-                    found[title] = self._get(connection, taken.task_id)
+                for taken in self._alive(connection, team, name):
+                    found.setdefault(title, []).append(self._get(connection, taken.task_id))
         return found
 
     # --- advancing ---------------------------------------------------------------------------------------------
@@ -657,7 +699,7 @@ class TaskQueue:
         after = advance(record, event, self._failures)
         if after is record:
             return record
-        if isinstance(event, Restored) and record.state is TaskState.PARKED:
+        if isinstance(event, Restored) and record.state is not TaskState.PUBLISHED:
             self._lock_team(connection, record.team)
             self._refuse_taken_name(connection, record)
         after = after.model_copy(update={"revision": record.revision + 1})
@@ -670,7 +712,7 @@ class TaskQueue:
         )
         if written.rowcount != 1:
             raise _OvertakenError
-        self._append(connection, task_id, [(type(event).__name__, narrate(after, event))], time.time())
+        self._append(connection, task_id, [(type(event).__name__, narrate(after, event, record.warnings))], time.time())
         if after.state is not record.state:
             self._tell_those_behind(connection, after)
         if use := used_by(record, event, row.lease_until):
@@ -679,12 +721,14 @@ class TaskQueue:
         return after
 
     def _before(self, connection: Connection, titles: Sequence[str]) -> tuple[str, ...]:
-        """Ids of the newest tasks of these names, without those that are published. Raises InvalidInput."""
+        """Ids of the newest tasks of these names, without those that are published; what ended without a result counts
+        where there is nothing else. Raises InvalidInput."""
         found = []
         for title in titles:
             team, _, name = title.partition("/")
             named = select(_tasks.c.task_id, _tasks.c.state).where(_tasks.c.team == team, _tasks.c.name == name)
-            newest = named.order_by(_tasks.c.submitted_at.desc(), _tasks.c.task_id.desc()).limit(1)
+            ended_last = (_tasks.c.state.in_(_OUT_OF_LINE), _tasks.c.submitted_at.desc(), _tasks.c.task_id.desc())
+            newest = named.order_by(*ended_last).limit(1)
             row = connection.execute(newest).first()
             if row is None:
                 raise InvalidInput(f"there is no task {title}", "after", "submit that one first, or leave it out")
@@ -759,15 +803,21 @@ class TaskQueue:
         if self._database.is_postgres:
             connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(team))))
 
-    def _alive(self, connection: Connection, team: str, name: str) -> AnyRow | None:
-        """The living task of this name. While it lives, no other gets the name: team/name of a score means one task."""
-        named = (_tasks.c.team == team, _tasks.c.name == name, _tasks.c.state.not_in(_ENDED))
-        return connection.execute(
-            select(_tasks.c.task_id, _tasks.c.state, _tasks.c.content_sha256).where(*named)
-        ).first()
+    def _alive(self, connection: Connection, team: str, name: str) -> Sequence[AnyRow]:
+        """The living task of this name, and the next revision of it that is on its way, if there is one. While they
+        live, no other gets the name: team/name of a score means one task."""
+        named = (_tasks.c.team == team, _tasks.c.name == name, _tasks.c.state.not_in(_OUT_OF_LINE))
+        chosen = select(*_RECORD, _tasks.c.state, _tasks.c.content_sha256).where(*named)
+        return connection.execute(chosen.order_by(_tasks.c.submitted_at, _tasks.c.task_id)).all()
 
     def _refuse_taken_name(self, connection: Connection, record: TaskRecord) -> None:
-        taken = self._alive(connection, record.team, record.name)
+        alive = self._alive(connection, record.team, record.name)
+        if record.version:  # it comes back: a revision on its way waits for its merge, which finds out
+            alive = [row for row in alive if row.state == TaskState.PUBLISHED or not self._read(row).revises]
+        elif record.revises:
+            self._refuse_revision(alive, record)
+            return
+        taken = next(iter(alive), None)
         if taken is None:
             return
         same = bool(record.content_sha256) and taken.content_sha256 == record.content_sha256
@@ -785,7 +835,10 @@ class TaskQueue:
         if taken.state != TaskState.PUBLISHED and not same and not record.version:
             todo += ", or cancel the old task first"
         elif taken.state == TaskState.PUBLISHED and not same and not record.version:
-            todo += f", or take the old task out first: `onebasis store remove {record.title}`"
+            todo += (
+                "; if these are new rows for that task, `onebasis submit --revise FILE` (or revises: true) makes its "
+                f"next revision of them; or take the old task out first: `onebasis store remove {record.title}`"
+            )
         raise NameTaken(
             f"task {taken.task_id} of that name is {taken.state}, {what}",
             record.title,
@@ -793,6 +846,19 @@ class TaskQueue:
             record.task_id,
             taken.task_id,
         )
+
+    def _refuse_revision(self, alive: Sequence[AnyRow], record: TaskRecord) -> None:
+        """Refuse a revision of what is not published (any more), or that would not be the only one on its way."""
+        if under_way := next((row for row in alive if row.state != TaskState.PUBLISHED), None):
+            what = f"{self._read(under_way).exact_title} ({under_way.task_id}) is {under_way.state}"
+            todo = f"wait until it has ended, or `onebasis cancel {under_way.task_id}`, then submit this one"
+            raise NameTaken(what, record.title, todo, record.task_id, under_way.task_id)
+        if record.revises not in [row.task_id for row in alive]:
+            raise Conflict(
+                "another revision of it was published, or it was taken out, in this very moment",
+                record.title,
+                "submit it again",
+            )
 
     def _refuse_full_queue(self, connection: Connection, team: str, queued_max: int) -> None:
         mine = select(literal(1)).where(_tasks.c.state == _QUEUED, _tasks.c.team == team)

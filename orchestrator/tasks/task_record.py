@@ -28,6 +28,7 @@ class TaskState(StrEnum):
     REFINING = "refining"
     EVALUATING = "evaluating"
     PUBLISHED = "published"
+    REPLACED = "replaced"
     REJECTED = "rejected"
     PARKED = "parked"
     CANCELLED = "cancelled"
@@ -44,6 +45,9 @@ AT_WORK = (TaskState.TRAINING, TaskState.REFINING)
 
 ENDED_WITHOUT_RESULT = (TaskState.REJECTED, TaskState.PARKED, TaskState.CANCELLED)
 """States after which the same task may be submitted anew under its name."""
+
+OUT_OF_LINE = (*ENDED_WITHOUT_RESULT, TaskState.REPLACED)
+"""States in which a task does not have its name any more: what is submitted or served under it is another one."""
 
 
 SERVICE = ""
@@ -74,16 +78,39 @@ class Drain(Section):
     by: str
     reason: str = ""
     at: float
-    waits: bool = False
+    lets_end: bool = False
     """Whether what trains there ends first; else it writes a checkpoint and waits in the queue again."""
 
     def __str__(self) -> str:
-        what = f"the machine {self.what}" if self.is_node else self.what
-        return f"{what} is drained by {self.by}: {self.reason or 'no reason given'}"
+        return f"{self._name} is drained by {self.by}: {self.reason or 'no reason given'}"
+
+    @property
+    def told(self) -> str:
+        """The same with since when, and what takes it back."""
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.at))
+        undo = f"onebasis drain --undo {'--node ' if self.is_node else ''}{self.what}"
+        why = self.reason or "no reason given"
+        return f"{self._name} is drained by {self.by} since {since}: {why} (`{undo}` takes it back)"
+
+    @property
+    def _name(self) -> str:
+        return f"the machine {self.what}" if self.is_node else self.what
+
+
+class EarlierRows(Section):
+    """Evaluation rows that an earlier revision of a task brought: the later ones are scored on them too."""
+
+    task_id: str
+    """Id of that revision."""
+    number: int
+    """Its number."""
+    eval_key: str
+    eval_count: int
+    eval_sha256: str
 
 
 class TaskRecord(Section):
-    """One task. Optional numbers are None where not measured, never 0."""
+    """One task, or one revision of it. Optional numbers are None where not measured, never 0."""
 
     task_id: str
     team: str
@@ -104,8 +131,17 @@ class TaskRecord(Section):
     """Score of always giving the evaluation rows' most frequent label; None where there is no such score."""
     content_sha256: str = ""
     """Digest of the submission, see `admission.content_sha256`; empty in records of release 0.3."""
+    brought_sha256: str = ""
+    """Digest of what the training rows say, or of the adapter to import; empty in older records."""
     warnings: tuple[str, ...] = ()
     """Sentences on what was doubtful at submission, and on what training made doubtful."""
+
+    number: int = 1
+    """Which revision of the task it is, from 1; `revision`, below, is another count."""
+    revises: str = ""
+    """Id of the revision whose place it takes when it is merged; empty: of none."""
+    earlier_rows: tuple[EarlierRows, ...] = ()
+    """Evaluation rows of the revisions before it, oldest first. Its scores are on these and its own together."""
 
     pool: str = ""
     """Pool whose workers train it; empty in records of releases up to 0.3."""
@@ -171,6 +207,10 @@ class TaskRecord(Section):
     base_score: float | None = None
     metrics: Mapping[str, float] = Field(default_factory=dict)
     """All metrics of the kind for its own adapter before merging."""
+    scores_of_rows: Mapping[str, float] = Field(default_factory=dict)
+    """Of a revision: id of the revision that brought evaluation rows to the score of its own adapter on them."""
+    main_scores_of_rows: Mapping[str, float] = Field(default_factory=dict)
+    """The same of what `main` answered when it was trained."""
     method: str = ""
     """Method that `auto` chose, else the spec's method.name."""
     compared: tuple[str, ...] | None = None
@@ -222,6 +262,43 @@ class TaskRecord(Section):
     def title(self) -> str:
         """`team/name`, what people call it: one task of the service, whatever its base model."""
         return f"{self.team}/{self.name}"
+
+    @property
+    def exact_title(self) -> str:
+        """The same with the number of a later revision: `team/name@2`."""
+        return self.title if self.number == 1 else f"{self.title}@{self.number}"
+
+    @property
+    def came_to_something(self) -> bool:
+        """Whether it is, or was, or may still be a revision that `main` serves: its number belongs to it."""
+        given_up = self.state in (TaskState.REJECTED, TaskState.CANCELLED)
+        return not given_up and not (self.state is TaskState.PARKED and not self.version)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there are evaluation rows, of its own or of a revision before it."""
+        return bool(self.eval_key or self.earlier_rows)
+
+    @property
+    def scored_count(self) -> int:
+        """Number of the evaluation rows that it is scored on, those of revisions before it included."""
+        return self.eval_count + sum(rows.eval_count for rows in self.earlier_rows)
+
+    @property
+    def numbers_of_rows(self) -> dict[str, int]:
+        """Id of each revision whose evaluation rows it is scored on to that revision's number, oldest first."""
+        own = {self.task_id: self.number} if self.eval_key else {}
+        return {rows.task_id: rows.number for rows in self.earlier_rows} | own
+
+    def rows_asked(self, ranks: int) -> float:
+        """Rows that it is to be trained on, one as often as it is read; 0 where it is not trained here.
+
+        Args:
+            ranks: Processes that train it together.
+        """
+        if self.spec.method.name == "import" or not self.train_count:
+            return 0.0
+        return float(self.spec.training.steps(self.train_count, ranks) * self.spec.training.rows_per_step(ranks))
 
     def doubt(self, score: float | None, base_score: float | None = None) -> str:
         """A warning where a score of this task does not show that anything was learnt; else empty.
@@ -276,4 +353,4 @@ def local_results(record: TaskRecord) -> str:
     without rows.
     """
     name = f"local-{record.attempt}-{record.token}"
-    return f"results/{record.task_id}/{name}.safetensors" if record.eval_key else ""
+    return f"results/{record.task_id}/{name}.safetensors" if record.is_scored else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -99,8 +99,13 @@ def _point(event: TaskEvent) -> Point | None:
         return None
 
 
-def narrate(record: TaskRecord, event: Event) -> str:
-    """One line for people: what happened and what it led to."""
+def narrate(record: TaskRecord, event: Event, known: Collection[str] = ()) -> str:
+    """One line for people: what happened and what it led to.
+
+    Args:
+        record: The task after the event.
+        known: Warnings that it had before: nobody is told twice.
+    """
     facts = [
         f"{name} {getattr(event, name)}"
         for name in ("worker", "fault", "version", "merge_key", "by", "title", "pool")
@@ -110,7 +115,8 @@ def narrate(record: TaskRecord, event: Event) -> str:
     if isinstance(event, TrainingDone):
         facts += _trained(event.outcome)
         doubt = record.doubt(event.outcome.local_score, event.outcome.base_score)
-        message = "; ".join(filter(None, (*event.outcome.warnings, doubt)))
+        new = (warning for warning in event.outcome.warnings if warning not in known)
+        message = "; ".join(filter(None, (*new, doubt)))
     if isinstance(event, TrainingFailed | RefinementRefused) and record.unrefined:
         message = f"goes on as it was merged: {record.unrefined}"
     return " · ".join([f"now {record.state}", *facts, *([message] if message else [])])

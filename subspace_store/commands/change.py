@@ -437,8 +437,7 @@ def restore_revision(
             show(facts, lambda _: note(text), as_json)
             return
         op_key = op_key or _next_key(f"restore-revision {task} in {found.version}", state)
-    if place.is_served and not (force and place.is_named):
-        raise is_served(place)
+    _refuse_an_orphan(place, candidate_only, force)
     write(place, force, RestoreRevision(task_id=task, publish=not candidate_only, op_key=op_key, actor=me()))
     after = reader_at(place).state
     number = after.op_keys[op_key]

@@ -192,6 +192,16 @@ def _nan_if_null(value: object) -> object:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsScore:
+    """A score of a task on the evaluation rows that one of its revisions brought."""
+
+    task_id: str
+    """Id of that revision."""
+    score: Annotated[float, BeforeValidator(_nan_if_null)]
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """A measured score: A[version][task]."""
 
@@ -200,6 +210,8 @@ class TaskScore:
     """NaN where it could not be measured; the log writes null."""
     count: int
     """Evaluation rows it was measured on."""
+    of_rows: tuple[RowsScore, ...] = ()
+    """The same for the rows of each revision, oldest first, where it is scored on those of several."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,9 @@ class InRay:
         others = ("@store-", "@process-monitor-")
         return {actor["name"] for actor in named if not actor["name"].startswith(others)}
 
+    def machine(self) -> str:
+        return str(self._ray.nodes()[0]["NodeManagerAddress"])
+
     def reserved_cpus(self) -> float:
         return float(self._ray.cluster_resources()["CPU"] - self._ray.available_resources().get("CPU", 0.0))
 
@@ -122,8 +125,8 @@ def test_pools_grow_give_back_and_are_drained(site: Site, in_ray: InRay) -> None
     # Drain with a running task: it goes on from its checkpoint on another worker.
     site.run("cancel", "payments/c")
     site.wait("a to have a checkpoint", lambda: site.task("payments/a")["progress"].get("step", 0) > 5, 300)
-    site.run("drain", "small-0", "--reason", "new kernel")
-    site.wait("small-0 to be gone from Ray", lambda: "small-0" not in in_ray.workers(), 120)
+    site.run("drain", "small-0", "--reason", "new kernel", "--wait")
+    assert "small-0" not in in_ray.workers()
     task = site.wait_for_state("payments/a", "queued")
     assert "small-0 is drained by" in task["reason"]
     assert task["training"]["lost_machines"] == 0
@@ -145,3 +148,17 @@ def test_pools_grow_give_back_and_are_drained(site: Site, in_ray: InRay) -> None
     site.wait("the gang and one worker to be given back", lambda: len(in_ray.workers()) == 1, 300)
     site.wait("their CPUs to be free", lambda: in_ray.reserved_cpus() == pytest.approx(least), 60)
     assert set(states(site).values()) == {"cancelled"}
+
+    # The only machine is drained: what is asked for meanwhile waits for a place, says why, and gets it with --undo.
+    node = in_ray.machine()
+    site.run("drain", "--node", node, "--wait")
+    for name, needs in (("d", {}), ("e", {"resources": {"ranks": 2}})):
+        site.run("submit", str(site.task_file(name, steps=2, **needs)))
+    for name in ("d", "e"):
+        site.wait(
+            f"{name} to say why", lambda name=name: site.task(f"payments/{name}")["wait"]["code"] == "drained", 120
+        )
+    assert f"`onebasis drain --undo --node {node}` takes it back" in site.task("payments/e")["why"]
+    site.run("drain", "--node", node, "--undo")
+    for name in ("d", "e"):
+        site.wait_for_state(f"payments/{name}", "published", "rejected", seconds=300)

@@ -23,12 +23,13 @@ from orchestrator.tasks.task_events import (
     MergeBegun,
     Merged,
     PreemptRequested,
+    Replaced,
     Restored,
     TrainingDone,
     TrainingFailed,
 )
 from orchestrator.tasks.task_queue import NOBODY, TaskQueue
-from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
+from orchestrator.tasks.task_record import Drain, Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS
 from tests.builders import BASE, task_record, trained
 from workers.orders import Point
@@ -219,6 +220,17 @@ class TaskQueueContract:
         assert [waiting.preempted_at for waiting in queue.waiting(ALL)] == [9.0]
         assert (queue.is_anyone_waiting(ALL), queue.is_anyone_waiting(ALL, without=["red"])) == (True, False)
         assert queue.waiting(ALL, without=["red"]) == queue.waiting({DEFAULT_POOL: 1}, without=["red"]) == []
+
+    def test_a_teams_tasks_that_have_not_ended_are_counted_and_a_drain_is_kept_as_it_was_asked_for(
+        self, queue: TaskQueue
+    ) -> None:
+        for title in ("red/a", "red/b", "blue/c"):
+            queue.add(task_record(title))
+        queue.apply("t-red-a", CancelRequested("ann", 5.0))
+        assert queue.alive_of_teams() == {"red": 1, "blue": 1}
+        asked = Drain(what="worker-0", by="ann", at=5.0, lets_end=True)
+        assert (queue.set_drain("worker-0", False, asked), queue.drains()) == (None, [asked])
+        assert queue.set_drain("worker-0", False, None) == asked
 
     # --- advancing ---
 
@@ -478,7 +490,7 @@ class TaskQueueContract:
         assert queue.living_of_names(["red/a", "red/b"]) == {}
         new = task_record("red/a", task_id="t-new")
         assert queue.add(new)[1]
-        assert queue.living_of_names(["red/a", "red/b"]) == {"red/a": new}
+        assert queue.living_of_names(["red/a", "red/b"]) == {"red/a": [new]}
 
     def test_of_two_tasks_of_one_name_the_older_does_not_come_back_while_the_newer_lives(
         self, queue: TaskQueue
@@ -493,6 +505,55 @@ class TaskQueueContract:
         assert queue.get("t-old").state is TaskState.PARKED
         queue.apply("t-new", CancelRequested("ann", 1.0))
         assert queue.apply("t-old", back).state is TaskState.PUBLISHED
+
+    # --- revisions ---
+
+    @staticmethod
+    def line(queue: TaskQueue) -> None:
+        """A task with three revisions: the first replaced, the second rejected, then published, and a fourth try."""
+        for task_id, number, revises, state in (
+            ("t-1", 1, "", TaskState.REPLACED),
+            ("t-2a", 2, "t-1", TaskState.REJECTED),
+            ("t-2", 2, "t-1", TaskState.PUBLISHED),
+            ("t-3", 3, "t-2", TaskState.QUEUED),
+        ):
+            age = {"t-1": 1.0, "t-2a": 2.0, "t-2": 3.0, "t-3": 4.0}[task_id]
+            version = 0 if state is TaskState.QUEUED else int(age)
+            queue.add(
+                task_record(
+                    "red/a", task_id=task_id, number=number, revises=revises, submitted_at=age, version=version
+                ).model_copy(update={"state": state})
+            )
+
+    def test_a_revision_is_found_by_its_number_and_the_newest_one_by_the_name(self, queue: TaskQueue) -> None:
+        queue.add(task_record("red/a", task_id="t-0", state=TaskState.CANCELLED, submitted_at=0.5))
+        self.line(queue)
+        assert [one.task_id for one in queue.revisions(queue.get("t-2"))] == ["t-1", "t-2a", "t-2", "t-3"]
+        assert [one.task_id for one in queue.revisions(queue.get("t-0"))] == ["t-0"]
+        assert queue.find("red/a").task_id == "t-3"
+        assert [queue.find(f"red/a@{number}").task_id for number in (1, 2, 3)] == ["t-1", "t-2", "t-3"]
+        with pytest.raises(NotFound, match="there is no revision 4"):
+            queue.find("red/a@4")
+        assert {at.task_id: at.state for at in queue.placed(BASE)} == {
+            "t-1": TaskState.REPLACED,
+            "t-2": TaskState.PUBLISHED,
+        }
+        assert {one.task_id for one in queue.living_of_names(["red/a"])["red/a"]} == {"t-2", "t-3"}
+
+    def test_a_task_after_a_revised_one_waits_for_the_revision_on_its_way(self, queue: TaskQueue) -> None:
+        self.line(queue)
+        behind, _ = queue.add(task_record("red/b", {"after": ("red/a",)}))
+        assert behind.awaits == ("t-3",)
+        queue.apply("t-3", CancelRequested("ann", 5.0))
+        later, _ = queue.add(task_record("red/c", {"after": ("red/a",)}))
+        assert later.awaits == ()  # the newest that is alive is published
+
+    def test_an_earlier_revision_comes_back_though_the_next_one_is_on_its_way(self, queue: TaskQueue) -> None:
+        self.line(queue)
+        with pytest.raises(NameTaken):
+            queue.apply("t-1", Restored("main holds it since version 4", 4))  # beside the published second
+        queue.apply("t-2", Replaced("in its place", 5.0))
+        assert queue.apply("t-1", Restored("main holds it since version 4", 4)).state is TaskState.PUBLISHED
 
     # --- a full queue ---
 

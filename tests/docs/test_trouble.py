@@ -95,7 +95,8 @@ def task_answer() -> dict[str, object]:
         "last_point": None, "plot": None,
     }  # fmt: skip
     return {
-        "title": "red/alpha", "task_id": "t1", "progress": {}, "local_score": None, "metrics": {}, "metric": "accuracy",
+        "title": "red/alpha", "exact_title": "red/alpha", "revisions": [], "scores_of_rows": [], "task_id": "t1",
+        "progress": {}, "local_score": None, "metrics": {}, "metric": "accuracy",
         "result": None, "training": training, "events": [], "warnings": [], "alarms": [],
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ from tests.builders import BASE, LAYOUT, settings, task_record
 from tests.orchestrator.stand_in_cluster import StandInCluster
 
 _places, _services = itertools.count(), itertools.count()
-ENDED = ("published", "rejected", "parked", "cancelled")
+ENDED = ("published", "replaced", "rejected", "parked", "cancelled")
 
 
 class Plant:
@@ -92,7 +92,7 @@ class Plant:
         self.cluster.open_store(base_model, LAYOUT.sha256).result()
         return self.cluster._stores[base_model]
 
-    def run(self, until: Callable[[], bool] | None = None, limit_seconds: float = 60.0) -> None:
+    def run(self, until: Callable[[], bool] | None = None, limit_seconds: float = 10.0) -> None:
         """Step until something is so; default: until every task has ended."""
         done = until or (lambda: all(record.state in ENDED for record in self.queue.tasks()))
         stop_at = time.monotonic() + limit_seconds

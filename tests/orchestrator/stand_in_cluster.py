@@ -52,6 +52,10 @@ class StandInCluster:
         """Worker to the address of its machine; empty while it waits for a place."""
         self.avoided: frozenset[str] = frozenset()
         """Machines on which nothing new is placed."""
+        self.keeps_away: dict[str, frozenset[str]] = {}
+        """Worker to the machines that were avoided when it was asked for: Ray never places it there."""
+        self.sizes: Callable[[str, str], bool] = lambda pool, machine: True
+        """Whether a worker of a pool has room on a machine with nothing else on it."""
         self._placeless: list[tuple[str, Future[Any]]] = []
         """Workers that load the base model once they have a machine."""
         self.ended: list[str] = []
@@ -66,6 +70,11 @@ class StandInCluster:
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
         """Title and all titles in the version to the score under that version."""
+        self.on_rows: Callable[[str, str], float] = lambda task_id, brought_by: 0.9
+        """Ids of a revision and of the one that brought evaluation rows to the score on them, before merging and
+        after."""
+        self.main_on_rows: Callable[[str, str], float] = lambda task_id, brought_by: 0.8
+        """The same of what `main` answers before that revision is merged."""
         self.training_faults: dict[str, list[str]] = {}
         """Title to what goes wrong with its next trainings: `lost`, `away`, `damaged`, `input`, `bug`, `nan`,
         `crash`, and
@@ -82,6 +91,8 @@ class StandInCluster:
         """What keeps the workers from going on, as they say it in each heartbeat."""
         self.ends: dict[str, list[ProcessEnd]] = {}
         """Worker to how its process ended, the next times that this is asked; else nobody knows."""
+        self.placeless_orders: set[str] = set()
+        """Gangs whose order waits for places for some of their ranks."""
         self.silent: set[str] = set()
         """Workers that do not answer when asked what they do."""
         self.trainings: list[str] = []
@@ -116,13 +127,19 @@ class StandInCluster:
 
     def start_worker(self, worker: str) -> None:
         self._memory.setdefault(worker, {})
+        self.keeps_away.setdefault(worker, self.avoided)
 
     def end_worker(self, worker: str) -> None:
         self.ended.append(worker)
         del self._memory[worker]
+        self.keeps_away.pop(worker, None)
+        for name, order, future in list(self._held):
+            if name == worker:
+                self._held.remove((name, order, future))
+                future.set_exception(MachineLost(f"{worker} is gone"))
 
     def machines_of(self, worker: str) -> tuple[str, ...]:
-        machine = self.machine_of(worker)
+        machine = self._place(worker)
         return (machine,) if machine and worker in self._memory else ()
 
     @property
@@ -131,6 +148,14 @@ class StandInCluster:
 
     def avoid(self, machines: Collection[str]) -> None:
         self.avoided = frozenset(machines)
+
+    def large_enough(self, pool: str, machines: Collection[str]) -> tuple[str, ...]:
+        return tuple(sorted(machine for machine in machines if self.sizes(pool, machine)))
+
+    def _place(self, worker: str) -> str:
+        """The machine that a worker is on; empty while it waits for one, as it is not placed where it must not be."""
+        machine = self.machine_of(worker)
+        return "" if machine in self.keeps_away.get(worker, ()) else machine
 
     def answer(self, worker: str, questions: Sequence[Question]) -> Future[Any]:
         """Every task answers `yes`."""
@@ -154,7 +179,7 @@ class StandInCluster:
             return _another(future)
 
     def warm(self, worker: str) -> Future[Any]:
-        if not self.machine_of(worker):
+        if not self._place(worker):
             self._placeless.append((worker, future := Future()))
             return future
         if self._has_died(worker):
@@ -173,7 +198,7 @@ class StandInCluster:
         return _landed(
             Progress(
                 token=held.token,
-                phase=Phase.TRAINING,
+                phase=Phase.WAITING if worker in self.placeless_orders else Phase.TRAINING,
                 trouble=self.trouble,
                 step=3,
                 steps=10,
@@ -206,6 +231,7 @@ class StandInCluster:
             self.replaced.append(worker)
             self.silent.discard(worker)
             self._memory[worker] = {}
+            self.keeps_away[worker] = self.avoided
             for name, order, future in list(self._held):
                 if name == worker:
                     self._held.remove((name, order, future))
@@ -249,7 +275,7 @@ class StandInCluster:
         self._stores.pop(base_model, None)
 
     def landed(self, calls: Sequence[Future[Any]], timeout_seconds: float) -> list[Future[Any]]:
-        for worker, future in [one for one in self._placeless if self.machine_of(one[0])]:
+        for worker, future in [one for one in self._placeless if one[0] in self._memory and self._place(one[0])]:
             self._placeless.remove((worker, future))
             future.set_result(LAYOUT)
         done = wait(calls, timeout_seconds, FIRST_COMPLETED).done
@@ -333,12 +359,18 @@ class StandInCluster:
         elif order.spec.method.name == "import":
             made = adapter_from_bytes(content)
         else:
-            made = adapter(zlib.crc32(title.encode()), base=base)
+            state = SubspaceReader.open(storage).state
+            if order.revises and order.revises not in state.tasks_at(state.refs["main"]):
+                return Failed(token=order.token, fault="input", message=f"main does not hold {order.revises}")
+            made = adapter(zlib.crc32(f"{title}{order.revises}".encode()), base=base)
         if fault == "nan":
             made = _with_nan(made)
         packed = adapter_to_bytes(made)
         storage.write(order.staging_key, packed)
         score = self.local(title) if order.eval_key else float("nan")
+        brought_by = [*order.earlier_rows, order.task_id] if order.revises else []
+        for key in order.earlier_rows.values():
+            storage.read(key)  # NotFound if they were deleted too early
         return Trained(
             token=order.token,
             staging_key=order.staging_key,
@@ -356,6 +388,8 @@ class StandInCluster:
             method=order.spec.method.name,
             trainable_parameters=96,
             metrics={"f1_macro": 0.75},
+            scores_of_rows={one: self.on_rows(order.task_id, one) for one in brought_by},
+            main_scores_of_rows={one: self.main_on_rows(order.task_id, one) for one in brought_by},
             worker_seconds=2.5,
         )
 
@@ -363,11 +397,19 @@ class StandInCluster:
         storage = self._storages[order.spec.base_model]
         reader = SubspaceReader.open(storage)
         reader.adapter(order.task_id, order.version)  # NotFound if the version does not hold it
-        storage.read(order.eval_key)
+        for key in (order.eval_key, *order.earlier_rows.values()):
+            storage.read(key)
+        brought_by = [*order.earlier_rows, order.task_id] if order.earlier_rows else []
+        of_rows = {one: (self.on_rows(order.task_id, one), RowCount) for one in brought_by}
         title = f"{order.spec.team}/{order.spec.name}"
         held = frozenset(task.name for task in reader.state.tasks_at(order.version).values())
         return Evaluated(
-            token=order.token, score=self.score(title, held), count=RowCount, seconds=0.1, worker_seconds=0.5
+            token=order.token,
+            score=self.score(title, held),
+            count=RowCount * max(1, len(brought_by)),
+            seconds=0.1,
+            of_rows=of_rows,
+            worker_seconds=0.5,
         )
 
     def _opened(self, base_model: str) -> SubspaceStore:

@@ -12,6 +12,7 @@ from configs.settings import Settings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api.requests import Export, ListTasks, ListVersions, ShowScores, ShowTask, Status
 from orchestrator.api.service import Service
+from orchestrator.commands import display
 from subspace_store import SubspaceReader
 from subspace_store.requests import Hold, Rollback, Tag
 from tests.builders import SHA256
@@ -223,7 +224,7 @@ def test_of_all_base_models_at_most_one_has_its_bases_in_memory(two: Plant) -> N
 
 @pytest.mark.parametrize(("left", "stays"), [(LARGE, SMALL), (SMALL, LARGE)])
 def test_the_tasks_of_a_base_model_that_left_on_purpose_wait_and_go_on_when_it_is_back(
-    two: Plant, left: str, stays: str
+    two: Plant, left: str, stays: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit(two, left, "red/first")
     two.run()
@@ -240,6 +241,10 @@ def test_the_tasks_of_a_base_model_that_left_on_purpose_wait_and_go_on_when_it_i
     service = service_of(two)
     told = service.answer(ShowTask(reference="red/second"))
     assert told["wait"]["code"] == "never-fits"
+    status = service.answer(Status())
+    assert (status["left_base_models"], status["waiting"]) == ({left: 2}, {"red": {"never-fits": 1}})
+    display.status(status)
+    assert f"{left} is no longer among the base models: 2 tasks of it stay as they are" in capsys.readouterr().out
     assert {row["title"] for row in service.answer(ListTasks())} == {"red/first", "red/second", "red/alpha"}
     two.settings = both
     two.kill()

@@ -447,6 +447,28 @@ def test_scoring_that_takes_its_worker_down_every_time_ends_and_names_the_task(p
     assert plant.states() == {"red/alpha": "rejected", "blue/beta": "published"}
 
 
+def test_deaths_while_a_version_is_scored_have_the_budget_for_deaths_and_none_of_the_trainings(
+    make_plant: MakePlant,
+) -> None:
+    plant = make_plant(workers=1, failures={"worker_deaths_max": 1, "lost_machines_max": 5})
+    plant.cluster.training_faults = {"red/alpha": ["lost"]}  # it dies while it trains, too
+    plant.cluster.evaluation_faults = {"red/alpha": ["lost"] * 2}
+    plant.cluster.ends = {"worker-0": [ProcessEnd(pid=pid, signal=9) for pid in (7, 8, 9)]}
+    plant.submit("red/alpha")
+    plant.run()
+    task = plant.get("red/alpha")
+    assert (task.state, task.worker_deaths) == (TaskState.REJECTED, 1)
+    assert task.reason.startswith(
+        "it could not be scored: red/alpha: 2 workers died while they scored it; last: worker-0"
+    )
+    assert "(pid 9) died: it was ended by signal 9" in task.reason
+    plant.cluster.evaluation_faults = {"blue/beta": ["lost"]}  # once is within it
+    plant.cluster.ends = {"worker-0": [ProcessEnd(pid=10, signal=9)]}
+    plant.submit("blue/beta")
+    plant.run()
+    assert plant.states()["blue/beta"] == "published"
+
+
 def test_a_score_that_is_not_a_number_is_no_score(plant: Plant) -> None:
     plant.cluster.score = lambda title, held: float("nan")
     plant.submit("red/alpha")

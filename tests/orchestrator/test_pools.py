@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from orchestrator import worker_pool
-from orchestrator.api.requests import DrainWorker, ListTasks, ShowTask
+from orchestrator.api.requests import Cancel, DrainWorker, ListTasks, ShowTask
 from orchestrator.api.service import Service
+from orchestrator.scheduling.fair_share import Waiting
 from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import Drain, TaskState
-from tests.builders import BASE
+from tests.builders import BASE, LAYOUT
 from tests.orchestrator.plant import Plant
-from workers.orders import Train
+from workers.orders import Phase, Train
 
 MakePlant = Callable[..., Plant]
 TWO = {
@@ -196,10 +199,10 @@ def test_what_trains_on_a_drained_worker_goes_on_elsewhere_from_its_checkpoint(p
     plant.run(lambda: len(at_work(plant)) == 3)
 
 
-def test_with_wait_a_drained_worker_ends_its_task_first_and_gets_nothing_new(plant: Plant) -> None:
+def test_with_let_end_a_drained_worker_ends_its_task_first_and_gets_nothing_new(plant: Plant) -> None:
     plant.submit("red/a", pool="single")
     plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
-    drain(plant, "single-0", wait=True)
+    drain(plant, "single-0", let_end=True)
     plant.step(5)
     assert at_work(plant) == {"red/a": "single-0"}
     assert plant.controller.describe_workers()["single-0"].endswith("; single-0 is drained by ann: new kernel")
@@ -212,7 +215,7 @@ def test_with_wait_a_drained_worker_ends_its_task_first_and_gets_nothing_new(pla
 def test_a_worker_that_is_lost_while_it_is_drained_counts_as_no_lost_machine(plant: Plant) -> None:
     plant.submit("red/a", pool="single")
     plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
-    drain(plant, "single-0", wait=True)
+    drain(plant, "single-0", let_end=True)
     plant.step(2)
     plant.cluster.machine_dies()  # somebody was quicker than the training
     plant.run(lambda: plant.get("red/a").preemptions == 1)
@@ -245,8 +248,164 @@ def test_what_is_not_there_cannot_be_drained(plant: Plant) -> None:
 def test_drains_are_kept_and_taken_back(plant: Plant) -> None:
     asked = Drain(what="single-0", by="ann", reason="r", at=5.0)
     assert plant.queue.set_drain("single-0", False, asked) is None
-    assert plant.queue.set_drain("single-0", False, asked.model_copy(update={"waits": True})) == asked
-    assert [one.waits for one in plant.queue.drains()] == [True]
+    assert plant.queue.set_drain("single-0", False, asked.model_copy(update={"lets_end": True})) == asked
+    assert [one.lets_end for one in plant.queue.drains()] == [True]
     assert plant.queue.set_drain("single-0", True, None) is None  # a machine of that address is another thing
     assert plant.queue.set_drain("single-0", False, None) is not None
     assert plant.queue.drains() == []
+
+
+def why(plant: Plant, title: str) -> tuple[str, str]:
+    """Code of the reason why a task waits, and the sentence."""
+    shown = service(plant).tasks.one(ShowTask(reference=title))
+    return shown["wait"]["code"], shown["why"]
+
+
+@pytest.mark.parametrize("pool", ["single", "gang"])
+@pytest.mark.parametrize("restarted", [False, True], ids=["", "the control plane restarts meanwhile"])
+def test_a_pool_lives_again_when_the_drain_of_its_only_machine_is_taken_back(
+    plant: Plant, pool: str, restarted: bool
+) -> None:
+    plant.step(3)
+    drain(plant, "10.0.0.1", is_node=True)
+    plant.run(lambda: "single-0" in plant.cluster.ended)
+    plant.submit("red/a", pool=pool)
+    plant.run(lambda: any(worker.startswith(pool) for worker in plant.cluster.workers))
+    plant.step(5)
+    assert at_work(plant) == {}
+    code, sentence = why(plant, "red/a")
+    assert code == WaitCode.DRAINED
+    of = f"no worker of pool {pool} is left: the machine 10.0.0.1 is drained by ann since 2"
+    assert sentence.startswith(of)
+    assert "new kernel (`onebasis drain --undo --node 10.0.0.1` takes it back)" in sentence
+    if restarted:
+        plant.kill()
+        plant.step(5)
+    drain(plant, "10.0.0.1", is_node=True, undo=True)
+    plant.run(lambda: at_work(plant).get("red/a", "").startswith(pool))
+    assert plant.get("red/a").attempt == 1
+
+
+def test_what_waits_for_a_place_is_asked_for_anew_whenever_other_machines_are_drained(plant: Plant) -> None:
+    plant.cluster.machine_of = lambda worker: "10.0.0.1" if worker == "single-0" else ""
+    plant.submit("red/a", "red/b", pool="single")
+    plant.run(lambda: "single-1" in plant.cluster.workers and at_work(plant) == {"red/a": "single-0"})
+    plant.step(3)
+    assert plant.cluster.keeps_away["single-1"] == frozenset()
+    plant.queue.set_drain("10.0.0.2", True, Drain(what="10.0.0.2", is_node=True, by="ann", at=5.0))
+    plant.controller.wake()
+    plant.run(lambda: plant.cluster.keeps_away.get("single-1") == {"10.0.0.2"})
+    asked = list(plant.cluster.ended)
+    plant.controller.wake()
+    plant.step(3)
+    assert plant.cluster.ended == asked  # once
+    assert at_work(plant) == {"red/a": "single-0"}
+
+
+def test_a_gang_that_lost_its_places_while_a_machine_was_drained_is_asked_for_anew_and_its_task_goes_on(
+    plant: Plant,
+) -> None:
+    plant.cluster.machine_of = lambda worker: "10.0.0.2"
+    plant.queue.set_drain("10.0.0.1", True, Drain(what="10.0.0.1", is_node=True, by="ann", at=5.0))
+    plant.submit("red/large", pool="gang")
+    plant.run(lambda: at_work(plant) == {"red/large": "gang-0"})
+    plant.cluster.placeless_orders, before = {"gang-0"}, plant.get("red/large")
+    plant.controller._pool._pools["gang"] = plant.settings.pools["gang"].model_copy(update={"heartbeat_seconds": 1e-9})
+    plant.run(lambda: plant.controller._pool.workers["gang-0"].waits)
+    plant.cluster.placeless_orders = set()
+    drain(plant, "10.0.0.1", is_node=True, undo=True)
+    plant.run(lambda: plant.get("red/large").attempt == 2 and bool(at_work(plant)))
+    task = plant.get("red/large")
+    assert (task.lost_machines, task.worker_deaths, task.own_bugs) == (0, 0, 0)
+    (use,) = plant.queue.spent(before.task_id)
+    assert (use.token, use.seconds) == (before.token, 0.0)
+    assert plant.cluster.keeps_away["gang-0"] == frozenset()
+
+
+def test_a_pool_all_of_whose_workers_are_drained_by_name_says_so_also_before_a_task_is_submitted(plant: Plant) -> None:
+    plant.run(lambda: plant.controller.layout_of(BASE) is not None)
+    for number in range(3):
+        plant.queue.set_drain(f"single-{number}", False, Drain(what=f"single-{number}", by="ann", reason="r", at=5.0))
+    plant.submit("red/a", "red/b", pool="single")
+    plant.run(lambda: "single-0" not in plant.cluster.workers)
+    plant.step(3)
+    code, sentence = why(plant, "red/a")
+    assert code == WaitCode.DRAINED
+    assert "single-2 is drained by ann since" in sentence
+    assert "`onebasis drain --undo single-2` takes it back" in sentence
+    assert plant.controller.wait_in_line(plant.get("red/a")).since == 5.0
+    assert service(plant).status.status()["waiting"] == {"red": {"drained": 2}}
+    another = Waiting(task_id="x", team="red", priority=0, submitted_at=1.0, pool="single")
+    told = plant.controller.wait_of_another(another)
+    assert told is not None
+    assert told.code is WaitCode.DRAINED
+    assert plant.controller.seconds_until_free("single") == []
+    plant.queue.set_drain("single-1", False, None)
+    plant.controller.wake()
+    plant.run(lambda: at_work(plant) == {"red/a": "single-1"})
+
+
+def test_a_machine_that_is_too_small_for_a_worker_is_not_why_its_pool_waits(plant: Plant) -> None:
+    plant.cluster.machine_of = lambda worker: "10.0.0.1" if worker.startswith("single") else ""
+    plant.cluster.sizes = lambda pool, machine: pool == "single"
+    plant.submit("red/large", pool="gang")
+    plant.step(3)
+    plant.queue.set_drain("10.0.0.3", True, Drain(what="10.0.0.3", is_node=True, by="ann", at=5.0))
+    plant.controller.wake()
+    plant.run(lambda: "gang-0" in plant.cluster.workers)
+    plant.step(5)
+    assert why(plant, "red/large")[0] == WaitCode.GANG_INCOMPLETE
+
+
+def test_a_single_worker_without_a_machine_is_not_told_to_be_loading(make_plant: MakePlant) -> None:
+    plant = make_plant(pools={"one": {"max": 1}})
+    plant.cluster.machine_of = lambda worker: ""
+    plant.submit("red/a", pool="one")
+    plant.run(lambda: "one-0" in plant.cluster.workers)
+    plant.step(5)
+    code, sentence = why(plant, "red/a")
+    assert code == WaitCode.NO_MACHINE
+    assert sentence.startswith("no machine has room for a worker of pool one: waiting for a place for")
+    assert service(plant).tasks.one(ShowTask(reference="red/a"))["wait"]["who"] == "platform"
+
+
+def test_a_worker_that_loads_is_not_ended_as_idle_however_long_it_takes(
+    make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = make_plant(pools={"one": {"max": 1, "idle_seconds": 10}})
+    warm, loading = plant.cluster.warm, Future[Any]()
+    monkeypatch.setattr(plant.cluster, "warm", lambda worker: loading)
+    plant.submit("red/a", pool="one")
+    plant.run(lambda: "one-0" in plant.cluster.workers)
+    plant.step(3)
+    service(plant).tasks.cancel(Cancel(reference="red/a"))  # nobody waits for it any more
+    plant.controller._pool.layouts[BASE] = LAYOUT
+    now = time.time()
+    monkeypatch.setattr(worker_pool.time, "time", lambda: now + 100)
+    plant.controller.wake()
+    plant.step(3)
+    assert plant.cluster.workers == ("one-0",)
+    loading.set_result(warm("one-0").result())
+    plant.step(3)
+    assert plant.cluster.workers == ("one-0",)  # idle since now
+    monkeypatch.setattr(worker_pool.time, "time", lambda: now + 111)
+    plant.step(3)
+    assert plant.cluster.workers == ()
+
+
+def test_a_worker_that_scores_what_it_has_trained_says_so(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant.controller._pool._pools["single"] = plant.settings.pools["single"].model_copy(
+        update={"heartbeat_seconds": 1e-9}
+    )
+    plant.submit("red/a", pool="single")
+    plant.run(lambda: at_work(plant) == {"red/a": "single-0"})
+    task_id, progress = plant.get("red/a").task_id, plant.cluster.progress
+
+    def scoring(worker: str) -> Any:
+        found: Future[Any] = Future()
+        found.set_result(replace(progress(worker).result(), phase=Phase.SCORING))
+        return found
+
+    plant.run(lambda: plant.controller.describe_workers()["single-0"] == f"training {task_id}")
+    monkeypatch.setattr(plant.cluster, "progress", scoring)
+    plant.run(lambda: plant.controller.describe_workers()["single-0"] == f"scoring the own adapter of {task_id}")

@@ -14,7 +14,7 @@ from configs.settings import Settings
 from orchestrator.api.control_plane import ControlPlane
 from orchestrator.api.requests import ListVersions, Reload, Status
 from orchestrator.cluster import RayCluster
-from orchestrator.reload import taken_without_restart
+from orchestrator.reload import refuse_lost_teams, taken_without_restart
 from subspace_store.commands.state_folder import service_settings
 from tests.builders import settings
 from tests.orchestrator.plant import Plant
@@ -151,3 +151,20 @@ def test_who_leads_again_goes_on_with_the_settings_of_the_last_reload(tmp_path: 
     process.agree(after)
     assert process.cluster.settings is after
     assert process.settings is after
+
+
+def test_a_team_with_tasks_that_have_not_ended_does_not_leave_a_running_service(make_plant: Any) -> None:
+    plant = make_plant(teams={"red": {}, "blue": {}, "green": {}})
+    plant.step(3)
+    plant.cluster.hold = lambda order: True
+    plant.submit("red/a", "red/b", "blue/c")
+    service = service_of(plant)
+    fewer = plant.settings.model_copy(update={"teams": {"green": plant.settings.teams["green"]}})
+    told = r"tasks have not ended: red \(2 tasks\), blue \(1 task\)\n.*`onebasis cancel --team red`"
+    with pytest.raises(Conflict, match=told):
+        service.answer(Reload(settings=fewer))
+    without = plant.settings.model_copy(
+        update={"teams": {team: plant.settings.teams[team] for team in ("red", "blue")}}
+    )
+    refuse_lost_teams(plant.settings, without, plant.queue.alive_of_teams())  # green has none
+    assert plant.queue.alive_of_teams() == {"red": 2, "blue": 1}

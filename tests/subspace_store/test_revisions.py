@@ -13,13 +13,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from configs.errors import Conflict, Corrupt, NameTaken, NotFound, RefusedAdapters
+from configs.errors import Conflict, Corrupt, InvalidInput, NameTaken, NotFound, RefusedAdapters
 from subspace_store import CANDIDATE, MAIN, Adapter, StagedAdapter, SubspaceReader, SubspaceStore, Version
 from subspace_store.adapter import SIZED
 from subspace_store.files.tensor_file import TensorFile
 from subspace_store.files.version_heads import COEFFICIENTS
 from subspace_store.log import fold, retention
-from subspace_store.log.version import TaskScore
+from subspace_store.log.version import RowsScore, TaskScore
 from subspace_store.log.version_log import checkpoint_key
 from subspace_store.requests import Merge, RestoreRevision
 from subspace_store.verify import verify
@@ -230,6 +230,19 @@ def test_a_revision_is_born_in_its_own_version_and_a_restored_one_again() -> Non
     store.record_scores(5, [TaskScore(task_id="a", score=0.5, count=9)], op_key="s", actor="me")
     refined(store, {"a": in_the_basis(store, 2, 5)}, "refine again")
     assert store.state.births(6) == {"b": 2, "a": 5}
+
+
+def test_the_scores_on_each_revisions_rows_are_kept_in_the_log() -> None:
+    store = grown("a", "a@2")
+    parts = (RowsScore(task_id="a", score=0.25, count=4), RowsScore(task_id="a@2", score=math.nan, count=2))
+    score = TaskScore(task_id="a@2", score=0.5, count=6, of_rows=parts)
+    store.record_scores(2, [score], op_key="s", actor="me")
+    (first, second) = reading(store.storage).state.scores[2]["a@2"].of_rows
+    assert (first, second.task_id, second.count) == (parts[0], "a@2", 2)
+    assert math.isnan(second.score)
+    for wrong in (replace(parts[0], score=math.inf), replace(parts[0], count=-1)):
+        with pytest.raises(InvalidInput):
+            store.record_scores(2, [replace(score, of_rows=(wrong,))], op_key="t", actor="me")
 
 
 def test_births_go_on_through_a_compaction() -> None:

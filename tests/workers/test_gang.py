@@ -440,6 +440,32 @@ def test_an_order_that_waits_behind_another_can_be_stopped_too(gang: Gang, ranks
     assert second.outcome.fault == "cancelled"
 
 
+def test_a_rank_that_dies_while_the_base_model_is_loaded_is_told_with_its_end_and_charged(ranks: StandInRanks) -> None:
+    ranks.make = lambda generation, index: StandInRank(loads=Future())
+    ranks.ends[1] = ProcessEnd(pid=7, signal=9)
+    gang = Gang(ranks, lease_seconds=5)
+    with ThreadPoolExecutor(1) as thread:
+        order = thread.submit(gang.run, TRAIN)
+        while not (ranks.generations and all(("warm",) in rank.asked for rank in ranks.now)):
+            time.sleep(0.001)
+        first = ranks.now
+        first[1].die()
+        outcome = order.result(10)
+    assert (outcome.token, outcome.fault) == ("token", "died")
+    assert outcome.message.startswith("while the base model was loaded, rank 1 of 2 on 10.0.0.2 (pid 7) died: ")
+    assert "SIGKILL" in outcome.message
+    assert all(rank.dead for rank in first)  # the next order gets new ones
+    # Its machine is gone with it: that is nobody's fault, and the order is given again.
+    ranks.ends = {}
+    with ThreadPoolExecutor(1) as thread:
+        order = thread.submit(gang.run, replace(TRAIN, token="again"))
+        while not (len(ranks.generations) > 1 and all(("warm",) in rank.asked for rank in ranks.now)):
+            time.sleep(0.001)
+        ranks.now[1].die()
+        with pytest.raises(RankLost, match="was lost"):
+            order.result(10)
+
+
 def test_an_order_waits_for_places_says_why_and_begins_by_itself(ranks: StandInRanks) -> None:
     gang = Gang(ranks, lease_seconds=5)
     ranks.room, ranks.make = False, lambda generation, index: _done(trained("token"))
@@ -533,12 +559,24 @@ def test_ranks_that_loaded_different_weights_are_refused(ranks: StandInRanks) ->
 )
 def test_who_finds_no_place_is_told_what_is_missing(cpus: float, gpus: float, why: str) -> None:
     def machine(number: int, alive: bool = True, **resources: float) -> dict[str, Any]:
-        return {"Alive": alive, "NodeManagerAddress": f"10.0.0.{number}", "Resources": resources}
+        where = f"10.0.0.{number}"
+        return {"Alive": alive, "NodeID": f"id-{number}", "NodeManagerAddress": where, "Resources": resources}
 
     # The first was away for a while, and is back.
     nodes = [machine(1, alive=False), machine(1, CPU=4.0), machine(2, CPU=2.0, GPU=1.0), machine(3, alive=False)]
     workers = WorkerSettings(ranks=4, cpus=cpus, gpus=gpus)
     assert no_place(workers, nodes) == f"no place for 4 ranks with {cpus} CPUs and {gpus} GPUs each: {why}"
+
+
+def test_a_drained_machine_is_no_room_that_something_else_has_taken() -> None:
+    nodes = [
+        {"Alive": True, "NodeID": f"id-{n}", "NodeManagerAddress": f"10.0.0.{n}", "Resources": {"CPU": 4.0}}
+        for n in (1, 2)
+    ]
+    assert no_place(WorkerSettings(ranks=4, cpus=2), nodes, avoid=("id-2",)) == (
+        "no place for 4 ranks with 2 CPUs and 0 GPUs each: the 1 machines that are up have room for 2; drained, and "
+        "not counted: 10.0.0.2"
+    )
 
 
 def _done(outcome: Any) -> StandInRank:

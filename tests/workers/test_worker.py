@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import Corrupt, InvalidInput, Unavailable
+from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable, WorkersBusy
 from configs.settings import BaseModelSettings, StorageSettings
+from subspace_store.adapter import adapter_from_bytes
 from subspace_store.storage.memory import MemoryStorage
 from subspace_store.storage.opening import open_storage
 from tests.workers.tiny_bases import save_llama
@@ -25,7 +26,9 @@ from workers.base_model import BaseModel
 from workers.order_book import OUTCOMES_KEPT
 from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
 from workers.results import read_results
+from workers.rows.reading import read_as
 from workers.rows.task_data import CompletionRow
+from workers.serving.question import Question
 from workers.tokens import lengths, unpacked
 from workers.trainer import Cancelled, Preempted
 from workers.truncation import Length
@@ -368,6 +371,30 @@ def _merge(writer: Any, order: Train, trained: Trained) -> int:
         task_id=order.task_id, name="team-a/sentiment", key=trained.staging_key, sha256=trained.adapter_sha256
     )
     return int(writer.merge([staged], op_key="merge-1", actor="test").number)
+
+
+def test_a_published_task_answers_between_two_orders_and_never_beside_one(worker: Worker, gate: Gate) -> None:
+    with pytest.raises(WorkersBusy, match="something else to do"):
+        Worker(worker._settings, STORAGE, "tiny").answer([Question("red/sentiment", "good")])  # loads its base model
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(worker.run, train("held"))
+        assert gate.began.wait(10)
+        with pytest.raises(WorkersBusy, match="something else to do"):
+            worker.answer([Question("red/sentiment", "good")])
+        gate.opened.set()
+        running.result()
+    (answer,) = worker.answer([Question("nobody/nothing", "good")])
+    assert isinstance(answer, NotFound)
+
+
+def test_a_trained_adapter_says_how_its_rows_are_read(worker: Worker) -> None:
+    order = train("reading")
+    trained = worker.run(order)
+    assert isinstance(trained, Trained)
+    adapter = adapter_from_bytes(open_storage(STORAGE, "tiny").read(trained.staging_key), "staged")
+    read = read_as(adapter.info, "tiny", "red/sentiment")
+    assert (read.kind, read.data.label_names) == (order.spec.kind, order.spec.data.label_names)
+    assert read.data.max_length == order.spec.data.max_length
 
 
 def test_a_base_model_that_cannot_be_loaded_is_not_the_tasks_fault(settings: BaseModelSettings) -> None:

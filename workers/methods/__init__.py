@@ -28,6 +28,9 @@ class Given:
     """Module to its basis in that version."""
     adapter: Adapter | None = None
     """For a refinement: the task's adapter as that version serves it."""
+    start: Adapter | None = None
+    """For a revision: the revision before it as `main` serves it, with a head for this one's labels; None: training
+    starts from the base model."""
 
 
 NOTHING = Given()

@@ -37,6 +37,7 @@ from subspace_store.adapter import Adapter
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, lora
 from workers.methods.factors import ADAPTER, GatedFactor, lora_layers
+from workers.methods.start import kept_ranks
 
 TRAINS = True
 KAPPA_GRID = 50
@@ -48,13 +49,16 @@ def needs_basis(spec: TaskSpec) -> bool:
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
-    """A PEFT model with a gate for each rank. ΔW = 0 at the start, because B = 0."""
-    model = lora.prepare(base, spec)
+    """A PEFT model with a gate for each rank. ΔW = 0 at the start, because B = 0.
+
+    A revision starts from the ranks that given.start has left, their gates at 1, and from fresh ones up to lora.r."""
+    model = lora.prepare(base, spec, given)
     draw = torch.Generator().manual_seed(spec.training.seed)
-    for layer in lora_layers(model).values():
-        gates_R = torch.ones(spec.lora.r)
+    for name, layer in lora_layers(model).items():
+        gates_R = torch.ones(layer.r[ADAPTER])
         if spec.method.gate_start == "normal":
             gates_R.normal_(generator=draw)
+        gates_R[: kept_ranks(given.start, name)] = 1.0
         layer.lora_A[ADAPTER] = GatedFactor(layer.lora_A[ADAPTER].weight.detach(), gates_R)
     return model
 

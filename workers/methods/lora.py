@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from workers.compatibility import chosen_modules
 from workers.heads import owner
 from workers.methods import NOTHING, Given
 from workers.methods.factors import ADAPTER, factors, lora_layers, spanned
+from workers.methods.start import put_factors, ranks_above
 from workers.peft_model import TASK_TYPES, with_lora
 
 TRAINS = True
@@ -44,21 +47,33 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
     """A PEFT model whose trainable numbers are lora_A, lora_B and the head.
 
     The head and A are drawn from spec.training.seed: the same in every process. A lies inside the span of those bases
-    that are given.
+    that are given. A revision starts from given.start in all layers that this has, and in those that the task names.
 
     Raises:
         InvalidInput: A target module that the base model does not have; lists those it has.
     """
-    model = model_with_lora(base, spec, target_modules(base, spec.lora, spec.kind))
+    adapted, start = target_modules(base, spec.lora, spec.kind), given.start
+    if start is not None:
+        adapted = tuple(name for name in base.module_shapes(spec.kind) if name in {*adapted, *start.modules})
+    model = model_with_lora(base, spec, adapted, start, ranks_above(start.modules, spec.lora.r) if start else {})
     _start_inside(model, given.basis, spec.training.seed)
+    if start is not None:
+        put_factors(model, start.modules)
     return model
 
 
-def model_with_lora(base: BaseModel, spec: TaskSpec, adapted: tuple[str, ...], served: Adapter | None = None) -> Any:
+def model_with_lora(
+    base: BaseModel,
+    spec: TaskSpec,
+    adapted: tuple[str, ...],
+    served: Adapter | None = None,
+    ranks: Mapping[str, int] = MappingProxyType({}),
+) -> Any:
     """PEFT's LoRA in these layers of a task model.
 
     Args:
         served: Adapter with the head to go on from; default: the checkpoint's head, and what it lacks from the seed.
+        ranks: Layers with another rank than lora.r.
     """
     import transformers
 
@@ -75,6 +90,7 @@ def model_with_lora(base: BaseModel, spec: TaskSpec, adapted: tuple[str, ...], s
         target_modules=list(adapted),
         modules_to_save=[*trained, *sorted(others)],
         fan_in_fan_out=_stored_transposed(base, adapted),
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
     )
     return with_lora(model, config)
 

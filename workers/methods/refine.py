@@ -12,20 +12,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
-from subspace_store.adapter import Adapter, ModuleUpdate
-from subspace_store.merging.basis import ModuleBasis, foundation_basis
+from subspace_store.adapter import Adapter
+from subspace_store.merging.basis import foundation_basis
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, lora
 from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers
+from workers.methods.start import with_directions_of
 
 TRAINS = True
-ROUNDING = 1e-5
-"""Share of an update's norm below which its part outside the basis is float32 rounding."""
 
 
 def needs_basis(spec: TaskSpec) -> bool:
@@ -52,26 +48,12 @@ def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
         if update.foundation:
             basis = foundation_basis(name, update.shape, update.foundation)
         else:
-            basis = _with_private_directions(given.basis[name], update)
+            basis = with_directions_of(given.basis[name], update)
         root_R = (update.sigma_R / layer.scaling[ADAPTER]).sqrt()  # as much of σ in B as in A
         device = layer.lora_A[ADAPTER].weight.device
         layer.lora_B[ADAPTER] = SpannedFactor.holding(update.u_NR * root_R, basis.p_NK, inward=False, device=device)
         layer.lora_A[ADAPTER] = SpannedFactor.holding(update.v_DR * root_R, basis.q_DK, inward=True, device=device)
     return model
-
-
-def _with_private_directions(basis: ModuleBasis, update: ModuleUpdate) -> ModuleBasis:
-    """The basis and, after it, the directions of the task's private part: they are the task's own, and its coefficients
-    in them are trained with the others. The basis itself where there are none."""
-    p_NK, q_DK = _widened(basis.p_NK, update.u_NR * update.sigma_R), _widened(basis.q_DK, update.v_DR * update.sigma_R)
-    return replace(basis, p_NK=p_NK, q_DK=q_DK)
-
-
-def _widened(basis_NK: Tensor, columns_NR: Tensor) -> Tensor:
-    exact_NK, columns_NR = basis_NK.double(), columns_NR.double()
-    rest_NR = columns_NR - exact_NK @ (exact_NK.T @ columns_NR)
-    u_NR, size_R, _ = torch.linalg.svd(rest_NR - exact_NK @ (exact_NK.T @ rest_NR), full_matrices=False)
-    return torch.cat([basis_NK, u_NR[:, size_R > ROUNDING * columns_NR.norm()].float()], dim=1)
 
 
 def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,18 +36,16 @@ from torch import Tensor
 
 from configs.errors import InvalidInput
 from configs.task_spec import TaskSpec
-from subspace_store.adapter import Adapter
+from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.basis import ModuleBasis, foundation_basis
 from workers.base_model import BaseModel
 from workers.methods import NOTHING, Given, lora
 from workers.methods.factors import ADAPTER, SpannedFactor, lora_layers, reach, spanned
+from workers.methods.start import ROW, coefficients, with_directions_of
 
 TRAINS = True
 COLUMNS_SHARE = 4
 """At most K/4 temporary columns: the range in which the paper found them useful."""
-ROW = 3**-0.5
-"""Length of a row of A as PEFT draws it (kaiming_uniform with a = √5), and of a direction here: so that one learning
-rate moves ΔW as far under both."""
 
 
 def needs_basis(spec: TaskSpec) -> bool:
@@ -64,23 +63,36 @@ def after_step(prepared: Any, spec: TaskSpec, step: int, steps: int) -> None:
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Any:
-    """A PEFT model with coefficients in the place of A and B. ΔW = 0 at the start.
+    """A PEFT model with coefficients in the place of A and B. ΔW = 0 at the start, or what given.start says: of a
+    revision, whose directions beside the basis are kept with it.
 
     Raises:
-        InvalidInput: More temporary columns than a quarter of every module's basis. Or see `lora`.
+        InvalidInput: More temporary columns than a quarter of every module's basis; or a revision of a task that does
+            not lie in the foundation, and is to be trained there. Or see `lora`.
     """
-    model = lora.prepare(base, spec)
+    model = lora.prepare(base, spec, replace(given, basis={}))
+    served = given.start.modules if given.start is not None else {}
     if needs_basis(spec):
-        put_into_basis(model, spec, given.basis)
+        put_into_basis(model, spec, given.basis, served)
     else:
-        _put_into_foundation(model, base, spec)
+        _put_into_foundation(model, base, spec, served)
     return model
 
 
-def put_into_basis(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis]) -> None:
-    """Replace A and B by coefficients in every layer of a PEFT model for which there is a basis."""
+def put_into_basis(
+    model: Any,
+    spec: TaskSpec,
+    bases: Mapping[str, ModuleBasis],
+    served: Mapping[str, ModuleUpdate] = MappingProxyType({}),
+) -> None:
+    """Replace A and B by coefficients in every layer of a PEFT model for which there is a basis.
+
+    Args:
+        served: Layer to the update that its coefficients start from; default: 0.
+    """
     draw, layers = torch.Generator().manual_seed(spec.training.seed), lora_layers(model)
     found = {name: basis for name in layers if (basis := spanned(bases, name)) is not None}
+    found |= {name: with_directions_of(found[name], update) for name, update in served.items() if name in found}
     _check_columns(spec.method.temporary_columns, found)
     for name, basis in found.items():
         layer = layers[name]
@@ -89,21 +101,42 @@ def put_into_basis(model: Any, spec: TaskSpec, bases: Mapping[str, ModuleBasis])
         j_out, j_in = basis.ranks[0] + count_out, basis.ranks[1] + count_in
         device = layer.lora_A[ADAPTER].weight.device
         c_JJ, one_JJ = torch.zeros(j_out, j_in), torch.eye(j_in) * (ROW / reach(len(in_DC), j_in))
+        if name in served:
+            scale = layer.scaling[ADAPTER] * ROW * reach(len(out_NC), j_out)
+            c_JJ[: basis.ranks[0], : basis.ranks[1]] = coefficients(served[name], basis.p_NK, basis.q_DK) / scale
         layer.lora_B[ADAPTER] = SpannedFactor(basis.p_NK, out_NC, c_JJ, inward=False, device=device)
         layer.lora_A[ADAPTER] = SpannedFactor(basis.q_DK, in_DC, one_JJ, inward=True, device=device, frozen=True)
 
 
-def _put_into_foundation(model: Any, base: BaseModel, spec: TaskSpec) -> None:
+def _put_into_foundation(model: Any, base: BaseModel, spec: TaskSpec, served: Mapping[str, ModuleUpdate]) -> None:
     """Replace A and B by coefficients in the foundation. E = 0; F is drawn so that A is as large as PEFT's own start.
-    Both zero would be a saddle without gradient."""
+    Both zero would be a saddle without gradient. Where something is served, they start as its factors."""
     draw, shapes = torch.Generator().manual_seed(spec.training.seed), base.module_shapes(spec.kind)
     for name, layer in lora_layers(model).items():
         basis = foundation_basis(name, shapes[name], spec.method.foundation)
+        if name in served:
+            _refuse_elsewhere(name, served[name], spec)
+            device = layer.lora_A[ADAPTER].weight.device
+            b, a = layer.lora_B[ADAPTER].weight.detach().cpu(), layer.lora_A[ADAPTER].weight.detach().cpu()
+            layer.lora_B[ADAPTER] = SpannedFactor.holding(b, basis.p_NK, inward=False, device=device)
+            layer.lora_A[ADAPTER] = SpannedFactor.holding(a.T, basis.q_DK, inward=True, device=device)
+            continue
         e_KR, f_KR = (torch.zeros(k, spec.lora.r) for k in basis.ranks)
         f_KR.uniform_(-1, 1, generator=draw).div_(len(basis.q_DK) ** 0.5)  # with the factor's reach: kaiming_uniform
         device, none = layer.lora_A[ADAPTER].weight.device, basis.q_DK.new_empty(0, 0)
         layer.lora_B[ADAPTER] = SpannedFactor(basis.p_NK, none, e_KR, inward=False, device=device)
         layer.lora_A[ADAPTER] = SpannedFactor(basis.q_DK, none, f_KR, inward=True, device=device)
+
+
+def _refuse_elsewhere(name: str, update: ModuleUpdate, spec: TaskSpec) -> None:
+    if update.foundation != spec.method.foundation:
+        where = f"{update.foundation} directions of the foundation" if update.foundation else "the learned directions"
+        raise InvalidInput(
+            f"main serves the revision before this one in {where} of {name}, and method.foundation is "
+            f"{spec.method.foundation}: it cannot be where training starts",
+            "method.directions",
+            "choose the same directions as before, method.name: lora, or start: base",
+        )
 
 
 def finish(prepared: Any, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:

@@ -329,6 +329,52 @@ class StoredRows(Rows):
                 yield self._make(*values)
 
 
+class EvaluationRows(Rows):
+    """All evaluation rows of a task: those that the revisions before it brought, oldest first, and its own.
+
+    Args:
+        task_id: Of the task.
+        brought: Id of each of these revisions, and of the task itself, to its rows.
+    """
+
+    def __init__(self, task_id: str, brought: Mapping[str, StoredRows]) -> None:
+        self._rows = tuple(brought.values())
+        self._ends = list(itertools.accumulate(map(len, self._rows)))
+        starts = [0, *self._ends]
+        places = {one: slice(*ends) for one, *ends in zip(brought, starts, self._ends, strict=False)}
+        self.of_revisions: Mapping[str, slice] = {} if [*brought] == [task_id] else places
+        """Id of the revision that brought them to the places of its rows; empty where all are the task's own."""
+        digests = [rows.sha256 for rows in self._rows]
+        self.sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        """Digest of the stored files."""
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def row(self, at: int) -> Row:
+        part = bisect_right(self._ends, at)
+        return self._rows[part].row(at - (self._ends[part - 1] if part else 0))
+
+    def __iter__(self) -> Iterator[Row]:
+        return itertools.chain(*self._rows)
+
+
+def open_evaluation_rows(
+    storage: Storage, task_id: str, key: str, earlier: Mapping[str, str], spec: TaskSpec
+) -> EvaluationRows:
+    """All evaluation rows of a task.
+
+    Args:
+        key: Of its own rows; empty without any.
+        earlier: Id of each revision before it to the key of its rows, oldest first.
+
+    Raises:
+        NotFound, Corrupt, Unavailable: See `open_rows`.
+    """
+    keys = {**earlier, **({task_id: key} if key else {})}
+    return EvaluationRows(task_id, {brought_by: open_rows(storage, at, spec) for brought_by, at in keys.items()})
+
+
 class _Writer:
     """Rows on their way into a temporary file.
 

@@ -131,11 +131,39 @@ def test_all_tasks_of_a_team_in_a_state_are_cancelled_at_once(busy: Site) -> Non
     for title in ("red/a", "blue/b", "red/c"):
         submit(busy, title)
     answer = busy.client.ask(ChangeMany(change="cancel", team="red", state=TaskState.QUEUED, by="ann"))
-    assert answer == {"change": "cancel", "done": ["red/a", "red/c"], "refused": []}
+    assert answer == {"change": "cancel", "done": ["red/a", "red/c"], "unchanged": [], "refused": []}
     states = {row["title"]: row["state"] for row in busy.client.ask(ListTasks())}
     assert (states["red/one"], states["blue/b"], states["red/c"]) == ("training", "queued", "cancelled")
     with pytest.raises(InvalidInput, match="neither a team nor a state"):
         busy.client.ask(ChangeMany(change="cancel"))
+
+
+def test_of_many_tasks_those_with_nothing_to_do_are_told_and_not_changed(busy: Site) -> None:
+    for title in ("red/a", "red/b"):
+        submit(busy, title)
+    busy.client.ask(Pause(reference="red/a", by="ann"))
+
+    def many(change: Any, **of: Any) -> dict[str, Any]:
+        return dict(busy.client.ask(ChangeMany(change=change, by="ann", **of)))
+
+    queued = TaskState.QUEUED
+    retried = many("retry", state=queued)
+    assert retried["done"] == []
+    told = "is queued: only what ended without a result is submitted again"
+    assert retried["unchanged"] == [{"title": title, "why": told} for title in ("red/a", "red/b")]
+    assert many("pause", state=queued) | {"change": ""} == {
+        "change": "",
+        "done": ["red/b"],
+        "unchanged": [{"title": "red/a", "why": "is paused already, by ann"}],
+        "refused": [],
+    }
+    busy.client.ask(Resume(reference="red/b", by="ann"))
+    resumed = many("resume", state=queued)
+    assert (resumed["done"], resumed["unchanged"]) == (["red/a"], [{"title": "red/b", "why": "is not paused itself"}])
+    assert [busy.client.ask(Resume(reference="red/a", by="ann"))["is_new"] for _ in range(2)] == [False, False]
+    busy.client.ask(Cancel(reference="red/a", by="ann"))
+    submit(busy, "red/a", priority=1)
+    assert many("retry", state=TaskState.CANCELLED)["unchanged"][0]["title"] == "red/a"  # another of its name is alive
 
 
 def test_what_does_not_belong_to_a_tasks_state_is_told_and_stops_nothing(site: Site) -> None:
@@ -160,3 +188,5 @@ def test_a_task_that_runs_for_longer_than_it_may_is_parked(busy: Site) -> None:
     submit(busy, "red/long", max_run_seconds=0.01)
     parked = busy.wait_for("red/long", "parked")
     assert parked["trouble"] == ["ran-too-long"]
+    ended = [event["text"] for event in parked["events"] if event["kind"] == "TrainingFailed"]
+    assert ended == ["now parked · fault too-long · stopped: it ran for longer than its max_run_seconds, 0.01"]

@@ -65,7 +65,7 @@ def test_what_is_only_tried_is_not_remembered(plant: Plant, clock: list[float]) 
     found = Estimates(lambda: plant.queue)
     (record,) = plant.submit("red/there")
     found.tell(
-        plant.queue.waiting({DEFAULT_POOL: None}), [], {DEFAULT_POOL: 1}, PACES, [record.task_id], remembered=False
+        plant.queue.waiting({DEFAULT_POOL: None}), [], {DEFAULT_POOL: [0.0]}, PACES, [record.task_id], remembered=False
     )
     assert found._asked == {}
 

@@ -23,12 +23,12 @@ from orchestrator.api.access import EVERY_TEAM, About, Caller, Role, check_main,
 from orchestrator.api.requests import CreateToken, ServiceRequest, Submit
 from orchestrator.api.routes import ROUTES, Route
 from subspace_store import requests as store_requests
-from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, RestoreRevision, StoreRequest
+from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from tests.builders import BASE
 from tests.orchestrator.site import Site
 from workers.orders import Train
 
-WRITERS_ALONE = {Merge, Refine, RecordScores, Publish, Reject, RestoreRevision}
+WRITERS_ALONE = {Merge, Refine, RecordScores, Publish, Reject}
 """What the loop asks of the store, and nobody over HTTP."""
 ROLES = [Role(name) for name in get_args(RoleName)]
 
@@ -355,14 +355,15 @@ def test_nobody_gives_more_than_they_have_nor_ends_what_is_not_theirs(people: Pe
 
 def test_who_asks_too_often_is_told_how_long_to_wait(site: Site, people: People) -> None:
     before = site.service.sources.settings
-    server = before.server.model_copy(update={"requests_per_second": 0.5})
+    server = before.server.model_copy(update={"requests_per_second": 0.01})
     site.service.sources.settings = before.model_copy(update={"server": server})
     try:
         answers = [people.ask("viewer of red", "GET", "/whoami") for _ in range(8)]
-        assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 3
+        assert [answer.status_code for answer in answers] == [200] + [429] * 7
         refused = answers[-1]
         assert refused.json()["code"] == "too-many-requests"
-        assert 1 <= int(refused.headers["retry-after"]) <= 2  # half a request a second: two seconds for a whole one
+        assert 1 <= int(refused.headers["retry-after"]) <= 100  # a hundredth of a request a second
+        assert int(refused.headers["retry-after"]) > 40  # however slow the machine is
         assert people.ask("viewer of blue", "GET", "/whoami").status_code == 200
         for _ in range(8):
             site.client.ask(requests.WhoAmI())  # the owner of the state folder is not counted

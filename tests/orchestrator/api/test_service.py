@@ -7,15 +7,16 @@ from typing import Any, cast
 
 import pytest
 
-from configs.errors import Corrupt, OnebasisError, StoreFull, StoreReadOnly
+from configs.errors import Corrupt, NotLeading, OnebasisError, StoreFull, StoreReadOnly
 from orchestrator.alarms import AlarmCode
-from orchestrator.api.requests import Export, PreviewRollback, Status
+from orchestrator.api.requests import Export, PreviewRollback, Status, Submit
 from orchestrator.api.service import Service
 from orchestrator.commands import display
+from orchestrator.leadership import StandsBy
 from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store import Storage, SubspaceStore
 from subspace_store.requests import Rollback, Tag
-from tests.builders import BASE
+from tests.builders import BASE, task_spec
 from tests.orchestrator.plant import Plant
 
 
@@ -115,3 +116,12 @@ def test_what_a_person_finds_damaged_is_an_alarm_from_then_on(damaged: Plant) ->
     with pytest.raises(Corrupt):
         service_of(damaged).answer(Export(reference="red/alpha"))
     assert damaged.controller.alarms.rings(AlarmCode.STORE_DAMAGED)
+
+
+def test_a_control_plane_that_stands_by_says_why_it_cannot_even_try_a_submission(plant: Plant) -> None:
+    refusal = NotLeading("this control plane stands by, and changes nothing: other leads", "", "give the command there")
+    stands_by = Service(plant.settings, plant.queue, plant.storages, stands_by=lambda: StandsBy("other", refusal))
+    for dry_run in (True, False):
+        with pytest.raises(NotLeading, match="other leads") as told:
+            stands_by.answer(Submit(task=task_spec(), dry_run=dry_run))
+        assert ("a dry run is checked against the base model" in str(told.value)) is dry_run

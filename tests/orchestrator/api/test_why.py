@@ -29,9 +29,10 @@ def decided(code: WaitCode, **facts: Any) -> Surroundings:
 
 
 REST = (
-    "place 3, 2 before it; starts in about 2 min, in four of five cases between 60 s and 10 min (the median of the "
-    "last 7 tasks is 90 s)"
+    "place 3, 2 before it; starts in about 2 min, in four of five cases between 60 s and 10 min (it takes about 90 s, "
+    "by the last 7 tasks like it)"
 )
+THEN = REST.removeprefix("place 3, 2 before it; ")
 AT = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(5000.0))
 
 
@@ -51,6 +52,20 @@ AT = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(5000.0))
             "over-quota",
             f"gave its place back, and borrows none before {AT}; {REST}",
         ),
+        (
+            task_record(),
+            decided(WaitCode.OVER_QUOTA, until=5000.0, about="t9"),
+            "over-quota",
+            "its team has its quota; before it borrows blue/large, which gave its place back and borrows none before "
+            f"{AT}; {REST}",
+        ),
+        (
+            task_record(),
+            decided(WaitCode.DRAINED, about="worker-0 is drained by ann"),
+            "drained",
+            "no worker is left: worker-0 is drained by ann",
+        ),
+        (task_record(), decided(WaitCode.NO_MACHINE), "no-machine", "no machine has room for a worker: loading"),
         (
             task_record(),
             decided(WaitCode.RESERVED_FOR, about="t9"),
@@ -75,16 +90,21 @@ AT = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(5000.0))
             "never-fits",
             "no pool of its base model takes it; there are: 'small', 1 rank of 2 CPUs",
         ),
-        (task_record(), decided(WaitCode.BASE_MODEL_LOADING), "base-model-loading", "no worker is ready: loading"),
+        (
+            task_record(),
+            decided(WaitCode.BASE_MODEL_LOADING),
+            "base-model-loading",
+            f"no worker is ready: loading; {THEN}",
+        ),
         (
             task_record(not_due=True, spec={"not_before": "1970-01-01T01:23:20Z"}),
             around(),
             "not-before",
-            f"is not started before {AT}",
+            f"is not started before {AT}; {THEN}",
         ),
         (
             task_record(awaits=("t9", "t7"), reason="lost"),
-            around(titles={"t9": "blue/large"}),
+            around(titles={"t9": "blue/large"}, start=None),
             "dependency",
             "comes after blue/large, t7; last attempt: lost",
         ),

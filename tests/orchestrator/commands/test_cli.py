@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 from configs.errors import LEAVES, Exit, InvalidInput, NotFound, OnebasisError
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client
-from orchestrator.api.requests import Health, ListTasks, ShowTask, ShowVersion, Submit
+from orchestrator.api.requests import DrainWorker, Health, ListTasks, ShowTask, ShowVersion, Submit
 from orchestrator.commands import attention, cli, display
 from orchestrator.commands.cli import ENDS, app
 from subspace_store.formats.peft import read_peft_folder, write_peft_folder
 from subspace_store.requests import Quarantine, Remove, Tag, Unquarantine
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.site import Site
+from workers.orders import Train
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 Onebasis = Callable[..., Result]
@@ -67,7 +68,7 @@ def test_the_commands_are_these() -> None:
         "workers",
     }
     of_answers = {"predict", "serve"}
-    of_versions = {"versions", "version", "diff", "rollback", "export", "scores", "capacity"}
+    of_versions = {"versions", "version", "diff", "rollback", "rollback-task", "export", "scores", "capacity"}
     of_people = {"whoami", "audit", "login", "token", "context"}
     assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
     assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
@@ -212,7 +213,7 @@ def test_a_dry_run_checks_everything_and_submits_nothing(site: Site, onebasis: O
     assert pool == "  pool       default"
     assert now.startswith("  now        is about to start; place 1, 0 before it; starts at once")
     assert end == "  trained    between 2 s and 17 s from now, in four of five cases"
-    assert cost == "  cost       about 2 s of a worker, as the last tasks"
+    assert cost == "  cost       about 2 place-seconds: 2 s long"
     assert site.client.ask(ListTasks()) == before
 
 
@@ -275,7 +276,9 @@ def test_arrivals_are_simulated_under_the_settings_of_the_service(onebasis: Oneb
     assert found["waits"][0] == {"team": "blue", "pool": "default", "ranks": 1, "tasks": 1} | dict.fromkeys(
         ("mean_seconds", "p50_seconds", "p90_seconds", "max_seconds"), 70.0
     )
-    assert "never started" in onebasis("simulate", str(table)).stdout
+    shown = onebasis("simulate", str(table), "--load-seconds", "90").stdout
+    assert "never started" in shown
+    assert "a worker loads for 90 s (--load-seconds), a checkpoint takes 30 s" in shown
     marked = tmp_path / "marked.csv"
     marked.write_text(table.read_text(), encoding="utf-8-sig")  # as Excel writes UTF-8
     assert json.loads(onebasis("simulate", str(marked), "--json").stdout) == found
@@ -290,11 +293,21 @@ def test_pausing_names_what_is_paused_and_never_everything_by_default(site: Site
         refused = onebasis(nothing)
         assert (refused.exit_code, "names not exactly one of" in refused.stderr) == (2, True)
     assert onebasis("pause", "--service", "--reason", "audit").exit_code == 0
-    assert "the service is paused by ann for" in onebasis("status").stdout
+    status = onebasis("status").stdout
+    assert "the service is paused by ann for" in status
+    assert "(`onebasis resume --service` lets it go on)" in status
     resumed = onebasis("resume", "--service", "--json")
     assert json.loads(resumed.stdout) == {"team": None, "is_new": True, "paused": None}
     assert "paused" not in onebasis("status").stdout
+    assert "the service: was not paused" in onebasis("resume", "--service").stderr
+    assert onebasis("pause", "--team", "red").exit_code == 0
+    assert "(`onebasis resume --team red` lets it go on)" in onebasis("status").stdout
+    assert "team red: no longer paused" in onebasis("resume", "--team", "red").stderr
     assert json.loads(onebasis("cancel", "--team", "red", "--json").stdout)["done"] == []
+    many = onebasis("cancel", "--team", "red", "--state", "published")
+    assert many.exit_code == 4
+    assert "not red/alpha: " in many.stderr
+    assert many.stderr.splitlines()[-1] == "refused: 1"
     assert onebasis("cancel", "red/alpha", "--team", "red").exit_code == 2
     assert "is published" in onebasis("retry", "red/alpha").stderr
 
@@ -346,7 +359,8 @@ def test_submitting_with_wait_ends_with_the_tasks_own_exit_code(site: Site, oneb
 
 def test_every_end_of_a_task_has_an_exit_code_that_no_error_has_but_rejected() -> None:
     assert set(ENDS) == set(display.ENDED)
-    assert len(set(ENDS.values())) == len(ENDS)
+    assert len(set(ENDS.values())) == len(ENDS) - 1
+    assert ENDS["replaced"] == ENDS["published"]  # it was, and did what it was asked for
     assert {ENDS["parked"], ENDS["cancelled"]} & {leaf.exit_code for leaf in (OnebasisError, *LEAVES)} == set()
 
 
@@ -492,7 +506,7 @@ def test_a_service_removes_nothing_that_it_would_reject_at_once(site: Site) -> N
 def test_an_argument_that_is_wrong_is_named_with_what_would_be_right(site: Site, onebasis: Onebasis) -> None:
     said = onebasis("task", "").stderr
     assert "reference: is empty" in said
-    assert "→ reference is an id, the beginning of one, or team/name" in said
+    assert "→ reference is an id, the beginning of one, team/name, or team/name@2" in said
     with pytest.raises(
         InvalidInput, match=r"(?s)version: has to be 0 or more \(got -1\).*version is the number of a vers"
     ):
@@ -642,13 +656,71 @@ def test_a_worker_is_drained_and_taken_back_and_shown_by_its_pool(site: Site, on
         refused = onebasis("drain", *nothing)
         assert (refused.exit_code, "names not exactly one of" in refused.stderr) == (2, True)
     assert "there is no worker of that name" in onebasis("drain", "worker-7").stderr
-    drained = onebasis("drain", "worker-0", "--reason", "new kernel", "--json")
-    assert json.loads(drained.stdout)["drain"]["reason"] == "new kernel"
-    until = time.monotonic() + 10
-    while "worker-0" in json.loads(onebasis("workers", "--json").stdout)["pools"]["default"]["workers"]:
-        assert time.monotonic() < until
+    assert "--undo stands beside" in onebasis("drain", "worker-0", "--undo", "--wait").stderr
+    drained = onebasis("drain", "worker-0", "--reason", "new kernel", "--wait", "--json")
+    answer = json.loads(drained.stdout)
+    assert (answer["drain"]["reason"], answer["given_back"], answer["workers"]) == ("new kernel", True, {})
+    assert "worker-0" not in json.loads(onebasis("workers", "--json").stdout)["pools"]["default"]["workers"]
     status = onebasis("status").stdout
     assert "pool     default: 1 warm (of 2)" in status
     assert "worker-0 is drained by ann for" in status
     assert "`onebasis drain --undo worker-0` takes it back" in status
     assert "tasks are given there again" in onebasis("drain", "worker-0", "--undo").stderr
+
+
+@pytest.mark.changes
+def test_drain_with_wait_stays_until_what_trains_has_ended_and_tells_how_it_gets_on(
+    site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.plant.cluster.hold = lambda order: isinstance(order, Train)
+    for name in ("one", "two"):
+        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
+        site.wait_for(f"red/{name}", "training")
+    looks = []
+
+    def released(seconds: float) -> None:
+        looks.append(site.client.ask(ShowTask(reference="red/one"))["state"])
+        if len(looks) == 3:
+            site.plant.cluster.release()
+
+    monkeypatch.setattr(cli.time, "sleep", released)
+    done = onebasis("drain", "--node", "10.0.0.1", "--let-end", "--wait")
+    assert done.exit_code == 0
+    assert looks[:3] == ["training"] * 3
+    assert "10.0.0.1 is drained; waiting until its places are given back" in done.stderr
+    assert re.search(r"worker-0: training \w+; the machine 10.0.0.1 is drained by", done.stderr)
+    assert "worker-1: its places are given back" in done.stderr
+    assert done.stderr.splitlines()[-1] == "machine 10.0.0.1: all its places are given back"
+    assert onebasis("drain", "--node", "10.0.0.1", "--undo").exit_code == 0  # there is no other to score them on
+    assert [site.wait_for(f"red/{name}", "published")["attempt"] for name in ("one", "two")] == [1, 1]
+
+
+@pytest.mark.changes
+def test_drain_with_wait_ends_when_somebody_takes_the_drain_back_or_types_ctrl_c(
+    site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.plant.cluster.hold = lambda order: isinstance(order, Train)
+    for name in ("one", "two"):
+        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
+        site.wait_for(f"red/{name}", "training")
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.time, "sleep", interrupted)
+    stopped = onebasis("drain", "worker-0", "--let-end", "--wait")
+    assert (stopped.exit_code, "what was drained stays drained" in stopped.stderr) == (130, True)
+    assert [drain.what for drain in site.plant.queue.drains()] == ["worker-0"]
+    undone = DrainWorker(what="worker-0", undo=True, by="bob")
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: site.client.ask(undone))
+    refused = onebasis("drain", "worker-0", "--let-end", "--wait")
+    assert refused.exit_code == 4
+    assert "somebody took the drain of worker-0 back" in refused.stderr
+    site.plant.cluster.release()
+
+
+def test_a_warning_of_a_task_is_shown_once_and_not_again_in_its_events(site: Site, onebasis: Onebasis) -> None:
+    shown = onebasis("task", "red/alpha").stdout
+    few = "the score rests on one evaluation row"
+    assert (shown.count(few), "submitted        submitted" in shown) == (1, True)
+    assert few in onebasis("logs", "red/alpha").stdout

@@ -15,7 +15,8 @@ from orchestrator.commands import display, version_tables
 from subspace_store.commands.terminal import counted, decimals, error, note
 
 TASK: dict[str, Any] = {
-    "task_id": "t0691b2c3ddeadbeef1234", "title": "red/card-orders", "base_model": "minilm", "state": "training",
+    "task_id": "t0691b2c3ddeadbeef1234", "title": "red/card-orders", "exact_title": "red/card-orders",
+    "base_model": "minilm", "state": "training",
     "reason": "", "place": None, "worker": "worker-0", "version": None, "local_score": None,
     "progress": {
         "phase": "training", "step": 120, "steps": 1500, "loss": 0.5432, "learning_rate": 9.2e-4,
@@ -24,6 +25,7 @@ TASK: dict[str, Any] = {
 }  # fmt: skip
 WAITING = TASK | {
     "title": "red/next",
+    "exact_title": "red/next",
     "state": "queued",
     "place": 1,
     "starts_in_seconds": 120.0,
@@ -32,6 +34,7 @@ WAITING = TASK | {
 }
 DONE = TASK | {
     "title": "blue/done",
+    "exact_title": "blue/done",
     "state": "published",
     "version": 3,
     "local_score": 0.9123,
@@ -134,7 +137,14 @@ def test_brackets_in_a_reason_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_followed_without_a_terminal_each_change_is_one_line_of_at_most_80_columns() -> None:
     scoring = TASK | {"progress": {"phase": "scoring"}}
-    asked = iter([[TASK], [TASK], [scoring], [DONE | {"task_id": TASK["task_id"], "title": TASK["title"]}]])
+    asked = iter(
+        [
+            [TASK],
+            [TASK],
+            [scoring],
+            [DONE | {"task_id": TASK["task_id"], "title": TASK["title"], "exact_title": TASK["title"]}],
+        ]
+    )
     with display.console.capture() as captured:
         display.follow(lambda: next(asked), 0.0)
     found = captured.get().splitlines()
@@ -250,7 +260,14 @@ def test_no_character_of_somebody_else_moves_a_terminals_cursor(
     monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
     monkeypatch.setattr(display.console, "_force_terminal", is_terminal)
-    row = TASK | {"title": EVIL, "state": "parked", "reason": EVIL, "worker": EVIL, "main_score_problem": EVIL}
+    row = TASK | {
+        "title": EVIL,
+        "exact_title": EVIL,
+        "state": "parked",
+        "reason": EVIL,
+        "worker": EVIL,
+        "main_score_problem": EVIL,
+    }
     told = {"at": 0.0, "kind": "log", "text": EVIL}
     status = {
         "running": True, "base_model": EVIL, "main": 1, "tasks": {}, "storage": EVIL, "mlflow": EVIL,
@@ -262,13 +279,23 @@ def test_no_character_of_somebody_else_moves_a_terminals_cursor(
         "tags": [EVIL], "remakes": 1, "removed": [EVIL],
         "task_count": 1, "rank_max": 1, "bytes_written": 1, "merge_seconds": 0.1,
     }  # fmt: skip
-    fine = {"warnings": [EVIL], "dry_run": True, "is_new": True, "title": EVIL, "train_rows": 1, "eval_rows": 1}
+    fine = {
+        "warnings": [EVIL],
+        "dry_run": True,
+        "is_new": True,
+        "title": EVIL,
+        "exact_title": EVIL,
+        "train_rows": 1,
+        "eval_rows": 1,
+    }
     text = printed(lambda: (
         display.tasks([row | {"local_score": 1.0}]), display.log_lines([told, told | {"kind": "progress"}]),
         display.status(status), display.submitted(fine), version_tables.versions([version]), note(EVIL),
         error(InvalidInput(EVIL, EVIL, EVIL)), display.follow(lambda: [row], 0.0),
         version_tables.rollback({"from_version": 1, "to_version": 2, "preview": True, "held": False,
                                  "vanishing": [EVIL], "returning": [EVIL]}),
+        version_tables.restored({"title": EVIL, "revision": 1, "error": 0.1, "preview": True, "leaving": EVIL,
+                                 "version": 1, "approximate": True, "others_move": True, "refused": EVIL}),
     ))  # fmt: skip
     assert text.count("\\x1b]0;title") > 10
     own = re.sub(r"\x1b\[[0-9;?]*[mhlAK]|\r", "", text)  # colours, and what a live table needs
@@ -339,7 +366,16 @@ def test_the_capacity_tells_which_tasks_have_private_parts_and_counts_them_in_th
 
 def test_with_more_tasks_than_columns_fit_each_task_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     tasks = [
-        {"title": f"team/task-{n}", "birth": 1, "rows": 100 + n, "base": 0.25, "local": 0.75, "share_full": False}
+        {
+            "title": f"team/task-{n}",
+            "exact_title": f"team/task-{n}",
+            "birth": 1,
+            "rows": 100 + n,
+            "base": 0.25,
+            "local": 0.75,
+            "share_full": False,
+            "of_rows": [],
+        }
         for n in range(45)
     ]
     matrix = [[{"score": 0.5 + n / 1000, "measured_at": 1} for n in range(45)] for _ in range(2)]

@@ -32,6 +32,7 @@ from orchestrator.commands import processes
 from orchestrator.commands.cli import app
 from orchestrator.ray_head import TOKEN_VARIABLE
 from orchestrator.signs_of_life import Life, left_behind, life_of, ray_processes
+from orchestrator.tasks.task_events import CancelRequested
 from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store.commands.state_folder import keep_settings, service_identity
 from subspace_store.log.version import Identity
@@ -410,3 +411,21 @@ def test_up_refuses_a_storage_that_lets_two_writers_overwrite_each_other(
         processes.up(mine, lambda _: None)
     assert list((tmp_path / "logs").iterdir()) == []
     assert open_storage(mine.storage, mine.bases[0].name).keys("") == []
+
+
+def test_settings_without_a_team_whose_tasks_have_not_ended_are_refused(tmp_path: Path) -> None:
+    before = settings(tmp_path)
+    after = before.model_copy(update={"teams": {"blue": before.teams["blue"]}})
+    processes._refuse_lost_teams(after, tmp_path)  # nothing has run here yet
+    keep_settings(before, tmp_path)
+    queue = TaskQueue(before.database_url)
+    ended, alive = (task_record(title, client_key=title) for title in ("red/ended", "red/alive"))
+    queue.add(ended)
+    queue.apply(ended.task_id, CancelRequested("ann", 5.0))
+    processes._refuse_lost_teams(after, tmp_path)
+    queue.add(alive)
+    queue.close()
+    with pytest.raises(Conflict, match=r"tasks have not ended: red \(1 task\)") as told:
+        processes._refuse_lost_teams(after, tmp_path)
+    assert "write them back" in told.value.todo
+    processes._refuse_lost_teams(before, tmp_path)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from configs.settings import GateSettings
 from orchestrator.judging.gate import Decision, PairedDifference, Rule, judge, paired_difference
 from orchestrator.judging.score_table import score_table
-from orchestrator.tasks.task_record import TaskRecord
+from orchestrator.tasks.task_record import EarlierRows, TaskRecord
+from subspace_store.log.version import RowsScore, TaskScore
 from tests.builders import task_record
 from tests.orchestrator.tables import state, version
 
@@ -185,3 +188,73 @@ def test_reasons_tell_how_sure_the_drop_is_and_the_decision_does_not_wait_for_it
         assert len(decision.broken) == 2
         assert all(str(rule).endswith(f"({difference})") for rule in decision.broken)
     assert decided(0.82, 0.80, paired={"a": sure}).passed
+
+
+# --- a revision, judged on each revision's rows ------------------------------------------------------------------
+
+
+def revised(
+    first: float,
+    old: float,
+    new: float,
+    before: Mapping[str, float],
+    metric: str = "accuracy",
+    spec: Mapping[str, Any] | None = None,
+) -> Decision:
+    """Task a was born in version 1 with `first`; b takes its place in version 2, with `old` on its rows and `new` on
+    its own. before: What `main` answered when b was trained."""
+    taken, drift = version(2, 1, ["b"])
+    replacing = replace(taken, added=(replace(taken.added[0], replaces="a"),))
+    log = state([version(1, 0, ["a"]), (replacing, drift)], {1: {"a": first}})
+    parts = [RowsScore(task_id=task_id, score=score, count=50) for task_id, score in (("a", old), ("b", new))]
+    score = TaskScore(task_id="b", score=(old + new) / 2, count=100, of_rows=tuple(parts))
+    log = replace(log, scores={**log.scores, 2: {"b": score}})
+    earlier = EarlierRows(task_id="a", number=1, eval_key="k", eval_count=50, eval_sha256="")
+    revision = task_record(
+        "red/b",
+        {"metric": metric, **(spec or {})},
+        task_id="b",
+        number=2,
+        revises="a",
+        earlier_rows=(earlier,),
+        main_scores_of_rows=before,
+    )
+    return judge(score_table(log, 2, 0.1), 2, {"b": revision}, GATE)
+
+
+@pytest.mark.parametrize(
+    ("first", "old", "new", "before", "broken"),
+    [
+        (0.9, 0.87, 0.8, {"a": 0.9, "b": 0.7}, []),
+        (0.9, 0.8699, 0.8, {"a": 0.8699, "b": 0.7}, [Rule.EARLIER_ROWS]),  # against the first score, not today's
+        (math.nan, 0.87, 0.8, {"a": 0.9, "b": 0.7}, []),
+        (math.nan, 0.86, 0.8, {"a": 0.9, "b": 0.7}, [Rule.EARLIER_ROWS]),  # nobody measured it: then today's
+        (math.nan, 0.86, 0.8, {"b": 0.7}, []),  # nor that: nothing to compare with
+        (0.9, 0.9, 0.7, {"a": 0.9, "b": 0.7}, [Rule.NEW_ROWS]),
+        (0.9, 0.9, 0.7000000001, {"a": 0.9, "b": 0.7}, [Rule.NEW_ROWS]),
+        (0.9, 0.9, 0.7001, {"a": 0.9, "b": 0.7}, []),
+        (0.9, 0.9, 1.0, {"a": 0.9, "b": 1.0}, []),  # nothing can be gained
+        (0.9, 0.8, 0.6, {"a": 0.9, "b": 0.7}, [Rule.EARLIER_ROWS, Rule.NEW_ROWS]),
+    ],
+)
+def test_a_revision_keeps_the_earlier_rows_and_gains_on_its_own(
+    first: float, old: float, new: float, before: Mapping[str, float], broken: list[Rule]
+) -> None:
+    decision = revised(first, old, new, before)
+    assert [one.rule for one in decision.broken] == broken
+    assert decision.codes == tuple(map(str, broken))
+
+
+def test_the_gate_says_which_revisions_rows_it_speaks_of() -> None:
+    assert revised(0.9, 0.8, 0.6, {"b": 0.7}).summary == (
+        "red/b would fall from 0.9000 to 0.8000 on the rows of revision 1, more than gate.drop_max 0.03; "
+        "red/b scores 0.6000 on the new rows, those of revision 2, where main scored 0.7000 without it: nothing is "
+        "gained"
+    )
+
+
+def test_what_is_best_depends_on_the_metric() -> None:
+    """Zero is the best log-likelihood, and nothing in accuracy."""
+    assert revised(0.5, 0.5, 0.0, {"b": 0.0}).codes == (str(Rule.NEW_ROWS),)
+    spec = {"kind": "causal_lm", "data": {"label_names": None}}
+    assert revised(-0.5, -0.5, 0.0, {"b": 0.0}, metric="log_likelihood", spec=spec).passed

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.judging.score_table import Cell, evaluations_due, score_table
+from subspace_store.log.version import RowsScore, TaskScore
 from tests.orchestrator.tables import Drifts, state, version
 
 NAN = math.nan
@@ -114,3 +115,27 @@ def test_after_a_rollback_a_table_follows_its_own_branch_only() -> None:
 def test_the_empty_subspace_has_an_empty_table(number: int) -> None:
     table = score_table(state([], {}), number, 0.1)
     assert (table.versions, table.tasks, dict(table.cells)) == ((), (), {})
+
+
+def test_the_rows_of_a_revision_are_followed_through_whatever_revision_answers() -> None:
+    """a, its revision b, and its revision c; x is another task."""
+    versions = [version(1, 0, ["a", "x"]), version(2, 1, ["b"]), version(3, 2, ["c"])]
+    replacing = [versions[0]]
+    for (made, drift), before in zip(versions[1:], "ab", strict=True):
+        replacing.append((replace(made, added=(replace(made.added[0], replaces=before),)), drift))
+    log = state(replacing, {1: {"a": 0.9, "x": 0.5}})
+
+    def score(task_id: str, **parts: float) -> TaskScore:
+        of_rows = tuple(RowsScore(task_id=one, score=value, count=10) for one, value in parts.items())
+        return TaskScore(task_id=task_id, score=0.5, count=10 * len(parts), of_rows=of_rows)
+
+    scores = {2: {"b": score("b", a=0.88, b=0.7)}, 3: {"c": score("c", a=0.87, b=0.71, c=0.6)}}
+    table = score_table(replace(log, scores={**log.scores, **scores}), 3, 0.1)
+    assert [table.on_rows(number, "a") for number in (1, 2, 3)] == [0.9, 0.88, 0.87]
+    assert [table.on_rows(number, "b") for number in (2, 3)] == [0.7, 0.71]
+    assert math.isnan(table.on_rows(1, "b"))
+    assert (table.on_rows(3, "c"), table.on_rows(3, "x")) == (0.6, 0.5)
+    assert [table.first_on_rows(number, "a") for number in (2, 3, 4)] == [0.9] * 3
+    assert (table.first_on_rows(3, "b"), table.first_on_rows(4, "c")) == (0.7, 0.6)
+    assert math.isnan(table.first_on_rows(3, "c"))
+    assert table.tasks == ("x", "c")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from orchestrator import pending_calls
@@ -17,6 +18,7 @@ from orchestrator.tasks import task_queue
 from subspace_store.requests import Remove, Rollback
 from tests.builders import BASE
 from tests.orchestrator.plant import Plant
+from tests.orchestrator.test_revising import revise
 from workers.machine import machine_figures
 from workers.orders import Point
 
@@ -365,6 +367,32 @@ def test_after_a_removal_the_rest_is_shown_where_it_is_now(tmp_path: Path) -> No
     made.fresh_mirror().sync()
     assert made.everything() == before
     made.plant.queue.close()
+
+
+def test_a_revision_is_a_run_of_its_own_with_the_scores_on_each_revisions_rows(plant: Plant) -> None:
+    (first,) = plant.submit("red/a")
+    plant.run()
+    scored = {first.task_id: 0.89, f"{first.task_id}@2": 0.95}
+    plant.cluster.on_rows = lambda task_id, brought_by: scored[brought_by]
+    second = revise(plant, first)
+    plant.run()
+    Mirror(plant.settings, plant.queue).sync()
+    client = mlflow.MlflowClient(plant.settings.mlflow.tracking_uri)
+    experiment = client.get_experiment_by_name("onebasis")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert {"red/a", "red/a@2"} <= set(runs)
+    assert [runs[name].info.status for name in ("red/a", "red/a@2")] == ["FINISHED", "FINISHED"]
+    assert [runs[name].data.params["revision"] for name in ("red/a", "red/a@2")] == ["1", "2"]
+    found = runs["red/a@2"].data.metrics
+    assert {name: value for name, value in found.items() if "rows_of" in name} == {
+        "score.rows_of_revision_1": 0.89,
+        "score.rows_of_revision_2": 0.95,
+        "local_score.rows_of_revision_1": 0.89,
+        "local_score.rows_of_revision_2": 0.95,
+        "main_score_before.rows_of_revision_1": 0.8,
+        "main_score_before.rows_of_revision_2": 0.8,
+    }
+    assert plant.queue.get(second.task_id).exact_title == "red/a@2"
 
 
 @pytest.mark.changes

@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.scheduling import estimate
-from orchestrator.scheduling.estimate import GRAIN_SECONDS, KNOWN_MIN, Estimate, Pace, Told, estimate_starts, pace_of
-from orchestrator.scheduling.fair_share import Running, Waiting
+from orchestrator.scheduling.estimate import (
+    GRAIN_SECONDS,
+    KNOWN_MIN,
+    NEAR_TASKS,
+    Estimate,
+    Pace,
+    Span,
+    Told,
+    estimate_starts,
+    kept_from_borrowing,
+    pace_of,
+)
+from orchestrator.scheduling.fair_share import Running, Share, Waiting
 
 NOW = 1000.0
 TENS = pace_of([10.0] * 5)
@@ -92,6 +104,65 @@ def test_behind_a_thousand_tasks_nothing_is_estimated(monkeypatch: pytest.Monkey
 
 def test_only_what_is_asked_for_is_told() -> None:
     assert set(estimate_starts(line(1, 1), [], 1, TENS, now=NOW, asked=["2", "gone"])) == {"2"}
+
+
+def known(*rows_and_seconds: tuple[float, float], method: str = "lora", rest: float = 4.0) -> Pace:
+    found = pace_of(Span(seconds=rest + s, rest=rest, rows=rows, method=method) for rows, s in rows_and_seconds)
+    assert found is not None
+    return found
+
+
+def test_a_task_takes_what_its_own_rows_take_and_no_longer_than_it_may() -> None:
+    pace = known((100, 10.0), (100, 10.0), (100, 30.0))
+    (plain,) = line(1)
+    assert pace.of(plain) is pace
+    ten = replace(plain, rows=1000.0, method="lora")
+    assert pace.of(ten).spans == (104.0, 104.0, 304.0)  # the start takes no longer for more rows
+    assert pace.of(ten).seconds == 104.0
+    assert pace.of(replace(ten, seconds_max=200.0)).spans == (104.0, 104.0, 200.0)
+    assert pace.of(replace(plain, seconds_max=20.0)).spans == (14.0, 14.0, 20.0)
+    # The second one starts when the first, of its own length, has ended.
+    found = starts([ten, replace(plain, task_id="2")], [], 1, known((100, 10.0)))
+    assert found["2"].drawn == 104.0
+
+
+def test_of_all_that_ended_those_count_that_ran_the_same_method_on_about_as_many_rows() -> None:
+    small, large = [(100.0, 10.0)] * NEAR_TASKS, [(10_000.0, 500.0)] * NEAR_TASKS
+    auto = pace_of([*known(*small, *large).known, *known((100.0, 70.0), method="auto").known, Span(seconds=1.0)])
+    assert auto is not None
+    (task,) = line(1)
+    assert auto.of(replace(task, rows=9000.0, method="lora")).seconds == pytest.approx(4 + 450.0)
+    assert auto.of(replace(task, rows=200.0, method="lora")).seconds == pytest.approx(4 + 20.0)
+    assert auto.of(replace(task, rows=200.0, method="auto")).seconds == pytest.approx(4 + 140.0)
+    assert auto.of(replace(task, rows=200.0, method="codyra")).count == NEAR_TASKS  # none of its own: any
+    assert auto.of(task).spans == auto.spans
+
+
+def test_places_that_come_are_there_once_their_workers_have_loaded() -> None:
+    found = estimate_starts(line(1, 1), [], 0, TENS, now=NOW, coming=[30.0])
+    assert [found[name].drawn for name in "12"] == [30.0, 40.0]
+
+
+def test_others_go_first_while_a_task_may_not_start_and_it_goes_first_when_it_may() -> None:
+    found = estimate_starts(line(1, 1, 1, 1), [], 1, TENS, now=NOW, kept={"1": 15.0})
+    assert [found[name].drawn for name in "1234"] == [20.0, 0.0, 10.0, 30.0]
+    alone = estimate_starts(line(1), [], 1, TENS, now=NOW, kept={"1": 15.0})
+    assert alone["1"].drawn == 15.0
+
+
+def test_what_gave_its_places_back_starts_when_its_team_is_within_its_quota_or_its_hour_is_over() -> None:
+    gave = replace(line(1)[0], preempted_at=NOW - 600.0)
+    behind, other = replace(gave, task_id="2", preempted_at=None), replace(gave, task_id="3", team="blue")
+    shares = {"red": Share(places=2)}
+    tasks = [gave, behind, other]
+
+    def kept(running: Sequence[Running]) -> dict[str, float]:
+        return kept_from_borrowing(tasks, running, shares, NOW)
+
+    assert kept([runs(50.0), runs(70.0), runs(900.0)]) == {"1": 70.0, "2": 70.0}  # then two of red's are left, and one
+    assert kept([runs(None), runs(None)]) == {"1": 3000.0, "2": 3000.0}
+    assert kept([runs(50.0)]) == {}
+    assert kept_from_borrowing(tasks, [runs(50.0)] * 2, {}, NOW) == {}
 
 
 def test_estimates_are_moved_by_what_those_like_them_missed() -> None:

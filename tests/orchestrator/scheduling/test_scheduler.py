@@ -236,14 +236,19 @@ def test_the_team_furthest_beyond_its_quota_gives_back_first() -> None:
     assert preempted(decided(tasks, running, capacity=5, quotas=quotas)) == ["red/3", "red/2", "green/2"]
 
 
-def test_what_gave_back_does_not_borrow_again_for_an_hour_and_others_of_its_team_do() -> None:
+def test_what_gave_back_does_not_borrow_for_an_hour_and_nothing_of_its_team_borrows_before_it() -> None:
     tasks = [waits("red/again", 1, preempted_at=NOW), waits("red/fresh", 2)]
     quotas, running = {"red": 1}, [runs("red/x")]
     decision = decided(tasks, running, capacity=2, quotas=quotas)
-    assert started(decision) == ["red/fresh"]
-    assert decision.waits["red/again"] == Wait(
-        code=WaitCode.OVER_QUOTA, pool=DEFAULT_POOL, since=NOW, until=NOW + PATIENCE_SECONDS
-    )
+    assert started(decision) == []
+    over = Wait(code=WaitCode.OVER_QUOTA, pool=DEFAULT_POOL, since=NOW, until=NOW + PATIENCE_SECONDS)
+    assert decision.waits["red/again"] == over
+    assert decision.waits["red/fresh"] == replace(over, about="red/again")
+    assert decision.wait_of("red/not-looked-at", DEFAULT_POOL, "red") == replace(over, about="red/again")
+    # Priority is before age, as ever; another team and another pool have lines of their own.
+    urgent = [*tasks, waits("red/urgent", 3, priority=1)]
+    assert started(decided(urgent, running, capacity=2, quotas=quotas)) == ["red/urgent"]
+    assert started(decided([*tasks, waits("blue/a", 3)], running, capacity=2, quotas=quotas)) == ["blue/a"]
     later = decided(tasks, running, capacity=2, quotas=quotas, now=NOW + PATIENCE_SECONDS)
     assert started(later) == ["red/again"]
     assert started(decided(tasks[:1], [], capacity=2, quotas=quotas)) == ["red/again"]  # within its quota: at once

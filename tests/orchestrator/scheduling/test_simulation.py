@@ -121,6 +121,19 @@ def test_nothing_is_preempted_twice_in_a_row() -> None:
     assert report(borrowed())["preempted_in_a_row_max"] == 1
 
 
+def test_no_younger_task_of_its_team_starts_before_one_that_gave_its_places_back_has_them_again() -> None:
+    for simulation in (borrowed(), simulate(weeks(6, hours=1.0, weeks=1.0, per_week=700.0), QUOTAS, fixed(6))):
+        assert report(simulation)["preemptions"] >= 20
+        spans: dict[str, list[tuple[float, float, float]]] = {}
+        for course in simulation.courses:
+            for begun, ended in zip(course.queued_at, course.begun_at, strict=True):
+                spans.setdefault(course.arrival.team, []).append((course.arrival.at_seconds, begun, ended))
+        for team in spans.values():
+            for age, queued, begun in team:
+                overtaken_by = [other for other in team if other[0] > age and queued < other[2] < begun]
+                assert overtaken_by == []
+
+
 def test_a_team_within_its_quota_waits_for_others_at_most_for_a_checkpoint() -> None:
     # Each of six teams has one of six places: a task that comes while its team has nothing starts within a checkpoint,
     # or the minute that a task is let end in; unless whatever is borrowed is in the attempt after it was given back.
@@ -194,6 +207,24 @@ def test_the_figures_are_those_of_the_courses() -> None:
     found = report(simulation)
     assert (found["utilisation"], found["jain"]) == (1.0, 0.5)
     assert simulation.end_seconds == 150.0
+
+
+def test_where_nobody_waited_or_one_team_was_alone_there_was_nothing_to_share() -> None:
+    two = [Arrival(at_seconds=0.0, team="red", seconds=5.0), Arrival(at_seconds=60.0, team="blue", seconds=5.0)]
+    assert report(simulate(two, {}, fixed(1)))["jain"] is None
+    alone = [Arrival(at_seconds=float(at), team="red", seconds=50.0) for at in range(3)]
+    assert report(simulate(alone, {}, fixed(1)))["jain"] is None
+
+
+def test_the_time_that_a_worker_loads_can_be_set_and_is_told() -> None:
+    (course,) = (
+        done := simulate([Arrival(at_seconds=0.0, team="red", seconds=5.0)], {}, COLD, load_seconds=7.0)
+    ).courses
+    assert course.wait_seconds == 7.0
+    assert report(done)["load_seconds"] == 7.0
+
+
+COLD = {"default": PoolSettings(max=1)}
 
 
 def test_jains_index_is_one_for_equals_and_one_of_n_for_one_that_has_all() -> None:

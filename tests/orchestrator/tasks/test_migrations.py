@@ -43,7 +43,8 @@ def test_a_database_of_an_earlier_release_is_read_as_it_was_written(release: str
     queue = TaskQueue(unpacked(release, tmp_path))
     assert facts(queue) == json.loads((GOLDEN / f"{release}.json").read_text())
     assert queue.unreadable() == ()
-    assert queue.counts() == {str(state): queue.counts()[str(state)] for state in TaskState}
+    states = [state for state in TaskState if state is not TaskState.REPLACED]  # which is of a later release
+    assert queue.counts() == {str(state): queue.counts()[str(state)] for state in states}
     queue.close()
     assert facts(TaskQueue(f"sqlite:///{tmp_path}/tasks.db")) == json.loads((GOLDEN / f"{release}.json").read_text())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from orchestrator.tasks.task_events import (
     Refined,
     RefinedAgain,
     RefinementRefused,
+    Replaced,
     Restored,
     Resumed,
     RolledBack,
@@ -697,6 +699,7 @@ EVENTS: tuple[Event, ...] = (
     MergeUndone("x", True),
     Judged(True, "x", 1.0),
     RolledBack("x", 1.0),
+    Replaced("x", 1.0),
     Restored("x", 3),
     CameDue(),
     RunsTooLong(1.0),
@@ -710,8 +713,8 @@ LEGAL = {
     (refining, Refined), (refining, RefinementRefused), (refining, MergeUndone),
     (trained_again, Refined), (trained_again, RefinementRefused), (trained_again, MergeUndone),
     (evaluating, Refined), (evaluating, MergeUndone), (evaluating, Judged),
-    (published, RolledBack), (published, Restored),
-    (rolled_back, Restored),
+    (published, RolledBack), (published, Replaced), (published, Restored),
+    (rolled_back, Replaced), (rolled_back, Restored),
 }  # fmt: skip
 
 
@@ -827,3 +830,46 @@ def test_a_score_that_the_base_model_alone_gets_too_is_a_warning_on_the_task(bas
 def test_what_was_not_measured_is_not_doubted() -> None:
     record = task_record(constant_score=0.5)
     assert record.doubt(None) == record.doubt(math.nan) == ""
+
+
+# --- revisions ---------------------------------------------------------------------------------------------------
+
+
+def test_a_task_whose_next_revision_took_its_place_is_replaced_and_comes_back() -> None:
+    replaced = after(published(), Replaced("version 3 holds t2 in its place", 9.0))
+    assert (replaced.state, replaced.reason, replaced.ended_at) == (
+        TaskState.REPLACED,
+        "version 3 holds t2 in its place",
+        9.0,
+    )
+    assert (replaced.trouble, next_step(replaced), replaced.version) == ((), Step.NOTHING, published().version)
+    back = after(replaced, Restored("main holds it since version 4", 4))
+    assert (back.state, back.version, back.reason) == (TaskState.PUBLISHED, 4, "main holds it since version 4")
+
+
+def test_main_moves_back_and_forth_over_a_revision() -> None:
+    gone = after(published(), Replaced("x", 9.0), RolledBack("main is empty", 10.0))
+    assert (gone.state, gone.reason_codes) == (TaskState.PARKED, (Reason.ROLLED_BACK,))
+    assert after(gone, Replaced("forward again", 11.0)).state is TaskState.REPLACED
+    assert after(gone, Replaced("forward again", 11.0)).reason_codes == ()
+
+
+@pytest.mark.parametrize("before", [queued, training, evaluating, rejected, parked])
+def test_only_what_main_held_is_replaced(before: Callable[[], TaskRecord]) -> None:
+    with pytest.raises(Conflict):
+        after(before(), Replaced("x", 9.0))
+
+
+@pytest.mark.parametrize("event", [CancelRequested("ann", 1.0), CLAIMED, Paused(by="ann", at=1.0)])
+def test_a_replaced_task_is_left_alone(event: Event) -> None:
+    with pytest.raises(Conflict):
+        after(published(), Replaced("x", 9.0), event)
+
+
+def test_what_training_says_of_each_revisions_rows_is_kept() -> None:
+    outcome = trained("tok", scores_of_rows={"t1": 0.8, "t2": 0.9}, main_scores_of_rows={"t1": 0.85, "t2": 0.4})
+    record = after(training(), TrainingDone(outcome, 5.0))
+    assert (dict(record.scores_of_rows), dict(record.main_scores_of_rows)) == (
+        {"t1": 0.8, "t2": 0.9},
+        {"t1": 0.85, "t2": 0.4},
+    )

@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
 from subspace_store.subspace_reader import SubspaceReader
+from tests.subspace_store.builders import merged
 from tests.workers.families import FAMILIES, save
 from tests.workers.serving.sites import TEXTS, Site, site
 from tests.workers.tiny_bases import save_llama
@@ -72,6 +73,21 @@ def test_it_follows_main_and_another_version_is_answered_by_its_number(tiny: Cal
     publish(made, 1)
     assert one.follow()
     assert said(one.answer([Question("seed-0", "Paris")])) == [first]
+
+
+def test_a_name_is_answered_by_the_revision_that_the_version_holds(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    before = title(made, "seed-0")
+    newer = made.store.delivered("seed-1")
+    version = merged(made.store, {"seed-0@2": newer}, replaces={"seed-0@2": "seed-0"})
+    made.store.publish(version.number, op_key="publish the revision", actor="test")
+    one = Replica(made.base, SubspaceReader.open(made.store.storage))
+    now, then = said(one.answer([Question(before, "Paris"), Question(before, "Paris", version=made.version)]))
+    assert (now.task_id, then.task_id) == ("seed-0@2", "seed-0")
+    assert set(now.probabilities or {}) == {"seed-1-0", "seed-1-1", "seed-1-2"}
+    assert set(then.probabilities or {}) == {"seed-0-0", "seed-0-1"}
+    (gone,) = one.answer([Question("seed-0", "Paris")])
+    assert isinstance(gone, NotFound)
 
 
 def test_a_version_that_cannot_be_read_leaves_the_one_before_in_its_place(
