@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from configs.document import Section
 from configs.errors import InvalidInput
+from configs.uploads import is_upload, upload_named
 
 S = TypeVar("S", bound=Section)
 
@@ -50,7 +51,9 @@ def absolute(path: str, root: Path) -> str:
 
 
 def real(path: str, root: Path) -> str:
-    """A path from anywhere, links resolved."""
+    """A path from anywhere, links resolved; `upload:ID/NAME`, which is no path, as it is."""
+    if is_upload(path):
+        return str(upload_named(path))
     if re.match(r"[a-z][a-z0-9+.-]*:/", path):
         raise InvalidInput("is a URL, and only files and folders are read", path, "download it, and name the file")
     try:
@@ -105,10 +108,13 @@ def open_anywhere(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def open_below(path: Path, roots: Iterable[Path]) -> BinaryIO:
+def open_below(path: Path, roots: Iterable[Path], closed: Path | None = None) -> BinaryIO:
     """Open a plain file below some folders, safe against somebody who renames it, or a folder above it, meanwhile.
 
     The check is made on the opened file, by its descriptor, and not on its name; nothing else is opened to be read.
+
+    Args:
+        closed: Folder, links resolved, whose files are not opened, but for those of a root that lies in it.
 
     Raises:
         OutsideError: The file, links resolved, is in none of these folders, or is a folder, a pipe or a device.
@@ -119,11 +125,19 @@ def open_below(path: Path, roots: Iterable[Path]) -> BinaryIO:
     try:
         found = f"/proc/self/fd/{handle}"
         real = Path(os.readlink(found))
-        if not any(real.is_relative_to(root.resolve()) for root in roots) or not stat.S_ISREG(os.fstat(handle).st_mode):
+        if not is_below(real, roots, closed) or not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OutsideError(str(path))
         return open(found, "rb")
     finally:
         os.close(handle)
+
+
+def is_below(path: Path, roots: Iterable[Path], closed: Path | None = None) -> bool:
+    """Whether a real path lies below one of some folders; in a closed one, only if that folder lies in it too."""
+    around = [real for root in roots if path.is_relative_to(real := root.resolve())]
+    if closed is not None and path.is_relative_to(closed):
+        return any(root.is_relative_to(closed) and root != closed for root in around)
+    return bool(around)
 
 
 class OutsideError(Exception):

@@ -276,6 +276,10 @@ class ServerSettings(Section):
     requests_per_second: float | None = Field(50.0, gt=0)
     """Most requests of one token, on average; ten times as many at once. Does not count for the owner of the state
     folder. None: any number."""
+    upload_bytes_max: int = Field(2 * 2**30, ge=1)
+    """Most bytes of one file that is sent with a task file."""
+    upload_team_bytes_max: int = Field(20 * 2**30, ge=1)
+    """Most bytes of files that a team sent and that are there; what was not used for a day is deleted."""
 
 
 class GroupSettings(Section):

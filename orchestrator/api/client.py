@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from configs.errors import InvalidInput, NoSignOfLife, OnebasisError, TooLarge, Unavailable, error_from_dict
 from configs.limits import BYTES_MAX
-from orchestrator.api.requests import Answer, ChangeMany, Json, Retry, ServiceRequest, Submit, not_running
+from orchestrator.api.requests import Answer, ChangeMany, Json, Retry, SendPiece, ServiceRequest, Submit, not_running
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, never_ran
 from subspace_store.requests import StoreRequest
@@ -69,14 +69,22 @@ class Client:
                 when its process is there and answers nothing.
             OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
+        return self._ask(request)
+
+    def send(self, piece: SendPiece, content: bytes) -> Json:
+        """Send a piece of a file, as what `Piece.end` answers; raises as `ask`."""
+        answer: Json = self._ask(piece, content)
+        return answer
+
+    def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any], content: bytes = b"") -> Any:
         request = request.named() if isinstance(request, StoreRequest) else request
         if (remote := REMOTE.get()) is not None:
-            return self._ask_remote(remote, request)
+            return self._ask_remote(remote, request, content)
         if (server := server_facts(self._state_dir)) is not None:
             from orchestrator.api.exchange import HungUpError, NobodyListensError
 
             try:
-                return self._ask_server(server, request)
+                return self._ask_server(server, request, content)
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
             except HungUpError:
@@ -85,7 +93,7 @@ class Client:
                 # It ended while it was asked, which is the same for who only reads; perhaps another has started since.
                 if (server := server_facts(self._state_dir)) is not None:
                     with contextlib.suppress(NobodyListensError, HungUpError):
-                        return self._ask_server(server, request)
+                        return self._ask_server(server, request, content)
         if isinstance(request, ServiceRequest) and request.needs_service:
             _check_ran(self._state_dir)
             raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
@@ -98,7 +106,7 @@ class Client:
             # The service knows what it has written, and what may have been.
             return Guard(self._local()).answer(request, owner(me()))
 
-    def _ask_remote(self, remote: Remote, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+    def _ask_remote(self, remote: Remote, request: ServiceRequest[Any] | StoreRequest[Any], content: bytes) -> Any:
         """Ask a service of another machine: nothing is done here if it is away."""
         from orchestrator.api.exchange import NobodyListensError, NotTakenError
         from orchestrator.api.waiting import Waiting
@@ -107,7 +115,7 @@ class Client:
         away = Unavailable("nobody answers there", remote.url, "check the address, the network and the service")
         try:
             with _told_with_its_key(request):
-                return _over_http(server, request, Waiting(server, self._say))
+                return _over_http(server, request, Waiting(server, self._say), content)
         except (NobodyListensError, NotTakenError):
             raise away from None
         except NoSignOfLife as error:
@@ -117,14 +125,16 @@ class Client:
         """Carry out in this process what only reads, whether a service runs or not."""
         return self._local().answer(request)  # type: ignore[no-any-return]
 
-    def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+    def _ask_server(
+        self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any], content: bytes
+    ) -> Any:
         from orchestrator.api.exchange import NotTakenError
         from orchestrator.api.waiting import Waiting, named, not_asked
 
         try:
             with _told_with_its_key(request):
                 try:
-                    return _over_http(server, request, Waiting(server, self._say))
+                    return _over_http(server, request, Waiting(server, self._say), content)
                 except NoSignOfLife as error:
                     raise named(error, self._state_dir) from error
         except NotTakenError as error:
@@ -196,7 +206,9 @@ def _over_http(
     server: dict[str, Any],
     request: ServiceRequest[Any] | StoreRequest[Any],
     waiting: Callable[[float], None],
+    sent: bytes,
 ) -> Any:
+    """sent: Body of a PUT."""
     route = route_of(request)
     fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
     in_path = {name: str(fields.pop(name)) for name in route.in_path}
@@ -204,14 +216,16 @@ def _over_http(
     url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
     from orchestrator.api.exchange import exchange
 
-    content = json.dumps(fields).encode() if route.verb == "POST" else None
-    if content is not None and len(content) > BYTES_MAX:  # a server may hang up before its refusal is read
+    content = {"POST": json.dumps(fields).encode(), "PUT": sent}.get(route.verb)
+    # A server may hang up before its refusal is read.
+    if route.verb == "POST" and content is not None and len(content) > BYTES_MAX:
         raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
     answer = exchange(
         server["url"] + url,
         route.verb,
-        query=fields if route.verb == "GET" else None,
+        query=None if route.verb == "POST" else fields,
         body=content,
+        content_type="application/octet-stream" if route.verb == "PUT" else "application/json",
         token=server["token"],
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, (Submit, Retry, ChangeMany)) else TIMEOUT_SECONDS,
         waiting=waiting,

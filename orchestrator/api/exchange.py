@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from ssl import SSLCertVerificationError as CertificateError
@@ -26,6 +26,8 @@ ALIVE_PATH = "/alive"
 SIGN_SECONDS = 4.0
 """Longest silence before a server is asked whether it is alive, and longest wait for that answer: a person is told
 within 10 s."""
+BLOCK_BYTES = 2**16
+"""Bytes of a body that are sent within SIGN_SECONDS at the least."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def exchange(
     *,
     query: Mapping[str, Any] | None = None,
     body: bytes | None = None,
+    content_type: str = "application/json",
     token: str = "",
     timeout_seconds: float,
     waiting: Callable[[float], None] | None = None,
@@ -73,7 +76,7 @@ def exchange(
     Args:
         url: Address of the route, `http://HOST:PORT/PATH`, quoted.
         query: Parameters that are written after the path.
-        body: JSON; None: the request has none.
+        body: JSON, or what `content_type` says; None: the request has none.
         token: Bearer token.
         timeout_seconds: Longest wait for the reply.
         waiting: Called every few seconds with the seconds so far, while the server is alive and does not reply.
@@ -99,10 +102,11 @@ def exchange(
         raise NobodyListensError from error
     headers = {"Authorization": f"Bearer {token}"}
     if body is not None:
-        headers["Content-Type"] = "application/json"
+        headers |= {"Content-Type": content_type, "Content-Length": str(len(body))}
     written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in (query or {}).items()}
     try:
-        connection.request(verb, f"{place.path}?{urlencode(written)}" if written else place.path, body, headers)
+        path = f"{place.path}?{urlencode(written)}" if written else place.path
+        connection.request(verb, path, None if body is None else _blocks(body), headers)
         if trust is None:
             _await_reply(connection, url, token, timeout_seconds, waiting)
         else:
@@ -123,6 +127,13 @@ def exchange(
         ) from error
     finally:
         connection.close()
+
+
+def _blocks(body: bytes) -> Iterator[bytes]:
+    """The body in parts, since the connection's limit of seconds counts for each: a long one over a slow line takes
+    minutes."""
+    for start in range(0, len(body), BLOCK_BYTES):
+        yield body[start : start + BLOCK_BYTES]
 
 
 def _connection(place: SplitResult, trust: ssl.SSLContext | None) -> HTTPConnection:

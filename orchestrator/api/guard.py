@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.document import Request
 from configs.errors import NotFound, OnebasisError
+from configs.uploads import upload_id
 from orchestrator.api import requests
 from orchestrator.api.access import (
     EVERY_TEAM,
@@ -162,7 +163,7 @@ class Guard:
     @contextlib.contextmanager
     def _audited(self, route: Route, request: Request, caller: Caller) -> Iterator[None]:
         """A context to carry a request out in: what writes has a row before it, and one with its outcome."""
-        if not route.is_write or getattr(request, "dry_run", False):
+        if not route.is_audited or getattr(request, "dry_run", False):
             yield
             return
         from orchestrator.tasks.audit_log import DONE
@@ -239,6 +240,9 @@ def told(request: Request) -> dict[str, Any]:
         document = getattr(request, name, None)
         if document is not None:
             fields[f"{name}_sha256"] = hashlib.sha256(document.model_dump_json().encode()).hexdigest()
+    if isinstance(request, requests.KeepUpload):
+        sizes = [file.bytes for file in request.files.values()]
+        fields["files"] = {"upload_id": upload_id(request.files), "count": len(sizes), "bytes": sum(sizes)}
     if isinstance(request, requests.Submit):
         fields["title"] = f"{request.task.team}/{request.task.name}"
     return fields

@@ -10,16 +10,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from configs.document import Line, Name, OfBaseModel, Request, Title, VersionNumber
 from configs.errors import Unavailable
 from configs.settings import RoleName, Settings
 from configs.task_spec import TaskSpec
+from configs.uploads import FILES_MAX, SentFile, Sha256, Size, check_names
 from orchestrator.tasks.task_record import TaskState
 
 if TYPE_CHECKING:
     from orchestrator.api.service import Service
+    from orchestrator.tasks.uploads import Piece
 
 Json = dict[str, Any]
 Answer = TypeVar("Answer")
@@ -33,6 +35,18 @@ PREDICTIONS_MAX = 256
 Reference = Annotated[Line, Field(min_length=1, description="an id, the beginning of one, team/name, or team/name@2")]
 """An id, the beginning of one, team/name, or team/name@2: its second revision."""
 TokenId = Annotated[str, Field(pattern="^[0-9a-z-]{1,40}$", description="the id of a token")]
+
+
+def _named_well(files: dict[str, SentFile]) -> dict[str, SentFile]:
+    check_names(files)
+    return files
+
+
+SentFiles = Annotated[
+    dict[str, SentFile],
+    Field(min_length=1, max_length=FILES_MAX, description="a name, relative, for each file of an upload"),
+    AfterValidator(_named_well),
+]
 EventNumber = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -91,6 +105,46 @@ class Submit(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.tasks.submit(self)
+
+
+class MissingFiles(ServiceRequest[Json]):
+    """Which files of an upload have to be sent, and from which byte on."""
+
+    needs_service = True
+    team: Name
+    files: SentFiles
+
+    def on(self, service: Service) -> Json:
+        service.refuse_write()  # it writes nothing, and the leader's disk has the files
+        return service.uploads.missing(self.team, self.files)
+
+
+class SendPiece(ServiceRequest["Piece"]):
+    """Send a piece of a file, which is the body: at most 8 MiB. Pieces of a file come in order; one of what has come
+    already changes nothing, so that any may be repeated."""
+
+    needs_service = True
+    team: Name
+    sha256: Sha256
+    """Digest of the whole file."""
+    bytes: Size
+    """Its size."""
+    offset: Size
+    """Place of the piece's first byte in it."""
+
+    def on(self, service: Service) -> Piece:
+        return service.uploads.piece(self.team, SentFile(sha256=self.sha256, bytes=self.bytes), self.offset)
+
+
+class KeepUpload(ServiceRequest[Json]):
+    """Make an upload of files that have all come: from then on task documents may name it."""
+
+    needs_service = True
+    team: Name
+    files: SentFiles
+
+    def on(self, service: Service) -> Json:
+        return service.uploads.keep(self.team, self.files)
 
 
 class ListTasks(ServiceRequest[list[Json]]):

@@ -1,7 +1,8 @@
 """The HTTP routes: one table for the server and for the client.
 
 A route's record says what is asked: its fields are the parameters in the path, and the rest of them the query of a GET
-or the JSON body of a POST. `reference` may hold a slash (`team/name`).
+or the JSON body of a POST. The body of a PUT is bytes of a file, and its other fields are in the query. `reference` may
+hold a slash (`team/name`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ class Route:
     @property
     def is_write(self) -> bool:
         """Whether it changes anything."""
-        return self.verb == "POST" and self.record is not requests.Predict  # whose rows are too long for a query
+        return self.verb != "GET" and self.record not in _TOO_LONG_FOR_A_QUERY
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether it has rows in the audit log: what writes has, but for the pieces of a file, whose upload has."""
+        return self.is_write and self.verb != "PUT"
 
     @property
     def in_path(self) -> tuple[str, ...]:
@@ -40,11 +46,17 @@ class Route:
         return tuple(re.findall(r"{(\w+)", self.path))
 
 
+_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.MissingFiles)
+"""What changes nothing, and is a POST all the same."""
+
 ROUTES: tuple[Route, ...] = (
     Route("status", "GET", "/status", Role.VIEWER, About.SERVICE, requests.Status),
     Route("health", "GET", "/health", Role.VIEWER, About.SERVICE, requests.Health),
     Route("metrics", "GET", "/metrics", Role.VIEWER, About.EVERYTHING, requests.Metrics),
     Route("submit", "POST", "/tasks", Role.SUBMITTER, About.TEAM, requests.Submit),
+    Route("missing-files", "POST", "/uploads/missing", Role.SUBMITTER, About.TEAM, requests.MissingFiles),
+    Route("send-piece", "PUT", "/uploads/{team}/{sha256}", Role.SUBMITTER, About.TEAM, requests.SendPiece),
+    Route("upload", "POST", "/uploads", Role.SUBMITTER, About.TEAM, requests.KeepUpload),
     Route("tasks", "GET", "/tasks", Role.VIEWER, About.OWN_TEAMS, requests.ListTasks),
     Route("teams", "GET", "/teams", Role.VIEWER, About.SERVICE, requests.ListTeams),
     Route("task", "GET", "/tasks/{reference:path}", Role.VIEWER, About.TASK, requests.ShowTask),
@@ -111,7 +123,7 @@ def read_request(route: Route, in_path: dict[str, Any], query: dict[str, str], b
 
     Args:
         in_path: Strings that stood in the path, by name.
-        query: Query of a GET; a POST takes none.
+        query: Query of a GET or a PUT; a POST takes none.
         body: Body of a POST: a JSON object; an empty body is one without fields.
 
     Raises:

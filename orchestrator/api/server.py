@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ from orchestrator.api.requests import Export, Metrics, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.reports import prometheus
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
+from orchestrator.tasks.uploads import PIECE_BYTES_MAX
 from orchestrator.web.pages import INDEX, read_pages
 from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_private
 
@@ -69,6 +70,10 @@ SUBMISSIONS_AT_ONCE = 4
 WRITES_AT_ONCE = 16
 """Other requests that write, at the same time: each may wait for a merge. Those that read have threads of their own, so
 that `status` answers whatever else is asked for."""
+PIECES_AT_ONCE = 8
+"""Pieces of files that are written at the same time: each waits for the disk."""
+CHUNK_BYTES = 2**18
+"""Bytes of a piece in memory: so much for each connection."""
 LOOKUPS_AT_ONCE = 16
 """Tokens that are looked up at the same time: each is one read of the database."""
 CONNECTIONS_MAX = 500
@@ -154,11 +159,14 @@ def api(service: Answers, callers: Callers) -> FastAPI:
         return Response(sent.content, sent.status, dict(sent.headers))
 
     submissions, writes = CapacityLimiter(SUBMISSIONS_AT_ONCE), CapacityLimiter(WRITES_AT_ONCE)
+    pieces = CapacityLimiter(PIECES_AT_ONCE)
     for route in ROUTES:
         threads = submissions if route.record is Submit else writes if route.verb == "POST" else None
         app.add_api_route(
             route.path,
-            _endpoint(service, route, threads, meter),
+            _piece_endpoint(service, route, pieces)
+            if route.verb == "PUT"
+            else _endpoint(service, route, threads, meter),
             methods=[route.verb],
             name=route.name,
             description=route.record.__doc__,
@@ -175,10 +183,7 @@ def _endpoint(
     """The function that answers on a route. threads: Threads for its requests; None: those for requests that read."""
 
     async def answer(request: Request) -> Response:
-        names = [name for name, _ in request.query_params.multi_items()]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InvalidInput(f"given more than once: {', '.join(map(short, twice))}", route.name, "say it once")
-        query, body = dict(request.query_params), await _body(request)
+        query, body = _query(request, route), await _body(request)
 
         def work() -> Response:  # reading and writing JSON too: it takes a second for the largest
             asked = read_request(route, request.path_params, query, body)
@@ -194,27 +199,83 @@ def _endpoint(
     return answer
 
 
+def _piece_endpoint(
+    service: Answers, route: Route, threads: CapacityLimiter
+) -> Callable[[Request], Awaitable[Response]]:
+    """The function that takes pieces of files: who may not send one is refused before it is read, and it goes to the
+    disk as it comes."""
+
+    async def answer(request: Request) -> Response:
+        query, caller = _query(request, route), request.state.caller
+
+        def begin() -> Any:
+            return service.answer(read_request(route, request.path_params, query, b""), caller)
+
+        chunks = _chunks(request, PIECE_BYTES_MAX)
+        try:
+            piece = await to_thread.run_sync(begin, limiter=threads)
+        except OnebasisError:
+            async for _ in chunks:  # a client that still sends would not read the refusal
+                pass
+            raise
+        try:
+            held = bytearray()
+            async for chunk in chunks:
+                held += chunk
+                if len(held) >= CHUNK_BYTES:
+                    await to_thread.run_sync(piece.write, bytes(held), limiter=threads)
+                    held.clear()
+            if held:
+                await to_thread.run_sync(piece.write, bytes(held), limiter=threads)
+            return AsciiJson(await to_thread.run_sync(piece.end, limiter=threads))
+        finally:
+            piece.close()
+
+    return answer
+
+
+def _query(request: Request, route: Route) -> dict[str, str]:
+    """What stands behind the question mark. Raises InvalidInput where a name stands twice."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidInput(f"given more than once: {', '.join(map(short, twice))}", route.name, "say it once")
+    return dict(request.query_params)
+
+
 async def _body(request: Request) -> bytes:
-    """The body, if it comes soon and is not too long; one whose header says that it is too long is not read."""
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and (len(said) > 15 or int(said) > BYTES_MAX):
-        raise _too_large()
+    """The body, if it comes soon and is not too long."""
     body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BYTES_MAX:
-                    raise _too_large()
-    except TimeoutError:
-        raise Unavailable(f"the body did not come within {BODY_SECONDS:.0f} s", todo="send it at once") from None
-    except ClientDisconnect:
-        raise Unavailable("the connection was closed before the body had come") from None
+    async for chunk in _chunks(request, BYTES_MAX):
+        body += chunk
     return bytes(body)
 
 
-def _too_large() -> TooLarge:
-    return TooLarge(f"the body has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
+async def _chunks(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
+    """The body as it comes, if it comes soon and is not too long; one whose header says that it is too long is not
+    read."""
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and (len(said) > 15 or int(said) > bytes_max):
+        raise _too_large(bytes_max)
+    until, size = time.monotonic() + BODY_SECONDS, 0
+    stream = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            what = f"the body did not come within {BODY_SECONDS:.0f} s"
+            raise Unavailable(what, todo="send it at once, or less of it") from None
+        except ClientDisconnect:
+            raise Unavailable("the connection was closed before the body had come") from None
+        if chunk is None:
+            return
+        if (size := size + len(chunk)) > bytes_max:
+            raise _too_large(bytes_max)
+        yield chunk
+
+
+def _too_large(bytes_max: int) -> TooLarge:
+    return TooLarge(f"the body has more than {bytes_max:,} bytes", "", "put rows into files", bytes_max)
 
 
 class _Protocol(H11Protocol):
@@ -259,11 +320,12 @@ def _described(route: Route) -> dict[str, Any]:
     placed = [{"name": name, "in": "path", "required": True, "schema": fields[name]} for name in route.in_path]
     rest = {name: field for name, field in fields.items() if name not in route.in_path}
     facts: dict[str, Any] = {"x-role": str(route.role), "parameters": placed}
-    if route.verb == "GET":
+    if route.verb != "POST":
         facts["parameters"] += [
             {"name": name, "in": "query", "required": name in required, "schema": field} for name, field in rest.items()
         ]
-        return facts
+        raw = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+        return facts | ({"requestBody": {"required": True, "content": raw}} if route.verb == "PUT" else {})
     needed = [name for name in required if name in rest]
     body = {"type": "object", "properties": rest, "additionalProperties": False, "required": needed}
     return facts | {"requestBody": {"required": bool(needed), "content": {"application/json": {"schema": body}}}}

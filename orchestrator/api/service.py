@@ -7,6 +7,7 @@ command line does, in its own process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
 from orchestrator.api.versions import Versions
 from orchestrator.reload import refuse_lost_teams, taken_without_restart
+from orchestrator.tasks.uploads import Uploads
 from subspace_store.commands.state_folder import keep_settings, service_identity
 from subspace_store.log.store_format import check_place
 from subspace_store.requests import RestoreRevision, Rollback, StoreRequest
@@ -76,6 +78,7 @@ class Service:
         self._reloading = Lock()
         self._of_each = {name: Versions(self._sources, name, storage) for name, storage in storages.items()}
         self.tasks = Tasks(self._sources, self._of_each, check)
+        self.uploads = Uploads(lambda: self._sources.settings)
         self.answers = Answers(self._sources, self.versions)
         self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines, deployment)
 
@@ -108,7 +111,9 @@ class Service:
         return {t.task_id: t.name for state in states for v in state.versions.values() for t in v.added}
 
     def look(self) -> None:
-        """As `ServiceStatus.look`."""
+        """As `ServiceStatus.look`; now and then, delete uploads that nobody uses."""
+        with contextlib.suppress(OSError):
+            self.uploads.delete_unused()
         self.status.look()
 
     def answer(self, request: Request, of_teams: Collection[str] | None = None) -> Any:

@@ -275,7 +275,7 @@ class Tasks:
         if record.state in LIVE:
             return {"accepted": True, "is_new": False, "warnings": [], **self._summary(record)}
         if record.state is TaskState.PUBLISHED:
-            todo = "submit it under another name to train it anew, or new rows with `onebasis submit --revise`"
+            todo = "submit it under another name to train it anew, or new rows with `onebasis submit --revise FILE`"
             raise Conflict("is published", record.title, todo)
         if record.state is TaskState.REPLACED:
             todo = f"`onebasis rollback-task {record.title} --to {record.number}` brings it back"

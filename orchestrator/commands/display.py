@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from configs.errors import row_of
 from orchestrator.scheduling.estimate import duration
-from subspace_store.commands.terminal import console, counted, decimals, errors, note, shown
+from subspace_store.commands.terminal import TELL_SECONDS, console, counted, decimals, errors, note, shown
 
 Json = dict[str, Any]
 
@@ -251,6 +252,57 @@ def _print_alarms(alarms: Sequence[Json]) -> None:
     for alarm in alarms:
         since = duration(time.time() - alarm["since"])
         console.print(f"  [red]ALARM[/red] {shown(alarm['text'])}, for {since}", soft_wrap=True)
+
+
+Sending = Callable[[int, int], contextlib.AbstractContextManager[Callable[[int], None]]]
+"""What shows that files are sent: is given their number and bytes, and makes a context, in which it is told of bytes
+that have come."""
+
+
+@contextlib.contextmanager
+def sending(files: int, size_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how far files are sent, and how fast: a bar in a terminal, else a line now and then."""
+    if not files:
+        yield lambda more: None
+        return
+    started = told_at = time.monotonic()
+    come = 0
+    what = f"{counted(files, 'file')}, {size_bytes / 1e6:,.1f} MB"
+
+    def rate() -> str:
+        seconds = max(time.monotonic() - started, 1e-3)
+        return f"{come / 1e6 / seconds:,.1f} MB/s"
+
+    if errors.is_terminal:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress("sending", *columns, console=errors, transient=True) as bar:
+            line = bar.add_task("", total=size_bytes)
+
+            def draw(more: int) -> None:
+                nonlocal come
+                come += more
+                bar.update(line, completed=come)
+
+            yield draw
+    else:
+
+        def say(more: int) -> None:
+            nonlocal come, told_at
+            come += more
+            if time.monotonic() > told_at + TELL_SECONDS:
+                told_at = time.monotonic()
+                note(f"sending {what}: {come / 1e6:,.1f} MB, {rate()}")
+
+        yield say
+    note(f"sent {what}, {rate()}")
+
+
+@contextlib.contextmanager
+def silent_sending(files: int, size_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show nothing: with --json only JSON is printed."""
+    yield lambda more: None
 
 
 def submitted(answer: Json) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from configs.errors import Exit, InvalidInput, OnebasisError, QueueFull, Unavailable
 from configs.task_spec import TaskSpec, read_task_spec
-from orchestrator.api.client import REMOTE, Client
-from orchestrator.api.requests import ShowTask, Submit
+from orchestrator.api.client import Client
+from orchestrator.api.requests import ShowTask
 from orchestrator.commands import display
 from orchestrator.commands.attention import Attention
-from subspace_store.commands.terminal import errors, me, show
+from orchestrator.commands.sending import Sent, with_its_files
+from subspace_store.commands.terminal import errors, show
 
 Json = dict[str, Any]
 
@@ -52,40 +53,13 @@ def read(file: Path, revise: bool) -> TaskSpec:
     return spec.model_copy(update={"revises": True}) if revise else spec
 
 
-def check_files(task: TaskSpec, their_files: bool) -> None:
-    """Refuse a task that names files of this machine, which a service on another one cannot read.
-
-    Args:
-        their_files: The files are there, at these paths: the person says so.
-
-    Raises:
-        InvalidInput: With the keys.
-    """
-    remote = REMOTE.get()
-    if remote is None or their_files:
-        return
-    named = {
-        "data.train_file": task.data.train_file,
-        "data.eval_file": task.data.eval_file,
-        "method.adapter": task.method.adapter,
-    }
-    if own := [key for key, path in named.items() if path]:
-        raise InvalidInput(
-            f"names files on this machine, which the service at {remote.url} cannot read; files are not sent yet",
-            ", ".join(own),
-            "put them where the service runs, below one of its data_roots, write their absolute paths there, and add "
-            "--their-files",
-        )
-
-
 def submit(client: Client, task: TaskSpec, wait: bool, dry_run: bool, as_json: bool, their_files: bool = False) -> Exit:
     """Submit one task, and with `wait` stay until it has ended. The exit code says how.
 
     Args:
-        their_files: As for `check_files`.
+        their_files: As for `with_its_files`.
     """
-    check_files(task, their_files)
-    answer = client.ask(Submit(task=task, dry_run=dry_run, by=me()))
+    answer = with_its_files(client, task, their_files, as_json).ask(client, dry_run=dry_run)
     if dry_run or not wait:
         show(answer, display.submitted, as_json)
         return Exit.DONE
@@ -111,10 +85,10 @@ def submit_all(
         Unavailable: The service is away: nothing was submitted. If it goes away later, that is the result of the rest;
             when the command is repeated, those that were taken in before are the same tasks.
     """
-    results, specs = _checked(client, files, their_files, revise)
+    results, sent = _checked(client, files, their_files, revise, as_json)
     is_fine = not any("error" in result for result in results)
     if is_fine and not dry_run:
-        results = _submitted(client, *_in_turn(files, specs))
+        results = _submitted(client, *_in_turn(files, sent))
     if not as_json:
         for result in results:
             display.submitted_file(result)
@@ -133,16 +107,15 @@ def submit_all(
 
 
 def _checked(
-    client: Client, files: Sequence[Path], their_files: bool, revise: bool
-) -> tuple[list[Json], list[TaskSpec]]:
-    """The service's answer to each file, without submitting it, and the documents of those that can be read."""
+    client: Client, files: Sequence[Path], their_files: bool, revise: bool, as_json: bool
+) -> tuple[list[Json], list[Sent]]:
+    """The service's answer to each file, without submitting it, and the tasks of those that are fine."""
     results: dict[Path, Json] = {}
     specs: dict[Path, TaskSpec] = {}
     named: dict[str, Path] = {}
     for file in files:
         try:
             spec = read(file, revise)
-            check_files(spec, their_files)
             if (other := named.setdefault(_title(spec), file)) != file:
                 raise InvalidInput(
                     f"is {_title(spec)}, and so is {other}", str(file), "give each task a name of its own"
@@ -150,16 +123,19 @@ def _checked(
             specs[file] = spec
         except OnebasisError as error:
             results[file] = _failed(file, error)
+    sent = []
     for file, spec in specs.items():
         try:
             _refuse_circle(spec, {_title(other): other.after for other in specs.values()})
             beside = tuple(title for title in spec.after if title in named)
-            results[file] = _of(file, client.ask(Submit(task=spec, dry_run=True, beside=beside, by=me())))
+            task = with_its_files(client, spec, their_files, as_json)
+            results[file] = _of(file, task.ask(client, dry_run=True, beside=beside))
+            sent.append(task)
         except Unavailable:
             raise
         except OnebasisError as error:
             results[file] = _failed(file, error)
-    return [results[file] for file in files], list(specs.values())
+    return [results[file] for file in files], sent
 
 
 def _title(spec: TaskSpec) -> str:
@@ -179,24 +155,24 @@ def _refuse_circle(spec: TaskSpec, after: Mapping[str, Sequence[str]]) -> None:
                 line.append(before)
 
 
-def _in_turn(files: Sequence[Path], specs: Sequence[TaskSpec]) -> tuple[list[Path], list[TaskSpec]]:
-    """The files and their documents, each behind those that it comes after; else in the order that they had."""
-    by_title = {_title(spec): (file, spec) for file, spec in zip(files, specs, strict=True)}
-    order = TopologicalSorter({title: spec.after for title, (_, spec) in by_title.items()}).static_order()
+def _in_turn(files: Sequence[Path], sent: Sequence[Sent]) -> tuple[list[Path], list[Sent]]:
+    """The files and their tasks, each behind those that it comes after; else in the order that they had."""
+    by_title = {_title(task.spec): (file, task) for file, task in zip(files, sent, strict=True)}
+    order = TopologicalSorter({title: task.spec.after for title, (_, task) in by_title.items()}).static_order()
     found = [by_title[title] for title in order if title in by_title]
     return [file for file, _ in found], [spec for _, spec in found]
 
 
-def _submitted(client: Client, files: Sequence[Path], specs: Sequence[TaskSpec]) -> list[Json]:
+def _submitted(client: Client, files: Sequence[Path], sent: Sequence[Sent]) -> list[Json]:
     """The result of each. Once the service is away it is not asked for the rest."""
     results: list[Json] = []
     away: OnebasisError | None = None
-    for file, spec in zip(files, specs, strict=True):
+    for file, task in zip(files, sent, strict=True):
         if away is not None:
             results.append(_failed(file, away))
             continue
         try:
-            results.append(_of(file, client.ask(Submit(task=spec, by=me()))))
+            results.append(_of(file, task.ask(client)))
         except OnebasisError as error:
             results.append(_failed(file, error))
             if isinstance(error, Unavailable) and not isinstance(error, QueueFull):

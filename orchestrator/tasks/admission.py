@@ -20,14 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from configs.errors import Conflict, InvalidInput, QueueFull
-from configs.places import OpenFile, OutsideError, open_below
+from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull
+from configs.places import OpenFile, OutsideError, is_below, open_below
 from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
+from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import EarlierRows, TaskRecord, TaskState, new_task_id
+from orchestrator.tasks.uploads import TeamFolder, team_folder
 from subspace_store import Storage
 from subspace_store.digests import digest
 from workers.orders import BaseLayout
@@ -112,19 +114,32 @@ def _document(spec: TaskSpec) -> str:
 def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
     """Check everything about a submission without keeping anything.
 
-    No file outside `data_roots` is read, even if names are made to lead elsewhere meanwhile.
+    No file outside `data_roots` and the team's own uploads is read, even if names are made to lead elsewhere meanwhile.
 
     Raises:
         InvalidInput: The team, the base model, a path, a row, the target modules or the adapter to
             import; names the key, file and row.
     """
+    sent = f"{team_folder(settings, spec.team).sets}/"
+    try:
+        draft = _checked(spec, settings, layout)
+    except OnebasisError as error:
+        if sent not in str(error):
+            raise
+        # A file is told by the name that whoever sent it can know.
+        facts = (fact.replace(sent, UPLOAD) if isinstance(fact, str) else fact for fact in error.args)
+        raise type(error)(*facts) from None
+    return replace(draft, warnings=tuple(warning.replace(sent, UPLOAD) for warning in draft.warnings))
+
+
+def _checked(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
     from workers.compatibility import check_lengths, check_template, chosen_modules
 
     if spec.team not in settings.teams:
         raise InvalidInput(
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
         )
-    settings = settings.of_team(spec.team)
+    settings, may_read = settings.of_team(spec.team), Readable.of(settings, spec.team)
     base_model_of(spec, settings)
     pool = chosen_pool(pools_of(settings.pools, spec.base_model), spec.pool, spec.resources)
     ranks = settings.pools[pool].ranks
@@ -141,12 +156,12 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     check_lengths(spec, layout.length_max)
     check_template(spec, layout.chat_template is not None)
     complaint = layout.chat_template.complaint if layout.chat_template and spec.data.messages_column else _no_complaint
-    evaluation = _allowed_rows(spec.data.eval_file, settings, "data.eval_file") if spec.data.eval_file else None
+    evaluation = may_read.rows(spec.data.eval_file, "data.eval_file") if spec.data.eval_file else None
     if spec.method.name == "import":
-        return replace(_imported(spec, settings, layout, evaluation, complaint, ranks), pool=pool)
+        return replace(_imported(spec, settings, may_read, layout, evaluation, complaint, ranks), pool=pool)
     chosen_modules(spec.lora.target_modules, layout.module_shapes, spec.base_model)
-    train = _allowed_rows(spec.data.train_file or "", settings, "data.train_file")
-    rows = freeze(spec, train, evaluation, _opener(settings, "data"), complaint)
+    train = may_read.rows(spec.data.train_file or "", "data.train_file")
+    rows = freeze(spec, train, evaluation, may_read.opener("data"), complaint)
     doubt = _not_compared(spec, rows.train) if spec.method.name == "auto" and rows.train else ""
     row_count = rows.train.count if rows.train else 0
     doubts = (*filter(None, [doubt]), *doubtful_settings(spec, row_count, ranks))
@@ -154,20 +169,27 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
 
 
 def _imported(
-    spec: TaskSpec, settings: Settings, layout: BaseLayout, evaluation: Path | None, complaint: Complaint, ranks: int
+    spec: TaskSpec,
+    settings: Settings,
+    may_read: Readable,
+    layout: BaseLayout,
+    evaluation: Path | None,
+    complaint: Complaint,
+    ranks: int,
 ) -> Draft:
     """Check the adapter to import and the rows to score it on."""
-    from subspace_store.formats.peft import CONFIG_FILE, MODEL_CONFIG_FILE, SAVED, WEIGHTS_FILE, read_peft_folder
+    from subspace_store.formats.peft import SAVED, read_peft_folder
+    from subspace_store.formats.peft_files import READ_FILES
     from workers.compatibility import incomplete, not_understood, trained_elsewhere, with_full_names, without_effect
     from workers.heads import check_head, check_whole, doubtful_labels
 
     if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
         raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
-    folder, head = _allowed(spec.method.adapter or "", settings, "method.adapter"), layout.heads[spec.kind]
-    for name in (CONFIG_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE):  # each may be a link to somewhere else
-        _allowed_file(str(folder / name), settings, "method.adapter")
+    folder, head = may_read.real(spec.method.adapter or "", "method.adapter"), layout.heads[spec.kind]
+    for name in READ_FILES:  # each may be a link to somewhere else
+        may_read.file(str(folder / name), "method.adapter")
     base = base_model_of(spec, settings)
-    brought = read_peft_folder(folder, base.name, layout.sha256, _opener(settings, "method.adapter"))
+    brought = read_peft_folder(folder, base.name, layout.sha256, may_read.opener("method.adapter"))
     named = with_full_names(brought, layout.module_shapes, head, str(folder))
     check_whole(named, head, named.info.get(SAVED, "[]"), str(folder))
     check_head(named, spec, head, is_scored=evaluation is not None)
@@ -180,7 +202,7 @@ def _imported(
         _not_scored(spec),
         *doubtful_settings(spec, 0, ranks),
     )
-    rows = freeze(spec, None, evaluation, _opener(settings, "data.eval_file"), complaint)
+    rows = freeze(spec, None, evaluation, may_read.opener("data.eval_file"), complaint)
     return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows), *_cut(spec, rows, layout)))
 
 
@@ -473,60 +495,76 @@ def _delete_data(record: TaskRecord, storage: Storage) -> None:
             storage.delete(key)
 
 
-def _opener(settings: Settings, key: str) -> OpenFile:
-    """A function that opens a task's files. A name that was found to lie below an allowed folder may be made to lead
-    elsewhere before it is opened, so the opened file is checked again."""
-    roots = [Path(root) for root in settings.data_roots]
+@dataclass(frozen=True)
+class Readable:
+    """What the submissions of one team may read."""
 
-    def open_allowed(path: Path) -> BinaryIO:
+    roots: tuple[str, ...]
+    """Folders whose files they may name."""
+    uploads: TeamFolder
+    """What the team has sent."""
+    closed: Path
+    """Folder of all teams' uploads: nobody names a file there by its path, whatever the roots are."""
+
+    @classmethod
+    def of(cls, settings: Settings, team: str) -> Readable:
+        """What the settings let a team read."""
+        folder = team_folder(settings, team)
+        return cls(settings.of_team(team).data_roots, folder, folder.path.parent)
+
+    def opener(self, key: str) -> OpenFile:
+        """A function that opens a task's files. A name that was found to lie below an allowed folder may be made to
+        lead elsewhere before it is opened, so the opened file is checked again."""
+        roots = [*map(Path, self.roots), self.uploads.sets]
+
+        def open_allowed(path: Path) -> BinaryIO:
+            try:
+                return open_below(path, roots, self.closed)
+            except OutsideError as error:
+                what = f"{path} was changed, while it was read, into what this service does not read"
+                raise InvalidInput(what, key, "submit it again") from error
+
+        return open_allowed
+
+    def real(self, place: str, key: str) -> Path:
+        """The real path of a place, links resolved, if it may be read."""
+        if is_upload(place):
+            return self.uploads.find(upload_named(place, key), key)
         try:
-            return open_below(path, roots)
-        except OutsideError as error:
+            real = Path(place).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte
+            raise InvalidInput(f"{place!r} is no path: {error}", key, "correct the path") from error
+        # Of what was found in an upload, a file is asked for by its path.
+        if not is_below(real, (*map(Path, self.roots), self.uploads.sets), self.closed):
             raise InvalidInput(
-                f"{path} was changed, while it was read, into what this service does not read", key, "submit it again"
-            ) from error
+                f"{place} is outside the folders that this service reads",
+                key,
+                f"put it below one of: {', '.join(self.roots)}; or add its folder to `data_roots:` in a settings"
+                " file, then `onebasis down` and `onebasis up --config FILE`",
+            )
+        return real
 
-    return open_allowed
+    def file(self, place: str, key: str) -> Path:
+        """As `real`, for a regular file only: a pipe or a device would be waited for, or read for ever."""
+        real = self.real(place, key)
+        try:
+            is_plain = real.is_file() or not real.exists()
+        except OSError as error:
+            raise _unseen(place, key, error) from error
+        if not is_plain:
+            raise InvalidInput(f"{place} is not a plain file", key, "name a file")
+        return real
 
-
-def _allowed(path: str, settings: Settings, key: str) -> Path:
-    """The real path, links resolved, if it lies below an allowed folder."""
-    try:
-        real = Path(path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte
-        raise InvalidInput(f"{path!r} is no path: {error}", key, "correct the path") from error
-    if not any(real.is_relative_to(Path(root).resolve()) for root in settings.data_roots):
-        raise InvalidInput(
-            f"{path} is outside the folders that this service reads",
-            key,
-            f"put it below one of: {', '.join(settings.data_roots)}; or add its folder to `data_roots:` in a settings"
-            " file, then `onebasis down` and `onebasis up --config FILE`",
-        )
-    return real
-
-
-def _allowed_file(path: str, settings: Settings, key: str) -> Path:
-    """As `_allowed`, for a regular file only: a pipe or a device would be waited for, or read for ever."""
-    real = _allowed(path, settings, key)
-    try:
-        is_plain = real.is_file() or not real.exists()
-    except OSError as error:
-        raise _unseen(path, key, error) from error
-    if not is_plain:
-        raise InvalidInput(f"{path} is not a plain file", key, "name a file")
-    return real
-
-
-def _allowed_rows(path: str, settings: Settings, key: str) -> Path:
-    """As `_allowed_file`, or a folder of such files."""
-    real = _allowed(path, settings, key)
-    try:
-        parts = sorted(real.iterdir()) if real.is_dir() else [real]
-    except OSError as error:
-        raise _unseen(path, key, error) from error
-    for part in parts:
-        _allowed_file(str(part), settings, key)
-    return real
+    def rows(self, place: str, key: str) -> Path:
+        """As `file`, or a folder of such files."""
+        real = self.real(place, key)
+        try:
+            parts = sorted(real.iterdir()) if real.is_dir() else [real]
+        except OSError as error:
+            raise _unseen(place, key, error) from error
+        for part in parts:
+            self.file(str(part), key)
+        return real
 
 
 def _unseen(path: str, key: str, error: OSError) -> InvalidInput:

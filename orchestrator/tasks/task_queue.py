@@ -836,8 +836,8 @@ class TaskQueue:
             todo += ", or cancel the old task first"
         elif taken.state == TaskState.PUBLISHED and not same and not record.version:
             todo += (
-                "; if these are new rows for that task, `onebasis submit --revise` (or revises: true) makes its next "
-                f"revision of them; or take the old task out first: `onebasis store remove {record.title}`"
+                "; if these are new rows for that task, `onebasis submit --revise FILE` (or revises: true) makes its "
+                f"next revision of them; or take the old task out first: `onebasis store remove {record.title}`"
             )
         raise NameTaken(
             f"task {taken.task_id} of that name is {taken.state}, {what}",

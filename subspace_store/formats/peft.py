@@ -33,14 +33,9 @@ from subspace_store.formats.peft_config import (
     read_config,
     unknown_settings,
 )
+from subspace_store.formats.peft_files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, refuse_pickle
 from subspace_store.formats.weights_file import read_weights, weights_with_facts
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
-CARD_FILE = "README.md"
-MODEL_CONFIG_FILE = "config.json"
-"""The model's own configuration, which some programs save beside an adapter."""
 PREFIX = "base_model.model."  # PEFT's wrapper, in front of every name of the model
 ID2LABEL, BASE_SHA256 = "id2label", "base_model_sha256"
 """Keys in the header of the weights that we write: the label of each output, the sha256 of the base's weights."""
@@ -72,15 +67,9 @@ def read_peft_folder(folder: Path, base_model: str, base_sha256: str, open_file:
     Raises:
         InvalidInput: A file is missing or broken, or see `from_peft`.
     """
-    weights_file = folder / WEIGHTS_FILE
-    if not weights_file.is_file() and (folder / PICKLE_FILE).is_file():
-        raise InvalidInput(
-            f"only {PICKLE_FILE} is there, a pickle, which can run code and is never read",
-            str(folder),
-            "save it again with PeftModel.save_pretrained(..., safe_serialization=True)",
-        )
+    refuse_pickle(folder)
     config = read_config(folder / CONFIG_FILE, open_file)
-    tensors, header = read_weights(weights_file, "name a folder saved by PEFT", open_file)
+    tensors, header = read_weights(folder / WEIGHTS_FILE, "name a folder saved by PEFT", open_file)
     beside = folder / MODEL_CONFIG_FILE
     model_config = read_config(beside, open_file) if beside.is_file() else {}
     info = _said(header, config, model_config, str(folder))

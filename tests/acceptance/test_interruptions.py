@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -59,6 +60,51 @@ def test_a_killed_control_plane_finds_its_running_training_again(site: Site) -> 
     assert merged_once(site, "payments/found-again")
     # Its memory is for tasks and versions: what needs torch is done by other processes.
     assert "libtorch" not in Path(f"/proc/{site.control_plane()}/maps").read_text()
+
+
+def test_files_that_are_sent_go_on_where_they_were_when_the_control_plane_was_killed(
+    site: Site, tmp_path: Path
+) -> None:
+    size = 400_000_000
+    (tmp_path / "rows.parquet").write_bytes(os.urandom(size))  # as large as rows may be; no rows, so it is refused soon
+    document = {"team": "payments", "name": "sent", "base_model": "minilm"}
+    document |= {"data": {"train_file": "rows.parquet", "eval_fraction": 0.2, "label_names": ["a", "b"]}}  # type: ignore[dict-item]
+    (tmp_path / "sent.yaml").write_text(yaml.safe_dump(document))
+    token = site.ask("token", "create", "laptop", "--role", "submitter", "--team", "payments")["token"]
+    environment = {name: value for name, value in os.environ.items() if name != "ONEBASIS_STATE_DIR"}
+    environment |= {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+
+    def typed(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [ONEBASIS, *arguments], cwd=tmp_path, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def log_in() -> None:
+        url = json.loads((site.folder / ".onebasis/server.json").read_text())["url"]
+        done = typed("login", url, "--name", "prod")
+        assert "commands ask" in done.communicate(token)[0]
+
+    log_in()
+    parts = site.folder / ".onebasis/uploads/payments/parts"
+    sending = typed("submit", "sent.yaml")
+    site.wait("some of it to come", lambda: sum(part.stat().st_size for part in parts.glob("*")) > 20_000_000)
+    site.kill_control_plane()
+    sending.send_signal(signal.SIGINT)
+    assert "the same command goes on from it" in sending.communicate()[0]
+    assert sending.returncode == 130
+    (part,) = parts.iterdir()
+    come = part.stat().st_size
+    assert 20_000_000 < come < size
+    site.run("up", "--config", "settings.yaml")
+    log_in()
+    again = typed("submit", "sent.yaml")
+    told = again.communicate()[0]
+    assert f"sent 1 file, {(size - come) / 1e6:,.1f} MB" in told  # the rest alone
+    assert f"{tmp_path / 'rows.parquet'}: is not a readable parquet file" in told
+    assert list(parts.iterdir()) == []
+    (whole,) = (parts.parent / "whole").iterdir()
+    assert whole.read_bytes() == (tmp_path / "rows.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("delay_seconds", [0.0, 1.5, 2.5, 3.2])

@@ -174,8 +174,10 @@ def test_hostile_values_are_answered_in_plain_words_and_what_is_refused_changes_
             if route.verb == "POST":
                 answer = client.post(url, content=json.dumps(said))
             else:
-                answer = client.get(f"{url}?{urlencode(said, errors='surrogatepass')}")
-        assert answer.status_code in KNOWN, f"{answer.status_code} {answer.text}"
+                answer = client.request(route.verb, f"{url}?{urlencode(said, errors='surrogatepass')}")
+        # 405: an empty part of a path makes it another one, which takes no PUT.
+        is_answer = answer.status_code in (KNOWN | {405} if route.verb == "PUT" else KNOWN)
+        assert is_answer, f"{answer.status_code} {answer.text}"
         if answer.status_code != 200:
             assert odd_character(answer.text) is None
             assert still.facts() == before

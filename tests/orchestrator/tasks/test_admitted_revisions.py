@@ -87,7 +87,7 @@ def test_without_being_asked_for_nothing_is_revised(desk: Desk) -> None:
     first = published(desk)
     said = desk.refuse(newer(desk, revises=False), NameTaken)
     assert f"task {first.task_id} of that name is published, and this submission differs from it" in said
-    assert "`onebasis submit --revise` (or revises: true) makes its next revision of them" in said
+    assert "`onebasis submit --revise FILE` (or revises: true) makes its next revision of them" in said
 
 
 @pytest.mark.parametrize("state", [None, TaskState.QUEUED, TaskState.EVALUATING, TaskState.PARKED, TaskState.REPLACED])
