@@ -65,15 +65,8 @@ class WorkerActor(Forwarding):
 
     def __init__(self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: float) -> None:
         watch_this_process()
-        # Read when the libraries are imported, so before that.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tasks of many sizes follow here
-        if not ray.get_gpu_ids():
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # an actor without GPUs sees all of them
+        set_environment(base_model, cpus)
         os.environ.update(_interface_environment(ray.util.get_node_ip_address()))
-        if is_local(base_model.source):
-            os.environ["HF_HUB_OFFLINE"] = "1"
         from workers.worker import Worker
 
         self._does = Worker(base_model, storage, folder, cpus)
@@ -93,6 +86,17 @@ class WorkerActor(Forwarding):
 
         address: str = ray.util.get_node_ip_address()
         return address, listen(address)
+
+
+def set_environment(base_model: BaseModelSettings, cpus: float) -> None:
+    """What an actor that loads a base model needs. Read when the libraries are imported, so before that."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tasks of many sizes follow here
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # an actor without GPUs sees all of them
+    if is_local(base_model.source):
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def worker_actor(

@@ -7,7 +7,6 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.places import is_local
 from configs.settings import BaseModelSettings, StorageSettings
 
 if TYPE_CHECKING:
@@ -28,13 +27,11 @@ class Answering:
     """
 
     def __init__(
-        self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: int, rows_max: int
+        self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: float, rows_max: int
     ) -> None:
-        # Read when the libraries are imported, so before that.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cpus))
-        if is_local(base_model.source):
-            os.environ["HF_HUB_OFFLINE"] = "1"
+        from workers.worker_actor import set_environment
+
+        set_environment(base_model, cpus)
         import torch
 
         from subspace_store.storage.opening import open_storage
@@ -43,7 +40,7 @@ class Answering:
         from workers.serving.batcher import Batcher
         from workers.serving.replica import Replica
 
-        torch.set_num_threads(max(1, cpus))
+        torch.set_num_threads(max(1, int(cpus)))
         base = load_base_model(base_model)
         self._replica = Replica(base, SubspaceReader.open(open_storage(storage, folder)))
         self._batcher = Batcher(self._replica, rows_max)
