@@ -35,6 +35,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are known, and the values at which they ask for nothing."""
 
+READ_OF_MESSAGE = ("role", "content")
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,6 +90,10 @@ class ChatRequest(_Asked):
 
     @property
     def question(self) -> Question:
+        for number, message in enumerate(self.messages, start=1):
+            if others := [key for key in message if key not in READ_OF_MESSAGE and message[key] not in (None, "", [])]:
+                what = f"message {number} has {others[0]!r:.100}, which is not read"
+                raise InvalidInput(what, "messages", "write what the task is to know into content")
         messages = [{"role": message.get("role"), "content": _text(message)} for message in self.messages]
         if messages[-1]["role"] == "assistant":
             raise InvalidInput("the last message is the assistant's", "messages", "end with the message to be answered")

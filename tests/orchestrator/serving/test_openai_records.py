@@ -97,6 +97,14 @@ def test_a_chat_that_ends_with_the_assistant_asks_nothing() -> None:
         _ = chat(messages=messages).question
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "name", "function_call", "audio"])
+def test_what_of_a_message_is_not_read_is_refused_by_its_name(key: str) -> None:
+    messages = [{"role": "user", "content": "hi", key: ["x"]}]
+    with pytest.raises(InvalidInput, match=f"message 1 has '{key}', which is not read"):
+        _ = chat(messages=messages).question
+    assert chat(messages=[{"role": "user", "content": "hi", key: None}]).question == chat().question
+
+
 def test_what_is_no_json_is_refused() -> None:
     with pytest.raises(InvalidInput, match="Invalid JSON"):
         read(ChatRequest, b"{")
