@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import ssl
 import threading
 import time
 from collections import OrderedDict
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from configs.errors import OnebasisError, Unavailable, error_from_dict
 from orchestrator.api.access import EVERY_TEAM_TOLD
 from orchestrator.api.callers import Paces, unknown
-from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange
+from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange, trusting
 
 KNOWN_SECONDS = 30.0
 """How long an answer of the control plane counts: a token that was revoked is taken for so long."""
@@ -79,6 +78,10 @@ class Lodger:
             if now - at <= AWAY_SECONDS:
                 return teams
             raise
+        except OnebasisError:  # it was revoked, or has ended: nor does it count once the control plane is away
+            with self._lock:
+                self._known.pop(digest, None)
+            raise
         with self._lock:
             self._known[digest] = now, teams
             self._known.move_to_end(digest)
@@ -89,17 +92,13 @@ class Lodger:
     def _ask(self, secret: str) -> frozenset[str] | None:
         if not secret:
             raise unknown()
-        trust = None
-        if self._lodge.certificate:  # this very certificate, whatever name it is made out for
-            trust = ssl.create_default_context(cadata=self._lodge.certificate)
-            trust.check_hostname = False
-            trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        trust = trusting(self._lodge.certificate) if self._lodge.certificate else None
         try:
             reply = exchange(f"{self._lodge.url}/whoami", "GET", token=secret, timeout_seconds=ASK_SECONDS, trust=trust)
-        except (NobodyListensError, NotTakenError, OnebasisError) as error:
+            facts = json.loads(reply.content)
+        except (NobodyListensError, NotTakenError, OnebasisError, ValueError) as error:
             what = "the control plane is away, and it alone knows whose a token is"
             raise Unavailable(what, self._lodge.url, "ask again when it is back: `onebasis up`") from error
-        facts = json.loads(reply.content)
         if not reply.is_success:
             raise error_from_dict(facts)
         roles = facts["roles"]
