@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from configs.errors import Conflict, Unavailable
+from configs.errors import Conflict, OnebasisError, Unavailable
 from configs.settings import ServingSettings, Settings
+from orchestrator.api.exchange import ALIVE_PATH, NobodyListensError, NotTakenError, exchange
 
 log = logging.getLogger("onebasis.serving")
 
@@ -17,6 +19,9 @@ READY_SECONDS = 120.0
 """Longest wait for the replicas to have loaded their base models."""
 ASK_SECONDS = 5.0
 """Longest wait for what replicas say of themselves."""
+
+CHOOSE = "choose another port: `onebasis serve --port PORT`"
+Listener = Literal["we", "somebody else", "nobody"]
 
 
 class Deployment:
@@ -53,16 +58,11 @@ class Deployment:
     def facts(self, settings: Settings) -> dict[str, Any]:
         """What answers now: address, and for each base model what its replicas say of themselves."""
         from ray import serve
-        from ray.serve.exceptions import RayServeException
 
         if settings.serving is None:
             return {}
         found: dict[str, Any] = {"url": settings.serving.url, "base_models": {}}
-        try:
-            status = serve.status().applications.get(self._app)
-        except RayServeException:
-            status = None
-        if status is None:
+        if (status := self._known().get(self._app)) is None:
             return found | {"state": "down", "message": "it does not run"}
         for name in settings.base_names:
             try:
@@ -71,24 +71,30 @@ class Deployment:
             except Exception as error:  # whatever Ray says: it is told, not needed
                 found["base_models"][name] = []
                 found["message"] = f"{name}: {type(error).__name__}: {error}"
-        return (
-            found
-            | {"state": str(status.status.value).lower()}
-            | ({"message": status.message} if status.message else {})
-        )
+        if status.message:
+            found["message"] = status.message
+        return found | {"state": str(status.status.value).lower()}
 
     def _start(self, settings: Settings, serving: ServingSettings) -> None:
         from ray import serve
         from ray.serve.config import HTTPOptions
 
-        serve.start(http_options=HTTPOptions(host=serving.host, port=serving.port), proxy_location=serving.proxies)
-        others = [name for name in serve.status().applications if name != self._app]
-        if others:
+        known = self._known()
+        if others := [name for name in known if name != self._app]:
             raise Conflict(
                 f"Ray Serve answers for something else on this cluster: {', '.join(others)}",
                 settings.ray.address,
                 "end it with `serve shutdown`, or use another cluster",
             )
+        if (listener := self._listener(serving.url)) == "somebody else":
+            raise Unavailable("something else listens there", serving.url, CHOOSE)
+        if known and listener == "nobody":
+            self._end()  # Ray Serve listens at another address, and takes no new one while it runs
+        try:
+            options = HTTPOptions(host=serving.host, port=serving.port)
+            serve.start(http_options=options, proxy_location=serving.proxies)
+        except (RuntimeError, OSError) as error:
+            raise Unavailable(f"Ray Serve cannot listen there: {error}", serving.url, CHOOSE) from error
         failed: list[Exception] = []
 
         def run() -> None:
@@ -101,12 +107,14 @@ class Deployment:
         waiting.start()
         waiting.join(READY_SECONDS)
         if failed or waiting.is_alive():
-            status = serve.status().applications.get(self._app)
+            status = self._known().get(self._app)
             said = status.message if status is not None and status.message else ""
             said = said or (str(failed[0]) if failed else f"its replicas are not ready after {READY_SECONDS:.0f} s")
             raise Unavailable(
                 f"what answers could not be started: {said}", serving.url, "`onebasis status` says how it goes on"
             )
+        if self._listener(serving.url) != "we":
+            raise Unavailable("the replicas are ready, and what listens there is not this service", serving.url, CHOOSE)
 
     def _bound(self, settings: Settings, serving: ServingSettings) -> Any:
         from ray import serve
@@ -132,7 +140,7 @@ class Deployment:
                 },
                 health_check_period_s=5,
             )
-            .bind(base, settings.storage, base.name, int(serving.cpus), serving.rows_max)
+            .bind(base, settings.storage, base.name, serving.cpus, serving.rows_max)
             for base in settings.bases
         }
         door = serve.deployment(Door).options(
@@ -141,23 +149,36 @@ class Deployment:
         tls = settings.server.tls
         certificate = Path(tls.cert_file).read_text() if tls is not None else ""
         lodge = Lodge(self._url, certificate, settings.server.requests_per_second, digest_of(self._token))
-        return door.bind(settings, lodge, replicas)
+        return door.bind(self._app, settings.storage, lodge, replicas)
 
     def _end(self) -> None:
+        from ray import serve
+
+        if self._app in self._known():
+            serve.delete(self._app)  # waits until it is gone
+            if not self._known():
+                serve.shutdown()
+
+    def _listener(self, url: str) -> Listener:
+        """Who is at an address."""
+        try:
+            reply = exchange(f"{url}{ALIVE_PATH}", "GET", timeout_seconds=ASK_SECONDS)
+            return "we" if json.loads(reply.content)["door"] == self._app else "somebody else"
+        except NobodyListensError:
+            return "nobody"
+        except (NotTakenError, OnebasisError, ValueError, KeyError, TypeError):
+            return "somebody else"
+
+    def _known(self) -> Mapping[str, Any]:
+        """Name of each application of Ray Serve on this cluster to its status."""
         from ray import serve
         from ray.serve.exceptions import RayServeException
 
         try:
-            known = serve.status().applications
-        except RayServeException:
-            return  # nothing of Ray Serve runs
-        if self._app in known:
-            serve.delete(self._app)
-        until = time.monotonic() + ASK_SECONDS
-        while self._app in serve.status().applications and time.monotonic() < until:
-            time.sleep(0.1)
-        if not serve.status().applications:
-            serve.shutdown()
+            found: Mapping[str, Any] = serve.status().applications
+            return found
+        except RayServeException:  # nothing of Ray Serve runs
+            return {}
 
 
 def _named(base_model: str) -> str:

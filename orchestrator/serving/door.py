@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
 from configs.limits import BYTES_MAX, short_text
-from configs.settings import Settings
+from configs.settings import StorageSettings
 from orchestrator.api.answers import answer_json
 from orchestrator.api.exchange import ALIVE_PATH
 from orchestrator.serving import openai_records
@@ -30,6 +30,7 @@ from orchestrator.serving.openai_records import ChatRequest, CompletionRequest, 
 from subspace_store.log.version import MAIN
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_reader import SubspaceReader
+from workers.serving.held import Held
 from workers.serving.question import Answer, Question
 
 if TYPE_CHECKING:
@@ -61,13 +62,16 @@ class Door:
     """One process of the HTTP side.
 
     Args:
+        name: Of the application: tells this door from those of other services.
         replicas: Base model to a handle of its deployment.
         lodge: How it finds out whose a token is.
     """
 
-    def __init__(self, settings: Settings, lodge: Lodge, replicas: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, storage: StorageSettings, lodge: Lodge, replicas: Mapping[str, Any]) -> None:
+        self._name = name
         self._replicas, self._lodger = dict(replicas), Lodger(lodge)
-        self._stores = {name: SubspaceReader.open(open_storage(settings.storage, name)) for name in settings.base_names}
+        self._stores = {name: SubspaceReader.open(open_storage(storage, name)) for name in replicas}
+        self._held = {name: Held(store) for name, store in self._stores.items()}
         self._routes: dict[tuple[str, str], Callable[[Request, Teams], Awaitable[Response]]] = {
             ("GET", ALIVE_PATH): self._alive,
             ("GET", "/v1/models"): self._models,
@@ -76,18 +80,6 @@ class Door:
             ("POST", "/v1/completions"): self._complete,
         }
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
-
-    def tasks(self, teams: Teams) -> list[dict[str, Any]]:
-        """The tasks that `main` of each base model holds, of these teams."""
-        found = []
-        for base_model, store in self._stores.items():
-            state = store.state
-            found += [
-                {"id": task.name, "base_model": base_model, "version": state.refs[MAIN], "created": 0}
-                for task in state.tasks_at(state.refs[MAIN]).values()
-                if _sees(teams, task.name)
-            ]
-        return found
 
     def base_model_of(self, task: str, teams: Teams, named: str | None = None, version: int | None = None) -> str:
         """The base model whose version, default `main`, holds a task.
@@ -104,10 +96,9 @@ class Door:
             raise NotFound(f"there is no base model '{named}'", todo=f"there are: {', '.join(self._stores)}")
         found = []
         for name in [named] if named else self._stores:
-            state = self._stores[name].state
-            number = state.refs[MAIN] if version is None else version
-            held = state.tasks_at(number) if number == 0 or number in state.versions else {}
-            if any(task in (task_id, entry.name) and _sees(teams, entry.name) for task_id, entry in held.items()):
+            number = self._main(name) if version is None else version
+            known = self._held[name].find(task, number)
+            if known is not None and _sees(teams, known[0]):
                 found.append(name)
         if len(found) > 1:
             raise InvalidInput(f"is a task of several base models: {', '.join(found)}", task, "name the base_model")
@@ -143,10 +134,9 @@ class Door:
                 known = ", ".join(f"{verb} {at}" for verb, at in self._routes)
                 raise NotFound(f"there is no {request.method} {short_text(path)}", todo=f"there are: {known}")
             scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-            teams: frozenset[str] | None = frozenset()
+            teams: Teams = frozenset()
             if path != ALIVE_PATH:
-                secret = secret if scheme.lower() == "bearer" else ""
-                teams = await to_thread.run_sync(self._lodger.teams_of, secret)
+                teams = await to_thread.run_sync(self._lodger.teams_of, secret if scheme.lower() == "bearer" else "")
             return await route(request, teams)
         except OnebasisError as error:
             told = error
@@ -162,15 +152,21 @@ class Door:
         return JSONResponse(told.as_dict(), status)
 
     async def _alive(self, request: Request, teams: Teams) -> Response:
-        return JSONResponse({"alive": True})
+        return JSONResponse({"alive": True, "door": self._name})
 
     async def _models(self, request: Request, teams: Teams) -> Response:
+        mains = {base_model: self._main(base_model) for base_model in self._stores}
         listed = [
-            {"id": task["id"], "object": "model", "created": task["created"], "owned_by": task["id"].partition("/")[0]}
-            | {"base_model": task["base_model"], "version": task["version"]}
-            for task in self.tasks(teams)
+            {"id": name, "object": "model", "created": 0, "owned_by": name.partition("/")[0]}
+            | {"base_model": base_model, "version": version}
+            for base_model, version in mains.items()
+            for name in self._held[base_model].at(version)
+            if _sees(teams, name)
         ]
         return JSONResponse({"object": "list", "data": listed})
+
+    def _main(self, base_model: str) -> int:
+        return self._stores[base_model].state.refs[MAIN]
 
     async def _predict(self, request: Request, teams: Teams) -> Response:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -302,3 +303,15 @@ def test_nothing_answers_when_it_was_ended(served: Served) -> None:
     said = served.run("serve", "--port", str(served.port))
     assert f"{served.url}/v1/predict" in said
     assert served.predicted(INTENTS, TEXTS[0])["version"] == 3
+
+
+def test_it_moves_to_another_port_and_refuses_one_that_is_taken(served: Served) -> None:
+    before, served.port = served.port, free_port()
+    served.run("serve", "--port", str(served.port))
+    assert served.predicted(INTENTS, TEXTS[0])["version"] == 3
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{before}/alive")
+    with socket.create_server(("127.0.0.1", before)):
+        said = served.run("serve", "--port", str(before), expect=5)
+    assert f"http://127.0.0.1:{before}: something else listens there" in said
+    assert served.predicted(INTENTS, TEXTS[0])["version"] == 3  # what answered before still does

@@ -21,6 +21,7 @@ from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
 from workers.rows.reading import canonical
 from workers.rows.task_data import Row, inputs_of, question
+from workers.serving.held import Held
 from workers.serving.mixed_batch import Asked, MixedBatch
 from workers.serving.question import Answer, Question
 
@@ -41,10 +42,9 @@ class Replica:
     """
 
     def __init__(self, base: BaseModel, store: SubspaceReader) -> None:
-        self.base, self._store = base, store
+        self.base, self._store, self._held = base, store, Held(store)
         self._version = store.state.refs[MAIN]
         self._batches: OrderedDict[int, MixedBatch] = OrderedDict()
-        self._names: dict[int, dict[str, str]] = {}
         self._lock = threading.Lock()
         self.trouble = ""
         """Why it does not answer by what `main` names now; empty where it does."""
@@ -73,25 +73,6 @@ class Replica:
             return False
         self._version, self.trouble = number, ""
         return True
-
-    def task_id(self, task: str, version: int | None = None) -> str:
-        """Id of a task that a version holds.
-
-        Raises:
-            NotFound: It holds no such task, or there is no such version.
-        """
-        number = self._version if version is None else version
-        names = self._names.get(number)
-        if names is None:
-            held = self._store.state.tasks_at(self._store.resolve(number))
-            names = self._names[number] = {entry.name: task_id for task_id, entry in held.items()}
-            while len(self._names) > VERSIONS_KEPT + 2:
-                self._names.pop(next(iter(self._names)))
-        if task in names:
-            return names[task]
-        if task in names.values():
-            return task
-        raise NotFound(f"version {number} of {self.base.name} holds no such task", task, "`onebasis tasks` lists them")
 
     def answer(self, questions: Sequence[Question]) -> list[Answer | OnebasisError]:
         """Answers in the order of the questions; what cannot be answered has its error in its place.
@@ -125,13 +106,18 @@ class Replica:
         return [answer for one in asked for answer in self._answered(batch, [one])]
 
     def _asked(self, one: Question, number: int) -> Asked:
-        task_id = self.task_id(one.task, number)
+        self._store.resolve(number)
+        if (known := self._held.find(one.task, number)) is None:
+            what = f"version {number} of {self.base.name} holds no such task"
+            raise NotFound(what, one.task, "`onebasis tasks` lists them")
+        _, task_id = known
         spec = canonical(self._batch(number).spec(task_id))
         is_chat = spec.data.messages_column is not None
         if one.is_chat is not None and (spec.kind != "causal_lm" or one.is_chat is not is_chat):
-            learnt = ("chats" if is_chat else "prompts and completions") if spec.kind == "causal_lm" else spec.kind
-            todo = "ask completions" if spec.kind == "causal_lm" and not is_chat else "ask chat completions"
-            todo = todo if spec.kind == "causal_lm" else "ask /v1/predict"
+            learnt, todo = str(spec.kind), "ask /v1/predict"
+            if spec.kind == "causal_lm":
+                learnt = "chats" if is_chat else "prompts and completions"
+                todo = "ask chat completions" if is_chat else "ask completions"
             raise InvalidInput(f"has learnt from {learnt}, and is asked for something else", one.task, todo)
         row = _row(one, inputs_of(spec), lambda values: question(values, spec, one.task))
         return Asked(task_id, row, one.writing, one.wrote)
