@@ -45,7 +45,9 @@ class ServiceStatus:
         deadlines: Deadlines,
         deployment: Deployment | None = None,
     ) -> None:
-        self._deployment = deployment
+        self._answering = (
+            None if deployment is None else Latest(lambda: deployment.facts(sources.settings), "Ray Serve")
+        )
         self._sources = sources
         self._versions = versions
         self._health = health
@@ -77,7 +79,7 @@ class ServiceStatus:
             "left_running": self._left_running(),
             **({} if self._sources.is_up else self._led_elsewhere()),
             **self.health(),
-            "serving": self._deployment.facts(self._sources.settings) if self._deployment is not None else {},
+            "serving": self._serving_soon(),
             "base_models": of_each,
         }
 
@@ -152,6 +154,17 @@ class ServiceStatus:
                 self._deadlines.look()
         for versions in list(self._versions.values()):
             versions.try_to_write()
+
+    def _serving_soon(self) -> Json:
+        """What answers over HTTP; only where it should be, while Ray Serve is late or away."""
+        serving = self._sources.settings.serving
+        if self._answering is None or serving is None:
+            return {}
+        try:
+            return self._answering.within(latest.LOOK_SECONDS)
+        except Exception as error:  # Ray may raise anything: it is told, and `status` answers
+            told = error.what if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
+            return {"url": serving.url, "state": "unknown", "message": told, "base_models": {}}
 
     def _led_elsewhere(self) -> Json:
         """Which other control planes run of this service, whose own here does not."""
