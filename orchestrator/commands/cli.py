@@ -34,7 +34,6 @@ from orchestrator.api.requests import (
     ListTasks,
     ListVersions,
     Pause,
-    Predict,
     Preempt,
     PreviewRestore,
     PreviewRollback,
@@ -698,8 +697,7 @@ def predict(
     client = Client(state_dir)
     asked = prediction.inputs(client, reference, text or (), pair or (), rows)
     version = _version_or_main(client, number, base_model)
-    request = Predict(reference=reference, inputs=("",), version=version, base_model=base_model)
-    answer = prediction.joined(list(prediction.predict(client, request, asked)))
+    answer = prediction.joined(list(prediction.predict(client, reference, asked, version, base_model)))
     show(answer, lambda a: prediction.show_answers(a, asked), as_json)
     wrong = [error_from_dict(said["error"]) for said in answer["answers"] if "error" in said]
     if wrong:

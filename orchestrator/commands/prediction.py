@@ -37,11 +37,14 @@ def inputs(client: Client, reference: str, texts: Sequence[str], pairs: Sequence
     return [question_of(row) for row in questions_in(rows, spec)]
 
 
-def predict(client: Client, request: Predict, rows: Sequence[Any]) -> Iterator[Json]:
+def predict(
+    client: Client, reference: str, rows: Sequence[Any], version: int | None, base_model: str | None
+) -> Iterator[Json]:
     """The answers, part by part. Where all workers are at work, the base model is loaded in this process."""
     here = False
     for start in range(0, len(rows), PREDICTIONS_MAX):
-        some = request.model_copy(update={"inputs": tuple(rows[start : start + PREDICTIONS_MAX])})
+        part = tuple(rows[start : start + PREDICTIONS_MAX])
+        some = Predict(reference=reference, inputs=part, version=version, base_model=base_model)
         if not here:
             try:
                 yield client.ask(some)
