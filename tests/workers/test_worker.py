@@ -207,7 +207,7 @@ def test_rows_of_the_services_own_that_are_damaged_are_told_as_that(worker: Work
     assert outcome.fault == "rows"
     assert "the service's own copy of its rows, made when it was submitted, is damaged: " in outcome.message
     assert named in outcome.message
-    assert "`onebasis retry` freezes them anew" in outcome.message
+    assert "`onebasis retry TEAM/TASK` freezes them anew" in outcome.message
 
 
 def test_memory_that_runs_out_while_scoring_is_told_with_the_setting_to_change(

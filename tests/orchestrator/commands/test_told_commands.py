@@ -19,6 +19,7 @@ PACKAGES = ("configs", "subspace_store", "workers", "orchestrator")
 TOLD = re.compile(r"`(onebasis(?: [^`]*)?)`")
 PART = "\x00"
 """Stands for what a message puts into a command: a word, a number, or an option or nothing."""
+STANDS_FOR_A_NUMBER = re.compile(r"\b[A-Z]+$")
 COMMANDS: Any = typer.main.get_command(app)
 STORE: Any = typer.main.get_command(store_app)
 REFUSED: Any = typer.BadParameter.__mro__[1]
@@ -77,5 +78,6 @@ def test_there_are_many_and_some_are_wrong() -> None:
 
 @pytest.mark.parametrize("line", told())
 def test_a_command_that_a_message_names_can_be_typed(line: str) -> None:
-    refusals = [refusal(line.replace(PART, what)) for what in ("x", "3", " --json", "")]
+    lines = [line, STANDS_FOR_A_NUMBER.sub("3", line)]
+    refusals = [refusal(one.replace(PART, what)) for one in lines for what in ("x", "3", " --json", "")]
     assert "" in refusals, refusals[0]

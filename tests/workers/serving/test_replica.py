@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
@@ -20,9 +22,13 @@ from tests.workers.serving.sites import TEXTS, Site, site
 from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
+from workers.evaluation import adapted_model
 from workers.rows.task_data import CompletionRow, ImageRow, TextRow
 from workers.serving.question import Answer, Question, Writing
 from workers.serving.replica import Replica
+from workers.tokens import encode_prompt
+
+DRAWS = 400
 
 
 def replica(made: Site, version: int | None = None) -> Replica:
@@ -195,17 +201,32 @@ def test_an_answer_ends_before_a_stop_text_and_pieces_never_show_a_part_of_it(wr
     assert "".join(pieces) == found.text == whole.text[: whole.text.index(stop)]
 
 
+def first_tokens(made: Site, task: str, prompt: str) -> dict[str, float]:
+    """Text of each token that may be written first, to its probability, by the exported adapter."""
+    model = adapted_model(made.base, made.store.adapter(task, made.version), made.specs[task]).eval()
+    row = CompletionRow((("user", prompt), ("assistant", "?")), False)
+    with torch.inference_mode():
+        ids = torch.tensor([encode_prompt(made.base.tokenizer, row, 64)])
+        probabilities = model(input_ids=ids).logits[0, -1].softmax(dim=-1).tolist()
+    found: dict[str, float] = {}
+    for token, probability in enumerate(probabilities):
+        text = made.base.tokenizer.decode([token], skip_special_tokens=True)
+        found[text] = found.get(text, 0.0) + probability
+    return found
+
+
 def test_a_seed_draws_the_same_and_temperature_draws_as_often_as_probable(writers: Site) -> None:
     one = replica(writers)
     hot = Writing(temperature=1.0, new_tokens=1)
     same = said(one.answer([Question("seed-0", TEXTS[0], writing=replace(hot, seed=5, new_tokens=9))] * 2))
     assert same[0] == same[1]
-    drawn = [
-        answer.text
-        for answer in said(one.answer([Question("seed-0", TEXTS[0], writing=replace(hot, seed=n)) for n in range(400)]))
-    ]
+    asked = [Question("seed-0", TEXTS[0], writing=replace(hot, seed=n)) for n in range(DRAWS)]
+    drawn = Counter(answer.text for answer in said(one.answer(asked)))
     (likeliest,) = said(one.answer([Question("seed-0", TEXTS[0], writing=Writing(new_tokens=1))]))
-    assert len(set(drawn)) > 3
+    expected = first_tokens(writers, "seed-0", TEXTS[0])
+    assert len(drawn) > 3
+    for text, probability in expected.items():
+        assert abs(drawn[text] / DRAWS - probability) < 4 * (probability * (1 - probability) / DRAWS) ** 0.5 + 1 / DRAWS
     narrow = [Question("seed-0", TEXTS[0], writing=replace(hot, seed=n, top_p=1e-6)) for n in range(20)]
     assert {answer.text for answer in said(one.answer(narrow))} == {likeliest.text}
 
