@@ -140,9 +140,14 @@ class WorkerStatus:
 
     @property
     def is_placeless(self) -> bool:
-        """Whether it, or a rank of it, waits for a place."""
-        waits = self.machines == () or isinstance(self.error, NoPlace)
-        return (self.waits and self.order is not None) or (waits and not self.ready)
+        """Whether it, or a rank of it, waits for a place.
+
+        Not so with an order that it had begun: a gang whose supervisor died has no places for a moment, while it is
+        asked how that ended.
+        """
+        if self.order is not None:
+            return self.waits
+        return not self.ready and (self.machines == () or isinstance(self.error, NoPlace))
 
     @property
     def is_loading(self) -> bool:

@@ -498,10 +498,10 @@ class _Attempt:
         try:
             basis = self._basis() if is_leased else {}
             start = self.served() if self._starts_from_main and not order.refine_version else None
-        except NotFound as error:
+        except (NotFound, InvalidInput) as error:  # the version of the checkpoint may have expired meanwhile
             if checkpoint is None:
                 raise
-            self._forget_checkpoint(checkpoint, f"its basis is gone ({error.what})")
+            self._forget_checkpoint(checkpoint, f"what it started from is gone ({error.what})")
             return self._given(self._checkpoint())
         self.leased = {name: one.ranks for name, one in basis.items()}
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.api.sources import Sources
@@ -64,10 +64,10 @@ class Lengths:
 
     def with_rows(self, line: Sequence[Waiting]) -> list[Waiting]:
         """The same tasks with the rows that they are to be trained on, as far as they were counted."""
-        unknown = [task.task_id for task in line if task.task_id not in self._rows][:READ_AT_ONCE]
-        ranks = {task.task_id: task.ranks for task in line}
         if len(self._rows) > KEPT_MAX:
             self._rows = {}
+        unknown = [task.task_id for task in line if task.task_id not in self._rows][:READ_AT_ONCE]
+        ranks = {task.task_id: task.ranks for task in line}
         for task_id, record in (self._sources.queue.among(unknown) if unknown else {}).items():
             self._rows[task_id] = record.rows_asked(ranks[task_id]), record.spec.method.name
         return [
@@ -75,32 +75,37 @@ class Lengths:
             for task in line
         ]
 
-    def comes_in(self, record: TaskRecord) -> float | None:
-        """Seconds until a queued task stands in line that something else keeps from it; None: not known."""
-        now, found = time.time(), [0.0]
-        if record.paused is not None:
-            return None
-        if record.not_due and record.spec.not_before is not None:
-            found.append(record.spec.not_before.timestamp() - now)
-        for before in (self._sources.queue.among(record.awaits) if record.awaits else {}).values():
-            seconds = self._published_in(before)
-            if seconds is None:
-                return None
-            found.append(seconds)
-        return max(found)
+    def comes_in(self, blocked: Collection[TaskRecord], known: Callable[[str], Known]) -> dict[str, float]:
+        """Task id to the seconds until it stands in line, of queued tasks that something else keeps from it; left out
+        where that is not known.
 
-    def _published_in(self, record: TaskRecord) -> float | None:
+        Args:
+            known: `known` of this object, remembered for one answer: many tasks come after tasks of one pool.
+        """
+        now, awaited = time.time(), {task_id for record in blocked for task_id in record.awaits}
+        before = self._sources.queue.among(awaited) if awaited else {}
+        published = {task_id: self._published_in(record, known) for task_id, record in before.items()}
+        found: dict[str, float] = {}
+        for record in blocked:
+            seconds = [published[task_id] for task_id in record.awaits if task_id in published]
+            if record.not_due and record.spec.not_before is not None:
+                seconds.append(record.spec.not_before.timestamp() - now)
+            if record.paused is None and None not in seconds:
+                found[record.task_id] = max([0.0, *(one for one in seconds if one is not None)])
+        return found
+
+    def _published_in(self, record: TaskRecord, known: Callable[[str], Known]) -> float | None:
         """Seconds until a task is published that trains, or is trained; None: not known."""
         if record.state is TaskState.QUEUED:
             return None
-        known = self.known(record.pool)
+        of_pool = known(record.pool)
         if record.state is not TaskState.TRAINING:
-            return known.settles_seconds
+            return of_pool.settles_seconds
         left = self._sources.queue.progress(record.task_id).get("seconds_left")
-        if left is None and known.pace is not None and record.claimed_at is not None:
-            length = known.pace.of(in_line(record, record.places)).seconds
+        if left is None and of_pool.pace is not None and record.claimed_at is not None:
+            length = of_pool.pace.of(in_line(record, record.places)).seconds
             left = max(0.0, length - (time.time() - record.claimed_at))
-        return None if left is None else left + known.settles_seconds
+        return None if left is None else left + of_pool.settles_seconds
 
 
 def in_line(record: TaskRecord, ranks: int) -> Waiting:

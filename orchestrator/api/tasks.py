@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
@@ -415,7 +416,8 @@ class Tasks:
         pauses, ranks = self._sources.queue.pauses(), controller.ranks
         waiting = [r for r in asked if r.state is TaskState.QUEUED and r.pool in ranks]
         blocked = [r for r in waiting if r.blocked and not {r.team, SERVICE} & pauses.keys()]
-        leads = {r.task_id: lead for r in blocked if (lead := self._lengths.comes_in(r)) is not None}
+        known = cache(self._lengths.known)
+        leads = self._lengths.comes_in(blocked, known)
         later = [in_line(record, ranks[record.pool]) for record in blocked if record.task_id in leads]
         pools = {record.pool for record in waiting}
         line = [task for pool in pools for task in [one for one in tasks if one.pool == pool][:DEPTH_MAX]]
@@ -425,7 +427,7 @@ class Tasks:
             line,
             running,
             {pool: controller.seconds_until_free(pool) for pool in pools},
-            {pool: self._lengths.known(pool).pace for pool in pools},
+            {pool: known(pool).pace for pool in pools},
             [record.task_id for record in waiting],
             remembered=extra is None,
             kept=kept,

@@ -19,6 +19,7 @@ from orchestrator.tasks.task_record import Drain, TaskState
 from tests.builders import BASE, LAYOUT
 from tests.orchestrator.plant import Plant
 from workers.orders import Phase, Train
+from workers.process_monitor import ProcessEnd
 
 MakePlant = Callable[..., Plant]
 TWO = {
@@ -320,6 +321,32 @@ def test_a_gang_that_lost_its_places_while_a_machine_was_drained_is_asked_for_an
     (use,) = plant.queue.spent(before.task_id)
     assert (use.token, use.seconds) == (before.token, 0.0)
     assert plant.cluster.keeps_away["gang-0"] == frozenset()
+
+
+@pytest.mark.parametrize("restarted", [True, False], ids=["found after a restart", "drains change meanwhile"])
+def test_a_gang_whose_places_go_with_its_process_is_asked_first_how_it_died(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    """A supervisor that is made anew gives back the places of the one before it, while the end of that is asked for."""
+    plant.submit("red/large", pool="gang")
+    plant.run(lambda: at_work(plant) == {"red/large": "gang-0"})
+    if restarted:
+        plant.kill()
+        plant.run(lambda: bool(plant.controller._pool.workers["gang-0"].order))
+    told: Future[Any] = Future()
+    monkeypatch.setattr(plant.cluster, "end_of", lambda worker: told)
+    plant.cluster.machine_of = lambda worker: "" if worker == "gang-0" else "10.0.0.1"
+    plant.cluster.machine_dies()
+    if not restarted:
+        plant.queue.set_drain("10.0.0.2", True, Drain(what="10.0.0.2", is_node=True, by="ann", at=5.0))
+    plant.controller.wake()
+    plant.run(lambda: plant.controller._pool.workers["gang-0"].machines == ())
+    plant.step(5)
+    assert at_work(plant) == {"red/large": "gang-0"}
+    told.set_result(ProcessEnd(pid=8, signal=9))
+    plant.run(lambda: at_work(plant) == {})
+    task = plant.get("red/large")
+    assert (task.worker_deaths, task.preemptions, task.lost_machines) == (1, 0, 0)
 
 
 def test_a_pool_all_of_whose_workers_are_drained_by_name_says_so_also_before_a_task_is_submitted(plant: Plant) -> None:

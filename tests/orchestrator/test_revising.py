@@ -206,13 +206,18 @@ def test_a_rollback_of_main_brings_the_earlier_revision_back_and_forward_again(p
     assert plant.queue.get(second.task_id).reason_codes == ()
 
 
-def test_a_rollback_while_a_revision_is_trained_lets_the_earlier_one_come_back(plant: Plant) -> None:
+def third_held_at(plant: Plant, order: type[Order]) -> tuple[TaskRecord, TaskRecord, TaskRecord]:
+    """Three revisions of a task: one replaced, one published, and one that is given such an order and no more."""
     (first,) = plant.submit(ALPHA)
     plant.run()
     second = revise(plant, first)
     plant.run()
-    plant.cluster.hold = lambda order: isinstance(order, Train)
-    third = revise(plant, second)
+    plant.cluster.hold = lambda given: isinstance(given, order)
+    return first, second, revise(plant, second)
+
+
+def test_a_rollback_while_a_revision_is_trained_lets_the_earlier_one_come_back(plant: Plant) -> None:
+    first, second, third = third_held_at(plant, Train)
     plant.run(lambda: state_of(plant, third) is TaskState.TRAINING)
     service(plant).answer(Rollback(version=1))
     plant.run(lambda: state_of(plant, first) is TaskState.PUBLISHED)
@@ -224,12 +229,7 @@ def test_a_rollback_while_a_revision_is_trained_lets_the_earlier_one_come_back(p
 
 
 def test_a_revision_whose_earlier_one_left_main_before_it_was_merged_is_parked(plant: Plant) -> None:
-    (first,) = plant.submit(ALPHA)
-    plant.run()
-    second = revise(plant, first)
-    plant.run()
-    plant.cluster.hold = lambda order: isinstance(order, Evaluate)
-    third = revise(plant, second)
+    first, _, third = third_held_at(plant, Evaluate)
     plant.run(lambda: state_of(plant, third) is TaskState.EVALUATING and len(plant.cluster.held) == 1)
     service(plant).answer(Rollback(version=1))  # third was to take the place of the second
     plant.cluster.release()

@@ -228,6 +228,13 @@ def test_a_fresh_start_is_one_that_knows_nothing_of_main_and_is_compared_with_it
     assert [*trained.main_scores_of_rows] == [OLD, "t-new"]
 
 
+def main_moves(store: SubspaceStore, adapter: Adapter) -> None:
+    """One more task is published."""
+    ref = store.stage("staging/t-later", adapter)
+    staged = StagedAdapter(task_id="t-later", name="red/later", key=ref.key, sha256=ref.sha256)
+    store.publish(store.merge([staged], op_key="merge:later", actor="t").number, op_key="publish:later", actor="t")
+
+
 def test_a_revision_that_was_interrupted_ends_with_the_same_bytes(desk: Desk, tiny: Tiny) -> None:
     base, spec = tiny("bert"), task(training={"max_steps": 4})
     store = store_of(desk, base, old=chance(base, spec, 2))
@@ -238,12 +245,29 @@ def test_a_revision_that_was_interrupted_ends_with_the_same_bytes(desk: Desk, ti
     with pytest.raises(Preempted):
         revised(desk, base, spec)
     desk.preempt_at_step = math.inf
-    ref = store.stage("staging/t-later", chance(base, spec, 3))
-    staged = StagedAdapter(task_id="t-later", name="red/later", key=ref.key, sha256=ref.sha256)
-    store.publish(store.merge([staged], op_key="merge:later", actor="t").number, op_key="publish:later", actor="t")
+    main_moves(store, chance(base, spec, 3))
     again = revised(desk, base, spec)  # `main` has moved meanwhile: it goes on from where it started
     assert again.resumed_from > 0
     assert again.adapter_sha256 == whole.adapter_sha256
+
+
+def test_an_interrupted_revision_begins_anew_when_the_version_that_it_started_from_has_expired(
+    desk: Desk, tiny: Tiny
+) -> None:
+    base, spec = tiny("bert"), task(training={"max_steps": 4})
+    store = store_of(desk, base, old=chance(base, spec, 2))
+    desk.preempt_at_step = 3
+    with pytest.raises(Preempted):
+        revised(desk, base, spec)
+    desk.preempt_at_step = math.inf
+    main_moves(store, chance(base, spec, 3))
+    store.expire([1], actor="t")
+    again = revised(desk, base, spec)
+    assert again.resumed_from == 0
+    said = [line for beat in desk.heartbeats for line in beat.log_lines if isinstance(line, str)]
+    (forgot,) = (line for line in said if line.startswith("does not go on from the checkpoint of step "))
+    assert "what it started from is gone (main (version 1) does not hold" in forgot
+    assert any(f"from what version 2 serves of {OLD}" in line for line in said)
 
 
 def test_what_main_does_not_hold_any_more_is_told(desk: Desk, tiny: Tiny) -> None:
