@@ -368,6 +368,7 @@ LEAVES: tuple[type[OnebasisError], ...] = (
     OwnedByAnother,
     Unavailable,
     QueueFull,
+    WorkersBusy,
     TooManyRequests,
     DatabaseAway,
     NotLeading,

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import InvalidInput, WorkersBusy, error_from_dict
 from configs.task_spec import TaskSpec
-from orchestrator.api.client import Client
+from orchestrator.api.client import REMOTE, Client
 from orchestrator.api.requests import PREDICTIONS_MAX, Json, Predict, ShowTask
 from subspace_store.commands.terminal import console, counted, decimals, errors, note, shown, telling
 
@@ -40,7 +40,11 @@ def inputs(client: Client, reference: str, texts: Sequence[str], pairs: Sequence
 def predict(
     client: Client, reference: str, rows: Sequence[Any], version: int | None, base_model: str | None
 ) -> Iterator[Json]:
-    """The answers, part by part. Where all workers are at work, the base model is loaded in this process."""
+    """The answers, part by part. Where all workers are at work, the base model is loaded in this process.
+
+    Raises:
+        WorkersBusy: They are, of a service on another machine, whose store is not to be read from here.
+    """
     here = False
     for start in range(0, len(rows), PREDICTIONS_MAX):
         part = tuple(rows[start : start + PREDICTIONS_MAX])
@@ -50,6 +54,8 @@ def predict(
                 yield client.ask(some)
                 continue
             except WorkersBusy as error:
+                if REMOTE.get() is not None:  # whatever is in the folder here is another service's
+                    raise
                 note(f"{error.what}: {LOADS}")
                 here = True
         with telling(LOADS):

@@ -43,6 +43,14 @@ def test_every_kind_has_an_exit_code_and_every_class_a_code_of_its_own() -> None
     assert all(codes[leaf.kind] == leaf.exit_code for leaf in LEAVES)
 
 
+def test_every_class_arrives_as_itself() -> None:
+    def below(kind: type[OnebasisError]) -> set[type[OnebasisError]]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    ours = {one for one in below(OnebasisError) if one.__module__ == OnebasisError.__module__}
+    assert ours - {OnebasisError} == set(LEAVES)
+
+
 def test_a_class_that_an_older_client_does_not_know_is_its_kind() -> None:
     again = error_from_dict({"kind": "conflict", "code": "of-a-newer-release", "what": "something", "detail": 3})
     assert type(again) is Conflict

@@ -1,0 +1,51 @@
+"""`onebasis predict` where no worker is free."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.errors import OnebasisError, WorkersBusy
+from configs.task_spec import TaskSpec
+from orchestrator.api.client import REMOTE, Client, Remote
+from orchestrator.api.requests import Json, Submit
+from orchestrator.commands.prediction import LOADS, predict
+from tests.orchestrator.site import TOKEN, Site
+from workers.orders import Train
+
+
+
+def asked(client: Client) -> Json:
+    return next(predict(client, "red/alpha", ["a text"], None, None))
+
+
+@pytest.fixture
+def busy(site: Site) -> Site:
+    """A service whose two workers train."""
+    site.plant.cluster.hold = lambda order: isinstance(order, Train)
+    for name in ("one", "two"):
+        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
+        site.wait_for(f"red/{name}", "training")
+    return site
+
+
+@pytest.mark.changes
+def test_a_service_here_is_helped_out_by_the_process_that_asks(busy: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OnebasisError) as failed:  # the base model of these tests is no folder of weights
+        asked(busy.client)
+    assert not isinstance(failed.value, WorkersBusy)
+    assert f"no worker of tiny is free to answer: {LOADS}" in capsys.readouterr().err.replace("\n", " ")
+    busy.plant.cluster.release()
+
+
+@pytest.mark.changes
+def test_a_service_elsewhere_is_not_answered_for_from_the_folder_here(
+    busy: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = REMOTE.set(Remote(busy.url, TOKEN))
+    try:
+        with pytest.raises(WorkersBusy, match="no worker of tiny is free to answer"):
+            asked(busy.client)
+    finally:
+        REMOTE.reset(token)
+    assert LOADS not in capsys.readouterr().err.replace("\n", " ")
+    busy.plant.cluster.release()
