@@ -134,17 +134,10 @@ class Versions:
         state, old, new = self._store.refresh(), request.old, request.new
         for number in (old, new):
             _check_version(state, number)
-        before, after = self._table(state, old), self._table(state, new)
-        titles = {t.task_id: t.name for v in state.versions.values() for t in v.added}
-        scores = {
-            titles[task_id]: [
-                views.number_or_none(before.score(old, task_id)),
-                views.number_or_none(after.score(new, task_id)),
-            ]
-            for task_id in {*before.tasks, *after.tasks}
-        }
+        before, after = self._scores_of_names(state, old), self._scores_of_names(state, new)
+        scores = {name: [before.get(name), after.get(name)] for name in {**before, **after}}
         found = views.plain(asdict(self._store.diff(old, new)))
-        return {**found, "base_model": self.name, "scores": scores, "titles": titles}
+        return {**found, "base_model": self.name, "scores": scores, "titles": state.names()}
 
     def preview_rollback(self, request: requests.PreviewRollback) -> Json:
         """What moving `main` to a version would do."""
@@ -544,6 +537,12 @@ class Versions:
     def _table(self, state: SubspaceState, version: int) -> ScoreTable:
         return score_table(state, version, self._sources.settings.gate.drift_min)
 
+    def _scores_of_names(self, state: SubspaceState, version: int) -> dict[str, float | None]:
+        """Name to score: of two revisions of a task a version holds one."""
+        table = self._table(state, version)
+        held = state.tasks_at(version).items()
+        return {task.name: views.number_or_none(table.score(version, task_id)) for task_id, task in held}
+
     def _task_id_at(self, state: SubspaceState, version: int, reference: str) -> str:
         """The id of a task in a version, by id or name: of several tasks with that name, the one in the version."""
         held = state.tasks_at(version)
@@ -558,8 +557,8 @@ def _of_teams(table: ScoreTable, state: SubspaceState, of_teams: Collection[str]
     """The table with the tasks of some teams alone, and how many are left out, as an answer says it."""
     if of_teams is None:
         return table, {}
-    titles = {task.task_id: task.name for version in state.versions.values() for task in version.added}
-    mine = tuple(t for t in table.tasks if titles[t].partition("/")[0] in of_teams)
+    names = state.names()
+    mine = tuple(t for t in table.tasks if names[t].partition("/")[0] in of_teams)
     count = len(table.tasks) - len(mine)
     return replace(table, tasks=mine), {"hidden": {"tasks": count}} if count else {}
 
