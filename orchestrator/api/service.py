@@ -108,7 +108,7 @@ class Service:
     def titles(self) -> dict[str, str]:
         """Id to name of all tasks that any version of any base model brought."""
         states = [versions.refresh() for versions in self._of_each.values()]
-        return {t.task_id: t.name for state in states for v in state.versions.values() for t in v.added}
+        return {task_id: name for state in states for task_id, name in state.names().items()}
 
     def look(self) -> None:
         """As `ServiceStatus.look`; now and then, delete uploads that nobody uses."""

@@ -134,17 +134,10 @@ class Versions:
         state, old, new = self._store.refresh(), request.old, request.new
         for number in (old, new):
             _check_version(state, number)
-        before, after = self._table(state, old), self._table(state, new)
-        titles = {t.task_id: t.name for v in state.versions.values() for t in v.added}
-        scores = {
-            titles[task_id]: [
-                views.number_or_none(before.score(old, task_id)),
-                views.number_or_none(after.score(new, task_id)),
-            ]
-            for task_id in {*before.tasks, *after.tasks}
-        }
+        before, after = self._scores_of_names(state, old), self._scores_of_names(state, new)
+        scores = {name: [before.get(name), after.get(name)] for name in {**before, **after}}
         found = views.plain(asdict(self._store.diff(old, new)))
-        return {**found, "base_model": self.name, "scores": scores, "titles": titles}
+        return {**found, "base_model": self.name, "scores": scores, "titles": state.names()}
 
     def preview_rollback(self, request: requests.PreviewRollback) -> Json:
         """What moving `main` to a version would do."""
@@ -196,9 +189,7 @@ class Versions:
 
     def restore_revision(self, request: RestoreRevision) -> Json:
         """Put an earlier revision of a task back, and move `main` there. The same op_key again is the same request."""
-        if not request.publish:
-            what = "publish has to be true: a candidate that no task waits for is rejected"
-            raise InvalidInput(what, request.operation, "set publish")
+        _check_published(request)
         request = request.named()
         is_new = request.op_key not in self._store.refresh().op_keys
         made = self._write(request)
@@ -221,9 +212,8 @@ class Versions:
 
     def change(self, request: StoreRequest[Any]) -> Json:
         """Tag, hold, pin, expire … through the store's one writer. The same op_key again is the same request."""
-        if isinstance(request, (Remove, Compact)) and not request.publish:
-            what = "publish has to be true: a candidate that no task waits for is rejected"
-            raise InvalidInput(what, request.operation, "set publish")
+        if isinstance(request, (Remove, Compact)):
+            _check_published(request)
         request = request.named()
         state = self._store.refresh()
         if isinstance(request, Unquarantine) and request.op_key not in state.op_keys:
@@ -242,9 +232,7 @@ class Versions:
         Raises:
             NotFound: It holds no such task, or there is no such version.
         """
-        state = self._store.refresh()
-        number = state.refs[MAIN] if version is None else version
-        _check_version(state, number)
+        state, number = self._at(version)
         return number, state.tasks_at(number)[self._task_id_at(state, number, reference)]
 
     def export(self, request: requests.Export) -> bytes:
@@ -266,24 +254,12 @@ class Versions:
         Args:
             of_teams: Teams whose tasks are in it and in its means; None: all.
         """
-        state = self._store.refresh()
-        number = state.refs[MAIN] if request.version is None else request.version
-        _check_version(state, number)
-        table, hidden = _of_teams(self._table(state, number), state, of_teams)
-        names = {task_id: task.name for task_id, task in state.tasks_at(number).items()}
-        records = self._sources.queue.among(table.tasks)
+        table, records, frame = self._scored(request.version, of_teams)
         return {
-            "base_model": self.name,
-            "version": number,
-            **hidden,
-            "versions": list(table.versions),
-            "tasks": [
-                views.score_column(table, number, names[task_id], task_id, records.get(task_id))
-                for task_id in table.tasks
-            ],
+            **frame,
             "matrix": [[views.cell(table, row, task_id) for task_id in table.tasks] for row in table.versions],
             "by_version": [{"version": row, **self._figures(table, row, records)} for row in table.versions],
-            "footprint": self._footprint(number),
+            "footprint": self._footprint(frame["version"]),
         }
 
     def matrix(self, request: requests.ShowMatrix, of_teams: Collection[str] | None = None) -> Json:
@@ -291,28 +267,15 @@ class Versions:
 
         Cost:
             A cell that is carried over costs nothing in the answer: it is as long as what was measured, and not as what
-            could be shown, 500,000 cells of 1,000 tasks under 500 versions.
+            could be shown, 500,000 cells of 1,000 tasks under 500 versions. Only the column of a revision has, for the
+            rows of each revision, a score per version.
         """
-        state = self._store.refresh()
-        number = state.refs[MAIN] if request.version is None else request.version
-        _check_version(state, number)
-        table, hidden = _of_teams(self._table(state, number), state, of_teams)
-        names = {task_id: task.name for task_id, task in state.tasks_at(number).items()}
-        records = self._sources.queue.among(table.tasks)
-        return {
-            "base_model": self.name,
-            "version": number,
-            **hidden,
-            "versions": list(table.versions),
-            "tasks": [views.score_column(table, number, names[t], t, records.get(t)) for t in table.tasks],
-            "news": views.news(table),
-        }
+        table, _, frame = self._scored(request.version, of_teams)
+        return {**frame, "news": views.news(table)}
 
     def capacity(self, request: requests.ShowCapacity) -> Json:
         """The numbers that serving a version (default `main`) needs, task by task, and how they came to be so many."""
-        state = self._store.refresh()
-        number = state.refs[MAIN] if request.version is None else request.version
-        _check_version(state, number)
+        state, number = self._at(request.version)
         errors, coefficients = state.errors(number), self._store.coefficient_numbers(number)
         line = [0, *(version.number for version in state.history(number))][-TREND_VERSIONS:]
         return {
@@ -390,9 +353,9 @@ class Versions:
 
     def scores_of_rows(self, record: TaskRecord) -> list[Json]:
         """Of a revision that is scored on the rows of several: its scores on those of each, oldest first."""
-        state = self._store.refresh()
         if not record.earlier_rows:
             return []
+        state = self._store.refresh()
         main = state.refs[MAIN]
         table = self._table(state, main)
         return [
@@ -537,12 +500,46 @@ class Versions:
                     f"`onebasis cancel {record.task_id}` first, or wait until it has ended, then roll back again",
                 )
 
+    def _at(self, version: int | None) -> tuple[SubspaceState, int]:
+        """What the log says now, and a version that it has, default `main`.
+
+        Raises:
+            NotFound: There is no such version.
+        """
+        state = self._store.refresh()
+        number = state.refs[MAIN] if version is None else version
+        _check_version(state, number)
+        return state, number
+
+    def _scored(
+        self, version: int | None, of_teams: Collection[str] | None
+    ) -> tuple[ScoreTable, Mapping[str, TaskRecord], Json]:
+        """The table of a version (default `main`) with the tasks of some teams alone, their records, and what every
+        answer says of it."""
+        state, number = self._at(version)
+        table, hidden = _of_teams(self._table(state, number), state, of_teams)
+        held, records = state.tasks_at(number), self._sources.queue.among(table.tasks)
+        frame = {
+            "base_model": self.name,
+            "version": number,
+            **hidden,
+            "versions": list(table.versions),
+            "tasks": [views.score_column(table, number, held[t].name, t, records.get(t)) for t in table.tasks],
+        }
+        return table, records, frame
+
     def _figures(self, table: ScoreTable, version: int, records: Mapping[str, TaskRecord]) -> Json:
         local = {t: r.local_score for t, r in records.items() if r.local_score is not None}
         return views.describe_report(forgetting_report(table, version, local))
 
     def _table(self, state: SubspaceState, version: int) -> ScoreTable:
         return score_table(state, version, self._sources.settings.gate.drift_min)
+
+    def _scores_of_names(self, state: SubspaceState, version: int) -> dict[str, float | None]:
+        """Name to score: of two revisions of a task a version holds one."""
+        table = self._table(state, version)
+        held = state.tasks_at(version).items()
+        return {task.name: views.number_or_none(table.score(version, task_id)) for task_id, task in held}
 
     def _task_id_at(self, state: SubspaceState, version: int, reference: str) -> str:
         """The id of a task in a version, by id or name: of several tasks with that name, the one in the version."""
@@ -558,8 +555,8 @@ def _of_teams(table: ScoreTable, state: SubspaceState, of_teams: Collection[str]
     """The table with the tasks of some teams alone, and how many are left out, as an answer says it."""
     if of_teams is None:
         return table, {}
-    titles = {task.task_id: task.name for version in state.versions.values() for task in version.added}
-    mine = tuple(t for t in table.tasks if titles[t].partition("/")[0] in of_teams)
+    names = state.names()
+    mine = tuple(t for t in table.tasks if names[t].partition("/")[0] in of_teams)
     count = len(table.tasks) - len(mine)
     return replace(table, tasks=mine), {"hidden": {"tasks": count}} if count else {}
 
@@ -568,6 +565,12 @@ def hold_over(record: TaskRecord, state: SubspaceState) -> Hold | None:
     """The hold of `main` that a task waits for: in the version that is the candidate, or trained and behind it."""
     is_behind = record.state is TaskState.MERGING and state.refs[CANDIDATE] != state.refs[MAIN]
     return state.held if record.state is TaskState.EVALUATING or is_behind else None
+
+
+def _check_published(request: Remove | Compact | RestoreRevision) -> None:
+    if not request.publish:
+        what = "publish has to be true: a candidate that no task waits for is rejected"
+        raise InvalidInput(what, request.operation, "set publish")
 
 
 def _check_version(state: SubspaceState, number: int) -> None:

@@ -358,7 +358,7 @@ def _names(state: SubspaceState, task_ids: Collection[str]) -> list[str]:
     """Names, for people, of tasks that any version added."""
     if not task_ids:
         return []
-    names = {task.task_id: task.name for version in state.versions.values() for task in version.added}
+    names = state.names()
     return [names[task_id] for task_id in task_ids]
 
 

@@ -96,8 +96,12 @@ def read_pages(folder: Path = BUILT) -> dict[str, File]:
 
 
 def read_manifest(folder: Path = BUILT) -> dict[str, dict[str, str]]:
-    """`sources` and `files`: name to SHA-256 of what was built, and of what it was built from."""
-    found: dict[str, dict[str, str]] = json.loads((folder / MANIFEST).read_text())
+    """`files`: name to SHA-256 of what was built; `sources`: the same of what it was built from.
+
+    Raises:
+        Corrupt: It is missing.
+    """
+    found: dict[str, dict[str, str]] = json.loads(_content(folder, MANIFEST))
     return found
 
 
@@ -113,10 +117,7 @@ def _sources(folder: Path) -> Iterator[Path]:
 
 
 def _read(folder: Path, name: str, digest: str) -> File:
-    try:
-        content = (folder / name).read_bytes()
-    except FileNotFoundError:
-        raise Corrupt("a file of the web page is missing", str(folder / name), "install onebasis anew") from None
+    content = _content(folder, name)
     if _digest(content) != digest:
         raise Corrupt("a file of the web page is not what was built", str(folder / name), "install onebasis anew")
     zipped = gzip.compress(content, 9, mtime=0) if len(content) >= GZIP_LEAST else content
@@ -127,6 +128,13 @@ def _read(folder: Path, name: str, digest: str) -> File:
         etag=f'"{digest[:32]}"',
         cache=ASK_AGAIN if name == INDEX else FOR_EVER,
     )
+
+
+def _content(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise Corrupt("a file of the web page is missing", str(folder / name), "install onebasis anew") from None
 
 
 def _takes_gzip(accept_encoding: str) -> bool:

@@ -82,7 +82,7 @@ def check_task_is_known(state: SubspaceState, task_id: str) -> None:
     Raises:
         NotFound: With the ids that are like it.
     """
-    known = {task.task_id: task.name for version in state.versions.values() for task in version.added}
+    known = state.names()
     if task_id not in state.quarantined and task_id not in known:
         near = get_close_matches(task_id, [*state.quarantined, *known], n=3) or [*state.quarantined][:3]
         meant = ", ".join(f"{name} ({known[name]})" if name in known else name for name in near)

@@ -312,6 +312,10 @@ class SubspaceState:
             held |= {task.task_id: task for task in version.brought}
         return held
 
+    def names(self) -> dict[str, str]:
+        """Task id to name of all tasks that any version brought. Revisions of a task share its name."""
+        return {task.task_id: task.name for version in self.versions.values() for task in version.added}
+
     def revisions(self, task_id: str) -> tuple[str, ...]:
         """Ids of the task and of all that took its place, or whose place it took, in any version; oldest first."""
         near: dict[str, set[str]] = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import Conflict, NameTaken
-from orchestrator.api.requests import PreviewRestore, ShowScores, ShowTask
+from orchestrator.api.requests import Diff, PreviewRestore, ShowScores, ShowTask
 from orchestrator.api.service import Service
 from orchestrator.tasks.task_events import Reason
 from orchestrator.tasks.task_record import EarlierRows, TaskRecord, TaskState
@@ -108,6 +108,17 @@ def test_the_scores_on_each_revisions_rows_are_in_the_log_and_shown(plant: Plant
         (2, 0.95, 0.95),
     ]
     assert service(plant).answer(ShowTask(reference=f"{ALPHA}@1"))["task_id"] == first.task_id
+
+
+def test_what_lies_between_two_revisions_of_a_task_shows_the_score_of_each(plant: Plant) -> None:
+    plant.cluster.score = lambda title, held: 0.88
+    (first,) = plant.submit(ALPHA)
+    plant.run()
+    plant.cluster.score = lambda title, held: 0.91
+    revise(plant, first)
+    plant.run()
+    assert service(plant).answer(Diff(old=1, new=2))["scores"] == {ALPHA: [0.88, 0.91]}
+    assert service(plant).answer(Diff(old=2, new=1))["scores"] == {ALPHA: [0.91, 0.88]}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from configs.errors import Corrupt
-from orchestrator.web.pages import BUILT, INDEX, SOURCE, digests_of_sources, read_manifest, read_pages
+from orchestrator.web.pages import BUILT, INDEX, MANIFEST, SOURCE, digests_of_sources, read_manifest, read_pages
 from tests.orchestrator.site import Site
 
 PAGES = read_pages()
@@ -47,13 +47,14 @@ def test_a_file_that_is_not_what_was_built_is_sent_to_nobody(tmp_path: Path) -> 
     (copy / SCRIPT).write_text("alert(1)")
     with pytest.raises(Corrupt, match="is not what was built"):
         read_pages(copy)
-    (copy / SCRIPT).unlink()
-    with pytest.raises(Corrupt, match="is missing"):
-        read_pages(copy)
+    for name in (SCRIPT, MANIFEST):
+        (copy / name).unlink()
+        with pytest.raises(Corrupt, match="is missing"):
+            read_pages(copy)
 
 
 def test_nothing_lies_beside_what_was_built() -> None:
-    assert {path.name for path in BUILT.iterdir()} == {*PAGES, "manifest.json"}
+    assert {path.name for path in BUILT.iterdir()} == {*PAGES, MANIFEST}
 
 
 def test_the_page_is_small_and_asks_nobody_else_for_anything() -> None:
