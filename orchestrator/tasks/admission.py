@@ -503,14 +503,16 @@ class Readable:
     """Folders whose files they may name."""
     uploads: TeamFolder
     """What the team has sent."""
-    closed: Path
-    """Folder of all teams' uploads: nobody names a file there by its path, whatever the roots are."""
+    closed: tuple[Path, ...]
+    """The state folder, where the owner's token is, and in it all teams' uploads: nobody names a file there by its
+    path, unless a root of its own lies in it."""
 
     @classmethod
     def of(cls, settings: Settings, team: str) -> Readable:
         """What the settings let a team read."""
         folder = team_folder(settings, team)
-        return cls(settings.of_team(team).data_roots, folder, folder.path.parent)
+        uploads = folder.path.parent
+        return cls(settings.of_team(team).data_roots, folder, (uploads.parent, uploads))
 
     def opener(self, key: str) -> OpenFile:
         """A function that opens a task's files. A name that was found to lie below an allowed folder may be made to
@@ -536,6 +538,10 @@ class Readable:
             raise InvalidInput(f"{place!r} is no path: {error}", key, "correct the path") from error
         # Of what was found in an upload, a file is asked for by its path.
         if not is_below(real, (*map(Path, self.roots), self.uploads.sets), self.closed):
+            own = self.closed[0]
+            if real.is_relative_to(own) and is_below(real, map(Path, self.roots)):
+                what = f"{place} is outside the folders that this service reads: {own} is its own"
+                raise InvalidInput(what, key, "put it anywhere beside that folder")
             raise InvalidInput(
                 f"{place} is outside the folders that this service reads",
                 key,
