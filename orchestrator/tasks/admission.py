@@ -28,7 +28,7 @@ from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import EarlierRows, TaskRecord, TaskState, new_task_id
+from orchestrator.tasks.task_record import TaskRecord, TaskState, new_task_id
 from orchestrator.tasks.uploads import TeamFolder, team_folder
 from subspace_store import Storage
 from subspace_store.digests import digest
@@ -438,14 +438,7 @@ def _as_revision(record: TaskRecord, draft: Draft, queue: TaskQueue) -> dict[str
         )
     revisions = queue.revisions(published)
     _refuse_known_rows(draft, [one for one in revisions if one.came_to_something])
-    own = EarlierRows(
-        task_id=published.task_id,
-        number=published.number,
-        eval_key=published.eval_key,
-        eval_count=published.eval_count,
-        eval_sha256=published.eval_sha256,
-    )
-    earlier = (*published.earlier_rows, *((own,) if published.eval_key else ()))
+    earlier = (*published.earlier_rows, *((published.own_rows,) if published.eval_key else ()))
     return {
         "revises": published.task_id,
         "number": 1 + max(one.number for one in revisions if one.came_to_something),

@@ -233,14 +233,18 @@ def test_a_team_is_paused_and_goes_on(site: Site, visit: Visits) -> None:
     ann.page.get_by_text("Team red is paused").wait_for(state="hidden")
 
 
-def test_two_versions_are_compared(site: Site, visit: Visits) -> None:
-    ann = visit()
+def compared(ann: Visit) -> Any:
+    """The dialog that compares version 1 with version 3."""
     ann.log_in("viewer")
     ann.open("Versions")
     for version in (1, 3):
         ann.page.get_by_label(f"Mark version {version}").check()
     ann.page.get_by_role("button", name="Compare").click()
-    dialog = ann.page.get_by_role("dialog", name="From version 1 to version 3")
+    return ann.page.get_by_role("dialog", name="From version 1 to version 3")
+
+
+def test_two_versions_are_compared(site: Site, visit: Visits) -> None:
+    dialog = compared(visit())
     dialog.get_by_role("row", name="red/alpha").wait_for()
     assert "blue/beta, red/gamma" in dialog.inner_text()
 
@@ -252,14 +256,7 @@ def test_how_far_a_task_moved_is_shown_of_one_that_was_revised_since(site: Site,
         document["data"][kind] = str(write_rows(site.folder / "data" / f"{kind}.jsonl", new))
     revised = site.client.ask(Submit(task=TaskSpec.model_validate(document), by="ann"))
     site.wait_for(revised["task_id"], "published")
-    ann = visit()
-    ann.log_in("viewer")
-    ann.open("Versions")
-    for version in (1, 3):
-        ann.page.get_by_label(f"Mark version {version}").check()
-    ann.page.get_by_role("button", name="Compare").click()
-    dialog = ann.page.get_by_role("dialog", name="From version 1 to version 3")
-    row = dialog.get_by_role("row", name="red/alpha")
+    row = compared(visit()).get_by_role("row", name="red/alpha")
     assert re.fullmatch(r"\d\.\d\de[-+]\d+", row.get_by_role("cell").last.inner_text())
 
 
