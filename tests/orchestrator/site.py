@@ -89,8 +89,11 @@ class Site:
         """Submit tasks and wait until they train, which they do until they are let go on."""
         self.plant.cluster.hold = lambda order: isinstance(order, Train)
         for title in titles:
+            before = len(self.plant.cluster.held)
             self.client.ask(Submit(task=TaskSpec.model_validate(self.document(title)), by="ann"))
             self.wait_for(title, "training")
+            while len(self.plant.cluster.held) == before:  # a task counts as training before its worker has the order
+                time.sleep(0.01)
 
     def wait_for(self, title: str, state: str, attempt: int = 0) -> dict[str, Any]:
         until = time.monotonic() + 10
