@@ -813,7 +813,8 @@ def _silent(_: str) -> None:
 for function in (accounts.whoami, accounts.audit):
     command(function)
 command_here(accounts.login)
-command_here(upkeep.doctor)
+for kept in (upkeep.doctor, upkeep.backup, upkeep.restore):
+    command_here(kept)
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
 

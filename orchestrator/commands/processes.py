@@ -47,6 +47,7 @@ from orchestrator.signs_of_life import (
 )
 from subspace_store.commands.state_folder import (
     LOCK_FILE,
+    RESTORE_FILE,
     SERVER_FILE,
     SETTINGS_FILE,
     join_service,
@@ -128,6 +129,9 @@ def up(
         Unavailable: Something did not start; quotes the end of its log.
     """
     state_dir = Path(settings.state_dir)
+    if (state_dir / RESTORE_FILE).exists():
+        todo = "`onebasis restore` with the same backup and settings goes on with it"
+        raise Conflict("a backup is being restored here, or its restoring was cut off", str(state_dir), todo)
     _prepare(settings, state_dir)
     started: list[subprocess.Popen[bytes]] = []
     try:

@@ -50,28 +50,58 @@ class Seen:
         return self.revision is not None and self.revision > HEAD
 
 
+@contextlib.contextmanager
+def as_it_is(url: str, writes: bool = False) -> Iterator[Connection]:
+    """A transaction on a database whose tables are left as they are: it sees one state; with `writes`, all of what it
+    writes is kept at the end, or nothing.
+
+    Raises:
+        InvalidInput, DatabaseAway, Corrupt: As `Database`.
+    """
+    engine = _engine(url).execution_options(writes=writes)
+    try:
+        if engine.dialect.name == "postgresql":
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with _told(_safe(url)), engine.connect() as connection, connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def revision_of(connection: Connection) -> str | None:
+    """Revision of the tables; None: there are none. Release 0.3 had no table of it: its tables are the first."""
+    present = inspect(connection).get_table_names()
+    if schema.name in present:
+        return connection.execute(select(schema.c.version_num)).scalar()
+    return "0001" if tasks.name in present else None
+
+
 def look(url: str) -> Seen:
     """Look at a database without making or changing a table.
 
     Raises:
         InvalidInput, DatabaseAway, Corrupt: As `Database`.
     """
+    if is_missing_file(url):
+        return Seen(None, None, 0.0)
+    with as_it_is(url) as connection:
+        revision = revision_of(connection)
+        begun = time.time()
+        connection.exec_driver_sql("SELECT 1")
+        took = time.time() - begun
+        if connection.dialect.name != "postgresql":
+            return Seen(revision, None, took)
+        asked = time.time()
+        theirs = float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
+        return Seen(revision, theirs - (asked + time.time()) / 2, took)
+
+
+def is_missing_file(url: str) -> bool:
+    """Whether the database is a file that is not there: a connection would make it."""
     engine = _engine(url)
-    try:
-        if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").exists():
-            return Seen(None, None, 0.0)  # a connection would make the file
-        with _told(_safe(url)), engine.connect() as connection:
-            revision = _revision(connection)
-            begun = time.time()
-            connection.exec_driver_sql("SELECT 1")
-            took = time.time() - begun
-            if engine.dialect.name != "postgresql":
-                return Seen(revision, None, took)
-            asked = time.time()
-            theirs = float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
-            return Seen(revision, theirs - (asked + time.time()) / 2, took)
-    finally:
-        engine.dispose()
+    return engine.dialect.name == "sqlite" and not Path(engine.url.database or "").exists()
 
 
 class Database:
@@ -95,7 +125,7 @@ class Database:
         self._writer = self.engine.execution_options(writes=True)
         try:
             with self.reading() as connection:
-                known = _revision(connection)
+                known = revision_of(connection)
             if known != HEAD:
                 self._migrate()
         except BaseException:
@@ -149,7 +179,7 @@ class Database:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{MIGRATE_WAIT_SECONDS:.0f}s'")
                 connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
-            known = _revision(connection)
+            known = revision_of(connection)
             if known != HEAD:
                 # Imported here: it costs 0.2 s, and most processes find the tables as they are to be.
                 from orchestrator.tasks.migrations import migrate
@@ -201,14 +231,6 @@ def _as_ours(error: SQLAlchemyError, where: str) -> OnebasisError:
 def _first_line(error: Exception) -> str:
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     return next(iter(str(cause).splitlines()), type(cause).__name__)
-
-
-def _revision(connection: Connection) -> str | None:
-    """Revision of the tables; None: there are none. Release 0.3 had no table of it: its tables are the first."""
-    present = inspect(connection).get_table_names()
-    if schema.name in present:
-        return connection.execute(select(schema.c.version_num)).scalar()
-    return "0001" if tasks.name in present else None
 
 
 def _engine(database_url: str) -> Engine:
