@@ -106,7 +106,7 @@ def make_backup(settings: Settings, state_dir: Path, archive: Archive, say: Say)
             raise InvalidInput("lies in the store that is to be copied", archive.storage.url, "name another place")
     now, identity = time.time(), service_identity(state_dir)
     before = newest_of(archive, identity.service_id)
-    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}-{secrets.token_hex(4)}"
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}Z-{secrets.token_hex(2)}"
     archive.begin(name)
     say("copying the task database")
     database = archive.put(_packed(dump(settings.database_url)))

@@ -59,11 +59,13 @@ def copy_store(storage: Storage, archive: Archive, before: StoreCopy | None = No
         state = VersionLog(storage).open()
         try:
             return _copied(storage, archive, state, before)
-        except NotFound as error:
-            if VersionLog(storage).open().seq == state.seq:
-                todo = "`onebasis store verify` shows what else is damaged; restore it from an earlier backup"
-                raise Corrupt("an object that the log needs is gone", error.where, todo) from error
+        except _GivenUpError:
+            continue
     raise Unavailable("versions expire faster than they are copied", storage.url, "make the backup again")
+
+
+class _GivenUpError(Exception):
+    """An object was collected since the log was read: no version needs it any more."""
 
 
 def _copied(storage: Storage, archive: Archive, state: SubspaceState, before: StoreCopy | None) -> StoreCopy:
@@ -81,14 +83,17 @@ def _copied(storage: Storage, archive: Archive, state: SubspaceState, before: St
     def copy(key: str) -> Copy | None:
         if key in known:
             return known[key]
-        if key in needed:
-            blobs.check_blob(storage, needed[key])
         try:
+            if key in needed:
+                blobs.check_blob(storage, needed[key])
             return archive.put_from(storage, key)
-        except NotFound:
-            if key in beside:  # a task has ended meanwhile, and its rows or uploads were deleted
+        except (NotFound, Corrupt) as error:
+            if key in beside and isinstance(error, NotFound):  # a task ended meanwhile, and its rows were deleted
                 return None
-            raise
+            if key in needed and key not in retention.needed(VersionLog(storage).open()):
+                raise _GivenUpError from error
+            todo = "`onebasis store verify` shows what is damaged; restore it from an earlier backup"
+            raise Corrupt(f"cannot be backed up: {error.what}", error.where, todo) from error
 
     # The newest checkpoint only saves reading the log. It may have been collected, and another be there now.
     keys = [FORMAT, *records, *needed, *beside]
