@@ -813,10 +813,11 @@ def _silent(_: str) -> None:
 for function in (accounts.whoami, accounts.audit):
     command(function)
 command_here(accounts.login)
-for kept in (upkeep.doctor, upkeep.backup, upkeep.restore):
+for kept in (upkeep.doctor, upkeep.backup, upkeep.restore, upkeep.upgrade):
     command_here(kept)
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
+app.add_typer(upkeep.mlflow_app, name="mlflow")
 
 
 def main() -> None:

@@ -15,7 +15,21 @@ from configs.places import storage as storage_place
 from orchestrator.commands.display import print_rows
 from orchestrator.commands.processes import settings_to_run_with
 from subspace_store.commands.state_folder import service_settings
-from subspace_store.commands.terminal import STATE_DIR, AsJson, StateDir, console, counted, note, show, shown, telling
+from subspace_store.commands.terminal import (
+    STATE_DIR,
+    AsJson,
+    StateDir,
+    command_of,
+    console,
+    counted,
+    new_app,
+    note,
+    show,
+    shown,
+    telling,
+)
+
+mlflow_app = new_app("mlflow", "The mirror in MLflow.")
 
 ConfigFile = Annotated[
     Path | None,
@@ -161,6 +175,44 @@ def restore(
     answer = {"backup": found.name, "state_dir": settings.state_dir, "objects": objects, "findings": 0}
     told_ = f"restored {found.name}: {counted(objects, 'object')}, all as the logs say. `onebasis up` goes on"
     show(answer, lambda _: console.print(told_, soft_wrap=True), as_json)
+
+
+def upgrade(
+    stay_down: Annotated[bool, typer.Option("--stay-down", help="Do not start the service afterwards.")] = False,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Go on under the release that is installed now: end the service, bring the task database up to date, start.
+
+    What trains writes a checkpoint first and goes on from it. The database of before is kept in a file, which `onebasis
+    restore` takes. Going back to an earlier release is refused where it could not read what is there.
+    """
+    from orchestrator import upgrade as upgrades
+    from orchestrator.commands import processes
+
+    settings, say = service_settings(state_dir), _say(as_json)
+    was = upgrades.check_readable(settings)
+    upgrades.check_alone(settings, state_dir)
+    processes.down(state_dir.resolve(), say)
+    kept = upgrades.bring_up_to_date(settings, state_dir.resolve())
+    if not stay_down:
+        processes.up(settings, say)
+    facts = {"revision_before": was, "database_before": str(kept) if kept else None, "is_up": not stay_down}
+    told = (
+        f"the task database was of revision {was}; a copy is {kept}" if kept else "the task database is as it has to be"
+    )
+    show(facts, lambda _: console.print(told, soft_wrap=True), as_json)
+
+
+@command_of(mlflow_app, "interrupted; repeat it, or `onebasis up`, which mirrors what is missing")
+def rebuild(state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
+    """Make all that MLflow shows anew, from the task database and the logs. The service has to be down."""
+    from orchestrator.api.mirror import rebuild_mirror
+
+    with telling("mirroring all tasks and versions"):
+        before = rebuild_mirror(service_settings(state_dir), state_dir)
+    told = f"MLflow was made anew; what it showed before is its deleted experiment '{before}'"
+    show({"experiment_before": before}, lambda _: console.print(told, soft_wrap=True), as_json)
 
 
 def _say(as_json: bool) -> Callable[[str], None]:
