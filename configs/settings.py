@@ -380,7 +380,8 @@ class Settings(Section):
     oidc: OidcSettings | None = None
     """Identity provider whose tokens are taken, too."""
     production: bool = False
-    """Whether `up` refuses what is fit for trying out alone: an API without TLS, SQLite, a cluster without a token."""
+    """Whether `up` refuses what is fit for trying out alone: an API without TLS, SQLite, a cluster without a token, a
+    storage that fails `onebasis doctor`."""
 
     @model_validator(mode="after")
     def _base_models_have_names(self) -> Settings:

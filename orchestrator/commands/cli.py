@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -47,7 +46,7 @@ from orchestrator.api.requests import (
     ShowVersion,
     Status,
 )
-from orchestrator.commands import accounts, contexts, display, prediction, submission, version_tables
+from orchestrator.commands import accounts, contexts, display, prediction, submission, upkeep, version_tables
 from orchestrator.commands.attention import Attention
 from orchestrator.commands.contexts import anywhere
 from orchestrator.commands.submission import ENDS, WATCH_SECONDS
@@ -120,20 +119,9 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start the service: Ray, the store, the workers, the control plane. Safe to repeat."""
-    from configs.settings import read_settings
     from orchestrator.commands import processes
 
-    kept = state_dir / "settings.yaml"
-    chosen = config or (kept if kept.exists() else Path(sys.modules["configs"].__path__[0]) / "local.yaml")
-    settings = read_settings(chosen)
-    if config is None and not kept.exists():
-        settings = read_settings(chosen, root=state_dir.resolve().parent)
-    if Path(settings.state_dir).resolve() != state_dir.resolve():
-        raise InvalidInput(
-            f"state_dir is {settings.state_dir}, but this command looks in {state_dir.resolve()}",
-            str(chosen),
-            f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
-        )
+    settings = processes.settings_to_run_with(config, state_dir)
     status = processes.up(settings, note if not as_json else _silent, take_over, config, remove_base_model or ())
     show(status, display.status, as_json)
     if not as_json and (made := accounts.first_token(Client(state_dir))) is not None:
@@ -825,8 +813,11 @@ def _silent(_: str) -> None:
 for function in (accounts.whoami, accounts.audit):
     command(function)
 command_here(accounts.login)
+for kept in (upkeep.doctor, upkeep.backup, upkeep.restore, upkeep.upgrade):
+    command_here(kept)
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
+app.add_typer(upkeep.mlflow_app, name="mlflow")
 
 
 def main() -> None:
