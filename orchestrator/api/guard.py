@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.document import Request
 from configs.errors import NotFound, OnebasisError
@@ -30,10 +30,15 @@ from orchestrator.api.access import (
     check_role,
     no_such_team,
 )
+from orchestrator.api.feed import Interest
 from orchestrator.api.requests import Json
 from orchestrator.api.routes import Route, route_of
 from orchestrator.api.service import Service
 from orchestrator.api.shown import Eyes, names_in, shown, shown_error, task_ids_in
+
+if TYPE_CHECKING:
+    from orchestrator.tasks.task_queue import TaskQueue
+    from orchestrator.tasks.task_rows import NamedEvent
 
 SECONDS_A_DAY = 86_400.0
 
@@ -43,6 +48,11 @@ class Guard:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+
+    @property
+    def queue(self) -> TaskQueue:
+        """The task database."""
+        return self._service.sources.queue
 
     def answer(self, request: Request, caller: Caller) -> Any:
         """Carry out a request for somebody, or refuse it."""
@@ -73,6 +83,27 @@ class Guard:
                 case requests.RevokeToken():
                     return self._revoke_token(request, caller)
             return self._service.answer(request, caller.teams)
+
+    # --- streams -----------------------------------------------------------------------------------------------
+
+    def follow(self, request: requests.ReadEvents, caller: Caller) -> Interest:
+        """Which events a stream for somebody is about. Raises what refuses it."""
+        try:
+            permitted = self._permitted(route_of(request), request, caller)
+            assert isinstance(permitted, requests.ReadEvents)
+            return self._service.tasks.interest(permitted, caller.teams)
+        except OnebasisError as error:
+            if caller.teams is None:
+                raise
+            raise shown_error(error, self._eyes(caller.teams, error.args, request)) from None
+
+    def show(self, events: Sequence[NamedEvent], teams: frozenset[str] | None) -> list[Json]:
+        """Events of these teams' tasks as their people see them; None: as those who see all."""
+        told = [asdict(event) for event in events]
+        if teams is None:
+            return told
+        eyes = self._eyes(teams, told, requests.ReadEvents())
+        return [shown(event, eyes) for event in told]
 
     # --- may they ----------------------------------------------------------------------------------------------
 
@@ -106,7 +137,7 @@ class Guard:
     def _teams_of(self, route: Route, request: Request, caller: Caller) -> Collection[str]:
         """The teams that a request is about, where that is to be known."""
         reference = getattr(request, "reference", None)
-        if route.about is About.TASK or (route.about is About.TEAM and reference is not None):
+        if route.about is About.TASK or (route.about in (About.TEAM, About.OWN_TEAMS) and reference is not None):
             # Whoever sees all teams may name what the database lost; nobody else comes here with it.
             if caller.teams is None:
                 return (EVERY_TEAM,)

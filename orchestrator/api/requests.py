@@ -8,7 +8,7 @@ to its `on`, and from there to the method of the service. Requests to the store'
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -29,6 +29,8 @@ Answer = TypeVar("Answer")
 PAGE = 200
 """Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
+EVENTS = 1000
+"""The same of events."""
 PREDICTIONS_MAX = 256
 """Most rows of one request to be answered: a worker is kept from other work for so long."""
 
@@ -61,6 +63,10 @@ class ServiceRequest(Request, Generic[Answer]):
     def on(self, service: Service) -> Answer:
         """Carry it out."""
         raise NotImplementedError
+
+    def next_page(self, answer: Answer) -> Self | None:
+        """The request for what follows on an answer; None: nothing does."""
+        return None
 
 
 def not_running(operation: str) -> Unavailable:
@@ -292,14 +298,26 @@ class Predict(ServiceRequest[Json]):
         return service.answers.predict(self)
 
 
-class ReadLog(ServiceRequest[list[Json]]):
-    """A task's history after an event."""
+class ReadEvents(ServiceRequest[list[Json]]):
+    """What happened to tasks, with the lines of their logs and the points of their curves, oldest first: a page of it,
+    or, as `text/event-stream`, what comes as well. A stream goes on behind the event that `Last-Event-ID` names."""
 
-    reference: Reference
-    after: EventNumber = 0
+    reference: Reference | None = None
+    """Only events of this task."""
+    team: Name | None = None
+    """Only events of this team's tasks."""
+    kinds: Annotated[str, Field(pattern="^([A-Za-z]{1,40}(,[A-Za-z]{1,40}){0,39})?$")] = ""
+    """Only events of these kinds, with commas between them; empty: of all."""
+    after: EventNumber | None = None
+    """Number of an event: only later ones. None: a page begins with the first one, a stream with the next one."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = EVENTS
+    """Events of a page, at most."""
 
     def on(self, service: Service) -> list[Json]:
-        return service.tasks.log(self)
+        return service.tasks.events(self)
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        return self.model_copy(update={"after": answer[-1]["event_id"]}) if len(answer) == self.limit else None
 
 
 class ListVersions(ServiceRequest[list[Json]]):

@@ -16,20 +16,20 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import uvicorn
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from configs.document import Request as Document
 from configs.errors import (
     InvalidInput,
     NotFound,
@@ -42,10 +42,11 @@ from configs.errors import (
 from configs.limits import BYTES_MAX, short, short_text
 from configs.plain_text import escaped
 from configs.settings import TlsSettings, read_settings
-from orchestrator.api.access import Caller
 from orchestrator.api.callers import Callers
-from orchestrator.api.exchange import ALIVE_PATH
-from orchestrator.api.requests import Export, Metrics, Submit
+from orchestrator.api.exchange import ALIVE_PATH, EVENT_STREAM
+from orchestrator.api.feed import Feed, Interest
+from orchestrator.api.guard import Guard
+from orchestrator.api.requests import Export, Metrics, ReadEvents, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.reports import prometheus
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
@@ -74,6 +75,10 @@ PIECES_AT_ONCE = 8
 """Pieces of files that are written at the same time: each waits for the disk."""
 CHUNK_BYTES = 2**18
 """Bytes of a piece in memory: so much for each connection."""
+READS_FOR_STREAMS = 4
+"""Reads of the database for streams, at the same time."""
+TAKE_SECONDS = 60.0
+"""How long a client may take nothing of what is sent to it before it is cut off."""
 LOOKUPS_AT_ONCE = 16
 """Tokens that are looked up at the same time: each is one read of the database."""
 CONNECTIONS_MAX = 500
@@ -91,15 +96,18 @@ class AsciiJson(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-class Answers(Protocol):
-    """What carries requests out: a `Guard`, or whichever one it is at the moment."""
+def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
+    """The HTTP API: every route of the table, behind bearer tokens.
 
-    def answer(self, request: Document, caller: Caller) -> Any: ...
-
-
-def api(service: Answers, callers: Callers) -> FastAPI:
-    """The HTTP API: every route of the table, behind bearer tokens."""
+    Args:
+        guard: What carries requests out, at the moment. Raises Unavailable where nothing does.
+    """
     app = FastAPI(title="onebasis", description="One shared low-rank subspace for every team's tasks.")
+    app.state.is_ending = lambda: False
+    streams = CapacityLimiter(READS_FOR_STREAMS)
+    feed = app.state.feed = Feed(
+        guard, lambda work: to_thread.run_sync(work, limiter=streams), lambda: app.state.is_ending()
+    )
 
     lookups, meter = CapacityLimiter(LOOKUPS_AT_ONCE), prometheus.Meter()
 
@@ -108,7 +116,7 @@ def api(service: Answers, callers: Callers) -> FastAPI:
         if request.url.path in (ALIVE_PATH, PAGE_PATH) or request.url.path.startswith(FILES_PATH):
             return await call_next(request)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        secret = given if scheme.lower() == "bearer" else ""
+        secret = request.state.secret = given if scheme.lower() == "bearer" else ""
         try:
             caller = callers.of_owner(secret) or await to_thread.run_sync(callers.of, secret, limiter=lookups)
         except OnebasisError as error:
@@ -160,13 +168,18 @@ def api(service: Answers, callers: Callers) -> FastAPI:
 
     submissions, writes = CapacityLimiter(SUBMISSIONS_AT_ONCE), CapacityLimiter(WRITES_AT_ONCE)
     pieces = CapacityLimiter(PIECES_AT_ONCE)
+
+    async def still(request: Request) -> None:
+        await to_thread.run_sync(partial(callers.of, request.state.secret, counts=False), limiter=lookups)
+
     for route in ROUTES:
         threads = submissions if route.record is Submit else writes if route.verb == "POST" else None
+        endpoint = (
+            _piece_endpoint(guard, route, pieces) if route.verb == "PUT" else _endpoint(guard, route, threads, meter)
+        )
         app.add_api_route(
-            route.path,
-            _piece_endpoint(service, route, pieces)
-            if route.verb == "PUT"
-            else _endpoint(service, route, threads, meter),
+            route.url,
+            _or_stream(guard, route, feed, still, endpoint) if route.record is ReadEvents else endpoint,
             methods=[route.verb],
             name=route.name,
             description=route.record.__doc__,
@@ -178,7 +191,7 @@ def api(service: Answers, callers: Callers) -> FastAPI:
 
 
 def _endpoint(
-    service: Answers, route: Route, threads: CapacityLimiter | None, meter: prometheus.Meter
+    guard: Callable[[], Guard], route: Route, threads: CapacityLimiter | None, meter: prometheus.Meter
 ) -> Callable[[Request], Awaitable[Response]]:
     """The function that answers on a route. threads: Threads for its requests; None: those for requests that read."""
 
@@ -187,7 +200,7 @@ def _endpoint(
 
         def work() -> Response:  # reading and writing JSON too: it takes a second for the largest
             asked = read_request(route, request.path_params, query, body)
-            answer = service.answer(asked, request.state.caller)
+            answer = guard().answer(asked, request.state.caller)
             if isinstance(answer, bytes):
                 return Response(answer, media_type="application/zip")
             if isinstance(asked, Metrics):
@@ -200,7 +213,7 @@ def _endpoint(
 
 
 def _piece_endpoint(
-    service: Answers, route: Route, threads: CapacityLimiter
+    guard: Callable[[], Guard], route: Route, threads: CapacityLimiter
 ) -> Callable[[Request], Awaitable[Response]]:
     """The function that takes pieces of files: who may not send one is refused before it is read, and it goes to the
     disk as it comes."""
@@ -209,7 +222,7 @@ def _piece_endpoint(
         query, caller = _query(request, route), request.state.caller
 
         def begin() -> Any:
-            return service.answer(read_request(route, request.path_params, query, b""), caller)
+            return guard().answer(read_request(route, request.path_params, query, b""), caller)
 
         chunks = _chunks(request, PIECE_BYTES_MAX)
         try:
@@ -232,6 +245,54 @@ def _piece_endpoint(
             piece.close()
 
     return answer
+
+
+def _or_stream(
+    guard: Callable[[], Guard],
+    route: Route,
+    feed: Feed,
+    still: Callable[[Request], Awaitable[None]],
+    page: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """The function that answers with a page of events, or, for who accepts one, with a stream. still: Raises what keeps
+    its caller from going on."""
+
+    async def answer(request: Request) -> Response:
+        if EVENT_STREAM not in request.headers.get("accept", ""):
+            return await page(request)
+        query, caller = _query(request, route), request.state.caller
+
+        def begin() -> tuple[Interest, int | None]:
+            asked = read_request(route, request.path_params, query, b"")
+            assert isinstance(asked, ReadEvents)
+            return guard().follow(asked, caller), _last_event(request, asked.after)
+
+        interest, after = await to_thread.run_sync(begin)
+        pieces = feed.stream(interest, after, caller.teams, partial(still, request))
+        first = await anext(pieces)
+
+        async def sent() -> AsyncIterator[bytes]:
+            async with aclosing(pieces):
+                yield first
+                async for piece in pieces:
+                    yield piece
+
+        # No proxy is to wait until a piece is full.
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(sent(), media_type=EVENT_STREAM, headers=headers)
+
+    return answer
+
+
+def _last_event(request: Request, after: int | None) -> int | None:
+    """Number of the last event that whoever asks has: what a browser sends when it connects again counts more than what
+    stands in the address. Raises InvalidInput."""
+    last = request.headers.get("last-event-id", "")
+    if not last:
+        return after
+    if not (last.isascii() and last.isdecimal() and len(last) <= 16):
+        raise InvalidInput("is no number of an event", "Last-Event-ID", "send the id of the last event that came")
+    return int(last)
 
 
 def _query(request: Request, route: Route) -> dict[str, str]:
@@ -279,15 +340,31 @@ def _too_large(bytes_max: int) -> TooLarge:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, with a limit for the wait for a request's head; uvicorn's own waits for ever."""
+    """uvicorn's protocol, with limits for the wait for a request's head, and for a client that takes nothing of what is
+    sent; uvicorn's own waits for ever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._pauses = 0
         self._await_head()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.loop.call_later(TAKE_SECONDS, self._close_untaken, self._pauses)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._pauses += 1
+
+    def _close_untaken(self, pauses: int) -> None:
+        """pauses: Number of pauses before the one that began then."""
+        if self._pauses == pauses and not self.transport.is_closing():
+            log.info("a client took nothing of what was sent for %.0f s, and is cut off", TAKE_SECONDS)
+            self.transport.abort()
 
     def _await_head(self) -> None:
         self.loop.call_later(HEAD_SECONDS, self._close_without_head, self.cycle)
@@ -310,7 +387,9 @@ def http_server(app: FastAPI, tls: TlsSettings | None = None) -> Any:
         ssl_certfile=tls.cert_file if tls else None,
         ssl_keyfile=tls.key_file if tls else None,
     )
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    app.state.is_ending = lambda: server.should_exit
+    return server
 
 
 def _described(route: Route) -> dict[str, Any]:
