@@ -162,13 +162,16 @@ class ListTasks(ServiceRequest[list[Json]]):
     """Only tasks of this base model; None: of all."""
     live: bool = False
     """Only tasks that have not ended."""
-    before: Line = ""
+    cursor: Line = ""
     """Id of a task: only older tasks are listed. Empty: the newest ones."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
     """Tasks in the answer, at most."""
 
     def on(self, service: Service) -> list[Json]:
         return service.tasks.page(self)
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        return self.model_copy(update={"cursor": answer[0]["task_id"]}) if len(answer) == self.limit else None
 
 
 class ListTeams(ServiceRequest[Json]):
@@ -321,12 +324,20 @@ class ReadEvents(ServiceRequest[list[Json]]):
 
 
 class ListVersions(ServiceRequest[list[Json]]):
-    """All versions, oldest first."""
+    """The versions, oldest first: all of them, or a page."""
 
     base_model: OfBaseModel = None
+    cursor: VersionNumber | None = None
+    """Number of a version: only later ones are listed. None: from the first one on."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] | None = None
+    """Versions in the answer, at most; None: any number."""
 
     def on(self, service: Service) -> list[Json]:
-        return service.versions(self.base_model).all()
+        later = [row for row in service.versions(self.base_model).all() if row["version"] > (self.cursor or 0)]
+        return later[: self.limit]
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        return self.model_copy(update={"cursor": answer[-1]["version"]}) if len(answer) == self.limit else None
 
 
 class ShowVersion(ServiceRequest[Json]):
@@ -475,15 +486,19 @@ class RevokeToken(ServiceRequest[Json]):
 class ReadAudit(ServiceRequest[list[Json]]):
     """Rows of the audit log, the oldest first: the newest ones, or those after a number."""
 
-    after: EventNumber | None = None
-    """Number of a row; None: the newest rows."""
+    cursor: EventNumber | None = None
+    """Number of a row: only later ones are listed. None: the newest rows."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
     """Rows in the answer, at most."""
 
     def on(self, service: Service) -> list[Json]:
         audit = service.sources.audit
-        rows = audit.newest(self.limit) if self.after is None else audit.page(self.after, self.limit)
+        rows = audit.newest(self.limit) if self.cursor is None else audit.page(self.cursor, self.limit)
         return [asdict(row) for row in rows]
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        is_more = self.cursor is not None and len(answer) == self.limit
+        return self.model_copy(update={"cursor": answer[-1]["seq"]}) if is_more else None
 
 
 class VerifyAudit(ServiceRequest[Json]):

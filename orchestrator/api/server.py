@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -15,11 +16,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import uvicorn
 from anyio import CapacityLimiter, to_thread
@@ -30,6 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from configs.document import Request as Document
 from configs.errors import (
     InvalidInput,
     NotFound,
@@ -46,10 +49,11 @@ from orchestrator.api.callers import Callers
 from orchestrator.api.exchange import ALIVE_PATH, EVENT_STREAM
 from orchestrator.api.feed import Feed, Interest
 from orchestrator.api.guard import Guard
-from orchestrator.api.requests import Export, Metrics, ReadEvents, Submit
+from orchestrator.api.requests import Export, Metrics, ReadEvents, ServiceRequest, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
 from orchestrator.reports import prometheus
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
+from orchestrator.tasks.answer_book import HEADER
 from orchestrator.tasks.uploads import PIECE_BYTES_MAX
 from orchestrator.web.pages import INDEX, read_pages
 from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_private
@@ -81,6 +85,10 @@ TAKE_SECONDS = 60.0
 """How long a client may take nothing of what is sent to it before it is cut off."""
 LOOKUPS_AT_ONCE = 16
 """Tokens that are looked up at the same time: each is one read of the database."""
+PROBLEM = "urn:onebasis:problem:"
+"""What the types of errors begin with; their codes follow, as docs/trouble.md has them."""
+KEY_MAX = 200
+"""Characters of an idempotency key."""
 CONNECTIONS_MAX = 500
 """Connections at the same time; more are answered with 503. Below the 1,024 files that a process may open."""
 
@@ -94,6 +102,20 @@ class AsciiJson(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+class Problem(AsciiJson):
+    """An error in the form of RFC 9457: its type is that of the error's class, and beside the fields that all problems
+    have it has those of our errors."""
+
+    media_type = "application/problem+json"
+
+    def __init__(
+        self, error: OnebasisError, status: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        code = status or error.http_status
+        about = {"type": f"{PROBLEM}{error.row}", "title": error.title, "status": code, "detail": error.sentence}
+        super().__init__({**about, **error.as_dict()}, code, headers)
 
 
 def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
@@ -129,26 +151,26 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
         return answer
 
     @app.exception_handler(OnebasisError)
-    def report(_: Request, error: OnebasisError) -> AsciiJson:
+    def report(_: Request, error: OnebasisError) -> Problem:
         # The rest of a body that is too long is not read, so this connection cannot be used again.
         headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
         if isinstance(error, UnknownToken):
             headers["www-authenticate"] = "Bearer"
         if isinstance(error, TooManyRequests):
             headers["retry-after"] = str(math.ceil(error.retry_seconds))
-        return AsciiJson(error.as_dict(), error.http_status, headers)
+        return Problem(error, headers=headers)
 
     @app.exception_handler(HTTPException)
-    def no_route(request: Request, error: HTTPException) -> AsciiJson:
+    def no_route(request: Request, error: HTTPException) -> Problem:
         what = f"there is no {request.method} {short_text(request.url.path)}"
         told = NotFound(what, todo="/openapi.json lists what there is")
-        return AsciiJson(told.as_dict(), status_code=error.status_code)
+        return Problem(told, error.status_code)
 
     @app.exception_handler(Exception)
-    def confess(request: Request, error: Exception) -> AsciiJson:
+    def confess(request: Request, error: Exception) -> Problem:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         told = OnebasisError(f"internal error: {type(error).__name__}", todo="its log, control-plane.log, has the rest")
-        return AsciiJson(told.as_dict(), status_code=told.http_status)
+        return Problem(told)
 
     @app.get(ALIVE_PATH, include_in_schema=False)
     async def alive() -> AsciiJson:  # needs no token: who waits for an answer asks it, and so do load balancers
@@ -200,16 +222,46 @@ def _endpoint(
 
         def work() -> Response:  # reading and writing JSON too: it takes a second for the largest
             asked = read_request(route, request.path_params, query, body)
-            answer = guard().answer(asked, request.state.caller)
+            answer = guard().answer(asked, request.state.caller, _key(request))
             if isinstance(answer, bytes):
                 return Response(answer, media_type="application/zip")
             if isinstance(asked, Metrics):
                 return Response(answer + meter.text(), media_type=prometheus.CONTENT_TYPE)
-            return AsciiJson(answer)
+            return _unless_known(request, AsciiJson(answer, headers=_links(route, asked, answer)))
 
         return await to_thread.run_sync(work, limiter=threads)
 
     return answer
+
+
+def _key(request: Request) -> str:
+    """The key under which a request is carried out once; empty: none. Raises InvalidInput."""
+    key = request.headers.get(HEADER, "")
+    if len(key) > KEY_MAX or not (key.isascii() and key.isprintable()):
+        raise InvalidInput(f"is longer than {KEY_MAX} characters, or has odd ones", HEADER, "send a random one")
+    return key
+
+
+def _links(route: Route, asked: Document, answer: Any) -> dict[str, str]:
+    """Headers that say where an answer goes on."""
+    following = asked.next_page(answer) if isinstance(asked, ServiceRequest) else None
+    if following is None:
+        return {}
+    query = following.model_dump(mode="json", exclude_defaults=True)
+    return {"link": f'<{route.url}?{urlencode(query)}>; rel="next"'}
+
+
+def _unless_known(request: Request, answer: AsciiJson) -> Response:
+    """An answer; or, to who has it already, that it has not changed. Only what was read has a tag."""
+    if request.method != "GET":
+        return answer
+    tag = f'"{hashlib.sha256(answer.body).hexdigest()[:32]}"'
+    answer.headers.update({"etag": tag, "cache-control": "private, no-cache", "vary": "Authorization, Accept"})
+    known = {one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")}
+    if tag not in known and "*" not in known:
+        return answer
+    kept = {name: answer.headers[name] for name in ("etag", "cache-control", "vary", "link") if name in answer.headers}
+    return Response(status_code=304, headers=kept)
 
 
 def _piece_endpoint(

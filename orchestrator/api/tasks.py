@@ -165,7 +165,7 @@ class Tasks:
         states = (request.state,) if request.state else tuple(LIVE) if request.live else ()
         base_model = request.base_model
         records = self._sources.queue.page(
-            states, request.team, request.before, request.limit, base_model=base_model, of_teams=of_teams
+            states, request.team, request.cursor, request.limit, base_model=base_model, of_teams=of_teams
         )
         if not records:
             self._known_team(request.team)

@@ -271,7 +271,7 @@ def tasks(
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
-    asked = ListTasks(team=team, state=_state(state), base_model=base_model, before=before, limit=limit)
+    asked = ListTasks(team=team, state=_state(state), base_model=base_model, cursor=before, limit=limit)
     service = Attention(client)
 
     def ask() -> list[display.Json]:

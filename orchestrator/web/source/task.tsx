@@ -9,6 +9,7 @@ import { Act, Empty, Loading, POLL_MS, State, Table, Trouble, usePolled } from "
 import { change, clock, score, seconds } from "./words"
 
 const LOG_LINES = 400
+const PAGE = 1000
 
 /** A task's history so far; only what is new is asked for. */
 function useHistory(taskId: string | undefined) {
@@ -22,12 +23,15 @@ function useHistory(taskId: string | undefined) {
     const step = async () => {
       if (!document.hidden) {
         try {
-          const news: Json[] = await get(`logs/${inPath(taskId)}`, { after: last })
-          if (isOver) return
-          if (news.length) {
-            last = news.at(-1).event_id
-            setEvents((before) => [...before, ...news])
-          }
+          let news: Json[]
+          do { // of a long history, page after page
+            news = await get("events", { reference: taskId, after: last, limit: PAGE })
+            if (isOver) return
+            if (news.length) {
+              last = news.at(-1).event_id
+              setEvents((before) => [...before, ...news])
+            }
+          } while (news.length === PAGE)
         } catch { /* the page says already that the service does not answer */ }
       }
       if (!isOver) timer = window.setTimeout(step, POLL_MS)

@@ -180,7 +180,7 @@ def test_nothing_of_another_team_can_be_named_on_the_way(site: Site, people: Peo
     refused = [people.ask(who, "POST", "/tasks", {"task": task, "dry_run": True}) for task in after]
     assert [answer.status_code for answer in refused] == [422, 422]
     assert refused[0].text.replace("blue/beta", "X") == refused[1].text.replace("blue/nothing", "X")
-    older = [people.ask(who, "GET", "/tasks", before=task_id) for task_id in (beta, "t" + "f" * 21)]
+    older = [people.ask(who, "GET", "/tasks", cursor=task_id) for task_id in (beta, "t" + "f" * 21)]
     assert [answer.status_code for answer in older] == [404, 404]
     assert older[0].text.replace(beta, "X") == older[1].text.replace("t" + "f" * 21, "X")
     for body in ({"task_id": beta, "reason": "why"}, {"task_id": "t" + "f" * 21, "reason": "why"}):

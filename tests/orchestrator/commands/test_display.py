@@ -167,7 +167,7 @@ def test_a_task_that_is_overtaken_in_the_queue_is_told_of_and_one_that_moves_on_
     assert ended.split() == ["blue/done", "published"]
     asked = iter([[WAITING | {"place": 1}], [WAITING | {"place": 3}], [DONE | {"task_id": WAITING["task_id"]}]])
     with display.console.capture() as captured, display.errors.capture() as told_beside:
-        display.follow_quietly(lambda: next(asked), 0.0)  # stdout is for JSON
+        display.follow_quietly(lambda: next(asked), lambda: None)  # stdout is for JSON
     assert (captured.get(), told_beside.get()[:34]) == ("", "red/next: place in the queue 1 → 3")
     one = display.Places()  # as `logs --follow` tells of one task
     told = [one.moved(WAITING | {"place": place}).partition(":")[0] for place in places]
