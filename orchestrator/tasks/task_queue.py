@@ -75,8 +75,6 @@ NOBODY = -1
 """Number that no leader has."""
 IDS_AT_ONCE = 500
 """Ids in one query: SQLite takes 32,766 values at most, and longer queries are not faster."""
-EVENTS_AT_ONCE = 1000
-"""More events than are ever written at the same moment; see `changes`."""
 EVENT_ID_MAX = 2**63 - 1
 
 
@@ -350,11 +348,10 @@ class TaskQueue:
             The tasks, and the `after` of the next call.
 
         Cost:
-            As many rows as there were events since, and a thousand.
+            As many rows as there were events since.
         """
         newest = select(func.max(_events.c.event_id))
-        # Two concurrent writes may be committed in another order than their events are numbered.
-        since = _events.c.event_id > max(0, after - EVENTS_AT_ONCE)
+        since = _events.c.event_id > after
         chosen = select(_events.c.task_id).where(since, _events.c.kind.not_in((LOG, PROGRESS))).distinct()
         with self._database.reading() as connection:
             last = int(connection.execute(newest).scalar() or 0)
