@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
-from urllib.parse import quote
 
-from configs.errors import InvalidInput, NoSignOfLife, OnebasisError, TooLarge, Unavailable, error_from_dict
-from configs.limits import BYTES_MAX
-from orchestrator.api.requests import Answer, ChangeMany, Json, Retry, SendPiece, ServiceRequest, Submit, not_running
+from configs.errors import InvalidInput, NoSignOfLife, Unavailable, error_from_dict
+from orchestrator.api.calls import END, Heard, answer_of, call_of
+from orchestrator.api.requests import Answer, Json, ReadEvents, SendPiece, ServiceRequest, not_running
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, never_ran
 from subspace_store.requests import StoreRequest
@@ -22,7 +21,6 @@ from subspace_store.requests import StoreRequest
 if TYPE_CHECKING:
     import ssl
 
-    from orchestrator.api.exchange import Reply
     from orchestrator.api.service import Service
 
 
@@ -37,13 +35,16 @@ class Remote:
     name: str = ""
     """Name of its context, for people."""
 
+    def as_server(self) -> dict[str, Any]:
+        """The same as `server_facts`."""
+        return {"url": self.url, "token": self.token, "ca_file": self.ca_file}
+
 
 REMOTE: ContextVar[Remote | None] = ContextVar("remote", default=None)
 """Service that commands ask instead of the one in their folder."""
 
-TIMEOUT_SECONDS = 150.0
-SUBMIT_TIMEOUT_SECONDS = 7200.0
-"""Longest wait for a submission: a gigabyte of rows takes minutes to check."""
+AGAIN_SECONDS = 0.5
+"""Pause before a stream that ended is asked for again, or, without a service, the database."""
 
 
 class Client:
@@ -71,10 +72,63 @@ class Client:
         """
         return self._ask(request)
 
+    def pages(self, request: ServiceRequest[list[Json]]) -> Iterator[Json]:
+        """All rows of a list, page by page; raises as `ask`."""
+        following: ServiceRequest[list[Json]] | None = request
+        while following is not None:
+            rows = self.ask(following)
+            yield from rows
+            following = following.next_page(rows)
+
     def send(self, piece: SendPiece, content: bytes) -> Json:
         """Send a piece of a file, as what `Piece.end` answers; raises as `ask`."""
         answer: Json = self._ask(piece, content)
         return answer
+
+    def follow(self, request: ReadEvents) -> Iterator[Json | None]:
+        """Events as they come, without an end, each once: whenever the connection ends, it goes on behind the last
+        one. While no service runs here, those that are in the database.
+
+        Returns:
+            Events; and None at the beginning, and whenever nothing has happened for a few seconds: whoever follows may
+            look at something else.
+
+        Raises:
+            OnebasisError: As `ask`.
+        """
+        from orchestrator.api.exchange import NobodyListensError, NotTakenError
+
+        after = request.after
+        while True:
+            asked = request.model_copy(update={"after": after})
+            try:
+                for heard in self._hear(asked):
+                    if heard.event == END:
+                        raise error_from_dict(json.loads(heard.data or "{}"))
+                    after = int(heard.last_id)
+                    yield json.loads(heard.data) if heard.data is not None else None
+            except (Unavailable, NobodyListensError, NotTakenError):
+                # Whether it ended, stands still, or is another one by now, is found out by asking.
+                for event in self.ask(asked.model_copy(update={"after": after})) if after is not None else ():
+                    after = event["event_id"]
+                    yield event
+            yield None
+            time.sleep(AGAIN_SECONDS)
+
+    def _hear(self, request: ReadEvents) -> Iterator[Heard]:
+        from orchestrator.api.exchange import NobodyListensError, RefusedError, listen
+
+        remote = REMOTE.get()
+        server = remote.as_server() if remote is not None else server_facts(self._state_dir)
+        if server is None:
+            raise NobodyListensError
+        call = call_of(request)
+        try:
+            yield from listen(
+                server["url"] + call.path, query=call.query, token=server["token"], trust=trust_of(server)
+            )
+        except RefusedError as error:
+            answer_of(error.reply, server["url"] + call.path)
 
     def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any], content: bytes = b"") -> Any:
         request = request.named() if isinstance(request, StoreRequest) else request
@@ -111,7 +165,7 @@ class Client:
         from orchestrator.api.exchange import NobodyListensError, NotTakenError
         from orchestrator.api.waiting import Waiting
 
-        server = {"url": remote.url, "token": remote.token, "ca_file": remote.ca_file}
+        server = remote.as_server()
         away = Unavailable("nobody answers there", remote.url, "check the address, the network and the service")
         try:
             with _told_with_its_key(request):
@@ -208,38 +262,19 @@ def _over_http(
     sent: bytes,
 ) -> Any:
     """sent: Body of a PUT."""
-    route = route_of(request)
-    fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
-    in_path = {name: str(fields.pop(name)) for name in route.in_path}
-    # Dots too: `..` in a reference would be taken for a way to another route.
-    url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
     from orchestrator.api.exchange import exchange
 
-    content = {"POST": json.dumps(fields).encode(), "PUT": sent}.get(route.verb)
-    # A server may hang up before its refusal is read.
-    if route.verb == "POST" and content is not None and len(content) > BYTES_MAX:
-        raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
-    answer = exchange(
-        server["url"] + url,
-        route.verb,
-        query=None if route.verb == "POST" else fields,
-        body=content,
-        content_type="application/octet-stream" if route.verb == "PUT" else "application/json",
+    call = call_of(request, sent)
+    url = server["url"] + call.path
+    reply = exchange(
+        url,
+        call.verb,
+        query=call.query,
+        body=call.body,
+        content_type=call.content_type,
         token=server["token"],
-        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, (Submit, Retry, ChangeMany)) else TIMEOUT_SECONDS,
+        timeout_seconds=call.timeout_seconds,
         waiting=waiting,
         trust=trust_of(server),
     )
-    if answer.is_success:
-        return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)
-    raise _error(answer, server["url"] + url)
-
-
-def _error(answer: Reply, url: str) -> OnebasisError:
-    try:
-        facts = json.loads(answer.content)
-    except ValueError:
-        facts = {}
-    if "what" in facts:
-        return error_from_dict(facts)
-    return OnebasisError(f"HTTP {answer.status} from the service", url, "see its log")
+    return answer_of(reply, url)

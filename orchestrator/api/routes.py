@@ -16,6 +16,9 @@ from orchestrator.api import requests
 from orchestrator.api.access import About, Role
 from subspace_store import requests as store
 
+PREFIX = "/v1"
+"""What all paths begin with. Fields may be added to answers; what would break a client gets another number."""
+
 
 @dataclass(frozen=True)
 class Route:
@@ -39,6 +42,11 @@ class Route:
     def is_audited(self) -> bool:
         """Whether it has rows in the audit log: what writes has, but for the pieces of a file, whose upload has."""
         return self.is_write and self.verb != "PUT"
+
+    @property
+    def url(self) -> str:
+        """Path of its URL, with the fields that stand in it in braces. What Prometheus reads is where it looks."""
+        return self.path if self.record is requests.Metrics else PREFIX + self.path
 
     @property
     def in_path(self) -> tuple[str, ...]:
@@ -70,7 +78,7 @@ ROUTES: tuple[Route, ...] = (
     Route("drain", "POST", "/drain", Role.ADMIN, About.EVERYTHING, requests.DrainWorker),
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, About.TEAM, requests.ChangeMany),
     Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, About.TASK, requests.Predict),
-    Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, About.TASK, requests.ReadLog),
+    Route("events", "GET", "/events", Role.VIEWER, About.OWN_TEAMS, requests.ReadEvents),
     Route("versions", "GET", "/versions", Role.VIEWER, About.SERVICE, requests.ListVersions),
     Route("version", "GET", "/versions/{version}", Role.VIEWER, About.SERVICE, requests.ShowVersion),
     Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, About.SERVICE, requests.Diff),

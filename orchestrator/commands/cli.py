@@ -9,7 +9,7 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ from orchestrator.api.requests import (
     Preempt,
     PreviewRestore,
     PreviewRollback,
-    ReadLog,
+    ReadEvents,
     Reload,
     Resume,
     Retry,
@@ -47,9 +47,9 @@ from orchestrator.api.requests import (
     Status,
 )
 from orchestrator.commands import accounts, contexts, display, prediction, submission, upkeep, version_tables
-from orchestrator.commands.attention import Attention
+from orchestrator.commands.attention import LOOK_SECONDS, WATCH_SECONDS, Attention, UntilNews
 from orchestrator.commands.contexts import anywhere
-from orchestrator.commands.submission import ENDS, WATCH_SECONDS
+from orchestrator.commands.submission import ENDS
 from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.state_folder import keep_source, settings_source
 from subspace_store.commands.terminal import (
@@ -259,7 +259,7 @@ def tasks(
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
-    asked = ListTasks(team=team, state=_state(state), base_model=base_model, before=before, limit=limit)
+    asked = ListTasks(team=team, state=_state(state), base_model=base_model, cursor=before, limit=limit)
     service = Attention(client)
 
     def ask() -> list[display.Json]:
@@ -267,7 +267,7 @@ def tasks(
         return client.ask(asked)
 
     if watch:
-        (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
+        (display.follow_quietly if as_json else display.follow)(ask, UntilNews(client, ReadEvents(team=team)))
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
     if not rows and not as_json:
@@ -455,26 +455,34 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
-    client, after, lines = Client(state_dir), 0, []
-    service, places = Attention(client), display.Places()
-    while True:
-        if follow:
-            service.look()
-        new = client.ask(ReadLog(reference=reference, after=after))
-        after = new[-1]["event_id"] if new else after
-        lines += new
+    client = Client(state_dir)
+    lines = []
+    for event in _followed(client, reference, as_json) if follow else client.pages(ReadEvents(reference=reference)):
+        lines.append(event)
         if not as_json:
-            display.log_lines(new)
-        if not follow:
-            break
+            display.log_lines([event])
+    if as_json:
+        print(json.dumps(lines))
+
+
+def _followed(client: Client, reference: str, as_json: bool) -> Iterator[dict[str, Any]]:
+    """A task's events until it has ended; meanwhile, what is new about its place and the service is said."""
+    service, places, last, looked = Attention(client), display.Places(), 0, 0.0
+    for event in client.follow(ReadEvents(reference=reference, after=0)):
+        if event is not None:
+            last = event["event_id"]
+            yield event
+            pause = LOOK_SECONDS if event["kind"] in display.TOLD_WHILE_TRAINING else WATCH_SECONDS
+            if time.monotonic() - looked < pause:
+                continue
+        looked = time.monotonic()
+        service.look()
         now = client.ask(ShowTask(reference=reference))
         if said := places.moved(now):
             (note if as_json else display.log_line)(said)
         if now["state"] in ENDS:
-            break
-        time.sleep(WATCH_SECONDS)
-    if as_json:
-        print(json.dumps(lines))
+            yield from client.pages(ReadEvents(reference=reference, after=last))
+            return
 
 
 @command_here

@@ -520,6 +520,10 @@ def log_lines(events: Sequence[Json]) -> None:
         console.print(f"{_clock(event['at'])}  {shown(text)}", soft_wrap=True)
 
 
+TOLD_WHILE_TRAINING = ("log", "progress")
+"""Kinds of events that change nothing of where a task is."""
+
+
 class Places:
     """Tells when a waiting task moves in the queue, so that no place jumps without a word."""
 
@@ -540,8 +544,12 @@ class Places:
         return f"place in the queue {before} → {now}{why if now > before else ''}"
 
 
-def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
-    """Show tasks until all have ended: a live table in a terminal, else one line for each thing that changes."""
+def follow(ask: Callable[[], Sequence[Json]], pause: Callable[[], None]) -> None:
+    """Show tasks until all have ended: a live table in a terminal, else one line for each thing that changes.
+
+    Args:
+        pause: Returns when it is time to ask again.
+    """
     places = Places()
     if console.is_terminal:
         from rich.live import Live
@@ -555,7 +563,7 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
                 live.update(_task_table(rows))
                 if all(row["state"] in ENDED for row in rows):
                     return
-                time.sleep(every_seconds)
+                pause()
     seen: dict[str, str] = {}
     while True:
         rows = ask()
@@ -569,10 +577,10 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
                 console.print(f"{_clock(time.time())}  {row['title']:23} {said}", markup=False, soft_wrap=True)
         if all(row["state"] in ENDED for row in rows):
             return
-        time.sleep(every_seconds)
+        pause()
 
 
-def follow_quietly(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
+def follow_quietly(ask: Callable[[], Sequence[Json]], pause: Callable[[], None]) -> None:
     """As `follow`, where stdout is for JSON: only that a task is overtaken in the queue is said, on stderr."""
     places = Places()
     while True:
@@ -582,7 +590,7 @@ def follow_quietly(ask: Callable[[], Sequence[Json]], every_seconds: float) -> N
                 note(f"{row['title']}: {said}")
         if all(row["state"] in ENDED for row in rows):
             return
-        time.sleep(every_seconds)
+        pause()
 
 
 def _task_table(rows: Sequence[Json]) -> Table:

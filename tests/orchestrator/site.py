@@ -49,7 +49,7 @@ class Site:
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         self.guard = Guard(self.service)
         callers = Callers(TOKEN, "ann", lambda: self.service.sources, lambda: self.service.settings)
-        self._server = http_server(api(self.guard, callers), tls)
+        self._server = http_server(api(lambda: self.guard, callers), tls)
         self._http = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._http.start()
         (folder / "settings.yaml").write_text(yaml.safe_dump(self.plant.settings.model_dump(mode="json")))
