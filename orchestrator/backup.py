@@ -139,9 +139,9 @@ def read_backup(archive: Archive, name: str | None = None) -> Backup:
     if not names:
         begun = archive.cut_off()
         what = f"no whole backup is here; that of {begun[-1]} was cut off" if begun else "no backup is here"
-        raise NotFound(what, archive.storage.url, "`onebasis backup` makes one")
+        raise NotFound(what, archive.storage.url, "`onebasis backup PLACE` makes one")
     if name is not None and name not in names:
-        raise NotFound(f"there is no backup {name}", archive.storage.url, "`onebasis restore --list` shows them")
+        raise NotFound(f"there is no backup {name}", archive.storage.url, "`onebasis restore PLACE --list` shows them")
     facts = archive.read(name or names[-1])
     if facts.pop("format") != FORMAT:
         raise InvalidInput("a newer onebasis made this backup", archive.storage.url, "use that one to restore it")
@@ -208,7 +208,7 @@ def restore(backup: Backup, archive: Archive, settings: Settings, say: Say) -> i
         say(f"checking every byte at {storage.url}")
         if findings := verify(SubspaceReader.open(storage), deep=True):
             first = findings[0]
-            todo = "use an earlier backup: `onebasis restore --list` shows them"
+            todo = "use an earlier backup: `onebasis restore PLACE --list` shows them"
             raise Corrupt(f"was restored, and {first.what} ({len(findings)} findings)", first.where, todo)
     if look(settings.database_url).revision is None:  # its rows and tables are one transaction
         say("filling the task database")

@@ -41,7 +41,7 @@ def check_readable(settings: Settings) -> str | None:
             f"the task database has tables of revision {seen.revision}, which a newer onebasis made; this release "
             f"knows those up to {HEAD}",
             "database_url",
-            "install that release again; or restore a backup of before it: `onebasis restore --help`",
+            "install that release again; or restore a backup of before it",
         )
     for base in settings.bases:
         storage = open_storage(settings.storage, base.name)

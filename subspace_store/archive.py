@@ -130,7 +130,7 @@ class Archive:
         content = self.storage.read(f"{LISTS}{name}.json")
         found = re.fullmatch(rb'\{"sha256":"([0-9a-f]{64})","backup":(.*)\}', content, re.DOTALL)
         if found is None or digest(found[2]) != found[1].decode():
-            raise Corrupt("is not the list that was written", where, "use another backup; `--list` shows them")
+            raise Corrupt("is not the list that was written", where, "use another backup")
         facts: dict[str, Any] = json.loads(found[2])
         return facts
 
@@ -185,4 +185,4 @@ def _streamed(source: Storage, key: str, target: Storage, to: str, copy: Copy) -
 
 def _damaged(storage: Storage, copy: Copy) -> Corrupt:
     where = f"{storage.url}/{_key(copy)}"
-    return Corrupt("a part of the backup is gone or changed", where, "use an earlier backup; `--list` shows them")
+    return Corrupt("a part of the backup is gone or changed", where, "use an earlier backup")
