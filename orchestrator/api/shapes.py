@@ -24,7 +24,6 @@ from subspace_store import requests as store
 from subspace_store.commands.in_doubt import Doubt
 from subspace_store.log.version import Hold, MergedTask
 from subspace_store.subspace_reader import Footprint
-from workers.orders import Point
 
 REF = "#/components/schemas/{model}"
 HIDDEN = {
@@ -143,6 +142,23 @@ class Adapter(TypedDict):
     parameters: int
 
 
+class PointShape(TypedDict):
+    """Figures of training at one step."""
+
+    at: float
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    steps: int
+    samples_per_second: float | None
+    tokens_per_second: float | None
+    memory_bytes: int
+    resumed_from: int
+    method: str
+    candidate: str
+    machine: dict[str, float | None]
+
+
 class TrainingShape(TypedDict):
     steps: int
     loss: float | None
@@ -164,7 +180,7 @@ class TrainingShape(TypedDict):
     revises: str
     start: str
     resumed_from: int
-    last_point: Point | None
+    last_point: PointShape | None
     plot: str | None
 
 
@@ -332,6 +348,13 @@ class UploadShape(TypedDict):
     upload_id: str
     is_kept: bool
     missing: list[MissingFile]
+
+
+class KeptUpload(TypedDict):
+    upload_id: str
+    files: int
+    bytes: int
+    is_new: bool
 
 
 # --- versions ----------------------------------------------------------------------------------------------------
@@ -667,7 +690,7 @@ SHAPES: Mapping[type[Request], Any] = {
     requests.Submit: Accepted | Outlook,
     requests.MissingFiles: UploadShape,
     requests.SendPiece: PieceShape,
-    requests.KeepUpload: UploadShape,
+    requests.KeepUpload: KeptUpload,
     requests.ListTasks: list[ListedTask],
     requests.ListTeams: TeamsShape,
     requests.ShowTask: TaskShape,
