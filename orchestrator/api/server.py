@@ -207,7 +207,7 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
             methods=[route.verb],
             name=route.name,
             description=route.record.__doc__,
-            response_class=Response if route.record is Export else AsciiJson,
+            response_class=Response if route.record in (Export, Metrics) else AsciiJson,
             openapi_extra=_described(route),
         )
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
