@@ -12,10 +12,10 @@ from urllib.parse import quote
 from configs.document import Request
 from configs.errors import OnebasisError, TooLarge, error_from_dict
 from configs.limits import BYTES_MAX
-from orchestrator.api.requests import ChangeMany, Retry, Submit
+from orchestrator.api.requests import ChangeMany, Json, ReadEvents, Retry, Submit
 from orchestrator.api.routes import route_of
 
-JSON = "application/json"
+JSON_TYPE = "application/json"
 BYTES = "application/octet-stream"
 END = "end"
 """Name of the last event of a stream, whose data is the error for which it ended."""
@@ -33,7 +33,7 @@ class Call:
     """Path of the URL, quoted."""
     query: Mapping[str, Any]
     body: bytes | None
-    content_type: str
+    headers: Mapping[str, str]
     timeout_seconds: float
     """Longest wait for the reply."""
 
@@ -88,11 +88,36 @@ class Hearing:
         return None
 
 
-def call_of(request: Request, sent: bytes = b"") -> Call:
+class Following:
+    """A stream of events that is asked for again whenever it ends: what to ask for next, and what came."""
+
+    def __init__(self, request: ReadEvents) -> None:
+        self.request = request
+        """What follows on the events that came."""
+
+    def take(self, heard: Heard) -> Json | None:
+        """The event that a piece of the stream holds; None: it holds none.
+
+        Raises:
+            OnebasisError: For which the service has ended the stream.
+        """
+        if heard.event == END:
+            raise error_from_dict(json.loads(heard.data or "{}"))
+        self.request = self.request.model_copy(update={"after": int(heard.last_id)})
+        return json.loads(heard.data) if heard.data is not None else None
+
+    def took(self, event: Json) -> Json:
+        """The same event, which came in another way."""
+        self.request = self.request.model_copy(update={"after": event["event_id"]})
+        return event
+
+
+def call_of(request: Request, sent: bytes = b"", key: str = "") -> Call:
     """The call that asks a request.
 
     Args:
         sent: Body of a PUT.
+        key: Key under which the service carries it out once, however often it is asked; empty: none.
 
     Raises:
         TooLarge: The server would refuse the body.
@@ -111,7 +136,10 @@ def call_of(request: Request, sent: bytes = b"") -> Call:
         path=path,
         query={} if route.verb == "POST" else fields,
         body=body,
-        content_type=BYTES if route.verb == "PUT" else JSON,
+        headers={
+            **({} if body is None else {"Content-Type": BYTES if route.verb == "PUT" else JSON_TYPE}),
+            **({"Idempotency-Key": key} if key else {}),
+        },
         timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, (Submit, Retry, ChangeMany)) else TIMEOUT_SECONDS,
     )
 
@@ -123,7 +151,7 @@ def answer_of(reply: Reply, url: str) -> Any:
         OnebasisError: What the service raised, as itself.
     """
     if reply.is_success:
-        return json.loads(reply.content) if reply.content_type == JSON else reply.content
+        return json.loads(reply.content) if reply.content_type == JSON_TYPE else reply.content
     try:
         facts = json.loads(reply.content)
     except ValueError:

@@ -71,7 +71,7 @@ def exchange(
     *,
     query: Mapping[str, Any] | None = None,
     body: bytes | None = None,
-    content_type: str = "application/json",
+    headers: Mapping[str, str] | None = None,
     token: str = "",
     timeout_seconds: float,
     waiting: Callable[[float], None] | None = None,
@@ -82,7 +82,8 @@ def exchange(
     Args:
         url: Address of the route, `http://HOST:PORT/PATH`, quoted.
         query: Parameters that are written after the path.
-        body: JSON, or what `content_type` says; None: the request has none.
+        body: What is sent; None: the request has none.
+        headers: Further headers.
         token: Bearer token.
         timeout_seconds: Longest wait for the reply.
         waiting: Called every few seconds with the seconds so far, while the server is alive and does not reply.
@@ -97,11 +98,11 @@ def exchange(
     """
     place = urlsplit(url)
     connection = _connected(url, trust)
-    headers = {"Authorization": f"Bearer {token}"}
+    said = {"Authorization": f"Bearer {token}", **(headers or {})}
     if body is not None:
-        headers |= {"Content-Type": content_type, "Content-Length": str(len(body))}
+        said["Content-Length"] = str(len(body))
     try:
-        connection.request(verb, _with_query(place.path, query), None if body is None else _blocks(body), headers)
+        connection.request(verb, _with_query(place.path, query), None if body is None else _blocks(body), said)
         if trust is None:
             _await_reply(connection, url, token, timeout_seconds, waiting)
         else:

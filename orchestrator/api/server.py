@@ -45,12 +45,14 @@ from configs.errors import (
 from configs.limits import BYTES_MAX, short, short_text
 from configs.plain_text import escaped
 from configs.settings import TlsSettings, read_settings
+from orchestrator.api import requests
 from orchestrator.api.callers import Callers
 from orchestrator.api.exchange import ALIVE_PATH, EVENT_STREAM
 from orchestrator.api.feed import Feed, Interest
 from orchestrator.api.guard import Guard
 from orchestrator.api.requests import Export, Metrics, ReadEvents, ServiceRequest, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
+from orchestrator.api.shapes import REF, problem_schema, schema_of
 from orchestrator.reports import prometheus
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
 from orchestrator.tasks.answer_book import HEADER
@@ -205,7 +207,7 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
             methods=[route.verb],
             name=route.name,
             description=route.record.__doc__,
-            response_class=Response if route.record is Export else AsciiJson,
+            response_class=Response if route.record in (Export, Metrics) else AsciiJson,
             openapi_extra=_described(route),
         )
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -446,11 +448,14 @@ def http_server(app: FastAPI, tls: TlsSettings | None = None) -> Any:
 
 def _described(route: Route) -> dict[str, Any]:
     """OpenAPI's description of a route's parameters and body: its record's own schema."""
-    schema = route.record.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = route.record.model_json_schema(ref_template=REF)
     fields, required = schema.get("properties", {}), schema.get("required", [])
     placed = [{"name": name, "in": "path", "required": True, "schema": fields[name]} for name in route.in_path]
     rest = {name: field for name, field in fields.items() if name not in route.in_path}
-    facts: dict[str, Any] = {"x-role": str(route.role), "parameters": placed}
+    facts: dict[str, Any] = {"x-role": str(route.role), "parameters": placed, "responses": _answers(route)}
+    if route.is_audited:
+        key = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": "^[!-~]+$"}
+        facts["parameters"].append({"name": HEADER, "in": "header", "required": False, "schema": key})
     if route.verb != "POST":
         facts["parameters"] += [
             {"name": name, "in": "query", "required": name in required, "schema": field} for name, field in rest.items()
@@ -462,13 +467,30 @@ def _described(route: Route) -> dict[str, Any]:
     return facts | {"requestBody": {"required": bool(needed), "content": {"application/json": {"schema": body}}}}
 
 
+def _answers(route: Route) -> dict[str, Any]:
+    """OpenAPI's description of what a route answers, refusals apart."""
+    done: dict[str, Any] = {"description": "done"}
+    match route.record:
+        case requests.Export:
+            return {"200": done | {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}}
+        case requests.Metrics:
+            return {"200": done | {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    content: dict[str, Any] = {"application/json": {"schema": schema_of(route.record)[0]}}
+    if route.record is ReadEvents:
+        content[EVENT_STREAM] = {"schema": {"type": "string"}}
+    known = {"304": {"description": "the answer is that of the ETag in If-None-Match"}} if route.verb == "GET" else {}
+    return {"200": done | {"content": content}, **known}
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version="1", description=app.description, routes=app.routes)
         schemas = made.setdefault("components", {}).setdefault("schemas", {})
         for route in ROUTES:
-            whole = route.record.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= whole.get("$defs", {})
+            schemas |= route.record.model_json_schema(ref_template=REF).get("$defs", {})
+            if route.record not in (requests.Export, requests.Metrics):
+                schemas |= schema_of(route.record)[1]
+        schemas["Problem"] = problem_schema()
         for path in made["paths"].values():
             for operation in path.values():
                 operation["responses"] |= _REFUSALS
@@ -476,8 +498,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
+_PROBLEM = {"$ref": REF.format(model="Problem")}
 _REFUSALS = {
-    str(status): {"description": words}
+    str(status): {
+        "description": words,
+        "content": {Problem.media_type: {"schema": {"$ref": REF.format(model="Problem")}}},
+    }
     for status, words in (
         (401, "missing or wrong token"),
         (403, "the role of who asks is too low"),

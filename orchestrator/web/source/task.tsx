@@ -17,13 +17,13 @@ const NO_EVENTS: Json[] = []
 function useHistory(taskId: string | undefined): Json[] {
   const { value } = usePolled<Json[]>(async (before = NO_EVENTS) => {
     if (!taskId) return before
-    let known = before
+    let events = before
     let news: Json[]
     do { // of a long history, page after page
-      news = await get("events", { reference: taskId, after: known.at(-1)?.event_id, limit: PAGE })
-      known = news.length ? [...known, ...news] : known
+      news = await get("events", { reference: taskId, after: events.at(-1)?.event_id, limit: PAGE })
+      if (news.length) events = [...events, ...news]
     } while (news.length === PAGE)
-    return known
+    return events
   }, [taskId])
   return value ?? NO_EVENTS
 }
