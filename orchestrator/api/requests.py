@@ -18,6 +18,7 @@ from configs.settings import RoleName, Settings
 from configs.task_spec import TaskSpec
 from configs.uploads import FILES_MAX, SentFile, Sha256, Size, check_names
 from orchestrator.tasks.task_record import TaskState
+from subspace_store.strict import Moment
 
 if TYPE_CHECKING:
     from orchestrator.api.service import Service
@@ -29,6 +30,8 @@ Answer = TypeVar("Answer")
 PAGE = 200
 """Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
+MOVES = 20
+"""Number of moves of a branch that are listed unless more are asked for."""
 PREDICTIONS_MAX = 256
 """Most rows of one request to be answered: a worker is kept from other work for so long."""
 
@@ -257,6 +260,8 @@ class DrainWorker(ServiceRequest[Json]):
         return service.tasks.drain(self)
 
 
+Branch = Literal["main", "candidate"]
+"""A branch of a subspace."""
 Change = Literal["cancel", "retry", "pause", "resume"]
 """What can be done to many tasks at once."""
 
@@ -309,6 +314,31 @@ class ListVersions(ServiceRequest[list[Json]]):
 
     def on(self, service: Service) -> list[Json]:
         return service.versions(self.base_model).all()
+
+
+class BranchesAt(ServiceRequest[Json]):
+    """Which versions the branches named at a moment, and what `main` held then."""
+
+    at: Annotated[Moment, Field(description="a moment that has passed, in Unix seconds")]
+    """Unix seconds."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).named_at(self)
+
+
+class ShowHistory(ServiceRequest[Json]):
+    """The moves of a branch, the newest first: when, who, why, from which version to which, what that did to tasks."""
+
+    branch: Branch = "main"
+    before: Annotated[int, Field(ge=1, le=2**53, description="the number of a record of the version log")] | None = None
+    """Sequence number of a move: only earlier ones are listed. None: the newest ones."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = MOVES
+    """Moves in the answer, at most."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).history(self)
 
 
 class ShowVersion(ServiceRequest[Json]):

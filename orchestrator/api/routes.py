@@ -72,6 +72,8 @@ ROUTES: tuple[Route, ...] = (
     Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, About.TASK, requests.Predict),
     Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, About.TASK, requests.ReadLog),
     Route("versions", "GET", "/versions", Role.VIEWER, About.SERVICE, requests.ListVersions),
+    Route("at", "GET", "/at", Role.VIEWER, About.SERVICE, requests.BranchesAt),
+    Route("history", "GET", "/history/{branch}", Role.VIEWER, About.SERVICE, requests.ShowHistory),
     Route("version", "GET", "/versions/{version}", Role.VIEWER, About.SERVICE, requests.ShowVersion),
     Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, About.SERVICE, requests.Diff),
     Route("preview-rollback", "GET", "/rollback/{version}", Role.VIEWER, About.SERVICE, requests.PreviewRollback),

@@ -193,6 +193,8 @@ class Service:
         match request:
             case requests.ListTasks():
                 return self.tasks.page(request, of_teams)
+            case requests.ShowHistory():
+                return self.versions(request.base_model).history(request, of_teams)
             case requests.ShowVersion():
                 return self.versions(request.base_model).one(request, of_teams)
             case requests.ShowScores():

@@ -68,7 +68,17 @@ def test_the_commands_are_these() -> None:
         "workers",
     }
     of_answers = {"predict", "serve"}
-    of_versions = {"versions", "version", "diff", "rollback", "rollback-task", "export", "scores", "capacity"}
+    of_versions = {
+        "versions",
+        "version",
+        "history",
+        "diff",
+        "rollback",
+        "rollback-task",
+        "export",
+        "scores",
+        "capacity",
+    }
     of_people = {"whoami", "audit", "login", "token", "context"}
     assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
     assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
