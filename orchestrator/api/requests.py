@@ -330,7 +330,7 @@ class BranchesAt(ServiceRequest[Json]):
 class ShowHistory(ServiceRequest[Json]):
     """The moves of a branch, the newest first: when, who, why, from which version to which, what that did to tasks."""
 
-    branch: Branch = "main"
+    branch: Branch
     before: Annotated[int, Field(ge=1, le=2**53, description="the number of a record of the version log")] | None = None
     """Sequence number of a move: only earlier ones are listed. None: the newest ones."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = MOVES

@@ -80,8 +80,8 @@ def test_the_history_of_main_tells_who_moved_it_why_and_what_it_did_to_tasks_and
 
 
 def test_nothing_of_another_team_is_in_it(site: Site) -> None:
-    whole = site.client.ask(ShowHistory())
-    mine = site.guard.answer(ShowHistory(), RED)
+    whole = site.client.ask(ShowHistory(branch="main"))
+    mine = site.guard.answer(ShowHistory(branch="main"), RED)
     assert "beta" in json.dumps(whole)
     assert "beta" not in json.dumps(mine)
     assert [m["scores"] for m in mine["moves"][::-1]] == [{"red/alpha": [None, 0.9]}, {}]
@@ -116,7 +116,7 @@ def test_versions_at_a_moment_are_what_main_was_then(site: Site, onebasis: Oneba
 def test_an_export_at_a_moment_is_what_main_held_then_until_that_version_has_expired(
     site: Site, onebasis: Onebasis, tmp_path: Path
 ) -> None:
-    moved = site.client.ask(ShowHistory())["moves"][0]["time"]
+    moved = site.client.ask(ShowHistory(branch="main"))["moves"][0]["time"]
     at = datetime.fromtimestamp(moved + 0.001, tz=UTC).isoformat()
     site.client.ask(Rollback(version=1, actor="x"))
     gone = onebasis("export", "blue/beta", "--output", str(tmp_path / "now"))
@@ -130,7 +130,7 @@ def test_an_export_at_a_moment_is_what_main_held_then_until_that_version_has_exp
     assert written.modules.keys() == held.modules.keys()
     both = onebasis("export", "blue/beta", "--at", at, "--version", "2", "--output", str(tmp_path / "both"))
     assert "leave one of them out" in both.stderr
-    site.client.ask(Expire(versions=[2], actor="x"))
+    site.client.ask(Expire(versions=(2,), actor="x"))
     expired = onebasis("export", "blue/beta", "--at", at, "--output", str(tmp_path / "expired"))
     assert expired.exit_code > 0
     assert "version 2" in expired.stderr
@@ -147,7 +147,7 @@ def test_a_service_that_is_down_is_asked_the_same_from_its_folder(
     try:
         site.publish("red/alpha")
         site.client.ask(Hold(reason="audit", actor="x"))
-        up = site.client.ask(ShowHistory())
+        up = site.client.ask(ShowHistory(branch="main"))
     finally:
         site.close()
     (site.folder / "server.json").unlink()
