@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,7 +51,16 @@ from orchestrator.api.requests import (
     ShowVersion,
     Status,
 )
-from orchestrator.commands import accounts, contexts, display, moments, prediction, submission, version_tables
+from orchestrator.commands import (
+    accounts,
+    contexts,
+    display,
+    moments,
+    prediction,
+    score_texts,
+    submission,
+    version_tables,
+)
 from orchestrator.commands.attention import Attention
 from orchestrator.commands.contexts import anywhere
 from orchestrator.commands.submission import ENDS, WATCH_SECONDS
@@ -740,14 +749,23 @@ def predict(
 @command
 def scores(
     number: AtVersion = None,
+    form: Annotated[
+        Literal["table", "csv", "latex"],
+        typer.Option("--format", help="A table to read, CSV with all digits, or a LaTeX table (booktabs)."),
+    ] = "table",
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
+    if as_json and form != "table":
+        raise InvalidInput("names two forms", "--json, --format", "leave one of them out")
     client = Client(state_dir)
-    asked = ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model))
-    show(client.ask(asked), version_tables.scores, as_json)
+    answer = client.ask(ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model)))
+    if form == "table":
+        show(answer, version_tables.scores, as_json)
+    else:
+        print(score_texts.csv_text(answer) if form == "csv" else score_texts.latex_text(answer), end="")
 
 
 @command
