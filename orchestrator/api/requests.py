@@ -446,6 +446,31 @@ class Reload(ServiceRequest[Json]):
         return service.reload(self)
 
 
+class ListWebhooks(ServiceRequest[Json]):
+    """The webhooks: where they are, what they are told of, how many deliveries wait, and the newest deliveries."""
+
+    team: Name | None = None
+    """Only those of this team; None: all that the caller sees."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
+    """Deliveries in the answer, at most."""
+
+    def on(self, service: Service) -> Json:
+        return service.webhooks.all(self)
+
+
+class TryWebhook(ServiceRequest[Json]):
+    """Send a webhook a message of kind `test`, as every other one is sent, and wait for what it answers."""
+
+    needs_service = True
+    name: Name
+    team: Name | None = None
+    """Team that it belongs to; None: it is the service's."""
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.webhooks.test(self)
+
+
 class WhoAmI(ServiceRequest[Json]):
     """Who asks, as the service knows it: name, roles, until when."""
 

@@ -103,6 +103,8 @@ ROUTES: tuple[Route, ...] = (
     Route("remove", "POST", "/store/remove", Role.MAINTAINER, About.MERGED, store.Remove),
     Route("compact", "POST", "/store/compact", Role.ADMIN, About.EVERYTHING, store.Compact),
     Route("withdraw", "POST", "/store/withdraw", Role.ADMIN, About.EVERYTHING, store.Withdraw),
+    Route("webhooks", "GET", "/webhooks", Role.VIEWER, About.OWN_TEAMS, requests.ListWebhooks),
+    Route("test-webhook", "POST", "/webhooks/test/{name}", Role.MAINTAINER, About.TEAM, requests.TryWebhook),
     Route("whoami", "GET", "/whoami", Role.VIEWER, About.SERVICE, requests.WhoAmI),
     Route("tokens", "GET", "/tokens", Role.VIEWER, About.SERVICE, requests.ListTokens),
     Route("create-token", "POST", "/tokens", Role.ADMIN, About.TEAM, requests.CreateToken),
