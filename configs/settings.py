@@ -179,7 +179,7 @@ class AddressSettings(Section):
     """An address that this service calls over HTTP, and the secret that it signs with."""
 
     url: str = Field(pattern=r"^https?://[^\s/?#@]+([/?][^\s#]*)?$")
-    """Where it is posted to; redirects are not followed. Its host alone is ever shown: what is behind it may be secret."""
+    """Where it is posted to; redirects are not followed. The host alone is ever shown: the rest may be a secret."""
     private: bool = False
     """Whether that may be this machine or a private network; a public address has to begin with https."""
     secret_env: str | None = Field(None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")

@@ -60,6 +60,7 @@ from orchestrator.commands import (
     score_texts,
     submission,
     version_tables,
+    webhooks,
 )
 from orchestrator.commands.attention import Attention
 from orchestrator.commands.contexts import anywhere
@@ -898,6 +899,7 @@ for function in (accounts.whoami, accounts.audit):
 command_here(accounts.login)
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
+app.add_typer(webhooks.webhooks_app, name="webhooks")
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ def list_(
 @command
 def test(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name in the settings, or TEAM/NAME for one of a team.")],
-    state_dir: StateDir = STATE_DIR,
-    as_json: AsJson = False,
+    state_dir: StateDir = STATE_DIR,  # noqa: PT028
+    as_json: AsJson = False,  # noqa: PT028
 ) -> None:
     """Send a webhook a message of kind `test`, as every other one is sent, and show what it answered."""
     team, slash, inner = name.partition("/")
