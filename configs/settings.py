@@ -242,6 +242,28 @@ class TeamSettings(Section):
         return self
 
 
+class PrePublishSettings(Section):
+    """What is asked before a version that passed the gate is published. It may refuse it, with a reason."""
+
+    command: tuple[str, ...] | None = Field(None, min_length=1)
+    """Program, as an absolute path or found in PATH, and its arguments; no shell. It is handed a JSON document on its
+    standard input, and answers by its exit code (0: publish, 3: refuse) or by JSON on its last line:
+    `{"publish": false, "reason": "…"}`."""
+    http: AddressSettings | None = None
+    """Address, instead, that the document is posted to; it answers in JSON."""
+    timeout_seconds: float = Field(60.0, gt=0, le=3600)
+    """Longest wait for the answer."""
+    on_failure: Literal["refuse", "publish"] = "refuse"
+    """What becomes of the version where there is no answer: what is asked is not there, fails, says nothing that can be
+    read, or is late."""
+
+    @model_validator(mode="after")
+    def _one_is_asked(self) -> Self:
+        if (self.command is None) == (self.http is None):
+            raise ValueError("needs exactly one of command and http")
+        return self
+
+
 class GateSettings(Section):
     """When a merged version may move `main`. Differences of scores on the same frozen rows."""
 
@@ -256,6 +278,8 @@ class GateSettings(Section):
     it the version is not published. None: such a task is published with a warning."""
     drift_min: float = Field(1e-4, ge=0)
     """Smallest relative drift since its last evaluation at which a task is scored again; below it keeps its score."""
+    pre_publish: PrePublishSettings | None = None
+    """Who else is asked before a version is published; None: nobody."""
 
 
 class FailureSettings(Section):

@@ -253,7 +253,7 @@ def _of_several(of_each: Sequence[Json]) -> Json:
 def _hide_paths(value: Json) -> None:
     """Leave of the URLs of webhooks the host: what is behind it is often a secret."""
     hooks = [hook for its in (value, *value["teams"].values()) for hook in its["webhooks"].values()]
-    asked = value["gate"].get("pre_publish") or {}
-    for hook in (*hooks, *([asked] if asked.get("url") else [])):
+    asked = (value["gate"]["pre_publish"] or {}).get("http")
+    for hook in (*hooks, *([asked] if asked else [])):
         place = urlsplit(hook["url"])
         hook["url"] = f"{place.scheme}://{place.netloc}" + ("/***" if place.path.strip("/") or place.query else "")

@@ -242,6 +242,7 @@ verdicts = Table(
     Column("version", BigInteger, primary_key=True),
     Column("is_passed", Boolean, nullable=False),
     Column("reason", Text, nullable=False),
+    Column("code", String(40), nullable=False),
     Column("at", Float, nullable=False),
 )
 """What `gate.pre_publish` answered, once for each version."""

@@ -48,5 +48,6 @@ def upgrade() -> None:
         sa.Column("version", sa.BigInteger, primary_key=True),
         sa.Column("is_passed", sa.Boolean, nullable=False),
         sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("code", sa.String(40), nullable=False),
         sa.Column("at", sa.Float, nullable=False),
     )
