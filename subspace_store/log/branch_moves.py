@@ -52,7 +52,7 @@ class Move:
     how: str
     """One of the values of `HOW`, or `restored`: an earlier revision was put back."""
     reason: str
-    """As the person or the gate gave it; empty where none was given."""
+    """As the person or the gate gave it, or what the operation says; empty where none was given."""
     before: int
     """Version that the branch named before."""
     after: int
@@ -163,6 +163,8 @@ def _reason(op: str, body: Mapping[str, Any]) -> str:
         return as_line(": ".join(filter(None, (f"{body['task']} was removed", str(body.get("reason") or "")))))
     if op == fold.COMPACT:
         return "all tasks merged at once"
+    if op == fold.PUBLISH:
+        return "passed the gate"
     return as_line(str(body.get("reason") or ""))
 
 

@@ -42,8 +42,8 @@ def test_the_history_of_main_tells_who_moved_it_why_and_what_it_did_to_tasks_and
     site.client.ask(Rollback(version=2, actor="x"))
     moves = json.loads(onebasis("history", "--json").output)["moves"]
     assert [(m["actor"], m["how"], m["reason"], m["from"], m["to"]) for m in moves[::-1]] == [
-        ("gate", "published", "", 0, 1),
-        ("gate", "published", "", 1, 2),
+        ("gate", "published", "passed the gate", 0, 1),
+        ("gate", "published", "passed the gate", 1, 2),
         ("ann", "rolled back", "beta smells", 2, 1),
         ("ann", "released", "", 1, 1),
         ("ann", "rolled back", "", 1, 2),

@@ -34,8 +34,8 @@ def told(move: Move) -> tuple[str, str, str, int, int]:
 def test_every_move_of_main_says_who_did_what_and_why_from_which_version_to_which(store: SubspaceStore) -> None:
     moves = list(reading(store.storage).moves.newest_first(MAIN))
     assert [told(move) for move in reversed(moves)] == [
-        ("gate", "published", "", 0, 1),
-        ("gate", "published", "", 1, 2),
+        ("gate", "published", "passed the gate", 0, 1),
+        ("gate", "published", "passed the gate", 1, 2),
         ("ann", "rolled back", "b smells", 2, 1),
         ("bob", "released", "", 1, 1),
         ("bob", "rolled back", "", 1, 2),
@@ -77,7 +77,7 @@ def test_a_hold_is_no_move_of_the_version_and_is_in_its_place() -> None:
     assert [told(move) for move in store.moves.newest_first(MAIN)] == [("ann", "held", "wait for the audit", 0, 0)]
     store.release(actor="ann")
     store.publish(1, op_key="p", actor="gate")
-    assert told(next(store.moves.newest_first(MAIN)))[1:] == ("published", "", 0, 1)
+    assert told(next(store.moves.newest_first(MAIN)))[1:] == ("published", "passed the gate", 0, 1)
 
 
 def test_what_the_branches_named_at_a_moment_is_what_the_last_record_until_then_says(store: SubspaceStore) -> None:
