@@ -115,7 +115,7 @@ class Outbox:
         is killed from here on has not lost it. None: nothing is due."""
         chosen = _joined().where(_deliveries.c.hook == hook, _is_due(now)).order_by(_deliveries.c.happening_id).limit(1)
         with self._database.writing() as connection:
-            row = connection.execute(chosen.with_for_update(of=_deliveries)).first()
+            row = connection.execute(chosen.with_for_update(of=_deliveries, skip_locked=True)).first()
             if row is None:
                 return None
             delivery = _delivery(row)
