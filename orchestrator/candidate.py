@@ -16,6 +16,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from configs.errors import (
@@ -34,9 +35,10 @@ from configs.errors import (
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
 from orchestrator.cluster import Call, Cluster, MachineLost
-from orchestrator.judging.gate import PairedDifference, judge, paired_difference
+from orchestrator.judging.gate import Decision, PairedDifference, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
 from orchestrator.pending_calls import StoreCalls, Writing
+from orchestrator.pre_publish import GRACE_SECONDS, PrePublish, question_of
 from orchestrator.refinement import Refinement
 from orchestrator.tasks.task_events import (
     Event,
@@ -50,6 +52,7 @@ from orchestrator.tasks.task_events import (
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState, results_key
+from orchestrator.tasks.verdict_book import VerdictBook
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.verdict import ScoringFailure, VerdictInProgress
 from orchestrator.worker_pool import ModelWorkers, keys_of_earlier_rows
@@ -207,7 +210,9 @@ class Candidate:
         plain = False
         on_main = any(v.number == version for v in state.lineage(state.refs[MAIN]))
         if on_main or version in state.published:
-            self._apply(ids, Judged(True, f"published in version {version}", time.time()))
+            said = self._pre_publish.told(version) if self._settings.gate.pre_publish is not None else ""
+            told = f"published in version {version}" + (f"; {said}" if said else "")
+            self._apply(ids, Judged(True, told, time.time()))
             if not on_main:
                 # Rolled back before this was seen: the tasks are parked like all that vanish, not merged again.
                 self._main_moved()
@@ -259,10 +264,29 @@ class Candidate:
                 self._calls.log_moved.set()
                 self._calls.later("held", HELD_SECONDS)
             elif decision.passed:
-                self._calls.write(Publish(version=version, op_key=f"publish:{version}", actor="gate"))
+                self._publish(version, table, decision)
             else:
                 culprits = tuple(rule.task_id for rule in decision.broken)
                 self._reject(version, decision.summary, culprits, decision.codes)
+
+    def _publish(self, version: int, table: ScoreTable, decision: Decision) -> None:
+        """Publish a version that passed, unless the settings name somebody who refuses, or has not answered yet."""
+        settings = self._settings.gate.pre_publish
+        if settings is not None:
+            main, records = self._store.state.refs[MAIN], self._verdict.records
+            question = partial(question_of, version, main, table, records, decision)
+            found = self._pre_publish.verdict(version, settings, question)
+            if found is None:
+                self._calls.later("pre_publish", settings.timeout_seconds + 2 * GRACE_SECONDS)
+                return
+            if not found.is_passed:
+                self._reject(version, found.reason, (), (found.code,))
+                return
+        self._calls.write(Publish(version=version, op_key=f"publish:{version}", actor="gate"))
+
+    @cached_property
+    def _pre_publish(self) -> PrePublish:
+        return PrePublish(self._workers.base_model, VerdictBook(self._queue.database), self._calls.wake)
 
     def _score_main(self) -> bool:
         """Score the tasks that `main` holds without a score: a removal makes versions again that no gate judges.

@@ -742,6 +742,11 @@ class ModelWorkers:
         self._base_model = base_model
 
     @property
+    def base_model(self) -> str:
+        """Name of the base model."""
+        return self._base_model
+
+    @property
     def workers(self) -> list[WorkerStatus]:
         return self._mine(self._pool.workers.values())
 

@@ -26,6 +26,7 @@ from orchestrator.api.sources import Sources
 from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
 from orchestrator.api.versions import Versions
+from orchestrator.api.webhook_answers import WebhookAnswers
 from orchestrator.reload import refuse_lost_teams, taken_without_restart
 from orchestrator.tasks.uploads import Uploads
 from subspace_store.commands.state_folder import keep_settings, service_identity
@@ -80,6 +81,7 @@ class Service:
         self.tasks = Tasks(self._sources, self._of_each, check)
         self.uploads = Uploads(lambda: self._sources.settings)
         self.answers = Answers(self._sources, self.versions)
+        self.webhooks = WebhookAnswers(self._sources)
         self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines, deployment)
 
     @property
@@ -195,6 +197,10 @@ class Service:
                 return self.tasks.page(request, of_teams)
             case requests.ReadEvents():
                 return self.tasks.events(request, of_teams)
+            case requests.ListWebhooks():
+                return self.webhooks.all(request, of_teams)
+            case requests.ShowHistory():
+                return self.versions(request.base_model).history(request, of_teams)
             case requests.ShowVersion():
                 return self.versions(request.base_model).one(request, of_teams)
             case requests.ShowScores():

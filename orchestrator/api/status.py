@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from configs.document import without_password
 from configs.errors import DatabaseAway, OnebasisError, Unavailable
@@ -139,6 +140,7 @@ class ServiceStatus:
         found = self._sources.settings.model_dump(mode="json")
         found["database_url"] = without_password(found["database_url"])
         found["mlflow"]["tracking_uri"] = without_password(found["mlflow"]["tracking_uri"])
+        _hide_paths(found)
         return found
 
     def look(self) -> None:
@@ -246,3 +248,12 @@ def _of_several(of_each: Sequence[Json]) -> Json:
         "not_in_database": sum(one["not_in_database"] for one in of_each),
         "in_doubt": [doubt for one in of_each for doubt in one["in_doubt"]],
     }
+
+
+def _hide_paths(value: Json) -> None:
+    """Leave of the URLs of webhooks the host: what is behind it is often a secret."""
+    hooks = [hook for its in (value, *value["teams"].values()) for hook in its["webhooks"].values()]
+    asked = (value["gate"]["pre_publish"] or {}).get("http")
+    for hook in (*hooks, *([asked] if asked else [])):
+        place = urlsplit(hook["url"])
+        hook["url"] = f"{place.scheme}://{place.netloc}" + ("/***" if place.path.strip("/") or place.query else "")

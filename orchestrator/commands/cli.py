@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,8 +21,11 @@ from configs.places import located
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import (
+    MOVES,
     PAGE,
     PAGE_MAX,
+    Branch,
+    BranchesAt,
     Cancel,
     Change,
     ChangeMany,
@@ -41,12 +44,24 @@ from orchestrator.api.requests import (
     Resume,
     Retry,
     ShowCapacity,
+    ShowHistory,
     ShowScores,
     ShowTask,
     ShowVersion,
     Status,
 )
-from orchestrator.commands import accounts, contexts, display, prediction, submission, upkeep, version_tables
+from orchestrator.commands import (
+    accounts,
+    contexts,
+    display,
+    moments,
+    prediction,
+    score_texts,
+    submission,
+    upkeep,
+    version_tables,
+    webhooks,
+)
 from orchestrator.commands.attention import LOOK_SECONDS, WATCH_SECONDS, Attention, UntilNews
 from orchestrator.commands.contexts import anywhere
 from orchestrator.commands.submission import ENDS
@@ -90,6 +105,8 @@ waiting_command = anywhere(command_of(app, INTERRUPTED, epilog=EXIT_CODES))
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
 AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
 NAMES = "Id, beginning of an id, team/name, or team/name@2: its second revision."
+WHEN = "2026-11-30, '2026-11-30 14:05', with an offset from UTC if you like, or '2h ago'; else this machine's time."
+At = Annotated[str | None, typer.Option("--at", metavar="TIME", help=f"What was so then: {WHEN}")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help=NAMES)]
 OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help=NAMES)]
 OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
@@ -528,9 +545,34 @@ def simulate(
 
 
 @command
-def versions(base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """List the subspace's versions."""
-    show(Client(state_dir).ask(ListVersions(base_model=base_model)), version_tables.versions, as_json)
+def versions(
+    at: At = None, base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
+    """List the subspace's versions; with --at, say which ones the branches named at a moment."""
+    client = Client(state_dir)
+    if at is None:
+        show(client.ask(ListVersions(base_model=base_model)), version_tables.versions, as_json)
+    else:
+        show(client.ask(BranchesAt(at=moments.moment(at), base_model=base_model)), version_tables.branches_at, as_json)
+
+
+@command
+def history(
+    branch: Annotated[Branch, typer.Argument(help="The branch.")] = "main",
+    limit: Annotated[int, typer.Option(help="Number of moves, the newest ones.", min=1, max=PAGE_MAX)] = MOVES,
+    before: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only moves before record N: the page before.")
+    ] = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show every move of a branch: when, who, why, from which version to which, which tasks came, left or changed, and
+    their scores before and after."""
+    answer = Client(state_dir).ask(ShowHistory(branch=branch, before=before, limit=limit, base_model=base_model))
+    show(answer, version_tables.history, as_json)
+    if answer["before"] is not None:
+        note(f"the newest {counted(limit, 'move')}; `--before {answer['before']}` lists older ones, `--limit` more")
 
 
 @command
@@ -615,6 +657,7 @@ def export(
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
     ],
     number: AtVersion = None,
+    at: At = None,
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -622,10 +665,11 @@ def export(
     """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
+    if at is not None and number is not None:
+        raise InvalidInput("names a version and a moment", "--version, --at", "leave one of them out")
     client = Client(state_dir)
-    packed = client.ask(
-        Export(base_model=base_model, reference=reference, version=_version_or_main(client, number, base_model))
-    )
+    version = _version_or_main(client, number, base_model) if at is None else _main_at(client, at, base_model)
+    packed = client.ask(Export(base_model=base_model, reference=reference, version=version))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -636,7 +680,7 @@ def export(
             f"cannot write there: {error}", str(output), "name a folder that you may write to"
         ) from error
     show(
-        {"output": str(output), "files": names},
+        {"output": str(output), "files": names} | ({"at": at, "version": version} if at is not None else {}),
         lambda a: note(f"wrote {', '.join(names)} to {output}"),
         as_json,
     )
@@ -703,14 +747,23 @@ def predict(
 @command
 def scores(
     number: AtVersion = None,
+    form: Annotated[
+        Literal["table", "csv", "latex"],
+        typer.Option("--format", help="A table to read, CSV with all digits, or a LaTeX table (booktabs)."),
+    ] = "table",
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Show the score of every task under every version, and what was forgotten."""
+    if as_json and form != "table":
+        raise InvalidInput("names two forms", "--json, --format", "leave one of them out")
     client = Client(state_dir)
-    asked = ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model))
-    show(client.ask(asked), version_tables.scores, as_json)
+    answer = client.ask(ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model)))
+    if form == "table":
+        show(answer, version_tables.scores, as_json)
+    else:
+        print(score_texts.csv_text(answer) if form == "csv" else score_texts.latex_text(answer), end="")
 
 
 @command
@@ -778,6 +831,26 @@ def _version(client: Client, name: str, base_model: str | None) -> int:
     raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 
+def _main_at(client: Client, at: str, base_model: str | None) -> int:
+    """The version that `main` named at a moment.
+
+    Raises:
+        NotFound: It has expired.
+    """
+    moment = moments.moment(at)
+    found = client.ask(BranchesAt(at=moment, base_model=base_model))
+    version = int(found["branches"][MAIN])
+    if found["expired"]:
+        raise NotFound(
+            f"main named version {version} at {moments.shown(moment)}, and that version has expired",
+            "--at",
+            "`onebasis history main` lists what it named before and afterwards, for --version; `onebasis store tag` or "
+            "`pin` keeps a version from expiring",
+        )
+    note(f"main named version {version} at {moments.shown(moment)}")
+    return version
+
+
 def _both_are_at(client: Client, number: int, base_model: str | None) -> bool:
     """Whether `main` and the candidate name this version."""
     at = {name: row["version"] for row in client.ask(ListVersions(base_model=base_model)) for name in row["refs"]}
@@ -826,6 +899,7 @@ for kept in (upkeep.doctor, upkeep.backup, upkeep.restore, upkeep.upgrade):
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
 app.add_typer(upkeep.mlflow_app, name="mlflow")
+app.add_typer(webhooks.webhooks_app, name="webhooks")
 
 
 def main() -> None:

@@ -67,16 +67,28 @@ def test_the_commands_are_these() -> None:
         "workers",
     }
     of_answers = {"predict", "serve"}
-    of_versions = {"versions", "version", "diff", "rollback", "rollback-task", "export", "scores", "capacity"}
+    of_versions = {
+        "versions",
+        "version",
+        "history",
+        "diff",
+        "rollback",
+        "rollback-task",
+        "export",
+        "scores",
+        "capacity",
+    }
     of_people = {"whoami", "audit", "login", "token", "context"}
-    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
+    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store", "webhooks"}
     assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
         "context list",
         "context use",
+        "webhooks list",
+        "webhooks test",
     }
 
 
-GROUPS = ("token", "context")
+GROUPS = ("token", "context", "webhooks")
 INNER = [f"{group} {name}" for group in GROUPS for name in get_command(app).commands[group].commands]  # type: ignore[attr-defined]
 HERE = {"up", "down", "reload", "simulate", "serve"}
 """Commands that are about this machine, whatever service others ask."""
