@@ -127,6 +127,18 @@ class MixedBatch:
         """
         return self._task(task_id).spec
 
+    def is_mixed(self, task_id: str) -> bool:
+        """Whether a task shares batches with others; else it has a model of its own. Raises as `answer`."""
+        return not self._task(task_id).is_apart
+
+    def outputs(self, asked: Sequence[Asked]) -> list[Tensor]:
+        """Each row's outputs, of tasks that share batches and write no texts. Raises as `answer`."""
+        loaded = {one.task_id: self._task(one.task_id) for one in asked}
+        tasks = [loaded[one.task_id] for one in asked]
+        found, _ = self._outputs(self._model(tasks[0].spec), asked, tasks)
+        self._forget()
+        return found
+
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
         """Answers in the order of the rows. Rows of one kind go through the model together, short ones first.
 
@@ -159,16 +171,25 @@ class MixedBatch:
     # What passes through the model
 
     def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
+        found, warnings = self._outputs(model, asked, tasks)
+        return [
+            replace(self._said(one, task.spec, logits_L.float()), warning=warning)
+            for one, task, logits_L, warning in zip(asked, tasks, found, warnings, strict=True)
+        ]
+
+    def _outputs(
+        self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]
+    ) -> tuple[list[Tensor], list[str]]:
+        """Each row's outputs, and what of it is not read."""
         encoded, warnings = _encoded(self._base, asked, [task.spec for task in tasks])
-        found: list[Answer | None] = [None] * len(asked)
+        found: dict[int, Tensor] = {}
         for chosen in batches_by_length([size for _, size in encoded]):
             self._between()
             batch = _padded(self._base, [encoded[i][0] for i in chosen], tasks[chosen[0]].spec.kind)
             with torch.inference_mode():
                 logits = model.logits(batch, [tasks[i] for i in chosen])
-            for i, logits_L in zip(chosen, logits, strict=True):
-                found[i] = replace(self._said(asked[i], tasks[i].spec, logits_L.float()), warning=warnings[i])
-        return [answer for answer in found if answer is not None]
+            found |= dict(zip(chosen, logits, strict=True))
+        return [found[place] for place in range(len(asked))], warnings
 
     def _said(self, asked: Asked, spec: TaskSpec, logits_L: Tensor) -> Answer:
         if not bool(logits_L.isfinite().all()):

@@ -13,7 +13,6 @@ from tests.orchestrator.site import TOKEN, Site
 from workers.orders import Train
 
 
-
 def asked(client: Client) -> Json:
     return next(predict(client, "red/alpha", ["a text"], None, None))
 
