@@ -18,7 +18,7 @@ def waiting(plant: Plant) -> Plant:
     plant.cluster.hold = lambda order: isinstance(order, Evaluate)
     plant.submit("red/first")
     plant.run(lambda: len(plant.cluster.held) == 1)
-    plant.submit(*TITLES)
+    plant.submit(*TITLES, eval_count=20)
     plant.run(lambda: all(plant.states()[title] == "merging" for title in TITLES))
     plant.cluster.hold = lambda order: False
     return plant

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from configs.settings import BaseModelSettings
-from orchestrator.judging.scoring_groups import GROUP_ROWS_MAX, TASK_ROWS_MAX, groups, may_be_mixed
+from orchestrator.judging.scoring_groups import TASK_ROWS_MAX, groups, may_be_mixed
 from orchestrator.tasks.task_record import TaskRecord
 from tests.builders import settings, task_record
 
 BASE = settings().bases[0]
 
 
-def record(number: int, rows: int = 100, **changes: Any) -> TaskRecord:
+def record(number: int, rows: int = 50, **changes: Any) -> TaskRecord:
     return task_record(f"red/task-{number}", spec=changes, eval_count=rows)
 
 
@@ -25,14 +25,14 @@ def sizes(found: list[tuple[TaskRecord, ...]]) -> list[int]:
 @pytest.mark.parametrize(
     ("changes", "base", "rows", "is_mixed"),
     [
-        ({}, {}, 100, True),
+        ({}, {}, 50, True),
         ({"metric": "f1_macro"}, {}, TASK_ROWS_MAX, True),
-        ({"metric": "probability"}, {}, 100, False),
+        ({"metric": "probability"}, {}, 50, False),
         ({}, {}, TASK_ROWS_MAX + 1, False),
-        ({}, {"dtype": "bfloat16"}, 100, False),
-        ({}, {"quantization": "nf4"}, 100, False),
-        ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, {}, 100, False),
-        ({"kind": "sequence_regression", "data": {"label_names": ()}, "metric": "pearson"}, {}, 100, False),
+        ({}, {"dtype": "bfloat16"}, 50, False),
+        ({}, {"quantization": "nf4"}, 50, False),
+        ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, {}, 50, False),
+        ({"kind": "sequence_regression", "data": {"label_names": ()}, "metric": "pearson"}, {}, 50, False),
     ],
 )
 def test_together_is_scored_only_what_has_the_same_score(
@@ -47,8 +47,7 @@ def test_few_tasks_have_a_worker_each_and_many_are_shared_out_among_the_workers(
     assert sizes(groups(few, BASE, 2, ())) == [1, 1, 1]
     assert sizes(groups(many, BASE, 1, ())) == [30]
     assert sizes(groups(many, BASE, 2, ())) == [15, 15]
-    assert sizes(groups([record(n, 1000) for n in range(9)], BASE, 1, ())) == [4, 4, 1]
-    assert GROUP_ROWS_MAX == 4096
+    assert sizes(groups([record(n, 64) for n in range(130)], BASE, 1, ())) == [64, 64, 2]  # of at most 4,096 rows
     assert [r for group in groups(many, BASE, 3, ()) for r in group] == many
 
 
