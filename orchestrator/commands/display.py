@@ -130,6 +130,24 @@ def _serving(serving: Json) -> str:
     return "; ".join([*parts, *([shown(serving["message"])] if serving.get("message") else [])])
 
 
+def _served(served: Json) -> str:
+    """What callers get who ask for a task over HTTP: each revision by how many replicas, and why some are behind."""
+    by: dict[str, list[Json]] = {}
+    for replica in served["replicas"]:
+        revision = replica["revision"]
+        says = "not held" if replica["task_id"] is None else "revision " + ("?" if revision is None else str(revision))
+        by.setdefault(f"{says} by version {replica['version']}", []).append(replica)
+    parts = [f"{what}: {counted(len(replicas), 'replica')}" for what, replicas in by.items()]
+    parts += [
+        f"[yellow]replica {replica['pid']} keeps version {replica['version']}: {shown(replica['trouble'])}[/yellow]"
+        for replica in served["replicas"]
+        if replica["trouble"]
+    ]
+    if not served["replicas"]:
+        parts = [shown(served["message"] or f"by nobody: what answers is {served['state']}")]
+    return "; ".join(parts)
+
+
 def serving(answer: Json) -> None:
     """`onebasis serve`."""
     if (url := answer["serving"]) is None:
@@ -401,6 +419,8 @@ def task(answer: Json) -> None:
             f"{score_text(part['first'])} when they were new",
             soft_wrap=True,
         )
+    if (served := answer.get("served")) is not None:
+        console.print(f"  served     {_served(served)}", soft_wrap=True)
     if said := _deadline(answer):
         console.print(f"  [yellow]warning[/yellow]    {shown(said)}", soft_wrap=True)
     for warning in answer["warnings"]:
