@@ -59,7 +59,7 @@ BATCHES = 12
 COUNTS = (1, 10, 100, 1000)
 TARGETS = ("query", "value")
 KIND: Kind = "sequence_classification"
-SCORED, SCORED_ROWS, REPEATS = 40, (20, 64), 3
+SCORED, SCORED_ROWS, REPEATS = 40, (20, 64, 200), 2
 
 
 def main() -> None:

@@ -653,6 +653,13 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option(help="Most processes that answer for each base model; the least is in the settings.")
     ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION", help="`candidate`, or a number, answers a share of the requests; `none`: no longer."
+        ),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the requests for the canary; default: 0.05.")] = None,
     end: Annotated[bool, typer.Option("--end", help="Answer no more.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -662,16 +669,29 @@ def serve(
     /v1/predict takes rows; /v1/chat/completions and /v1/completions are OpenAI's, with `model` = team/task. Replicas
     follow `main`. The rest of `serving:` is in the settings.
     """
+    from configs.document import check_document
     from configs.settings import ServingSettings
     from subspace_store.commands.state_folder import service_settings
 
     settings = service_settings(state_dir)
     named = {"port": port, "host": host, "replicas_max": replicas}
     chosen = (settings.serving or ServingSettings()).model_dump() | {k: v for k, v in named.items() if v is not None}
-    serving = None if end else ServingSettings.model_validate(chosen)
+    chosen["canary"] = _canary(chosen["canary"], canary, share)
+    serving = None if end else check_document(chosen, ServingSettings, "serve")
     with telling("loading the base model for the replicas"):
         answer = Client(state_dir).ask(Reload(settings=settings.model_copy(update={"serving": serving}), by=me()))
     show(answer, display.serving, as_json)
+
+
+def _canary(before: dict[str, Any] | None, version: str | None, share: float | None) -> dict[str, Any] | None:
+    """The canary's settings after a command; a share that is not named stays."""
+    if version == "none":
+        return None
+    if version is None and share is not None and before is None:
+        raise InvalidInput("there is no canary to have a share", "--share", "name its version: `--canary candidate`")
+    named = {"version": int(version) if version is not None and version.isdecimal() else version, "share": share}
+    given = {name: value for name, value in named.items() if value is not None}
+    return (before or {}) | given if before or given else None
 
 
 @waiting_command

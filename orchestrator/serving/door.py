@@ -5,10 +5,12 @@ It needs the storage alone: which tasks there are it reads from the log of each 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
@@ -40,6 +42,8 @@ log = logging.getLogger("onebasis.serving")
 
 INPUTS_MAX = 1024
 """Most rows of one request."""
+KEY_HEADER = "x-onebasis-key"
+"""Header with the key of a request: requests with the same one are answered by the same version."""
 OPENAI = ("/v1/chat/", "/v1/completions", "/v1/models")
 """Beginnings of the paths whose errors are told as OpenAI's clients read them."""
 
@@ -177,7 +181,8 @@ class Door:
         if not 1 <= len(inputs) <= INPUTS_MAX:
             raise InvalidInput(f"has {len(inputs)} inputs", "inputs", f"give 1 to {INPUTS_MAX} at once")
         base_model = self.base_model_of(asked.task, teams, asked.base_model, asked.version)
-        answers = await self.answer(base_model, [Question(asked.task, row, asked.version) for row in inputs])
+        key = _key(request, asked.task, inputs)
+        answers = await self.answer(base_model, [Question(asked.task, row, asked.version, key) for row in inputs])
         said = [answer for answer in answers if isinstance(answer, Answer)]
         if not said:
             raise next(answer for answer in answers if isinstance(answer, OnebasisError))
@@ -186,11 +191,14 @@ class Door:
 
     async def _chat(self, request: Request, teams: Teams) -> Response:
         asked: ChatRequest = openai_records.read(ChatRequest, await _body(request))
-        return await self._completed(asked, teams, [asked.question], Reply(True, asked.model))
+        key = asked.user or _key(request, asked.model, asked.messages)
+        return await self._completed(asked, teams, [replace(asked.question, key=key)], Reply(True, asked.model))
 
     async def _complete(self, request: Request, teams: Teams) -> Response:
         asked: CompletionRequest = openai_records.read(CompletionRequest, await _body(request))
-        return await self._completed(asked, teams, asked.questions, Reply(False, asked.model))
+        key = asked.user or _key(request, asked.model, asked.prompt)
+        questions = [replace(one, key=key) for one in asked.questions]
+        return await self._completed(asked, teams, questions, Reply(False, asked.model))
 
     async def _completed(self, asked: Any, teams: Teams, questions: Sequence[Question], reply: Reply) -> Response:
         base_model = self.base_model_of(asked.model, teams)
@@ -208,6 +216,13 @@ class Door:
                 raise answer
         said = [answer for answer in answers if isinstance(answer, Answer)]
         return _with_version(reply.whole(said), said[0].version)
+
+
+def _key(request: Request, task: str, inputs: Any) -> str:
+    """What decides whether a request is the canary's: the key that it brings, or else what it asks."""
+    if key := request.headers.get(KEY_HEADER, ""):
+        return key
+    return hashlib.sha256(json.dumps([task, inputs], sort_keys=True).encode()).hexdigest()
 
 
 def _sees(teams: Teams, title: str) -> bool:

@@ -39,6 +39,8 @@ class Question:
     alone where the task reads one text, a chat's first message among them."""
     version: int | None = None
     """Version that is to answer; None: the one that `main` names."""
+    key: str = ""
+    """Key by which a request is the canary's or is not; all rows of a request have the same. Empty: it never is."""
     is_chat: bool | None = None
     """Whether the task must have learnt from chats, or must not have; None: either."""
     writing: Writing = GREEDY

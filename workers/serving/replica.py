@@ -13,14 +13,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from configs.errors import InvalidInput, NotFound, OnebasisError
+from configs.settings import CanarySettings
 from subspace_store.log.version import MAIN
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
 from workers.rows.reading import canonical
 from workers.rows.task_data import Row, inputs_of, question
+from workers.serving.canary import Chosen, Comparison, number_of
 from workers.serving.held import Held
 from workers.serving.mixed_batch import Asked, MixedBatch
 from workers.serving.question import Answer, Question
@@ -48,6 +51,11 @@ class Replica:
         self._lock = threading.Lock()
         self.trouble = ""
         """Why it does not answer by what `main` names now; empty where it does."""
+        self._canary_settings: CanarySettings | None = None
+        self.canary: Chosen | None = None
+        """Which other version answers a share of the requests, now."""
+        self.canary_trouble = ""
+        """Why it does not, though it should."""
 
     @property
     def version(self) -> int:
@@ -63,6 +71,7 @@ class Replica:
             number = self._store.refresh().refs[MAIN]
             if number == self._version:
                 self.trouble = ""
+                self._look_at_canary()
                 return False
             self._prepare(number)
         except Exception as error:  # whatever it is: those who ask are answered by the version before
@@ -72,7 +81,35 @@ class Replica:
             self.trouble = told
             return False
         self._version, self.trouble = number, ""
+        self._look_at_canary()
         return True
+
+    def set_canary(self, settings: CanarySettings | None) -> None:
+        """Have another version answer a share of the requests from the next look on, or none."""
+        self._canary_settings = settings
+
+    def _look_at_canary(self) -> None:
+        """Read the version that is to answer a share; until then, and where it cannot be read, `main`'s answers all."""
+        settings, now = self._canary_settings, self.canary
+        try:
+            number = 0 if settings is None else number_of(settings, self._store.state.refs)
+            if settings is None or number == self._version:
+                self.canary, self.canary_trouble = None, ""
+                return
+            versions = (self._version, number)
+            if now is not None and now.settings == settings and now.comparison.versions == versions:
+                return
+            self._store.resolve(number)
+            self._batch(number)
+        except Exception as error:  # whatever it is: those who ask are answered by main's version
+            told = error.sentence if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
+            if told != self.canary_trouble:
+                log.error("no canary answers: %s", told)
+            self.canary, self.canary_trouble = None, told
+            return
+        same = now is not None and now.comparison.versions == versions
+        comparison = now.comparison if now is not None and same else Comparison(*versions)
+        self.canary, self.canary_trouble = Chosen(settings, number, comparison), ""
 
     def answer(self, questions: Sequence[Question]) -> list[Answer | OnebasisError]:
         """Answers in the order of the questions; what cannot be answered has its error in its place.
@@ -80,10 +117,14 @@ class Replica:
         All that ask for no version are answered by the same one. Those who ask for an answer piece by piece may have
         had a part of it before an error.
         """
-        now = self._version
+        now, canary = self._version, self.canary
         found: dict[int, Answer | OnebasisError] = {}
         by_version: dict[int, list[tuple[int, Asked]]] = {}
+        theirs = {} if canary is None else self._of_canary(canary, questions)
         for place, one in enumerate(questions):
+            if place in theirs:
+                found[place] = theirs[place]
+                continue
             number = now if one.version is None else one.version
             try:
                 asked = self._asked(one, number)
@@ -95,6 +136,22 @@ class Replica:
             answers = self._answered(self._batch(number), [asked for _, asked in rows])
             found |= dict(zip((place for place, _ in rows), answers, strict=True))
         return [found[place] for place in range(len(questions))]
+
+    def _of_canary(self, canary: Chosen, questions: Sequence[Question]) -> dict[int, Answer | OnebasisError]:
+        """The canary's answers by their places. A request of which it cannot answer every row is not its own: all of
+        it is answered by one version, `main`'s, which says what is wrong with it."""
+        mine = {
+            place: replace(one, version=canary.version, key="")
+            for place, one in enumerate(questions)
+            if one.key and one.version is None and one.wrote is None and canary.takes(one.key)
+        }
+        if not mine:
+            return {}
+        answers = dict(zip(mine, self.answer(list(mine.values())), strict=True))
+        failed = {questions[place].key for place, said in answers.items() if isinstance(said, OnebasisError)}
+        for _ in failed:
+            canary.comparison.failed()
+        return {place: said for place, said in answers.items() if questions[place].key not in failed}
 
     def _answered(self, batch: MixedBatch, asked: Sequence[Asked]) -> list[Answer | OnebasisError]:
         """All together; where that fails, each alone, so that nobody is refused for a neighbour's sake."""
@@ -128,7 +185,8 @@ class Replica:
                 self._batches[number] = MixedBatch(self.base, self._store, number)
                 self._store.let_go()  # the batch has its own
             self._batches.move_to_end(number)
-            others = [old for old in self._batches if old not in (self._version, number)]
+            kept = (self._version, number, self.canary.version if self.canary is not None else number)
+            others = [old for old in self._batches if old not in kept]
             for old in others[: max(0, len(others) - VERSIONS_KEPT + 1)]:
                 del self._batches[old]
             return self._batches[number]
