@@ -118,10 +118,8 @@ def test_both_are_compared_after_the_caller_has_the_answer_unless_others_wait(be
     assert (found["canary"]["requests"], found["main"]["requests"], found["not_compared"]) == (6, 4, 0)
     assert found["tasks"][task]["rows"] == 6
     texts = [TEXTS[n % 5] for n in range(6)]
-    both = [
-        said(one.answer([Question(task, text, version) for text in texts]))
-        for version in one.canary.comparison.versions
-    ]
+    versions = one.canary.comparison.versions
+    both = [said(one.answer([Question(task, text, version) for text in texts])) for version in versions]
     assert found["tasks"][task]["agreed"] == sum(a.label == b.label for a, b in zip(*both, strict=True))
     assert found["canary"]["p50_seconds"] > 0
 
