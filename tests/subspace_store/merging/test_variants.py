@@ -123,9 +123,7 @@ def test_ties_keeps_the_mean_of_the_larger_side_where_two_tasks_contradict() -> 
     assert torch.allclose(update.delta()[0].float(), torch.tensor([4.0, 0, 0, 0, 0]), atol=1e-5)  # (3 + 5) / 2
 
 
-@pytest.mark.parametrize(
-    "variant", [way for way in ONE_FOR_ALL if way != "iso_c"]
-)  # of which all directions weigh the same
+@pytest.mark.parametrize("variant", [way for way in ONE_FOR_ALL if way != "iso_c"])  # its directions are all alike
 def test_one_adapter_for_all_is_the_best_of_its_rank(variant: Variant) -> None:
     whole, cut = merge_all(ADAPTERS, variant, WHOLE), merge_all(ADAPTERS, variant, FIXED)
     for name in SHAPES:
