@@ -292,6 +292,8 @@ def evaluate_version(
         stop = stopper(lambda: group.agree(asked()))
         keep = Patience(order.token, report, asked)
         score = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
+        if not parted:
+            _keep_features(order, base, storage, rows, keep)
     return _evaluated(order, score, time.monotonic() - started)
 
 
@@ -333,9 +335,21 @@ def evaluate_together(
             outcomes[one.task_id] = _failed(one.token, score)
         elif score is not None:
             keep_results(one, score, rows[one.task_id], storage, keep)
+            _keep_features(one, base, storage, rows[one.task_id], keep)
             outcomes[one.task_id] = _evaluated(one, score, seconds)
     in_order = tuple(outcomes[one.task_id] for one in order.orders)
     return EvaluatedTogether(token=order.token, outcomes=in_order, seconds=time.monotonic() - started)
+
+
+def _keep_features(
+    order: Evaluate, base: BaseModel, storage: Storage, rows: EvaluationRows, keep: Callable[[Callable[[], bool]], bool]
+) -> None:
+    """Once for each task: what later tells which task a text is for."""
+    from workers.serving.routing import keep_sums
+
+    if order.spec.kind != "image_classification" and order.results_key:
+        backbone = getattr(base.task_model(order.spec).eval(), base.prefix)
+        keep(lambda: keep_sums(storage, base, backbone, order.task_id, rows))
 
 
 def _rows(order: Evaluate, base: BaseModel, storage: Storage) -> EvaluationRows:

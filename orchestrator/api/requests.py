@@ -292,6 +292,22 @@ class Predict(ServiceRequest[Json]):
         return service.answers.predict(self)
 
 
+Way = Literal["features", "energy"]
+
+
+class Which(ServiceRequest[Json]):
+    """Find the task that each text is for, and have it answer. As `Predict`, but of no task by name."""
+
+    does = "loading the base model, and answering"
+    texts: Annotated[tuple[str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
+    by: Way | None = None
+    """By the base model's features of each task's evaluation rows, or without any row by the updates themselves.
+    Default: by features where a task has some."""
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    base_model: OfBaseModel = None
+
+
 class ReadLog(ServiceRequest[list[Json]]):
     """A task's history after an event."""
 

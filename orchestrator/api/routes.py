@@ -46,7 +46,7 @@ class Route:
         return tuple(re.findall(r"{(\w+)", self.path))
 
 
-_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.MissingFiles)
+_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.Which, requests.MissingFiles)
 """What changes nothing, and is a POST all the same."""
 
 ROUTES: tuple[Route, ...] = (
@@ -70,6 +70,7 @@ ROUTES: tuple[Route, ...] = (
     Route("drain", "POST", "/drain", Role.ADMIN, About.EVERYTHING, requests.DrainWorker),
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, About.TEAM, requests.ChangeMany),
     Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, About.TASK, requests.Predict),
+    Route("which", "POST", "/which", Role.VIEWER, About.OWN_TEAMS, requests.Which),
     Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, About.TASK, requests.ReadLog),
     Route("versions", "GET", "/versions", Role.VIEWER, About.SERVICE, requests.ListVersions),
     Route("version", "GET", "/versions/{version}", Role.VIEWER, About.SERVICE, requests.ShowVersion),

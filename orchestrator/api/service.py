@@ -195,6 +195,9 @@ class Service:
         match request:
             case requests.ListTasks():
                 return self.tasks.page(request, of_teams)
+            case requests.Which():
+                self.refuse_write()  # as for Predict
+                return self.answers.which(request, of_teams)
             case requests.ShowVersion():
                 return self.versions(request.base_model).one(request, of_teams)
             case requests.ShowScores():

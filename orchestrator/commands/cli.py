@@ -46,6 +46,8 @@ from orchestrator.api.requests import (
     ShowTask,
     ShowVersion,
     Status,
+    Way,
+    Which,
 )
 from orchestrator.commands import accounts, contexts, display, prediction, submission, version_tables
 from orchestrator.commands.attention import Attention
@@ -722,6 +724,25 @@ def predict(
     wrong = [error_from_dict(said["error"]) for said in answer["answers"] if "error" in said]
     if wrong:
         raise typer.Exit(wrong[0].exit_code)
+
+
+@waiting_command
+def which(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What somebody would ask.")],
+    by: Annotated[
+        Way | None,
+        typer.Option(help="`features` of each task's evaluation rows, or `energy` of its update."),
+    ] = None,
+    number: AtVersion = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Find the task that a text is for, and have it answer. Shows the likeliest tasks, and how they were found."""
+    client = Client(state_dir)
+    version = _version_or_main(client, number, base_model)
+    asked = Which(texts=tuple(texts), by=by, version=version, base_model=base_model)
+    show(prediction.which(client, asked), lambda a: prediction.show_which(a, texts), as_json)
 
 
 @command

@@ -142,9 +142,8 @@ def _canary(said: Json) -> str:
     rows = sum(task["rows"] for task in said["tasks"].values())
     agreed = sum(task["agreed"] for task in said["tasks"].values())
     asked = said["canary"]["requests"]
-    text = (
-        f"version {said['version']} answered {asked} of {asked + said['main']['requests']} requests, {times} (median)"
-    )
+    of_all = counted(asked + said["main"]["requests"], "request")
+    text = f"canary version {said['version']} answered {asked} of {of_all}, {times} (median)"
     text += f"; it agreed with version {said['main_version']} on {agreed} of {counted(rows, 'row')}"
     worst = sorted(said["tasks"].items(), key=lambda item: item[1]["agreed"] / max(1, item[1]["rows"]))
     if rows > agreed:

@@ -33,7 +33,7 @@ from subspace_store.log.version import MAIN
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_reader import SubspaceReader
 from workers.serving.held import Held
-from workers.serving.question import Answer, Question
+from workers.serving.question import AUTO, Answer, Question
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said
@@ -98,6 +98,10 @@ class Door:
         """
         if named is not None and named not in self._stores:
             raise NotFound(f"there is no base model '{named}'", todo=f"there are: {', '.join(self._stores)}")
+        if task == AUTO and (named is not None or len(self._stores) == 1):
+            return named or next(iter(self._stores))
+        if task == AUTO:
+            raise InvalidInput("a task is found among those of one base model", task, "name the base_model")
         found = []
         for name in [named] if named else self._stores:
             number = self._main(name) if version is None else version
@@ -110,6 +114,13 @@ class Door:
             where = "main holds no such task" if version is None else f"version {version} holds no such task"
             raise NotFound(where, task, "GET /v1/models lists them")
         return found[0]
+
+    def _among(self, base_model: str, task: str, teams: Teams, version: int | None) -> tuple[str, ...] | None:
+        """The tasks of which one is to be found, where none is named."""
+        if task != AUTO:
+            return None
+        number = self._main(base_model) if version is None else version
+        return tuple(name for name in self._held[base_model].at(number) if _sees(teams, name))
 
     async def answer(self, base_model: str, questions: Sequence[Question]) -> Sequence[Said]:
         """By any replica of the base model."""
@@ -182,7 +193,9 @@ class Door:
             raise InvalidInput(f"has {len(inputs)} inputs", "inputs", f"give 1 to {INPUTS_MAX} at once")
         base_model = self.base_model_of(asked.task, teams, asked.base_model, asked.version)
         key = _key(request, asked.task, inputs)
-        answers = await self.answer(base_model, [Question(asked.task, row, asked.version, key) for row in inputs])
+        among = self._among(base_model, asked.task, teams, asked.version)
+        questions = [Question(asked.task, row, asked.version, among=among, key=key) for row in inputs]
+        answers = await self.answer(base_model, questions)
         said = [answer for answer in answers if isinstance(answer, Answer)]
         if not said:
             raise next(answer for answer in answers if isinstance(answer, OnebasisError))
@@ -202,6 +215,8 @@ class Door:
 
     async def _completed(self, asked: Any, teams: Teams, questions: Sequence[Question], reply: Reply) -> Response:
         base_model = self.base_model_of(asked.model, teams)
+        among = self._among(base_model, asked.model, teams, None)
+        questions = [replace(one, among=among) for one in questions]
         if asked.stream:
             if len(questions) != 1:
                 raise InvalidInput("a stream answers one prompt", "prompt", "give one, or no stream")

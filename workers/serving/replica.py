@@ -18,6 +18,7 @@ from typing import Any
 
 from configs.errors import InvalidInput, NotFound, OnebasisError
 from configs.settings import CanarySettings
+from configs.task_spec import TaskSpec
 from subspace_store.log.version import MAIN
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
@@ -26,7 +27,8 @@ from workers.rows.task_data import Row, inputs_of, question
 from workers.serving.canary import Chosen, Comparison, number_of
 from workers.serving.held import Held
 from workers.serving.mixed_batch import Asked, MixedBatch
-from workers.serving.question import Answer, Question
+from workers.serving.question import AUTO, Answer, Question
+from workers.serving.routers import Routed, Routers
 
 log = logging.getLogger("onebasis.serving")
 
@@ -49,6 +51,7 @@ class Replica:
         self._version = store.state.refs[MAIN]
         self._batches: OrderedDict[int, MixedBatch] = OrderedDict()
         self._lock = threading.Lock()
+        self._routers = Routers(base, store.storage)
         self.trouble = ""
         """Why it does not answer by what `main` names now; empty where it does."""
         self._canary_settings: CanarySettings | None = None
@@ -118,10 +121,13 @@ class Replica:
         had a part of it before an error.
         """
         now, canary = self._version, self.canary
-        found: dict[int, Answer | OnebasisError] = {}
+        questions, routed, unrouted = self._routed(questions, now)
+        found: dict[int, Answer | OnebasisError] = dict(unrouted)
         by_version: dict[int, list[tuple[int, Asked]]] = {}
         theirs = {} if canary is None else self._of_canary(canary, questions)
         for place, one in enumerate(questions):
+            if place in unrouted:
+                continue
             if place in theirs:
                 found[place] = theirs[place]
                 continue
@@ -135,7 +141,39 @@ class Replica:
         for number, rows in by_version.items():
             answers = self._answered(self._batch(number), [asked for _, asked in rows])
             found |= dict(zip((place for place, _ in rows), answers, strict=True))
+        for place, route in routed.items():
+            if isinstance(said := found[place], Answer):
+                found[place] = replace(said, routed=route.scores, routed_by=route.by)
         return [found[place] for place in range(len(questions))]
+
+    def _routed(
+        self, questions: Sequence[Question], now: int
+    ) -> tuple[Sequence[Question], dict[int, Routed], dict[int, OnebasisError]]:
+        """The questions, each of a task; how those of no task by name came to theirs; and those that came to none."""
+        groups: dict[tuple[int, tuple[str, ...] | None, str, bool | None], list[int]] = {}
+        for place, one in enumerate(questions):
+            if one.task == AUTO:
+                groups.setdefault((one.version or now, one.among, one.by, one.is_chat), []).append(place)
+        if not groups:
+            return questions, {}, {}
+        asked, routed, unrouted = list(questions), dict[int, Routed](), dict[int, OnebasisError]()
+        for (number, among, by, is_chat), places in groups.items():
+            try:
+                self._store.resolve(number)
+                texts = [_one_text(questions[place]) for place in places]
+                held = {name: t for name, t in self._held.at(number).items() if among is None or name in among}
+                batch = self._batch(number)
+                if is_chat is not None:  # of those that can be asked so
+                    held = {name: t for name, t in held.items() if _is_chat(batch.spec(t)) is is_chat}
+                found = self._routers.of(batch, held).route(texts, by)
+            except OnebasisError as error:
+                unrouted |= dict.fromkeys(places, error)
+                continue
+            for place, text, route in zip(places, texts, found, strict=True):
+                task = next(iter(route.scores))
+                asked[place] = replace(questions[place], task=task, inputs=text)
+                routed[place] = route
+        return asked, routed, unrouted
 
     def _of_canary(self, canary: Chosen, questions: Sequence[Question]) -> dict[int, Answer | OnebasisError]:
         """The canary's answers by their places. A request of which it cannot answer every row is not its own: all of
@@ -201,6 +239,22 @@ class Replica:
         self._store.let_go()
         with self._lock:
             self._batches[number] = made
+
+
+def _is_chat(spec: TaskSpec) -> bool | None:
+    """Whether a task has learnt from chats; None: it writes no texts."""
+    return spec.data.messages_column is not None if spec.kind == "causal_lm" else None
+
+
+def _one_text(one: Question) -> str:
+    values = one.inputs
+    if isinstance(values, Mapping) and len(values) == 1 and isinstance(text := next(iter(values.values())), str):
+        values = text
+    if isinstance(values, Mapping) and [*values] == ["messages"] and values["messages"]:
+        values = values["messages"][-1].get("content")
+    if not isinstance(values, str):
+        raise InvalidInput("only a single text finds its task by itself", AUTO, "name the task, or give one text")
+    return values
 
 
 def _row(one: Question, columns: Mapping[str, str], read: Callable[[Mapping[str, Any]], Row]) -> Row:
