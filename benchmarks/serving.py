@@ -3,6 +3,7 @@
     make bench-serving                 three minutes: what a batch costs
     make bench-serving BENCH=http      two minutes: a real service that answers over HTTP (serving_service.py)
     make bench-serving BENCH=scoring   two minutes: many small tasks scored together, and one after another
+    make bench-serving BENCH="routing FOLDER"   ten minutes: which task a text is for (routing.py)
 
 A store of 1,000 tasks on MiniLM-L6: six seeds make the basis, the others are coefficients in it, as `auto` keeps them
 of related tasks (rank 16 of some 30 directions), each with a head of three labels. Rows are the evaluation rows of
@@ -59,7 +60,7 @@ BATCHES = 12
 COUNTS = (1, 10, 100, 1000)
 TARGETS = ("query", "value")
 KIND: Kind = "sequence_classification"
-SCORED, SCORED_ROWS, REPEATS = 40, (20, 64, 200), 2
+SCORED, SCORED_ROWS, REPEATS = 40, (20, 64), 3
 
 
 def main() -> None:
@@ -68,6 +69,10 @@ def main() -> None:
         from benchmarks import serving_service
 
         return told(serving_service.measure())
+    if sys.argv[1:2] == ["routing"] and len(sys.argv) == 3:
+        from benchmarks import routing
+
+        return told({"routing": routing.measure(Path(sys.argv[2]))})
     if sys.argv[1:] not in ([], ["scoring"]):
         raise SystemExit(__doc__)
     torch.set_num_threads(1)
