@@ -21,6 +21,7 @@ from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
 from tests.builders import rows, task_document, write_rows
 from tests.orchestrator.plant import Plant
+from workers.orders import Train
 
 TOKEN = "the-token"
 
@@ -83,6 +84,16 @@ class Site:
         """Submit a task and wait until main holds it."""
         self.client.ask(Submit(task=TaskSpec.model_validate(self.document(title)), by="ann"))
         return self.wait_for(title, "published")
+
+    def train(self, *titles: str) -> None:
+        """Submit tasks and wait until they train, which they do until they are let go on."""
+        self.plant.cluster.hold = lambda order: isinstance(order, Train)
+        for title in titles:
+            before = len(self.plant.cluster.held)
+            self.client.ask(Submit(task=TaskSpec.model_validate(self.document(title)), by="ann"))
+            self.wait_for(title, "training")
+            while len(self.plant.cluster.held) == before:  # a task counts as training before its worker has the order
+                time.sleep(0.01)
 
     def wait_for(self, title: str, state: str, attempt: int = 0) -> dict[str, Any]:
         until = time.monotonic() + 10

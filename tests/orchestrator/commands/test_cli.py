@@ -25,7 +25,6 @@ from subspace_store.formats.peft import read_peft_folder, write_peft_folder
 from subspace_store.requests import Quarantine, Remove, Tag, Unquarantine
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.site import Site
-from workers.orders import Train
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 Onebasis = Callable[..., Result]
@@ -672,10 +671,7 @@ def test_a_worker_is_drained_and_taken_back_and_shown_by_its_pool(site: Site, on
 def test_drain_with_wait_stays_until_what_trains_has_ended_and_tells_how_it_gets_on(
     site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.plant.cluster.hold = lambda order: isinstance(order, Train)
-    for name in ("one", "two"):
-        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
-        site.wait_for(f"red/{name}", "training")
+    site.train("red/one", "red/two")
     looks = []
 
     def released(seconds: float) -> None:
@@ -699,10 +695,7 @@ def test_drain_with_wait_stays_until_what_trains_has_ended_and_tells_how_it_gets
 def test_drain_with_wait_ends_when_somebody_takes_the_drain_back_or_types_ctrl_c(
     site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.plant.cluster.hold = lambda order: isinstance(order, Train)
-    for name in ("one", "two"):
-        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
-        site.wait_for(f"red/{name}", "training")
+    site.train("red/one", "red/two")
 
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
