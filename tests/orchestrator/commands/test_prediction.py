@@ -10,6 +10,7 @@ from orchestrator.api.requests import Json
 from orchestrator.commands.prediction import LOADS, predict
 from tests.orchestrator.site import TOKEN, Site
 
+
 def asked(client: Client) -> Json:
     return next(predict(client, "red/alpha", ["a text"], None, None))
 
