@@ -79,7 +79,7 @@ class Answers:
             raise NotFound(f"there is no version {number}", base, "`onebasis versions` lists them")
         names = (held.name for held in state.tasks_at(number).values())
         among = tuple(name for name in names if of_teams is None or name.partition("/")[0] in of_teams)
-        questions = [Question(AUTO, text, number, among=among, by=request.by or "") for text in request.texts]
+        questions = [Question(AUTO, text, number, among=among, by=request.way or "") for text in request.texts]
         answers = self._answered(base, questions)
         return {"base_model": base, "version": number, "answers": [answer_json(answer) for answer in answers]}
 

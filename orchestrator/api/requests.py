@@ -300,7 +300,7 @@ class Which(ServiceRequest[Json]):
 
     does = "loading the base model, and answering"
     texts: Annotated[tuple[str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
-    by: Way | None = None
+    way: Way | None = None
     """By the base model's features of each task's evaluation rows, or without any row by the updates themselves.
     Default: by features where a task has some."""
     version: VersionNumber | None = None

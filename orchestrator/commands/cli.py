@@ -741,7 +741,7 @@ def which(
     """Find the task that a text is for, and have it answer. Shows the likeliest tasks, and how they were found."""
     client = Client(state_dir)
     version = _version_or_main(client, number, base_model)
-    asked = Which(texts=tuple(texts), by=by, version=version, base_model=base_model)
+    asked = Which(texts=tuple(texts), way=by, version=version, base_model=base_model)
     show(prediction.which(client, asked), lambda a: prediction.show_which(a, texts), as_json)
 
 

@@ -66,7 +66,7 @@ def test_the_commands_are_these() -> None:
         "drain",
         "workers",
     }
-    of_answers = {"predict", "serve"}
+    of_answers = {"predict", "which", "serve"}
     of_versions = {"versions", "version", "diff", "rollback", "rollback-task", "export", "scores", "capacity"}
     of_people = {"whoami", "audit", "login", "token", "context"}
     assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
