@@ -173,10 +173,23 @@ class StandInCluster:
         return "" if machine in self.keeps_away.get(worker, ()) else machine
 
     def answer(self, worker: str, questions: Sequence[Question]) -> Future[Any]:
-        """Every task answers `yes`."""
+        """Every task answers `yes`; where none is named, the first of those that may be."""
         assert worker in self._memory
         future = Future[Any]()
-        future.set_result([Answer(q.task, q.version or 0, "yes", {"yes": 1.0}) for q in questions])
+        routed = [dict.fromkeys((q.among or ())[:1], 1.0) or None for q in questions]
+        future.set_result(
+            [
+                Answer(
+                    q.task,
+                    q.version or 0,
+                    "yes",
+                    {"yes": 1.0},
+                    routed=route,
+                    routed_by=(q.by or "features") if route else "",
+                )
+                for q, route in zip(questions, routed, strict=True)
+            ]
+        )
         return future
 
     def run(self, worker: str, order: Order) -> Future[Any]:
