@@ -306,6 +306,22 @@ class Predict(ServiceRequest[Json]):
         return service.answers.predict(self)
 
 
+Way = Literal["features", "energy"]
+
+
+class Which(ServiceRequest[Json]):
+    """Find the task that each text is for, and have it answer. As `Predict`, but of no task by name."""
+
+    does = "loading the base model, and answering"
+    texts: Annotated[tuple[str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
+    way: Way | None = None
+    """By the base model's features of each task's evaluation rows, or without any row by the updates themselves.
+    Default: by features where a task has some."""
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    base_model: OfBaseModel = None
+
+
 class ReadEvents(ServiceRequest[list[Json]]):
     """What happened to tasks, with the lines of their logs and the points of their curves, oldest first: a page of it,
     or, as `text/event-stream`, what comes as well. A stream goes on behind the event that `Last-Event-ID` names."""

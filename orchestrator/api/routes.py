@@ -54,7 +54,7 @@ class Route:
         return tuple(re.findall(r"{(\w+)", self.path))
 
 
-_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.MissingFiles)
+_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.Which, requests.MissingFiles)
 """What changes nothing, and is a POST all the same."""
 
 ROUTES: tuple[Route, ...] = (
@@ -79,6 +79,7 @@ ROUTES: tuple[Route, ...] = (
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, About.TEAM, requests.ChangeMany),
     Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, About.TASK, requests.Predict),
     Route("events", "GET", "/events", Role.VIEWER, About.OWN_TEAMS, requests.ReadEvents),
+    Route("which", "POST", "/which", Role.VIEWER, About.OWN_TEAMS, requests.Which),
     Route("versions", "GET", "/versions", Role.VIEWER, About.SERVICE, requests.ListVersions),
     Route("at", "GET", "/at", Role.VIEWER, About.SERVICE, requests.BranchesAt),
     Route("history", "GET", "/history/{branch}", Role.VIEWER, About.SERVICE, requests.ShowHistory),

@@ -49,6 +49,8 @@ from orchestrator.api.requests import (
     ShowTask,
     ShowVersion,
     Status,
+    Way,
+    Which,
 )
 from orchestrator.commands import (
     accounts,
@@ -693,6 +695,13 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option(help="Most processes that answer for each base model; the least is in the settings.")
     ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION", help="`candidate`, or a number, answers a share of the requests; `none`: no longer."
+        ),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the requests for the canary; default: 0.05.")] = None,
     end: Annotated[bool, typer.Option("--end", help="Answer no more.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -702,16 +711,29 @@ def serve(
     /v1/predict takes rows; /v1/chat/completions and /v1/completions are OpenAI's, with `model` = team/task. Replicas
     follow `main`. The rest of `serving:` is in the settings.
     """
+    from configs.document import check_document
     from configs.settings import ServingSettings
     from subspace_store.commands.state_folder import service_settings
 
     settings = service_settings(state_dir)
     named = {"port": port, "host": host, "replicas_max": replicas}
     chosen = (settings.serving or ServingSettings()).model_dump() | {k: v for k, v in named.items() if v is not None}
-    serving = None if end else ServingSettings.model_validate(chosen)
+    chosen["canary"] = _canary(chosen["canary"], canary, share)
+    serving = None if end else check_document(chosen, ServingSettings, "serve")
     with telling("loading the base model for the replicas"):
         answer = Client(state_dir).ask(Reload(settings=settings.model_copy(update={"serving": serving}), by=me()))
     show(answer, display.serving, as_json)
+
+
+def _canary(before: dict[str, Any] | None, version: str | None, share: float | None) -> dict[str, Any] | None:
+    """The canary's settings after a command; a share that is not named stays."""
+    if version == "none":
+        return None
+    if version is None and share is not None and before is None:
+        raise InvalidInput("there is no canary to have a share", "--share", "name its version: `--canary candidate`")
+    named = {"version": int(version) if version is not None and version.isdecimal() else version, "share": share}
+    given = {name: value for name, value in named.items() if value is not None}
+    return (before or {}) | given if before or given else None
 
 
 @waiting_command
@@ -742,6 +764,25 @@ def predict(
     wrong = [error_from_dict(said["error"]) for said in answer["answers"] if "error" in said]
     if wrong:
         raise typer.Exit(wrong[0].exit_code)
+
+
+@waiting_command
+def which(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What somebody would ask.")],
+    by: Annotated[
+        Way | None,
+        typer.Option(help="`features` of each task's evaluation rows, or `energy` of its update."),
+    ] = None,
+    number: AtVersion = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Find the task that a text is for, and have it answer. Shows the likeliest tasks, and how they were found."""
+    client = Client(state_dir)
+    version = _version_or_main(client, number, base_model)
+    asked = Which(texts=tuple(texts), way=by, version=version, base_model=base_model)
+    show(prediction.which(client, asked), lambda a: prediction.show_which(a, texts), as_json)
 
 
 @command
