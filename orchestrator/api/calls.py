@@ -10,12 +10,16 @@ from typing import Any
 from urllib.parse import quote
 
 from configs.document import Request
-from configs.errors import OnebasisError, TooLarge, error_from_dict
+from configs.errors import Conflict, NotFound, OnebasisError, TooLarge, error_from_dict
 from configs.limits import BYTES_MAX
 from orchestrator.api.requests import ChangeMany, Json, ReadEvents, Retry, Submit
 from orchestrator.api.routes import route_of
 
 JSON_TYPE = "application/json"
+OPENAPI_PATH = "/openapi.json"
+OTHER_RELEASE = (
+    "`onebasis upgrade` where it runs ends it, keeps its database as it was, and goes on under the release installed there"
+)
 BYTES = "application/octet-stream"
 END = "end"
 """Name of the last event of a stream, whose data is the error for which it ended."""
@@ -148,6 +152,7 @@ def answer_of(reply: Reply, url: str) -> Any:
     """What a reply says: JSON values, or the bytes of a file.
 
     Raises:
+        Conflict: The service is of another release.
         OnebasisError: What the service raised, as itself.
     """
     if reply.is_success:
@@ -156,6 +161,9 @@ def answer_of(reply: Reply, url: str) -> Any:
         facts = json.loads(reply.content)
     except ValueError:
         facts = {}
+    if reply.status == NotFound.http_status and str(facts.get("todo", "")).startswith(OPENAPI_PATH):
+        # The service has no such route, of which every command knows: what runs was started by another release.
+        raise Conflict("the service that runs is of another release than this command", url, OTHER_RELEASE)
     if "what" in facts:
         raise error_from_dict(facts)
     raise OnebasisError(f"HTTP {reply.status} from the service", url, "see its log")

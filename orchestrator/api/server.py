@@ -165,7 +165,7 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
     @app.exception_handler(HTTPException)
     def no_route(request: Request, error: HTTPException) -> Problem:
         what = f"there is no {request.method} {short_text(request.url.path)}"
-        told = NotFound(what, todo="/openapi.json lists what there is")
+        told = NotFound(what, todo=f"{OPENAPI_PATH} lists what there is")
         return Problem(told, error.status_code)
 
     @app.exception_handler(Exception)
