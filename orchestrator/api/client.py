@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
@@ -285,6 +284,8 @@ class AsyncClient:
 
     async def follow(self, request: ReadEvents) -> AsyncIterator[Json | None]:
         """As `Client.follow`; while the service is away, nothing comes but None."""
+        import asyncio
+
         following = Following(request)
         while True:
             with contextlib.suppress(Unavailable):
