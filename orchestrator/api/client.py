@@ -166,7 +166,7 @@ class Client:
                         return self._ask_server(server, request, call)
         if isinstance(request, ServiceRequest) and request.needs_service:
             _check_ran(self._state_dir)
-            raise not_running(type(request).__name__.lower())  # before anything is read: the store may be away
+            raise not_running(route_of(request).name)  # before anything is read: the store may be away
         from orchestrator.api.access import owner
         from orchestrator.api.guard import Guard
         from subspace_store.commands.terminal import me, telling

@@ -29,6 +29,7 @@ from orchestrator.controller import PREEMPT_SECONDS, Controller
 from orchestrator.leadership import Leadership, refuse_other_settings, shared_settings
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from orchestrator.reports.mlflow_mirror import Mirror
+from orchestrator.reports.webhooks import Webhooks
 from orchestrator.serving.deployment import Deployment
 from orchestrator.signs_of_life import ray_trouble
 from orchestrator.tasks.checking import Checker
@@ -288,13 +289,25 @@ class Leading:
             deployment=self._deployment,
         )
         mirror.follow(lambda: self.service.settings)
+        self._webhooks = Webhooks(
+            self.service.sources.outbox,
+            lambda: self.service.settings,
+            lambda: {name: subspace.store for name, subspace in controller.subspaces.items()},
+            controller.alarms,
+        )
+        self.service.sources.send_soon = self._webhooks.wake
         self._loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
         is_local = settings.ray.address == "local"
         gcs = Pulse(cluster.probe)
         trouble = partial(ray_trouble, state_dir) if is_local else str
         watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
         store_and_database = Pulse(self.service.look, LOOK_EVERY_SECONDS)
-        for name, run in (("watch", watch.run), ("gcs", gcs.run), ("look", store_and_database.run)):
+        for name, run in (
+            ("watch", watch.run),
+            ("gcs", gcs.run),
+            ("look", store_and_database.run),
+            ("webhooks", self._webhooks.run),
+        ):
             threading.Thread(target=run, args=(self._stop,), name=name, daemon=True).start()
         self._reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
         self._loop.start()
@@ -313,6 +326,7 @@ class Leading:
     def end(self, hands_over: bool = False) -> None:
         """Stop the loop. hands_over: Another control plane goes on with what runs, else it writes checkpoints."""
         self._checker.close()
+        self._webhooks.wake()
         self._controller.hands_over = hands_over
         self._stop.set()
         self._loop.join(timeout=HAND_OVER_SECONDS if hands_over else PREEMPT_SECONDS + 10)

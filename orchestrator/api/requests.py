@@ -18,6 +18,7 @@ from configs.settings import RoleName, Settings
 from configs.task_spec import TaskSpec
 from configs.uploads import FILES_MAX, SentFile, Sha256, Size, check_names
 from orchestrator.tasks.task_record import TaskState
+from subspace_store.strict import Moment
 
 if TYPE_CHECKING:
     from orchestrator.api.service import Service
@@ -31,6 +32,8 @@ PAGE = 200
 PAGE_MAX = 10_000
 EVENTS = 1000
 """The same of events."""
+MOVES = 20
+"""Number of moves of a branch that are listed unless more are asked for."""
 PREDICTIONS_MAX = 256
 """Most rows of one request to be answered: a worker is kept from other work for so long."""
 
@@ -266,6 +269,8 @@ class DrainWorker(ServiceRequest[Json]):
         return service.tasks.drain(self)
 
 
+Branch = Literal["main", "candidate"]
+"""A branch of a subspace."""
 Change = Literal["cancel", "retry", "pause", "resume"]
 """What can be done to many tasks at once."""
 
@@ -299,6 +304,22 @@ class Predict(ServiceRequest[Json]):
     def on(self, service: Service) -> Json:
         service.refuse_write()  # it writes nothing, and the leader has the workers
         return service.answers.predict(self)
+
+
+Way = Literal["features", "energy"]
+
+
+class Which(ServiceRequest[Json]):
+    """Find the task that each text is for, and have it answer. As `Predict`, but of no task by name."""
+
+    does = "loading the base model, and answering"
+    texts: Annotated[tuple[str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
+    way: Way | None = None
+    """By the base model's features of each task's evaluation rows, or without any row by the updates themselves.
+    Default: by features where a task has some."""
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    base_model: OfBaseModel = None
 
 
 class ReadEvents(ServiceRequest[list[Json]]):
@@ -338,6 +359,31 @@ class ListVersions(ServiceRequest[list[Json]]):
 
     def next_page(self, answer: list[Json]) -> Self | None:
         return self.model_copy(update={"cursor": answer[-1]["version"]}) if len(answer) == self.limit else None
+
+
+class BranchesAt(ServiceRequest[Json]):
+    """Which versions the branches named at a moment, and what `main` held then."""
+
+    at: Annotated[Moment, Field(description="a moment that has passed, in Unix seconds")]
+    """Unix seconds."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).named_at(self)
+
+
+class ShowHistory(ServiceRequest[Json]):
+    """The moves of a branch, the newest first: when, who, why, from which version to which, what that did to tasks."""
+
+    branch: Branch
+    before: Annotated[int, Field(ge=1, le=2**53, description="the number of a record of the version log")] | None = None
+    """Sequence number of a move: only earlier ones are listed. None: the newest ones."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = MOVES
+    """Moves in the answer, at most."""
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).history(self)
 
 
 class ShowVersion(ServiceRequest[Json]):
@@ -443,6 +489,31 @@ class Reload(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.reload(self)
+
+
+class ListWebhooks(ServiceRequest[Json]):
+    """The webhooks: where they are, what they are told of, how many deliveries wait, and the newest deliveries."""
+
+    team: Name | None = None
+    """Only those of this team; None: all that the caller sees."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
+    """Deliveries in the answer, at most."""
+
+    def on(self, service: Service) -> Json:
+        return service.webhooks.all(self)
+
+
+class TryWebhook(ServiceRequest[Json]):
+    """Send a webhook a message of kind `test`, as every other one is sent, and wait for what it answers."""
+
+    needs_service = True
+    name: Name
+    team: Name | None = None
+    """Team that it belongs to; None: it is the service's."""
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.webhooks.test(self)
 
 
 class WhoAmI(ServiceRequest[Json]):

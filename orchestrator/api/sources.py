@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.leadership import StandsBy
     from orchestrator.tasks.answer_book import AnswerBook
     from orchestrator.tasks.audit_log import AuditLog
+    from orchestrator.tasks.outbox import Outbox
     from orchestrator.tasks.task_queue import TaskQueue
     from orchestrator.tasks.token_book import TokenBook
 
@@ -44,6 +45,8 @@ class Sources:
         self.controller = controller
         self.cluster = cluster
         self.alarms = alarms or (controller.alarms if controller is not None else Alarms())
+        self.send_soon: Callable[[], None] = lambda: None
+        """Has what is new for webhooks sent at once."""
         self._given_queue = queue
         self._stands_by = stands_by
 
@@ -74,6 +77,13 @@ class Sources:
         from orchestrator.tasks.answer_book import AnswerBook
 
         return AnswerBook(self.queue.database)
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        """What webhooks are told of."""
+        from orchestrator.tasks.outbox import Outbox
+
+        return Outbox(self.queue.database)
 
     @property
     def is_up(self) -> bool:

@@ -20,6 +20,7 @@ from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
 from orchestrator.api.feed import Interest
 from orchestrator.api.lengths import Lengths, in_line, least_seconds, with_later
 from orchestrator.api.requests import Json
+from orchestrator.api.served import Served
 from orchestrator.api.sources import Sources
 from orchestrator.api.versions import Versions, hold_over
 from orchestrator.api.views import pause_json
@@ -55,12 +56,16 @@ class Tasks:
 
     Args:
         versions: Base model to the versions of its subspace.
+        served: What answers over HTTP.
         check: How a submission is checked; default: in the thread that asks, which nothing can end.
     """
 
-    def __init__(self, sources: Sources, versions: Mapping[str, Versions], check: Check | None = None) -> None:
+    def __init__(
+        self, sources: Sources, versions: Mapping[str, Versions], served: Served, check: Check | None = None
+    ) -> None:
         self._sources = sources
         self._versions = versions
+        self._served = served
         self._check = check
         self._estimates = Estimates(lambda: sources.queue)
         self._lengths = Lengths(sources)
@@ -214,6 +219,7 @@ class Tasks:
             "result": result,
             "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
             "revisions": self._revisions(record),
+            "served": self._served.of(record, versions.state_soon if versions is not None else lambda: None),
             "scores_of_rows": versions.scores_of_rows(record) if versions is not None else [],
             **views.task_details(record, self._sources.queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,8 +21,11 @@ from configs.places import located
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import (
+    MOVES,
     PAGE,
     PAGE_MAX,
+    Branch,
+    BranchesAt,
     Cancel,
     Change,
     ChangeMany,
@@ -42,12 +44,26 @@ from orchestrator.api.requests import (
     Resume,
     Retry,
     ShowCapacity,
+    ShowHistory,
     ShowScores,
     ShowTask,
     ShowVersion,
     Status,
+    Way,
+    Which,
 )
-from orchestrator.commands import accounts, contexts, display, prediction, submission, version_tables
+from orchestrator.commands import (
+    accounts,
+    contexts,
+    display,
+    moments,
+    prediction,
+    score_texts,
+    submission,
+    upkeep,
+    version_tables,
+    webhooks,
+)
 from orchestrator.commands.attention import LOOK_SECONDS, WATCH_SECONDS, Attention, UntilNews
 from orchestrator.commands.contexts import anywhere
 from orchestrator.commands.submission import ENDS
@@ -91,6 +107,8 @@ waiting_command = anywhere(command_of(app, INTERRUPTED, epilog=EXIT_CODES))
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
 AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
 NAMES = "Id, beginning of an id, team/name, or team/name@2: its second revision."
+WHEN = "2026-11-30, '2026-11-30 14:05', with an offset from UTC if you like, or '2h ago'; else this machine's time."
+At = Annotated[str | None, typer.Option("--at", metavar="TIME", help=f"What was so then: {WHEN}")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help=NAMES)]
 OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help=NAMES)]
 OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
@@ -120,20 +138,9 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start the service: Ray, the store, the workers, the control plane. Safe to repeat."""
-    from configs.settings import read_settings
     from orchestrator.commands import processes
 
-    kept = state_dir / "settings.yaml"
-    chosen = config or (kept if kept.exists() else Path(sys.modules["configs"].__path__[0]) / "local.yaml")
-    settings = read_settings(chosen)
-    if config is None and not kept.exists():
-        settings = read_settings(chosen, root=state_dir.resolve().parent)
-    if Path(settings.state_dir).resolve() != state_dir.resolve():
-        raise InvalidInput(
-            f"state_dir is {settings.state_dir}, but this command looks in {state_dir.resolve()}",
-            str(chosen),
-            f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
-        )
+    settings = processes.settings_to_run_with(config, state_dir)
     status = processes.up(settings, note if not as_json else _silent, take_over, config, remove_base_model or ())
     show(status, display.status, as_json)
     if not as_json and (made := accounts.first_token(Client(state_dir))) is not None:
@@ -540,9 +547,34 @@ def simulate(
 
 
 @command
-def versions(base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """List the subspace's versions."""
-    show(Client(state_dir).ask(ListVersions(base_model=base_model)), version_tables.versions, as_json)
+def versions(
+    at: At = None, base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
+    """List the subspace's versions; with --at, say which ones the branches named at a moment."""
+    client = Client(state_dir)
+    if at is None:
+        show(client.ask(ListVersions(base_model=base_model)), version_tables.versions, as_json)
+    else:
+        show(client.ask(BranchesAt(at=moments.moment(at), base_model=base_model)), version_tables.branches_at, as_json)
+
+
+@command
+def history(
+    branch: Annotated[Branch, typer.Argument(help="The branch.")] = "main",
+    limit: Annotated[int, typer.Option(help="Number of moves, the newest ones.", min=1, max=PAGE_MAX)] = MOVES,
+    before: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only moves before record N: the page before.")
+    ] = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show every move of a branch: when, who, why, from which version to which, which tasks came, left or changed, and
+    their scores before and after."""
+    answer = Client(state_dir).ask(ShowHistory(branch=branch, before=before, limit=limit, base_model=base_model))
+    show(answer, version_tables.history, as_json)
+    if answer["before"] is not None:
+        note(f"the newest {counted(limit, 'move')}; `--before {answer['before']}` lists older ones, `--limit` more")
 
 
 @command
@@ -627,6 +659,7 @@ def export(
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
     ],
     number: AtVersion = None,
+    at: At = None,
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -634,10 +667,11 @@ def export(
     """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
+    if at is not None and number is not None:
+        raise InvalidInput("names a version and a moment", "--version, --at", "leave one of them out")
     client = Client(state_dir)
-    packed = client.ask(
-        Export(base_model=base_model, reference=reference, version=_version_or_main(client, number, base_model))
-    )
+    version = _version_or_main(client, number, base_model) if at is None else _main_at(client, at, base_model)
+    packed = client.ask(Export(base_model=base_model, reference=reference, version=version))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -648,7 +682,7 @@ def export(
             f"cannot write there: {error}", str(output), "name a folder that you may write to"
         ) from error
     show(
-        {"output": str(output), "files": names},
+        {"output": str(output), "files": names} | ({"at": at, "version": version} if at is not None else {}),
         lambda a: note(f"wrote {', '.join(names)} to {output}"),
         as_json,
     )
@@ -661,6 +695,13 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option(help="Most processes that answer for each base model; the least is in the settings.")
     ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION", help="`candidate`, or a number, answers a share of the requests; `none`: no longer."
+        ),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the requests for the canary; default: 0.05.")] = None,
     end: Annotated[bool, typer.Option("--end", help="Answer no more.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -670,16 +711,29 @@ def serve(
     /v1/predict takes rows; /v1/chat/completions and /v1/completions are OpenAI's, with `model` = team/task. Replicas
     follow `main`. The rest of `serving:` is in the settings.
     """
+    from configs.document import check_document
     from configs.settings import ServingSettings
     from subspace_store.commands.state_folder import service_settings
 
     settings = service_settings(state_dir)
     named = {"port": port, "host": host, "replicas_max": replicas}
     chosen = (settings.serving or ServingSettings()).model_dump() | {k: v for k, v in named.items() if v is not None}
-    serving = None if end else ServingSettings.model_validate(chosen)
+    chosen["canary"] = _canary(chosen["canary"], canary, share)
+    serving = None if end else check_document(chosen, ServingSettings, "serve")
     with telling("loading the base model for the replicas"):
         answer = Client(state_dir).ask(Reload(settings=settings.model_copy(update={"serving": serving}), by=me()))
     show(answer, display.serving, as_json)
+
+
+def _canary(before: dict[str, Any] | None, version: str | None, share: float | None) -> dict[str, Any] | None:
+    """The canary's settings after a command; a share that is not named stays."""
+    if version == "none":
+        return None
+    if version is None and share is not None and before is None:
+        raise InvalidInput("there is no canary to have a share", "--share", "name its version: `--canary candidate`")
+    named = {"version": int(version) if version is not None and version.isdecimal() else version, "share": share}
+    given = {name: value for name, value in named.items() if value is not None}
+    return (before or {}) | given if before or given else None
 
 
 @waiting_command
@@ -712,17 +766,45 @@ def predict(
         raise typer.Exit(wrong[0].exit_code)
 
 
-@command
-def scores(
+@waiting_command
+def which(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What somebody would ask.")],
+    by: Annotated[
+        Way | None,
+        typer.Option(help="`features` of each task's evaluation rows, or `energy` of its update."),
+    ] = None,
     number: AtVersion = None,
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Show the score of every task under every version, and what was forgotten."""
+    """Find the task that a text is for, and have it answer. Shows the likeliest tasks, and how they were found."""
     client = Client(state_dir)
-    asked = ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model))
-    show(client.ask(asked), version_tables.scores, as_json)
+    version = _version_or_main(client, number, base_model)
+    asked = Which(texts=tuple(texts), way=by, version=version, base_model=base_model)
+    show(prediction.which(client, asked), lambda a: prediction.show_which(a, texts), as_json)
+
+
+@command
+def scores(
+    number: AtVersion = None,
+    form: Annotated[
+        Literal["table", "csv", "latex"],
+        typer.Option("--format", help="A table to read, CSV with all digits, or a LaTeX table (booktabs)."),
+    ] = "table",
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show the score of every task under every version, and what was forgotten."""
+    if as_json and form != "table":
+        raise InvalidInput("names two forms", "--json, --format", "leave one of them out")
+    client = Client(state_dir)
+    answer = client.ask(ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model)))
+    if form == "table":
+        show(answer, version_tables.scores, as_json)
+    else:
+        print(score_texts.csv_text(answer) if form == "csv" else score_texts.latex_text(answer), end="")
 
 
 @command
@@ -790,6 +872,26 @@ def _version(client: Client, name: str, base_model: str | None) -> int:
     raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 
+def _main_at(client: Client, at: str, base_model: str | None) -> int:
+    """The version that `main` named at a moment.
+
+    Raises:
+        NotFound: It has expired.
+    """
+    moment = moments.moment(at)
+    found = client.ask(BranchesAt(at=moment, base_model=base_model))
+    version = int(found["branches"][MAIN])
+    if found["expired"]:
+        raise NotFound(
+            f"main named version {version} at {moments.shown(moment)}, and that version has expired",
+            "--at",
+            "`onebasis history main` lists what it named before and afterwards, for --version; `onebasis store tag` or "
+            "`pin` keeps a version from expiring",
+        )
+    note(f"main named version {version} at {moments.shown(moment)}")
+    return version
+
+
 def _both_are_at(client: Client, number: int, base_model: str | None) -> bool:
     """Whether `main` and the candidate name this version."""
     at = {name: row["version"] for row in client.ask(ListVersions(base_model=base_model)) for name in row["refs"]}
@@ -833,8 +935,12 @@ def _silent(_: str) -> None:
 for function in (accounts.whoami, accounts.audit):
     command(function)
 command_here(accounts.login)
+for kept in (upkeep.doctor, upkeep.backup, upkeep.restore, upkeep.upgrade):
+    command_here(kept)
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
+app.add_typer(upkeep.mlflow_app, name="mlflow")
+app.add_typer(webhooks.webhooks_app, name="webhooks")
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ from orchestrator.scheduling.fair_share import DecayedSum, Use, Waiting
 from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks import tables
 from orchestrator.tasks.database import Database
+from orchestrator.tasks.happenings import of_task
+from orchestrator.tasks.outbox import put
 from orchestrator.tasks.task_events import Claimed, DependencyEnded, Event, Restored
 from orchestrator.tasks.task_lifecycle import advance, used_by
 from orchestrator.tasks.task_record import (
@@ -746,7 +748,10 @@ class TaskQueue:
         )
         if written.rowcount != 1:
             raise _OvertakenError
-        self._append(connection, task_id, [(type(event).__name__, narrate(after, event, record.warnings))], time.time())
+        now = time.time()
+        self._append(connection, task_id, [(type(event).__name__, narrate(after, event, record.warnings))], now)
+        if happening := of_task(record, after, now):
+            put(connection, happening)
         if after.state is not record.state:
             self._tell_those_behind(connection, after)
         if use := used_by(record, event, row.lease_until):

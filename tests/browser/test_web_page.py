@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from configs.task_spec import TaskSpec
-from orchestrator.api.requests import ListVersions, ShowMatrix, ShowTask, Submit
+from orchestrator.api.requests import ListVersions, ShowMatrix, ShowScores, ShowTask, Submit
+from orchestrator.commands.score_texts import latex_text
 from tests.browser.conftest import FIRST, PICTURES, Visit, Visits, loses
 from tests.browser.install import AXE
 from tests.builders import LABELS, write_rows
@@ -153,11 +154,17 @@ def test_the_slider_puts_the_worst_task_of_that_version_first_and_all_can_be_cop
     ann.page.get_by_role("button", name="Copy as CSV").click()
     ann.page.get_by_text("4 tasks copied as CSV").wait_for()
     head, *lines = ann.page.evaluate("navigator.clipboard.readText()").splitlines()
-    assert head == "task,born in,version 1,version 2,version 3,version 4"
+    assert head == "task,born in,base,own adapter,version 1,version 2,version 3,version 4"
     cells = {line.split(",")[0]: line.split(",")[1:] for line in lines}
     assert set(cells) == {*FIRST}
-    assert cells["blue/delta"][:4] == ["4", "", "", ""]
-    assert float(cells["red/alpha"][1]) == site.client.ask(ShowMatrix())["news"][0][0][1]
+    assert cells["blue/delta"][0] == "4"
+    assert cells["blue/delta"][3:6] == ["", "", ""]
+    assert float(cells["red/alpha"][3]) == site.client.ask(ShowMatrix())["news"][0][0][1]
+    ann.page.get_by_role("button", name="Copy as LaTeX").click()
+    ann.page.get_by_text("4 tasks copied as LaTeX").wait_for()
+    copied = ann.page.evaluate("navigator.clipboard.readText()").splitlines()
+    made = latex_text(site.client.ask(ShowScores())).splitlines()
+    assert sorted(copied) == sorted(made)  # the page has its own order of the tasks
 
 
 def test_main_is_rolled_back_after_a_look_and_forward_again(site: Site, visit: Visits) -> None:

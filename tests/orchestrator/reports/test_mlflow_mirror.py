@@ -12,6 +12,7 @@ import mlflow
 import pytest
 
 from orchestrator import pending_calls
+from orchestrator.api.mirror import rebuild_mirror
 from orchestrator.reports import mlflow_mirror
 from orchestrator.reports.mlflow_mirror import Mirror
 from orchestrator.tasks import task_queue
@@ -405,6 +406,19 @@ def test_a_deleted_database_is_rebuilt_the_same(mirrored: Mirrored) -> None:
     mirrored.plant.settings = settings.model_copy(update={"mlflow": mlflow})
     mirrored.fresh_mirror().sync()
     assert mirrored.everything() == before
+
+
+def test_what_somebody_changed_in_mlflow_is_made_anew_from_the_database_and_the_log(
+    mirrored: Mirrored, tmp_path: Path
+) -> None:
+    before = mirrored.everything()
+    mirrored.client.delete_run(mirrored.runs()["blue/b"].info.run_id)
+    mirrored.client.log_metric(mirrored.runs()["red/a"].info.run_id, "score", 123.0, step=9)
+    assert mirrored.everything() != before
+    name = rebuild_mirror(mirrored.plant.settings, tmp_path)
+    assert mirrored.everything() == before
+    assert mirrored.client.get_experiment_by_name(name).lifecycle_stage == "deleted"
+    mirrored.mirror = mirrored.fresh_mirror()  # the one before knows the runs that were put aside
 
 
 def test_mlflow_being_away_is_told_and_tried_again(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
