@@ -227,8 +227,29 @@ class AlarmShape(TypedDict):
     base_model: NotRequired[str]
 
 
+class ReplicaOfTask(TypedDict):
+    """A process that answers, and which revision of the task it does by."""
+
+    pid: int
+    version: int
+    task_id: str | None
+    revision: int | None
+    trouble: str
+
+
+class ServedShape(TypedDict):
+    """What callers get who ask for the task by its name over HTTP."""
+
+    url: str
+    state: str
+    message: str
+    replicas: list[ReplicaOfTask]
+
+
 class TaskShape(TaskRow):
     """All of a task."""
+
+    served: ServedShape | None
 
     main_score: float | None
     gone_from_main: bool
@@ -355,6 +376,14 @@ class KeptUpload(TypedDict):
     files: int
     bytes: int
     is_new: bool
+
+
+class Found(TypedDict):
+    """For each text the task that it is for, with its answer, or an error."""
+
+    base_model: str
+    version: int
+    answers: list[Facts]
 
 
 # --- versions ----------------------------------------------------------------------------------------------------
@@ -514,6 +543,58 @@ class Capacity(TypedDict):
     rank_max: int
     tasks: list[TaskSize]
     trend: list[Footprint]
+
+
+class Named(TypedDict):
+    """Which versions the branches named at a moment, and what `main` held."""
+
+    base_model: str
+    at: float
+    seq: int
+    branches: dict[str, int]
+    expired: bool
+    tasks: list[str]
+
+
+class Stayed(TypedDict):
+    """Tasks that both versions hold, how many of them have a score in both, and the means of these scores."""
+
+    tasks: int
+    measured: int
+    before: float | None
+    after: float | None
+
+
+MoveShape = TypedDict(
+    "MoveShape",
+    {
+        "seq": int,
+        "time": float,
+        "actor": str,
+        "how": str,
+        "reason": str,
+        "holds": bool,
+        "from": int,
+        "to": int,
+        "expired": bool,
+        "came": list[str],
+        "left": list[str],
+        "replaced": list[str],
+        "changed": list[str],
+        "scores": dict[str, list[float | None]],
+        "stayed": Stayed,
+    },
+)
+"""A move of a branch, and what it did to tasks."""
+
+
+class History(TypedDict):
+    """Moves of a branch, the newest first. before: What to ask for the next page with; null: there is none."""
+
+    base_model: str
+    branch: str
+    moves: list[MoveShape]
+    before: int | None
 
 
 class RollbackShape(TypedDict):
@@ -678,6 +759,43 @@ class RotatedToken(NewToken):
     replaces: str
 
 
+class DeliveryShape(TypedDict):
+    """A message to a webhook, and what became of it."""
+
+    id: str
+    webhook: str
+    kind: str
+    time: float
+    task_id: str | None
+    title: str | None
+    base_model: str | None
+    version: int | None
+    sentence: str
+    tries: int
+    status: str
+    answer: str
+    tried_at: float | None
+    due_at: float | None
+
+
+class WebhookShape(TypedDict):
+    webhook: str
+    team: str | None
+    host: str
+    events: list[str]
+    waiting: int
+    last: DeliveryShape | None
+
+
+class Webhooks(TypedDict):
+    webhooks: list[WebhookShape]
+    deliveries: list[DeliveryShape]
+
+
+class TriedWebhook(DeliveryShape):
+    host: str
+
+
 class Reloaded(TypedDict):
     taken: list[str]
     base_models: list[str]
@@ -704,6 +822,11 @@ SHAPES: Mapping[type[Request], Any] = {
     requests.DrainWorker: Drained,
     requests.ChangeMany: ChangedMany,
     requests.Predict: Predictions,
+    requests.Which: Found,
+    requests.BranchesAt: Named,
+    requests.ShowHistory: History,
+    requests.ListWebhooks: Webhooks,
+    requests.TryWebhook: TriedWebhook,
     requests.ReadEvents: list[NamedEvent],
     requests.ListVersions: list[VersionRow],
     requests.ShowVersion: VersionShape,

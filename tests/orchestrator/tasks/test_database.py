@@ -52,6 +52,8 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "progress": lambda q: q.progress(KNOWN),
     "curve": lambda q: q.curve(KNOWN),
     "events": lambda q: q.events(KNOWN),
+    "told": lambda q: q.told(0, 5),
+    "newest_event": lambda q: q.newest_event(),
     "use_of_teams": lambda q: q.use_of_teams(5.0),
     "spent": lambda q: q.spent(KNOWN),
     "with_deadline": lambda q: q.with_deadline(),
