@@ -115,6 +115,12 @@ def up(
         list[str] | None,
         typer.Option(metavar="NAME", help="A base model that may leave the service though it has tasks, which wait."),
     ] = None,
+    stay: Annotated[
+        bool,
+        typer.Option(
+            "--stay", help="Stay until the service ends, for systemd or a container; SIGTERM ends it in order."
+        ),
+    ] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -132,6 +138,8 @@ def up(
         accounts.secret(made)
     if not as_json and (facts := server_facts(state_dir)) is not None:
         note(f"the web page: {facts['url']}/ (log in with a token: `onebasis token create --help`)")
+    if stay:
+        processes.stay(state_dir.resolve(), note if not as_json else _silent)
 
 
 @command_here

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -70,6 +71,8 @@ from subspace_store.log.version_log import VersionLog, other_owner, owned_by_ano
 from subspace_store.storage.opening import open_storage
 
 START_SECONDS = 180.0
+STAY_SECONDS = 1.0
+"""Interval at which `up --stay` looks whether the service still runs."""
 TRY_AGAIN = "mend what it says, then `onebasis up` again"
 STOP_SECONDS = 150.0
 """Longest wait for the control plane to end: running tasks write a checkpoint, and MLflow is updated once more."""
@@ -404,6 +407,31 @@ def _start_what_is_missing(
         _wait(
             lambda: server_facts(state_dir) is not None, server, state_dir / "logs/control-plane.log", "control plane"
         )
+
+
+def stay(state_dir: Path, say: Say) -> None:
+    """Wait while the service runs, for what restarts it: systemd, a container. SIGTERM and Ctrl-C end
+    the service in order.
+
+    Raises:
+        Unavailable: The control plane or this machine's Ray has ended by itself: the next `up` goes on.
+    """
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    is_local = (state_dir / ADDRESS_FILE).exists()
+    while not told.wait(STAY_SECONDS):
+        server = running_server(state_dir)
+        trouble = ray_trouble(state_dir) if is_local and server is not None else ""
+        if server is None or life_of(server) is Life.GONE or trouble:
+            log = state_dir / "logs/control-plane.log"
+            what = (
+                f"Ray does not work: {trouble}"
+                if trouble
+                else f"the control plane ended; its log ends with\n  {_end_of(log)}"
+            )
+            raise Unavailable(what, str(log), "`onebasis up` goes on")
+    down(state_dir, say)
 
 
 def down(state_dir: Path, say: Say) -> bool:
